@@ -336,9 +336,12 @@ func (x *SourceMachine) GetQmpPath() string {
 type RamBlock struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The backend's object id.
-	Id            string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Size          uint64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
-	PageSize      uint64 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	Id       string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Size     uint64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	PageSize uint64 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// Names the backing file among all files of all hosts, so that a destination
+	// that was given the source's own file refuses it.
+	File          string `protobuf:"bytes,4,opt,name=file,proto3" json:"file,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -392,6 +395,13 @@ func (x *RamBlock) GetPageSize() uint64 {
 		return x.PageSize
 	}
 	return 0
+}
+
+func (x *RamBlock) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
 }
 
 type PrepareIncomingResponse struct {
@@ -540,7 +550,9 @@ type RunRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// The VM ran when it was stopped; false leaves it paused, as it was.
-	Resume        bool `protobuf:"varint,2,opt,name=resume,proto3" json:"resume,omitempty"`
+	Resume bool `protobuf:"varint,2,opt,name=resume,proto3" json:"resume,omitempty"`
+	// From the VM's stop to the sending of this call, by the source's clock.
+	StoppedFor    *durationpb.Duration `protobuf:"bytes,3,opt,name=stopped_for,json=stoppedFor,proto3" json:"stopped_for,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -587,6 +599,13 @@ func (x *RunRequest) GetResume() bool {
 		return x.Resume
 	}
 	return false
+}
+
+func (x *RunRequest) GetStoppedFor() *durationpb.Duration {
+	if x != nil {
+		return x.StoppedFor
+	}
+	return nil
 }
 
 type RunResponse struct {
@@ -865,11 +884,12 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\n" +
 	"ram_blocks\x18\t \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12\x19\n" +
 	"\bqmp_path\x18\n" +
-	" \x01(\tR\aqmpPath\"K\n" +
+	" \x01(\tR\aqmpPath\"_\n" +
 	"\bRamBlock\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x1b\n" +
-	"\tpage_size\x18\x03 \x01(\x04R\bpageSize\"O\n" +
+	"\tpage_size\x18\x03 \x01(\x04R\bpageSize\x12\x12\n" +
+	"\x04file\x18\x04 \x01(\tR\x04file\"O\n" +
 	"\x17PrepareIncomingResponse\x124\n" +
 	"\n" +
 	"ram_blocks\x18\x01 \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\"<\n" +
@@ -877,11 +897,13 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"/\n" +
 	"\x17LoadDeviceStateResponse\x12\x14\n" +
-	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\"4\n" +
+	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\"p\n" +
 	"\n" +
 	"RunRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06resume\x18\x02 \x01(\bR\x06resume\"\x83\x01\n" +
+	"\x06resume\x18\x02 \x01(\bR\x06resume\x12:\n" +
+	"\vstopped_for\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"stoppedFor\"\x83\x01\n" +
 	"\vRunResponse\x12:\n" +
 	"\vresume_time\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\n" +
 	"resumeTime\x128\n" +
@@ -946,28 +968,29 @@ var file_migrated_v1_peer_proto_depIdxs = []int32{
 	15, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
 	4,  // 3: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
 	4,  // 4: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
-	16, // 5: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	16, // 6: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	17, // 7: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	18, // 8: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	19, // 9: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	0,  // 10: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 11: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	6,  // 12: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	8,  // 13: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	10, // 14: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	12, // 15: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 16: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	5,  // 17: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	7,  // 18: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	9,  // 19: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	11, // 20: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	13, // 21: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	16, // [16:22] is the sub-list for method output_type
-	10, // [10:16] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	16, // 5: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	16, // 6: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	16, // 7: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	17, // 8: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	18, // 9: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	19, // 10: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	0,  // 11: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	2,  // 12: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	6,  // 13: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	8,  // 14: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	10, // 15: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	12, // 16: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 17: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	5,  // 18: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	7,  // 19: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	9,  // 20: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	11, // 21: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	13, // 22: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	17, // [17:23] is the sub-list for method output_type
+	11, // [11:17] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }

@@ -47,7 +47,8 @@ type PeerServiceClient interface {
 	LoadDeviceState(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LoadDeviceStateRequest, LoadDeviceStateResponse], error)
 	// Run is the second step of the commit: the source has written down that it
 	// handed the VM over and the destination runs it. Idempotent: repeated until
-	// it is answered.
+	// it is answered. The status ABORTED, and no other, says that this
+	// destination has not run the VM and never will.
 	Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOption) (*RunResponse, error)
 	// WatchIncoming streams the figures of a migration until the last page.
 	WatchIncoming(ctx context.Context, in *WatchIncomingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchIncomingResponse], error)
@@ -154,7 +155,8 @@ type PeerServiceServer interface {
 	LoadDeviceState(grpc.ClientStreamingServer[LoadDeviceStateRequest, LoadDeviceStateResponse]) error
 	// Run is the second step of the commit: the source has written down that it
 	// handed the VM over and the destination runs it. Idempotent: repeated until
-	// it is answered.
+	// it is answered. The status ABORTED, and no other, says that this
+	// destination has not run the VM and never will.
 	Run(context.Context, *RunRequest) (*RunResponse, error)
 	// WatchIncoming streams the figures of a migration until the last page.
 	WatchIncoming(*WatchIncomingRequest, grpc.ServerStreamingServer[WatchIncomingResponse]) error
