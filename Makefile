@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# 'make demo' and 'make test' set up what they need by themselves. Variables, given as in
+# 'make unit PKG=./pkg/uffd/...':
+#
+#   COMPARE=1   demo: also run QEMU's own post-copy and compare
+#   ARGS=...    demo: further arguments
+#   PKG=...     unit, e2e: which packages
+#   RUN=...     unit, e2e: only tests whose name matches
+#   E2E_RACE=0  e2e: run the daemon without the race detector
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+# The steps share two files, the build cache and the machine; the output is to be read from top to bottom.
+.NOTPARALLEL:
+
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/migrated
+export GOLANGCI_LINT_CACHE := $(CACHE)/golangci-lint
+export STATICCHECK_CACHE := $(CACHE)/staticcheck
+export BUF_CACHE_DIR := $(CACHE)/buf
+
+E2E_RACE ?= 1
+TEST_FLAGS = -count=1 -shuffle=on $(if $(RUN),-run '$(RUN)')
+
+.PHONY: help
+help: ## list the targets
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+.PHONY: demo
+demo: ## move a running virtual machine between two daemons on this machine, and show it
+	@scripts/setup demo
+	@$(MAKE) build
+	@MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/demo $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
+
+.PHONY: test
+test: ## everything CI runs
+	@scripts/setup test
+	@$(MAKE) fmt-check build lint proto generate-check mod unit e2e
+
+.PHONY: build
+build: ## build build/migrated, a static binary
+	@CGO_ENABLED=0 go build -trimpath -o build/migrated ./cmd/migrated
+
+.PHONY: build-race
+build-race: ## build build/race/migrated, with the race detector
+	@go build -race -o build/race/migrated ./cmd/migrated
+
+.PHONY: fmt
+fmt: ## format the Go code
+	@gofmt -w .
+
+.PHONY: fmt-check
+fmt-check: ## check format and licence lines
+	@echo '== format'
+	@unformatted=$$(gofmt -l .); \
+	if [[ -n $$unformatted ]]; then printf 'not formatted (make fmt):\n%s\n' "$$unformatted" >&2; exit 1; fi
+	@scripts/spdx-check
+
+.PHONY: lint
+lint: ## go vet, golangci-lint, staticcheck, shellcheck
+	@echo '== lint'
+	@go vet ./...
+	@scripts/tool golangci-lint run ./...
+	@scripts/tool staticcheck ./...
+	@shellcheck .ci/run scripts/*
+
+.PHONY: proto
+proto: ## lint proto/, and compare it with the newest release for breaking changes
+	@echo '== proto'
+	@scripts/tool buf lint
+	@scripts/breaking
+
+.PHONY: generate
+generate: ## write the generated code anew
+	@scripts/generate
+
+.PHONY: generate-check
+generate-check: ## check that the generated code is up to date
+	@echo '== generated code'
+	@scripts/generate-check
+
+.PHONY: mod
+mod: ## check go.mod, go.sum and the downloaded modules
+	@echo '== modules'
+	@go mod tidy -diff
+	@go mod verify >/dev/null
+
+.PHONY: unit
+unit: ## run the tests of all packages but e2e, with the race detector
+	@echo '== unit tests'
+	@packages=$(or $(if $(PKG),'$(PKG)'),$$(scripts/test-packages unit)); \
+	  go test -race -timeout 15m $(TEST_FLAGS) $$packages
+
+.PHONY: e2e
+e2e: build $(if $(filter-out 0,$(E2E_RACE)),build-race) ## run the end-to-end tests: real QEMU, real networks
+	@echo '== end-to-end tests'
+	@packages=$(or $(if $(PKG),'$(PKG)'),$$(scripts/test-packages e2e)); \
+	  MIGRATED_BINARY='$(CURDIR)/build/$(if $(filter-out 0,$(E2E_RACE)),race/)migrated' \
+	  go test -p 1 -timeout 25m $(TEST_FLAGS) $$packages
+
+.PHONY: clean
+clean: ## remove what was built here (not the caches outside)
+	@rm -rf build
