@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package config is the configuration of the migrated daemon: what can be set,
+// the defaults, and a YAML file whose mistakes are named with their line.
+//
+// Values come from three places, the later overriding the earlier: [Default],
+// the file given to [Load], and the flags of "migrated serve". [Config.Validate]
+// looks at the result, whatever its source.
+package config
+
+import "log/slog"
+
+// DefaultPath is where the daemon looks for its file when it is given none. It
+// need not exist.
+const DefaultPath = "/etc/migrated/migrated.yaml"
+
+// DefaultPort is the TCP port on which daemons reach one another.
+const DefaultPort = "7600"
+
+// Config is what an operator can set of a daemon. The keys of the file are the
+// yaml tags; deploy/migrated.yaml explains them at length.
+type Config struct {
+	// Listen is the HOST:PORT at which other daemons reach this one: the peer
+	// protocol and the page server. Port 0 lets the kernel choose one.
+	Listen string `yaml:"listen"`
+	// Socket is the path of the control API's Unix socket.
+	Socket string `yaml:"socket"`
+	// ControlListen is a HOST:PORT at which the control API is served as well;
+	// empty: at the Unix socket alone. Who can connect to it controls the VMs.
+	ControlListen string `yaml:"control_listen"`
+	// Advertise lists the HOST:PORT addresses under which other daemons reach
+	// this one's page server, in order of preference. Empty: the address that
+	// the peer's connection comes from, with Listen's port.
+	Advertise []string `yaml:"advertise"`
+	// StateDir is the directory of what must outlive the daemon, above all
+	// which VMs have been handed over.
+	StateDir string `yaml:"state_dir"`
+	// QEMUBinaries are the absolute paths of the programs that this daemon may
+	// start as a destination QEMU. A source names its QEMU's program in the
+	// command line it sends; this list is what keeps it from naming any other.
+	// Empty: this daemon starts none, it only attaches to running ones.
+	QEMUBinaries []string `yaml:"qemu_binaries"`
+	// FaultWorkers is how many goroutines answer page faults of one migration;
+	// 0: the daemon chooses by the number of CPUs.
+	FaultWorkers int `yaml:"fault_workers"`
+	// LogLevel is the least severe level that is logged: debug, info, warn or
+	// error.
+	LogLevel string `yaml:"log_level"`
+}
+
+// Default returns the configuration of a daemon that was told nothing. It
+// listens on loopback alone, because neither API authenticates its callers.
+func Default() Config {
+	return Config{
+		Listen:       "127.0.0.1:" + DefaultPort,
+		Socket:       "/run/migrated/migrated.sock",
+		Advertise:    []string{},
+		StateDir:     "/run/migrated",
+		QEMUBinaries: []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"},
+		LogLevel:     "info",
+	}
+}
+
+// levels are the names that log_level may have.
+var levels = map[string]slog.Level{
+	"debug": slog.LevelDebug,
+	"info":  slog.LevelInfo,
+	"warn":  slog.LevelWarn,
+	"error": slog.LevelError,
+}
+
+// Level returns LogLevel for package slog; info where LogLevel is not valid.
+func (c Config) Level() slog.Level { return levels[c.LogLevel] }

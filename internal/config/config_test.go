@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestDefaultIsValid(t *testing.T) {
+	if err := Default().Validate(); err != nil {
+		t.Fatal(err)
+	}
+	if got := Default().Level(); got != slog.LevelInfo {
+		t.Errorf("Level() = %v, want info", got)
+	}
+}
+
+// The example that is shipped names every key with its default: each comment
+// of the form "#key: value" is one, and so is each line without the "#".
+func TestExampleEqualsDefaults(t *testing.T) {
+	const path = "../../deploy/migrated.yaml"
+	got, err := Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(Default(), got); diff != "" {
+		t.Errorf("%s differs from Default() (-default +file):\n%s", path, diff)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range Keys() {
+		if !strings.Contains(string(data), "\n"+key+":") {
+			t.Errorf("%s does not set %s", path, key)
+		}
+	}
+}
+
+func TestLoad(t *testing.T) {
+	all := Config{
+		Listen: "[::]:7600", Socket: "/tmp/m.sock", ControlListen: "127.0.0.1:7601",
+		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated",
+		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, LogLevel: "debug",
+	}
+	one := Default()
+	one.FaultWorkers = 3
+	none := Default()
+	none.QEMUBinaries = []string{}
+	for _, test := range []struct {
+		name, file string
+		want       Config
+	}{
+		{"empty", "", Default()},
+		{"comments only", "# nothing\n# here\n", Default()},
+		{"empty document", "---\n", Default()},
+		{"one key", "fault_workers: 3\n", one},
+		{"null keeps the default", "listen:\nfault_workers: 3\n", one},
+		{"a list replaces the default list", "qemu_binaries: []\n", none},
+		{"all keys", `
+listen: "[::]:7600"
+socket: /tmp/m.sock
+control_listen: 127.0.0.1:7601
+advertise: [10.0.0.1:7600, host.example:7600]
+state_dir: /var/lib/migrated
+qemu_binaries:
+  - /opt/qemu
+fault_workers: 4
+log_level: debug
+`, all},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got, err := Load(write(t, test.file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestLoadMistakes(t *testing.T) {
+	for _, test := range []struct {
+		name, file string
+		want       []string // each error, without the path
+	}{
+		{"misspelt", "# c\nlistn: a\n", []string{`2: unknown key "listn"; did you mean "listen"?`}},
+		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
+		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
+		{"far from any", "bandwidth: 3\n", []string{`1: unknown key "bandwidth"; valid keys are advertise, control_listen, ` +
+			`fault_workers, listen, log_level, qemu_binaries, socket, state_dir`}},
+		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
+		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
+		{"list for a text", "listen: [a]\n", []string{`1: listen: a list is not a text`}},
+		{"text for a list", "advertise: a:1\n", []string{`1: advertise: "a:1" is not a list of texts, as in [first, second]`}},
+		{"list in a list", "advertise:\n  - a:1\n  - [b]\n", []string{`3: advertise: an entry of the list is not a text`}},
+		{"twice", "listen: a\nlisten: b\n", []string{`2: mapping key "listen" already defined at line 1`}},
+		{"several", "listn: a\nfault_workers: x\n", []string{
+			`1: unknown key "listn"; did you mean "listen"?`,
+			`2: fault_workers: "x" is not a whole number (written without quotes)`}},
+		{"no mapping", "- a\n", []string{"1: cannot construct !!seq into config.Config; the file is a list of KEY: VALUE lines, see deploy/migrated.yaml"}},
+		{"no YAML", "listen: a\n  b: c\n", []string{"2: this is not YAML: mapping values are not allowed in this context"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			path := write(t, test.file)
+			_, err := Load(path)
+			if err == nil {
+				t.Fatal("no error")
+			}
+			var first *FileError
+			if !errors.As(err, &first) {
+				t.Fatalf("not a FileError: %v", err)
+			}
+			got := strings.Split(strings.ReplaceAll(err.Error(), path+":", ""), "\n")
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestLoadMissingFile(t *testing.T) {
+	if _, err := Load(filepath.Join(t.TempDir(), "none.yaml")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("error %v does not wrap fs.ErrNotExist", err)
+	}
+}
+
+func TestValidate(t *testing.T) {
+	for _, test := range []struct {
+		name       string
+		change     func(*Config)
+		key, value string // of the ValueError; empty: valid
+	}{
+		{"all addresses", func(c *Config) { c.Listen = ":7600" }, "", ""},
+		{"any port", func(c *Config) { c.Listen = "127.0.0.1:0" }, "", ""},
+		{"no port", func(c *Config) { c.Listen = "127.0.0.1" }, "listen", "127.0.0.1"},
+		{"port by name", func(c *Config) { c.Listen = "127.0.0.1:http" }, "listen", "127.0.0.1:http"},
+		{"port too big", func(c *Config) { c.Listen = "h:65536" }, "listen", "h:65536"},
+		{"no listen", func(c *Config) { c.Listen = "" }, "listen", ""},
+		{"relative socket", func(c *Config) { c.Socket = "m.sock" }, "socket", "m.sock"},
+		{"longest socket", func(c *Config) { c.Socket = "/" + strings.Repeat("s", 106) }, "", ""},
+		{"socket too long", func(c *Config) { c.Socket = "/" + strings.Repeat("s", 107) }, "socket", "/" + strings.Repeat("s", 107)},
+		{"control", func(c *Config) { c.ControlListen = "localhost:1" }, "", ""},
+		{"control without port", func(c *Config) { c.ControlListen = "localhost" }, "control_listen", "localhost"},
+		{"advertised name", func(c *Config) { c.Advertise = []string{"h.example:7600"} }, "", ""},
+		{"advertised any port", func(c *Config) { c.Advertise = []string{"10.0.0.1:7600", "10.0.0.1:0"} }, "advertise", "10.0.0.1:0"},
+		{"advertised no host", func(c *Config) { c.Advertise = []string{":7600"} }, "advertise", ":7600"},
+		{"advertised any host", func(c *Config) { c.Advertise = []string{"[::]:7600"} }, "advertise", "[::]:7600"},
+		{"relative state", func(c *Config) { c.StateDir = "state" }, "state_dir", "state"},
+		{"no QEMU", func(c *Config) { c.QEMUBinaries = nil }, "", ""},
+		{"QEMU by name", func(c *Config) { c.QEMUBinaries = []string{"qemu-kvm"} }, "qemu_binaries", "qemu-kvm"},
+		{"negative workers", func(c *Config) { c.FaultWorkers = -1 }, "fault_workers", "-1"},
+		{"too many workers", func(c *Config) { c.FaultWorkers = 257 }, "fault_workers", "257"},
+		{"log level", func(c *Config) { c.LogLevel = "INFO" }, "log_level", "INFO"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := Default()
+			test.change(&c)
+			err := c.Validate()
+			if test.key == "" {
+				if err != nil {
+					t.Errorf("refused: %v", err)
+				}
+				return
+			}
+			var v *ValueError
+			if !errors.As(err, &v) {
+				t.Fatalf("not a ValueError: %v", err)
+			}
+			if v.Key != test.key || v.Value != test.value || v.Want == "" {
+				t.Errorf("refused %s %q (%s), want %s %q", v.Key, v.Value, v.Want, test.key, test.value)
+			}
+		})
+	}
+}
+
+func write(t *testing.T, content string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "migrated.yaml")
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}

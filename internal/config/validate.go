@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// A ValueError says that the value of a key cannot be used.
+type ValueError struct {
+	Key   string // as in the file; the flag has "-" for "_"
+	Value string // as it was given
+	Want  string // what is right, as in "HOST:PORT, as in 127.0.0.1:7600"
+}
+
+// Error names the key, the value and what is right.
+func (e *ValueError) Error() string {
+	return fmt.Sprintf("%s: %q cannot be used: it must be %s", e.Key, e.Value, e.Want)
+}
+
+// maxSocketPath is the size of sockaddr_un.sun_path less its final NUL, unix(7).
+const maxSocketPath = 107
+
+// maxFaultWorkers bounds what is certainly a typing error: a worker is worth a
+// goroutine and a lane of its own only while CPUs are there to run it.
+const maxFaultWorkers = 256
+
+// Validate returns the joined [ValueError]s of c, nil where the daemon can run
+// with it. It looks at c alone, not at the host: which ports are free and which
+// programs exist is found out by using them.
+func (c Config) Validate() error {
+	var errs []error
+	refuse := func(key, value, want string) {
+		errs = append(errs, &ValueError{key, value, want})
+	}
+	if !validListen(c.Listen) {
+		refuse("listen", c.Listen, "HOST:PORT, as in 127.0.0.1:7600, or :7600 for all addresses")
+	}
+	if !filepath.IsAbs(c.Socket) || len(c.Socket) > maxSocketPath {
+		refuse("socket", c.Socket, fmt.Sprintf("an absolute path of at most %d bytes", maxSocketPath))
+	}
+	if c.ControlListen != "" && !validListen(c.ControlListen) {
+		refuse("control_listen", c.ControlListen, "HOST:PORT, as in 127.0.0.1:7601, or empty for none")
+	}
+	for _, address := range c.Advertise {
+		if !validRemote(address) {
+			refuse("advertise", address, "a HOST:PORT that other hosts can connect to, as in 10.0.0.1:7600")
+		}
+	}
+	if !filepath.IsAbs(c.StateDir) {
+		refuse("state_dir", c.StateDir, "an absolute path")
+	}
+	for _, program := range c.QEMUBinaries {
+		if !filepath.IsAbs(program) {
+			refuse("qemu_binaries", program, "the absolute path of a program, as in /usr/bin/qemu-system-x86_64")
+		}
+	}
+	if c.FaultWorkers < 0 || c.FaultWorkers > maxFaultWorkers {
+		refuse("fault_workers", strconv.Itoa(c.FaultWorkers),
+			fmt.Sprintf("0 (the daemon chooses) to %d", maxFaultWorkers))
+	}
+	if _, ok := levels[c.LogLevel]; !ok {
+		refuse("log_level", c.LogLevel, "debug, info, warn or error")
+	}
+	return errors.Join(errs...)
+}
+
+// validListen reports whether a socket can be bound to address.
+func validListen(address string) bool {
+	_, port, err := net.SplitHostPort(address)
+	return err == nil && validPort(port)
+}
+
+// validRemote reports whether others can connect to address: it has a host
+// that is not "every address of this host", and a port that is not "any".
+func validRemote(address string) bool {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil || host == "" || strings.ContainsAny(host, " /") {
+		return false
+	}
+	if ip, err := netip.ParseAddr(host); err == nil && ip.IsUnspecified() {
+		return false
+	}
+	return validPort(port) && port != "0"
+}
+
+func validPort(port string) bool {
+	_, err := strconv.ParseUint(port, 10, 16)
+	return err == nil
+}
