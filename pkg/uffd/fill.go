@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package uffd
+
+import "github.com/migrated-vm/migrated/pkg/uffd/internal/abi"
+
+// The ways to put something where a page is missing. All of them stop at the first page that cannot be
+// had and report what they did before it: n bytes are in place, and unless the mode says DontWake their
+// waiting threads are woken, also when err is not nil. Repeat the rest on ErrAgain.
+//
+//	ErrExist          the first page is there already: Wake it, go on with the next
+//	ErrAgain          the address space is changing: read events, repeat
+//	ErrNotRegistered  the range was unmapped, moved or unregistered
+//	ErrProcessGone    nobody is left to fill pages for
+
+// CopyMode modifies Copy.
+type CopyMode uint64
+
+const (
+	// CopyDontWake leaves waiting threads asleep until Wake.
+	CopyDontWake CopyMode = abi.UFFDIO_COPY_MODE_DONTWAKE
+
+	// CopyWriteProtect installs the page write-protected; the range must be registered with ModeWP.
+	CopyWriteProtect CopyMode = abi.UFFDIO_COPY_MODE_WP
+)
+
+var opCopy = newOperation("UFFDIO_COPY")
+
+// Copy puts a copy of src at dst, at once as far as the threads there can tell. len(src) and dst must be
+// multiples of the page size; src stays the caller's. n is what was installed, also when err is not nil.
+func (u *UFFD) Copy(dst uint64, src []byte, mode CopyMode) (n int, err error) {
+	if !u.acquire() {
+		return 0, opCopy.closed
+	}
+	field, errno := copyFrom(u.fd, dst, src, mode)
+	u.release()
+	return opCopy.filled(errno, field)
+}
+
+// ZeroMode modifies Zeropage.
+type ZeroMode uint64
+
+// ZeroDontWake leaves waiting threads asleep until Wake.
+const ZeroDontWake ZeroMode = abi.UFFDIO_ZEROPAGE_MODE_DONTWAKE
+
+var opZeropage = newOperation("UFFDIO_ZEROPAGE")
+
+// Zeropage makes r read as zeros without anything being copied. Not on hugetlbfs (ErrInvalid): Copy zeros there.
+func (u *UFFD) Zeropage(r Range, mode ZeroMode) (n int, err error) {
+	if !u.acquire() {
+		return 0, opZeropage.closed
+	}
+	arg := abi.UffdioZeropage{Range: abi.UffdioRange{Start: r.Start, Len: r.Len}, Mode: uint64(mode)}
+	errno := ioctl(u.fd, abi.UFFDIO_ZEROPAGE, &arg)
+	u.release()
+	return opZeropage.filled(errno, arg.Zeropage)
+}
+
+// ContinueMode modifies Continue.
+type ContinueMode uint64
+
+const (
+	// ContinueDontWake leaves waiting threads asleep until Wake.
+	ContinueDontWake ContinueMode = abi.UFFDIO_CONTINUE_MODE_DONTWAKE
+
+	// ContinueWriteProtect maps the page write-protected; the range must be registered with ModeWP (6.4).
+	ContinueWriteProtect ContinueMode = abi.UFFDIO_CONTINUE_MODE_WP
+)
+
+var opContinue = newOperation("UFFDIO_CONTINUE")
+
+// Continue answers minor faults: it maps the pages which the page cache already has for r. ErrFault if one is
+// not in the page cache.
+func (u *UFFD) Continue(r Range, mode ContinueMode) (n int, err error) {
+	if !u.acquire() {
+		return 0, opContinue.closed
+	}
+	arg := abi.UffdioContinue{Range: abi.UffdioRange{Start: r.Start, Len: r.Len}, Mode: uint64(mode)}
+	errno := ioctl(u.fd, abi.UFFDIO_CONTINUE, &arg)
+	u.release()
+	return opContinue.filled(errno, arg.Mapped)
+}
+
+// PoisonMode modifies Poison.
+type PoisonMode uint64
+
+// PoisonDontWake leaves waiting threads asleep until Wake.
+const PoisonDontWake PoisonMode = abi.UFFDIO_POISON_MODE_DONTWAKE
+
+var opPoison = newOperation("UFFDIO_POISON")
+
+// Poison marks the missing pages of r as lost: touching one gives SIGBUS, as memory with a hardware error
+// would (Linux 6.6, FeaturePoison).
+func (u *UFFD) Poison(r Range, mode PoisonMode) (n int, err error) {
+	if !u.acquire() {
+		return 0, opPoison.closed
+	}
+	arg := abi.UffdioPoison{Range: abi.UffdioRange{Start: r.Start, Len: r.Len}, Mode: uint64(mode)}
+	errno := ioctl(u.fd, abi.UFFDIO_POISON, &arg)
+	u.release()
+	return opPoison.filled(errno, arg.Updated)
+}
+
+// MoveMode modifies Move.
+type MoveMode uint64
+
+const (
+	// MoveDontWake leaves waiting threads asleep until Wake.
+	MoveDontWake MoveMode = abi.UFFDIO_MOVE_MODE_DONTWAKE
+
+	// MoveAllowHoles passes over pages that src does not have, instead of failing with ErrNotRegistered.
+	MoveAllowHoles MoveMode = abi.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES
+)
+
+var opMove = newOperation("UFFDIO_MOVE")
+
+// Move takes the pages of [src, src+length) away and puts them, not copied, at dst (Linux 6.8, FeatureMove).
+// Private anonymous memory only, and only within the calling process: a descriptor of another
+// process gives ErrInvalid. ErrBusy: a page is pinned or shared with a fork child.
+func (u *UFFD) Move(dst, src, length uint64, mode MoveMode) (n int, err error) {
+	if !u.acquire() {
+		return 0, opMove.closed
+	}
+	arg := abi.UffdioMove{Dst: dst, Src: src, Len: length, Mode: uint64(mode)}
+	errno := ioctl(u.fd, abi.UFFDIO_MOVE, &arg)
+	u.release()
+	return opMove.filled(errno, arg.Move)
+}
