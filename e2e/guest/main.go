@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux && amd64
+
+// Command guest is /init of the Linux guest that the end-to-end tests migrate.
+// It stamps its memory, visits it under load, and reports on the second serial
+// port what it finds (package report) and does what it is told there:
+//
+//	verify [ID]        check all memory, answer "verified"
+//	load [ID]          load on, answer "state"
+//	stop|idle [ID]     load off, answer "state"
+//	poweroff
+//
+// Its parameters are on the kernel command line, see params.go.
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/e2e/guest/load"
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+)
+
+// memoryLimit is when garbage is collected after all. The reporter makes a few
+// kilobytes of it a window, so that is once in hours.
+const memoryLimit = 96 << 20
+
+// quiet keeps the runtime's preemption signals off the workers, whose stalls
+// are to be those of memory; they call functions often enough to be stopped
+// without. The runtime reads it from the environment only, before main.
+const quiet = "GODEBUG=asyncpreemptoff=1"
+
+func main() {
+	if !slices.Contains(os.Environ(), quiet) {
+		err := unix.Exec("/init", []string{"/init"}, append(os.Environ(), quiet))
+		fmt.Fprintln(os.Stderr, "guest: cannot start again with", quiet, err)
+	}
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(memoryLimit)
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "guest:", err)
+		powerOff() // init must not return: the kernel would panic
+	}
+}
+
+func run() error {
+	if err := mountAll(); err != nil {
+		return err
+	}
+	port, err := openSerial("/dev/ttyS1")
+	if err != nil {
+		return err
+	}
+	out := json.NewEncoder(port)
+	err = serve(port, out)
+	if err != nil {
+		out.Encode(report.Error{Type: report.TypeError, Message: err.Error()})
+	}
+	return err
+}
+
+func serve(port *os.File, out *json.Encoder) error {
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return err
+	}
+	p, err := parseParams(string(cmdline))
+	if err != nil {
+		return err
+	}
+	// A thread for each worker, the reporter and the reader of commands.
+	runtime.GOMAXPROCS(p.Workers + 2)
+	begin := time.Now()
+	l, err := load.New(p.Config)
+	if err != nil {
+		return err
+	}
+	pages, working := l.Pages()
+	if err := out.Encode(report.Ready{
+		Type: report.TypeReady, UptimeMS: uptime().Milliseconds(), Pages: pages, Working: working,
+		Workers: p.Workers, StampMS: time.Since(begin).Milliseconds(),
+	}); err != nil {
+		return err
+	}
+	commands := make(chan string)
+	go func() {
+		in := bufio.NewScanner(port)
+		for in.Scan() {
+			commands <- in.Text()
+		}
+	}()
+	l.Run(true)
+	return reportLoop(l, p.Window, commands, out)
+}
+
+// reportLoop is the one goroutine that writes to the port. It returns only with
+// an error.
+func reportLoop(l *load.Load, period time.Duration, commands <-chan string, out *json.Encoder) error {
+	tick := time.NewTicker(period)
+	for {
+		var err error
+		select {
+		case <-tick.C:
+			err = out.Encode(l.Window(uptime()))
+		case c := <-commands:
+			err = obey(l, c, out)
+		}
+		for err == nil {
+			d, ok := l.Corruption(uptime())
+			if !ok {
+				break
+			}
+			err = out.Encode(d)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func obey(l *load.Load, command string, out *json.Encoder) error {
+	name, id, _ := strings.Cut(strings.TrimSpace(command), " ")
+	switch name {
+	case "":
+		return nil
+	case "verify":
+		pages, found := l.Verify()
+		return out.Encode(report.Verified{
+			Type: report.TypeVerified, Counters: l.Counters(uptime()), ID: id, Pages: pages, Found: found,
+		})
+	case "load", "stop", "idle":
+		l.Run(name == "load")
+		return out.Encode(report.State{
+			Type: report.TypeState, Counters: l.Counters(uptime()), ID: id, Loaded: name == "load",
+		})
+	case "poweroff":
+		powerOff()
+	}
+	return out.Encode(report.Error{Type: report.TypeError, Message: fmt.Sprintf("unknown command %q", command)})
+}
+
+// uptime is CLOCK_MONOTONIC: milliseconds that the guest has run.
+func uptime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+		panic(err) // the clock exists since Linux 2.6
+	}
+	return time.Duration(ts.Nano())
+}

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package report is what the test guest says on its second serial port, and
+// the host's side of listening to it.
+//
+// The guest writes one JSON object a line; its "type" says which of the types
+// below it is. Counters are cumulative from the boot of the guest, so a line
+// that gets lost with the source's serial port, or between two connections,
+// loses no finding: the next line repeats it. All times are the guest's own
+// CLOCK_MONOTONIC, which stands still while the VM does.
+package report
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+
+	"github.com/migrated-vm/migrated/e2e/guest/stamp"
+)
+
+// Values of the "type" field.
+const (
+	TypeReady      = "ready"
+	TypeWindow     = "window"
+	TypeCorruption = "corruption"
+	TypeVerified   = "verified"
+	TypeState      = "state"
+	TypeError      = "error"
+)
+
+// Ready is the first line: all memory is stamped and the load begins.
+type Ready struct {
+	Type     string `json:"type"`
+	UptimeMS int64  `json:"uptime_ms"`
+	Pages    uint32 `json:"pages"`    // stamped, of stamp.PageSize bytes
+	Working  uint32 `json:"working"`  // of these, in the working set
+	Workers  int    `json:"workers"`  // threads
+	StampMS  int64  `json:"stamp_ms"` // how long stamping took
+}
+
+// Counters are cumulative and part of every later line.
+type Counters struct {
+	UptimeMS    int64  `json:"uptime_ms"`
+	TotalOps    uint64 `json:"total_ops"`    // pages visited by the load
+	TotalWrites uint64 `json:"total_writes"` // new generations written
+	Corruptions uint64 `json:"corruptions"`  // damaged pages and table entries found
+}
+
+// Window is one reporting period of the load.
+type Window struct {
+	Type string `json:"type"`
+	Seq  uint64 `json:"seq"` // counts up from 1 without gaps
+	Counters
+	Ops uint64 `json:"ops"` // in this window
+	// MaxUS is the guest's longest stall in microseconds: the slowest
+	// operation that ended in this window, or the age of one that has not
+	// ended yet.
+	MaxUS int64 `json:"max_us"`
+	P50US int64 `json:"p50_us"`
+	P99US int64 `json:"p99_us"`
+}
+
+// Corruption describes one damaged page. Only the first of them are described,
+// all are counted.
+type Corruption struct {
+	Type string `json:"type"`
+	Counters
+	Page     uint32     `json:"page"`
+	Word     int        `json:"word"`     // first 8-byte word that differs
+	Expected string     `json:"expected"` // hexadecimal
+	Got      string     `json:"got"`      // hexadecimal
+	Kind     stamp.Kind `json:"kind"`
+}
+
+// Verified answers the command "verify".
+type Verified struct {
+	Type string `json:"type"`
+	Counters
+	ID    string `json:"id,omitempty"` // as in the command
+	Pages uint32 `json:"pages"`        // checked: all of them
+	// Found is how many damaged pages and table entries this walk met. Damage
+	// that the load met earlier is repaired then; it is in Corruptions.
+	Found uint64 `json:"found"`
+}
+
+// State answers "load", "stop" and "idle": the load is on or off from here.
+type State struct {
+	Type string `json:"type"`
+	Counters
+	ID     string `json:"id,omitempty"`
+	Loaded bool   `json:"loaded"`
+}
+
+// Error says that the guest cannot do what it was told.
+type Error struct {
+	Type    string `json:"type"`
+	Message string `json:"message"`
+}
+
+// Line is one parsed line; exactly one of its pointers is set.
+type Line struct {
+	Ready      *Ready
+	Window     *Window
+	Corruption *Corruption
+	Verified   *Verified
+	State      *State
+	Error      *Error
+}
+
+// Counters returns the cumulative counters of a line that carries them.
+func (l Line) Counters() (Counters, bool) {
+	switch {
+	case l.Window != nil:
+		return l.Window.Counters, true
+	case l.Corruption != nil:
+		return l.Corruption.Counters, true
+	case l.Verified != nil:
+		return l.Verified.Counters, true
+	case l.State != nil:
+		return l.State.Counters, true
+	}
+	return Counters{}, false
+}
+
+// Parse reads one line of the guest.
+func Parse(b []byte) (Line, error) {
+	var head struct {
+		Type string `json:"type"`
+	}
+	b = bytes.TrimSpace(b)
+	if err := json.Unmarshal(b, &head); err != nil {
+		return Line{}, fmt.Errorf("guest line %q: %w", b, err)
+	}
+	var l Line
+	var into any
+	switch head.Type {
+	case TypeReady:
+		l.Ready = new(Ready)
+		into = l.Ready
+	case TypeWindow:
+		l.Window = new(Window)
+		into = l.Window
+	case TypeCorruption:
+		l.Corruption = new(Corruption)
+		into = l.Corruption
+	case TypeVerified:
+		l.Verified = new(Verified)
+		into = l.Verified
+	case TypeState:
+		l.State = new(State)
+		into = l.State
+	case TypeError:
+		l.Error = new(Error)
+		into = l.Error
+	default:
+		return Line{}, fmt.Errorf("guest line %q: unknown type", b)
+	}
+	if err := json.Unmarshal(b, into); err != nil {
+		return Line{}, fmt.Errorf("guest line %q: %w", b, err)
+	}
+	return l, nil
+}

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package report
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+)
+
+// Log collects what one guest says, across all the serial ports that it says
+// it on: the source's before a migration, the destination's after it. It is
+// safe for concurrent use. The zero value is an empty log.
+type Log struct {
+	mu      sync.Mutex
+	changed chan struct{} // closed and replaced on each change
+	lines   []Line
+	garbled []string
+	last    Counters
+	back    []string
+}
+
+// Follow reads lines from r into the log until r ends, and returns the error
+// that is not io.EOF. A line that does not parse is kept apart (see Garbled):
+// a connection may begin or end in the middle of one.
+func (l *Log) Follow(r io.Reader) error {
+	b := bufio.NewReader(r)
+	for {
+		text, err := b.ReadBytes('\n')
+		if err != nil {
+			if len(text) > 0 {
+				l.garble(string(text))
+			}
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return err
+		}
+		if line, err := Parse(text); err != nil {
+			l.garble(err.Error())
+		} else {
+			l.add(line)
+		}
+	}
+}
+
+func (l *Log) add(line Line) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c, ok := line.Counters(); ok {
+		// The guest keeps its counters in the memory under test. One that
+		// runs backwards is damage that the guest itself cannot see.
+		if c.TotalOps < l.last.TotalOps || c.TotalWrites < l.last.TotalWrites ||
+			c.Corruptions < l.last.Corruptions || c.UptimeMS < l.last.UptimeMS {
+			l.back = append(l.back, fmt.Sprintf("%+v after %+v", c, l.last))
+		}
+		l.last = c
+	}
+	l.lines = append(l.lines, line)
+	l.wake()
+}
+
+func (l *Log) garble(text string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.garbled = append(l.garbled, text)
+	l.wake()
+}
+
+// wake needs l.mu.
+func (l *Log) wake() {
+	if l.changed != nil {
+		close(l.changed)
+		l.changed = nil
+	}
+}
+
+// Len returns how many lines the log has; it is a position for Lines and Wait.
+func (l *Log) Len() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.lines)
+}
+
+// Lines returns the lines from position from on. The caller must not change
+// what they point to.
+func (l *Log) Lines(from int) []Line {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([]Line(nil), l.lines[min(from, len(l.lines)):]...)
+}
+
+// Windows returns the windows from position from on.
+func (l *Log) Windows(from int) []Window {
+	var w []Window
+	for _, line := range l.Lines(from) {
+		if line.Window != nil {
+			w = append(w, *line.Window)
+		}
+	}
+	return w
+}
+
+// Garbled returns what was not understood.
+func (l *Log) Garbled() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([]string(nil), l.garbled...)
+}
+
+// Last returns the newest counters.
+func (l *Log) Last() Counters {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.last
+}
+
+// ErrDamaged is what Err returns, wrapped with details, for a guest whose
+// memory is not what it wrote.
+var ErrDamaged = errors.New("guest memory is damaged")
+
+// Err returns nil if nothing in the log shows damage: no corruption is
+// counted, and no counter ever ran backwards.
+func (l *Log) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.back) > 0 {
+		return fmt.Errorf("%w: counters ran backwards: %s", ErrDamaged, l.back[0])
+	}
+	first, max := "no details were reported", l.last.Corruptions
+	for _, line := range l.lines {
+		if c := line.Corruption; c != nil {
+			first = fmt.Sprintf("first: page %d, word %d is %s, not %s (%s)", c.Page, c.Word, c.Got, c.Expected, c.Kind)
+			break
+		}
+	}
+	if max > 0 {
+		return fmt.Errorf("%w: %d corruptions; %s", ErrDamaged, max, first)
+	}
+	return nil
+}
+
+// Wait returns the first line at or after position from that matches, and the
+// position behind it.
+func (l *Log) Wait(ctx context.Context, from int, match func(Line) bool) (Line, int, error) {
+	for {
+		l.mu.Lock()
+		for ; from < len(l.lines); from++ {
+			if match(l.lines[from]) {
+				defer l.mu.Unlock()
+				return l.lines[from], from + 1, nil
+			}
+		}
+		if l.changed == nil {
+			l.changed = make(chan struct{})
+		}
+		changed := l.changed
+		l.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return Line{}, from, fmt.Errorf("waiting for a guest line (%d lines so far, %d garbled): %w",
+				l.Len(), len(l.Garbled()), context.Cause(ctx))
+		}
+	}
+}
+
+// WaitReady waits for the guest to have stamped its memory.
+func (l *Log) WaitReady(ctx context.Context) (*Ready, error) {
+	line, _, err := l.Wait(ctx, 0, func(l Line) bool { return l.Ready != nil || l.Error != nil })
+	if err != nil {
+		return nil, err
+	}
+	if line.Error != nil {
+		return nil, fmt.Errorf("guest: %s", line.Error.Message)
+	}
+	return line.Ready, nil
+}
+
+// FollowFile is Follow for a serial port that QEMU writes to a file; it returns
+// ctx's error when ctx ends.
+func (l *Log) FollowFile(ctx context.Context, path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("guest's serial log: %w", err)
+	}
+	defer f.Close()
+	return l.Follow(Tail(ctx, f))
+}

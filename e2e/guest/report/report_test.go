@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package report
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func deadline(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func TestLogCountsWhatItDoesNotUnderstand(t *testing.T) {
+	var l Log
+	in := "tail of a line\"}\n" +
+		`{"type":"ready","pages":10,"workers":1}` + "\n" +
+		`{"type":"window","seq":1,"ops":5,"total_ops":5,"corruptions":0}` + "\r\n" +
+		`{"type":"nonsense"}` + "\n" +
+		`{"type":"window","seq":2,"ops":5,"tot`
+	if err := l.Follow(strings.NewReader(in)); err != nil {
+		t.Fatal(err)
+	}
+	if l.Len() != 2 || len(l.Garbled()) != 3 {
+		t.Errorf("%d lines, garbled %q", l.Len(), l.Garbled())
+	}
+	if err := l.Err(); err != nil {
+		t.Errorf("Err = %v", err)
+	}
+	if r, err := l.WaitReady(deadline(t)); err != nil || r.Pages != 10 {
+		t.Errorf("WaitReady = %+v, %v", r, err)
+	}
+	if w := l.Windows(0); len(w) != 1 || w[0].TotalOps != 5 {
+		t.Errorf("Windows = %+v", w)
+	}
+}
+
+func TestDamageIsKnownWithoutItsLine(t *testing.T) {
+	for name, in := range map[string]string{
+		"counted":   `{"type":"window","total_ops":5,"corruptions":2}`,
+		"described": `{"type":"corruption","page":7,"kind":"stale","corruptions":1}`,
+		"backwards": `{"type":"window","total_ops":9}` + "\n" + `{"type":"window","total_ops":8}`,
+		"forgotten": `{"type":"window","corruptions":1}` + "\n" + `{"type":"window","corruptions":0}`,
+	} {
+		var l Log
+		if err := l.Follow(strings.NewReader(in + "\n")); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Err(); !errors.Is(err, ErrDamaged) {
+			t.Errorf("%s: Err = %v, want ErrDamaged", name, err)
+		}
+	}
+}
+
+func TestPortCommand(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "serial")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		conn, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		sc := bufio.NewScanner(conn)
+		for sc.Scan() {
+			if id, ok := strings.CutPrefix(sc.Text(), "verify "); ok {
+				conn.Write([]byte(`{"type":"verified","id":"old","pages":1}` + "\n" +
+					`{"type":"verified","id":"` + id + `","pages":4,"found":1,"corruptions":1}` + "\n"))
+			}
+		}
+	}()
+	var l Log
+	p, err := Open(deadline(t), path, &l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := p.Verify(deadline(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v.Pages != 4 || v.Found != 1 {
+		t.Errorf("Verify = %+v", v)
+	}
+	if err := p.Close(); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+}
+
+func TestWaitEndsWithContext(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var l Log
+	if _, _, err := l.Wait(ctx, 0, func(Line) bool { return true }); !errors.Is(err, context.Canceled) {
+		t.Errorf("Wait = %v", err)
+	}
+	if _, err := Dial(ctx, filepath.Join(t.TempDir(), "none")); !errors.Is(err, context.Canceled) {
+		t.Errorf("Dial = %v", err)
+	}
+}
+
+func TestTailWaitsForMore(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString("one\r\ntw"); err != nil {
+		t.Fatal(err)
+	}
+	r, err := os.Open(f.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	b := bufio.NewReader(Tail(deadline(t), r))
+	seen := make(chan struct{})
+	result := make(chan string, 1)
+	go func() {
+		line, err := WaitLine(b, func(s string) bool {
+			if s == "one" {
+				close(seen) // the rest is written only after the reader met the end
+			}
+			return s == "two"
+		})
+		result <- line
+		if err != nil {
+			t.Error(err)
+		}
+	}()
+	<-seen
+	if _, err := f.WriteString("o\n"); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-result; got != "two" {
+		t.Errorf("WaitLine = %q", got)
+	}
+}
