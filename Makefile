@@ -17,11 +17,6 @@ MAKEFLAGS += --no-print-directory
 # The steps share two files, the build cache and the machine; the output is to be read from top to bottom.
 .NOTPARALLEL:
 
-CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/migrated
-export GOLANGCI_LINT_CACHE := $(CACHE)/golangci-lint
-export STATICCHECK_CACHE := $(CACHE)/staticcheck
-export BUF_CACHE_DIR := $(CACHE)/buf
-
 E2E_RACE ?= 1
 TEST_FLAGS = -count=1 -shuffle=on $(if $(RUN),-run '$(RUN)')
 
