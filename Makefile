@@ -33,7 +33,7 @@ demo: ## move a running virtual machine between two daemons on this machine, and
 .PHONY: test
 test: ## everything CI runs
 	@scripts/setup test
-	@$(MAKE) fmt-check build lint proto generate-check mod unit e2e
+	@$(MAKE) $(if $(CI),--keep-going) fmt-check build lint proto generate-check mod unit e2e
 
 .PHONY: build
 build: ## build build/migrated, a static binary
