@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync/atomic"
+	"unicode/utf8"
+
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// bar is the display for a terminal: two lines that mpb redraws in place, and
+// a last one with what it came to.
+type bar struct {
+	progress *mpb.Progress
+	bar      *mpb.Bar
+	out      io.Writer
+	now      atomic.Pointer[migratedv1.Migration] // what mpb's goroutine draws
+}
+
+// newBar draws on terminal until close.
+func newBar(terminal *os.File) *bar {
+	b := &bar{progress: mpb.New(mpb.WithOutput(terminal)), out: terminal}
+	line := func(i int) mpb.BarFillerFunc {
+		return func(w io.Writer, s decor.Statistics) error {
+			text := frame(b.now.Load(), s.AvailableWidth)[i]
+			if i > 0 {
+				text += "\n" // mpb ends the first line alone
+			}
+			_, err := io.WriteString(w, text)
+			return err
+		}
+	}
+	// Add fails after Wait alone.
+	b.bar, _ = b.progress.Add(1, line(0), mpb.BarFillerTrim(), mpb.BarBtmExtender(line(1)))
+	return b
+}
+
+func (b *bar) show(m *migratedv1.Migration) { b.now.Store(m) }
+
+func (b *bar) close() {
+	b.bar.Abort(false) // keeps the lines as they are; completing adds nothing
+	b.progress.Wait()
+	if m := b.now.Load(); m.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		fmt.Fprintln(b.out, summary(m))
+	}
+}
+
+const (
+	maxFrameWidth = 100 // a bar across a very wide screen is hard to read
+	minBarWidth   = 10  // below that a bar says less than the percentage
+)
+
+// style is how the bar within a frame looks.
+var style = mpb.BarStyle().Lbound("[").Filler("=").Tip(">").Padding("-").Rbound("]")
+
+// frame draws a migration as two lines of at most width columns:
+//
+//	db-1 postcopy-active [==========>-------------]  43.1%
+//	  442/1024 pages  812.4 MB/s  3.0 s left  downtime 2.4 ms
+func frame(m *migratedv1.Migration, width int) [2]string {
+	if m == nil {
+		return [2]string{"", ""}
+	}
+	width = min(width, maxFrameWidth)
+	head := m.GetId() + " " + stateName(m.GetState()) + " "
+	tail := fmt.Sprintf(" %6s", percent(m.GetProgress()))
+	first := head + strings.TrimSpace(tail)
+	if room := width - utf8.RuneCountInString(head) - len(tail); room >= minBarWidth {
+		first = head + drawBar(fraction(m.GetProgress()), room) + tail
+	}
+	return [2]string{cut(first, width), cut(below(m, width), width)}
+}
+
+// below is the second line of a frame: figures once there are any, until then
+// or while they stand still what the state means.
+func below(m *migratedv1.Migration, width int) string {
+	switch m.GetState() {
+	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE,
+		migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
+	default:
+		return "  " + stateMeaning(m)
+	}
+	text := ""
+	for _, figure := range figures(m.GetProgress()) {
+		longer := text + "  " + figure
+		if text != "" && utf8.RuneCountInString(longer) > width {
+			break
+		}
+		text = longer
+	}
+	return text
+}
+
+// drawBar draws a bar of width columns, of which done (0 to 1) is filled.
+func drawBar(done float64, width int) string {
+	const whole = 1 << 20
+	var b bytes.Buffer
+	// Writing to a buffer does not fail.
+	_ = style.Build().Fill(&b, decor.Statistics{AvailableWidth: width, Total: whole, Current: int64(done * whole)})
+	return b.String()
+}
+
+// cut shortens a line to width columns.
+func cut(line string, width int) string {
+	if utf8.RuneCountInString(line) <= width {
+		return line
+	}
+	return string([]rune(line)[:max(width, 0)])
+}

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+type checkCmd struct {
+	VM string `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of a VM to check as well."`
+	To string `placeholder:"HOST[:PORT]" help:"Daemon of a destination host to check as well (default port: ${port})."`
+}
+
+func (checkCmd) Help() string {
+	return `Says whether this host can migrate VMs and, where asked, whether a certain VM can be migrated and a certain host can take it. It changes nothing. Each thing that was looked at is a line: ok, warning (a migration is possible) or FAILED (it is not), with what to do below.
+
+Examples:
+
+    migrated check
+    migrated check --vm /run/qemu/db.qmp --to host-b
+
+    # In a script: what stands in the way
+    migrated check --json | jq -r '.results[] | select(.status == "CHECK_STATUS_FAILED") | .remedy'`
+}
+
+func (cc *checkCmd) Run(a *app) error {
+	to := cc.To
+	if to != "" {
+		var err error
+		if to, err = withPort(to); err != nil {
+			return &failure{exit: exitUsage, message: fmt.Sprintf("--to %s: %v", cc.To, err), remedy: `see "migrated check --help" for examples`}
+		}
+	}
+	return a.withClient(func(ctx context.Context, c *client) error {
+		answer, err := c.Check(ctx, &migratedv1.CheckRequest{Vm: localPath(a.daemon, cc.VM), Destination: to})
+		if err != nil {
+			return c.explain("", err)
+		}
+		if a.json {
+			err = a.printJSON(answer)
+		} else {
+			err = printChecks(a.stdout, answer.GetResults())
+		}
+		if err != nil {
+			return err
+		}
+		if count(answer.GetResults(), migratedv1.CheckStatus_CHECK_STATUS_FAILED) > 0 {
+			return &failure{exit: exitCheck} // the results have said it
+		}
+		return nil
+	})
+}
+
+// statusWords are how a check's outcome is printed: what matters stands out
+// without color.
+var statusWords = map[migratedv1.CheckStatus]string{
+	migratedv1.CheckStatus_CHECK_STATUS_UNSPECIFIED: "?",
+	migratedv1.CheckStatus_CHECK_STATUS_OK:          "ok",
+	migratedv1.CheckStatus_CHECK_STATUS_WARNING:     "warning",
+	migratedv1.CheckStatus_CHECK_STATUS_FAILED:      "FAILED",
+}
+
+// printChecks prints the results in the daemon's order and what they come to.
+func printChecks(out io.Writer, results []*migratedv1.CheckResult) error {
+	var table strings.Builder
+	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
+	for _, r := range results {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", statusWords[r.GetStatus()], roleName(r.GetHost()), r.GetSubject(), oneLine(r.GetDetail()))
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	// Remedies go between the lines, where tabwriter would make them columns.
+	for i, line := range strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n") {
+		fmt.Fprintln(out, strings.TrimRight(line, " "))
+		if i < len(results) && results[i].GetRemedy() != "" {
+			fmt.Fprintf(out, "         what to do: %s\n", indent(results[i].GetRemedy()))
+		}
+	}
+	failed := count(results, migratedv1.CheckStatus_CHECK_STATUS_FAILED)
+	warnings := count(results, migratedv1.CheckStatus_CHECK_STATUS_WARNING)
+	verdict := "a migration is possible"
+	if failed > 0 {
+		verdict = "a migration is not possible"
+	}
+	_, err := fmt.Fprintf(out, "\n%d checked, %s, %d FAILED: %s.\n", len(results), plural(uint64(warnings), "warning"), failed, verdict)
+	return err
+}
+
+func count(results []*migratedv1.CheckResult, status migratedv1.CheckStatus) int {
+	n := 0
+	for _, r := range results {
+		if r.GetStatus() == status {
+			n++
+		}
+	}
+	return n
+}
+
+// oneLine keeps a text from breaking a table.
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/migrated-vm/migrated/internal/config"
+)
+
+// cli is the command line: kong reads it from the tags. What a command does is
+// its type's Run, its long help text its type's Help.
+type cli struct {
+	Daemon  string           `group:"common" env:"MIGRATED_DAEMON" default:"${socket}" placeholder:"ADDR" help:"The daemon to talk to: unix:///PATH or HOST:PORT (default: ${socket})."`
+	Timeout time.Duration    `group:"common" default:"10s" help:"How long to wait for an answer of the daemon; following a migration takes as long as the migration (default: ${default})."`
+	JSON    bool             `group:"common" name:"json" help:"Print JSON: one object, or one a line where a migration is followed; errors as an object on standard error. Field names are those of the API (proto/migrated/v1), 64-bit numbers are strings."`
+	Version kong.VersionFlag `group:"common" help:"Print the version of this program and exit."`
+
+	Serve      serveCmd      `cmd:"" help:"Run the daemon of this host."`
+	Check      checkCmd      `cmd:"" help:"Say whether this host, and a VM on it, can migrate."`
+	Migrate    migrateCmd    `cmd:"" help:"Migrate a VM to another host."`
+	List       listCmd       `cmd:"" help:"List the migrations the daemon knows."`
+	Status     statusCmd     `cmd:"" help:"Show one migration."`
+	Watch      watchCmd      `cmd:"" help:"Follow a migration to its end."`
+	Cancel     cancelCmd     `cmd:"" help:"Give up a migration that has not switched over."`
+	Ver        versionCmd    `cmd:"" name:"version" help:"Print the versions of this program and of the daemon."`
+	Completion completionCmd `cmd:"" help:"Print a script that completes this command line in a shell."`
+}
+
+// app is what every command gets: the common flags and where to write.
+type app struct {
+	ctx     context.Context // ends at the first SIGINT or SIGTERM
+	stdout  *os.File
+	stderr  io.Writer
+	daemon  string
+	timeout time.Duration
+	json    bool
+}
+
+const description = `Migrates running QEMU virtual machines to other hosts by post-copy: the VM runs at the destination at once and its memory follows.
+
+A daemon ("migrated serve") runs on every host. All other commands talk to the one of this host; it does the work, so that a migration goes on when its command is interrupted.`
+
+// newParser builds the parser of the command line.
+func newParser(c *cli, stdout, stderr io.Writer) (*kong.Kong, error) {
+	defaults := config.Default()
+	return kong.New(c,
+		kong.Name("migrated"),
+		kong.Description(description+"\n\n"+exitCodeHelp()),
+		kong.Writers(stdout, stderr),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 100}),
+		kong.ValueFormatter(func(v *kong.Value) string { return v.Help }),
+		kong.ExplicitGroups([]kong.Group{
+			{Key: "common", Title: "Flags of all commands:"},
+			{Key: "settings", Title: "Settings (override the configuration file):"},
+		}),
+		kong.Vars{
+			"version":     "migrated " + versionString(),
+			"socket":      "unix://" + defaults.Socket,
+			"config_path": config.DefaultPath,
+			"port":        config.DefaultPort,
+		})
+}
+
+// run executes one command line and returns its exit code.
+func run(ctx context.Context, args []string) int {
+	var c cli
+	parser, err := newParser(&c, os.Stdout, os.Stderr)
+	if err != nil {
+		// The tags of cli are wrong: a mistake that any test run shows.
+		panic(err)
+	}
+	completeLine(parser)
+	a := &app{ctx: ctx, stdout: os.Stdout, stderr: os.Stderr}
+	k, err := parser.Parse(args)
+	a.daemon, a.timeout, a.json = c.Daemon, c.Timeout, c.JSON
+	if err != nil {
+		return a.report(usageError(err))
+	}
+	return a.report(k.Run(a))
+}
+
+// usageError describes a command line that kong refused.
+func usageError(err error) error {
+	command := "migrated"
+	var parse *kong.ParseError
+	if errors.As(err, &parse) && parse.Context != nil {
+		if node := parse.Context.Selected(); node != nil {
+			command = node.FullPath()
+		}
+	}
+	return &failure{exit: exitUsage, message: err.Error(),
+		remedy: "see " + strconv.Quote(command+" --help") + " for what is right, with examples"}
+}
+
+// printf writes a line of a command's output. A reader that went away, as in
+// "migrated list | head", is not worth an error.
+func (a *app) printf(format string, args ...any) {
+	fmt.Fprintf(a.stdout, format, args...)
+}

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"strings"
+)
+
+// The exit codes of all commands; exitCodes says to the operator what they
+// mean. They are part of the command line's interface: add, never renumber.
+const (
+	exitOK          = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitUnreachable = 3
+	exitCheck       = 4
+	exitCancelled   = 5
+	exitUnknownID   = 6
+	exitInterrupted = 130 // 128 + SIGINT, as a shell reports it
+)
+
+// exitCodes is shown by "migrated --help".
+var exitCodes = []struct {
+	code    int
+	meaning string
+}{
+	{exitOK, "done; for migrate and watch: the migration completed"},
+	{exitFailed, "the operation or the migration failed; the message says where the VM is"},
+	{exitUsage, "the command line or the configuration file is wrong; nothing was done"},
+	{exitUnreachable, "the daemon cannot be reached or did not answer in time"},
+	{exitCheck, "check found a reason why a migration is not possible"},
+	{exitCancelled, "the migration was cancelled; the VM runs at the source"},
+	{exitUnknownID, "the daemon knows no migration of that id"},
+	{exitInterrupted, "interrupted while watching; the migration goes on"},
+}
+
+// exitCodeHelp formats exitCodes for a help text.
+func exitCodeHelp() string {
+	var b strings.Builder
+	b.WriteString("Exit codes:\n")
+	for _, e := range exitCodes {
+		fmt.Fprintf(&b, "\n    %3d  %s", e.code, e.meaning)
+	}
+	return b.String()
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// stateName returns a state as QEMU spells its own: "postcopy-active".
+func stateName(s migratedv1.MigrationState) string {
+	return enumName(s.String(), "MIGRATION_STATE_")
+}
+
+// roleName returns "source" or "destination".
+func roleName(r migratedv1.MigrationRole) string {
+	return enumName(r.String(), "MIGRATION_ROLE_")
+}
+
+func enumName(name, prefix string) string {
+	return strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, prefix), "_", "-"))
+}
+
+// stateMeaning says what a state means for the VM.
+func stateMeaning(m *migratedv1.Migration) string {
+	switch m.GetState() {
+	case migratedv1.MigrationState_MIGRATION_STATE_SETUP:
+		if m.GetPrepared() {
+			return "both sides are ready; the VM runs at the source"
+		}
+		return "both sides get ready; the VM runs at the source"
+	case migratedv1.MigrationState_MIGRATION_STATE_DEVICE:
+		return "the VM is stopped and its device state moves"
+	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE:
+		return "the VM runs at the destination and its memory follows"
+	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED:
+		return "the VM runs at the destination; the connection to its memory is lost"
+	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER:
+		return "the VM runs at the destination; the connection to its memory is made again"
+	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
+		return "the VM and all its memory are at the destination"
+	case migratedv1.MigrationState_MIGRATION_STATE_FAILED:
+		return "the migration failed"
+	case migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
+		return "the migration was cancelled; the VM runs at the source"
+	default:
+		return "a state that this program does not know"
+	}
+}
+
+// isTerminal reports whether a state is a migration's last.
+func isTerminal(s migratedv1.MigrationState) bool {
+	switch s {
+	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
+		migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+		migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
+		return true
+	default:
+		return false
+	}
+}
+
+// vmName returns the VM's name or, where it has none, its QMP socket.
+func vmName(m *migratedv1.Migration) string {
+	if m.GetVmName() != "" {
+		return m.GetVmName()
+	}
+	return orDash(m.GetSpec().GetVm())
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// fraction returns how much of the memory is at the destination, 0 to 1.
+func fraction(p *migratedv1.Progress) float64 {
+	if p.GetPagesTotal() == 0 {
+		return 0
+	}
+	return min(1, float64(p.GetPagesPresent())/float64(p.GetPagesTotal()))
+}
+
+// percent returns fraction as "43.1%". It says 100.0% at the very last page
+// only: rounding is down.
+func percent(p *migratedv1.Progress) string {
+	return fmt.Sprintf("%.1f%%", float64(int(fraction(p)*1000))/10)
+}
+
+// bytesText returns a number of bytes as "4.0 GiB".
+func bytesText(n uint64) string {
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	value, unit := float64(n)/1024, 0
+	units := []string{"KiB", "MiB", "GiB", "TiB", "PiB"}
+	for value >= 1023.95 && unit < len(units)-1 {
+		value, unit = value/1024, unit+1
+	}
+	return fmt.Sprintf("%.1f %s", value, units[unit])
+}
+
+// rateText returns bytes a second as "812.4 MB/s": decimal, as network rates are.
+func rateText(perSecond float64) string { return fmt.Sprintf("%.1f MB/s", perSecond/1e6) }
+
+// durationText returns a duration with the digits that matter: "312 µs",
+// "2.4 ms", "1.8 s", "2m05s".
+func durationText(d *durationpb.Duration) string {
+	switch v := d.AsDuration(); {
+	case d == nil:
+		return "-"
+	case v < time.Millisecond:
+		return fmt.Sprintf("%d µs", v.Microseconds())
+	case v < time.Second:
+		return fmt.Sprintf("%.1f ms", float64(v)/float64(time.Millisecond))
+	case v < time.Minute:
+		return fmt.Sprintf("%.1f s", v.Seconds())
+	case v < time.Hour:
+		return fmt.Sprintf("%dm%02ds", int(v.Minutes()), int(v.Seconds())%60)
+	default:
+		return fmt.Sprintf("%dh%02dm", int(v.Hours()), int(v.Minutes())%60)
+	}
+}
+
+// timeText returns a time in the operator's time zone.
+func timeText(t *timestamppb.Timestamp) string {
+	if t == nil {
+		return "-"
+	}
+	return t.AsTime().Local().Format("2006-01-02 15:04:05")
+}
+
+// plural returns "1 page", "2 pages".
+func plural(n uint64, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
+// figures lists what is worth knowing of a running migration, the most
+// important first: a narrow terminal shows the first of them.
+func figures(p *migratedv1.Progress) []string {
+	list := []string{fmt.Sprintf("%d/%d pages", p.GetPagesPresent(), p.GetPagesTotal()), rateText(p.GetBytesPerSecond())}
+	if p.GetTimeLeft() != nil {
+		list = append(list, durationText(p.GetTimeLeft())+" left")
+	}
+	if p.GetDowntime() != nil {
+		list = append(list, "downtime "+durationText(p.GetDowntime()))
+	}
+	faults := plural(p.GetFaults(), "fault")
+	if p.GetFaultP99() != nil {
+		faults += " (p99 " + durationText(p.GetFaultP99()) + ")"
+	}
+	return append(list, faults)
+}
+
+// summary says in a line what a completed migration took.
+func summary(m *migratedv1.Migration) string {
+	p := m.GetProgress()
+	s := "completed: downtime " + durationText(p.GetDowntime())
+	if p.GetResidency() != nil {
+		s += ", all memory after " + durationText(p.GetResidency())
+	}
+	s += fmt.Sprintf(", %s (%s on the wire), %s", bytesText(p.GetBytesTotal()), bytesText(p.GetBytesOnWire()), plural(p.GetFaults(), "fault"))
+	if p.GetFaults() > 0 && p.GetFaultP99() != nil {
+		s += " (p99 " + durationText(p.GetFaultP99()) + ", max " + durationText(p.GetFaultMax()) + ")"
+	}
+	return s
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/config"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+type migrateCmd struct {
+	VM          string        `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of the VM's QEMU, on this host."`
+	To          string        `placeholder:"HOST[:PORT]" help:"Daemon of the destination host (default port: ${port})."`
+	ID          string        `name:"id" placeholder:"ID" predictor:"migration" help:"Name of the migration, by which it can be watched, cancelled and safely started twice; without one the daemon makes one up. With --vm and --to left out: the prepared migration to start."`
+	ToQMP       string        `name:"to-qmp" placeholder:"PATH" help:"QMP socket, on the destination host, of a QEMU started with \"-S -incoming defer\". Without it the destination daemon starts one like the source's."`
+	Template    string        `placeholder:"PATH" help:"Template, on the destination host, of the command line that QEMU is started with there."`
+	KeepSource  bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
+	PrepareOnly bool          `xor:"mode" help:"Do all that can be done while the VM runs, then stop: \"migrated migrate --id ID\" switches over later."`
+	Detach      bool          `xor:"mode" help:"Return once the daemon has taken the migration on."`
+	Interval    time.Duration `default:"1s" help:"Least time between two lines where standard output is no terminal (default: ${default})."`
+}
+
+func (migrateCmd) Help() string {
+	return `Moves the VM to the other host and follows it until all its memory is there. Until the VM runs at the destination every failure leaves it running here. Interrupting the command does not interrupt the migration.
+
+Examples:
+
+    # Move a VM; the daemon of host-b starts QEMU as it was started here
+    migrated migrate --vm /run/qemu/db.qmp --to host-b
+
+    # Into a QEMU that a management system started over there
+    migrated migrate --vm /run/qemu/db.qmp --to host-b --to-qmp /run/qemu/db-in.qmp
+
+    # Prepare now, switch over at a chosen moment
+    migrated migrate --vm /run/qemu/db.qmp --to host-b --id db-1 --prepare-only
+    migrated migrate --id db-1`
+}
+
+func (c *migrateCmd) Run(a *app) error {
+	spec, err := c.spec(a.daemon)
+	if err != nil {
+		return err
+	}
+	return a.withClient(func(ctx context.Context, cl *client) error {
+		m, err := c.begin(ctx, cl, spec)
+		if err != nil {
+			return err
+		}
+		if c.Detach {
+			return a.detached(m)
+		}
+		done := toTheEnd
+		if c.PrepareOnly {
+			done = (*migratedv1.Migration).GetPrepared
+		}
+		m, err = cl.follow(m.GetId(), a.display(c.Interval), done)
+		if err != nil {
+			return err
+		}
+		if c.PrepareOnly && !isTerminal(m.GetState()) && !a.json {
+			a.printf("%s is prepared; \"migrated migrate --id %s\" switches over, \"migrated cancel %s\" gives up\n", m.GetId(), m.GetId(), m.GetId())
+		}
+		return outcome(m)
+	})
+}
+
+// begin has the daemon prepare or start the migration.
+func (c *migrateCmd) begin(ctx context.Context, cl *client, spec *migratedv1.MigrationSpec) (*migratedv1.Migration, error) {
+	if c.PrepareOnly {
+		answer, err := cl.Prepare(ctx, &migratedv1.PrepareRequest{Id: c.ID, Spec: spec})
+		return answer.GetMigration(), cl.explain(c.ID, err)
+	}
+	answer, err := cl.Start(ctx, &migratedv1.StartRequest{Id: c.ID, Spec: spec})
+	return answer.GetMigration(), cl.explain(c.ID, err)
+}
+
+// detached says what was begun and how to see more of it.
+func (a *app) detached(m *migratedv1.Migration) error {
+	if a.json {
+		return a.printJSON(m)
+	}
+	a.printf("%s has begun; \"migrated watch %s\" follows it\n", m.GetId(), m.GetId())
+	return nil
+}
+
+// spec returns what the flags ask for; nil for a migration that was prepared.
+func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
+	wrong := func(format string, args ...any) error {
+		return &failure{exit: exitUsage, message: fmt.Sprintf(format, args...), remedy: `see "migrated migrate --help" for examples`}
+	}
+	if c.VM == "" && c.To == "" {
+		switch {
+		case c.ID == "":
+			return nil, wrong("--vm and --to are needed; or --id alone, for a migration that was prepared")
+		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource:
+			return nil, wrong("a prepared migration is started as it was prepared, with --id alone")
+		}
+		return nil, nil
+	}
+	if c.VM == "" || c.To == "" {
+		return nil, wrong("--vm and --to are needed together")
+	}
+	if c.ToQMP != "" && c.Template != "" {
+		return nil, wrong("--to-qmp names a QEMU that runs, --template is for one that is started: give one of them")
+	}
+	for _, path := range []struct{ flag, value string }{{"--to-qmp", c.ToQMP}, {"--template", c.Template}} {
+		if path.value != "" && !filepath.IsAbs(path.value) {
+			return nil, wrong("%s %s: a path on the destination host must be absolute", path.flag, path.value)
+		}
+	}
+	to, err := withPort(c.To)
+	if err != nil {
+		return nil, wrong("--to %s: %v", c.To, err)
+	}
+	return &migratedv1.MigrationSpec{Vm: localPath(daemon, c.VM), Destination: to,
+		DestinationQmp: c.ToQMP, DestinationTemplate: c.Template, KeepSource: c.KeepSource}, nil
+}
+
+// withPort returns HOST:PORT, with the default port where host has none.
+func withPort(host string) (string, error) {
+	// An IPv6 address without brackets and port is full of colons.
+	if ip := net.ParseIP(strings.Trim(host, "[]")); ip != nil || !strings.Contains(host, ":") {
+		return net.JoinHostPort(strings.Trim(host, "[]"), config.DefaultPort), nil
+	}
+	name, port, err := net.SplitHostPort(host)
+	switch {
+	case err != nil:
+		return "", err
+	case name == "" || port == "":
+		return "", fmt.Errorf("it must be HOST:PORT, as in 10.0.0.2:%s", config.DefaultPort)
+	}
+	return host, nil
+}
+
+// localPath makes a path absolute for a daemon on this host, which has another
+// working directory. For a daemon elsewhere it means nothing here.
+func localPath(daemon, path string) string {
+	if t, err := parseTarget(daemon); err == nil && path != "" {
+		if _, local := t.unixPath(); local {
+			if absolute, err := filepath.Abs(path); err == nil {
+				return absolute
+			}
+		}
+	}
+	return path
+}

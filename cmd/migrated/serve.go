@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/daemon"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// serveCmd has a flag for each key of the configuration file. A flag that was
+// not given is nil and leaves the file's value.
+type serveCmd struct {
+	Config        *string   `placeholder:"PATH" predictor:"file" help:"Configuration file (default: ${config_path} if there is one)."`
+	Listen        *string   `group:"settings" placeholder:"HOST:PORT" help:"Where other daemons reach this one."`
+	Socket        *string   `group:"settings" placeholder:"PATH" predictor:"file" help:"Unix socket of the control API."`
+	ControlListen *string   `group:"settings" placeholder:"HOST:PORT" help:"Serve the control API at this address as well."`
+	Advertise     *[]string `group:"settings" placeholder:"HOST:PORT" help:"Address under which other daemons reach this one's page server; may be repeated."`
+	StateDir      *string   `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
+	QEMUBinaries  *[]string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
+	FaultWorkers  *int      `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
+	LogLevel      *string   `group:"settings" placeholder:"LEVEL" help:"debug, info, warn or error."`
+}
+
+func (serveCmd) Help() string {
+	return `Runs the daemon until SIGINT or SIGTERM. It needs root, or the capabilities that deploy/migrated.service gives it.
+
+Look at "migrated list" before stopping it. Migrations that have not switched over are given up and their VMs go on at the source; a VM that has switched over waits for the pages it lacks. The log names each.
+
+Examples:
+
+    migrated serve
+
+    # Reachable by other hosts on the migration network
+    migrated serve --listen 10.0.0.1:7600
+
+    # A second daemon on this host, to try a migration out
+    migrated serve --listen 127.0.0.1:7700 --socket /run/migrated-b/migrated.sock --state-dir /run/migrated-b`
+}
+
+func (s *serveCmd) Run(a *app) error {
+	cfg, err := s.load()
+	if err != nil {
+		return &failure{exit: exitUsage, message: err.Error(), remedy: "correct the configuration; deploy/migrated.yaml explains every key"}
+	}
+	log := a.logger(cfg)
+	d, err := daemon.New(cfg, versionString(), log)
+	if err != nil {
+		return fmt.Errorf("starting the daemon: %w", err)
+	}
+	d.OnReady(func() { notify("READY=1") })
+	// Its own context, so that it can be asked what it leaves behind before it
+	// is told to end.
+	ctx, stop := context.WithCancel(context.WithoutCancel(a.ctx))
+	defer stop()
+	ended := make(chan error, 1)
+	go func() { ended <- d.Run(ctx) }()
+	select {
+	case err = <-ended:
+	case <-a.ctx.Done():
+		notify("STOPPING=1")
+		logInFlight(cfg.Socket, log)
+		stop()
+		err = <-ended
+	}
+	if err != nil {
+		return fmt.Errorf("the daemon failed: %w", err)
+	}
+	return nil
+}
+
+// load returns the defaults overridden by the file overridden by the flags.
+func (s *serveCmd) load() (config.Config, error) {
+	path := config.DefaultPath
+	if s.Config != nil {
+		path = *s.Config
+	}
+	cfg, err := config.Load(path)
+	if s.Config == nil && errors.Is(err, fs.ErrNotExist) {
+		cfg, err = config.Default(), nil
+	}
+	if err != nil {
+		return config.Config{}, err
+	}
+	set(&cfg.Listen, s.Listen)
+	set(&cfg.Socket, s.Socket)
+	set(&cfg.ControlListen, s.ControlListen)
+	set(&cfg.Advertise, s.Advertise)
+	set(&cfg.StateDir, s.StateDir)
+	set(&cfg.QEMUBinaries, s.QEMUBinaries)
+	set(&cfg.FaultWorkers, s.FaultWorkers)
+	set(&cfg.LogLevel, s.LogLevel)
+	return cfg, cfg.Validate()
+}
+
+// set overrides a value with a flag's where it was given.
+func set[T any](value *T, flag *T) {
+	if flag != nil {
+		*value = *flag
+	}
+}
+
+// logger logs to standard error, as JSON with --json.
+func (a *app) logger(cfg config.Config) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.Level()}
+	if a.json {
+		return slog.New(slog.NewJSONHandler(os.Stderr, options))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, options))
+}
+
+// logInFlight says which migrations a daemon that is about to stop leaves
+// behind, by asking it as any client would.
+func logInFlight(socket string, log *slog.Logger) {
+	log.Info("stopping after a signal; a second one ends the daemon at once")
+	a := &app{ctx: context.Background(), stderr: io.Discard, daemon: "unix:" + socket, timeout: 2 * time.Second}
+	err := a.withClient(func(ctx context.Context, c *client) error {
+		answer, err := c.List(ctx, &migratedv1.ListRequest{})
+		for _, m := range answer.GetMigrations() {
+			if !isTerminal(m.GetState()) {
+				log.Warn("stopping with a migration in flight", "migration", m.GetId(), "vm", vmName(m), "role", roleName(m.GetRole()),
+					"state", stateName(m.GetState()), "memory", percent(m.GetProgress()), "meaning", stateMeaning(m))
+			}
+		}
+		return err
+	})
+	if err != nil {
+		log.Warn("stopping without knowing which migrations are in flight", "error", err)
+	}
+}

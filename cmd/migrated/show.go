@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"text/tabwriter"
+	"time"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+type listCmd struct{}
+
+func (listCmd) Help() string {
+	return `Lists the migrations that the daemon knows, those away from this host and those to it, newest first.
+
+Examples:
+
+    migrated list
+
+    # The ids of those that are not over
+    migrated list --json | jq -r '.migrations[] | select(.progress.residency == null) | .id'`
+}
+
+func (listCmd) Run(a *app) error {
+	return a.withClient(func(ctx context.Context, c *client) error {
+		answer, err := c.List(ctx, &migratedv1.ListRequest{})
+		if err != nil {
+			return c.explain("", err)
+		}
+		if a.json {
+			return a.printJSON(answer)
+		}
+		if len(answer.GetMigrations()) == 0 {
+			a.printf("This daemon knows no migrations.\n")
+			return nil
+		}
+		w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(w, "ID\tVM\tROLE\tSTATE\tMEMORY\tDOWNTIME\tDESTINATION\tSTARTED")
+		for _, m := range answer.GetMigrations() {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.GetId(), vmName(m), roleName(m.GetRole()), stateName(m.GetState()),
+				percent(m.GetProgress()), durationText(m.GetProgress().GetDowntime()), orDash(m.GetSpec().GetDestination()), timeText(m.GetCreateTime()))
+		}
+		return w.Flush()
+	})
+}
+
+type statusCmd struct {
+	ID string `arg:"" predictor:"migration" help:"The migration."`
+}
+
+func (statusCmd) Help() string {
+	return `Shows one migration with all its figures. The exit code says whether it could be shown, not how the migration stands; "migrated watch" tells that.
+
+Examples:
+
+    migrated status db-1
+    migrated status db-1 --json | jq -r .state`
+}
+
+func (s *statusCmd) Run(a *app) error {
+	return a.withClient(func(ctx context.Context, c *client) error {
+		answer, err := c.Get(ctx, &migratedv1.GetRequest{Id: s.ID})
+		if err != nil {
+			return c.explain(s.ID, err)
+		}
+		if a.json {
+			return a.printJSON(answer.GetMigration())
+		}
+		return printStatus(a.stdout, answer.GetMigration())
+	})
+}
+
+// printStatus prints all that is known of a migration, a fact a line.
+func printStatus(out io.Writer, m *migratedv1.Migration) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fact := func(name, format string, args ...any) {
+		fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...))
+	}
+	p, spec := m.GetProgress(), m.GetSpec()
+	fact("Migration", "%s", m.GetId())
+	fact("State", "%s: %s", stateName(m.GetState()), stateMeaning(m))
+	if e := m.GetError(); e != nil {
+		fact("Error", "%s", e.GetMessage())
+		fact("The VM", "%s", orDash(e.GetVmStatus()))
+		fact("What to do", "%s", orDash(e.GetRemedy()))
+	}
+	fact("VM", "%s", vmName(m))
+	fact("This host is", "the %s", roleName(m.GetRole()))
+	fact("QMP socket", "%s", orDash(spec.GetVm()))
+	fact("Destination", "%s", orDash(spec.GetDestination()))
+	if spec.GetDestinationQmp() != "" {
+		fact("QMP socket there", "%s", spec.GetDestinationQmp())
+	}
+	if spec.GetDestinationTemplate() != "" {
+		fact("Template there", "%s", spec.GetDestinationTemplate())
+	}
+	if spec.GetKeepSource() {
+		fact("Source QEMU", "is kept")
+	}
+	if p.GetPagesTotal() > 0 {
+		fact("Memory", "%s: %d of %s, %d of them zero; %s", percent(p), p.GetPagesPresent(), plural(p.GetPagesTotal(), "page"), p.GetPagesZero(), bytesText(p.GetBytesTotal()))
+		fact("On the wire", "%s of pages, %s of device state, %s now", bytesText(p.GetBytesOnWire()), bytesText(p.GetBytesDeviceState()), rateText(p.GetBytesPerSecond()))
+		fact("Faults", "%d: p50 %s, p99 %s, max %s", p.GetFaults(), durationText(p.GetFaultP50()), durationText(p.GetFaultP99()), durationText(p.GetFaultMax()))
+		fact("Downtime", "%s", durationText(p.GetDowntime()))
+	}
+	if p.GetTimeLeft() != nil {
+		fact("Time left", "%s", durationText(p.GetTimeLeft()))
+	}
+	if p.GetResidency() != nil {
+		fact("All memory after", "%s", durationText(p.GetResidency()))
+	}
+	fact("Started", "%s", timeText(m.GetCreateTime()))
+	fact("Last change", "%s", timeText(m.GetUpdateTime()))
+	return w.Flush()
+}
+
+type watchCmd struct {
+	ID       string        `arg:"" predictor:"migration" help:"The migration."`
+	Interval time.Duration `default:"1s" help:"Least time between two lines where standard output is no terminal (default: ${default})."`
+}
+
+func (watchCmd) Help() string {
+	return `Follows a migration until it is over. On a terminal that is a bar; anywhere else it is a line for each change of state, and one an interval of the figures. The exit code is the migration's: 0 where it completed.
+
+Examples:
+
+    migrated watch db-1
+
+    # Start several, then wait for each
+    migrated migrate --detach --id db-1 --vm /run/qemu/db.qmp --to host-b
+    migrated migrate --detach --id web-1 --vm /run/qemu/web.qmp --to host-b
+    migrated watch db-1 && migrated watch web-1`
+}
+
+func (w *watchCmd) Run(a *app) error {
+	c, err := a.connect()
+	if err != nil {
+		return err
+	}
+	defer c.conn.Close()
+	m, err := c.follow(w.ID, a.display(w.Interval), toTheEnd)
+	if err != nil {
+		return err
+	}
+	return outcome(m)
+}
+
+type cancelCmd struct {
+	ID string `arg:"" predictor:"migration" help:"The migration."`
+}
+
+func (cancelCmd) Help() string {
+	return `Gives up a migration whose VM has not switched over; the VM goes on at the source. After the switch it is refused: part of the VM's memory is at the destination alone, and only finishing brings it together again.
+
+Example:
+
+    migrated cancel db-1`
+}
+
+func (cc *cancelCmd) Run(a *app) error {
+	return a.withClient(func(ctx context.Context, c *client) error {
+		answer, err := c.Cancel(ctx, &migratedv1.CancelRequest{Id: cc.ID})
+		if err != nil {
+			return c.explain(cc.ID, err)
+		}
+		m := answer.GetMigration()
+		if a.json {
+			return a.printJSON(m)
+		}
+		a.printf("%s: %s\n", m.GetId(), stateMeaning(m))
+		return nil
+	})
+}
