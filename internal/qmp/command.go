@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qmp
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+type command struct {
+	Execute   string `json:"execute"`
+	Arguments any    `json:"arguments,omitempty"`
+	ID        uint64 `json:"id"`
+}
+
+// Do runs a command. args is encoded as its arguments unless it is nil; what it returns is decoded into
+// result unless that is nil.
+//
+// QEMU's refusal is an *Error, the connection's end a *DisconnectedError. If ctx ends first, the error is
+// its cause: whether QEMU carried the command out, or yet will, is then unknown, but the connection stays
+// usable.
+func (c *Client) Do(ctx context.Context, execute string, args, result any) error {
+	return c.do(ctx, execute, args, result, nil)
+}
+
+// DoWithFD is Do for a command that takes a descriptor along ("getfd", "add-fd"). QEMU gets a duplicate; f
+// stays the caller's.
+//
+// A QEMU that reads a second descriptor before it carried out the command of the first closes the first
+// (tcp_chr_recv in chardev/char-socket.c), so these commands wait for each other's replies.
+func (c *Client) DoWithFD(ctx context.Context, execute string, args, result any, f *os.File) error {
+	return c.do(ctx, execute, args, result, f)
+}
+
+func (c *Client) do(ctx context.Context, execute string, args, result any, f *os.File) error {
+	id := c.lastID.Add(1)
+	line, err := json.Marshal(command{Execute: execute, Arguments: args, ID: id})
+	if err != nil {
+		return fmt.Errorf("%s: encode the arguments: %w", execute, err)
+	}
+	r, err := c.roundTrip(ctx, id, line, f)
+	if err != nil {
+		return fmt.Errorf("%s: %w", execute, err)
+	}
+	if r.Error != nil {
+		r.Error.Command = execute
+		return r.Error
+	}
+	if result == nil {
+		return nil
+	}
+	if err := json.Unmarshal(r.Return, result); err != nil {
+		return fmt.Errorf("%s: decode QEMU's reply: %w", execute, err)
+	}
+	return nil
+}
+
+// roundTrip sends one command and waits for the reply with its id.
+func (c *Client) roundTrip(ctx context.Context, id uint64, line []byte, f *os.File) (reply, error) {
+	waiting := &call{reply: make(chan reply, 1), passes: f != nil}
+	if waiting.passes {
+		if err := c.take(ctx, c.passing); err != nil {
+			return reply{}, err
+		}
+	}
+	if err := c.send(ctx, id, waiting, line, f); err != nil {
+		if waiting.passes {
+			<-c.passing
+		}
+		return reply{}, err
+	}
+	select {
+	case r := <-waiting.reply:
+		return r, nil
+	case <-ctx.Done():
+		return reply{}, fmt.Errorf("no reply from QEMU: %w", context.Cause(ctx))
+	case <-c.done:
+	}
+	select {
+	case r := <-waiting.reply: // the last thing QEMU said
+		return r, nil
+	default:
+		return reply{}, c.Err()
+	}
+}
+
+// take waits for a slot until ctx or the connection ends.
+func (c *Client) take(ctx context.Context, slot chan struct{}) error {
+	select {
+	case slot <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case slot <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("not sent, an earlier command is still under way: %w", context.Cause(ctx))
+	case <-c.done:
+		return c.Err()
+	}
+}
+
+// send writes a command, with a descriptor if f is not nil. An error means that no reply will come.
+func (c *Client) send(ctx context.Context, id uint64, waiting *call, line []byte, f *os.File) error {
+	if err := c.take(ctx, c.writing); err != nil {
+		return err
+	}
+	defer func() { <-c.writing }()
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+
+	c.mu.Lock()
+	if c.err != nil {
+		c.mu.Unlock()
+		return c.err
+	}
+	c.pending[id] = waiting // before the reply can come
+	c.mu.Unlock()
+
+	n, err := c.write(ctx, line, f)
+	if err == nil {
+		return nil
+	}
+	c.mu.Lock()
+	delete(c.pending, id)
+	c.mu.Unlock()
+	if cause := context.Cause(ctx); cause != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		err = cause
+	}
+	if n > 0 {
+		// Half a command is out: nothing after it would be understood.
+		c.conn.Close()
+	}
+	select {
+	case <-c.done: // the reader knows better why
+		return c.Err()
+	default:
+		return fmt.Errorf("send the command: %w", err)
+	}
+}
+
+// write makes one system call for a whole command, unless the socket's buffer is full.
+func (c *Client) write(ctx context.Context, line []byte, f *os.File) (n int, err error) {
+	// A write blocks only when QEMU has long stopped reading. The socket's deadline is touched by a
+	// context's end alone, so that a command costs no timer.
+	expired := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		_ = c.conn.SetWriteDeadline(time.Unix(1, 0)) // fails on a closed connection alone, as does the write
+		close(expired)
+	})
+	defer func() {
+		if !stop() {
+			<-expired
+			_ = c.conn.SetWriteDeadline(time.Time{})
+		}
+	}()
+	if f != nil {
+		if n, err = c.writeWithFD(line, f); err != nil || n == len(line) {
+			return n, err
+		}
+	}
+	rest, err := c.conn.Write(line[n:])
+	return n + rest, err
+}
+
+// writeWithFD may write less than the line; the descriptor goes with its first byte.
+func (c *Client) writeWithFD(line []byte, f *os.File) (n int, err error) {
+	raw, err := f.SyscallConn() // f.Fd() would make f blocking
+	if err != nil {
+		return 0, err
+	}
+	controlErr := raw.Control(func(fd uintptr) {
+		n, _, err = c.conn.WriteMsgUnix(line, unix.UnixRights(int(fd)), nil)
+	})
+	if controlErr != nil {
+		return 0, controlErr
+	}
+	return n, err
+}
