@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package image makes what the test guests boot from: a Debian kernel with an
+// initramfs of the guest program (Linux), and the boot disk of the bare-metal
+// guest (Metal).
+//
+// What it makes is kept in ${XDG_CACHE_HOME:-$HOME/.cache}/migrated under the
+// names of its inputs: a new kernel package or a changed guest makes new files,
+// and a file that is not there is made again. Any number of processes may ask
+// at once; a file appears whole or not at all.
+package image
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/migrated-vm/migrated/e2e/metal"
+)
+
+// CommandLine is the kernel command line that every Linux guest needs; append
+// its parameters (see e2e/guest/params.go).
+//
+// The kernel's own messages go to the first serial port. Whatever moves or
+// fills memory behind the guest's back is off (NUMA balancing, zeroing at
+// allocation), and so is what costs time under TCG without making a difference
+// here: mitigations, security modules, five-level page tables. The TSC is
+// taken as reliable because the alternative, the HPET, is an exit to QEMU for
+// every reading: the guest did a third of its visits with it.
+const CommandLine = "console=ttyS0 quiet panic=-1 nokaslr mitigations=off no5lvl tsc=reliable" +
+	" random.trust_cpu=on init_on_alloc=0 numa_balancing=disable lsm="
+
+const guestPackage = "github.com/migrated-vm/migrated/e2e/guest"
+
+// Linux returns the paths of the guest's kernel and initramfs. It needs the go
+// command and, when the kernel is not cached, apt and dpkg-deb.
+func Linux(ctx context.Context) (kernel, initrd string, err error) {
+	c, err := openCache()
+	if err != nil {
+		return "", "", err
+	}
+	if kernel, err = debianKernel(ctx, c); err != nil {
+		return "", "", err
+	}
+	init, err := buildGuest(ctx)
+	if err != nil {
+		return "", "", err
+	}
+	// The program itself is the key: it is what its sources and the toolchain
+	// make, and the go command knows when to make it anew.
+	initrd, err = c.file(fmt.Sprintf("initramfs-%x.cpio.gz", hash(init)), func() ([]byte, error) {
+		return initramfs(init)
+	})
+	return kernel, initrd, err
+}
+
+// Metal returns the path of the boot disk for a bare-metal guest with ramMiB of
+// RAM. It is for reading only: give it to QEMU with snapshot=on.
+func Metal(ctx context.Context, ramMiB int) (disk string, err error) {
+	c, err := openCache()
+	if err != nil {
+		return "", err
+	}
+	return c.file(fmt.Sprintf("metal-%d-%x.img", ramMiB, hash(metal.Source())), func() ([]byte, error) {
+		return metal.Build(ctx, ramMiB)
+	})
+}
+
+// hash names content; 8 bytes of it tell the few files of a cache apart.
+func hash(b []byte) []byte {
+	sum := sha256.Sum256(b)
+	return sum[:8]
+}
+
+// buildGuest builds the guest program, static, and returns it.
+func buildGuest(ctx context.Context) ([]byte, error) {
+	dir, err := os.MkdirTemp("", "migrated-guest-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	out := filepath.Join(dir, "init")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", out, guestPackage)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=")
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the guest (run this within the module's source tree): %w: %s", err, msg)
+	}
+	return os.ReadFile(out)
+}
+
+// initramfs packs init as /init, with the console that the kernel opens for it.
+func initramfs(init []byte) ([]byte, error) {
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	err := writeCPIO(z, []cpioFile{
+		{name: "dev", mode: modeDir | 0o755},
+		{name: "dev/console", mode: modeChar | 0o600, major: 5, minor: 1},
+		{name: "init", mode: modeFile | 0o755, data: init},
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := z.Close(); err != nil {
+		return nil, err
+	}
+	return b.Bytes(), nil
+}

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package image
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+)
+
+// metaPackage depends on the current kernel of Debian's that is built for
+// virtual machines: 8250 serial ports, devtmpfs and initramfs are built in, so
+// no module is needed.
+const metaPackage = "linux-image-cloud-amd64"
+
+// dependency is the meta package's one: name and version of the real package.
+var dependency = regexp.MustCompile(`(?m)^Depends: (linux-image-\S+) \(= (\S+)\)$`)
+
+// debianKernel returns the path of the kernel that apt would install now.
+// Nothing is installed.
+func debianKernel(ctx context.Context, c cache) (string, error) {
+	out, err := run(ctx, "", "apt-cache", "show", "--no-all-versions", metaPackage)
+	if err != nil {
+		return "", fmt.Errorf("find the guest's kernel (on Debian, with package lists: apt-get update): %w", err)
+	}
+	m := dependency.FindSubmatch(out)
+	if m == nil {
+		return "", fmt.Errorf("find the guest's kernel: %s depends on no kernel of one version: %s", metaPackage, out)
+	}
+	name, version := string(m[1]), string(m[2])
+	return c.file("vmlinuz-"+name+"-"+version, func() ([]byte, error) {
+		return downloadKernel(ctx, name, version)
+	})
+}
+
+// downloadKernel returns the kernel out of a Debian package.
+func downloadKernel(ctx context.Context, name, version string) ([]byte, error) {
+	dir, err := os.MkdirTemp("", "migrated-kernel-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	if _, err := run(ctx, dir, "apt-get", "download", "-q", name+"="+version); err != nil {
+		return nil, fmt.Errorf("download the guest's kernel (package lists too old? apt-get update): %w", err)
+	}
+	packages, err := filepath.Glob(filepath.Join(dir, "*.deb"))
+	if err != nil {
+		return nil, err
+	}
+	if len(packages) != 1 {
+		return nil, fmt.Errorf("download the guest's kernel: apt-get brought %d packages, want 1", len(packages))
+	}
+	archive, err := run(ctx, dir, "dpkg-deb", "--fsys-tarfile", packages[0])
+	if err != nil {
+		return nil, fmt.Errorf("unpack the guest's kernel: %w", err)
+	}
+	return findKernel(bytes.NewReader(archive))
+}
+
+// findKernel returns the kernel in a package's file system archive.
+func findKernel(archive io.Reader) ([]byte, error) {
+	for t := tar.NewReader(archive); ; {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			return nil, errors.New("unpack the guest's kernel: the package has no /boot/vmlinuz-*")
+		}
+		if err != nil {
+			return nil, fmt.Errorf("unpack the guest's kernel: %w", err)
+		}
+		if h.Typeflag == tar.TypeReg && strings.HasPrefix(strings.TrimPrefix(h.Name, "./"), "boot/vmlinuz-") {
+			return io.ReadAll(t)
+		}
+	}
+}
+
+// run returns what a command writes to its standard output; its standard error
+// is in the error.
+func run(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = dir
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(stderr.Bytes()))
+	}
+	return out, nil
+}

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package metal is a guest without an operating system, and the judge of what
+// it leaves in memory. It counts passes over its RAM (see boot.S); once its VM
+// is stopped, the RAM files say whether a migration lost, aged or misplaced a
+// page. It is the guest for KVM on hosts without hardware virtualization.
+package metal
+
+import (
+	"context"
+	_ "embed"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+)
+
+//go:embed boot.S
+var source []byte
+
+const (
+	sectorSize   = 512
+	ramEndOffset = 0x1f0 // of boot.S's ram_end
+	name         = 0x6d657461
+	pageSize     = 4096
+
+	// First is the address of the first page that the guest counts in.
+	First = 2 << 20
+	// tail is left alone at the end of RAM: the BIOS keeps its tables there.
+	tail = 2 << 20
+
+	// MinMiB and MaxMiB bound the guest's RAM. Up to MaxMiB all of it lies
+	// below 4 GiB on both pc and q35 machines, without a gap.
+	MinMiB, MaxMiB = 8, 2048
+	// ImageSize is the size of the boot disk. AHCI boots no 512-byte disk.
+	ImageSize = 1 << 20
+)
+
+// ErrRAMSize says that the guest cannot have that much RAM.
+var ErrRAMSize = errors.New("RAM size out of range")
+
+// End is the address behind the last page that a guest of that much RAM counts
+// in.
+func End(ramMiB int) (uint32, error) {
+	if ramMiB < MinMiB || ramMiB > MaxMiB {
+		return 0, fmt.Errorf("%w: %d MiB is not within %d and %d", ErrRAMSize, ramMiB, MinMiB, MaxMiB)
+	}
+	return uint32(ramMiB)<<20 - tail, nil
+}
+
+// Source is the assembler source, for whoever caches what Build makes of it.
+func Source() []byte { return source }
+
+// Build assembles the boot disk for a guest with ramMiB of RAM. It needs
+// as and ld of GNU binutils.
+func Build(ctx context.Context, ramMiB int) ([]byte, error) {
+	end, err := End(ramMiB)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp("", "migrated-metal-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	src, obj, bin := filepath.Join(dir, "boot.S"), filepath.Join(dir, "boot.o"), filepath.Join(dir, "boot.bin")
+	if err := os.WriteFile(src, source, 0o600); err != nil {
+		return nil, err
+	}
+	for _, argv := range [][]string{
+		{"as", "--32", "-o", obj, src},
+		{"ld", "-m", "elf_i386", "-Ttext", "0x7c00", "-e", "_start", "--oformat", "binary", "-o", bin, obj},
+	} {
+		if out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("assemble the bare-metal guest (GNU binutils for x86 are needed): %s: %w: %s", argv[0], err, out)
+		}
+	}
+	sector, err := os.ReadFile(bin)
+	if err != nil {
+		return nil, err
+	}
+	if len(sector) != sectorSize {
+		return nil, fmt.Errorf("assemble the bare-metal guest: %d bytes are no boot sector", len(sector))
+	}
+	disk := make([]byte, ImageSize)
+	copy(disk, sector)
+	binary.LittleEndian.PutUint32(disk[ramEndOffset:], end)
+	return disk, nil
+}
+
+// Pass reads the pass number of a line from the guest's serial port.
+func Pass(line string) (uint32, error) {
+	n, err := strconv.ParseUint(line, 16, 32)
+	if err != nil || len(line) != 8 {
+		return 0, fmt.Errorf("line %q of the bare-metal guest is no pass number", line)
+	}
+	return uint32(n), nil
+}
