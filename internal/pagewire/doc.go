@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package pagewire reads and writes the frames of a lane, the messages of PageService.Fetch.
+//
+// On the wire they are plain Protocol Buffers (proto/migrated/v1/pages.proto), so any gRPC program can
+// speak to a daemon. They are read and written by hand here because a generic codec copies page bytes
+// twice and allocates for every run of pages. In the way of one page fault this package is the
+// envelope around steps 3 and 4:
+//
+//	destination                                                        source
+//	Request{Ranges} ─ encode ─► leased frame ─ gRPC ─► decode ─► Request{Ranges}
+//	                                                                     │ page server reads the pages
+//	Reply{Runs,Data} ◄─ decode ◄─ gRPC buffers ◄─ gRPC ◄─ encode ◄─ Reply.Lease
+//
+// Page bytes are written once, by the page server, into a leased frame; the header of the message is
+// put in front of them and gRPC takes the frame as it is. The receiver keeps a reference to gRPC's own
+// buffer when the page bytes lie in one piece there (the 4 KiB page of a fault does), and copies them
+// once when they came in several HTTP/2 frames.
+//
+// Encoding and decoding allocate nothing once the frames have been made.
+package pagewire
+
+// Limits of one message. A decoder refuses what exceeds them, because peers are not trusted.
+const (
+	// MaxRanges bounds the ranges of a Request.
+	MaxRanges = 256
+	// MaxRequestedBytes bounds the sum of the lengths of a Request's ranges: 16 huge pages. It keeps a
+	// lane from being busy for long with one message; the page server refuses more.
+	MaxRequestedBytes = 32 << 20
+	// MaxRuns bounds the runs of a Reply.
+	MaxRuns = 256
+	// MaxData bounds the page bytes of a Reply: a 2 MiB huge page can only be installed whole.
+	MaxData = 2 << 20
+	// MaxReplyBytes bounds a whole Reply on the wire.
+	MaxReplyBytes = MaxData + headroom
+)
+
+// Metadata of the call that opens a lane.
+const (
+	// MigrationIDKey names the migration whose pages are asked for.
+	MigrationIDKey = "migration-id"
+	// MigrationTokenKey carries the secret that the source gave to the destination of the migration.
+	MigrationTokenKey = "migration-token"
+)

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagewire
+
+import (
+	"fmt"
+
+	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// Field numbers of pages.proto. FetchRequest.ranges and FetchResponse.runs are both number 1, and
+// PageRange has the first three fields of PageRun.
+const (
+	fieldRanges, fieldRuns = 1, 1
+	fieldData              = 2
+
+	fieldBlock  = 1
+	fieldOffset = 2
+	fieldLength = 3
+	fieldZero   = 4
+)
+
+func encodeRequest(r *Request) (mem.BufferSlice, error) {
+	if len(r.Ranges) > MaxRanges {
+		return nil, fmt.Errorf("pagewire: request of %d ranges, at most %d fit", len(r.Ranges), MaxRanges)
+	}
+	f := leaseFrame(headroom)
+	out := f.memory[:0]
+	for i := range r.Ranges {
+		g := &r.Ranges[i]
+		out = appendRun(out, Run{Block: g.Block, Offset: g.Offset, Length: g.Length})
+	}
+	return f.pass(0, len(out)), nil
+}
+
+func encodeReply(r *Reply) (mem.BufferSlice, error) {
+	size, err := headerSize(r)
+	if err != nil {
+		return nil, err
+	}
+	data := len(r.Data)
+	f := r.lease
+	if r.leased() {
+		r.lease, r.Data = nil, nil
+	} else {
+		f = leaseFrame(headroom + data)
+		copy(f.memory[headroom:], r.Data)
+	}
+	start := headroom - size
+	out := f.memory[start:start]
+	for i := range r.Runs {
+		out = appendRun(out, r.Runs[i])
+	}
+	if data > 0 {
+		out = protowire.AppendTag(out, fieldData, protowire.BytesType)
+		protowire.AppendVarint(out, uint64(data))
+	}
+	return f.pass(start, headroom+data), nil
+}
+
+// headerSize checks the reply and returns the bytes before its page bytes.
+func headerSize(r *Reply) (int, error) {
+	if len(r.Runs) > MaxRuns || len(r.Data) > MaxData {
+		return 0, fmt.Errorf("pagewire: reply of %d runs and %d bytes, at most %d and %d fit",
+			len(r.Runs), len(r.Data), MaxRuns, MaxData)
+	}
+	size, carried := 0, uint64(0)
+	for i := range r.Runs {
+		size += 2 + runSize(r.Runs[i]) // tag and length take a byte each
+		if !r.Runs[i].Zero {
+			carried += uint64(r.Runs[i].Length)
+		}
+	}
+	if carried != uint64(len(r.Data)) {
+		return 0, fmt.Errorf("pagewire: reply with %d bytes for runs of %d", len(r.Data), carried)
+	}
+	if len(r.Data) > 0 {
+		size += 1 + protowire.SizeVarint(uint64(len(r.Data)))
+	}
+	return size, nil
+}
+
+// maxRunSize is what runSize gives at most: tags, two 32-bit and one 64-bit number, a flag.
+const maxRunSize = 4 + 5 + 10 + 5 + 1
+
+// The header of the largest reply must fit before the page bytes, the largest request into headroom.
+const (
+	_ = uint(headroom - (MaxRuns*(2+maxRunSize) + 1 + 5))
+	_ = uint(headroom - MaxRanges*(2+maxRunSize))
+)
+
+// runSize is the size of a PageRun message. Fields that are zero are left out, as proto3 does.
+func runSize(r Run) int {
+	size := 0
+	if r.Block != 0 {
+		size += 1 + protowire.SizeVarint(uint64(r.Block))
+	}
+	if r.Offset != 0 {
+		size += 1 + protowire.SizeVarint(r.Offset)
+	}
+	if r.Length != 0 {
+		size += 1 + protowire.SizeVarint(uint64(r.Length))
+	}
+	if r.Zero {
+		size += 2
+	}
+	return size
+}
+
+// appendRun appends a run as field 1 of the message around it; without Zero it is a PageRange too.
+func appendRun(out []byte, r Run) []byte {
+	out = protowire.AppendTag(out, fieldRuns, protowire.BytesType)
+	out = protowire.AppendVarint(out, uint64(runSize(r)))
+	out = appendNumber(out, fieldBlock, uint64(r.Block))
+	out = appendNumber(out, fieldOffset, r.Offset)
+	out = appendNumber(out, fieldLength, uint64(r.Length))
+	if r.Zero {
+		out = appendNumber(out, fieldZero, 1)
+	}
+	return out
+}
+
+func appendNumber(out []byte, field protowire.Number, v uint64) []byte {
+	if v == 0 {
+		return out
+	}
+	return protowire.AppendVarint(protowire.AppendTag(out, field, protowire.VarintType), v)
+}

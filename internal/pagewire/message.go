@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagewire
+
+import (
+	"fmt"
+
+	"google.golang.org/grpc/mem"
+)
+
+// A Range asks for whole pages of one RAM block.
+type Range struct {
+	Block  uint32 // index in the list agreed on by PrepareIncoming
+	Offset uint64 // bytes from the beginning of the block
+	Length uint32 // bytes
+}
+
+// A Run answers for whole pages of one RAM block.
+type Run struct {
+	Block  uint32
+	Offset uint64
+	Length uint32
+	// Zero says that all bytes of the run are zero and none are in the reply's data.
+	Zero bool
+}
+
+// A Request is the FetchRequest of a lane. Receiving into the same Request again reuses its Ranges.
+type Request struct {
+	Ranges []Range
+}
+
+// A Reply is the FetchResponse of a lane. One goroutine at a time may use it.
+//
+// To receive: pass it to RecvMsg. Data then is in memory of gRPC or of the Reply, to be read only and
+// valid until the next RecvMsg into this Reply or Release.
+//
+// To send: set Runs, fill Data from its beginning after Lease, reslice Data if less was needed, pass
+// the Reply to SendMsg. SendMsg takes Data away; Runs may be reused at once. Data that was not leased
+// is copied and stays the caller's.
+type Reply struct {
+	Runs []Run
+	// Data holds the bytes of the runs that are not zero, in the order of Runs.
+	Data []byte
+
+	lease *frame     // sending: where Data lies
+	held  mem.Buffer // receiving: the reference that keeps Data valid
+	own   []byte     // receiving: reused for data that came in pieces
+}
+
+// Lease gives the reply Data of n bytes, at most MaxData, with undefined content: fill what is sent.
+func (r *Reply) Lease(n int) {
+	if n < 0 || n > MaxData {
+		panic(fmt.Sprintf("pagewire: lease of %d bytes, a reply carries at most %d", n, MaxData))
+	}
+	r.Release()
+	r.lease = leaseFrame(headroom + n)
+	r.Data = r.lease.memory[headroom : headroom+n]
+}
+
+// Release ends the use of Data and drops what keeps it valid. It may be called at any time.
+func (r *Reply) Release() {
+	r.Data = nil
+	if r.lease != nil {
+		r.lease.recycle()
+		r.lease = nil
+	}
+	if r.held != nil {
+		r.held.Free()
+		r.held = nil
+	}
+}
+
+// leased says whether Data still begins where Lease put it.
+func (r *Reply) leased() bool {
+	return r.lease != nil && (len(r.Data) == 0 || &r.Data[0] == &r.lease.memory[headroom])
+}
