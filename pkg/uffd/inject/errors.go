@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package inject
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// ErrPtraceDenied says that we may not trace the process (EPERM). The wrapped text names the remedy.
+	ErrPtraceDenied = errors.New("ptrace is not permitted")
+
+	// ErrAlreadyTraced says that somebody else (a debugger, strace, another daemon) traces the process; Linux allows
+	// one tracer at a time.
+	ErrAlreadyTraced = errors.New("process is already being traced")
+
+	// ErrProcessGone says that the process ended before or during the operation. errors.Is also matches unix.ESRCH.
+	ErrProcessGone = fmt.Errorf("process is gone: %w", unix.ESRCH)
+
+	// ErrUnsupported says that system calls cannot be injected: this architecture, or a 32-bit process.
+	ErrUnsupported = errors.New("injecting system calls is not supported")
+
+	// ErrSeccomp says that a seccomp filter of the process answered the injected call with SIGSYS
+	// (SECCOMP_RET_TRAP). The signal was suppressed; the process did not see it.
+	ErrSeccomp = errors.New("refused by the process' seccomp filter")
+
+	// ErrNotRestored says that the thread is stuck inside the injected call in uninterruptible sleep. It stays
+	// traced, and is restored and released in the background as soon as the call returns.
+	ErrNotRestored = errors.New("injected system call does not return")
+
+	// ErrNotUserfault says that a descriptor number does not (or no longer) name a userfaultfd.
+	ErrNotUserfault = errors.New("descriptor is not a userfaultfd")
+)
+
+// seizeError turns the errno of PTRACE_SEIZE into something an operator can act on.
+func seizeError(tid int, err error) error {
+	switch {
+	case errors.Is(err, unix.ESRCH):
+		return fmt.Errorf("trace thread %d: %w", tid, ErrProcessGone)
+	case !errors.Is(err, unix.EPERM):
+		return fmt.Errorf("trace thread %d: %w", tid, err)
+	}
+	// The kernel says EPERM for a zombie, for a traced process and for a missing privilege alike.
+	st, statErr := readStatus(tid)
+	if statErr != nil || st.state == 'Z' || st.state == 'X' {
+		return fmt.Errorf("trace thread %d: %w", tid, ErrProcessGone)
+	}
+	if st.tracer != 0 {
+		return fmt.Errorf("trace thread %d: %w (by process %d): detach it and try again: %w",
+			tid, ErrAlreadyTraced, st.tracer, err)
+	}
+	return fmt.Errorf("trace thread %d: %w: %s: %w", tid, ErrPtraceDenied, deniedRemedy(), err)
+}
+
+// deniedRemedy names what most likely stands in the way. Yama is documented in the kernel's admin-guide/LSM/Yama.rst.
+func deniedRemedy() string {
+	scope, err := os.ReadFile("/proc/sys/kernel/yama/ptrace_scope")
+	if err == nil && strings.TrimSpace(string(scope)) == "3" {
+		return "kernel.yama.ptrace_scope is 3, which forbids ptrace to everyone until reboot; boot with 2 or less"
+	}
+	remedy := "run the daemon as root or with CAP_SYS_PTRACE (in a container: also in the user namespace of the VM)"
+	if err == nil && strings.TrimSpace(string(scope)) != "0" {
+		remedy += fmt.Sprintf("; kernel.yama.ptrace_scope is %s", strings.TrimSpace(string(scope)))
+	}
+	return remedy + "; if it has the capability, look for a denial by SELinux or AppArmor in the audit log"
+}

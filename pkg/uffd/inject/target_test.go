@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package inject
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// cannotRun skips a test that this machine cannot run, except where all must run.
+func cannotRun(t testing.TB, why string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf(why, args...)
+	}
+	t.Skipf(why, args...)
+}
+
+var targetDir string
+
+func TestMain(m *testing.M) {
+	var err error
+	if targetDir, err = os.MkdirTemp("", "inject"); err != nil {
+		panic(err)
+	}
+	code := m.Run()
+	_ = os.RemoveAll(targetDir)
+	os.Exit(code)
+}
+
+var buildTarget = sync.OnceValues(func() (string, error) {
+	bin := filepath.Join(targetDir, "target")
+	out, err := exec.Command("gcc", "-O1", "-Wall", "-Werror", "-pthread", "-o", bin, "testdata/target.c").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%w\n%s", err, out)
+	}
+	return bin, nil
+})
+
+// victim is a running testdata/target.c.
+type victim struct {
+	t     testing.TB
+	cmd   *exec.Cmd
+	pid   int
+	stdin io.WriteCloser
+	lines *bufio.Scanner
+}
+
+// startVictim returns when the target says that it is ready. Nobody waits for the process before it has ended, see the package comment.
+func startVictim(t testing.TB, mode string) *victim {
+	t.Helper()
+	if _, err := exec.LookPath("gcc"); err != nil {
+		cannotRun(t, "no C compiler: %v", err)
+	}
+	bin, err := buildTarget()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := &victim{t: t, cmd: exec.Command(bin, mode)}
+	v.stdin, err = v.cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := v.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.cmd.Stderr = os.Stderr
+	v.lines = bufio.NewScanner(stdout)
+	if err := v.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	v.pid = v.cmd.Process.Pid
+	t.Cleanup(func() {
+		_ = unix.Kill(v.pid, unix.SIGKILL)
+		_ = v.cmd.Wait()
+	})
+	if got := v.line(); got != "ready" {
+		t.Fatalf("target says %q instead of ready", got)
+	}
+	return v
+}
+
+// line reads the next line; "" at the end of output. A target that hangs is killed after 30 s, which ends the output.
+func (v *victim) line() string {
+	killer := time.AfterFunc(30*time.Second, func() { _ = unix.Kill(v.pid, unix.SIGKILL) })
+	defer killer.Stop()
+	if !v.lines.Scan() {
+		return ""
+	}
+	return v.lines.Text()
+}
+
+func (v *victim) poke() {
+	v.t.Helper()
+	if _, err := v.stdin.Write([]byte("\n")); err != nil {
+		v.t.Fatal(err)
+	}
+}
+
+// eventually polls until ok, at most 20 s.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		if ok() {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("never happened: %s", what)
+		}
+	}
+}
+
+// blockedIn says which system call the thread sleeps in; -1 if it is not asleep in one.
+func blockedIn(pid int) int {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", pid))
+	if err != nil {
+		return -1
+	}
+	nr, err := strconv.Atoi(strings.Fields(string(raw))[0])
+	if err != nil {
+		return -1 // "running"
+	}
+	return nr
+}
+
+func (v *victim) awaitBlocked(calls ...int) {
+	v.t.Helper()
+	eventually(v.t, fmt.Sprintf("target is blocked in system call %v", calls), func() bool {
+		for _, nr := range calls {
+			if blockedIn(v.pid) == nr {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+func (v *victim) state() byte {
+	v.t.Helper()
+	st, err := readStatus(v.pid)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	return st.state
+}
+
+// wantUntraced is part of 'as found'.
+func (v *victim) wantUntraced() {
+	v.t.Helper()
+	st, err := readStatus(v.pid)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	if st.tracer != 0 {
+		v.t.Errorf("still traced by %d", st.tracer)
+	}
+}
