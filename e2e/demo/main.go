@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command demo migrates a real VM with a busy guest between two daemons, each
+// in a network namespace of its own, and shows it. With --compare it moves the
+// same VM with QEMU's own post-copy as well and prints both.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/image"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// workAfter is how long the guest works after the switch before its verdict.
+const workAfter = 6 * time.Second
+
+// timeout bounds the whole demo.
+const timeout = 10 * time.Minute
+
+type options struct {
+	compare bool
+	memory  int
+	dir     string
+}
+
+func main() {
+	var o options
+	flag.BoolVar(&o.compare, "compare", false, "move the same VM by QEMU's own post-copy, too")
+	flag.IntVar(&o.memory, "memory", 1024, "memory of the VM in `MiB`, at least 1024")
+	flag.StringVar(&o.dir, "dir", "build/demo", "`directory` of the report and the logs")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1) //nolint:gocritic // nothing is left to be released
+	}
+}
+
+func run(ctx context.Context, o options) error {
+	if o.memory < 1024 {
+		return fmt.Errorf("--memory %d: the demo's VM has at least 1024 MiB", o.memory)
+	}
+	if err := os.MkdirAll(o.dir, 0o755); err != nil {
+		return err
+	}
+	say("Getting the guest: Debian's cloud kernel and a program that checks its own memory")
+	kernel, initrd, err := image.Linux(ctx)
+	if err != nil {
+		return err
+	}
+	vm := lab.VMConfig{
+		VCPUs: 2, MemoryMiB: o.memory, Nodes: 1,
+		Kernel: kernel, Initrd: initrd,
+		KernelArgs: []string{
+			fmt.Sprintf("migrated.mem=%d", o.memory*7/10), fmt.Sprintf("migrated.ws=%d", o.memory/4),
+			"migrated.workers=2", "migrated.rate=2000", "migrated.write=50", "migrated.window=200ms",
+		},
+		Extra: lab.EventsArgs(),
+	}
+	r, err := migrate(ctx, o, vm)
+	if err != nil {
+		return err
+	}
+	if o.compare {
+		if r.QEMU, err = compare(ctx, vm); err != nil {
+			return fmt.Errorf("QEMU's own post-copy: %w", err)
+		}
+		r.QEMUDowntimeMS = &r.QEMU.DowntimeMS
+	}
+	path := filepath.Join(o.dir, "report.json")
+	if err := r.write(path); err != nil {
+		return err
+	}
+	r.print(os.Stdout, path)
+	return r.verdict()
+}
+
+// migrate moves the VM by migrated.
+func migrate(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, err error) {
+	l, err := lab.New(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	for _, h := range []*lab.Host{l.A, l.B} {
+		say("Starting the daemon of host %s on %s", h.Name, h.DaemonAddr())
+		log, err := os.Create(filepath.Join(o.dir, "migrated-"+h.Name+".log"))
+		if err != nil {
+			return nil, err
+		}
+		defer log.Close() //nolint:errcheck // the daemon has its own
+		if _, err := h.StartDaemon(ctx, log); err != nil {
+			return nil, fmt.Errorf("%w; see %s", err, log.Name())
+		}
+	}
+	if err := l.B.MakeVMDir(); err != nil {
+		return nil, err
+	}
+	var guest report.Log
+	here, err := boot(ctx, l.A, vm, &guest)
+	if err != nil {
+		return nil, err
+	}
+	watch, err := l.WatchSwitch(ctx, l.A, l.B)
+	if err != nil {
+		return nil, err
+	}
+	downtime := make(chan timed, 1)
+	go func() {
+		d, err := watch.Downtime(ctx)
+		downtime <- timed{d, err}
+	}()
+
+	say("Migrating: migrated migrate --id demo --vm %s --to %s", lab.QMPPath, l.B.DaemonAddr())
+	if err := here.Close(); err != nil {
+		return nil, err
+	}
+	if err := runMigrated(ctx, l); err != nil {
+		return nil, err
+	}
+	took := <-downtime
+	if took.err != nil {
+		return nil, took.err
+	}
+	m, err := status(ctx, l.A)
+	if err != nil {
+		return nil, err
+	}
+	verdict, err := watchGuest(ctx, l.B, &guest)
+	if err != nil {
+		return nil, err
+	}
+	return newReport(m, took.d, verdict), nil
+}
+
+type timed struct {
+	d   time.Duration
+	err error
+}
+
+// boot starts the VM and waits until its guest is at work.
+func boot(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *report.Log) (*report.Port, error) {
+	say("Booting a VM of %d MiB on host %s; its guest stamps its memory, then reads and writes it", vm.MemoryMiB, h.Name)
+	if _, err := h.StartVM(ctx, vm); err != nil {
+		return nil, err
+	}
+	port, err := h.Guest(ctx, guest)
+	if err != nil {
+		return nil, err
+	}
+	ready, err := guest.WaitReady(ctx)
+	if err != nil {
+		return nil, err
+	}
+	say("The guest is at work: %d pages stamped, %d of them in its working set", ready.Pages, ready.Working)
+	// A moment of work, so that the migration meets a busy guest.
+	_, _, err = guest.Wait(ctx, guest.Len(), func(l report.Line) bool { return l.Window != nil && l.Window.Seq >= 5 })
+	return port, err
+}
+
+// runMigrated runs the operator's command, its progress bar for all to see.
+func runMigrated(ctx context.Context, l *lab.Lab) error {
+	binary, err := lab.Binary()
+	if err != nil {
+		return err
+	}
+	cmd := l.A.Command(ctx, binary, "migrate", "--id", "demo", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr())
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	err = cmd.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return fmt.Errorf("the migration failed, exit code %d", exit.ExitCode())
+	}
+	return err
+}
+
+func status(ctx context.Context, h *lab.Host) (*migratedv1.Migration, error) {
+	binary, err := lab.Binary()
+	if err != nil {
+		return nil, err
+	}
+	out, err := h.Run(ctx, binary, "status", "demo", "--json")
+	if err != nil {
+		return nil, err
+	}
+	var m migratedv1.Migration
+	if err := protojson.Unmarshal([]byte(out), &m); err != nil {
+		return nil, fmt.Errorf("answer of migrated status: %w", err)
+	}
+	return &m, nil
+}
+
+// A verdict is what the guest says of its own memory after the switch.
+type verdict struct {
+	opsAfter    uint64
+	workedFor   time.Duration
+	corruptions uint64
+	err         error
+}
+
+// watchGuest lets the guest work on the destination, then has it check every
+// page.
+func watchGuest(ctx context.Context, h *lab.Host, guest *report.Log) (*verdict, error) {
+	say("The guest works on host %s", h.Name)
+	before := guest.Last()
+	port, err := h.Guest(ctx, guest)
+	if err != nil {
+		return nil, err
+	}
+	from := guest.Len()
+	line, _, err := guest.Wait(ctx, from, func(l report.Line) bool {
+		return l.Window != nil && time.Duration(l.Window.UptimeMS-before.UptimeMS)*time.Millisecond >= workAfter
+	})
+	if err != nil {
+		return nil, errors.Join(err, port.Close())
+	}
+	say("The guest checks every page")
+	verified, err := port.Verify(ctx)
+	if err != nil {
+		return nil, errors.Join(err, port.Close())
+	}
+	return &verdict{
+		opsAfter:    line.Window.TotalOps - before.TotalOps,
+		workedFor:   time.Duration(line.Window.UptimeMS-before.UptimeMS) * time.Millisecond,
+		corruptions: verified.Corruptions, err: guest.Err(),
+	}, port.Close()
+}
+
+func say(format string, args ...any) { fmt.Printf("── "+format+"\n", args...) }

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// DaemonPort is the port at which the lab's daemons reach each other.
+const DaemonPort = "7600"
+
+// DaemonSocket is the control socket of a host's daemon.
+const DaemonSocket = "/run/migrated/migrated.sock"
+
+// Binary returns the path of the program under test.
+func Binary() (string, error) {
+	path := os.Getenv("MIGRATED_BINARY")
+	if path == "" {
+		return "", fmt.Errorf("MIGRATED_BINARY names no program; run this by make demo or make e2e")
+	}
+	return path, nil
+}
+
+// DaemonAddr is where the host's daemon listens for other daemons.
+func (h *Host) DaemonAddr() string { return net.JoinHostPort(h.Addr, DaemonPort) }
+
+// StartDaemon starts the host's daemon and waits until it answers.
+func (h *Host) StartDaemon(ctx context.Context, log io.Writer, extra ...string) (*Process, error) {
+	binary, err := Binary()
+	if err != nil {
+		return nil, err
+	}
+	p, err := h.Start(log, append([]string{binary, "serve", "--listen", h.DaemonAddr()}, extra...)...)
+	if err != nil {
+		return nil, err
+	}
+	conn, client, err := h.Control()
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close() //nolint:errcheck // only used for this question
+	for {
+		_, err := client.GetVersion(ctx, &migratedv1.GetVersionRequest{})
+		if err == nil {
+			return p, nil
+		}
+		select {
+		case <-p.Exited():
+			return nil, fmt.Errorf("the daemon of host %s ended: %w", h.Name, p.err)
+		case <-ctx.Done():
+			return nil, fmt.Errorf("the daemon of host %s does not answer: %w", h.Name, err)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// Control connects to the control API of the host's daemon.
+func (h *Host) Control() (*grpc.ClientConn, migratedv1.ControlServiceClient, error) {
+	conn, err := grpc.NewClient("unix://"+h.Path(DaemonSocket), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, nil, err
+	}
+	return conn, migratedv1.NewControlServiceClient(conn), nil
+}
+
+// Migrated runs the command line program on the host, with --json where the
+// caller wants its answer decoded into result.
+func (h *Host) Migrated(ctx context.Context, result any, args ...string) error {
+	binary, err := Binary()
+	if err != nil {
+		return err
+	}
+	argv := append([]string{binary}, args...)
+	if result != nil {
+		argv = append(argv, "--json")
+	}
+	out, err := h.Run(ctx, argv...)
+	if err != nil {
+		return err
+	}
+	if result == nil {
+		return nil
+	}
+	if err := json.Unmarshal([]byte(out), result); err != nil {
+		return fmt.Errorf("answer of %v: %w", args, err)
+	}
+	return nil
+}

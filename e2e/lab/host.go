@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// A Host is one machine of the lab.
+type Host struct {
+	Name string
+	// Addr is the host's IP address on the cable.
+	Addr string
+
+	lab    *Lab
+	anchor *exec.Cmd // holds the namespaces open
+}
+
+// becomeHost is what a host's first process does in its fresh namespaces: mounts
+// that are private to it, and a process that stays. /run is what the directory
+// of the same name is on a real host.
+const becomeHost = `
+set -e
+mount -t tmpfs -o mode=0755 tmpfs /run
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mkdir -p /dev/hugepages
+mount -t hugetlbfs -o mode=1777 hugetlbfs /dev/hugepages
+ip link set lo up
+echo ready
+exec sleep infinity
+`
+
+func (l *Lab) newHost(name, addr string) (*Host, error) {
+	h := &Host{Name: name, Addr: addr, lab: l}
+	h.anchor = exec.Command("unshare", "--mount", "--net", "--propagation", "private", "sh", "-c", becomeHost)
+	h.anchor.Stderr = os.Stderr
+	// A lab whose process dies must not leave namespaces behind.
+	h.anchor.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	out, err := h.anchor.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := l.startLocked(h.anchor); err != nil {
+		return nil, fmt.Errorf("namespaces of host %s: %w", name, err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ready\n" {
+		return nil, fmt.Errorf("namespaces of host %s: no root, or no mount and ip commands? (%q, %w)", name, line, err)
+	}
+	return h, nil
+}
+
+// PID is that of a process in the host's namespaces.
+func (h *Host) PID() int { return h.anchor.Process.Pid }
+
+// Path is where a file of the host is found from outside of it.
+func (h *Host) Path(path string) string {
+	return filepath.Join("/proc", strconv.Itoa(h.PID()), "root", path)
+}
+
+// Command is a command to be run on the host. The caller runs it.
+func (h *Host) Command(ctx context.Context, argv ...string) *exec.Cmd {
+	args := append([]string{
+		"--mount=" + h.ns("mnt"), "--net=" + h.ns("net"), "--wdns=/", "--",
+	}, argv...)
+	return exec.CommandContext(ctx, "nsenter", args...)
+}
+
+func (h *Host) ns(kind string) string {
+	return fmt.Sprintf("/proc/%d/ns/%s", h.PID(), kind)
+}
+
+// Run runs a command on the host to its end and returns what it wrote to
+// standard output; what it wrote to standard error is part of the error.
+func (h *Host) Run(ctx context.Context, argv ...string) (string, error) {
+	cmd := h.Command(ctx, argv...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return string(out), fmt.Errorf("%s on %s: %w: %s", argv[0], h.Name, err, strings.TrimSpace(stderr.String()))
+	}
+	return string(out), nil
+}
+
+// A Process runs on a host until it ends or the lab does.
+type Process struct {
+	PID    int
+	cmd    *exec.Cmd
+	exited chan struct{}
+	err    error // of Wait; valid when exited is closed
+}
+
+// Start starts a long-lived command on the host, its output appended to log.
+func (h *Host) Start(log io.Writer, argv ...string) (*Process, error) {
+	cmd := h.Command(context.Background(), argv...)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if err := h.lab.startLocked(cmd); err != nil {
+		return nil, fmt.Errorf("%s on %s: %w", argv[0], h.Name, err)
+	}
+	p := &Process{PID: cmd.Process.Pid, cmd: cmd, exited: make(chan struct{})}
+	go func() {
+		p.err = cmd.Wait()
+		close(p.exited)
+	}()
+	h.lab.onClose(func() error { return p.Kill() })
+	return p, nil
+}
+
+// Exited is closed when the process has ended.
+func (p *Process) Exited() <-chan struct{} { return p.exited }
+
+// Signal sends a signal to the process.
+func (p *Process) Signal(s os.Signal) error { return p.cmd.Process.Signal(s) }
+
+// Kill ends the process and waits for that; one that ended is no error.
+func (p *Process) Kill() error {
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	<-p.exited
+	return nil
+}
+
+// Stop asks the process to end, waits for it and returns its error.
+func (p *Process) Stop(ctx context.Context) error {
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-p.exited:
+		return p.err
+	case <-ctx.Done():
+		return errors.Join(fmt.Errorf("process %d did not end: %w", p.PID, ctx.Err()), p.Kill())
+	}
+}

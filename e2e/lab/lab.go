@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// The addresses of the two hosts. They exist in the hosts' namespaces alone.
+const (
+	addrA = "10.77.0.1"
+	addrB = "10.77.0.2"
+)
+
+// A Lab is two hosts, A and B, and a cable between them.
+type Lab struct {
+	A, B *Host
+
+	starts  chan func() // commands are started by one thread that lives as long as the lab
+	closers []func() error
+}
+
+// New makes the two hosts. It needs root.
+func New(ctx context.Context) (_ *Lab, err error) {
+	l := &Lab{starts: make(chan func())}
+	// Pdeathsig is about the thread that started a process, and the runtime ends
+	// threads at will: one locked thread starts them all.
+	go func() {
+		runtime.LockOSThread()
+		for start := range l.starts {
+			start()
+		}
+	}()
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	if l.A, err = l.newHost("a", addrA); err != nil {
+		return nil, err
+	}
+	if l.B, err = l.newHost("b", addrB); err != nil {
+		return nil, err
+	}
+	return l, l.cable(ctx)
+}
+
+// cable joins the two network namespaces by a pair of virtual interfaces.
+func (l *Lab) cable(ctx context.Context) error {
+	a, b := strconv.Itoa(l.A.PID()), strconv.Itoa(l.B.PID())
+	if _, err := l.A.Run(ctx, "ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", b); err != nil {
+		return fmt.Errorf("cable between %s and %s: %w", a, b, err)
+	}
+	for _, h := range []*Host{l.A, l.B} {
+		if _, err := h.Run(ctx, "ip", "addr", "add", h.Addr+"/24", "dev", "cable"); err != nil {
+			return err
+		}
+	}
+	return l.SetCable(ctx, true)
+}
+
+// SetCable plugs the cable in or pulls it.
+func (l *Lab) SetCable(ctx context.Context, up bool) error {
+	state := map[bool]string{true: "up", false: "down"}[up]
+	for _, h := range []*Host{l.A, l.B} {
+		if _, err := h.Run(ctx, "ip", "link", "set", "cable", state); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close ends everything the lab started, the last first.
+func (l *Lab) Close() error {
+	var errs []error
+	for _, closer := range slices.Backward(l.closers) {
+		errs = append(errs, closer())
+	}
+	l.closers = nil
+	for _, h := range []*Host{l.A, l.B} {
+		if h == nil {
+			continue
+		}
+		errs = append(errs, h.endAll())
+	}
+	close(l.starts)
+	return errors.Join(errs...)
+}
+
+func (l *Lab) onClose(f func() error) { l.closers = append(l.closers, f) }
+
+func (l *Lab) startLocked(cmd *exec.Cmd) error {
+	result := make(chan error)
+	l.starts <- func() { result <- cmd.Start() }
+	return <-result
+}
+
+// endAll ends the host's processes, also those that its daemon started and, as
+// it should, left running: all that are in the host's own network namespace.
+func (h *Host) endAll() error {
+	namespace, err := os.Readlink(h.ns("net"))
+	if err != nil {
+		return fmt.Errorf("network namespace of host %s: %w", h.Name, err)
+	}
+	links, err := filepath.Glob("/proc/[0-9]*/ns/net")
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, link := range links {
+		if other, err := os.Readlink(link); err != nil || other != namespace {
+			continue // another host's, or gone
+		}
+		pid, err := strconv.Atoi(strings.Split(link, "/")[2])
+		if err != nil || pid == h.PID() {
+			continue
+		}
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, fmt.Errorf("end process %d on host %s: %w", pid, h.Name, err))
+		}
+	}
+	errs = append(errs, h.anchor.Process.Kill())
+	_ = h.anchor.Wait() // it was killed
+	return errors.Join(errs...)
+}

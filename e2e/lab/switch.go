@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+)
+
+// EventsPath is a second QMP socket, on which a test watches a VM whose first
+// one belongs to the daemon.
+const EventsPath = VMDir + "/events.sock"
+
+// EventsArgs give QEMU that second socket.
+func EventsArgs() []string { return []string{"-qmp", "unix:" + EventsPath + ",server=on,wait=off"} }
+
+// A SwitchWatch times a VM's switch from one host to the other by QEMU's own
+// events. Both hosts of a lab have one clock.
+type SwitchWatch struct {
+	client *qmp.Client
+	events *qmp.Subscription
+	from   *Host
+	to     *Host
+}
+
+// WatchSwitch begins to watch the VM that runs on from.
+func (l *Lab) WatchSwitch(ctx context.Context, from, to *Host) (*SwitchWatch, error) {
+	client, err := qmp.Dial(ctx, from.Path(EventsPath))
+	if err != nil {
+		return nil, err
+	}
+	return &SwitchWatch{client: client, events: client.Subscribe("STOP"), from: from, to: to}, nil
+}
+
+// Downtime waits for the switch and returns the time from the source's STOP
+// event to the destination's RESUME event.
+func (w *SwitchWatch) Downtime(ctx context.Context) (time.Duration, error) {
+	defer w.client.Disconnect() //nolint:errcheck // it was only read from
+	destination, err := w.dialDestination(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer destination.Disconnect() //nolint:errcheck // likewise
+	resumed, err := next(ctx, destination.Subscribe("RESUME"))
+	if err != nil {
+		return 0, fmt.Errorf("RESUME on host %s: %w", w.to.Name, err)
+	}
+	stopped, err := next(ctx, w.events)
+	if err != nil {
+		return 0, fmt.Errorf("STOP on host %s: %w", w.from.Name, err)
+	}
+	return resumed.Time.Sub(stopped.Time), nil
+}
+
+// dialDestination connects as soon as the destination QEMU was started.
+func (w *SwitchWatch) dialDestination(ctx context.Context) (*qmp.Client, error) {
+	for {
+		client, err := qmp.Dial(ctx, w.to.Path(EventsPath))
+		if err == nil {
+			return client, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("no destination QEMU on host %s: %w", w.to.Name, err)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+func next(ctx context.Context, s *qmp.Subscription) (qmp.Event, error) {
+	select {
+	case e, ok := <-s.Events():
+		if !ok {
+			return qmp.Event{}, fmt.Errorf("QEMU ended")
+		}
+		return e, nil
+	case <-ctx.Done():
+		return qmp.Event{}, ctx.Err()
+	}
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/image"
+	"github.com/migrated-vm/migrated/internal/qmp"
+)
+
+// VMDir is the directory, on a host, of everything that belongs to the VM.
+const VMDir = "/run/vm"
+
+// Paths of the VM on its host.
+const (
+	QMPPath    = VMDir + "/qmp.sock"
+	SerialPath = VMDir + "/serial.sock" // the guest's reports and commands
+	SerialLog  = VMDir + "/serial.log"
+	ConsoleLog = VMDir + "/console.log"
+)
+
+// nobody is the user of unprivileged VMs.
+const nobody = 65534
+
+// VMConfig is the machine under test.
+type VMConfig struct {
+	KVM          bool // else TCG, a thread a vCPU
+	VCPUs        int
+	MemoryMiB    int
+	Nodes        int  // NUMA nodes, a memory backend each
+	HugePages    bool // 2 MiB pages from hugetlbfs
+	Unprivileged bool // an ordinary user, under QEMU's sandbox
+	// Kernel and Initrd start a Linux guest, Disk one that boots by itself.
+	Kernel, Initrd, Disk string
+	// KernelArgs are appended to the kernel command line.
+	KernelArgs []string
+	// Extra are further arguments of QEMU.
+	Extra []string
+}
+
+// Args is QEMU's command line.
+func (c VMConfig) Args() []string {
+	accel := "tcg,thread=multi"
+	cpu := "max"
+	if c.KVM {
+		accel, cpu = "kvm", "host"
+	}
+	args := []string{
+		"qemu-system-x86_64", "-name", "guest", "-nodefaults", "-no-user-config", "-display", "none",
+		"-machine", "q35", "-accel", accel, "-cpu", cpu,
+		"-smp", strconv.Itoa(c.VCPUs), "-m", fmt.Sprintf("%dM", c.MemoryMiB),
+		"-qmp", "unix:" + QMPPath + ",server=on,wait=off",
+	}
+	args = append(args, c.memoryArgs()...)
+	if c.Unprivileged {
+		args = append(args, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+	}
+	serial := "socket,id=report,path=" + SerialPath + ",server=on,wait=off,logfile=" + SerialLog + ",logappend=on"
+	if c.Kernel != "" {
+		args = append(args,
+			"-chardev", "file,id=console,path="+ConsoleLog+",append=on", "-serial", "chardev:console",
+			"-chardev", serial, "-serial", "chardev:report",
+			"-kernel", c.Kernel, "-initrd", c.Initrd,
+			"-append", strings.Join(append([]string{image.CommandLine}, c.KernelArgs...), " "))
+	} else {
+		args = append(args, "-chardev", serial, "-serial", "chardev:report",
+			"-drive", "file="+c.Disk+",format=raw,if=none,id=boot,readonly=on", "-device", "ide-hd,drive=boot,bus=ide.0")
+	}
+	return append(args, c.Extra...)
+}
+
+func (c VMConfig) memoryArgs() []string {
+	dir := "/dev/shm"
+	if c.HugePages {
+		dir = "/dev/hugepages"
+	}
+	backend := func(id string, mib int) string {
+		return fmt.Sprintf("memory-backend-file,id=%s,size=%dM,mem-path=%s/guest-%s,share=on", id, mib, dir, id)
+	}
+	if c.Nodes < 2 {
+		return []string{"-object", backend("ram0", c.MemoryMiB), "-machine", "memory-backend=ram0"}
+	}
+	var args []string
+	for i := range c.Nodes {
+		id := fmt.Sprintf("ram%d", i)
+		args = append(args, "-object", backend(id, c.MemoryMiB/c.Nodes), "-numa", fmt.Sprintf("node,nodeid=%d,memdev=%s", i, id))
+	}
+	return args
+}
+
+// RAMFiles are the paths of the VM's RAM on its host, low addresses first.
+func (c VMConfig) RAMFiles() []string {
+	dir := "/dev/shm"
+	if c.HugePages {
+		dir = "/dev/hugepages"
+	}
+	var files []string
+	for i := range max(1, c.Nodes) {
+		files = append(files, fmt.Sprintf("%s/guest-ram%d", dir, i))
+	}
+	return files
+}
+
+// MakeVMDir makes the directory of the VM on a host, as its operator does on
+// both before a migration.
+func (h *Host) MakeVMDir() error {
+	dir := h.Path(VMDir)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return os.Chown(dir, nobody, nobody) // root writes there all the same
+}
+
+// StartVM starts QEMU on the host. It runs when its QMP socket exists.
+func (h *Host) StartVM(ctx context.Context, c VMConfig, extra ...string) (*Process, error) {
+	if err := h.MakeVMDir(); err != nil {
+		return nil, err
+	}
+	argv := append(c.Args(), extra...)
+	if c.Unprivileged {
+		argv = append([]string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--"}, argv...)
+	}
+	log, err := os.OpenFile(h.Path(VMDir+"/qemu.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close() //nolint:errcheck // QEMU has its own
+	p, err := h.Start(log, argv...)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		conn, err := qmp.Dial(ctx, h.Path(QMPPath))
+		if err == nil {
+			return p, conn.Disconnect()
+		}
+		select {
+		case <-p.Exited():
+			said, _ := os.ReadFile(log.Name())
+			return nil, fmt.Errorf("QEMU on host %s ended: %w: %s", h.Name, p.err, said)
+		case <-ctx.Done():
+			return nil, errors.Join(ctx.Err(), err)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// QMP connects to the VM on this host. QEMU serves one client at a time.
+func (h *Host) QMP(ctx context.Context) (*qmp.Client, error) { return qmp.Dial(ctx, h.Path(QMPPath)) }
+
+// Guest opens the guest's reports on this host; log goes on from host to host.
+func (h *Host) Guest(ctx context.Context, log *report.Log) (*report.Port, error) {
+	return report.Open(ctx, h.Path(SerialPath), log)
+}
+
+// Allocated returns the bytes of memory that a file of the host occupies.
+func (h *Host) Allocated(path string) (int64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Clean(h.Path(path)), &st); err != nil {
+		return 0, fmt.Errorf("%s on host %s: %w", path, h.Name, err)
+	}
+	return st.Blocks * 512, nil
+}
