@@ -105,7 +105,7 @@ func drawBar(done float64, width int) string {
 	const whole = 1 << 20
 	var b bytes.Buffer
 	// Writing to a buffer does not fail.
-	_ = style.Build().Fill(&b, decor.Statistics{AvailableWidth: width, Total: whole, Current: int64(done * whole)})
+	_ = style.Build().Fill(&b, decor.Statistics{AvailableWidth: width, Total: whole, Current: int64(done * whole), Completed: done >= 1})
 	return b.String()
 }
 

@@ -80,7 +80,7 @@ func printChecks(out io.Writer, results []*migratedv1.CheckResult) error {
 	for i, line := range strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n") {
 		fmt.Fprintln(out, strings.TrimRight(line, " "))
 		if i < len(results) && results[i].GetRemedy() != "" {
-			fmt.Fprintf(out, "         what to do: %s\n", indent(results[i].GetRemedy()))
+			fmt.Fprintf(out, "         what to do: %s\n", strings.ReplaceAll(results[i].GetRemedy(), "\n", "\n             "))
 		}
 	}
 	failed := count(results, migratedv1.CheckStatus_CHECK_STATUS_FAILED)

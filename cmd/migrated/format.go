@@ -46,7 +46,7 @@ func stateMeaning(m *migratedv1.Migration) string {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
 		return "the VM and all its memory are at the destination"
 	case migratedv1.MigrationState_MIGRATION_STATE_FAILED:
-		return "the migration failed"
+		return "it ended with an error"
 	case migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
 		return "the migration was cancelled; the VM runs at the source"
 	default:

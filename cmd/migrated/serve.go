@@ -20,15 +20,15 @@ import (
 // serveCmd has a flag for each key of the configuration file. A flag that was
 // not given is nil and leaves the file's value.
 type serveCmd struct {
-	Config        *string   `placeholder:"PATH" predictor:"file" help:"Configuration file (default: ${config_path} if there is one)."`
-	Listen        *string   `group:"settings" placeholder:"HOST:PORT" help:"Where other daemons reach this one."`
-	Socket        *string   `group:"settings" placeholder:"PATH" predictor:"file" help:"Unix socket of the control API."`
-	ControlListen *string   `group:"settings" placeholder:"HOST:PORT" help:"Serve the control API at this address as well."`
-	Advertise     *[]string `group:"settings" placeholder:"HOST:PORT" help:"Address under which other daemons reach this one's page server; may be repeated."`
-	StateDir      *string   `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
-	QEMUBinaries  *[]string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
-	FaultWorkers  *int      `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
-	LogLevel      *string   `group:"settings" placeholder:"LEVEL" help:"debug, info, warn or error."`
+	Config        *string  `placeholder:"PATH" predictor:"file" help:"Configuration file (default: ${config_path} if there is one)."`
+	Listen        *string  `group:"settings" placeholder:"HOST:PORT" help:"Where other daemons reach this one."`
+	Socket        *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Unix socket of the control API."`
+	ControlListen *string  `group:"settings" placeholder:"HOST:PORT" help:"Serve the control API at this address as well."`
+	Advertise     []string `group:"settings" placeholder:"HOST:PORT" help:"Address under which other daemons reach this one's page server; may be repeated."`
+	StateDir      *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
+	QEMUBinaries  []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
+	FaultWorkers  *int     `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
+	LogLevel      *string  `group:"settings" placeholder:"LEVEL" help:"debug, info, warn or error."`
 }
 
 func (serveCmd) Help() string {
@@ -94,9 +94,13 @@ func (s *serveCmd) load() (config.Config, error) {
 	set(&cfg.Listen, s.Listen)
 	set(&cfg.Socket, s.Socket)
 	set(&cfg.ControlListen, s.ControlListen)
-	set(&cfg.Advertise, s.Advertise)
+	if s.Advertise != nil {
+		cfg.Advertise = s.Advertise
+	}
 	set(&cfg.StateDir, s.StateDir)
-	set(&cfg.QEMUBinaries, s.QEMUBinaries)
+	if s.QEMUBinaries != nil {
+		cfg.QEMUBinaries = s.QEMUBinaries
+	}
 	set(&cfg.FaultWorkers, s.FaultWorkers)
 	set(&cfg.LogLevel, s.LogLevel)
 	return cfg, cfg.Validate()

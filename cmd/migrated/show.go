@@ -22,7 +22,7 @@ Examples:
     migrated list
 
     # The ids of those that are not over
-    migrated list --json | jq -r '.migrations[] | select(.progress.residency == null) | .id'`
+    migrated list --json | jq -r '.migrations[] | select(.state | test("COMPLETED|FAILED|CANCELLED") | not) | .id'`
 }
 
 func (listCmd) Run(a *app) error {
@@ -101,7 +101,10 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	if spec.GetKeepSource() {
 		fact("Source QEMU", "is kept")
 	}
-	if p.GetPagesTotal() > 0 {
+	switch {
+	case p.GetPagesPresent() == 0 && p.GetPagesTotal() > 0:
+		fact("Memory", "%s in %s, all at the source", bytesText(p.GetBytesTotal()), plural(p.GetPagesTotal(), "page"))
+	case p.GetPagesTotal() > 0:
 		fact("Memory", "%s: %d of %s, %d of them zero; %s", percent(p), p.GetPagesPresent(), plural(p.GetPagesTotal(), "page"), p.GetPagesZero(), bytesText(p.GetBytesTotal()))
 		fact("On the wire", "%s of pages, %s of device state, %s now", bytesText(p.GetBytesOnWire()), bytesText(p.GetBytesDeviceState()), rateText(p.GetBytesPerSecond()))
 		fact("Faults", "%d: p50 %s, p99 %s, max %s", p.GetFaults(), durationText(p.GetFaultP50()), durationText(p.GetFaultP99()), durationText(p.GetFaultMax()))

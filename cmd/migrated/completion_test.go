@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// What the program proposes for a line, in the protocol that all three scripts
+// use.
+func TestCompleteLine(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "d.sock")
+	d, err := startPlayed(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.stop()
+	t.Chdir(t.TempDir())
+	if err := os.WriteFile("db.qmp", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		line string
+		want []string
+	}{
+		{"migrated mi", []string{"migrate"}},
+		{"migrated c", []string{"cancel", "check", "completion"}},
+		{"migrated completion ", []string{"bash", "fish", "zsh"}},
+		{"migrated migrate --keep", []string{"--keep-source"}},
+		{"migrated migrate --vm d", []string{"db.qmp"}},
+		{"migrated migrate --id ", []string{"bad-3", "db-1", "web-2"}},
+		{"migrated watch d", []string{"db-1"}},
+		{"migrated watch --daemon unix:///none ", nil},
+		{"migrated migrate --daemon unix:///none --id ", nil},
+	} {
+		command := exec.Command("migrated")
+		command.Env = append(os.Environ(), "COMP_LINE="+test.line, "MIGRATED_DAEMON=unix://"+socket)
+		out, err := command.Output()
+		if err != nil {
+			t.Errorf("%q: %v", test.line, err)
+		}
+		got := strings.Fields(string(out))
+		slices.Sort(got)
+		if !slices.Equal(got, test.want) {
+			t.Errorf("%q proposes %q, want %q", test.line, got, test.want)
+		}
+	}
+}
+
+// The scripts, in the shells that they are for.
+func TestCompletionScripts(t *testing.T) {
+	for shell, ask := range map[string]string{
+		// What readline does for "complete -C": run the command with the line.
+		"bash": `source <(migrated completion bash); complete -p migrated | grep -qE -- "-C '?migrated'? migrated" && COMP_LINE="migrated mi" COMP_POINT=11 migrated`,
+		"zsh": `autoload -Uz compinit && compinit -D; source <(migrated completion zsh); whence -f _bash_complete >/dev/null &&
+			[[ $_comps[migrated] == *_bash_complete* ]] && COMP_LINE="migrated mi" COMP_POINT=11 migrated`,
+		"fish": `migrated completion fish | source; complete -C "migrated mi" | cut -f 1`,
+	} {
+		t.Run(shell, func(t *testing.T) {
+			if _, err := exec.LookPath(shell); err != nil {
+				if os.Getenv("CI") == "true" {
+					t.Fatalf("%s is needed: %v", shell, err)
+				}
+				t.Skipf("%s is not installed", shell)
+			}
+			command := exec.Command(shell, "-c", ask)
+			command.Env = append(os.Environ(), "HOME="+t.TempDir())
+			out, err := command.CombinedOutput()
+			if got := strings.TrimSpace(string(out)); err != nil || got != "migrate" {
+				t.Errorf("proposes %q (%v), want migrate", got, err)
+			}
+		})
+	}
+}

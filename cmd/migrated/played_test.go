@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"net"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+const (
+	setup     = migratedv1.MigrationState_MIGRATION_STATE_SETUP
+	device    = migratedv1.MigrationState_MIGRATION_STATE_DEVICE
+	active    = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+	paused    = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED
+	resumed   = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER
+	completed = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED
+	failed    = migratedv1.MigrationState_MIGRATION_STATE_FAILED
+	cancelled = migratedv1.MigrationState_MIGRATION_STATE_CANCELLED
+)
+
+// played is a daemon that plays migrations by their id: a real gRPC server at a
+// real socket, so that the program under test meets what it meets in earnest.
+type played struct {
+	migratedv1.UnimplementedControlServiceServer
+	server *grpc.Server
+
+	mu      sync.Mutex
+	watches map[string]int // how often each id has been watched
+}
+
+func startPlayed(socket string) (*played, error) {
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		return nil, err
+	}
+	p := &played{server: grpc.NewServer(), watches: make(map[string]int)}
+	migratedv1.RegisterControlServiceServer(p.server, p)
+	go func() { _ = p.server.Serve(listener) }() // until stop
+	return p, nil
+}
+
+func (p *played) stop() { p.server.Stop() }
+
+// noon is when every played migration starts.
+var noon = time.Date(2026, 5, 4, 12, 0, 0, 0, time.UTC)
+
+// at returns a migration as it stands some time after noon.
+func at(id string, after time.Duration, state migratedv1.MigrationState, present uint64) *migratedv1.Migration {
+	m := &migratedv1.Migration{
+		Id: id, Role: migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, State: state, VmName: "postgres",
+		Spec:       &migratedv1.MigrationSpec{Vm: "/run/qemu/db.qmp", Destination: "10.0.0.2:7600"},
+		Prepared:   state != setup,
+		Progress:   &migratedv1.Progress{PagesTotal: 262144, BytesTotal: 1 << 30},
+		CreateTime: timestamppb.New(noon), UpdateTime: timestamppb.New(noon.Add(after)),
+	}
+	if present > 0 {
+		p := m.Progress
+		p.PagesPresent, p.PagesZero, p.BytesOnWire, p.BytesDeviceState = present, present/4, present*3072, 210_000
+		p.Faults, p.Downtime, p.BytesPerSecond = present/64, durationpb.New(2400*time.Microsecond), 812.4e6
+		p.FaultP50, p.FaultP99, p.FaultMax = durationpb.New(90*time.Microsecond), durationpb.New(312*time.Microsecond), durationpb.New(12*time.Millisecond)
+		p.TimeLeft = durationpb.New(time.Duration(262144-present) * 10 * time.Microsecond)
+	}
+	if state == completed {
+		m.Progress.TimeLeft, m.Progress.BytesPerSecond, m.Progress.Residency = nil, 0, durationpb.New(1840*time.Millisecond)
+	}
+	if state == failed {
+		m.Error = &migratedv1.MigrationError{
+			Message:  "loading the device state at the destination: qemu: missing device 0000:00:05.0/virtio-net",
+			Remedy:   "start both QEMUs with the same devices, or migrate without --template",
+			VmStatus: "it runs at the source",
+		}
+	}
+	return m
+}
+
+const ms = time.Millisecond
+
+// scenes are what Watch plays, by id. A nil message ends the stream with
+// UNAVAILABLE; what follows it is for the next Watch of the id.
+var scenes = map[string][]*migratedv1.Migration{
+	"db-1": {
+		at("db-1", 0, setup, 0), prepared("db-1", 200*ms), at("db-1", 300*ms, device, 0),
+		at("db-1", 310*ms, active, 64), at("db-1", 800*ms, active, 60_000), // left out: less than 1 s after
+		at("db-1", 1310*ms, active, 113_000), at("db-1", 2150*ms, completed, 262144),
+	},
+	"bad-3":    {at("bad-3", 0, setup, 0), at("bad-3", 100*ms, device, 0), at("bad-3", 150*ms, failed, 0)},
+	"old-4":    {at("old-4", 0, setup, 0), at("old-4", 90*ms, cancelled, 0)},
+	"paused-5": {at("paused-5", 0, active, 9000), at("paused-5", 10*ms, paused, 9000), at("paused-5", 20*ms, resumed, 9000), at("paused-5", 30*ms, active, 9000), at("paused-5", 40*ms, completed, 262144)},
+	"lost-7":   {at("lost-7", 0, active, 9000), nil},
+	"cut-6":    {at("cut-6", 0, active, 9000), nil, at("cut-6", 500*ms, active, 99_000), at("cut-6", 600*ms, completed, 262144)},
+}
+
+func prepared(id string, after time.Duration) *migratedv1.Migration {
+	m := at(id, after, setup, 0)
+	m.Prepared = true
+	return m
+}
+
+func (p *played) Watch(r *migratedv1.WatchRequest, stream grpc.ServerStreamingServer[migratedv1.WatchResponse]) error {
+	p.mu.Lock()
+	nth := p.watches[r.GetId()]
+	p.watches[r.GetId()]++
+	p.mu.Unlock()
+	switch r.GetId() {
+	case "silent-8":
+		<-stream.Context().Done()
+		return nil
+	case "endless-9":
+		if err := stream.Send(&migratedv1.WatchResponse{Migration: at(r.GetId(), 0, active, 9000)}); err != nil {
+			return err
+		}
+		<-stream.Context().Done()
+		return nil
+	case "lost-7":
+		if nth > 0 { // the first message has arrived
+			go p.server.Stop()
+			<-stream.Context().Done()
+			return nil
+		}
+	}
+	scene, known := scenes[r.GetId()]
+	if !known {
+		return notFound(r.GetId())
+	}
+	cuts := 0
+	for _, m := range scene {
+		if m == nil {
+			cuts++
+		}
+	}
+	skip := min(nth, cuts) // the parts before that many cuts have been played
+	for _, m := range scene {
+		switch {
+		case m == nil && skip == 0:
+			return status.Error(codes.Unavailable, "stopping")
+		case m == nil:
+			skip--
+		case skip == 0:
+			if err := stream.Send(&migratedv1.WatchResponse{Migration: m}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func notFound(id string) error {
+	return status.Errorf(codes.NotFound, "this daemon knows no migration %q", id)
+}
+
+func (p *played) List(context.Context, *migratedv1.ListRequest) (*migratedv1.ListResponse, error) {
+	arriving := at("web-2", time.Second, completed, 262144)
+	arriving.Role, arriving.VmName = migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION, ""
+	return &migratedv1.ListResponse{Migrations: []*migratedv1.Migration{
+		at("db-1", 800*ms, active, 113_000), arriving, at("bad-3", 150*ms, failed, 0),
+	}}, nil
+}
+
+func (p *played) Get(_ context.Context, r *migratedv1.GetRequest) (*migratedv1.GetResponse, error) {
+	scene, known := scenes[r.GetId()]
+	if !known {
+		return nil, notFound(r.GetId())
+	}
+	// The last but one: of db-1, one that runs.
+	m := scene[len(scene)-2]
+	if r.GetId() == "bad-3" {
+		m = scene[len(scene)-1]
+	}
+	return &migratedv1.GetResponse{Migration: m}, nil
+}
+
+func (p *played) Prepare(_ context.Context, r *migratedv1.PrepareRequest) (*migratedv1.PrepareResponse, error) {
+	m, err := begun(r.GetId(), r.GetSpec())
+	return &migratedv1.PrepareResponse{Migration: m}, err
+}
+
+func (p *played) Start(_ context.Context, r *migratedv1.StartRequest) (*migratedv1.StartResponse, error) {
+	m, err := begun(r.GetId(), r.GetSpec())
+	return &migratedv1.StartResponse{Migration: m}, err
+}
+
+// begun answers as a daemon does at once. It returns the spec it was given.
+func begun(id string, spec *migratedv1.MigrationSpec) (*migratedv1.Migration, error) {
+	if id == "" {
+		id = "db-1"
+	}
+	m := proto.CloneOf(at(id, 0, setup, 0))
+	m.Spec = spec
+	switch {
+	case id == "taken":
+		return nil, status.Error(codes.AlreadyExists, "migration taken exists with another specification")
+	case spec.GetVm() == "/busy.qmp":
+		s, err := status.New(codes.FailedPrecondition, "the VM cannot migrate: its memory is not shared").WithDetails(&migratedv1.MigrationError{
+			Remedy: "start it with -object memory-backend-file,share=on", VmStatus: "it runs at the source, untouched"})
+		if err != nil {
+			return nil, err
+		}
+		return nil, s.Err()
+	}
+	return m, nil
+}
+
+func (p *played) Cancel(_ context.Context, r *migratedv1.CancelRequest) (*migratedv1.CancelResponse, error) {
+	switch r.GetId() {
+	case "old-4":
+		return &migratedv1.CancelResponse{Migration: at("old-4", 90*ms, cancelled, 0)}, nil
+	case "db-1":
+		return nil, status.Error(codes.FailedPrecondition, "migration db-1 has switched over: the VM runs at the destination")
+	}
+	return nil, notFound(r.GetId())
+}
+
+func (p *played) Check(_ context.Context, r *migratedv1.CheckRequest) (*migratedv1.CheckResponse, error) {
+	source, destination := migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION
+	answer := &migratedv1.CheckResponse{Results: []*migratedv1.CheckResult{
+		{Subject: "userfaultfd", Status: migratedv1.CheckStatus_CHECK_STATUS_OK, Detail: "the kernel has it (6.18)", Host: source},
+	}}
+	if r.GetDestination() != "" {
+		answer.Results = append(answer.Results, &migratedv1.CheckResult{Subject: "huge pages", Status: migratedv1.CheckStatus_CHECK_STATUS_WARNING,
+			Detail: r.GetDestination() + " has 12 free,\nthe VM uses 16", Remedy: "reserve more: sysctl vm.nr_hugepages=20", Host: destination})
+	}
+	if r.GetVm() != "" {
+		answer.Results = append(answer.Results, &migratedv1.CheckResult{Subject: "memory backend", Status: migratedv1.CheckStatus_CHECK_STATUS_FAILED,
+			Detail: "ram0 of " + r.GetVm() + " is not shared", Remedy: "start the VM with\n-object memory-backend-file,share=on", Host: source})
+	}
+	return answer, nil
+}
+
+func (p *played) GetVersion(context.Context, *migratedv1.GetVersionRequest) (*migratedv1.GetVersionResponse, error) {
+	return &migratedv1.GetVersionResponse{Version: "1.2.3", Protocol: 1}, nil
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/migrated-vm/migrated/internal/config"
+)
+
+// Default < file < flags, for each kind of value.
+func TestServeSettings(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "m.yaml")
+	if err := os.WriteFile(file, []byte("listen: 10.0.0.1:7600\nfault_workers: 3\nadvertise: [10.0.0.1:7600]\nlog_level: warn\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fromFile := config.Default()
+	fromFile.Listen, fromFile.FaultWorkers, fromFile.Advertise, fromFile.LogLevel = "10.0.0.1:7600", 3, []string{"10.0.0.1:7600"}, "warn"
+	overridden := fromFile
+	overridden.Listen, overridden.FaultWorkers, overridden.Advertise = "10.0.0.2:7600", 0, []string{"10.0.0.2:7600", "10.9.0.2:7600"}
+	every := config.Config{Listen: "h:1", Socket: "/s", ControlListen: "h:2", Advertise: []string{"h:3"}, StateDir: "/d",
+		QEMUBinaries: []string{"/q", "/r"}, FaultWorkers: 5, LogLevel: "error"}
+	for _, test := range []struct {
+		name string
+		args []string
+		want config.Config
+	}{
+		{"file", []string{"--config", file}, fromFile},
+		{"flags override the file, also with a zero", []string{"--config", file, "--listen", "10.0.0.2:7600", "--fault-workers", "0",
+			"--advertise", "10.0.0.2:7600", "--advertise", "10.9.0.2:7600"}, overridden},
+		{"every flag", []string{"--config", file, "--listen=h:1", "--socket=/s", "--control-listen=h:2", "--advertise=h:3", "--state-dir=/d",
+			"--qemu-binaries=/q,/r", "--fault-workers=5", "--log-level=error"}, every},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var c cli
+			parser, err := newParser(&c, io.Discard, io.Discard)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := parser.Parse(append([]string{"serve"}, test.args...)); err != nil {
+				t.Fatal(err)
+			}
+			got, err := c.Serve.load()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// The daemon in its own process: it tells the service manager when it serves,
+// answers, and ends well on SIGTERM.
+func TestServe(t *testing.T) {
+	dir := t.TempDir()
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	told := func(want string) {
+		t.Helper()
+		if err := manager.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		message := make([]byte, 256)
+		n, err := manager.Read(message)
+		if err != nil {
+			t.Fatalf("waiting for %s: %v", want, err)
+		}
+		if got := string(message[:n]); got != want {
+			t.Fatalf("the service manager was told %q, want %q", got, want)
+		}
+	}
+	socket := filepath.Join(dir, "d.sock")
+	serve := exec.Command("migrated", "serve", "--socket", socket, "--listen", "127.0.0.1:0", "--state-dir", filepath.Join(dir, "state"))
+	serve.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(dir, "notify"))
+	var log bytes.Buffer
+	serve.Stderr = &log
+	if err := serve.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer serve.Process.Kill() // where the test ends before the daemon
+	told("READY=1")
+
+	for _, args := range [][]string{{"version"}, {"list"}} {
+		out, err := exec.Command("migrated", append(args, "--daemon", "unix://"+socket)...).CombinedOutput()
+		if err != nil {
+			t.Errorf("%v: %v\n%s", args, err, out)
+		}
+	}
+	if err := serve.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	told("STOPPING=1")
+	if err := serve.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v\n%s", err, log.String())
+	}
+}
+
+func TestServeRefusesBadConfiguration(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "m.yaml")
+	if err := os.WriteFile(file, []byte("# ours\nlistn: a\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"--config", file}, file + `:2: unknown key "listn"; did you mean "listen"?`},
+		{[]string{"--config", file + ".none"}, "no such file or directory"},
+		{[]string{"--log-level", "loud"}, `log_level: "loud" cannot be used: it must be debug, info, warn or error`},
+	} {
+		out, err := exec.Command("migrated", append([]string{"serve"}, test.args...)...).CombinedOutput()
+		if code := exitCode(err); code != "2" {
+			t.Errorf("%v: exit code %s, want 2", test.args, code)
+		}
+		if !strings.Contains(string(out), test.want) {
+			t.Errorf("%v printed\n%s\nwant %s in it", test.args, out, test.want)
+		}
+	}
+}
+
+// A daemon that stops names the migrations that are not over, and only those.
+func TestLogInFlight(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "d.sock")
+	d, err := startPlayed(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.stop()
+	var out bytes.Buffer
+	logInFlight(socket, slog.New(slog.NewTextHandler(&out, nil)))
+	if n := strings.Count(out.String(), "in flight"); n != 1 || !strings.Contains(out.String(), "migration=db-1 vm=postgres role=source state=postcopy-active memory=43.1%") {
+		t.Errorf("logged\n%s\nwant db-1 alone in flight", out.String())
+	}
+}
