@@ -90,7 +90,7 @@ const PoisonDontWake PoisonMode = abi.UFFDIO_POISON_MODE_DONTWAKE
 var opPoison = newOperation("UFFDIO_POISON")
 
 // Poison marks the missing pages of r as lost: touching one gives SIGBUS, as memory with a hardware error
-// would (Linux 6.6, FeaturePoison).
+// would (Linux 6.6, FeaturePoison). A later Copy puts a page in all the same.
 func (u *UFFD) Poison(r Range, mode PoisonMode) (n int, err error) {
 	if !u.acquire() {
 		return 0, opPoison.closed

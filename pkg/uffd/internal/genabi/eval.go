@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"regexp"
 	"strconv"
+	"strings"
 )
 
 // The encoding of ioctl numbers (include/uapi/asm-generic/ioctl.h): direction, size of the
@@ -45,7 +46,7 @@ func (h *header) valueOf(name string, depth int) (uint64, error) {
 	}
 	e := &expr{h: h, rest: m.body, depth: depth}
 	v, err := e.or()
-	if err == nil && e.peek() != "" {
+	if err == nil && strings.TrimSpace(e.rest) != "" {
 		err = fmt.Errorf("%q is left over", e.rest)
 	}
 	if err != nil {

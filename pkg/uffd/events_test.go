@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package uffd_test
+
+import (
+	"errors"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
+)
+
+const allEvents = uffd.FeatureEventFork | uffd.FeatureEventRemap | uffd.FeatureEventRemove | uffd.FeatureEventUnmap
+
+func TestBatch(t *testing.T) {
+	uffdtest.CheckDescriptors(t)
+	c := uffdtest.Start(t)
+	u := c.Supervise(uffd.FeatureThreadID)
+	const pages = 20
+	r := c.Map(uffdtest.Shmem, pages)
+	if _, err := u.Register(r, uffd.ModeMissing); err != nil {
+		t.Fatal(err)
+	}
+	byThread := map[uint32]uint64{}
+	var readers []uffdtest.Pending
+	for i := range uint64(pages) {
+		p := c.Go(uffdtest.Read(r.Start + i*4096))
+		readers = append(readers, p)
+		byThread[p.ThreadID] = r.Start + i*4096
+	}
+	for _, p := range readers {
+		p.WaitWaiting()
+	}
+
+	buf := uffd.NewEventBuffer(16)
+	for _, want := range []int{16, 4} { // as many as there is room for, then the rest
+		n, err := u.Read(buf)
+		if n != want || err != nil || buf.Len() != want {
+			t.Fatalf("read: %d, %v; want %d", n, err, want)
+		}
+		for i := range n {
+			e := buf.At(i)
+			if e.Kind != uffd.EventPagefault || byThread[e.Pagefault.ThreadID] != e.Pagefault.Addr {
+				t.Errorf("%v of thread %d at %#x, want %#x", e.Kind, e.Pagefault.ThreadID, e.Pagefault.Addr, byThread[e.Pagefault.ThreadID])
+			}
+			delete(byThread, e.Pagefault.ThreadID)
+		}
+	}
+	if n, err := u.Read(buf); n != 0 || buf.Len() != 0 || !errors.Is(err, uffd.ErrWouldBlock) {
+		t.Errorf("a third read: %d, %v", n, err)
+	}
+	if _, err := u.Zeropage(r, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range readers {
+		p.JoinOK()
+	}
+}
+
+// TestRemove: while nobody has read the event, copies say ErrAgain; the discarded page is missing again.
+func TestRemove(t *testing.T) {
+	for _, tt := range []struct {
+		kind    uffdtest.Kind
+		discard func(uffd.Range) uffdtest.Action
+	}{{uffdtest.Anon, uffdtest.Discard}, {uffdtest.Shmem, uffdtest.Punch}} {
+		t.Run(tt.kind.String(), func(t *testing.T) {
+			c := uffdtest.Start(t)
+			u := c.Supervise(allEvents)
+			r := c.Map(tt.kind, 2)
+			if _, err := u.Register(r, uffd.ModeMissing); err != nil {
+				t.Fatal(err)
+			}
+			first := uffd.Range{Start: r.Start, Len: 4096}
+			page := uffdtest.Page(tt.kind, 1)
+			if _, err := u.Copy(first.Start, page, 0); err != nil {
+				t.Fatal(err)
+			}
+			discarding := c.Go(tt.discard(first))
+			discarding.WaitWaiting()
+			if n, err := u.Copy(r.Start+4096, page, 0); n != 0 || !errors.Is(err, uffd.ErrAgain) {
+				t.Errorf("copy: %d, %v", n, err)
+			}
+			if n, err := u.Zeropage(uffd.Range{Start: r.Start + 4096, Len: 4096}, 0); n != 0 || !errors.Is(err, uffd.ErrAgain) {
+				t.Errorf("zeropage: %d, %v", n, err)
+			}
+			e := uffdtest.NextEvents(t, u, 1)[0]
+			if e.Kind != uffd.EventRemove || e.Remove.Start != first.Start || e.Remove.End != first.End() {
+				t.Fatalf("%v [%#x, %#x)", e.Kind, e.Remove.Start, e.Remove.End)
+			}
+			discarding.JoinOK()
+			reader := c.Go(uffdtest.Read(first.Start))
+			uffdtest.NextFault(t, u, first.Start)
+			if _, err := u.Zeropage(first, 0); err != nil {
+				t.Fatal(err)
+			}
+			if v := reader.JoinOK(); v != 0 {
+				t.Errorf("a discarded page read %#x", v)
+			}
+		})
+	}
+}
+
+func TestUnmap(t *testing.T) {
+	c := uffdtest.Start(t)
+	u := c.Supervise(allEvents)
+	r := c.Map(uffdtest.Shmem, 2)
+	if _, err := u.Register(r, uffd.ModeMissing); err != nil {
+		t.Fatal(err)
+	}
+	second := uffd.Range{Start: r.Start + 4096, Len: 4096}
+	unmapping := c.Go(uffdtest.Unmap(second))
+	e := uffdtest.NextEvents(t, u, 1)[0]
+	if e.Kind != uffd.EventUnmap || e.Unmap.Start != second.Start || e.Unmap.End != second.End() {
+		t.Fatalf("%v [%#x, %#x)", e.Kind, e.Unmap.Start, e.Unmap.End)
+	}
+	unmapping.JoinOK()
+	if n, err := u.Copy(second.Start, uffdtest.Page(uffdtest.Shmem, 1), 0); n != 0 || !errors.Is(err, uffd.ErrNotRegistered) {
+		t.Errorf("copy: %d, %v", n, err)
+	}
+	// Across the border only the first page is there to be filled.
+	two := append(uffdtest.Page(uffdtest.Shmem, 1), uffdtest.Page(uffdtest.Shmem, 2)...)
+	if n, err := u.Copy(r.Start, two, 0); n != 0 || !errors.Is(err, uffd.ErrNotRegistered) {
+		t.Errorf("copy across the border: %d, %v", n, err)
+	}
+}
+
+func TestRemap(t *testing.T) {
+	c := uffdtest.Start(t)
+	u := c.Supervise(allEvents)
+	r := c.Map(uffdtest.Shmem, 1)
+	to := c.Map(uffdtest.Anon, 1)
+	if _, err := u.Register(r, uffd.ModeMissing); err != nil {
+		t.Fatal(err)
+	}
+	moving := c.Go(uffdtest.Move(r, to.Start))
+	var remaps []uffd.Event
+	for _, e := range uffdtest.EventsUntil(t, u, moving) { // the old address may be reported as unmapped as well
+		if e.Kind == uffd.EventRemap {
+			remaps = append(remaps, e)
+		} else if e.Kind != uffd.EventUnmap {
+			t.Errorf("%v", e.Kind)
+		}
+	}
+	if len(remaps) != 1 {
+		t.Fatalf("%d remap events", len(remaps))
+	}
+	if e := remaps[0].Remap; e.From != r.Start || e.To != to.Start || e.Len != r.Len {
+		t.Errorf("%#x -> %#x, %d bytes", e.From, e.To, e.Len)
+	}
+	if v := moving.JoinOK(); v != to.Start {
+		t.Errorf("moved to %#x", v)
+	}
+	page := uffdtest.Page(uffdtest.Shmem, 1)
+	if n, err := u.Copy(r.Start, page, 0); n != 0 || !errors.Is(err, uffd.ErrNotRegistered) {
+		t.Errorf("copy to the old address: %d, %v", n, err)
+	}
+	if _, err := u.Copy(to.Start, page, 0); err != nil {
+		t.Errorf("copy to the new address: %v", err)
+	}
+}
+
+// TestFork: the child process has a userfaultfd of its own, delivered with the event.
+func TestFork(t *testing.T) {
+	uffdtest.CheckDescriptors(t)
+	c := uffdtest.Start(t)
+	u := c.Supervise(allEvents)
+	r := c.Map(uffdtest.Anon, 1)
+	if _, err := u.Register(r, uffd.ModeMissing); err != nil {
+		t.Fatal(err)
+	}
+	forking := c.Go(uffdtest.Fork(r.Start))
+	e := uffdtest.NextEvents(t, u, 1)[0]
+	if e.Kind != uffd.EventFork {
+		t.Fatalf("%v", e.Kind)
+	}
+	theirs := uffd.FromFD(e.Fork.FD)
+	defer theirs.Close()
+	flags, err := unix.FcntlInt(uintptr(e.Fork.FD), unix.F_GETFD, 0)
+	if err != nil || flags&unix.FD_CLOEXEC == 0 {
+		t.Errorf("close-on-exec is not set (%v)", err)
+	}
+	uffdtest.NextFault(t, theirs, r.Start)
+	page := uffdtest.Page(uffdtest.Anon, 9)
+	if _, err := theirs.Copy(r.Start, page, 0); err != nil {
+		t.Fatal(err)
+	}
+	if v := forking.JoinOK(); byte(v) != page[0] {
+		t.Errorf("the forked process read %#x, want %#x", v, page[0])
+	}
+	// The parent's own page is still missing.
+	if _, err := u.Copy(r.Start, page, 0); err != nil {
+		t.Error(err)
+	}
+}

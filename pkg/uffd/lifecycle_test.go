@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package uffd_test
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
+)
+
+// TestMain lets the test binary be the unprivileged process of TestOpenUnprivileged.
+func TestMain(m *testing.M) {
+	if os.Getenv("UFFD_TEST_UNPRIVILEGED") != "" {
+		os.Exit(unprivileged())
+	}
+	os.Exit(m.Run())
+}
+
+// open opens a userfaultfd of this process, on which no memory will be registered that a test touches.
+func open(t testing.TB, o uffd.OpenOptions) *uffd.UFFD {
+	t.Helper()
+	u, err := uffd.Open(o)
+	if err != nil {
+		uffdtest.Unable(t, "%v", err)
+	}
+	t.Cleanup(func() { u.Close() })
+	return u
+}
+
+func TestOpen(t *testing.T) {
+	uffdtest.CheckDescriptors(t)
+	for _, method := range []uffd.OpenMethod{uffd.OpenSyscall, uffd.OpenDevice} {
+		for _, userMode := range []bool{false, true} {
+			u := open(t, uffd.OpenOptions{Method: method, UserModeOnly: userMode, NonBlocking: true})
+			have, ioctls, err := u.API(uffd.FeatureThreadID)
+			if err != nil {
+				t.Fatalf("%v: %v", method, err)
+			}
+			if have&uffd.FeatureThreadID == 0 || ioctls == 0 {
+				t.Errorf("%v: features %v, ioctls %#x", method, have, ioctls)
+			}
+			if all, err := uffd.ProbeFeatures(); err != nil || all != have {
+				t.Errorf("probe says %v (%v), the handshake %v", all, err, have)
+			}
+			flags, err := unix.FcntlInt(uintptr(u.FD()), unix.F_GETFD, 0)
+			if err != nil || flags&unix.FD_CLOEXEC == 0 {
+				t.Errorf("%v: close-on-exec is not set (%v)", method, err)
+			}
+			if _, err := u.Read(uffd.NewEventBuffer(1)); !errors.Is(err, uffd.ErrWouldBlock) || !errors.Is(err, unix.EAGAIN) {
+				t.Errorf("%v: read: %v", method, err)
+			}
+		}
+	}
+}
+
+func TestHandshake(t *testing.T) {
+	uffdtest.CheckDescriptors(t)
+	t.Run("unknown feature", func(t *testing.T) {
+		_, _, err := open(t, uffd.OpenOptions{}).API(1 << 50)
+		var missing *uffd.NotSupportedError
+		if !errors.As(err, &missing) || missing.Feature != "0x4000000000000" || !errors.Is(err, uffd.ErrNotSupported) {
+			t.Errorf("error %v", err)
+		}
+	})
+	t.Run("twice", func(t *testing.T) {
+		u := open(t, uffd.OpenOptions{})
+		if _, _, err := u.API(0); err != nil {
+			t.Fatal(err)
+		}
+		_, _, err := u.API(0)
+		if !errors.Is(err, uffd.ErrInvalid) || errors.Is(err, uffd.ErrNotSupported) || !strings.Contains(err.Error(), "before") {
+			t.Errorf("error %v", err)
+		}
+	})
+	t.Run("none", func(t *testing.T) {
+		u := open(t, uffd.OpenOptions{NonBlocking: true})
+		if _, err := u.Register(uffd.Range{Start: 4096, Len: 4096}, uffd.ModeMissing); !errors.Is(err, uffd.ErrInvalid) {
+			t.Errorf("register: %v", err)
+		}
+		if _, err := u.Read(uffd.NewEventBuffer(1)); !errors.Is(err, uffd.ErrInvalid) {
+			t.Errorf("read: %v", err)
+		}
+	})
+}
+
+// TestProbeOutOfDescriptors: a real inconclusive answer, then the real one. In a process of its own, as this
+// one's answer is known by now.
+func TestProbeOutOfDescriptors(t *testing.T) {
+	if os.Getenv("UFFD_TEST_PROBE") == "" {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestProbeOutOfDescriptors$", "-test.v")
+		cmd.Env = append(os.Environ(), "UFFD_TEST_PROBE=1")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return
+	}
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: old.Max}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := uffd.ProbeFeatures()
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(err, unix.EMFILE) || errors.Is(err, uffd.ErrNotSupported) {
+		t.Errorf("without descriptors: %v", err)
+	}
+	if f, err := uffd.ProbeFeatures(); err != nil || f == 0 {
+		t.Errorf("afterwards: %v, %v", f, err)
+	}
+}
+
+func TestClosed(t *testing.T) {
+	uffdtest.CheckDescriptors(t)
+	u := open(t, uffd.OpenOptions{NonBlocking: true})
+	if _, _, err := u.API(0); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if err := u.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if u.FD() != -1 {
+		t.Errorf("FD is %d after Close", u.FD())
+	}
+	r := uffd.Range{Start: 4096, Len: 4096}
+	for name, call := range map[string]func() error{
+		"API":          func() error { _, _, err := u.API(0); return err },
+		"Register":     func() error { _, err := u.Register(r, uffd.ModeMissing); return err },
+		"Unregister":   func() error { return u.Unregister(r) },
+		"Wake":         func() error { return u.Wake(r) },
+		"Copy":         func() error { _, err := u.Copy(r.Start, make([]byte, 4096), 0); return err },
+		"Zeropage":     func() error { _, err := u.Zeropage(r, 0); return err },
+		"Continue":     func() error { _, err := u.Continue(r, 0); return err },
+		"Poison":       func() error { _, err := u.Poison(r, 0); return err },
+		"Move":         func() error { _, err := u.Move(r.Start, r.Start, r.Len, 0); return err },
+		"WriteProtect": func() error { return u.WriteProtect(r, uffd.WPProtect) },
+		"Read":         func() error { _, err := u.Read(uffd.NewEventBuffer(1)); return err },
+		"Waiter": func() error {
+			w, err := uffd.NewWaiter(u)
+			if err != nil {
+				return err
+			}
+			defer w.Close()
+			return w.Wait()
+		},
+	} {
+		if err := call(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("%s after Close: %v", name, err)
+		}
+	}
+}
+
+// TestCloseUnderUse closes while others use the descriptor: each of them gets a true answer or ErrClosed,
+// never EBADF or an answer of another file that got the same number.
+func TestCloseUnderUse(t *testing.T) {
+	uffdtest.CheckDescriptors(t)
+	for range 50 {
+		u := open(t, uffd.OpenOptions{NonBlocking: true})
+		if _, _, err := u.API(0); err != nil {
+			t.Fatal(err)
+		}
+		var users sync.WaitGroup
+		for range 4 {
+			users.Go(func() {
+				buf := uffd.NewEventBuffer(1)
+				for {
+					_, err := u.Read(buf)
+					if errors.Is(err, os.ErrClosed) {
+						return
+					}
+					if !errors.Is(err, uffd.ErrWouldBlock) {
+						t.Errorf("read: %v", err)
+						return
+					}
+				}
+			})
+		}
+		if err := u.Close(); err != nil {
+			t.Error(err)
+		}
+		users.Wait()
+	}
+}
+
+func TestWaiter(t *testing.T) {
+	uffdtest.CheckDescriptors(t)
+	u := open(t, uffd.OpenOptions{NonBlocking: true})
+	w, err := uffd.NewWaiter(u)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if err := w.Wait(); !errors.Is(err, uffd.ErrInvalid) || !strings.Contains(err.Error(), "handshake") {
+		t.Errorf("before the handshake: %v", err)
+	}
+	if _, _, err := u.API(0); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() { done <- w.Wait() }()
+	if err := w.Interrupt(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; !errors.Is(err, uffd.ErrInterrupted) {
+		t.Errorf("interrupted: %v", err)
+	}
+	if err := w.Wait(); !errors.Is(err, uffd.ErrInterrupted) {
+		t.Errorf("still interrupted: %v", err)
+	}
+}
+
+// TestOpenUnprivileged runs Open as a user without capabilities.
+func TestOpenUnprivileged(t *testing.T) {
+	if os.Geteuid() != 0 {
+		uffdtest.Unable(t, "needs root to start a process of another user")
+	}
+	if b, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd"); err != nil || strings.TrimSpace(string(b)) != "0" {
+		uffdtest.Unable(t, "vm.unprivileged_userfaultfd is %q (%v), not 0", b, err)
+	}
+	binary, err := os.Open(os.Args[0]) // its directory may be closed to others
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer binary.Close()
+	cmd := exec.Command("/proc/self/fd/3")
+	cmd.ExtraFiles = []*os.File{binary}
+	cmd.Env = []string{"UFFD_TEST_UNPRIVILEGED=1"}
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+// unprivileged is main of that process; what goes wrong goes to standard error.
+func unprivileged() (status int) {
+	failed := func(what string, err error) {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", what, err)
+		status = 1
+	}
+	if _, err := uffd.Open(uffd.OpenOptions{}); !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "unprivileged_userfaultfd") {
+		failed("userfaultfd(2)", err)
+	}
+	if _, err := uffd.Open(uffd.OpenOptions{Method: uffd.OpenDevice}); !errors.Is(err, fs.ErrPermission) {
+		failed("device", err)
+	}
+	if f, err := uffd.ProbeFeatures(); err != nil || f == 0 {
+		failed("probe", err)
+	}
+	u, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true})
+	if err != nil {
+		failed("user mode only", err)
+		return status
+	}
+	if _, _, err := u.API(uffd.FeatureEventFork); !errors.Is(err, uffd.ErrPermission) || !strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
+		failed("fork events", err)
+	}
+	return status
+}

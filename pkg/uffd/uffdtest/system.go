@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package uffdtest
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
+
+const (
+	hugePageSize  = 2 << 20
+	hugePagesFile = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+)
+
+// Unable ends a test that cannot run here: it is skipped with the reason, but fails in CI, where
+// everything must run.
+func Unable(t testing.TB, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf("cannot run: "+format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
+// Need makes sure that the kernel has the features.
+func Need(t testing.TB, want uffd.Features) {
+	t.Helper()
+	if err := uffd.HaveFeatures(want); err != nil {
+		Unable(t, "%v", err)
+	}
+}
+
+// ReserveHugePages adds n huge pages of 2 MiB to the pool until the test ends.
+func ReserveHugePages(t testing.TB, n int) {
+	t.Helper()
+	before, err := hugePages()
+	if err != nil {
+		Unable(t, "no 2 MiB huge pages: %v", err)
+	}
+	restore := func() { _ = os.WriteFile(hugePagesFile, []byte(strconv.Itoa(before)), 0o644) }
+	if err := os.WriteFile(hugePagesFile, []byte(strconv.Itoa(before+n)), 0o644); err != nil {
+		Unable(t, "cannot reserve huge pages: %v", err)
+	}
+	t.Cleanup(restore)
+	if now, err := hugePages(); err != nil || now < before+n {
+		Unable(t, "the kernel gave %d of %d huge pages (%v)", now-before, n, err)
+	}
+}
+
+func hugePages() (int, error) {
+	b, err := os.ReadFile(hugePagesFile)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(b)))
+}
+
+// CheckDescriptors fails the test if at its end this process has descriptors open that it did not have
+// now. Call it first: cleanups run in reverse.
+func CheckDescriptors(t testing.TB) {
+	t.Helper()
+	if r, w, err := os.Pipe(); err == nil { // the runtime's poller opens its own on first use
+		r.Close()
+		w.Close()
+	}
+	before := descriptors(t)
+	t.Cleanup(func() {
+		for fd, target := range descriptors(t) {
+			if before[fd] != target {
+				t.Errorf("descriptor leaked: %s -> %s", fd, target)
+			}
+		}
+	})
+}
+
+func descriptors(t testing.TB) map[string]string {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := map[string]string{}
+	for _, e := range entries {
+		target, err := os.Readlink(filepath.Join("/proc/self/fd", e.Name()))
+		if err == nil { // the directory's own descriptor is gone by now
+			open[e.Name()] = target
+		}
+	}
+	// The compiled child stays for the whole test binary.
+	maps.DeleteFunc(open, func(_, target string) bool { return strings.Contains(target, memfdName) })
+	return open
+}
+
+// String makes failures readable.
+func (r Result) String() string { return fmt.Sprintf("value %#x, errno %v", r.Value, r.Errno) }
