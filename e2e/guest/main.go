@@ -17,6 +17,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -63,12 +64,10 @@ func run() error {
 	}
 	out := json.NewEncoder(port)
 	err = serve(port, out)
-	if err != nil {
-		out.Encode(report.Error{Type: report.TypeError, Message: err.Error()})
-	}
-	return err
+	return errors.Join(err, out.Encode(report.Error{Type: report.TypeError, Message: err.Error()}))
 }
 
+// serve runs the load and reports on it. It returns only with an error.
 func serve(port *os.File, out *json.Encoder) error {
 	cmdline, err := os.ReadFile("/proc/cmdline")
 	if err != nil {

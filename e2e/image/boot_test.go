@@ -50,7 +50,7 @@ func start(t *testing.T, args ...string) (exited <-chan struct{}) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		cmd.Wait()
+		_ = cmd.Wait() // it is killed
 	}()
 	t.Cleanup(func() {
 		cancel()

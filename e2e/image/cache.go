@@ -26,9 +26,9 @@ func openCache() (cache, error) {
 	return cache(dir), nil
 }
 
-// file returns the path of the named file, and has it made if it is missing.
-// Two that make it at once both do, and one of the equal results stays.
-func (c cache) file(name string, make func() ([]byte, error)) (string, error) {
+// file returns the path of the named file, and produces it if it is missing.
+// Two that do so at once both do, and one of the equal results stays.
+func (c cache) file(name string, produce func() ([]byte, error)) (string, error) {
 	path := filepath.Join(string(c), name)
 	_, err := os.Stat(path)
 	if err == nil {
@@ -37,7 +37,7 @@ func (c cache) file(name string, make func() ([]byte, error)) (string, error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("guest image cache: %w", err)
 	}
-	b, err := make()
+	b, err := produce()
 	if err != nil {
 		return "", err
 	}

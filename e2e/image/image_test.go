@@ -73,9 +73,13 @@ func TestFindKernel(t *testing.T) {
 			if err := w.WriteHeader(&tar.Header{Name: name, Typeflag: tar.TypeReg, Size: 3}); err != nil {
 				t.Fatal(err)
 			}
-			w.Write([]byte("abc"))
+			if _, err := w.Write([]byte("abc")); err != nil {
+				t.Fatal(err)
+			}
 		}
-		w.Close()
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
 		return &b
 	}
 	if b, err := findKernel(pack("./boot/config-6", "./boot/vmlinuz-6")); err != nil || string(b) != "abc" {

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 )
 
 // metaPackage depends on the current kernel of Debian's that is built for
@@ -27,18 +28,36 @@ var dependency = regexp.MustCompile(`(?m)^Depends: (linux-image-\S+) \(= (\S+)\)
 // debianKernel returns the path of the kernel that apt would install now.
 // Nothing is installed.
 func debianKernel(ctx context.Context, c cache) (string, error) {
+	current.Lock()
+	defer current.Unlock()
+	if current.name == "" {
+		if err := resolve(ctx); err != nil {
+			return "", err
+		}
+	}
+	return c.file("vmlinuz-"+current.name+"-"+current.version, func() ([]byte, error) {
+		return downloadKernel(ctx, current.name, current.version)
+	})
+}
+
+// current is the real package, once it is known: asking apt takes a second.
+var current struct {
+	sync.Mutex
+	name, version string
+}
+
+// resolve sets current, whose lock the caller holds.
+func resolve(ctx context.Context) error {
 	out, err := run(ctx, "", "apt-cache", "show", "--no-all-versions", metaPackage)
 	if err != nil {
-		return "", fmt.Errorf("find the guest's kernel (on Debian, with package lists: apt-get update): %w", err)
+		return fmt.Errorf("find the guest's kernel (on Debian, with package lists: apt-get update): %w", err)
 	}
 	m := dependency.FindSubmatch(out)
 	if m == nil {
-		return "", fmt.Errorf("find the guest's kernel: %s depends on no kernel of one version: %s", metaPackage, out)
+		return fmt.Errorf("find the guest's kernel: %s depends on no kernel of one version: %s", metaPackage, out)
 	}
-	name, version := string(m[1]), string(m[2])
-	return c.file("vmlinuz-"+name+"-"+version, func() ([]byte, error) {
-		return downloadKernel(ctx, name, version)
-	})
+	current.name, current.version = string(m[1]), string(m[2])
+	return nil
 }
 
 // downloadKernel returns the kernel out of a Debian package.

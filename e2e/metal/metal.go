@@ -32,9 +32,11 @@ const (
 	// tail is left alone at the end of RAM: the BIOS keeps its tables there.
 	tail = 2 << 20
 
-	// MinMiB and MaxMiB bound the guest's RAM. Up to MaxMiB all of it lies
-	// below 4 GiB on both pc and q35 machines, without a gap.
-	MinMiB, MaxMiB = 8, 2048
+	// MinMiB is the least RAM that the guest counts in.
+	MinMiB = 8
+	// MaxMiB is the most: up to here all RAM lies below 4 GiB on both pc and
+	// q35 machines, without a gap.
+	MaxMiB = 2048
 	// ImageSize is the size of the boot disk. AHCI boots no 512-byte disk.
 	ImageSize = 1 << 20
 )

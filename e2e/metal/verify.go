@@ -45,13 +45,19 @@ const maxErrors = 16
 // stay holes, as they would not if they were mapped.
 func Verify(ramFiles ...string) (Result, error) {
 	var size int64
+	var files []*os.File
 	var parts []io.Reader
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
 	for _, path := range ramFiles {
 		f, err := os.Open(path)
 		if err != nil {
 			return Result{}, fmt.Errorf("guest RAM: %w", err)
 		}
-		defer f.Close()
+		files = append(files, f)
 		info, err := f.Stat()
 		if err != nil {
 			return Result{}, fmt.Errorf("guest RAM: %w", err)

@@ -65,7 +65,7 @@ func (w *window) quantile(percent uint64) int64 {
 	}
 	rank := max(1, (w.total*percent+99)/100)
 	var sum uint64
-	for i, n := range w.diff {
+	for i, n := range &w.diff {
 		if sum += n; sum >= rank {
 			return upperBound(i)
 		}

@@ -28,6 +28,7 @@ import (
 // Pattern is the order in which a worker visits its working set.
 type Pattern string
 
+// The patterns, named as on the guest's command line.
 const (
 	RandomOrder Pattern = "random"
 	Sequential  Pattern = "sequential"

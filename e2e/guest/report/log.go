@@ -131,35 +131,47 @@ func (l *Log) Err() error {
 	if len(l.back) > 0 {
 		return fmt.Errorf("%w: counters ran backwards: %s", ErrDamaged, l.back[0])
 	}
-	first, max := "no details were reported", l.last.Corruptions
+	first := "no details were reported"
 	for _, line := range l.lines {
 		if c := line.Corruption; c != nil {
 			first = fmt.Sprintf("first: page %d, word %d is %s, not %s (%s)", c.Page, c.Word, c.Got, c.Expected, c.Kind)
 			break
 		}
 	}
-	if max > 0 {
-		return fmt.Errorf("%w: %d corruptions; %s", ErrDamaged, max, first)
+	if n := l.last.Corruptions; n > 0 {
+		return fmt.Errorf("%w: %d corruptions; %s", ErrDamaged, n, first)
 	}
 	return nil
+}
+
+// linesOrWait returns the lines from position from on, or, if there are none, a
+// channel that is closed when there may be.
+func (l *Log) linesOrWait(from int) ([]Line, <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if from < len(l.lines) {
+		return append([]Line(nil), l.lines[from:]...), nil
+	}
+	if l.changed == nil {
+		l.changed = make(chan struct{})
+	}
+	return nil, l.changed
 }
 
 // Wait returns the first line at or after position from that matches, and the
 // position behind it.
 func (l *Log) Wait(ctx context.Context, from int, match func(Line) bool) (Line, int, error) {
 	for {
-		l.mu.Lock()
-		for ; from < len(l.lines); from++ {
-			if match(l.lines[from]) {
-				defer l.mu.Unlock()
-				return l.lines[from], from + 1, nil
+		lines, changed := l.linesOrWait(from)
+		for _, line := range lines {
+			from++
+			if match(line) {
+				return line, from, nil
 			}
 		}
-		if l.changed == nil {
-			l.changed = make(chan struct{})
+		if len(lines) > 0 {
+			continue
 		}
-		changed := l.changed
-		l.mu.Unlock()
 		select {
 		case <-changed:
 		case <-ctx.Done():

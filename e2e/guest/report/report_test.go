@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -78,8 +79,11 @@ func TestPortCommand(t *testing.T) {
 		sc := bufio.NewScanner(conn)
 		for sc.Scan() {
 			if id, ok := strings.CutPrefix(sc.Text(), "verify "); ok {
-				conn.Write([]byte(`{"type":"verified","id":"old","pages":1}` + "\n" +
-					`{"type":"verified","id":"` + id + `","pages":4,"found":1,"corruptions":1}` + "\n"))
+				_, err := io.WriteString(conn, `{"type":"verified","id":"old","pages":1}`+"\n"+
+					`{"type":"verified","id":"`+id+`","pages":4,"found":1,"corruptions":1}`+"\n")
+				if err != nil {
+					t.Error(err)
+				}
 			}
 		}
 	}()
