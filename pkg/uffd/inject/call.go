@@ -59,7 +59,7 @@ func (p *Process) syscall(ctx context.Context, nr uintptr, args []uintptr) (resu
 	}
 	defer func() {
 		if restoreErr := p.restore(was); restoreErr != nil {
-			err = errors.Join(err, restoreErr)
+			err = both(err, restoreErr)
 		}
 	}()
 	if err := p.prepare(was, nr, args); err != nil {

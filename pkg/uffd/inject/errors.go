@@ -69,3 +69,11 @@ func deniedRemedy() string {
 	}
 	return remedy + "; if it has the capability, look for a denial by SELinux or AppArmor in the audit log"
 }
+
+// both joins errors, but says only once that the process is gone.
+func both(err, then error) error {
+	if errors.Is(err, ErrProcessGone) && errors.Is(then, ErrProcessGone) {
+		return err
+	}
+	return errors.Join(err, then)
+}

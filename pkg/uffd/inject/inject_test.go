@@ -135,6 +135,21 @@ func TestResultsAndErrno(t *testing.T) {
 	}
 }
 
+// BenchmarkSyscall is what a thread loses by one injected call once it is stopped.
+func BenchmarkSyscall(b *testing.B) {
+	v := startVictim(b, "ppoll")
+	p, err := Seize(b.Context(), v.pid)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer p.Detach()
+	for b.Loop() {
+		if _, err := p.Syscall(b.Context(), unix.SYS_GETPID); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func TestRegistersSurvive(t *testing.T) {
 	v := startVictim(t, "busy")
 	for range 200 {

@@ -20,19 +20,34 @@ const anonName = "anon_inode:[userfaultfd]"
 
 // Find lists the descriptor numbers under which process pid holds userfaultfds, in ascending order.
 func Find(pid int) ([]int, error) {
+	return selectFDs(pid, func(fd int) bool { return checkUserfault(pid, fd) == nil })
+}
+
+func selectFDs(pid int, wanted func(fd int) bool) ([]int, error) {
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	if err != nil {
 		return nil, fmt.Errorf("descriptors of process %d: %w", pid, err)
 	}
 	var fds []int
 	for _, entry := range entries {
-		fd, err := strconv.Atoi(entry.Name())
-		if err == nil && checkUserfault(pid, fd) == nil {
+		if fd, err := strconv.Atoi(entry.Name()); err == nil && wanted(fd) {
 			fds = append(fds, fd)
 		}
 	}
 	slices.Sort(fds)
 	return fds, nil
+}
+
+// findFile returns the number of a descriptor of process pid that is open on the same file as f.
+func findFile(pid int, f *os.File) (int, error) {
+	fds, err := selectFDs(pid, func(fd int) bool { return sameFile(pid, fd, int(f.Fd())) == nil })
+	if err != nil {
+		return -1, err
+	}
+	if len(fds) == 0 {
+		return -1, fmt.Errorf("process %d has not got the %s that was handed to it", pid, f.Name())
+	}
+	return fds[0], nil
 }
 
 // Duplicate takes a userfaultfd that process pid holds already, one of those from Find. The process need not be stopped. A
@@ -73,7 +88,7 @@ func closeRemote(ctx context.Context, pid, fd int, same func() error) (err error
 	if err != nil {
 		return fmt.Errorf("close descriptor %d of process %d: %w", fd, pid, err)
 	}
-	defer func() { err = errors.Join(err, p.Detach()) }()
+	defer func() { err = both(err, p.Detach()) }()
 	if err := checkUserfault(pid, fd); err != nil {
 		return err
 	}

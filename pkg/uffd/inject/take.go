@@ -28,10 +28,13 @@ const newFlags = unix.O_CLOEXEC | unix.O_NONBLOCK
 
 // TakeOptions says what Take may use.
 type TakeOptions struct {
-	// HandDevice passes dev, our open /dev/userfaultfd, into the process (QEMU: QMP add-fd) and returns its number there.
-	// The process runs meanwhile. release takes it out again (QMP remove-fd); Take calls it once, whether or not it got a
-	// userfaultfd. dev belongs to Take. nil: the process cannot be handed descriptors.
-	HandDevice func(ctx context.Context, dev *os.File) (remoteFD int, release func(context.Context) error, err error)
+	// HandDevice passes dev, our open /dev/userfaultfd, into the process, which runs meanwhile; Take finds its number
+	// there by itself. release takes it out again; Take calls it once, whether or not it got a userfaultfd. dev
+	// belongs to Take. nil: the process cannot be handed descriptors.
+	//
+	// With QEMU use getfd and closefd. After add-fd and remove-fd the device stays open for as long as the
+	// VM does not run (monitor_fdset_cleanup in QEMU 7.2).
+	HandDevice func(ctx context.Context, dev *os.File) (release func(context.Context) error, err error)
 }
 
 // Taken is a userfaultfd of another process. The two descriptors are one file: what is registered stays
@@ -144,7 +147,7 @@ func (t target) take(ctx context.Context, method string, nr uintptr, args ...uin
 	}
 	remote, err := p.Syscall(ctx, nr, args...)
 	if err != nil {
-		return nil, errors.Join(t.explain(method, err), p.Detach())
+		return nil, both(t.explain(method, err), p.Detach())
 	}
 	local, err := t.duplicate(int(remote))
 	if err != nil {
@@ -153,7 +156,7 @@ func (t target) take(ctx context.Context, method string, nr uintptr, args ...uin
 		if closeErr != nil {
 			closeErr = fmt.Errorf("descriptor %d stays open in process %d: %w", remote, t.pid, closeErr)
 		}
-		return nil, errors.Join(err, closeErr, p.Detach())
+		return nil, both(both(err, closeErr), p.Detach())
 	}
 	taken := &Taken{UFFD: uffd.FromFD(local), RemoteFD: int(remote), Pid: t.pid, Method: method}
 	if err := p.Detach(); err != nil { // killed after the call: there is no memory left to serve
@@ -210,7 +213,7 @@ func (t target) takeByDevice(ctx context.Context, opts TakeOptions) (taken *Take
 	}
 	defer dev.Close()
 
-	remoteDev, release, err := opts.HandDevice(ctx, dev)
+	release, err := opts.HandDevice(ctx, dev)
 	if err != nil {
 		return nil, fmt.Errorf("hand it to process %d: %w", t.pid, err)
 	}
@@ -225,8 +228,9 @@ func (t target) takeByDevice(ctx context.Context, opts TakeOptions) (taken *Take
 		}
 		taken, err = nil, errors.Join(err, releaseErr)
 	}()
-	if err := sameFile(t.pid, remoteDev, int(dev.Fd())); err != nil {
-		return nil, fmt.Errorf("descriptor %d of process %d is not the device that was handed over: %w", remoteDev, t.pid, err)
+	remoteDev, err := findFile(t.pid, dev)
+	if err != nil {
+		return nil, err
 	}
 	return t.take(ctx, MethodDevice, unix.SYS_IOCTL, uintptr(remoteDev), abi.USERFAULTFD_IOC_NEW, newFlags)
 }
