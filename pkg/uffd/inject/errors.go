@@ -51,8 +51,9 @@ func seizeError(tid int, err error) error {
 		return fmt.Errorf("trace thread %d: %w", tid, ErrProcessGone)
 	}
 	if st.tracer != 0 {
-		return fmt.Errorf("trace thread %d: %w (by process %d): detach it and try again: %w",
-			tid, ErrAlreadyTraced, st.tracer, err)
+		tracer, _ := readStatus(st.tracer) // 0: it has just ended, or is outside our PID namespace
+		return fmt.Errorf("trace thread %d: %w by process %d: detach that and try again: %w",
+			tid, ErrAlreadyTraced, tracer.group, err)
 	}
 	return fmt.Errorf("trace thread %d: %w: %s: %w", tid, ErrPtraceDenied, deniedRemedy(), err)
 }

@@ -127,8 +127,8 @@ func (p *Process) deliverOwnTrap(ctx context.Context) error {
 // settle brings the thread to a stopEvent from wherever it is, delivering signals it meets on the way. A system call that
 // has not begun yet is skipped (settle is called at an entry stop only after something went wrong).
 func (p *Process) settle(ctx context.Context) error {
-	if err := ptrace(unix.PTRACE_INTERRUPT, p.tid, 0, 0); err != nil {
-		return fmt.Errorf("interrupt thread %d: %w", p.tid, p.died(err))
+	if err := p.interrupt(); err != nil {
+		return err
 	}
 	for range maxStops {
 		s, err := waitStop(ctx, p.tid)
@@ -143,11 +143,22 @@ func (p *Process) settle(ctx context.Context) error {
 				return err
 			}
 		}
+		// Again, because any stop takes back an interrupt that is still due (ptrace_stop in kernel/signal.c).
+		if err := p.interrupt(); err != nil {
+			return err
+		}
 		if err := ptrace(unix.PTRACE_CONT, p.tid, 0, p.signalFor(s)); err != nil {
 			return fmt.Errorf("resume thread %d: %w", p.tid, p.died(err))
 		}
 	}
 	return fmt.Errorf("thread %d does not come to rest: %d stops of other kinds", p.tid, maxStops)
+}
+
+func (p *Process) interrupt() error {
+	if err := ptrace(unix.PTRACE_INTERRUPT, p.tid, 0, 0); err != nil {
+		return fmt.Errorf("interrupt thread %d: %w", p.tid, p.died(err))
+	}
+	return nil
 }
 
 // forgetCall makes the kernel neither execute (at an entry stop) nor restart (at an exit stop) the current call.

@@ -15,7 +15,8 @@ import (
 type status struct {
 	state   byte // R, S, D (uninterruptible), T (stopped), t (traced), Z (zombie), X
 	parent  int  // PPid
-	tracer  int  // TracerPid, 0 if none
+	tracer  int  // TracerPid: a thread, 0 if none
+	group   int  // Tgid: the process the thread belongs to
 	uid     int  // effective
 	seccomp int  // 0 off, 1 strict, 2 filter
 }
@@ -40,6 +41,8 @@ func readStatus(tid int) (status, error) {
 			st.parent = number
 		case "TracerPid":
 			st.tracer = number
+		case "Tgid":
+			st.group = number
 		case "Uid":
 			if len(fields) > 1 {
 				st.uid, _ = strconv.Atoi(fields[1])

@@ -20,6 +20,7 @@
 #include <sys/epoll.h>
 #include <sys/ipc.h>
 #include <sys/prctl.h>
+#include <sys/rseq.h>
 #include <sys/sem.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -93,8 +94,57 @@ static long block(const char *how) {
 		return nanosleep(&ts, 0);
 	}
 	if (!strcmp(how, "pause")) return pause();
+	if (!strcmp(how, "vfork")) { // the parent sleeps uninterruptibly until the child exits
+		pid_t child = vfork();
+		if (child == 0) {
+			read(0, &c, 1);
+			_exit(0);
+		}
+		return child > 0;
+	}
 	fprintf(stderr, "unknown: %s\n", how);
 	exit(2);
+}
+
+// rseq_spin stays inside a restartable sequence until a line comes in. The kernel has to abort the sequence whenever it is interrupted;
+// then it is entered again, which `entries` counts.
+static volatile long entries;
+static volatile int leave;
+extern char sequence_start[], sequence_end[];
+
+static void *leave_on_input(void *unused) {
+	(void)unused;
+	char c;
+	leave = read(0, &c, 1);
+	return 0;
+}
+
+static long rseq_spin(void) {
+	pthread_t t;
+	if (__rseq_size == 0) {
+		printf("no rseq\n");
+		fflush(stdout);
+		return -1;
+	}
+	struct rseq *rs = (struct rseq *)((char *)__builtin_thread_pointer() + __rseq_offset);
+	pthread_create(&t, 0, leave_on_input, 0);
+	printf("%p %p %p\n", (void *)sequence_start, (void *)sequence_end, (void *)&entries);
+	fflush(stdout);
+	__asm__ volatile(
+		".pushsection .data.rel\n .balign 32\n"
+		"3: .long 0, 0\n .quad sequence_start, sequence_end - sequence_start, 4f\n .popsection\n"
+		"jmp 5f\n"
+		".long 0x53053053\n" // RSEQ_SIG has to stand before the abort handler
+		"4: nop\n"
+		"5: incq %0\n"
+		"lea 3b(%%rip), %%rax\n mov %%rax, %1\n"
+		"sequence_start: cmpl $0, %2\n je sequence_start\n"
+		"sequence_end:\n"
+		: "+m"(entries), "=m"(rs->rseq_cs)
+		: "m"(leave)
+		: "rax", "cc", "memory");
+	pthread_join(t, 0);
+	return leave;
 }
 
 // spin keeps a known value in each register that a C compiler may hold something in, and looks whether one has changed.
@@ -182,7 +232,7 @@ int main(int argc, char **argv) {
 	printf("ready\n");
 	fflush(stdout);
 	errno = 0;
-	long ret = !strcmp(how, "busy") ? busy() : block(how);
+	long ret = !strcmp(how, "busy") ? busy() : !strcmp(how, "rseq") ? rseq_spin() : block(how);
 	printf("ret=%ld errno=%d signals=%d\n", ret, ret < 0 ? errno : 0, (int)signals);
 	return 0;
 }

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build amd64
+
+package inject
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Signals sent while the thread is held arrive afterwards, each once. SIGRTMIN queues, so that they can be counted.
+func TestSignalsArriveOnce(t *testing.T) {
+	for _, mode := range []string{"read", "busy"} {
+		t.Run(mode, func(t *testing.T) {
+			v := startVictim(t, mode)
+			const rounds, perRound, sigrtmin = 50, 4, 34 // glibc keeps 32 and 33 to itself
+			for range rounds {
+				stop := make(chan error)
+				go func() { // at any moment of the injection
+					for range perRound {
+						if err := unix.Tgkill(v.pid, v.pid, sigrtmin); err != nil {
+							stop <- err
+							return
+						}
+					}
+					stop <- nil
+				}()
+				injectGetpid(t, v.pid)
+				if err := <-stop; err != nil {
+					t.Fatal(err)
+				}
+			}
+			v.poke()
+			if got, want := v.line(), fmt.Sprintf("ret=1 errno=0 signals=%d", rounds*perRound); got != want {
+				t.Errorf("%q, want %q", got, want)
+			}
+		})
+	}
+}
+
+// A handler without SA_RESTART ends the call, as it does when nobody injects. epoll_wait is the one whose result we
+// touch (keepCallGoing).
+func TestSignalStillInterrupts(t *testing.T) {
+	for _, mode := range []string{"epoll", "ppoll", "pause", "futex", "nanosleep"} {
+		t.Run(mode, func(t *testing.T) {
+			v := startVictim(t, mode)
+			eventually(t, "target is asleep", func() bool { return v.state() == 'S' && blockedIn(v.pid) > 0 })
+			p, err := Seize(t.Context(), v.pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// To this thread: while it is held, the kernel would give a signal for the process to another one.
+			if err := unix.Tgkill(v.pid, v.pid, unix.SIGUSR1); err != nil {
+				t.Fatal(err)
+			}
+			_, err = p.Syscall(t.Context(), unix.SYS_GETPID)
+			if err := errors.Join(err, p.Detach()); err != nil {
+				t.Fatal(err)
+			}
+			if got, want := v.line(), "ret=-1 errno=4 signals=1"; got != want {
+				t.Errorf("%q, want %q", got, want)
+			}
+		})
+	}
+}
+
+func TestStoppedProcessStaysStopped(t *testing.T) {
+	v := startVictim(t, "ppoll")
+	v.awaitBlocked(unix.SYS_PPOLL)
+	mustKill(t, v.pid, unix.SIGSTOP)
+	eventually(t, "target is stopped", func() bool { return v.state() == 'T' })
+	for range 5 {
+		injectGetpid(t, v.pid)
+		eventually(t, "target is stopped again", func() bool { return v.state() == 'T' })
+	}
+	v.wantUntraced()
+	mustKill(t, v.pid, unix.SIGCONT)
+	v.awaitBlocked(unix.SYS_PPOLL)
+	v.poke()
+	if got, want := v.line(), "ret=1 errno=0 signals=0"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// Stopped and continued at the moments that matter: while held, before the call.
+func TestStopAndContinueWhileHeld(t *testing.T) {
+	tests := []struct {
+		name    string
+		signals []unix.Signal
+		state   byte
+	}{
+		{"stop", []unix.Signal{unix.SIGSTOP}, 'T'},
+		{"stop and continue", []unix.Signal{unix.SIGSTOP, unix.SIGCONT}, 'S'},
+		{"continue and stop", []unix.Signal{unix.SIGCONT, unix.SIGSTOP}, 'T'},
+		{"terminal stop", []unix.Signal{unix.SIGTSTP}, 'T'},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			v := startVictim(t, "ppoll")
+			v.awaitBlocked(unix.SYS_PPOLL)
+			p, err := Seize(t.Context(), v.pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, sig := range test.signals {
+				mustKill(t, v.pid, sig)
+			}
+			pid, err := p.Syscall(t.Context(), unix.SYS_GETPID)
+			if err != nil || int(pid) != v.pid {
+				t.Errorf("getpid: %d, %v", pid, err)
+			}
+			if err := p.Detach(); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "target is in state "+string(test.state), func() bool { return v.state() == test.state })
+			mustKill(t, v.pid, unix.SIGCONT)
+			v.awaitBlocked(unix.SYS_PPOLL)
+			v.poke()
+			if got, want := v.line(), "ret=1 errno=0 signals=0"; got != want {
+				t.Errorf("%q, want %q", got, want)
+			}
+		})
+	}
+}
+
+func mustKill(t *testing.T, pid int, sig unix.Signal) {
+	t.Helper()
+	if err := unix.Kill(pid, sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDeath(t *testing.T) {
+	ctx := t.Context()
+	t.Run("before", func(t *testing.T) {
+		v := startVictim(t, "read")
+		mustKill(t, v.pid, unix.SIGKILL)
+		eventually(t, "target is a zombie", func() bool { return v.state() == 'Z' })
+		if _, err := Seize(ctx, v.pid); !errors.Is(err, ErrProcessGone) || !errors.Is(err, unix.ESRCH) {
+			t.Errorf("Seize of a zombie: %v", err)
+		}
+	})
+	t.Run("while held", func(t *testing.T) {
+		v := startVictim(t, "read")
+		p, err := Seize(ctx, v.pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustKill(t, v.pid, unix.SIGKILL)
+		if _, err := p.Syscall(ctx, unix.SYS_GETPID); !errors.Is(err, ErrProcessGone) {
+			t.Errorf("Syscall: %v", err)
+		}
+		if err := p.Detach(); !errors.Is(err, ErrProcessGone) {
+			t.Errorf("Detach: %v", err)
+		}
+		if err := v.cmd.Wait(); !strings.Contains(err.Error(), "killed") {
+			t.Errorf("its parent sees %v instead of the kill", err)
+		}
+	})
+	t.Run("in the call", func(t *testing.T) {
+		v := startVictim(t, "ppoll")
+		p, err := Seize(ctx, v.pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { // read(0) blocks, since nobody writes; while it blocks the state is S and not t
+			for range 10000 {
+				if blockedIn(v.pid) == unix.SYS_READ {
+					break
+				}
+				time.Sleep(time.Millisecond)
+			}
+			_ = unix.Kill(v.pid, unix.SIGKILL)
+		}()
+		if _, err := p.Syscall(ctx, unix.SYS_READ, 0, 0, 1); !errors.Is(err, ErrProcessGone) {
+			t.Errorf("Syscall: %v", err)
+		}
+		if err := p.Detach(); !errors.Is(err, ErrProcessGone) {
+			t.Errorf("Detach: %v", err)
+		}
+	})
+	t.Run("by the call", func(t *testing.T) {
+		v := startVictim(t, "ppoll")
+		p, err := Seize(ctx, v.pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.Syscall(ctx, unix.SYS_EXIT_GROUP, 3); !errors.Is(err, ErrProcessGone) {
+			t.Errorf("Syscall: %v", err)
+		}
+		_ = p.Detach()
+		if err := v.cmd.Wait(); err == nil || err.Error() != "exit status 3" {
+			t.Errorf("its parent sees %v", err)
+		}
+	})
+	t.Run("no such process", func(t *testing.T) {
+		if _, err := Seize(ctx, 1<<22-1); !errors.Is(err, ErrProcessGone) {
+			t.Error(err)
+		}
+	})
+}
+
+func TestTwoTracers(t *testing.T) {
+	v := startVictim(t, "read")
+	first, err := Seize(t.Context(), v.pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Seize(t.Context(), v.pid); !errors.Is(err, ErrAlreadyTraced) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
+		t.Errorf("second Seize: %v", err)
+	}
+	if _, err := Take(t.Context(), v.pid, TakeOptions{}); !errors.Is(err, ErrAlreadyTraced) {
+		t.Errorf("Take: %v", err)
+	}
+	if err := first.Detach(); err != nil {
+		t.Fatal(err)
+	}
+	injectGetpid(t, v.pid)
+}
+
+// A call that blocks ends with the context, and the thread goes on as before.
+func TestBlockingCallIsInterrupted(t *testing.T) {
+	v := startVictim(t, "ppoll")
+	v.awaitBlocked(unix.SYS_PPOLL)
+	p, err := Seize(t.Context(), v.pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		for range 10000 {
+			if blockedIn(v.pid) == unix.SYS_READ {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		cancel()
+	}()
+	if _, err := p.Syscall(ctx, unix.SYS_READ, 0, 0, 1); !errors.Is(err, context.Canceled) {
+		t.Errorf("Syscall: %v", err)
+	}
+	if pid, err := p.Syscall(t.Context(), unix.SYS_GETPID); err != nil || int(pid) != v.pid {
+		t.Errorf("the next call: %d, %v", pid, err)
+	}
+	if err := p.Detach(); err != nil {
+		t.Fatal(err)
+	}
+	v.awaitBlocked(unix.SYS_PPOLL)
+	v.poke()
+	if got, want := v.line(), "ret=1 errno=0 signals=0"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+func TestUninterruptibleSleep(t *testing.T) {
+	v := startVictim(t, "vfork")
+	eventually(t, "target is in uninterruptible sleep", func() bool { return v.state() == 'D' })
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err := Seize(ctx, v.pid)
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "uninterruptible") {
+		t.Errorf("Seize: %v", err)
+	}
+	v.wantUntraced()
+	v.poke()
+	if got, want := v.line(), "ret=1 errno=0 signals=0"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
