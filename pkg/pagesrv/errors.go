@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagesrv
+
+import (
+	"errors"
+	"fmt"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+var (
+	// ErrNotStopped says that the VM whose pages are asked for is not stopped, or cannot be shown to
+	// be: codes.FailedPrecondition.
+	ErrNotStopped = errors.New("the VM is not stopped, its pages cannot be served")
+	// ErrWithdrawn says that the source took its offer back: codes.Aborted.
+	ErrWithdrawn = errors.New("the source has withdrawn the pages of this VM")
+	// ErrRefused says that the migration is not offered, or no longer, or that the token is wrong. Which
+	// of them is not told, so that nobody can find out ids by asking: codes.PermissionDenied.
+	ErrRefused = errors.New("no such migration is offered here, or its token is another one")
+	// ErrTooManyLanes says that an export serves MaxLanes lanes already: codes.ResourceExhausted.
+	ErrTooManyLanes = errors.New("too many lanes for one migration")
+	// ErrBadRange says that a request asks for what is not there: codes.InvalidArgument.
+	ErrBadRange = errors.New("invalid page range")
+	// ErrRAM says that RAM of the VM could not be read: codes.DataLoss.
+	ErrRAM = errors.New("cannot read the RAM of the VM")
+	// ErrOffered says that a migration of that id is offered already.
+	ErrOffered = errors.New("this migration is offered already")
+)
+
+// A laneError ends a lane: an error for this process, a status for the peer.
+type laneError struct {
+	code codes.Code
+	err  error
+}
+
+func (e *laneError) Error() string              { return e.err.Error() }
+func (e *laneError) Unwrap() error              { return e.err }
+func (e *laneError) GRPCStatus() *status.Status { return status.New(e.code, e.err.Error()) }
+
+func endLane(code codes.Code, err error, format string, args ...any) error {
+	if format != "" {
+		err = fmt.Errorf("%w: %w", err, fmt.Errorf(format, args...))
+	}
+	return &laneError{code, err}
+}

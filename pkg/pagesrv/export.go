@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagesrv
+
+import (
+	"context"
+	"crypto/sha256"
+	"sync"
+	"sync/atomic"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+)
+
+// An Export is the RAM of one VM while it is offered.
+//
+//	offered ── first request: stopped() is nil ──► serving ── Withdraw ──► withdrawn
+//	   └───────────────────────────────────────────────────── Withdraw ──────┘
+type Export struct {
+	server  *Server
+	id      string
+	token   [sha256.Size]byte
+	ram     *RAM
+	stopped func(context.Context) error
+
+	// Read by lanes for each piece of RAM.
+	confirmed atomic.Bool // stopped has said yes
+	withdrawn atomic.Bool
+
+	asking      sync.Mutex    // one lane at a time asks stopped
+	withdrawing sync.Mutex    // one Withdraw at a time waits for the lanes
+	done        chan struct{} // closed by Withdraw
+
+	mu    sync.Mutex // guards what follows: lanes come and go
+	lanes map[*lane]struct{}
+	past  Stats // of lanes that have ended
+
+	// park is nil except in tests, which stop a lane at the point that is named.
+	park func(point string)
+}
+
+// confirm returns nil once the VM was seen stopped.
+func (e *Export) confirm(ctx context.Context) error {
+	if e.confirmed.Load() {
+		return nil
+	}
+	e.asking.Lock()
+	defer e.asking.Unlock()
+	if e.confirmed.Load() {
+		return nil
+	}
+	if err := e.stopped(ctx); err != nil {
+		return endLane(codes.FailedPrecondition, ErrNotStopped, "%w", err)
+	}
+	e.confirmed.Store(true)
+	return nil
+}
+
+// open makes a lane, as long as there are not too many.
+func (e *Export) open(ctx context.Context) (*lane, error) {
+	l := &lane{export: e, idle: make(chan struct{}, 1)}
+	if p, ok := peer.FromContext(ctx); ok {
+		l.peer = p.Addr.String()
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.withdrawn.Load() {
+		return nil, endLane(codes.Aborted, ErrWithdrawn, "")
+	}
+	if len(e.lanes) >= MaxLanes {
+		return nil, endLane(codes.ResourceExhausted, ErrTooManyLanes, "%d are open", MaxLanes)
+	}
+	e.lanes[l] = struct{}{}
+	return l, nil
+}
+
+func (e *Export) close(l *lane) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.lanes, l)
+	e.past.add(l.counters.load())
+}
+
+// Withdraw ends all lanes and returns when no read of RAM is under way; none begins after that. The VM
+// may be continued and the RAM closed then. Peers see codes.Aborted, and PermissionDenied when they come
+// again. It may be called more than once, and waits each time.
+func (e *Export) Withdraw() {
+	e.withdrawing.Lock()
+	defer e.withdrawing.Unlock()
+	if e.withdrawn.CompareAndSwap(false, true) {
+		close(e.done)
+		e.server.forget(e)
+	}
+	e.mu.Lock()
+	open := make([]*lane, 0, len(e.lanes))
+	for l := range e.lanes {
+		open = append(open, l)
+	}
+	e.mu.Unlock()
+	for _, l := range open {
+		l.awaitIdle()
+	}
+}

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagesrv
+
+import (
+	"context"
+	"io"
+	"math"
+	"sync/atomic"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+)
+
+const (
+	// replyData is how many page bytes a reply carries at most, unless one page is larger: what the
+	// sweep asks for at a time, and what one UFFDIO_COPY installs.
+	replyData = 512 << 10
+	// holeSearch is the smallest piece, in bytes, for which an lseek that finds a hole costs less than
+	// reading zeros and looking at them.
+	holeSearch = 64 << 10
+)
+
+// A lane answers the requests of one stream, in order. Its goroutine owns all but the atomics.
+type lane struct {
+	export *Export
+	peer   string
+
+	request pagewire.Request
+	reply   pagewire.Reply
+	used    int // bytes of reply.Data that hold pages
+
+	// Pages of holeBlock in [holeStart, holeEnd) are known to be a hole. The VM is stopped, so it stays one.
+	holeBlock          uint32
+	holeStart, holeEnd uint64
+
+	counters counters
+	reading  atomic.Bool
+	idle     chan struct{} // a read ended after the export was withdrawn
+}
+
+// A messageStream is what a lane needs of its gRPC stream.
+type messageStream interface {
+	RecvMsg(any) error
+	SendMsg(any) error
+}
+
+func (l *lane) serve(ctx context.Context, stream messageStream) error {
+	defer l.reply.Release()
+	for {
+		if err := stream.RecvMsg(&l.request); err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+		left, err := l.check()
+		if err != nil {
+			return err
+		}
+		if err := l.export.confirm(ctx); err != nil {
+			return err
+		}
+		l.counters.requests.Add(1)
+		for _, r := range l.request.Ranges {
+			if err := l.answer(stream, r, left); err != nil {
+				return err
+			}
+			left -= uint64(r.Length)
+		}
+		if err := l.flush(stream); err != nil {
+			return err
+		}
+	}
+}
+
+// check validates all ranges of the request before any is served, and returns the sum of their lengths.
+func (l *lane) check() (sum uint64, err error) {
+	for i, r := range l.request.Ranges {
+		if r.Block >= uint32(len(l.export.ram.blocks)) {
+			return 0, endLane(codes.InvalidArgument, ErrBadRange, "range %d: block %d, there are %d", i, r.Block, len(l.export.ram.blocks))
+		}
+		b := &l.export.ram.blocks[r.Block]
+		length := uint64(r.Length)
+		switch {
+		case length == 0 || length%b.PageSize != 0 || r.Offset%b.PageSize != 0:
+			return 0, endLane(codes.InvalidArgument, ErrBadRange, "range %d: %d bytes at %#x of block %d (%s) are not whole pages of %d bytes",
+				i, length, r.Offset, r.Block, b.ID, b.PageSize)
+		case r.Offset > b.Size || length > b.Size-r.Offset:
+			return 0, endLane(codes.InvalidArgument, ErrBadRange, "range %d: %d bytes at %#x exceed block %d (%s) of %#x bytes",
+				i, length, r.Offset, r.Block, b.ID, b.Size)
+		}
+		sum += length
+	}
+	if sum > pagewire.MaxRequestedBytes {
+		return 0, endLane(codes.InvalidArgument, ErrBadRange, "a request for %d bytes, at most %d may be asked for at once", sum, pagewire.MaxRequestedBytes)
+	}
+	return sum, nil
+}
+
+// answer puts the pages of a range into replies and sends those that are full. left counts the bytes of
+// this range and those after it.
+func (l *lane) answer(stream messageStream, r pagewire.Range, left uint64) error {
+	b := &l.export.ram.blocks[r.Block]
+	for at, end := r.Offset, r.Offset+uint64(r.Length); at < end; {
+		if len(l.reply.Runs) == pagewire.MaxRuns || l.reply.Data != nil && uint64(len(l.reply.Data)-l.used) < b.PageSize {
+			if err := l.flush(stream); err != nil {
+				return err
+			}
+		}
+		hole, err := l.findHole(r.Block, at, end)
+		if err != nil {
+			return err
+		}
+		if hole > at {
+			l.add(pagewire.Run{Block: r.Block, Offset: at, Length: uint32(hole - at), Zero: true})
+			l.counters.zeroPages.Add((hole - at) / b.PageSize)
+			left, at = left-(hole-at), hole
+			continue
+		}
+		if l.reply.Data == nil {
+			l.reply.Lease(int(max(min(left, replyData), b.PageSize)))
+		}
+		// As many pages as fit, even if each of them becomes a run.
+		room := min(uint64(len(l.reply.Data)-l.used)/b.PageSize, uint64(pagewire.MaxRuns-len(l.reply.Runs)))
+		n := min(end-at, room*b.PageSize)
+		pages := l.reply.Data[l.used : l.used+int(n)]
+		if err := l.read(b, pages, at); err != nil {
+			return err
+		}
+		l.sort(r.Block, at, pages, int(b.PageSize))
+		left, at = left-n, at+n
+	}
+	l.counters.pages.Add(uint64(r.Length) / b.PageSize)
+	return nil
+}
+
+// findHole returns the end of the hole at the beginning of [at, end), or at.
+func (l *lane) findHole(block uint32, at, end uint64) (uint64, error) {
+	if block == l.holeBlock && at >= l.holeStart && at < l.holeEnd {
+		return min(l.holeEnd, end), nil
+	}
+	if end-at < holeSearch {
+		return at, nil
+	}
+	if err := l.begin(); err != nil {
+		return 0, err
+	}
+	data, err := l.export.ram.blocks[block].hole(at)
+	l.end()
+	if err != nil {
+		return 0, endLane(codes.DataLoss, ErrRAM, "%w", err)
+	}
+	if data > at {
+		l.holeBlock, l.holeStart, l.holeEnd = block, at, data
+	}
+	return min(data, end), nil
+}
+
+// read fills pages from the block.
+func (l *lane) read(b *openBlock, pages []byte, at uint64) error {
+	if err := l.begin(); err != nil {
+		return err
+	}
+	err := b.read(pages, at)
+	l.end()
+	if err != nil {
+		return endLane(codes.DataLoss, ErrRAM, "%w", err)
+	}
+	return nil
+}
+
+// sort makes runs of pages that were read to the end of the reply's data, and closes the gaps that zero
+// pages leave there.
+func (l *lane) sort(block uint32, at uint64, pages []byte, pageSize int) {
+	zeroPages := uint64(0)
+	for i := 0; i < len(pages); i += pageSize {
+		page := pages[i : i+pageSize]
+		run := pagewire.Run{Block: block, Offset: at + uint64(i), Length: uint32(pageSize), Zero: isZero(page)}
+		if run.Zero {
+			zeroPages++
+		} else {
+			if zeroPages > 0 {
+				copy(l.reply.Data[l.used:], page)
+			}
+			l.used += pageSize
+		}
+		l.add(run)
+	}
+	l.counters.zeroPages.Add(zeroPages)
+}
+
+// add appends a run, as a part of the last one if it continues it.
+func (l *lane) add(r pagewire.Run) {
+	if n := len(l.reply.Runs); n > 0 {
+		last := &l.reply.Runs[n-1]
+		if last.Block == r.Block && last.Zero == r.Zero && last.Offset+uint64(last.Length) == r.Offset &&
+			last.Length <= math.MaxUint32-r.Length {
+			last.Length += r.Length
+			return
+		}
+	}
+	l.reply.Runs = append(l.reply.Runs, r)
+}
+
+// flush sends the reply, if it has any run.
+func (l *lane) flush(stream messageStream) error {
+	if len(l.reply.Runs) == 0 {
+		return nil
+	}
+	l.counters.replies.Add(1)
+	l.counters.bytes.Add(uint64(l.used))
+	l.reply.Data = l.reply.Data[:l.used]
+	err := stream.SendMsg(&l.reply)
+	l.reply.Release()
+	l.reply.Runs, l.used = l.reply.Runs[:0], 0
+	return err
+}
+
+// begin announces a read of RAM; each is followed by end. See the package comment.
+func (l *lane) begin() error {
+	l.reading.Store(true)
+	if l.export.withdrawn.Load() {
+		l.end()
+		return endLane(codes.Aborted, ErrWithdrawn, "")
+	}
+	if l.export.park != nil {
+		l.export.park("reading")
+	}
+	return nil
+}
+
+func (l *lane) end() {
+	l.reading.Store(false)
+	if l.export.withdrawn.Load() {
+		select {
+		case l.idle <- struct{}{}:
+		default: // said already, and not yet heard
+		}
+	}
+}
+
+// awaitIdle waits for the read that is under way; the export is withdrawn, so no other follows.
+func (l *lane) awaitIdle() {
+	for l.reading.Load() {
+		<-l.idle
+	}
+}

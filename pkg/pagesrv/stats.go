@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagesrv
+
+import "sync/atomic"
+
+// Stats says what an export or a lane has served.
+type Stats struct {
+	Lanes     int    // open now
+	Requests  uint64 // messages with ranges
+	Replies   uint64 // messages with runs
+	Pages     uint64 // all pages, in the block's page size
+	ZeroPages uint64 // those of them of which no bytes were sent
+	Bytes     uint64 // page bytes sent
+}
+
+// LaneStats are those of one open lane.
+type LaneStats struct {
+	Peer string // network address
+	Stats
+}
+
+// Stats sums over all lanes, also those that have ended.
+func (e *Export) Stats() Stats {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	sum := e.past
+	for l := range e.lanes {
+		sum.add(l.counters.load())
+	}
+	sum.Lanes = len(e.lanes)
+	return sum
+}
+
+// Lanes returns the figures of each open lane, in no order.
+func (e *Export) Lanes() []LaneStats {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	all := make([]LaneStats, 0, len(e.lanes))
+	for l := range e.lanes {
+		s := l.counters.load()
+		s.Lanes = 1
+		all = append(all, LaneStats{l.peer, s})
+	}
+	return all
+}
+
+func (s *Stats) add(o Stats) {
+	s.Requests += o.Requests
+	s.Replies += o.Replies
+	s.Pages += o.Pages
+	s.ZeroPages += o.ZeroPages
+	s.Bytes += o.Bytes
+}
+
+// counters are written by a lane alone and read by anybody.
+type counters struct {
+	requests, replies, pages, zeroPages, bytes atomic.Uint64
+}
+
+func (c *counters) load() Stats {
+	return Stats{
+		Requests: c.requests.Load(), Replies: c.replies.Load(),
+		Pages: c.pages.Load(), ZeroPages: c.zeroPages.Load(), Bytes: c.bytes.Load(),
+	}
+}

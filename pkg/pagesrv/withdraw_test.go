@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagesrv
+
+import (
+	"errors"
+	"sync"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+)
+
+// A lane is parked with its read announced and not begun, the moment at which a Withdraw that only sets
+// a flag would let the VM continue under it.
+func TestWithdrawWaitsForTheReadUnderWay(t *testing.T) {
+	e, remote := offer(t, smallRAM(t))
+	parked, resume := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	e.park = func(point string) {
+		if point != "reading" {
+			t.Errorf("parked at %q", point)
+		}
+		once.Do(func() {
+			close(parked)
+			<-resume
+		})
+	}
+	fetched := make(chan error, 1)
+	go func() { fetched <- remote.fetch([]pagewire.Range{{Length: 8192}}, func(pagewire.Run, []byte) {}) }()
+	<-parked
+
+	// Two at once: each must wait.
+	returned := make(chan struct{}, 2)
+	for range 2 {
+		go func() {
+			e.Withdraw()
+			returned <- struct{}{}
+		}()
+	}
+	// The peer learns of it although the lane is still parked.
+	wantCode(t, <-fetched, codes.Aborted, ErrWithdrawn.Error())
+	select {
+	case <-returned:
+		t.Fatal("Withdraw returned while a read was under way")
+	default:
+	}
+	close(resume)
+	<-returned
+	<-returned
+
+	read := false
+	e.park = func(string) { read = true }
+	l := &lane{export: e, idle: make(chan struct{}, 1)}
+	if err := l.begin(); !errors.Is(err, ErrWithdrawn) || read {
+		t.Errorf("a read began after Withdraw: %v", err)
+	}
+}
+
+func TestWithdrawEndsIdleLanes(t *testing.T) {
+	s := NewServer()
+	e, err := s.Offer(testID, testToken, smallRAM(t), isStopped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := serve(t, s)
+	var lanes []testLane
+	for range 5 {
+		lanes = append(lanes, openLane(t, conn, testID, testToken).accepted(t))
+	}
+	e.Withdraw()
+	for _, l := range lanes {
+		wantCode(t, l.RecvMsg(&pagewire.Reply{}), codes.Aborted, ErrWithdrawn.Error())
+	}
+	err = openLane(t, conn, testID, testToken).RecvMsg(&pagewire.Reply{})
+	wantCode(t, err, codes.PermissionDenied, ErrRefused.Error())
+	e.Withdraw()
+
+	// The id is free again, and the end of the old export does not touch the new one.
+	again, err := s.Offer(testID, testToken, smallRAM(t), isStopped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Withdraw()
+	e.Withdraw()
+	openLane(t, conn, testID, testToken).accepted(t)
+}
+
+// Lanes that read as fast as they can while Withdraw comes: none may be reading after it.
+func TestWithdrawRacesWithReaders(t *testing.T) {
+	for range 20 {
+		s := NewServer()
+		ram := smallRAM(t)
+		e, err := s.Offer(testID, testToken, ram, isStopped)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var running sync.WaitGroup
+		started := make(chan struct{}, 4)
+		for range 4 {
+			l, err := e.open(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			running.Go(func() {
+				defer e.close(l)
+				page := make([]byte, 4096)
+				for i := 0; ; i++ {
+					if err := l.read(&ram.blocks[0], page, 0); err != nil {
+						if !errors.Is(err, ErrWithdrawn) {
+							t.Error(err) // a closed file: it was read after Withdraw
+						}
+						return
+					}
+					if i == 0 {
+						started <- struct{}{}
+					}
+				}
+			})
+		}
+		for range 4 {
+			<-started
+		}
+		e.Withdraw()
+		if err := ram.Close(); err != nil {
+			t.Error(err)
+		}
+		running.Wait()
+	}
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagesrv
+
+import "bytes"
+
+const zeroChunk = 4096
+
+var zeros [zeroChunk]byte
+
+// isZero says whether all bytes of a page are zero; its length is a multiple of 4 KiB. Pages with data
+// mostly differ in their first bytes, so what counts is the speed of a page that is zero.
+func isZero(page []byte) bool {
+	for ; len(page) >= zeroChunk; page = page[zeroChunk:] {
+		if !bytes.Equal(page[:zeroChunk], zeros[:]) {
+			return false
+		}
+	}
+	return true
+}
