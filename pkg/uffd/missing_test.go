@@ -124,6 +124,7 @@ func TestDontWake(t *testing.T) {
 	eachKind(t, 0, func(t *testing.T, c *uffdtest.Child, u *uffd.UFFD, kind uffdtest.Kind, r uffd.Range) {
 		reader := c.Go(uffdtest.Read(r.Start))
 		uffdtest.NextFault(t, u, r.Start)
+		reader.WaitWaiting()
 		page := uffdtest.Page(kind, 3)
 		if _, err := u.Copy(r.Start, page, uffd.CopyDontWake); err != nil {
 			t.Fatal(err)

@@ -130,16 +130,12 @@ func (p Pending) Join() Result {
 	return r
 }
 
-// Waiting says whether the thread sleeps in the kernel; a thread that ended does not.
+// Waiting says whether the thread is stuck in a page fault, or has made an event that nobody has read.
 func (p Pending) Waiting() bool {
 	p.c.t.Helper()
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stat", p.c.Pid, p.ThreadID))
-	if err != nil {
-		return false
-	}
-	// proc(5): pid (comm) state …; comm may hold anything, so search for its end.
-	state := stat[bytes.LastIndexByte(stat, ')')+2]
-	return state == 'S' || state == 'D'
+	// proc(5): the kernel function the thread sleeps in: handle_userfault, userfaultfd_event_wait_completion…
+	wchan, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/wchan", p.c.Pid, p.ThreadID))
+	return err == nil && bytes.Contains(wchan, []byte("userfault"))
 }
 
 // Ended says whether the thread is gone.
@@ -148,13 +144,12 @@ func (p Pending) Ended() bool {
 	return errors.Is(err, fs.ErrNotExist)
 }
 
-// WaitWaiting waits until the thread sleeps, which here means: until it is stuck in a fault or has an
-// event that is to be read.
+// WaitWaiting waits until the thread is Waiting.
 func (p Pending) WaitWaiting() {
 	p.c.t.Helper()
 	for deadline := time.Now().Add(patience); !p.Waiting(); time.Sleep(50 * time.Microsecond) {
 		if time.Now().After(deadline) {
-			p.c.t.Fatalf("thread %d of the child does not sleep after %v", p.ThreadID, patience)
+			p.c.t.Fatalf("thread %d of the child does not wait for us after %v", p.ThreadID, patience)
 		}
 	}
 }

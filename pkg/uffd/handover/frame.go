@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package handover
+
+import "fmt"
+
+// MaxMessage bounds the JSON text, in bytes: some 400 mappings, where a virtual machine has a handful.
+const MaxMessage = 64 << 10
+
+// frame collects a message that may come in any number of pieces. The protocol has no length and the peer need
+// not close: the message ends with the bracket that closes the array.
+type frame struct {
+	text     []byte
+	depth    int
+	inString bool
+	escaped  bool
+	done     bool
+}
+
+// add takes the next piece and says whether the message is complete. Each byte is looked at once.
+func (f *frame) add(piece []byte) (done bool, err error) {
+	if len(f.text)+len(piece) > MaxMessage {
+		return false, fmt.Errorf("%w: longer than %d bytes", ErrInvalid, MaxMessage)
+	}
+	f.text = append(f.text, piece...)
+	for _, c := range piece {
+		if err := f.step(c); err != nil {
+			return false, err
+		}
+	}
+	return f.done, nil
+}
+
+func (f *frame) step(c byte) error {
+	switch {
+	case f.escaped:
+		f.escaped = false
+	case f.inString:
+		f.escaped = c == '\\'
+		f.inString = c != '"'
+	case c == ' ' || c == '\t' || c == '\n' || c == '\r':
+	case f.done:
+		return fmt.Errorf("%w: something follows the array", ErrInvalid)
+	case f.depth == 0 && c != '[':
+		return fmt.Errorf("%w: it does not begin with an array", ErrInvalid)
+	case c == '"':
+		f.inString = true
+	case c == '[' || c == '{':
+		f.depth++
+		if f.depth > 2 { // an array of objects of numbers
+			return fmt.Errorf("%w: nested too deep", ErrInvalid)
+		}
+	case c == ']' || c == '}':
+		f.depth--
+		f.done = f.depth == 0
+	}
+	return nil
+}
