@@ -211,15 +211,15 @@ func TestMetalCounts(t *testing.T) {
 				require(t, err)
 				f.Close()
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 			defer cancel()
-			disk, err := Metal(ctx, 32)
+			disk, err := Metal(ctx, 64)
 			if err != nil {
 				t.Fatal(err)
 			}
 			ram, serial := ramFile(t), filepath.Join(t.TempDir(), "serial")
 			start := func(t *testing.T) {
-				start(t, append(commonArgs(ram, "32M"), "-accel", accel,
+				start(t, append(commonArgs(ram, "64M"), "-accel", accel,
 					"-drive", "if=none,id=boot,format=raw,snapshot=on,file="+disk, "-device", "ide-hd,drive=boot,bus=ide.0",
 					"-serial", "file:"+serial)...)
 			}
@@ -235,7 +235,7 @@ func TestMetalCounts(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if r.Pass < pass || r.Pages != (32-4)<<20/4096 {
+			if r.Pass < pass || r.Pages != (64-2-24)<<20/4096 {
 				t.Errorf("after pass %d: %+v", pass, r)
 			}
 			// A page that a migration would have lost.

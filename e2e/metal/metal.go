@@ -29,11 +29,13 @@ const (
 
 	// First is the address of the first page that the guest counts in.
 	First = 2 << 20
-	// tail is left alone at the end of RAM: the BIOS keeps its tables there.
-	tail = 2 << 20
+	// tail is left alone at the end of RAM. SeaBIOS keeps tables in the last
+	// 16 MiB and has unpacked itself right below; the guest needs pages that
+	// are zero.
+	tail = 24 << 20
 
 	// MinMiB is the least RAM that the guest counts in.
-	MinMiB = 8
+	MinMiB = 32
 	// MaxMiB is the most: up to here all RAM lies below 4 GiB on both pc and
 	// q35 machines, without a gap.
 	MaxMiB = 2048

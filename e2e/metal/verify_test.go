@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-const ramMiB = 16
+const ramMiB = 40
 
 // counted is RAM as the guest leaves it when stopped at position in pass.
 func counted(t *testing.T, pass, position uint32) []byte {
@@ -131,13 +131,13 @@ func TestBuild(t *testing.T) {
 	if len(a) != ImageSize || a[510] != 0x55 || a[511] != 0xaa {
 		t.Errorf("%d bytes, signature % x", len(a), a[510:512])
 	}
-	if end := binary.LittleEndian.Uint32(a[ramEndOffset:]); end != 62<<20 {
+	if end := binary.LittleEndian.Uint32(a[ramEndOffset:]); end != 40<<20 {
 		t.Errorf("end of RAM %#x", end)
 	}
 	if slices.Equal(a, b) {
 		t.Error("the RAM size makes no difference")
 	}
-	for _, size := range []int{0, 4, 2049} {
+	for _, size := range []int{0, 31, 2049} {
 		if _, err := Build(t.Context(), size); !errors.Is(err, ErrRAMSize) {
 			t.Errorf("%d MiB: %v", size, err)
 		}
