@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Disk is one image file, backing files included, that the VM has open.
+type Disk struct {
+	Device string // QEMU's name of the drive; may be empty
+	File   string // as QEMU names it: a path, or "nbd://..."
+	Local  bool   // a file or device that another host probably does not have
+}
+
+// image is the part of ImageInfo (qapi/block-core.json) that is looked at.
+type image struct {
+	Filename string `json:"filename"`
+	Backing  *image `json:"backing-image"`
+}
+
+// Disks returns the images of all drives that have a medium.
+func (vm *VM) Disks(ctx context.Context) ([]Disk, error) {
+	var drives []struct {
+		Device   string `json:"device"`
+		Inserted *struct {
+			Image image `json:"image"`
+		} `json:"inserted"`
+	}
+	if err := vm.QMP.Do(ctx, "query-block", nil, &drives); err != nil {
+		return nil, err
+	}
+	var disks []Disk
+	for _, d := range drives {
+		if d.Inserted == nil {
+			continue
+		}
+		for i := &d.Inserted.Image; i != nil; i = i.Backing {
+			disks = append(disks, Disk{Device: d.Device, File: i.Filename, Local: vm.isLocal(i.Filename)})
+		}
+	}
+	return disks, nil
+}
+
+// protocol is a prefix such as "nbd:" or "rbd:", which path_has_protocol in QEMU's block.c looks for before
+// the first slash.
+var protocol = regexp.MustCompile(`^[^/:]+:`)
+
+// networkFileSystems are those that several hosts mount, from linux/magic.h and the file systems' sources.
+var networkFileSystems = map[int64]bool{
+	unix.NFS_SUPER_MAGIC:   true,
+	unix.SMB_SUPER_MAGIC:   true,
+	unix.CIFS_SUPER_MAGIC:  true,
+	unix.SMB2_SUPER_MAGIC:  true,
+	unix.CEPH_SUPER_MAGIC:  true,
+	unix.OCFS2_SUPER_MAGIC: true,
+	unix.AFS_SUPER_MAGIC:   true,
+	unix.CODA_SUPER_MAGIC:  true,
+	unix.V9FS_MAGIC:        true,
+	unix.FUSE_SUPER_MAGIC:  true, // glusterfs, sshfs and others
+	0x01161970:             true, // gfs2
+	0x0BD00BD0:             true, // lustre
+	0x47504653:             true, // gpfs
+	0x19830326:             true, // beegfs
+}
+
+func (vm *VM) isLocal(file string) bool {
+	file = strings.TrimPrefix(file, "file:")
+	if strings.HasPrefix(file, "json:") {
+		return strings.Contains(file, `"driver": "file"`) || strings.Contains(file, `"driver": "host_device"`)
+	}
+	if file == "" || protocol.MatchString(file) {
+		return false
+	}
+	// QEMU may see other mounts than we.
+	path := fmt.Sprintf("/proc/%d/root%s", vm.Pid, file)
+	if !filepath.IsAbs(file) {
+		path = fmt.Sprintf("/proc/%d/cwd/%s", vm.Pid, file)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return true // we cannot see that it is shared
+	}
+	return !networkFileSystems[fs.Type]
+}

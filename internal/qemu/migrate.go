@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+)
+
+// cancelTimeout bounds how long a migration that was given up may keep the caller.
+const cancelTimeout = 5 * time.Second
+
+// fdName is under what name QEMU keeps the stream's descriptor between getfd and its use.
+const fdName = "migrated-device-state"
+
+// MigrateFD makes QEMU write its migration stream to f, which stays the caller's, and returns when QEMU
+// has written all of it. The VM should be stopped; PrepareOutgoing must have been called. When ctx ends
+// first, the migration is cancelled.
+//
+// Afterwards QEMU has given its disks up; Cont takes them back.
+func (vm *VM) MigrateFD(ctx context.Context, f *os.File) error {
+	return vm.migrateFD(ctx, "migrate", f)
+}
+
+// MigrateIncomingFD makes a QEMU that was started with -incoming defer read a migration stream from f, which
+// stays the caller's, and returns when QEMU has loaded all of it. PrepareIncoming must have been called.
+//
+// A QEMU that fails to load exits: the error is then a *qmp.DisconnectedError, and QEMU's own words are in
+// Process.ExitReason. When ctx ends first, QEMU goes on waiting for the stream: close the other end, or
+// end QEMU.
+func (vm *VM) MigrateIncomingFD(ctx context.Context, f *os.File) error {
+	return vm.migrateFD(ctx, "migrate-incoming", f)
+}
+
+func (vm *VM) migrateFD(ctx context.Context, command string, f *os.File) error {
+	events := vm.QMP.Subscribe("MIGRATION")
+	defer events.Close()
+	name := map[string]string{"fdname": fdName}
+	if err := vm.QMP.DoWithFD(ctx, "getfd", name, nil, f); err != nil {
+		return err
+	}
+	if err := vm.QMP.Do(ctx, command, map[string]string{"uri": "fd:" + fdName}, nil); err != nil {
+		var refused *qmp.Error
+		if errors.As(err, &refused) {
+			// It may have taken the descriptor before it refused: closefd then fails.
+			_ = vm.QMP.Do(ctx, "closefd", name, nil)
+			return err
+		}
+		return vm.abandon(ctx, command, err)
+	}
+	err := vm.awaitMigration(ctx, events)
+	if err != nil && ctx.Err() != nil {
+		return vm.abandon(ctx, command, err)
+	}
+	return err
+}
+
+// abandon makes sure that a source does not go on with what nobody waits for any more.
+func (vm *VM) abandon(ctx context.Context, command string, reason error) error {
+	if command != "migrate" || vm.QMP.Err() != nil {
+		return reason
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelTimeout)
+	defer cancel()
+	return errors.Join(reason, vm.CancelMigrate(ctx))
+}
+
+// awaitMigration waits for the event that says how the migration ended.
+func (vm *VM) awaitMigration(ctx context.Context, events *qmp.Subscription) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("QEMU's migration stream: %w", context.Cause(ctx))
+		case e, open := <-events.Events():
+			if !open {
+				return fmt.Errorf("QEMU's migration stream: %w", vm.QMP.Err())
+			}
+			var data struct {
+				Status string `json:"status"`
+			}
+			if err := json.Unmarshal(e.Data, &data); err != nil {
+				return fmt.Errorf("QEMU's event MIGRATION %s: %w", e.Data, err)
+			}
+			switch data.Status {
+			case "completed":
+				return nil
+			case "failed", "cancelled":
+				return vm.migrationFailed(ctx, data.Status)
+			}
+		}
+	}
+}
+
+// migrationFailed asks QEMU for the reason.
+func (vm *VM) migrationFailed(ctx context.Context, status string) error {
+	info, err := vm.queryMigrate(ctx)
+	if err != nil {
+		return fmt.Errorf("QEMU's migration stream %s: %w", status, err)
+	}
+	if info.ErrorDesc == "" {
+		return fmt.Errorf("QEMU's migration stream %s", status)
+	}
+	return fmt.Errorf("QEMU's migration stream %s: %s", status, info.ErrorDesc)
+}
+
+// migrationInfo is QEMU's answer to query-migrate (MigrationInfo in qapi/migration.json).
+type migrationInfo struct {
+	Status         string   `json:"status"` // empty: there was none
+	ErrorDesc      string   `json:"error-desc"`
+	BlockedReasons []string `json:"blocked-reasons"` // QEMU >= 6.0
+}
+
+// active are the states in which a cancelled migration has not ended yet.
+func (i migrationInfo) active() bool {
+	switch i.Status {
+	case "", "none", "completed", "failed", "cancelled":
+		return false
+	}
+	return true
+}
+
+func (vm *VM) queryMigrate(ctx context.Context) (migrationInfo, error) {
+	var info migrationInfo
+	err := vm.QMP.Do(ctx, "query-migrate", nil, &info)
+	return info, err
+}
+
+// CancelMigrate cancels QEMU's own migration, if there is one, and returns when it has ended. The VM stays
+// stopped.
+func (vm *VM) CancelMigrate(ctx context.Context) error {
+	events := vm.QMP.Subscribe("MIGRATION")
+	defer events.Close()
+	info, err := vm.queryMigrate(ctx)
+	if err != nil || !info.active() {
+		return err
+	}
+	if err := vm.QMP.Do(ctx, "migrate_cancel", nil, nil); err != nil {
+		return err
+	}
+	for {
+		if info, err = vm.queryMigrate(ctx); err != nil || !info.active() {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("cancel QEMU's migration, it is %q: %w", info.Status, context.Cause(ctx))
+		case _, open := <-events.Events():
+			if !open {
+				return vm.QMP.Err()
+			}
+		}
+	}
+}

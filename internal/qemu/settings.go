@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+)
+
+// QEMU's migration capabilities that we use (qapi/migration.json, MigrationCapability).
+const (
+	// capEvents makes QEMU report each step by a MIGRATION event, so that nobody has to ask.
+	capEvents = "events"
+	// capIgnoreShared keeps RAM that is shared with other processes out of the stream: we move it.
+	capIgnoreShared = "x-ignore-shared"
+	// capLateBlock leaves a destination's disks to the source until cont.
+	capLateBlock = "late-block-activate"
+)
+
+// maxBandwidth, in bytes per second, is a limit that nothing reaches: QEMU sleeps between portions of
+// its stream to keep to it, and the default of 128 MiB/s would make the VM wait for that.
+const maxBandwidth = 1 << 40
+
+// migrationSettings are those of QEMU's settings for its own migrations that we change.
+type migrationSettings struct {
+	capabilities map[string]bool
+	maxBandwidth uint64
+}
+
+// PrepareOutgoing sets a source QEMU up for MigrateFD. Close puts back what it changes.
+func (vm *VM) PrepareOutgoing(ctx context.Context) error {
+	return vm.prepare(ctx, capEvents, capIgnoreShared)
+}
+
+// PrepareIncoming sets a destination QEMU up for MigrateIncomingFD: one that was started with -incoming
+// defer.
+func (vm *VM) PrepareIncoming(ctx context.Context) error {
+	return vm.prepare(ctx, capEvents, capIgnoreShared, capLateBlock)
+}
+
+// prepare switches the wanted capabilities on and every other off: multifd, compress or postcopy-ram
+// would need another stream than ours.
+func (vm *VM) prepare(ctx context.Context, want ...string) error {
+	before, err := vm.settings(ctx)
+	if err != nil {
+		return err
+	}
+	if missing := lacking(before.capabilities, want...); len(missing) > 0 {
+		return missingCapabilities(vm.QMP.Version(), missing)
+	}
+	now := migrationSettings{capabilities: make(map[string]bool), maxBandwidth: maxBandwidth}
+	for name, on := range before.capabilities {
+		if on && !slices.Contains(want, name) {
+			now.capabilities[name] = false
+		}
+	}
+	for _, name := range want {
+		now.capabilities[name] = true
+	}
+	if vm.restore == nil { // else this is a second try, and before is not what we found
+		vm.restore = &before
+	}
+	return vm.apply(ctx, now)
+}
+
+func missingCapabilities(v qmp.Version, missing []string) error {
+	return fmt.Errorf("QEMU %s lacks the migration capability %s: use QEMU 4.0 or newer", v, strings.Join(missing, ", "))
+}
+
+func lacking(have map[string]bool, want ...string) (missing []string) {
+	for _, name := range want {
+		if _, exists := have[name]; !exists {
+			missing = append(missing, name)
+		}
+	}
+	return missing
+}
+
+func (vm *VM) settings(ctx context.Context) (migrationSettings, error) {
+	s := migrationSettings{}
+	var err error
+	if s.capabilities, err = vm.capabilities(ctx); err != nil {
+		return s, err
+	}
+	var parameters struct {
+		MaxBandwidth uint64 `json:"max-bandwidth"`
+	}
+	if err := vm.QMP.Do(ctx, "query-migrate-parameters", nil, &parameters); err != nil {
+		return s, err
+	}
+	s.maxBandwidth = parameters.MaxBandwidth
+	return s, nil
+}
+
+// capabilities are those that this QEMU knows, and whether they are on.
+func (vm *VM) capabilities(ctx context.Context) (map[string]bool, error) {
+	var list []capability
+	if err := vm.QMP.Do(ctx, "query-migrate-capabilities", nil, &list); err != nil {
+		return nil, err
+	}
+	known := make(map[string]bool, len(list))
+	for _, c := range list {
+		known[c.Name] = c.On
+	}
+	return known, nil
+}
+
+type capability struct {
+	Name string `json:"capability"`
+	On   bool   `json:"state"`
+}
+
+// SetCapabilities switches migration capabilities on and off, all of them or, with an error, none.
+func (vm *VM) SetCapabilities(ctx context.Context, states map[string]bool) error {
+	list := make([]capability, 0, len(states))
+	for name, on := range states {
+		list = append(list, capability{name, on})
+	}
+	// QEMU checks one after the other, and some need another to be off before.
+	slices.SortFunc(list, func(a, b capability) int {
+		if a.On != b.On {
+			if b.On {
+				return -1
+			}
+			return 1
+		}
+		return strings.Compare(a.Name, b.Name)
+	})
+	return vm.QMP.Do(ctx, "migrate-set-capabilities", map[string]any{"capabilities": list}, nil)
+}
+
+func (vm *VM) apply(ctx context.Context, s migrationSettings) error {
+	capErr := vm.SetCapabilities(ctx, s.capabilities)
+	parameters := map[string]any{"max-bandwidth": s.maxBandwidth}
+	return errors.Join(capErr, vm.QMP.Do(ctx, "migrate-set-parameters", parameters, nil))
+}

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Credentials are the user and groups that QEMU runs as.
+type Credentials struct {
+	UID, GID uint32
+	Groups   []uint32
+}
+
+// StartOptions say how Start starts QEMU.
+type StartOptions struct {
+	Args        []string // argv, the binary's path first
+	Credentials Credentials
+	Dir         string // working directory; "/" where it does not exist
+	QMPPath     string // where QEMU will listen; its directory must be writable for that user
+	LogPath     string // takes what QEMU writes; what the file held is lost
+}
+
+// Process is a QEMU that Start started. It is a child of this process, but in a session of its own and
+// without a parent-death signal: it outlives a daemon that is restarted or dies.
+type Process struct {
+	cmd     *exec.Cmd
+	logPath string
+	exited  chan struct{}
+	exitErr error // valid once exited is closed
+}
+
+// Start starts QEMU and returns when its QMP socket answers. When it fails, no QEMU is left.
+func Start(ctx context.Context, opts StartOptions) (*Process, *VM, error) {
+	if err := checkUnused(opts.QMPPath); err != nil {
+		return nil, nil, err
+	}
+	p, err := launch(opts)
+	if err != nil {
+		return nil, nil, err
+	}
+	vm, err := p.awaitQMP(ctx, opts.QMPPath)
+	if err != nil {
+		// Not ctx, which may be what ended; SIGKILL needs no time.
+		killCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), quitPatience)
+		defer cancel()
+		return nil, nil, errors.Join(err, p.Kill(killCtx))
+	}
+	return p, vm, nil
+}
+
+// checkUnused refuses a socket at which somebody listens: QEMU would take the name away from a QEMU that runs.
+func checkUnused(path string) error {
+	conn, err := net.Dial("unix", path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return nil // nobody listens; a socket file that was left behind is replaced by QEMU
+	}
+	if err != nil {
+		return fmt.Errorf("where the destination's QMP socket is to be: %w", err)
+	}
+	conn.Close()
+	return fmt.Errorf("another process listens at %s, where the destination's QMP socket is to be: "+
+		"end it, or give the destination another path with a template", path)
+}
+
+func launch(opts StartOptions) (*Process, error) {
+	log, err := os.OpenFile(opts.LogPath, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("log of QEMU: %w", err)
+	}
+	defer log.Close()
+	cmd := exec.Command(opts.Args[0], opts.Args[1:]...)
+	cmd.Dir = opts.Dir
+	if info, err := os.Stat(opts.Dir); err != nil || !info.IsDir() {
+		cmd.Dir = "/"
+	}
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	c := opts.Credentials
+	if int(c.UID) != os.Geteuid() || int(c.GID) != os.Getegid() || os.Geteuid() == 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: c.UID, Gid: c.GID, Groups: c.Groups}
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start QEMU as user %d, group %d: %w", c.UID, c.GID, err)
+	}
+	p := &Process{cmd: cmd, logPath: opts.LogPath, exited: make(chan struct{})}
+	go func() {
+		p.exitErr = cmd.Wait()
+		close(p.exited)
+	}()
+	return p, nil
+}
+
+// awaitQMP tries to attach until that succeeds, QEMU ends or ctx does.
+func (p *Process) awaitQMP(ctx context.Context, path string) (*VM, error) {
+	const firstPause, longestPause = time.Millisecond, 20 * time.Millisecond
+	for pause := firstPause; ; pause = min(2*pause, longestPause) {
+		vm, err := Attach(ctx, path)
+		if err == nil && vm.Pid == p.Pid() {
+			return vm, nil
+		}
+		if err == nil {
+			err = fmt.Errorf("process %d listens at %s instead of process %d, which was started", vm.Pid, path, p.Pid())
+			return nil, errors.Join(err, vm.Close())
+		}
+		select {
+		case <-p.exited:
+			return nil, fmt.Errorf("QEMU ended before its QMP socket %s answered: %s", path, p.ExitReason())
+		case <-ctx.Done():
+			return nil, fmt.Errorf("QEMU's QMP socket %s does not answer: %w (last attempt: %w)%s", path, context.Cause(ctx), err, p.said())
+		case <-time.After(pause):
+		}
+	}
+}
+
+// Pid is the process id.
+func (p *Process) Pid() int { return p.cmd.Process.Pid }
+
+// Exited is closed when the process has ended.
+func (p *Process) Exited() <-chan struct{} { return p.exited }
+
+// ExitReason is why QEMU ended: its last lines, and how it exited once it has. It is empty while there is
+// nothing to tell. QEMU writes its reason before it closes its sockets, so a broken QMP connection is reason
+// enough to ask.
+func (p *Process) ExitReason() string {
+	var parts []string
+	if lines := tail(p.logPath); lines != "" {
+		parts = append(parts, lines)
+	}
+	select {
+	case <-p.exited:
+		if p.exitErr != nil {
+			parts = append(parts, p.exitErr.Error())
+		} else {
+			parts = append(parts, "exit status 0")
+		}
+	default:
+	}
+	return strings.Join(parts, "; ")
+}
+
+func (p *Process) said() string {
+	if lines := tail(p.logPath); lines != "" {
+		return "; QEMU says: " + lines
+	}
+	return ""
+}
+
+// Kill ends QEMU at once and returns when it has ended.
+func (p *Process) Kill(ctx context.Context) error {
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("kill QEMU: %w", err)
+	}
+	select {
+	case <-p.exited:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("QEMU, process %d, was killed but has not ended: %w", p.Pid(), context.Cause(ctx))
+	}
+}
+
+// tail returns the last lines of a log in one line; empty if there is none.
+func tail(path string) string {
+	const bytes, lines = 4096, 5
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	if size, err := f.Seek(0, io.SeekEnd); err != nil || size > bytes {
+		_, _ = f.Seek(-bytes, io.SeekEnd) // if it fails, there is nothing to read
+	} else {
+		_, _ = f.Seek(0, io.SeekStart)
+	}
+	text, _ := io.ReadAll(f) // what could be read is better than nothing
+	all := strings.Split(strings.TrimSpace(string(text)), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "; ")
+}

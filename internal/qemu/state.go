@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+)
+
+// runState is QEMU's answer to query-status.
+type runState struct {
+	Status  string `json:"status"` // RunState in qapi/run-state.json: "running", "paused", "inmigrate", ...
+	Running bool   `json:"running"`
+}
+
+func (vm *VM) runState(ctx context.Context) (runState, error) {
+	var s runState
+	err := vm.QMP.Do(ctx, "query-status", nil, &s)
+	return s, err
+}
+
+// Status is QEMU's run state: "running", "paused", "inmigrate", "postmigrate", ...
+func (vm *VM) Status(ctx context.Context) (string, error) {
+	s, err := vm.runState(ctx)
+	return s.Status, err
+}
+
+// Running tells whether vCPUs run.
+func (vm *VM) Running(ctx context.Context) (bool, error) {
+	s, err := vm.runState(ctx)
+	return s.Running, err
+}
+
+// VerifyStopped is nil only if QEMU says, now, that no vCPU runs.
+func (vm *VM) VerifyStopped(ctx context.Context) error {
+	s, err := vm.runState(ctx)
+	if err != nil {
+		return fmt.Errorf("whether the VM is stopped: %w", err)
+	}
+	if s.Running {
+		return fmt.Errorf("the VM is not stopped, it is %q", s.Status)
+	}
+	return nil
+}
+
+// Stop stops all vCPUs and returns when they stopped, by QEMU's clock; of a VM that was stopped before, it
+// returns the present time.
+func (vm *VM) Stop(ctx context.Context) (time.Time, error) {
+	events := vm.QMP.Subscribe("STOP")
+	defer events.Close()
+	if err := vm.QMP.Do(ctx, "stop", nil, nil); err != nil {
+		return time.Time{}, err
+	}
+	return lastOf(events, time.Now()), nil // the event precedes the reply
+}
+
+// Cont runs the VM, at a destination for the first time, and returns when it began to, by QEMU's clock. An
+// error other than a *qmp.Error leaves open whether it runs.
+func (vm *VM) Cont(ctx context.Context) (time.Time, error) {
+	events := vm.QMP.Subscribe("RESUME")
+	defer events.Close()
+	if err := vm.QMP.Do(ctx, "cont", nil, nil); err != nil {
+		return time.Time{}, err
+	}
+	if at := lastOf(events, time.Time{}); !at.IsZero() {
+		return at, nil
+	}
+	// It ran before, or QEMU only took note: while it waits for a migration, cont means "run then".
+	s, err := vm.runState(ctx)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("whether the VM runs: %w", err)
+	}
+	if !s.Running {
+		return time.Time{}, fmt.Errorf("QEMU accepted cont, but the VM is %q", s.Status)
+	}
+	return time.Now(), nil
+}
+
+// lastOf returns the time of the newest event that has arrived.
+func lastOf(events *qmp.Subscription, at time.Time) time.Time {
+	for {
+		select {
+		case e, open := <-events.Events():
+			if !open {
+				return at
+			}
+			at = e.Time
+		default:
+			return at
+		}
+	}
+}

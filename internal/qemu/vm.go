@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+)
+
+const (
+	// closeTimeout bounds what Close asks of QEMU.
+	closeTimeout = 2 * time.Second
+	// quitPatience is how long Quit waits for QEMU to end by itself.
+	quitPatience = 2 * time.Second
+)
+
+// VM is a running QEMU. Close it when done; the QEMU goes on.
+type VM struct {
+	QMP *qmp.Client
+	Pid int // in our PID namespace
+
+	pidfd   *os.File           // refers to that process even when its number is used again
+	restore *migrationSettings // what PrepareOutgoing or PrepareIncoming changed; nil: nothing
+}
+
+// Attach connects to the QMP socket at path and finds the QEMU behind it. Errors of the connection are
+// those of qmp.Dial.
+func Attach(ctx context.Context, path string) (*VM, error) {
+	client, err := qmp.Dial(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	vm, err := attach(ctx, client)
+	if err != nil {
+		return nil, errors.Join(err, client.Disconnect())
+	}
+	return vm, nil
+}
+
+func attach(ctx context.Context, client *qmp.Client) (*VM, error) {
+	vm := &VM{QMP: client}
+	var err error
+	if vm.Pid, err = findPid(ctx, client); err != nil {
+		return nil, err
+	}
+	fd, err := unix.PidfdOpen(vm.Pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd_open of QEMU, process %d: %w", vm.Pid, err)
+	}
+	vm.pidfd = os.NewFile(uintptr(fd), fmt.Sprintf("pidfd of %d", vm.Pid))
+	if client.Err() != nil { // else the process that has the number is the one that answers
+		return nil, errors.Join(client.Err(), vm.pidfd.Close())
+	}
+	return vm, nil
+}
+
+// Close disconnects, after it has put back the migration settings that were changed: an x-ignore-shared
+// that stayed on would make a later migration by QEMU's own means lose the guest's RAM.
+func (vm *VM) Close() error {
+	var err error
+	if vm.restore != nil && vm.QMP.Err() == nil {
+		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+		defer cancel()
+		if err = vm.apply(ctx, *vm.restore); err != nil {
+			if vm.QMP.Err() != nil { // QEMU ended meanwhile, and its settings with it
+				err = nil
+			} else {
+				err = fmt.Errorf("put back QEMU's migration settings: %w", err)
+			}
+		}
+	}
+	return errors.Join(err, vm.QMP.Disconnect(), vm.pidfd.Close())
+}
+
+// WaitExit returns nil when the process has ended, child or not.
+func (vm *VM) WaitExit(ctx context.Context) error {
+	conn, err := vm.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if err := vm.pidfd.SetReadDeadline(time.Time{}); err != nil {
+		return fmt.Errorf("wait for process %d: %w", vm.Pid, err)
+	}
+	expired := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		_ = vm.pidfd.SetReadDeadline(time.Unix(1, 0)) // fails only when closed, and then Read fails too
+		close(expired)
+	})
+	var pollErr error
+	// A pidfd becomes readable when its process ends (pidfd_open(2)).
+	err = conn.Read(func(fd uintptr) bool {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, 0)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			pollErr = err
+			return true
+		}
+		return n > 0
+	})
+	if !stop() {
+		<-expired
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("QEMU, process %d, has not ended: %w", vm.Pid, context.Cause(ctx))
+	}
+	return errors.Join(err, pollErr)
+}
+
+// Quit ends QEMU and returns when its process is gone. One whose main loop hangs, on a page that will not
+// come for instance, is killed.
+func (vm *VM) Quit(ctx context.Context) error {
+	polite, cancel := context.WithTimeoutCause(ctx, quitPatience, fmt.Errorf("QEMU did not obey quit within %v", quitPatience))
+	defer cancel()
+	err := vm.QMP.Do(polite, "quit", nil, nil)
+	var gone *qmp.DisconnectedError
+	if err == nil || errors.As(err, &gone) {
+		if vm.WaitExit(polite) == nil {
+			return nil
+		}
+	}
+	raw, err := vm.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var killErr error
+	if err := raw.Control(func(fd uintptr) { killErr = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) }); err != nil {
+		return err
+	}
+	if killErr != nil && !errors.Is(killErr, unix.ESRCH) {
+		return fmt.Errorf("kill QEMU, process %d: %w", vm.Pid, killErr)
+	}
+	return vm.WaitExit(ctx)
+}
