@@ -32,7 +32,9 @@ func newBar(terminal *os.File) *bar {
 	line := func(i int) mpb.BarFillerFunc {
 		return func(w io.Writer, s decor.Statistics) error {
 			text := frame(b.now.Load(), s.AvailableWidth)[i]
-			if i > 0 {
+			if i == 0 {
+				text = "\r" + text // a ^C that the terminal echoed is to the left
+			} else {
 				text += "\n" // mpb ends the first line alone
 			}
 			_, err := io.WriteString(w, text)
@@ -50,7 +52,7 @@ func (b *bar) close() {
 	b.bar.Abort(false) // keeps the lines as they are; completing adds nothing
 	b.progress.Wait()
 	if m := b.now.Load(); m.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		fmt.Fprintln(b.out, summary(m))
+		fmt.Fprintln(b.out, m.GetId(), summary(m))
 	}
 }
 
@@ -80,13 +82,10 @@ func frame(m *migratedv1.Migration, width int) [2]string {
 	return [2]string{cut(first, width), cut(below(m, width), width)}
 }
 
-// below is the second line of a frame: figures once there are any, until then
-// or while they stand still what the state means.
+// below is the second line of a frame: figures while they move, otherwise what
+// the state means.
 func below(m *migratedv1.Migration, width int) string {
-	switch m.GetState() {
-	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE,
-		migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
-	default:
+	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE {
 		return "  " + stateMeaning(m)
 	}
 	text := ""

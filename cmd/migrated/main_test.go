@@ -17,6 +17,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	// Under the race detector every process sleeps a second before it exits.
+	if err := os.Setenv("GORACE", "atexit_sleep_ms=0"); err != nil {
+		panic(err)
+	}
 	testscript.Main(m, map[string]func(){"migrated": main})
 }
 
@@ -39,6 +43,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("SOCKET", socket)
 			env.Setenv("MIGRATED_DAEMON", "unix://"+socket)
 			env.Setenv("TZ", "UTC")
+			env.Setenv("GORACE", os.Getenv("GORACE"))
 			env.Setenv("COLUMNS", "80") // kong wraps help texts by it
 			return nil
 		},
