@@ -53,6 +53,13 @@ func (p *Process) Syscall(ctx context.Context, nr uintptr, args ...uintptr) (uin
 // single step ends with a SIGTRAP that the kernel forces, and forcing a blocked signal resets its
 // handler to SIG_DFL: a lasting change in the target.
 func (p *Process) syscall(ctx context.Context, nr uintptr, args []uintptr) (result uintptr, err error) {
+	kills, err := wouldKill(p.tid, p.insn, nr, args)
+	if err != nil {
+		return 0, fmt.Errorf("look at system call %d first: %w", nr, p.died(err))
+	}
+	if kills {
+		return 0, fmt.Errorf("%w, which would kill the process", ErrSeccomp)
+	}
 	was, err := p.save()
 	if err != nil {
 		return 0, fmt.Errorf("save the state of thread %d: %w", p.tid, p.died(err))
@@ -191,7 +198,7 @@ func (p *Process) runToSeccompSignal(ctx context.Context) error {
 // very registers put back. current->restart_block, from which nanosleep and poll continue with the time
 // that is left, was not touched, since none of the calls we inject is such a call itself.
 func (p *Process) restore(was before) error {
-	ctx, cancel := context.WithTimeout(context.Background(), restoreLimit)
+	ctx, cancel := context.WithTimeout(context.Background(), p.restoreLimit)
 	defer cancel()
 	err := p.restoreOnce(ctx, was)
 	if !errors.Is(err, context.DeadlineExceeded) {

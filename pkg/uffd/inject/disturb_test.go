@@ -9,11 +9,16 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
 // Signals sent while the thread is held arrive afterwards, each once. SIGRTMIN queues, so that they can be counted.
@@ -273,5 +278,99 @@ func TestUninterruptibleSleep(t *testing.T) {
 	v.poke()
 	if got, want := v.line(), "ret=1 errno=0 signals=0"; got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// A call that hangs in the kernel: the caller is told, and the thread is put right when the call returns after all.
+func TestCallThatHangs(t *testing.T) {
+	v := startVictim(t, "ppoll")
+	v.awaitBlocked(unix.SYS_PPOLL)
+	taken := takeOrSkip(t, v.pid)
+	defer taken.UFFD.Close()
+	if _, _, err := taken.UFFD.API(0); err != nil {
+		t.Fatal(err)
+	}
+	p, err := Seize(t.Context(), v.pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.restoreLimit = 100 * time.Millisecond
+	page, err := p.Syscall(t.Context(), unix.SYS_MMAP, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	missing := uffd.Range{Start: uint64(page), Len: 4096}
+	if _, err := taken.UFFD.Register(missing, uffd.ModeMissing); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := p.Syscall(ctx, unix.SYS_GETTIMEOFDAY, page, 0); !errors.Is(err, ErrNotRestored) {
+		t.Errorf("Syscall: %v", err)
+	}
+	if err := p.Detach(); !errors.Is(err, ErrNotRestored) {
+		t.Errorf("Detach: %v", err)
+	}
+	if _, err := p.Syscall(t.Context(), unix.SYS_GETPID); !errors.Is(err, ErrNotRestored) {
+		t.Errorf("next Syscall: %v", err)
+	}
+	if _, err := taken.UFFD.Zeropage(missing, 0); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the thread is let go", func() bool {
+		st, err := readStatus(v.pid)
+		return err == nil && st.tracer == 0
+	})
+	v.awaitBlocked(unix.SYS_PPOLL)
+	v.poke()
+	if got, want := v.line(), "ret=1 errno=0 signals=0"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// TestDenied runs itself again as a user who may not trace the target.
+func TestDenied(t *testing.T) {
+	if pid, err := strconv.Atoi(os.Getenv("INJECT_TEST_SEIZE")); err == nil {
+		_, err := Seize(t.Context(), pid)
+		if !errors.Is(err, ErrPtraceDenied) || !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
+			t.Errorf("Seize: %v", err)
+		}
+		_, err = Take(t.Context(), pid, TakeOptions{})
+		var takeErr *TakeError
+		if !errors.As(err, &takeErr) || len(takeErr.Attempts) != 1 || !errors.Is(err, ErrPtraceDenied) {
+			t.Errorf("Take: %v", err)
+		}
+		return
+	}
+	if os.Geteuid() != 0 {
+		cannotRun(t, "needs root to become another user")
+	}
+	v := startVictim(t, "read")
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestDenied$", "-test.v") // not by its path, which others may not enter
+	cmd.Env = append(os.Environ(), fmt.Sprintf("INJECT_TEST_SEIZE=%d", v.pid), "TMPDIR=/tmp")
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "PASS: TestDenied") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// Somebody else in this process waits for the target, and so gets to see our stops (see the package comment).
+func TestWithWaiterInSameProcess(t *testing.T) {
+	v := startVictim(t, "read")
+	waited := make(chan error, 1)
+	go func() {
+		_, err := v.cmd.Process.Wait()
+		waited <- err
+	}()
+	for range 20 {
+		injectGetpid(t, v.pid)
+	}
+	v.poke()
+	if got, want := v.line(), "ret=1 errno=0 signals=0"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if err := <-waited; err != nil {
+		t.Error(err)
 	}
 }

@@ -26,7 +26,8 @@ var (
 	ErrUnsupported = errors.New("injecting system calls is not supported")
 
 	// ErrSeccomp says that a seccomp filter of the process answered the injected call with SIGSYS
-	// (SECCOMP_RET_TRAP). The signal was suppressed; the process did not see it.
+	// (SECCOMP_RET_TRAP), which was suppressed so that the process did not see it; or that the filter would have
+	// killed the process, for which reason the call was not made.
 	ErrSeccomp = errors.New("refused by the process' seccomp filter")
 
 	// ErrNotRestored says that the thread is stuck inside the injected call in uninterruptible sleep. It stays

@@ -34,6 +34,8 @@ type Process struct {
 	mu   sync.Mutex
 	done error // why this Process can no longer be used; nil: it can
 
+	restoreLimit time.Duration // the constant of this name
+
 	// Owned by the tracer's thread.
 	injecting bool // between prepare and restore
 	postponed bool // a SIGSYS has to be sent again
@@ -48,7 +50,7 @@ func Seize(ctx context.Context, tid int) (*Process, error) {
 	if err := supported(); err != nil {
 		return nil, err
 	}
-	p := &Process{tid: tid, tracer: startThread()}
+	p := &Process{tid: tid, tracer: startThread(), restoreLimit: restoreLimit}
 	attached := false
 	err := p.tracer.do(func() error {
 		if err := attach(tid); err != nil {

@@ -11,6 +11,9 @@ import (
 // syscallInstruction is `syscall`. It overwrites rcx and r11, and rax with the result.
 var syscallInstruction = []byte{0x0f, 0x05}
 
+// auditArch is AUDIT_ARCH_X86_64, the architecture a seccomp filter is told.
+const auditArch = 0xc000003e
+
 // regs are all general registers. Floating point and vector state is not touched by a system call.
 type regs unix.PtraceRegs
 

@@ -13,6 +13,8 @@ import (
 
 var syscallInstruction []byte
 
+const auditArch = 0
+
 type regs struct{}
 
 func supported() error { return fmt.Errorf("%w on %s", ErrUnsupported, runtime.GOARCH) }

@@ -169,7 +169,7 @@ func (t target) take(ctx context.Context, method string, nr uintptr, args ...uin
 func (t target) explain(method string, err error) error {
 	switch {
 	case errors.Is(err, ErrSeccomp):
-		return &refusal{err, "its seccomp filter traps the call; allow it there"}
+		return &refusal{err, "allow " + method + " in that filter"}
 	case errors.Is(err, unix.ENOSYS) && method == MethodSyscall:
 		return &refusal{err, "the kernel has no userfaultfd (CONFIG_USERFAULTFD), or a seccomp filter hides it"}
 	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):

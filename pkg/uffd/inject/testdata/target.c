@@ -197,7 +197,7 @@ static long busy(void) {
 	struct pollfd pfd = {0, POLLIN, 0};
 	for (int i = 0; i < 2; i++) pthread_create(&t[i], 0, spin_on, 0);
 	long ret;
-	do spin(50); while ((ret = poll(&pfd, 1, 0)) == 0);
+	do spin(50); while ((ret = poll(&pfd, 1, 0)) == 0 || (ret < 0 && errno == EINTR)); // a signal, counted
 	stop_spinning = 1;
 	for (int i = 0; i < 2; i++) pthread_join(t[i], 0);
 	return ret;
