@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagesrv
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+)
+
+const hugePage = 2 << 20
+
+// mapFile returns the path by which /proc names the file of a mapping.
+func mapFile(t testing.TB, memory []byte) string {
+	t.Helper()
+	start := uintptr(unsafe.Pointer(&memory[0]))
+	return fmt.Sprintf("/proc/self/map_files/%x-%x", start, start+uintptr(len(memory)))
+}
+
+// cannotRun ends a test that this machine cannot run; the project's own machines must run it.
+func cannotRun(t *testing.T, why string) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatal(why)
+	}
+	t.Skip(why)
+}
+
+const hugePages = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+
+func hugePageCount(t *testing.T, name string) int {
+	t.Helper()
+	text, err := os.ReadFile(hugePages + name)
+	if err != nil {
+		cannotRun(t, "no huge pages of 2 MiB: "+err.Error())
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// reserveHugePages gets n more huge pages for the test.
+func reserveHugePages(t *testing.T, n int) {
+	t.Helper()
+	before := hugePageCount(t, "nr_hugepages")
+	set := func(n int) error { return os.WriteFile(hugePages+"nr_hugepages", []byte(strconv.Itoa(n)), 0) }
+	if err := set(before + n); err != nil {
+		cannotRun(t, "reserving huge pages needs root: "+err.Error())
+	}
+	t.Cleanup(func() {
+		if err := set(before); err != nil {
+			t.Error(err)
+		}
+	})
+	if free := hugePageCount(t, "free_hugepages"); free < n {
+		cannotRun(t, fmt.Sprintf("only %d huge pages of 2 MiB could be had, %d are needed", free, n))
+	}
+}
+
+// Huge pages are served whole, and the pages that the VM never touched take none from the pool.
+func TestHugePagesAreServedWhole(t *testing.T) {
+	reserveHugePages(t, 4)
+	// memfd_create(2) with MFD_HUGETLB is a file of hugetlbfs without a mount.
+	fd, err := unix.MemfdCreate("pagesrv-test", unix.MFD_CLOEXEC|unix.MFD_HUGETLB|unix.MFD_HUGE_2MB)
+	if err != nil {
+		cannotRun(t, "memfd_create with huge pages: "+err.Error())
+	}
+	defer func() { _ = unix.Close(fd) }()
+	const pages = 3
+	if err := unix.Ftruncate(fd, pages*hugePage); err != nil {
+		t.Fatal(err)
+	}
+	memory, err := unix.Mmap(fd, 0, pages*hugePage, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Munmap(memory) }()
+	memory[hugePage-1] = 7 // the first page has data, the second zeros, the third is a hole
+	memory[hugePage] = 0
+	free := hugePageCount(t, "free_hugepages")
+
+	_, lane := offer(t, openRAM(t, Block{ID: "huge", Path: fmt.Sprintf("/proc/self/fd/%d", fd), Size: pages * hugePage, PageSize: hugePage}))
+	var runs []pagewire.Run
+	err = lane.fetch([]pagewire.Range{{Length: pages * hugePage}}, func(run pagewire.Run, data []byte) {
+		runs = append(runs, run)
+		if !run.Zero && !bytes.Equal(data, memory[:hugePage]) {
+			t.Error("the page with data differs")
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []pagewire.Run{{Length: hugePage}, {Offset: hugePage, Length: 2 * hugePage, Zero: true}}
+	// The first reply is full with one page, so zero pages come in the second.
+	if fmt.Sprint(runs) != fmt.Sprint(want) {
+		t.Errorf("runs %+v, want %+v", runs, want)
+	}
+	if now := hugePageCount(t, "free_hugepages"); now != free {
+		t.Errorf("serving took %d huge pages from the pool", free-now)
+	}
+}
