@@ -71,9 +71,19 @@ func (c *client) explain(id string, err error) error {
 	}
 	s := status.Convert(err)
 	f := &failure{exit: exitFailed, message: s.Message()}
+	// The daemon knows better than a status code what to do.
+	var told *migratedv1.MigrationError
+	for _, detail := range s.Details() {
+		if e, ok := detail.(*migratedv1.MigrationError); ok {
+			told = e
+		}
+	}
 	switch s.Code() {
 	case codes.Unavailable, codes.DeadlineExceeded:
-		return c.unreachable(s)
+		// With a remedy it is the daemon's answer: the other host is away.
+		if told == nil {
+			return c.unreachable(s)
+		}
 	case codes.Canceled:
 		if errors.Is(c.app.ctx.Err(), context.Canceled) {
 			return &failure{exit: exitInterrupted, message: "interrupted before the daemon answered",
@@ -99,13 +109,10 @@ func (c *client) explain(id string, err error) error {
 		f.message = "the daemon failed: " + s.Message()
 		f.remedy = `its log says more: "journalctl -u migrated"`
 	}
-	// The daemon knows better than a status code what to do.
-	for _, detail := range s.Details() {
-		if e, ok := detail.(*migratedv1.MigrationError); ok {
-			f.vm = e.GetVmStatus()
-			if e.GetRemedy() != "" {
-				f.remedy = e.GetRemedy()
-			}
+	if told != nil {
+		f.vm = told.GetVmStatus()
+		if told.GetRemedy() != "" {
+			f.remedy = told.GetRemedy()
 		}
 	}
 	return f

@@ -201,14 +201,20 @@ func begun(id string, spec *migratedv1.MigrationSpec) (*migratedv1.Migration, er
 	case id == "taken":
 		return nil, status.Error(codes.AlreadyExists, "migration taken exists with another specification")
 	case spec.GetVm() == "/busy.qmp":
-		s, err := status.New(codes.FailedPrecondition, "the VM cannot migrate: its memory is not shared").WithDetails(&migratedv1.MigrationError{
-			Remedy: "start it with -object memory-backend-file,share=on", VmStatus: "it runs at the source, untouched"})
-		if err != nil {
-			return nil, err
-		}
-		return nil, s.Err()
+		return nil, refusal(codes.FailedPrecondition, "the VM cannot migrate: its memory is not shared", "start it with -object memory-backend-file,share=on")
+	case spec.GetDestination() == "away:7600":
+		return nil, refusal(codes.Unavailable, "connecting to away:7600: no route to host", "see that its daemon runs")
 	}
 	return m, nil
+}
+
+// refusal is an error as a daemon makes it that knows what to do about it.
+func refusal(code codes.Code, message, remedy string) error {
+	s, err := status.New(code, message).WithDetails(&migratedv1.MigrationError{Remedy: remedy, VmStatus: "it runs at the source, untouched"})
+	if err != nil {
+		return err
+	}
+	return s.Err()
 }
 
 func (p *played) Cancel(_ context.Context, r *migratedv1.CancelRequest) (*migratedv1.CancelResponse, error) {
