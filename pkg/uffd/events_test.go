@@ -59,6 +59,35 @@ func TestBatch(t *testing.T) {
 	}
 }
 
+// TestWaiterReady: Wait ends when a thread faults, and there is a message then.
+func TestWaiterReady(t *testing.T) {
+	uffdtest.CheckDescriptors(t)
+	c := uffdtest.Start(t)
+	u := c.Supervise(0)
+	r := c.Map(uffdtest.Anon, 1)
+	if _, err := u.Register(r, uffd.ModeMissing); err != nil {
+		t.Fatal(err)
+	}
+	w, err := uffd.NewWaiter(u)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	ready := make(chan error)
+	go func() { ready <- w.Wait() }()
+	reader := c.Go(uffdtest.Read(r.Start))
+	if err := <-ready; err != nil {
+		t.Fatal(err)
+	}
+	if n, err := u.Read(uffd.NewEventBuffer(1)); n != 1 || err != nil {
+		t.Errorf("read: %d, %v", n, err)
+	}
+	if _, err := u.Zeropage(r, 0); err != nil {
+		t.Fatal(err)
+	}
+	reader.JoinOK()
+}
+
 // TestRemove: while nobody has read the event, copies say ErrAgain; the discarded page is missing again.
 func TestRemove(t *testing.T) {
 	for _, tt := range []struct {
