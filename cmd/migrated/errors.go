@@ -51,7 +51,7 @@ func (a *app) report(err error) int {
 	default:
 		fmt.Fprintf(a.stderr, "migrated: %s\n", indent(f.message))
 		if f.vm != "" {
-			fmt.Fprintf(a.stderr, "  The VM: %s\n", indent(f.vm))
+			fmt.Fprintf(a.stderr, "  Where the VM is: %s\n", indent(f.vm))
 		}
 		if f.remedy != "" {
 			fmt.Fprintf(a.stderr, "  What to do: %s\n", indent(f.remedy))

@@ -85,7 +85,7 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	fact("State", "%s: %s", stateName(m.GetState()), stateMeaning(m))
 	if e := m.GetError(); e != nil {
 		fact("Error", "%s", e.GetMessage())
-		fact("The VM", "%s", orDash(e.GetVmStatus()))
+		fact("Where it is", "%s", orDash(e.GetVmStatus()))
 		fact("What to do", "%s", orDash(e.GetRemedy()))
 	}
 	fact("VM", "%s", vmName(m))
