@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package postcopy fills the memory of a VM that already runs, on the destination host.
+//
+// In the way of one page fault it is the beginning and the end:
+//
+//	[1 event read ─► 2 claim, lane request] ─► 3 page server ─► 4 receive ─► [5 UFFDIO_COPY]
+//
+// What runs in parallel, and where to read it:
+//
+//	  QEMU's threads: vCPUs, devices                                       source
+//	    │ touch a missing page        ▲ wake
+//	    ▼                             │
+//	┌─ userfaultfd ───────────────────┴────────────────┐
+//	└──┬───────────────────────────────────────────▲───┘
+//	   │ 1 poll(2), read(2): up to eventBatch      │ 5 UFFDIO_COPY, UFFDIO_ZEROPAGE
+//	   ▼                                           │
+//	┌─ fault worker ──────────┐          ┌─ receiver ─┴────────────┐
+//	│ one thread a worker     │          │ one goroutine a lane    │
+//	│ 2 claim in the page     │ demand   │ 4 RecvMsg               │  demand   ┌────────────┐
+//	│   table, SendMsg        ├─ lane ──►│   claim in the page     │◄─ lanes ──┤ 3 page     │
+//	│ (fault.go)              │ (gRPC)   │   table, install        │           │   server   │
+//	└─────────────────────────┘          │ (install.go)            │◄─ bulk ───┤ (pagesrv)  │
+//	┌─ sweep ─────────────────┐          └─────────────────────────┘   lane    └────────────┘
+//	│ one goroutine (sweep.go)├─ bulk lane ──────────────────────────────────────────►
+//	└─────────────────────────┘
+//
+// Read fault.go, then install.go: their functions stand in the order in which a fault meets them. pages.go holds
+// the states of all pages and the picture of their changes. session.go starts and ends the goroutines,
+// engine.go holds what outlives them, constants.go every size and delay.
+//
+// On the way of a fault nothing takes a lock (but see Options.Discards), nothing of ours is allocated,
+// and no goroutine is started. What two goroutines could disagree about is decided by one
+// compare-and-swap in the page table: who asks for a page, and who installs it.
+//
+// # Zero pages stay holes
+//
+// Guest RAM is shared memory (tmpfs or hugetlbfs), where UFFDIO_ZEROPAGE allocates a page. So a page that the sweep
+// learns to be zero is only marked: once all memory is in and unregistered, the hole reads as zero by itself, and a
+// sparse VM stays sparse. Only where a thread waits in the hole a zero page is installed, at once.
+//
+// # Pages that the process gives up
+//
+// A balloon or free page reporting discards pages (UFFD_EVENT_REMOVE): they must read as zero from then on. The
+// process waits until the event is read, then drops the page. Reading it, a worker marks the page zero, so that content
+// in flight is dropped when it comes, and wakes its waiters. There remains content whose copy has begun: if it lands after
+// the drop, the page holds what it held before it was given up. Options.Discards closes this by keeping copies and
+// reads of messages apart (gate.go), which can make a fault wait for a copy of 512 KiB, some 0.1 ms. Without it the
+// guest may find old content of its own in a page that it gave up during the migration, never another's: for a balloon
+// and for free page reporting, whose pages have no defined content, that is harmless.
+//
+// QEMU 7.2 punches a hole into the RAM file before it discards (ram_block_discard_range), and for huge pages does not
+// discard in a way that makes an event: old content that was in flight may then come back in both modes.
+//
+// # When it cannot go on
+//
+// Whatever fails, missing pages stay registered: threads that need one wait, none reads a zero in its place. The next
+// Run begins with waking them all; they fault again, so nothing has to be remembered about who waited.
+package postcopy

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+	"sync/atomic"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
+
+// A Block is a piece of guest RAM of the destination. Its index in Options.Blocks is the block number on the wire.
+type Block struct {
+	ID       string // QEMU's name of it, for messages
+	Addr     uint64 // of its first byte in the destination process
+	Size     uint64 // bytes, a multiple of PageSize
+	PageSize uint64 // bytes, a power of two from 4 KiB to 2 MiB
+	// UFFD belongs to the destination process and is non-blocking. It may serve several blocks. It stays the
+	// caller's, who closes it after the last Run has returned.
+	UFFD *uffd.UFFD
+}
+
+// Options of an Engine.
+type Options struct {
+	Blocks []Block
+	// Workers is how many fault workers, and so how many demand lanes, there are. 0: 2.
+	Workers int
+	// Discards says that the VM has a device that gives memory back while it runs (virtio-balloon, free
+	// page reporting, virtio-mem). It makes discards exact and each read of messages wait for the copies
+	// that are under way; see the package comment.
+	Discards bool
+}
+
+// block is a Block with what is derived from it.
+type block struct {
+	Block
+	index    int
+	first    uint64 // global number of its first page
+	pages    uint64
+	shift    int  // log2 of PageSize
+	zeropage bool // UFFDIO_ZEROPAGE works; hugetlbfs has none
+}
+
+func (b *block) addr(p uint64) uint64 { return b.Addr + (p-b.first)<<b.shift }
+func (b *block) end() uint64          { return b.first + b.pages }
+func (b *block) all() uffd.Range      { return uffd.Range{Start: b.Addr, Len: b.Size} }
+func (b *block) page(p uint64) uffd.Range {
+	return uffd.Range{Start: b.addr(p), Len: b.PageSize}
+}
+
+// Engine fills the memory of one destination process. Its methods may be called from any goroutine.
+type Engine struct {
+	blocks  []block
+	uffds   []*uffd.UFFD // each once
+	workers int
+	gate    gate
+
+	pages    *pages
+	pending  pending
+	latency  histogram
+	counters counters
+	epoch    time.Time     // pending's times count from here
+	hint     atomic.Uint64 // page after the last fault + 1, 0: the sweep has taken it
+
+	started  atomic.Bool
+	sweeping chan struct{} // closed by StartSweep
+	running  atomic.Bool
+	done     chan struct{} // closed when Run has succeeded
+
+	// park is nil except in tests, which stop a goroutine at the point that is named.
+	park func(point string, page uint64)
+}
+
+// New makes the handshake on each descriptor, unless it was made before, and registers the blocks for
+// missing pages: from then on every touch of one that is not there waits for Run. Call it before anything
+// touches the memory, so before migrate-incoming.
+//
+// When it fails, the blocks before the one it names stay registered.
+func New(o Options) (*Engine, error) {
+	if len(o.Blocks) == 0 {
+		return nil, errors.New("post-copy: the VM has no RAM block")
+	}
+	e := &Engine{
+		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(),
+		sweeping: make(chan struct{}), done: make(chan struct{}),
+	}
+	if e.workers <= 0 {
+		e.workers = defaultWorkers
+	}
+	counts := make([]uint64, len(o.Blocks))
+	for i, b := range o.Blocks {
+		if err := check(b); err != nil {
+			return nil, fmt.Errorf("post-copy: RAM block %d (%s): %w", i, b.ID, err)
+		}
+		counts[i] = b.Size / b.PageSize
+	}
+	var first []uint64
+	e.pages, first = newPages(counts)
+	for i, b := range o.Blocks {
+		nb := block{Block: b, index: i, first: first[i], pages: counts[i], shift: bits.TrailingZeros64(b.PageSize)}
+		if err := e.register(&nb); err != nil {
+			return nil, fmt.Errorf("post-copy: RAM block %d (%s): %w", i, b.ID, err)
+		}
+		e.blocks = append(e.blocks, nb)
+	}
+	return e, nil
+}
+
+func check(b Block) error {
+	switch {
+	case b.PageSize < 4096 || bits.OnesCount64(b.PageSize) != 1 || b.PageSize > pagewire.MaxData:
+		return fmt.Errorf("page size of %d bytes is no power of two from 4096 to %d", b.PageSize, pagewire.MaxData)
+	case b.Size == 0 || b.Size%b.PageSize != 0 || b.Addr%b.PageSize != 0:
+		return fmt.Errorf("%d bytes at %#x are not whole pages of %d bytes", b.Size, b.Addr, b.PageSize)
+	case b.UFFD == nil:
+		return errors.New("no userfaultfd")
+	}
+	return nil
+}
+
+// The events that must not be missed: without them the process would go on at once, and pages in flight would land in
+// memory that means something else by now. See fault.go for what is done about each.
+const events = uffd.FeatureEventRemove | uffd.FeatureEventUnmap | uffd.FeatureEventRemap
+
+// register makes sure that faults in b become messages.
+func (e *Engine) register(b *block) error {
+	if e.index(b.UFFD) < 0 {
+		_, _, err := b.UFFD.API(events | uffd.FeatureEventFork)
+		if errors.Is(err, uffd.ErrPermission) { // no CAP_SYS_PTRACE; QEMU's RAM is not inherited anyway
+			_, _, err = b.UFFD.API(events)
+		}
+		// ErrInvalid: the handshake was made before, by us in an earlier life. Register finds out if not.
+		if err != nil && !errors.Is(err, uffd.ErrInvalid) {
+			return err
+		}
+		e.uffds = append(e.uffds, b.UFFD)
+	}
+	ioctls, err := b.UFFD.Register(b.all(), uffd.ModeMissing)
+	if err != nil {
+		return err
+	}
+	b.zeropage = uffd.CanZeropage(ioctls)
+	return nil
+}
+
+func (e *Engine) index(u *uffd.UFFD) int {
+	for i := range e.uffds {
+		if e.uffds[i] == u {
+			return i
+		}
+	}
+	return -1
+}
+
+// StartSweep lets the background sweep begin, in this Run or the next. Call it when the VM runs here: before that
+// the sweep would only compete with the device state for the network.
+func (e *Engine) StartSweep() {
+	if e.started.CompareAndSwap(false, true) {
+		close(e.sweeping)
+	}
+}
+
+// Done is closed when all memory is in and nothing is registered any more.
+func (e *Engine) Done() <-chan struct{} { return e.done }
+
+// find returns the block that holds addr, as far as u is concerned, or nil. There are few blocks.
+func (e *Engine) find(u *uffd.UFFD, addr uint64) *block {
+	for i := range e.blocks {
+		if b := &e.blocks[i]; addr-b.Addr < b.Size && b.UFFD == u {
+			return b
+		}
+	}
+	return nil
+}
+
+// holder returns the block of a page.
+func (e *Engine) holder(p uint64) *block {
+	i := len(e.blocks) - 1
+	for e.blocks[i].first > p {
+		i--
+	}
+	return &e.blocks[i]
+}
+
+// now is the time since the epoch in ns, by the monotonic clock.
+func (e *Engine) now() int64 { return int64(time.Since(e.epoch)) }
+
+// answered ends the time of the fault on page p, if there was one.
+func (e *Engine) answered(p uint64) {
+	if when, ok := e.pending.end(p); ok {
+		e.latency.add(time.Duration(e.now() - when))
+	}
+}
+
+func (e *Engine) at(point string, page uint64) {
+	if e.park != nil {
+		e.park(point, page)
+	}
+}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
+
+// Why Run ended before the last page was in. In every case the missing pages stay missing and registered:
+// what needs one waits, nothing reads a zero in its place, and Run may be called again.
+var (
+	// ErrLaneLost says that the connection to the source broke or was ended by it. It wraps the status
+	// that gRPC gave. Call Run with new lanes.
+	ErrLaneLost = errors.New("a page lane to the source is lost")
+	// ErrProtocol says that the source sent what no source sends: pages that were not asked for, that lie outside of
+	// the RAM, or that are no whole pages. It is broken, hostile or of another version.
+	ErrProtocol = errors.New("the source broke the page protocol")
+	// ErrProcessGone says that the process whose memory is filled has exited.
+	ErrProcessGone = errors.New("the destination VM's process is gone")
+	// ErrNoMemory says that the host has no memory for a page.
+	ErrNoMemory = errors.New("no memory for the VM's pages: enlarge the tmpfs (mount -o remount,size=), " +
+		"the pool of huge pages (vm.nr_hugepages) or the memory limit of the VM's cgroup, then resume the migration")
+	// ErrRangeGone says that memory is not there any more, or not registered any more, and no event said so.
+	ErrRangeGone = errors.New("memory of the destination VM vanished without notice")
+	// ErrMoved says that the process moved its RAM (mremap). Pages cannot be found there any more.
+	ErrMoved = errors.New("the destination VM's process moved its RAM: it can not be completed, end it")
+	// ErrForeignFault says that a descriptor reports faults of memory that is in no block: the thread would wait for ever.
+	ErrForeignFault = errors.New("fault outside of all RAM blocks: give all memory that is registered with the descriptor")
+	// ErrRunning says that Run is already under way.
+	ErrRunning = errors.New("the post-copy engine runs already")
+)
+
+// ForkError says that the process forked with RAM that its child would share, incomplete. QEMU's RAM is
+// MADV_DONTFORK, so it is another program, or another QEMU.
+type ForkError struct {
+	// Child is the userfaultfd of the child's memory. While it is open the child waits where it needs a
+	// missing page; if it closes, the child reads zeros there, and the kernel puts these into the
+	// shared RAM. So end the child, then close it.
+	Child *uffd.UFFD
+}
+
+func (e *ForkError) Error() string {
+	return fmt.Sprintf("the destination VM's process forked while its RAM was incomplete "+
+		"(the child's userfaultfd is descriptor %d): end the child, then resume the migration", e.Child.FD())
+}
+
+func protocolError(format string, args ...any) error {
+	return fmt.Errorf("%w: "+format, append([]any{ErrProtocol}, args...)...)
+}

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
+
+// worker reads messages, claims pages and asks for them: steps 1 and 2. Its thread owns all of it.
+type worker struct {
+	s       *session
+	lane    *lane
+	events  *uffd.EventBuffer
+	polled  []unix.PollFd // the descriptors, then the session's stop
+	request pagewire.Request
+	bytes   uint64 // asked for by request
+}
+
+func newWorker(s *session, l *lane) *worker {
+	w := &worker{s: s, lane: l, events: uffd.NewEventBuffer(eventBatch)}
+	for _, u := range s.e.uffds {
+		w.polled = append(w.polled, unix.PollFd{Fd: int32(u.FD()), Events: unix.POLLIN})
+	}
+	w.polled = append(w.polled, unix.PollFd{Fd: int32(s.stopFD), Events: unix.POLLIN})
+	w.request.Ranges = make([]pagewire.Range, 0, pagewire.MaxRanges)
+	return w
+}
+
+// run works until the session is stopped or the worker cannot go on. A batch that was read is always dealt with.
+func (w *worker) run() error {
+	runtime.LockOSThread() // it sleeps in poll: no scheduler has to find a thread for it when a fault comes
+	defer runtime.UnlockOSThread()
+	defer func() { _ = w.lane.stream.CloseSend() }()
+	for {
+		if _, err := unix.Poll(w.polled, -1); err != nil && err != unix.EINTR {
+			return fmt.Errorf("poll userfaultfds: %w", err)
+		} else if err != nil {
+			continue
+		}
+		if w.polled[len(w.polled)-1].Revents != 0 {
+			return nil
+		}
+		for i, u := range w.s.e.uffds {
+			switch got := w.polled[i].Revents; {
+			case got&unix.POLLIN != 0:
+				if err := w.batch(u); err != nil {
+					return err
+				}
+			case got != 0:
+				return fmt.Errorf("poll userfaultfd %d: revents %#x: it was closed or is blocking", u.FD(), got)
+			}
+		}
+	}
+}
+
+// batch is step 1: it takes what one read(2) gives and deals with it.
+func (w *worker) batch(u *uffd.UFFD) error {
+	e := w.s.e
+	e.gate.shut()
+	n, err := u.Read(w.events)
+	for i := range n { // before any fault, and before a copy can go on
+		if ev := w.events.At(i); ev.Kind == uffd.EventRemove {
+			e.discard(u, ev.Remove.Start, ev.Remove.End)
+		} else if ev.Kind == uffd.EventUnmap {
+			e.discard(u, ev.Unmap.Start, ev.Unmap.End)
+		}
+	}
+	e.gate.open()
+	if errors.Is(err, uffd.ErrWouldBlock) { // another worker was faster
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	now := e.now()
+	for i := range n {
+		if handleErr := w.handle(u, w.events.At(i), now); handleErr != nil && err == nil {
+			err = handleErr // the rest of the batch must not be forgotten
+		}
+	}
+	return errors.Join(err, w.send())
+}
+
+// handle deals with one message.
+func (w *worker) handle(u *uffd.UFFD, ev uffd.Event, now int64) error {
+	switch ev.Kind {
+	case uffd.EventPagefault:
+		return w.fault(u, ev.Pagefault.Addr, now)
+	case uffd.EventRemove:
+		return w.s.e.wake(u, ev.Remove.Start, ev.Remove.End)
+	case uffd.EventUnmap:
+		return nil // who waited there gets SIGSEGV: the kernel woke it
+	case uffd.EventFork:
+		return &ForkError{Child: uffd.FromFD(ev.Fork.FD)}
+	case uffd.EventRemap:
+		return fmt.Errorf("%w: %d bytes from %#x to %#x", ErrMoved, ev.Remap.Len, ev.Remap.From, ev.Remap.To)
+	}
+	return fmt.Errorf("message of unknown kind %v from the userfaultfd", ev.Kind)
+}
+
+// fault is step 2: it claims the page and, if it is this worker's to ask for, puts it into the request.
+func (w *worker) fault(u *uffd.UFFD, addr uint64, now int64) error {
+	e := w.s.e
+	e.counters.faults.Add(1)
+	b := e.find(u, addr)
+	if b == nil {
+		return fmt.Errorf("%w: address %#x", ErrForeignFault, addr)
+	}
+	p := b.first + (addr-b.Addr)>>b.shift
+	switch e.pages.claimFault(p) {
+	case claimNothing:
+		return nil
+	case claimZero:
+		e.at("zero", p)
+		err := e.zero(b, p)
+		e.latency.add(time.Duration(e.now() - now))
+		return err
+	case claimPresent:
+		return e.refill(b, p)
+	}
+	e.pending.start(p, now)
+	e.hint.Store(p + 2)
+	return w.ask(b, p)
+}
+
+// ask adds a page to the request, which is sent before it exceeds what a message may ask for.
+func (w *worker) ask(b *block, p uint64) error {
+	if len(w.request.Ranges) == pagewire.MaxRanges || w.bytes+b.PageSize > pagewire.MaxRequestedBytes {
+		if err := w.send(); err != nil {
+			return err
+		}
+	}
+	w.bytes += b.PageSize
+	offset := (p - b.first) << b.shift
+	if n := len(w.request.Ranges); n > 0 {
+		if last := &w.request.Ranges[n-1]; last.Block == uint32(b.index) && last.Offset+uint64(last.Length) == offset {
+			last.Length += uint32(b.PageSize)
+			return nil
+		}
+	}
+	w.request.Ranges = append(w.request.Ranges, pagewire.Range{Block: uint32(b.index), Offset: offset, Length: uint32(b.PageSize)})
+	return nil
+}
+
+// send sends the request on the worker's lane.
+func (w *worker) send() error {
+	if w.bytes == 0 {
+		return nil
+	}
+	err := w.lane.ask(&w.request, w.bytes)
+	w.request.Ranges, w.bytes = w.request.Ranges[:0], 0
+	return err
+}
+
+// ask sends a request for so many bytes. Pages of a request that fails are asked for by the next Run.
+func (l *lane) ask(r *pagewire.Request, bytes uint64) error {
+	l.asked.Add(int64(bytes)) // first: the answer may be faster than SendMsg
+	err := l.stream.SendMsg(r)
+	if err == nil || err == io.EOF { // EOF: the lane is over, and its receiver learns why
+		return nil
+	}
+	return l.lost(err)
+}
+
+// discard marks what the process gave up. Addresses outside of the blocks are none of ours.
+func (e *Engine) discard(u *uffd.UFFD, start, end uint64) {
+	for i := range e.blocks {
+		b := &e.blocks[i]
+		from, to := max(start, b.Addr), min(end, b.Addr+b.Size)
+		if b.UFFD != u || from >= to {
+			continue
+		}
+		p, n := b.first+(from-b.Addr)>>b.shift, (to-from)>>b.shift
+		e.pages.discard(p, n)
+		if e.pending.count.Load() > 0 {
+			for q := range n {
+				e.pending.end(p + q)
+			}
+		}
+		e.counters.discarded.Add(to - from)
+	}
+}
+
+// wake lets the threads that wait for a page in the range look again: what they wait for will not come any more.
+func (e *Engine) wake(u *uffd.UFFD, start, end uint64) error {
+	for i := range e.blocks {
+		b := &e.blocks[i]
+		from, to := max(start, b.Addr), min(end, b.Addr+b.Size)
+		if b.UFFD != u || from >= to {
+			continue
+		}
+		if err := u.Wake(uffd.Range{Start: from, Len: to - from}); err != nil {
+			return explain(b, from, err)
+		}
+	}
+	return nil
+}

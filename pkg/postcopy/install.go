@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
+
+// accept is step 5 for one reply: it installs or marks each page, and settles what the lane was asked for.
+func (s *session) accept(l *lane) error {
+	data, asked := l.reply.Data, l.asked.Load()
+	answered, pages := int64(0), uint64(0)
+	for _, r := range l.reply.Runs {
+		b, p, n, err := s.e.locate(r)
+		if err != nil {
+			return err
+		}
+		if answered += int64(r.Length); answered > asked {
+			return protocolError("pages of block %d (%s) at %#x that nobody asked for", r.Block, b.ID, r.Offset)
+		}
+		if r.Zero {
+			err = s.acceptZeros(b, p, n)
+		} else {
+			err = s.acceptData(b, p, n, data[:r.Length])
+			data = data[r.Length:]
+		}
+		if err != nil {
+			return err
+		}
+		pages += n
+	}
+	l.pages.Add(pages)
+	l.bytes.Add(uint64(len(l.reply.Data)))
+	l.asked.Add(-answered)
+	return nil
+}
+
+// locate turns a run into pages, or refuses it.
+func (e *Engine) locate(r pagewire.Run) (b *block, p, n uint64, err error) {
+	if r.Block >= uint32(len(e.blocks)) {
+		return nil, 0, 0, protocolError("a page of block %d, there are %d", r.Block, len(e.blocks))
+	}
+	b = &e.blocks[r.Block]
+	length := uint64(r.Length)
+	switch {
+	case length == 0 || length%b.PageSize != 0 || r.Offset%b.PageSize != 0:
+		return nil, 0, 0, protocolError("%d bytes at %#x of block %d (%s) are not whole pages of %d bytes", length, r.Offset, r.Block, b.ID, b.PageSize)
+	case r.Offset > b.Size || length > b.Size-r.Offset:
+		return nil, 0, 0, protocolError("%d bytes at %#x exceed block %d (%s) of %#x bytes", length, r.Offset, r.Block, b.ID, b.Size)
+	}
+	return b, b.first + r.Offset>>b.shift, length >> b.shift, nil
+}
+
+// acceptZeros marks pages that are zero. Only those that a thread waits for are installed, the others stay holes.
+func (s *session) acceptZeros(b *block, p, n uint64) error {
+	for end := p + n; p < end; p++ {
+		switch s.e.pages.arriveZero(p) {
+		case arrivalUnasked:
+			return unasked(b, p)
+		case arrivalInstall:
+			if err := s.e.zero(b, p); err != nil {
+				return err
+			}
+			s.e.answered(p)
+		}
+	}
+	return nil
+}
+
+// acceptData claims pages whose bytes came and installs them in runs that are as long as possible.
+func (s *session) acceptData(b *block, p, n uint64, data []byte) error {
+	most := max(1, uint64(copyBytes)>>b.shift)
+	for n > 0 {
+		claimed, verdict := uint64(0), arrivalInstall
+		for claimed < min(n, most) {
+			if verdict = s.e.pages.arrive(p + claimed); verdict != arrivalInstall {
+				break
+			}
+			claimed++
+		}
+		if err := s.install(b, p, claimed, data[:claimed<<b.shift]); err != nil {
+			return err
+		}
+		switch verdict {
+		case arrivalUnasked:
+			return unasked(b, p+claimed)
+		case arrivalDrop:
+			claimed++
+		}
+		p, n, data = p+claimed, n-claimed, data[claimed<<b.shift:]
+	}
+	return nil
+}
+
+func unasked(b *block, p uint64) error {
+	return protocolError("the page at %#x of block %d (%s), which nobody asked for", (p-b.first)<<b.shift, b.index, b.ID)
+}
+
+// install puts n pages in, which are the caller's (installing). What cannot be put in is missing again.
+func (s *session) install(b *block, p, n uint64, data []byte) error {
+	e := s.e
+	single := false // the kernel wants one page at a time
+	for tries := 0; n > 0; {
+		e.at("install", p)
+		e.gate.enter()
+		k := e.pages.stillInstalling(p, n)
+		if k == 0 { // discarded: it reads as zero now
+			e.gate.leave()
+			p, n, data = p+1, n-1, data[b.PageSize:]
+			continue
+		}
+		if single {
+			k = 1
+		}
+		e.at("copy", p)
+		done, err := b.UFFD.Copy(b.addr(p), data[:k<<b.shift], 0)
+		k = uint64(done) >> b.shift
+		if errors.Is(err, uffd.ErrExist) { // somebody else put it there; its content stays
+			if err = b.UFFD.Wake(b.page(p)); err == nil {
+				k = 1
+			}
+		}
+		e.pages.finish(p, k)
+		e.gate.leave()
+		for q := range k {
+			e.answered(p + q)
+		}
+		p, n, data = p+k, n-k, data[k<<b.shift:]
+		switch {
+		case err == nil || k > 0:
+			tries = 0
+		case errors.Is(err, uffd.ErrNotRegistered) && !single && n > 1:
+			single = true // perhaps only not in one piece: memory policies and madvise cut mappings
+		case errors.Is(err, uffd.ErrAgain) && s.again(tries),
+			errors.Is(err, uffd.ErrNotRegistered) && tries < goneTries && s.again(tries):
+			tries++
+		default:
+			e.pages.giveUp(p, n)
+			if errors.Is(err, uffd.ErrAgain) { // only the end of the session ends these
+				return s.ctx.Err()
+			}
+			return explain(b, b.addr(p), err)
+		}
+	}
+	return nil
+}
+
+// again waits a little before a try is repeated. It says false when the session is over.
+func (s *session) again(tries int) bool {
+	if s.ctx.Err() != nil {
+		return false
+	}
+	if tries < againYields {
+		runtime.Gosched()
+	} else {
+		time.Sleep(min(againSleepMin<<min(tries-againYields, 16), againSleepMax))
+	}
+	return true
+}
+
+// zeros is what a huge page of zeros is copied from.
+var zeros [pagewire.MaxData]byte
+
+// zero puts a page of zeros in where a thread waits; the page is the caller's (zeroing).
+func (e *Engine) zero(b *block, p uint64) error {
+	err := e.fillZero(b, p)
+	if err == nil {
+		e.pages.finishZero(p)
+		return nil
+	}
+	// It stays a hole. Nobody may wait here for the address space to settle: this may be the worker that
+	// has to read the event. The thread looks again, and its fault is read after that event.
+	e.pages.giveUpZero(p)
+	if wakeErr := b.UFFD.Wake(b.page(p)); wakeErr != nil {
+		return explain(b, b.addr(p), wakeErr)
+	}
+	if errors.Is(err, uffd.ErrAgain) || e.pages.left.Load() == 0 && errors.Is(err, uffd.ErrNotRegistered) {
+		return nil // the latter: all memory is in and unregistered
+	}
+	return explain(b, b.addr(p), err)
+}
+
+// refill answers a fault on a page that was there. Mostly its message is only read late. But if the page was
+// discarded without an event (fallocate(2) on the file), it reads as zero.
+func (e *Engine) refill(b *block, p uint64) error {
+	err := e.fillZero(b, p)
+	if err == nil || errors.Is(err, uffd.ErrAgain) {
+		return b.UFFD.Wake(b.page(p))
+	}
+	return explain(b, b.addr(p), err)
+}
+
+// fillZero makes one page of zeros; that there is a page already is as good.
+func (e *Engine) fillZero(b *block, p uint64) (err error) {
+	if b.zeropage {
+		_, err = b.UFFD.Zeropage(b.page(p), 0)
+	} else {
+		_, err = b.UFFD.Copy(b.addr(p), zeros[:b.PageSize], 0)
+	}
+	if errors.Is(err, uffd.ErrExist) {
+		err = b.UFFD.Wake(b.page(p))
+	}
+	return err
+}
+
+// explain makes an error of the engine of what the kernel said about the page at addr.
+func explain(b *block, addr uint64, err error) error {
+	kind := error(nil)
+	switch {
+	case errors.Is(err, uffd.ErrProcessGone):
+		kind = ErrProcessGone
+	case errors.Is(err, uffd.ErrNoMemory), errors.Is(err, uffd.ErrNoSpace):
+		kind = ErrNoMemory
+	case errors.Is(err, uffd.ErrNotRegistered):
+		kind = ErrRangeGone
+	default:
+		return fmt.Errorf("page at %#x of RAM block %s: %w", addr-b.Addr, b.ID, err)
+	}
+	return fmt.Errorf("page at %#x of RAM block %s: %w: %w", addr-b.Addr, b.ID, kind, err)
+}

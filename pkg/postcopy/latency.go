@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"math/bits"
+	"sync/atomic"
+	"time"
+)
+
+// histogram counts durations in buckets whose width is at most 1/16 of what they hold. Any number of
+// goroutines may add and read at once.
+type histogram struct {
+	counts [(64 - subBits + 1) << subBits]atomic.Uint64
+	max    atomic.Int64
+}
+
+const subBits = 4 // 16 buckets for each power of two
+
+func (h *histogram) add(d time.Duration) {
+	v := max(0, int64(d))
+	h.counts[bucket(uint64(v))].Add(1)
+	for {
+		old := h.max.Load()
+		if v <= old || h.max.CompareAndSwap(old, v) {
+			return
+		}
+	}
+}
+
+// bucket of v: v itself below 16, then the exponent and the four bits after the leading one.
+func bucket(v uint64) int {
+	if v < 1<<subBits {
+		return int(v)
+	}
+	shift := bits.Len64(v) - 1 - subBits
+	return (shift+1)<<subBits | int(v>>shift&(1<<subBits-1))
+}
+
+// upper is the largest value of a bucket.
+func upper(bucket int) uint64 {
+	if bucket < 1<<subBits {
+		return uint64(bucket)
+	}
+	shift := bucket>>subBits - 1
+	return (1<<subBits|uint64(bucket)&(1<<subBits-1)+1)<<shift - 1
+}
+
+// quantile returns a value that the share q of all is not above, 0 if there is none.
+func (h *histogram) quantile(q float64) time.Duration {
+	total := uint64(0)
+	for i := range h.counts {
+		total += h.counts[i].Load()
+	}
+	if total == 0 {
+		return 0
+	}
+	rank, seen := uint64(q*float64(total-1))+1, uint64(0)
+	for i := range h.counts {
+		if seen += h.counts[i].Load(); seen >= rank {
+			return min(time.Duration(upper(i)), time.Duration(h.max.Load()))
+		}
+	}
+	return time.Duration(h.max.Load()) // some were added meanwhile
+}
+
+// pending remembers when the fault of a page was read, for faults whose page is on its way: a hash table of
+// fixed size without locks. A fault that finds no slot is not timed.
+type pending struct {
+	count atomic.Int64 // of used slots: nothing needs to be looked up when there are none
+	slots [pendingSlots]struct {
+		page atomic.Uint64 // page number + 1, 0: free, reserved: being filled
+		when atomic.Int64
+	}
+}
+
+const reserved = ^uint64(0)
+
+// start remembers a fault on page p, read at now. A page that is there already keeps its time: it waited
+// through a lost lane.
+func (t *pending) start(p uint64, now int64) {
+	if t.find(p) >= 0 {
+		return
+	}
+	for i := range uint64(pendingProbes) {
+		s := &t.slots[(p+i)%pendingSlots]
+		if s.page.Load() == 0 && s.page.CompareAndSwap(0, reserved) {
+			s.when.Store(now)
+			t.count.Add(1)
+			s.page.Store(p + 1)
+			return
+		}
+	}
+}
+
+func (t *pending) find(p uint64) int {
+	if t.count.Load() == 0 {
+		return -1
+	}
+	for i := range uint64(pendingProbes) {
+		if slot := (p + i) % pendingSlots; t.slots[slot].page.Load() == p+1 {
+			return int(slot)
+		}
+	}
+	return -1
+}
+
+// end forgets page p and says when its fault was read, if that is known.
+func (t *pending) end(p uint64) (when int64, ok bool) {
+	i := t.find(p)
+	if i < 0 {
+		return 0, false
+	}
+	s := &t.slots[i]
+	when = s.when.Load()
+	if !s.page.CompareAndSwap(p+1, 0) {
+		return 0, false
+	}
+	t.count.Add(-1)
+	return when, true
+}

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"context"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
+)
+
+// TestMigrate fills memory of both kinds while threads read it everywhere, and compares every byte.
+func TestMigrate(t *testing.T) {
+	for name, l := range map[string]layout{
+		"tmpfs":     {{uffdtest.Shmem, 4096 + 5}},
+		"two":       {{uffdtest.Shmem, 700}, {uffdtest.Shmem, 3}},
+		"hugetlbfs": {{uffdtest.Hugetlb, 12}},
+		"mixed":     {{uffdtest.Shmem, 300}, {uffdtest.Hugetlb, 5}, {uffdtest.Shmem, 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			uffdtest.CheckDescriptors(t)
+			g := newTarget(t, l, Options{Discards: true})
+			result := g.run(context.Background(), dial(t, realSource(t, l), defaultWorkers))
+			g.touch(rand.New(rand.NewPCG(1, 2)), 200) // faults are answered before the sweep may begin
+			if s := g.Stats(); s.Faults == 0 || s.BulkPages != 0 || s.DemandPages == 0 {
+				t.Errorf("before the sweep: %+v", s)
+			}
+			g.StartSweep()
+			g.touch(rand.New(rand.NewPCG(3, 4)), 300)
+			if err := await(t, "end of Run", result); err != nil {
+				t.Fatal(err)
+			}
+			await(t, "Done", g.Done())
+			g.verify()
+			s := g.Stats()
+			if s.PagesPresent != s.PagesTotal || s.LastPage.IsZero() || s.FaultMax == 0 || s.FaultP50 > s.FaultMax {
+				t.Errorf("at the end: %+v", s)
+			}
+		})
+	}
+}
+
+// touch has threads of the process read random words, eight at a time.
+func (g *target) touch(random *rand.Rand, times int) {
+	g.t.Helper()
+	type touched struct {
+		pending uffdtest.Pending
+		want    uint64
+	}
+	var under []touched
+	for n := range times {
+		i := random.IntN(len(g.blocks))
+		page, offset := random.Uint64N(g.blocks[i].pages), random.Uint64N(g.blocks[i].PageSize/8)*8
+		under = append(under, touched{g.read(i, page, offset), word(i, page, offset)})
+		if len(under) < 8 && n < times-1 {
+			continue
+		}
+		for _, u := range under {
+			if v := u.pending.JoinOK(); v != u.want {
+				g.t.Fatalf("a thread read %#x, want %#x", v, u.want)
+			}
+		}
+		under = under[:0]
+	}
+}

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"math/bits"
+	"sync/atomic"
+)
+
+// state is what is known about one page.
+//
+//	                 claimSweep
+//	        ┌──────── missing ────────┐ claimFault
+//	        ▼                         ▼
+//	      swept ───────────────► demanded          asked for on the bulk lane / a demand lane
+//	        │  │   claimFault     │    │
+//	arrival │  │ zero arrival     │    │ zero arrival: a thread waits for it
+//	        ▼  │                  ▼    │
+//	   installing ◄───────────────┘    │           exactly one installer
+//	        │  │                       ▼
+//	 finish │  │         ┌───────► zeroing          exactly one installer, of zeros
+//	        │  └──► zero ┘ claimFault  │
+//	        ▼       (hole)             │ finishZero
+//	     present ◄─────────────────────┘
+//
+// discard (the process gave the page up) makes zero of missing, swept, demanded and installing. An installer
+// that cannot go on puts installing back to missing, zeroing back to zero; the next Run puts back swept and
+// demanded. Nothing leaves present: a page that is discarded later reads as zero by itself.
+type state uint8
+
+const (
+	missing    state = iota
+	swept            // the sweep has asked for it
+	demanded         // a fault has asked for it
+	installing       // its bytes are being installed
+	present          // it is there, installed by us (or, EEXIST, by somebody else)
+	zero             // it reads as zero when unregistered: a hole, left as one so that a sparse VM stays sparse
+	zeroing          // a zero page is being installed, because a thread waits in the hole
+)
+
+const (
+	stateBits    = 4
+	pagesPerWord = 64 / stateBits
+	stateMask    = 1<<stateBits - 1
+)
+
+// pages is the page table: the state of every page of all blocks, by global page number. All states change
+// here and nowhere else, each by one atomic compare-and-swap.
+type pages struct {
+	words []atomic.Uint64
+
+	// left counts the pages that are not known yet: all but present, zero and zeroing. It never rises.
+	left atomic.Int64
+	// zeros counts the pages that came as zero.
+	zeros atomic.Int64
+	// full is closed when left reaches zero.
+	full chan struct{}
+}
+
+// newPages makes a table for blocks of so many pages; each begins at the word after the one before, at the
+// numbers returned.
+func newPages(blocks []uint64) (*pages, []uint64) {
+	t := &pages{full: make(chan struct{})}
+	first := make([]uint64, len(blocks))
+	words := uint64(0)
+	for i, n := range blocks {
+		first[i] = words * pagesPerWord
+		words += (n + pagesPerWord - 1) / pagesPerWord
+		t.left.Add(int64(n))
+	}
+	t.words = make([]atomic.Uint64, words)
+	for i, n := range blocks { // what no page has is never missing
+		for p := first[i] + n; p%pagesPerWord != 0; p++ {
+			t.swap(p, missing, present)
+		}
+	}
+	return t, first
+}
+
+func (t *pages) get(p uint64) state {
+	return state(t.words[p/pagesPerWord].Load() >> (p % pagesPerWord * stateBits) & stateMask)
+}
+
+// swap changes the state of page p if it is from.
+func (t *pages) swap(p uint64, from, to state) bool {
+	w, shift := &t.words[p/pagesPerWord], p%pagesPerWord*stateBits
+	for {
+		old := w.Load()
+		if state(old>>shift&stateMask) != from {
+			return false
+		}
+		if w.CompareAndSwap(old, old&^(stateMask<<shift)|uint64(to)<<shift) {
+			return true
+		}
+	}
+}
+
+// known counts n pages as present or zero.
+func (t *pages) known(n int64) {
+	if n > 0 && t.left.Add(-n) == 0 {
+		close(t.full)
+	}
+}
+
+// claim is what a fault worker has to do about a fault.
+type claim uint8
+
+const (
+	claimRequest claim = iota // the page is the caller's to ask for
+	claimNothing              // it is asked for or being installed; who installs it wakes the thread
+	claimZero                 // it is the caller's to install as zero, then finishZero or giveUpZero
+	claimPresent              // it should be there
+)
+
+// claimFault decides about a fault on page p.
+func (t *pages) claimFault(p uint64) claim {
+	for {
+		switch s := t.get(p); s {
+		case missing, swept:
+			if t.swap(p, s, demanded) {
+				return claimRequest
+			}
+		case zero:
+			if t.swap(p, zero, zeroing) {
+				return claimZero
+			}
+		case present:
+			return claimPresent
+		default:
+			return claimNothing
+		}
+	}
+}
+
+// nextMissing finds the first missing page at or after page from, going on from the beginning at the end.
+func (t *pages) nextMissing(from uint64) (uint64, bool) {
+	const ones = 0x1111111111111111
+	n := uint64(len(t.words))
+	start := from / pagesPerWord % n
+	before := uint64(1)<<(from%pagesPerWord*stateBits) - 1 // pages before from look as if not missing
+	for i := uint64(0); i <= n; i++ {
+		word := (start + i) % n
+		w := t.words[word].Load() | before
+		before = 0
+		// The lowest bit that stays is in the lowest state that is 0.
+		if found := (w - ones) &^ w & (ones << (stateBits - 1)); found != 0 {
+			return word*pagesPerWord + uint64(bits.TrailingZeros64(found))/stateBits, true
+		}
+	}
+	return 0, false
+}
+
+// claimSweep claims missing pages from page p on, at most limit, and says how many.
+func (t *pages) claimSweep(p, limit uint64) (n uint64) {
+	for n < limit && t.swap(p+n, missing, swept) {
+		n++
+	}
+	return n
+}
+
+// arrival is what a receiver has to do with a page that came.
+type arrival uint8
+
+const (
+	arrivalInstall arrival = iota // it is the caller's to install, then finish or giveUp (zeros: finishZero or giveUpZero)
+	arrivalDrop                   // nothing: it is known, or somebody else installs it
+	arrivalUnasked                // nobody has asked for it
+)
+
+// arrive decides about a page whose bytes came.
+func (t *pages) arrive(p uint64) arrival {
+	for {
+		switch s := t.get(p); s {
+		case swept, demanded:
+			if t.swap(p, s, installing) {
+				return arrivalInstall
+			}
+		case missing:
+			return arrivalUnasked
+		default:
+			return arrivalDrop
+		}
+	}
+}
+
+// arriveZero decides about a page that came as zero. It is known from then on.
+func (t *pages) arriveZero(p uint64) arrival {
+	for {
+		switch s := t.get(p); s {
+		case swept:
+			if t.swap(p, swept, zero) {
+				t.zeros.Add(1)
+				t.known(1)
+				return arrivalDrop
+			}
+		case demanded:
+			if t.swap(p, demanded, zeroing) {
+				t.zeros.Add(1)
+				t.known(1)
+				return arrivalInstall
+			}
+		case missing:
+			return arrivalUnasked
+		default:
+			return arrivalDrop
+		}
+	}
+}
+
+// stillInstalling says how many of the n pages from p on are still the installer's: a discard may have taken one away.
+func (t *pages) stillInstalling(p, n uint64) (k uint64) {
+	for k < n && t.get(p+k) == installing {
+		k++
+	}
+	return k
+}
+
+// finish says that n pages from p on are there.
+func (t *pages) finish(p, n uint64) {
+	done := int64(0)
+	for i := range n {
+		if t.swap(p+i, installing, present) {
+			done++
+		}
+	}
+	t.known(done)
+}
+
+// giveUp says that n pages from p on could not be installed.
+func (t *pages) giveUp(p, n uint64) {
+	for i := range n {
+		t.swap(p+i, installing, missing)
+	}
+}
+
+func (t *pages) finishZero(p uint64) { t.swap(p, zeroing, present) }
+func (t *pages) giveUpZero(p uint64) { t.swap(p, zeroing, zero) }
+
+// discard says that the process gave up n pages from p on. What is not there yet is zero now.
+func (t *pages) discard(p, n uint64) {
+	gone := int64(0)
+	for i := range n {
+		for {
+			s := t.get(p + i)
+			if s != missing && s != swept && s != demanded && s != installing {
+				break
+			}
+			if t.swap(p+i, s, zero) {
+				gone++
+				break
+			}
+		}
+	}
+	t.known(gone)
+}
+
+// putBack forgets what was asked for. No installer may be at work.
+func (t *pages) putBack() {
+	for i := range t.words {
+		for p := uint64(i) * pagesPerWord; t.words[i].Load() != 0 && p < uint64(i+1)*pagesPerWord; p++ {
+			if !t.swap(p, swept, missing) {
+				t.swap(p, demanded, missing)
+			}
+		}
+	}
+}
+
+// firstSwept finds a page that the sweep has asked for.
+func (t *pages) firstSwept() (uint64, bool) {
+	for p := range uint64(len(t.words)) * pagesPerWord {
+		if t.get(p) == swept {
+			return p, true
+		}
+	}
+	return 0, false
+}

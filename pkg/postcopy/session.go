@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// Lane is a call of PageService.Fetch whose connection was dialled with pagewire.DialOptions. The engine sends
+// *pagewire.Request and receives *pagewire.Reply.
+type Lane = migratedv1.PageService_FetchClient
+
+// lane is a Lane in use by one session.
+type lane struct {
+	name   string
+	stream Lane
+	asked  atomic.Int64   // bytes asked for and not answered
+	bytes  *atomic.Uint64 // counters of this kind of lane
+	pages  *atomic.Uint64
+
+	reply    pagewire.Reply // owned by the receiver
+	answered chan struct{}  // a reply was dealt with; holds one
+	state    atomic.Int32   // of the receiver: waiting, busy or abandoned
+	ended    chan struct{}  // closed when the receiver has ended
+}
+
+const (
+	waiting   = iota // in RecvMsg
+	busy             // dealing with what came
+	abandoned        // Run has returned: whatever comes is nothing to us
+)
+
+// lost makes an error of what gRPC said.
+func (l *lane) lost(err error) error {
+	if strings.Contains(err.Error(), pagewire.ErrMalformed.Error()) { // gRPC keeps only the text of a codec's error
+		return fmt.Errorf("%s: %w: %w", l.name, ErrProtocol, err)
+	}
+	return fmt.Errorf("%s: %w: %w", l.name, ErrLaneLost, err)
+}
+
+// session is one Run.
+type session struct {
+	e      *Engine
+	demand []*lane
+	bulk   *lane
+	stopFD int // an eventfd, readable when workers are to end
+
+	ctx     context.Context //nolint:containedctx // it is the life of this struct
+	fail    context.CancelCauseFunc
+	senders sync.WaitGroup // workers and sweep
+}
+
+// Run fills the memory over these lanes until the last page is in; then nothing is registered any more and it
+// returns nil. There must be one demand lane for each worker. Faults are answered at once, the sweep waits for
+// StartSweep. The errors are those of this package, context.Cause(ctx), or what the kernel said; after each of them Run
+// may be called again, with new lanes, and goes on where it was. In between nobody answers faults or reads events.
+//
+// The caller ends the lanes (by their context) when Run has returned. Run closes them for sending and waits for
+// the source to end them, but not longer than a second: a receiver that still waits in RecvMsg
+// then ends when the lane does and does nothing any more.
+func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
+	if !e.running.CompareAndSwap(false, true) {
+		return ErrRunning
+	}
+	defer e.running.Store(false)
+	if len(demand) != e.workers {
+		return fmt.Errorf("post-copy: %d demand lanes for %d fault workers", len(demand), e.workers)
+	}
+	select {
+	case <-e.done:
+		return nil
+	default:
+	}
+	stopFD, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("eventfd: %w", err)
+	}
+	defer unix.Close(stopFD)
+
+	s := &session{e: e, stopFD: stopFD}
+	s.ctx, s.fail = context.WithCancelCause(ctx)
+	defer s.fail(nil)
+	c := &e.counters
+	for i, stream := range demand {
+		s.demand = append(s.demand, newLane(fmt.Sprintf("demand lane %d", i), stream, &c.demandBytes, &c.demandPages))
+	}
+	s.bulk = newLane("bulk lane", bulk, &c.bulkBytes, &c.bulkPages)
+
+	// What an earlier session had asked for will not come any more. Threads whose messages it had read look
+	// again: their faults come first now.
+	e.pages.putBack()
+	if err := e.wakeAll(); err != nil {
+		return err
+	}
+	s.start()
+	select {
+	case <-e.pages.full:
+		e.counters.lastPage.Store(time.Now().UnixNano())
+	case <-s.ctx.Done():
+	}
+	return s.finish()
+}
+
+func newLane(name string, stream Lane, bytes, pages *atomic.Uint64) *lane {
+	return &lane{name: name, stream: stream, bytes: bytes, pages: pages, answered: make(chan struct{}, 1), ended: make(chan struct{})}
+}
+
+func (e *Engine) wakeAll() error {
+	for i := range e.blocks {
+		if err := e.blocks[i].UFFD.Wake(e.blocks[i].all()); err != nil {
+			return explain(&e.blocks[i], e.blocks[i].Addr, err)
+		}
+	}
+	return nil
+}
+
+func (s *session) start() {
+	for _, l := range append(s.demand[:len(s.demand):len(s.demand)], s.bulk) {
+		go s.receive(l)
+	}
+	for _, l := range s.demand {
+		w := newWorker(s, l)
+		s.senders.Go(func() { s.end(w.run()) })
+	}
+	s.senders.Go(func() { s.end(s.sweep()) })
+}
+
+// end ends the session if err says so.
+func (s *session) end(err error) {
+	if err != nil {
+		s.fail(err)
+	}
+}
+
+// receive is step 5: it deals with one reply after the other until the lane ends.
+func (s *session) receive(l *lane) {
+	defer close(l.ended)
+	defer l.reply.Release()
+	for {
+		err := l.stream.RecvMsg(&l.reply)
+		if !l.state.CompareAndSwap(waiting, busy) {
+			return
+		}
+		if err != nil {
+			s.end(l.lost(err))
+			return
+		}
+		s.e.at("reply", 0)
+		if err := s.accept(l); err != nil {
+			s.end(fmt.Errorf("%s: %w", l.name, err))
+			return
+		}
+		select {
+		case l.answered <- struct{}{}:
+		default:
+		}
+		l.state.Store(waiting)
+	}
+}
+
+// finish ends all goroutines and says how Run went.
+func (s *session) finish() error {
+	err := context.Cause(s.ctx) // before it is us who end it
+	s.fail(nil)
+	if _, writeErr := unix.Write(s.stopFD, []byte{1, 0, 0, 0, 0, 0, 0, 0}); writeErr != nil {
+		panic(fmt.Sprintf("postcopy: eventfd: %v", writeErr)) // it is ours, and empty
+	}
+	s.senders.Wait()
+	select {
+	case <-s.e.pages.full: // also when something failed meanwhile: nothing was needed of it
+		err = s.e.complete()
+	default:
+	}
+	grace := time.NewTimer(laneGrace)
+	defer grace.Stop()
+	over := false
+	for _, l := range append(s.demand[:len(s.demand):len(s.demand)], s.bulk) {
+		if !over {
+			select {
+			case <-l.ended:
+			case <-grace.C:
+				over = true
+			}
+		}
+		if over && !l.state.CompareAndSwap(waiting, abandoned) {
+			<-l.ended
+		}
+	}
+	return err
+}

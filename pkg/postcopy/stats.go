@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// Stats are figures of an engine, over all calls of Run.
+type Stats struct {
+	PagesTotal   uint64 // of all blocks, each in its own page size
+	PagesPresent uint64 // at the destination or known to be zero: equal to PagesTotal at the end
+	PagesZero    uint64 // of PagesPresent, those that came as zero
+	BytesTotal   uint64 // of all blocks
+
+	BytesReceived uint64 // of pages on all lanes, without framing; zero pages have none
+	DemandBytes   uint64 // of BytesReceived, on demand lanes
+	DemandPages   uint64 // answered on demand lanes, zero or not
+	BulkPages     uint64 // answered on the bulk lane, zero or not
+
+	Faults uint64 // messages of threads that needed a page, repeated ones included
+	// From a fault's message being read to its page being installed, to 1/16 exact.
+	FaultP50, FaultP99, FaultMax time.Duration
+
+	Discarded uint64 // bytes that the process gave up meanwhile (balloon, unmapping)
+
+	LastPage time.Time // when the last page was in; zero until then
+}
+
+// counters are what Stats is made of. Everyone adds to them, so no cache line matters more than another.
+type counters struct {
+	demandBytes, bulkBytes atomic.Uint64
+	demandPages, bulkPages atomic.Uint64
+	faults                 atomic.Uint64
+	discarded              atomic.Uint64
+	lastPage               atomic.Int64 // Unix time in ns, 0 before
+}
+
+// Stats may be called at any time. The figures are each right, but not all of one moment.
+func (e *Engine) Stats() Stats {
+	c := &e.counters
+	s := Stats{
+		PagesZero:   uint64(e.pages.zeros.Load()),
+		DemandBytes: c.demandBytes.Load(),
+		DemandPages: c.demandPages.Load(), BulkPages: c.bulkPages.Load(),
+		Faults:   c.faults.Load(),
+		FaultP50: e.latency.quantile(0.50), FaultP99: e.latency.quantile(0.99), FaultMax: time.Duration(e.latency.max.Load()),
+		Discarded: c.discarded.Load(),
+	}
+	s.BytesReceived = s.DemandBytes + c.bulkBytes.Load()
+	for i := range e.blocks {
+		s.PagesTotal += e.blocks[i].pages
+		s.BytesTotal += e.blocks[i].Size
+	}
+	s.PagesPresent = s.PagesTotal - uint64(e.pages.left.Load())
+	if at := c.lastPage.Load(); at != 0 {
+		s.LastPage = time.Unix(0, at)
+	}
+	return s
+}

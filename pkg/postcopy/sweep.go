@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import "github.com/migrated-vm/migrated/internal/pagewire"
+
+// sweep asks for what no fault has asked for, on the bulk lane, from where faults happen onwards, until nothing is
+// missing. Faults come first: while one is on its way the sweep asks for little, and only when it has got what it
+// asked for before.
+func (s *session) sweep() error {
+	defer func() { _ = s.bulk.stream.CloseSend() }()
+	select {
+	case <-s.e.sweeping:
+	case <-s.ctx.Done():
+		return nil
+	}
+	request := pagewire.Request{Ranges: make([]pagewire.Range, 1)}
+	for cursor := uint64(0); ; {
+		bytes, ok := s.awaitRoom()
+		if !ok {
+			return nil
+		}
+		if hint := s.e.hint.Swap(0); hint != 0 {
+			cursor = hint - 1
+		}
+		p, ok := s.e.pages.nextMissing(cursor)
+		if !ok {
+			return s.drain()
+		}
+		b := s.e.holder(p)
+		n := s.e.pages.claimSweep(p, min(max(1, bytes>>b.shift), b.end()-p))
+		cursor = p + n
+		if n == 0 { // a fault was faster
+			continue
+		}
+		s.e.at("swept", p)
+		request.Ranges[0] = pagewire.Range{Block: uint32(b.index), Offset: (p - b.first) << b.shift, Length: uint32(n << b.shift)}
+		if err := s.bulk.ask(&request, n<<b.shift); err != nil {
+			return err
+		}
+	}
+}
+
+// awaitRoom waits until the sweep may ask for a run and says of how many bytes. It says false when the session is over.
+func (s *session) awaitRoom() (bytes uint64, ok bool) {
+	for {
+		asked := s.bulk.asked.Load()
+		if s.faultsWait() {
+			if asked == 0 {
+				return busySweepRun, true
+			}
+		} else if asked+sweepRun <= sweepWindow {
+			return sweepRun, true
+		}
+		select {
+		case <-s.bulk.answered:
+		case <-s.ctx.Done():
+			return 0, false
+		}
+	}
+}
+
+// faultsWait says whether pages are on their way on a demand lane.
+func (s *session) faultsWait() bool {
+	for _, l := range s.demand {
+		if l.asked.Load() > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// drain waits for the answers to all that the sweep has asked for, and makes sure that they answered it.
+func (s *session) drain() error {
+	for s.bulk.asked.Load() > 0 {
+		select {
+		case <-s.bulk.answered:
+		case <-s.ctx.Done():
+			return nil
+		}
+	}
+	if p, ok := s.e.pages.firstSwept(); ok {
+		b := s.e.holder(p)
+		return protocolError("it answered something else in place of the page at %#x of block %d (%s)", (p-b.first)<<b.shift, b.index, b.ID)
+	}
+	<-s.ctx.Done() // the lane stays open until then: its end would look like its loss
+	return nil
+}
