@@ -6,6 +6,7 @@
 package pagewire
 
 import (
+	"bytes"
 	"fmt"
 	"testing"
 
@@ -105,7 +106,7 @@ func TestReceivedPageIsNotCopied(t *testing.T) {
 		t.Error("the page was copied")
 	}
 	message.Free()
-	if string(reply.Data) != string(content) {
+	if !bytes.Equal(reply.Data, content) {
 		t.Error("the page changed when gRPC freed its buffer")
 	}
 	held := reply.held

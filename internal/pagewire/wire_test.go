@@ -250,3 +250,19 @@ func TestEncoderRefusesWhatNoDecoderTakes(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// One server serves lanes and other services with the same codec.
+func TestOtherMessagesAreProtobuf(t *testing.T) {
+	sent := generatedRequest(&Request{Ranges: []Range{{1, 2, 3}}})
+	wire := encoded(t, sent)
+	if !bytes.Equal(wire, generated(t, sent)) {
+		t.Errorf("encoded %x", wire)
+	}
+	got := &migratedv1.FetchRequest{}
+	if err := (Codec{}).Unmarshal(cut(wire, 1), got); err != nil || !proto.Equal(got, sent) {
+		t.Errorf("decoded %v: %v", got, err)
+	}
+	if _, err := (Codec{}).Marshal("no message"); err == nil {
+		t.Error("a string was encoded")
+	}
+}

@@ -38,7 +38,7 @@ func TestFetchYieldsTheFile(t *testing.T) {
 		}
 		want := map[page]int{}
 		var ranges []pagewire.Range
-		for range rapid.IntRange(1, 12).Draw(t, "ranges") {
+		for range rapid.IntRange(1, 6).Draw(t, "ranges") {
 			number := rapid.Uint32Range(0, uint32(len(blocks)-1)).Draw(t, "block")
 			b := blocks[number]
 			count := b.Size / b.PageSize

@@ -4,6 +4,7 @@ package pagesrv
 
 import (
 	"context"
+	"errors"
 	"io"
 	"math"
 	"sync/atomic"
@@ -50,7 +51,7 @@ func (l *lane) serve(ctx context.Context, stream messageStream) error {
 	defer l.reply.Release()
 	for {
 		if err := stream.RecvMsg(&l.request); err != nil {
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				return nil
 			}
 			return err

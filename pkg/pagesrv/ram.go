@@ -100,7 +100,7 @@ func (r *RAM) Close() error {
 // read fills dst from offset of the block.
 func (b *openBlock) read(dst []byte, offset uint64) error {
 	_, err := b.file.ReadAt(dst, b.Offset+int64(offset))
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return fmt.Errorf("%s: the file was truncated below offset %d", b.Path, b.Offset+int64(offset)+int64(len(dst)))
 	}
 	return err // names the path

@@ -3,6 +3,7 @@
 package pagesrv
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"path/filepath"
@@ -68,7 +69,7 @@ func TestDeletedFileIsServed(t *testing.T) {
 	defer func() { _ = unix.Munmap(memory) }()
 	ram := openRAM(t, Block{ID: "ram", Path: mapFile(t, memory), Size: 1 << 20, PageSize: 4096})
 	page := make([]byte, 4096)
-	if err := ram.blocks[0].read(page, 7*4096); err != nil || string(page) != string(pattern(7)) {
+	if err := ram.blocks[0].read(page, 7*4096); err != nil || !bytes.Equal(page, pattern(7)) {
 		t.Errorf("read through /proc: %v", err)
 	}
 }
