@@ -27,14 +27,18 @@ type Host struct {
 }
 
 // becomeHost is what a host's first process does in its fresh namespaces: mounts
-// that are private to it, and a process that stays. /run is what the directory
-// of the same name is on a real host.
+// that are private to it, and a process that stays. An ordinary user may use
+// KVM there, as on a host where it is in the group kvm.
 const becomeHost = `
 set -e
 mount -t tmpfs -o mode=0755 tmpfs /run
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mkdir -p /dev/hugepages
 mount -t hugetlbfs -o mode=1777 hugetlbfs /dev/hugepages
+if [ -e /dev/kvm ]; then
+	mknod -m 0666 /run/kvm c 10 232
+	mount --bind /run/kvm /dev/kvm
+fi
 ip link set lo up
 echo ready
 exec sleep infinity

@@ -106,18 +106,19 @@ func (l *Lab) startLocked(cmd *exec.Cmd) error {
 	return <-result
 }
 
-// endAll ends the host's processes, also those that its daemon started and, as
-// it should, left running: all that are in the host's own network namespace.
-func (h *Host) endAll() error {
+// Processes returns the host's processes, those in its own network namespace;
+// only those whose program has that base name where one is given. The one that
+// holds the namespaces open is not among them.
+func (h *Host) Processes(program string) ([]int, error) {
 	namespace, err := os.Readlink(h.ns("net"))
 	if err != nil {
-		return fmt.Errorf("network namespace of host %s: %w", h.Name, err)
+		return nil, fmt.Errorf("network namespace of host %s: %w", h.Name, err)
 	}
 	links, err := filepath.Glob("/proc/[0-9]*/ns/net")
 	if err != nil {
-		return err
+		return nil, err
 	}
-	var errs []error
+	var pids []int
 	for _, link := range links {
 		if other, err := os.Readlink(link); err != nil || other != namespace {
 			continue // another host's, or gone
@@ -126,6 +127,20 @@ func (h *Host) endAll() error {
 		if err != nil || pid == h.PID() {
 			continue
 		}
+		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+		if program == "" || err == nil && filepath.Base(exe) == program {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
+// endAll ends the host's processes, also those that its daemon started and, as
+// it should, left running.
+func (h *Host) endAll() error {
+	pids, err := h.Processes("")
+	errs := []error{err}
+	for _, pid := range pids {
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 			errs = append(errs, fmt.Errorf("end process %d on host %s: %w", pid, h.Name, err))
 		}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// hugePagesFor512 is how many pages of 2 MiB the two hosts need for a VM of 512 MiB.
+const hugePagesFor512 = 512 // 2 hosts x 512 MiB / 2 MiB
+
+// TestLinuxGuest migrates a Linux guest under load, lets it work on the
+// destination and has it check every page; then back again where it says so.
+func TestLinuxGuest(t *testing.T) {
+	idle := []string{"migrated.pattern=idle", "migrated.mem=300"}
+	busy := []string{"migrated.pattern=random", "migrated.write=80", "migrated.mem=300"}
+	for _, c := range []struct {
+		name string
+		vm   lab.VMConfig
+		args []string
+		back bool
+	}{
+		{"idle 4KiB 1 block 1 vCPU", lab.VMConfig{VCPUs: 1, Nodes: 1}, idle, false},
+		{"busy 4KiB 1 block 4 vCPUs and back", lab.VMConfig{VCPUs: 4, Nodes: 1}, busy, true},
+		{"busy 4KiB 2 blocks 4 vCPUs", lab.VMConfig{VCPUs: 4, Nodes: 2}, busy, false},
+		{"busy 2MiB 1 block 4 vCPUs and back", lab.VMConfig{VCPUs: 4, Nodes: 1, HugePages: true}, busy, true},
+		{"idle 2MiB 2 blocks 1 vCPU", lab.VMConfig{VCPUs: 1, Nodes: 2, HugePages: true}, idle, false},
+		{"busy 4KiB 2 blocks 1 vCPU unprivileged and back", lab.VMConfig{VCPUs: 1, Nodes: 2, Unprivileged: true}, busy, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.vm.MemoryMiB = 512
+			if c.vm.HugePages {
+				reserveHugePages(t, hugePagesFor512)
+			}
+			vm := linux(t, c.vm, append(c.args, "migrated.workers=2")...)
+			l := newLab(t)
+			startVM(t, l.A, vm)
+			var guest report.Log
+			port := openGuest(t, l.A, &guest)
+			if _, err := guest.WaitReady(testContext(t)); err != nil {
+				t.Fatal(err)
+			}
+			moveLinux(t, &guest, port, l.A, l.B)
+			if c.back {
+				port = openGuest(t, l.B, &guest)
+				moveLinux(t, &guest, port, l.B, l.A)
+			}
+		})
+	}
+}
+
+// moveLinux migrates the guest and checks it on its new host.
+func moveLinux(t *testing.T, guest *report.Log, port *report.Port, from, to *lab.Host) {
+	t.Helper()
+	awaitWindows(t, guest, 3)
+	if err := port.Close(); err != nil {
+		t.Fatal(err)
+	}
+	before := guest.Last()
+	m := migrate(t, from, to, "there-"+to.Name)
+	checkFigures(t, m)
+
+	port = openGuest(t, to, guest)
+	awaitWindows(t, guest, 3)
+	verified, err := port.Verify(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := guest.Err(); err != nil || verified.Corruptions != 0 || verified.Pages == 0 {
+		t.Errorf("the guest checked %d pages and found %d corruptions: %v", verified.Pages, verified.Corruptions, err)
+	}
+	if after := guest.Last(); after.UptimeMS <= before.UptimeMS {
+		t.Errorf("the guest's clock stood still: %d ms before and %d ms after", before.UptimeMS, after.UptimeMS)
+	}
+	if err := port.Close(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("to host %s: downtime %v, %d faults, p50 %v, p99 %v, residency %v, %d of %d pages zero",
+		to.Name, m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetFaults(),
+		m.GetProgress().GetFaultP50().AsDuration(), m.GetProgress().GetFaultP99().AsDuration(),
+		m.GetProgress().GetResidency().AsDuration(), m.GetProgress().GetPagesZero(), m.GetProgress().GetPagesTotal())
+}
+
+// awaitWindows waits for n more reports of the guest.
+func awaitWindows(t *testing.T, guest *report.Log, n int) {
+	t.Helper()
+	seen := 0
+	if _, _, err := guest.Wait(testContext(t), guest.Len(), func(l report.Line) bool {
+		if l.Window != nil {
+			seen++
+		}
+		return seen == n
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// checkFigures looks at the figures of a completed migration.
+func checkFigures(t *testing.T, m *migratedv1.Migration) {
+	t.Helper()
+	p := m.GetProgress()
+	if p.GetPagesPresent() != p.GetPagesTotal() || p.GetPagesTotal() == 0 {
+		t.Errorf("%d of %d pages are present", p.GetPagesPresent(), p.GetPagesTotal())
+	}
+	if p.GetFaults() == 0 || p.GetBytesOnWire() == 0 || p.GetBytesDeviceState() == 0 ||
+		p.GetDowntime().AsDuration() <= 0 || p.GetResidency().AsDuration() <= 0 || p.GetFaultP50().AsDuration() <= 0 {
+		t.Errorf("figures are missing: %v", p)
+	}
+}
+
+// TestMetalGuest migrates the bare-metal guest under KVM, there and back, stops
+// it and reads all of its memory: every page holds pass n or n+1, in order.
+func TestMetalGuest(t *testing.T) {
+	needKVM(t)
+	for _, c := range []struct {
+		name string
+		vm   lab.VMConfig
+	}{
+		{"4KiB 1 block", lab.VMConfig{Nodes: 1}},
+		{"4KiB 2 blocks unprivileged", lab.VMConfig{Nodes: 2, Unprivileged: true}},
+		{"2MiB 1 block", lab.VMConfig{Nodes: 1, HugePages: true}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.vm.KVM, c.vm.VCPUs, c.vm.MemoryMiB = true, 1, 64
+			if c.vm.HugePages {
+				reserveHugePages(t, 64)
+			}
+			vm := metal(t, c.vm)
+			l := newLab(t)
+			startVM(t, l.A, vm)
+			moveMetal(t, vm, l.A, l.B)
+			moveMetal(t, vm, l.B, l.A)
+		})
+	}
+}
+
+func moveMetal(t *testing.T, vm lab.VMConfig, from, to *lab.Host) {
+	t.Helper()
+	before := metalPass(t, from, func(pass uint64) bool { return pass >= 2 })
+	m := migrate(t, from, to, "there-"+to.Name)
+	checkFigures(t, m)
+	metalPass(t, to, func(pass uint64) bool { return pass > before })
+
+	if pass := checkMetal(t, vm, to); pass <= before {
+		t.Errorf("memory is of pass %d, the guest had written %d to its serial port before", pass, before)
+	}
+	t.Logf("to host %s: downtime %v, %d faults, p50 %v", to.Name,
+		m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetFaults(), m.GetProgress().GetFaultP50().AsDuration())
+}

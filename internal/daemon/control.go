@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/migrated-vm/migrated/internal/migration"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// defaultWatchInterval is Watch's where the caller names none.
+const defaultWatchInterval = 100 * time.Millisecond
+
+// validID is what an id may be; it names files.
+var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+
+// controlService serves the control API.
+type controlService struct {
+	migratedv1.UnimplementedControlServiceServer
+	daemon *Daemon
+}
+
+func (c *controlService) Prepare(_ context.Context, request *migratedv1.PrepareRequest) (*migratedv1.PrepareResponse, error) {
+	s, err := c.source(request.GetId(), request.GetSpec())
+	if err != nil {
+		return nil, err
+	}
+	view, _ := s.Snapshot()
+	return &migratedv1.PrepareResponse{Migration: view}, nil
+}
+
+func (c *controlService) Start(_ context.Context, request *migratedv1.StartRequest) (*migratedv1.StartResponse, error) {
+	var s *migration.Source
+	if request.GetSpec() == nil {
+		if s = c.daemon.migrations.source(request.GetId()); s == nil {
+			return nil, notFound(request.GetId())
+		}
+	} else {
+		var err error
+		if s, err = c.source(request.GetId(), request.GetSpec()); err != nil {
+			return nil, err
+		}
+	}
+	s.Start()
+	view, _ := s.Snapshot()
+	return &migratedv1.StartResponse{Migration: view}, nil
+}
+
+// source returns the migration with that id and spec, new or as it stands.
+func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*migration.Source, error) {
+	if err := validateSpec(spec); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	if id == "" {
+		id = strings.ToLower(rand.Text()[:12])
+	}
+	if !validID.MatchString(id) {
+		return nil, status.Errorf(codes.InvalidArgument,
+			"id %q cannot be used: 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit", id)
+	}
+	s, busy := c.daemon.migrations.addSource(id, spec.GetVm(), func() *migration.Source { return c.daemon.newSource(id, spec) })
+	if busy != "" {
+		return nil, status.Errorf(codes.FailedPrecondition, "this VM is being migrated already, by migration %s; follow it with 'migrated watch %s'", busy, busy)
+	}
+	if view, _ := s.Snapshot(); !proto.Equal(view.GetSpec(), spec) {
+		return nil, status.Errorf(codes.AlreadyExists, "migration %s exists with another specification; choose another id", id)
+	}
+	return s, nil
+}
+
+func (d *Daemon) newSource(id string, spec *migratedv1.MigrationSpec) *migration.Source {
+	addresses := d.cfg.Advertise
+	if len(addresses) == 0 {
+		addresses = []string{net.JoinHostPort("", d.pagePort)}
+	}
+	return migration.NewSource(d.ctx, migration.SourceConfig{
+		ID: id, Spec: proto.CloneOf(spec), Pages: d.pages, Records: d.records,
+		PageAddresses: addresses, Dial: d.dial, Log: d.log,
+	})
+}
+
+func validateSpec(spec *migratedv1.MigrationSpec) error {
+	if !filepath.IsAbs(spec.GetVm()) {
+		return fmt.Errorf("vm: %q is no absolute path of a QMP socket", spec.GetVm())
+	}
+	host, port, err := net.SplitHostPort(spec.GetDestination())
+	if err != nil || host == "" || port == "" {
+		return fmt.Errorf("destination: %q is no HOST:PORT", spec.GetDestination())
+	}
+	for name, path := range map[string]string{
+		"destination_qmp": spec.GetDestinationQmp(), "destination_template": spec.GetDestinationTemplate(),
+	} {
+		if path != "" && !filepath.IsAbs(path) {
+			return fmt.Errorf("%s: %q is no absolute path", name, path)
+		}
+	}
+	if spec.GetDestinationQmp() != "" && spec.GetDestinationTemplate() != "" {
+		return errors.New("destination_qmp and destination_template exclude each other: QEMU is either running there or started from a template")
+	}
+	return nil
+}
+
+func (c *controlService) Get(_ context.Context, request *migratedv1.GetRequest) (*migratedv1.GetResponse, error) {
+	t := c.daemon.migrations.find(request.GetId())
+	if t == nil {
+		return nil, notFound(request.GetId())
+	}
+	view, _ := t.Snapshot()
+	return &migratedv1.GetResponse{Migration: view}, nil
+}
+
+func (c *controlService) List(context.Context, *migratedv1.ListRequest) (*migratedv1.ListResponse, error) {
+	return &migratedv1.ListResponse{Migrations: c.daemon.migrations.list()}, nil
+}
+
+func (c *controlService) Watch(request *migratedv1.WatchRequest, stream grpc.ServerStreamingServer[migratedv1.WatchResponse]) error {
+	t := c.daemon.migrations.find(request.GetId())
+	if t == nil {
+		return notFound(request.GetId())
+	}
+	interval := defaultWatchInterval
+	if request.GetInterval() != nil {
+		interval = max(0, request.GetInterval().AsDuration())
+	}
+	return watch(stream.Context(), t, interval, func(view *migratedv1.Migration) error {
+		return stream.Send(&migratedv1.WatchResponse{Migration: view})
+	})
+}
+
+// watch sends what t shows, and then whenever it has changed and interval has
+// passed, up to and including the terminal state.
+func watch(ctx context.Context, t tracked, interval time.Duration, send func(*migratedv1.Migration) error) error {
+	for {
+		view, changed := t.Snapshot()
+		if err := send(view); err != nil {
+			return err
+		}
+		if migration.Terminal(view.GetState()) {
+			return nil
+		}
+		pause := time.NewTimer(interval)
+		select {
+		case <-ctx.Done():
+			pause.Stop()
+			return status.FromContextError(ctx.Err()).Err()
+		case <-pause.C:
+		}
+		select {
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		case <-changed:
+		}
+	}
+}
+
+func (c *controlService) Cancel(_ context.Context, request *migratedv1.CancelRequest) (*migratedv1.CancelResponse, error) {
+	s := c.daemon.migrations.source(request.GetId())
+	if s == nil {
+		if c.daemon.migrations.destination(request.GetId()) != nil {
+			return nil, status.Errorf(codes.FailedPrecondition, "migration %s comes to this host; cancel it at its source", request.GetId())
+		}
+		return nil, notFound(request.GetId())
+	}
+	if err := s.Cancel(); err != nil {
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	}
+	view, _ := s.Snapshot()
+	return &migratedv1.CancelResponse{Migration: view}, nil
+}
+
+func (c *controlService) GetVersion(context.Context, *migratedv1.GetVersionRequest) (*migratedv1.GetVersionResponse, error) {
+	return &migratedv1.GetVersionResponse{Version: c.daemon.version, Protocol: migration.Protocol}, nil
+}
+
+func notFound(id string) error {
+	return status.Errorf(codes.NotFound, "this daemon knows no migration %q; see 'migrated list'", id)
+}

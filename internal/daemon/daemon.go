@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package daemon serves what one host does for migrations: the control API for
+// orchestrators and the command line, the peer protocol for other daemons, and
+// the page server for destinations. It keeps the migrations of this host; what
+// a migration does is package migration's.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagesrv"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+const (
+	// Two daemons notice a half-open connection within the sum of these.
+	keepaliveTime    = 10 * time.Second
+	keepaliveTimeout = 5 * time.Second
+	// stopTimeout is how long calls under way may take to end at shutdown.
+	stopTimeout = 5 * time.Second
+)
+
+// A Daemon is one host's daemon.
+type Daemon struct {
+	cfg        config.Config
+	version    string
+	log        *slog.Logger
+	pages      *pagesrv.Server
+	records    *migration.Records
+	migrations *registry
+
+	ctx    context.Context //nolint:containedctx // the daemon's life, that of its migrations
+	cancel context.CancelCauseFunc
+
+	pagePort string // of Listen, once it is known
+	ready    func()
+}
+
+// New makes a daemon of a valid configuration. It serves when it is run.
+func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(cfg.StateDir, 0o755); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	records, err := migration.OpenRecords(filepath.Join(cfg.StateDir, "handed-over"))
+	if err != nil {
+		return nil, err
+	}
+	d := &Daemon{
+		cfg: cfg, version: version, log: log,
+		pages: pagesrv.NewServer(), records: records, migrations: newRegistry(),
+		ready: func() {},
+	}
+	if d.cfg.FaultWorkers == 0 {
+		d.cfg.FaultWorkers = max(2, min(runtime.NumCPU()/2, 8))
+	}
+	return d, nil
+}
+
+// OnReady makes Run call ready once every listener accepts.
+func (d *Daemon) OnReady(ready func()) { d.ready = ready }
+
+// Run serves until ctx ends, then lets every migration that was not switched
+// over continue its VM at the source, and returns.
+func (d *Daemon) Run(ctx context.Context) error {
+	d.ctx, d.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	defer d.cancel(nil)
+	if err := d.reportRecords(); err != nil {
+		return err
+	}
+	peers, err := net.Listen("tcp", d.cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("listen for other daemons: %w", err)
+	}
+	defer closeQuietly(peers)
+	if _, d.pagePort, err = net.SplitHostPort(peers.Addr().String()); err != nil {
+		return fmt.Errorf("listen for other daemons: %w", err)
+	}
+	controls, err := d.listenControl()
+	if err != nil {
+		return err
+	}
+	peerServer, controlServer := d.newPeerServer(), d.newControlServer()
+	var serving errgroup.Group
+	serving.Go(func() error { return peerServer.Serve(peers) })
+	for _, listener := range controls {
+		serving.Go(func() error { return controlServer.Serve(listener) })
+	}
+	d.log.Info("serving", "version", d.version, "peers", peers.Addr().String(), "control", d.cfg.Socket)
+	d.ready()
+
+	failed := make(chan error, 1)
+	go func() { failed <- serving.Wait() }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve: %w", err)
+	case <-ctx.Done():
+	}
+	d.log.Info("stopping", "migrations", d.migrations.active())
+	d.cancel(errors.New("the daemon was stopped"))
+	d.migrations.wait()
+	stop(controlServer)
+	stop(peerServer)
+	return <-failed
+}
+
+// reportRecords tells the operator of VMs that an earlier run of the daemon
+// handed over and did not see complete.
+func (d *Daemon) reportRecords() error {
+	records, err := d.records.All()
+	if err != nil {
+		return err
+	}
+	for _, rec := range records {
+		d.log.Warn("a VM of this host was handed over by an earlier run of this daemon; it stays stopped",
+			"migration", rec.ID, "vm", rec.VM, "pid", rec.PID, "destination", rec.Destination)
+	}
+	return nil
+}
+
+func (d *Daemon) listenControl() ([]net.Listener, error) {
+	// A socket left by a daemon that was killed is in the way; one that answers
+	// is another daemon's.
+	if conn, err := net.Dial("unix", d.cfg.Socket); err == nil {
+		return nil, errors.Join(fmt.Errorf("another daemon serves %s", d.cfg.Socket), conn.Close())
+	}
+	if err := os.Remove(d.cfg.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(d.cfg.Socket), 0o755); err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	socket, err := net.Listen("unix", d.cfg.Socket)
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	// Who may connect controls every VM of the host.
+	if err := os.Chmod(d.cfg.Socket, 0o600); err != nil {
+		return nil, errors.Join(fmt.Errorf("control socket: %w", err), socket.Close())
+	}
+	if d.cfg.ControlListen == "" {
+		return []net.Listener{socket}, nil
+	}
+	tcp, err := net.Listen("tcp", d.cfg.ControlListen)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("control API: %w", err), socket.Close())
+	}
+	return []net.Listener{socket, tcp}, nil
+}
+
+func (d *Daemon) newPeerServer() *grpc.Server {
+	options := append(pagewire.ServerOptions(),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}))
+	server := grpc.NewServer(options...)
+	migratedv1.RegisterPeerServiceServer(server, &peerService{daemon: d})
+	migratedv1.RegisterPageServiceServer(server, d.pages)
+	registerCommon(server)
+	return server
+}
+
+func (d *Daemon) newControlServer() *grpc.Server {
+	server := grpc.NewServer()
+	migratedv1.RegisterControlServiceServer(server, &controlService{daemon: d})
+	registerCommon(server)
+	return server
+}
+
+// registerCommon adds what every gRPC server is expected to answer.
+func registerCommon(server *grpc.Server) {
+	checks := health.NewServer()
+	for name := range server.GetServiceInfo() {
+		checks.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
+	}
+	healthpb.RegisterHealthServer(server, checks)
+	reflection.Register(server)
+}
+
+// dial connects to another daemon.
+func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientConn, error) {
+	if _, _, err := net.SplitHostPort(address); err != nil {
+		return nil, fmt.Errorf("%q is no HOST:PORT: %w", address, err)
+	}
+	options := append(pagewire.DialOptions(),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{
+			Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true,
+		}))
+	options = append(options, extra...)
+	// passthrough: names are resolved by the dialer, at every attempt.
+	return grpc.NewClient("passthrough:///"+address, options...)
+}
+
+// stop lets calls end by themselves for a while.
+func stop(server *grpc.Server) {
+	expire := time.AfterFunc(stopTimeout, server.Stop)
+	defer expire.Stop()
+	server.GracefulStop()
+}
+
+func closeQuietly(l net.Listener) { _ = l.Close() } // closed by its server already, mostly

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"github.com/migrated-vm/migrated/internal/migration"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// incomingInterval is how often a source is told the figures, at the most.
+const incomingInterval = 50 * time.Millisecond
+
+// peerService serves the calls of source daemons.
+type peerService struct {
+	migratedv1.UnimplementedPeerServiceServer
+	daemon *Daemon
+}
+
+func (p *peerService) CheckHost(ctx context.Context, _ *migratedv1.CheckHostRequest) (*migratedv1.CheckHostResponse, error) {
+	return &migratedv1.CheckHostResponse{
+		Results: checkHost(ctx, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
+	}, nil
+}
+
+func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.PrepareIncomingRequest) (*migratedv1.PrepareIncomingResponse, error) {
+	if request.GetProtocol() != migration.Protocol {
+		return nil, status.Errorf(codes.FailedPrecondition,
+			"the source speaks version %d of the protocol and this daemon %d; run the same version of migrated on both hosts",
+			request.GetProtocol(), migration.Protocol)
+	}
+	if !validID.MatchString(request.GetId()) {
+		return nil, status.Errorf(codes.InvalidArgument, "id %q cannot be used", request.GetId())
+	}
+	if err := absoluteAddresses(ctx, request); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	dir := filepath.Join(p.daemon.cfg.StateDir, "incoming", request.GetId())
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, status.Errorf(codes.Internal, "state directory: %v", err)
+	}
+	d := p.daemon.migrations.addDestination(request.GetId(), func() *migration.Destination {
+		return migration.NewDestination(p.daemon.ctx, migration.DestinationConfig{
+			Request: request, Dir: dir, Binaries: p.daemon.cfg.QEMUBinaries,
+			FaultWorkers: p.daemon.cfg.FaultWorkers, Dial: p.daemon.dial, Log: p.daemon.log,
+		})
+	})
+	if d == nil {
+		return nil, status.Errorf(codes.AlreadyExists, "a migration %s to this host is under way; choose another id", request.GetId())
+	}
+	answer, err := d.Prepare(ctx)
+	return answer, migration.ToStatus(codes.FailedPrecondition, err)
+}
+
+// absoluteAddresses completes page addresses without a host by the caller's.
+func absoluteAddresses(ctx context.Context, request *migratedv1.PrepareIncomingRequest) error {
+	caller, ok := peer.FromContext(ctx)
+	if !ok {
+		return errors.New("the caller has no address")
+	}
+	callerHost, _, err := net.SplitHostPort(caller.Addr.String())
+	if err != nil {
+		return fmt.Errorf("the caller's address: %w", err)
+	}
+	for i, address := range request.GetPageAddresses() {
+		host, port, err := net.SplitHostPort(address)
+		if err != nil {
+			return fmt.Errorf("page address: %w", err)
+		}
+		if host == "" {
+			request.PageAddresses[i] = net.JoinHostPort(callerHost, port)
+		}
+	}
+	return nil
+}
+
+func (p *peerService) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	d, err := p.destination(stream.Context(), first.GetId())
+	if err != nil {
+		return err
+	}
+	return migration.ToStatus(codes.FailedPrecondition, d.LoadDeviceState(stream))
+}
+
+func (p *peerService) Run(ctx context.Context, request *migratedv1.RunRequest) (*migratedv1.RunResponse, error) {
+	d, err := p.destination(ctx, request.GetId())
+	if err != nil {
+		return nil, err
+	}
+	// A source that hangs up does not stop what it asked for half way.
+	answer, err := d.Run(context.WithoutCancel(ctx), request)
+	if errors.Is(err, migration.ErrNotRun) {
+		return nil, migration.ToStatus(codes.Aborted, err)
+	}
+	return answer, migration.ToStatus(codes.FailedPrecondition, err)
+}
+
+func (p *peerService) WatchIncoming(request *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+	d, err := p.destination(stream.Context(), request.GetId())
+	if err != nil {
+		return err
+	}
+	return watch(stream.Context(), d, incomingInterval, func(view *migratedv1.Migration) error {
+		return stream.Send(&migratedv1.WatchIncomingResponse{
+			State: view.GetState(), Progress: view.GetProgress(), Error: view.GetError(),
+		})
+	})
+}
+
+func (p *peerService) AbortIncoming(ctx context.Context, request *migratedv1.AbortIncomingRequest) (*migratedv1.AbortIncomingResponse, error) {
+	d, err := p.destination(ctx, request.GetId())
+	if err != nil {
+		return nil, err
+	}
+	if err := d.Abort(request.GetReason()); err != nil {
+		return nil, migration.ToStatus(codes.FailedPrecondition, err)
+	}
+	return &migratedv1.AbortIncomingResponse{}, nil
+}
+
+// destination finds the migration that a call is about. Which ids exist is
+// nobody's business but their sources'.
+func (p *peerService) destination(ctx context.Context, id string) (*migration.Destination, error) {
+	d := p.daemon.migrations.destination(id)
+	if d == nil || !d.Authentic(ctx) {
+		return nil, status.Errorf(codes.NotFound, "this daemon knows no migration %q to its host", id)
+	}
+	return d, nil
+}

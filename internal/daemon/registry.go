@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+
+	"github.com/migrated-vm/migrated/internal/migration"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// keptMigrations is how many migrations that are over are remembered.
+const keptMigrations = 256
+
+// A registry keeps the migrations of this host. A host can be source and
+// destination of the same migration, so that the role belongs to the key.
+type registry struct {
+	mu           sync.Mutex
+	sources      map[string]*migration.Source
+	destinations map[string]*migration.Destination
+}
+
+func newRegistry() *registry {
+	return &registry{
+		sources:      make(map[string]*migration.Source),
+		destinations: make(map[string]*migration.Destination),
+	}
+}
+
+// A tracked is either side of a migration.
+type tracked interface {
+	Snapshot() (*migratedv1.Migration, <-chan struct{})
+	Done() <-chan struct{}
+}
+
+func (r *registry) source(id string) *migration.Source {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.sources[id]
+}
+
+func (r *registry) destination(id string) *migration.Destination {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.destinations[id]
+}
+
+// find prefers the source, which is what its operator asked for.
+func (r *registry) find(id string) tracked {
+	if s := r.source(id); s != nil {
+		return s
+	}
+	if d := r.destination(id); d != nil {
+		return d
+	}
+	return nil
+}
+
+// addSource returns the source with that id, made by make where there is none.
+// busy is a migration of the same VM that is not over.
+func (r *registry) addSource(id, vm string, make func() *migration.Source) (s *migration.Source, busy string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := r.sources[id]; s != nil {
+		return s, ""
+	}
+	for other, s := range r.sources {
+		if view, _ := s.Snapshot(); view.GetSpec().GetVm() == vm && !isDone(s) {
+			return nil, other
+		}
+	}
+	forgetOld(r.sources)
+	s = make()
+	r.sources[id] = s
+	return s, ""
+}
+
+// addDestination adds the one that make makes; nil where the id is taken by one
+// that is not over. One that is over makes room, so that an id can be used
+// again after a failure.
+func (r *registry) addDestination(id string, make func() *migration.Destination) *migration.Destination {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if old := r.destinations[id]; old != nil && !isDone(old) {
+		return nil
+	}
+	forgetOld(r.destinations)
+	d := make()
+	r.destinations[id] = d
+	return d
+}
+
+// list returns all migrations, newest first.
+func (r *registry) list() []*migratedv1.Migration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var views []*migratedv1.Migration
+	for _, s := range r.sources {
+		view, _ := s.Snapshot()
+		views = append(views, view)
+	}
+	for _, d := range r.destinations {
+		view, _ := d.Snapshot()
+		views = append(views, view)
+	}
+	slices.SortFunc(views, func(a, b *migratedv1.Migration) int {
+		return cmp.Or(
+			b.GetCreateTime().AsTime().Compare(a.GetCreateTime().AsTime()),
+			cmp.Compare(a.GetId(), b.GetId()))
+	})
+	return views
+}
+
+func (r *registry) all() []tracked {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var all []tracked
+	for _, s := range r.sources {
+		all = append(all, s)
+	}
+	for _, d := range r.destinations {
+		all = append(all, d)
+	}
+	return all
+}
+
+// active counts the migrations that are not over.
+func (r *registry) active() int {
+	n := 0
+	for _, t := range r.all() {
+		if !isDone(t) {
+			n++
+		}
+	}
+	return n
+}
+
+// wait returns when every migration is over.
+func (r *registry) wait() {
+	for _, t := range r.all() {
+		<-t.Done()
+	}
+}
+
+func isDone(t tracked) bool {
+	select {
+	case <-t.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// forgetOld makes room for one more by dropping the oldest that is over.
+func forgetOld[T tracked](migrations map[string]T) {
+	for len(migrations) >= keptMigrations {
+		oldest, found := "", false
+		var oldestView *migratedv1.Migration
+		for id, t := range migrations {
+			view, _ := t.Snapshot()
+			if isDone(t) && (!found || view.GetUpdateTime().AsTime().Before(oldestView.GetUpdateTime().AsTime())) {
+				oldest, oldestView, found = id, view, true
+			}
+		}
+		if !found {
+			return
+		}
+		delete(migrations, oldest)
+	}
+}

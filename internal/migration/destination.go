@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/pkg/postcopy"
+	"github.com/migrated-vm/migrated/pkg/uffd/inject"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// loadedTimeout is how long a destination that has loaded the device state
+// waits for Run before it gives up. The source repeats Run for longer; it is
+// then told that the VM never ran here.
+const loadedTimeout = 60 * time.Second
+
+// DestinationConfig is what one migration to this host needs.
+type DestinationConfig struct {
+	// Request is the source's, its page addresses made absolute.
+	Request *migratedv1.PrepareIncomingRequest
+	// Dir is a directory of this migration's own, for logs; it exists.
+	Dir string
+	// Binaries are patterns of QEMU binaries that a source may have started.
+	Binaries []string
+	// FaultWorkers is the number of fault workers and demand lanes.
+	FaultWorkers int
+	// Dial connects to the source's page server.
+	Dial Dialer
+	Log  *slog.Logger
+}
+
+// Destination drives one migration to this host. The embedded Tracker shows
+// it.
+type Destination struct {
+	*Tracker
+
+	cfg  DestinationConfig
+	log  *slog.Logger
+	done chan struct{}
+
+	// The life of the migration, longer than any call's.
+	ctx    context.Context //nolint:containedctx // see above
+	cancel context.CancelCauseFunc
+	// The part of it that Abort may cut short.
+	loadCtx    context.Context //nolint:containedctx // see above
+	cancelLoad context.CancelCauseFunc
+
+	mu      sync.Mutex // serializes the peer's calls; guards what follows
+	phase   phase
+	reason  error // why phase is givenUp
+	answer  *migratedv1.RunResponse
+	vm      *qemu.VM
+	process *qemu.Process // nil: somebody else started QEMU
+	blocks  []qemu.RAMBlock
+	taken   *inject.Taken
+	engine  *postcopy.Engine
+	lanes   *lanes
+	pumping bool // pump was started; it releases what is held
+	meter   meter
+}
+
+// A phase is how far the calls of the source have brought this destination.
+type phase int
+
+const (
+	preparing phase = iota
+	prepared
+	loading
+	loaded
+	running // Run was obeyed: the VM is this host's
+	givenUp // for good: Run is answered with ErrNotRun
+)
+
+// NewDestination makes a destination that Prepare brings to life. It lives
+// until it is over or ctx ends.
+func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
+	request := cfg.Request
+	d := &Destination{
+		Tracker: newTracker(&migratedv1.Migration{
+			Id:     request.GetId(),
+			Role:   migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION,
+			State:  migratedv1.MigrationState_MIGRATION_STATE_SETUP,
+			Spec:   request.GetSpec(),
+			VmName: request.GetMachine().GetName(),
+		}),
+		cfg:  cfg,
+		log:  cfg.Log.With("migration", request.GetId(), "role", "destination"),
+		done: make(chan struct{}),
+	}
+	d.ctx, d.cancel = context.WithCancelCause(ctx)
+	d.loadCtx, d.cancelLoad = context.WithCancelCause(d.ctx)
+	return d
+}
+
+// Done is closed when the migration is over and everything it held released.
+func (d *Destination) Done() <-chan struct{} { return d.done }
+
+// Prepare makes everything ready for the device state. When it fails the
+// destination has given up.
+func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingResponse, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.phase != preparing {
+		return nil, fmt.Errorf("this migration was prepared before")
+	}
+	if err := d.prepare(ctx); err != nil {
+		d.giveUp(err)
+		return nil, err
+	}
+	d.phase = prepared
+	d.update(func(m *migratedv1.Migration) {
+		m.Prepared = true
+		m.Progress = d.meter.progress(d.engine.Stats())
+	})
+	d.log.Info("prepared", "pid", d.vm.Pid, "userfaultfd", d.taken.Method)
+	answer := &migratedv1.PrepareIncomingResponse{}
+	for _, b := range d.blocks {
+		answer.RamBlocks = append(answer.RamBlocks, &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize})
+	}
+	return answer, nil
+}
+
+func (d *Destination) prepare(ctx context.Context) error {
+	if err := d.openQEMU(ctx); err != nil {
+		return err
+	}
+	facts, err := d.vm.Facts(ctx)
+	if err != nil {
+		return fmt.Errorf("ask the destination QEMU about its VM: %w", err)
+	}
+	d.blocks, err = matchMachine(d.cfg.Request.GetMachine(), facts)
+	if err != nil {
+		return err
+	}
+	if err := d.vm.PrepareIncoming(ctx); err != nil {
+		return fmt.Errorf("prepare the destination QEMU: %w", err)
+	}
+	for _, b := range d.blocks {
+		if err := qemu.PunchRAM(b); err != nil {
+			return fmt.Errorf("empty the RAM of the destination VM: %w", err)
+		}
+	}
+	if err := d.takeDescriptor(ctx); err != nil {
+		return err
+	}
+	d.lanes, err = openLanes(d.ctx, d.laneConfig())
+	if err != nil {
+		return err
+	}
+	d.pumping = true
+	go d.pump(d.lanes)
+	go d.watchQEMU()
+	return nil
+}
+
+// openQEMU starts the destination QEMU, or attaches to the one it was told of.
+func (d *Destination) openQEMU(ctx context.Context) error {
+	request := d.cfg.Request
+	if path := request.GetDestinationQmp(); path != "" {
+		vm, err := qemu.Attach(ctx, path)
+		if err != nil {
+			return fmt.Errorf("attach to the destination QEMU: %w", err)
+		}
+		d.vm = vm
+		return d.checkIncoming(ctx)
+	}
+	machine := request.GetMachine()
+	argv, err := qemu.DestinationCommand(
+		qemu.SourceCommand{
+			Name: machine.GetName(), Args: machine.GetCommandLine(), QMPPath: machine.GetQmpPath(),
+		},
+		qemu.CommandOptions{
+			QMPPath: machine.GetQmpPath(), Binaries: d.cfg.Binaries, TemplatePath: request.GetDestinationTemplate(),
+		})
+	if err != nil {
+		return err
+	}
+	d.log.Info("starting QEMU", "argv", argv, "uid", machine.GetUid())
+	d.process, d.vm, err = qemu.Start(ctx, qemu.StartOptions{
+		Args: argv,
+		Credentials: qemu.Credentials{
+			UID: machine.GetUid(), GID: machine.GetGid(), Groups: machine.GetGroups(),
+		},
+		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(), LogPath: d.cfg.Dir + "/qemu.log",
+	})
+	if err != nil {
+		return fmt.Errorf("start the destination QEMU: %w", err)
+	}
+	return nil
+}
+
+func (d *Destination) checkIncoming(ctx context.Context) error {
+	status, err := d.vm.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("ask the destination QEMU for its state: %w", err)
+	}
+	if status != "inmigrate" {
+		return withRemedy(fmt.Errorf("the destination QEMU is %q instead of waiting for a migration", status),
+			"start it with -S -incoming defer")
+	}
+	return nil
+}
+
+// takeDescriptor obtains a userfaultfd of QEMU's memory and registers the RAM,
+// before anything, loading the device state included, can touch it.
+func (d *Destination) takeDescriptor(ctx context.Context) error {
+	var err error
+	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.handDevice})
+	if err != nil {
+		return fmt.Errorf("take a userfaultfd from the destination QEMU: %w", err)
+	}
+	blocks := make([]postcopy.Block, 0, len(d.blocks))
+	for _, b := range d.blocks {
+		blocks = append(blocks, postcopy.Block{
+			ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, UFFD: d.taken.UFFD,
+		})
+	}
+	d.engine, err = postcopy.New(postcopy.Options{Blocks: blocks, Workers: d.cfg.FaultWorkers})
+	if err != nil {
+		return fmt.Errorf("register the RAM of the destination VM: %w", err)
+	}
+	return nil
+}
+
+// handDevice passes our open /dev/userfaultfd to a QEMU that may not create a
+// userfaultfd itself.
+func (d *Destination) handDevice(ctx context.Context, device *os.File) (release func(context.Context) error, err error) {
+	name := map[string]any{"fdname": "migrated-userfaultfd"}
+	if err := d.vm.QMP.DoWithFD(ctx, "getfd", name, nil, device); err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error { return d.vm.QMP.Do(ctx, "closefd", name, nil) }, nil
+}
+
+// LoadDeviceState brings a prepared destination to loaded: QEMU has taken in
+// its whole stream. When it fails the destination has given up.
+func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.expect(prepared); err != nil {
+		return err
+	}
+	d.phase = loading
+	d.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
+	total, err := d.load(stream)
+	if err != nil {
+		d.giveUp(err)
+		return err
+	}
+	d.phase = loaded
+	time.AfterFunc(loadedTimeout, func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.phase == loaded {
+			d.giveUp(fmt.Errorf("the source did not say go within %v", loadedTimeout))
+		}
+	})
+	return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: total})
+}
+
+func (d *Destination) load(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) (uint64, error) {
+	carrier, err := newDeviceCarrier()
+	if err != nil {
+		return 0, err
+	}
+	defer carrier.close()
+	ctx, cancel := context.WithCancelCause(d.loadCtx)
+	defer cancel(nil)
+	stop := context.AfterFunc(stream.Context(), func() { cancel(context.Cause(stream.Context())) })
+	defer stop()
+
+	loaded := make(chan error, 1)
+	go func() {
+		err := d.vm.MigrateIncomingFD(ctx, carrier.qemu)
+		carrier.close() // nobody reads any more: what is still to come has failed
+		loaded <- err
+	}()
+	total, receiveErr := carrier.receiveFrom(stream)
+	if receiveErr != nil {
+		cancel(receiveErr)
+	}
+	loadErr := <-loaded
+	if loadErr != nil {
+		loadErr = fmt.Errorf("the destination QEMU did not load the device state: %w", d.explain(loadErr))
+		if receiveErr != nil {
+			return total, errors.Join(loadErr, receiveErr)
+		}
+		return total, withRemedy(loadErr, "compare machine type, devices and QEMU versions of both sides")
+	}
+	return total, receiveErr
+}
+
+// explain adds what QEMU itself wrote to an error that its death caused.
+func (d *Destination) explain(err error) error {
+	if d.process == nil {
+		return err
+	}
+	if said := d.process.ExitReason(); said != "" {
+		return fmt.Errorf("%w; QEMU says: %s", err, said)
+	}
+	return err
+}
+
+// Run runs the VM: the second step of the commit. It is idempotent. ErrNotRun
+// is a promise for good; any other error leaves open whether the VM ran.
+func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (*migratedv1.RunResponse, error) {
+	arrived := time.Now()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.phase == running {
+		return d.answer, nil
+	}
+	if d.phase == givenUp {
+		return nil, fmt.Errorf("%w: %w", ErrNotRun, d.reason)
+	}
+	if err := d.expect(loaded); err != nil {
+		return nil, err
+	}
+	select {
+	case <-d.vm.QMP.Done():
+		// It can't be told any more to run, and never was.
+		d.giveUp(fmt.Errorf("the destination QEMU died before it ran the VM: %w", d.explain(d.vm.QMP.Err())))
+		return nil, fmt.Errorf("%w: %w", ErrNotRun, d.reason)
+	default:
+	}
+	ctx, cancel := context.WithTimeout(ctx, resumeTimeout/2) // the source hears before it asks again
+	defer cancel()
+	resumed := time.Now()
+	if request.GetResume() {
+		at, err := d.vm.Cont(ctx)
+		if err != nil {
+			return nil, d.contFailed(err)
+		}
+		resumed = at
+	}
+	d.phase = running
+	d.engine.StartSweep()
+	d.answer = &migratedv1.RunResponse{
+		ResumeTime: durationpb.New(max(0, resumed.Sub(arrived))), ServeTime: durationpb.New(time.Since(arrived)),
+	}
+	downtime := request.GetStoppedFor().AsDuration() + d.answer.GetResumeTime().AsDuration()
+	d.meter.switched(downtime)
+	d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE)
+	d.log.Info("the VM runs", "stopped_for", downtime)
+	return d.answer, nil
+}
+
+// contFailed finds out whether a VM that QEMU was told to continue may have
+// run. Only a QEMU that refused, and still answers that the VM is stopped,
+// proves that not one instruction did.
+func (d *Destination) contFailed(cause error) error {
+	ctx, cancel := context.WithTimeout(d.ctx, attachTimeout)
+	defer cancel()
+	var refusal *qmp.Error
+	if errors.As(cause, &refusal) {
+		if status, err := d.vm.Status(ctx); err == nil && status != "running" {
+			d.giveUp(fmt.Errorf("the destination QEMU refused to run the VM: %w", cause))
+			return fmt.Errorf("%w: %w", ErrNotRun, d.reason)
+		}
+	}
+	return fmt.Errorf("continue the destination VM: %w", d.explain(cause))
+}
+
+// Abort gives up a migration that Run was not obeyed for.
+func (d *Destination) Abort(reason string) error {
+	d.cancelLoad(fmt.Errorf("the source gave up: %s", reason)) // it holds the lock
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.phase == running {
+		return errors.New("the VM runs on this host already")
+	}
+	d.giveUp(fmt.Errorf("the source gave up: %s", reason))
+	return nil
+}
+
+func (d *Destination) expect(want phase) error {
+	switch d.phase {
+	case want:
+		return nil
+	case givenUp:
+		return fmt.Errorf("this destination gave up: %w", d.reason)
+	default:
+		return fmt.Errorf("this call is out of order (phase %d instead of %d)", d.phase, want)
+	}
+}

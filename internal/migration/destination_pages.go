@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/migrated-vm/migrated/pkg/postcopy"
+	"github.com/migrated-vm/migrated/pkg/uffd/inject"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+const (
+	// progressInterval is how often figures are brought up to date.
+	progressInterval = 100 * time.Millisecond
+	// closeTimeout bounds closing QEMU's copy of the descriptor.
+	closeTimeout = 10 * time.Second
+	killTimeout  = 10 * time.Second
+)
+
+// pump drives the engine over lanes until the last page is in, opening new
+// lanes when they are lost after the switch. It ends the destination's life.
+func (d *Destination) pump(first *lanes) {
+	defer close(d.done)
+	defer d.release() // not before: the engine uses the descriptor until it returns
+	defer d.cancel(nil)
+
+	show, stopShowing := context.WithCancel(d.ctx)
+	shown := make(chan struct{})
+	go func() { defer close(shown); d.showProgress(show) }()
+	err := d.pumpLanes(first)
+	stopShowing()
+	<-shown
+	d.end(err)
+}
+
+func (d *Destination) pumpLanes(l *lanes) error {
+	delay := 20 * time.Millisecond
+	for {
+		err := d.engine.Run(d.ctx, l.demand, l.bulk)
+		l.close()
+		if err == nil {
+			return nil
+		}
+		err = causeOf(d.ctx, err)
+		d.cancelLoad(err) // a load under way would wait for its pages in vain
+		if d.ctx.Err() != nil || !errors.Is(err, postcopy.ErrLaneLost) {
+			return err
+		}
+		d.mu.Lock()
+		switched := d.phase == running
+		d.mu.Unlock()
+		if !switched {
+			return fmt.Errorf("the connection to the source's pages was lost before the switch: %w", err)
+		}
+		d.log.Warn("the page lanes are lost, dialling again", "error", err)
+		d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
+			withRemedy(err, "restore the network between the two hosts; the connection is made again by itself"),
+			"the VM runs on the destination; what needs a missing page waits")
+		for l = nil; l == nil; delay = min(2*delay, 2*time.Second) {
+			if err := sleep(d.ctx, jitter(delay)); err != nil {
+				return err
+			}
+			d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
+			if l, err = openLanes(d.ctx, d.laneConfig()); err != nil {
+				d.log.Warn("the page lanes cannot be opened again", "error", err)
+				d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, err,
+					"the VM runs on the destination; what needs a missing page waits")
+			}
+		}
+		delay = 20 * time.Millisecond
+		d.update(func(m *migratedv1.Migration) {
+			m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+			m.Error = nil
+		})
+	}
+}
+
+// end says how the migration ended and lets go of what it held.
+func (d *Destination) end(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch {
+	case err == nil:
+		d.complete()
+	case d.phase == running:
+		// The descriptor in QEMU stays open: what needs a missing page waits, and
+		// nothing ever reads a zero in its place.
+		d.log.Error("failed after the switch", "error", err)
+		d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, d.explain(err),
+			"the source keeps the stopped VM with its memory as it was at the switch")
+	default:
+		d.giveUp(err)
+	}
+}
+
+// complete closes QEMU's copy of the descriptor: all memory is here.
+func (d *Destination) complete() {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	if err := inject.CloseRemote(ctx, d.vm.Pid, d.taken.RemoteFD); err != nil {
+		d.log.Warn("QEMU keeps a userfaultfd that nothing is registered with any more", "error", err)
+	}
+	d.update(func(m *migratedv1.Migration) {
+		m.State = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED
+		m.Error = nil
+		m.Progress = d.meter.progress(d.engine.Stats())
+	})
+	d.log.Info("completed", "residency", d.meter.residency(d.engine.Stats()))
+}
+
+// giveUp ends a destination that has not run the VM, for good: its QEMU is
+// gone when it returns. The caller holds mu.
+func (d *Destination) giveUp(reason error) {
+	if d.phase == givenUp || d.phase == running {
+		return
+	}
+	d.phase, d.reason = givenUp, reason
+	d.log.Warn("gave up", "reason", reason)
+	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, reason, "the VM was never run on the destination")
+	d.cancel(reason)
+	d.endQEMU()
+	if !d.pumping { // else pump does, when the engine has returned
+		d.release()
+		close(d.done)
+	}
+}
+
+// endQEMU makes sure that a QEMU that may have loaded the VM's device state
+// can't run it. It is of no other use, also where an orchestrator started it.
+func (d *Destination) endQEMU() {
+	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
+	defer cancel()
+	switch {
+	case d.process != nil:
+		if err := d.process.Kill(ctx); err != nil {
+			d.log.Error("cannot end the destination QEMU", "error", err)
+		}
+	case d.vm != nil:
+		if err := d.vm.Quit(ctx); err != nil {
+			d.log.Error("cannot end the destination QEMU", "error", err)
+		}
+	}
+}
+
+// release closes this daemon's descriptors; QEMU and its own copies stay.
+func (d *Destination) release() {
+	if d.taken != nil {
+		if err := d.taken.UFFD.Close(); err != nil {
+			d.log.Warn("close the userfaultfd", "error", err)
+		}
+	}
+	if d.vm != nil {
+		if err := d.vm.Close(); err != nil {
+			d.log.Warn("disconnect from QEMU", "error", err)
+		}
+	}
+}
+
+// watchQEMU ends the migration at once when QEMU dies.
+func (d *Destination) watchQEMU() {
+	select {
+	case <-d.ctx.Done():
+	case <-d.vm.QMP.Done():
+		if d.ctx.Err() == nil {
+			d.cancel(fmt.Errorf("the destination QEMU is gone: %w", d.explain(d.vm.QMP.Err())))
+		}
+	}
+}
+
+func (d *Destination) showProgress(ctx context.Context) {
+	ticker := time.NewTicker(progressInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		stats := d.engine.Stats()
+		d.update(func(m *migratedv1.Migration) { m.Progress = d.meter.progress(stats) })
+	}
+}

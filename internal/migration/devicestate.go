@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// deviceChunk is the most of QEMU's stream that one message carries. A whole
+// device state is about 200 KB.
+const deviceChunk = 256 << 10
+
+// A deviceCarrier is the pair of sockets between QEMU and the daemon that
+// QEMU's migration stream runs over. QEMU gets its end as a descriptor, so that
+// no path, port or permission is needed, also inside QEMU's sandbox.
+type deviceCarrier struct {
+	qemu *os.File // to be handed to QEMU
+	ours *os.File
+
+	once     sync.Once
+	onceQEMU sync.Once
+}
+
+func newDeviceCarrier() (*deviceCarrier, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("sockets for the device state: %w", err)
+	}
+	// Ours is served by the runtime's poller, so that close ends a read.
+	if err := unix.SetNonblock(fds[1], true); err != nil {
+		return nil, errors.Join(fmt.Errorf("sockets for the device state: %w", err), unix.Close(fds[0]), unix.Close(fds[1]))
+	}
+	return &deviceCarrier{
+		qemu: os.NewFile(uintptr(fds[0]), "device-state-qemu"),
+		ours: os.NewFile(uintptr(fds[1]), "device-state"),
+	}, nil
+}
+
+// closeQEMU closes our copy of QEMU's end, once QEMU has its own.
+func (c *deviceCarrier) closeQEMU() { c.onceQEMU.Do(func() { _ = c.qemu.Close() }) }
+
+func (c *deviceCarrier) close() {
+	c.closeQEMU()
+	c.once.Do(func() { _ = c.ours.Close() })
+}
+
+// sendTo carries the stream of a source's QEMU until its end. Where the peer
+// ended the call first, the reason is for the caller to receive.
+func (c *deviceCarrier) sendTo(stream grpc.ClientStreamingClient[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
+	for {
+		buf := make([]byte, deviceChunk) // gRPC may keep it after Send
+		n, err := c.ours.Read(buf)
+		if n > 0 {
+			if err := stream.Send(&migratedv1.LoadDeviceStateRequest{Data: buf[:n]}); err != nil {
+				return err
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read the device state from QEMU: %w", err)
+		}
+	}
+}
+
+// receiveFrom carries the stream to a destination's QEMU until its end and
+// returns its length in bytes.
+func (c *deviceCarrier) receiveFrom(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) (uint64, error) {
+	var total uint64
+	for {
+		message, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return total, nil
+		}
+		if err != nil {
+			return total, fmt.Errorf("receive the device state: %w", err)
+		}
+		n, err := c.ours.Write(message.GetData())
+		total += uint64(n)
+		if err != nil {
+			return total, fmt.Errorf("pass the device state to QEMU: %w", err)
+		}
+	}
+}

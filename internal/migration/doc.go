@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package migration is the switch: the two state machines, one on each host,
+// that move a running VM from the source's QEMU to the destination's and never
+// let both run it.
+//
+//	source host                                    destination host
+//	===========                                    ================
+//	SETUP                                          SETUP
+//	  check the VM, open its RAM                     start QEMU -S -incoming defer, or attach
+//	  offer the RAM (not served yet)                 empty its RAM files
+//	        ── PrepareIncoming ──────────────►       take a userfaultfd, register all RAM
+//	        ◄─ page lanes (Fetch) ────────────       open the lanes, start the fault workers
+//	        ◄─ prepared ──────────────────────
+//	  prepared: waits for Start                      prepared: waits for the device state
+//	DEVICE                                         DEVICE
+//	  stop the VM; its RAM is served now
+//	        ── LoadDeviceState: QEMU's stream ►      migrate-incoming
+//	        ◄─ loaded ────────────────────────       loaded: waits for Run
+//	  ───────── commit point ─────────
+//	  write the hand-over record (fsync)
+//	        ── Run, until answered ───────────►      cont
+//	        ◄─ running ───────────────────────
+//	POSTCOPY_ACTIVE                                POSTCOPY_ACTIVE
+//	  page server answers faults and sweep           fault workers and sweep fill the RAM
+//	        ◄─ WatchIncoming: figures ────────       lanes lost: POSTCOPY_PAUSED, dial again,
+//	                                                 POSTCOPY_RECOVER, POSTCOPY_ACTIVE
+//	COMPLETED                                      COMPLETED
+//	  quit QEMU, remove the record                   unregister, close QEMU's descriptor
+//
+// Who may run the VM, and what a failure does:
+//
+//   - Before the commit point the VM belongs to the source. Whatever fails, on
+//     either side or between them, and a cancellation too, the source continues
+//     the VM (if it ran) and tells the destination to give up. The destination
+//     runs it only when told by Run, which was never sent, so that the source
+//     need not wait for an answer before it continues.
+//   - From the commit point on the source does not continue the VM by itself.
+//     It repeats Run until the destination answers. One answer gives the VM
+//     back: ABORTED, the destination's promise that it has not run the VM and
+//     never will (its QEMU died after loading, say). No answer, or any other,
+//     leaves the VM stopped at the source with its memory intact.
+//   - The destination may give up by itself until Run arrives, and then
+//     answers Run with ABORTED for as long as it lives. Once it has asked its
+//     QEMU to continue, the VM belongs to the destination.
+//   - After the switch a page that cannot be fetched stalls the vCPU that needs
+//     it. It is never read as zero: the destination's QEMU keeps its copy of the
+//     userfaultfd open until the last page is in.
+package migration

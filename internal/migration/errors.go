@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+var (
+	// ErrCancelled is the cause of a migration that somebody cancelled.
+	ErrCancelled = errors.New("the migration was cancelled")
+	// ErrCommitted says that the VM was handed over, so that it is too late to
+	// cancel.
+	ErrCommitted = errors.New("the VM was handed over to the destination already")
+	// ErrNotRun is the destination's promise that it has not run the VM and
+	// never will.
+	ErrNotRun = errors.New("the destination has not run the VM and never will")
+)
+
+// A remediedError is an error that an operator can do something about.
+type remediedError struct {
+	err    error
+	remedy string
+}
+
+func (e *remediedError) Error() string { return e.err.Error() }
+func (e *remediedError) Unwrap() error { return e.err }
+
+// withRemedy adds to err what to do about it.
+func withRemedy(err error, remedy string) error {
+	return &remediedError{err: err, remedy: remedy}
+}
+
+// describe turns err into what the API shows.
+func describe(err error) *migratedv1.MigrationError {
+	shown := &migratedv1.MigrationError{Message: err.Error()}
+	var remedied *remediedError
+	if errors.As(err, &remedied) {
+		shown.Remedy = remedied.remedy
+	}
+	return shown
+}
+
+// ToStatus makes err fit to cross the network without losing its remedy; nil
+// stays nil.
+func ToStatus(code codes.Code, err error) error {
+	if err == nil {
+		return nil
+	}
+	st, detailErr := status.New(code, err.Error()).WithDetails(describe(err))
+	if detailErr != nil {
+		return status.Error(code, err.Error())
+	}
+	return st.Err()
+}
+
+// fromPeer reads an error that a call to the other daemon returned, peer being
+// its address. The code stays available through status.Code.
+func fromPeer(step, peer string, err error) error {
+	st := status.Convert(err)
+	wrapped := fmt.Errorf("%s: destination %s: %w", step, peer, &peerError{st})
+	for _, detail := range st.Details() {
+		if shown, ok := detail.(*migratedv1.MigrationError); ok && shown.GetRemedy() != "" {
+			return withRemedy(wrapped, shown.GetRemedy())
+		}
+	}
+	switch st.Code() {
+	case codes.Unavailable:
+		return withRemedy(wrapped, fmt.Sprintf(
+			"see that the destination's daemon runs and that %s is reachable from this host", peer))
+	case codes.Unimplemented:
+		return withRemedy(wrapped, fmt.Sprintf(
+			"%s does not answer as a migrated daemon of this version; look at --to and at 'migrated version' there", peer))
+	default:
+		return wrapped
+	}
+}
+
+// A peerError shows a gRPC status in its own words, without "rpc error: …".
+type peerError struct{ st *status.Status }
+
+func (e *peerError) Error() string {
+	switch e.st.Code() {
+	case codes.Unavailable:
+		return "cannot be reached: " + e.st.Message()
+	case codes.DeadlineExceeded:
+		return "did not answer in time"
+	default:
+		return e.st.Message()
+	}
+}
+
+// GRPCStatus lets status.Code see through the wrapping.
+func (e *peerError) GRPCStatus() *status.Status { return e.st }
+
+// causeOf prefers why ctx ended over the bare fact that it did.
+func causeOf(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && err != nil && !errors.Is(err, cause) {
+		return fmt.Errorf("%w (%w)", cause, err)
+	}
+	return err
+}

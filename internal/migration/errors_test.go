@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// An error must reach the other daemon's operator with its words, its remedy
+// and its code, and without gRPC's own words around it.
+func TestErrorCrossesTheNetwork(t *testing.T) {
+	local := fmt.Errorf("prepare: %w", withRemedy(io.ErrUnexpectedEOF, "plug it in"))
+	remote := fromPeer("move", "192.0.2.2:7600", ToStatus(codes.Aborted, local))
+	shown := describe(remote)
+	if shown.GetRemedy() != "plug it in" {
+		t.Errorf("remedy is %q", shown.GetRemedy())
+	}
+	if want := "move: destination 192.0.2.2:7600: prepare: unexpected EOF"; shown.GetMessage() != want {
+		t.Errorf("message is %q, want %q", shown.GetMessage(), want)
+	}
+	if got := status.Code(remote); got != codes.Aborted {
+		t.Errorf("code is %v", got)
+	}
+}
+
+func TestNoErrorStaysNone(t *testing.T) {
+	if err := ToStatus(codes.Internal, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestUnreachablePeerHasARemedy(t *testing.T) {
+	err := fromPeer("prepare", "192.0.2.2:7600", status.Error(codes.Unavailable, "connection refused"))
+	shown := describe(err)
+	if !strings.Contains(shown.GetMessage(), "cannot be reached") || !strings.Contains(shown.GetRemedy(), "192.0.2.2:7600") {
+		t.Errorf("%v", shown)
+	}
+}
+
+func TestCauseOf(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	failed := errors.New("failed")
+	if got := causeOf(ctx, failed); got != failed { //nolint:errorlint // the very same is wanted
+		t.Errorf("before the end: %v", got)
+	}
+	cancel(ErrCancelled)
+	got := causeOf(ctx, failed)
+	if !errors.Is(got, ErrCancelled) || !errors.Is(got, failed) {
+		t.Errorf("after the end: %v", got)
+	}
+	if again := causeOf(ctx, got); again.Error() != got.Error() {
+		t.Errorf("said twice: %v", again)
+	}
+}

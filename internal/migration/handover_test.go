@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/pkg/pagesrv"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// A peer stands in for the destination daemon where a real one cannot be made
+// to answer as the test needs: around the commit point. The source and its QEMU
+// are real.
+type peer struct {
+	migratedv1.UnimplementedPeerServiceServer
+
+	run func(attempt int) (*migratedv1.RunResponse, error)
+
+	mu      sync.Mutex
+	runs    int
+	aborted bool
+	bytes   uint64
+}
+
+func (p *peer) PrepareIncoming(_ context.Context, r *migratedv1.PrepareIncomingRequest) (*migratedv1.PrepareIncomingResponse, error) {
+	return &migratedv1.PrepareIncomingResponse{RamBlocks: r.GetMachine().GetRamBlocks()}, nil
+}
+
+func (p *peer) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
+	for {
+		m, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: p.bytes})
+		}
+		if err != nil {
+			return err
+		}
+		p.mu.Lock()
+		p.bytes += uint64(len(m.GetData()))
+		p.mu.Unlock()
+	}
+}
+
+func (p *peer) Run(context.Context, *migratedv1.RunRequest) (*migratedv1.RunResponse, error) {
+	p.mu.Lock()
+	p.runs++
+	attempt := p.runs
+	p.mu.Unlock()
+	return p.run(attempt)
+}
+
+func (p *peer) WatchIncoming(_ *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+	p.mu.Lock()
+	runs := p.runs
+	p.mu.Unlock()
+	if runs == 0 { // prepared, and stays so
+		<-stream.Context().Done()
+		return stream.Context().Err()
+	}
+	return stream.Send(&migratedv1.WatchIncomingResponse{
+		State: migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, Progress: &migratedv1.Progress{PagesTotal: 1, PagesPresent: 1},
+	})
+}
+
+func (p *peer) AbortIncoming(context.Context, *migratedv1.AbortIncomingRequest) (*migratedv1.AbortIncomingResponse, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.aborted = true
+	return &migratedv1.AbortIncomingResponse{}, nil
+}
+
+func runAtOnce(int) (*migratedv1.RunResponse, error) {
+	return &migratedv1.RunResponse{ResumeTime: durationpb.New(time.Millisecond), ServeTime: durationpb.New(time.Millisecond)}, nil
+}
+
+// A stage is a source with a real QEMU and a peer.
+type stage struct {
+	source  *Source
+	peer    *peer
+	records *Records
+	vm      string // QMP socket
+	qemu    *exec.Cmd
+}
+
+func newStage(t *testing.T, ctx context.Context, run func(attempt int) (*migratedv1.RunResponse, error)) *stage { //nolint:revive // t first, as everywhere
+	t.Helper()
+	dir := t.TempDir()
+	ram, err := os.CreateTemp("/dev/shm", "handover-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(ram.Name()) })
+	s := &stage{peer: &peer{run: run}, vm: filepath.Join(dir, "qmp.sock")}
+	s.qemu = exec.Command("qemu-system-x86_64", "-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
+		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path="+ram.Name(),
+		"-nodefaults", "-display", "none", "-qmp", "unix:"+s.vm+",server=on,wait=off")
+	s.qemu.Stderr = os.Stderr
+	if err := s.qemu.Start(); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	t.Cleanup(func() {
+		_ = s.qemu.Process.Kill()
+		_ = s.qemu.Wait() // it was killed, or quit
+	})
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(s.vm); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("QEMU does not come up")
+		}
+	}
+
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	migratedv1.RegisterPeerServiceServer(server, s.peer)
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(server.Stop)
+
+	if s.records, err = OpenRecords(filepath.Join(dir, "records")); err != nil {
+		t.Fatal(err)
+	}
+	s.source = NewSource(ctx, SourceConfig{
+		ID: "m1", Spec: &migratedv1.MigrationSpec{Vm: s.vm, Destination: listener.Addr().String()},
+		Pages: pagesrv.NewServer(), Records: s.records,
+		Dial: func(address string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
+			return grpc.NewClient(address, append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
+		},
+		Log: slog.New(slog.DiscardHandler),
+	})
+	t.Cleanup(func() {
+		s.source.cancel(errors.New("the test is over"))
+		<-s.source.Done()
+	})
+	return s
+}
+
+// vmRuns asks QEMU, once the source has let go of the monitor.
+func (s *stage) vmRuns(t *testing.T) bool {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	client, err := qmp.Dial(ctx, s.vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Disconnect() //nolint:errcheck // only asked
+	var state struct {
+		Running bool `json:"running"`
+	}
+	if err := client.Do(ctx, "query-status", nil, &state); err != nil {
+		t.Fatal(err)
+	}
+	return state.Running
+}
+
+// handedOver says whether the source has written down that it gave the VM away.
+func (s *stage) handedOver(t *testing.T) bool {
+	t.Helper()
+	_, found, err := s.records.ForVM(s.vm, s.qemu.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+func (s *stage) expect(t *testing.T, want migratedv1.MigrationState, words string) {
+	t.Helper()
+	<-s.source.Done()
+	view, _ := s.source.Snapshot()
+	e := view.GetError()
+	if view.GetState() != want || !strings.Contains(e.GetMessage()+e.GetRemedy()+e.GetVmStatus(), words) {
+		t.Fatalf("migration is %v, %v; want %v and %q", view.GetState(), e, want, words)
+	}
+}
+
+// The hand-over is repeated until it is answered, and the record lasts until
+// the last page has left.
+func TestHandOverIsRepeated(t *testing.T) {
+	recorded := make(chan bool, 10)
+	var s *stage
+	s = newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
+		recorded <- s.handedOver(t)
+		if attempt < 4 {
+			return nil, status.Error(codes.Unavailable, "a broken wire")
+		}
+		return runAtOnce(attempt)
+	})
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if s.peer.runs != 4 || s.peer.bytes == 0 || s.peer.aborted {
+		t.Errorf("%d hand-overs, %d bytes of device state, aborted %v", s.peer.runs, s.peer.bytes, s.peer.aborted)
+	}
+	for range 4 {
+		if !<-recorded {
+			t.Error("the VM was given away before that was written down")
+		}
+	}
+	if s.handedOver(t) {
+		t.Error("the record stays after the end")
+	}
+}
+
+// A destination that promises never to have run the VM gives it back.
+func TestNotRunGivesTheVMBack(t *testing.T) {
+	s := newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
+		if attempt == 1 {
+			return nil, status.Error(codes.Unavailable, "a broken wire")
+		}
+		return nil, status.Error(codes.Aborted, "QEMU died")
+	})
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	if s.handedOver(t) {
+		t.Error("the VM counts as handed over")
+	}
+}
+
+// A destination that cannot tell whether the VM ran leaves it stopped, and on
+// record, so that nothing runs it twice.
+func TestUnknownFateLeavesTheVMStopped(t *testing.T) {
+	for _, code := range []codes.Code{codes.NotFound, codes.FailedPrecondition} {
+		t.Run(code.String(), func(t *testing.T) {
+			s := newStage(t, t.Context(), func(int) (*migratedv1.RunResponse, error) {
+				return nil, status.Error(code, "who knows")
+			})
+			s.source.Start()
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "stopped on the source")
+			if s.vmRuns(t) {
+				t.Error("the VM runs, and may run on the destination, too")
+			}
+			if !s.handedOver(t) {
+				t.Error("nothing keeps the VM from being continued")
+			}
+			again := NewSource(t.Context(), SourceConfig{
+				ID: "m2", Spec: s.source.cfg.Spec, Pages: pagesrv.NewServer(), Records: s.records,
+				Dial: s.source.cfg.Dial, Log: s.source.cfg.Log,
+			})
+			<-again.Done()
+			if view, _ := again.Snapshot(); !strings.Contains(view.GetError().GetMessage(), "was handed over") {
+				t.Errorf("a second migration of it is not refused for that: %v", view.GetError())
+			}
+		})
+	}
+}
+
+// From the commit point on neither a cancellation nor the end of the daemon
+// continues the VM.
+func TestCommittedVMStaysStopped(t *testing.T) {
+	ctx, stop := context.WithCancelCause(t.Context())
+	asked := make(chan struct{}, 100)
+	s := newStage(t, ctx, func(int) (*migratedv1.RunResponse, error) {
+		asked <- struct{}{}
+		return nil, status.Error(codes.Unavailable, "a broken wire")
+	})
+	s.source.Start()
+	<-asked
+	<-asked
+	if err := s.source.Cancel(); !errors.Is(err, ErrCommitted) {
+		t.Errorf("Cancel: %v", err)
+	}
+	if view, _ := s.source.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED {
+		t.Errorf("state is %v while the hand-over is not answered", view.GetState())
+	}
+	stop(errors.New("the daemon was stopped"))
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "stopped on the source")
+	if s.vmRuns(t) || !s.handedOver(t) {
+		t.Error("the VM was given away and kept")
+	}
+}
+
+// A cancellation before the commit point wins.
+func TestCancelBeforeCommit(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	for view, changed := s.source.Snapshot(); !view.GetPrepared(); view, changed = s.source.Snapshot() {
+		if Terminal(view.GetState()) {
+			t.Fatal(view.GetError())
+		}
+		<-changed
+	}
+	if err := s.source.Cancel(); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_CANCELLED, "not touched")
+	if s.peer.runs != 0 || !s.peer.aborted || !s.vmRuns(t) {
+		t.Errorf("%d hand-overs, aborted %v", s.peer.runs, s.peer.aborted)
+	}
+}

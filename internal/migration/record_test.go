@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestRecordsOutliveTheDaemon(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "handed-over")
+	records, err := OpenRecords(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Record{ID: "m1", VM: "/run/vm/qmp.sock", PID: 42, Destination: "192.0.2.2:7600", HandedOver: time.Now().Round(0).UTC()}
+	if err := records.Write(want); err != nil {
+		t.Fatal(err)
+	}
+
+	again, err := OpenRecords(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := again.All()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]Record{want}, all); diff != "" {
+		t.Errorf("records (-want +got):\n%s", diff)
+	}
+	for _, c := range []struct {
+		vm   string
+		pid  int
+		want bool
+	}{
+		{"/run/vm/qmp.sock", 42, true},
+		{"/run/vm/qmp.sock", 43, false}, // a new QEMU at the same socket
+		{"/run/other/qmp.sock", 42, false},
+	} {
+		if _, got, err := again.ForVM(c.vm, c.pid); err != nil || got != c.want {
+			t.Errorf("ForVM(%q, %d) = %v, %v; want %v", c.vm, c.pid, got, err, c.want)
+		}
+	}
+	for range 2 { // the second is no error
+		if err := again.Remove("m1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, err := again.All(); err != nil || len(all) != 0 {
+		t.Errorf("after Remove there are %v, %v", all, err)
+	}
+}
+
+// A record that can't be read must stop the daemon: it may be about a VM that
+// runs elsewhere.
+func TestDamagedRecordIsAnError(t *testing.T) {
+	dir := t.TempDir()
+	records, err := OpenRecords(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "m1.json"), []byte(`{"id":"m1"`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := records.All(); err == nil {
+		t.Errorf("a damaged record is taken for %v", all)
+	}
+}
+
+// What a crash in the middle of Write leaves is not a record.
+func TestHalfWrittenRecordIsNone(t *testing.T) {
+	dir := t.TempDir()
+	records, err := OpenRecords(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "m1.123.tmp"), []byte(`{"id":`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := records.All(); err != nil || len(all) != 0 {
+		t.Errorf("All() = %v, %v", all, err)
+	}
+}

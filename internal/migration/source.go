@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/pkg/pagesrv"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// Protocol is the version of what two daemons say to each other. Both ends of
+// a migration need the same.
+const Protocol = 1
+
+// Each step of the source is bounded, so that a peer that hangs costs the VM
+// no more than this.
+const (
+	attachTimeout  = 10 * time.Second
+	prepareTimeout = 60 * time.Second
+	// deviceTimeout bounds how long the VM may stand still before the source
+	// continues it. The step takes milliseconds.
+	deviceTimeout = 15 * time.Second
+	resumeTimeout = 30 * time.Second
+	abortTimeout  = 10 * time.Second
+	quitTimeout   = 10 * time.Second
+)
+
+// SourceConfig is what one migration away from this host needs.
+type SourceConfig struct {
+	ID   string
+	Spec *migratedv1.MigrationSpec
+	// Pages serves the VM's RAM once it is stopped.
+	Pages   *pagesrv.Server
+	Records *Records
+	// PageAddresses are told to the destination, see PrepareIncomingRequest.
+	PageAddresses []string
+	// Dial connects to the destination daemon.
+	Dial Dialer
+	Log  *slog.Logger
+}
+
+// Source drives one migration away from this host. The embedded Tracker shows
+// it.
+type Source struct {
+	*Tracker
+
+	cfg       SourceConfig
+	log       *slog.Logger
+	startOnce sync.Once
+	started   chan struct{}
+	done      chan struct{}
+	cancel    context.CancelCauseFunc
+
+	commitMu  sync.Mutex // guards committed against a cancellation
+	committed bool
+
+	// Owned by the goroutine of run.
+	vm         *qemu.VM
+	facts      *qemu.Facts
+	ram        *pagesrv.RAM
+	export     *pagesrv.Export
+	conn       *grpc.ClientConn
+	peer       migratedv1.PeerServiceClient
+	wasRunning bool
+	stopTried  bool
+	stoppedAt  time.Time
+}
+
+// NewSource begins a migration; it prepares at once and switches when Start is
+// called. It goes on until it is over or ctx ends, which counts as a failure of
+// this daemon.
+func NewSource(ctx context.Context, cfg SourceConfig) *Source {
+	s := &Source{
+		Tracker: newTracker(&migratedv1.Migration{
+			Id:    cfg.ID,
+			Role:  migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE,
+			State: migratedv1.MigrationState_MIGRATION_STATE_SETUP,
+			Spec:  cfg.Spec,
+		}),
+		cfg:     cfg,
+		log:     cfg.Log.With("migration", cfg.ID, "role", "source"),
+		started: make(chan struct{}),
+		done:    make(chan struct{}),
+	}
+	ctx, s.cancel = context.WithCancelCause(ctx)
+	go s.run(ctx)
+	return s
+}
+
+// Start lets the migration switch over as soon as it is prepared.
+func (s *Source) Start() { s.startOnce.Do(func() { close(s.started) }) }
+
+// Done is closed when the migration is over and everything it held released.
+func (s *Source) Done() <-chan struct{} { return s.done }
+
+// Cancel gives the migration up and returns at once; after the commit point it
+// is ErrCommitted. Cancelling what is over does nothing.
+func (s *Source) Cancel() error {
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	if s.committed {
+		if view, _ := s.Snapshot(); Terminal(view.GetState()) {
+			return nil
+		}
+		return withRemedy(ErrCommitted, "wait for it to complete, then migrate the VM back")
+	}
+	s.cancel(ErrCancelled)
+	return nil
+}
+
+// commit passes the commit point unless the migration was cancelled first.
+func (s *Source) commit(ctx context.Context) error {
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	rec := Record{
+		ID: s.cfg.ID, VM: s.cfg.Spec.GetVm(), PID: s.vm.Pid,
+		Destination: s.cfg.Spec.GetDestination(), HandedOver: time.Now(),
+	}
+	if err := s.cfg.Records.Write(rec); err != nil {
+		return errors.Join(err, s.cfg.Records.Remove(rec.ID))
+	}
+	s.committed = true
+	return nil
+}
+
+// giveBack undoes commit after the destination promised ErrNotRun.
+func (s *Source) giveBack() error {
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	if err := s.cfg.Records.Remove(s.cfg.ID); err != nil {
+		return err
+	}
+	s.committed = false
+	return nil
+}
+
+func (s *Source) run(ctx context.Context) {
+	defer close(s.done)
+	defer s.cancel(nil)
+	defer s.release()
+
+	if err := s.prepare(ctx); err != nil {
+		s.backOut(ctx, err)
+		return
+	}
+	s.update(func(m *migratedv1.Migration) { m.Prepared = true })
+	s.log.Info("prepared", "vm", s.cfg.Spec.GetVm(), "destination", s.cfg.Spec.GetDestination())
+
+	if err := s.awaitStart(ctx); err != nil {
+		s.backOut(ctx, err)
+		return
+	}
+	s.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
+	if err := s.moveDevices(ctx); err != nil {
+		s.backOut(ctx, err)
+		return
+	}
+	if err := s.commit(ctx); err != nil {
+		s.backOut(ctx, err)
+		return
+	}
+	if err := s.handOver(ctx); err != nil {
+		if errors.Is(err, ErrNotRun) {
+			s.backOut(ctx, errors.Join(err, s.giveBack()))
+			return
+		}
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
+		return
+	}
+	if err := s.follow(ctx); err != nil {
+		s.log.Error("failed after the switch", "error", err)
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
+		return
+	}
+	s.complete()
+}
+
+// prepare does all that can be done while the VM runs.
+func (s *Source) prepare(ctx context.Context) error {
+	if err := s.open(ctx); err != nil {
+		return err
+	}
+	token := rand.Text()
+	var err error
+	s.export, err = s.cfg.Pages.Offer(s.cfg.ID, token, s.ram, s.verifyStopped)
+	if err != nil {
+		return fmt.Errorf("offer the RAM of the VM: %w", err)
+	}
+	destination := s.cfg.Spec.GetDestination()
+	if s.conn, err = s.cfg.Dial(destination, withToken(s.cfg.ID, token)); err != nil {
+		return withRemedy(fmt.Errorf("destination %s: %w", destination, err), "give the destination as HOST:PORT")
+	}
+	s.peer = migratedv1.NewPeerServiceClient(s.conn)
+
+	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
+	defer cancel()
+	answer, err := s.peer.PrepareIncoming(ctx, &migratedv1.PrepareIncomingRequest{
+		Id:                  s.cfg.ID,
+		Protocol:            Protocol,
+		Token:               token,
+		PageAddresses:       s.cfg.PageAddresses,
+		Machine:             machineOf(s.facts, s.cfg.Spec.GetVm()),
+		DestinationQmp:      s.cfg.Spec.GetDestinationQmp(),
+		DestinationTemplate: s.cfg.Spec.GetDestinationTemplate(),
+		Spec:                s.cfg.Spec,
+	})
+	if err != nil {
+		return causeOf(ctx, fromPeer("prepare", destination, err))
+	}
+	if len(answer.GetRamBlocks()) != len(s.facts.RAMBlocks) {
+		return fmt.Errorf("prepare: destination %s has %d RAM blocks instead of %d",
+			destination, len(answer.GetRamBlocks()), len(s.facts.RAMBlocks))
+	}
+	return nil
+}
+
+// open looks at the VM and opens its RAM.
+func (s *Source) open(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
+	var err error
+	if s.vm, err = qemu.Attach(ctx, s.cfg.Spec.GetVm()); err != nil {
+		return fmt.Errorf("attach to the VM: %w", err)
+	}
+	rec, handedOver, err := s.cfg.Records.ForVM(s.cfg.Spec.GetVm(), s.vm.Pid)
+	if err != nil {
+		return err
+	}
+	if handedOver {
+		return withRemedy(
+			fmt.Errorf("this VM was handed over to %s by migration %s at %s and is only kept for its memory",
+				rec.Destination, rec.ID, rec.HandedOver.Format(time.RFC3339)),
+			"migrate the VM from the host on which it runs now")
+	}
+	if err := checkVM(ctx, s.vm); err != nil {
+		return err
+	}
+	if s.facts, err = s.vm.Facts(ctx); err != nil {
+		return fmt.Errorf("ask QEMU about the VM: %w", err)
+	}
+	s.update(func(m *migratedv1.Migration) { m.VmName = s.facts.Name })
+	blocks := make([]pagesrv.Block, 0, len(s.facts.RAMBlocks))
+	for _, b := range s.facts.RAMBlocks {
+		blocks = append(blocks, pagesrv.Block{
+			ID: b.ID, Path: b.Path, Offset: b.FileOffset, Size: b.Size, PageSize: b.PageSize,
+		})
+	}
+	if s.ram, err = pagesrv.OpenRAM(blocks); err != nil {
+		return fmt.Errorf("open the RAM of the VM: %w", err)
+	}
+	return s.vm.PrepareOutgoing(ctx)
+}
+
+// awaitStart waits for Start while both ends stay alive.
+func (s *Source) awaitStart(ctx context.Context) error {
+	select {
+	case <-s.started:
+		return nil
+	default:
+	}
+	// The destination ends the stream with a reason when it gives up.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() { cancel(s.watchIdlePeer(ctx)) }()
+	select {
+	case <-s.started:
+		return nil
+	case <-s.vm.QMP.Done():
+		return fmt.Errorf("the connection to QEMU ended while waiting for start: %w", s.vm.QMP.Err())
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// watchIdlePeer returns when a prepared destination is no longer prepared.
+func (s *Source) watchIdlePeer(ctx context.Context) error {
+	destination := s.cfg.Spec.GetDestination()
+	stream, err := s.peer.WatchIncoming(ctx, &migratedv1.WatchIncomingRequest{Id: s.cfg.ID})
+	if err != nil {
+		return fromPeer("wait for start", destination, err)
+	}
+	for {
+		answer, err := stream.Recv()
+		if err != nil {
+			return fromPeer("wait for start", destination, err)
+		}
+		if Terminal(answer.GetState()) {
+			return fmt.Errorf("wait for start: destination %s gave up: %s", destination, answer.GetError().GetMessage())
+		}
+	}
+}
+
+// release lets go of everything; the VM itself is not touched.
+func (s *Source) release() {
+	if s.export != nil {
+		s.export.Withdraw()
+	}
+	if s.ram != nil {
+		if err := s.ram.Close(); err != nil {
+			s.log.Warn("close the RAM", "error", err)
+		}
+	}
+	if s.conn != nil {
+		if err := s.conn.Close(); err != nil {
+			s.log.Warn("close the connection to the destination", "error", err)
+		}
+	}
+	if s.vm != nil {
+		if err := s.vm.Close(); err != nil {
+			s.log.Warn("disconnect from QEMU", "error", err)
+		}
+	}
+}

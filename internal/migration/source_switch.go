@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// verifyStopped is what the page server asks before it serves the first page.
+func (s *Source) verifyStopped(ctx context.Context) error { return s.vm.VerifyStopped(ctx) }
+
+// moveDevices stops the VM and carries its device state over: when it returns
+// nil, the destination has loaded all of it.
+func (s *Source) moveDevices(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, deviceTimeout,
+		fmt.Errorf("the device state did not move within %v", deviceTimeout))
+	defer cancel()
+	destination := s.cfg.Spec.GetDestination()
+	stream, err := s.peer.LoadDeviceState(ctx)
+	if err != nil {
+		return causeOf(ctx, fromPeer("move the device state", destination, err))
+	}
+	if err := stream.Send(&migratedv1.LoadDeviceStateRequest{Id: s.cfg.ID}); err != nil {
+		_, err = stream.CloseAndRecv()
+		return causeOf(ctx, fromPeer("move the device state", destination, err))
+	}
+	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
+		return causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
+	}
+	s.stopTried = true
+	if s.stoppedAt, err = s.vm.Stop(ctx); err != nil {
+		return causeOf(ctx, fmt.Errorf("stop the VM: %w", err))
+	}
+
+	carrier, err := newDeviceCarrier()
+	if err != nil {
+		return err
+	}
+	defer carrier.close()
+	saved := make(chan error, 1)
+	go func() {
+		err := s.vm.MigrateFD(ctx, carrier.qemu)
+		// QEMU has its duplicate; ours would keep the stream from ending.
+		carrier.closeQEMU()
+		saved <- err
+	}()
+	sendErr := carrier.sendTo(stream)
+	answer, recvErr := stream.CloseAndRecv()
+	if recvErr != nil {
+		// Without a reader QEMU's save would hang until the time is over.
+		carrier.close()
+	}
+	saveErr := <-saved
+	switch {
+	case recvErr != nil:
+		return causeOf(ctx, errors.Join(fromPeer("move the device state", destination, recvErr), saveErr))
+	case saveErr != nil:
+		return causeOf(ctx, fmt.Errorf("save the device state: %w", saveErr))
+	case sendErr != nil:
+		return causeOf(ctx, fmt.Errorf("send the device state: %w", sendErr))
+	}
+	s.update(func(m *migratedv1.Migration) { m.Progress.BytesDeviceState = answer.GetBytes() })
+	return nil
+}
+
+// handOver repeats Run until the destination answers it. The commit point is
+// behind us: a cancellation no longer counts, only the daemon's own end does.
+func (s *Source) handOver(ctx context.Context) error {
+	destination := s.cfg.Spec.GetDestination()
+	for delay := 10 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
+		sent := time.Now()
+		stoppedFor := sent.Sub(s.stoppedAt)
+		callCtx, cancel := context.WithTimeout(ctx, resumeTimeout)
+		answer, err := s.peer.Run(callCtx, &migratedv1.RunRequest{
+			Id: s.cfg.ID, Resume: s.wasRunning, StoppedFor: durationpb.New(stoppedFor),
+		})
+		cancel()
+		switch status.Code(err) {
+		case codes.OK:
+			network := max(0, time.Since(sent)-answer.GetServeTime().AsDuration())
+			downtime := stoppedFor + network/2 + answer.GetResumeTime().AsDuration()
+			s.log.Info("switched over", "downtime", downtime)
+			s.update(func(m *migratedv1.Migration) {
+				m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+				m.Error = nil
+				m.Progress.Downtime = durationpb.New(downtime)
+			})
+			return nil
+		case codes.Aborted:
+			return fmt.Errorf("%w: %w", ErrNotRun, fromPeer("run the VM", destination, err))
+		case codes.NotFound, codes.FailedPrecondition:
+			// The destination answers, but cannot tell: asking again is no use.
+			return withRemedy(fromPeer("run the VM", destination, err),
+				"look on the destination whether the VM runs there; only if it certainly does not, continue it here with QMP 'cont'")
+		}
+		s.log.Warn("the hand-over is not answered, asking again", "error", err)
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
+			withRemedy(fromPeer("run the VM", destination, err), "restore the network between the two hosts; the hand-over is repeated until it is answered"),
+			s.stoppedStatus())
+		if err := sleep(ctx, jitter(delay)); err != nil {
+			return fmt.Errorf("the daemon ended before the destination answered the hand-over: %w", err)
+		}
+	}
+}
+
+// follow shows the destination's figures until the last page has arrived. A
+// lost connection is no failure of the migration: the pages have their own.
+func (s *Source) follow(ctx context.Context) error {
+	for delay := 50 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
+		over, err := s.followOnce(ctx)
+		if over {
+			return err
+		}
+		s.log.Warn("lost sight of the destination, asking again", "error", err)
+		if err := sleep(ctx, jitter(delay)); err != nil {
+			return fmt.Errorf("the daemon ended before the last page had left: %w", err)
+		}
+	}
+}
+
+func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
+	stream, err := s.peer.WatchIncoming(ctx, &migratedv1.WatchIncomingRequest{Id: s.cfg.ID})
+	if err != nil {
+		return false, err
+	}
+	for {
+		answer, err := stream.Recv()
+		if err != nil {
+			return false, err
+		}
+		state := answer.GetState()
+		if state == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
+			shown := answer.GetError()
+			return true, withRemedy(fmt.Errorf("the destination failed after the switch: %s", shown.GetMessage()),
+				"once you are certain that the VM does not run on the destination, continue it here, as it was at the switch, with QMP 'cont'")
+		}
+		s.update(func(m *migratedv1.Migration) {
+			downtime, deviceState := m.Progress.GetDowntime(), m.Progress.GetBytesDeviceState()
+			m.Progress = answer.GetProgress()
+			m.Progress.Downtime, m.Progress.BytesDeviceState = downtime, deviceState
+			m.Error = answer.GetError()
+			if !Terminal(state) { // complete says so once the source has let go
+				m.State = state
+			}
+		})
+		if Terminal(state) {
+			return true, nil
+		}
+	}
+}
+
+// complete lets the source's QEMU go: its memory is at the destination.
+func (s *Source) complete() {
+	s.export.Withdraw()
+	if !s.cfg.Spec.GetKeepSource() {
+		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
+		defer cancel()
+		if err := s.vm.Quit(ctx); err != nil {
+			s.log.Warn("the source's QEMU did not quit; it is stopped and no longer needed", "error", err)
+		}
+	}
+	if err := s.cfg.Records.Remove(s.cfg.ID); err != nil {
+		s.log.Warn("the record stays", "error", err)
+	}
+	s.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
+	s.log.Info("completed")
+}
+
+// backOut ends a migration that did not hand the VM over: the VM goes on here.
+// It does not look at ctx, which may be over, except for why.
+func (s *Source) backOut(ctx context.Context, reason error) {
+	if s.export != nil {
+		s.export.Withdraw() // no page is read from here on
+	}
+	vmStatus := "the VM was not touched"
+	if s.stopTried {
+		vmStatus = s.continueVM()
+	}
+	// The VM runs again, or never stopped: the rest has time.
+	if s.peer != nil {
+		abortCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
+		defer cancel()
+		_, err := s.peer.AbortIncoming(abortCtx, &migratedv1.AbortIncomingRequest{Id: s.cfg.ID, Reason: reason.Error()})
+		if err != nil && status.Code(err) != codes.NotFound {
+			s.log.Warn("could not tell the destination to give up; it does so by itself", "error", err)
+		}
+	}
+	state := migratedv1.MigrationState_MIGRATION_STATE_FAILED
+	if errors.Is(reason, ErrCancelled) {
+		state = migratedv1.MigrationState_MIGRATION_STATE_CANCELLED
+	}
+	s.log.Warn("gave up", "state", state, "reason", reason, "vm", vmStatus)
+	s.fail(state, reason, vmStatus)
+}
+
+// continueVM puts the VM back to what it was before it was stopped, and says
+// what became of it.
+func (s *Source) continueVM() string {
+	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
+	defer cancel()
+	if err := s.vm.CancelMigrate(ctx); err != nil {
+		s.log.Warn("cancel QEMU's own migration", "error", err)
+	}
+	if !s.wasRunning {
+		return "the VM is paused on the source, as it was before"
+	}
+	if _, err := s.vm.Cont(ctx); err != nil {
+		s.log.Error("cannot continue the VM", "error", err)
+		return fmt.Sprintf("the VM is stopped on the source with its memory intact; continue it with QMP 'cont' on %s (%v)",
+			s.cfg.Spec.GetVm(), err)
+	}
+	return "the VM runs on the source"
+}
+
+func (s *Source) stoppedStatus() string {
+	return "the VM is stopped on the source with its memory as it was at the switch"
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// jitter spreads the attempts of many migrations that lost the same network.
+func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2) }

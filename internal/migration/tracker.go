@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// Tracker is what the API shows of one migration. Whoever drives the migration
+// updates it; any number of callers read it and wait for it to change.
+type Tracker struct {
+	mu      sync.Mutex
+	view    *migratedv1.Migration
+	changed chan struct{} // closed, and replaced, by every update
+}
+
+func newTracker(view *migratedv1.Migration) *Tracker {
+	view.CreateTime = timestamppb.Now()
+	view.UpdateTime = view.CreateTime
+	if view.Progress == nil {
+		view.Progress = &migratedv1.Progress{}
+	}
+	return &Tracker{view: view, changed: make(chan struct{})}
+}
+
+// Snapshot returns a copy of the migration as it stands, which the caller owns,
+// and a channel that is closed when there is something newer.
+func (t *Tracker) Snapshot() (*migratedv1.Migration, <-chan struct{}) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return proto.CloneOf(t.view), t.changed
+}
+
+func (t *Tracker) update(change func(*migratedv1.Migration)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	change(t.view)
+	t.view.UpdateTime = timestamppb.New(time.Now())
+	close(t.changed)
+	t.changed = make(chan struct{})
+}
+
+func (t *Tracker) setState(state migratedv1.MigrationState) {
+	t.update(func(m *migratedv1.Migration) { m.State = state })
+}
+
+// fail ends the migration in state with what err says.
+func (t *Tracker) fail(state migratedv1.MigrationState, err error, vmStatus string) {
+	t.update(func(m *migratedv1.Migration) {
+		m.State = state
+		m.Error = describe(err)
+		m.Error.VmStatus = vmStatus
+	})
+}
+
+// Terminal says whether a migration in this state is over.
+func Terminal(state migratedv1.MigrationState) bool {
+	switch state {
+	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
+		migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+		migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
+		return true
+	default:
+		return false
+	}
+}
