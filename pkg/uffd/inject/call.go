@@ -20,9 +20,9 @@ type before struct {
 }
 
 // Syscall makes the thread execute one system call and returns its result. An error the kernel returned to the
-// thread is a unix.Errno; ErrSeccomp and ErrProcessGone are what a seccomp filter may make of it. Pointer arguments are addresses
-// in the other process. Whatever happens, the thread is back in its former state when Syscall returns, except for
-// ErrNotRestored, which says that the call hangs and what becomes of it.
+// thread is a unix.Errno; ErrSeccomp and ErrProcessGone are what a seccomp filter may make of it. Pointer
+// arguments are addresses in the other process. Whatever happens, the thread is back in its former state when
+// Syscall returns, except for ErrNotRestored, which says that the call hangs and what becomes of it.
 func (p *Process) Syscall(ctx context.Context, nr uintptr, args ...uintptr) (uintptr, error) {
 	if len(args) > 6 {
 		return 0, fmt.Errorf("system call %d with %d arguments: the kernel takes 6", nr, len(args))
@@ -49,8 +49,8 @@ func (p *Process) Syscall(ctx context.Context, nr uintptr, args ...uintptr) (uin
 
 // syscall runs on the tracer's thread.
 //
-// PTRACE_SYSCALL and not PTRACE_SINGLESTEP, because (1) at the entry stop it is certain which call is going to run, (2) a
-// single step ends with a SIGTRAP that the kernel forces, and forcing a blocked signal resets its
+// PTRACE_SYSCALL and not PTRACE_SINGLESTEP, because (1) at the entry stop it is certain which call is going to
+// run, (2) a single step ends with a SIGTRAP that the kernel forces, and forcing a blocked signal resets its
 // handler to SIG_DFL: a lasting change in the target.
 func (p *Process) syscall(ctx context.Context, nr uintptr, args []uintptr) (result uintptr, err error) {
 	kills, err := wouldKill(p.tid, p.insn, nr, args)
@@ -109,10 +109,12 @@ func (p *Process) save() (was before, err error) {
 	return was, err
 }
 
-// prepare points the thread at a system call instruction. From here to the end of restore the process dies if we do.
+// prepare points the thread at a system call instruction. From here to the end of restore the process dies if
+// we do.
 //
-// All signals are blocked: those that arrive stay pending and find the thread as they expect it, after the call. SIGSTOP
-// and SIGKILL cannot be blocked, and need not be. SIGSYS is left open for dropSeccompSignal: see there.
+// All signals are blocked: those that arrive stay pending and find the thread as they expect it, after the
+// call. SIGSTOP and SIGKILL cannot be blocked, and need not be. SIGSYS is left open for dropSeccompSignal: see
+// there.
 func (p *Process) prepare(was before, nr uintptr, args []uintptr) error {
 	p.injecting = true
 	if err := p.setOptions(unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_EXITKILL); err != nil {
@@ -147,17 +149,17 @@ func (p *Process) runToSyscallStop(ctx context.Context) (syscallInfo, error) {
 			}
 			return info, nil
 		}
-		// A SIGSTOP goes on to the process: all its threads stop, this one comes to a stopEvent that counts as stopped. Resuming
-		// it from there leaves the process stopped; on detaching the kernel stops this thread too, unless a
-		// SIGCONT came in between. Nothing of that has to be kept here.
+		// A SIGSTOP goes on to the process: all its threads stop, this one comes to a stopEvent that counts as
+		// stopped. Resuming it from there leaves the process stopped; on detaching the kernel stops this thread
+		// too, unless a SIGCONT came in between. Nothing of that has to be kept here.
 		signal = p.signalFor(s)
 	}
 	return syscallInfo{}, fmt.Errorf("thread %d makes no progress: %d stops", p.tid, maxStops)
 }
 
-// dropSeccompSignal runs at the exit stop. A filter that answered SECCOMP_RET_TRAP has queued a SIGSYS whose default action
-// kills the process; it is taken off the queue by letting it be delivered to the tracer alone. It must not be
-// blocked, because the kernel resets the handler of a signal it has to force through.
+// dropSeccompSignal runs at the exit stop. A filter that answered SECCOMP_RET_TRAP has queued a SIGSYS whose
+// default action kills the process; it is taken off the queue by letting it be delivered to the tracer alone.
+// It must not be blocked, because the kernel resets the handler of a signal it has to force through.
 func (p *Process) dropSeccompSignal(ctx context.Context) (trapped bool, err error) {
 	trapped, err = p.seccompSignalPending()
 	if err != nil || !trapped {
@@ -174,7 +176,8 @@ func (p *Process) seccompSignalPending() (bool, error) {
 	return slices.ContainsFunc(pending, siginfo.isSeccompTrap), nil
 }
 
-// runToSeccompSignal wants such a signal to be pending. The kernel delivers it before the thread can reach user space.
+// runToSeccompSignal wants such a signal to be pending. The kernel delivers it before the thread can reach user
+// space.
 func (p *Process) runToSeccompSignal(ctx context.Context) error {
 	for range maxStops {
 		s, err := waitStop(ctx, p.tid)
@@ -191,12 +194,14 @@ func (p *Process) runToSeccompSignal(ctx context.Context) error {
 	return fmt.Errorf("thread %d: SIGSYS of its seccomp filter does not arrive", p.tid)
 }
 
-// restore puts back what save saw. It does not use the caller's context: giving up here would damage the process.
+// restore puts back what save saw. It does not use the caller's context: giving up here would damage the
+// process.
 //
-// Registers are set at a stopEvent, never at the exit stop. There the kernel is at the same point as when they were read: in get_signal(), before
-// the code that restarts an interrupted call, which works from rax = -ERESTART… and orig_rax, the
-// very registers put back. current->restart_block, from which nanosleep and poll continue with the time
-// that is left, was not touched, since none of the calls we inject is such a call itself.
+// Registers are set at a stopEvent, never at the exit stop. There the kernel is at the same point as when they
+// were read: in get_signal(), before the code that restarts an interrupted call, which works from rax =
+// -ERESTART… and orig_rax, the very registers put back. current->restart_block, from which nanosleep and poll
+// continue with the time that is left, was not touched, since none of the calls we inject is such a call
+// itself.
 func (p *Process) restore(was before) error {
 	ctx, cancel := context.WithTimeout(context.Background(), p.restoreLimit)
 	defer cancel()
@@ -242,15 +247,19 @@ func (p *Process) restoreLater(was before) {
 			}
 			return ptrace(unix.PTRACE_DETACH, p.tid, 0, 0)
 		})
-		if !errors.Is(err, context.DeadlineExceeded) {
+		switch {
+		case err == nil:
 			p.tracer.end()
+			return
+		case !errors.Is(err, context.DeadlineExceeded): // dead, or beyond repair: PTRACE_O_EXITKILL
+			p.tracer.endByExit()
 			return
 		}
 	}
 }
 
-// decodeResult applies the kernel's convention that -4095…-1 are errors. The ERESTART codes (512…516) say EINTR to
-// a program.
+// decodeResult applies the kernel's convention that -4095…-1 are errors. The ERESTART codes (512…516) say EINTR
+// to a program.
 func decodeResult(word uint64) (uintptr, error) {
 	value := int64(word)
 	switch {

@@ -8,11 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"os/exec"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -21,7 +17,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// Signals sent while the thread is held arrive afterwards, each once. SIGRTMIN queues, so that they can be counted.
+// Signals sent while the thread is held arrive afterwards, each once. SIGRTMIN queues, so that they can be
+// counted.
 func TestSignalsArriveOnce(t *testing.T) {
 	for _, mode := range []string{"read", "busy"} {
 		t.Run(mode, func(t *testing.T) {
@@ -51,8 +48,8 @@ func TestSignalsArriveOnce(t *testing.T) {
 	}
 }
 
-// A handler without SA_RESTART ends the call, as it does when nobody injects. epoll_wait is the one whose result we
-// touch (keepCallGoing).
+// A handler without SA_RESTART ends the call, as it does when nobody injects. epoll_wait is the one whose
+// result we touch (keepCallGoing).
 func TestSignalStillInterrupts(t *testing.T) {
 	for _, mode := range []string{"epoll", "ppoll", "pause", "futex", "nanosleep"} {
 		t.Run(mode, func(t *testing.T) {
@@ -143,94 +140,6 @@ func mustKill(t *testing.T, pid int, sig unix.Signal) {
 	}
 }
 
-func TestDeath(t *testing.T) {
-	ctx := t.Context()
-	t.Run("before", func(t *testing.T) {
-		v := startVictim(t, "read")
-		mustKill(t, v.pid, unix.SIGKILL)
-		eventually(t, "target is a zombie", func() bool { return v.state() == 'Z' })
-		if _, err := Seize(ctx, v.pid); !errors.Is(err, ErrProcessGone) || !errors.Is(err, unix.ESRCH) {
-			t.Errorf("Seize of a zombie: %v", err)
-		}
-	})
-	t.Run("while held", func(t *testing.T) {
-		v := startVictim(t, "read")
-		p, err := Seize(ctx, v.pid)
-		if err != nil {
-			t.Fatal(err)
-		}
-		mustKill(t, v.pid, unix.SIGKILL)
-		if _, err := p.Syscall(ctx, unix.SYS_GETPID); !errors.Is(err, ErrProcessGone) {
-			t.Errorf("Syscall: %v", err)
-		}
-		if err := p.Detach(); !errors.Is(err, ErrProcessGone) {
-			t.Errorf("Detach: %v", err)
-		}
-		if err := v.cmd.Wait(); !strings.Contains(err.Error(), "killed") {
-			t.Errorf("its parent sees %v instead of the kill", err)
-		}
-	})
-	t.Run("in the call", func(t *testing.T) {
-		v := startVictim(t, "ppoll")
-		p, err := Seize(ctx, v.pid)
-		if err != nil {
-			t.Fatal(err)
-		}
-		go func() { // read(0) blocks, since nobody writes; while it blocks the state is S and not t
-			for range 10000 {
-				if blockedIn(v.pid) == unix.SYS_READ {
-					break
-				}
-				time.Sleep(time.Millisecond)
-			}
-			_ = unix.Kill(v.pid, unix.SIGKILL)
-		}()
-		if _, err := p.Syscall(ctx, unix.SYS_READ, 0, 0, 1); !errors.Is(err, ErrProcessGone) {
-			t.Errorf("Syscall: %v", err)
-		}
-		if err := p.Detach(); !errors.Is(err, ErrProcessGone) {
-			t.Errorf("Detach: %v", err)
-		}
-	})
-	t.Run("by the call", func(t *testing.T) {
-		v := startVictim(t, "ppoll")
-		p, err := Seize(ctx, v.pid)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := p.Syscall(ctx, unix.SYS_EXIT_GROUP, 3); !errors.Is(err, ErrProcessGone) {
-			t.Errorf("Syscall: %v", err)
-		}
-		_ = p.Detach()
-		if err := v.cmd.Wait(); err == nil || err.Error() != "exit status 3" {
-			t.Errorf("its parent sees %v", err)
-		}
-	})
-	t.Run("no such process", func(t *testing.T) {
-		if _, err := Seize(ctx, 1<<22-1); !errors.Is(err, ErrProcessGone) {
-			t.Error(err)
-		}
-	})
-}
-
-func TestTwoTracers(t *testing.T) {
-	v := startVictim(t, "read")
-	first, err := Seize(t.Context(), v.pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Seize(t.Context(), v.pid); !errors.Is(err, ErrAlreadyTraced) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
-		t.Errorf("second Seize: %v", err)
-	}
-	if _, err := Take(t.Context(), v.pid, TakeOptions{}); !errors.Is(err, ErrAlreadyTraced) {
-		t.Errorf("Take: %v", err)
-	}
-	if err := first.Detach(); err != nil {
-		t.Fatal(err)
-	}
-	injectGetpid(t, v.pid)
-}
-
 // A call that blocks ends with the context, and the thread goes on as before.
 func TestBlockingCallIsInterrupted(t *testing.T) {
 	v := startVictim(t, "ppoll")
@@ -281,7 +190,8 @@ func TestUninterruptibleSleep(t *testing.T) {
 	}
 }
 
-// A call that hangs in the kernel: the caller is told, and the thread is put right when the call returns after all.
+// A call that hangs in the kernel: the caller is told, and the thread is put right when the call returns after
+// all.
 func TestCallThatHangs(t *testing.T) {
 	v := startVictim(t, "ppoll")
 	v.awaitBlocked(unix.SYS_PPOLL)
@@ -325,33 +235,6 @@ func TestCallThatHangs(t *testing.T) {
 	v.poke()
 	if got, want := v.line(), "ret=1 errno=0 signals=0"; got != want {
 		t.Errorf("%q, want %q", got, want)
-	}
-}
-
-// TestDenied runs itself again as a user who may not trace the target.
-func TestDenied(t *testing.T) {
-	if pid, err := strconv.Atoi(os.Getenv("INJECT_TEST_SEIZE")); err == nil {
-		_, err := Seize(t.Context(), pid)
-		if !errors.Is(err, ErrPtraceDenied) || !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
-			t.Errorf("Seize: %v", err)
-		}
-		_, err = Take(t.Context(), pid, TakeOptions{})
-		var takeErr *TakeError
-		if !errors.As(err, &takeErr) || len(takeErr.Attempts) != 1 || !errors.Is(err, ErrPtraceDenied) {
-			t.Errorf("Take: %v", err)
-		}
-		return
-	}
-	if os.Geteuid() != 0 {
-		cannotRun(t, "needs root to become another user")
-	}
-	v := startVictim(t, "read")
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestDenied$", "-test.v") // not by its path, which others may not enter
-	cmd.Env = append(os.Environ(), fmt.Sprintf("INJECT_TEST_SEIZE=%d", v.pid), "TMPDIR=/tmp")
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "PASS: TestDenied") {
-		t.Errorf("%v\n%s", err, out)
 	}
 }
 

@@ -15,19 +15,20 @@ var (
 	// ErrPtraceDenied says that we may not trace the process (EPERM). The wrapped text names the remedy.
 	ErrPtraceDenied = errors.New("ptrace is not permitted")
 
-	// ErrAlreadyTraced says that somebody else (a debugger, strace, another daemon) traces the process; Linux allows
-	// one tracer at a time.
+	// ErrAlreadyTraced says that somebody else (a debugger, strace, another daemon) traces the process; Linux
+	// allows one tracer at a time.
 	ErrAlreadyTraced = errors.New("process is already being traced")
 
-	// ErrProcessGone says that the process ended before or during the operation. errors.Is also matches unix.ESRCH.
+	// ErrProcessGone says that the process ended before or during the operation. errors.Is also matches
+	// unix.ESRCH.
 	ErrProcessGone = fmt.Errorf("process is gone: %w", unix.ESRCH)
 
 	// ErrUnsupported says that system calls cannot be injected: this architecture, or a 32-bit process.
 	ErrUnsupported = errors.New("injecting system calls is not supported")
 
 	// ErrSeccomp says that a seccomp filter of the process answered the injected call with SIGSYS
-	// (SECCOMP_RET_TRAP), which was suppressed so that the process did not see it; or that the filter would have
-	// killed the process, for which reason the call was not made.
+	// (SECCOMP_RET_TRAP), which was suppressed so that the process did not see it; or that the filter would
+	// have killed the process, for which reason the call was not made.
 	ErrSeccomp = errors.New("refused by the process' seccomp filter")
 
 	// ErrNotRestored says that the thread is stuck inside the injected call in uninterruptible sleep. It stays
@@ -59,7 +60,8 @@ func seizeError(tid int, err error) error {
 	return fmt.Errorf("trace thread %d: %w: %s: %w", tid, ErrPtraceDenied, deniedRemedy(), err)
 }
 
-// deniedRemedy names what most likely stands in the way. Yama is documented in the kernel's admin-guide/LSM/Yama.rst.
+// deniedRemedy names what most likely stands in the way. Yama is documented in the kernel's
+// admin-guide/LSM/Yama.rst.
 func deniedRemedy() string {
 	scope, err := os.ReadFile("/proc/sys/kernel/yama/ptrace_scope")
 	if err == nil && strings.TrimSpace(string(scope)) == "3" {

@@ -14,7 +14,8 @@ import (
 
 // The bounds that hold even if the caller's context has none.
 const (
-	// stopLimit: how long a thread may take to stop. Only uninterruptible sleep makes it longer than a millisecond.
+	// stopLimit: how long a thread may take to stop. Only uninterruptible sleep makes it longer than a
+	// millisecond.
 	stopLimit = 5 * time.Second
 	// callLimit: how long an injected call may run before it is interrupted.
 	callLimit = 5 * time.Second
@@ -24,8 +25,9 @@ const (
 	maxStops = 1000
 )
 
-// Process is a thread of another process, stopped by us so that it can run system calls on our behalf. The other threads of
-// that process run on. Its methods may be called from any goroutine; one at a time takes effect.
+// Process is a thread of another process, stopped by us so that it can run system calls on our behalf. The
+// other threads of that process run on. Its methods may be called from any goroutine; one at a time takes
+// effect.
 type Process struct {
 	tid    int
 	insn   uint64 // address of a system call instruction
@@ -43,9 +45,10 @@ type Process struct {
 
 var errDetached = errors.New("process is detached")
 
-// Seize stops thread tid (for a process: its main thread, whose number is the process') and takes control of it. The caller must call
-// Detach. Errors: ErrPtraceDenied, ErrAlreadyTraced, ErrProcessGone, ErrUnsupported, or the context's if
-// the thread did not stop in time (at most 5 seconds); in each case the process is as it was before.
+// Seize stops thread tid (for a process: its main thread, whose number is the process') and takes control of
+// it. The caller must call Detach. Errors: ErrPtraceDenied, ErrAlreadyTraced, ErrProcessGone, ErrUnsupported,
+// or the context's if the thread did not stop in time (at most 5 seconds); in each case the process is as it
+// was before.
 func Seize(ctx context.Context, tid int) (*Process, error) {
 	if err := supported(); err != nil {
 		return nil, err
@@ -113,8 +116,8 @@ func (p *Process) stopFirst(ctx context.Context) error {
 	return err
 }
 
-// deliverOwnTrap lets the thread have a SIGSYS that a seccomp filter sent it for a call of its own just before we
-// came, since later it could not be told from one for our call.
+// deliverOwnTrap lets the thread have a SIGSYS that a seccomp filter sent it for a call of its own just before
+// we came, since later it could not be told from one for our call.
 func (p *Process) deliverOwnTrap(ctx context.Context) error {
 	trapped, err := p.seccompSignalPending()
 	if err != nil || !trapped {
@@ -126,8 +129,8 @@ func (p *Process) deliverOwnTrap(ctx context.Context) error {
 	return p.settle(ctx)
 }
 
-// settle brings the thread to a stopEvent from wherever it is, delivering signals it meets on the way. A system call that
-// has not begun yet is skipped (settle is called at an entry stop only after something went wrong).
+// settle brings the thread to a stopEvent from wherever it is, delivering signals it meets on the way. A system
+// call that has not begun yet is skipped (settle is called at an entry stop only after something went wrong).
 func (p *Process) settle(ctx context.Context) error {
 	if err := p.interrupt(); err != nil {
 		return err
@@ -163,7 +166,8 @@ func (p *Process) interrupt() error {
 	return nil
 }
 
-// forgetCall makes the kernel neither execute (at an entry stop) nor restart (at an exit stop) the current call.
+// forgetCall makes the kernel neither execute (at an entry stop) nor restart (at an exit stop) the current
+// call.
 func (p *Process) forgetCall() error {
 	r, err := getRegs(p.tid)
 	if err == nil {
@@ -185,8 +189,8 @@ func (p *Process) died(err error) error {
 	return err
 }
 
-// Detach lets the thread continue exactly where it was. It returns ErrProcessGone if the process has died meanwhile. The Process
-// cannot be used afterwards; a second Detach does nothing.
+// Detach lets the thread continue exactly where it was. It returns ErrProcessGone if the process has died
+// meanwhile. The Process cannot be used afterwards; a second Detach does nothing.
 func (p *Process) Detach() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

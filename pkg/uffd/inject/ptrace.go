@@ -8,7 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// These are ptrace(2) requests that golang.org/x/sys/unix has no function for. All of them must run on the tracer's thread.
+// These are ptrace(2) requests that golang.org/x/sys/unix has no function for. All of them must run on the
+// tracer's thread.
 
 func ptrace(request, tid int, addr, data uintptr) error {
 	if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, uintptr(request), uintptr(tid), addr, data, 0, 0); errno != 0 {
@@ -54,8 +55,8 @@ func setSigmask(tid int, set sigset) error {
 	return ptraceAt(unix.PTRACE_SETSIGMASK, tid, unsafe.Sizeof(set), unsafe.Pointer(&set))
 }
 
-// syscallInfo is struct ptrace_syscall_info of linux/ptrace.h, with the union's two variants laid over each other:
-// word is the call's number at an entry stop and its result at an exit stop.
+// syscallInfo is struct ptrace_syscall_info of linux/ptrace.h, with the union's two variants laid over each
+// other: word is the call's number at an entry stop and its result at an exit stop.
 type syscallInfo struct {
 	op   uint8
 	_    [3]uint8

@@ -50,12 +50,12 @@ func (r *regs) forCall(insn uint64, nr uintptr, args []uintptr) regs {
 	return c
 }
 
-// forgetCall says that the thread is not in a system call. Otherwise, if rax happened to look like -ERESTARTSYS, the
-// kernel would 'restart' and move rip back by the length of the instruction.
+// forgetCall says that the thread is not in a system call. Otherwise, if rax happened to look like
+// -ERESTARTSYS, the kernel would 'restart' and move rip back by the length of the instruction.
 func (r *regs) forgetCall() { r.Orig_rax = ^uint64(0) }
 
-// eintrCalls are blocking calls that answer any interruption with EINTR, even one without a signal handler, such as ours (signal(7), 'Interruption of
-// system calls and library functions by stop signals').
+// eintrCalls are blocking calls that answer any interruption with EINTR, even one without a signal handler,
+// such as ours (signal(7), 'Interruption of system calls and library functions by stop signals').
 var eintrCalls = map[uint64]bool{
 	unix.SYS_EPOLL_WAIT:      true,
 	unix.SYS_EPOLL_PWAIT:     true,
@@ -67,8 +67,9 @@ var eintrCalls = map[uint64]bool{
 	unix.SYS_IO_URING_ENTER:  true,
 }
 
-// keepCallGoing replaces the EINTR with which such a call ended because of our stop by -ERESTARTNOHAND: 'if a handler is going to run, the call
-// returns EINTR, else repeat it'. So a signal that has really arrived still has its effect.
+// keepCallGoing replaces the EINTR with which such a call ended because of our stop by -ERESTARTNOHAND: 'if a
+// handler is going to run, the call returns EINTR, else repeat it'. So a signal that has really arrived still
+// has its effect.
 func (r *regs) keepCallGoing() (changed bool) {
 	const eRestartNoHand = 514 // include/linux/errno.h
 	if !eintrCalls[r.Orig_rax] || int64(r.Rax) != -int64(unix.EINTR) {

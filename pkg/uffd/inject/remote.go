@@ -50,12 +50,12 @@ func findFile(pid int, f *os.File) (int, error) {
 	return fds[0], nil
 }
 
-// Duplicate takes a userfaultfd that process pid holds already, one of those from Find. The process need not be stopped. A
-// daemon that was restarted in mid-migration continues with it; UFFD.API has been called on it then.
+// Duplicate takes a userfaultfd that process pid holds already, one of those from Find. The process need not be
+// stopped. A daemon that was restarted in mid-migration continues with it; UFFD.API has been called on it then.
 func Duplicate(pid, fd int) (*Taken, error) {
-	pidfd, err := unix.PidfdOpen(pid, 0)
+	pidfd, err := openPidfd(pid)
 	if err != nil {
-		return nil, fmt.Errorf("pidfd_open of process %d: %w", pid, err)
+		return nil, err
 	}
 	defer unix.Close(pidfd)
 	local, err := target{pid, pidfd}.duplicate(fd)
@@ -71,14 +71,16 @@ func Duplicate(pid, fd int) (*Taken, error) {
 	return &Taken{UFFD: uffd.FromFD(local), RemoteFD: fd, Pid: pid, Method: MethodDuplicate}, nil
 }
 
-// CloseRemote makes the process close its own descriptor, after checking that the number still stands for the same userfaultfd as
-// t.UFFD, which therefore has to be open. ErrNotUserfault: the number now means something else; nothing is closed.
+// CloseRemote makes the process close its own descriptor, after checking that the number still stands for the
+// same userfaultfd as t.UFFD, which therefore has to be open. ErrNotUserfault: the number now means something
+// else; nothing is closed.
 func (t *Taken) CloseRemote(ctx context.Context) error {
 	return closeRemote(ctx, t.Pid, t.RemoteFD, func() error { return sameFile(t.Pid, t.RemoteFD, t.UFFD.FD()) })
 }
 
-// CloseRemote makes process pid close its descriptor fd, after checking that it is a userfaultfd (ErrNotUserfault: it is not, and nothing
-// is closed). With a Taken at hand use its method, which also notices another userfaultfd under the same number.
+// CloseRemote makes process pid close its descriptor fd, after checking that it is a userfaultfd
+// (ErrNotUserfault: it is not, and nothing is closed). With a Taken at hand use its method, which also notices
+// another userfaultfd under the same number.
 func CloseRemote(ctx context.Context, pid, fd int) error {
 	return closeRemote(ctx, pid, fd, func() error { return nil })
 }

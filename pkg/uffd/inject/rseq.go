@@ -11,10 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rseqState is the thread's announcement that it is inside a restartable sequence (rseq(2), used by per-CPU allocators): the address of
-// a descriptor saying which instructions must not be interrupted. The kernel clears it when the thread returns to
-// user space outside those instructions, as ours does in the vDSO; then the sequence would be continued as if
-// it had not been interrupted. Put back, the kernel finds it at the next return and aborts the sequence as it should.
+// rseqState is the thread's announcement that it is inside a restartable sequence (rseq(2), used by per-CPU
+// allocators): the address of a descriptor saying which instructions must not be interrupted. The kernel clears
+// it when the thread returns to user space outside those instructions, as ours does in the vDSO; then the
+// sequence would be continued as if it had not been interrupted. Put back, the kernel finds it at the next
+// return and aborts the sequence as it should.
 type rseqState struct {
 	addr    uint64 // of the field rseq_cs in the target; 0: the thread has not registered rseq
 	pointer uint64

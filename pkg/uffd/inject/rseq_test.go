@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The target is in a restartable sequence all the time. One that was interrupted by us has to be aborted, and so entered again.
+// The target is in a restartable sequence all the time. One that was interrupted by us has to be aborted, and
+// so entered again.
 func TestRestartableSequenceIsAborted(t *testing.T) {
 	v := startVictim(t, "rseq")
 	var start, end, entries uint64

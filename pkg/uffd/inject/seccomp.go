@@ -12,11 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// wouldKill says whether a seccomp filter of the thread answers the call by killing it. The filters are read with
-// ptrace and run here: to find it out by trying costs a VM.
+// wouldKill says whether a seccomp filter of the thread answers the call by killing it. The filters are read
+// with ptrace and run here: to find it out by trying costs a VM.
 //
-// Reading them needs CAP_SYS_ADMIN and CONFIG_CHECKPOINT_RESTORE. Where that is missing the answer is no. QEMU's own
-// -sandbox denies nothing that Take injects.
+// Reading them needs CAP_SYS_ADMIN and CONFIG_CHECKPOINT_RESTORE. Where that is missing the answer is no.
+// QEMU's own -sandbox denies nothing that Take injects.
 func wouldKill(tid int, insn uint64, nr uintptr, args []uintptr) (bool, error) {
 	const filterMode = 2 // SECCOMP_MODE_FILTER
 	if st, err := readStatus(tid); err != nil || st.seccomp != filterMode {
@@ -50,8 +50,8 @@ func wouldKill(tid int, insn uint64, nr uintptr, args []uintptr) (bool, error) {
 	}
 }
 
-// seccompData is struct seccomp_data as a filter sees it. Filters read it in words of 32 bits of the machine's byte
-// order, the virtual machine reads words in network order; so each is stored in that.
+// seccompData is struct seccomp_data as a filter sees it. Filters read it in words of 32 bits of the machine's
+// byte order, the virtual machine reads words in network order; so each is stored in that.
 func seccompData(insn uint64, nr uintptr, args []uintptr) []byte {
 	long := func(v uint64) []uint32 {
 		native := binary.NativeEndian.AppendUint64(nil, v)

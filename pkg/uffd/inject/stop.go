@@ -20,8 +20,9 @@ type stop struct {
 type stopKind int
 
 const (
-	// stopEvent: PTRACE_EVENT_STOP, by PTRACE_INTERRUPT or because the process is stopped by SIGSTOP. The thread is inside
-	// get_signal() of kernel/signal.c: pending signals and the restart of an interrupted call come after it.
+	// stopEvent: PTRACE_EVENT_STOP, by PTRACE_INTERRUPT or because the process is stopped by SIGSTOP. The
+	// thread is inside get_signal() of kernel/signal.c: pending signals and the restart of an interrupted call
+	// come after it.
 	stopEvent stopKind = iota
 	stopSyscall
 	stopSignal // a signal is about to be delivered; it is lost unless the thread is resumed with it
@@ -29,7 +30,8 @@ const (
 
 // currentStop asks ptrace whether and how the thread is stopped; ESRCH if it is not.
 //
-// wait(2) would say the same, but its answer is given only once, and any other waiter in our process may have got it.
+// wait(2) would say the same, but its answer is given only once, and any other waiter in our process may have
+// got it.
 func currentStop(tid int) (stop, error) {
 	info, err := getSiginfo(tid)
 	if err != nil {
@@ -52,8 +54,8 @@ func (si siginfo) isSeccompTrap() bool {
 
 // signalFor is the signal with which to resume the thread from s so that none is lost or added.
 //
-// While our own call runs, SIGSYS is the only one that can arrive here besides SIGSTOP. If seccomp sent it, it is
-// ours and is dropped; if somebody else did, it is sent again when the thread is restored.
+// While our own call runs, SIGSYS is the only one that can arrive here besides SIGSTOP. If seccomp sent it, it
+// is ours and is dropped; if somebody else did, it is sent again when the thread is restored.
 func (p *Process) signalFor(s stop) uintptr {
 	switch {
 	case s.kind != stopSignal:
@@ -67,8 +69,8 @@ func (p *Process) signalFor(s stop) uintptr {
 
 // waitStop waits until the thread is stopped.
 //
-// It polls. The alternative, a blocking wait(2), cannot be ended by a context. The first rounds only yield the CPU, since
-// a stop usually takes microseconds.
+// It polls. The alternative, a blocking wait(2), cannot be ended by a context. The first rounds only yield the
+// CPU, since a stop usually takes microseconds.
 func waitStop(ctx context.Context, tid int) (stop, error) {
 	const yields = 100
 	pause := 20 * time.Microsecond
@@ -115,8 +117,8 @@ func hasEnded(tid int) bool {
 	if info.Signo == 0 || info.Code != exited && info.Code != killed && info.Code != dumped {
 		return false // alive; a stop is reported here too, with another code
 	}
-	// The real parent learns of the death only when the tracer has seen it. If we are the parent ourselves, the exit
-	// status belongs to whoever calls Wait for that child.
+	// The real parent learns of the death only when the tracer has seen it. If we are the parent ourselves, the
+	// exit status belongs to whoever calls Wait for that child.
 	if st, err := readStatus(tid); err == nil && st.parent != unix.Getpid() {
 		_, _ = unix.Wait4(tid, nil, unix.WNOHANG|unix.WALL|unix.WNOTHREAD, nil) // ECHILD: already seen
 	}

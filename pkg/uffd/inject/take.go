@@ -28,17 +28,17 @@ const newFlags = unix.O_CLOEXEC | unix.O_NONBLOCK
 
 // TakeOptions says what Take may use.
 type TakeOptions struct {
-	// HandDevice passes dev, our open /dev/userfaultfd, into the process, which runs meanwhile; Take finds its number
-	// there by itself. release takes it out again; Take calls it once, whether or not it got a userfaultfd. dev
-	// belongs to Take. nil: the process cannot be handed descriptors.
+	// HandDevice passes dev, our open /dev/userfaultfd, into the process, which runs meanwhile; Take finds its
+	// number there by itself. release takes it out again; Take calls it once, whether or not it got a
+	// userfaultfd. dev belongs to Take. nil: the process cannot be handed descriptors.
 	//
-	// With QEMU use getfd and closefd. After add-fd and remove-fd the device stays open for as long as the
-	// VM does not run (monitor_fdset_cleanup in QEMU 7.2).
+	// With QEMU use getfd and closefd. After add-fd and remove-fd the device stays open for as long as the VM
+	// does not run (monitor_fdset_cleanup in QEMU 7.2).
 	HandDevice func(ctx context.Context, dev *os.File) (release func(context.Context) error, err error)
 }
 
-// Taken is a userfaultfd of another process. The two descriptors are one file: what is registered stays
-// so while either is open.
+// Taken is a userfaultfd of another process. The two descriptors are one file: what is registered stays so
+// while either is open.
 type Taken struct {
 	UFFD     *uffd.UFFD // our duplicate, owned by the holder of Taken; before anything else it needs UFFD.API
 	RemoteFD int        // the process' own, kept open until CloseRemote
@@ -79,15 +79,15 @@ func (e *TakeError) Unwrap() []error {
 	return errs
 }
 
-// Take makes process pid create a userfaultfd for its memory and returns a duplicate. It tries userfaultfd(2) first;
-// where the process may not call it (unprivileged, and vm.unprivileged_userfaultfd is 0) it uses /dev/userfaultfd, which
-// opts.HandDevice puts into the process. Every error is a *TakeError; then the process has no more
-// descriptors than before, unless the error says that one could not be closed.
+// Take makes process pid create a userfaultfd for its memory and returns a duplicate. It tries userfaultfd(2)
+// first; where the process may not call it (unprivileged, and vm.unprivileged_userfaultfd is 0) it uses
+// /dev/userfaultfd, which opts.HandDevice puts into the process. Every error is a *TakeError; then the process
+// has no more descriptors than before, unless the error says that one could not be closed.
 func Take(ctx context.Context, pid int, opts TakeOptions) (*Taken, error) {
 	failed := &TakeError{Pid: pid}
-	pidfd, err := unix.PidfdOpen(pid, 0)
+	pidfd, err := openPidfd(pid)
 	if err != nil {
-		failed.Attempts = append(failed.Attempts, Attempt{MethodSyscall, fmt.Errorf("pidfd_open: %w", err)})
+		failed.Attempts = append(failed.Attempts, Attempt{MethodSyscall, err})
 		return nil, failed
 	}
 	defer unix.Close(pidfd)
@@ -125,6 +125,17 @@ func refused(err error) bool {
 
 // target is the process of one Take. pidfd keeps its number from meaning another process.
 type target struct{ pid, pidfd int }
+
+func openPidfd(pid int) (int, error) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		err = ErrProcessGone
+	}
+	if err != nil {
+		return -1, fmt.Errorf("pidfd_open of process %d: %w", pid, err)
+	}
+	return pidfd, nil
+}
 
 // seize is Seize for exactly the process of pidfd.
 func (t target) seize(ctx context.Context) (*Process, error) {

@@ -59,7 +59,8 @@ type victim struct {
 	lines *bufio.Scanner
 }
 
-// startVictim returns when the target says that it is ready. Nobody waits for the process before it has ended, see the package comment.
+// startVictim returns when the target says that it is ready. Nobody waits for the process before it has ended,
+// see the package comment.
 func startVictim(t testing.TB, mode string) *victim {
 	t.Helper()
 	if _, err := exec.LookPath("gcc"); err != nil {
@@ -94,7 +95,8 @@ func startVictim(t testing.TB, mode string) *victim {
 	return v
 }
 
-// line reads the next line; "" at the end of output. A target that hangs is killed after 30 s, which ends the output.
+// line reads the next line; "" at the end of output. A target that hangs is killed after 30 s, which ends the
+// output.
 func (v *victim) line() string {
 	killer := time.AfterFunc(30*time.Second, func() { _ = unix.Kill(v.pid, unix.SIGKILL) })
 	defer killer.Stop()

@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// thread is an OS thread of ours that serves as a tracer. Linux binds a tracee to the thread that attached, not to its
-// process: any other thread's ptrace request fails with ESRCH.
+// thread is an OS thread of ours that serves as a tracer. Linux binds a tracee to the thread that attached, not
+// to its process: any other thread's ptrace request fails with ESRCH.
 type thread struct {
 	jobs  chan func()
 	tid   int
@@ -63,12 +63,13 @@ func (t *thread) end() {
 	<-t.ended
 }
 
-// endByExit ends the OS thread itself. The kernel detaches what is attached to an exiting tracer, which is the only
-// way to let go of a tracee that does not stop: PTRACE_DETACH wants a stopped one.
+// endByExit ends the OS thread itself. The kernel detaches what is attached to an exiting tracer, which is the
+// only way to let go of a tracee that does not stop: PTRACE_DETACH wants a stopped one.
 func (t *thread) endByExit() {
 	t.jobs <- func() { t.abandon = true }
 	t.end()
-	// A locked goroutine's thread exits some time after the goroutine. Wait so that the caller finds the tracee free.
+	// A locked goroutine's thread exits some time after the goroutine. Wait so that the caller finds the tracee
+	// free.
 	for range 1000 {
 		if _, err := os.Stat(fmt.Sprintf("/proc/self/task/%d", t.tid)); err != nil {
 			return

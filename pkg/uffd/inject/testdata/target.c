@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The process that system calls are injected into. argv[1] says what its main thread does. It prints "ready" before and
-// "ret=R errno=E signals=N" after.
+// The process that system calls are injected into. argv[1] says what its main thread does. It prints "ready"
+// before and "ret=R errno=E signals=N" after.
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -106,8 +106,8 @@ static long block(const char *how) {
 	exit(2);
 }
 
-// rseq_spin stays inside a restartable sequence until a line comes in. The kernel has to abort the sequence whenever it is interrupted;
-// then it is entered again, which `entries` counts.
+// rseq_spin stays inside a restartable sequence until a line comes in. The kernel has to abort the sequence
+// whenever it is interrupted; then it is entered again, which `entries` counts.
 static volatile long entries;
 static volatile int leave;
 extern char sequence_start[], sequence_end[];
@@ -147,7 +147,8 @@ static long rseq_spin(void) {
 	return leave;
 }
 
-// spin keeps a known value in each register that a C compiler may hold something in, and looks whether one has changed.
+// spin keeps a known value in each register that a C compiler may hold something in, and looks whether one has
+// changed.
 static void spin(long rounds) {
 	for (long i = 0; i < rounds; i++) {
 		uint64_t bad = 0;
