@@ -36,9 +36,9 @@
 //
 // RAM is read with pread(2), never mapped. A mapping spares a copy only if gRPC were given the mapped
 // memory itself, and then nobody could tell when the last read of it is over. Copying out of it costs
-// page faults: measured on tmpfs (BenchmarkReadRAM) pread is within a fifth of a fresh mapping for
-// data, but 8 times faster for holes in pieces of 4 KiB and 50 times in pieces of 512 KiB, because a
-// read fault on a hole makes tmpfs allocate the page. On hugetlbfs it would even take a huge page from
-// the pool. pread allocates nothing for a hole, and where the file was truncated it returns an error,
-// not SIGBUS.
+// page faults: measured on tmpfs (BenchmarkReadRAM), pread takes as long as a fresh mapping for data,
+// give or take a fifth, but for holes it is 5 to 8 times faster in pieces of 4 KiB and 25 to 50 times in
+// pieces of 512 KiB, because a read fault on a hole makes tmpfs allocate the page. On hugetlbfs it would
+// even take a huge page from the pool. pread allocates nothing for a hole, and where the file was
+// truncated it returns an error, not SIGBUS.
 package pagesrv

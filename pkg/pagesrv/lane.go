@@ -18,8 +18,8 @@ const (
 	// replyData is how many page bytes a reply carries at most, unless one page is larger: what the
 	// sweep asks for at a time, and what one UFFDIO_COPY installs.
 	replyData = 512 << 10
-	// holeSearch is the smallest piece, in bytes, for which an lseek that finds a hole costs less than
-	// reading zeros and looking at them.
+	// holeSearch is the smallest piece, in bytes, before which a hole is looked for. The lseek costs about
+	// as much as reading one page: too much for the page of a fault, a tenth of reading this many.
 	holeSearch = 64 << 10
 )
 
