@@ -21,8 +21,11 @@ type before struct {
 
 // Syscall makes the thread execute one system call and returns its result. An error the kernel returned to the
 // thread is a unix.Errno; ErrSeccomp and ErrProcessGone are what a seccomp filter may make of it. Pointer
-// arguments are addresses in the other process. Whatever happens, the thread is back in its former state when
-// Syscall returns, except for ErrNotRestored, which says that the call hangs and what becomes of it.
+// arguments are addresses in the other process.
+//
+// When ctx ends, after 5 seconds at the latest, a call that still blocks is interrupted and the error is the
+// context's. Whatever happens, the thread is back in its former state when Syscall returns, except for
+// ErrNotRestored, which says that the call hangs and what becomes of it.
 func (p *Process) Syscall(ctx context.Context, nr uintptr, args ...uintptr) (uintptr, error) {
 	if len(args) > 6 {
 		return 0, fmt.Errorf("system call %d with %d arguments: the kernel takes 6", nr, len(args))
@@ -80,14 +83,14 @@ func (p *Process) syscall(ctx context.Context, nr uintptr, args []uintptr) (resu
 		return 0, fmt.Errorf("thread %d entered system call %d (stop %d) instead of %d",
 			p.tid, entry.word, entry.op, nr)
 	}
-	exit, err := p.runToSyscallStop(ctx)
+	exit, err := p.runToReturn(ctx)
 	if err != nil {
 		return 0, err
 	}
 	if exit.op != unix.PTRACE_SYSCALL_INFO_EXIT {
 		return 0, fmt.Errorf("thread %d did not return from system call %d (stop %d)", p.tid, nr, exit.op)
 	}
-	trapped, err := p.dropSeccompSignal(ctx)
+	trapped, err := p.dropSeccompSignal()
 	if err != nil {
 		return 0, err
 	}
@@ -157,14 +160,45 @@ func (p *Process) runToSyscallStop(ctx context.Context) (syscallInfo, error) {
 	return syscallInfo{}, fmt.Errorf("thread %d makes no progress: %d stops", p.tid, maxStops)
 }
 
+// runToReturn lets the thread run to the exit stop. When the context ends first the call is interrupted; but if
+// it has done its work nevertheless, then its result counts: it may be a descriptor that somebody has to close.
+func (p *Process) runToReturn(ctx context.Context) (syscallInfo, error) {
+	exit, err := p.runToSyscallStop(ctx)
+	if err == nil || ctx.Err() == nil {
+		return exit, err
+	}
+	grace, cancel := context.WithTimeout(context.Background(), p.restoreLimit)
+	defer cancel()
+	if interruptErr := p.interrupt(); interruptErr != nil {
+		return exit, both(err, interruptErr)
+	}
+	s, stopErr := waitStop(grace, p.tid)
+	if errors.Is(stopErr, ErrProcessGone) {
+		return exit, stopErr
+	}
+	if stopErr != nil || s.kind != stopSyscall {
+		return exit, err
+	}
+	exit, infoErr := getSyscallInfo(p.tid)
+	if infoErr != nil {
+		return exit, both(err, p.died(infoErr))
+	}
+	if _, callErr := decodeResult(exit.word); errors.Is(callErr, unix.EINTR) {
+		return exit, err
+	}
+	return exit, nil
+}
+
 // dropSeccompSignal runs at the exit stop. A filter that answered SECCOMP_RET_TRAP has queued a SIGSYS whose
 // default action kills the process; it is taken off the queue by letting it be delivered to the tracer alone.
 // It must not be blocked, because the kernel resets the handler of a signal it has to force through.
-func (p *Process) dropSeccompSignal(ctx context.Context) (trapped bool, err error) {
+func (p *Process) dropSeccompSignal() (trapped bool, err error) {
 	trapped, err = p.seccompSignalPending()
 	if err != nil || !trapped {
 		return false, err
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), p.restoreLimit) // it is pending: a moment is enough
+	defer cancel()
 	return true, p.runToSeccompSignal(ctx) // restore resumes from there, without the signal
 }
 

@@ -8,6 +8,7 @@
 //  1. thread.go    one OS thread of ours becomes the tracer; ptrace(2) is bound to it
 //  2. process.go   Seize: PTRACE_SEIZE, PTRACE_INTERRUPT, wait until the thread is stopped
 //  3. call.go      Syscall: set registers, run one `syscall` instruction of the vDSO, put everything back
+//     (rseq.go: restartable sequences; seccomp.go: would a filter kill the process for it?)
 //  4. take.go      Take: userfaultfd(2) or ioctl(/dev/userfaultfd), then pidfd_getfd(2) gives us a duplicate
 //  5. remote.go    Find, Duplicate, CloseRemote: what a later daemon does with the process' own copy
 //
@@ -19,8 +20,9 @@
 //
 // # If the daemon is killed half-way
 //
-// Between setting and restoring registers (about 100 microseconds) a dead tracer would let the thread run on with our registers, which can
-// only end in silent damage. For just that time PTRACE_O_EXITKILL is set: the kernel kills the process instead.
+// Between setting and restoring registers (a fraction of a millisecond) a dead tracer would let the thread run on
+// with our registers, which can only end in silent damage. For just that time PTRACE_O_EXITKILL is set: the kernel
+// kills the process instead.
 //
 // # The tracer and wait(2)
 //

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -145,6 +146,41 @@ func TestNothingStaysBehind(t *testing.T) {
 	if after := openFDs(t, v.pid); after != before {
 		t.Errorf("the target has %d open descriptors, had %d", after, before)
 	}
+}
+
+// However late the context ends: either the caller gets the descriptor, or there is none.
+func TestCancelledCallLeavesNoDescriptor(t *testing.T) {
+	v := startVictim(t, "read")
+	p, err := Seize(t.Context(), v.pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []int
+	cancelled := 0
+	for i := range 60 {
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			time.Sleep(time.Duration(i) * 5 * time.Microsecond) // to hit different moments
+			cancel()
+		}()
+		fd, err := p.Syscall(ctx, unix.SYS_USERFAULTFD, newFlags)
+		switch {
+		case err == nil:
+			got = append(got, int(fd))
+		case errors.Is(err, context.Canceled):
+			cancelled++
+		case errors.Is(err, unix.EPERM):
+			cannotRun(t, "needs root: %v", err)
+		default:
+			t.Fatal(err)
+		}
+		cancel()
+	}
+	t.Logf("%d of 60 calls were cancelled in time", cancelled)
+	if err := p.Detach(); err != nil {
+		t.Fatal(err)
+	}
+	wantFound(t, v.pid, got...)
 }
 
 func openFDs(t *testing.T, pid int) int {
