@@ -125,7 +125,8 @@ func newStage(t *testing.T, ctx context.Context, run func(attempt int) (*migrate
 		_ = s.qemu.Wait() // it was killed, or quit
 	})
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if _, err := os.Stat(s.vm); err == nil {
+		if conn, err := net.Dial("unix", s.vm); err == nil { // bound is not yet listening
+			_ = conn.Close()
 			break
 		}
 		if time.Now().After(deadline) {
