@@ -29,22 +29,24 @@ func cannotRun(t testing.TB, why string, args ...any) {
 	t.Skipf(why, args...)
 }
 
-var targetDir string
+var targetDir string // made by buildTarget
 
 func TestMain(m *testing.M) {
-	var err error
-	if targetDir, err = os.MkdirTemp("", "inject"); err != nil {
-		panic(err)
-	}
 	code := m.Run()
-	_ = os.RemoveAll(targetDir)
+	if targetDir != "" {
+		_ = os.RemoveAll(targetDir)
+	}
 	os.Exit(code)
 }
 
 var buildTarget = sync.OnceValues(func() (string, error) {
+	var err error
+	if targetDir, err = os.MkdirTemp("", "inject"); err != nil {
+		return "", err
+	}
 	bin := filepath.Join(targetDir, "target")
-	out, err := exec.Command("gcc", "-O1", "-Wall", "-Werror", "-pthread", "-o", bin, "testdata/target.c").CombinedOutput()
-	if err != nil {
+	cmd := exec.Command("gcc", "-O1", "-Wall", "-Werror", "-pthread", "-o", bin, "testdata/target.c")
+	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w\n%s", err, out)
 	}
 	return bin, nil
