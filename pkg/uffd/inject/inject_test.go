@@ -28,6 +28,13 @@ func injectGetpid(t testing.TB, pid int) {
 	}
 }
 
+func wantNil(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Error(err)
+	}
+}
+
 func TestBlockedCallContinues(t *testing.T) {
 	tests := []struct {
 		mode  string
@@ -123,7 +130,7 @@ func TestResultsAndErrno(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.Detach()
+	defer func() { wantNil(t, p.Detach()) }()
 	if _, err := p.Syscall(t.Context(), unix.SYS_CLOSE, 9999); err != unix.EBADF {
 		t.Errorf("close(9999): %v, want EBADF", err)
 	}
@@ -144,7 +151,7 @@ func BenchmarkSyscall(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer p.Detach()
+	defer func() { wantNil(b, p.Detach()) }()
 	for b.Loop() {
 		if _, err := p.Syscall(b.Context(), unix.SYS_GETPID); err != nil {
 			b.Fatal(err)
