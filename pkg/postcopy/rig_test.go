@@ -10,6 +10,8 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -26,7 +28,17 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// TestMain starts the test binary again without preemption signals: they interrupt the replies of uffdtest's
+// child, whose socket has a timeout (signal(7): such a recvmsg is not restarted).
+func TestMain(m *testing.M) {
+	const calm = "asyncpreemptoff=1"
+	if setting := os.Getenv("GODEBUG"); !strings.Contains(setting, calm) {
+		env := append(os.Environ(), "GODEBUG="+strings.TrimPrefix(setting+","+calm, ","))
+		fmt.Fprintln(os.Stderr, "cannot start the tests again:", unix.Exec("/proc/self/exe", os.Args, env))
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // patience bounds every wait, so that what never comes fails a test.
 const patience = 20 * time.Second
@@ -311,5 +323,56 @@ func (l *scriptedLane) send(t testing.TB, pageSize uint64, runs ...pagewire.Run)
 	}
 	if err := l.stream.SendMsg(&r); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// asked waits for the next range asked for on the lane.
+func (l *scriptedLane) asked(t testing.TB) pagewire.Range {
+	t.Helper()
+	return await(t, "request", l.requests)
+}
+
+// answer waits for a range to be asked for and answers it rightly.
+func (l *scriptedLane) answer(t testing.TB, pageSize uint64) {
+	t.Helper()
+	r := l.asked(t)
+	for o := uint64(0); o < uint64(r.Length); o += pageSize {
+		page := (r.Offset + o) / pageSize
+		l.send(t, pageSize, pagewire.Run{Block: r.Block, Offset: r.Offset + o, Length: uint32(pageSize), Zero: isZero(int(r.Block), page)})
+	}
+}
+
+// parking stops the first goroutine that comes to a point with a page.
+type parking struct {
+	t              testing.TB
+	reached, leave chan struct{}
+}
+
+// parkAt is to be called before Run.
+func (g *target) parkAt(point string, page uint64) *parking {
+	p := &parking{g.t, make(chan struct{}), make(chan struct{})}
+	var once sync.Once
+	g.park = func(at string, n uint64) {
+		if at == point && n == page {
+			once.Do(func() {
+				close(p.reached)
+				<-p.leave
+			})
+		}
+	}
+	g.t.Cleanup(p.unpark)
+	return p
+}
+
+func (p *parking) await() {
+	p.t.Helper()
+	await(p.t, "goroutine at the point", p.reached)
+}
+
+func (p *parking) unpark() {
+	select {
+	case <-p.leave:
+	default:
+		close(p.leave)
 	}
 }
