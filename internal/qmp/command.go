@@ -132,12 +132,12 @@ func (c *Client) send(ctx context.Context, id uint64, waiting *call, line []byte
 	c.mu.Lock()
 	delete(c.pending, id)
 	c.mu.Unlock()
-	if cause := context.Cause(ctx); cause != nil && errors.Is(err, os.ErrDeadlineExceeded) {
-		err = cause
-	}
 	if n > 0 {
 		// Half a command is out: nothing after it would be understood.
 		c.conn.Close()
+	}
+	if cause := context.Cause(ctx); cause != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("QEMU does not take the command: %w", cause)
 	}
 	select {
 	case <-c.done: // the reader knows better why

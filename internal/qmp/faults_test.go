@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qmp
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// The other end here is the test, not a QEMU: it does what a QEMU cannot be made to do at will.
+
+// listen makes a socket and passes on its connections.
+func listen(t *testing.T) (path string, conns <-chan net.Conn) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "socket")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		conn, err := l.Accept()
+		if err == nil {
+			t.Cleanup(func() { conn.Close() })
+			accepted <- conn
+		}
+	}()
+	t.Cleanup(func() { l.Close() })
+	return path, accepted
+}
+
+// A parked QEMU answers what the test tells it to.
+type parked struct {
+	t    *testing.T
+	conn net.Conn
+	in   *json.Decoder
+}
+
+func dialParked(t *testing.T) (*Client, *parked) {
+	t.Helper()
+	path, conns := listen(t)
+	ready := make(chan *parked)
+	go func() {
+		conn := <-conns
+		p := &parked{t, conn, json.NewDecoder(conn)}
+		p.say(`{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": []}}`)
+		p.say(`{"return": {}, "id": %d}`, p.command("qmp_capabilities"))
+		ready <- p
+	}()
+	c, err := Dial(testContext(t), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Disconnect(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c, <-ready
+}
+
+// command takes in the next command and returns its id.
+func (p *parked) command(want string) uint64 {
+	var got struct {
+		Execute string
+		ID      uint64
+	}
+	if err := p.in.Decode(&got); err != nil || got.Execute != want {
+		p.t.Errorf("command %+v, %v, want %s", got, err, want)
+	}
+	return got.ID
+}
+
+func (p *parked) say(format string, args ...any) {
+	if _, err := fmt.Fprintf(p.conn, format+"\r\n", args...); err != nil {
+		p.t.Error(err)
+	}
+}
+
+func TestLateReplyIsDropped(t *testing.T) {
+	c, qemu := dialParked(t)
+	ctx, cancel := context.WithCancelCause(testContext(t))
+	gaveUp := errors.New("gave up")
+	result := make(chan error)
+	go func() { result <- c.Do(ctx, "first", nil, nil) }()
+	first := qemu.command("first")
+	cancel(gaveUp)
+	if err := <-result; !errors.Is(err, gaveUp) {
+		t.Errorf("abandoned command: %v", err)
+	}
+
+	var answer string
+	go func() { result <- c.Do(testContext(t), "second", nil, &answer) }()
+	second := qemu.command("second")
+	qemu.say(`{"return": "late", "id": %d}`, first)
+	qemu.say(`{"return": "never asked", "id": 4711}`)
+	qemu.say(`{"error": {"class": "GenericError", "desc": "of nothing that has an id"}}`)
+	qemu.say(`{"return": "right", "id": %d}`, second)
+	if err := <-result; err != nil || answer != "right" {
+		t.Errorf("second command: %q, %v", answer, err)
+	}
+	if len(c.pending) != 0 {
+		t.Errorf("%d calls are still remembered", len(c.pending))
+	}
+}
+
+func TestAbandonedDescriptorHoldsBackTheNext(t *testing.T) {
+	c, qemu := dialParked(t)
+	file := openDirectory(t)
+	ctx, cancel := context.WithCancel(testContext(t))
+	result := make(chan error)
+	go func() { result <- c.DoWithFD(ctx, "getfd", nil, nil, file) }()
+	first := qemu.command("getfd")
+	cancel()
+	if err := <-result; !errors.Is(err, context.Canceled) {
+		t.Errorf("abandoned descriptor: %v", err)
+	}
+	// QEMU has not fetched the first one yet: a second must not be sent, other commands may.
+	impatient, cancel := context.WithTimeout(testContext(t), 50*time.Millisecond)
+	defer cancel()
+	if err := c.DoWithFD(impatient, "getfd", nil, nil, file); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("second descriptor: %v", err)
+	}
+	go func() { result <- c.Do(testContext(t), "other", nil, nil) }()
+	qemu.say(`{"return": {}, "id": %d}`, qemu.command("other")) // and not a getfd
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+	qemu.say(`{"return": {}, "id": %d}`, first)
+	go func() { result <- c.DoWithFD(testContext(t), "getfd", nil, nil, file) }()
+	qemu.say(`{"return": {}, "id": %d}`, qemu.command("getfd"))
+	if err := <-result; err != nil {
+		t.Errorf("third descriptor: %v", err)
+	}
+}
+
+func TestSlowSubscriberLosesItsOwnEventsOnly(t *testing.T) {
+	c, qemu := dialParked(t)
+	slow, picky := c.Subscribe(), c.Subscribe("LAST")
+	const lost = 7
+	result := make(chan error)
+	go func() { result <- c.Do(testContext(t), "command", nil, nil) }()
+	id := qemu.command("command")
+	for range eventBuffer + lost - 1 {
+		qemu.say(`{"event": "NOISE", "timestamp": {"seconds": 1, "microseconds": 5}}`)
+	}
+	qemu.say(`{"event": "LAST", "data": {"a": 1}, "timestamp": {"seconds": 3, "microseconds": 5}}`)
+	qemu.say(`{"return": {}, "id": %d}`, id)
+	if err := <-result; err != nil {
+		t.Fatal(err)
+	}
+	if got := slow.Dropped(); got != lost {
+		t.Errorf("the slow one lost %d, want %d", got, lost)
+	}
+	if e := <-picky.Events(); e.Name != "LAST" || string(e.Data) != `{"a": 1}` || !e.Time.Equal(time.Unix(3, 5000)) || picky.Dropped() != 0 {
+		t.Errorf("the picky one got %+v and lost %d", e, picky.Dropped())
+	}
+}
+
+func TestGarbageEndsTheConnection(t *testing.T) {
+	c, qemu := dialParked(t)
+	result := make(chan error)
+	go func() { result <- c.Do(testContext(t), "command", nil, nil) }()
+	qemu.command("command")
+	qemu.say("(qemu) ")
+	var broken *DisconnectedError
+	if err := <-result; !errors.As(err, &broken) {
+		t.Errorf("command: %v", err)
+	}
+	<-c.Done()
+}
+
+// A QEMU that does not read must not keep a sender for longer than its context says.
+func TestBlockedWrite(t *testing.T) {
+	c, qemu := dialParked(t)
+	ctx, cancel := context.WithCancel(testContext(t))
+	go func() {
+		// The command has begun and does not fit into the socket.
+		if _, err := qemu.conn.Read(make([]byte, 1)); err != nil {
+			t.Error(err)
+		}
+		cancel()
+	}()
+	if err := c.Do(ctx, "command", make([]byte, 8<<20), nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("blocked command: %v", err)
+	}
+	<-c.Done() // half a command is out
+}
+
+func openDirectory(t *testing.T) *os.File {
+	t.Helper()
+	f, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
