@@ -27,7 +27,7 @@ type scene struct {
 // through all of its memory, so that nothing can be lost unseen.
 func newScene(t *testing.T, l *lab.Lab) *scene {
 	t.Helper()
-	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 32, Nodes: 1})
+	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 32, Nodes: 1, Extra: []string{"-device", "virtio-rng-pci"}})
 	startVM(t, l.A, vm)
 	s := &scene{T: t, lab: l, vm: vm}
 	s.began = metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })
@@ -108,7 +108,6 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 			"cannot be reached", spec.GetDestination(), "the VM was not touched")
 	})
 	run("wrong machine type", func(s *scene) {
-		s.template("{{range .Args}}{{if eq . \"q35\"}}pc{{else}}{{.}}{{end}}\n{{end}}")
 		spec := s.spec()
 		spec.DestinationTemplate = templatePath
 		// The disk's controller is on q35 alone, so QEMU itself refuses first
@@ -128,7 +127,7 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 		s.destinationSays("ram", "RAM sizes differ")
 	})
 	run("device load error", func(s *scene) {
-		s.template("{{range .Args}}{{.}}\n{{end}}-device\nvirtio-rng-pci\n-device\nisa-debug-exit\n")
+		s.template("{{range .Args}}{{if eq . \"virtio-rng-pci\"}}virtio-balloon-pci{{else}}{{.}}{{end}}\n{{end}}")
 		spec := s.spec()
 		spec.DestinationTemplate = templatePath
 		s.failed(migrateSpec(s.T, l.A, "devices", spec), stateFailed, "did not load the device state", "the VM runs on the source")

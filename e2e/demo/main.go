@@ -105,7 +105,7 @@ func migrate(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, er
 		if err != nil {
 			return nil, err
 		}
-		defer log.Close() //nolint:errcheck // the daemon has its own
+		defer log.Close() // the daemon has its own
 		if _, err := h.StartDaemon(ctx, log); err != nil {
 			return nil, fmt.Errorf("%w; see %s", err, log.Name())
 		}

@@ -45,15 +45,11 @@ func (h *Host) StartDaemon(ctx context.Context, log io.Writer, extra ...string) 
 	if err != nil {
 		return nil, err
 	}
-	conn, client, err := h.Control()
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close() //nolint:errcheck // only used for this question
 	for {
-		_, err := client.GetVersion(ctx, &migratedv1.GetVersionRequest{})
+		// The daemon makes this socket last.
+		conn, err := net.Dial("unix", h.Path(DaemonSocket))
 		if err == nil {
-			return p, nil
+			return p, conn.Close()
 		}
 		select {
 		case <-p.Exited():

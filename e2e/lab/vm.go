@@ -30,6 +30,14 @@ const (
 	ConsoleLog = VMDir + "/console.log"
 )
 
+// What the VM boots from is copied to the same place on both hosts, as if they
+// shared it; an ordinary user can read it there.
+const (
+	kernelPath = VMDir + "/kernel"
+	initrdPath = VMDir + "/initrd"
+	diskPath   = VMDir + "/disk"
+)
+
 // nobody is the user of unprivileged VMs.
 const nobody = 65534
 
@@ -54,7 +62,9 @@ func (c VMConfig) Args() []string {
 	accel := "tcg,thread=multi"
 	cpu := "max"
 	if c.KVM {
-		accel, cpu = "kvm", "host"
+		// The default model: one that passes the host's own on wants more of
+		// KVM than hosts without hardware virtualization have.
+		accel, cpu = "kvm", "qemu64"
 	}
 	args := []string{
 		"qemu-system-x86_64", "-name", "guest", "-nodefaults", "-no-user-config", "-display", "none",
@@ -71,11 +81,11 @@ func (c VMConfig) Args() []string {
 		args = append(args,
 			"-chardev", "file,id=console,path="+ConsoleLog+",append=on", "-serial", "chardev:console",
 			"-chardev", serial, "-serial", "chardev:report",
-			"-kernel", c.Kernel, "-initrd", c.Initrd,
+			"-kernel", kernelPath, "-initrd", initrdPath,
 			"-append", strings.Join(append([]string{image.CommandLine}, c.KernelArgs...), " "))
 	} else {
 		args = append(args, "-chardev", serial, "-serial", "chardev:report",
-			"-drive", "file="+c.Disk+",format=raw,if=none,id=boot,readonly=on", "-device", "ide-hd,drive=boot,bus=ide.0")
+			"-drive", "file="+diskPath+",format=raw,if=none,id=boot,snapshot=on", "-device", "ide-hd,drive=boot,bus=ide.0")
 	}
 	return append(args, c.Extra...)
 }
@@ -122,9 +132,31 @@ func (h *Host) MakeVMDir() error {
 	return os.Chown(dir, nobody, nobody) // root writes there all the same
 }
 
+// install puts what the VM boots from on both hosts.
+func (l *Lab) install(c VMConfig) error {
+	for _, h := range []*Host{l.A, l.B} {
+		if err := h.MakeVMDir(); err != nil {
+			return err
+		}
+		for to, from := range map[string]string{kernelPath: c.Kernel, initrdPath: c.Initrd, diskPath: c.Disk} {
+			if from == "" {
+				continue
+			}
+			content, err := os.ReadFile(from)
+			if err != nil {
+				return err
+			}
+			if err := os.WriteFile(h.Path(to), content, 0o644); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // StartVM starts QEMU on the host. It runs when its QMP socket exists.
 func (h *Host) StartVM(ctx context.Context, c VMConfig, extra ...string) (*Process, error) {
-	if err := h.MakeVMDir(); err != nil {
+	if err := h.lab.install(c); err != nil {
 		return nil, err
 	}
 	argv := append(c.Args(), extra...)
@@ -135,7 +167,7 @@ func (h *Host) StartVM(ctx context.Context, c VMConfig, extra ...string) (*Proce
 	if err != nil {
 		return nil, err
 	}
-	defer log.Close() //nolint:errcheck // QEMU has its own
+	defer log.Close() // QEMU has its own
 	p, err := h.Start(log, argv...)
 	if err != nil {
 		return nil, err

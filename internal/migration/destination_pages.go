@@ -120,9 +120,9 @@ func (d *Destination) giveUp(reason error) {
 	}
 	d.phase, d.reason = givenUp, reason
 	d.log.Warn("gave up", "reason", reason)
-	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, reason, "the VM was never run on the destination")
 	d.cancel(reason)
 	d.endQEMU()
+	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, reason, "the VM was never run on the destination")
 	if !d.pumping { // else pump does, when the engine has returned
 		d.release()
 		close(d.done)

@@ -29,7 +29,7 @@ const (
 	prepareTimeout = 60 * time.Second
 	// deviceTimeout bounds how long the VM may stand still before the source
 	// continues it. The step takes milliseconds.
-	deviceTimeout = 15 * time.Second
+	deviceTimeout = 5 * time.Second
 	resumeTimeout = 30 * time.Second
 	abortTimeout  = 10 * time.Second
 	quitTimeout   = 10 * time.Second

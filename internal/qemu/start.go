@@ -94,11 +94,23 @@ func launch(opts StartOptions) (*Process, error) {
 		return nil, fmt.Errorf("start QEMU as user %d, group %d: %w", c.UID, c.GID, err)
 	}
 	p := &Process{cmd: cmd, logPath: opts.LogPath, exited: make(chan struct{})}
-	go func() {
-		p.exitErr = cmd.Wait()
-		close(p.exited)
-	}()
+	pidfd, err := openPidfd(p.Pid())
+	if err != nil { // no descriptors left, say
+		return nil, errors.Join(err, cmd.Process.Kill(), cmd.Wait())
+	}
+	go p.reap(pidfd)
 	return p, nil
+}
+
+// reap waits for QEMU to end. Not with Wait alone: that returns too early when
+// this very process stops QEMU with ptrace to take a userfaultfd from it
+// (wait(2): a tracer's waits see its tracees' stops).
+func (p *Process) reap(pidfd *os.File) {
+	defer close(p.exited)
+	defer pidfd.Close()
+	if p.exitErr = waitExit(context.Background(), pidfd); p.exitErr == nil {
+		p.exitErr = p.cmd.Wait()
+	}
 }
 
 // awaitQMP tries to attach until that succeeds, QEMU ends or ctx does.

@@ -50,11 +50,9 @@ func attach(ctx context.Context, client *qmp.Client) (*VM, error) {
 	if vm.Pid, err = findPid(ctx, client); err != nil {
 		return nil, err
 	}
-	fd, err := unix.PidfdOpen(vm.Pid, unix.PIDFD_NONBLOCK)
-	if err != nil {
-		return nil, fmt.Errorf("pidfd_open of QEMU, process %d: %w", vm.Pid, err)
+	if vm.pidfd, err = openPidfd(vm.Pid); err != nil {
+		return nil, err
 	}
-	vm.pidfd = os.NewFile(uintptr(fd), fmt.Sprintf("pidfd of %d", vm.Pid))
 	if client.Err() != nil { // else the process that has the number is the one that answers
 		return nil, errors.Join(client.Err(), vm.pidfd.Close())
 	}
@@ -81,16 +79,33 @@ func (vm *VM) Close() error {
 
 // WaitExit returns nil when the process has ended, child or not.
 func (vm *VM) WaitExit(ctx context.Context) error {
-	conn, err := vm.pidfd.SyscallConn()
+	if err := waitExit(ctx, vm.pidfd); err != nil {
+		return fmt.Errorf("QEMU, process %d: %w", vm.Pid, err)
+	}
+	return nil
+}
+
+// openPidfd refers to a process in a way that waitExit can wait for.
+func openPidfd(pid int) (*os.File, error) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd_open of QEMU, process %d: %w", pid, err)
+	}
+	return os.NewFile(uintptr(fd), fmt.Sprintf("pidfd of %d", pid)), nil
+}
+
+// waitExit returns when the process of a pidfd has ended, or with ctx's error.
+func waitExit(ctx context.Context, pidfd *os.File) error {
+	conn, err := pidfd.SyscallConn()
 	if err != nil {
 		return err
 	}
-	if err := vm.pidfd.SetReadDeadline(time.Time{}); err != nil {
-		return fmt.Errorf("wait for process %d: %w", vm.Pid, err)
+	if err := pidfd.SetReadDeadline(time.Time{}); err != nil {
+		return err
 	}
 	expired := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
-		_ = vm.pidfd.SetReadDeadline(time.Unix(1, 0)) // fails only when closed, and then Read fails too
+		_ = pidfd.SetReadDeadline(time.Unix(1, 0)) // fails only when closed, and then Read fails too
 		close(expired)
 	})
 	var pollErr error
@@ -108,7 +123,7 @@ func (vm *VM) WaitExit(ctx context.Context) error {
 		<-expired
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return fmt.Errorf("QEMU, process %d, has not ended: %w", vm.Pid, context.Cause(ctx))
+		return fmt.Errorf("it has not ended: %w", context.Cause(ctx))
 	}
 	return errors.Join(err, pollErr)
 }
