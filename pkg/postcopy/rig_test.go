@@ -259,20 +259,22 @@ func realSource(t testing.TB, l layout) string {
 // script is a page service whose answers a test gives by hand.
 type script struct {
 	migratedv1.UnimplementedPageServiceServer
-	lanes chan *scriptedLane // in the order in which they open
+	lanes  chan *scriptedLane // in the order in which they open
+	silent bool               // do not end a lane that its client has ended
 }
 
 type scriptedLane struct {
 	stream   grpc.BidiStreamingServer[migratedv1.FetchRequest, migratedv1.FetchResponse]
 	requests chan pagewire.Range // what was asked for, range by range
 	end      chan error          // ends the lane
+	closed   chan struct{}       // closed when the client has ended the lane
 }
 
 func (s *script) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, migratedv1.FetchResponse]) error {
 	if err := stream.SendHeader(nil); err != nil {
 		return err
 	}
-	l := &scriptedLane{stream: stream, requests: make(chan pagewire.Range, 1<<16), end: make(chan error, 1)}
+	l := &scriptedLane{stream: stream, requests: make(chan pagewire.Range, 1<<16), end: make(chan error, 1), closed: make(chan struct{})}
 	s.lanes <- l
 	received := make(chan error, 1)
 	go func() {
@@ -280,6 +282,10 @@ func (s *script) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, 
 		for {
 			if err := stream.RecvMsg(&r); err != nil {
 				if errors.Is(err, io.EOF) {
+					close(l.closed)
+					if s.silent {
+						<-stream.Context().Done()
+					}
 					err = nil
 				}
 				received <- err

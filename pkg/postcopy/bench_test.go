@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"context"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
+)
+
+// nullLane takes requests and does nothing: gRPC's own costs are not what is measured here.
+type nullLane struct{ Lane }
+
+func (nullLane) SendMsg(any) error { return nil }
+func (nullLane) CloseSend() error  { return nil }
+
+// newIdle makes a session without goroutines: a worker and a lane for a test to drive by itself.
+func newIdle(t testing.TB, kind uffdtest.Kind, pages uint64) (*target, *worker, *lane) {
+	t.Helper()
+	g := newTarget(t, layout{{kind, pages}}, Options{Workers: 1, Discards: true})
+	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(stop) })
+	s := &session{e: g.Engine, stopFD: stop}
+	s.ctx, s.fail = context.WithCancelCause(context.Background())
+	t.Cleanup(func() { s.fail(nil) })
+	l := newLane("lane", nullLane{}, &g.counters.demandBytes, &g.counters.demandPages)
+	s.demand = []*lane{l}
+	return g, newWorker(s, l), l
+}
+
+// fault reads the message of a thread that waits for the page at addr.
+func (w *worker) await(t testing.TB, u *uffd.UFFD) {
+	t.Helper()
+	for {
+		n, err := unix.Poll(w.polled[:1], 10_000)
+		if err == unix.EINTR {
+			continue
+		}
+		if n != 1 || err != nil {
+			t.Fatalf("no message: %d, %v", n, err)
+		}
+		break
+	}
+	if err := w.batch(u); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestNoAllocations: nothing of ours is allocated for an event, a claim, a request, or the installation of what came.
+func TestNoAllocations(t *testing.T) {
+	const pages = 512
+	g, w, l := newIdle(t, uffdtest.Shmem, pages)
+	page := make([]byte, pageSize)
+	next := uint64(0)
+	check := func(what string, f func()) {
+		t.Helper()
+		if n := testing.AllocsPerRun(100, f); n != 0 {
+			t.Errorf("%s: %v allocations", what, n)
+		}
+	}
+	ev := uffd.Event{Kind: uffd.EventPagefault}
+	b := &g.blocks[0]
+	check("fault, request, reply with a page", func() {
+		next++
+		ev.Pagefault.Addr = b.addr(next)
+		if err := w.handle(g.uffd, ev, g.now()); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.send(); err != nil {
+			t.Fatal(err)
+		}
+		l.reply.Runs, l.reply.Data = append(l.reply.Runs[:0], pagesOf(next, 1)), page
+		if err := w.s.accept(l); err != nil {
+			t.Fatal(err)
+		}
+	})
+	check("fault, request, reply with a zero page", func() {
+		next++
+		ev.Pagefault.Addr = b.addr(next)
+		if err := w.handle(g.uffd, ev, g.now()); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.send(); err != nil {
+			t.Fatal(err)
+		}
+		l.reply.Runs, l.reply.Data = append(l.reply.Runs[:0], zerosOf(next, 1)), nil
+		if err := w.s.accept(l); err != nil {
+			t.Fatal(err)
+		}
+	})
+	check("fault on a page that is there", func() {
+		if err := w.handle(g.uffd, ev, g.now()); err != nil {
+			t.Fatal(err)
+		}
+	})
+	check("batch without a message", func() {
+		if err := w.batch(g.uffd); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if s := g.Stats(); s.PagesPresent != 202 || s.PagesZero != 101 || s.FaultP50 == 0 {
+		t.Errorf("not what was to be measured: %+v", s)
+	}
+	// The rest of the way, with messages of the kernel.
+	thread := g.child.Go(uffdtest.Touch(uffd.Range{Start: b.addr(300), Len: 150 * pageSize}, uffdtest.Shmem))
+	next = 300
+	check("message, request, reply", func() {
+		w.await(t, g.uffd)
+		l.reply.Runs, l.reply.Data = append(l.reply.Runs[:0], pagesOf(next, 1)), page
+		if err := w.s.accept(l); err != nil {
+			t.Fatal(err)
+		}
+		next++
+	})
+	g.child.Kill()
+	_ = thread
+}
+
+// BenchmarkClaim is the page table's share of a fault: claimed, arrived, finished.
+func BenchmarkClaim(b *testing.B) {
+	table, _ := newPages([]uint64{1 << 20})
+	table.left.Store(1 << 62)
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		p := uint64(i) % (1 << 20)
+		table.claimFault(p)
+		table.arrive(p)
+		table.giveUp(p, 1)
+	}
+}
+
+// BenchmarkInstall4K installs a page that a decoded reply holds, in a process that does not run.
+func BenchmarkInstall4K(b *testing.B) { benchmarkInstall(b, 1) }
+
+// BenchmarkInstall512K is a run of the sweep.
+func BenchmarkInstall512K(b *testing.B) { benchmarkInstall(b, 128) }
+
+func benchmarkInstall(b *testing.B, n uint64) {
+	const pages = 1 << 16
+	g, w, l := newIdle(b, uffdtest.Shmem, pages)
+	g.pages.left.Store(1 << 62)
+	data := make([]byte, n*pageSize)
+	b.SetBytes(int64(len(data)))
+	b.ReportAllocs()
+	p := uint64(0)
+	for b.Loop() {
+		if p+n > pages {
+			b.StopTimer()
+			g.forget()
+			p = 0
+			b.StartTimer()
+		}
+		g.pages.claimSweep(p, n)
+		l.asked.Store(int64(len(data)))
+		l.reply.Runs, l.reply.Data = append(l.reply.Runs[:0], pagesOf(p, n)), data
+		if err := w.s.accept(l); err != nil {
+			b.Fatal(err)
+		}
+		p += n
+	}
+}
+
+// forget makes all memory of block 0 missing again.
+func (g *target) forget() {
+	punch := g.child.Go(uffdtest.Punch(g.blocks[0].all()))
+	uffdtest.EventsUntil(g.t, g.uffd, punch)
+	punch.JoinOK()
+	for i := range g.pages.words {
+		g.pages.words[i].Store(0)
+	}
+}
+
+// BenchmarkFaultLoopback is a thread's whole wait for a page, through gRPC over the loopback and back, one after the other.
+func BenchmarkFaultLoopback(b *testing.B) {
+	const pages = 1 << 15
+	l := layout{{uffdtest.Shmem, pages + 1}}
+	g := newTarget(b, l, Options{})
+	ctx, cancel := context.WithCancel(context.Background())
+	result := g.run(ctx, dial(b, realSource(b, l), defaultWorkers))
+	b.SetBytes(pageSize)
+	b.ReportAllocs()
+	b.ResetTimer()
+	done := 0
+	for done < b.N {
+		n := min(b.N-done, pages)
+		g.child.Go(uffdtest.Touch(uffd.Range{Start: g.blocks[0].Addr, Len: uint64(n) * pageSize}, uffdtest.Shmem)).JoinOK()
+		if done += n; done < b.N {
+			b.Fatalf("not more than %d pages: use -benchtime=%dx", pages, pages)
+		}
+	}
+	b.StopTimer()
+	s := g.Stats()
+	b.ReportMetric(float64(s.FaultP50.Nanoseconds()), "ns/p50")
+	b.ReportMetric(float64(s.FaultP99.Nanoseconds()), "ns/p99")
+	cancel()
+	await(b, "end of Run", result)
+}

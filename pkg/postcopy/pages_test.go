@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+// TestPagesModel drives the page table with random calls beside a model that is as plain as possible.
+func TestPagesModel(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		counts := rapid.SliceOfN(rapid.Uint64Range(1, 40), 1, 3).Draw(t, "blocks")
+		table, first := newPages(counts)
+		model := map[uint64]state{}
+		var all []uint64
+		for i, n := range counts {
+			for p := range n {
+				all = append(all, first[i]+p)
+				model[first[i]+p] = missing
+			}
+		}
+		page := func(t *rapid.T) uint64 { return rapid.SampledFrom(all).Draw(t, "page") }
+		// move changes the model like one call, by the arrows of the picture.
+		move := func(p uint64, arrows map[state]state) (from state) {
+			from = model[p]
+			if to, ok := arrows[from]; ok {
+				model[p] = to
+			}
+			return from
+		}
+		// run is how many pages from p on lie in the block.
+		run := func(t *rapid.T, p uint64) uint64 {
+			for i, n := range counts {
+				if p >= first[i] && p < first[i]+n {
+					return rapid.Uint64Range(1, first[i]+n-p).Draw(t, "run")
+				}
+			}
+			panic("no block")
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"fault": func(t *rapid.T) {
+				p := page(t)
+				from := move(p, map[state]state{missing: demanded, swept: demanded, zero: zeroing})
+				want := map[state]claim{missing: claimRequest, swept: claimRequest, zero: claimZero, present: claimPresent,
+					demanded: claimNothing, installing: claimNothing, zeroing: claimNothing}[from]
+				if got := table.claimFault(p); got != want {
+					t.Fatalf("fault in state %d: %d, want %d", from, got, want)
+				}
+			},
+			"sweep": func(t *rapid.T) {
+				from := page(t)
+				p, ok := table.nextMissing(from)
+				want, wantOK := uint64(0), false
+				for i := range all { // the first missing page at from or after, else the first of all
+					if q := all[len(all)-1-i]; model[q] == missing && (q >= from || !wantOK || want < from) {
+						want, wantOK = q, true
+					}
+				}
+				if p != want || ok != wantOK {
+					t.Fatalf("next missing from %d: %d %v, want %d %v", from, p, ok, want, wantOK)
+				}
+				if ok {
+					limit, n := run(t, p), uint64(0)
+					for n < limit && model[p+n] == missing {
+						model[p+n] = swept
+						n++
+					}
+					if got := table.claimSweep(p, limit); got != n {
+						t.Fatalf("claimed %d, want %d", got, n)
+					}
+				}
+			},
+			"arrive": func(t *rapid.T) {
+				p := page(t)
+				from := move(p, map[state]state{swept: installing, demanded: installing})
+				want := arrivalDrop
+				if from == missing {
+					want = arrivalUnasked
+				} else if from == swept || from == demanded {
+					want = arrivalInstall
+				}
+				if got := table.arrive(p); got != want {
+					t.Fatalf("arrival in state %d: %d, want %d", from, got, want)
+				}
+			},
+			"arrive zero": func(t *rapid.T) {
+				p := page(t)
+				from := move(p, map[state]state{swept: zero, demanded: zeroing})
+				want := arrivalDrop
+				if from == missing {
+					want = arrivalUnasked
+				} else if from == demanded {
+					want = arrivalInstall
+				}
+				if got := table.arriveZero(p); got != want {
+					t.Fatalf("zero arrival in state %d: %d, want %d", from, got, want)
+				}
+			},
+			"finish": func(t *rapid.T) {
+				p := page(t)
+				n := run(t, p)
+				for q := range n {
+					move(p+q, map[state]state{installing: present})
+				}
+				table.finish(p, n)
+			},
+			"give up":      func(t *rapid.T) { p := page(t); move(p, map[state]state{installing: missing}); table.giveUp(p, 1) },
+			"finish zero":  func(t *rapid.T) { p := page(t); move(p, map[state]state{zeroing: present}); table.finishZero(p) },
+			"give up zero": func(t *rapid.T) { p := page(t); move(p, map[state]state{zeroing: zero}); table.giveUpZero(p) },
+			"discard": func(t *rapid.T) {
+				p := page(t)
+				n := run(t, p)
+				for q := range n {
+					move(p+q, map[state]state{missing: zero, swept: zero, demanded: zero, installing: zero})
+				}
+				table.discard(p, n)
+			},
+			"put back": func(*rapid.T) {
+				for _, p := range all {
+					move(p, map[state]state{swept: missing, demanded: missing})
+				}
+				table.putBack()
+			},
+			"": func(t *rapid.T) {
+				left := int64(0)
+				for _, p := range all {
+					if got := table.get(p); got != model[p] {
+						t.Fatalf("page %d is in state %d, want %d", p, got, model[p])
+					}
+					if s := model[p]; s != present && s != zero && s != zeroing {
+						left++
+					}
+				}
+				full := false
+				select {
+				case <-table.full:
+					full = true
+				default:
+				}
+				if table.left.Load() != left || full != (left == 0) {
+					t.Fatalf("%d left, full %v; want %d", table.left.Load(), full, left)
+				}
+			},
+		})
+	})
+}
+
+// TestPagesParallel: with everyone at it at once, each page is installed by one, and all become known.
+func TestPagesParallel(t *testing.T) {
+	const n = 5000
+	table, _ := newPages([]uint64{n})
+	var installers [n]atomic.Int32
+	install := func(p uint64) { // whose state is still the installer's
+		if installers[p].Add(1) != 1 {
+			t.Errorf("page %d has two installers", p)
+		}
+		runtime.Gosched()
+		installers[p].Add(-1)
+	}
+	var wg sync.WaitGroup
+	for seed := range uint64(4) {
+		wg.Go(func() { // a worker, and the source's answers
+			random := rand.New(rand.NewPCG(seed, 0))
+			for range 4 * n {
+				p := random.Uint64N(n)
+				switch table.claimFault(p) {
+				case claimRequest:
+					if random.IntN(2) == 0 && table.arrive(p) == arrivalInstall {
+						install(p)
+						table.finish(p, 1)
+					} else if table.arriveZero(p) == arrivalInstall {
+						install(p)
+						table.finishZero(p)
+					}
+				case claimZero:
+					install(p)
+					if random.IntN(2) == 0 {
+						table.giveUpZero(p)
+					} else {
+						table.finishZero(p)
+					}
+				}
+				if random.IntN(64) == 0 {
+					table.discard(p, min(8, n-p))
+				}
+			}
+		})
+	}
+	wg.Go(func() { // the sweep
+		for {
+			p, ok := table.nextMissing(0)
+			if !ok {
+				return
+			}
+			for q := range table.claimSweep(p, 128) {
+				if table.arrive(p+q) == arrivalInstall {
+					install(p + q)
+					table.finish(p+q, 1)
+				}
+			}
+		}
+	})
+	wg.Wait()
+	select {
+	case <-table.full:
+	default:
+		t.Errorf("%d pages are left", table.left.Load())
+	}
+}
