@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
@@ -201,4 +202,24 @@ func BenchmarkFaultLoopback(b *testing.B) {
 	b.ReportMetric(float64(s.FaultP99.Nanoseconds()), "ns/p99")
 	cancel()
 	await(b, "end of Run", result)
+}
+
+// BenchmarkLaneLoopback is the part of BenchmarkFaultLoopback that is not ours: a page asked for and received.
+func BenchmarkLaneLoopback(b *testing.B) {
+	const pages = 1 << 12
+	lane := dial(b, realSource(b, layout{{uffdtest.Shmem, pages}}), 1).demand[0]
+	request := pagewire.Request{Ranges: make([]pagewire.Range, 1)}
+	var reply pagewire.Reply
+	defer reply.Release()
+	b.SetBytes(pageSize)
+	b.ReportAllocs()
+	for i := uint64(0); b.Loop(); i++ {
+		request.Ranges[0] = pagewire.Range{Offset: i % pages * pageSize, Length: pageSize}
+		if err := lane.SendMsg(&request); err != nil {
+			b.Fatal(err)
+		}
+		if err := lane.RecvMsg(&reply); err != nil {
+			b.Fatal(err)
+		}
+	}
 }
