@@ -67,11 +67,11 @@ func (vm *VM) Close() error {
 		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 		defer cancel()
 		if err = vm.apply(ctx, *vm.restore); err != nil {
-			if vm.QMP.Err() != nil { // QEMU ended meanwhile, and its settings with it
-				err = nil
-			} else {
-				err = fmt.Errorf("put back QEMU's migration settings: %w", err)
-			}
+			err = fmt.Errorf("put back QEMU's migration settings: %w", err)
+		}
+		var gone *qmp.DisconnectedError
+		if errors.As(err, &gone) {
+			err = nil // QEMU ended, and its settings with it
 		}
 	}
 	return errors.Join(err, vm.QMP.Disconnect(), vm.pidfd.Close())

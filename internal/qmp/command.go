@@ -132,18 +132,19 @@ func (c *Client) send(ctx context.Context, id uint64, waiting *call, line []byte
 	c.mu.Lock()
 	delete(c.pending, id)
 	c.mu.Unlock()
-	if n > 0 {
-		// Half a command is out: nothing after it would be understood.
+	expired := errors.Is(err, os.ErrDeadlineExceeded)
+	if n > 0 || !expired {
+		// Broken, or half a command is out and nothing after it would be understood.
 		c.conn.Close()
 	}
-	if cause := context.Cause(ctx); cause != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+	if cause := context.Cause(ctx); cause != nil && expired {
 		return fmt.Errorf("QEMU does not take the command: %w", cause)
 	}
 	select {
 	case <-c.done: // the reader knows better why
 		return c.Err()
 	default:
-		return fmt.Errorf("send the command: %w", err)
+		return &DisconnectedError{Path: c.path, Cause: err}
 	}
 }
 

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// testContext ends a test that hangs.
+func testContext(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// cannotRun skips a test, or fails it where everything must run.
+func cannotRun(t *testing.T, reason any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatal(reason)
+	}
+	t.Skip(reason)
+}
+
+func qemuBinary(t *testing.T) string {
+	t.Helper()
+	path, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		cannotRun(t, err)
+	}
+	return path
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		cannotRun(t, "needs root")
+	}
+}
+
+// ramFile returns a path for guest RAM on tmpfs.
+func ramFile(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "migrated-test-")
+	if err != nil {
+		cannotRun(t, err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, "ram")
+}
+
+// ram are the arguments that give a machine 64 MiB in a file or directory.
+func ram(path string) []string {
+	return []string{"-m", "64",
+		"-object", "memory-backend-file,id=ram0,size=64M,share=on,mem-path=" + path, "-machine", "memory-backend=ram0"}
+}
+
+// start starts a q35 machine that is killed at the end of the test.
+func start(t *testing.T, args ...string) (*Process, *VM) {
+	t.Helper()
+	return startAs(t, Credentials{UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())}, args...)
+}
+
+func startAs(t *testing.T, c Credentials, args ...string) (*Process, *VM) {
+	t.Helper()
+	opts := startOptions(t, c, args...)
+	p, vm, err := Start(testContext(t), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := p.Kill(context.Background()); err != nil {
+			t.Error(err)
+		}
+		if err := vm.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return p, vm
+}
+
+func startOptions(t *testing.T, c Credentials, args ...string) StartOptions {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "migrated-test-") // t.TempDir is closed to other users
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	qmpPath := filepath.Join(dir, "qmp")
+	argv := append([]string{qemuBinary(t), "-M", "q35", "-accel", "tcg", "-nodefaults", "-display", "none",
+		"-qmp", "unix:" + qmpPath + ",server=on,wait=off"}, args...)
+	return StartOptions{Args: argv, Credentials: c, Dir: dir, QMPPath: qmpPath, LogPath: filepath.Join(dir, "log")}
+}
+
+// socketPair returns two connected sockets, as files.
+func socketPair(t testing.TB) (a, b *os.File) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(fds[1], true); err != nil {
+		t.Fatal(err)
+	}
+	a, b = os.NewFile(uintptr(fds[0]), "a"), os.NewFile(uintptr(fds[1]), "b")
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return a, b
+}
+
+// hugePages mounts hugetlbfs and reserves pages of 2 MiB for the test.
+func hugePages(t *testing.T, count int) (dir string) {
+	t.Helper()
+	needRoot(t)
+	const setting = "/proc/sys/vm/nr_hugepages"
+	before, err := os.ReadFile(setting)
+	if err != nil {
+		cannotRun(t, err)
+	}
+	var had, have int
+	if _, err := fmt.Sscan(string(before), &had); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.WriteFile(setting, before, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.WriteFile(setting, fmt.Append(nil, had+count), 0); err != nil {
+		cannotRun(t, err)
+	}
+	after, err := os.ReadFile(setting)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscan(string(after), &have); err != nil || have < had+count {
+		cannotRun(t, fmt.Sprintf("only %d huge pages, %v", have, err))
+	}
+	dir = t.TempDir()
+	if err := unix.Mount("hugetlbfs", dir, "hugetlbfs", 0, "pagesize=2M,mode=1777"); err != nil {
+		cannotRun(t, err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
