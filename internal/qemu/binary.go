@@ -84,7 +84,9 @@ func onlyRootWrites(name string) (culprit string, ok bool) {
 				return p, false
 			}
 			st, isUnix := info.Sys().(*syscall.Stat_t)
-			if !isUnix || st.Uid != 0 && int(st.Uid) != os.Geteuid() || info.Mode().Perm()&0o022 != 0 {
+			// In a sticky directory, nobody else can replace what is root's.
+			open := info.Mode().Perm()&0o022 != 0 && info.Mode()&os.ModeSticky == 0
+			if !isUnix || st.Uid != 0 && int(st.Uid) != os.Geteuid() || open {
 				return p, false
 			}
 			if p == filepath.Dir(p) {

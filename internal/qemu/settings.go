@@ -30,7 +30,14 @@ const maxBandwidth = 1 << 40
 type migrationSettings struct {
 	capabilities map[string]bool
 	maxBandwidth uint64
+	// noDescription leaves out the stream's own description in JSON, which is for debuggers: a third of the
+	// stream, made and read while the VM stands still. Both ends must agree. nil: this machine has no
+	// such setting (it is a property of the PC machines).
+	noDescription *bool
 }
+
+// descriptionProperty is the machine's property behind noDescription.
+const descriptionProperty = "suppress-vmdesc"
 
 // PrepareOutgoing sets a source QEMU up for MigrateFD. Close puts back what it changes.
 func (vm *VM) PrepareOutgoing(ctx context.Context) error {
@@ -54,6 +61,10 @@ func (vm *VM) prepare(ctx context.Context, want ...string) error {
 		return missingCapabilities(vm.QMP.Version(), missing)
 	}
 	now := migrationSettings{capabilities: make(map[string]bool), maxBandwidth: maxBandwidth}
+	if before.noDescription != nil {
+		yes := true
+		now.noDescription = &yes
+	}
 	for name, on := range before.capabilities {
 		if on && !slices.Contains(want, name) {
 			now.capabilities[name] = false
@@ -94,6 +105,13 @@ func (vm *VM) settings(ctx context.Context) (migrationSettings, error) {
 		return s, err
 	}
 	s.maxBandwidth = parameters.MaxBandwidth
+	var none bool
+	switch err := vm.property(ctx, "/machine", descriptionProperty, &none); {
+	case err == nil:
+		s.noDescription = &none
+	case !errors.Is(err, qmp.ErrGeneric):
+		return s, err
+	}
 	return s, nil
 }
 
@@ -137,5 +155,10 @@ func (vm *VM) SetCapabilities(ctx context.Context, states map[string]bool) error
 func (vm *VM) apply(ctx context.Context, s migrationSettings) error {
 	capErr := vm.SetCapabilities(ctx, s.capabilities)
 	parameters := map[string]any{"max-bandwidth": s.maxBandwidth}
-	return errors.Join(capErr, vm.QMP.Do(ctx, "migrate-set-parameters", parameters, nil))
+	err := errors.Join(capErr, vm.QMP.Do(ctx, "migrate-set-parameters", parameters, nil))
+	if s.noDescription == nil {
+		return err
+	}
+	property := map[string]any{"path": "/machine", "property": descriptionProperty, "value": *s.noDescription}
+	return errors.Join(err, vm.QMP.Do(ctx, "qom-set", property, nil))
 }
