@@ -6,8 +6,6 @@ import (
 	"context"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
@@ -23,31 +21,24 @@ func (nullLane) CloseSend() error  { return nil }
 func newIdle(t testing.TB, kind uffdtest.Kind, pages uint64) (*target, *worker, *lane) {
 	t.Helper()
 	g := newTarget(t, layout{{kind, pages}}, Options{Workers: 1, Discards: true})
-	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Close(stop) })
-	s := &session{e: g.Engine, stopFD: stop}
+	s := &session{e: g.Engine}
 	s.ctx, s.fail = context.WithCancelCause(context.Background())
 	t.Cleanup(func() { s.fail(nil) })
 	l := newLane("lane", nullLane{}, &g.counters.demandBytes, &g.counters.demandPages)
 	s.demand = []*lane{l}
-	return g, newWorker(s, l), l
+	w, err := newWorker(s, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(w.poller.close)
+	return g, w, l
 }
 
-// fault reads the message of a thread that waits for the page at addr.
+// await deals with the message of a thread that waits.
 func (w *worker) await(t testing.TB, u *uffd.UFFD) {
 	t.Helper()
-	for {
-		n, err := unix.Poll(w.polled[:1], 10_000)
-		if err == unix.EINTR {
-			continue
-		}
-		if n != 1 || err != nil {
-			t.Fatalf("no message: %d, %v", n, err)
-		}
-		break
+	if ready, err := w.poller.wait(); len(ready) != 1 || err != nil {
+		t.Fatalf("no message: %v, %v", ready, err)
 	}
 	if err := w.batch(u); err != nil {
 		t.Fatal(err)

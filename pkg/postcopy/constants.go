@@ -14,6 +14,9 @@ const (
 	// each.
 	eventBatch = 64
 
+	// pollBatch is how many userfaultfds with messages a worker learns of at once.
+	pollBatch = 8
+
 	// copyBytes is what one UFFDIO_COPY installs at most, unless a page is larger. The kernel holds the
 	// lock of the address space meanwhile, which page faults in QEMU need too.
 	copyBytes = 512 << 10

@@ -13,10 +13,10 @@
 //	    ▼                             │
 //	┌─ userfaultfd ───────────────────┴────────────────┐
 //	└──┬───────────────────────────────────────────▲───┘
-//	   │ 1 poll(2), read(2): up to eventBatch      │ 5 UFFDIO_COPY, UFFDIO_ZEROPAGE
+//	   │ 1 epoll, read(2): up to eventBatch        │ 5 UFFDIO_COPY, UFFDIO_ZEROPAGE
 //	   ▼                                           │
 //	┌─ fault worker ──────────┐          ┌─ receiver ─┴────────────┐
-//	│ one thread a worker     │          │ one goroutine a lane    │
+//	│ one goroutine each      │          │ one goroutine a lane    │
 //	│ 2 claim in the page     │ demand   │ 4 RecvMsg               │  demand   ┌────────────┐
 //	│   table, SendMsg        ├─ lane ──►│   claim in the page     │◄─ lanes ──┤ 3 page     │
 //	│ (fault.go)              │ (gRPC)   │   table, install        │           │   server   │

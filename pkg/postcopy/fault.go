@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,48 +14,42 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// worker reads messages, claims pages and asks for them: steps 1 and 2. Its thread owns all of it.
+// worker reads messages, claims pages and asks for them: steps 1 and 2. Its goroutine owns all of it.
 type worker struct {
 	s       *session
 	lane    *lane
+	poller  *poller
 	events  *uffd.EventBuffer
-	polled  []unix.PollFd // the descriptors, then the session's stop
 	request pagewire.Request
 	bytes   uint64 // asked for by request
 }
 
-func newWorker(s *session, l *lane) *worker {
-	w := &worker{s: s, lane: l, events: uffd.NewEventBuffer(eventBatch)}
-	for _, u := range s.e.uffds {
-		w.polled = append(w.polled, unix.PollFd{Fd: int32(u.FD()), Events: unix.POLLIN})
+func newWorker(s *session, l *lane) (*worker, error) {
+	p, err := newPoller(s.e.uffds)
+	if err != nil {
+		return nil, err
 	}
-	w.polled = append(w.polled, unix.PollFd{Fd: int32(s.stopFD), Events: unix.POLLIN})
-	w.request.Ranges = make([]pagewire.Range, 0, pagewire.MaxRanges)
-	return w
+	return &worker{
+		s: s, lane: l, poller: p, events: uffd.NewEventBuffer(eventBatch),
+		request: pagewire.Request{Ranges: make([]pagewire.Range, 0, pagewire.MaxRanges)},
+	}, nil
 }
 
-// run works until the session is stopped or the worker cannot go on. A batch that was read is always dealt with.
+// run works until the poller is stopped or the worker cannot go on. A batch that was read is always dealt with.
 func (w *worker) run() error {
-	runtime.LockOSThread() // it sleeps in poll: no scheduler has to find a thread for it when a fault comes
-	defer runtime.UnlockOSThread()
 	defer func() { _ = w.lane.stream.CloseSend() }()
 	for {
-		if _, err := unix.Poll(w.polled, -1); err != nil && err != unix.EINTR {
-			return fmt.Errorf("poll userfaultfds: %w", err)
-		} else if err != nil {
-			continue
+		ready, err := w.poller.wait()
+		if len(ready) == 0 || err != nil {
+			return err
 		}
-		if w.polled[len(w.polled)-1].Revents != 0 {
-			return nil
-		}
-		for i, u := range w.s.e.uffds {
-			switch got := w.polled[i].Revents; {
-			case got&unix.POLLIN != 0:
-				if err := w.batch(u); err != nil {
-					return err
-				}
-			case got != 0:
-				return fmt.Errorf("poll userfaultfd %d: revents %#x: it was closed or is blocking", u.FD(), got)
+		for _, r := range ready {
+			u := w.s.e.uffds[r.Fd]
+			if r.Events&unix.EPOLLIN == 0 {
+				return fmt.Errorf("userfaultfd %d: epoll says %#x: it is blocking", u.FD(), r.Events)
+			}
+			if err := w.batch(u); err != nil {
+				return err
 			}
 		}
 	}

@@ -10,8 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -50,10 +48,10 @@ func (l *lane) lost(err error) error {
 
 // session is one Run.
 type session struct {
-	e      *Engine
-	demand []*lane
-	bulk   *lane
-	stopFD int // an eventfd, readable when workers are to end
+	e       *Engine
+	demand  []*lane
+	bulk    *lane
+	workers []*worker
 
 	ctx     context.Context //nolint:containedctx // it is the life of this struct
 	fail    context.CancelCauseFunc
@@ -81,13 +79,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 		return nil
 	default:
 	}
-	stopFD, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
-	if err != nil {
-		return fmt.Errorf("eventfd: %w", err)
-	}
-	defer unix.Close(stopFD)
-
-	s := &session{e: e, stopFD: stopFD}
+	s := &session{e: e}
 	s.ctx, s.fail = context.WithCancelCause(ctx)
 	defer s.fail(nil)
 	c := &e.counters
@@ -95,6 +87,14 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 		s.demand = append(s.demand, newLane(fmt.Sprintf("demand lane %d", i), stream, &c.demandBytes, &c.demandPages))
 	}
 	s.bulk = newLane("bulk lane", bulk, &c.bulkBytes, &c.bulkPages)
+	for _, l := range s.demand {
+		w, err := newWorker(s, l)
+		if err != nil {
+			return err
+		}
+		defer w.poller.close()
+		s.workers = append(s.workers, w)
+	}
 
 	// What an earlier session had asked for will not come any more. Threads whose messages it had read look
 	// again: their faults come first now.
@@ -128,8 +128,7 @@ func (s *session) start() {
 	for _, l := range append(s.demand[:len(s.demand):len(s.demand)], s.bulk) {
 		go s.receive(l)
 	}
-	for _, l := range s.demand {
-		w := newWorker(s, l)
+	for _, w := range s.workers {
 		s.senders.Go(func() { s.end(w.run()) })
 	}
 	s.senders.Go(func() { s.end(s.sweep()) })
@@ -172,8 +171,8 @@ func (s *session) receive(l *lane) {
 func (s *session) finish() error {
 	err := context.Cause(s.ctx) // before it is us who end it
 	s.fail(nil)
-	if _, writeErr := unix.Write(s.stopFD, []byte{1, 0, 0, 0, 0, 0, 0, 0}); writeErr != nil {
-		panic(fmt.Sprintf("postcopy: eventfd: %v", writeErr)) // it is ours, and empty
+	for _, w := range s.workers {
+		w.poller.stop()
 	}
 	s.senders.Wait()
 	select {
