@@ -160,3 +160,13 @@ func hugePages(t *testing.T, count int) (dir string) {
 	})
 	return dir
 }
+
+// awaitFile returns when path exists or ctx ends.
+func awaitFile(ctx context.Context, path string) {
+	for ctx.Err() == nil {
+		if _, err := os.Stat(path); err == nil {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}

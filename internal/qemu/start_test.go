@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
+
+const nobody = 65534
+
+var unprivileged = Credentials{UID: nobody, GID: nobody, Groups: []uint32{nobody}}
+
+const sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+func TestFactsOfAnUnprivilegedVM(t *testing.T) {
+	needRoot(t)
+	p, vm := startAs(t, unprivileged, append(ram(ramFile(t)), "-name", "web", "-sandbox", sandbox)...)
+	f, err := vm.Facts(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f.Name != "web" || !strings.HasPrefix(f.MachineType, "pc-q35-") || f.KVM || f.Version != vm.QMP.Version() || len(f.RAMBlocks) != 1 {
+		t.Errorf("facts %+v", f)
+	}
+	if f.UID != nobody || f.GID != nobody || !slices.Equal(f.Groups, []uint32{nobody}) {
+		t.Errorf("user %d, group %d, groups %v", f.UID, f.GID, f.Groups)
+	}
+	if diff := cmp.Diff(p.cmd.Args, f.CommandLine); diff != "" || f.WorkingDirectory != p.cmd.Dir {
+		t.Errorf("in %s, command line -want +got:\n%s", f.WorkingDirectory, diff)
+	}
+	if sid, err := unix.Getsid(vm.Pid); err != nil || sid != vm.Pid {
+		t.Errorf("session %d, %v", sid, err)
+	}
+	checkBlock(t, vm, f.RAMBlocks[0])
+}
+
+func TestHandedDescriptor(t *testing.T) {
+	needRoot(t)
+	device, err := os.OpenFile(uffd.DevicePath, os.O_RDWR, 0)
+	if err != nil {
+		cannotRun(t, err)
+	}
+	defer device.Close()
+	// No VM runs while it waits: where remove-fd closes nothing.
+	_, vm := startAs(t, unprivileged, append(ram(ramFile(t)), "-sandbox", sandbox, "-S", "-incoming", "defer")...)
+	ctx := testContext(t)
+	for range 2 {
+		number, release, err := vm.AddFD(ctx, device)
+		if err != nil {
+			t.Fatal(err)
+		}
+		link := fmt.Sprintf("/proc/%d/fd/%d", vm.Pid, number)
+		if name, err := os.Readlink(link); err != nil || name != uffd.DevicePath {
+			t.Errorf("descriptor %d is %q, %v", number, name, err)
+		}
+		if err := release(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Readlink(link); err == nil {
+			t.Errorf("descriptor %d is still open", number)
+		}
+	}
+}
+
+func TestStartFails(t *testing.T) {
+	self := Credentials{UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())}
+	t.Run("bad option", func(t *testing.T) {
+		opts := startOptions(t, self, "-no-such-option")
+		_, _, err := Start(testContext(t), opts)
+		if err == nil || !strings.Contains(err.Error(), "no-such-option") || !strings.Contains(err.Error(), "exit status 1") {
+			t.Errorf("error %v", err)
+		}
+	})
+	t.Run("directory of another user", func(t *testing.T) {
+		needRoot(t)
+		opts := startOptions(t, unprivileged)
+		if err := os.Chmod(filepath.Dir(opts.QMPPath), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		_, _, err := Start(testContext(t), opts)
+		if err == nil || !strings.Contains(err.Error(), "Permission denied") {
+			t.Errorf("error %v", err)
+		}
+	})
+	t.Run("socket in use", func(t *testing.T) {
+		p, vm := start(t)
+		opts := startOptions(t, self)
+		opts.QMPPath = vm.QMP.Path()
+		_, _, err := Start(testContext(t), opts)
+		if err == nil || !strings.Contains(err.Error(), "another process listens") {
+			t.Errorf("error %v", err)
+		}
+		if err := vm.QMP.Do(testContext(t), "query-status", nil, nil); err != nil {
+			t.Errorf("the first QEMU, process %d: %v", p.Pid(), err)
+		}
+	})
+	t.Run("no socket", func(t *testing.T) {
+		opts := startOptions(t, self)
+		opts.Args = slices.DeleteFunc(opts.Args, func(arg string) bool { return arg == "-qmp" || strings.HasPrefix(arg, "unix:") })
+		pidfile := filepath.Join(opts.Dir, "pid")
+		opts.Args = append(opts.Args, "-pidfile", pidfile)
+		ctx, cancel := context.WithCancel(testContext(t))
+		go func() { // give up when QEMU is up
+			awaitFile(ctx, pidfile)
+			cancel()
+		}()
+		_, _, err := Start(ctx, opts)
+		if err == nil {
+			t.Fatal("a QEMU without QMP was started")
+		}
+		if _, err := os.Stat(pidfile); err == nil {
+			text, _ := os.ReadFile(pidfile)
+			if _, err := os.Stat("/proc/" + strings.TrimSpace(string(text))); err == nil {
+				t.Errorf("QEMU %s was left behind", text)
+			}
+		}
+	})
+}
+
+func TestQuit(t *testing.T) {
+	for name, args := range map[string][]string{"obeyed": nil, "not listening": {"-S"}} {
+		t.Run(name, func(t *testing.T) {
+			p, vm := start(t, args...)
+			if name == "not listening" {
+				if err := p.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := vm.Quit(testContext(t)); err != nil {
+				t.Fatal(err)
+			}
+			<-p.Exited()
+			if p.ExitReason() == "" {
+				t.Error("no reason")
+			}
+		})
+	}
+}
