@@ -14,8 +14,11 @@
 //	        ◄─ prepared ──────────────────────
 //	  prepared: waits for Start                      prepared: waits for the device state
 //	DEVICE                                         DEVICE
-//	  stop the VM; its RAM is served now
+//	  migrate: QEMU sends firmware and video
+//	  memory while the VM still runs
 //	        ── LoadDeviceState: QEMU's stream ►      migrate-incoming
+//	  STOP: its RAM is served now
+//	        ── the devices' part of it ───────►
 //	        ◄─ loaded ────────────────────────       loaded: waits for Run
 //	  ───────── commit point ─────────
 //	  write the hand-over record (fsync)

@@ -74,6 +74,7 @@ type Source struct {
 	wasRunning bool
 	stopTried  bool
 	stoppedAt  time.Time
+	stopped    chan struct{} // closed when QEMU has said that the VM is stopped
 }
 
 // NewSource begins a migration; it prepares at once and switches when Start is
@@ -91,6 +92,7 @@ func NewSource(ctx context.Context, cfg SourceConfig) *Source {
 		log:     cfg.Log.With("migration", cfg.ID, "role", "source"),
 		started: make(chan struct{}),
 		done:    make(chan struct{}),
+		stopped: make(chan struct{}),
 	}
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	go s.run(ctx)
@@ -195,7 +197,7 @@ func (s *Source) prepare(ctx context.Context) error {
 	}
 	token := rand.Text()
 	var err error
-	s.export, err = s.cfg.Pages.Offer(s.cfg.ID, token, s.ram, s.verifyStopped)
+	s.export, err = s.cfg.Pages.Offer(s.cfg.ID, token, s.ram, s.awaitStopped)
 	if err != nil {
 		return fmt.Errorf("offer the RAM of the VM: %w", err)
 	}

@@ -13,14 +13,30 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// verifyStopped is what the page server asks before it serves the first page.
-func (s *Source) verifyStopped(ctx context.Context) error { return s.vm.VerifyStopped(ctx) }
+// awaitStopped is what the page server asks before it serves the first page: a
+// destination that needs one early waits for the VM to stand still.
+func (s *Source) awaitStopped(ctx context.Context) error {
+	select {
+	case <-s.stopped:
+		return nil
+	case <-s.done:
+		return errors.New("the migration is over")
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
 
-// moveDevices stops the VM and carries its device state over: when it returns
-// nil, the destination has loaded all of it.
+// moveDevices carries the device state over: when it returns nil, the VM is
+// stopped and the destination has loaded all of it.
+//
+// QEMU stops the VM by itself, when its stream has come to the device state.
+// Telling it to stop first would be simpler, but then the VM would stand still
+// while QEMU sets its migration up and sends firmware and video memory, which
+// takes several times as long as the device state.
 func (s *Source) moveDevices(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, deviceTimeout,
 		fmt.Errorf("the device state did not move within %v", deviceTimeout))
@@ -37,16 +53,14 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
 	}
-	s.stopTried = true
-	if s.stoppedAt, err = s.vm.Stop(ctx); err != nil {
-		return causeOf(ctx, fmt.Errorf("stop the VM: %w", err))
-	}
-
 	carrier, err := newDeviceCarrier()
 	if err != nil {
 		return err
 	}
 	defer carrier.close()
+	stops := s.vm.QMP.Subscribe("STOP")
+	defer stops.Close()
+	s.stopTried = true
 	saved := make(chan error, 1)
 	go func() {
 		err := s.vm.MigrateFD(ctx, carrier.qemu)
@@ -54,6 +68,9 @@ func (s *Source) moveDevices(ctx context.Context) error {
 		carrier.closeQEMU()
 		saved <- err
 	}()
+	noted := make(chan error, 1)
+	go func() { noted <- s.noteStop(ctx, stops) }()
+
 	sendErr := carrier.sendTo(stream)
 	answer, recvErr := stream.CloseAndRecv()
 	if recvErr != nil {
@@ -61,6 +78,10 @@ func (s *Source) moveDevices(ctx context.Context) error {
 		carrier.close()
 	}
 	saveErr := <-saved
+	if recvErr != nil || saveErr != nil || sendErr != nil {
+		cancel() // no STOP need come any more
+	}
+	noteErr := <-noted
 	switch {
 	case recvErr != nil:
 		return causeOf(ctx, errors.Join(fromPeer("move the device state", destination, recvErr), saveErr))
@@ -68,9 +89,35 @@ func (s *Source) moveDevices(ctx context.Context) error {
 		return causeOf(ctx, fmt.Errorf("save the device state: %w", saveErr))
 	case sendErr != nil:
 		return causeOf(ctx, fmt.Errorf("send the device state: %w", sendErr))
+	case noteErr != nil:
+		return causeOf(ctx, fmt.Errorf("stop the VM: %w", noteErr))
 	}
 	s.update(func(m *migratedv1.Migration) { m.Progress.BytesDeviceState = answer.GetBytes() })
 	return nil
+}
+
+// noteStop waits for QEMU to say that the VM is stopped, and lets the page
+// server begin.
+func (s *Source) noteStop(ctx context.Context, stops *qmp.Subscription) error {
+	if !s.wasRunning { // there will be no event
+		if err := s.vm.VerifyStopped(ctx); err != nil {
+			return err
+		}
+		s.stoppedAt = time.Now()
+		close(s.stopped)
+		return nil
+	}
+	select {
+	case event, open := <-stops.Events():
+		if !open {
+			return s.vm.QMP.Err()
+		}
+		s.stoppedAt = event.Time
+		close(s.stopped)
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // handOver repeats Run until the destination answers it. The commit point is
