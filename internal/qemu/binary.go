@@ -73,11 +73,11 @@ func matches(name string, patterns []string) (bool, error) {
 // onlyRootWrites looks at a file, where it leads to, and at all directories above; it returns what others
 // than root, or than this daemon's user, can write.
 func onlyRootWrites(name string) (culprit string, ok bool) {
-	real, err := filepath.EvalSymlinks(name)
+	target, err := filepath.EvalSymlinks(name)
 	if err != nil {
 		return name, false
 	}
-	for _, start := range []string{filepath.Clean(name), real} {
+	for _, start := range []string{filepath.Clean(name), target} {
 		for p := start; ; p = filepath.Dir(p) {
 			info, err := os.Stat(p)
 			if err != nil {

@@ -10,6 +10,8 @@ import (
 	"os"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
@@ -20,10 +22,12 @@ const cancelTimeout = 5 * time.Second
 const fdName = "migrated-device-state"
 
 // MigrateFD makes QEMU write its migration stream to f, which stays the caller's, and returns when QEMU
-// has written all of it. The VM should be stopped; PrepareOutgoing must have been called. When ctx ends
-// first, the migration is cancelled.
+// has written all of it. The VM should be stopped; PrepareOutgoing must have been called. Afterwards QEMU has
+// given its disks up; Cont takes them back.
 //
-// Afterwards QEMU has given its disks up; Cont takes them back.
+// f is one end of a socket. While QEMU writes the last and largest part of the stream it holds its global
+// lock, so that a reader that stalls stalls its monitor too, and neither migrate_cancel nor cont would be
+// heard. Therefore, when ctx ends, the socket is shut down first and the migration cancelled then.
 func (vm *VM) MigrateFD(ctx context.Context, f *os.File) error {
 	return vm.migrateFD(ctx, "migrate", f)
 }
@@ -32,8 +36,7 @@ func (vm *VM) MigrateFD(ctx context.Context, f *os.File) error {
 // stays the caller's, and returns when QEMU has loaded all of it. PrepareIncoming must have been called.
 //
 // A QEMU that fails to load exits: the error is then a *qmp.DisconnectedError, and QEMU's own words are in
-// Process.ExitReason. When ctx ends first, QEMU goes on waiting for the stream: close the other end, or
-// end QEMU.
+// Process.ExitReason. When ctx ends, the socket f is shut down, which is a failed load to QEMU.
 func (vm *VM) MigrateIncomingFD(ctx context.Context, f *os.File) error {
 	return vm.migrateFD(ctx, "migrate-incoming", f)
 }
@@ -52,23 +55,46 @@ func (vm *VM) migrateFD(ctx context.Context, command string, f *os.File) error {
 			_ = vm.QMP.Do(ctx, "closefd", name, nil)
 			return err
 		}
-		return vm.abandon(ctx, command, err)
+		return vm.abandon(ctx, command, f, err)
 	}
 	err := vm.awaitMigration(ctx, events)
 	if err != nil && ctx.Err() != nil {
-		return vm.abandon(ctx, command, err)
+		return vm.abandon(ctx, command, f, err)
 	}
 	return err
 }
 
-// abandon makes sure that a source does not go on with what nobody waits for any more.
-func (vm *VM) abandon(ctx context.Context, command string, reason error) error {
+// abandon makes sure that QEMU does not go on with what nobody waits for any more.
+func (vm *VM) abandon(ctx context.Context, command string, f *os.File, reason error) error {
+	if err := shutdown(f); err != nil {
+		reason = errors.Join(reason, fmt.Errorf("end the migration stream: %w", err))
+	}
 	if command != "migrate" || vm.QMP.Err() != nil {
 		return reason
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelTimeout)
 	defer cancel()
 	return errors.Join(reason, vm.CancelMigrate(ctx))
+}
+
+// shutdown ends both directions of a socket, for QEMU's duplicate as for ours.
+func shutdown(f *os.File) error {
+	raw, err := f.SyscallConn()
+	if errors.Is(err, os.ErrClosed) {
+		return nil // the caller has given it up as well
+	}
+	if err != nil {
+		return err
+	}
+	var shutErr error
+	err = raw.Control(func(fd uintptr) { shutErr = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	if errors.Is(shutErr, unix.ENOTCONN) {
+		shutErr = nil // the other end did it
+	}
+	if errors.Is(err, os.ErrClosed) {
+		err = nil
+	}
+	return errors.Join(err, shutErr)
 }
 
 // awaitMigration waits for the event that says how the migration ended.

@@ -5,6 +5,7 @@ package qemu
 // Status is the outcome of one check.
 type Status int
 
+// The outcomes.
 const (
 	OK      Status = iota
 	Warning        // migration is possible, something is worth knowing
