@@ -82,11 +82,14 @@ func TestWithoutPtrace(t *testing.T) {
 	startLimitedDaemon(t, l.B, "-sys_ptrace")
 	vm := lab.VMConfig{VCPUs: 1, MemoryMiB: 32, Nodes: 1, Unprivileged: true}
 	startVM(t, l.A, metal(t, vm))
-	for _, command := range []string{"check", "migrate"} {
-		out, code := operate(t, l.A, command, "--vm", lab.QMPPath, "--to", l.B.DaemonAddr())
-		if code == 0 || !strings.Contains(out, "CAP_SYS_PTRACE") {
-			t.Errorf("%s: exit code %d does not name CAP_SYS_PTRACE:\n%s", command, code, out)
-		}
+	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr())
+	if code == 0 || !strings.Contains(out, "CAP_SYS_PTRACE") {
+		t.Errorf("migrate: exit code %d does not name CAP_SYS_PTRACE:\n%s", code, out)
+	}
+	// A warning: QEMUs of the daemon's own user could still come here.
+	out, _ = operate(t, l.A, "check", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr())
+	if !strings.Contains(out, "lacks CAP_SYS_PTRACE") {
+		t.Errorf("check does not name CAP_SYS_PTRACE:\n%s", out)
 	}
 	metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })
 }

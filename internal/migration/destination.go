@@ -138,7 +138,7 @@ func (d *Destination) prepare(ctx context.Context) error {
 	}
 	facts, err := d.vm.Facts(ctx)
 	if err != nil {
-		return fmt.Errorf("ask the destination QEMU about its VM: %w", err)
+		return askQEMU("destination", err)
 	}
 	d.blocks, err = matchMachine(d.cfg.Request.GetMachine(), facts)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -36,6 +37,15 @@ func (e *remediedError) Unwrap() error { return e.err }
 // withRemedy adds to err what to do about it.
 func withRemedy(err error, remedy string) error {
 	return &remediedError{err: err, remedy: remedy}
+}
+
+// askQEMU wraps a failure to learn something of a QEMU process.
+func askQEMU(which string, err error) error {
+	err = fmt.Errorf("ask the %s QEMU about its VM: %w", which, err)
+	if errors.Is(err, fs.ErrPermission) {
+		return withRemedy(err, "the daemon may not look into a process of that user: run it as root, or with the capabilities of deploy/migrated.service, CAP_SYS_PTRACE above all")
+	}
+	return err
 }
 
 // describe turns err into what the API shows.

@@ -251,7 +251,7 @@ func (s *Source) open(ctx context.Context) error {
 		return err
 	}
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
-		return fmt.Errorf("ask QEMU about the VM: %w", err)
+		return askQEMU("source", err)
 	}
 	s.update(func(m *migratedv1.Migration) { m.VmName = s.facts.Name })
 	blocks := make([]pagesrv.Block, 0, len(s.facts.RAMBlocks))
