@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
@@ -102,6 +103,7 @@ func TestDestinationKilledWhileLoading(t *testing.T) {
 		t.Fatal(err)
 	}
 	out, relay := socketPair(t)
+	narrow(t, out)
 	in, feed := socketPair(t)
 	loaded := make(chan error, 1)
 	go func() { loaded <- destination.MigrateIncomingFD(ctx, in) }()
@@ -120,7 +122,7 @@ func TestDestinationKilledWhileLoading(t *testing.T) {
 	}
 	relay.Close()
 	if err := <-saved; err == nil {
-		t.Error("the source says that it saved everything")
+		t.Error("the source saved everything through a socket that was not read")
 	}
 	continues(ctx, t, source)
 }
@@ -131,6 +133,7 @@ func TestCancelledWhileSaving(t *testing.T) {
 		t.Fatal(err)
 	}
 	out, in := socketPair(t)
+	narrow(t, out)
 	ctx, cancel := context.WithCancelCause(testContext(t))
 	gaveUp := errors.New("gave up")
 	go func() {
@@ -144,6 +147,14 @@ func TestCancelledWhileSaving(t *testing.T) {
 		t.Errorf("cancelled: %v", err)
 	}
 	continues(testContext(t), t, source)
+}
+
+// narrow makes a socket hold much less than a device state.
+func narrow(t *testing.T, f *os.File) {
+	t.Helper()
+	if err := unix.SetsockoptInt(int(f.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, 4096); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // continues checks that a source whose migration failed runs again.

@@ -4,6 +4,7 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -62,7 +63,7 @@ func (vm *VM) Stop(ctx context.Context) (time.Time, error) {
 func (vm *VM) Cont(ctx context.Context) (time.Time, error) {
 	events := vm.QMP.Subscribe("RESUME")
 	defer events.Close()
-	if err := vm.QMP.Do(ctx, "cont", nil, nil); err != nil {
+	if err := vm.cont(ctx); err != nil {
 		return time.Time{}, err
 	}
 	if at := lastOf(events, time.Time{}); !at.IsZero() {
@@ -77,6 +78,32 @@ func (vm *VM) Cont(ctx context.Context) (time.Time, error) {
 		return time.Time{}, fmt.Errorf("QEMU accepted cont, but the VM is %q", s.Status)
 	}
 	return time.Now(), nil
+}
+
+// cont repeats the command while QEMU refuses it because its own migration, whose end it has reported, still
+// puts its things away ("Migration is not finalized yet"). No event tells when it has.
+func (vm *VM) cont(ctx context.Context) error {
+	const firstPause, longestPause = time.Millisecond, 20 * time.Millisecond
+	finalized := false
+	for pause := firstPause; ; pause = min(2*pause, longestPause) {
+		refused := vm.QMP.Do(ctx, "cont", nil, nil)
+		if !errors.Is(refused, qmp.ErrGeneric) {
+			return refused
+		}
+		s, err := vm.runState(ctx)
+		switch {
+		case err == nil && s.Status == "finish-migrate":
+		case err == nil && s.Status == "postmigrate" && !finalized:
+			finalized = true // perhaps just now: what is refused once more is refused for good
+		default:
+			return refused
+		}
+		select {
+		case <-ctx.Done():
+			return refused
+		case <-time.After(pause):
+		}
+	}
 }
 
 // lastOf returns the time of the newest event that has arrived.
