@@ -26,7 +26,7 @@ const fdName = "migrated-device-state"
 // given its disks up; Cont takes them back.
 //
 // f is one end of a socket. While QEMU writes the last and largest part of the stream it holds its global
-// lock, so that a reader that stalls stalls its monitor too, and neither migrate_cancel nor cont would be
+// lock: a reader that stalls makes its monitor stall too, and neither migrate_cancel nor cont would be
 // heard. Therefore, when ctx ends, the socket is shut down first and the migration cancelled then.
 func (vm *VM) MigrateFD(ctx context.Context, f *os.File) error {
 	return vm.migrateFD(ctx, "migrate", f)
