@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// TestAttachToWaitingQEMU migrates, by the operator's command, into a QEMU that
+// an orchestrator started.
+func TestAttachToWaitingQEMU(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	startVM(t, l.B, s.vm, "-S", "-incoming", "defer")
+	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--to-qmp", lab.QMPPath, "--id", "attach")
+	if code != 0 {
+		t.Fatalf("exit code %d:\n%s", code, out)
+	}
+	s.arrived()
+	if qemu := qemuOn(t, l.A); qemu != 0 {
+		t.Errorf("the source's QEMU, process %d, was not let go", qemu)
+	}
+}
+
+// TestTemplate gives the destination another command line: its RAM is in a file
+// of another name.
+func TestTemplate(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	const ram = "memory-backend-file,id=ram0,size=32M,mem-path=/dev/shm/guest-ram0,share=on"
+	if !slices.Contains(s.vm.Args(), ram) {
+		t.Fatalf("the VM's command line has changed: %q", s.vm.Args())
+	}
+	s.template(fmt.Sprintf("{{range .Args}}{{if eq . %q}}%s{{else}}{{.}}{{end}}\n{{end}}",
+		ram, strings.Replace(ram, "guest-ram0", "elsewhere", 1)))
+	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--template", templatePath)
+	if code != 0 {
+		t.Fatalf("exit code %d:\n%s", code, out)
+	}
+	s.counts()
+	if _, err := l.B.Allocated("/dev/shm/elsewhere"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestPausedVMStaysPaused moves a VM that does not run; it must not run on the
+// destination until its operator says so.
+func TestPausedVMStaysPaused(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	command(t, l.A, "stop")
+	migrate(t, l.A, l.B, "paused")
+	if status := vmStatus(t, l.B); status != "paused" {
+		t.Errorf("the VM is %q on the destination", status)
+	}
+	command(t, l.B, "cont")
+	s.arrived()
+}
+
+// TestKeepSource leaves the stopped QEMU where it was, and its daemon refuses
+// to migrate it as if it were the VM.
+func TestKeepSource(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	spec := s.spec()
+	spec.KeepSource = true
+	if m := migrateSpec(t, l.A, "keep", spec); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Fatal(m)
+	}
+	if status := vmStatus(t, l.A); status != "postmigrate" {
+		t.Errorf("the VM that was left is %q", status)
+	}
+	s.arrived()
+}
+
+// TestPrepareThenStart separates what takes time from the switch.
+func TestPrepareThenStart(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	client := s.prepare("later")
+	pass := metalPass(t, l.A, func(uint64) bool { return true })
+	metalPass(t, l.A, func(p uint64) bool { return p > pass+1 }) // it runs on
+	for range 2 {                                                // repeatable
+		if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "later"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := await(t, client, "later", func(*migratedv1.Migration) bool { return false })
+	checkFigures(t, m)
+	s.arrived()
+}
+
+// TestSparseGuestStaysSparse looks at what the destination's RAM occupies: pages
+// that the guest never touched must not come into being by moving.
+func TestSparseGuestStaysSparse(t *testing.T) {
+	l := newLab(t)
+	// Without a disk the firmware finds nothing to boot and touches little.
+	vm := lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1}
+	startVM(t, l.A, emptyDisk(t, vm))
+	before, err := l.A.Allocated(vm.RAMFiles()[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := migrate(t, l.A, l.B, "sparse")
+	after, err := l.B.Allocated(vm.RAMFiles()[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after > 2*before+(4<<20) {
+		t.Errorf("%d bytes of RAM became %d", before, after)
+	}
+	if wire := m.GetProgress().GetBytesOnWire(); wire > uint64(2*before+(4<<20)) {
+		t.Errorf("%d bytes of RAM took %d on the wire", before, wire)
+	}
+}
+
+// TestCutAfterTheSwitch pulls the cable while the memory follows: what needs a
+// page waits, nothing is lost, and the migration goes on by itself.
+func TestCutAfterTheSwitch(t *testing.T) {
+	l := newLab(t)
+	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1})
+	startVM(t, l.A, vm)
+	s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
+	client := control(t, l.A)
+	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "cut", Spec: s.spec()}); err != nil {
+		t.Fatal(err)
+	}
+	await(t, client, "cut", func(m *migratedv1.Migration) bool {
+		return m.GetState() == migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+	})
+	if err := l.SetCable(testContext(t), false); err != nil {
+		t.Fatal(err)
+	}
+	paused := await(t, control(t, l.B), "cut", func(m *migratedv1.Migration) bool {
+		return m.GetState() == migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED
+	})
+	if paused.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED {
+		t.Fatalf("all was over before the cable was pulled: %v", paused)
+	}
+	if err := l.SetCable(testContext(t), true); err != nil {
+		t.Fatal(err)
+	}
+	m := await(t, client, "cut", func(*migratedv1.Migration) bool { return false })
+	checkFigures(t, m)
+	s.arrived()
+}
+
+// arrived checks that the guest counts on the destination and nothing of its
+// memory is lost.
+func (s *scene) arrived() {
+	s.Helper()
+	s.counts()
+	if pass := checkMetal(s.T, s.vm, s.lab.B); pass < s.began {
+		s.Errorf("memory is of pass %d, the guest had written %d before", pass, s.began)
+	}
+}
+
+func (s *scene) counts() {
+	s.Helper()
+	metalPass(s.T, s.lab.B, func(pass uint64) bool { return pass > s.began+1 })
+}
+
+// command runs a QMP command without arguments.
+func command(t *testing.T, h *lab.Host, name string) json.RawMessage {
+	t.Helper()
+	client, err := h.QMP(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var result json.RawMessage
+	if err := client.Do(testContext(t), name, nil, &result); err != nil {
+		t.Fatal(err)
+	}
+	if err := client.Disconnect(); err != nil {
+		t.Fatal(err)
+	}
+	return result
+}
+
+func vmStatus(t *testing.T, h *lab.Host) string {
+	t.Helper()
+	var state struct {
+		Status string `json:"status"`
+	}
+	if err := json.Unmarshal(command(t, h, "query-status"), &state); err != nil {
+		t.Fatal(err)
+	}
+	return state.Status
+}
+
+// emptyDisk gives c a disk that nothing boots from.
+func emptyDisk(t *testing.T, c lab.VMConfig) lab.VMConfig {
+	t.Helper()
+	c.Disk = t.TempDir() + "/empty"
+	if err := os.WriteFile(c.Disk, []byte(strings.Repeat("\x00", 1<<20)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
