@@ -4,6 +4,7 @@ package postcopy
 
 import (
 	"context"
+	"errors"
 	"testing"
 
 	"github.com/migrated-vm/migrated/internal/pagewire"
@@ -20,7 +21,7 @@ func (nullLane) CloseSend() error  { return nil }
 // newIdle makes a session without goroutines: a worker and a lane for a test to drive by itself.
 func newIdle(t testing.TB, kind uffdtest.Kind, pages uint64) (*target, *worker, *lane) {
 	t.Helper()
-	g := newTarget(t, layout{{kind, pages}}, Options{Workers: 1, Discards: true})
+	g := newTarget(t, layout{{kind: kind, pages: pages}}, Options{Workers: 1, Discards: true})
 	s := &session{e: g.Engine}
 	s.ctx, s.fail = context.WithCancelCause(context.Background())
 	t.Cleanup(func() { s.fail(nil) })
@@ -172,7 +173,7 @@ func (g *target) forget() {
 // BenchmarkFaultLoopback is a thread's whole wait for a page, through gRPC over the loopback and back, one after the other.
 func BenchmarkFaultLoopback(b *testing.B) {
 	const pages = 1 << 15
-	l := layout{{uffdtest.Shmem, pages + 1}}
+	l := layout{{kind: uffdtest.Shmem, pages: pages + 1}}
 	g := newTarget(b, l, Options{})
 	ctx, cancel := context.WithCancel(context.Background())
 	result := g.run(ctx, dial(b, realSource(b, l), defaultWorkers))
@@ -192,13 +193,15 @@ func BenchmarkFaultLoopback(b *testing.B) {
 	b.ReportMetric(float64(s.FaultP50.Nanoseconds()), "ns/p50")
 	b.ReportMetric(float64(s.FaultP99.Nanoseconds()), "ns/p99")
 	cancel()
-	await(b, "end of Run", result)
+	if err := await(b, "end of Run", result); !errors.Is(err, context.Canceled) {
+		b.Fatal(err)
+	}
 }
 
 // BenchmarkLaneLoopback is the part of BenchmarkFaultLoopback that is not ours: a page asked for and received.
 func BenchmarkLaneLoopback(b *testing.B) {
 	const pages = 1 << 12
-	lane := dial(b, realSource(b, layout{{uffdtest.Shmem, pages}}), 1).demand[0]
+	lane := dial(b, realSource(b, layout{{kind: uffdtest.Shmem, pages: pages}}), 1).demand[0]
 	request := pagewire.Request{Ranges: make([]pagewire.Range, 1)}
 	var reply pagewire.Reply
 	defer reply.Release()

@@ -52,7 +52,7 @@ func (e *Engine) settle(u *uffd.UFFD) {
 		if _, err := u.Copy(page.Start, zeros[:page.Len], 0); !errors.Is(err, uffd.ErrAgain) {
 			return
 		}
-		time.Sleep(againSleepMin)
+		time.Sleep(againFirstSleep)
 	}
 }
 

@@ -36,9 +36,9 @@ const (
 
 	// An address space that is changing answers EAGAIN until somebody has read the event. The first tries only
 	// yield, the others sleep, twice as long each time.
-	againYields   = 8
-	againSleepMin = 20 * time.Microsecond
-	againSleepMax = time.Millisecond
+	againYields       = 8
+	againFirstSleep   = 20 * time.Microsecond
+	againLongestSleep = time.Millisecond
 	// goneTries is how often a range that is gone is tried again: its event may have been read by a
 	// worker that had no time yet to mark the pages. With the sleeps above about a quarter of a second.
 	goneTries = 256

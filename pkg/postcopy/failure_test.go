@@ -21,7 +21,7 @@ func (g *target) resume(pages uint64) {
 	g.t.Helper()
 	g.park = nil
 	g.StartSweep()
-	l := dial(g.t, realSource(g.t, layout{{uffdtest.Shmem, pages}}), g.workers)
+	l := dial(g.t, realSource(g.t, layout{{kind: uffdtest.Shmem, pages: pages}}), g.workers)
 	mustEnd(g.t, g.run(context.Background(), l))
 	g.verify()
 }
@@ -187,6 +187,27 @@ func TestCancel(t *testing.T) {
 	expect(t, thread, word(0, 5, 0))
 }
 
+// TestAdopt: another engine goes on with a descriptor whose messages were read by the first one, as a daemon does that
+// was started again.
+func TestAdopt(t *testing.T) {
+	g, demand, _, run := startSilent(t, 8)
+	ctx, cancel := context.WithCancel(context.Background())
+	result := run(ctx)
+	thread := g.read(0, 5, 0)
+	demand.asked(t)
+	cancel()
+	if err := await(t, "end of Run", result); !errors.Is(err, context.Canceled) {
+		t.Fatalf("Run: %v, want that it was cancelled", err)
+	}
+	second, err := New(Options{Blocks: []Block{g.blocks[0].Block}, Workers: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.Engine = second
+	g.resume(8)
+	expect(t, thread, word(0, 5, 0))
+}
+
 // TestSilentSourceAtTheEnd: a source that does not end its lanes cannot keep Run from ending well.
 func TestSilentSourceAtTheEnd(t *testing.T) {
 	g, _, bulk, run := startSilent(t, 8)
@@ -201,7 +222,7 @@ func TestSilentSourceAtTheEnd(t *testing.T) {
 // startSilent is start with a source that leaves its lanes open for ever.
 func startSilent(t *testing.T, pages uint64) (g *target, demand, bulk *scriptedLane, run func(context.Context) <-chan error) {
 	t.Helper()
-	g = newTarget(t, layout{{uffdtest.Shmem, pages}}, Options{Workers: 1})
+	g = newTarget(t, layout{{kind: uffdtest.Shmem, pages: pages}}, Options{Workers: 1})
 	s := &script{lanes: make(chan *scriptedLane, 2), silent: true}
 	l := dial(t, serve(t, s), 1)
 	demand, bulk = await(t, "lane", s.lanes), await(t, "lane", s.lanes)

@@ -158,42 +158,45 @@ func (w *worker) send() error {
 func (l *lane) ask(r *pagewire.Request, bytes uint64) error {
 	l.asked.Add(int64(bytes)) // first: the answer may be faster than SendMsg
 	err := l.stream.SendMsg(r)
-	if err == nil || err == io.EOF { // EOF: the lane is over, and its receiver learns why
+	if err == nil || errors.Is(err, io.EOF) { // EOF: the lane is over, and its receiver learns why
 		return nil
 	}
 	return l.lost(err)
 }
 
-// discard marks what the process gave up. Addresses outside of the blocks are none of ours.
-func (e *Engine) discard(u *uffd.UFFD, start, end uint64) {
+// covered calls f for each block of u with the whole pages of it that lie in [start, end). Addresses outside of
+// the blocks are none of ours.
+func (e *Engine) covered(u *uffd.UFFD, start, end uint64, f func(b *block, p, n uint64)) {
 	for i := range e.blocks {
 		b := &e.blocks[i]
-		from, to := max(start, b.Addr), min(end, b.Addr+b.Size)
-		if b.UFFD != u || from >= to {
+		if b.UFFD != u || start >= b.Addr+b.Size || end <= b.Addr {
 			continue
 		}
-		p, n := b.first+(from-b.Addr)>>b.shift, (to-from)>>b.shift
-		e.pages.discard(p, n)
-		if e.pending.count.Load() > 0 {
-			for q := range n {
-				e.pending.end(p + q)
-			}
+		from := (max(start, b.Addr) - b.Addr + b.PageSize - 1) >> b.shift
+		to := (min(end, b.Addr+b.Size) - b.Addr) >> b.shift
+		if from < to {
+			f(b, b.first+from, to-from)
 		}
-		e.counters.discarded.Add(to - from)
 	}
 }
 
+// discard marks what the process gave up.
+func (e *Engine) discard(u *uffd.UFFD, start, end uint64) {
+	e.covered(u, start, end, func(b *block, p, n uint64) {
+		e.pages.discard(p, n)
+		for q := range n {
+			e.pending.end(p + q)
+		}
+		e.counters.discarded.Add(n << b.shift)
+	})
+}
+
 // wake lets the threads that wait for a page in the range look again: what they wait for will not come any more.
-func (e *Engine) wake(u *uffd.UFFD, start, end uint64) error {
-	for i := range e.blocks {
-		b := &e.blocks[i]
-		from, to := max(start, b.Addr), min(end, b.Addr+b.Size)
-		if b.UFFD != u || from >= to {
-			continue
+func (e *Engine) wake(u *uffd.UFFD, start, end uint64) (err error) {
+	e.covered(u, start, end, func(b *block, p, n uint64) {
+		if wakeErr := u.Wake(uffd.Range{Start: b.addr(p), Len: n << b.shift}); wakeErr != nil && err == nil {
+			err = explain(b, b.addr(p), wakeErr)
 		}
-		if err := u.Wake(uffd.Range{Start: from, Len: to - from}); err != nil {
-			return explain(b, from, err)
-		}
-	}
-	return nil
+	})
+	return err
 }

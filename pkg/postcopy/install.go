@@ -159,7 +159,7 @@ func (s *session) again(tries int) bool {
 	if tries < againYields {
 		runtime.Gosched()
 	} else {
-		time.Sleep(min(againSleepMin<<min(tries-againYields, 16), againSleepMax))
+		time.Sleep(min(againFirstSleep<<min(tries-againYields, 16), againLongestSleep))
 	}
 	return true
 }
@@ -211,7 +211,7 @@ func (e *Engine) fillZero(b *block, p uint64) (err error) {
 
 // explain makes an error of the engine of what the kernel said about the page at addr.
 func explain(b *block, addr uint64, err error) error {
-	kind := error(nil)
+	var kind error
 	switch {
 	case errors.Is(err, uffd.ErrProcessGone):
 		kind = ErrProcessGone

@@ -13,10 +13,14 @@ import (
 // TestMigrate fills memory of both kinds while threads read it everywhere, and compares every byte.
 func TestMigrate(t *testing.T) {
 	for name, l := range map[string]layout{
-		"tmpfs":     {{uffdtest.Shmem, 4096 + 5}},
-		"two":       {{uffdtest.Shmem, 700}, {uffdtest.Shmem, 3}},
-		"hugetlbfs": {{uffdtest.Hugetlb, 12}},
-		"mixed":     {{uffdtest.Shmem, 300}, {uffdtest.Hugetlb, 5}, {uffdtest.Shmem, 1}},
+		"tmpfs":     {{kind: uffdtest.Shmem, pages: 4096 + 5}},
+		"two":       {{kind: uffdtest.Shmem, pages: 700}, {kind: uffdtest.Shmem, pages: 3}},
+		"hugetlbfs": {{kind: uffdtest.Hugetlb, pages: 12}},
+		"several descriptors": {
+			{kind: uffdtest.Shmem, pages: 300}, {kind: uffdtest.Shmem, pages: 200, own: true},
+			{kind: uffdtest.Shmem, pages: 100}, {kind: uffdtest.Shmem, pages: 400, own: true},
+		},
+		"mixed": {{kind: uffdtest.Shmem, pages: 300}, {kind: uffdtest.Hugetlb, pages: 5}, {kind: uffdtest.Shmem, pages: 1}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			uffdtest.CheckDescriptors(t)

@@ -79,11 +79,9 @@ func TestPagesModel(t *testing.T) {
 			"arrive": func(t *rapid.T) {
 				p := page(t)
 				from := move(p, map[state]state{swept: installing, demanded: installing})
-				want := arrivalDrop
-				if from == missing {
-					want = arrivalUnasked
-				} else if from == swept || from == demanded {
-					want = arrivalInstall
+				want, ok := map[state]arrival{missing: arrivalUnasked, swept: arrivalInstall, demanded: arrivalInstall}[from]
+				if !ok {
+					want = arrivalDrop
 				}
 				if got := table.arrive(p); got != want {
 					t.Fatalf("arrival in state %d: %d, want %d", from, got, want)
@@ -92,11 +90,9 @@ func TestPagesModel(t *testing.T) {
 			"arrive zero": func(t *rapid.T) {
 				p := page(t)
 				from := move(p, map[state]state{swept: zero, demanded: zeroing})
-				want := arrivalDrop
-				if from == missing {
-					want = arrivalUnasked
-				} else if from == demanded {
-					want = arrivalInstall
+				want, ok := map[state]arrival{missing: arrivalUnasked, demanded: arrivalInstall}[from]
+				if !ok {
+					want = arrivalDrop
 				}
 				if got := table.arriveZero(p); got != want {
 					t.Fatalf("zero arrival in state %d: %d, want %d", from, got, want)

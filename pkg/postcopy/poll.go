@@ -50,7 +50,7 @@ func newPoller(uffds []*uffd.UFFD) (*poller, error) {
 	}
 	p.look = func(fd uintptr) bool {
 		p.n, p.err = unix.EpollWait(int(fd), p.ready[:], 0)
-		if p.err == unix.EINTR {
+		if errors.Is(p.err, unix.EINTR) {
 			p.n, p.err = 0, nil
 		}
 		return p.n != 0 || p.err != nil

@@ -51,7 +51,7 @@ func (l *scriptedLane) sendPages(t testing.TB, page, n uint64) {
 func start(t *testing.T, pages uint64, o Options) (g *target, demand, bulk *scriptedLane, run func() <-chan error) {
 	t.Helper()
 	o.Workers = 1
-	g = newTarget(t, layout{{uffdtest.Shmem, pages}}, o)
+	g = newTarget(t, layout{{kind: uffdtest.Shmem, pages: pages}}, o)
 	l, theirs := scripted(t, 1)
 	return g, theirs[0], theirs[1], func() <-chan error { return g.run(context.Background(), l) }
 }
@@ -209,6 +209,33 @@ func TestDiscardWithWaiter(t *testing.T) {
 	expect(t, g.read(0, 1, 0), 0)
 	if s := g.Stats(); s.Discarded != pageSize {
 		t.Errorf("%d bytes discarded", s.Discarded)
+	}
+}
+
+// TestDiscardDuringZero: the only worker is about to install a zero page when an event comes that only it can
+// read. It must not wait for that.
+func TestDiscardDuringZero(t *testing.T) {
+	g, demand, bulk, run := start(t, 8, Options{Discards: true})
+	park := g.parkAt("zero", 3)
+	g.StartSweep()
+	result := run()
+	bulk.asked(t)
+	bulk.send(t, pageSize, zerosOf(3, 1))
+	until(t, "marked", func() bool { return g.Stats().PagesZero == 1 })
+	thread := g.read(0, 3, 0)
+	park.await()
+	punch := g.child.Go(uffdtest.Punch(g.blocks[0].page(4)))
+	punch.WaitWaiting()
+	park.unpark()
+	expect(t, thread, 0)
+	punch.JoinOK()
+	bulk.sendPages(t, 0, 3)
+	bulk.sendPages(t, 4, 4) // the first of them is dropped
+	mustEnd(t, result)
+	expect(t, g.read(0, 4, 0), 0)
+	expect(t, g.read(0, 5, 0), word(0, 5, 0))
+	if len(demand.requests) != 0 {
+		t.Error("a zero page was asked for")
 	}
 }
 

@@ -3,6 +3,7 @@
 package postcopy
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -73,9 +74,12 @@ type target struct {
 }
 
 // layout is the RAM of a test's VM.
-type layout []struct {
+type layout []ram
+
+type ram struct {
 	kind  uffdtest.Kind
 	pages uint64
+	own   bool // a userfaultfd of its own, not that of the blocks before
 }
 
 func newTarget(t testing.TB, l layout, o Options) *target {
@@ -92,6 +96,9 @@ func newTarget(t testing.TB, l layout, o Options) *target {
 	c := uffdtest.Start(t)
 	u := c.NewUFFD(uffd.OpenSyscall)
 	for i, b := range l {
+		if b.own {
+			u = c.NewUFFD(uffd.OpenSyscall)
+		}
 		r := c.Map(b.kind, b.pages)
 		o.Blocks = append(o.Blocks, Block{ID: fmt.Sprint("ram", i), Addr: r.Start, Size: r.Len, PageSize: b.kind.PageSize(), UFFD: u})
 	}
@@ -123,7 +130,7 @@ func (g *target) verify() {
 			if _, err := mem.ReadAt(got, int64(b.addr(b.first+p))); err != nil {
 				g.t.Fatal(err)
 			}
-			if fill(want, i, p); string(got) != string(want) {
+			if fill(want, i, p); !bytes.Equal(got, want) {
 				g.t.Fatalf("block %d page %d is wrong (state %d): % x…", i, p, g.pages.get(b.first+p), got[:16])
 			}
 		}
@@ -178,7 +185,9 @@ func serve(t testing.TB, service migratedv1.PageServiceServer) string {
 	go func() { served <- server.Serve(listener) }()
 	t.Cleanup(func() {
 		server.Stop()
-		<-served
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
 	})
 	return listener.Addr().String()
 }
@@ -271,11 +280,11 @@ type scriptedLane struct {
 }
 
 func (s *script) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, migratedv1.FetchResponse]) error {
+	l := &scriptedLane{stream: stream, requests: make(chan pagewire.Range, 1<<16), end: make(chan error, 1), closed: make(chan struct{})}
+	s.lanes <- l // before the header, after which the client opens the next one
 	if err := stream.SendHeader(nil); err != nil {
 		return err
 	}
-	l := &scriptedLane{stream: stream, requests: make(chan pagewire.Range, 1<<16), end: make(chan error, 1), closed: make(chan struct{})}
-	s.lanes <- l
 	received := make(chan error, 1)
 	go func() {
 		var r pagewire.Request
