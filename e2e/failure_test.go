@@ -139,11 +139,11 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 		m := await(s.T, client, "cancel-prepared", func(*migratedv1.Migration) bool { return false })
 		s.failed(m, stateCancelled, "cancelled", "the VM was not touched")
 	})
-	run("cancelled while the device state moves", func(s *scene) {
+	run("cancelled while the destination QEMU hangs", func(s *scene) {
 		client := s.freezeInDevice("cancel-device")
 		s.cancel(client, "cancel-device")
 		m := await(s.T, client, "cancel-device", func(*migratedv1.Migration) bool { return false })
-		s.failed(m, stateCancelled, "cancelled", "the VM runs on the source")
+		s.failed(m, stateCancelled, "cancelled", "the VM was not touched")
 	})
 	run("destination QEMU killed while prepared", func(s *scene) {
 		client := s.prepare("kill-prepared")
@@ -151,13 +151,13 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 		m := await(s.T, client, "kill-prepared", func(*migratedv1.Migration) bool { return false })
 		s.failed(m, stateFailed, "QEMU is gone", "the VM was not touched")
 	})
-	run("destination QEMU killed while the device state moves", func(s *scene) {
+	run("destination QEMU killed while it hangs", func(s *scene) {
 		client := s.freezeInDevice("kill-device")
 		kill(s.T, qemuOn(s.T, l.B), syscall.SIGKILL)
 		m := await(s.T, client, "kill-device", func(*migratedv1.Migration) bool { return false })
-		s.failed(m, stateFailed, "destination QEMU", "the VM runs on the source")
+		s.failed(m, stateFailed, "destination QEMU", "the VM was not touched")
 	})
-	run("cable pulled while the device state moves", func(s *scene) {
+	run("cable pulled while the destination QEMU hangs", func(s *scene) {
 		client := s.freezeInDevice("cut-device")
 		if err := l.SetCable(testContext(s.T), false); err != nil {
 			s.Fatal(err)
@@ -167,7 +167,7 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 			s.Fatal(err)
 		}
 		s.destinationGone("cut-device")
-		s.failed(m, stateFailed, "the VM runs on the source")
+		s.failed(m, stateFailed, "the VM was not touched")
 	})
 
 	// After all of that the same VM still moves.
@@ -199,7 +199,7 @@ func TestDestinationDaemonKilledBeforeTheSwitch(t *testing.T) {
 }
 
 // TestSourceDaemonStoppedBeforeTheSwitch ends the source's daemon in good order
-// while the VM is stopped for the migration.
+// in the middle of a migration.
 func TestSourceDaemonStoppedBeforeTheSwitch(t *testing.T) {
 	l := newHosts(t)
 	daemon := startDaemon(t, l.A)
@@ -236,8 +236,9 @@ func (s *scene) prepare(id string) migratedv1.ControlServiceClient {
 	return client
 }
 
-// freezeInDevice brings a migration to where the source's VM is stopped and the
-// destination's QEMU, which is frozen, does not take the device state.
+// freezeInDevice brings a migration to where the destination's QEMU, which is
+// frozen, is to take the device state and does not: the source must not stop its
+// VM for it.
 func (s *scene) freezeInDevice(id string) migratedv1.ControlServiceClient {
 	s.Helper()
 	client := s.prepare(id)

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"sync"
 	"time"
 
@@ -68,7 +67,9 @@ type Destination struct {
 	engine  *postcopy.Engine
 	lanes   *lanes
 	pumping bool // pump was started; it releases what is held
-	meter   meter
+	// releaseGC ends the hold on the garbage collector during the switch.
+	releaseGC func()
+	meter     meter
 }
 
 // A phase is how far the calls of the source have brought this destination.
@@ -98,6 +99,8 @@ func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 		cfg:  cfg,
 		log:  cfg.Log.With("migration", request.GetId(), "role", "destination"),
 		done: make(chan struct{}),
+
+		releaseGC: func() {},
 	}
 	d.ctx, d.cancel = context.WithCancelCause(ctx)
 	d.loadCtx, d.cancelLoad = context.WithCancelCause(d.ctx)
@@ -176,10 +179,15 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		d.vm = vm
 		return d.checkIncoming(ctx)
 	}
+	if len(d.cfg.Binaries) == 0 {
+		return withRemedy(errors.New("the destination starts no QEMU: its list of QEMU binaries is empty"),
+			"start QEMU there with -S -incoming defer and name its socket with --to-qmp, or set qemu_binaries in the destination's configuration")
+	}
 	machine := request.GetMachine()
 	argv, err := qemu.DestinationCommand(
 		qemu.SourceCommand{
 			Name: machine.GetName(), Args: machine.GetCommandLine(), QMPPath: machine.GetQmpPath(),
+			Dir: machine.GetWorkingDirectory(),
 		},
 		qemu.CommandOptions{
 			QMPPath: machine.GetQmpPath(), Binaries: d.cfg.Binaries, TemplatePath: request.GetDestinationTemplate(),
@@ -217,7 +225,7 @@ func (d *Destination) checkIncoming(ctx context.Context) error {
 // before anything, loading the device state included, can touch it.
 func (d *Destination) takeDescriptor(ctx context.Context) error {
 	var err error
-	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.handDevice})
+	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.vm.HandFD})
 	if err != nil {
 		return fmt.Errorf("take a userfaultfd from the destination QEMU: %w", err)
 	}
@@ -234,16 +242,6 @@ func (d *Destination) takeDescriptor(ctx context.Context) error {
 	return nil
 }
 
-// handDevice passes our open /dev/userfaultfd to a QEMU that may not create a
-// userfaultfd itself.
-func (d *Destination) handDevice(ctx context.Context, device *os.File) (release func(context.Context) error, err error) {
-	name := map[string]any{"fdname": "migrated-userfaultfd"}
-	if err := d.vm.QMP.DoWithFD(ctx, "getfd", name, nil, device); err != nil {
-		return nil, err
-	}
-	return func(ctx context.Context) error { return d.vm.QMP.Do(ctx, "closefd", name, nil) }, nil
-}
-
 // LoadDeviceState brings a prepared destination to loaded: QEMU has taken in
 // its whole stream. When it fails the destination has given up.
 func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
@@ -253,6 +251,7 @@ func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 		return err
 	}
 	d.phase = loading
+	d.releaseGC = garbage.hold()
 	d.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
 	total, err := d.load(stream)
 	if err != nil {
@@ -281,25 +280,24 @@ func (d *Destination) load(stream grpc.ClientStreamingServer[migratedv1.LoadDevi
 	stop := context.AfterFunc(stream.Context(), func() { cancel(context.Cause(stream.Context())) })
 	defer stop()
 
-	loaded := make(chan error, 1)
 	go func() {
-		err := d.vm.MigrateIncomingFD(ctx, carrier.qemu)
-		carrier.close() // nobody reads any more: what is still to come has failed
-		loaded <- err
-	}()
-	total, receiveErr := carrier.receiveFrom(stream)
-	if receiveErr != nil {
-		cancel(receiveErr)
-	}
-	loadErr := <-loaded
-	if loadErr != nil {
-		loadErr = fmt.Errorf("the destination QEMU did not load the device state: %w", d.explain(loadErr))
-		if receiveErr != nil {
-			return total, errors.Join(loadErr, receiveErr)
+		if err := carrier.receiveFrom(stream); err != nil {
+			cancel(err)
 		}
-		return total, withRemedy(loadErr, "compare machine type, devices and QEMU versions of both sides")
+	}()
+	// The source's QEMU begins when it sees this header: from then on nothing
+	// but the stream itself is between the VM's stop and its loading.
+	err = d.vm.MigrateIncomingFD(ctx, carrier.qemu, func() { _ = stream.SendHeader(nil) })
+	switch {
+	case err == nil:
+		// QEMU knows where its stream ends; what gRPC says of the end has time.
+		return carrier.received.Load(), nil
+	case ctx.Err() != nil:
+		return 0, fmt.Errorf("the destination QEMU did not load the device state: %w", causeOf(ctx, d.explain(err)))
+	default:
+		return 0, withRemedy(fmt.Errorf("the destination QEMU did not load the device state: %w", d.explain(err)),
+			"compare machine type, devices and QEMU versions of both sides")
 	}
-	return total, receiveErr
 }
 
 // explain adds what QEMU itself wrote to an error that its death caused.
@@ -346,6 +344,7 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 		resumed = at
 	}
 	d.phase = running
+	d.releaseGC()
 	d.engine.StartSweep()
 	d.answer = &migratedv1.RunResponse{
 		ResumeTime: durationpb.New(max(0, resumed.Sub(arrived))), ServeTime: durationpb.New(time.Since(arrived)),

@@ -119,6 +119,7 @@ func (d *Destination) giveUp(reason error) {
 		return
 	}
 	d.phase, d.reason = givenUp, reason
+	d.releaseGC()
 	d.log.Warn("gave up", "reason", reason)
 	d.cancel(reason)
 	d.endQEMU()

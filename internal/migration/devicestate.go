@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -15,16 +16,23 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// deviceChunk is the most of QEMU's stream that one message carries. A whole
-// device state is about 200 KB.
-const deviceChunk = 256 << 10
+const (
+	// deviceChunk is the most of QEMU's stream that one message carries.
+	deviceChunk = 128 << 10
+	// deviceArena is set aside for the stream before the VM stops. A whole device
+	// state is about 200 KB.
+	deviceArena = 1 << 20
+)
 
 // A deviceCarrier is the pair of sockets between QEMU and the daemon that
 // QEMU's migration stream runs over. QEMU gets its end as a descriptor, so that
 // no path, port or permission is needed, also inside QEMU's sandbox.
 type deviceCarrier struct {
-	qemu *os.File // to be handed to QEMU
-	ours *os.File
+	qemu  *os.File // to be handed to QEMU
+	ours  *os.File
+	arena []byte // what is left of it
+
+	received atomic.Uint64 // bytes passed to QEMU
 
 	once     sync.Once
 	onceQEMU sync.Once
@@ -42,6 +50,8 @@ func newDeviceCarrier() (*deviceCarrier, error) {
 	return &deviceCarrier{
 		qemu: os.NewFile(uintptr(fds[0]), "device-state-qemu"),
 		ours: os.NewFile(uintptr(fds[1]), "device-state"),
+
+		arena: make([]byte, deviceArena),
 	}, nil
 }
 
@@ -57,8 +67,12 @@ func (c *deviceCarrier) close() {
 // ended the call first, the reason is for the caller to receive.
 func (c *deviceCarrier) sendTo(stream grpc.ClientStreamingClient[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
 	for {
-		buf := make([]byte, deviceChunk) // gRPC may keep it after Send
+		if len(c.arena) == 0 {
+			c.arena = make([]byte, deviceArena)
+		}
+		buf := c.arena[:min(deviceChunk, len(c.arena))]
 		n, err := c.ours.Read(buf)
+		c.arena = c.arena[n:] // gRPC may keep what it was given
 		if n > 0 {
 			if err := stream.Send(&migratedv1.LoadDeviceStateRequest{Data: buf[:n]}); err != nil {
 				return err
@@ -73,22 +87,21 @@ func (c *deviceCarrier) sendTo(stream grpc.ClientStreamingClient[migratedv1.Load
 	}
 }
 
-// receiveFrom carries the stream to a destination's QEMU until its end and
-// returns its length in bytes.
-func (c *deviceCarrier) receiveFrom(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) (uint64, error) {
-	var total uint64
+// receiveFrom carries the stream to a destination's QEMU until its end, which
+// includes that QEMU has read enough.
+func (c *deviceCarrier) receiveFrom(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
 	for {
 		message, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			return total, nil
+			return nil
 		}
 		if err != nil {
-			return total, fmt.Errorf("receive the device state: %w", err)
+			return fmt.Errorf("receive the device state: %w", err)
 		}
 		n, err := c.ours.Write(message.GetData())
-		total += uint64(n)
+		c.received.Add(uint64(n))
 		if err != nil {
-			return total, fmt.Errorf("pass the device state to QEMU: %w", err)
+			return fmt.Errorf("pass the device state to QEMU: %w", err)
 		}
 	}
 }

@@ -33,7 +33,8 @@ import (
 type peer struct {
 	migratedv1.UnimplementedPeerServiceServer
 
-	run func(attempt int) (*migratedv1.RunResponse, error)
+	load func(context.Context) error // when the whole device state has come; nil: all is well
+	run  func(attempt int) (*migratedv1.RunResponse, error)
 
 	mu      sync.Mutex
 	runs    int
@@ -46,9 +47,17 @@ func (p *peer) PrepareIncoming(_ context.Context, r *migratedv1.PrepareIncomingR
 }
 
 func (p *peer) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
+	if err := stream.SendHeader(nil); err != nil {
+		return err
+	}
 	for {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
+			if p.load != nil {
+				if err := p.load(stream.Context()); err != nil {
+					return err
+				}
+			}
 			return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: p.bytes})
 		}
 		if err != nil {
@@ -295,6 +304,37 @@ func TestCommittedVMStaysStopped(t *testing.T) {
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "stopped on the source")
 	if s.vmRuns(t) || !s.handedOver(t) {
 		t.Error("the VM was given away and kept")
+	}
+}
+
+// A destination that does not load what it was sent leaves the VM, which was
+// stopped, running at the source.
+func TestLoadErrorContinuesTheVM(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	s.peer.load = func(context.Context) error { return status.Error(codes.FailedPrecondition, "QEMU was killed") }
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	<-s.source.stopped // it was
+	if s.peer.runs != 0 || !s.peer.aborted || !s.vmRuns(t) || s.handedOver(t) {
+		t.Errorf("%d hand-overs, aborted %v", s.peer.runs, s.peer.aborted)
+	}
+}
+
+// A cancellation while the VM stands still continues it.
+func TestCancelWhileStopped(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	s.peer.load = func(ctx context.Context) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	s.source.Start()
+	<-s.source.stopped
+	if err := s.source.Cancel(); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_CANCELLED, "the VM runs on the source")
+	if s.peer.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {
+		t.Errorf("%d hand-overs", s.peer.runs)
 	}
 }
 

@@ -165,21 +165,7 @@ func (s *Source) run(ctx context.Context) {
 		s.backOut(ctx, err)
 		return
 	}
-	s.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
-	if err := s.moveDevices(ctx); err != nil {
-		s.backOut(ctx, err)
-		return
-	}
-	if err := s.commit(ctx); err != nil {
-		s.backOut(ctx, err)
-		return
-	}
-	if err := s.handOver(ctx); err != nil {
-		if errors.Is(err, ErrNotRun) {
-			s.backOut(ctx, errors.Join(err, s.giveBack()))
-			return
-		}
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
+	if !s.switchOver(ctx) {
 		return
 	}
 	if err := s.follow(ctx); err != nil {
@@ -188,6 +174,31 @@ func (s *Source) run(ctx context.Context) {
 		return
 	}
 	s.complete()
+}
+
+// switchOver moves the VM itself. It is false where it did not: then the
+// migration is over, and the tracker says why and where the VM is.
+func (s *Source) switchOver(ctx context.Context) bool {
+	defer garbage.hold()()
+	s.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
+	if err := s.moveDevices(ctx); err != nil {
+		s.backOut(ctx, err)
+		return false
+	}
+	if err := s.commit(ctx); err != nil {
+		s.backOut(ctx, err)
+		return false
+	}
+	err := s.handOver(ctx)
+	switch {
+	case err == nil:
+		return true
+	case errors.Is(err, ErrNotRun):
+		s.backOut(ctx, errors.Join(err, s.giveBack()))
+	default:
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
+	}
+	return false
 }
 
 // prepare does all that can be done while the VM runs.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"time"
 
@@ -50,6 +51,12 @@ func (s *Source) moveDevices(ctx context.Context) error {
 		_, err = stream.CloseAndRecv()
 		return causeOf(ctx, fromPeer("move the device state", destination, err))
 	}
+	// The header says that the destination's QEMU reads; without one there is a
+	// status instead.
+	if header, err := stream.Header(); err != nil || header == nil {
+		_, err = stream.CloseAndRecv()
+		return causeOf(ctx, fromPeer("move the device state", destination, err))
+	}
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
 	}
@@ -87,7 +94,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 		return causeOf(ctx, errors.Join(fromPeer("move the device state", destination, recvErr), saveErr))
 	case saveErr != nil:
 		return causeOf(ctx, fmt.Errorf("save the device state: %w", saveErr))
-	case sendErr != nil:
+	case sendErr != nil && !errors.Is(sendErr, io.EOF): // EOF: the destination had enough, as its answer says
 		return causeOf(ctx, fmt.Errorf("send the device state: %w", sendErr))
 	case noteErr != nil:
 		return causeOf(ctx, fmt.Errorf("stop the VM: %w", noteErr))

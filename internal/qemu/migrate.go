@@ -22,26 +22,27 @@ const cancelTimeout = 5 * time.Second
 const fdName = "migrated-device-state"
 
 // MigrateFD makes QEMU write its migration stream to f, which stays the caller's, and returns when QEMU
-// has written all of it. The VM should be stopped; PrepareOutgoing must have been called. Afterwards QEMU has
-// given its disks up; Cont takes them back.
+// has written all of it. PrepareOutgoing must have been called. A VM that runs is stopped by QEMU when the
+// stream has come to the state of the devices. Afterwards QEMU has given its disks up; Cont takes them back.
 //
 // f is one end of a socket. While QEMU writes the last and largest part of the stream it holds its global
 // lock: a reader that stalls makes its monitor stall too, and neither migrate_cancel nor cont would be
 // heard. Therefore, when ctx ends, the socket is shut down first and the migration cancelled then.
 func (vm *VM) MigrateFD(ctx context.Context, f *os.File) error {
-	return vm.migrateFD(ctx, "migrate", f)
+	return vm.migrateFD(ctx, "migrate", f, func() {})
 }
 
 // MigrateIncomingFD makes a QEMU that was started with -incoming defer read a migration stream from f, which
-// stays the caller's, and returns when QEMU has loaded all of it. PrepareIncoming must have been called.
+// stays the caller's, and returns when QEMU has loaded all of it. PrepareIncoming must have been called. begun
+// is called when QEMU is about to read.
 //
 // A QEMU that fails to load exits: the error is then a *qmp.DisconnectedError, and QEMU's own words are in
 // Process.ExitReason. When ctx ends, the socket f is shut down, which is a failed load to QEMU.
-func (vm *VM) MigrateIncomingFD(ctx context.Context, f *os.File) error {
-	return vm.migrateFD(ctx, "migrate-incoming", f)
+func (vm *VM) MigrateIncomingFD(ctx context.Context, f *os.File, begun func()) error {
+	return vm.migrateFD(ctx, "migrate-incoming", f, begun)
 }
 
-func (vm *VM) migrateFD(ctx context.Context, command string, f *os.File) error {
+func (vm *VM) migrateFD(ctx context.Context, command string, f *os.File, begun func()) error {
 	events := vm.QMP.Subscribe("MIGRATION")
 	defer events.Close()
 	name := map[string]string{"fdname": fdName}
@@ -57,6 +58,7 @@ func (vm *VM) migrateFD(ctx context.Context, command string, f *os.File) error {
 		}
 		return vm.abandon(ctx, command, f, err)
 	}
+	begun()
 	err := vm.awaitMigration(ctx, events)
 	if err != nil && ctx.Err() != nil {
 		return vm.abandon(ctx, command, f, err)

@@ -45,7 +45,7 @@ func TestDeviceStateMoves(t *testing.T) {
 	}
 	out, in := socketPair(t)
 	loaded := make(chan error, 1)
-	go func() { loaded <- destination.MigrateIncomingFD(ctx, in) }()
+	go func() { loaded <- destination.MigrateIncomingFD(ctx, in, func() {}) }()
 	if err := source.MigrateFD(ctx, out); err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func TestSourceContinuesWithItsDisks(t *testing.T) {
 	}
 	out, in := socketPair(t)
 	loaded := make(chan error, 1)
-	go func() { loaded <- destination.MigrateIncomingFD(ctx, in) }()
+	go func() { loaded <- destination.MigrateIncomingFD(ctx, in, func() {}) }()
 	if err := errors.Join(source.MigrateFD(ctx, out), <-loaded); err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +106,7 @@ func TestDestinationKilledWhileLoading(t *testing.T) {
 	narrow(t, out)
 	in, feed := socketPair(t)
 	loaded := make(chan error, 1)
-	go func() { loaded <- destination.MigrateIncomingFD(ctx, in) }()
+	go func() { loaded <- destination.MigrateIncomingFD(ctx, in, func() {}) }()
 	saved := make(chan error, 1)
 	go func() { saved <- source.MigrateFD(ctx, out) }()
 	// It has got a part of the stream and waits for more.
@@ -180,7 +180,7 @@ func TestBadStreamIsExplained(t *testing.T) {
 	}
 	feed.Close()
 	var gone *qmp.DisconnectedError
-	err := destination.MigrateIncomingFD(testContext(t), in)
+	err := destination.MigrateIncomingFD(testContext(t), in, func() {})
 	if err == nil {
 		t.Fatal("garbage was loaded")
 	}

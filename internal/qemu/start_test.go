@@ -56,21 +56,35 @@ func TestHandedDescriptor(t *testing.T) {
 	_, vm := startAs(t, unprivileged, append(ram(ramFile(t)), "-sandbox", sandbox, "-S", "-incoming", "defer")...)
 	ctx := testContext(t)
 	for range 2 {
-		number, release, err := vm.AddFD(ctx, device)
+		release, err := vm.HandFD(ctx, device)
 		if err != nil {
 			t.Fatal(err)
 		}
-		link := fmt.Sprintf("/proc/%d/fd/%d", vm.Pid, number)
-		if name, err := os.Readlink(link); err != nil || name != uffd.DevicePath {
-			t.Errorf("descriptor %d is %q, %v", number, name, err)
+		if n := descriptors(t, vm.Pid, uffd.DevicePath); n != 1 {
+			t.Errorf("QEMU has %d descriptors of the device after it was handed one", n)
 		}
 		if err := release(ctx); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := os.Readlink(link); err == nil {
-			t.Errorf("descriptor %d is still open", number)
+		if n := descriptors(t, vm.Pid, uffd.DevicePath); n != 0 {
+			t.Errorf("QEMU has %d descriptors of the device after it closed it", n)
 		}
 	}
+}
+
+// descriptors counts a process' descriptors of a file.
+func descriptors(t *testing.T, pid int, path string) (n int) {
+	t.Helper()
+	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, link := range links {
+		if name, err := os.Readlink(link); err == nil && name == path {
+			n++
+		}
+	}
+	return n
 }
 
 func TestStartFails(t *testing.T) {
