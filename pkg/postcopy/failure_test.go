@@ -204,8 +204,11 @@ func TestAdopt(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.Engine = second
-	g.resume(8)
-	expect(t, thread, word(0, 5, 0))
+	again := g.run(context.Background(), dial(t, realSource(t, layout{{kind: uffdtest.Shmem, pages: 8}}), 1))
+	expect(t, thread, word(0, 5, 0)) // without the sweep: its fault was read again
+	g.StartSweep()
+	mustEnd(t, again)
+	g.verify()
 }
 
 // TestSilentSourceAtTheEnd: a source that does not end its lanes cannot keep Run from ending well.
