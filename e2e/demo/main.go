@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command demo migrates a real VM with a busy guest between two daemons, each
-// in a network namespace of its own, and shows it. With --compare it moves the
-// same VM with QEMU's own post-copy as well and prints both.
+// in a network namespace of its own, and shows it. With --compare it then moves
+// the same VM back by QEMU's own post-copy, and so on, there by migrated and
+// back by QEMU, and prints the medians of both.
 package main
 
 import (
@@ -33,6 +34,7 @@ const timeout = 10 * time.Minute
 
 type options struct {
 	compare bool
+	rounds  int
 	memory  int
 	dir     string
 }
@@ -40,6 +42,7 @@ type options struct {
 func main() {
 	var o options
 	flag.BoolVar(&o.compare, "compare", false, "move the same VM by QEMU's own post-copy, too")
+	flag.IntVar(&o.rounds, "rounds", 5, "with --compare: how often each moves the VM")
 	flag.IntVar(&o.memory, "memory", 1024, "memory of the VM in `MiB`, at least 1024")
 	flag.StringVar(&o.dir, "dir", "build/demo", "`directory` of the report and the logs")
 	flag.Parse()
@@ -74,15 +77,9 @@ func run(ctx context.Context, o options) error {
 		},
 		Extra: lab.EventsArgs(),
 	}
-	r, err := migrate(ctx, o, vm)
+	r, err := show(ctx, o, vm)
 	if err != nil {
 		return err
-	}
-	if o.compare {
-		if r.QEMU, err = compare(ctx, vm); err != nil {
-			return fmt.Errorf("QEMU's own post-copy: %w", err)
-		}
-		r.QEMUDowntimeMS = &r.QEMU.DowntimeMS
 	}
 	path := filepath.Join(o.dir, "report.json")
 	if err := r.write(path); err != nil {
@@ -92,8 +89,8 @@ func run(ctx context.Context, o options) error {
 	return r.verdict()
 }
 
-// migrate moves the VM by migrated.
-func migrate(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, err error) {
+// show sets the stage and moves the VM.
+func show(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, err error) {
 	l, err := lab.New(ctx)
 	if err != nil {
 		return nil, err
@@ -110,14 +107,20 @@ func migrate(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, er
 			return nil, fmt.Errorf("%w; see %s", err, log.Name())
 		}
 	}
-	if err := l.B.MakeVMDir(); err != nil {
-		return nil, err
-	}
 	var guest report.Log
-	here, err := boot(ctx, l.A, vm, &guest)
-	if err != nil {
+	if err := boot(ctx, l.A, vm, &guest); err != nil {
 		return nil, err
 	}
+	r, err := migrate(ctx, l, "demo", &guest)
+	if err != nil || !o.compare {
+		return r, err
+	}
+	return r, compare(ctx, o, l, vm, &guest, r)
+}
+
+// migrate moves the VM from host a to host b by migrated and lets the guest
+// check itself there.
+func migrate(ctx context.Context, l *lab.Lab, id string, guest *report.Log) (*demoReport, error) {
 	watch, err := l.WatchSwitch(ctx, l.A, l.B)
 	if err != nil {
 		return nil, err
@@ -127,23 +130,19 @@ func migrate(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, er
 		d, err := watch.Downtime(ctx)
 		downtime <- timed{d, err}
 	}()
-
-	say("Migrating: migrated migrate --id demo --vm %s --to %s", lab.QMPPath, l.B.DaemonAddr())
-	if err := here.Close(); err != nil {
-		return nil, err
-	}
-	if err := runMigrated(ctx, l); err != nil {
+	say("Migrating: migrated migrate --id %s --vm %s --to %s", id, lab.QMPPath, l.B.DaemonAddr())
+	if err := runMigrated(ctx, l, id); err != nil {
 		return nil, err
 	}
 	took := <-downtime
 	if took.err != nil {
 		return nil, took.err
 	}
-	m, err := status(ctx, l.A)
+	m, err := status(ctx, l.A, id)
 	if err != nil {
 		return nil, err
 	}
-	verdict, err := watchGuest(ctx, l.B, &guest)
+	verdict, err := watchGuest(ctx, l.B, guest)
 	if err != nil {
 		return nil, err
 	}
@@ -156,32 +155,33 @@ type timed struct {
 }
 
 // boot starts the VM and waits until its guest is at work.
-func boot(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *report.Log) (*report.Port, error) {
+func boot(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *report.Log) (err error) {
 	say("Booting a VM of %d MiB on host %s; its guest stamps its memory, then reads and writes it", vm.MemoryMiB, h.Name)
 	if _, err := h.StartVM(ctx, vm); err != nil {
-		return nil, err
+		return err
 	}
 	port, err := h.Guest(ctx, guest)
 	if err != nil {
-		return nil, err
+		return err
 	}
+	defer func() { err = errors.Join(err, port.Close()) }()
 	ready, err := guest.WaitReady(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	say("The guest is at work: %d pages stamped, %d of them in its working set", ready.Pages, ready.Working)
 	// A moment of work, so that the migration meets a busy guest.
 	_, _, err = guest.Wait(ctx, guest.Len(), func(l report.Line) bool { return l.Window != nil && l.Window.Seq >= 5 })
-	return port, err
+	return err
 }
 
 // runMigrated runs the operator's command, its progress bar for all to see.
-func runMigrated(ctx context.Context, l *lab.Lab) error {
+func runMigrated(ctx context.Context, l *lab.Lab, id string) error {
 	binary, err := lab.Binary()
 	if err != nil {
 		return err
 	}
-	cmd := l.A.Command(ctx, binary, "migrate", "--id", "demo", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr())
+	cmd := l.A.Command(ctx, binary, "migrate", "--id", id, "--vm", lab.QMPPath, "--to", l.B.DaemonAddr())
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	err = cmd.Run()
 	var exit *exec.ExitError
@@ -191,12 +191,12 @@ func runMigrated(ctx context.Context, l *lab.Lab) error {
 	return err
 }
 
-func status(ctx context.Context, h *lab.Host) (*migratedv1.Migration, error) {
+func status(ctx context.Context, h *lab.Host, id string) (*migratedv1.Migration, error) {
 	binary, err := lab.Binary()
 	if err != nil {
 		return nil, err
 	}
-	out, err := h.Run(ctx, binary, "status", "demo", "--json")
+	out, err := h.Run(ctx, binary, "status", id, "--json")
 	if err != nil {
 		return nil, err
 	}

@@ -28,6 +28,9 @@ type demoReport struct {
 	GuestCorruptions uint64  `json:"guest_corruptions"`
 	GuestOpsAfter    uint64  `json:"guest_ops_after"`
 
+	// With --compare downtime_ms and residency_ms are medians over the rounds,
+	// and the other figures those of the first.
+	DowntimesMS    []float64   `json:"downtimes_ms,omitempty"`
 	QEMUDowntimeMS *float64    `json:"qemu_downtime_ms,omitempty"`
 	QEMU           *qemuReport `json:"qemu,omitempty"`
 
@@ -38,10 +41,11 @@ type demoReport struct {
 
 // qemuReport is what QEMU's own post-copy did with the same VM.
 type qemuReport struct {
-	DowntimeMS       float64 `json:"downtime_ms"`
-	ResidencyMS      float64 `json:"residency_ms"`
-	Bytes            uint64  `json:"bytes"`
-	GuestCorruptions uint64  `json:"guest_corruptions"`
+	DowntimeMS       float64   `json:"downtime_ms"`
+	DowntimesMS      []float64 `json:"downtimes_ms"`
+	ResidencyMS      float64   `json:"residency_ms"`
+	Bytes            uint64    `json:"bytes"`
+	GuestCorruptions uint64    `json:"guest_corruptions"`
 }
 
 func newReport(m *migratedv1.Migration, downtime time.Duration, v *verdict) *demoReport {
@@ -95,7 +99,12 @@ func (r *demoReport) print(out io.Writer, path string) {
 	if r.QEMU != nil {
 		row("", "migrated", "QEMU post-copy")
 	}
-	row("downtime", fmt.Sprintf("%.2f ms (migrated itself says %.2f)", r.DowntimeMS, milliseconds(r.reported)), fmt.Sprintf("%.2f ms", q.DowntimeMS))
+	if r.QEMU == nil {
+		row("downtime", fmt.Sprintf("%.2f ms (migrated itself says %.2f)", r.DowntimeMS, milliseconds(r.reported)), "")
+	} else {
+		row("downtime, median", fmt.Sprintf("%.2f ms", r.DowntimeMS), fmt.Sprintf("%.2f ms", q.DowntimeMS))
+		row("of", fmt.Sprintf("%.2f", r.DowntimesMS), fmt.Sprintf("%.2f", q.DowntimesMS))
+	}
 	row("faults", fmt.Sprint(r.Faults), "")
 	row("fault latency p50 / p99", fmt.Sprintf("%.0f / %.0f µs", r.FaultP50US, r.FaultP99US), "")
 	row("time to full residency", fmt.Sprintf("%.0f ms", r.ResidencyMS), fmt.Sprintf("%.0f ms", q.ResidencyMS))

@@ -34,8 +34,9 @@ type Result struct {
 }
 
 // Migrate moves the VM that c describes from one host to the other. It starts
-// the destination QEMU itself and switches to post-copy at once.
-func Migrate(ctx context.Context, l *lab.Lab, from, to *lab.Host, c lab.VMConfig, o Options) (Result, error) {
+// the destination QEMU itself, switches to post-copy at once, and ends the
+// source QEMU when all is over.
+func Migrate(ctx context.Context, from, to *lab.Host, c lab.VMConfig, o Options) (Result, error) {
 	if _, err := to.StartVM(ctx, c, "-incoming", "defer"); err != nil {
 		return Result{}, err
 	}
@@ -88,6 +89,9 @@ func Migrate(ctx context.Context, l *lab.Lab, from, to *lab.Host, c lab.VMConfig
 		} `json:"ram"`
 	}
 	if err := source.Do(ctx, "query-migrate", nil, &figures); err != nil {
+		return Result{}, err
+	}
+	if err := source.Do(ctx, "quit", nil, nil); err != nil {
 		return Result{}, err
 	}
 	return Result{

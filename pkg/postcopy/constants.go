@@ -21,6 +21,10 @@ const (
 	// lock of the address space meanwhile, which page faults in QEMU need too.
 	copyBytes = 512 << 10
 
+	// loadAhead is what a fault asks for, in bytes, before StartSweep: what loading the device state touches lies
+	// together (option ROMs, on a PC), and the VM stands still for each of these faults.
+	loadAhead = 64 << 10
+
 	// sweepRun is what the sweep asks for at a time, in bytes, unless a page is larger: one reply, one UFFDIO_COPY.
 	sweepRun = 512 << 10
 	// sweepWindow is how many bytes the sweep has asked for and not got: 10 Gbit/s at a round trip of 3 ms.

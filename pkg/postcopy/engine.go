@@ -71,6 +71,8 @@ type Engine struct {
 	running  atomic.Bool
 	done     chan struct{} // closed when Run has succeeded
 
+	ahead uint64 // loadAhead, except in tests that count requests
+
 	// park is nil except in tests, which stop a goroutine at the point that is named.
 	park func(point string, page uint64)
 }
@@ -86,7 +88,7 @@ func New(o Options) (*Engine, error) {
 	}
 	e := &Engine{
 		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(),
-		sweeping: make(chan struct{}), done: make(chan struct{}),
+		sweeping: make(chan struct{}), done: make(chan struct{}), ahead: loadAhead,
 	}
 	if e.workers <= 0 {
 		e.workers = defaultWorkers

@@ -122,7 +122,24 @@ func (w *worker) fault(u *uffd.UFFD, addr uint64, now int64) error {
 	}
 	e.pending.start(p, now)
 	e.hint.Store(p + 2)
-	return w.ask(b, p)
+	if err := w.ask(b, p); err != nil || e.started.Load() {
+		return err
+	}
+	return w.askAhead(b, p)
+}
+
+// askAhead adds the missing pages behind page p, for as long as the sweep does not come for them: while the
+// device state is loaded.
+func (w *worker) askAhead(b *block, p uint64) error {
+	for q := p + 1; q < min(p+w.s.e.ahead>>b.shift, b.end()); q++ {
+		if !w.s.e.pages.claimAhead(q) {
+			return nil // it is here, or another worker asks for it
+		}
+		if err := w.ask(b, q); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // ask adds a page to the request, which is sent before it exceeds what a message may ask for.

@@ -132,6 +132,9 @@ func (t *pages) claimFault(p uint64) claim {
 	}
 }
 
+// claimAhead claims a missing page as if there had been a fault on it.
+func (t *pages) claimAhead(p uint64) bool { return t.swap(p, missing, demanded) }
+
 // nextMissing finds the first missing page at or after page from, going on from the beginning at the end.
 func (t *pages) nextMissing(from uint64) (uint64, bool) {
 	const ones = 0x1111111111111111

@@ -4,6 +4,7 @@ package postcopy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -305,4 +306,33 @@ func TestUnmap(t *testing.T) {
 	b := &g.blocks[0]
 	g.child.Go(uffdtest.Unmap(uffd.Range{Start: b.addr(1), Len: 7 * pageSize})).JoinOK()
 	mustEnd(t, result)
+}
+
+// Before the sweep a fault brings its neighbours along; they are there when they are needed.
+func TestFaultAsksAhead(t *testing.T) {
+	g := newTarget(t, layout{{kind: uffdtest.Shmem, pages: 20}}, Options{Workers: 1})
+	g.ahead = 8 * pageSize
+	lanes, theirs := scripted(t, 1)
+	demand := theirs[0]
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	result := g.run(ctx, lanes)
+	first := g.read(0, 5, 0)
+	if r := demand.asked(t); r.Offset != 5*pageSize || r.Length != 8*pageSize {
+		t.Fatalf("asked for %d bytes at %#x", r.Length, r.Offset)
+	}
+	demand.sendPages(t, 5, 8)
+	expect(t, first, word(0, 5, 0))
+	expect(t, g.read(0, 12, 0), word(0, 12, 0))
+	// A neighbour that is there already is not asked for again.
+	before := g.read(0, 2, 0)
+	if r := demand.asked(t); r.Offset != 2*pageSize || r.Length != 3*pageSize {
+		t.Errorf("asked for %d bytes at %#x", r.Length, r.Offset)
+	}
+	demand.sendPages(t, 2, 3)
+	expect(t, before, word(0, 2, 0))
+	cancel()
+	if err := await(t, "end of Run", result); !errors.Is(err, context.Canceled) {
+		t.Errorf("Run ended with %v", err)
+	}
 }

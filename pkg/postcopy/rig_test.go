@@ -11,7 +11,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -29,17 +28,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestMain starts the test binary again without preemption signals: they interrupt the replies of uffdtest's
-// child, whose socket has a timeout (signal(7): such a recvmsg is not restarted).
-func TestMain(m *testing.M) {
-	const calm = "asyncpreemptoff=1"
-	if setting := os.Getenv("GODEBUG"); !strings.Contains(setting, calm) {
-		env := append(os.Environ(), "GODEBUG="+strings.TrimPrefix(setting+","+calm, ","))
-		fmt.Fprintln(os.Stderr, "cannot start the tests again:", unix.Exec("/proc/self/exe", os.Args, env))
-		os.Exit(1)
-	}
-	goleak.VerifyTestMain(m)
-}
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience bounds every wait, so that what never comes fails a test.
 const patience = 20 * time.Second
@@ -106,6 +95,7 @@ func newTarget(t testing.TB, l layout, o Options) *target {
 	if err != nil {
 		t.Fatal(err)
 	}
+	e.ahead = 0
 	return &target{Engine: e, t: t, child: c, uffd: u}
 }
 

@@ -9,6 +9,7 @@ import (
 	"bytes"
 	_ "embed"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -145,6 +146,9 @@ func (c *Child) call(rq request, payload ...byte) (Result, int) {
 	}
 	reply, oob := make([]byte, 16), make([]byte, unix.CmsgSpace(4))
 	n, oobn, _, _, err := unix.Recvmsg(c.sock, reply, oob, unix.MSG_CMSG_CLOEXEC)
+	for errors.Is(err, unix.EINTR) { // a signal of the runtime; SO_RCVTIMEO keeps the kernel from going on by itself
+		n, oobn, _, _, err = unix.Recvmsg(c.sock, reply, oob, unix.MSG_CMSG_CLOEXEC)
+	}
 	if err != nil || n != len(reply) {
 		c.t.Fatalf("child: no reply to %+v within %v: %d bytes, %v", rq, patience, n, err)
 	}
