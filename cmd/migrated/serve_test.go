@@ -94,7 +94,7 @@ func TestServe(t *testing.T) {
 	if err := serve.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer serve.Process.Kill() // where the test ends before the daemon
+	defer func() { _ = serve.Process.Kill() }() // where the test ends before the daemon
 	told("READY=1")
 
 	for _, args := range [][]string{{"version"}, {"list"}} {

@@ -58,9 +58,9 @@ func (r *registry) find(id string) tracked {
 	return nil
 }
 
-// addSource returns the source with that id, made by make where there is none.
+// addSource returns the source with that id, made by create where there is none.
 // busy is a migration of the same VM that is not over.
-func (r *registry) addSource(id, vm string, make func() *migration.Source) (s *migration.Source, busy string) {
+func (r *registry) addSource(id, vm string, create func() *migration.Source) (s *migration.Source, busy string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if s := r.sources[id]; s != nil {
@@ -72,22 +72,22 @@ func (r *registry) addSource(id, vm string, make func() *migration.Source) (s *m
 		}
 	}
 	forgetOld(r.sources)
-	s = make()
+	s = create()
 	r.sources[id] = s
 	return s, ""
 }
 
-// addDestination adds the one that make makes; nil where the id is taken by one
+// addDestination adds the one that create makes; nil where the id is taken by one
 // that is not over. One that is over makes room, so that an id can be used
 // again after a failure.
-func (r *registry) addDestination(id string, make func() *migration.Destination) *migration.Destination {
+func (r *registry) addDestination(id string, create func() *migration.Destination) *migration.Destination {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if old := r.destinations[id]; old != nil && !isDone(old) {
 		return nil
 	}
 	forgetOld(r.destinations)
-	d := make()
+	d := create()
 	r.destinations[id] = d
 	return d
 }

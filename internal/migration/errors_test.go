@@ -48,7 +48,7 @@ func TestUnreachablePeerHasARemedy(t *testing.T) {
 func TestCauseOf(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	failed := errors.New("failed")
-	if got := causeOf(ctx, failed); got != failed { //nolint:errorlint // the very same is wanted
+	if got := causeOf(ctx, failed); got != failed {
 		t.Errorf("before the end: %v", got)
 	}
 	cancel(ErrCancelled)

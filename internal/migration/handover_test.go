@@ -158,16 +158,19 @@ func newStage(t *testing.T, ctx context.Context, run func(attempt int) (*migrate
 	s.source = NewSource(ctx, SourceConfig{
 		ID: "m1", Spec: &migratedv1.MigrationSpec{Vm: s.vm, Destination: listener.Addr().String()},
 		Pages: pagesrv.NewServer(), Records: s.records,
-		Dial: func(address string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
-			return grpc.NewClient(address, append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
-		},
-		Log: slog.New(slog.DiscardHandler),
+		Dial: dialPlain,
+		Log:  slog.New(slog.DiscardHandler),
 	})
 	t.Cleanup(func() {
 		s.source.cancel(errors.New("the test is over"))
 		<-s.source.Done()
 	})
 	return s
+}
+
+func dialPlain(address string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
+	options = append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	return grpc.NewClient(address, options...)
 }
 
 // vmRuns asks QEMU, once the source has let go of the monitor.

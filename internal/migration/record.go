@@ -42,12 +42,14 @@ func OpenRecords(dir string) (*Records, error) {
 func (r *Records) path(id string) string { return filepath.Join(r.dir, id+".json") }
 
 // Write makes rec durable before it returns: file and directory are synced.
-func (r *Records) Write(rec Record) (err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("write the hand-over record of %s: %w", rec.ID, err)
-		}
-	}()
+func (r *Records) Write(rec Record) error {
+	if err := r.write(rec); err != nil {
+		return fmt.Errorf("write the hand-over record of %s: %w", rec.ID, err)
+	}
+	return nil
+}
+
+func (r *Records) write(rec Record) error {
 	data, err := json.Marshal(rec)
 	if err != nil {
 		return err
@@ -56,17 +58,12 @@ func (r *Records) Write(rec Record) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(temp.Name()))
-		}
-	}()
 	_, err = temp.Write(append(data, '\n'))
-	if err = errors.Join(err, temp.Sync(), temp.Close()); err != nil {
-		return err
+	if err := errors.Join(err, temp.Sync(), temp.Close()); err != nil {
+		return errors.Join(err, os.Remove(temp.Name()))
 	}
-	if err = os.Rename(temp.Name(), r.path(rec.ID)); err != nil {
-		return err
+	if err := os.Rename(temp.Name(), r.path(rec.ID)); err != nil {
+		return errors.Join(err, os.Remove(temp.Name()))
 	}
 	dir, err := os.Open(r.dir)
 	if err != nil {

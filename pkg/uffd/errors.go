@@ -107,6 +107,7 @@ func newOperation(name string) *operation {
 }
 
 func (op *operation) set(o *Outcome) {
+	//nolint:errorlint // an Outcome holds a bare errno
 	op.byErr[o.errno.(unix.Errno)] = &OpError{op.name, o}
 }
 

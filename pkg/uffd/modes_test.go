@@ -153,7 +153,7 @@ func TestMove(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Munmap(m)
+	defer func() { _ = unix.Munmap(m) }()
 	base := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(m))))
 	if err := unix.Madvise(m, unix.MADV_NOHUGEPAGE); err != nil {
 		t.Logf("no huge pages here: %v", err)
@@ -163,7 +163,7 @@ func TestMove(t *testing.T) {
 	if _, err := u.Register(dst, uffd.ModeMissing); err != nil {
 		t.Fatal(err)
 	}
-	defer u.Unregister(dst)
+	defer func() { _ = u.Unregister(dst) }()
 
 	if n, err := u.Move(dst.Start, src, 3*size, 0); n != size || !errors.Is(err, uffd.ErrAgain) {
 		t.Fatalf("a page and two holes: %d, %v", n, err)

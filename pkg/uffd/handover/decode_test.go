@@ -3,6 +3,7 @@
 package handover
 
 import (
+	"bytes"
 	"errors"
 	"slices"
 	"strings"
@@ -10,8 +11,8 @@ import (
 )
 
 // object is a valid mapping with one thing replaced.
-func object(old, new string) string {
-	return strings.Replace(`{"base_host_virt_addr":16777216,"size":2097152,"offset":4194304,"page_size":4096,"page_size_kib":4096}`, old, new, 1)
+func object(old, replacement string) string {
+	return strings.Replace(`{"base_host_virt_addr":16777216,"size":2097152,"offset":4194304,"page_size":4096,"page_size_kib":4096}`, old, replacement, 1)
 }
 
 func TestDecode(t *testing.T) {
@@ -131,7 +132,7 @@ func FuzzDecode(f *testing.F) {
 			t.Fatalf("framing refuses what decode accepts: %v", err)
 		}
 		last, err := fr.add(text[cut:])
-		if err != nil || !last || string(fr.text) != string(text) {
+		if err != nil || !last || !bytes.Equal(fr.text, text) {
 			t.Errorf("cut at %d: complete %v then %v, %q, %v", cut, first, last, fr.text, err)
 		}
 	})

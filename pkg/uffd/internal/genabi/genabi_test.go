@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"strings"
 	"testing"
 )
@@ -43,7 +44,7 @@ struct msg {
 			t.Errorf("no %q in:\n%s", want, out)
 		}
 	}
-	if again, err := generate(in, "x.h", "abi"); err != nil || string(again) != string(out) {
+	if again, err := generate(in, "x.h", "abi"); err != nil || !bytes.Equal(again, out) {
 		t.Error("the second run differs from the first")
 	}
 }
