@@ -36,6 +36,8 @@ type peer struct {
 	load func(context.Context) error // when the whole device state has come; nil: all is well
 	run  func(attempt int) (*migratedv1.RunResponse, error)
 
+	endless bool // the last page never comes
+
 	mu      sync.Mutex
 	runs    int
 	aborted bool
@@ -79,9 +81,9 @@ func (p *peer) Run(context.Context, *migratedv1.RunRequest) (*migratedv1.RunResp
 
 func (p *peer) WatchIncoming(_ *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
 	p.mu.Lock()
-	runs := p.runs
+	wait := p.runs == 0 || p.endless
 	p.mu.Unlock()
-	if runs == 0 { // prepared, and stays so
+	if wait { // prepared, or after the switch, and stays so
 		<-stream.Context().Done()
 		return stream.Context().Err()
 	}
@@ -107,6 +109,8 @@ type stage struct {
 	peer    *peer
 	records *Records
 	vm      string // QMP socket
+	other   string // another one, for whoever interferes
+	pages   *pagesrv.Server
 	qemu    *exec.Cmd
 }
 
@@ -118,10 +122,10 @@ func newStage(t *testing.T, ctx context.Context, run func(attempt int) (*migrate
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.Remove(ram.Name()) })
-	s := &stage{peer: &peer{run: run}, vm: filepath.Join(dir, "qmp.sock")}
+	s := &stage{peer: &peer{run: run}, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"), pages: pagesrv.NewServer()}
 	s.qemu = exec.Command("qemu-system-x86_64", "-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
 		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path="+ram.Name(),
-		"-nodefaults", "-display", "none", "-qmp", "unix:"+s.vm+",server=on,wait=off")
+		"-nodefaults", "-display", "none", "-qmp", "unix:"+s.other+",server=on,wait=off", "-qmp", "unix:"+s.vm+",server=on,wait=off")
 	s.qemu.Stderr = os.Stderr
 	if err := s.qemu.Start(); err != nil {
 		if os.Getenv("CI") == "true" {
@@ -157,7 +161,7 @@ func newStage(t *testing.T, ctx context.Context, run func(attempt int) (*migrate
 	}
 	s.source = NewSource(ctx, SourceConfig{
 		ID: "m1", Spec: &migratedv1.MigrationSpec{Vm: s.vm, Destination: listener.Addr().String()},
-		Pages: pagesrv.NewServer(), Records: s.records,
+		Pages: s.pages, Records: s.records,
 		Dial: dialPlain,
 		Log:  slog.New(slog.DiscardHandler),
 	})
@@ -338,6 +342,52 @@ func TestCancelWhileStopped(t *testing.T) {
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_CANCELLED, "the VM runs on the source")
 	if s.peer.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {
 		t.Errorf("%d hand-overs", s.peer.runs)
+	}
+}
+
+// Whoever continues the source's VM after the switch ends the serving of its
+// pages: they are not those of the switch any more.
+func TestContinuedVMIsNotServed(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	s.peer.endless = true
+	s.source.Start()
+	for view, changed := s.source.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE; view, changed = s.source.Snapshot() {
+		if Terminal(view.GetState()) {
+			t.Fatal(view.GetError())
+		}
+		<-changed
+	}
+	page := filepath.Join(t.TempDir(), "page")
+	if err := os.WriteFile(page, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ram, err := pagesrv.OpenRAM([]pagesrv.Block{{ID: "ram0", Path: page, Size: 4096, PageSize: 4096}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ram.Close()
+	offered := func() bool {
+		export, err := s.pages.Offer("m1", "token", ram, func(context.Context) error { return nil })
+		if err == nil {
+			export.Withdraw()
+		}
+		return errors.Is(err, pagesrv.ErrOffered)
+	}
+	if !offered() {
+		t.Fatal("the pages are not served after the switch")
+	}
+	client, err := qmp.Dial(t.Context(), s.other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Disconnect() //nolint:errcheck // nothing is pending
+	if err := client.Do(t.Context(), "cont", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(20 * time.Second); offered(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the pages of a running VM are served")
+		}
 	}
 }
 

@@ -180,6 +180,7 @@ func (s *Source) run(ctx context.Context) {
 // migration is over, and the tracker says why and where the VM is.
 func (s *Source) switchOver(ctx context.Context) bool {
 	defer garbage.hold()()
+	s.guardStopped(ctx)
 	s.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
 	if err := s.moveDevices(ctx); err != nil {
 		s.backOut(ctx, err)
@@ -248,15 +249,8 @@ func (s *Source) open(ctx context.Context) error {
 	if s.vm, err = qemu.Attach(ctx, s.cfg.Spec.GetVm()); err != nil {
 		return fmt.Errorf("attach to the VM: %w", err)
 	}
-	rec, handedOver, err := s.cfg.Records.ForVM(s.cfg.Spec.GetVm(), s.vm.Pid)
-	if err != nil {
+	if err := s.refuseHandedOver(ctx); err != nil {
 		return err
-	}
-	if handedOver {
-		return withRemedy(
-			fmt.Errorf("this VM was handed over to %s by migration %s at %s and is only kept for its memory",
-				rec.Destination, rec.ID, rec.HandedOver.Format(time.RFC3339)),
-			"migrate the VM from the host on which it runs now")
 	}
 	if err := checkVM(ctx, s.vm); err != nil {
 		return err
@@ -275,6 +269,27 @@ func (s *Source) open(ctx context.Context) error {
 		return fmt.Errorf("open the RAM of the VM: %w", err)
 	}
 	return s.vm.PrepareOutgoing(ctx)
+}
+
+// refuseHandedOver keeps a QEMU that was left for its memory from being taken
+// for the VM. One that runs was continued by its operator, and is the VM again.
+func (s *Source) refuseHandedOver(ctx context.Context) error {
+	rec, handedOver, err := s.cfg.Records.ForVM(s.cfg.Spec.GetVm(), s.vm.Pid)
+	if err != nil || !handedOver {
+		return err
+	}
+	running, err := s.vm.Running(ctx)
+	if err != nil {
+		return askQEMU("source", err)
+	}
+	if running {
+		s.log.Warn("a VM that was handed over runs here again", "record", rec.ID, "destination", rec.Destination)
+		return s.cfg.Records.Remove(rec.ID)
+	}
+	return withRemedy(
+		fmt.Errorf("this VM was handed over to %s by migration %s at %s and is only kept for its memory",
+			rec.Destination, rec.ID, rec.HandedOver.Format(time.RFC3339)),
+		"migrate the VM from the host on which it runs now")
 }
 
 // awaitStart waits for Start while both ends stay alive.

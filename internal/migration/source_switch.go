@@ -127,6 +127,24 @@ func (s *Source) noteStop(ctx context.Context, stops *qmp.Subscription) error {
 	}
 }
 
+// guardStopped stops serving pages at once when somebody continues the VM, by
+// another monitor or because QEMU's own migration failed: from then on they are
+// of another moment than those that were served.
+func (s *Source) guardStopped(ctx context.Context) {
+	resumes := s.vm.QMP.Subscribe("RESUME")
+	go func() {
+		defer resumes.Close()
+		select {
+		case _, open := <-resumes.Events():
+			if open {
+				s.export.Withdraw()
+				s.log.Warn("the VM was continued on the source, its pages are served no more")
+			}
+		case <-ctx.Done():
+		}
+	}()
+}
+
 // handOver repeats Run until the destination answers it. The commit point is
 // behind us: a cancellation no longer counts, only the daemon's own end does.
 func (s *Source) handOver(ctx context.Context) error {
