@@ -24,9 +24,6 @@ const unlimited = 100 << 30
 // Options are the variants of QEMU's post-copy.
 type Options struct {
 	Preempt bool // the capability postcopy-preempt: urgent pages on a channel of their own
-	// FirstPass lets pre-copy send all memory once before the switch, as libvirt's
-	// --postcopy-after-precopy does; else the switch comes at once.
-	FirstPass bool
 }
 
 // Result is what the migration did.
@@ -54,7 +51,7 @@ func Migrate(ctx context.Context, from, to *lab.Host, c lab.VMConfig, o Options)
 	}
 	defer destination.Disconnect() //nolint:errcheck // nothing is pending
 	stops, resumes := source.Subscribe("STOP"), destination.Subscribe("RESUME")
-	states, passes := source.Subscribe("MIGRATION"), source.Subscribe("MIGRATION_PASS")
+	states := source.Subscribe("MIGRATION")
 
 	for _, client := range []*qmp.Client{destination, source} {
 		if err := configure(ctx, client, o); err != nil {
@@ -70,11 +67,6 @@ func Migrate(ctx context.Context, from, to *lab.Host, c lab.VMConfig, o Options)
 	}
 	if err := awaitState(ctx, states, "active"); err != nil {
 		return Result{}, err
-	}
-	if o.FirstPass {
-		if err := awaitPass(ctx, passes, 2); err != nil {
-			return Result{}, err
-		}
 	}
 	if err := source.Do(ctx, "migrate-start-postcopy", nil, nil); err != nil {
 		return Result{}, err
@@ -141,25 +133,6 @@ func awaitState(ctx context.Context, states *qmp.Subscription, want string) erro
 			return nil
 		case "failed", "cancelled", "completed":
 			return fmt.Errorf("QEMU's own migration is %s instead of %s", data.Status, want)
-		}
-	}
-}
-
-// awaitPass waits until pre-copy has begun a pass over the memory.
-func awaitPass(ctx context.Context, passes *qmp.Subscription, want int) error {
-	for {
-		e, err := await(ctx, passes)
-		if err != nil {
-			return fmt.Errorf("waiting for pass %d of QEMU's migration: %w", want, err)
-		}
-		var data struct {
-			Pass int `json:"pass"`
-		}
-		if err := json.Unmarshal(e.Data, &data); err != nil {
-			return err
-		}
-		if data.Pass >= want {
-			return nil
 		}
 	}
 }
