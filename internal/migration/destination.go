@@ -155,7 +155,7 @@ func (d *Destination) prepare(ctx context.Context) error {
 			return fmt.Errorf("empty the RAM of the destination VM: %w", err)
 		}
 	}
-	if err := d.takeDescriptor(ctx); err != nil {
+	if err := d.takeDescriptor(ctx, facts.Balloon); err != nil {
 		return err
 	}
 	d.lanes, err = openLanes(d.ctx, d.laneConfig())
@@ -223,7 +223,7 @@ func (d *Destination) checkIncoming(ctx context.Context) error {
 
 // takeDescriptor obtains a userfaultfd of QEMU's memory and registers the RAM,
 // before anything, loading the device state included, can touch it.
-func (d *Destination) takeDescriptor(ctx context.Context) error {
+func (d *Destination) takeDescriptor(ctx context.Context, discards bool) error {
 	var err error
 	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.vm.HandFD})
 	if err != nil {
@@ -235,7 +235,7 @@ func (d *Destination) takeDescriptor(ctx context.Context) error {
 			ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, UFFD: d.taken.UFFD,
 		})
 	}
-	d.engine, err = postcopy.New(postcopy.Options{Blocks: blocks, Workers: d.cfg.FaultWorkers})
+	d.engine, err = postcopy.New(postcopy.Options{Blocks: blocks, Workers: d.cfg.FaultWorkers, Discards: discards})
 	if err != nil {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)
 	}

@@ -4,6 +4,7 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -17,6 +18,7 @@ type Facts struct {
 	Version     qmp.Version
 	MachineType string // versioned: "pc-q35-7.2"
 	KVM         bool   // else TCG or another accelerator
+	Balloon     bool   // has a device that gives memory back while the VM runs
 
 	CommandLine      []string // argv[0] first
 	WorkingDirectory string
@@ -51,8 +53,22 @@ func (vm *VM) Facts(ctx context.Context) (*Facts, error) {
 		return nil, err
 	}
 	var err error
+	if f.Balloon, err = vm.hasBalloon(ctx); err != nil {
+		return nil, err
+	}
 	f.RAMBlocks, err = vm.RAMBlocks(ctx)
 	return f, err
+}
+
+// hasBalloon asks the balloon for its size: DeviceNotActive says that there is none. QEMU answers also while the
+// guest has no driver for it. Any other refusal is taken for a balloon, which costs little.
+func (vm *VM) hasBalloon(ctx context.Context) (bool, error) {
+	var refused *qmp.Error
+	err := vm.QMP.Do(ctx, "query-balloon", nil, nil)
+	if errors.As(err, &refused) {
+		return refused.Class != "DeviceNotActive", nil
+	}
+	return err == nil, err
 }
 
 func (vm *VM) processFacts(f *Facts) error {

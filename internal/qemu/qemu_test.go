@@ -170,3 +170,24 @@ func awaitFile(ctx context.Context, path string) {
 		time.Sleep(time.Millisecond)
 	}
 }
+
+// A balloon is seen in a QEMU that waits for a migration, too: that is when it
+// is asked for.
+func TestBalloonIsSeen(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		args []string
+		want bool
+	}{
+		{"none", nil, false},
+		{"balloon", []string{"-device", "virtio-balloon-pci"}, true},
+		{"balloon to come", []string{"-device", "virtio-balloon-pci", "-S", "-incoming", "defer"}, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, vm := start(t, c.args...)
+			if got, err := vm.hasBalloon(testContext(t)); err != nil || got != c.want {
+				t.Errorf("has a balloon: %v, %v", got, err)
+			}
+		})
+	}
+}

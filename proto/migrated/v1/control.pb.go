@@ -488,8 +488,7 @@ type Progress struct {
 	PagesZero uint64 `protobuf:"varint,3,opt,name=pages_zero,json=pagesZero,proto3" json:"pages_zero,omitempty"`
 	// Bytes of all guest RAM.
 	BytesTotal uint64 `protobuf:"varint,4,opt,name=bytes_total,json=bytesTotal,proto3" json:"bytes_total,omitempty"`
-	// Bytes of page replies received, payload and framing of ours, without
-	// HTTP/2's and TCP's.
+	// Bytes of pages received, without any framing. Zero pages have none.
 	BytesOnWire uint64 `protobuf:"varint,5,opt,name=bytes_on_wire,json=bytesOnWire,proto3" json:"bytes_on_wire,omitempty"`
 	// Bytes of the device state stream.
 	BytesDeviceState uint64 `protobuf:"varint,6,opt,name=bytes_device_state,json=bytesDeviceState,proto3" json:"bytes_device_state,omitempty"`
