@@ -145,7 +145,9 @@ func (v *victim) awaitBlocked(calls ...int) {
 	v.t.Helper()
 	eventually(v.t, fmt.Sprintf("target is blocked in system call %v", calls), func() bool {
 		for _, nr := range calls {
-			if blockedIn(v.pid) == nr {
+			// Asleep, too: one that was just detached is still in the call, on its
+			// way to begin it again.
+			if blockedIn(v.pid) == nr && v.state() == 'S' {
 				return true
 			}
 		}
