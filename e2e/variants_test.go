@@ -30,6 +30,26 @@ func TestAttachToWaitingQEMU(t *testing.T) {
 	}
 }
 
+// TestAttachToRunningVMIsRefused names a QEMU that runs another VM: that VM must
+// not so much as notice.
+func TestAttachToRunningVMIsRefused(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	startVM(t, l.B, s.vm)
+	pass := metalPass(t, l.B, func(pass uint64) bool { return pass >= 2 })
+	spec := s.spec()
+	spec.DestinationQmp = lab.QMPPath
+	m := migrateSpec(t, l.A, "occupied", spec)
+	if m.GetState() != stateFailed || !strings.Contains(m.GetError().GetMessage(), "instead of waiting for a migration") {
+		t.Errorf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	for _, h := range []*lab.Host{l.A, l.B} {
+		now := metalPass(t, h, func(uint64) bool { return true })
+		metalPass(t, h, func(p uint64) bool { return p > max(now, pass)+1 })
+		checkMetal(t, s.vm, h)
+	}
+}
+
 // TestTemplate gives the destination another command line: its RAM is in a file
 // of another name.
 func TestTemplate(t *testing.T) {

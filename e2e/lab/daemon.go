@@ -4,7 +4,6 @@ package lab
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -68,28 +67,4 @@ func (h *Host) Control() (*grpc.ClientConn, migratedv1.ControlServiceClient, err
 		return nil, nil, err
 	}
 	return conn, migratedv1.NewControlServiceClient(conn), nil
-}
-
-// Migrated runs the command line program on the host, with --json where the
-// caller wants its answer decoded into result.
-func (h *Host) Migrated(ctx context.Context, result any, args ...string) error {
-	binary, err := Binary()
-	if err != nil {
-		return err
-	}
-	argv := append([]string{binary}, args...)
-	if result != nil {
-		argv = append(argv, "--json")
-	}
-	out, err := h.Run(ctx, argv...)
-	if err != nil {
-		return err
-	}
-	if result == nil {
-		return nil
-	}
-	if err := json.Unmarshal([]byte(out), result); err != nil {
-		return fmt.Errorf("answer of %v: %w", args, err)
-	}
-	return nil
 }

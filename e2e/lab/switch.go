@@ -44,11 +44,11 @@ func (w *SwitchWatch) Downtime(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	defer destination.Disconnect() //nolint:errcheck // likewise
-	resumed, err := next(ctx, destination.Subscribe("RESUME"))
+	resumed, err := Next(ctx, destination.Subscribe("RESUME"))
 	if err != nil {
 		return 0, fmt.Errorf("RESUME on host %s: %w", w.to.Name, err)
 	}
-	stopped, err := next(ctx, w.events)
+	stopped, err := Next(ctx, w.events)
 	if err != nil {
 		return 0, fmt.Errorf("STOP on host %s: %w", w.from.Name, err)
 	}
@@ -70,7 +70,8 @@ func (w *SwitchWatch) dialDestination(ctx context.Context) (*qmp.Client, error) 
 	}
 }
 
-func next(ctx context.Context, s *qmp.Subscription) (qmp.Event, error) {
+// Next returns the next event of a QEMU.
+func Next(ctx context.Context, s *qmp.Subscription) (qmp.Event, error) {
 	select {
 	case e, ok := <-s.Events():
 		if !ok {

@@ -75,11 +75,11 @@ func Migrate(ctx context.Context, from, to *lab.Host, c lab.VMConfig, o Options)
 		return Result{}, err
 	}
 	ended := time.Now()
-	stopped, err := await(ctx, stops)
+	stopped, err := lab.Next(ctx, stops)
 	if err != nil {
 		return Result{}, err
 	}
-	resumed, err := await(ctx, resumes)
+	resumed, err := lab.Next(ctx, resumes)
 	if err != nil {
 		return Result{}, err
 	}
@@ -118,7 +118,7 @@ func configure(ctx context.Context, client *qmp.Client, o Options) error {
 
 func awaitState(ctx context.Context, states *qmp.Subscription, want string) error {
 	for {
-		e, err := await(ctx, states)
+		e, err := lab.Next(ctx, states)
 		if err != nil {
 			return fmt.Errorf("waiting for QEMU's migration to be %s: %w", want, err)
 		}
@@ -134,17 +134,5 @@ func awaitState(ctx context.Context, states *qmp.Subscription, want string) erro
 		case "failed", "cancelled", "completed":
 			return fmt.Errorf("QEMU's own migration is %s instead of %s", data.Status, want)
 		}
-	}
-}
-
-func await(ctx context.Context, s *qmp.Subscription) (qmp.Event, error) {
-	select {
-	case e, ok := <-s.Events():
-		if !ok {
-			return qmp.Event{}, fmt.Errorf("QEMU ended")
-		}
-		return e, nil
-	case <-ctx.Done():
-		return qmp.Event{}, ctx.Err()
 	}
 }

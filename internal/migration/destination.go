@@ -65,7 +65,6 @@ type Destination struct {
 	blocks  []qemu.RAMBlock
 	taken   *inject.Taken
 	engine  *postcopy.Engine
-	lanes   *lanes
 	pumping bool // pump was started; it releases what is held
 	// releaseGC ends the hold on the garbage collector during the switch.
 	releaseGC func()
@@ -158,12 +157,12 @@ func (d *Destination) prepare(ctx context.Context) error {
 	if err := d.takeDescriptor(ctx, facts.Balloon); err != nil {
 		return err
 	}
-	d.lanes, err = openLanes(d.ctx, d.laneConfig())
+	first, err := openLanes(d.ctx, d.laneConfig())
 	if err != nil {
 		return err
 	}
 	d.pumping = true
-	go d.pump(d.lanes)
+	go d.pump(first)
 	go d.watchQEMU()
 	return nil
 }
@@ -176,8 +175,12 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("attach to the destination QEMU: %w", err)
 		}
+		// Not ours until this holds: giving up ends d.vm's QEMU.
+		if err := checkIncoming(ctx, vm); err != nil {
+			return errors.Join(err, vm.Close())
+		}
 		d.vm = vm
-		return d.checkIncoming(ctx)
+		return nil
 	}
 	if len(d.cfg.Binaries) == 0 {
 		return withRemedy(errors.New("the destination starts no QEMU: its list of QEMU binaries is empty"),
@@ -209,8 +212,9 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	return nil
 }
 
-func (d *Destination) checkIncoming(ctx context.Context) error {
-	status, err := d.vm.Status(ctx)
+// checkIncoming refuses a QEMU that runs a VM, or holds one, already.
+func checkIncoming(ctx context.Context, vm *qemu.VM) error {
+	status, err := vm.Status(ctx)
 	if err != nil {
 		return fmt.Errorf("ask the destination QEMU for its state: %w", err)
 	}

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 )
 
@@ -191,15 +190,4 @@ func (l *Log) WaitReady(ctx context.Context) (*Ready, error) {
 		return nil, fmt.Errorf("guest: %s", line.Error.Message)
 	}
 	return line.Ready, nil
-}
-
-// FollowFile is Follow for a serial port that QEMU writes to a file; it returns
-// ctx's error when ctx ends.
-func (l *Log) FollowFile(ctx context.Context, path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("guest's serial log: %w", err)
-	}
-	defer f.Close()
-	return l.Follow(Tail(ctx, f))
 }

@@ -181,7 +181,7 @@ func (c *Child) must(what string, rq request, payload ...byte) (uint64, int) {
 }
 
 // NewUFFD has the child make a userfaultfd and takes a copy of the descriptor, non-blocking and without
-// its handshake. The child keeps its own until CloseUFFD.
+// its handshake. The child keeps its own until it ends.
 func (c *Child) NewUFFD(method uffd.OpenMethod) *uffd.UFFD {
 	c.t.Helper()
 	_, fd := c.must("userfaultfd", request{Op: opOpen, X: uint64(method), Y: unix.O_CLOEXEC | unix.O_NONBLOCK})
@@ -198,12 +198,6 @@ func (c *Child) Supervise(want uffd.Features) *uffd.UFFD {
 		c.t.Fatal(err)
 	}
 	return u
-}
-
-// CloseUFFD closes the child's own copy.
-func (c *Child) CloseUFFD() {
-	c.t.Helper()
-	c.must("close", request{Op: opClose})
 }
 
 // Send has the child connect to the Unix socket at path and send message with its userfaultfd.
