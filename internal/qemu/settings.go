@@ -47,7 +47,19 @@ func (vm *VM) PrepareOutgoing(ctx context.Context) error {
 // PrepareIncoming sets a destination QEMU up for MigrateIncomingFD: one that was started with -incoming
 // defer.
 func (vm *VM) PrepareIncoming(ctx context.Context) error {
-	return vm.prepare(ctx, capEvents, capIgnoreShared, capLateBlock)
+	if err := vm.prepare(ctx, capEvents, capIgnoreShared, capLateBlock); err != nil {
+		return err
+	}
+	return vm.warmHeap(ctx)
+}
+
+// warmHeap makes QEMU touch memory that it will need to load the device state. Loading rebuilds the memory
+// map for one device after the other: some 500 pages of fresh heap, every one of them a page fault while the
+// VM stands still. The answer to query-qmp-schema, the largest that QEMU has, is built of small objects in
+// the same thread and freed; malloc keeps them, as its trim threshold follows the largest string freed
+// (mallopt(3), M_TRIM_THRESHOLD).
+func (vm *VM) warmHeap(ctx context.Context) error {
+	return vm.QMP.Do(ctx, "query-qmp-schema", nil, nil)
 }
 
 // prepare switches the wanted capabilities on and every other off: multifd, compress or postcopy-ram
