@@ -118,7 +118,7 @@ func TestNoAllocations(t *testing.T) {
 
 // BenchmarkClaim is the page table's share of a fault: claimed, arrived, finished.
 func BenchmarkClaim(b *testing.B) {
-	table, _ := newPages([]uint64{1 << 20})
+	table := mustPages(b, 1<<20)
 	table.left.Store(1 << 62)
 	b.ReportAllocs()
 	for i := 0; b.Loop(); i++ {

@@ -33,6 +33,20 @@ type Options struct {
 	// page reporting, virtio-mem). It makes discards exact and each read of messages wait for the copies
 	// that are under way; see the package comment.
 	Discards bool
+	// State is where the states of all pages are kept: StateSize bytes, aligned to 8, that the caller leaves alone
+	// until Run has succeeded. Zeros: everything is missing. Memory that outlives the process (a mapped file on tmpfs)
+	// makes another Engine, of a later process, go on where this one ended, however that was. nil: memory of the
+	// engine's own.
+	State []byte
+}
+
+// StateSize is how many bytes Options.State has for these blocks: half a byte a page.
+func StateSize(blocks []Block) int {
+	words := uint64(0)
+	for _, b := range blocks {
+		words += wordsFor(b.Size / b.PageSize)
+	}
+	return int(words * wordSize)
 }
 
 // block is a Block with what is derived from it.
@@ -101,7 +115,10 @@ func New(o Options) (*Engine, error) {
 		counts[i] = b.Size / b.PageSize
 	}
 	var first []uint64
-	e.pages, first = newPages(counts)
+	var err error
+	if e.pages, first, err = newPages(counts, o.State); err != nil {
+		return nil, fmt.Errorf("post-copy: %w", err)
+	}
 	for i, b := range o.Blocks {
 		nb := block{Block: b, index: i, first: first[i], pages: counts[i], shift: bits.TrailingZeros64(b.PageSize)}
 		if err := e.register(&nb); err != nil {

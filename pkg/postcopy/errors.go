@@ -29,6 +29,8 @@ var (
 	ErrMoved = errors.New("the destination VM's process moved its RAM: it can not be completed, end it")
 	// ErrForeignFault says that a descriptor reports faults of memory that is in no block: the thread would wait for ever.
 	ErrForeignFault = errors.New("fault outside of all RAM blocks: give all memory that is registered with the descriptor")
+	// ErrState says that Options.State is no table of these blocks: of another VM or version, or damaged.
+	ErrState = errors.New("the kept page states are not those of this VM's RAM blocks")
 	// ErrRunning says that Run is already under way.
 	ErrRunning = errors.New("the post-copy engine runs already")
 )

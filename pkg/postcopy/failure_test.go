@@ -170,7 +170,7 @@ func TestMalformedReply(t *testing.T) {
 
 // TestCancel: Run ends with its context, all stays registered, and a silent source cannot keep it.
 func TestCancel(t *testing.T) {
-	g, demand, _, run := startSilent(t, 8)
+	g, demand, _, run := startSilent(t, 8, Options{})
 	ctx, cancel := context.WithCancelCause(context.Background())
 	result := run(ctx)
 	thread := g.read(0, 5, 0)
@@ -190,7 +190,7 @@ func TestCancel(t *testing.T) {
 // TestAdopt: another engine goes on with a descriptor whose messages were read by the first one, as a daemon does that
 // was started again.
 func TestAdopt(t *testing.T) {
-	g, demand, _, run := startSilent(t, 8)
+	g, demand, _, run := startSilent(t, 8, Options{})
 	ctx, cancel := context.WithCancel(context.Background())
 	result := run(ctx)
 	thread := g.read(0, 5, 0)
@@ -211,9 +211,44 @@ func TestAdopt(t *testing.T) {
 	g.verify()
 }
 
+// TestTakeUp: with the page states of the first engine, the second asks for nothing that is there already, the pages
+// that were known to be zero included.
+func TestTakeUp(t *testing.T) {
+	state := stateMemory([]uint64{8})
+	g, demand, bulk, run := startSilent(t, 8, Options{State: state})
+	ctx, cancel := context.WithCancel(context.Background())
+	g.StartSweep()
+	result := run(ctx)
+	bulk.asked(t)
+	bulk.sendPages(t, 0, 4) // page 3 is zero
+	thread := g.read(0, 5, 0)
+	demand.asked(t)
+	until(t, "present", func() bool { return g.Stats().PagesPresent == 4 })
+	cancel()
+	if err := await(t, "end of Run", result); !errors.Is(err, context.Canceled) {
+		t.Fatalf("Run: %v, want that it was cancelled", err)
+	}
+	second, err := New(Options{Blocks: []Block{g.blocks[0].Block}, Workers: 1, State: state})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := second.Stats(); s.PagesPresent != 4 || s.PagesZero != 1 {
+		t.Errorf("taken up: %+v", s)
+	}
+	g.Engine = second
+	again := g.run(context.Background(), dial(t, realSource(t, layout{{kind: uffdtest.Shmem, pages: 8}}), 1))
+	expect(t, thread, word(0, 5, 0))
+	g.StartSweep()
+	mustEnd(t, again)
+	if s := second.Stats(); s.BytesReceived != 4*pageSize || s.PagesPresent != 8 {
+		t.Errorf("at the end: %+v", s)
+	}
+	g.verify()
+}
+
 // TestSilentSourceAtTheEnd: a source that does not end its lanes cannot keep Run from ending well.
 func TestSilentSourceAtTheEnd(t *testing.T) {
-	g, _, bulk, run := startSilent(t, 8)
+	g, _, bulk, run := startSilent(t, 8, Options{})
 	g.StartSweep()
 	result := run(context.Background())
 	bulk.asked(t)
@@ -223,9 +258,10 @@ func TestSilentSourceAtTheEnd(t *testing.T) {
 }
 
 // startSilent is start with a source that leaves its lanes open for ever.
-func startSilent(t *testing.T, pages uint64) (g *target, demand, bulk *scriptedLane, run func(context.Context) <-chan error) {
+func startSilent(t *testing.T, pages uint64, o Options) (g *target, demand, bulk *scriptedLane, run func(context.Context) <-chan error) {
 	t.Helper()
-	g = newTarget(t, layout{{kind: uffdtest.Shmem, pages: pages}}, Options{Workers: 1})
+	o.Workers = 1
+	g = newTarget(t, layout{{kind: uffdtest.Shmem, pages: pages}}, o)
 	s := &script{lanes: make(chan *scriptedLane, 2), silent: true}
 	l := dial(t, serve(t, s), 1)
 	demand, bulk = await(t, "lane", s.lanes), await(t, "lane", s.lanes)

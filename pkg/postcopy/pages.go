@@ -3,8 +3,10 @@
 package postcopy
 
 import (
+	"fmt"
 	"math/bits"
 	"sync/atomic"
+	"unsafe"
 )
 
 // state is what is known about one page.
@@ -26,6 +28,8 @@ import (
 // discard (the process gave the page up) makes zero of missing, swept, demanded and installing. An installer
 // that cannot go on puts installing back to missing, zeroing back to zero; the next Run puts back swept and
 // demanded. Nothing leaves present: a page that is discarded later reads as zero by itself.
+//
+// The numbers are a format: a table may outlive the process (Options.State) and be taken up by a newer one.
 type state uint8
 
 const (
@@ -40,7 +44,8 @@ const (
 
 const (
 	stateBits    = 4
-	pagesPerWord = 64 / stateBits
+	wordSize     = 8 // bytes
+	pagesPerWord = 8 * wordSize / stateBits
 	stateMask    = 1<<stateBits - 1
 )
 
@@ -58,24 +63,61 @@ type pages struct {
 }
 
 // newPages makes a table for blocks of so many pages; each begins at the word after the one before, at the
-// numbers returned.
-func newPages(blocks []uint64) (*pages, []uint64) {
+// numbers returned. memory is where it is kept, see Options.State; nil: nowhere that matters.
+func newPages(blocks []uint64, memory []byte) (*pages, []uint64, error) {
 	t := &pages{full: make(chan struct{})}
 	first := make([]uint64, len(blocks))
 	words := uint64(0)
 	for i, n := range blocks {
 		first[i] = words * pagesPerWord
-		words += (n + pagesPerWord - 1) / pagesPerWord
-		t.left.Add(int64(n))
+		words += wordsFor(n)
 	}
-	t.words = make([]atomic.Uint64, words)
-	for i, n := range blocks { // what no page has is never missing
-		for p := first[i] + n; p%pagesPerWord != 0; p++ {
-			t.swap(p, missing, present)
+	switch {
+	case memory == nil:
+		t.words = make([]atomic.Uint64, words)
+	case uint64(len(memory)) != words*wordSize || uintptr(unsafe.Pointer(&memory[0]))%wordSize != 0:
+		return nil, nil, fmt.Errorf("%w: %d bytes instead of %d, or not aligned", ErrState, len(memory), words*wordSize)
+	default:
+		t.words = unsafe.Slice((*atomic.Uint64)(unsafe.Pointer(&memory[0])), words)
+	}
+	for i, n := range blocks {
+		if err := t.takeUp(first[i], n); err != nil {
+			return nil, nil, err
 		}
 	}
-	return t, first
+	if t.left.Load() == 0 {
+		close(t.full)
+	}
+	return t, first, nil
 }
+
+// takeUp counts the n pages of a block from page p on, and puts back what was under way when an earlier process
+// ended: whether a page that was being installed is there the kernel knows, and answers EEXIST if so.
+func (t *pages) takeUp(p, n uint64) error {
+	for i := p; i < p+n; i++ {
+		switch s := t.get(i); s {
+		case missing:
+			t.left.Add(1)
+		case swept, demanded, installing:
+			t.swap(i, s, missing)
+			t.left.Add(1)
+		case zeroing:
+			t.swap(i, zeroing, zero)
+			t.zeros.Add(1)
+		case zero:
+			t.zeros.Add(1)
+		case present:
+		default:
+			return fmt.Errorf("%w: page %d of the table has state %d", ErrState, i, s)
+		}
+	}
+	for i := p + n; i%pagesPerWord != 0; i++ { // what no page has is never missing
+		t.swap(i, missing, present)
+	}
+	return nil
+}
+
+func wordsFor(pages uint64) uint64 { return (pages + pagesPerWord - 1) / pagesPerWord }
 
 func (t *pages) get(p uint64) state {
 	return state(t.words[p/pagesPerWord].Load() >> (p % pagesPerWord * stateBits) & stateMask)

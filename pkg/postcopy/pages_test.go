@@ -3,11 +3,13 @@
 package postcopy
 
 import (
+	"errors"
 	"math/rand/v2"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"unsafe"
 
 	"pgregory.net/rapid"
 )
@@ -16,7 +18,11 @@ import (
 func TestPagesModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		counts := rapid.SliceOfN(rapid.Uint64Range(1, 40), 1, 3).Draw(t, "blocks")
-		table, first := newPages(counts)
+		memory := stateMemory(counts)
+		table, first, err := newPages(counts, memory)
+		if err != nil {
+			t.Fatal(err)
+		}
 		model := map[uint64]state{}
 		var all []uint64
 		for i, n := range counts {
@@ -44,6 +50,14 @@ func TestPagesModel(t *testing.T) {
 			panic("no block")
 		}
 		t.Repeat(map[string]func(*rapid.T){
+			"the process ends, another takes up": func(t *rapid.T) {
+				for _, p := range all {
+					move(p, map[state]state{swept: missing, demanded: missing, installing: missing, zeroing: zero})
+				}
+				if table, _, err = newPages(counts, memory); err != nil {
+					t.Fatal(err)
+				}
+			},
 			"fault": func(t *rapid.T) {
 				p := page(t)
 				from := move(p, map[state]state{missing: demanded, swept: demanded, zero: zeroing})
@@ -150,7 +164,7 @@ func TestPagesModel(t *testing.T) {
 // TestPagesParallel: with everyone at it at once, each page is installed by one, and all become known.
 func TestPagesParallel(t *testing.T) {
 	const n = 5000
-	table, _ := newPages([]uint64{n})
+	table := mustPages(t, n)
 	var installers [n]atomic.Int32
 	install := func(p uint64) { // whose state is still the installer's
 		if installers[p].Add(1) != 1 {
@@ -207,5 +221,36 @@ func TestPagesParallel(t *testing.T) {
 	case <-table.full:
 	default:
 		t.Errorf("%d pages are left", table.left.Load())
+	}
+}
+
+// stateMemory is memory for Options.State of blocks of so many pages.
+func stateMemory(pages []uint64) []byte {
+	size := 0
+	for _, n := range pages {
+		size += StateSize([]Block{{Size: n * pageSize, PageSize: pageSize}})
+	}
+	words := make([]uint64, size/wordSize) // a []byte need not be aligned
+	return unsafe.Slice((*byte)(unsafe.Pointer(&words[0])), size)
+}
+
+func mustPages(t testing.TB, n uint64) *pages {
+	t.Helper()
+	table, _, err := newPages([]uint64{n}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return table
+}
+
+func TestStateOfAnotherVM(t *testing.T) {
+	memory := stateMemory([]uint64{100})
+	for name, bad := range map[string][]byte{
+		"too short": memory[:len(memory)-wordSize], "not aligned": stateMemory([]uint64{200})[1 : 1+len(memory)],
+		"no states": append([]byte{0x0f}, memory[1:]...),
+	} {
+		if _, _, err := newPages([]uint64{100}, bad); !errors.Is(err, ErrState) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
