@@ -83,14 +83,9 @@ func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*mig
 }
 
 func (d *Daemon) newSource(id string, spec *migratedv1.MigrationSpec) *migration.Source {
-	addresses := d.cfg.Advertise
-	if len(addresses) == 0 {
-		addresses = []string{net.JoinHostPort("", d.pagePort)}
-	}
-	return migration.NewSource(d.ctx, migration.SourceConfig{
-		ID: id, Spec: proto.CloneOf(spec), Pages: d.pages, Records: d.records,
-		PageAddresses: addresses, Dial: d.dial, Log: d.log,
-	})
+	cfg := d.sourceConfig()
+	cfg.ID, cfg.Spec = id, proto.CloneOf(spec)
+	return migration.NewSource(d.ctx, cfg)
 }
 
 func validateSpec(spec *migratedv1.MigrationSpec) error {

@@ -88,9 +88,6 @@ func (d *Daemon) OnReady(ready func()) { d.ready = ready }
 func (d *Daemon) Run(ctx context.Context) error {
 	d.ctx, d.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	defer d.cancel(nil)
-	if err := d.reportRecords(); err != nil {
-		return err
-	}
 	peers, err := net.Listen("tcp", d.cfg.Listen)
 	if err != nil {
 		return fmt.Errorf("listen for other daemons: %w", err)
@@ -102,6 +99,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 	controls, err := d.listenControl()
 	if err != nil {
 		return err
+	}
+	// After listening, so that two daemons never do so at once, and before serving, so that a peer that calls
+	// finds its migration.
+	if err := d.takeUp(); err != nil {
+		return errors.Join(err, closeAll(append(controls, peers)))
 	}
 	peerServer, controlServer := d.newPeerServer(), d.newControlServer()
 	var serving errgroup.Group
@@ -125,20 +127,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 	stop(controlServer)
 	stop(peerServer)
 	return <-failed
-}
-
-// reportRecords tells the operator of VMs that an earlier run of the daemon
-// handed over and did not see complete.
-func (d *Daemon) reportRecords() error {
-	records, err := d.records.All()
-	if err != nil {
-		return err
-	}
-	for _, rec := range records {
-		d.log.Warn("a VM of this host was handed over by an earlier run of this daemon; it stays stopped",
-			"migration", rec.ID, "vm", rec.VM, "pid", rec.PID, "destination", rec.Destination)
-	}
-	return nil
 }
 
 func (d *Daemon) listenControl() ([]net.Listener, error) {
@@ -219,6 +207,14 @@ func stop(server *grpc.Server) {
 	expire := time.AfterFunc(stopTimeout, server.Stop)
 	defer expire.Stop()
 	server.GracefulStop()
+}
+
+func closeAll(listeners []net.Listener) error {
+	var errs []error
+	for _, l := range listeners {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
 }
 
 func closeQuietly(l net.Listener) { _ = l.Close() } // closed by its server already, mostly

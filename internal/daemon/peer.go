@@ -47,15 +47,14 @@ func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.P
 	if err := absoluteAddresses(ctx, request); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	dir := filepath.Join(p.daemon.cfg.StateDir, "incoming", request.GetId())
+	dir := filepath.Join(p.daemon.incomingDir(), request.GetId())
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, status.Errorf(codes.Internal, "state directory: %v", err)
 	}
 	d := p.daemon.migrations.addDestination(request.GetId(), func() *migration.Destination {
-		return migration.NewDestination(p.daemon.ctx, migration.DestinationConfig{
-			Request: request, Dir: dir, Binaries: p.daemon.cfg.QEMUBinaries,
-			FaultWorkers: p.daemon.cfg.FaultWorkers, Dial: p.daemon.dial, Log: p.daemon.log,
-		})
+		cfg := p.daemon.destinationConfig(dir)
+		cfg.Request = request
+		return migration.NewDestination(p.daemon.ctx, cfg)
 	})
 	if d == nil {
 		return nil, status.Errorf(codes.AlreadyExists, "a migration %s to this host is under way; choose another id", request.GetId())

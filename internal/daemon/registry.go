@@ -92,6 +92,20 @@ func (r *registry) addDestination(id string, create func() *migration.Destinatio
 	return d
 }
 
+// takeUp adds migrations that an earlier run of the daemon left.
+func (r *registry) takeUp(sources []*migration.Source, destinations []*migration.Destination) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, s := range sources {
+		view, _ := s.Snapshot()
+		r.sources[view.GetId()] = s
+	}
+	for _, d := range destinations {
+		view, _ := d.Snapshot()
+		r.destinations[view.GetId()] = d
+	}
+}
+
 // list returns all migrations, newest first.
 func (r *registry) list() []*migratedv1.Migration {
 	r.mu.Lock()

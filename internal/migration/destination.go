@@ -65,6 +65,8 @@ type Destination struct {
 	blocks  []qemu.RAMBlock
 	taken   *inject.Taken
 	engine  *postcopy.Engine
+	kept    *kept
+	leave   bool // kept for a later daemon
 	pumping bool // pump was started; it releases what is held
 	// releaseGC ends the hold on the garbage collector during the switch.
 	releaseGC func()
@@ -154,7 +156,13 @@ func (d *Destination) prepare(ctx context.Context) error {
 			return fmt.Errorf("empty the RAM of the destination VM: %w", err)
 		}
 	}
-	if err := d.takeDescriptor(ctx, facts.Balloon); err != nil {
+	if err := d.takeDescriptor(ctx); err != nil {
+		return err
+	}
+	if err := d.keep(facts.Balloon); err != nil {
+		return err
+	}
+	if err := d.makeEngine(facts.Balloon); err != nil {
 		return err
 	}
 	first, err := openLanes(d.ctx, d.laneConfig())
@@ -225,25 +233,56 @@ func checkIncoming(ctx context.Context, vm *qemu.VM) error {
 	return nil
 }
 
-// takeDescriptor obtains a userfaultfd of QEMU's memory and registers the RAM,
-// before anything, loading the device state included, can touch it.
-func (d *Destination) takeDescriptor(ctx context.Context, discards bool) error {
+// takeDescriptor obtains a userfaultfd of QEMU's memory.
+func (d *Destination) takeDescriptor(ctx context.Context) error {
 	var err error
 	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.vm.HandFD})
 	if err != nil {
 		return fmt.Errorf("take a userfaultfd from the destination QEMU: %w", err)
 	}
+	return nil
+}
+
+// keep writes down what a daemon that is started again needs to go on.
+func (d *Destination) keep(discards bool) error {
+	identity, err := d.vm.Identity()
+	if err != nil {
+		return err
+	}
+	facts := &keptFactsV1{
+		QEMU: identity, QMP: d.qmpPath(), RemoteFD: d.taken.RemoteFD, Discards: discards, Settings: d.vm.Changed(),
+	}
+	d.kept, err = keep(d.cfg.Dir, facts, d.cfg.Request, postcopy.StateSize(d.engineBlocks()))
+	return err
+}
+
+func (d *Destination) qmpPath() string {
+	if path := d.cfg.Request.GetDestinationQmp(); path != "" {
+		return path
+	}
+	return d.cfg.Request.GetMachine().GetQmpPath()
+}
+
+// makeEngine registers the RAM, before anything, loading the device state
+// included, can touch it.
+func (d *Destination) makeEngine(discards bool) (err error) {
+	d.engine, err = postcopy.New(postcopy.Options{
+		Blocks: d.engineBlocks(), Workers: d.cfg.FaultWorkers, Discards: discards, State: d.kept.states(),
+	})
+	if err != nil {
+		return fmt.Errorf("register the RAM of the destination VM: %w", err)
+	}
+	return nil
+}
+
+func (d *Destination) engineBlocks() []postcopy.Block {
 	blocks := make([]postcopy.Block, 0, len(d.blocks))
 	for _, b := range d.blocks {
 		blocks = append(blocks, postcopy.Block{
 			ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, UFFD: d.taken.UFFD,
 		})
 	}
-	d.engine, err = postcopy.New(postcopy.Options{Blocks: blocks, Workers: d.cfg.FaultWorkers, Discards: discards})
-	if err != nil {
-		return fmt.Errorf("register the RAM of the destination VM: %w", err)
-	}
-	return nil
+	return blocks
 }
 
 // LoadDeviceState brings a prepared destination to loaded: QEMU has taken in
@@ -263,6 +302,12 @@ func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 		return err
 	}
 	d.phase = loaded
+	d.expectRun()
+	return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: total})
+}
+
+// expectRun gives up when Run does not come.
+func (d *Destination) expectRun() {
 	time.AfterFunc(loadedTimeout, func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
@@ -270,7 +315,6 @@ func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 			d.giveUp(fmt.Errorf("the source did not say go within %v", loadedTimeout))
 		}
 	})
-	return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: total})
 }
 
 func (d *Destination) load(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) (uint64, error) {
@@ -321,14 +365,16 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	arrived := time.Now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.phase == running {
+	switch {
+	case d.phase == running && d.answer != nil:
 		return d.answer, nil
-	}
-	if d.phase == givenUp {
+	case d.phase == running: // taken up, and it is not known whether QEMU heard what it was told
+	case d.phase == givenUp:
 		return nil, fmt.Errorf("%w: %w", ErrNotRun, d.reason)
-	}
-	if err := d.expect(loaded); err != nil {
-		return nil, err
+	default:
+		if err := d.expect(loaded); err != nil {
+			return nil, err
+		}
 	}
 	select {
 	case <-d.vm.QMP.Done():
@@ -339,6 +385,7 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	}
 	ctx, cancel := context.WithTimeout(ctx, resumeTimeout/2) // the source hears before it asks again
 	defer cancel()
+	d.kept.header().toldToRun.Store(1) // from here on it may have run
 	resumed := time.Now()
 	if request.GetResume() {
 		at, err := d.vm.Cont(ctx)
@@ -354,7 +401,8 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 		ResumeTime: durationpb.New(max(0, resumed.Sub(arrived))), ServeTime: durationpb.New(time.Since(arrived)),
 	}
 	downtime := request.GetStoppedFor().AsDuration() + d.answer.GetResumeTime().AsDuration()
-	d.meter.switched(downtime)
+	d.meter.switched(resumed, downtime)
+	d.kept.running(resumed, d.answer.GetResumeTime().AsDuration(), downtime)
 	d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE)
 	d.log.Info("the VM runs", "stopped_for", downtime)
 	return d.answer, nil

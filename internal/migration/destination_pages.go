@@ -38,10 +38,16 @@ func (d *Destination) pump(first *lanes) {
 }
 
 func (d *Destination) pumpLanes(l *lanes) error {
-	delay := 20 * time.Millisecond
 	for {
+		if l == nil {
+			var err error
+			if l, err = d.dialAgain(); err != nil {
+				return err
+			}
+		}
 		err := d.engine.Run(d.ctx, l.demand, l.bulk)
 		l.close()
+		l = nil
 		if err == nil {
 			return nil
 		}
@@ -50,33 +56,44 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		if d.ctx.Err() != nil || !errors.Is(err, postcopy.ErrLaneLost) {
 			return err
 		}
-		d.mu.Lock()
-		switched := d.phase == running
-		d.mu.Unlock()
-		if !switched {
+		if !d.switched() {
 			return fmt.Errorf("the connection to the source's pages was lost before the switch: %w", err)
 		}
 		d.log.Warn("the page lanes are lost, dialling again", "error", err)
-		d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
-			withRemedy(err, "restore the network between the two hosts; the connection is made again by itself"),
-			"the VM runs on the destination; what needs a missing page waits")
-		for l = nil; l == nil; delay = min(2*delay, 2*time.Second) {
-			if err := sleep(d.ctx, jitter(delay)); err != nil {
-				return err
-			}
-			d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
-			if l, err = openLanes(d.ctx, d.laneConfig()); err != nil {
-				d.log.Warn("the page lanes cannot be opened again", "error", err)
-				d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, err,
-					"the VM runs on the destination; what needs a missing page waits")
-			}
-		}
-		delay = 20 * time.Millisecond
-		d.update(func(m *migratedv1.Migration) {
-			m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
-			m.Error = nil
-		})
+		d.paused(withRemedy(err, "restore the network between the two hosts; the connection is made again by itself"))
 	}
+}
+
+// dialAgain tries to open lanes until it has some.
+func (d *Destination) dialAgain() (*lanes, error) {
+	for delay := 20 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
+		d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
+		l, err := openLanes(d.ctx, d.laneConfig())
+		if err == nil {
+			state := migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+			if !d.switched() { // taken up between loading and Run
+				state = migratedv1.MigrationState_MIGRATION_STATE_DEVICE
+			}
+			d.update(func(m *migratedv1.Migration) { m.State, m.Error = state, nil })
+			return l, nil
+		}
+		d.log.Warn("the page lanes cannot be opened again", "error", err)
+		d.paused(err)
+		if err := sleep(d.ctx, jitter(delay)); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func (d *Destination) paused(reason error) {
+	d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, reason,
+		"the VM runs on the destination; what needs a missing page waits")
+}
+
+func (d *Destination) switched() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.phase == running
 }
 
 // end says how the migration ended and lets go of what it held.
@@ -90,6 +107,7 @@ func (d *Destination) end(err error) {
 		// The descriptor in QEMU stays open: what needs a missing page waits, and
 		// nothing ever reads a zero in its place.
 		d.log.Error("failed after the switch", "error", err)
+		d.leave = true
 		d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, d.explain(err),
 			"the source keeps the stopped VM with its memory as it was at the switch")
 	default:
@@ -157,6 +175,15 @@ func (d *Destination) release() {
 	if d.vm != nil {
 		if err := d.vm.Close(); err != nil {
 			d.log.Warn("disconnect from QEMU", "error", err)
+		}
+	}
+	if d.kept != nil {
+		end := d.kept.forget
+		if d.leave {
+			end = d.kept.close
+		}
+		if err := end(); err != nil {
+			d.log.Warn("what was kept for a restarted daemon", "error", err)
 		}
 	}
 }

@@ -30,11 +30,11 @@ type sample struct {
 	present uint64
 }
 
-// switched says that the VM runs here now, after a downtime of d.
-func (m *meter) switched(d time.Duration) {
+// switched says that the VM runs here since the given time, after a downtime of d.
+func (m *meter) switched(since time.Time, d time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.started, m.downtime = time.Now(), d
+	m.started, m.downtime = since, d
 }
 
 // residency is the time from the switch to the last page, zero before that.

@@ -11,17 +11,32 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
 )
 
-// A Record says that this host handed a VM over. While it exists the daemon
-// does not continue that VM.
+// A Record says that this host is handing a VM over, or has done so. While a
+// committed one exists the daemon does not continue that VM.
 type Record struct {
-	ID          string    `json:"id"`
-	VM          string    `json:"vm"` // path of the QMP socket
-	PID         int       `json:"pid"`
-	Destination string    `json:"destination"`
-	HandedOver  time.Time `json:"handed_over"`
+	Version int    `json:"version"`
+	ID      string `json:"id"`
+	VM      string `json:"vm"` // path of the QMP socket
+	qemu.Identity
+	Destination string `json:"destination"`
+	// Committed: the commit point has been passed. Before that the record only
+	// serves to continue a VM whose daemon died while it was stopped.
+	Committed  bool      `json:"committed"`
+	HandedOver time.Time `json:"handed_over"` // when the VM was about to stop
+
+	// What a restarted daemon needs to go on.
+	Spec       json.RawMessage `json:"spec"` // a MigrationSpec
+	Token      string          `json:"token"`
+	WasRunning bool            `json:"was_running"`
+	Settings   *qemu.Settings  `json:"settings"` // to be put back in QEMU
 }
+
+// recordVersion is that of Record; a daemon takes up what it knows.
+const recordVersion = 1
 
 // Records keeps the hand-over records of this host, one file each. The
 // directory should be on a file system in memory, as /run is: a record is
@@ -41,20 +56,45 @@ func OpenRecords(dir string) (*Records, error) {
 
 func (r *Records) path(id string) string { return filepath.Join(r.dir, id+".json") }
 
-// Write makes rec durable before it returns: file and directory are synced.
-func (r *Records) Write(rec Record) error {
-	if err := r.write(rec); err != nil {
+// Prepare writes down, durably, that the VM of rec is about to stop, and all but
+// the commitment itself: Commit then costs the downtime a rename and no more.
+func (r *Records) Prepare(rec Record) error {
+	rec.Version = recordVersion
+	rec.Committed = true
+	err := writeJSON(r.committed(rec.ID), rec)
+	if err == nil {
+		rec.Committed = false
+		err = writeJSON(r.path(rec.ID), rec)
+	}
+	if err != nil {
 		return fmt.Errorf("write the hand-over record of %s: %w", rec.ID, err)
 	}
 	return nil
 }
 
-func (r *Records) write(rec Record) error {
-	data, err := json.Marshal(rec)
+// Commit makes the prepared record a committed one, durably, before it returns.
+func (r *Records) Commit(id string) error {
+	err := os.Rename(r.committed(id), r.path(id))
+	if err == nil {
+		err = syncDir(r.dir)
+	}
+	if err != nil {
+		return fmt.Errorf("commit the hand-over record of %s: %w", id, err)
+	}
+	return nil
+}
+
+func (r *Records) committed(id string) string { return filepath.Join(r.dir, id+".commit") }
+
+// writeJSON makes a file appear whole or not at all, and durable before it
+// returns: file and directory are synced.
+func writeJSON(path string, content any) error {
+	data, err := json.Marshal(content)
 	if err != nil {
 		return err
 	}
-	temp, err := os.CreateTemp(r.dir, rec.ID+".*.tmp")
+	dir, name := filepath.Split(path)
+	temp, err := os.CreateTemp(dir, name+".*.tmp")
 	if err != nil {
 		return err
 	}
@@ -62,10 +102,14 @@ func (r *Records) write(rec Record) error {
 	if err := errors.Join(err, temp.Sync(), temp.Close()); err != nil {
 		return errors.Join(err, os.Remove(temp.Name()))
 	}
-	if err := os.Rename(temp.Name(), r.path(rec.ID)); err != nil {
+	if err := os.Rename(temp.Name(), path); err != nil {
 		return errors.Join(err, os.Remove(temp.Name()))
 	}
-	dir, err := os.Open(r.dir)
+	return syncDir(dir)
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
 	if err != nil {
 		return err
 	}
@@ -74,8 +118,10 @@ func (r *Records) write(rec Record) error {
 
 // Remove forgets a record; one that does not exist is no error.
 func (r *Records) Remove(id string) error {
-	if err := os.Remove(r.path(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the hand-over record of %s: %w", id, err)
+	for _, path := range []string{r.path(id), r.committed(id)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove the hand-over record of %s: %w", id, err)
+		}
 	}
 	return nil
 }
@@ -101,6 +147,10 @@ func (r *Records) All() ([]Record, error) {
 			return nil, fmt.Errorf("hand-over record %s is damaged; look at the VM it is about before removing it: %w",
 				r.path(id), err)
 		}
+		if rec.Version != recordVersion {
+			return nil, fmt.Errorf("hand-over record %s is of version %d, this daemon knows %d: start the version of migrated that wrote it",
+				r.path(id), rec.Version, recordVersion)
+		}
 		records = append(records, rec)
 	}
 	return records, nil
@@ -114,7 +164,7 @@ func (r *Records) ForVM(vm string, pid int) (Record, bool, error) {
 		return Record{}, false, err
 	}
 	for _, rec := range records {
-		if rec.VM == vm && rec.PID == pid {
+		if rec.Committed && rec.VM == vm && rec.PID == pid && rec.Alive() {
 			return rec, true, nil
 		}
 	}

@@ -9,16 +9,26 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
 )
 
 func TestRecordsOutliveTheDaemon(t *testing.T) {
+	vm := qemu.VM{Pid: os.Getpid()} // no QEMU is needed to be a process
+	identity, err := vm.Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
 	dir := filepath.Join(t.TempDir(), "handed-over")
 	records, err := OpenRecords(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Record{ID: "m1", VM: "/run/vm/qmp.sock", PID: 42, Destination: "192.0.2.2:7600", HandedOver: time.Now().Round(0).UTC()}
-	if err := records.Write(want); err != nil {
+	want := Record{
+		Version: recordVersion, ID: "m1", VM: "/run/vm/qmp.sock", Identity: identity,
+		Destination: "192.0.2.2:7600", HandedOver: time.Now().Round(0).UTC(), Spec: []byte(`{"vm":"x"}`), Token: "t", WasRunning: true,
+	}
+	if err := records.Prepare(want); err != nil {
 		t.Fatal(err)
 	}
 
@@ -31,16 +41,29 @@ func TestRecordsOutliveTheDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff([]Record{want}, all); diff != "" {
-		t.Errorf("records (-want +got):\n%s", diff)
+		t.Errorf("prepared (-want +got):\n%s", diff)
+	}
+	if _, found, err := again.ForVM(want.VM, want.PID); err != nil || found {
+		t.Errorf("what is only prepared was handed over: %v, %v", found, err)
+	}
+	if err := again.Commit("m1"); err != nil {
+		t.Fatal(err)
+	}
+	want.Committed = true
+	if all, err = again.All(); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]Record{want}, all); diff != "" {
+		t.Errorf("committed (-want +got):\n%s", diff)
 	}
 	for _, c := range []struct {
 		vm   string
 		pid  int
 		want bool
 	}{
-		{"/run/vm/qmp.sock", 42, true},
-		{"/run/vm/qmp.sock", 43, false}, // a new QEMU at the same socket
-		{"/run/other/qmp.sock", 42, false},
+		{"/run/vm/qmp.sock", want.PID, true},
+		{"/run/vm/qmp.sock", want.PID + 1, false}, // a new QEMU at the same socket
+		{"/run/other/qmp.sock", want.PID, false},
 	} {
 		if _, got, err := again.ForVM(c.vm, c.pid); err != nil || got != c.want {
 			t.Errorf("ForVM(%q, %d) = %v, %v; want %v", c.vm, c.pid, got, err, c.want)

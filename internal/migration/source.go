@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
@@ -71,16 +72,24 @@ type Source struct {
 	export     *pagesrv.Export
 	conn       *grpc.ClientConn
 	peer       migratedv1.PeerServiceClient
+	token      string
 	wasRunning bool
 	stopTried  bool
 	stoppedAt  time.Time
 	stopped    chan struct{} // closed when QEMU has said that the VM is stopped
+	takenUp    bool          // by TakeUpSource
 }
 
 // NewSource begins a migration; it prepares at once and switches when Start is
 // called. It goes on until it is over or ctx ends, which counts as a failure of
 // this daemon.
 func NewSource(ctx context.Context, cfg SourceConfig) *Source {
+	s, ctx := newSource(ctx, cfg)
+	go s.run(ctx)
+	return s
+}
+
+func newSource(ctx context.Context, cfg SourceConfig) (*Source, context.Context) {
 	s := &Source{
 		Tracker: newTracker(&migratedv1.Migration{
 			Id:    cfg.ID,
@@ -95,8 +104,7 @@ func NewSource(ctx context.Context, cfg SourceConfig) *Source {
 		stopped: make(chan struct{}),
 	}
 	ctx, s.cancel = context.WithCancelCause(ctx)
-	go s.run(ctx)
-	return s
+	return s, ctx
 }
 
 // Start lets the migration switch over as soon as it is prepared.
@@ -120,6 +128,24 @@ func (s *Source) Cancel() error {
 	return nil
 }
 
+// writeDown prepares the record: from here on a daemon that is started again
+// knows of this VM.
+func (s *Source) writeDown() error {
+	identity, err := s.vm.Identity()
+	if err != nil {
+		return err
+	}
+	spec, err := protojson.Marshal(s.cfg.Spec)
+	if err != nil {
+		return fmt.Errorf("write down the specification: %w", err)
+	}
+	return s.cfg.Records.Prepare(Record{
+		ID: s.cfg.ID, VM: s.cfg.Spec.GetVm(), Identity: identity,
+		Destination: s.cfg.Spec.GetDestination(), HandedOver: time.Now(),
+		Spec: spec, Token: s.token, WasRunning: s.wasRunning, Settings: s.vm.Changed(),
+	})
+}
+
 // commit passes the commit point unless the migration was cancelled first.
 func (s *Source) commit(ctx context.Context) error {
 	s.commitMu.Lock()
@@ -127,26 +153,18 @@ func (s *Source) commit(ctx context.Context) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
-	rec := Record{
-		ID: s.cfg.ID, VM: s.cfg.Spec.GetVm(), PID: s.vm.Pid,
-		Destination: s.cfg.Spec.GetDestination(), HandedOver: time.Now(),
-	}
-	if err := s.cfg.Records.Write(rec); err != nil {
-		return errors.Join(err, s.cfg.Records.Remove(rec.ID))
+	if err := s.cfg.Records.Commit(s.cfg.ID); err != nil {
+		return err
 	}
 	s.committed = true
 	return nil
 }
 
 // giveBack undoes commit after the destination promised ErrNotRun.
-func (s *Source) giveBack() error {
+func (s *Source) giveBack() {
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
-	if err := s.cfg.Records.Remove(s.cfg.ID); err != nil {
-		return err
-	}
 	s.committed = false
-	return nil
 }
 
 func (s *Source) run(ctx context.Context) {
@@ -165,9 +183,13 @@ func (s *Source) run(ctx context.Context) {
 		s.backOut(ctx, err)
 		return
 	}
-	if !s.switchOver(ctx) {
-		return
+	if s.switchOver(ctx) {
+		s.seeThrough(ctx)
 	}
+}
+
+// seeThrough follows a migration whose VM runs at the destination to its end.
+func (s *Source) seeThrough(ctx context.Context) {
 	if err := s.follow(ctx); err != nil {
 		s.log.Error("failed after the switch", "error", err)
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
@@ -190,12 +212,18 @@ func (s *Source) switchOver(ctx context.Context) bool {
 		s.backOut(ctx, err)
 		return false
 	}
+	return s.handedOver(ctx)
+}
+
+// handedOver is the second half of switchOver, after the commit point.
+func (s *Source) handedOver(ctx context.Context) bool {
 	err := s.handOver(ctx)
 	switch {
 	case err == nil:
 		return true
 	case errors.Is(err, ErrNotRun):
-		s.backOut(ctx, errors.Join(err, s.giveBack()))
+		s.giveBack()
+		s.backOut(ctx, err)
 	default:
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
 	}
@@ -207,24 +235,17 @@ func (s *Source) prepare(ctx context.Context) error {
 	if err := s.open(ctx); err != nil {
 		return err
 	}
-	token := rand.Text()
-	var err error
-	s.export, err = s.cfg.Pages.Offer(s.cfg.ID, token, s.ram, s.awaitStopped)
-	if err != nil {
-		return fmt.Errorf("offer the RAM of the VM: %w", err)
+	s.token = rand.Text()
+	if err := s.offer(); err != nil {
+		return err
 	}
 	destination := s.cfg.Spec.GetDestination()
-	if s.conn, err = s.cfg.Dial(destination, withToken(s.cfg.ID, token)); err != nil {
-		return withRemedy(fmt.Errorf("destination %s: %w", destination, err), "give the destination as HOST:PORT")
-	}
-	s.peer = migratedv1.NewPeerServiceClient(s.conn)
-
 	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
 	defer cancel()
 	answer, err := s.peer.PrepareIncoming(ctx, &migratedv1.PrepareIncomingRequest{
 		Id:                  s.cfg.ID,
 		Protocol:            Protocol,
-		Token:               token,
+		Token:               s.token,
 		PageAddresses:       s.cfg.PageAddresses,
 		Machine:             machineOf(s.facts, s.cfg.Spec.GetVm()),
 		DestinationQmp:      s.cfg.Spec.GetDestinationQmp(),
@@ -238,6 +259,20 @@ func (s *Source) prepare(ctx context.Context) error {
 		return fmt.Errorf("prepare: destination %s has %d RAM blocks instead of %d",
 			destination, len(answer.GetRamBlocks()), len(s.facts.RAMBlocks))
 	}
+	return nil
+}
+
+// offer lets the destination fetch pages, once the VM stands still, and calls it.
+func (s *Source) offer() (err error) {
+	s.export, err = s.cfg.Pages.Offer(s.cfg.ID, s.token, s.ram, s.awaitStopped)
+	if err != nil {
+		return fmt.Errorf("offer the RAM of the VM: %w", err)
+	}
+	destination := s.cfg.Spec.GetDestination()
+	if s.conn, err = s.cfg.Dial(destination, withToken(s.cfg.ID, s.token)); err != nil {
+		return withRemedy(fmt.Errorf("destination %s: %w", destination, err), "give the destination as HOST:PORT")
+	}
+	s.peer = migratedv1.NewPeerServiceClient(s.conn)
 	return nil
 }
 
@@ -259,6 +294,13 @@ func (s *Source) open(ctx context.Context) error {
 		return askQEMU("source", err)
 	}
 	s.update(func(m *migratedv1.Migration) { m.VmName = s.facts.Name })
+	if err := s.openRAM(); err != nil {
+		return err
+	}
+	return s.vm.PrepareOutgoing(ctx)
+}
+
+func (s *Source) openRAM() (err error) {
 	blocks := make([]pagesrv.Block, 0, len(s.facts.RAMBlocks))
 	for _, b := range s.facts.RAMBlocks {
 		blocks = append(blocks, pagesrv.Block{
@@ -268,7 +310,7 @@ func (s *Source) open(ctx context.Context) error {
 	if s.ram, err = pagesrv.OpenRAM(blocks); err != nil {
 		return fmt.Errorf("open the RAM of the VM: %w", err)
 	}
-	return s.vm.PrepareOutgoing(ctx)
+	return nil
 }
 
 // refuseHandedOver keeps a QEMU that was left for its memory from being taken

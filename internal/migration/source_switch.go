@@ -60,6 +60,9 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
 	}
+	if err := s.writeDown(); err != nil {
+		return err
+	}
 	carrier, err := newDeviceCarrier()
 	if err != nil {
 		return err
@@ -165,7 +168,9 @@ func (s *Source) handOver(ctx context.Context) error {
 			s.update(func(m *migratedv1.Migration) {
 				m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
 				m.Error = nil
-				m.Progress.Downtime = durationpb.New(downtime)
+				if !s.takenUp { // else the switch may have been long before this daemon
+					m.Progress.Downtime = durationpb.New(downtime)
+				}
 			})
 			return nil
 		case codes.Aborted:
@@ -219,7 +224,10 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 		s.update(func(m *migratedv1.Migration) {
 			downtime, deviceState := m.Progress.GetDowntime(), m.Progress.GetBytesDeviceState()
 			m.Progress = answer.GetProgress()
-			m.Progress.Downtime, m.Progress.BytesDeviceState = downtime, deviceState
+			m.Progress.BytesDeviceState = deviceState
+			if !s.takenUp { // else the destination alone knows
+				m.Progress.Downtime = downtime
+			}
 			m.Error = answer.GetError()
 			if !Terminal(state) { // complete says so once the source has let go
 				m.State = state
@@ -241,11 +249,15 @@ func (s *Source) complete() {
 			s.log.Warn("the source's QEMU did not quit; it is stopped and no longer needed", "error", err)
 		}
 	}
+	s.forgetRecord()
+	s.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
+	s.log.Info("completed")
+}
+
+func (s *Source) forgetRecord() {
 	if err := s.cfg.Records.Remove(s.cfg.ID); err != nil {
 		s.log.Warn("the record stays", "error", err)
 	}
-	s.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
-	s.log.Info("completed")
 }
 
 // backOut ends a migration that did not hand the VM over: the VM goes on here.
@@ -277,20 +289,23 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 
 // continueVM puts the VM back to what it was before it was stopped, and says
 // what became of it.
-func (s *Source) continueVM() string {
+func (s *Source) continueVM() (vmStatus string) {
 	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
 	defer cancel()
 	if err := s.vm.CancelMigrate(ctx); err != nil {
 		s.log.Warn("cancel QEMU's own migration", "error", err)
 	}
 	if !s.wasRunning {
+		s.forgetRecord()
 		return "the VM is paused on the source, as it was before"
 	}
 	if _, err := s.vm.Cont(ctx); err != nil {
 		s.log.Error("cannot continue the VM", "error", err)
+		// The record stays, for a daemon that is started again to try.
 		return fmt.Sprintf("the VM is stopped on the source with its memory intact; continue it with QMP 'cont' on %s (%v)",
 			s.cfg.Spec.GetVm(), err)
 	}
+	s.forgetRecord()
 	return "the VM runs on the source"
 }
 

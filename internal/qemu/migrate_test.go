@@ -233,14 +233,14 @@ func TestSettingsArePutBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	during, err := vm.settings(ctx)
-	if err != nil || !during.capabilities["x-ignore-shared"] || during.capabilities["auto-converge"] || during.maxBandwidth != maxBandwidth {
+	if err != nil || !during.Capabilities["x-ignore-shared"] || during.Capabilities["auto-converge"] || during.MaxBandwidth != maxBandwidth {
 		t.Errorf("prepared: %+v, %v", during, err)
 	}
 	if err := other.Close(); err != nil {
 		t.Fatal(err)
 	}
 	after, err := vm.settings(ctx)
-	if diff := cmp.Diff(before, after, cmp.AllowUnexported(migrationSettings{})); diff != "" || err != nil {
+	if diff := cmp.Diff(before, after, cmp.AllowUnexported(Settings{})); diff != "" || err != nil {
 		t.Errorf("settings afterwards (-before +after), %v:\n%s", err, diff)
 	}
 }

@@ -26,17 +26,24 @@ const (
 // its stream to keep to it, and the default of 128 MiB/s would make the VM wait for that.
 const maxBandwidth = 1 << 40
 
-// migrationSettings are those of QEMU's settings for its own migrations that we change.
-type migrationSettings struct {
-	capabilities map[string]bool
-	maxBandwidth uint64
-	// noDescription leaves out the stream's own description in JSON, which is for debuggers: a third of the
+// Settings are those of QEMU's settings for its own migrations that PrepareOutgoing and PrepareIncoming change.
+type Settings struct {
+	Capabilities map[string]bool `json:"capabilities"`
+	MaxBandwidth uint64          `json:"max_bandwidth"`
+	// NoDescription leaves out the stream's own description in JSON, which is for debuggers: a third of the
 	// stream, made and read while the VM stands still. Both ends must agree. nil: this machine has no
 	// such setting (it is a property of the PC machines).
-	noDescription *bool
+	NoDescription *bool `json:"no_description,omitempty"`
 }
 
-// descriptionProperty is the machine's property behind noDescription.
+// Changed returns what Close puts back, nil where that is nothing. With PutBack the Close of a later process
+// does it instead.
+func (vm *VM) Changed() *Settings { return vm.restore }
+
+// PutBack makes Close put these settings back.
+func (vm *VM) PutBack(s *Settings) { vm.restore = s }
+
+// descriptionProperty is the machine's property behind NoDescription.
 const descriptionProperty = "suppress-vmdesc"
 
 // PrepareOutgoing sets a source QEMU up for MigrateFD. Close puts back what it changes.
@@ -69,21 +76,21 @@ func (vm *VM) prepare(ctx context.Context, want ...string) error {
 	if err != nil {
 		return err
 	}
-	if missing := lacking(before.capabilities, want...); len(missing) > 0 {
+	if missing := lacking(before.Capabilities, want...); len(missing) > 0 {
 		return missingCapabilities(vm.QMP.Version(), missing)
 	}
-	now := migrationSettings{capabilities: make(map[string]bool), maxBandwidth: maxBandwidth}
-	if before.noDescription != nil {
+	now := Settings{Capabilities: make(map[string]bool), MaxBandwidth: maxBandwidth}
+	if before.NoDescription != nil {
 		yes := true
-		now.noDescription = &yes
+		now.NoDescription = &yes
 	}
-	for name, on := range before.capabilities {
+	for name, on := range before.Capabilities {
 		if on && !slices.Contains(want, name) {
-			now.capabilities[name] = false
+			now.Capabilities[name] = false
 		}
 	}
 	for _, name := range want {
-		now.capabilities[name] = true
+		now.Capabilities[name] = true
 	}
 	if vm.restore == nil { // else this is a second try, and before is not what we found
 		vm.restore = &before
@@ -104,10 +111,10 @@ func lacking(have map[string]bool, want ...string) (missing []string) {
 	return missing
 }
 
-func (vm *VM) settings(ctx context.Context) (migrationSettings, error) {
-	s := migrationSettings{}
+func (vm *VM) settings(ctx context.Context) (Settings, error) {
+	s := Settings{}
 	var err error
-	if s.capabilities, err = vm.capabilities(ctx); err != nil {
+	if s.Capabilities, err = vm.capabilities(ctx); err != nil {
 		return s, err
 	}
 	var parameters struct {
@@ -116,11 +123,11 @@ func (vm *VM) settings(ctx context.Context) (migrationSettings, error) {
 	if err := vm.QMP.Do(ctx, "query-migrate-parameters", nil, &parameters); err != nil {
 		return s, err
 	}
-	s.maxBandwidth = parameters.MaxBandwidth
+	s.MaxBandwidth = parameters.MaxBandwidth
 	var none bool
 	switch err := vm.property(ctx, "/machine", descriptionProperty, &none); {
 	case err == nil:
-		s.noDescription = &none
+		s.NoDescription = &none
 	case !errors.Is(err, qmp.ErrGeneric):
 		return s, err
 	}
@@ -164,13 +171,13 @@ func (vm *VM) SetCapabilities(ctx context.Context, states map[string]bool) error
 	return vm.QMP.Do(ctx, "migrate-set-capabilities", map[string]any{"capabilities": list}, nil)
 }
 
-func (vm *VM) apply(ctx context.Context, s migrationSettings) error {
-	capErr := vm.SetCapabilities(ctx, s.capabilities)
-	parameters := map[string]any{"max-bandwidth": s.maxBandwidth}
+func (vm *VM) apply(ctx context.Context, s Settings) error {
+	capErr := vm.SetCapabilities(ctx, s.Capabilities)
+	parameters := map[string]any{"max-bandwidth": s.MaxBandwidth}
 	err := errors.Join(capErr, vm.QMP.Do(ctx, "migrate-set-parameters", parameters, nil))
-	if s.noDescription == nil {
+	if s.NoDescription == nil {
 		return err
 	}
-	property := map[string]any{"path": "/machine", "property": descriptionProperty, "value": *s.noDescription}
+	property := map[string]any{"path": "/machine", "property": descriptionProperty, "value": *s.NoDescription}
 	return errors.Join(err, vm.QMP.Do(ctx, "qom-set", property, nil))
 }

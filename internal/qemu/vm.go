@@ -26,8 +26,8 @@ type VM struct {
 	QMP *qmp.Client
 	Pid int // in our PID namespace
 
-	pidfd   *os.File           // refers to that process even when its number is used again
-	restore *migrationSettings // what PrepareOutgoing or PrepareIncoming changed; nil: nothing
+	pidfd   *os.File  // refers to that process even when its number is used again
+	restore *Settings // what PrepareOutgoing or PrepareIncoming changed; nil: nothing
 }
 
 // Attach connects to the QMP socket at path and finds the QEMU behind it. Errors of the connection are

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+const (
+	stateActive  = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+	statePaused  = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED
+	stateRecover = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER
+)
+
+// halfway brings a migration to where the VM runs at the destination with a part
+// of its memory, and keeps it there: the cable is pulled.
+func (s *scene) halfway(id string) *migratedv1.Migration {
+	s.Helper()
+	client := control(s.T, s.lab.A)
+	if _, err := client.Start(testContext(s.T), &migratedv1.StartRequest{Id: id, Spec: s.spec()}); err != nil {
+		s.Fatal(err)
+	}
+	await(s.T, client, id, func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
+	s.cable(false)
+	paused := await(s.T, control(s.T, s.lab.B), id, func(m *migratedv1.Migration) bool { return m.GetState() == statePaused })
+	if p := paused.GetProgress(); paused.GetState() != statePaused || p.GetPagesPresent() == p.GetPagesTotal() {
+		s.Fatalf("all was over before the cable was pulled: %v", paused)
+	}
+	return paused
+}
+
+func (s *scene) cable(up bool) {
+	s.Helper()
+	if err := s.lab.SetCable(testContext(s.T), up); err != nil {
+		s.Fatal(err)
+	}
+}
+
+func mustKill(t *testing.T, p *lab.Process) {
+	t.Helper()
+	if err := p.Kill(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDaemonsKilledAfterTheSwitch kills daemons in the middle of a migration and starts them again: the VM goes on, its
+// memory is whole, and what had arrived is not fetched again.
+func TestDaemonsKilledAfterTheSwitch(t *testing.T) {
+	for name, c := range map[string]struct {
+		source, destination bool
+		vm                  lab.VMConfig
+	}{
+		"destination":            {destination: true, vm: lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1}},
+		"destination, two nodes": {destination: true, vm: lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 2}},
+		"source":                 {source: true, vm: lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1}},
+		"both":                   {source: true, destination: true, vm: lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newHosts(t)
+			a, b := startDaemon(t, l.A), startDaemon(t, l.B)
+			vm := metal(t, c.vm)
+			startVM(t, l.A, vm)
+			s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
+			had := s.halfway("restart").GetProgress()
+			if c.destination {
+				mustKill(t, b)
+				startDaemon(t, l.B)
+				again := await(t, control(t, l.B), "restart", func(m *migratedv1.Migration) bool {
+					return m.GetState() == statePaused || m.GetState() == stateRecover
+				})
+				if p := again.GetProgress(); p.GetPagesPresent() < had.GetPagesPresent() || p.GetDowntime().AsDuration() != had.GetDowntime().AsDuration() {
+					t.Errorf("taken up with %v, before that it had %v", p, had)
+				}
+			}
+			if c.source {
+				mustKill(t, a)
+				startDaemon(t, l.A)
+			}
+			s.cable(true)
+			m := await(t, control(t, l.A), "restart", func(*migratedv1.Migration) bool { return false })
+			if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+				t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+			}
+			if c.destination {
+				checkFetchedOnce(t, had, m.GetProgress())
+			}
+			s.arrived()
+			nothingKept(t, l.A, l.B)
+		})
+	}
+}
+
+// checkFetchedOnce compares the figures of a killed daemon with those of the one that took the migration up. A killed
+// daemon's last figures are a tenth of a second old, so it may have got more than they say, never less.
+func checkFetchedOnce(t *testing.T, before, after *migratedv1.Progress) {
+	t.Helper()
+	if sum := before.GetBytesOnWire() + after.GetBytesOnWire(); before.GetBytesOnWire() == 0 || sum > after.GetBytesTotal()+64<<20 {
+		t.Errorf("%d bytes were fetched before and %d after, of %d", before.GetBytesOnWire(), after.GetBytesOnWire(), after.GetBytesTotal())
+	}
+}
+
+// nothingKept checks that a migration that is over leaves no files for a daemon that is started again.
+func nothingKept(t *testing.T, hosts ...*lab.Host) {
+	t.Helper()
+	for _, h := range hosts {
+		out, err := h.Run(testContext(t), "find", "/run/migrated", "-name", "*.json", "-o", "-name", "*.commit", "-o", "-name", "pages")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out != "" {
+			t.Errorf("host %s keeps %s", h.Name, out)
+		}
+	}
+}
+
+// TestDestinationDaemonKilledUnderLoad: no cable is pulled; a busy guest in huge and in small pages stalls, goes on when
+// the daemon is back, and finds nothing wrong.
+func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
+	for name, huge := range map[string]bool{"4 KiB": false, "2 MiB": true} {
+		t.Run(name, func(t *testing.T) {
+			l := newHosts(t)
+			startDaemon(t, l.A)
+			b := startDaemon(t, l.B)
+			c := lab.VMConfig{VCPUs: 2, MemoryMiB: 512, Nodes: 1, HugePages: huge}
+			if huge {
+				reserveHugePages(t, 2*c.MemoryMiB/2)
+			}
+			vm := linux(t, c, "migrated.mem=320", "migrated.ws=128", "migrated.workers=2", "migrated.rate=500", "migrated.write=50", "migrated.window=100ms")
+			startVM(t, l.A, vm)
+			var guest report.Log
+			port := openGuest(t, l.A, &guest)
+			if _, err := guest.WaitReady(testContext(t)); err != nil {
+				t.Fatal(err)
+			}
+			awaitWindows(t, &guest, 3)
+			if err := port.Close(); err != nil {
+				t.Fatal(err)
+			}
+			client := control(t, l.A)
+			spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: l.B.DaemonAddr()}
+			if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "load", Spec: spec}); err != nil {
+				t.Fatal(err)
+			}
+			if m := await(t, client, "load", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive }); m.GetState() != stateActive {
+				t.Fatalf("all was over before the daemon could be killed: %v", m)
+			}
+			mustKill(t, b)
+			killed := time.Now()
+			startDaemon(t, l.B)
+			t.Logf("a new daemon serves %v after the old one was killed", time.Since(killed))
+			if m := await(t, client, "load", func(*migratedv1.Migration) bool { return false }); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+				t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+			}
+			port = openGuest(t, l.B, &guest)
+			defer port.Close()
+			awaitWindows(t, &guest, 3)
+			v, err := port.Verify(testContext(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if v.Corruptions != 0 || v.Pages == 0 || guest.Err() != nil {
+				t.Errorf("the guest finds %d corruptions: %v", v.Corruptions, guest.Err())
+			}
+		})
+	}
+}
+
+// TestDestinationDaemonKilledBeforeTheDeviceState: what it prepared is of no use to anybody. Started again the daemon ends
+// the QEMU, and the VM goes on at the source.
+func TestDestinationDaemonKilledBeforeTheDeviceState(t *testing.T) {
+	l := newHosts(t)
+	startDaemon(t, l.A)
+	b := startDaemon(t, l.B)
+	s := newScene(t, l)
+	client := s.prepare("early")
+	mustKill(t, b)
+	m := await(t, client, "early", func(*migratedv1.Migration) bool { return false })
+	if m.GetState() != stateFailed {
+		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	startDaemon(t, l.B)
+	s.destinationGone("early")
+	if pids, err := l.B.Processes("qemu-system-x86_64"); err != nil || len(pids) != 0 {
+		t.Errorf("QEMUs that are left: %v, %v", pids, err)
+	}
+	nothingKept(t, l.A, l.B)
+	s.stillCounting()
+}
+
+// TestSourceDaemonKilledBeforeTheSwitch: the VM goes on, and a migration from a daemon that is started again succeeds.
+func TestSourceDaemonKilledBeforeTheSwitch(t *testing.T) {
+	l := newHosts(t)
+	a := startDaemon(t, l.A)
+	startDaemon(t, l.B)
+	s := newScene(t, l)
+	s.freezeInDevice("killed")
+	mustKill(t, a)
+	s.destinationGone("killed")
+	startDaemon(t, l.A)
+	if kept, err := os.ReadDir(l.A.Path("/run/migrated/handed-over")); err != nil || len(kept) != 0 {
+		t.Errorf("records that are left: %v, %v", kept, err)
+	}
+	s.stillCounting()
+	moveMetal(t, s.vm, l.A, l.B)
+}
+
+// TestDaemonStoppedAfterTheSwitch is the planned restart, for an upgrade say.
+func TestDaemonStoppedAfterTheSwitch(t *testing.T) {
+	l := newHosts(t)
+	startDaemon(t, l.A)
+	b := startDaemon(t, l.B)
+	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1})
+	startVM(t, l.A, vm)
+	s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
+	s.halfway("upgrade")
+	if err := b.Stop(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	startDaemon(t, l.B)
+	s.cable(true)
+	if m := await(t, control(t, l.A), "upgrade", func(*migratedv1.Migration) bool { return false }); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	s.arrived()
+	nothingKept(t, l.A, l.B)
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"fmt"
+	"net"
+	"path/filepath"
+
+	"github.com/migrated-vm/migrated/internal/migration"
+)
+
+// incomingDir has a directory for each migration to this host.
+func (d *Daemon) incomingDir() string { return filepath.Join(d.cfg.StateDir, "incoming") }
+
+func (d *Daemon) sourceConfig() migration.SourceConfig {
+	addresses := d.cfg.Advertise
+	if len(addresses) == 0 {
+		addresses = []string{net.JoinHostPort("", d.pagePort)}
+	}
+	return migration.SourceConfig{
+		Pages: d.pages, Records: d.records, PageAddresses: addresses, Dial: d.dial, Log: d.log,
+	}
+}
+
+func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
+	return migration.DestinationConfig{
+		Dir: dir, Binaries: d.cfg.QEMUBinaries, FaultWorkers: d.cfg.FaultWorkers, Dial: d.dial, Log: d.log,
+	}
+}
+
+// takeUp goes on with what an earlier run of this daemon left when it ended, in
+// whatever way. A record that cannot be read keeps the daemon from serving: it
+// may be about a VM that runs elsewhere. A migration to this host that cannot
+// be taken up is one that waits, and no reason to keep others waiting.
+func (d *Daemon) takeUp() error {
+	records, err := d.records.All()
+	if err != nil {
+		return err
+	}
+	var sources []*migration.Source
+	for _, rec := range records {
+		s, err := migration.TakeUpSource(d.ctx, d.sourceConfig(), rec)
+		if err != nil {
+			return err
+		}
+		sources = append(sources, s)
+	}
+	dirs, err := migration.KeptDirs(d.incomingDir())
+	if err != nil {
+		return fmt.Errorf("migrations to this host: %w", err)
+	}
+	var destinations []*migration.Destination
+	for _, dir := range dirs {
+		destination, err := migration.TakeUpDestination(d.ctx, d.destinationConfig(dir))
+		if err != nil {
+			d.log.Error("a migration to this host that an earlier run of this daemon left cannot be taken up", "error", err)
+			continue
+		}
+		destinations = append(destinations, destination)
+	}
+	d.migrations.takeUp(sources, destinations)
+	return nil
+}

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/pkg/uffd/inject"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// KeptDirs are the directories below dir, one a migration to this host, in which
+// an earlier run of the daemon left one that had not ended.
+func KeptDirs(dir string) ([]string, error) {
+	files, err := filepath.Glob(filepath.Join(dir, "*", keptFacts))
+	for i := range files {
+		files[i] = filepath.Dir(files[i])
+	}
+	return files, err
+}
+
+// TakeUpDestination goes on with the migration that an earlier run of this
+// daemon left in cfg.Dir; cfg has no Request. QEMU kept its copy of the
+// userfaultfd open: what needs a missing page has waited since. A VM that was
+// not told to run goes on at the source, unless that says Run yet.
+func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination, error) {
+	k, facts, request, err := takeUpKept(cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("take up the migration kept in %s: %w", cfg.Dir, err)
+	}
+	cfg.Request = request
+	d := NewDestination(ctx, cfg)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.kept = k
+	if k.header().toldToRun.Load() != 0 {
+		d.phase = running
+	}
+	d.log.Warn("taking up a migration that an earlier run of this daemon left", "switched", d.phase == running)
+	if err := d.takeUp(facts); err != nil {
+		d.notTakenUp(facts, err)
+		return d, nil
+	}
+	if d.phase == running {
+		d.knowAnswer()
+		d.engine.StartSweep()
+	} else {
+		d.phase = loaded
+		d.expectRun()
+	}
+	d.update(func(m *migratedv1.Migration) {
+		m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER
+		m.Prepared = true
+		m.Progress = d.meter.progress(d.engine.Stats())
+	})
+	d.pumping = true
+	go d.pump(nil)
+	go d.watchQEMU()
+	return d, nil
+}
+
+// takeUp opens what prepare did.
+func (d *Destination) takeUp(facts *keptFactsV1) error {
+	ctx, cancel := context.WithTimeout(d.ctx, attachTimeout)
+	defer cancel()
+	if !facts.QEMU.Alive() {
+		return errQEMUGone
+	}
+	vm, err := qemu.Attach(ctx, facts.QMP)
+	if err != nil {
+		return fmt.Errorf("attach to the destination QEMU: %w", err)
+	}
+	// Not ours until this holds: giving up ends d.vm's QEMU.
+	if identity, err := vm.Identity(); err != nil || identity != facts.QEMU {
+		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", facts.QMP, vm.Pid), err, vm.Close())
+	}
+	d.vm = vm
+	vm.PutBack(facts.Settings)
+	status, err := vm.Status(ctx)
+	if err != nil {
+		return askQEMU("destination", err)
+	}
+	if d.phase != running && status == "inmigrate" {
+		return errors.New("the device state had not arrived")
+	}
+	machine, err := vm.Facts(ctx)
+	if err != nil {
+		return askQEMU("destination", err)
+	}
+	d.update(func(m *migratedv1.Migration) { m.VmName = machine.Name })
+	if d.blocks, err = matchMachine(d.cfg.Request.GetMachine(), machine); err != nil {
+		return err
+	}
+	if d.taken, err = inject.Duplicate(vm.Pid, facts.RemoteFD); err != nil {
+		return fmt.Errorf("take the userfaultfd from the destination QEMU again: %w", err)
+	}
+	return d.makeEngine(facts.Discards)
+}
+
+// errQEMUGone is why a migration that was left is over.
+var errQEMUGone = errors.New("the destination QEMU ended while no daemon ran")
+
+// notTakenUp ends a migration that cannot go on. The caller holds mu.
+func (d *Destination) notTakenUp(facts *keptFactsV1, err error) {
+	err = fmt.Errorf("%w: %w", errDaemonEnded, err)
+	if d.phase != running {
+		if d.vm == nil && facts.QEMU.Alive() {
+			d.log.Error("a QEMU that is of no use any more cannot be ended; end it by hand", "pid", facts.QEMU.PID, "error", err)
+		}
+		d.giveUp(err)
+		return
+	}
+	// The files stay, and with them the chance that the next start finds the cause removed.
+	d.leave = facts.QEMU.Alive()
+	d.log.Error("cannot take up the migration", "error", err)
+	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+		withRemedy(err, "remove the cause and restart this daemon; what needs a missing page waits until then"),
+		"the source keeps the stopped VM with its memory as it was at the switch")
+	d.cancel(err)
+	d.release()
+	close(d.done)
+}
+
+// knowAnswer finds out what Run was answered, or would have been: while it is
+// nil, Run tells QEMU again. The caller holds mu.
+func (d *Destination) knowAnswer() {
+	h := d.kept.header()
+	at := h.resumed.Load()
+	if at == 0 {
+		return
+	}
+	d.answer = &migratedv1.RunResponse{
+		ResumeTime: durationpb.New(time.Duration(h.resumeTime.Load())), ServeTime: durationpb.New(0),
+	}
+	d.meter.switched(time.Unix(0, at), time.Duration(h.downtime.Load()))
+}

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// errDaemonEnded is why a migration was not finished by the daemon that began it.
+var errDaemonEnded = errors.New("the daemon ended in the middle of the migration")
+
+// TakeUpSource goes on with a migration whose record an earlier run of this
+// daemon left: before the commit point the VM is continued, after it the
+// hand-over is repeated and the pages are served. cfg has no ID and no Spec. The
+// RAM is offered when it returns, so that the destination's lanes find it.
+func TakeUpSource(ctx context.Context, cfg SourceConfig, rec Record) (*Source, error) {
+	cfg.ID, cfg.Spec = rec.ID, new(migratedv1.MigrationSpec)
+	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(rec.Spec, cfg.Spec); err != nil {
+		return nil, fmt.Errorf("hand-over record of %s: %w", rec.ID, err)
+	}
+	s, ctx := newSource(ctx, cfg)
+	s.Start()
+	s.takenUp = true
+	s.token, s.wasRunning, s.stopTried, s.stoppedAt = rec.Token, rec.WasRunning, true, rec.HandedOver
+	s.committed = rec.Committed
+	close(s.stopped)
+	s.log.Warn("taking up a migration that an earlier run of this daemon left", "vm", rec.VM, "committed", rec.Committed)
+	err := s.takeUp(ctx, rec)
+	go s.runTakenUp(ctx, err)
+	return s, nil
+}
+
+// takeUp opens what open and prepare did. QEMU is as it was left.
+func (s *Source) takeUp(ctx context.Context, rec Record) error {
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
+	if !rec.Alive() {
+		s.forgetRecord()
+		return fmt.Errorf("the source's QEMU, process %d, is gone", rec.PID)
+	}
+	var err error
+	if s.vm, err = qemu.Attach(ctx, rec.VM); err != nil {
+		return fmt.Errorf("attach to the VM: %w", err)
+	}
+	if identity, err := s.vm.Identity(); err != nil || identity != rec.Identity {
+		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", rec.VM, s.vm.Pid), err)
+	}
+	s.vm.PutBack(rec.Settings)
+	if !rec.Committed {
+		return nil
+	}
+	// Serving pages of a VM that runs would be serving what never was.
+	if err := s.vm.VerifyStopped(ctx); err != nil {
+		s.forgetRecord()
+		return fmt.Errorf("somebody continued the VM here: %w", err)
+	}
+	if s.facts, err = s.vm.Facts(ctx); err != nil {
+		return askQEMU("source", err)
+	}
+	s.update(func(m *migratedv1.Migration) { m.VmName, m.Prepared = s.facts.Name, true })
+	if err := s.openRAM(); err != nil {
+		return err
+	}
+	return s.offer()
+}
+
+func (s *Source) runTakenUp(ctx context.Context, err error) {
+	defer close(s.done)
+	defer s.cancel(nil)
+	defer s.release()
+	switch {
+	case err != nil && (s.committed || s.vm == nil):
+		s.log.Error("cannot take up the migration", "error", err)
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+			withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err),
+				"look where the VM runs; only if it certainly runs nowhere, continue it here with QMP 'cont'"),
+			"this daemon did not touch the VM")
+	case !s.committed:
+		// Run was never sent: the destination has not run the VM.
+		s.backOut(ctx, errors.Join(errDaemonEnded, err))
+	default:
+		s.guardStopped(ctx)
+		s.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
+		if s.handedOver(ctx) {
+			s.seeThrough(ctx)
+		}
+	}
+}
