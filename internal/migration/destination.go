@@ -62,12 +62,15 @@ type Destination struct {
 	answer  *migratedv1.RunResponse
 	vm      *qemu.VM
 	process *qemu.Process // nil: somebody else started QEMU
+	left    qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
 	blocks  []qemu.RAMBlock
 	taken   *inject.Taken
 	engine  *postcopy.Engine
 	kept    *kept
 	leave   bool // kept for a later daemon
 	pumping bool // pump was started; it releases what is held
+	// attaching is closed when attachAgain has ended; nil where it was not needed.
+	attaching chan struct{}
 	// releaseGC ends the hold on the garbage collector during the switch.
 	releaseGC func()
 	meter     meter
@@ -159,10 +162,11 @@ func (d *Destination) prepare(ctx context.Context) error {
 	if err := d.takeDescriptor(ctx); err != nil {
 		return err
 	}
-	if err := d.keep(facts.Balloon); err != nil {
+	keptFacts, err := d.keep(facts.Balloon)
+	if err != nil {
 		return err
 	}
-	if err := d.makeEngine(facts.Balloon); err != nil {
+	if err := d.makeEngine(keptFacts); err != nil {
 		return err
 	}
 	first, err := openLanes(d.ctx, d.laneConfig())
@@ -244,16 +248,19 @@ func (d *Destination) takeDescriptor(ctx context.Context) error {
 }
 
 // keep writes down what a daemon that is started again needs to go on.
-func (d *Destination) keep(discards bool) error {
+func (d *Destination) keep(discards bool) (*keptFactsV1, error) {
 	identity, err := d.vm.Identity()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	facts := &keptFactsV1{
 		QEMU: identity, QMP: d.qmpPath(), RemoteFD: d.taken.RemoteFD, Discards: discards, Settings: d.vm.Changed(),
 	}
-	d.kept, err = keep(d.cfg.Dir, facts, d.cfg.Request, postcopy.StateSize(d.engineBlocks()))
-	return err
+	for _, b := range d.blocks {
+		facts.Blocks = append(facts.Blocks, keptBlock{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize})
+	}
+	d.kept, err = keep(d.cfg.Dir, facts, d.cfg.Request)
+	return facts, err
 }
 
 func (d *Destination) qmpPath() string {
@@ -265,24 +272,14 @@ func (d *Destination) qmpPath() string {
 
 // makeEngine registers the RAM, before anything, loading the device state
 // included, can touch it.
-func (d *Destination) makeEngine(discards bool) (err error) {
+func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
 	d.engine, err = postcopy.New(postcopy.Options{
-		Blocks: d.engineBlocks(), Workers: d.cfg.FaultWorkers, Discards: discards, State: d.kept.states(),
+		Blocks: facts.engineBlocks(d.taken.UFFD), Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
 	})
 	if err != nil {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)
 	}
 	return nil
-}
-
-func (d *Destination) engineBlocks() []postcopy.Block {
-	blocks := make([]postcopy.Block, 0, len(d.blocks))
-	for _, b := range d.blocks {
-		blocks = append(blocks, postcopy.Block{
-			ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, UFFD: d.taken.UFFD,
-		})
-	}
-	return blocks
 }
 
 // LoadDeviceState brings a prepared destination to loaded: QEMU has taken in
@@ -302,6 +299,7 @@ func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 		return err
 	}
 	d.phase = loaded
+	d.kept.header().loaded.Store(1)
 	d.expectRun()
 	return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: total})
 }
@@ -375,6 +373,9 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 		if err := d.expect(loaded); err != nil {
 			return nil, err
 		}
+	}
+	if d.vm == nil {
+		return nil, errors.New("the destination QEMU does not answer yet")
 	}
 	select {
 	case <-d.vm.QMP.Done():

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -34,6 +35,7 @@ func (d *Destination) pump(first *lanes) {
 	err := d.pumpLanes(first)
 	stopShowing()
 	<-shown
+	d.awaitAttached(err)
 	d.end(err)
 }
 
@@ -119,7 +121,7 @@ func (d *Destination) end(err error) {
 func (d *Destination) complete() {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
-	if err := inject.CloseRemote(ctx, d.vm.Pid, d.taken.RemoteFD); err != nil {
+	if err := inject.CloseRemote(ctx, d.taken.Pid, d.taken.RemoteFD); err != nil {
 		d.log.Warn("QEMU keeps a userfaultfd that nothing is registered with any more", "error", err)
 	}
 	d.update(func(m *migratedv1.Migration) {
@@ -160,6 +162,10 @@ func (d *Destination) endQEMU() {
 		}
 	case d.vm != nil:
 		if err := d.vm.Quit(ctx); err != nil {
+			d.log.Error("cannot end the destination QEMU", "error", err)
+		}
+	case d.left != (qemu.Identity{}):
+		if err := d.left.Kill(ctx); err != nil {
 			d.log.Error("cannot end the destination QEMU", "error", err)
 		}
 	}

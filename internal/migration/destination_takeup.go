@@ -39,7 +39,7 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	d := NewDestination(ctx, cfg)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.kept = k
+	d.kept, d.left = k, facts.QEMU
 	if k.header().toldToRun.Load() != 0 {
 		d.phase = running
 	}
@@ -61,47 +61,80 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 		m.Progress = d.meter.progress(d.engine.Stats())
 	})
 	d.pumping = true
+	d.attaching = make(chan struct{})
 	go d.pump(nil)
-	go d.watchQEMU()
+	go d.attachAgain(facts)
 	return d, nil
 }
 
-// takeUp opens what prepare did.
-func (d *Destination) takeUp(facts *keptFactsV1) error {
-	ctx, cancel := context.WithTimeout(d.ctx, attachTimeout)
-	defer cancel()
+// takeUp lets pages flow again. It asks QEMU nothing: its main loop may be
+// what waits for a page.
+func (d *Destination) takeUp(facts *keptFactsV1) (err error) {
 	if !facts.QEMU.Alive() {
 		return errQEMUGone
 	}
-	vm, err := qemu.Attach(ctx, facts.QMP)
-	if err != nil {
-		return fmt.Errorf("attach to the destination QEMU: %w", err)
-	}
-	// Not ours until this holds: giving up ends d.vm's QEMU.
-	if identity, err := vm.Identity(); err != nil || identity != facts.QEMU {
-		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", facts.QMP, vm.Pid), err, vm.Close())
-	}
-	d.vm = vm
-	vm.PutBack(facts.Settings)
-	status, err := vm.Status(ctx)
-	if err != nil {
-		return askQEMU("destination", err)
-	}
-	if d.phase != running && status == "inmigrate" {
+	if d.phase != running && d.kept.header().loaded.Load() == 0 {
 		return errors.New("the device state had not arrived")
 	}
-	machine, err := vm.Facts(ctx)
-	if err != nil {
-		return askQEMU("destination", err)
-	}
-	d.update(func(m *migratedv1.Migration) { m.VmName = machine.Name })
-	if d.blocks, err = matchMachine(d.cfg.Request.GetMachine(), machine); err != nil {
-		return err
-	}
-	if d.taken, err = inject.Duplicate(vm.Pid, facts.RemoteFD); err != nil {
+	if d.taken, err = inject.Duplicate(facts.QEMU.PID, facts.RemoteFD); err != nil {
 		return fmt.Errorf("take the userfaultfd from the destination QEMU again: %w", err)
 	}
-	return d.makeEngine(facts.Discards)
+	return d.makeEngine(facts)
+}
+
+// attachAgain connects to QEMU's monitor as soon as QEMU answers.
+func (d *Destination) attachAgain(facts *keptFactsV1) {
+	defer close(d.attaching)
+	for {
+		vm, err := d.attachOnce(facts)
+		if err == nil {
+			vm.PutBack(facts.Settings)
+			d.mu.Lock()
+			d.vm = vm
+			d.mu.Unlock()
+			go d.watchQEMU()
+			return
+		}
+		if !facts.QEMU.Alive() {
+			d.cancel(errQEMUGone)
+			return
+		}
+		d.log.Warn("the destination QEMU does not answer yet", "error", err)
+		if sleep(d.ctx, time.Second) != nil {
+			return
+		}
+	}
+}
+
+// awaitAttached returns when attachAgain has ended. With all memory in, QEMU answers unless its monitor is
+// somebody else's; after a failure it need not.
+func (d *Destination) awaitAttached(failure error) {
+	if d.attaching == nil {
+		return
+	}
+	if failure == nil {
+		select {
+		case <-d.attaching:
+			return
+		case <-time.After(closeTimeout):
+			failure = errors.New("QEMU's monitor does not answer")
+		}
+	}
+	d.cancel(failure)
+	<-d.attaching
+}
+
+func (d *Destination) attachOnce(facts *keptFactsV1) (*qemu.VM, error) {
+	ctx, cancel := context.WithTimeout(d.ctx, attachTimeout)
+	defer cancel()
+	vm, err := qemu.Attach(ctx, facts.QMP)
+	if err != nil {
+		return nil, fmt.Errorf("attach to the destination QEMU: %w", err)
+	}
+	if identity, err := vm.Identity(); err != nil || identity != facts.QEMU {
+		return nil, errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", facts.QMP, vm.Pid), err, vm.Close())
+	}
+	return vm, nil
 }
 
 // errQEMUGone is why a migration that was left is over.
@@ -111,9 +144,6 @@ var errQEMUGone = errors.New("the destination QEMU ended while no daemon ran")
 func (d *Destination) notTakenUp(facts *keptFactsV1, err error) {
 	err = fmt.Errorf("%w: %w", errDaemonEnded, err)
 	if d.phase != running {
-		if d.vm == nil && facts.QEMU.Alive() {
-			d.log.Error("a QEMU that is of no use any more cannot be ended; end it by hand", "pid", facts.QEMU.PID, "error", err)
-		}
 		d.giveUp(err)
 		return
 	}

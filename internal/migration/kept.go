@@ -17,6 +17,8 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/pkg/postcopy"
+	"github.com/migrated-vm/migrated/pkg/uffd"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -43,13 +45,24 @@ type keptFactsV1 struct {
 	QEMU     qemu.Identity   `json:"qemu"`
 	QMP      string          `json:"qmp"`
 	RemoteFD int             `json:"remote_fd"` // of the userfaultfd, in QEMU
-	Discards bool            `json:"discards"`  // as the engine was told
-	Settings *qemu.Settings  `json:"settings"`  // to be put back in QEMU
+	Blocks   []keptBlock     `json:"ram_blocks"`
+	Discards bool            `json:"discards"` // as the engine was told
+	Settings *qemu.Settings  `json:"settings"` // to be put back in QEMU
+}
+
+// keptBlock is a RAM block, in the order of the request.
+type keptBlock struct {
+	ID       string `json:"id"`
+	Addr     uint64 `json:"addr"` // in QEMU
+	Size     uint64 `json:"size"`
+	PageSize uint64 `json:"page_size"`
 }
 
 // keptHeader begins the mapped file. Times are in nanoseconds.
 type keptHeader struct {
 	magic uint64
+	// loaded is set when QEMU has the whole device state.
+	loaded atomic.Uint64
 	// toldToRun is set before QEMU is told to run the VM: while it is 0 the VM has not run here.
 	toldToRun atomic.Uint64
 	// resumed is when the VM ran, Unix time; 0 before.
@@ -63,20 +76,30 @@ const (
 	keptHeaderSize = 4096
 )
 
-// keep makes the files of a new migration, with room for so many bytes of page states.
-func keep(dir string, facts *keptFactsV1, request *migratedv1.PrepareIncomingRequest, states int) (*kept, error) {
+// engineBlocks are the blocks as the engine wants them.
+func (f *keptFactsV1) engineBlocks(u *uffd.UFFD) []postcopy.Block {
+	blocks := make([]postcopy.Block, 0, len(f.Blocks))
+	for _, b := range f.Blocks {
+		blocks = append(blocks, postcopy.Block{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, UFFD: u})
+	}
+	return blocks
+}
+
+// keep makes the files of a new migration.
+func keep(dir string, facts *keptFactsV1, request *migratedv1.PrepareIncomingRequest) (*kept, error) {
 	k := &kept{dir: dir}
 	if _, err := os.Lstat(filepath.Join(dir, keptFacts)); err == nil {
 		return nil, withRemedy(fmt.Errorf("%s holds a migration with the same id that has not ended", dir),
 			"restart the daemon, which takes it up, or choose another id")
 	}
-	if err := k.create(facts, request, keptHeaderSize+states); err != nil {
+	if err := k.create(facts, request); err != nil {
 		return nil, fmt.Errorf("keep what a restarted daemon needs of the migration: %w", errors.Join(err, k.forget()))
 	}
 	return k, nil
 }
 
-func (k *kept) create(facts *keptFactsV1, request *migratedv1.PrepareIncomingRequest, size int) error {
+func (k *kept) create(facts *keptFactsV1, request *migratedv1.PrepareIncomingRequest) error {
+	size := keptHeaderSize + postcopy.StateSize(facts.engineBlocks(nil))
 	f, err := os.OpenFile(filepath.Join(k.dir, keptStates), os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600)
 	if err != nil {
 		return err

@@ -4,6 +4,7 @@ package qemu
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"strconv"
@@ -24,6 +25,25 @@ func (vm *VM) Identity() (Identity, error) { return identify(vm.Pid) }
 func (i Identity) Alive() bool {
 	now, err := identify(i.PID)
 	return err == nil && now == i
+}
+
+// Kill ends the process, if it still exists, and returns when it is gone.
+func (i Identity) Kill(ctx context.Context) error {
+	if !i.Alive() {
+		return nil
+	}
+	pidfd, err := openPidfd(i.PID)
+	if err != nil {
+		return err
+	}
+	defer pidfd.Close()
+	if !i.Alive() { // it ended meanwhile, and pidfd may be another's
+		return nil
+	}
+	if err := killPidfd(pidfd); err != nil {
+		return fmt.Errorf("kill QEMU, process %d: %w", i.PID, err)
+	}
+	return waitExit(ctx, pidfd)
 }
 
 func identify(pid int) (Identity, error) {

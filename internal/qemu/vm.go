@@ -140,7 +140,15 @@ func (vm *VM) Quit(ctx context.Context) error {
 			return nil
 		}
 	}
-	raw, err := vm.pidfd.SyscallConn()
+	if err := killPidfd(vm.pidfd); err != nil {
+		return fmt.Errorf("kill QEMU, process %d: %w", vm.Pid, err)
+	}
+	return vm.WaitExit(ctx)
+}
+
+// killPidfd kills the process of a pidfd; one that has ended is no error.
+func killPidfd(pidfd *os.File) error {
+	raw, err := pidfd.SyscallConn()
 	if err != nil {
 		return err
 	}
@@ -148,8 +156,8 @@ func (vm *VM) Quit(ctx context.Context) error {
 	if err := raw.Control(func(fd uintptr) { killErr = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) }); err != nil {
 		return err
 	}
-	if killErr != nil && !errors.Is(killErr, unix.ESRCH) {
-		return fmt.Errorf("kill QEMU, process %d: %w", vm.Pid, killErr)
+	if errors.Is(killErr, unix.ESRCH) {
+		return nil
 	}
-	return vm.WaitExit(ctx)
+	return killErr
 }
