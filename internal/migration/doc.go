@@ -13,7 +13,9 @@
 //	        ◄─ page lanes (Fetch) ────────────       open the lanes, start the fault workers
 //	        ◄─ prepared ──────────────────────
 //	  prepared: waits for Start                      prepared: waits for the device state
+//	                                                 (kept: facts, page states)
 //	DEVICE                                         DEVICE
+//	  write the record, not committed yet
 //	  migrate: QEMU sends firmware and video
 //	  memory while the VM still runs
 //	        ── LoadDeviceState: QEMU's stream ►      migrate-incoming
@@ -21,15 +23,16 @@
 //	        ── the devices' part of it ───────►
 //	        ◄─ loaded ────────────────────────       loaded: waits for Run
 //	  ───────── commit point ─────────
-//	  write the hand-over record (fsync)
-//	        ── Run, until answered ───────────►      cont
+//	  commit the record (rename, fsync)
+//	        ── Run, until answered ───────────►      mark 'told to run', cont
 //	        ◄─ running ───────────────────────
 //	POSTCOPY_ACTIVE                                POSTCOPY_ACTIVE
 //	  page server answers faults and sweep           fault workers and sweep fill the RAM
 //	        ◄─ WatchIncoming: figures ────────       lanes lost: POSTCOPY_PAUSED, dial again,
 //	                                                 POSTCOPY_RECOVER, POSTCOPY_ACTIVE
 //	COMPLETED                                      COMPLETED
-//	  quit QEMU, remove the record                   unregister, close QEMU's descriptor
+//	  quit QEMU, remove the record                   unregister, close QEMU's descriptor,
+//	                                                 remove what was kept
 //
 // Who may run the VM, and what a failure does:
 //
@@ -49,4 +52,19 @@
 //   - After the switch a page that cannot be fetched stalls the vCPU that needs
 //     it. It is never read as zero: the destination's QEMU keeps its copy of the
 //     userfaultfd open until the last page is in.
+//
+// A daemon that ended in the middle, in whatever way, and is started again takes
+// up what it left (TakeUpSource, TakeUpDestination):
+//
+//	what the files say                  what it does
+//	source: record, not committed       continues the VM (if it ran), removes the record
+//	source: record, committed           serves its pages again and repeats Run
+//	  somebody continued the VM         serves nothing, removes the record
+//	destination: not loaded             ends QEMU; the source has continued the VM
+//	destination: loaded                 goes on waiting for Run
+//	destination: told to run            fetches what is missing; tells QEMU again if Run comes
+//	                                    again and nobody knows whether QEMU heard it
+//
+// Everything that a decision needs is in the files: QEMU is not asked, because
+// its main loop may be what waits for a page.
 package migration

@@ -376,14 +376,7 @@ func TestContinuedVMIsNotServed(t *testing.T) {
 	if !offered() {
 		t.Fatal("the pages are not served after the switch")
 	}
-	client, err := qmp.Dial(t.Context(), s.other)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Disconnect() //nolint:errcheck // nothing is pending
-	if err := client.Do(t.Context(), "cont", nil, nil); err != nil {
-		t.Fatal(err)
-	}
+	s.command(t, "cont")
 	for deadline := time.Now().Add(20 * time.Second); offered(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the pages of a running VM are served")

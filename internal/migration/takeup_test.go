@@ -1,0 +1,447 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/pkg/pagesrv"
+	"github.com/migrated-vm/migrated/pkg/postcopy"
+	"github.com/migrated-vm/migrated/pkg/uffd/inject"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// takeUp is what a daemon that is started again does with the record that the stage's source left.
+func (s *stage) takeUp(t *testing.T) {
+	t.Helper()
+	records, err := s.records.All()
+	if err != nil || len(records) != 1 {
+		t.Fatalf("records: %v, %v", records, err)
+	}
+	cfg := s.source.cfg
+	cfg.ID, cfg.Spec, cfg.Pages = "", nil, pagesrv.NewServer()
+	if s.source, err = TakeUpSource(t.Context(), cfg, records[0]); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		s.source.cancel(errors.New("the test is over"))
+		<-s.source.Done()
+	})
+}
+
+// committed makes a stage whose source ended after the commit point, its hand-over unanswered.
+func committed(t *testing.T) *stage {
+	t.Helper()
+	asked := make(chan struct{})
+	s := newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
+		if attempt == 1 {
+			close(asked)
+		}
+		return nil, status.Error(codes.Unavailable, "a broken wire")
+	})
+	s.source.Start()
+	<-asked
+	s.source.cancel(errors.New("the daemon ends"))
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the daemon ends")
+	if !s.handedOver(t) || s.vmRuns(t) {
+		t.Fatal("the VM is not handed over")
+	}
+	return s
+}
+
+func TestTakenUpSourceRepeatsTheHandOver(t *testing.T) {
+	s := committed(t)
+	s.peer.run = runAtOnce
+	s.takeUp(t)
+	if err := s.source.Cancel(); err == nil {
+		t.Error("it can be cancelled after the commit point")
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if err := s.qemu.Wait(); err != nil {
+		t.Errorf("the source's QEMU: %v", err)
+	}
+	s.noRecord(t)
+}
+
+func TestTakenUpSourceIsGivenTheVMBack(t *testing.T) {
+	s := committed(t)
+	s.peer.run = func(int) (*migratedv1.RunResponse, error) { return nil, status.Error(codes.Aborted, "QEMU died") }
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	s.noRecord(t)
+}
+
+// Its operator continued the VM: it is the VM again, and none of its pages is served.
+func TestTakenUpSourceThatSomebodyContinued(t *testing.T) {
+	s := committed(t)
+	s.command(t, "cont")
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "somebody continued the VM")
+	if !s.vmRuns(t) || s.source.export != nil {
+		t.Errorf("it runs: %v; offered: %v", s.vmRuns(t), s.source.export)
+	}
+	s.noRecord(t)
+}
+
+func TestTakenUpSourceWhoseQEMUIsGone(t *testing.T) {
+	s := committed(t)
+	if err := s.qemu.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = s.qemu.Wait() // it was killed
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "is gone")
+	s.noRecord(t)
+}
+
+// A daemon that dies while the VM stands still, before the commit point, must not leave it like that.
+func TestTakenUpSourceContinuesItsVM(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	if err := s.source.Cancel(); err != nil {
+		t.Fatal(err)
+	}
+	<-s.source.Done()
+	s.command(t, "stop")
+	ctx := t.Context()
+	vm, err := qemu.Attach(ctx, s.vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	identity, err := vm.Identity()
+	if err := errors.Join(err, vm.Close()); err != nil {
+		t.Fatal(err)
+	}
+	spec, err := protojson.Marshal(s.source.cfg.Spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec := Record{ID: "m1", VM: s.vm, Identity: identity, Spec: spec, Token: "token", WasRunning: true, HandedOver: time.Now()}
+	if err := s.records.Prepare(rec); err != nil {
+		t.Fatal(err)
+	}
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	if s.peer.runs != 0 {
+		t.Error("the destination was told to run the VM")
+	}
+	s.noRecord(t)
+}
+
+// command is what somebody else at QEMU's other monitor says.
+func (s *stage) command(t *testing.T, name string) {
+	t.Helper()
+	client, err := qmp.Dial(t.Context(), s.other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(client.Do(t.Context(), name, nil, nil), client.Disconnect()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (s *stage) noRecord(t *testing.T) {
+	t.Helper()
+	if records, err := s.records.All(); err != nil || len(records) != 0 {
+		t.Errorf("records that are left: %v, %v", records, err)
+	}
+}
+
+// A left is a destination as a killed daemon leaves it: a QEMU, a userfaultfd in it, and the files.
+type left struct {
+	dir  string
+	vm   *qemu.VM // the test's own eyes
+	kept *kept
+	pid  int
+}
+
+// leaveDestination brings a real QEMU to where it waits for the device state or, loaded, has it. All of its RAM is there,
+// so that no page server is needed.
+func leaveDestination(t *testing.T, loaded bool) *left {
+	t.Helper()
+	dir := t.TempDir()
+	ram, err := os.CreateTemp("/dev/shm", "left-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ram.Close()
+	t.Cleanup(func() { _ = os.Remove(ram.Name()) })
+	if err := unix.Fallocate(int(ram.Fd()), 0, 0, 32<<20); err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	sourceVM := startLeft(t, ram.Name(), filepath.Join(dir, "source.sock"), "")
+	l := &left{dir: filepath.Join(dir, "m1")}
+	// Two sockets: one is the daemon's.
+	l.vm = startLeft(t, ram.Name(), filepath.Join(dir, "destination.sock"), filepath.Join(dir, "qmp.sock"), "-S", "-incoming", "defer")
+	l.pid = l.vm.Pid
+	if err := errors.Join(sourceVM.PrepareOutgoing(ctx), l.vm.PrepareIncoming(ctx), os.Mkdir(l.dir, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	facts, err := l.vm.Facts(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken, err := inject.Take(ctx, l.vm.Pid, inject.TakeOptions{HandDevice: l.vm.HandFD})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.UFFD.Close()
+	identity, err := l.vm.Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := facts.RAMBlocks[0]
+	written := &keptFactsV1{
+		QEMU: identity, QMP: filepath.Join(dir, "qmp.sock"), RemoteFD: taken.RemoteFD,
+		Blocks: []keptBlock{{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize}},
+	}
+	request := &migratedv1.PrepareIncomingRequest{Id: "m1", Token: "secret", PageAddresses: []string{"192.0.2.1:7600"}}
+	if l.kept, err = keep(l.dir, written, request); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := postcopy.New(postcopy.Options{Blocks: written.engineBlocks(taken.UFFD), State: l.kept.states()}); err != nil {
+		t.Fatal(err)
+	}
+	if loaded {
+		load(t, sourceVM, l.vm)
+		l.kept.header().loaded.Store(1)
+	}
+	return l
+}
+
+// startLeft starts a QEMU and attaches to it. It outlives the test's end by nothing.
+func startLeft(t *testing.T, ram, socket, second string, args ...string) *qemu.VM {
+	t.Helper()
+	binary, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	all := append([]string{binary, "-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
+		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path=" + ram,
+		"-nodefaults", "-display", "none", "-qmp", "unix:" + socket + ",server=on,wait=off"}, args...)
+	if second != "" {
+		all = append(all, "-qmp", "unix:"+second+",server=on,wait=off")
+	}
+	process, vm, err := qemu.Start(t.Context(), qemu.StartOptions{Args: all, Dir: "/", QMPPath: socket, LogPath: socket + ".log"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(process.Kill(context.Background()), vm.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	return vm
+}
+
+// load moves the device state.
+func load(t *testing.T, from, to *qemu.VM) {
+	t.Helper()
+	carrier, err := newDeviceCarrier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer carrier.close()
+	loaded := make(chan error, 1)
+	go func() { loaded <- to.MigrateIncomingFD(t.Context(), carrier.ours, func() {}) }()
+	if err := from.MigrateFD(t.Context(), carrier.qemu); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-loaded; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// takeUp is what a daemon that is started again does.
+func (l *left) takeUp(t *testing.T) *Destination {
+	t.Helper()
+	if err := l.kept.close(); err != nil {
+		t.Fatal(err)
+	}
+	d, err := TakeUpDestination(t.Context(), DestinationConfig{
+		Dir: l.dir, FaultWorkers: 1, Log: slog.New(slog.DiscardHandler),
+		Dial: func(string, ...grpc.DialOption) (*grpc.ClientConn, error) { return nil, errors.New("no source here") },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		d.cancel(errors.New("the test is over"))
+		<-d.Done()
+	})
+	return d
+}
+
+// run repeats Run as a source does while QEMU does not answer yet.
+func run(t *testing.T, d *Destination) (*migratedv1.RunResponse, error) {
+	t.Helper()
+	if d.attaching != nil {
+		<-d.attaching
+	}
+	return d.Run(t.Context(), &migratedv1.RunRequest{Id: "m1", Resume: true})
+}
+
+func (l *left) runs(t *testing.T) bool {
+	t.Helper()
+	running, err := l.vm.Running(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return running
+}
+
+func (l *left) filesStay() bool {
+	_, err := os.Stat(filepath.Join(l.dir, keptFacts))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+func TestTakenUpAfterLoadingItRuns(t *testing.T) {
+	l := leaveDestination(t, true)
+	d := l.takeUp(t)
+	if l.runs(t) {
+		t.Fatal("the VM runs before Run")
+	}
+	first, err := run(t, d)
+	if err != nil || !l.runs(t) {
+		t.Fatalf("Run: %v; the VM runs: %v", err, l.runs(t))
+	}
+	if again, err := run(t, d); err != nil || again != first {
+		t.Errorf("Run again: %v, %v; want the first answer, %v", again, err, first)
+	}
+	if !l.filesStay() {
+		t.Error("its files are gone before its memory is here")
+	}
+}
+
+func TestTakenUpAfterLoadingItGivesUp(t *testing.T) {
+	l := leaveDestination(t, true)
+	d := l.takeUp(t)
+	if err := d.Abort("the test says so"); err != nil {
+		t.Fatal(err)
+	}
+	<-d.Done()
+	if _, err := run(t, d); !errors.Is(err, ErrNotRun) {
+		t.Errorf("Run after giving up: %v, want ErrNotRun", err)
+	}
+	l.gone(t)
+}
+
+// QEMU may not have heard what it was told: it is told again, and until then nobody gives up.
+func TestTakenUpAfterRunWasToldToNobody(t *testing.T) {
+	l := leaveDestination(t, true)
+	l.kept.header().toldToRun.Store(1)
+	d := l.takeUp(t)
+	if err := d.Abort("the test says so"); err == nil {
+		t.Error("a VM that may have run is given up")
+	}
+	if _, err := run(t, d); err != nil || !l.runs(t) {
+		t.Errorf("Run: %v; the VM runs: %v", err, l.runs(t))
+	}
+}
+
+func TestTakenUpAfterTheSwitch(t *testing.T) {
+	l := leaveDestination(t, true)
+	if _, err := l.vm.Cont(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	l.kept.header().toldToRun.Store(1)
+	l.kept.running(time.Now(), 3*time.Millisecond, 7*time.Millisecond)
+	d := l.takeUp(t)
+	answer, err := d.Run(t.Context(), &migratedv1.RunRequest{Id: "m1", Resume: true}) // answered without QEMU
+	if err != nil || answer.GetResumeTime().AsDuration() != 3*time.Millisecond {
+		t.Errorf("Run: %v, %v", answer, err)
+	}
+	if view, _ := d.Snapshot(); view.GetProgress().GetDowntime().AsDuration() != 7*time.Millisecond {
+		t.Errorf("the downtime is %v", view.GetProgress().GetDowntime().AsDuration())
+	}
+	d.cancel(errors.New("the daemon ends again"))
+	<-d.Done()
+	if !l.filesStay() || !l.runs(t) {
+		t.Error("the next daemon has nothing to go on with")
+	}
+}
+
+// Without the device state there is nothing to go on with.
+func TestTakenUpBeforeLoading(t *testing.T) {
+	l := leaveDestination(t, false)
+	d := l.takeUp(t)
+	<-d.Done()
+	if _, err := run(t, d); !errors.Is(err, ErrNotRun) {
+		t.Errorf("Run: %v, want ErrNotRun", err)
+	}
+	l.gone(t)
+}
+
+func TestTakenUpWithoutQEMU(t *testing.T) {
+	l := leaveDestination(t, true)
+	l.kept.header().toldToRun.Store(1)
+	if err := unix.Kill(l.pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.vm.WaitExit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	d := l.takeUp(t)
+	<-d.Done()
+	view, _ := d.Snapshot()
+	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED || !strings.Contains(view.GetError().GetMessage(), "ended while no daemon ran") {
+		t.Errorf("the migration is %v: %v", view.GetState(), view.GetError())
+	}
+	if l.filesStay() {
+		t.Error("its files stay")
+	}
+}
+
+func TestKeptByAnotherVersion(t *testing.T) {
+	l := leaveDestination(t, false)
+	path := filepath.Join(l.dir, keptFacts)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := strings.Replace(string(text), `"version":1`, `"version":99`, 1)
+	if err := os.WriteFile(path, []byte(newer), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err = TakeUpDestination(t.Context(), DestinationConfig{Dir: l.dir, Log: slog.New(slog.DiscardHandler)})
+	if err == nil || !strings.Contains(err.Error(), "version 99") || !l.filesStay() {
+		t.Errorf("TakeUpDestination: %v; its files stay: %v", err, l.filesStay())
+	}
+}
+
+// gone checks that QEMU has ended and left no files.
+func (l *left) gone(t *testing.T) {
+	t.Helper()
+	if err := l.vm.WaitExit(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if l.filesStay() {
+		t.Error("its files stay")
+	}
+}
