@@ -368,6 +368,7 @@ static void init(void)
 	must("shm", mkdir("/dev/shm", 01777));
 	must("shm", mount("tmpfs", "/dev/shm", "tmpfs", 0, NULL));
 	load_policy();
+	put("/proc/sys/kernel/printk_ratelimit", "0", 1);
 	put("/proc/sys/vm/unprivileged_userfaultfd", "1", 1);
 	// The console that all of us print to was opened before there was a policy.
 	static const char console[] = "system_u:object_r:console_device_t:s0";
