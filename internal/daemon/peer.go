@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -31,7 +32,7 @@ type peerService struct {
 
 func (p *peerService) CheckHost(ctx context.Context, _ *migratedv1.CheckHostRequest) (*migratedv1.CheckHostResponse, error) {
 	return &migratedv1.CheckHostResponse{
-		Results: checkHost(ctx, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
+		Results: shown(qemu.CheckHost(ctx, p.daemon.cfg.RequireSecure), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
 	}, nil
 }
 
@@ -54,7 +55,7 @@ func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.P
 	d := p.daemon.migrations.addDestination(request.GetId(), func() *migration.Destination {
 		return migration.NewDestination(p.daemon.ctx, migration.DestinationConfig{
 			Request: request, Dir: dir, Binaries: p.daemon.cfg.QEMUBinaries,
-			FaultWorkers: p.daemon.cfg.FaultWorkers, Dial: p.daemon.dial, Log: p.daemon.log,
+			FaultWorkers: p.daemon.cfg.FaultWorkers, RequireSecure: p.daemon.cfg.RequireSecure, Dial: p.daemon.dial, Log: p.daemon.log,
 		})
 	})
 	if d == nil {

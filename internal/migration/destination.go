@@ -16,6 +16,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
+	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -35,6 +36,8 @@ type DestinationConfig struct {
 	Binaries []string
 	// FaultWorkers is the number of fault workers and demand lanes.
 	FaultWorkers int
+	// RequireSecure refuses an unsupervised userfaultfd, whatever the source asks.
+	RequireSecure bool
 	// Dial connects to the source's page server.
 	Dial Dialer
 	Log  *slog.Logger
@@ -64,6 +67,10 @@ type Destination struct {
 	process *qemu.Process // nil: somebody else started QEMU
 	blocks  []qemu.RAMBlock
 	taken   *inject.Taken
+	// Of taken's userfaultfd.
+	supervision uffd.Supervision
+	label       string
+
 	engine  *postcopy.Engine
 	pumping bool // pump was started; it releases what is held
 	// releaseGC ends the hold on the garbage collector during the switch.
@@ -126,8 +133,8 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 		m.Prepared = true
 		m.Progress = d.meter.progress(d.engine.Stats())
 	})
-	d.log.Info("prepared", "pid", d.vm.Pid, "userfaultfd", d.taken.Method)
-	answer := &migratedv1.PrepareIncomingResponse{}
+	d.log.Info("prepared", "pid", d.vm.Pid, "userfaultfd", d.taken.Method, "supervision", d.supervision, "label", d.label)
+	answer := &migratedv1.PrepareIncomingResponse{Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label}
 	for _, b := range d.blocks {
 		answer.RamBlocks = append(answer.RamBlocks, &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize})
 	}
@@ -232,6 +239,9 @@ func (d *Destination) takeDescriptor(ctx context.Context, discards bool) error {
 	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.vm.HandFD})
 	if err != nil {
 		return fmt.Errorf("take a userfaultfd from the destination QEMU: %w", err)
+	}
+	if err := d.supervise(); err != nil {
+		return err
 	}
 	blocks := make([]postcopy.Block, 0, len(d.blocks))
 	for _, b := range d.blocks {
