@@ -54,6 +54,22 @@ func stateMeaning(m *migratedv1.Migration) string {
 	}
 }
 
+// supervisionText returns how the destination's userfaultfd is supervised, with
+// its label: "labelled system_u:object_r:…"; nothing while there is none.
+func supervisionText(m *migratedv1.Migration) string {
+	name, label := enumName(m.GetSupervision().String(), "SUPERVISION_"), m.GetUserfaultfdLabel()
+	switch {
+	case m.GetSupervision() == migratedv1.Supervision_SUPERVISION_UNSPECIFIED:
+		return ""
+	case m.GetSupervision() == migratedv1.Supervision_SUPERVISION_LABELLED:
+		return name + " " + label
+	case label != "":
+		return name + ", labelled " + label
+	default:
+		return name
+	}
+}
+
 // isTerminal reports whether a state is a migration's last.
 func isTerminal(s migratedv1.MigrationState) bool {
 	switch s {

@@ -15,15 +15,16 @@ import (
 )
 
 type migrateCmd struct {
-	VM          string        `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of the VM's QEMU, on this host."`
-	To          string        `placeholder:"HOST[:PORT]" help:"Daemon of the destination host (default port: ${port})."`
-	ID          string        `name:"id" placeholder:"ID" predictor:"migration" help:"Name of the migration, by which it can be watched, cancelled and safely started twice; without one the daemon makes one up. With --vm and --to left out: the prepared migration to start."`
-	ToQMP       string        `name:"to-qmp" placeholder:"PATH" help:"QMP socket, on the destination host, of a QEMU started with \"-S -incoming defer\". Without it the destination daemon starts one like the source's."`
-	Template    string        `placeholder:"PATH" help:"Template, on the destination host, of the command line that QEMU is started with there."`
-	KeepSource  bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
-	PrepareOnly bool          `xor:"mode" help:"Do all that can be done while the VM runs, then stop: \"migrated migrate --id ID\" switches over later."`
-	Detach      bool          `xor:"mode" help:"Return once the daemon has taken the migration on."`
-	Interval    time.Duration `default:"1s" help:"Least time between two lines where standard output is no terminal (default: ${default})."`
+	VM            string        `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of the VM's QEMU, on this host."`
+	To            string        `placeholder:"HOST[:PORT]" help:"Daemon of the destination host (default port: ${port})."`
+	ID            string        `name:"id" placeholder:"ID" predictor:"migration" help:"Name of the migration, by which it can be watched, cancelled and safely started twice; without one the daemon makes one up. With --vm and --to left out: the prepared migration to start."`
+	ToQMP         string        `name:"to-qmp" placeholder:"PATH" help:"QMP socket, on the destination host, of a QEMU started with \"-S -incoming defer\". Without it the destination daemon starts one like the source's."`
+	Template      string        `placeholder:"PATH" help:"Template, on the destination host, of the command line that QEMU is started with there."`
+	KeepSource    bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
+	RequireSecure bool          `help:"Fail, before the VM is touched, where no security module can watch over the destination's userfaultfd (\"unsupervised\" in \"migrated status\")."`
+	PrepareOnly   bool          `xor:"mode" help:"Do all that can be done while the VM runs, then stop: \"migrated migrate --id ID\" switches over later."`
+	Detach        bool          `xor:"mode" help:"Return once the daemon has taken the migration on."`
+	Interval      time.Duration `default:"1s" help:"Least time between two lines where standard output is no terminal (default: ${default})."`
 }
 
 func (migrateCmd) Help() string {
@@ -98,7 +99,7 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 		switch {
 		case c.ID == "":
 			return nil, wrong("--vm and --to are needed; or --id alone, for a migration that was prepared")
-		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource:
+		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource || c.RequireSecure:
 			return nil, wrong("a prepared migration is started as it was prepared, with --id alone")
 		}
 		return nil, nil
@@ -119,7 +120,7 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 		return nil, wrong("--to %s: %v", c.To, err)
 	}
 	return &migratedv1.MigrationSpec{Vm: localPath(daemon, c.VM), Destination: to,
-		DestinationQmp: c.ToQMP, DestinationTemplate: c.Template, KeepSource: c.KeepSource}, nil
+		DestinationQmp: c.ToQMP, DestinationTemplate: c.Template, KeepSource: c.KeepSource, RequireSecure: c.RequireSecure}, nil
 }
 
 // withPort returns HOST:PORT, with the default port where host has none.

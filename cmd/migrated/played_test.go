@@ -64,6 +64,9 @@ func at(id string, after time.Duration, state migratedv1.MigrationState, present
 		Progress:   &migratedv1.Progress{PagesTotal: 262144, BytesTotal: 1 << 30},
 		CreateTime: timestamppb.New(noon), UpdateTime: timestamppb.New(noon.Add(after)),
 	}
+	if m.GetPrepared() {
+		m.Supervision, m.UserfaultfdLabel = migratedv1.Supervision_SUPERVISION_LABELLED, "u:object_r:uffd_t:s0"
+	}
 	if present > 0 {
 		p := m.Progress
 		p.PagesPresent, p.PagesZero, p.BytesOnWire, p.BytesDeviceState = present, present/4, present*3072, 210_000

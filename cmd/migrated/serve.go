@@ -28,6 +28,7 @@ type serveCmd struct {
 	StateDir      *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
 	QEMUBinaries  []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
 	FaultWorkers  *int     `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
+	RequireSecure *bool    `group:"settings" help:"Refuse VMs that arrive where no security module can watch over the userfaultfd."`
 	LogLevel      *string  `group:"settings" placeholder:"LEVEL" help:"debug, info, warn or error."`
 }
 
@@ -102,6 +103,7 @@ func (s *serveCmd) load() (config.Config, error) {
 		cfg.QEMUBinaries = s.QEMUBinaries
 	}
 	set(&cfg.FaultWorkers, s.FaultWorkers)
+	set(&cfg.RequireSecure, s.RequireSecure)
 	set(&cfg.LogLevel, s.LogLevel)
 	return cfg, cfg.Validate()
 }

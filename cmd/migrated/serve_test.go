@@ -23,25 +23,27 @@ import (
 // Default < file < flags, for each kind of value.
 func TestServeSettings(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "m.yaml")
-	if err := os.WriteFile(file, []byte("listen: 10.0.0.1:7600\nfault_workers: 3\nadvertise: [10.0.0.1:7600]\nlog_level: warn\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte("listen: 10.0.0.1:7600\nfault_workers: 3\nadvertise: [10.0.0.1:7600]\nlog_level: warn\nrequire_secure: true\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	fromFile := config.Default()
 	fromFile.Listen, fromFile.FaultWorkers, fromFile.Advertise, fromFile.LogLevel = "10.0.0.1:7600", 3, []string{"10.0.0.1:7600"}, "warn"
+	fromFile.RequireSecure = true
 	overridden := fromFile
+	overridden.RequireSecure = false
 	overridden.Listen, overridden.FaultWorkers, overridden.Advertise = "10.0.0.2:7600", 0, []string{"10.0.0.2:7600", "10.9.0.2:7600"}
 	every := config.Config{Listen: "h:1", Socket: "/s", ControlListen: "h:2", Advertise: []string{"h:3"}, StateDir: "/d",
-		QEMUBinaries: []string{"/q", "/r"}, FaultWorkers: 5, LogLevel: "error"}
+		QEMUBinaries: []string{"/q", "/r"}, FaultWorkers: 5, RequireSecure: true, LogLevel: "error"}
 	for _, test := range []struct {
 		name string
 		args []string
 		want config.Config
 	}{
 		{"file", []string{"--config", file}, fromFile},
-		{"flags override the file, also with a zero", []string{"--config", file, "--listen", "10.0.0.2:7600", "--fault-workers", "0",
+		{"flags override the file, also with a zero", []string{"--config", file, "--listen", "10.0.0.2:7600", "--fault-workers", "0", "--require-secure=false",
 			"--advertise", "10.0.0.2:7600", "--advertise", "10.9.0.2:7600"}, overridden},
 		{"every flag", []string{"--config", file, "--listen=h:1", "--socket=/s", "--control-listen=h:2", "--advertise=h:3", "--state-dir=/d",
-			"--qemu-binaries=/q,/r", "--fault-workers=5", "--log-level=error"}, every},
+			"--qemu-binaries=/q,/r", "--fault-workers=5", "--require-secure", "--log-level=error"}, every},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var c cli

@@ -101,6 +101,12 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	if spec.GetKeepSource() {
 		fact("Source QEMU", "is kept")
 	}
+	if spec.GetRequireSecure() {
+		fact("Required", "a supervised userfaultfd")
+	}
+	if text := supervisionText(m); text != "" {
+		fact("Userfaultfd", "%s", text)
+	}
 	switch {
 	case p.GetPagesPresent() == 0 && p.GetPagesTotal() > 0:
 		fact("Memory", "%s in %s, all at the source", bytesText(p.GetBytesTotal()), plural(p.GetPagesTotal(), "page"))

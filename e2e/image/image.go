@@ -16,11 +16,13 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 
 	"github.com/migrated-vm/migrated/e2e/metal"
+	"github.com/migrated-vm/migrated/internal/cpio"
 )
 
 // CommandLine is the kernel command line that every Linux guest needs; append
@@ -97,12 +99,17 @@ func buildGuest(ctx context.Context) ([]byte, error) {
 func initramfs(init []byte) ([]byte, error) {
 	var b bytes.Buffer
 	z := gzip.NewWriter(&b)
-	err := writeCPIO(z, []cpioFile{
-		{name: "dev", mode: modeDir | 0o755},
-		{name: "dev/console", mode: modeChar | 0o600, major: 5, minor: 1},
-		{name: "init", mode: modeFile | 0o755, data: init},
-	})
-	if err != nil {
+	w := cpio.NewWriter(z)
+	for _, f := range []cpio.File{
+		{Name: "dev", Mode: fs.ModeDir | 0o755},
+		{Name: "dev/console", Mode: fs.ModeDevice | fs.ModeCharDevice | 0o600, Major: 5, Minor: 1},
+		{Name: "init", Mode: 0o755, Data: init},
+	} {
+		if err := w.Write(f); err != nil {
+			return nil, err
+		}
+	}
+	if err := w.Close(); err != nil {
 		return nil, err
 	}
 	if err := z.Close(); err != nil {

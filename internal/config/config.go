@@ -43,6 +43,9 @@ type Config struct {
 	// FaultWorkers is how many goroutines answer page faults of one migration;
 	// 0: the daemon chooses by the number of CPUs.
 	FaultWorkers int `yaml:"fault_workers"`
+	// RequireSecure refuses VMs that arrive with a userfaultfd that no security
+	// module supervises.
+	RequireSecure bool `yaml:"require_secure"`
 	// LogLevel is the least severe level that is logged: debug, info, warn or
 	// error.
 	LogLevel string `yaml:"log_level"`

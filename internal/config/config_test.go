@@ -49,7 +49,7 @@ func TestLoad(t *testing.T) {
 	all := Config{
 		Listen: "[::]:7600", Socket: "/tmp/m.sock", ControlListen: "127.0.0.1:7601",
 		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated",
-		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, LogLevel: "debug",
+		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, RequireSecure: true, LogLevel: "debug",
 	}
 	one := Default()
 	one.FaultWorkers = 3
@@ -74,6 +74,7 @@ state_dir: /var/lib/migrated
 qemu_binaries:
   - /opt/qemu
 fault_workers: 4
+require_secure: true
 log_level: debug
 `, all},
 	} {
@@ -98,9 +99,10 @@ func TestLoadMistakes(t *testing.T) {
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
 		{"far from any", "bandwidth: 3\n", []string{`1: unknown key "bandwidth"; valid keys are advertise, control_listen, ` +
-			`fault_workers, listen, log_level, qemu_binaries, socket, state_dir`}},
+			`fault_workers, listen, log_level, qemu_binaries, require_secure, socket, state_dir`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
+		{"text for a yes or no", "require_secure: maybe\n", []string{`1: require_secure: "maybe" is not true or false (written without quotes)`}},
 		{"list for a text", "listen: [a]\n", []string{`1: listen: a list is not a text`}},
 		{"text for a list", "advertise: a:1\n", []string{`1: advertise: "a:1" is not a list of texts, as in [first, second]`}},
 		{"list in a list", "advertise:\n  - a:1\n  - [b]\n", []string{`3: advertise: an entry of the list is not a text`}},

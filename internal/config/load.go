@@ -125,6 +125,7 @@ func explain(keys []position, e *yaml.LoadError) string {
 var kinds = map[string]string{
 	"string":   "a text",
 	"int":      "a whole number (written without quotes)",
+	"bool":     "true or false (written without quotes)",
 	"[]string": "a list of texts, as in [first, second]",
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
+	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -35,6 +36,8 @@ type DestinationConfig struct {
 	Binaries []string
 	// FaultWorkers is the number of fault workers and demand lanes.
 	FaultWorkers int
+	// RequireSecure refuses an unsupervised userfaultfd, whatever the source asks.
+	RequireSecure bool
 	// Dial connects to the source's page server.
 	Dial Dialer
 	Log  *slog.Logger
@@ -65,6 +68,10 @@ type Destination struct {
 	left    qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
 	blocks  []qemu.RAMBlock
 	taken   *inject.Taken
+	// Of taken's userfaultfd.
+	supervision uffd.Supervision
+	label       string
+
 	engine  *postcopy.Engine
 	kept    *kept
 	leave   bool // kept for a later daemon
@@ -131,8 +138,8 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 		m.Prepared = true
 		m.Progress = d.meter.progress(d.engine.Stats())
 	})
-	d.log.Info("prepared", "pid", d.vm.Pid, "userfaultfd", d.taken.Method)
-	answer := &migratedv1.PrepareIncomingResponse{}
+	d.log.Info("prepared", "pid", d.vm.Pid, "userfaultfd", d.taken.Method, "supervision", d.supervision, "label", d.label)
+	answer := &migratedv1.PrepareIncomingResponse{Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label}
 	for _, b := range d.blocks {
 		answer.RamBlocks = append(answer.RamBlocks, &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize})
 	}
@@ -244,6 +251,9 @@ func (d *Destination) takeDescriptor(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("take a userfaultfd from the destination QEMU: %w", err)
 	}
+	if err := d.supervise(); err != nil {
+		return err
+	}
 	return nil
 }
 
@@ -255,6 +265,7 @@ func (d *Destination) keep(discards bool) (*keptFactsV1, error) {
 	}
 	facts := &keptFactsV1{
 		QEMU: identity, QMP: d.qmpPath(), RemoteFD: d.taken.RemoteFD, Discards: discards, Settings: d.vm.Changed(),
+		Supervision: d.supervision, Label: d.label,
 	}
 	for _, b := range d.blocks {
 		facts.Blocks = append(facts.Blocks, keptBlock{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize})

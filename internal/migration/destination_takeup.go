@@ -55,7 +55,9 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 		d.phase = loaded
 		d.expectRun()
 	}
+	d.supervision, d.label = facts.Supervision, facts.Label
 	d.update(func(m *migratedv1.Migration) {
+		m.Supervision, m.UserfaultfdLabel = shownSupervision[d.supervision], d.label
 		m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER
 		m.Prepared = true
 		m.Progress = d.meter.progress(d.engine.Stats())

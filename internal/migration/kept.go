@@ -48,6 +48,10 @@ type keptFactsV1 struct {
 	Blocks   []keptBlock     `json:"ram_blocks"`
 	Discards bool            `json:"discards"` // as the engine was told
 	Settings *qemu.Settings  `json:"settings"` // to be put back in QEMU
+
+	// For show: what was asked for when the descriptor was made cannot be read off it.
+	Supervision uffd.Supervision `json:"supervision"`
+	Label       string           `json:"label"`
 }
 
 // keptBlock is a RAM block, in the order of the request.

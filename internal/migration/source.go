@@ -259,7 +259,10 @@ func (s *Source) prepare(ctx context.Context) error {
 		return fmt.Errorf("prepare: destination %s has %d RAM blocks instead of %d",
 			destination, len(answer.GetRamBlocks()), len(s.facts.RAMBlocks))
 	}
-	return nil
+	s.update(func(m *migratedv1.Migration) {
+		m.Supervision, m.UserfaultfdLabel = answer.GetSupervision(), answer.GetUserfaultfdLabel()
+	})
+	return confirmSupervised(s.cfg.Spec, answer)
 }
 
 // offer lets the destination fetch pages, once the VM stands still, and calls it.

@@ -6,6 +6,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
 func find(results []Result, subject string) []Result {
@@ -72,8 +74,8 @@ func TestCheckVMThatDied(t *testing.T) {
 }
 
 func TestCheckHost(t *testing.T) {
-	results := CheckHost(testContext(t))
-	if len(results) != 5 {
+	results := CheckHost(testContext(t), false)
+	if len(results) != 6 {
 		t.Errorf("%d results", len(results))
 	}
 	for _, r := range results {
@@ -84,5 +86,32 @@ func TestCheckHost(t *testing.T) {
 			t.Errorf("root cannot migrate: %+v", r)
 		}
 		t.Logf("%v %s: %s", r.Status, r.Subject, r.Detail)
+	}
+}
+
+// A host that is to be a destination only with a supervised userfaultfd says what it lacks for it.
+func TestCheckSupervision(t *testing.T) {
+	state, label, err := uffd.ProbeSupervision()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, required := range []bool{false, true} {
+		r := checkSupervision(required)
+		if !strings.HasPrefix(r.Detail, state.String()) || !strings.Contains(r.Detail, label) {
+			t.Errorf("%+v of what is %v, labelled %q", r, state, label)
+		}
+		want := OK
+		switch {
+		case state == uffd.Unsupervised && required:
+			want = Failed
+		case state == uffd.Unsupervised || label != "" && permissive():
+			want = Warning
+		}
+		if r.Status != want || (want == OK) != (r.Remedy == "") {
+			t.Errorf("required %v: %+v, want %v", required, r, want)
+		}
+		if want == Failed && !strings.Contains(r.Detail, "require_secure") {
+			t.Errorf("%+v does not name the setting", r)
+		}
 	}
 }

@@ -16,13 +16,14 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// CheckHost says whether this host, and this process on it, can take part in migrations.
-func CheckHost(ctx context.Context) []Result {
+// CheckHost says whether this host, and this process on it, can take part in migrations; as a destination with
+// require_secure if so said.
+func CheckHost(ctx context.Context, requireSecure bool) []Result {
 	results := []Result{checkKernel(), checkUserfaultfd()}
 	if ctx.Err() != nil {
 		return results
 	}
-	return append(results, checkUserfaultfdOfQEMU(), checkPtrace(), checkProc())
+	return append(results, checkUserfaultfdOfQEMU(), checkSupervision(requireSecure), checkPtrace(), checkProc())
 }
 
 // checkKernel looks for what a destination cannot do without: pidfd_getfd(2) takes the descriptor that
@@ -69,8 +70,9 @@ func checkUserfaultfdOfQEMU() Result {
 		return r
 	}
 	setting, readErr := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd")
-	if readErr == nil && strings.TrimSpace(string(setting)) == "1" {
-		r.Detail = "vm.unprivileged_userfaultfd=1 lets every process make one"
+	// 2 is of the same series as UFFD_SECURE and lets it make one with that.
+	if value := strings.TrimSpace(string(setting)); readErr == nil && (value == "1" || value == "2") {
+		r.Detail = "vm.unprivileged_userfaultfd=" + value + " lets every process make one"
 		return r
 	}
 	r.Status = Warning

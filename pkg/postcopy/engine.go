@@ -149,7 +149,8 @@ const events = uffd.FeatureEventRemove | uffd.FeatureEventUnmap | uffd.FeatureEv
 func (e *Engine) register(b *block) error {
 	if e.index(b.UFFD) < 0 {
 		_, _, err := b.UFFD.API(events | uffd.FeatureEventFork)
-		if errors.Is(err, uffd.ErrPermission) { // no CAP_SYS_PTRACE; QEMU's RAM is not inherited anyway
+		// No CAP_SYS_PTRACE, or UFFD_SECURE. QEMU's RAM is not inherited anyway: MADV_DONTFORK.
+		if errors.Is(err, uffd.ErrPermission) || errors.Is(err, uffd.ErrForkRefused) {
 			_, _, err = b.UFFD.API(events)
 		}
 		// ErrInvalid: the handshake was made before, by us in an earlier life. Register finds out if not.

@@ -223,3 +223,69 @@ func TestFork(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestForkWithoutEvent: nobody is told of a fork where that was not asked for, or cannot be because of
+// UFFD_SECURE. The forked process's memory is then registered with nothing, and what that means depends
+// on the memory. Shared memory is why RAM must not be inherited, as QEMU's is not.
+func TestForkWithoutEvent(t *testing.T) {
+	for _, tt := range []struct {
+		name      string
+		kind      uffdtest.Kind
+		inherited bool
+		sees      int64 // the forked process, in a page that is missing
+		shared    bool  // what it sees is in the parent's memory from then on
+	}{
+		{"private: zeros of its own", uffdtest.Anon, true, 0, false},
+		{"shared: zeros, which are in everybody's memory", uffdtest.Shmem, true, 0, true},
+		{"shared and not inherited: SIGSEGV", uffdtest.Shmem, false, -int64(unix.SIGSEGV), false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			uffdtest.CheckDescriptors(t)
+			c := uffdtest.Start(t)
+			u := c.Supervise(allEvents &^ uffd.FeatureEventFork)
+			r := c.Map(tt.kind, 2)
+			if !tt.inherited {
+				if res := c.Do(uffdtest.NotInherited(r)); res.Errno != 0 {
+					t.Fatal(res)
+				}
+			}
+			if _, err := u.Register(r, uffd.ModeMissing); err != nil {
+				t.Fatal(err)
+			}
+			second := r.Start + 4096
+			waiting := c.Go(uffdtest.Read(second))
+			waiting.WaitWaiting()
+
+			if res := c.Do(uffdtest.Fork(r.Start)); res.Value != tt.sees { // Do: it does not wait for us
+				t.Errorf("the forked process: %v, want %#x", res, tt.sees)
+			}
+
+			// The parent's faults are as they were: the one from before the fork, and a new one.
+			uffdtest.NextFault(t, u, second)
+			page := uffdtest.Page(tt.kind, 3)
+			if _, err := u.Copy(second, page, 0); err != nil {
+				t.Fatal(err)
+			}
+			if v := waiting.JoinOK(); byte(v) != page[0] {
+				t.Errorf("the thread that waited read %#x", v)
+			}
+			if tt.shared {
+				if n, err := u.Copy(r.Start, page, 0); n != 0 || !errors.Is(err, uffd.ErrExist) {
+					t.Errorf("copy to the page that the forked process made: %d, %v", n, err)
+				}
+				if res := c.Do(uffdtest.Read(r.Start)); res.Value != 0 || res.Errno != 0 {
+					t.Errorf("the parent reads %v there, want zeros", res)
+				}
+				return
+			}
+			reader := c.Go(uffdtest.Read(r.Start))
+			uffdtest.NextFault(t, u, r.Start)
+			if _, err := u.Copy(r.Start, page, 0); err != nil {
+				t.Fatal(err)
+			}
+			if v := reader.JoinOK(); byte(v) != page[0] {
+				t.Errorf("the parent read %#x", v)
+			}
+		})
+	}
+}

@@ -42,7 +42,7 @@ func TestOpen(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	for _, method := range []uffd.OpenMethod{uffd.OpenSyscall, uffd.OpenDevice} {
 		for _, userMode := range []bool{false, true} {
-			u := open(t, uffd.OpenOptions{Method: method, UserModeOnly: userMode, NonBlocking: true})
+			u := open(t, uffd.OpenOptions{Method: method, UserModeOnly: userMode, NonBlocking: true, ForkEvents: true})
 			have, ioctls, err := u.API(uffd.FeatureThreadID)
 			if err != nil {
 				t.Fatalf("%v: %v", method, err)
@@ -263,13 +263,22 @@ func unprivileged() (status int) {
 	if f, err := uffd.ProbeFeatures(); err != nil || f == 0 {
 		failed("probe", err)
 	}
-	u, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true})
+	u, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true, ForkEvents: true})
 	if err != nil {
 		failed("user mode only", err)
 		return status
 	}
 	if _, _, err := u.API(uffd.FeatureEventFork); !errors.Is(err, uffd.ErrPermission) || !strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
 		failed("fork events", err)
+	}
+	secure, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true})
+	if err != nil {
+		failed("user mode only, secure", err)
+		return status
+	}
+	state, label, err := secure.Supervision()
+	if err != nil || (state == uffd.Flagged) != kernelHasFlag() {
+		failed(fmt.Sprintf("it is %v with label %q", state, label), err)
 	}
 	return status
 }

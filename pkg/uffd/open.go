@@ -47,6 +47,10 @@ type OpenOptions struct {
 	// NonBlocking makes Read give ErrWouldBlock instead of waiting. poll(2) works on a
 	// userfaultfd only in this mode.
 	NonBlocking bool
+
+	// ForkEvents asks for a descriptor on which API can enable FeatureEventFork. Every other one is
+	// made with UFFD_SECURE where the kernel has that.
+	ForkEvents bool
 }
 
 // Open makes a userfaultfd for the address space of this process. Before anything else, call API.
@@ -62,13 +66,13 @@ func Open(o OpenOptions) (*UFFD, error) {
 		flags |= abi.UFFD_USER_MODE_ONLY
 	}
 	if o.Method == OpenDevice {
-		return openDevice(flags)
+		return openDevice(flags, !o.ForkEvents)
 	}
 
-	fd, errno := sysUserfaultfd(flags)
+	u, errno := create(flags, !o.ForkEvents, sysUserfaultfd)
 	switch {
 	case errno == 0:
-		return FromFD(fd), nil
+		return u, nil
 	case errno == unix.ENOSYS:
 		return nil, &NotSupportedError{Feature: "userfaultfd(2)", MinKernel: "4.3"}
 	case errno == unix.EINVAL && o.UserModeOnly:
@@ -76,11 +80,33 @@ func Open(o OpenOptions) (*UFFD, error) {
 	case errno == unix.EPERM:
 		return nil, fmt.Errorf("userfaultfd(2): %w: it needs CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1; otherwise use %s",
 			errno, DevicePath)
+	case errno == unix.EACCES:
+		return nil, fmt.Errorf("userfaultfd(2): %w: a security module refuses; see the audit log", errno)
 	}
 	return nil, fmt.Errorf("userfaultfd(2): %w", errno)
 }
 
-func openDevice(flags uintptr) (*UFFD, error) {
+// create asks for a userfaultfd, with UFFD_SECURE first if it is to be secure. A kernel without the flag
+// says EINVAL to it, but only to who may make one at all: permission comes first, and EPERM would be the
+// answer without the flag, too. Whether another flag was the invalid one, asking again tells.
+func create(flags uintptr, secure bool, ask func(flags uintptr) (int, unix.Errno)) (*UFFD, unix.Errno) {
+	if secure {
+		fd, errno := ask(flags | abi.UFFD_SECURE)
+		if errno == 0 {
+			return FromSecureFD(fd), 0
+		}
+		if errno != unix.EINVAL {
+			return nil, errno
+		}
+	}
+	fd, errno := ask(flags)
+	if errno != 0 {
+		return nil, errno
+	}
+	return FromFD(fd), 0
+}
+
+func openDevice(flags uintptr, secure bool) (*UFFD, error) {
 	dev, err := os.OpenFile(DevicePath, os.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -92,9 +118,9 @@ func openDevice(flags uintptr) (*UFFD, error) {
 	}
 	defer dev.Close()
 
-	fd, errno := ioctlNew(int(dev.Fd()), flags)
+	u, errno := create(flags, secure, func(flags uintptr) (int, unix.Errno) { return ioctlNew(int(dev.Fd()), flags) })
 	if errno != 0 {
 		return nil, fmt.Errorf("USERFAULTFD_IOC_NEW on %s: %w", DevicePath, errno)
 	}
-	return FromFD(fd), nil
+	return u, nil
 }

@@ -5,6 +5,7 @@ package uffd
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 )
 
@@ -49,12 +50,12 @@ func HaveFeatures(want Features) error {
 	return nil
 }
 
-// askFeatures makes the handshake. A user-mode-only descriptor offers the same features and is the one
-// that every process may make; kernels before 5.11 do not have it, but did not restrict the other.
+// askFeatures makes the handshake. UFFD_SECURE hides a feature, so without it where that is permitted:
+// vm.unprivileged_userfaultfd=2 permits no other.
 func askFeatures() (Features, error) {
-	u, err := Open(OpenOptions{UserModeOnly: true})
-	if errors.Is(err, ErrNotSupported) {
-		u, err = Open(OpenOptions{})
+	u, err := openAny(OpenOptions{ForkEvents: true})
+	if errors.Is(err, fs.ErrPermission) {
+		u, err = openAny(OpenOptions{})
 	}
 	if err != nil {
 		return 0, err
@@ -62,4 +63,16 @@ func askFeatures() (Features, error) {
 	defer u.Close()
 	have, _, err := u.handshake(0)
 	return have, err
+}
+
+// openAny opens a user-mode-only descriptor, which offers what any other does and is the one that every
+// process may make; kernels before 5.11 do not have it, but did not restrict the other.
+func openAny(o OpenOptions) (*UFFD, error) {
+	o.UserModeOnly = true
+	u, err := Open(o)
+	if errors.Is(err, ErrNotSupported) {
+		o.UserModeOnly = false
+		u, err = Open(o)
+	}
+	return u, err
 }

@@ -31,12 +31,22 @@ type UFFD struct {
 	// After that the count only falls, and the one who brings it to zero closes the descriptor,
 	// so that no call can meet the same number given to another file.
 	state atomic.Int64
+
+	// secure: it is known to be made with UFFD_SECURE.
+	secure atomic.Bool
 }
 
 const closing = 1 << 62
 
 // FromFD takes ownership of fd, which must be a userfaultfd.
 func FromFD(fd int) *UFFD { return &UFFD{fd: fd} }
+
+// FromSecureFD is FromFD for a descriptor that is known to be made with UFFD_SECURE.
+func FromSecureFD(fd int) *UFFD {
+	u := FromFD(fd)
+	u.secure.Store(true)
+	return u
+}
 
 // FD is the descriptor's number, for poll(2) or SCM_RIGHTS; it stays owned by u and is -1 after Close.
 func (u *UFFD) FD() int {

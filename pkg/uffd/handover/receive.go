@@ -24,7 +24,8 @@ type Handover struct {
 
 // Receive reads the one message from conn, which stays open and the caller's. The userfaultfd comes
 // with its handshake made and its memory registered, by the monitor; Receive makes it non-blocking, for
-// all who share it.
+// all who share it. Whether it was made with UFFD_SECURE cannot be found out any more: UFFD.Supervision says
+// Labelled at most.
 //
 // Nothing proves that the mappings, or the descriptor, are of the peer's own memory: allow only
 // peers that may cause faults to be answered as they please. The error is ErrPeerRefused, ErrInvalid, the

@@ -323,3 +323,36 @@ func TestCancel(t *testing.T) {
 		t.Errorf("afterwards: %v", err)
 	}
 }
+
+// TestSupervisionOfReceived: who receives a descriptor sees its label, but not whether it was made with UFFD_SECURE.
+func TestSupervisionOfReceived(t *testing.T) {
+	uffdtest.CheckDescriptors(t)
+	made, err := uffd.Open(uffd.OpenOptions{})
+	if err != nil {
+		uffdtest.Unable(t, "%v", err)
+	}
+	defer made.Close()
+	if _, _, err := made.API(0); err != nil {
+		t.Fatal(err)
+	}
+	_, label, err := made.Supervision()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours, theirs := pair(t)
+	if err := Send(t.Context(), theirs, []Mapping{{BaseHostVirtAddr: 4096, Size: 4096, PageSize: 4096}}, made); err != nil {
+		t.Fatal(err)
+	}
+	h, err := Receive(t.Context(), ours, me())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.UFFD.Close()
+	want := uffd.Unsupervised
+	if label != "" {
+		want = uffd.Labelled
+	}
+	if got, l, err := h.UFFD.Supervision(); got != want || l != label || err != nil {
+		t.Errorf("received one is %v, labelled %q (%v); want %v, labelled %q", got, l, err, want, label)
+	}
+}

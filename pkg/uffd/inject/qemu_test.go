@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -146,6 +147,23 @@ func (v *vm) ramRange() uffd.Range {
 	return uffd.Range{}
 }
 
+// TestRAMIsNotInherited: a process that QEMU forks has not got the guest's RAM, so that it does no harm
+// that UFFD_SECURE keeps us from hearing of it (pkg/uffd's TestForkWithoutEvent).
+func TestRAMIsNotInherited(t *testing.T) {
+	v := startQEMU(t, 65534)
+	ram := v.ramRange()
+	smaps, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", v.pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, found := strings.Cut(string(smaps), fmt.Sprintf("\n%x-", ram.Start))
+	_, rest, _ = strings.Cut(rest, "\nVmFlags:")
+	flags, _, _ := strings.Cut(rest, "\n")
+	if !found || !slices.Contains(strings.Fields(flags), "dc") { // "do not copy area on fork", proc(5)
+		t.Errorf("the RAM at %v has the flags %q", ram, flags)
+	}
+}
+
 const sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 func TestTakeFromQEMU(t *testing.T) {
@@ -166,8 +184,8 @@ func TestTakeFromQEMU(t *testing.T) {
 					cannotRun(t, "needs Linux 6.1: %v", err)
 				}
 				raw, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd")
-				if err == nil && strings.TrimSpace(string(raw)) == "1" {
-					cannotRun(t, "vm.unprivileged_userfaultfd is 1, so userfaultfd(2) will not be refused")
+				if err == nil && strings.TrimSpace(string(raw)) != "0" {
+					cannotRun(t, "vm.unprivileged_userfaultfd is not 0, so userfaultfd(2) will not be refused")
 				}
 			}
 			v := startQEMU(t, test.uid, test.args...)
@@ -186,6 +204,7 @@ func TestTakeFromQEMU(t *testing.T) {
 				t.Errorf("QEMU has %d descriptors, had %d: want one more", after, before)
 			}
 			wantFound(t, v.pid, taken.RemoteFD)
+			wantSupervision(t, taken)
 			if _, _, err := taken.UFFD.API(0); err != nil {
 				t.Fatal(err)
 			}

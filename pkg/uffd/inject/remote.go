@@ -51,7 +51,8 @@ func findFile(pid int, f *os.File) (int, error) {
 }
 
 // Duplicate takes a userfaultfd that process pid holds already, one of those from Find. The process need not be
-// stopped. A daemon that was restarted in mid-migration continues with it; UFFD.API has been called on it then.
+// stopped. A daemon that was restarted in mid-migration continues with it; UFFD.API has been called on it then, and
+// whether it was made with UFFD_SECURE is not to be seen.
 func Duplicate(pid, fd int) (*Taken, error) {
 	pidfd, err := openPidfd(pid)
 	if err != nil {

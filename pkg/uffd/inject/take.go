@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -22,7 +23,7 @@ const (
 	MethodDuplicate = "duplicate" // the process had it already
 )
 
-// flags of a new userfaultfd. Not UFFD_USER_MODE_ONLY: KVM takes a guest's faults in kernel mode, and such a
+// newFlags of a new userfaultfd, besides UFFD_SECURE. Not UFFD_USER_MODE_ONLY: KVM takes a guest's faults in kernel mode, and such a
 // descriptor turns them into a guest crash.
 const newFlags = unix.O_CLOEXEC | unix.O_NONBLOCK
 
@@ -79,7 +80,8 @@ func (e *TakeError) Unwrap() []error {
 	return errs
 }
 
-// Take makes process pid create a userfaultfd for its memory and returns a duplicate. It tries userfaultfd(2)
+// Take makes process pid create a userfaultfd for its memory, with UFFD_SECURE where the kernel has that, and
+// returns a duplicate. It tries userfaultfd(2)
 // first; where the process may not call it (unprivileged, and vm.unprivileged_userfaultfd is 0) it uses
 // /dev/userfaultfd, which opts.HandDevice puts into the process. Every error is a *TakeError; then the process
 // has no more descriptors than before, unless the error says that one could not be closed.
@@ -150,13 +152,21 @@ func (t target) seize(ctx context.Context) (*Process, error) {
 	return p, nil
 }
 
-// take seizes the process, makes it create a userfaultfd by the given call, duplicates that and lets go.
+// take seizes the process, makes it create a userfaultfd by the given call, whose last argument is the flags,
+// duplicates that and lets go.
 func (t target) take(ctx context.Context, method string, nr uintptr, args ...uintptr) (*Taken, error) {
 	p, err := t.seize(ctx)
 	if err != nil {
 		return nil, err
 	}
-	remote, err := p.Syscall(ctx, nr, args...)
+	own := uffd.FromSecureFD
+	secure := slices.Clone(args)
+	secure[len(secure)-1] |= abi.UFFD_SECURE
+	remote, err := p.Syscall(ctx, nr, secure...)
+	if errors.Is(err, unix.EINVAL) { // the kernel does not know the flag
+		own = uffd.FromFD
+		remote, err = p.Syscall(ctx, nr, args...)
+	}
 	if err != nil {
 		return nil, both(t.explain(method, err), p.Detach())
 	}
@@ -169,7 +179,7 @@ func (t target) take(ctx context.Context, method string, nr uintptr, args ...uin
 		}
 		return nil, both(both(err, closeErr), p.Detach())
 	}
-	taken := &Taken{UFFD: uffd.FromFD(local), RemoteFD: int(remote), Pid: t.pid, Method: method}
+	taken := &Taken{UFFD: own(local), RemoteFD: int(remote), Pid: t.pid, Method: method}
 	if err := p.Detach(); err != nil { // killed after the call: there is no memory left to serve
 		return nil, errors.Join(err, taken.UFFD.Close())
 	}

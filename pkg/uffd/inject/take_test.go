@@ -43,6 +43,19 @@ func wantFound(t *testing.T, pid int, want ...int) {
 	}
 }
 
+// wantSupervision: what another process makes for us has the flag where what we make has it. Its label is of its own.
+func wantSupervision(t *testing.T, taken *Taken) {
+	t.Helper()
+	ours, _, err := uffd.ProbeSupervision()
+	if err != nil {
+		t.Fatal(err)
+	}
+	state, label, err := taken.UFFD.Supervision()
+	if err != nil || (state == uffd.Flagged) != (ours == uffd.Flagged) || (state == uffd.Labelled) && label == "" {
+		t.Errorf("taken by %s it is %v, labelled %q (%v), and %v when we make one", taken.Method, state, label, err, ours)
+	}
+}
+
 func TestTake(t *testing.T) {
 	v := startVictim(t, "read")
 	wantFound(t, v.pid)
@@ -51,6 +64,7 @@ func TestTake(t *testing.T) {
 		t.Errorf("method %q", taken.Method)
 	}
 	wantFound(t, v.pid, taken.RemoteFD)
+	wantSupervision(t, taken)
 	if _, _, err := taken.UFFD.API(0); err != nil {
 		t.Errorf("API: %v", err)
 	}

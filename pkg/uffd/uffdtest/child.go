@@ -30,8 +30,35 @@ const patience = 20 * time.Second
 //go:embed testdata/child.c
 var childSource []byte
 
-// childBinary compiles the program into a memfd: nothing is left behind, however a test ends.
+// childBinary puts the program into a memfd: nothing is left behind, however a test ends.
 var childBinary = sync.OnceValues(func() (*os.File, error) {
+	elf, err := childProgram()
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.MemfdCreate(memfdName, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	// Out of the way of the child's descriptor 3: it is executed by its number.
+	high, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 10)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(high), memfdName)
+	if _, err := f.Write(elf); err != nil {
+		return nil, err
+	}
+	return f, nil
+})
+
+// childProgram compiles it. Where there is no compiler, as in the initramfs that tests of the kernel series
+// run in, UFFDTEST_CHILD names a program compiled before.
+func childProgram() ([]byte, error) {
+	if path := os.Getenv("UFFDTEST_CHILD"); path != "" {
+		return os.ReadFile(path)
+	}
 	dir, err := os.MkdirTemp("", "uffdtest")
 	if err != nil {
 		return nil, err
@@ -44,20 +71,8 @@ var childBinary = sync.OnceValues(func() (*os.File, error) {
 	if out, err := exec.Command("gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", binary, source).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("gcc: %w: %s", err, out)
 	}
-	elf, err := os.ReadFile(binary)
-	if err != nil {
-		return nil, err
-	}
-	fd, err := unix.MemfdCreate(memfdName, unix.MFD_CLOEXEC)
-	if err != nil {
-		return nil, err
-	}
-	f := os.NewFile(uintptr(fd), memfdName)
-	if _, err := f.Write(elf); err != nil {
-		return nil, err
-	}
-	return f, nil
-})
+	return os.ReadFile(binary)
+}
 
 const memfdName = "uffdtest-child"
 
@@ -185,7 +200,7 @@ func (c *Child) must(what string, rq request, payload ...byte) (uint64, int) {
 func (c *Child) NewUFFD(method uffd.OpenMethod) *uffd.UFFD {
 	c.t.Helper()
 	_, fd := c.must("userfaultfd", request{Op: opOpen, X: uint64(method), Y: unix.O_CLOEXEC | unix.O_NONBLOCK})
-	u := uffd.FromFD(fd)
+	u := uffd.FromFD(fd) // without UFFD_SECURE
 	c.t.Cleanup(func() { u.Close() })
 	return u
 }

@@ -92,7 +92,13 @@ func Unmap(r uffd.Range) Action { return Action{action: 4, x: r.Start, y: r.Len}
 // Move is mremap(2) to the address to, replacing what is mapped there.
 func Move(r uffd.Range, to uint64) Action { return Action{action: 5, x: r.Start, y: r.Len, z: to} }
 
-// Fork forks; the new process reads one byte at addr (if not 0), which is the Value.
+// NotInherited is madvise(MADV_DONTFORK): forked processes do not have the memory.
+func NotInherited(r uffd.Range) Action {
+	return Action{action: 3, x: r.Start, y: r.Len, z: unix.MADV_DONTFORK}
+}
+
+// Fork forks; the new process reads one byte at addr (if not 0), which is the Value; or minus the signal that
+// it died of.
 func Fork(addr uint64) Action { return Action{action: 6, x: addr} }
 
 // Touch reads the first byte of each page in r, in order; the Value is their sum.

@@ -152,6 +152,64 @@ func (MigrationRole) EnumDescriptor() ([]byte, []int) {
 	return file_migrated_v1_control_proto_rawDescGZIP(), []int{1}
 }
 
+// Supervision is how a security module can watch over the userfaultfd through
+// which the destination fills the VM's memory.
+type Supervision int32
+
+const (
+	// There is no userfaultfd yet.
+	Supervision_SUPERVISION_UNSPECIFIED Supervision = 0
+	// Not at all.
+	Supervision_SUPERVISION_UNSUPERVISED Supervision = 1
+	// It has a label that the policy has rules for.
+	Supervision_SUPERVISION_LABELLED Supervision = 2
+	// It was made with UFFD_SECURE, and has a label where a policy is loaded.
+	Supervision_SUPERVISION_FLAG Supervision = 3
+)
+
+// Enum value maps for Supervision.
+var (
+	Supervision_name = map[int32]string{
+		0: "SUPERVISION_UNSPECIFIED",
+		1: "SUPERVISION_UNSUPERVISED",
+		2: "SUPERVISION_LABELLED",
+		3: "SUPERVISION_FLAG",
+	}
+	Supervision_value = map[string]int32{
+		"SUPERVISION_UNSPECIFIED":  0,
+		"SUPERVISION_UNSUPERVISED": 1,
+		"SUPERVISION_LABELLED":     2,
+		"SUPERVISION_FLAG":         3,
+	}
+)
+
+func (x Supervision) Enum() *Supervision {
+	p := new(Supervision)
+	*p = x
+	return p
+}
+
+func (x Supervision) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Supervision) Descriptor() protoreflect.EnumDescriptor {
+	return file_migrated_v1_control_proto_enumTypes[2].Descriptor()
+}
+
+func (Supervision) Type() protoreflect.EnumType {
+	return &file_migrated_v1_control_proto_enumTypes[2]
+}
+
+func (x Supervision) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Supervision.Descriptor instead.
+func (Supervision) EnumDescriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
+}
+
 // CheckStatus is the outcome of one check.
 type CheckStatus int32
 
@@ -191,11 +249,11 @@ func (x CheckStatus) String() string {
 }
 
 func (CheckStatus) Descriptor() protoreflect.EnumDescriptor {
-	return file_migrated_v1_control_proto_enumTypes[2].Descriptor()
+	return file_migrated_v1_control_proto_enumTypes[3].Descriptor()
 }
 
 func (CheckStatus) Type() protoreflect.EnumType {
-	return &file_migrated_v1_control_proto_enumTypes[2]
+	return &file_migrated_v1_control_proto_enumTypes[3]
 }
 
 func (x CheckStatus) Number() protoreflect.EnumNumber {
@@ -204,7 +262,7 @@ func (x CheckStatus) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CheckStatus.Descriptor instead.
 func (CheckStatus) EnumDescriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{3}
 }
 
 // MigrationSpec says what to migrate and how.
@@ -222,7 +280,10 @@ type MigrationSpec struct {
 	// destination daemon starts QEMU with. Empty: the source's command line.
 	DestinationTemplate string `protobuf:"bytes,4,opt,name=destination_template,json=destinationTemplate,proto3" json:"destination_template,omitempty"`
 	// Leave the stopped source QEMU in place when all memory has left it.
-	KeepSource    bool `protobuf:"varint,5,opt,name=keep_source,json=keepSource,proto3" json:"keep_source,omitempty"`
+	KeepSource bool `protobuf:"varint,5,opt,name=keep_source,json=keepSource,proto3" json:"keep_source,omitempty"`
+	// Fail, before the VM is touched, where the destination's userfaultfd is
+	// unsupervised. A destination can be configured to do so by itself.
+	RequireSecure bool `protobuf:"varint,6,opt,name=require_secure,json=requireSecure,proto3" json:"require_secure,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -292,6 +353,13 @@ func (x *MigrationSpec) GetKeepSource() bool {
 	return false
 }
 
+func (x *MigrationSpec) GetRequireSecure() bool {
+	if x != nil {
+		return x.RequireSecure
+	}
+	return false
+}
+
 // Migration is one migration as one of its two daemons sees it.
 type Migration struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -308,9 +376,13 @@ type Migration struct {
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
 	// The VM's name (QEMU's -name), if it has one.
-	VmName        string `protobuf:"bytes,10,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	VmName string `protobuf:"bytes,10,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`
+	// Of the userfaultfd of the destination QEMU, from the time it is prepared.
+	Supervision Supervision `protobuf:"varint,11,opt,name=supervision,proto3,enum=migrated.v1.Supervision" json:"supervision,omitempty"`
+	// The userfaultfd's security label; empty where it has none.
+	UserfaultfdLabel string `protobuf:"bytes,12,opt,name=userfaultfd_label,json=userfaultfdLabel,proto3" json:"userfaultfd_label,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Migration) Reset() {
@@ -409,6 +481,20 @@ func (x *Migration) GetUpdateTime() *timestamppb.Timestamp {
 func (x *Migration) GetVmName() string {
 	if x != nil {
 		return x.VmName
+	}
+	return ""
+}
+
+func (x *Migration) GetSupervision() Supervision {
+	if x != nil {
+		return x.Supervision
+	}
+	return Supervision_SUPERVISION_UNSPECIFIED
+}
+
+func (x *Migration) GetUserfaultfdLabel() string {
+	if x != nil {
+		return x.UserfaultfdLabel
 	}
 	return ""
 }
@@ -1461,14 +1547,15 @@ var File_migrated_v1_control_proto protoreflect.FileDescriptor
 
 const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbe\x01\n" +
+	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe5\x01\n" +
 	"\rMigrationSpec\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
 	"\x0fdestination_qmp\x18\x03 \x01(\tR\x0edestinationQmp\x121\n" +
 	"\x14destination_template\x18\x04 \x01(\tR\x13destinationTemplate\x12\x1f\n" +
 	"\vkeep_source\x18\x05 \x01(\bR\n" +
-	"keepSource\"\xc3\x03\n" +
+	"keepSource\x12%\n" +
+	"\x0erequire_secure\x18\x06 \x01(\bR\rrequireSecure\"\xac\x04\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -1482,7 +1569,9 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\vupdate_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"updateTime\x12\x17\n" +
 	"\avm_name\x18\n" +
-	" \x01(\tR\x06vmName\"_\n" +
+	" \x01(\tR\x06vmName\x12:\n" +
+	"\vsupervision\x18\v \x01(\x0e2\x18.migrated.v1.SupervisionR\vsupervision\x12+\n" +
+	"\x11userfaultfd_label\x18\f \x01(\tR\x10userfaultfdLabel\"_\n" +
 	"\x0eMigrationError\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\tR\amessage\x12\x16\n" +
 	"\x06remedy\x18\x02 \x01(\tR\x06remedy\x12\x1b\n" +
@@ -1563,7 +1652,12 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\rMigrationRole\x12\x1e\n" +
 	"\x1aMIGRATION_ROLE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15MIGRATION_ROLE_SOURCE\x10\x01\x12\x1e\n" +
-	"\x1aMIGRATION_ROLE_DESTINATION\x10\x02*s\n" +
+	"\x1aMIGRATION_ROLE_DESTINATION\x10\x02*x\n" +
+	"\vSupervision\x12\x1b\n" +
+	"\x17SUPERVISION_UNSPECIFIED\x10\x00\x12\x1c\n" +
+	"\x18SUPERVISION_UNSUPERVISED\x10\x01\x12\x18\n" +
+	"\x14SUPERVISION_LABELLED\x10\x02\x12\x14\n" +
+	"\x10SUPERVISION_FLAG\x10\x03*s\n" +
 	"\vCheckStatus\x12\x1c\n" +
 	"\x18CHECK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fCHECK_STATUS_OK\x10\x01\x12\x18\n" +
@@ -1592,83 +1686,85 @@ func file_migrated_v1_control_proto_rawDescGZIP() []byte {
 	return file_migrated_v1_control_proto_rawDescData
 }
 
-var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
 var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_migrated_v1_control_proto_goTypes = []any{
 	(MigrationState)(0),           // 0: migrated.v1.MigrationState
 	(MigrationRole)(0),            // 1: migrated.v1.MigrationRole
-	(CheckStatus)(0),              // 2: migrated.v1.CheckStatus
-	(*MigrationSpec)(nil),         // 3: migrated.v1.MigrationSpec
-	(*Migration)(nil),             // 4: migrated.v1.Migration
-	(*MigrationError)(nil),        // 5: migrated.v1.MigrationError
-	(*Progress)(nil),              // 6: migrated.v1.Progress
-	(*PrepareRequest)(nil),        // 7: migrated.v1.PrepareRequest
-	(*PrepareResponse)(nil),       // 8: migrated.v1.PrepareResponse
-	(*StartRequest)(nil),          // 9: migrated.v1.StartRequest
-	(*StartResponse)(nil),         // 10: migrated.v1.StartResponse
-	(*GetRequest)(nil),            // 11: migrated.v1.GetRequest
-	(*GetResponse)(nil),           // 12: migrated.v1.GetResponse
-	(*ListRequest)(nil),           // 13: migrated.v1.ListRequest
-	(*ListResponse)(nil),          // 14: migrated.v1.ListResponse
-	(*WatchRequest)(nil),          // 15: migrated.v1.WatchRequest
-	(*WatchResponse)(nil),         // 16: migrated.v1.WatchResponse
-	(*CancelRequest)(nil),         // 17: migrated.v1.CancelRequest
-	(*CancelResponse)(nil),        // 18: migrated.v1.CancelResponse
-	(*CheckRequest)(nil),          // 19: migrated.v1.CheckRequest
-	(*CheckResponse)(nil),         // 20: migrated.v1.CheckResponse
-	(*CheckResult)(nil),           // 21: migrated.v1.CheckResult
-	(*GetVersionRequest)(nil),     // 22: migrated.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),    // 23: migrated.v1.GetVersionResponse
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
+	(Supervision)(0),              // 2: migrated.v1.Supervision
+	(CheckStatus)(0),              // 3: migrated.v1.CheckStatus
+	(*MigrationSpec)(nil),         // 4: migrated.v1.MigrationSpec
+	(*Migration)(nil),             // 5: migrated.v1.Migration
+	(*MigrationError)(nil),        // 6: migrated.v1.MigrationError
+	(*Progress)(nil),              // 7: migrated.v1.Progress
+	(*PrepareRequest)(nil),        // 8: migrated.v1.PrepareRequest
+	(*PrepareResponse)(nil),       // 9: migrated.v1.PrepareResponse
+	(*StartRequest)(nil),          // 10: migrated.v1.StartRequest
+	(*StartResponse)(nil),         // 11: migrated.v1.StartResponse
+	(*GetRequest)(nil),            // 12: migrated.v1.GetRequest
+	(*GetResponse)(nil),           // 13: migrated.v1.GetResponse
+	(*ListRequest)(nil),           // 14: migrated.v1.ListRequest
+	(*ListResponse)(nil),          // 15: migrated.v1.ListResponse
+	(*WatchRequest)(nil),          // 16: migrated.v1.WatchRequest
+	(*WatchResponse)(nil),         // 17: migrated.v1.WatchResponse
+	(*CancelRequest)(nil),         // 18: migrated.v1.CancelRequest
+	(*CancelResponse)(nil),        // 19: migrated.v1.CancelResponse
+	(*CheckRequest)(nil),          // 20: migrated.v1.CheckRequest
+	(*CheckResponse)(nil),         // 21: migrated.v1.CheckResponse
+	(*CheckResult)(nil),           // 22: migrated.v1.CheckResult
+	(*GetVersionRequest)(nil),     // 23: migrated.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),    // 24: migrated.v1.GetVersionResponse
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
 }
 var file_migrated_v1_control_proto_depIdxs = []int32{
 	1,  // 0: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
 	0,  // 1: migrated.v1.Migration.state:type_name -> migrated.v1.MigrationState
-	3,  // 2: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
-	5,  // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
-	6,  // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
-	24, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
-	24, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
-	25, // 7: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
-	25, // 8: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
-	25, // 9: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
-	25, // 10: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
-	25, // 11: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
-	25, // 12: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
-	3,  // 13: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
-	4,  // 14: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
-	3,  // 15: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
-	4,  // 16: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
-	4,  // 17: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
-	4,  // 18: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
-	25, // 19: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
-	4,  // 20: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
-	4,  // 21: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
-	21, // 22: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
-	2,  // 23: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
-	1,  // 24: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
-	7,  // 25: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
-	9,  // 26: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
-	11, // 27: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
-	13, // 28: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
-	15, // 29: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
-	17, // 30: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
-	19, // 31: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
-	22, // 32: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
-	8,  // 33: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
-	10, // 34: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
-	12, // 35: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
-	14, // 36: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
-	16, // 37: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
-	18, // 38: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
-	20, // 39: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
-	23, // 40: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
-	33, // [33:41] is the sub-list for method output_type
-	25, // [25:33] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	4,  // 2: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
+	6,  // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
+	7,  // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
+	25, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
+	25, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
+	2,  // 7: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
+	26, // 8: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
+	26, // 9: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
+	26, // 10: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
+	26, // 11: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
+	26, // 12: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
+	26, // 13: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
+	4,  // 14: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
+	5,  // 15: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
+	4,  // 16: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
+	5,  // 17: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 18: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 19: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
+	26, // 20: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
+	5,  // 21: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 22: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
+	22, // 23: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
+	3,  // 24: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
+	1,  // 25: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
+	8,  // 26: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
+	10, // 27: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
+	12, // 28: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
+	14, // 29: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
+	16, // 30: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
+	18, // 31: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
+	20, // 32: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
+	23, // 33: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
+	9,  // 34: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
+	11, // 35: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
+	13, // 36: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
+	15, // 37: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
+	17, // 38: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
+	19, // 39: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
+	21, // 40: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
+	24, // 41: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
+	34, // [34:42] is the sub-list for method output_type
+	26, // [26:34] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_control_proto_init() }
@@ -1681,7 +1777,7 @@ func file_migrated_v1_control_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_control_proto_rawDesc), len(file_migrated_v1_control_proto_rawDesc)),
-			NumEnums:      3,
+			NumEnums:      4,
 			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,

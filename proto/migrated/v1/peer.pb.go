@@ -118,7 +118,7 @@ type PrepareIncomingRequest struct {
 	// As in MigrationSpec.
 	DestinationQmp      string `protobuf:"bytes,6,opt,name=destination_qmp,json=destinationQmp,proto3" json:"destination_qmp,omitempty"`
 	DestinationTemplate string `protobuf:"bytes,7,opt,name=destination_template,json=destinationTemplate,proto3" json:"destination_template,omitempty"`
-	// The migration as asked for, for show.
+	// The migration as asked for: require_secure, and the rest for show.
 	Spec          *MigrationSpec `protobuf:"bytes,8,opt,name=spec,proto3" json:"spec,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -407,9 +407,12 @@ func (x *RamBlock) GetFile() string {
 type PrepareIncomingResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// In the order of the request's ram_blocks.
-	RamBlocks     []*RamBlock `protobuf:"bytes,1,rep,name=ram_blocks,json=ramBlocks,proto3" json:"ram_blocks,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	RamBlocks []*RamBlock `protobuf:"bytes,1,rep,name=ram_blocks,json=ramBlocks,proto3" json:"ram_blocks,omitempty"`
+	// As in Migration.
+	Supervision      Supervision `protobuf:"varint,2,opt,name=supervision,proto3,enum=migrated.v1.Supervision" json:"supervision,omitempty"`
+	UserfaultfdLabel string      `protobuf:"bytes,3,opt,name=userfaultfd_label,json=userfaultfdLabel,proto3" json:"userfaultfd_label,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *PrepareIncomingResponse) Reset() {
@@ -447,6 +450,20 @@ func (x *PrepareIncomingResponse) GetRamBlocks() []*RamBlock {
 		return x.RamBlocks
 	}
 	return nil
+}
+
+func (x *PrepareIncomingResponse) GetSupervision() Supervision {
+	if x != nil {
+		return x.Supervision
+	}
+	return Supervision_SUPERVISION_UNSPECIFIED
+}
+
+func (x *PrepareIncomingResponse) GetUserfaultfdLabel() string {
+	if x != nil {
+		return x.UserfaultfdLabel
+	}
+	return ""
 }
 
 type LoadDeviceStateRequest struct {
@@ -889,10 +906,12 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x1b\n" +
 	"\tpage_size\x18\x03 \x01(\x04R\bpageSize\x12\x12\n" +
-	"\x04file\x18\x04 \x01(\tR\x04file\"O\n" +
+	"\x04file\x18\x04 \x01(\tR\x04file\"\xb8\x01\n" +
 	"\x17PrepareIncomingResponse\x124\n" +
 	"\n" +
-	"ram_blocks\x18\x01 \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\"<\n" +
+	"ram_blocks\x18\x01 \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12:\n" +
+	"\vsupervision\x18\x02 \x01(\x0e2\x18.migrated.v1.SupervisionR\vsupervision\x12+\n" +
+	"\x11userfaultfd_label\x18\x03 \x01(\tR\x10userfaultfdLabel\"<\n" +
 	"\x16LoadDeviceStateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"/\n" +
@@ -957,10 +976,11 @@ var file_migrated_v1_peer_proto_goTypes = []any{
 	(*AbortIncomingResponse)(nil),   // 13: migrated.v1.AbortIncomingResponse
 	(*CheckResult)(nil),             // 14: migrated.v1.CheckResult
 	(*MigrationSpec)(nil),           // 15: migrated.v1.MigrationSpec
-	(*durationpb.Duration)(nil),     // 16: google.protobuf.Duration
-	(MigrationState)(0),             // 17: migrated.v1.MigrationState
-	(*Progress)(nil),                // 18: migrated.v1.Progress
-	(*MigrationError)(nil),          // 19: migrated.v1.MigrationError
+	(Supervision)(0),                // 16: migrated.v1.Supervision
+	(*durationpb.Duration)(nil),     // 17: google.protobuf.Duration
+	(MigrationState)(0),             // 18: migrated.v1.MigrationState
+	(*Progress)(nil),                // 19: migrated.v1.Progress
+	(*MigrationError)(nil),          // 20: migrated.v1.MigrationError
 }
 var file_migrated_v1_peer_proto_depIdxs = []int32{
 	14, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
@@ -968,29 +988,30 @@ var file_migrated_v1_peer_proto_depIdxs = []int32{
 	15, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
 	4,  // 3: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
 	4,  // 4: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
-	16, // 5: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
-	16, // 6: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	16, // 7: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	17, // 8: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	18, // 9: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	19, // 10: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	0,  // 11: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 12: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	6,  // 13: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	8,  // 14: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	10, // 15: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	12, // 16: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 17: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	5,  // 18: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	7,  // 19: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	9,  // 20: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	11, // 21: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	13, // 22: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	17, // [17:23] is the sub-list for method output_type
-	11, // [11:17] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	16, // 5: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
+	17, // 6: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	17, // 7: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	17, // 8: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	18, // 9: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	19, // 10: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	20, // 11: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	0,  // 12: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	2,  // 13: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	6,  // 14: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	8,  // 15: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	10, // 16: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	12, // 17: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 18: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	5,  // 19: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	7,  // 20: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	9,  // 21: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	11, // 22: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	13, // 23: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	18, // [18:24] is the sub-list for method output_type
+	12, // [12:18] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }

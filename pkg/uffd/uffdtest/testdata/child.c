@@ -77,14 +77,14 @@ static struct reply act(const struct request *rq)
 	case ACT_MREMAP: /* to a place of the kernel's choice, which differs: there is no room to grow into */
 		rp.value = (int64_t)mremap((void *)rq->x, rq->y, rq->y, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)rq->z);
 		break;
-	case ACT_FORK: { /* value is the low byte of what the child read at x */
+	case ACT_FORK: { /* value is the low byte of what the child read at x, or minus the signal it died of */
 		int status = 0;
 		pid_t pid = fork();
 		if (pid == 0)
 			_exit(rq->x ? (int)(*(volatile uint64_t *)rq->x & 0xff) : 0);
 		if (pid < 0 || waitpid(pid, &status, 0) < 0)
 			return (struct reply){ -1, errno };
-		rp.value = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+		rp.value = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 		break;
 	}
 	case ACT_TOUCH: /* read a byte of each page of z bytes in [x, x+y); value is their sum */

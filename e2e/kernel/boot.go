@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernel
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const qemu = "qemu-system-x86_64"
+
+// Options say what Boot boots.
+type Options struct {
+	Kernel      string // a Tree's BzImage
+	Initrd      string // from Initramfs, or none
+	CommandLine string // after the console and what makes a panic end QEMU
+	MemoryMiB   int    // 0: 768
+	CPUs        int    // 0: 2
+	Args        []string
+	// Log gets the console as it comes, where it is set.
+	Log io.Writer
+}
+
+// afterSplat is how long a guest may go on when its kernel has complained, to
+// finish the report. It may be too broken to power off.
+const afterSplat = 10 * time.Second
+
+// Boot boots a kernel under QEMU, without the host's KVM, and gives each line
+// of its console to line. It returns once QEMU ended, which the guest brings about
+// by powering off or by a panic. It ends QEMU itself, with an error, when ctx
+// ends, when line fails, and soon after the kernel complained (ErrSplat).
+func Boot(ctx context.Context, o Options, line func(string) error) error {
+	// QEMU is to die with this process. To the kernel, that is the thread that
+	// started it, which the Go runtime may end unless it is locked.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	boot, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	cmd := exec.CommandContext(boot, qemu, o.args()...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	console, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("boot %s: %w", o.Kernel, err)
+	}
+	complaint, lineErr := read(console, o.Log, line, cancel)
+	if lineErr != nil {
+		cancel()
+	}
+	waitErr := cmd.Wait()
+
+	switch {
+	case complaint != nil || lineErr != nil || ctx.Err() != nil:
+		waitErr = nil // it was killed
+	case waitErr != nil:
+		waitErr = fmt.Errorf("%w: %s", waitErr, bytes.TrimSpace(stderr.Bytes()))
+	}
+	if err := errors.Join(complaint, lineErr, ctx.Err(), waitErr); err != nil {
+		return fmt.Errorf("boot %s: %w", o.Kernel, err)
+	}
+	return nil
+}
+
+// read reads the console to its end, or until line fails. When the kernel
+// complains, it sees to it that QEMU ends soon, by kill.
+func read(console io.Reader, log io.Writer, line func(string) error, kill func()) (complaint, lineErr error) {
+	if log != nil {
+		console = io.TeeReader(console, log)
+	}
+	var splats splatLog
+	for r := bufio.NewReader(console); ; {
+		text, err := r.ReadString('\n')
+		if text = strings.TrimRight(text, "\r\n"); text != "" {
+			if splats.add(text) {
+				defer time.AfterFunc(afterSplat, kill).Stop()
+			}
+			if err := line(text); err != nil {
+				return splats.err(), err
+			}
+		}
+		if err != nil { // the end of QEMU
+			return splats.err(), nil
+		}
+	}
+}
+
+// args is QEMU's command line.
+func (o Options) args() []string {
+	memory, cpus := o.MemoryMiB, o.CPUs
+	if memory == 0 {
+		memory = 768
+	}
+	if cpus == 0 {
+		cpus = 2
+	}
+	args := []string{
+		// All of it emulated, also where there is /dev/kvm: '-cpu max' then has
+		// AMD's virtualization, which KVM in the guest builds on.
+		"-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max",
+		"-m", strconv.Itoa(memory), "-smp", strconv.Itoa(cpus),
+		"-nodefaults", "-display", "none", "-no-reboot",
+		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
+		"-kernel", o.Kernel, "-append", strings.TrimSpace("console=ttyS0 panic=-1 " + o.CommandLine),
+	}
+	if o.Initrd != "" {
+		args = append(args, "-initrd", o.Initrd)
+	}
+	return append(args, o.Args...)
+}

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/pkg/uffd"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// TestRequireSecure asks for a supervised userfaultfd, at the source and at the
+// destination. A host that makes none refuses before the VM is touched and says
+// what it lacks; any other takes the VM.
+func TestRequireSecure(t *testing.T) {
+	state, label, err := uffd.ProbeSupervision()
+	if err != nil {
+		cannotRun(t, "no userfaultfd: %v", err)
+	}
+	t.Logf("a userfaultfd of this process is %v, labelled %q", state, label)
+	for _, c := range []struct {
+		name      string
+		migrate   []string // flags of
+		serve     []string // flags of, at the destination
+		requires  bool
+		who       string // in the message
+		otherwise string // in the remedy
+	}{
+		{"nobody", nil, nil, false, "", ""},
+		{"the migration", []string{"--require-secure"}, nil, true, "this migration requires a supervised one (--require-secure)", "migrate without --require-secure"},
+		{"the destination", nil, []string{"--require-secure"}, true, "the destination's require_secure requires a supervised one", "unset require_secure there"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l := newHosts(t)
+			startDaemon(t, l.A)
+			startDaemon(t, l.B, c.serve...)
+			s := newScene(t, l)
+			out, code := operate(t, l.A, append([]string{"migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "secure"}, c.migrate...)...)
+			t.Logf("migrate: exit code %d:\n%s", code, out)
+			for _, h := range []*lab.Host{l.A, l.B} {
+				wantSupervision(t, h, "secure", state)
+			}
+			if state != uffd.Unsupervised || !c.requires {
+				if code != 0 {
+					t.Fatalf("exit code %d", code)
+				}
+				s.arrived()
+				return
+			}
+			if code != 1 {
+				t.Errorf("exit code %d, want 1", code)
+			}
+			for _, words := range []string{
+				"the destination QEMU's userfaultfd is unsupervised", c.who, "no UFFD_SECURE", "no SELinux policy",
+				"What to do: on the destination, boot a kernel", "kernel/README.md", "deploy/selinux", c.otherwise,
+			} {
+				if !strings.Contains(out, words) {
+					t.Errorf("it does not say %q", words)
+				}
+			}
+			if qemu := qemuOn(t, l.B); qemu != 0 {
+				t.Errorf("the destination's QEMU, process %d, was left", qemu)
+			}
+			if status := vmStatus(t, l.A); status != "running" {
+				t.Errorf("the VM is %q on the source", status)
+			}
+			pass := metalPass(t, l.A, func(uint64) bool { return true })
+			metalPass(t, l.A, func(p uint64) bool { return p > pass+1 })
+			checkMetal(t, s.vm, l.A)
+		})
+	}
+}
+
+// TestCheckSupervision: check says what a migration would find, and that a host
+// that requires more can be no destination.
+func TestCheckSupervision(t *testing.T) {
+	state, _, err := uffd.ProbeSupervision()
+	if err != nil {
+		cannotRun(t, "no userfaultfd: %v", err)
+	}
+	l := newHosts(t)
+	startDaemon(t, l.A)
+	startDaemon(t, l.B, "--require-secure")
+	possible := map[bool]int{true: 0, false: 4}[state != uffd.Unsupervised]
+	for _, c := range []struct {
+		args []string
+		code int
+	}{
+		{[]string{"check"}, 0},
+		{[]string{"check", "--to", l.B.DaemonAddr()}, possible},
+	} {
+		out, code := operate(t, l.A, c.args...)
+		if code != c.code || !strings.Contains(out, "userfaultfd supervision") || !strings.Contains(out, state.String()) {
+			t.Errorf("%v: exit code %d, want %d and %v:\n%s", c.args, code, c.code, state, out)
+		}
+		if state == uffd.Unsupervised && !strings.Contains(out, "deploy/selinux") {
+			t.Errorf("%v does not say what to do:\n%s", c.args, out)
+		}
+		t.Logf("%v: exit code %d:\n%s", c.args, code, out)
+	}
+}
+
+// wantSupervision looks at a migration as its host shows it, in the API and to
+// an operator. A refused one shows the state at the destination alone.
+func wantSupervision(t *testing.T, h *lab.Host, id string, want uffd.Supervision) {
+	t.Helper()
+	answer, err := control(t, h).Get(testContext(t), &migratedv1.GetRequest{Id: id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := answer.GetMigration()
+	if m.GetState() == stateFailed && m.GetRole() == migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE {
+		return
+	}
+	shown := map[uffd.Supervision]migratedv1.Supervision{
+		uffd.Unsupervised: migratedv1.Supervision_SUPERVISION_UNSUPERVISED,
+		uffd.Labelled:     migratedv1.Supervision_SUPERVISION_LABELLED,
+		uffd.Flagged:      migratedv1.Supervision_SUPERVISION_FLAG,
+	}[want]
+	if m.GetSupervision() != shown || (m.GetUserfaultfdLabel() == "") == (want == uffd.Labelled) {
+		t.Errorf("host %s shows %v, labelled %q; want %v", h.Name, m.GetSupervision(), m.GetUserfaultfdLabel(), want)
+	}
+	out, code := operate(t, h, "status", id)
+	if code != 0 || !regexp.MustCompile(`(?m)^Userfaultfd +`+want.String()).MatchString(out) {
+		t.Errorf("status on host %s: exit code %d, want %v in\n%s", h.Name, code, want, out)
+	}
+}
