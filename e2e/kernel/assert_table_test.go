@@ -117,6 +117,7 @@ var points = []point{
 	{"UFFD_SECURE has no fork events", []assertion{
 		{"secure-fork-event-syscall", "UFFDIO_API refuses UFFD_FEATURE_EVENT_FORK", "create-EINVAL", "api-EINVAL"},
 		{"secure-fork-event-device", "likewise, made by /dev/userfaultfd", "create-EINVAL", "api-EINVAL"},
+		{"secure-fork-event-unprivileged", "without CAP_SYS_PTRACE the same", "create-EINVAL", "api-EINVAL"},
 		{"secure-features-syscall", "and does not offer it, unlike all others", "create-EINVAL", "hidden"},
 		{"secure-features-device", "likewise, made by /dev/userfaultfd", "create-EINVAL", "hidden"},
 		{"secure-features-plain", "a plain descriptor offers it", "offered", "offered"},

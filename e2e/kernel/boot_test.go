@@ -44,25 +44,30 @@ func TestBoots(t *testing.T) {
 	for _, v := range []Variant{Stock, Patched, Debug} {
 		t.Run(string(v), func(t *testing.T) {
 			need(t, qemu)
-			o := Options{Kernel: built(t, v).BzImage, Initrd: initOnly(t), CommandLine: "-- off"}
-			var log bytes.Buffer
-			o.Log = &log
-			var hellos []string
-			err := Boot(testContext(t), o, func(line string) error {
-				if hello(line) {
-					hellos = append(hellos, line)
-				}
-				return nil
-			})
-			if err != nil {
-				t.Fatalf("%v\n%s", err, log.Bytes())
-			}
-			if len(hellos) != 1 || !strings.HasSuffix(hellos[0], "-"+string(v)) {
-				t.Errorf("it says %q\n%s", hellos, log.Bytes())
-			}
-			checkGone(t, o)
+			boots(t, v, built(t, v))
 		})
 	}
+}
+
+// boots boots a kernel into testdata/init.c and to its end.
+func boots(t *testing.T, v Variant, tree Tree) {
+	t.Helper()
+	var log bytes.Buffer
+	var hellos []string
+	o := Options{Kernel: tree.BzImage, Initrd: initOnly(t), CommandLine: "-- off", Log: &log}
+	err := Boot(testContext(t), o, func(line string) error {
+		if hello(line) {
+			hellos = append(hellos, line)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, log.Bytes())
+	}
+	if len(hellos) != 1 || !strings.HasSuffix(hellos[0], "-"+string(v)) {
+		t.Errorf("it says %q\n%s", hellos, log.Bytes())
+	}
+	checkGone(t, o)
 }
 
 func TestCrashIsAnError(t *testing.T) {

@@ -21,8 +21,11 @@ import (
 
 // TestMain lets the test binary be the unprivileged process of TestOpenUnprivileged.
 func TestMain(m *testing.M) {
-	if os.Getenv("UFFD_TEST_UNPRIVILEGED") != "" {
+	switch os.Getenv("UFFD_TEST_UNPRIVILEGED") {
+	case "0":
 		os.Exit(unprivileged())
+	case "2":
+		os.Exit(unprivilegedSecure())
 	}
 	os.Exit(m.Run())
 }
@@ -233,6 +236,36 @@ func TestOpenUnprivileged(t *testing.T) {
 	if b, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd"); err != nil || strings.TrimSpace(string(b)) != "0" {
 		uffdtest.Unable(t, "vm.unprivileged_userfaultfd is %q (%v), not 0", b, err)
 	}
+	runUnprivileged(t, "0")
+}
+
+// TestOpenSecureAlone runs Open as such a user where none but secure descriptors are for him.
+func TestOpenSecureAlone(t *testing.T) {
+	const sysctl = "/proc/sys/vm/unprivileged_userfaultfd"
+	if os.Geteuid() != 0 {
+		uffdtest.Unable(t, "needs root to start a process of another user")
+	}
+	if !kernelHasFlag() {
+		t.Skip("vm.unprivileged_userfaultfd=2 comes with UFFD_SECURE, which this kernel has not")
+	}
+	before, err := os.ReadFile(sysctl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.WriteFile(sysctl, before, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.WriteFile(sysctl, []byte("2"), 0); err != nil {
+		t.Fatal(err)
+	}
+	runUnprivileged(t, "2")
+}
+
+// runUnprivileged runs this program, to act as TestMain says, as a user without capabilities.
+func runUnprivileged(t *testing.T, act string) {
+	t.Helper()
 	binary, err := os.Open(os.Args[0]) // its directory may be closed to others
 	if err != nil {
 		t.Fatal(err)
@@ -240,7 +273,7 @@ func TestOpenUnprivileged(t *testing.T) {
 	defer binary.Close()
 	cmd := exec.Command("/proc/self/fd/3")
 	cmd.ExtraFiles = []*os.File{binary}
-	cmd.Env = []string{"UFFD_TEST_UNPRIVILEGED=1"}
+	cmd.Env = []string{"UFFD_TEST_UNPRIVILEGED=" + act}
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -279,6 +312,31 @@ func unprivileged() (status int) {
 	state, label, err := secure.Supervision()
 	if err != nil || (state == uffd.Flagged) != kernelHasFlag() {
 		failed(fmt.Sprintf("it is %v with label %q", state, label), err)
+	}
+	return status
+}
+
+// unprivilegedSecure is main of the process for which vm.unprivileged_userfaultfd is 2.
+func unprivilegedSecure() (status int) {
+	failed := func(what string, err error) {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", what, err)
+		status = 1
+	}
+	for _, userMode := range []bool{false, true} {
+		u, err := uffd.Open(uffd.OpenOptions{UserModeOnly: userMode})
+		if err != nil {
+			failed("secure", err)
+			continue
+		}
+		if state, _, err := u.Supervision(); state != uffd.Flagged || err != nil {
+			failed(state.String(), err)
+		}
+		if _, err := uffd.Open(uffd.OpenOptions{UserModeOnly: userMode, ForkEvents: true}); !errors.Is(err, fs.ErrPermission) {
+			failed("not secure", err)
+		}
+	}
+	if f, err := uffd.ProbeFeatures(); err != nil || f&uffd.FeatureEventRemove == 0 || f&uffd.FeatureEventFork != 0 {
+		failed("probe: "+f.String(), err)
 	}
 	return status
 }

@@ -65,10 +65,13 @@ func (u *UFFD) Supervision() (Supervision, string, error) {
 	}
 	defer u.release()
 	label, err := readLabel(u.fd)
+	if !policyHasClass(policyClasses) {
+		label = "" // it means nothing
+	}
 	switch {
 	case u.secure.Load():
 		return Flagged, label, err
-	case label != "" && policyHasClass(policyClasses):
+	case label != "":
 		return Labelled, label, err
 	}
 	return Unsupervised, "", err

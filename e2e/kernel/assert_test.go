@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernel
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// tests is where the guest's programs and its policy are.
+const tests = "../../kernel/tests"
+
+// Both kernels do what the table says, under an enforcing policy.
+func TestAssertions(t *testing.T) {
+	for _, v := range []Variant{Stock, Patched} {
+		t.Run(string(v), func(t *testing.T) {
+			t.Parallel()
+			assert(t, v, points...)
+		})
+	}
+}
+
+// expected is the outcome that a kernel is to give, if it is asked.
+func (a assertion) expected(v Variant) string {
+	if v == Stock {
+		return a.stock
+	}
+	return a.patched
+}
+
+// assert boots a kernel into the tests of the points and compares outcomes, as
+// one subtest for each.
+func assert(t *testing.T, v Variant, points ...point) {
+	t.Helper()
+	need(t, qemu, "gcc", "secilc")
+	tree := built(t, v)
+	var ask []assertion
+	for _, p := range points {
+		for _, a := range p.assertions {
+			if a.expected(v) != "" {
+				ask = append(ask, a)
+			}
+		}
+	}
+	got, log := outcomes(t, tree, ask)
+	for _, a := range ask {
+		t.Run(a.name, func(t *testing.T) {
+			if want := a.expected(v); got[a.name] != want {
+				t.Errorf("%s: %q, want %q\n%s", a.shows, got[a.name], want, about(log, a.name))
+			}
+		})
+	}
+}
+
+// outcomes runs the tests in the guest. Every one answers, once, and nothing
+// else does.
+func outcomes(t *testing.T, tree Tree, ask []assertion) (got map[string]string, log []string) {
+	t.Helper()
+	got = map[string]string{}
+	done := false
+	o := Options{Kernel: tree.BzImage, Initrd: testInitramfs(t, ask), CommandLine: "loglevel=5 " + os.Getenv("KERNEL_TEST_ARGS")}
+	err := Boot(testContext(t), o, func(line string) error {
+		log = append(log, line)
+		word := strings.Fields(line)
+		switch {
+		case line == "DONE":
+			done = true
+		case len(word) == 3 && word[0] == "RESULT":
+			if _, twice := got[word[1]]; twice {
+				return fmt.Errorf("a second result: %s", line)
+			}
+			got[word[1]] = word[2]
+		}
+		return nil
+	})
+	if err != nil {
+		t.Errorf("%v\n%s", err, strings.Join(log, "\n"))
+	} else if !done {
+		t.Errorf("the guest did not say DONE:\n%s", strings.Join(log, "\n"))
+	}
+	unknown := 0
+	for name := range got {
+		if !slices.ContainsFunc(ask, func(a assertion) bool { return a.name == name }) {
+			t.Errorf("the guest answers %s, which nobody asked", name)
+			unknown++
+		}
+	}
+	if len(got)-unknown != len(ask) {
+		t.Errorf("%d answers to %d questions", len(got)-unknown, len(ask))
+	}
+	return got, log
+}
+
+// about is what the guest says between the result before that of a test and its
+// own.
+func about(log []string, name string) string {
+	start := 0
+	for i, line := range log {
+		if strings.HasPrefix(line, "RESULT "+name+" ") {
+			return strings.Join(log[start:i+1], "\n")
+		}
+		if strings.HasPrefix(line, "RESULT ") {
+			start = i + 1
+		}
+	}
+	return strings.Join(log[start:], "\n")
+}
+
+// program compiles the guest's /init.
+func program(t *testing.T) string {
+	t.Helper()
+	need(t, "gcc")
+	out := filepath.Join(t.TempDir(), "init")
+	sources, err := filepath.Glob(tests + "/*.c")
+	if err != nil || len(sources) == 0 {
+		t.Fatalf("%d sources, %v", len(sources), err)
+	}
+	for i := range sources {
+		sources[i] = filepath.Base(sources[i])
+	}
+	if err := CompileC(testContext(t), tests, out, sources...); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// testInitramfs has the tests, the policy, and the list of what is asked.
+func testInitramfs(t *testing.T, ask []assertion) string {
+	t.Helper()
+	dir := t.TempDir()
+	policy := filepath.Join(dir, "policy")
+	cmd := exec.CommandContext(testContext(t), "secilc", "--policyvers", "33",
+		"--output", policy, "--filecontext", os.DevNull, filepath.Join(tests, "policy.cil"))
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("secilc: %v: %s", err, msg)
+	}
+	var names bytes.Buffer
+	for _, a := range ask {
+		fmt.Fprintln(&names, a.name)
+	}
+	files := []File{
+		{Name: "init", Path: program(t)},
+		{Name: "policy", Path: policy},
+		{Name: "names", Data: names.Bytes()},
+	}
+	for _, at := range []string{"proc", "sys", "dev", "tmp"} {
+		files = append(files, File{Name: at, Mode: fs.ModeDir | 0o755})
+	}
+	initrd, err := Initramfs(dir, files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return initrd
+}
+
+// The table has every test that there is in the guest's program, once.
+func TestTableIsComplete(t *testing.T) {
+	out, err := exec.CommandContext(testContext(t), program(t), "names").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest := strings.Fields(string(out))
+	var table []string
+	for _, p := range append(slices.Clone(points), underStress) {
+		for _, a := range p.assertions {
+			table = append(table, a.name)
+			if a.patched == "" || a.shows == "" || p.title == "" {
+				t.Errorf("%s says too little", a.name)
+			}
+		}
+	}
+	slices.Sort(guest)
+	slices.Sort(table)
+	if !slices.Equal(guest, table) {
+		t.Errorf("the program has\n%s\nthe table has\n%s", strings.Join(guest, "\n"), strings.Join(table, "\n"))
+	}
+}
