@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <net/if.h>
 #include <netinet/in.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -127,7 +128,8 @@ static int call(void)
 	int s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
 	must("socket", s);
-	must("connect to QEMU", connect(s, (void *)&address, sizeof(address)));
+	if (outcome("connect-to-qemu", connect(s, (void *)&address, sizeof(address))) < 0)
+		_exit(0);
 	return s;
 }
 
@@ -279,23 +281,52 @@ static void migrated(void)
 
 static void stranger(void)
 {
+	outcome("create", new_uffd(UFFD_USER_MODE_ONLY));
+	outcome("open-device", open("/dev/userfaultfd", O_RDWR | O_CLOEXEC));
+	connect_to("connect-other-port", 7601);
+	connect_to("connect-daemon-port", 7600);
+
 	char byte;
 	int s = call();
 	struct facts f = ask_facts(s);
 
 	take("getfd", f, f.uffd);
 	must("ask", send_fd(s, 's', -1));
-	result("scm-rights", "%s", receive_fd(s, &byte) < 0 ? "refused" : "ok");
-	outcome("open-device", open("/dev/userfaultfd", O_RDWR | O_CLOEXEC));
-	connect_to("connect-other-port", 7601);
-	connect_to("connect-daemon-port", 7600);
+	int u = receive_fd(s, &byte);
+	result("scm-rights", "%s", u < 0 ? "refused" : "ok");
+}
+
+// --- who starts whom ----------------------------------------------------------------------------
+
+static void domain(void)
+{
+	char label[128] = "";
+	int fd = open("/proc/self/attr/current", O_RDONLY | O_CLOEXEC);
+
+	must("attr/current", fd);
+	must("attr/current", read(fd, label, sizeof(label) - 1));
+	result("domain", "%s", label);
+	close(fd);
+}
+
+static void run(const char *path, const char *name)
+{
+	int status = 0;
+	pid_t pid = fork();
+
+	must("fork", pid);
+	if (!pid) {
+		execl(path, path, name, "0", NULL);
+		must(path, -1);
+	}
+	must("wait", waitpid(pid, &status, 0));
 }
 
 // --- PID 1 --------------------------------------------------------------------------------------
 
 static void put(const char *path, const void *data, size_t size)
 {
-	int fd = open(path, O_WRONLY);
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
 
 	must(path, fd);
 	must(path, write(fd, data, size) == (ssize_t)size ? 0 : -1);
@@ -326,7 +357,9 @@ static pid_t start(const char *path, const char *domain, const char *name, int *
 		put("/proc/self/attr/exec", text, strlen(text));
 		snprintf(fd, sizeof(fd), "%d", p[1]);
 		execl(path, path, name, fd, NULL);
-		must(path, -1);
+		who = name;
+		outcome("exec", -1);
+		_exit(0);
 	}
 	close(p[1]);
 	if (ready)
@@ -345,7 +378,7 @@ static pid_t start(const char *path, const char *domain, const char *name, int *
 static void load_policy(void)
 {
 	struct stat st;
-	int fd = open("/policy", O_RDONLY);
+	int fd = open("/policy", O_RDONLY | O_CLOEXEC);
 
 	must("/policy", fd);
 	must("/policy", fstat(fd, &st));
@@ -381,14 +414,22 @@ static void init(void)
 	label("/run", "var_run_t");
 	label("/run/vm", "svirt_runtime_t");
 
+	// The loopback interface: a connection that the policy permits is refused by nobody listening.
+	struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
+	must("lo", ioctl(socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), SIOCSIFFLAGS, &lo));
+
 	start("/bin/qemu", "svirt_t:s0:c1,c2", "qemu", &ready);
 	must("QEMU", read(ready, &byte, 1) == 1 ? 0 : -1);
 	start("/bin/migrated", "migrated_t:s0", "migrated", NULL);
 	start("/bin/other", "other_t:s0:c1,c2", "other", NULL);
+	start("/bin/other", "stranger_t:s0", "tracer", NULL);
 	start("/bin/qemu", "svirt_t:s0:c1,c2", "same-qemu", NULL);
-	start("/bin/other", "other_t:s0:c3,c4", "other-categories", NULL);
-	// Each of them by its own program only.
+	start("/bin/qemu", "svirt_t:s0:c3,c4", "other-qemu", NULL);
+	// Even those who may do everything else.
+	start("/bin/other", "init_t:s0", "trusted", NULL);
+	start("/bin/other", "init_t:s0:c1,c2", "trusted-with-categories", NULL);
 	start("/bin/other", "migrated_t:s0", "forged", NULL);
+	start("/bin/other", "init_t:s0-s0:c0.c7", "init", NULL);
 	printf("DONE\n");
 	fflush(stdout);
 	sync();
@@ -409,6 +450,14 @@ int main(int argc, char **argv)
 		qemu(atoi(argv[2]));
 	else if (!strcmp(who, "migrated"))
 		migrated();
+	else if (!strcmp(who, "init")) {
+		domain();
+		run("/bin/migrated", "started");
+	} else if (!strcmp(who, "started")) {
+		domain();
+		run("/bin/qemu", "qemu-of-daemon");
+	} else if (!strcmp(who, "qemu-of-daemon"))
+		domain();
 	else
 		stranger();
 	return 0;

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package selinux_test boots a kernel that enforces the SELinux module of deploy/selinux, with processes in the
+// domains of the daemon, of QEMUs and of others, and looks at what each of them may do.
+package selinux_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/migrated-vm/migrated/e2e/kernel"
+)
+
+const (
+	base    = "../secure/policy/base.cil"
+	modules = "../../../deploy/selinux/*.cil"
+
+	// patience bounds a boot, which takes seconds.
+	patience = 3 * time.Minute
+)
+
+// The label that a descriptor of the QEMU of testdata/guest.c must have.
+const uffdLabel = "system_u:object_r:migrated_uffd_t:s0:c1,c2"
+
+// expected is what each process reports.
+var expected = map[string]string{
+	// A QEMU makes a descriptor (D1), and can do nothing with it but hold it (N1).
+	"qemu-create":              "ok",
+	"qemu-ioctl-own":           "EACCES",
+	"qemu-read-own":            "EACCES",
+	"qemu-getattr-own":         "EACCES",
+	"qemu-open-device":         "EACCES", // N6
+	"qemu-connect-other-port":  "ECONNREFUSED",
+	"qemu-connect-daemon-port": "EACCES", // N11
+
+	// The daemon takes it (D3) and gives it the orders of post-copy (D4) and no others (N4).
+	"migrated-connect-to-qemu": "ok",
+	"migrated-getfd":           "ok",
+	"migrated-label":           uffdLabel,
+	"migrated-api":             "ok",
+	"migrated-register":        "ok",
+	"migrated-read":            "EAGAIN", // permitted, and nothing there
+	"migrated-copy":            "ok",
+	"migrated-copied":          "42",
+	"migrated-zeropage":        "ok",
+	"migrated-wake":            "ok",
+	"migrated-writeprotect":    "EACCES",
+	"migrated-continue":        "EACCES",
+	"migrated-move":            "EACCES",
+	"migrated-poison":          "EACCES",
+	"migrated-unregister":      "ok",
+	"migrated-scm-rights":      "ok",
+
+	// By way of the device (D2, D5).
+	"migrated-open-device":          "ok",
+	"qemu-device-api":               "EACCES", // N6
+	"qemu-device-new":               "ok",
+	"migrated-getfd-of-device-made": "ok",
+	"migrated-label-of-device-made": uffdLabel,
+
+	// Its own descriptor (D6) is good for one question (N5), and the device is not for making one.
+	"migrated-probe":          "ok",
+	"migrated-probe-label":    "system_u:object_r:migrated_probe_t:s0",
+	"migrated-probe-api":      "ok",
+	"migrated-probe-register": "EACCES",
+	"migrated-device-new":     "EACCES",
+
+	// Somebody else.
+	"other-create":              "EACCES",
+	"other-open-device":         "EACCES",
+	"other-connect-other-port":  "ECONNREFUSED",
+	"other-connect-daemon-port": "EACCES",
+	"other-connect-to-qemu":     "ok",
+	"other-getfd":               "EPERM", // no ptrace (N8)
+	"other-scm-rights":          "refused",
+
+	// Somebody who may trace QEMU.
+	"tracer-create":              "EACCES",
+	"tracer-open-device":         "EACCES",
+	"tracer-connect-other-port":  "ECONNREFUSED",
+	"tracer-connect-daemon-port": "EACCES",
+	"tracer-connect-to-qemu":     "ok",
+	"tracer-getfd":               "EACCES", // N1
+	"tracer-scm-rights":          "refused",
+
+	// Another QEMU, of the same categories and of others.
+	"same-qemu-create":               "ok",
+	"same-qemu-open-device":          "EACCES",
+	"same-qemu-connect-other-port":   "ECONNREFUSED",
+	"same-qemu-connect-daemon-port":  "EACCES",
+	"same-qemu-connect-to-qemu":      "ok",
+	"same-qemu-getfd":                "EPERM", // N9
+	"same-qemu-scm-rights":           "refused",
+	"other-qemu-create":              "ok",
+	"other-qemu-open-device":         "EACCES",
+	"other-qemu-connect-other-port":  "ECONNREFUSED",
+	"other-qemu-connect-daemon-port": "EACCES",
+	"other-qemu-connect-to-qemu":     "EACCES",
+
+	// Who may do everything else, with QEMU's categories or without.
+	"trusted-create":                              "ok", // of its own, with its own label
+	"trusted-open-device":                         "ok",
+	"trusted-connect-other-port":                  "ECONNREFUSED",
+	"trusted-connect-daemon-port":                 "EACCES",
+	"trusted-connect-to-qemu":                     "ok",
+	"trusted-getfd":                               "EACCES", // N1
+	"trusted-scm-rights":                          "refused",
+	"trusted-with-categories-create":              "ok",
+	"trusted-with-categories-open-device":         "ok",
+	"trusted-with-categories-connect-other-port":  "ECONNREFUSED",
+	"trusted-with-categories-connect-daemon-port": "EACCES",
+	"trusted-with-categories-connect-to-qemu":     "ok",
+	"trusted-with-categories-getfd":               "EACCES",
+	"trusted-with-categories-scm-rights":          "refused",
+
+	// Who starts whom (S1, Q4, N10).
+	"forged-exec":           "EACCES",
+	"init-domain":           "system_u:system_r:init_t:s0-s0:c0.c7",
+	"started-domain":        "system_u:system_r:migrated_t:s0",
+	"qemu-of-daemon-domain": "system_u:system_r:svirt_t:s0",
+}
+
+// denials must be in the log: permission, who, whose, class.
+var denials = []denial{
+	{"ioctl", "svirt_t:s0:c1,c2", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
+	{"read", "svirt_t:s0:c1,c2", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
+	{"open", "svirt_t:s0:c1,c2", "migrated_uffd_device_t:s0", "chr_file"},
+	{"ioctl", "svirt_t:s0:c1,c2", "migrated_uffd_device_t:s0", "chr_file"},
+	{"name_connect", "svirt_t:s0:c1,c2", "migrated_port_t:s0", "tcp_socket"},
+	{"ioctl", "migrated_t:s0", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
+	{"ioctl", "migrated_t:s0", "migrated_probe_t:s0", "anon_inode"},
+	{"create", "other_t:s0:c1,c2", "other_t:s0:c1,c2", "anon_inode"},
+	{"ptrace", "other_t:s0:c1,c2", "svirt_t:s0:c1,c2", "process"},
+	{"ptrace", "svirt_t:s0:c1,c2", "svirt_t:s0:c1,c2", "process"},
+	{"read", "other_t:s0:c1,c2", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
+	{"read", "stranger_t:s0", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
+	{"read", "init_t:s0", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
+	{"entrypoint", "migrated_t:s0", "other_exec_t:s0", "file"},
+}
+
+// TestModule: what the module permits works, and nothing else does.
+func TestModule(t *testing.T) {
+	got := boot(t, policy(t))
+	if diff := cmp.Diff(expected, got.results); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	for _, want := range denials {
+		if !slices.Contains(got.denials, want) {
+			t.Errorf("no AVC of %+v", want)
+		}
+	}
+}
+
+// TestCategories: where another module is generous, only domains of QEMU's own categories profit from it (D7).
+func TestCategories(t *testing.T) {
+	generous := filepath.Join(t.TempDir(), "generous.cil")
+	if err := os.WriteFile(generous, []byte("(allow init_t migrated_uffd_t (anon_inode (read)))\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := boot(t, policy(t, "-N", generous)) // -N: N1 would not have it
+	for name, want := range map[string]string{
+		"trusted-getfd":                      "EACCES",
+		"trusted-scm-rights":                 "refused",
+		"trusted-with-categories-getfd":      "ok",
+		"trusted-with-categories-scm-rights": "ok",
+		"tracer-getfd":                       "EACCES", // not named
+		"migrated-getfd":                     "ok",
+	} {
+		if got.results[name] != want {
+			t.Errorf("%s: %s, want %s", name, got.results[name], want)
+		}
+	}
+}
+
+// policy compiles the base policy with the module and whatever else is given to secilc.
+func policy(t *testing.T, more ...string) string {
+	t.Helper()
+	files, err := filepath.Glob(modules)
+	if err != nil || len(files) == 0 {
+		t.Fatalf("%s: %q, %v", modules, files, err)
+	}
+	if _, err := exec.LookPath("secilc"); err != nil {
+		cannotRun(t, "%v: install the packages of scripts/setup", err)
+	}
+	out := filepath.Join(t.TempDir(), "policy")
+	args := slices.Concat([]string{"-c", "33", "-o", out, "-f", os.DevNull, base}, files, more)
+	if said, err := exec.CommandContext(t.Context(), "secilc", args...).CombinedOutput(); err != nil {
+		t.Fatalf("secilc: %v\n%s", err, said)
+	}
+	return out
+}
+
+// seen is what a booted guest said.
+type seen struct {
+	results map[string]string
+	denials []denial
+}
+
+type denial struct{ permission, source, target, class string }
+
+var avc = regexp.MustCompile(`avc:  denied  \{ (.*?) \} .* scontext=system_u:\w+:(\S+) tcontext=system_u:\w+:(\S+) tclass=(\w+) permissive=0`)
+
+// boot runs testdata/guest.c as PID 1 under a policy.
+func boot(t *testing.T, policy string) seen {
+	t.Helper()
+	for _, program := range []string{"gcc", "qemu-system-x86_64"} {
+		if _, err := exec.LookPath(program); err != nil {
+			cannotRun(t, "%v: install the packages of scripts/setup", err)
+		}
+	}
+	tree, err := kernel.Build(t.Context(), kernel.Stock)
+	if err != nil {
+		cannotRun(t, "%v", err)
+	}
+	dir := t.TempDir()
+	program := filepath.Join(dir, "guest")
+	source, err := filepath.Abs("testdata/guest.c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := kernel.CompileC(t.Context(), dir, program, source); err != nil {
+		t.Fatal(err)
+	}
+	files := []kernel.File{{Name: "policy", Path: policy}}
+	for _, name := range []string{"init", "bin/qemu", "bin/migrated", "bin/other"} { // one program, with a label each
+		files = append(files, kernel.File{Name: name, Mode: 0o755, Path: program})
+	}
+	for _, name := range []string{"proc", "sys", "dev", "run"} {
+		files = append(files, kernel.File{Name: name, Mode: fs.ModeDir | 0o755})
+	}
+	initrd, err := kernel.Initramfs(dir, files)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	var console bytes.Buffer
+	got := seen{results: make(map[string]string)}
+	done := false
+	err = kernel.Boot(ctx, kernel.Options{
+		Kernel: tree.BzImage, Initrd: initrd, CommandLine: "lsm=selinux loglevel=6", Log: &console,
+	}, func(line string) error {
+		if match := avc.FindStringSubmatch(line); match != nil {
+			for permission := range strings.FieldsSeq(match[1]) {
+				got.denials = append(got.denials, denial{permission, match[2], match[3], match[4]})
+			}
+		}
+		fields := strings.Fields(line)
+		switch {
+		case line == "DONE":
+			done = true
+		case len(fields) == 3 && fields[0] == "RESULT":
+			if before, again := got.results[fields[1]]; again {
+				return fmt.Errorf("%s is reported twice: %s, %s", fields[1], before, fields[2])
+			}
+			got.results[fields[1]] = fields[2]
+		}
+		return nil
+	})
+	if err == nil && !done {
+		err = fmt.Errorf("the guest did not come to its end")
+	}
+	if err != nil {
+		t.Fatalf("%v; console:\n%s", err, console.String())
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("console:\n%s", console.String())
+		}
+	})
+	return got
+}
+
+// cannotRun says why a test cannot run here, which CI does not accept.
+func cannotRun(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}
