@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// An audit collects what the kernel logs of refused accesses. The lines come
+// some time after the refusal.
+type audit struct {
+	mu    sync.Mutex
+	lines []string
+}
+
+// listen opens the kernel's log at its beginning.
+func listen() (*audit, error) {
+	f, err := os.Open("/dev/kmsg")
+	if err != nil {
+		return nil, err
+	}
+	a := &audit{}
+	go func() {
+		record := make([]byte, 8192)
+		for {
+			n, err := f.Read(record) // one record each
+			if err != nil {
+				logf("the kernel's log: %v", err)
+				return
+			}
+			if line := string(record[:n]); strings.Contains(line, "avc:  denied") {
+				_, line, _ = strings.Cut(line, "avc:  ")
+				line, _, _ = strings.Cut(line, "\n")
+				a.mu.Lock()
+				a.lines = append(a.lines, line)
+				a.mu.Unlock()
+			}
+		}
+	}()
+	return a, nil
+}
+
+// mark is for what comes after it.
+func (a *audit) mark() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.lines)
+}
+
+// find waits for a line after mark that has all of the words, and logs it.
+func (a *audit) find(ctx context.Context, mark int, words ...string) error {
+	return until(ctx, fmt.Sprintf("the kernel's log of %q", words), func() bool {
+		for _, line := range a.since(mark) {
+			if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
+				logf("%s", line)
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// since are the lines after mark, as far as they have come.
+func (a *audit) since(mark int) []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.lines[mark:])
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+)
+
+// bare migrates without a policy. Nothing supervises a userfaultfd there but
+// the flag, where the kernel has it.
+func bare(ctx context.Context, _ *audit) error {
+	s, err := newScene(ctx, false)
+	defer s.close()
+	if err == nil {
+		err = s.bare(ctx)
+	}
+	if err != nil {
+		s.daemonLogs()
+	}
+	return err
+}
+
+func (s *scene) bare(ctx context.Context) error {
+	// Back and forth: with --require-secure first, because a refusal is to
+	// leave the VM as it was.
+	if _, err := s.to().startIncoming(ctx); err != nil {
+		return err
+	}
+	before, id := s.from().pass(), s.id()
+	said, err := s.from().operate(ctx, s.attach(id, "--require-secure")...)
+	if err != nil {
+		if err := s.refused(ctx, "bare-require", said, "unsupervised", "--require-secure", "deploy/selinux"); err != nil {
+			return err
+		}
+	} else if err := s.moved(ctx, "bare-require", id, before); err != nil {
+		return err
+	}
+
+	if _, err := s.to().startIncoming(ctx); err != nil {
+		return err
+	}
+	id = s.id()
+	return s.migrate(ctx, "bare", id, s.attach(id))
+}
+
+// refused reports on a migration that was to be refused: what the operator was
+// told has all the words, the VM counts on where it was, and the QEMU that it
+// was to arrive in is gone.
+func (s *scene) refused(ctx context.Context, name, said string, words ...string) error {
+	logf("%s: %s", name, said)
+	var err error
+	for _, word := range words {
+		if !strings.Contains(said, word) {
+			err = fmt.Errorf("the operator is not told of %q", word)
+		}
+	}
+	check(name, "refused", err)
+	check(name+"-guest", "counts", s.from().countsOn(ctx))
+	check(name+"-destination", "gone", until(ctx, "the destination's QEMU to end", func() bool { return s.to().qemu() == 0 }))
+	return nil
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// confined migrates under the policy: there, back while others try to get at
+// the descriptor, not at all while the policy forbids it, and there again.
+func confined(ctx context.Context, log *audit) error {
+	err := enforce()
+	check("policy", "enforcing", err)
+	if err != nil {
+		return err
+	}
+	s, err := newScene(ctx, true, "--require-secure")
+	defer s.close()
+	for _, act := range []func(context.Context, *audit) error{s.there, s.back, s.forbidden, s.again} {
+		if err == nil {
+			err = act(ctx, log)
+		}
+	}
+	if err != nil {
+		s.daemonLogs()
+		for _, line := range log.since(0) {
+			logf("%s", line)
+		}
+	}
+	return err
+}
+
+// there is the migration that all of this is about. Right after the switch
+// the source's daemon is stopped, so that no page comes: the vCPU must run
+// into a missing one and wait, until the daemon goes on.
+func (s *scene) there(ctx context.Context, log *audit) error {
+	qemu, err := s.to().startIncoming(ctx)
+	if err != nil {
+		return err
+	}
+	check("domains", "confined", s.domains())
+	before, id, daemon := s.from().pass(), s.id(), s.daemons[s.vm]
+	if _, err := s.from().operate(ctx, s.attach(id, "--require-secure", "--detach")...); err != nil {
+		return err
+	}
+	if err := s.to().resumed(ctx); err != nil {
+		return err
+	}
+	if err := daemon.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+		return err
+	}
+	check("vcpu", "waits", vcpuWaits(ctx, qemu.pid()))
+	if err := daemon.cmd.Process.Signal(unix.SIGCONT); err != nil {
+		return err
+	}
+	if _, err := s.from().operate(ctx, "watch", id); err != nil {
+		return err
+	}
+	return s.moved(ctx, "there", id, before)
+}
+
+// domains checks that the policy is about these processes.
+func (s *scene) domains() error {
+	var errs []error
+	for i, h := range s.hosts {
+		daemon, qemu := domainOf(s.daemons[i].pid()), domainOf(h.qemu())
+		logf("host %s: the daemon runs in %s, QEMU in %s", h.name, daemon, qemu)
+		if daemon != daemonDomain || qemu != qemuDomain {
+			errs = append(errs, fmt.Errorf("host %s: want %s and %s", h.name, daemonDomain, qemuDomain))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// back is prepared first. From then on the destination's QEMU has a
+// descriptor, and strangers try to get it. With the sysctl at 2, where the kernel has
+// that, QEMU makes it without privilege and without the device.
+func (s *scene) back(ctx context.Context, log *audit) error {
+	const sysctl = "/proc/sys/vm/unprivileged_userfaultfd"
+	result("sysctl-2", outcome(os.WriteFile(sysctl, []byte("2"), 0)))
+	if _, err := s.to().startIncoming(ctx); err != nil {
+		return err
+	}
+	id := s.id()
+	if _, err := s.from().operate(ctx, s.attach(id, "--prepare-only")...); err != nil {
+		return err
+	}
+	way := "none"
+	for _, method := range []string{"userfaultfd=userfaultfd(2)", "userfaultfd=/dev/userfaultfd"} {
+		if strings.Contains(s.daemons[1-s.vm].said.String(), method) {
+			_, way, _ = strings.Cut(method, "=")
+		}
+	}
+	result("sysctl-2-way", way)
+	if err := s.strangers(ctx, log); err != nil {
+		return err
+	}
+	if err := s.migrate(ctx, "back", id, []string{"migrate", "--id", id}); err != nil {
+		return err
+	}
+	return os.WriteFile(sysctl, []byte("0"), 0)
+}
+
+// forbidden tries to migrate while the policy is another.
+func (s *scene) forbidden(ctx context.Context, log *audit) error {
+	for _, c := range []struct {
+		policy string
+		denied []string // in the kernel's log
+		told   []string // to the operator
+	}{
+		{"no-create", []string{"{ create }", "svirt_t", "anon_inode"}, []string{"userfaultfd"}},
+		{"no-receive", []string{"{ read }", "migrated_t", "anon_inode"}, []string{"pidfd_getfd"}},
+	} {
+		if err := loadPolicy(c.policy); err != nil {
+			return err
+		}
+		if _, err := s.to().startIncoming(ctx); err != nil {
+			return err
+		}
+		mark := log.mark()
+		said, err := s.from().operate(ctx, s.attach(s.id())...)
+		if err == nil {
+			return fmt.Errorf("policy %s did not hinder a migration", c.policy)
+		}
+		if err := s.refused(ctx, c.policy, said, c.told...); err != nil {
+			return err
+		}
+		check(c.policy+"-log", "denied", log.find(ctx, mark, c.denied...))
+	}
+	return loadPolicy("base")
+}
+
+// again migrates once more, into a QEMU that the daemon starts: the VM is
+// unharmed by what was forbidden.
+func (s *scene) again(ctx context.Context, log *audit) error {
+	// The new QEMU has no categories. Who has some labels files for it.
+	if err := errors.Join(s.to().clear(), label(s.to().path(vmDir+"/disk"), "object_r:svirt_image_t:s0")); err != nil {
+		return err
+	}
+	mark, id := log.mark(), s.id()
+	if err := s.migrate(ctx, "again", id, []string{"migrate", "--vm", qmpPath, "--to", s.to().daemonAddr(), "--id", id}); err != nil {
+		return err
+	}
+	logf("again: QEMU, which the daemon started, runs in %s", domainOf(s.from().qemu()))
+	return s.undisturbed(ctx, log, "again-log", mark)
+}

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command guest is PID 1 of a kernel in which two daemons migrate a KVM VM
+// under SELinux. secure_test.go, which boots it, has the table of what it
+// reports:
+//
+//	RESULT name outcome
+//	LOG anything
+//	DONE
+//
+// It runs the same on every kernel: first without a policy (bare.go), then
+// with it (confined.go, refused.go) and with others who try to get at a VM's
+// descriptor (strangers.go).
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// patience bounds the whole run. Nothing waits that long unless it is broken.
+const patience = 300 * time.Second
+
+func main() {
+	if os.Getpid() != 1 {
+		probe(os.Args[1:])
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := run(ctx); err != nil {
+		logf("failed: %v", err)
+	} else {
+		say("DONE")
+	}
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF) // it does not return
+}
+
+func run(ctx context.Context) error {
+	if err := prepare(); err != nil {
+		return err
+	}
+	log, err := listen()
+	if err != nil {
+		return err
+	}
+	for _, part := range []func(context.Context, *audit) error{bare, confined} {
+		if err := part(ctx, log); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// prepare makes of a fresh kernel what a booted system has.
+func prepare() error {
+	for _, m := range []struct{ kind, at string }{
+		{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}, {"selinuxfs", "/sys/fs/selinux"},
+	} {
+		if err := unix.Mount(m.kind, m.at, m.kind, 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("mount %s: %w", m.at, err)
+		}
+	}
+	program, err := os.ReadFile("/init")
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		os.Mkdir("/dev/shm", 0o755),
+		os.Chmod("/dev/kvm", 0o666), // as for the members of a group kvm
+		os.Symlink("/run", "/var/run"),
+		// The programs of those who try: a file has one label.
+		os.WriteFile("/usr/bin/probe", program, 0o755),
+		os.WriteFile("/usr/bin/probe-qemu", program, 0o755),
+		// Each refusal is to be seen.
+		os.WriteFile("/proc/sys/kernel/printk_ratelimit", []byte("0"), 0),
+		raiseLoopback())
+}
+
+// raiseLoopback is "ip link set lo up".
+func raiseLoopback() error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	lo, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	lo.SetUint16(unix.IFF_UP)
+	return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, lo)
+}
+
+func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }
+
+// logf logs text of any number of lines.
+func logf(format string, args ...any) {
+	for line := range strings.Lines(fmt.Sprintf(format, args...)) {
+		say("LOG %s", strings.TrimSpace(line))
+	}
+}
+
+// result reports an outcome, which is one word.
+func result(name, outcome string) { say("RESULT %s %s", name, outcome) }
+
+// check reports good, or that something failed and what.
+func check(name, good string, err error) {
+	if err != nil {
+		logf("%s: %v", name, err)
+		good = "failed"
+	}
+	result(name, good)
+}
+
+// descriptors are the userfaultfds of a process.
+func descriptors(pid int) []int {
+	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid)) // the pattern is right
+	var fds []int
+	for _, link := range links {
+		if to, err := os.Readlink(link); err == nil && to == "anon_inode:[userfaultfd]" {
+			var fd int
+			if _, err := fmt.Sscanf(filepath.Base(link), "%d", &fd); err == nil {
+				fds = append(fds, fd)
+			}
+		}
+	}
+	return fds
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// A scene is two hosts with their daemons, and the VM.
+type scene struct {
+	hosts   [2]*host
+	daemons [2]*process
+	vm      int // the host where it runs
+	runs    int // migrations so far
+}
+
+// newScene makes the hosts and starts the VM on the first.
+func newScene(ctx context.Context, labelled bool, daemonArgs ...string) (*scene, error) {
+	s := &scene{}
+	for i, addr := range []string{"127.0.0.2", "127.0.0.3"} {
+		var err error
+		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, labelled); err != nil {
+			return s, err
+		}
+		if s.daemons[i], err = s.hosts[i].startDaemon(ctx, daemonArgs...); err != nil {
+			return s, err
+		}
+	}
+	if _, err := s.from().startQEMU(ctx); err != nil {
+		return s, err
+	}
+	return s, s.from().countsBeyond(ctx, 1)
+}
+
+// from is where the VM runs, to is the other host.
+func (s *scene) from() *host { return s.hosts[s.vm] }
+func (s *scene) to() *host   { return s.hosts[1-s.vm] }
+
+func (s *scene) close() {
+	for _, h := range s.hosts {
+		if h != nil {
+			h.close()
+		}
+	}
+}
+
+// daemonLogs are for whoever must find out why something failed.
+func (s *scene) daemonLogs() {
+	for i, d := range s.daemons {
+		if d != nil {
+			logf("daemon of host %s: %s", s.hosts[i].name, d.said.String())
+		}
+	}
+}
+
+// id names the next migration.
+func (s *scene) id() string {
+	s.runs++
+	return fmt.Sprintf("move-%d", s.runs)
+}
+
+// attach are the arguments of a migration into a QEMU that was started for it.
+func (s *scene) attach(id string, extra ...string) []string {
+	return append([]string{"migrate", "--vm", qmpPath, "--to", s.to().daemonAddr(), "--to-qmp", qmpPath, "--id", id}, extra...)
+}
+
+// moved checks a VM after its migration and reports on it: how its descriptor
+// was supervised, what its memory holds, that it counts on.
+func (s *scene) moved(ctx context.Context, name, id string, before uint32) error {
+	source, err := s.from().status(ctx, id)
+	if err != nil {
+		return err
+	}
+	destination, err := s.to().status(ctx, id)
+	if err != nil {
+		return err
+	}
+	s.vm = 1 - s.vm
+	logf("%s: %s; %s %q at the source, %s %q at the destination; %s faults, %s pages, downtime %s, residency %s",
+		name, source.State, source.Supervision, source.Label, destination.Supervision, destination.Label,
+		source.Progress.Faults, source.Progress.PagesTotal, source.Progress.Downtime, source.Progress.Residency)
+	if source.State != "MIGRATION_STATE_COMPLETED" || source.Progress.Faults == "" {
+		return fmt.Errorf("migration %s is not as it should be", id)
+	}
+	if destination.Supervision != source.Supervision || destination.Label != source.Label {
+		return fmt.Errorf("the two ends of migration %s do not agree", id)
+	}
+	result(name, source.Supervision)
+	if source.Label != "" {
+		result(name+"-label", source.Label)
+	}
+
+	h := s.from()
+	err = h.countsBeyond(ctx, before)
+	check(name+"-guest", "counts", err)
+	memory, err := h.verify(ctx)
+	if err == nil && memory.Pass <= before {
+		err = fmt.Errorf("the memory is of pass %d; the guest had written %d at the source", memory.Pass, before)
+	}
+	logf("%s: %d pages hold pass %d up to %#x, and the one before from there", name, memory.Pages, memory.Pass, memory.Position)
+	check(name+"-memory", "verified", errors.Join(err, h.countsOn(ctx)))
+	return nil
+}
+
+// migrate migrates by an operator's command and reports on it.
+func (s *scene) migrate(ctx context.Context, name, id string, args []string) error {
+	before := s.from().pass()
+	if _, err := s.from().operate(ctx, args...); err != nil {
+		return err
+	}
+	return s.moved(ctx, name, id, before)
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package secure
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/image"
+	"github.com/migrated-vm/migrated/e2e/kernel"
+)
+
+const (
+	module     = "github.com/migrated-vm/migrated"
+	guestRAM   = 64 // MiB, as guest/vm.go has it
+	qemuBinary = "/usr/bin/qemu-system-x86_64"
+)
+
+// policies are the variants of the policy that the guest loads: each is
+// everything plus some CIL.
+var policies = map[string]string{
+	"base": "",
+	// QEMU may not create a descriptor.
+	"no-create": `(constrain (anon_inode (create)) (neq t1 svirt_t))`,
+	// The daemon may not receive one.
+	"no-receive": `(constrain (anon_inode (read)) (or (neq t1 migrated_t) (neq t2 migrated_uffd_t)))`,
+}
+
+// rootfs makes the initramfs: the driver as /init, the daemon, QEMU with what
+// it needs, the VM's disk and the policies.
+func rootfs(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	files := []kernel.File{
+		{Name: "init", Path: build(t, dir, "e2e/kernel/secure/guest"), Mode: 0o755},
+		{Name: "usr/bin/migrated", Path: build(t, dir, "cmd/migrated"), Mode: 0o755},
+		{Name: "proc", Mode: fs.ModeDir | 0o555},
+		{Name: "sys", Mode: fs.ModeDir | 0o555},
+		{Name: "run", Mode: fs.ModeDir | 0o755},
+		{Name: "var", Mode: fs.ModeDir | 0o755},
+		{Name: "etc", Mode: fs.ModeDir | 0o755},
+		{Name: "tmp", Mode: fs.ModeDir | 0o1777},
+	}
+	disk, err := image.Metal(t.Context(), guestRAM)
+	if err != nil {
+		cannotRun(t, "%v", err)
+	}
+	files = append(files, kernel.File{Name: "disk", Path: disk})
+	for _, name := range slices.Concat([]string{qemuBinary}, libraries(t), []string{
+		"/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/kvmvapic.bin",
+	}) {
+		files = append(files, kernel.File{Name: name, Path: name})
+	}
+	for name, extra := range policies {
+		files = append(files, kernel.File{Name: "policy/" + name, Path: compile(t, dir, name, extra)})
+	}
+	path, err := kernel.Initramfs(dir, files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// build builds a static program of this module.
+func build(t *testing.T, dir, pkg string) string {
+	t.Helper()
+	out := filepath.Join(dir, filepath.Base(pkg))
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, module+"/"+pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=")
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v\n%s", cmd, err, msg)
+	}
+	return out
+}
+
+// loaded matches the files in what ldd says.
+var loaded = regexp.MustCompile(`(?:=> )?(/\S+) \(0x`)
+
+// libraries are what QEMU's loader loads, the loader included.
+func libraries(t *testing.T) []string {
+	t.Helper()
+	if _, err := os.Stat(qemuBinary); err != nil {
+		cannotRun(t, "%v: install the packages of scripts/setup", err)
+	}
+	out, err := exec.CommandContext(t.Context(), "ldd", qemuBinary).CombinedOutput()
+	if err != nil {
+		t.Fatalf("ldd: %v\n%s", err, out)
+	}
+	var files []string
+	for _, match := range loaded.FindAllStringSubmatch(string(out), -1) {
+		files = append(files, match[1])
+	}
+	if len(files) < 10 {
+		t.Fatalf("ldd names %d libraries:\n%s", len(files), out)
+	}
+	return files
+}
+
+// compile makes a binary policy of the base, deploy/selinux and extra.
+func compile(t *testing.T, dir, name, extra string) string {
+	t.Helper()
+	if _, err := exec.LookPath("secilc"); err != nil {
+		cannotRun(t, "%v: install the packages of scripts/setup", err)
+	}
+	files, err := filepath.Glob("../../../deploy/selinux/*.cil")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("deploy/selinux has %q, %v", files, err)
+	}
+	variant := filepath.Join(dir, name+".cil")
+	if err := os.WriteFile(variant, []byte(extra), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(dir, name+".policy")
+	args := slices.Concat([]string{"-c", "33", "-o", out, "-f", filepath.Join(dir, "file_contexts"), "policy/base.cil", variant}, files)
+	if said, err := exec.CommandContext(t.Context(), "secilc", args...).CombinedOutput(); err != nil {
+		t.Fatal(fmt.Errorf("secilc %q: %w\n%s", args, err, said))
+	}
+	return out
+}
+
+// cannotRun says why a test cannot run here, which CI does not accept.
+func cannotRun(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package secure migrates a KVM VM inside a booted kernel, between two daemons
+// that SELinux confines, and looks at what it may and may not do there. What
+// runs in that kernel is in guest, the policy in policy and deploy/selinux.
+package secure
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/kernel"
+)
+
+// patience bounds one boot. Nothing waits that long unless it is broken.
+const patience = 6 * time.Minute
+
+// Labels of userfaultfds: the VM's QEMU has two categories, the one that a
+// daemon starts has none.
+const (
+	descriptorLabel = "system_u:object_r:migrated_uffd_t:s0:c1,c2"
+	plainLabel      = "system_u:object_r:migrated_uffd_t:s0"
+)
+
+// claims are what the guest reports, in its order. One that a kernel does not
+// come to has no outcome there.
+var claims = []struct {
+	name           string
+	shows          string
+	stock, patched string
+}{
+	// Without a policy, as root (bare.go).
+	{"bare-require", "without a policy only the flag supervises; --require-secure refuses a migration without it", "refused", "flag"},
+	{"bare-require-guest", "the VM counts on, at the source after a refusal", "counts", "counts"},
+	{"bare-require-destination", "a QEMU that was to be arrived in is ended with the refusal", "gone", ""},
+	{"bare-require-memory", "its memory is what it wrote", "", "verified"},
+	{"bare", "without --require-secure a migration is reported as what it is", "unsupervised", "flag"},
+	{"bare-guest", "the VM counts on", "counts", "counts"},
+	{"bare-memory", "its memory is what it wrote", "verified", "verified"},
+
+	// Under the policy, everything with --require-secure (confined.go).
+	{"policy", "the policy is loaded and enforced", "enforcing", "enforcing"},
+	{"domains", "both daemons run in migrated_t, both QEMUs in svirt_t with the VM's categories", "confined", "confined"},
+	{"vcpu", "a KVM vCPU sleeps in a page fault that the descriptor is about, while no page comes", "waits", "waits"},
+	{"there", "the migration completes", "labelled", "flag"},
+	{"there-label", "the descriptor's label", descriptorLabel, descriptorLabel},
+	{"there-guest", "the vCPU goes on", "counts", "counts"},
+	{"there-memory", "the memory is what the guest wrote", "verified", "verified"},
+	{"there-log", "nothing was refused on the way", "clean", "clean"},
+	{"there-stranger-create", "a domain that the policy does not name may not create a userfaultfd", "EACCES", "EACCES"},
+
+	// While the destination's QEMU has a descriptor (strangers.go).
+	{"sysctl-2", "vm.unprivileged_userfaultfd takes the value that demands the flag", "EINVAL", "ok"},
+	{"sysctl-2-way", "with it an unprivileged QEMU needs no device", "/dev/userfaultfd", "userfaultfd(2)"},
+	{"stranger-take", "who may trace QEMU may not take its descriptor", "EACCES", "EACCES"},
+	{"stranger-take-log", "which the kernel logs", "denied", "denied"},
+	{"stranger-receive", "nor receive one over a socket: the message arrives without it", "cut-off", "cut-off"},
+	{"stranger-receive-log", "which the kernel logs", "denied", "denied"},
+	{"qemu-create", "a QEMU may create one", "ok", "ok"},
+	{"qemu-ioctl", "but give it no order", "EACCES", "EACCES"},
+	{"qemu-read", "and not read it", "EACCES", "EACCES"},
+	{"qemu-ioctl-log", "which the kernel logs", "denied", "denied"},
+	{"qemu-read-log", "which the kernel logs", "denied", "denied"},
+	{"back", "the migration that they tried to disturb completes", "labelled", "flag"},
+	{"back-label", "the descriptor's label", descriptorLabel, descriptorLabel},
+	{"back-guest", "the VM counts on", "counts", "counts"},
+	{"back-memory", "its memory is what it wrote", "verified", "verified"},
+
+	// Under policies that forbid what a migration needs.
+	{"no-create", "where QEMU may not create one, the migration is refused and says why", "refused", "refused"},
+	{"no-create-guest", "the VM counts on at the source", "counts", "counts"},
+	{"no-create-destination", "the destination's QEMU is ended", "gone", "gone"},
+	{"no-create-log", "the kernel logs what it refused", "denied", "denied"},
+	{"no-receive", "where the daemon may not receive one, the migration is refused and says why", "refused", "refused"},
+	{"no-receive-guest", "the VM counts on at the source", "counts", "counts"},
+	{"no-receive-destination", "the destination's QEMU is ended", "gone", "gone"},
+	{"no-receive-log", "the kernel logs what it refused", "denied", "denied"},
+
+	// And with the policy again, into a QEMU that the daemon starts.
+	{"again", "the migration completes", "labelled", "flag"},
+	{"again-label", "the descriptor's label, without categories", plainLabel, plainLabel},
+	{"again-guest", "the VM counts on", "counts", "counts"},
+	{"again-memory", "its memory is what it wrote", "verified", "verified"},
+	{"again-log", "nothing was refused on the way", "clean", "clean"},
+	{"again-stranger-create", "and others still may not", "EACCES", "EACCES"},
+}
+
+func TestSecureMigration(t *testing.T) {
+	initrd := rootfs(t)
+	for _, variant := range []kernel.Variant{kernel.Stock, kernel.Patched} {
+		t.Run(string(variant), func(t *testing.T) {
+			tree, err := kernel.Build(t.Context(), variant)
+			if err != nil {
+				cannotRun(t, "%v", err)
+			}
+			results := boot(t, tree.BzImage, initrd)
+			for _, c := range claims {
+				want := c.stock
+				if variant == kernel.Patched {
+					want = c.patched
+				}
+				got, reported := results[c.name]
+				delete(results, c.name)
+				if want == "" && !reported {
+					continue
+				}
+				t.Run(c.name, func(t *testing.T) {
+					if got != want {
+						t.Errorf("%s: got %q, want %q", c.shows, got, want)
+					}
+				})
+			}
+			if unknown := slices.Sorted(maps.Keys(results)); len(unknown) > 0 {
+				t.Errorf("the guest reports %q, of which nothing is known", unknown)
+			}
+		})
+	}
+}
+
+// boot boots a kernel with the initramfs and returns what the guest reported.
+func boot(t *testing.T, bzImage, initrd string) map[string]string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	results := map[string]string{}
+	done := false
+	err := kernel.Boot(ctx, kernel.Options{
+		Kernel: bzImage, Initrd: initrd, MemoryMiB: 1024,
+		// What the kernel merely notes, refused accesses among it, would come
+		// in between the guest's lines.
+		CommandLine: "lsm=selinux loglevel=5",
+	}, func(line string) error {
+		t.Log(line)
+		words := strings.Fields(line)
+		switch {
+		case len(words) == 3 && words[0] == "RESULT":
+			if _, twice := results[words[1]]; twice {
+				return fmt.Errorf("%s is reported twice", words[1])
+			}
+			results[words[1]] = words[2]
+		case line == "DONE":
+			done = true
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if !done {
+		t.Error("the guest did not come to its end")
+	}
+	return results
+}
