@@ -14,14 +14,20 @@ import (
 	"github.com/alecthomas/kong"
 
 	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/mtls"
 )
 
 // cli is the command line: kong reads it from the tags. What a command does is
 // its type's Run, its long help text its type's Help.
 type cli struct {
-	Daemon  string           `group:"common" env:"MIGRATED_DAEMON" default:"${socket}" placeholder:"ADDR" help:"The daemon to talk to: unix:///PATH or HOST:PORT (default: ${socket})."`
-	Timeout time.Duration    `group:"common" default:"10s" help:"How long to wait for an answer of the daemon; following a migration takes as long as the migration (default: ${default})."`
-	JSON    bool             `group:"common" name:"json" help:"Print JSON: one object, or one a line where a migration is followed; errors as an object on standard error. Field names are those of the API (proto/migrated/v1), 64-bit numbers are strings."`
+	Daemon         string        `group:"common" env:"MIGRATED_DAEMON" default:"${socket}" placeholder:"ADDR" help:"The daemon to talk to: unix:///PATH or HOST:PORT (default: ${socket})."`
+	Timeout        time.Duration `group:"common" default:"10s" help:"How long to wait for an answer of the daemon; following a migration takes as long as the migration (default: ${default})."`
+	JSON           bool          `group:"common" name:"json" help:"Print JSON: one object, or one a line where a migration is followed; errors as an object on standard error. Field names are those of the API (proto/migrated/v1), 64-bit numbers are strings."`
+	TLSCertificate string        `group:"tls" name:"tls-certificate" env:"MIGRATED_TLS_CERTIFICATE" type:"path" placeholder:"PATH" predictor:"file" help:"Certificate to show, a PEM file."`
+	TLSKey         string        `group:"tls" name:"tls-key" env:"MIGRATED_TLS_KEY" type:"path" placeholder:"PATH" predictor:"file" help:"Its key."`
+	TLSCA          string        `group:"tls" name:"tls-ca" env:"MIGRATED_TLS_CA" type:"path" placeholder:"PATH" predictor:"file" help:"Authorities to believe."`
+	Plaintext      bool          `group:"tls" help:"Do without encryption beyond this host."`
+
 	Version kong.VersionFlag `group:"common" help:"Print the version of this program and exit."`
 
 	Serve      serveCmd      `cmd:"" help:"Run the daemon of this host."`
@@ -43,6 +49,16 @@ type app struct {
 	daemon  string
 	timeout time.Duration
 	json    bool
+
+	tls       mtls.Files
+	plaintext bool
+}
+
+// take takes the common flags.
+func (a *app) take(c *cli) {
+	a.daemon, a.timeout, a.json = c.Daemon, c.Timeout, c.JSON
+	a.tls = mtls.Files{Certificate: c.TLSCertificate, Key: c.TLSKey, CA: c.TLSCA}
+	a.plaintext = c.Plaintext
 }
 
 const description = `Migrates running QEMU virtual machines to other hosts by post-copy: the VM runs at the destination at once and its memory follows.
@@ -60,6 +76,7 @@ func newParser(c *cli, stdout, stderr io.Writer) (*kong.Kong, error) {
 		kong.ValueFormatter(func(v *kong.Value) string { return v.Help }),
 		kong.ExplicitGroups([]kong.Group{
 			{Key: "common", Title: "Flags of all commands:"},
+			{Key: "tls", Title: "Flags of all commands, for what crosses a network (serve: listening, and to other daemons; else to the daemon):"},
 			{Key: "settings", Title: "Settings (override the configuration file):"},
 		}),
 		kong.Vars{
@@ -81,7 +98,7 @@ func run(ctx context.Context, args []string) int {
 	completeLine(parser)
 	a := &app{ctx: ctx, stdout: os.Stdout, stderr: os.Stderr}
 	k, err := parser.Parse(args)
-	a.daemon, a.timeout, a.json = c.Daemon, c.Timeout, c.JSON
+	a.take(&c)
 	if err != nil {
 		return a.report(usageError(err))
 	}

@@ -13,8 +13,10 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/migrated-vm/migrated/internal/mtls"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -34,8 +36,12 @@ func (a *app) connect() (*client, error) {
 		return nil, &failure{exit: exitUsage, message: err.Error(),
 			remedy: "give --daemon or MIGRATED_DAEMON as unix:///PATH or HOST:PORT"}
 	}
+	creds, err := a.credentials(t)
+	if err != nil {
+		return nil, err
+	}
 	conn, err := grpc.NewClient("passthrough:///"+t.address,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithTransportCredentials(creds),
 		grpc.WithAuthority("localhost"), // a socket's path is none
 		grpc.WithNoProxy(),
 		grpc.WithContextDialer(t.dial),
@@ -48,6 +54,23 @@ func (a *app) connect() (*client, error) {
 		return nil, fmt.Errorf("preparing the connection to %s: %w", a.daemon, err)
 	}
 	return &client{migratedv1.NewControlServiceClient(conn), conn, t, a}, nil
+}
+
+// credentials are plain for a socket and for this host alone, unless a certificate is given.
+func (a *app) credentials(t *target) (credentials.TransportCredentials, error) {
+	encrypt := a.tls != mtls.Files{}
+	switch {
+	case t.network == "unix" || !encrypt && (a.plaintext || mtls.Loopback(t.address)):
+		return insecure.NewCredentials(), nil
+	case !encrypt:
+		return nil, &failure{exit: exitUsage, message: "no connection without encryption to " + t.address,
+			remedy: "give --tls-certificate, --tls-key and --tls-ca; or --plaintext, where nobody else is on the network"}
+	}
+	creds, err := a.tls.Client(t.address, nil)
+	if err != nil {
+		return nil, &failure{exit: exitUsage, message: err.Error(), remedy: "give --tls-certificate, --tls-key and --tls-ca, all three"}
+	}
+	return creds, nil
 }
 
 // withClient calls do with a client and a context that --timeout bounds.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/daemon"
+	"github.com/migrated-vm/migrated/internal/mtls"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -25,6 +26,8 @@ type serveCmd struct {
 	Socket        *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Unix socket of the control API."`
 	ControlListen *string  `group:"settings" placeholder:"HOST:PORT" help:"Serve the control API at this address as well."`
 	Advertise     []string `group:"settings" placeholder:"HOST:PORT" help:"Address under which other daemons reach this one's page server; may be repeated."`
+	Peers         []string `group:"settings" placeholder:"NAME" help:"Name in the certificate of a daemon that may connect, and patterns of the VMs it may send; may be repeated."`
+	Operators     []string `group:"settings" placeholder:"NAME" help:"Name in a certificate that may use --control-listen; may be repeated."`
 	StateDir      *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
 	QEMUBinaries  []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
 	FaultWorkers  *int     `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
@@ -42,14 +45,14 @@ Examples:
     migrated serve
 
     # Reachable by other hosts on the migration network
-    migrated serve --listen 10.0.0.1:7600
+    migrated serve --listen 10.0.0.1:7600 --tls-certificate /etc/migrated/tls/cert.pem --tls-key /etc/migrated/tls/key.pem --tls-ca /etc/migrated/tls/ca.pem
 
     # A second daemon on this host, to try a migration out
     migrated serve --listen 127.0.0.1:7700 --socket /run/migrated-b/migrated.sock --state-dir /run/migrated-b`
 }
 
 func (s *serveCmd) Run(a *app) error {
-	cfg, err := s.load()
+	cfg, err := s.load(a)
 	if err != nil {
 		return &failure{exit: exitUsage, message: err.Error(), remedy: "correct the configuration; deploy/migrated.yaml explains every key"}
 	}
@@ -80,7 +83,7 @@ func (s *serveCmd) Run(a *app) error {
 }
 
 // load returns the defaults overridden by the file overridden by the flags.
-func (s *serveCmd) load() (config.Config, error) {
+func (s *serveCmd) load(a *app) (config.Config, error) {
 	path := config.DefaultPath
 	if s.Config != nil {
 		path = *s.Config
@@ -97,6 +100,18 @@ func (s *serveCmd) load() (config.Config, error) {
 	set(&cfg.ControlListen, s.ControlListen)
 	if s.Advertise != nil {
 		cfg.Advertise = s.Advertise
+	}
+	if s.Peers != nil {
+		cfg.Peers = s.Peers
+	}
+	if s.Operators != nil {
+		cfg.Operators = s.Operators
+	}
+	if files := a.tls; files != (mtls.Files{}) {
+		cfg.TLSCertificate, cfg.TLSKey, cfg.TLSCA = files.Certificate, files.Key, files.CA
+	}
+	if a.plaintext {
+		cfg.Plaintext = true
 	}
 	set(&cfg.StateDir, s.StateDir)
 	if s.QEMUBinaries != nil {

@@ -23,16 +23,17 @@ import (
 // Default < file < flags, for each kind of value.
 func TestServeSettings(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "m.yaml")
-	if err := os.WriteFile(file, []byte("listen: 10.0.0.1:7600\nfault_workers: 3\nadvertise: [10.0.0.1:7600]\nlog_level: warn\nrequire_secure: true\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte("listen: 10.0.0.1:7600\nplaintext: true\nfault_workers: 3\nadvertise: [10.0.0.1:7600]\nlog_level: warn\nrequire_secure: true\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	fromFile := config.Default()
 	fromFile.Listen, fromFile.FaultWorkers, fromFile.Advertise, fromFile.LogLevel = "10.0.0.1:7600", 3, []string{"10.0.0.1:7600"}, "warn"
-	fromFile.RequireSecure = true
+	fromFile.RequireSecure, fromFile.Plaintext = true, true
 	overridden := fromFile
 	overridden.RequireSecure = false
 	overridden.Listen, overridden.FaultWorkers, overridden.Advertise = "10.0.0.2:7600", 0, []string{"10.0.0.2:7600", "10.9.0.2:7600"}
 	every := config.Config{Listen: "h:1", Socket: "/s", ControlListen: "h:2", Advertise: []string{"h:3"}, StateDir: "/d",
+		TLSCertificate: "/c", TLSKey: "/k", TLSCA: "/ca", Peers: []string{"p"}, Operators: []string{"o"}, Plaintext: true,
 		QEMUBinaries: []string{"/q", "/r"}, FaultWorkers: 5, RequireSecure: true, LogLevel: "error"}
 	for _, test := range []struct {
 		name string
@@ -43,6 +44,7 @@ func TestServeSettings(t *testing.T) {
 		{"flags override the file, also with a zero", []string{"--config", file, "--listen", "10.0.0.2:7600", "--fault-workers", "0", "--require-secure=false",
 			"--advertise", "10.0.0.2:7600", "--advertise", "10.9.0.2:7600"}, overridden},
 		{"every flag", []string{"--config", file, "--listen=h:1", "--socket=/s", "--control-listen=h:2", "--advertise=h:3", "--state-dir=/d",
+			"--plaintext", "--tls-certificate=/c", "--tls-key=/k", "--tls-ca=/ca", "--peers=p", "--operators=o",
 			"--qemu-binaries=/q,/r", "--fault-workers=5", "--require-secure", "--log-level=error"}, every},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -54,7 +56,9 @@ func TestServeSettings(t *testing.T) {
 			if _, err := parser.Parse(append([]string{"serve"}, test.args...)); err != nil {
 				t.Fatal(err)
 			}
-			got, err := c.Serve.load()
+			a := new(app)
+			a.take(&c)
+			got, err := c.Serve.load(a)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -40,7 +41,11 @@ func (h *Host) StartDaemon(ctx context.Context, log io.Writer, extra ...string) 
 	if err != nil {
 		return nil, err
 	}
-	p, err := h.Start(log, append([]string{binary, "serve", "--listen", h.DaemonAddr()}, extra...)...)
+	args := append([]string{binary, "serve", "--listen", h.DaemonAddr()}, extra...)
+	if !slices.Contains(extra, "--tls-ca") {
+		args = append(args, "--plaintext") // the cable has two ends and both are ours
+	}
+	p, err := h.Start(log, args...)
 	if err != nil {
 		return nil, err
 	}

@@ -8,7 +8,11 @@
 // looks at the result, whatever its source.
 package config
 
-import "log/slog"
+import (
+	"log/slog"
+
+	"github.com/migrated-vm/migrated/internal/mtls"
+)
 
 // DefaultPath is where the daemon looks for its file when it is given none. It
 // need not exist.
@@ -32,6 +36,22 @@ type Config struct {
 	// this one's page server, in order of preference. Empty: the address that
 	// the peer's connection comes from, with Listen's port.
 	Advertise []string `yaml:"advertise"`
+	// TLSCertificate, TLSKey and TLSCA are PEM files: this daemon's certificate
+	// and key, and the authorities that it believes. With them everything but
+	// the Unix socket is mutual TLS 1.3. All three or none.
+	TLSCertificate string `yaml:"tls_certificate"`
+	TLSKey         string `yaml:"tls_key"`
+	TLSCA          string `yaml:"tls_ca"`
+	// Peers are the daemons that may connect, and to which this one does, by a
+	// name in their certificates (a SPIFFE id or DNS name); patterns of VM names
+	// after it limit which VMs that daemon may send here. Empty: all that the
+	// authorities vouch for; a destination's certificate is then for its host.
+	Peers []string `yaml:"peers"`
+	// Operators are the names in certificates that may use ControlListen.
+	Operators []string `yaml:"operators"`
+	// Plaintext lets the daemon listen and connect without encryption beyond
+	// loopback.
+	Plaintext bool `yaml:"plaintext"`
 	// StateDir is the directory of what must outlive the daemon, above all
 	// which VMs have been handed over.
 	StateDir string `yaml:"state_dir"`
@@ -58,6 +78,8 @@ func Default() Config {
 		Listen:       "127.0.0.1:" + DefaultPort,
 		Socket:       "/run/migrated/migrated.sock",
 		Advertise:    []string{},
+		Peers:        []string{},
+		Operators:    []string{},
 		StateDir:     "/run/migrated",
 		QEMUBinaries: []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"},
 		LogLevel:     "info",
@@ -70,6 +92,23 @@ var levels = map[string]slog.Level{
 	"info":  slog.LevelInfo,
 	"warn":  slog.LevelWarn,
 	"error": slog.LevelError,
+}
+
+// TLS is the files of TLS, ok where they are set.
+func (c Config) TLS() (files mtls.Files, ok bool) {
+	files = mtls.Files{Certificate: c.TLSCertificate, Key: c.TLSKey, CA: c.TLSCA}
+	return files, files != mtls.Files{}
+}
+
+// PeerList is Peers, parsed; they are valid.
+func (c Config) PeerList() mtls.Peers {
+	var peers mtls.Peers
+	for _, text := range c.Peers {
+		if p, err := mtls.ParsePeer(text); err == nil {
+			peers = append(peers, p)
+		}
+	}
+	return peers
 }
 
 // Level returns LogLevel for package slog; info where LogLevel is not valid.

@@ -49,6 +49,8 @@ func TestLoad(t *testing.T) {
 	all := Config{
 		Listen: "[::]:7600", Socket: "/tmp/m.sock", ControlListen: "127.0.0.1:7601",
 		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated",
+		TLSCertificate: "/etc/migrated/tls/cert.pem", TLSKey: "/etc/migrated/tls/key.pem", TLSCA: "/etc/migrated/tls/ca.pem",
+		Peers: []string{"spiffe://example/host/a web-*", "b.example"}, Operators: []string{"admin.example"}, Plaintext: true,
 		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, RequireSecure: true, LogLevel: "debug",
 	}
 	one := Default()
@@ -71,6 +73,12 @@ socket: /tmp/m.sock
 control_listen: 127.0.0.1:7601
 advertise: [10.0.0.1:7600, host.example:7600]
 state_dir: /var/lib/migrated
+tls_certificate: /etc/migrated/tls/cert.pem
+tls_key: /etc/migrated/tls/key.pem
+tls_ca: /etc/migrated/tls/ca.pem
+peers: ["spiffe://example/host/a web-*", b.example]
+operators: [admin.example]
+plaintext: true
 qemu_binaries:
   - /opt/qemu
 fault_workers: 4
@@ -99,7 +107,7 @@ func TestLoadMistakes(t *testing.T) {
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
 		{"far from any", "bandwidth: 3\n", []string{`1: unknown key "bandwidth"; valid keys are advertise, control_listen, ` +
-			`fault_workers, listen, log_level, qemu_binaries, require_secure, socket, state_dir`}},
+			`fault_workers, listen, log_level, operators, peers, plaintext, qemu_binaries, require_secure, socket, state_dir, tls_ca, tls_certificate, tls_key`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
 		{"text for a yes or no", "require_secure: maybe\n", []string{`1: require_secure: "maybe" is not true or false (written without quotes)`}},
@@ -137,13 +145,26 @@ func TestLoadMissingFile(t *testing.T) {
 	}
 }
 
+func encrypt(c *Config) { c.TLSCertificate, c.TLSKey, c.TLSCA = "/c.pem", "/k.pem", "/ca.pem" }
+
 func TestValidate(t *testing.T) {
 	for _, test := range []struct {
 		name       string
 		change     func(*Config)
 		key, value string // of the ValueError; empty: valid
 	}{
-		{"all addresses", func(c *Config) { c.Listen = ":7600" }, "", ""},
+		{"all addresses", func(c *Config) { c.Listen, c.Plaintext = ":7600", true }, "", ""},
+		{"all addresses unencrypted", func(c *Config) { c.Listen = ":7600" }, "listen", ":7600"},
+		{"another network unencrypted", func(c *Config) { c.Listen = "10.0.0.1:7600" }, "listen", "10.0.0.1:7600"},
+		{"control API unencrypted", func(c *Config) { c.ControlListen = "10.0.0.1:7601" }, "control_listen", "10.0.0.1:7601"},
+		{"TLS", func(c *Config) { encrypt(c); c.Listen, c.Peers = ":7600", []string{"spiffe://x/a web-*"} }, "", ""},
+		{"TLS by halves", func(c *Config) { encrypt(c); c.TLSKey = "" }, "tls_key", ""},
+		{"TLS by a relative path", func(c *Config) { encrypt(c); c.TLSCA = "ca.pem" }, "tls_ca", "ca.pem"},
+		{"TLS for anybody at the control API", func(c *Config) { encrypt(c); c.ControlListen = "10.0.0.1:7601" }, "operators", ""},
+		{"TLS for operators", func(c *Config) { encrypt(c); c.ControlListen, c.Operators = "10.0.0.1:7601", []string{"o"} }, "", ""},
+		{"peers without TLS", func(c *Config) { c.Peers = []string{"a"} }, "peers", "a"},
+		{"operators without TLS", func(c *Config) { c.Operators = []string{"a"} }, "operators", "a"},
+		{"a peer with a bad pattern", func(c *Config) { encrypt(c); c.Peers = []string{"a ["} }, "peers", "a ["},
 		{"any port", func(c *Config) { c.Listen = "127.0.0.1:0" }, "", ""},
 		{"no port", func(c *Config) { c.Listen = "127.0.0.1" }, "listen", "127.0.0.1"},
 		{"port by name", func(c *Config) { c.Listen = "127.0.0.1:http" }, "listen", "127.0.0.1:http"},

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/migrated-vm/migrated/internal/mtls"
 )
 
 // A ValueError says that the value of a key cannot be used.
@@ -53,6 +55,7 @@ func (c Config) Validate() error {
 			refuse("advertise", address, "a HOST:PORT that other hosts can connect to, as in 10.0.0.1:7600")
 		}
 	}
+	errs = append(errs, c.validateTLS()...)
 	if !filepath.IsAbs(c.StateDir) {
 		refuse("state_dir", c.StateDir, "an absolute path")
 	}
@@ -69,6 +72,46 @@ func (c Config) Validate() error {
 		refuse("log_level", c.LogLevel, "debug, info, warn or error")
 	}
 	return errors.Join(errs...)
+}
+
+// encryption is what an address beyond this host needs.
+const encryption = "an address of this host alone, unless tls_certificate, tls_key and tls_ca are set; or set plaintext " +
+	"where nobody but hypervisors is on the network"
+
+// validateTLS looks at who may connect, and how.
+func (c Config) validateTLS() (errs []error) {
+	refuse := func(key, value, want string) { errs = append(errs, &ValueError{key, value, want}) }
+	_, encrypted := c.TLS()
+	for _, file := range []struct{ key, path string }{
+		{"tls_certificate", c.TLSCertificate}, {"tls_key", c.TLSKey}, {"tls_ca", c.TLSCA},
+	} {
+		if encrypted && !filepath.IsAbs(file.path) {
+			refuse(file.key, file.path, "the absolute path of a PEM file: tls_certificate, tls_key and tls_ca go together")
+		}
+	}
+	for _, peer := range c.Peers {
+		if _, err := mtls.ParsePeer(peer); err != nil {
+			refuse("peers", peer, fmt.Sprintf("a name of a certificate, then patterns of VM names, as in \"spiffe://example/host/a web-*\" (%v)", err))
+		}
+	}
+	if !encrypted {
+		if len(c.Peers) > 0 {
+			refuse("peers", c.Peers[0], "empty without tls_certificate: nobody has a name there")
+		}
+		if len(c.Operators) > 0 {
+			refuse("operators", c.Operators[0], "empty without tls_certificate: nobody has a name there")
+		}
+		if !c.Plaintext && validListen(c.Listen) && !mtls.Loopback(c.Listen) {
+			refuse("listen", c.Listen, encryption)
+		}
+		if !c.Plaintext && validListen(c.ControlListen) && !mtls.Loopback(c.ControlListen) {
+			refuse("control_listen", c.ControlListen, encryption)
+		}
+	}
+	if encrypted && c.ControlListen != "" && len(c.Operators) == 0 {
+		refuse("operators", "", "the names in the certificates of those who may use control_listen: they control the VMs")
+	}
+	return errs
 }
 
 // validListen reports whether a socket can be bound to address.

@@ -25,9 +25,16 @@ import (
 func startDaemon(t *testing.T) *grpc.ClientConn {
 	t.Helper()
 	cfg := config.Default()
+	cfg.Listen = "127.0.0.1:0"
+	_, conn := startConfigured(t, cfg)
+	return conn
+}
+
+// startConfigured is startDaemon with a configuration, but for its paths.
+func startConfigured(t *testing.T, cfg config.Config) (*Daemon, *grpc.ClientConn) {
+	t.Helper()
 	cfg.StateDir = filepath.Join(t.TempDir(), "state")
 	cfg.Socket = filepath.Join(t.TempDir(), "control.sock")
-	cfg.Listen = "127.0.0.1:0"
 	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -55,7 +62,7 @@ func startDaemon(t *testing.T) *grpc.ClientConn {
 			t.Errorf("the daemon ended with %v", err)
 		}
 	})
-	return conn
+	return d, conn
 }
 
 func TestControlRefusesBadRequests(t *testing.T) {

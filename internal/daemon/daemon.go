@@ -15,10 +15,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -28,6 +28,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -64,6 +65,11 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 	}
 	if err := os.MkdirAll(cfg.StateDir, 0o755); err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	if files, encrypted := cfg.TLS(); encrypted {
+		if err := files.Check(); err != nil {
+			return nil, err
+		}
 	}
 	records, err := migration.OpenRecords(filepath.Join(cfg.StateDir, "handed-over"))
 	if err != nil {
@@ -105,11 +111,14 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err := d.takeUp(); err != nil {
 		return errors.Join(err, closeAll(append(controls, peers)))
 	}
-	peerServer, controlServer := d.newPeerServer(), d.newControlServer()
 	var serving errgroup.Group
+	peerServer := d.newPeerServer()
 	serving.Go(func() error { return peerServer.Serve(peers) })
+	servers := []*grpc.Server{peerServer}
 	for _, listener := range controls {
-		serving.Go(func() error { return controlServer.Serve(listener) })
+		server := d.newControlServer(listener)
+		servers = append(servers, server)
+		serving.Go(func() error { return server.Serve(listener) })
 	}
 	d.log.Info("serving", "version", d.version, "peers", peers.Addr().String(), "control", d.cfg.Socket)
 	d.ready()
@@ -124,8 +133,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.log.Info("stopping", "migrations", d.migrations.active())
 	d.cancel(errors.New("the daemon was stopped"))
 	d.migrations.wait()
-	stop(controlServer)
-	stop(peerServer)
+	for _, server := range slices.Backward(servers) {
+		stop(server)
+	}
 	return <-failed
 }
 
@@ -163,15 +173,19 @@ func (d *Daemon) newPeerServer() *grpc.Server {
 	options := append(pagewire.ServerOptions(),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}))
-	server := grpc.NewServer(options...)
+	server := grpc.NewServer(append(options, d.secured(d.cfg.PeerList().Allow)...)...)
 	migratedv1.RegisterPeerServiceServer(server, &peerService{daemon: d})
 	migratedv1.RegisterPageServiceServer(server, d.pages)
 	registerCommon(server)
 	return server
 }
 
-func (d *Daemon) newControlServer() *grpc.Server {
-	server := grpc.NewServer()
+func (d *Daemon) newControlServer(listener net.Listener) *grpc.Server {
+	var options []grpc.ServerOption
+	if listener.Addr().Network() != "unix" { // there the socket's mode decides
+		options = d.secured(mtls.AnyOf(d.cfg.Operators))
+	}
+	server := grpc.NewServer(options...)
 	migratedv1.RegisterControlServiceServer(server, &controlService{daemon: d})
 	registerCommon(server)
 	return server
@@ -192,8 +206,12 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 	if _, _, err := net.SplitHostPort(address); err != nil {
 		return nil, fmt.Errorf("%q is no HOST:PORT: %w", address, err)
 	}
+	creds, err := d.dialCredentials(address)
+	if err != nil {
+		return nil, err
+	}
 	options := append(pagewire.DialOptions(),
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithTransportCredentials(creds),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true,
 		}))

@@ -45,6 +45,9 @@ func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.P
 	if !validID.MatchString(request.GetId()) {
 		return nil, status.Errorf(codes.InvalidArgument, "id %q cannot be used", request.GetId())
 	}
+	if err := p.daemon.maySend(ctx, request.GetMachine().GetName()); err != nil {
+		return nil, err
+	}
 	if err := absoluteAddresses(ctx, request); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}

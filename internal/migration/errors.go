@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -83,6 +84,11 @@ func fromPeer(step, peer string, err error) error {
 	}
 	switch st.Code() {
 	case codes.Unavailable:
+		if handshakeFailed(st.Message()) {
+			return withRemedy(wrapped,
+				"use TLS on both hosts or on neither, with certificates of the same tls_ca and names that are among the other's peers; "+
+					"the destination's log says whom it refused")
+		}
 		return withRemedy(wrapped, fmt.Sprintf(
 			"see that the destination's daemon runs and that %s is reachable from this host", peer))
 	case codes.Unimplemented:
@@ -91,6 +97,13 @@ func fromPeer(step, peer string, err error) error {
 	default:
 		return wrapped
 	}
+}
+
+// handshakeFailed says whether somebody answered, but not in a way that makes a
+// connection. gRPC passes the reason on as text alone.
+func handshakeFailed(message string) bool {
+	return strings.Contains(message, "handshake failed") || strings.Contains(message, "error reading server preface") ||
+		strings.Contains(message, "tls: ")
 }
 
 // A peerError shows a gRPC status in its own words, without "rpc error: …".

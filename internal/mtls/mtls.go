@@ -52,9 +52,9 @@ func (f Files) load() (*tls.Certificate, *x509.CertPool, error) {
 // Allow decides by the names in a verified certificate: nil, or why not.
 type Allow func(names []string) error
 
-// Server is for listeners. A client without a certificate of the authorities, or whom allow refuses, gets no
-// connection.
-func (f Files) Server(allow Allow) credentials.TransportCredentials {
+// Server is for listeners. A client without a certificate of the authorities gets no connection; what the names in it
+// allow is for the server to decide, see Names.
+func (f Files) Server() credentials.TransportCredentials {
 	return credentials.NewTLS(&tls.Config{
 		MinVersion: tls.VersionTLS13,
 		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
@@ -66,7 +66,6 @@ func (f Files) Server(allow Allow) credentials.TransportCredentials {
 				MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"},
 				Certificates: []tls.Certificate{*certificate},
 				ClientAuth:   tls.RequireAndVerifyClientCert, ClientCAs: pool,
-				VerifyConnection: func(state tls.ConnectionState) error { return allow(names(state)) },
 			}, nil
 		},
 	})
@@ -140,5 +139,12 @@ func AnyOf(allowed []string) Allow {
 	}
 }
 
-// Anyone allows everyone whom the authorities vouch for.
-func Anyone([]string) error { return nil }
+// Loopback says whether address, HOST:PORT, cannot be reached from another host: there TLS protects nothing.
+func Loopback(address string) bool {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return false
+	}
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}

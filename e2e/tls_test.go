@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+const nameA, nameB = "spiffe://lab/host/a", "spiffe://lab/host/b"
+
+// An identity is what a daemon of the lab has to show.
+type identity struct {
+	t  *testing.T
+	ca *mtlstest.Authority
+}
+
+func newIdentity(t *testing.T) identity {
+	t.Helper()
+	ca, err := mtlstest.NewAuthority(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return identity{t, ca}
+}
+
+// args make a daemon use TLS under a name, with those peers.
+func (i identity) args(name, file string, peers ...string) []string {
+	i.t.Helper()
+	files, err := i.ca.Issue(file, name)
+	if err != nil {
+		i.t.Fatal(err)
+	}
+	args := []string{"--tls-certificate", files.Certificate, "--tls-key", files.Key, "--tls-ca", files.CA}
+	for _, peer := range peers {
+		args = append(args, "--peers", peer)
+	}
+	return args
+}
+
+// TestMutualTLS moves a VM between daemons that know each other, there and back: what they agree on, the device state and
+// the pages are all encrypted.
+func TestMutualTLS(t *testing.T) {
+	l, id := newHosts(t), newIdentity(t)
+	startDaemon(t, l.A, id.args(nameA, "a", nameB)...)
+	startDaemon(t, l.B, id.args(nameB, "b", nameA+" gu*")...)
+	s := newScene(t, l)
+	moveMetal(t, s.vm, l.A, l.B)
+	moveMetal(t, s.vm, l.B, l.A)
+}
+
+// TestStrangersAreRefused: the VM of a source whom the destination does not know, or who does not know the destination,
+// goes on there, and both sides say why.
+func TestStrangersAreRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		source, destination func(id, other identity) []string
+		says                string
+	}{
+		"source is no peer": {
+			func(id, _ identity) []string { return id.args(nameA, "a", nameB) },
+			func(id, _ identity) []string { return id.args(nameB, "b", "spiffe://lab/host/c") }, "names nobody who is allowed",
+		},
+		"source may not send this VM": {
+			func(id, _ identity) []string { return id.args(nameA, "a", nameB) },
+			func(id, _ identity) []string { return id.args(nameB, "b", nameA+" web-*") }, "may",
+		},
+		"destination is another": {
+			func(id, _ identity) []string { return id.args(nameA, "a", "spiffe://lab/host/c") },
+			func(id, _ identity) []string { return id.args(nameB, "b", nameA) }, nameB,
+		},
+		"another authority": {
+			func(_, other identity) []string { return other.args(nameA, "a", nameB) },
+			func(id, _ identity) []string { return id.args(nameB, "b", nameA) }, "certificate",
+		},
+		"source without TLS": {
+			func(identity, identity) []string { return nil },
+			func(id, _ identity) []string { return id.args(nameB, "b", nameA) }, "TLS",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, id, other := newHosts(t), newIdentity(t), newIdentity(t)
+			startDaemon(t, l.A, c.source(id, other)...)
+			startDaemon(t, l.B, c.destination(id, other)...)
+			s := newScene(t, l)
+			m := migrateSpec(t, l.A, "stranger", &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: l.B.DaemonAddr()})
+			s.failed(m, stateFailed, c.says)
+			s.stillCounting()
+		})
+	}
+}
