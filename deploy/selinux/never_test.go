@@ -20,7 +20,7 @@ var mutations = []struct{ never, rule string }{
 	{"N1", "(allow init_t migrated_uffd_t (anon_inode (read)))"},
 	{"N1", "(allow svirt_t migrated_uffd_t (anon_inode (ioctl)))"},
 	{"N1", "(allow other_t migrated_uffd_t (anon_inode (getattr)))"},
-	{"N2", "(allow migrated_t migrated_uffd_t (anon_inode (create)))"},
+	{"N2", "(allow init_t migrated_uffd_t (anon_inode (create)))"},
 	{"N2", "(allow other_t migrated_uffd_t (anon_inode (create)))"},
 	{"N3", "(allow migrated_t migrated_uffd_t (anon_inode (map)))"},
 	{"N4", "(allowx migrated_t migrated_uffd_t (ioctl anon_inode (0xaa06)))"},

@@ -26,7 +26,7 @@ func TestOnDebian(t *testing.T) {
 			[]string{"-A", "-t", "migrated_uffd_t"},
 			[]string{
 				"allow migrated_qemu_domain migrated_uffd_t:anon_inode create;",
-				"allow migrated_t migrated_uffd_t:anon_inode { getattr ioctl read };",
+				"allow migrated_t migrated_uffd_t:anon_inode { create getattr ioctl read };",
 				"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa3f };",
 			},
 		},
@@ -140,7 +140,7 @@ func TestOnBase(t *testing.T) {
 	policy := mustCompile(t, append(moduleFiles(t), basePolicy))
 	want := []string{
 		"allow migrated_qemu_domain migrated_uffd_t:anon_inode create;",
-		"allow migrated_t migrated_uffd_t:anon_inode { getattr ioctl read };",
+		"allow migrated_t migrated_uffd_t:anon_inode { create getattr ioctl read };",
 		"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa3f };",
 	}
 	if diff := cmp.Diff(want, search(t, policy, "-A", "-t", "migrated_uffd_t")); diff != "" {

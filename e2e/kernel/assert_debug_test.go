@@ -2,13 +2,10 @@
 
 package kernel
 
-import (
-	"slices"
-	"testing"
-)
+import "testing"
 
 // The debug kernel does what the patched one does, and survives what is too
 // rough for a kernel that does not watch itself. Boot fails where it complains.
 func TestAssertionsDebug(t *testing.T) {
-	assert(t, Debug, append(slices.Clone(points), underStress)...)
+	assert(t, Debug, allPoints()...)
 }

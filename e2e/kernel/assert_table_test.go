@@ -87,7 +87,8 @@ var points = []point{
 		{"fork-nonblocking-read", "read() that does not: EAGAIN before and after", "event", "event"},
 		{"fork-denied-then-permitted", "a denied reader, then one that may", "EACCES-event", "EACCES-event"},
 		{"fork-denied-then-without-create", "a denied reader, then one that may, but not create", "EACCES-EACCES", "EACCES-event"},
-		{"fork-denied-against-permitted", "300 forks, a denied reader and a permitted one that wait: none is lost", "", "event"},
+		{"fork-denied-against-reading", "300 forks, a denied reader and a permitted one, which wait in read(): none is lost", "", "event"},
+		{"fork-denied-against-polling", "likewise in poll()", "", "event"},
 		{"fork-two-readers", "300 forks, two readers at once: one gets it", "one-each", "one-each"},
 		{"fork-two-readers-without-create", "likewise, by readers that may not create one", "EACCES", "one-each"},
 		{"fork-two-at-once", "two threads fork at once", "2-events", "2-events"},
@@ -95,6 +96,7 @@ var points = []point{
 		{"fork-full-table", "no free descriptor, then one", "EMFILE-event", "EMFILE-event"},
 		{"fork-bad-buffer", "nowhere to put the message: the fork goes on", "EFAULT-forked", "EFAULT-forked"},
 		{"fork-descriptor-closed", "the last descriptor closed: the fork goes on", "forked", "forked"},
+		{"fork-child-descriptor-closed", "the child's descriptor closed while the forker waits as in vfork(): the child goes on", "released", "released"},
 		{"fork-denied-reader-dies", "the denied reader killed, no other: the fork goes on", "EACCES-forked", "EACCES-forked"},
 		{"fork-forker-dies", "the forker killed: the event is gone, no file is left", "killed", "killed"},
 	}},
@@ -143,6 +145,13 @@ var points = []point{
 		{"sysctl-negative", "so is -1", "EINVAL", "EINVAL"},
 	}},
 }
+
+// own are the kernel's own tests. They are part of the series, so that stock
+// does not have them.
+var own = point{"The tests in the series itself", []assertion{
+	{"selftest-uffd-secure", "tools/testing/selftests/mm/uffd-secure", "", "passed"},
+	{"selftest-uffd-fork", "tools/testing/selftests/selinux/uffd_fork, with its own policy beside this one", "", "passed"},
+}}
 
 // underStress is what only the debug kernel is asked, besides all the above.
 // Its splats fail the boot by themselves.

@@ -22,9 +22,14 @@ func TestAssertions(t *testing.T) {
 	for _, v := range []Variant{Stock, Patched} {
 		t.Run(string(v), func(t *testing.T) {
 			t.Parallel()
-			assert(t, v, points...)
+			assert(t, v, append(slices.Clone(points), own)...)
 		})
 	}
+}
+
+// allPoints is the whole table.
+func allPoints() []point {
+	return append(slices.Clone(points), own, underStress)
 }
 
 // expected is the outcome that a kernel is to give, if it is asked.
@@ -65,7 +70,7 @@ func outcomes(t *testing.T, tree Tree, ask []assertion) (got map[string]string, 
 	t.Helper()
 	got = map[string]string{}
 	done := false
-	o := Options{Kernel: tree.BzImage, Initrd: testInitramfs(t, ask), CommandLine: "loglevel=5 " + os.Getenv("KERNEL_TEST_ARGS")}
+	o := Options{Kernel: tree.BzImage, Initrd: testInitramfs(t, tree, ask), CommandLine: "loglevel=5 " + os.Getenv("KERNEL_TEST_ARGS")}
 	err := Boot(testContext(t), o, func(line string) error {
 		log = append(log, line)
 		word := strings.Fields(line)
@@ -131,14 +136,16 @@ func program(t *testing.T) string {
 	return out
 }
 
-// testInitramfs has the tests, the policy, and the list of what is asked.
-func testInitramfs(t *testing.T, ask []assertion) string {
+// testInitramfs has the tests, the policy, the kernel's own tests, and the list
+// of what is asked.
+func testInitramfs(t *testing.T, tree Tree, ask []assertion) string {
 	t.Helper()
 	dir := t.TempDir()
+	programs, modules := selftests(t, tree, ask)
 	policy := filepath.Join(dir, "policy")
-	cmd := exec.CommandContext(testContext(t), "secilc", "--policyvers", "33",
-		"--output", policy, "--filecontext", os.DevNull, filepath.Join(tests, "policy.cil"))
-	if msg, err := cmd.CombinedOutput(); err != nil {
+	args := append([]string{"--policyvers", "33", "--output", policy, "--filecontext", os.DevNull,
+		filepath.Join(tests, "policy.cil")}, modules...)
+	if msg, err := exec.CommandContext(testContext(t), "secilc", args...).CombinedOutput(); err != nil {
 		t.Fatalf("secilc: %v: %s", err, msg)
 	}
 	var names bytes.Buffer
@@ -153,7 +160,7 @@ func testInitramfs(t *testing.T, ask []assertion) string {
 	for _, at := range []string{"proc", "sys", "dev", "tmp"} {
 		files = append(files, File{Name: at, Mode: fs.ModeDir | 0o755})
 	}
-	initrd, err := Initramfs(dir, files)
+	initrd, err := Initramfs(dir, append(files, programs...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +175,7 @@ func TestTableIsComplete(t *testing.T) {
 	}
 	guest := strings.Fields(string(out))
 	var table []string
-	for _, p := range append(slices.Clone(points), underStress) {
+	for _, p := range allPoints() {
 		for _, a := range p.assertions {
 			table = append(table, a.name)
 			if a.patched == "" || a.shows == "" || p.title == "" {

@@ -279,7 +279,7 @@ static void two_readers(const void *domain)
 	outcome("one-each");
 }
 
-/* Reads without end, and waits where there is nothing to read. */
+/* Reads without end; where there is nothing, waits, in poll() or in read(). */
 static void insist(void *arg)
 {
 	struct racer *r = arg;
@@ -287,9 +287,12 @@ static void insist(void *arg)
 
 	enter(r->domain);
 	for (;;) {
-		ssize_t n = read(r->s->uffd[0], &msg, sizeof(msg));
+		ssize_t n;
 
-		if (n < 0 && errno == EACCES && r->denied)
+		if (r->s->flags & O_NONBLOCK)
+			ready(r->s->uffd[0], -1);
+		n = read(r->s->uffd[0], &msg, sizeof(msg));
+		if (n < 0 && (errno == EAGAIN || (errno == EACCES && r->denied)))
 			continue;
 		if (n < 0)
 			outcome("%s", name(errno));
@@ -302,11 +305,11 @@ static void insist(void *arg)
  * A denied reader takes the event and puts it back all the time. The permitted
  * one, which sleeps when it finds none, must hear of it whenever it is back.
  */
-static void against_denied(const void *domain)
+static void against_denied(const void *flags)
 {
-	struct scene s = { .flags = O_CLOEXEC, .abandoned = true };
+	struct scene s = { .flags = *(const int *)flags, .abandoned = true };
 	struct racer r[2] = { { .s = &s, .domain = "outsider_t", .denied = true },
-			      { .s = &s, .domain = domain } };
+			      { .s = &s, .domain = "reader_t" } };
 	int none;
 
 	begin(&s, "kernel_t");
@@ -482,6 +485,24 @@ static void file_max(const void *domain)
 	outcome("%s-event", name(error));
 }
 
+/*
+ * The forker waits for its child after the event, which is the reader's by
+ * now: closed there, the child's memory is nobody's, and its faults go on.
+ */
+static void closed_after(const void *domain)
+{
+	struct scene s = { .flags = NONBLOCK };
+	int child;
+
+	begin(&s, domain);
+	order(&s, FORK_WAITING);
+	CHECK(!read_fork(s.uffd[0], &child));
+	close(child);
+	CHECK(hear(s.child_seen[0]) == 0);
+	CHECK(stuck(&s));
+	outcome("released");
+}
+
 static void two_descriptors(const void *domain)
 {
 	struct scene s = { .flags = NONBLOCK, .descriptors = 2 };
@@ -500,6 +521,7 @@ static void two_descriptors(const void *domain)
 	outcome("2-events");
 }
 
+#define FLAGS(flags) &(const int){ flags }
 #define DENIAL(...) &(const struct denial){ __VA_ARGS__ }
 
 const struct test fork_tests[] = {
@@ -524,7 +546,8 @@ const struct test fork_tests[] = {
 	{ "fork-denied-then-without-create", denied_first, "reader_t" },
 	{ "fork-two-readers", two_readers, "app_t" },
 	{ "fork-two-readers-without-create", two_readers, "reader_t" },
-	{ "fork-denied-against-permitted", against_denied, "reader_t" },
+	{ "fork-denied-against-reading", against_denied, FLAGS(O_CLOEXEC) },
+	{ "fork-denied-against-polling", against_denied, FLAGS(NONBLOCK) },
 	{ "fork-two-at-once", two_events, "app_t" },
 	{ "fork-short-buffer", short_buffer, "app_t" },
 	{ "fork-full-table", full_table, "app_t" },
@@ -533,6 +556,7 @@ const struct test fork_tests[] = {
 	{ "fork-denied-reader-dies", denied_reader_dies, "outsider_t" },
 	{ "fork-forker-dies", forker_dies, "app_t" },
 	{ "fork-file-max", file_max, "app_t" },
+	{ "fork-child-descriptor-closed", closed_after, "app_t" },
 	{ "fork-two-descriptors", two_descriptors, "app_t" },
 	{ "fork-two-descriptors-without-create", two_descriptors, "reader_t" },
 	{}

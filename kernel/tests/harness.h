@@ -48,7 +48,7 @@ int receive_exec(const char *number); /* main() of what the test executes */
 
 extern const struct test secure_tests[], create_tests[], sysctl_tests[],
 	fork_tests[], ring_tests[], receive_tests[], others_tests[],
-	stress_tests[];
+	stress_tests[], selftests[];
 
 /* Ends the test. */
 void outcome(const char *format, ...)

@@ -2,6 +2,8 @@
 #include "scene.h"
 
 #include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 
 static void child(struct scene *s)
 {
@@ -74,6 +76,10 @@ static void forker(void *arg)
 			break;
 		case FORK:
 			fork_once(s);
+			break;
+		case FORK_WAITING:
+			forked(s, syscall(SYS_clone, CLONE_VFORK | SIGCHLD, 0,
+					  0, 0, 0), errno);
 			break;
 		case FORK_FOREVER:
 			for (;;)

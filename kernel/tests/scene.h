@@ -32,6 +32,7 @@ enum order {
 	FORK,
 	FORK_TWICE,   /* by two threads at once */
 	FORK_FOREVER,
+	FORK_WAITING, /* on, until the child executes or exits, as vfork() */
 	LOOK,	      /* at the first page of the stage */
 	FAIL,	      /* FAIL + n: fork, the n-th allocation fails */
 };

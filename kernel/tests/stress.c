@@ -10,6 +10,7 @@
 #include <time.h>
 
 #define KMEMLEAK "/sys/kernel/debug/kmemleak"
+#define USERCOPY "/sys/kernel/debug/fail_usercopy/require-end"
 #define KILL_RACE 20 /* s */
 #define MOST 5000    /* allocations of one system call, to end a sweep at all */
 
@@ -28,7 +29,8 @@ static void arm_all(void)
 	put("/sys/kernel/debug/fail_page_alloc/min-order", "0");
 	put("/sys/kernel/debug/fail_page_alloc/verbose", "0");
 	/* But not the copying to and from the caller, which no code can. */
-	put("/sys/kernel/debug/fail_usercopy/require-end", "1");
+	if (!access(USERCOPY, W_OK))
+		put(USERCOPY, "1");
 }
 
 /* Counts one call; the sweep is over when there was no n-th allocation. */

@@ -63,6 +63,10 @@ var expected = map[string]string{
 	"migrated-unregister":      "ok",
 	"migrated-scm-rights":      "ok",
 
+	// A fork of QEMU is reported, also by a kernel that asks the reader whether it may create (D7).
+	"migrated-fork-event": "ok",
+	"migrated-fork-label": uffdLabel,
+
 	// By way of the device (D2, D5).
 	"migrated-open-device":          "ok",
 	"qemu-device-api":               "EACCES", // N6
@@ -163,7 +167,7 @@ func TestModule(t *testing.T) {
 	}
 }
 
-// TestCategories: where another module is generous, only domains of QEMU's own categories profit from it (D7).
+// TestCategories: where another module is generous, only domains of QEMU's own categories profit from it (D8).
 func TestCategories(t *testing.T) {
 	generous := filepath.Join(t.TempDir(), "generous.cil")
 	if err := os.WriteFile(generous, []byte("(allow init_t migrated_uffd_t (anon_inode (read)))\n"), 0o600); err != nil {

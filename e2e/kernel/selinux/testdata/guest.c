@@ -10,6 +10,7 @@
 #include <linux/userfaultfd.h>
 #include <net/if.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -193,7 +194,14 @@ static void qemu(int ready)
 				must("facts", write(s, &f, sizeof(f)));
 			else if (order == 'p')
 				must("peek", write(s, ram, 1));
-			else if (order == 's')
+			else if (order == 'f') {
+				pid_t child = fork();
+
+				if (!child)
+					_exit(0);
+				must("wait", waitpid(child, NULL, 0));
+				must("forked", write(s, "f", 1));
+			} else if (order == 's')
 				must("send", send_fd(s, 's', u));
 			else if (order == 'd') {
 				outcome("device-api", ioctl(fd, UFFDIO_API, &api)); // not an order of that device
@@ -218,9 +226,23 @@ static int take(const char *name, struct facts f, int fd)
 	return outcome(name, syscall(SYS_pidfd_getfd, pidfd, fd, 0));
 }
 
+// fork_event makes QEMU fork, which holds it until the event is read.
+static void fork_event(int u, int s)
+{
+	struct uffd_msg msg = {0};
+	struct pollfd p = {.fd = u, .events = POLLIN};
+	char done;
+
+	must("ask", send_fd(s, 'f', -1));
+	must("poll", poll(&p, 1, -1));
+	outcome("fork-event", read(u, &msg, sizeof(msg)));
+	label_of("fork-label", msg.arg.fork.ufd);
+	must("forked", read(s, &done, 1) == 1 ? 0 : -1);
+}
+
 static void orders(int u, uint64_t memory, int s)
 {
-	struct uffdio_api api = {.api = UFFD_API};
+	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_EVENT_FORK};
 	struct uffdio_register reg = {.range = {memory, PAGES * PAGE}, .mode = UFFDIO_REGISTER_MODE_MISSING};
 	static unsigned char page[PAGE] __attribute__((aligned(4096))) = {42};
 	struct uffdio_copy copy = {.dst = memory, .src = (uint64_t)page, .len = PAGE};
@@ -242,6 +264,7 @@ static void orders(int u, uint64_t memory, int s)
 	result("copied", "%d", seen);
 	outcome("zeropage", ioctl(u, UFFDIO_ZEROPAGE, &zero));
 	outcome("wake", ioctl(u, UFFDIO_WAKE, &range));
+	fork_event(u, s);
 	outcome("writeprotect", ioctl(u, UFFDIO_WRITEPROTECT, &wp));
 	outcome("continue", ioctl(u, UFFDIO_CONTINUE, &cont));
 	outcome("move", ioctl(u, IOCTL_MOVE, &move));
