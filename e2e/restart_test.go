@@ -4,8 +4,13 @@ package e2e
 
 import (
 	"os"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/lab"
@@ -229,4 +234,72 @@ func TestDaemonStoppedAfterTheSwitch(t *testing.T) {
 	}
 	s.arrived()
 	nothingKept(t, l.A, l.B)
+}
+
+// TestRecoverAtAnotherAddress: the network of the migration is gone for good, and the operator names another.
+func TestRecoverAtAnotherAddress(t *testing.T) {
+	l := newHosts(t)
+	startDaemon(t, l.A, "--listen", ":"+lab.DaemonPort)
+	startDaemon(t, l.B)
+	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1})
+	startVM(t, l.A, vm)
+	s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
+	const otherA, otherB = "10.78.0.1", "10.78.0.2"
+	s.ip(l.A, "addr", "add", otherA+"/24", "dev", "cable")
+	s.ip(l.B, "addr", "add", otherB+"/24", "dev", "cable")
+	client := control(t, l.A)
+	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "detour", Spec: s.spec()}); err != nil {
+		t.Fatal(err)
+	}
+	await(t, client, "detour", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
+	s.ip(l.A, "addr", "del", l.A.Addr+"/24", "dev", "cable")
+	there := control(t, l.B)
+	if m := await(t, there, "detour", func(m *migratedv1.Migration) bool { return m.GetState() == statePaused }); m.GetState() != statePaused {
+		t.Fatalf("all was over before the address was gone: %v", m)
+	}
+	if _, err := there.Recover(testContext(t), &migratedv1.RecoverRequest{Id: "detour", Via: otherA + ":" + lab.DaemonPort}); err != nil {
+		t.Fatal(err)
+	}
+	m := await(t, there, "detour", func(*migratedv1.Migration) bool { return false })
+	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	s.ip(l.A, "addr", "add", l.A.Addr+"/24", "dev", "cable") // so that the source hears of it, too
+	await(t, client, "detour", func(*migratedv1.Migration) bool { return false })
+	s.arrived()
+	nothingKept(t, l.A, l.B)
+}
+
+func (s *scene) ip(h *lab.Host, args ...string) {
+	s.Helper()
+	if _, err := h.Run(testContext(s.T), append([]string{"ip"}, args...)...); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// TestFallBackWhenTheDestinationIsLost: its QEMU is killed after the switch, and the VM goes on at the source as it was.
+func TestFallBackWhenTheDestinationIsLost(t *testing.T) {
+	l := newHosts(t)
+	startDaemon(t, l.A)
+	startDaemon(t, l.B)
+	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1})
+	startVM(t, l.A, vm)
+	s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
+	s.halfway("lost")
+	kill(t, qemuOn(t, l.B), syscall.SIGKILL)
+	s.cable(true)
+	client := control(t, l.A)
+	m := await(t, client, "lost", func(*migratedv1.Migration) bool { return false })
+	if m.GetState() != stateFailed || !strings.Contains(m.GetError().GetRemedy(), "migrated fallback lost --destination-is-gone") {
+		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	if _, err := client.FallBack(testContext(t), &migratedv1.FallBackRequest{Id: "lost"}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("without the confirmation: %v", err)
+	}
+	if _, err := client.FallBack(testContext(t), &migratedv1.FallBackRequest{Id: "lost", DestinationIsGone: true}); err != nil {
+		t.Fatal(err)
+	}
+	s.stillCounting()
+	checkMetal(t, vm, l.A)
+	nothingKept(t, l.A)
 }

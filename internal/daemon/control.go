@@ -177,6 +177,45 @@ func (c *controlService) Cancel(_ context.Context, request *migratedv1.CancelReq
 	return &migratedv1.CancelResponse{Migration: view}, nil
 }
 
+func (c *controlService) Recover(_ context.Context, request *migratedv1.RecoverRequest) (*migratedv1.RecoverResponse, error) {
+	if via := request.GetVia(); via != "" {
+		if host, port, err := net.SplitHostPort(via); err != nil || host == "" || port == "" {
+			return nil, status.Errorf(codes.InvalidArgument, "via: %q is no HOST:PORT", via)
+		}
+	}
+	d := c.daemon.migrations.destination(request.GetId())
+	if d == nil {
+		if c.daemon.migrations.source(request.GetId()) != nil {
+			return nil, status.Errorf(codes.FailedPrecondition, "migration %s goes away from this host; recover it at its destination", request.GetId())
+		}
+		return nil, notFound(request.GetId())
+	}
+	if err := d.Recover(request.GetVia()); err != nil {
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	}
+	view, _ := d.Snapshot()
+	return &migratedv1.RecoverResponse{Migration: view}, nil
+}
+
+func (c *controlService) FallBack(ctx context.Context, request *migratedv1.FallBackRequest) (*migratedv1.FallBackResponse, error) {
+	s := c.daemon.migrations.source(request.GetId())
+	if s == nil {
+		if c.daemon.migrations.destination(request.GetId()) != nil {
+			return nil, status.Errorf(codes.FailedPrecondition, "migration %s comes to this host; fall back at its source", request.GetId())
+		}
+		return nil, notFound(request.GetId())
+	}
+	if !request.GetDestinationIsGone() {
+		return nil, status.Error(codes.InvalidArgument,
+			"destination_is_gone is not set: a VM that still runs there would run twice, and corrupt its disks; make sure that it cannot, then say so")
+	}
+	if err := s.FallBack(ctx); err != nil {
+		return nil, migration.ToStatus(codes.FailedPrecondition, err)
+	}
+	view, _ := s.Snapshot()
+	return &migratedv1.FallBackResponse{Migration: view}, nil
+}
+
 func (c *controlService) GetVersion(context.Context, *migratedv1.GetVersionRequest) (*migratedv1.GetVersionResponse, error) {
 	return &migratedv1.GetVersionResponse{Version: c.daemon.version, Protocol: migration.Protocol}, nil
 }

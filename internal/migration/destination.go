@@ -81,6 +81,10 @@ type Destination struct {
 	// releaseGC ends the hold on the garbage collector during the switch.
 	releaseGC func()
 	meter     meter
+
+	viaMu sync.Mutex
+	via   []string      // addresses given to Recover, the last first
+	hurry chan struct{} // dial now; holds one
 }
 
 // A phase is how far the calls of the source have brought this destination.
@@ -111,7 +115,7 @@ func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 		log:  cfg.Log.With("migration", request.GetId(), "role", "destination"),
 		done: make(chan struct{}),
 
-		releaseGC: func() {},
+		releaseGC: func() {}, hurry: make(chan struct{}, 1),
 	}
 	d.ctx, d.cancel = context.WithCancelCause(ctx)
 	d.loadCtx, d.cancelLoad = context.WithCancelCause(d.ctx)

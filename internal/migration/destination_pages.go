@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
@@ -81,10 +82,39 @@ func (d *Destination) dialAgain() (*lanes, error) {
 		}
 		d.log.Warn("the page lanes cannot be opened again", "error", err)
 		d.paused(err)
-		if err := sleep(d.ctx, jitter(delay)); err != nil {
-			return nil, err
+		select {
+		case <-d.hurry:
+			delay = 20 * time.Millisecond
+		case <-time.After(jitter(delay)):
+		case <-d.ctx.Done():
+			return nil, context.Cause(d.ctx)
 		}
 	}
+}
+
+// addresses are those of the source's page server, best first.
+func (d *Destination) addresses() []string {
+	d.viaMu.Lock()
+	defer d.viaMu.Unlock()
+	return append(slices.Clone(d.via), d.cfg.Request.GetPageAddresses()...)
+}
+
+// Recover makes the connection to the source's pages again now, where it is lost, and from now on at the address via
+// first, if that is not empty.
+func (d *Destination) Recover(via string) error {
+	if view, _ := d.Snapshot(); Terminal(view.GetState()) {
+		return errors.New("this migration is over")
+	}
+	if via != "" {
+		d.viaMu.Lock()
+		d.via = slices.Insert(slices.DeleteFunc(d.via, func(old string) bool { return old == via }), 0, via)
+		d.viaMu.Unlock()
+	}
+	select {
+	case d.hurry <- struct{}{}:
+	default: // somebody was as impatient
+	}
+	return nil
 }
 
 func (d *Destination) paused(reason error) {

@@ -40,7 +40,7 @@ type laneConfig struct {
 func (d *Destination) laneConfig() laneConfig {
 	return laneConfig{
 		id: d.cfg.Request.GetId(), token: d.cfg.Request.GetToken(),
-		addresses: d.cfg.Request.GetPageAddresses(),
+		addresses: d.addresses(),
 		demand:    d.cfg.FaultWorkers, dial: d.cfg.Dial,
 	}
 }

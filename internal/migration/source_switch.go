@@ -178,7 +178,7 @@ func (s *Source) handOver(ctx context.Context) error {
 		case codes.NotFound, codes.FailedPrecondition:
 			// The destination answers, but cannot tell: asking again is no use.
 			return withRemedy(fromPeer("run the VM", destination, err),
-				"look on the destination whether the VM runs there; only if it certainly does not, continue it here with QMP 'cont'")
+				"look on the destination whether the VM runs there; only if it certainly does not: "+s.fallBackCommand())
 		}
 		s.log.Warn("the hand-over is not answered, asking again", "error", err)
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
@@ -219,7 +219,7 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 		if state == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
 			shown := answer.GetError()
 			return true, withRemedy(fmt.Errorf("the destination failed after the switch: %s", shown.GetMessage()),
-				"once you are certain that the VM does not run on the destination, continue it here, as it was at the switch, with QMP 'cont'")
+				"once you are certain that the VM does not run on the destination, continue it here, as it was at the switch: "+s.fallBackCommand())
 		}
 		s.update(func(m *migratedv1.Migration) {
 			downtime, deviceState := m.Progress.GetDowntime(), m.Progress.GetBytesDeviceState()

@@ -80,7 +80,7 @@ func (s *Source) runTakenUp(ctx context.Context, err error) {
 		s.log.Error("cannot take up the migration", "error", err)
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 			withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err),
-				"look where the VM runs; only if it certainly runs nowhere, continue it here with QMP 'cont'"),
+				"look where the VM runs; only if it certainly runs nowhere: "+s.fallBackCommand()),
 			"this daemon did not touch the VM")
 	case !s.committed:
 		// Run was never sent: the destination has not run the VM.

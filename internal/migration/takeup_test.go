@@ -162,6 +162,51 @@ func (s *stage) command(t *testing.T, name string) {
 	}
 }
 
+func TestFallBack(t *testing.T) {
+	s := committed(t)
+	if err := s.source.FallBack(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	s.noRecord(t)
+	if err := s.source.FallBack(t.Context()); err == nil {
+		t.Error("a VM that is here again falls back")
+	}
+}
+
+// The hand-over that is being repeated ends first.
+func TestFallBackEndsTheHandOver(t *testing.T) {
+	asked := make(chan struct{}, 100)
+	s := newStage(t, t.Context(), func(int) (*migratedv1.RunResponse, error) {
+		asked <- struct{}{}
+		return nil, status.Error(codes.Unavailable, "a broken wire")
+	})
+	s.source.Start()
+	<-asked
+	if err := s.source.FallBack(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	s.noRecord(t)
+}
+
+func TestFallBackIsRefused(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	if err := s.source.FallBack(t.Context()); err == nil || !strings.Contains(err.Error(), "not been handed over") {
+		t.Errorf("before the commit point: %v", err)
+	}
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if err := s.source.FallBack(t.Context()); err == nil || !strings.Contains(err.Error(), "all of the VM is at the destination") {
+		t.Errorf("after the end: %v", err)
+	}
+}
+
 func (s *stage) noRecord(t *testing.T) {
 	t.Helper()
 	if records, err := s.records.All(); err != nil || len(records) != 0 {

@@ -1273,6 +1273,202 @@ func (x *CancelResponse) GetMigration() *Migration {
 	return nil
 }
 
+type RecoverRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// HOST:PORT under which the source's daemon can be reached; empty: those that
+	// are known.
+	Via           string `protobuf:"bytes,2,opt,name=via,proto3" json:"via,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoverRequest) Reset() {
+	*x = RecoverRequest{}
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverRequest) ProtoMessage() {}
+
+func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
+func (*RecoverRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *RecoverRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RecoverRequest) GetVia() string {
+	if x != nil {
+		return x.Via
+	}
+	return ""
+}
+
+type RecoverResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Migration     *Migration             `protobuf:"bytes,1,opt,name=migration,proto3" json:"migration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoverResponse) Reset() {
+	*x = RecoverResponse{}
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverResponse) ProtoMessage() {}
+
+func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverResponse.ProtoReflect.Descriptor instead.
+func (*RecoverResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RecoverResponse) GetMigration() *Migration {
+	if x != nil {
+		return x.Migration
+	}
+	return nil
+}
+
+type FallBackRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Has to be true: the destination host or its QEMU is gone and will not come
+	// back with the VM.
+	DestinationIsGone bool `protobuf:"varint,2,opt,name=destination_is_gone,json=destinationIsGone,proto3" json:"destination_is_gone,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *FallBackRequest) Reset() {
+	*x = FallBackRequest{}
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FallBackRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FallBackRequest) ProtoMessage() {}
+
+func (x *FallBackRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FallBackRequest.ProtoReflect.Descriptor instead.
+func (*FallBackRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *FallBackRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *FallBackRequest) GetDestinationIsGone() bool {
+	if x != nil {
+		return x.DestinationIsGone
+	}
+	return false
+}
+
+type FallBackResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Migration     *Migration             `protobuf:"bytes,1,opt,name=migration,proto3" json:"migration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FallBackResponse) Reset() {
+	*x = FallBackResponse{}
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FallBackResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FallBackResponse) ProtoMessage() {}
+
+func (x *FallBackResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FallBackResponse.ProtoReflect.Descriptor instead.
+func (*FallBackResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *FallBackResponse) GetMigration() *Migration {
+	if x != nil {
+		return x.Migration
+	}
+	return nil
+}
+
 type CheckRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Path of a VM's QMP Unix socket; empty: check the host alone.
@@ -1286,7 +1482,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1298,7 +1494,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1311,7 +1507,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CheckRequest) GetVm() string {
@@ -1337,7 +1533,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1349,7 +1545,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1362,7 +1558,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CheckResponse) GetResults() []*CheckResult {
@@ -1390,7 +1586,7 @@ type CheckResult struct {
 
 func (x *CheckResult) Reset() {
 	*x = CheckResult{}
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1402,7 +1598,7 @@ func (x *CheckResult) String() string {
 func (*CheckResult) ProtoMessage() {}
 
 func (x *CheckResult) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1415,7 +1611,7 @@ func (x *CheckResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
 func (*CheckResult) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CheckResult) GetSubject() string {
@@ -1461,7 +1657,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1669,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +1682,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 type GetVersionResponse struct {
@@ -1501,7 +1697,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1513,7 +1709,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1526,7 +1722,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -1623,6 +1819,16 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\rCancelRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"F\n" +
 	"\x0eCancelResponse\x124\n" +
+	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"2\n" +
+	"\x0eRecoverRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03via\x18\x02 \x01(\tR\x03via\"G\n" +
+	"\x0fRecoverResponse\x124\n" +
+	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"Q\n" +
+	"\x0fFallBackRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\x13destination_is_gone\x18\x02 \x01(\bR\x11destinationIsGone\"H\n" +
+	"\x10FallBackResponse\x124\n" +
 	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"@\n" +
 	"\fCheckRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
@@ -1662,14 +1868,16 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x18CHECK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fCHECK_STATUS_OK\x10\x01\x12\x18\n" +
 	"\x14CHECK_STATUS_WARNING\x10\x02\x12\x17\n" +
-	"\x13CHECK_STATUS_FAILED\x10\x032\xa1\x04\n" +
+	"\x13CHECK_STATUS_FAILED\x10\x032\xb0\x05\n" +
 	"\x0eControlService\x12D\n" +
 	"\aPrepare\x12\x1b.migrated.v1.PrepareRequest\x1a\x1c.migrated.v1.PrepareResponse\x12>\n" +
 	"\x05Start\x12\x19.migrated.v1.StartRequest\x1a\x1a.migrated.v1.StartResponse\x128\n" +
 	"\x03Get\x12\x17.migrated.v1.GetRequest\x1a\x18.migrated.v1.GetResponse\x12;\n" +
 	"\x04List\x12\x18.migrated.v1.ListRequest\x1a\x19.migrated.v1.ListResponse\x12@\n" +
 	"\x05Watch\x12\x19.migrated.v1.WatchRequest\x1a\x1a.migrated.v1.WatchResponse0\x01\x12A\n" +
-	"\x06Cancel\x12\x1a.migrated.v1.CancelRequest\x1a\x1b.migrated.v1.CancelResponse\x12>\n" +
+	"\x06Cancel\x12\x1a.migrated.v1.CancelRequest\x1a\x1b.migrated.v1.CancelResponse\x12D\n" +
+	"\aRecover\x12\x1b.migrated.v1.RecoverRequest\x1a\x1c.migrated.v1.RecoverResponse\x12G\n" +
+	"\bFallBack\x12\x1c.migrated.v1.FallBackRequest\x1a\x1d.migrated.v1.FallBackResponse\x12>\n" +
 	"\x05Check\x12\x19.migrated.v1.CheckRequest\x1a\x1a.migrated.v1.CheckResponse\x12M\n" +
 	"\n" +
 	"GetVersion\x12\x1e.migrated.v1.GetVersionRequest\x1a\x1f.migrated.v1.GetVersionResponseB>Z<github.com/migrated-vm/migrated/proto/migrated/v1;migratedv1b\x06proto3"
@@ -1687,7 +1895,7 @@ func file_migrated_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_migrated_v1_control_proto_goTypes = []any{
 	(MigrationState)(0),           // 0: migrated.v1.MigrationState
 	(MigrationRole)(0),            // 1: migrated.v1.MigrationRole
@@ -1709,13 +1917,17 @@ var file_migrated_v1_control_proto_goTypes = []any{
 	(*WatchResponse)(nil),         // 17: migrated.v1.WatchResponse
 	(*CancelRequest)(nil),         // 18: migrated.v1.CancelRequest
 	(*CancelResponse)(nil),        // 19: migrated.v1.CancelResponse
-	(*CheckRequest)(nil),          // 20: migrated.v1.CheckRequest
-	(*CheckResponse)(nil),         // 21: migrated.v1.CheckResponse
-	(*CheckResult)(nil),           // 22: migrated.v1.CheckResult
-	(*GetVersionRequest)(nil),     // 23: migrated.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),    // 24: migrated.v1.GetVersionResponse
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
+	(*RecoverRequest)(nil),        // 20: migrated.v1.RecoverRequest
+	(*RecoverResponse)(nil),       // 21: migrated.v1.RecoverResponse
+	(*FallBackRequest)(nil),       // 22: migrated.v1.FallBackRequest
+	(*FallBackResponse)(nil),      // 23: migrated.v1.FallBackResponse
+	(*CheckRequest)(nil),          // 24: migrated.v1.CheckRequest
+	(*CheckResponse)(nil),         // 25: migrated.v1.CheckResponse
+	(*CheckResult)(nil),           // 26: migrated.v1.CheckResult
+	(*GetVersionRequest)(nil),     // 27: migrated.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),    // 28: migrated.v1.GetVersionResponse
+	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
 }
 var file_migrated_v1_control_proto_depIdxs = []int32{
 	1,  // 0: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
@@ -1723,48 +1935,54 @@ var file_migrated_v1_control_proto_depIdxs = []int32{
 	4,  // 2: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
 	6,  // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
 	7,  // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
-	25, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
-	25, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
+	29, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
+	29, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
 	2,  // 7: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
-	26, // 8: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
-	26, // 9: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
-	26, // 10: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
-	26, // 11: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
-	26, // 12: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
-	26, // 13: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
+	30, // 8: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
+	30, // 9: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
+	30, // 10: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
+	30, // 11: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
+	30, // 12: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
+	30, // 13: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
 	4,  // 14: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
 	5,  // 15: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
 	4,  // 16: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
 	5,  // 17: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
 	5,  // 18: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
 	5,  // 19: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
-	26, // 20: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
+	30, // 20: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
 	5,  // 21: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
 	5,  // 22: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
-	22, // 23: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
-	3,  // 24: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
-	1,  // 25: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
-	8,  // 26: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
-	10, // 27: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
-	12, // 28: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
-	14, // 29: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
-	16, // 30: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
-	18, // 31: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
-	20, // 32: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
-	23, // 33: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
-	9,  // 34: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
-	11, // 35: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
-	13, // 36: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
-	15, // 37: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
-	17, // 38: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
-	19, // 39: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
-	21, // 40: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
-	24, // 41: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
-	34, // [34:42] is the sub-list for method output_type
-	26, // [26:34] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	5,  // 23: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 24: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
+	26, // 25: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
+	3,  // 26: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
+	1,  // 27: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
+	8,  // 28: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
+	10, // 29: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
+	12, // 30: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
+	14, // 31: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
+	16, // 32: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
+	18, // 33: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
+	20, // 34: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
+	22, // 35: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
+	24, // 36: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
+	27, // 37: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
+	9,  // 38: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
+	11, // 39: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
+	13, // 40: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
+	15, // 41: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
+	17, // 42: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
+	19, // 43: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
+	21, // 44: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
+	23, // 45: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
+	25, // 46: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
+	28, // 47: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
+	38, // [38:48] is the sub-list for method output_type
+	28, // [28:38] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_control_proto_init() }
@@ -1778,7 +1996,7 @@ func file_migrated_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_control_proto_rawDesc), len(file_migrated_v1_control_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   21,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

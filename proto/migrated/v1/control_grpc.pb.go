@@ -27,6 +27,8 @@ const (
 	ControlService_List_FullMethodName       = "/migrated.v1.ControlService/List"
 	ControlService_Watch_FullMethodName      = "/migrated.v1.ControlService/Watch"
 	ControlService_Cancel_FullMethodName     = "/migrated.v1.ControlService/Cancel"
+	ControlService_Recover_FullMethodName    = "/migrated.v1.ControlService/Recover"
+	ControlService_FallBack_FullMethodName   = "/migrated.v1.ControlService/FallBack"
 	ControlService_Check_FullMethodName      = "/migrated.v1.ControlService/Check"
 	ControlService_GetVersion_FullMethodName = "/migrated.v1.ControlService/GetVersion"
 )
@@ -57,6 +59,14 @@ type ControlServiceClient interface {
 	// Cancel gives up a migration that has not switched over; the VM goes on at
 	// the source. After the switch it is FAILED_PRECONDITION.
 	Cancel(ctx context.Context, in *CancelRequest, opts ...grpc.CallOption) (*CancelResponse, error)
+	// Recover, at the destination, makes the connection to the source's pages
+	// again at once, also at another address. It is made again by itself, at the
+	// addresses that are known; this is for one that was not.
+	Recover(ctx context.Context, in *RecoverRequest, opts ...grpc.CallOption) (*RecoverResponse, error)
+	// FallBack, at the source, gives up a migration whose destination is gone for
+	// good after the switch: the VM goes on here as it was at the switch, and what
+	// it did since is lost. Only the operator can know that it runs nowhere else.
+	FallBack(ctx context.Context, in *FallBackRequest, opts ...grpc.CallOption) (*FallBackResponse, error)
 	// Check says whether this host, and a VM on it, can migrate.
 	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
 	// GetVersion returns what this daemon is.
@@ -140,6 +150,26 @@ func (c *controlServiceClient) Cancel(ctx context.Context, in *CancelRequest, op
 	return out, nil
 }
 
+func (c *controlServiceClient) Recover(ctx context.Context, in *RecoverRequest, opts ...grpc.CallOption) (*RecoverResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RecoverResponse)
+	err := c.cc.Invoke(ctx, ControlService_Recover_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) FallBack(ctx context.Context, in *FallBackRequest, opts ...grpc.CallOption) (*FallBackResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FallBackResponse)
+	err := c.cc.Invoke(ctx, ControlService_FallBack_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *controlServiceClient) Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CheckResponse)
@@ -186,6 +216,14 @@ type ControlServiceServer interface {
 	// Cancel gives up a migration that has not switched over; the VM goes on at
 	// the source. After the switch it is FAILED_PRECONDITION.
 	Cancel(context.Context, *CancelRequest) (*CancelResponse, error)
+	// Recover, at the destination, makes the connection to the source's pages
+	// again at once, also at another address. It is made again by itself, at the
+	// addresses that are known; this is for one that was not.
+	Recover(context.Context, *RecoverRequest) (*RecoverResponse, error)
+	// FallBack, at the source, gives up a migration whose destination is gone for
+	// good after the switch: the VM goes on here as it was at the switch, and what
+	// it did since is lost. Only the operator can know that it runs nowhere else.
+	FallBack(context.Context, *FallBackRequest) (*FallBackResponse, error)
 	// Check says whether this host, and a VM on it, can migrate.
 	Check(context.Context, *CheckRequest) (*CheckResponse, error)
 	// GetVersion returns what this daemon is.
@@ -217,6 +255,12 @@ func (UnimplementedControlServiceServer) Watch(*WatchRequest, grpc.ServerStreami
 }
 func (UnimplementedControlServiceServer) Cancel(context.Context, *CancelRequest) (*CancelResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Cancel not implemented")
+}
+func (UnimplementedControlServiceServer) Recover(context.Context, *RecoverRequest) (*RecoverResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Recover not implemented")
+}
+func (UnimplementedControlServiceServer) FallBack(context.Context, *FallBackRequest) (*FallBackResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method FallBack not implemented")
 }
 func (UnimplementedControlServiceServer) Check(context.Context, *CheckRequest) (*CheckResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
@@ -346,6 +390,42 @@ func _ControlService_Cancel_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_Recover_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RecoverRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).Recover(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_Recover_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).Recover(ctx, req.(*RecoverRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_FallBack_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FallBackRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).FallBack(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_FallBack_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).FallBack(ctx, req.(*FallBackRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ControlService_Check_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CheckRequest)
 	if err := dec(in); err != nil {
@@ -408,6 +488,14 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Cancel",
 			Handler:    _ControlService_Cancel_Handler,
+		},
+		{
+			MethodName: "Recover",
+			Handler:    _ControlService_Recover_Handler,
+		},
+		{
+			MethodName: "FallBack",
+			Handler:    _ControlService_FallBack_Handler,
 		},
 		{
 			MethodName: "Check",

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// errFallBack is why a migration that could not be finished ended.
+var errFallBack = errors.New("its operator declared the destination gone: the VM is again as it was at the switch")
+
+// FallBack continues a VM that was handed over, as it was at the switch, because
+// its destination is gone. The caller knows that the VM runs nowhere else; nobody
+// else can. It returns when the VM runs here.
+func (s *Source) FallBack(ctx context.Context) error {
+	s.commitMu.Lock()
+	committed := s.committed
+	s.commitMu.Unlock()
+	if view, _ := s.Snapshot(); view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		return errors.New("all of the VM is at the destination, and nothing of it here any more")
+	}
+	if !committed {
+		return withRemedy(errors.New("the VM has not been handed over"), "cancel the migration")
+	}
+	s.cancel(errFallBack)
+	select { // its pages are not served from here on, and nobody repeats Run
+	case <-s.done:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if view, _ := s.Snapshot(); view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		return errors.New("the migration completed at this moment")
+	}
+	if err := s.continueHandedOver(ctx); err != nil {
+		return fmt.Errorf("continue the VM here: %w", err)
+	}
+	s.giveBack()
+	s.forgetRecord()
+	s.log.Warn("fell back: the VM runs here as it was at the switch")
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errFallBack, "the VM runs on the source")
+	return nil
+}
+
+func (s *Source) fallBackCommand() string {
+	return "migrated fallback " + s.cfg.ID + " --destination-is-gone"
+}
+
+// continueHandedOver continues the VM of the record.
+func (s *Source) continueHandedOver(ctx context.Context) error {
+	vm, err := qemu.Attach(ctx, s.cfg.Spec.GetVm())
+	if err != nil {
+		return fmt.Errorf("attach to the VM: %w", err)
+	}
+	_, found, err := s.cfg.Records.ForVM(s.cfg.Spec.GetVm(), vm.Pid)
+	if err == nil && !found {
+		err = fmt.Errorf("%s is not the QEMU that the VM was handed over from", s.cfg.Spec.GetVm())
+	}
+	if err == nil && s.wasRunning {
+		_, err = vm.Cont(ctx)
+	}
+	return errors.Join(err, vm.Close())
+}
