@@ -108,7 +108,7 @@ func TestOnDebian(t *testing.T) {
 			[]string{
 				"allow migrated_t migrated_log_t:file { append create getattr open read setattr unlink write };",
 				"allow migrated_t migrated_qemu_ram:file { getattr map open read write };",
-				"allow migrated_t migrated_record_t:file { create getattr open read rename setattr unlink write };",
+				"allow migrated_t migrated_record_t:file { create getattr map open read rename setattr unlink write };",
 				"allow migrated_t migrated_t:file { append getattr ioctl lock open read write };", // its own /proc/PID
 			},
 		},

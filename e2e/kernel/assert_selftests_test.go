@@ -19,7 +19,7 @@ func selftests(t *testing.T, tree Tree, ask []assertion) (programs []File, polic
 			continue
 		}
 		// The kernel is of two minds about how to join words.
-		source := one(t, filepath.Join(tree.Selftests, "*", strings.ReplaceAll(name, "-", "[-_]")+".c"))
+		source := one(t, filepath.Join(tree.Selftests, "*", strings.ReplaceAll(name, "-", `[\-_]`)+".c"))
 		dir, file := filepath.Split(source)
 		program := strings.TrimSuffix(file, ".c")
 		out := filepath.Join(t.TempDir(), program)

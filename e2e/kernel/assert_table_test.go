@@ -98,7 +98,7 @@ var points = []point{
 		{"fork-descriptor-closed", "the last descriptor closed: the fork goes on", "forked", "forked"},
 		{"fork-child-descriptor-closed", "the child's descriptor closed while the forker waits as in vfork(): the child goes on", "released", "released"},
 		{"fork-denied-reader-dies", "the denied reader killed, no other: the fork goes on", "EACCES-forked", "EACCES-forked"},
-		{"fork-forker-dies", "the forker killed: the event is gone, no file is left", "killed", "killed"},
+		{"fork-forker-dies", "the forker killed: the event is gone", "killed", "killed"},
 	}},
 	{"The child's file is made at fork", []assertion{
 		{"fork-file-max", "no file for the forker: its fork fails, the next one is fine", "event", "ENOMEM-event"},

@@ -15,19 +15,23 @@ import (
 // that long unless it is broken.
 const patience = 5 * time.Minute
 
-// need skips a test where a command is missing that it runs; CI has them all.
+// need skips a test where a command is missing that it runs.
 func need(t *testing.T, commands ...string) {
 	t.Helper()
 	for _, command := range commands {
-		_, err := exec.LookPath(command)
-		switch {
-		case err == nil:
-		case os.Getenv("CI") == "true":
-			t.Fatal(err)
-		default:
-			t.Skip(err)
+		if _, err := exec.LookPath(command); err != nil {
+			cannotRun(t, err)
 		}
 	}
+}
+
+// cannotRun says why a test cannot run here, which CI does not accept.
+func cannotRun(t *testing.T, reason any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatal(reason)
+	}
+	t.Skip(reason)
 }
 
 // testContext ends with the test's patience.

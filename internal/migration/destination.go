@@ -253,7 +253,11 @@ func (d *Destination) takeDescriptor(ctx context.Context) error {
 	var err error
 	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.vm.HandFD})
 	if err != nil {
-		return fmt.Errorf("take a userfaultfd from the destination QEMU: %w", err)
+		err = fmt.Errorf("take a userfaultfd from the destination QEMU: %w", err)
+		if errors.Is(err, inject.ErrForbidden) {
+			err = withRemedy(err, "look for \"avc: denied\" in the kernel's log of the destination; what its policy must allow is in deploy/selinux")
+		}
+		return err
 	}
 	if err := d.supervise(); err != nil {
 		return err

@@ -244,17 +244,6 @@ long get(const char *path)
 	return strtol(text, NULL, 10);
 }
 
-bool files_are_back(long before)
-{
-	for (int left = PATIENCE; left > 0; left--) {
-		if (get(FILES) <= before)
-			return true;
-		poll(NULL, 0, 1);
-	}
-	note("%ld files, before: %ld", get(FILES), before);
-	return false;
-}
-
 void fail_nth(int file, int n)
 {
 	char text[16];

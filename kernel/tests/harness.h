@@ -104,10 +104,6 @@ void put(const char *path, const char *format, ...)
 int try_put(const char *path, const char *text); /* 0 or errno */
 long get(const char *path);
 
-/* Open files of the whole system, which are freed a moment after closing. */
-#define FILES "/proc/sys/fs/file-nr"
-bool files_are_back(long before);
-
 /* Makes the n-th allocation of the calling thread fail, from here on. */
 void fail_nth(int file, int n);
 bool was_injected(int file); /* and ends it */

@@ -30,7 +30,7 @@ static const struct test *const themes[] = {
 };
 
 /* The host has the reason in the LOG lines before. */
-static void give_up(const char *what)
+static void __attribute__((noreturn)) give_up(const char *what)
 {
 	note("init: %s: %s", what, strerror(errno));
 	reboot(RB_POWER_OFF);

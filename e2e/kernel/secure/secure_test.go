@@ -122,8 +122,9 @@ func TestSecureMigration(t *testing.T) {
 	}
 }
 
-// boot boots a kernel with the initramfs and returns what the guest reported.
-func boot(t *testing.T, bzImage, initrd string) map[string]string {
+// boot boots a kernel with the initramfs, gives args to its /init, and returns
+// what the guest reported.
+func boot(t *testing.T, bzImage, initrd string, args ...string) map[string]string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -133,7 +134,7 @@ func boot(t *testing.T, bzImage, initrd string) map[string]string {
 		Kernel: bzImage, Initrd: initrd, MemoryMiB: 1024,
 		// What the kernel merely notes, refused accesses among it, would come
 		// in between the guest's lines.
-		CommandLine: "lsm=selinux loglevel=5",
+		CommandLine: strings.Join(append([]string{"lsm=selinux loglevel=5 --"}, args...), " "),
 	}, func(line string) error {
 		t.Log(line)
 		words := strings.Fields(line)

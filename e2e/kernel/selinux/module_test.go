@@ -156,7 +156,7 @@ var denials = []denial{
 
 // TestModule: what the module permits works, and nothing else does.
 func TestModule(t *testing.T) {
-	got := boot(t, policy(t))
+	got := bootGuest(t, policy(t, base))
 	if diff := cmp.Diff(expected, got.results); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
@@ -173,7 +173,7 @@ func TestCategories(t *testing.T) {
 	if err := os.WriteFile(generous, []byte("(allow init_t migrated_uffd_t (anon_inode (read)))\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	got := boot(t, policy(t, "-N", generous)) // -N: N1 would not have it
+	got := bootGuest(t, policy(t, base, "-N", generous)) // -N: N1 would not have it
 	for name, want := range map[string]string{
 		"trusted-getfd":                      "EACCES",
 		"trusted-scm-rights":                 "refused",
@@ -188,8 +188,8 @@ func TestCategories(t *testing.T) {
 	}
 }
 
-// policy compiles the base policy with the module and whatever else is given to secilc.
-func policy(t *testing.T, more ...string) string {
+// policy compiles the module with what is given to secilc.
+func policy(t *testing.T, args ...string) string {
 	t.Helper()
 	files, err := filepath.Glob(modules)
 	if err != nil || len(files) == 0 {
@@ -199,7 +199,7 @@ func policy(t *testing.T, more ...string) string {
 		cannotRun(t, "%v: install the packages of scripts/setup", err)
 	}
 	out := filepath.Join(t.TempDir(), "policy")
-	args := slices.Concat([]string{"-c", "33", "-o", out, "-f", os.DevNull, base}, files, more)
+	args = slices.Concat([]string{"-c", "33", "-o", out, "-f", os.DevNull}, args, files)
 	if said, err := exec.CommandContext(t.Context(), "secilc", args...).CombinedOutput(); err != nil {
 		t.Fatalf("secilc: %v\n%s", err, said)
 	}
@@ -216,35 +216,47 @@ type denial struct{ permission, source, target, class string }
 
 var avc = regexp.MustCompile(`avc:  denied  \{ (.*?) \} .* scontext=system_u:\w+:(\S+) tcontext=system_u:\w+:(\S+) tclass=(\w+) permissive=0`)
 
-// boot runs testdata/guest.c as PID 1 under a policy.
-func boot(t *testing.T, policy string) seen {
+// bootGuest runs testdata/guest.c as PID 1 under a policy.
+func bootGuest(t *testing.T, policy string) seen {
 	t.Helper()
-	for _, program := range []string{"gcc", "qemu-system-x86_64"} {
-		if _, err := exec.LookPath(program); err != nil {
-			cannotRun(t, "%v: install the packages of scripts/setup", err)
-		}
+	program := compileC(t, "testdata/guest.c")
+	files := []kernel.File{{Name: "policy", Path: policy}}
+	for _, name := range []string{"init", "bin/qemu", "bin/migrated", "bin/other"} { // one program, with a label each
+		files = append(files, kernel.File{Name: name, Mode: 0o755, Path: program})
+	}
+	return boot(t, files)
+}
+
+func compileC(t *testing.T, source string) string {
+	t.Helper()
+	if _, err := exec.LookPath("gcc"); err != nil {
+		cannotRun(t, "%v: install the packages of scripts/setup", err)
+	}
+	source, err := filepath.Abs(source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(t.TempDir(), "program")
+	if err := kernel.CompileC(t.Context(), filepath.Dir(source), program, source); err != nil {
+		t.Fatal(err)
+	}
+	return program
+}
+
+// boot boots the stock kernel with these files and returns what their /init, and the kernel, said.
+func boot(t *testing.T, files []kernel.File) seen {
+	t.Helper()
+	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+		cannotRun(t, "%v: install the packages of scripts/setup", err)
 	}
 	tree, err := kernel.Build(t.Context(), kernel.Stock)
 	if err != nil {
 		cannotRun(t, "%v", err)
 	}
-	dir := t.TempDir()
-	program := filepath.Join(dir, "guest")
-	source, err := filepath.Abs("testdata/guest.c")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := kernel.CompileC(t.Context(), dir, program, source); err != nil {
-		t.Fatal(err)
-	}
-	files := []kernel.File{{Name: "policy", Path: policy}}
-	for _, name := range []string{"init", "bin/qemu", "bin/migrated", "bin/other"} { // one program, with a label each
-		files = append(files, kernel.File{Name: name, Mode: 0o755, Path: program})
-	}
 	for _, name := range []string{"proc", "sys", "dev", "run"} {
 		files = append(files, kernel.File{Name: name, Mode: fs.ModeDir | 0o755})
 	}
-	initrd, err := kernel.Initramfs(dir, files)
+	initrd, err := kernel.Initramfs(t.TempDir(), files)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,7 +267,7 @@ func boot(t *testing.T, policy string) seen {
 	got := seen{results: make(map[string]string)}
 	done := false
 	err = kernel.Boot(ctx, kernel.Options{
-		Kernel: tree.BzImage, Initrd: initrd, CommandLine: "lsm=selinux loglevel=6", Log: &console,
+		Kernel: tree.BzImage, Initrd: initrd, CommandLine: "lsm=selinux loglevel=5", Log: &console,
 	}, func(line string) error {
 		if match := avc.FindStringSubmatch(line); match != nil {
 			for permission := range strings.FieldsSeq(match[1]) {

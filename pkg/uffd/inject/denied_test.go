@@ -61,3 +61,17 @@ func TestDenied(t *testing.T) {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
+
+// TestForbidden: EACCES is a security module's, and says who was refused what.
+func TestForbidden(t *testing.T) {
+	for _, method := range []string{MethodSyscall, MethodDevice} {
+		err := target{pid: os.Getpid()}.explain(method, unix.EACCES)
+		if !refused(err) || !errors.Is(err, ErrForbidden) || !errors.Is(err, unix.EACCES) ||
+			!strings.Contains(err.Error(), fmt.Sprintf("process %d", os.Getpid())) {
+			t.Errorf("%s: %v", method, err)
+		}
+		if err := (target{pid: os.Getpid()}).explain(method, unix.EPERM); !refused(err) || errors.Is(err, ErrForbidden) {
+			t.Errorf("%s, EPERM: %v", method, err)
+		}
+	}
+}

@@ -31,6 +31,10 @@ var (
 	// have killed the process, for which reason the call was not made.
 	ErrSeccomp = errors.New("refused by the process' seccomp filter")
 
+	// ErrForbidden says that a security module (SELinux, say) does not let the process create a userfaultfd, or
+	// does not let us receive it (EACCES).
+	ErrForbidden = errors.New("a security module forbids it")
+
 	// ErrNotRestored says that the thread is stuck inside the injected call in uninterruptible sleep. It stays
 	// traced, and is restored and released in the background as soon as the call returns.
 	ErrNotRestored = errors.New("injected system call does not return")
@@ -72,6 +76,17 @@ func deniedRemedy() string {
 		remedy += fmt.Sprintf("; kernel.yama.ptrace_scope is %s", strings.TrimSpace(string(scope)))
 	}
 	return remedy + "; if it has the capability, look for a denial by SELinux or AppArmor in the audit log"
+}
+
+// forbidden names whom a security module forbade what. Labels are those of the processes, where it has labels.
+func forbidden(pid int, what string, err error) error {
+	who := fmt.Sprintf("process %d", pid)
+	if label, readErr := os.ReadFile(fmt.Sprintf("/proc/%d/attr/current", pid)); readErr == nil {
+		if text := strings.TrimRight(string(label), "\x00\n"); text != "" {
+			who += " (" + text + ")"
+		}
+	}
+	return fmt.Errorf("%w: %s may not %s: %w", ErrForbidden, who, what, err)
 }
 
 // both joins errors, but says only once that the process is gone.

@@ -193,7 +193,9 @@ func (t target) explain(method string, err error) error {
 		return &refusal{err, "allow " + method + " in that filter"}
 	case errors.Is(err, unix.ENOSYS) && method == MethodSyscall:
 		return &refusal{err, "the kernel has no userfaultfd (CONFIG_USERFAULTFD), or a seccomp filter hides it"}
-	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
+	case errors.Is(err, unix.EACCES):
+		return &refusal{forbidden(t.pid, "create a userfaultfd", err), "its policy must allow it"}
+	case errors.Is(err, unix.EPERM):
 		st, statErr := readStatus(t.pid)
 		who := "the process"
 		if statErr == nil {
@@ -211,6 +213,9 @@ func (t target) duplicate(fd int) (int, error) {
 		return -1, err
 	}
 	local, err := unix.PidfdGetfd(t.pidfd, fd, 0) // is close-on-exec
+	if errors.Is(err, unix.EACCES) {
+		err = forbidden(os.Getpid(), "receive that process' userfaultfd", err)
+	}
 	if err != nil {
 		return -1, fmt.Errorf("pidfd_getfd of descriptor %d of process %d: %w", fd, t.pid, err)
 	}

@@ -114,8 +114,8 @@ func (s *scene) forbidden(ctx context.Context, log *audit) error {
 		denied []string // in the kernel's log
 		told   []string // to the operator
 	}{
-		{"no-create", []string{"{ create }", "svirt_t", "anon_inode"}, []string{"userfaultfd"}},
-		{"no-receive", []string{"{ read }", "migrated_t", "anon_inode"}, []string{"pidfd_getfd"}},
+		{"no-create", []string{"{ create }", "svirt_t", "anon_inode"}, []string{"security module", "(" + fullContext(qemuDomain) + ") may not create", "deploy/selinux"}},
+		{"no-receive", []string{"{ read }", "migrated_t", "anon_inode"}, []string{"security module", "(" + fullContext(daemonDomain) + ") may not receive", "deploy/selinux"}},
 	} {
 		if err := loadPolicy(c.policy); err != nil {
 			return err

@@ -69,7 +69,6 @@ func (h *host) furnish() error {
 	}
 	err = errors.Join(
 		os.Mkdir(h.path(daemonDir), 0o755),
-		os.Mkdir(h.path(daemonDir+"/handed-over"), 0o755),
 		os.Mkdir(h.path(vmDir), 0o755),
 		os.WriteFile(h.path(vmDir+"/disk"), disk, 0o600),
 		os.Chown(h.path(vmDir), qemuUser, qemuUser),
@@ -80,7 +79,6 @@ func (h *host) furnish() error {
 	return errors.Join(
 		label(h.path("/run"), "object_r:var_run_t:s0"),
 		label(h.path(daemonDir), "object_r:migrated_runtime_t:s0"),
-		label(h.path(daemonDir+"/handed-over"), "object_r:migrated_record_t:s0"),
 		label(h.path(vmDir), "object_r:svirt_runtime_t:s0"),
 		label(h.path(vmDir+"/disk"), "object_r:svirt_image_t:"+categories))
 }

@@ -28,6 +28,8 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
+#include "denials.h"
+
 #define PAGE 4096UL
 #define PAGES 16UL
 #define SOCKET "/run/vm/qmp.sock"
@@ -453,6 +455,7 @@ static void init(void)
 	start("/bin/other", "init_t:s0:c1,c2", "trusted-with-categories", NULL);
 	start("/bin/other", "migrated_t:s0", "forged", NULL);
 	start("/bin/other", "init_t:s0-s0:c0.c7", "init", NULL);
+	log_denials();
 	printf("DONE\n");
 	fflush(stdout);
 	sync();
