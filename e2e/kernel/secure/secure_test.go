@@ -46,7 +46,7 @@ var claims = []struct {
 	// Under the policy, everything with --require-secure (confined.go).
 	{"policy", "the policy is loaded and enforced", "enforcing", "enforcing"},
 	{"domains", "both daemons run in migrated_t, both QEMUs in svirt_t with the VM's categories", "confined", "confined"},
-	{"vcpu", "a KVM vCPU sleeps in a page fault that the descriptor is about, while no page comes", "waits", "waits"},
+	{"there-vcpu", "a KVM vCPU sleeps in a page fault that the descriptor is about, while no page comes", "waits", "waits"},
 	{"there", "the migration completes", "labelled", "flag"},
 	{"there-label", "the descriptor's label", descriptorLabel, descriptorLabel},
 	{"there-guest", "the vCPU goes on", "counts", "counts"},
@@ -81,7 +81,9 @@ var claims = []struct {
 	{"no-receive-destination", "the destination's QEMU is ended", "gone", "gone"},
 	{"no-receive-log", "the kernel logs what it refused", "denied", "denied"},
 
-	// And with the policy again, into a QEMU that the daemon starts.
+	// And with the policy again, into a QEMU that the daemon starts; another
+	// daemon takes its place in the middle.
+	{"again-vcpu", "a KVM vCPU waits, also for a daemon that is killed meanwhile", "waits", "waits"},
 	{"again", "the migration completes", "labelled", "flag"},
 	{"again-label", "the descriptor's label, without categories", plainLabel, plainLabel},
 	{"again-guest", "the VM counts on", "counts", "counts"},

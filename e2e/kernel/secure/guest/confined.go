@@ -36,33 +36,38 @@ func confined(ctx context.Context, log *audit) error {
 	return err
 }
 
-// there is the migration that all of this is about. Right after the switch
-// the source's daemon is stopped, so that no page comes: the vCPU must run
-// into a missing one and wait, until the daemon goes on.
-func (s *scene) there(ctx context.Context, log *audit) error {
-	qemu, err := s.to().startIncoming(ctx)
-	if err != nil {
+// there is the migration that all of this is about.
+func (s *scene) there(ctx context.Context, _ *audit) error {
+	if _, err := s.to().startIncoming(ctx); err != nil {
 		return err
 	}
 	check("domains", "confined", s.domains())
-	before, id, daemon := s.from().pass(), s.id(), s.daemons[s.vm]
-	if _, err := s.from().operate(ctx, s.attach(id, "--require-secure", "--detach")...); err != nil {
+	id := s.id()
+	return s.starve(ctx, "there", id, s.attach(id, "--require-secure"), func() error { return nil })
+}
+
+// starve migrates, and stops the source's daemon right after the switch, so
+// that no page comes: the vCPU must run into a missing one and wait. Then it does
+// meanwhile and lets the daemon go on.
+func (s *scene) starve(ctx context.Context, name, id string, args []string, meanwhile func() error) error {
+	before, daemon := s.from().pass(), s.daemons[s.vm].cmd.Process
+	if _, err := s.from().operate(ctx, append(args, "--detach")...); err != nil {
 		return err
 	}
 	if err := s.to().resumed(ctx); err != nil {
 		return err
 	}
-	if err := daemon.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+	if err := daemon.Signal(unix.SIGSTOP); err != nil {
 		return err
 	}
-	check("vcpu", "waits", vcpuWaits(ctx, qemu.pid()))
-	if err := daemon.cmd.Process.Signal(unix.SIGCONT); err != nil {
+	check(name+"-vcpu", "waits", vcpuWaits(ctx, s.to().qemu()))
+	if err := errors.Join(meanwhile(), daemon.Signal(unix.SIGCONT)); err != nil {
 		return err
 	}
 	if _, err := s.from().operate(ctx, "watch", id); err != nil {
 		return err
 	}
-	return s.moved(ctx, "there", id, before)
+	return s.moved(ctx, name, id, before)
 }
 
 // domains checks that the policy is about these processes.
@@ -137,14 +142,21 @@ func (s *scene) forbidden(ctx context.Context, log *audit) error {
 }
 
 // again migrates once more, into a QEMU that the daemon starts: the VM is
-// unharmed by what was forbidden.
+// unharmed by what was forbidden. And the daemon is killed while the vCPU waits;
+// another takes the descriptor from QEMU again.
 func (s *scene) again(ctx context.Context, log *audit) error {
 	// The new QEMU has no categories. Who has some labels files for it.
 	if err := errors.Join(s.to().clear(), label(s.to().path(vmDir+"/disk"), "object_r:svirt_image_t:s0")); err != nil {
 		return err
 	}
-	mark, id := log.mark(), s.id()
-	if err := s.migrate(ctx, "again", id, []string{"migrate", "--vm", qmpPath, "--to", s.to().daemonAddr(), "--id", id}); err != nil {
+	mark, id, arrival := log.mark(), s.id(), 1-s.vm
+	args := []string{"migrate", "--vm", qmpPath, "--to", s.to().daemonAddr(), "--id", id}
+	err := s.starve(ctx, "again", id, args, func() (err error) {
+		s.daemons[arrival].kill()
+		s.daemons[arrival], err = s.hosts[arrival].startDaemon(ctx, "--require-secure")
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	logf("again: QEMU, which the daemon started, runs in %s", domainOf(s.from().qemu()))

@@ -171,11 +171,15 @@ func vcpuWaits(ctx context.Context, pid int) error {
 	return fmt.Errorf("process %d has no thread of a KVM vCPU", pid)
 }
 
-// resumed waits until QEMU on this host runs the VM. The daemon's own
-// connection is to the other socket.
+// resumed waits until QEMU on this host, which may yet have to be started, runs
+// the VM. The daemon's own connection is to the other socket.
 func (h *host) resumed(ctx context.Context) error {
-	client, err := qmp.Dial(ctx, h.path(eventsPath))
-	if err != nil {
+	var client *qmp.Client
+	if err := until(ctx, "QEMU's second QMP socket", func() bool {
+		var err error
+		client, err = qmp.Dial(ctx, h.path(eventsPath))
+		return err == nil
+	}); err != nil {
 		return err
 	}
 	defer client.Disconnect() //nolint:errcheck // it was only read from
