@@ -84,6 +84,7 @@ var claims = []struct {
 	// And with the policy again, into a QEMU that the daemon starts; another
 	// daemon takes its place in the middle.
 	{"again-vcpu", "a KVM vCPU waits, also for a daemon that is killed meanwhile", "waits", "waits"},
+	{"again-successor", "the daemon that is started instead takes the descriptor from QEMU once more", "took-up", "took-up"},
 	{"again", "the migration completes", "labelled", "flag"},
 	{"again-label", "the descriptor's label, without categories", plainLabel, plainLabel},
 	{"again-guest", "the VM counts on", "counts", "counts"},

@@ -159,6 +159,11 @@ func (s *scene) again(ctx context.Context, log *audit) error {
 	if err != nil {
 		return err
 	}
+	const says = "taking up a migration that an earlier run of this daemon left"
+	if !strings.Contains(s.daemons[arrival].said.String(), says) {
+		err = fmt.Errorf("the second daemon does not say %q", says)
+	}
+	check("again-successor", "took-up", err)
 	logf("again: QEMU, which the daemon started, runs in %s", domainOf(s.from().qemu()))
 	return s.undisturbed(ctx, log, "again-log", mark)
 }
