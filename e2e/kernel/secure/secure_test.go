@@ -34,7 +34,7 @@ var claims = []struct {
 	shows          string
 	stock, patched string
 }{
-	// Without a policy, as root (bare.go).
+	// Without a policy (bare.go).
 	{"bare-require", "without a policy only the flag supervises; --require-secure refuses a migration without it", "refused", "flag"},
 	{"bare-require-guest", "the VM counts on, at the source after a refusal", "counts", "counts"},
 	{"bare-require-destination", "a QEMU that was to be arrived in is ended with the refusal", "gone", ""},
