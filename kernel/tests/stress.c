@@ -7,6 +7,7 @@
 
 #include <sys/prctl.h>
 #include <sys/random.h>
+#include <sys/rseq.h>
 #include <time.h>
 
 #define KMEMLEAK "/sys/kernel/debug/kmemleak"
@@ -39,9 +40,15 @@ struct sweep {
 	int n, failed, unharmed;
 };
 
-/* Every kind of allocation, not only those that must not wait. */
+/*
+ * Every kind of allocation, not only those that must not wait. What the kernel
+ * writes to the thread's rseq area, whenever it is preempted, may need a page,
+ * and without one the thread is killed, so there is to be no such area.
+ */
 static void arm_all(void)
 {
+	MUST(syscall(SYS_rseq, (char *)__builtin_thread_pointer() + __rseq_offset,
+		     sizeof(struct rseq), RSEQ_FLAG_UNREGISTER, RSEQ_SIG));
 	put("/sys/kernel/debug/failslab/ignore-gfp-wait", "N");
 	put("/sys/kernel/debug/failslab/verbose", "0");
 	put("/sys/kernel/debug/fail_page_alloc/ignore-gfp-wait", "N");
@@ -106,32 +113,60 @@ static void fail_fork(const void *domain)
 	judge(&w, files);
 }
 
+/* A reader in a process of its own, whose table of descriptors is full. */
+struct unlucky {
+	struct scene *s;
+	int n, said[2];
+};
+
+#define TABLE 64 /* the kernel allocates a larger one from here on */
+
+static void read_failing(void *arg)
+{
+	struct unlucky *u = arg;
+	struct uffd_msg msg;
+	int nth, error;
+
+	while (dup(STDIN_FILENO) < TABLE - 2)
+		;
+	nth = MUST(open("/proc/thread-self/fail-nth", O_RDWR | O_CLOEXEC));
+	CHECK(nth == TABLE - 1);
+	fail_nth(nth, u->n);
+	error = read(u->s->uffd[0], &msg, sizeof(msg)) < 0 ? errno : 0;
+	say(u->said[1], was_injected(nth));
+	say(u->said[1], error);
+	_exit(0);
+}
+
 /* The reader's: what fails must leave the event where it is. */
 static void fail_read(const void *domain)
 {
 	struct scene s = { .flags = O_CLOEXEC | O_NONBLOCK, .abandoned = true };
+	struct unlucky u = { .s = &s };
 	struct sweep w = {};
-	int nth, child, error;
+	int child, error, status;
 	bool injected;
 	long files;
 
 	arm_all();
+	MUST(pipe(u.said));
 	begin(&s, domain);
-	nth = MUST(open("/proc/thread-self/fail-nth", O_RDWR | O_CLOEXEC));
 	files = get(FILES);
 	do {
-		struct uffd_msg msg;
+		pid_t pid;
 
 		order(&s, FORK);
 		CHECK(ready(s.uffd[0], PATIENCE));
-		fail_nth(nth, ++w.n);
-		error = read(s.uffd[0], &msg, sizeof(msg)) < 0 ? errno : 0;
-		injected = was_injected(nth);
-		child = msg.arg.fork.ufd;
-		if (error)
+		u.n = ++w.n;
+		pid = spawn(read_failing, &u);
+		injected = hear(u.said[0]);
+		error = hear(u.said[0]);
+		CHECK(gone(pid, &status));
+		if (error) {
 			CHECK(!read_fork(s.uffd[0], &child));
+			close(child);
+		}
 		CHECK(!fork_result(&s));
-		close(child);
 	} while (!swept(&w, injected, error));
 	judge(&w, files);
 }
