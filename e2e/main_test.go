@@ -21,6 +21,7 @@ import (
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	metalguest "github.com/migrated-vm/migrated/e2e/metal"
+	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -325,6 +326,9 @@ func checkMetal(t *testing.T, vm lab.VMConfig, h *lab.Host) uint64 {
 	if err != nil {
 		t.Errorf("memory on host %s: %v", h.Name, err)
 	}
+	if vm.VCPUs == 1 {
+		checkPosition(t, client, vm, result)
+	}
 	if err := client.Do(testContext(t), "cont", nil, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -332,6 +336,26 @@ func checkMetal(t *testing.T, vm lab.VMConfig, h *lab.Host) uint64 {
 		t.Fatal(err)
 	}
 	return uint64(result.Pass)
+}
+
+// checkPosition compares memory with where the stopped guest is.
+func checkPosition(t *testing.T, client *qmp.Client, vm lab.VMConfig, result metalguest.Result) {
+	t.Helper()
+	var text string
+	if err := client.Do(testContext(t), "human-monitor-command", map[string]string{"command-line": "info registers"}, &text); err != nil {
+		t.Fatal(err)
+	}
+	at, err := metalguest.ParseRegisters(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end, err := metalguest.End(vm.MemoryMiB)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := result.Meets(at, end); err != nil {
+		t.Error(err)
+	}
 }
 
 // awaitFile waits until a file exists.

@@ -12,7 +12,9 @@
 #         write the pass number to the serial port
 #
 # So at any moment the pages hold pass up to some page, and pass - 1 from there
-# on, and all the rest of each page is zero. metal.go checks that.
+# on, and all the rest of each page is zero. verify.go checks that, and with the
+# registers that it is this page and this pass: writes that got lost from a page
+# on to the end would else look like a guest that has come as far as that page.
 #
 # The counter's place in the page depends on the page (SLOT), so that a page
 # that lands at another's place is out of place in itself:
@@ -60,6 +62,7 @@ flat:
 next_pass:
     inc ebx
     mov edi, FIRST
+    .org 0x80, 0x90             # where metal.go knows it: edi is the page, ebx the pass
 next_page:
     mov esi, edi                # esi = edi + SLOT(edi)
     shr esi, 9
@@ -78,6 +81,7 @@ named:
     cmp edi, ebp
     jb next_page
 
+    .org 0xc0, 0x90             # from here on all pages hold ebx
     mov edi, ebx                # the line: eight hexadecimal digits
     mov esi, 8
 next_digit:
