@@ -105,10 +105,9 @@ kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefi
 # What is left of 'make -C kernel test' once the kernels are there: their build would take longer than a
 # test may.
 .PHONY: kernel-tests
-kernel-tests: build
+kernel-tests:
 	@packages=$(or $(if $(PKG),'$(PKG)'),$$(scripts/test-packages kernel)); \
-	  MIGRATED_BINARY='$(CURDIR)/build/migrated' \
-	  go test -p 1 -timeout 15m $(TEST_FLAGS) $$packages
+	  go test -p 1 -timeout 30m $(TEST_FLAGS) $$packages
 
 .PHONY: clean
 clean: ## remove what was built here (not the caches outside)
