@@ -4,6 +4,7 @@ package kernel
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io/fs"
 	"os"
@@ -54,7 +55,7 @@ func assert(t *testing.T, v Variant, points ...point) {
 			}
 		}
 	}
-	got, log := outcomes(t, tree, ask)
+	got, log := outcomes(t, v, tree, ask)
 	for _, a := range ask {
 		t.Run(a.name, func(t *testing.T) {
 			t.Log(about(log, a.name))
@@ -67,8 +68,14 @@ func assert(t *testing.T, v Variant, points ...point) {
 
 // outcomes runs the tests in the guest. Every one answers, once, and nothing
 // else does.
-func outcomes(t *testing.T, tree Tree, ask []assertion) (got map[string]string, log []string) {
+func outcomes(t *testing.T, v Variant, tree Tree, ask []assertion) (got map[string]string, log []string) {
 	t.Helper()
+	limit, memory := patience, 768
+	if v == Debug { // slower, and it has its own use for memory
+		limit, memory = 2*patience, 1024
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
 	got = map[string]string{}
 	done := false
 	o := Options{
@@ -77,8 +84,9 @@ func outcomes(t *testing.T, tree Tree, ask []assertion) (got map[string]string, 
 		// Notices, to which the audit log belongs, would come amid the results.
 		// KERNEL_TEST_ARGS=seed=N repeats a race.
 		CommandLine: "loglevel=5 " + os.Getenv("KERNEL_TEST_ARGS"),
+		MemoryMiB:   memory,
 	}
-	err := Boot(testContext(t), o, func(line string) error {
+	err := Boot(ctx, o, func(line string) error {
 		log = append(log, line)
 		word := strings.Fields(line)
 		switch {
