@@ -106,7 +106,8 @@ func (h *host) countsBeyond(ctx context.Context, pass uint32) error {
 // countsOn waits for two passes from now: one may have been on its way.
 func (h *host) countsOn(ctx context.Context) error { return h.countsBeyond(ctx, h.pass()+1) }
 
-// verify stops the guest, reads all its memory, and lets it go on.
+// verify stops the guest, compares all its memory with what it wrote up to where
+// it is, and lets it go on.
 func (h *host) verify(ctx context.Context) (metal.Result, error) {
 	client, err := qmp.Dial(ctx, h.path(qmpPath))
 	if err != nil {
@@ -118,6 +119,21 @@ func (h *host) verify(ctx context.Context) (metal.Result, error) {
 	}
 	result, err := metal.Verify(h.path(ramPath))
 	if err != nil {
+		return result, err
+	}
+	var registers string
+	if err := client.Do(ctx, "human-monitor-command", map[string]string{"command-line": "info registers"}, &registers); err != nil {
+		return result, err
+	}
+	at, err := metal.ParseRegisters(registers)
+	if err != nil {
+		return result, err
+	}
+	end, err := metal.End(ramMiB)
+	if err != nil {
+		return result, err
+	}
+	if err := result.Meets(at, end); err != nil {
 		return result, err
 	}
 	return result, client.Do(ctx, "cont", nil, nil)
