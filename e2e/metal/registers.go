@@ -42,7 +42,7 @@ func ParseRegisters(text string) (Registers, error) {
 // Meets says whether memory is as far as the guest is: nil, or a PageError. end is what End returns. Memory that is
 // consistent in itself may yet have lost the guest's last writes, or have been taken before them.
 func (r Result) Meets(at Registers, end uint32) error {
-	met := false
+	var met bool
 	switch {
 	case at.EIP >= nextPage && at.EIP < nextLine:
 		// The page at edi may have been counted, or all of the pass, and edi not have gone on yet.
