@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -78,6 +79,9 @@ func startVictim(t testing.TB, mode string) *victim {
 		t.Fatal(err)
 	}
 	v := &victim{t: t, cmd: exec.Command(bin, mode)}
+	// A group of its own, whose parent is this process: SIGTSTP stops nobody in an orphaned group (setpgid(2)), and who
+	// starts the tests may have made them one.
+	v.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	v.stdin, err = v.cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

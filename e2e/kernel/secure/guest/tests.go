@@ -11,10 +11,9 @@ import (
 	"strings"
 )
 
-// skipped are tests that PID 1 alone is not enough for: SIGTSTP stops nobody
-// whose only relative is PID 1, and reading another's seccomp filter, without which
-// it is too late, needs CONFIG_CHECKPOINT_RESTORE.
-const skipped = "TestStopAndContinueWhileHeld/terminal_stop|TestSeccompFilter/seccomp-kill"
+// skipped is a test that reads another's seccomp filter, without which it is too
+// late, and that needs CONFIG_CHECKPOINT_RESTORE.
+const skipped = "TestSeccompFilter/seccomp-kill"
 
 // tests runs the compiled tests of packages in this kernel, each in its
 // directory below /tests.
