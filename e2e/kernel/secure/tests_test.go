@@ -58,7 +58,11 @@ func TestUserSpace(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := map[string]string{"uffd": "passes", "uffd-has-flag": "true", "inject": "passes"}
-	if diff := cmp.Diff(want, boot(t, tree.BzImage, initrd, "tests")); diff != "" {
+	got, err := boot(t, tree.BzImage, initrd, "tests")
+	if err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
