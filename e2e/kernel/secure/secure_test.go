@@ -6,8 +6,8 @@
 package secure
 
 import (
-	"errors"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
