@@ -248,7 +248,8 @@ func checkIncoming(ctx context.Context, vm *qemu.VM) error {
 	return nil
 }
 
-// takeDescriptor obtains a userfaultfd of QEMU's memory.
+// takeDescriptor obtains a userfaultfd of QEMU's memory that is supervised as it
+// has to be.
 func (d *Destination) takeDescriptor(ctx context.Context) error {
 	var err error
 	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.vm.HandFD})
@@ -259,10 +260,7 @@ func (d *Destination) takeDescriptor(ctx context.Context) error {
 		}
 		return err
 	}
-	if err := d.supervise(); err != nil {
-		return err
-	}
-	return nil
+	return d.supervise()
 }
 
 // keep writes down what a daemon that is started again needs to go on.
