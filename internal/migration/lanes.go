@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/pagewire"
@@ -73,7 +74,11 @@ func openLanesAt(ctx context.Context, cfg laneConfig, address string) (_ *lanes,
 		}
 	}()
 	for i := range cfg.demand + 1 {
-		lane, err := l.open(ctx, cfg, address)
+		kind := ctx
+		if i == cfg.demand {
+			kind = metadata.AppendToOutgoingContext(ctx, pagewire.LaneKey, pagewire.BulkLane)
+		}
+		lane, err := l.open(kind, cfg, address)
 		if err != nil {
 			return nil, err
 		}
@@ -92,6 +97,8 @@ func (l *lanes) open(ctx context.Context, cfg laneConfig, address string) (postc
 		return nil, fmt.Errorf("page server %s: %w", address, err)
 	}
 	l.conns = append(l.conns, conn)
+	// The source packs pages where it pays, but only in a way that this daemon says it can unpack.
+	ctx = metadata.AppendToOutgoingContext(ctx, pagewire.CompressionKey, pagewire.Unpackable)
 	lane, err := migratedv1.NewPageServiceClient(conn).Fetch(ctx)
 	if err == nil {
 		// The header says that the lane is accepted.

@@ -58,6 +58,7 @@ func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 		PagesTotal: s.PagesTotal, PagesPresent: s.PagesPresent, PagesZero: s.PagesZero,
 		BytesTotal: s.BytesTotal, BytesOnWire: s.BytesReceived, Faults: s.Faults,
 		FaultP50: durationpb.New(s.FaultP50), FaultP99: durationpb.New(s.FaultP99), FaultMax: durationpb.New(s.FaultMax),
+		PagesGuessed: s.Guessed, GuessHits: s.GuessHits,
 	}
 	if m.started.IsZero() {
 		return p

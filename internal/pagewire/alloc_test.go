@@ -34,14 +34,43 @@ func eachSize(run func(name string, bytes int)) {
 	}
 }
 
-func send(t testing.TB, r *Reply, size int) {
+func send(t testing.TB, r *Reply, size int, c Compression) {
 	r.Lease(size)
+	if c != None {
+		copy(r.Data, packable[:size])
+		for range 2 { // the second one replaces the first
+			if r.Pack(c, size) > size/2 {
+				t.Fatal("it is not packed")
+			}
+		}
+	}
 	r.Runs = append(r.Runs[:0], Run{Block: 1, Offset: 1 << 30, Length: uint32(size)})
 	message, err := Codec{}.Marshal(r)
 	if err != nil {
 		t.Fatal(err)
 	}
 	message.Free() // gRPC has written it
+}
+
+// packable packs to a quarter, so that a run of the sweep comes in several pieces when it is packed.
+var packable = func() []byte {
+	data, random := repetitive(512<<10), noise(512<<10)
+	for at := 0; at < len(data); at += 2048 {
+		copy(data[at:at+512], random[at:])
+	}
+	return data
+}()
+
+// ways are how the data of a reply may come.
+var ways = []Compression{None, S2, Zstd}
+
+// message is a reply as it comes.
+func message(t testing.TB, size int, c Compression) mem.BufferSlice {
+	reply := &Reply{Runs: []Run{{Length: uint32(size)}}, Data: packable[:size]}
+	if c != None {
+		reply.Pack(c, size)
+	}
+	return received(encoded(t, reply))
 }
 
 func receive(t testing.TB, r *Reply, message mem.BufferSlice, size int) {
@@ -63,16 +92,18 @@ func TestNoAllocations(t *testing.T) {
 		}
 	}
 	eachSize(func(name string, size int) {
-		t.Run("send/"+name, func(t *testing.T) {
-			var reply Reply
-			wantNone(t, func() { send(t, &reply, size) })
-		})
-		t.Run("receive/"+name, func(t *testing.T) {
-			var reply Reply
-			defer reply.Release()
-			message := received(encoded(t, &Reply{Runs: []Run{{Length: uint32(size)}}, Data: make([]byte, size)}))
-			wantNone(t, func() { receive(t, &reply, message, size) })
-		})
+		for _, c := range ways {
+			t.Run(fmt.Sprint("send/", name, "/", c), func(t *testing.T) {
+				var reply Reply
+				wantNone(t, func() { send(t, &reply, size, c) })
+			})
+			t.Run(fmt.Sprint("receive/", name, "/", c), func(t *testing.T) {
+				var reply Reply
+				defer reply.Release()
+				message := message(t, size, c)
+				wantNone(t, func() { receive(t, &reply, message, size) })
+			})
+		}
 	})
 	t.Run("request", func(t *testing.T) {
 		request := Request{Ranges: []Range{{1, 1 << 30, 4096}, {1, 1 << 31, 4096}}}
@@ -121,22 +152,25 @@ func TestReceivedPageIsNotCopied(t *testing.T) {
 
 func BenchmarkReply(b *testing.B) {
 	eachSize(func(name string, size int) {
-		b.Run("send/"+name, func(b *testing.B) {
-			var reply Reply
-			b.ReportAllocs()
-			for b.Loop() {
-				send(b, &reply, size)
-			}
-		})
-		b.Run("receive/"+name, func(b *testing.B) {
-			var reply Reply
-			defer reply.Release()
-			message := received(encoded(b, &Reply{Runs: []Run{{Length: uint32(size)}}, Data: make([]byte, size)}))
-			b.SetBytes(int64(size))
-			b.ReportAllocs()
-			for b.Loop() {
-				receive(b, &reply, message, size)
-			}
-		})
+		for _, c := range ways {
+			b.Run(fmt.Sprint("send/", name, "/", c), func(b *testing.B) {
+				var reply Reply
+				b.SetBytes(int64(size))
+				b.ReportAllocs()
+				for b.Loop() {
+					send(b, &reply, size, c)
+				}
+			})
+			b.Run(fmt.Sprint("receive/", name, "/", c), func(b *testing.B) {
+				var reply Reply
+				defer reply.Release()
+				message := message(b, size, c)
+				b.SetBytes(int64(size))
+				b.ReportAllocs()
+				for b.Loop() {
+					receive(b, &reply, message, size)
+				}
+			})
+		}
 	})
 }

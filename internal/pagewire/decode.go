@@ -10,8 +10,8 @@ import (
 )
 
 // Decoding accepts what protobuf accepts, with these exceptions, all of which no daemon sends:
-// a known field with a foreign wire type, a number that does not fit its field, groups, data that is
-// followed by anything, and messages beyond the limits or at odds with themselves.
+// a known field with a foreign wire type, a number that does not fit its field (an unknown compression is
+// one: nobody announced it), groups, data that is followed by anything, and messages beyond the limits or at odds with themselves.
 
 func decodeRequest(message mem.BufferSlice, r *Request) error {
 	r.Ranges = r.Ranges[:0]
@@ -68,6 +68,12 @@ func decodeReply(message mem.BufferSlice, r *Reply) error {
 				carried += uint64(run.Length)
 			}
 			r.Runs = append(r.Runs, run)
+		case fieldCompression:
+			v, err := c.number(0, field, kind, uint64(compressions-1))
+			if err != nil {
+				return err
+			}
+			r.compression = Compression(v)
 		case fieldData:
 			return c.data(kind, carried, r)
 		default:
@@ -96,6 +102,8 @@ func (c *cursor) data(kind protowire.Type, carried uint64, r *Reply) error {
 		return malformed("data of %d bytes, at most %d are possible", n, MaxData)
 	case n != c.left:
 		return malformed("%d bytes after the data", c.left-n)
+	case r.compression != None:
+		return c.unpack(n, carried, r)
 	case uint64(n) != carried:
 		return malformed("data of %d bytes for runs of %d", n, carried)
 	case n == 0:

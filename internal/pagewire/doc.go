@@ -17,7 +17,19 @@
 // buffer when the page bytes lie in one piece there (the 4 KiB page of a fault does), and copies them
 // once when they came in several HTTP/2 frames.
 //
-// Encoding and decoding allocate nothing once the frames have been made.
+// # Packed pages
+//
+// Page bytes may be packed, all of a reply as a whole. The page server decides that for each reply, after
+// it has read the pages; the receiver finds them in Reply.Data as if they had come raw:
+//
+//	source:       Reply.Data, in a leased frame ─ Pack ─► second leased frame ─ gRPC ─►
+//	destination:  gRPC buffers ─ (several: copied into one) ─ unpack ─► Reply.Data, in memory of the Reply
+//
+// Only what the destination has announced when it opened the lane is sent (CompressionKey), so raw bytes
+// are all that an older one gets. The runs say how long the unpacked bytes are, and whatever says otherwise
+// is malformed: see unpack.go.
+//
+// Encoding and decoding, packed or not, allocate nothing once the frames and buffers have been made.
 package pagewire
 
 // Limits of one message. A decoder refuses what exceeds them, because peers are not trusted.
@@ -41,4 +53,7 @@ const (
 	MigrationIDKey = "migration-id"
 	// MigrationTokenKey carries the secret that the source gave to the destination of the migration.
 	MigrationTokenKey = "migration-token"
+	// LaneKey tells a lane's kind. The only one with a name is BulkLane, that of the sweep.
+	LaneKey  = "migrated-lane"
+	BulkLane = "bulk"
 )

@@ -14,6 +14,7 @@ import (
 const (
 	fieldRanges, fieldRuns = 1, 1
 	fieldData              = 2
+	fieldCompression       = 3
 
 	fieldBlock  = 1
 	fieldOffset = 2
@@ -39,11 +40,16 @@ func encodeReply(r *Reply) (mem.BufferSlice, error) {
 	if err != nil {
 		return nil, err
 	}
-	data := len(r.Data)
-	f := r.lease
-	if r.leased() {
+	data, compression := r.Carried(), r.compression
+	var f *frame
+	switch {
+	case r.packed != nil:
+		f, r.packed = r.packed, nil
+		r.Release()
+	case r.leased():
+		f = r.lease
 		r.lease, r.Data = nil, nil
-	} else {
+	default:
 		f = leaseFrame(headroom + data)
 		copy(f.memory[headroom:], r.Data)
 	}
@@ -52,6 +58,7 @@ func encodeReply(r *Reply) (mem.BufferSlice, error) {
 	for i := range r.Runs {
 		out = appendRun(out, r.Runs[i])
 	}
+	out = appendNumber(out, fieldCompression, uint64(compression))
 	if data > 0 {
 		out = protowire.AppendTag(out, fieldData, protowire.BytesType)
 		protowire.AppendVarint(out, uint64(data))
@@ -75,18 +82,24 @@ func headerSize(r *Reply) (int, error) {
 	if carried != uint64(len(r.Data)) {
 		return 0, fmt.Errorf("pagewire: reply with %d bytes for runs of %d", len(r.Data), carried)
 	}
-	if len(r.Data) > 0 {
-		size += 1 + protowire.SizeVarint(uint64(len(r.Data)))
+	if r.compression != None {
+		size += compressionSize
+	}
+	if data := r.Carried(); data > 0 {
+		size += 1 + protowire.SizeVarint(uint64(data))
 	}
 	return size, nil
 }
+
+// compressionSize is the size of the compression field: its tag, a small number.
+const compressionSize = 2
 
 // maxRunSize is what runSize gives at most: tags, two 32-bit and one 64-bit number, a flag.
 const maxRunSize = 4 + 5 + 10 + 5 + 1
 
 // The header of the largest reply must fit before the page bytes, the largest request into headroom.
 const (
-	_ = uint(headroom - (MaxRuns*(2+maxRunSize) + 1 + 5))
+	_ = uint(headroom - (MaxRuns*(2+maxRunSize) + compressionSize + 1 + 5))
 	_ = uint(headroom - MaxRanges*(2+maxRunSize))
 )
 

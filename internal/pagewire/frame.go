@@ -30,11 +30,15 @@ type frame struct {
 
 // frameSizes are the kinds of frames: a request or the pages of a few faults, a run of a fault with its
 // surroundings, a run of the sweep, a huge page.
-var frameSizes = [...]int{headroom + 16<<10, headroom + 128<<10, headroom + 512<<10, headroom + MaxData}
+var frameSizes = [...]int{
+	headroom + 16<<10 + packSlack, headroom + 128<<10 + packSlack, headroom + 512<<10 + packSlack,
+	headroom + MaxData + packSlack,
+}
 
 var framePools [len(frameSizes)]sync.Pool
 
-// leaseFrame returns a frame with at least size bytes of memory; size is at most MaxReplyBytes.
+// leaseFrame returns a frame with at least size bytes of memory; size is at most MaxReplyBytes and
+// packSlack.
 func leaseFrame(size int) *frame {
 	class := 0
 	for frameSizes[class] < size {

@@ -55,6 +55,10 @@ func FuzzDecodeReply(f *testing.F) {
 		if err := (proto.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(wire, want); err != nil {
 			t.Fatalf("accepted what protobuf refuses: %v", err)
 		}
+		if whole.Carried() != len(want.GetData()) || whole.Compression() != Compression(want.GetCompression()) && len(whole.Data) > 0 {
+			t.Fatalf("%d bytes, %v, want %d, %v", whole.Carried(), whole.Compression(), len(want.GetData()), want.GetCompression())
+		}
+		unpacked(t, want)
 		if !proto.Equal(generatedReply(&whole), want) || !proto.Equal(generatedReply(&pieces), want) {
 			t.Fatalf("decoded %+v, in pieces %+v", whole, pieces)
 		}

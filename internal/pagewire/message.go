@@ -5,6 +5,7 @@ package pagewire
 import (
 	"fmt"
 
+	"github.com/klauspost/compress/zstd"
 	"google.golang.org/grpc/mem"
 )
 
@@ -31,21 +32,42 @@ type Request struct {
 
 // A Reply is the FetchResponse of a lane. One goroutine at a time may use it.
 //
-// To receive: pass it to RecvMsg. Data then is in memory of gRPC or of the Reply, to be read only and
-// valid until the next RecvMsg into this Reply or Release.
+// To receive: pass it to RecvMsg. Data then is in memory of gRPC or of the Reply, unpacked, to be read
+// only and valid until the next RecvMsg into this Reply or Release.
 //
-// To send: set Runs, fill Data from its beginning after Lease, reslice Data if less was needed, pass
-// the Reply to SendMsg. SendMsg takes Data away; Runs may be reused at once. Data that was not leased
-// is copied and stays the caller's.
+// To send: set Runs, fill Data from its beginning after Lease, reslice Data if less was needed, Pack it or
+// not, pass the Reply to SendMsg. SendMsg takes Data away; Runs may be reused at once. Data that was not
+// leased and is not packed is copied and stays the caller's.
 type Reply struct {
 	Runs []Run
 	// Data holds the bytes of the runs that are not zero, in the order of Runs.
 	Data []byte
 
-	lease *frame     // sending: where Data lies
-	held  mem.Buffer // receiving: the reference that keeps Data valid
-	own   []byte     // receiving: reused for data that came in pieces
+	// How Data is, or was, on the wire.
+	compression Compression
+	packedSize  int // bytes; 0 unless packed
+
+	lease   *frame        // sending: where Data lies
+	packed  *frame        // sending: where its packed form lies
+	zstdOut *zstd.Encoder // sending: made when it is needed
+
+	held   mem.Buffer    // receiving: the reference that keeps Data valid
+	own    []byte        // receiving: reused for data that was packed or came in pieces
+	pieces []byte        // receiving: reused for packed data that came in pieces
+	zstdIn *zstd.Decoder // receiving: made when it is needed
 }
+
+// Carried returns how many bytes of data the message has on the wire: as many as Data, or fewer. It is
+// valid as long as Data is, and 0 without Data.
+func (r *Reply) Carried() int {
+	if r.compression == None {
+		return len(r.Data)
+	}
+	return r.packedSize
+}
+
+// Compression returns how Data is packed on the wire. It is valid as long as Data is.
+func (r *Reply) Compression() Compression { return r.compression }
 
 // Lease gives the reply Data of n bytes, at most MaxData, with undefined content: fill what is sent.
 func (r *Reply) Lease(n int) {
@@ -60,6 +82,7 @@ func (r *Reply) Lease(n int) {
 // Release ends the use of Data and drops what keeps it valid. It may be called at any time.
 func (r *Reply) Release() {
 	r.Data = nil
+	r.dropPacked()
 	if r.lease != nil {
 		r.lease.recycle()
 		r.lease = nil

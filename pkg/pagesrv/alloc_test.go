@@ -46,28 +46,41 @@ func TestServingAllocatesNothing(t *testing.T) {
 	}
 	defer e.Withdraw()
 	for name, ranges := range map[string][]pagewire.Range{
-		"one page":      {{Offset: 4096, Length: 4096}},
+		"zero page":     {{Offset: 4096, Length: 4096}},
+		"one page":      {{Offset: 2 * 4096, Length: 4096}},
 		"several pages": {{Offset: 4096, Length: 4096}, {Offset: 20480, Length: 4096}, {Offset: 1 << 20, Length: 8192}},
 		"bulk":          {{Offset: 0, Length: 512 << 10}},
 	} {
-		t.Run(name, func(t *testing.T) {
-			l, err := e.open(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer e.close(l)
-			w := &wire{ranges: ranges}
-			// Many requests a run: what the end of a lane and a collected pool cost does not count.
-			const requests = 1000
-			allocs := testing.AllocsPerRun(5, func() {
-				w.left = requests
-				if err := l.serve(t.Context(), w); err != nil {
-					t.Fatal(err)
-				}
+		for _, unpackable := range []string{"", "s2", "zstd", pagewire.Unpackable} {
+			t.Run(name+"/"+unpackable, func(t *testing.T) {
+				servingAllocatesNothing(t, e, ranges, unpackable)
 			})
-			if perRequest := allocs / requests; perRequest > 0.05 {
-				t.Errorf("%.2f allocations per request", perRequest)
-			}
-		})
+		}
+	}
+}
+
+func servingAllocatesNothing(t *testing.T, e *Export, ranges []pagewire.Range, unpackable string) {
+	l, err := e.open(announcing(t.Context(), unpackable))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.close(l)
+	w := &wire{ranges: ranges}
+	// Many requests a run: what the end of a lane and a collected pool cost does not count.
+	const requests = 1000
+	allocs := testing.AllocsPerRun(5, func() {
+		e.link.ps.Store(allPays)
+		w.left = requests
+		if err := l.serve(t.Context(), w); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if perRequest := allocs / requests; perRequest > 0.05 {
+		t.Errorf("%.2f allocations per request", perRequest)
+	}
+	s := l.counters.load()
+	packs := unpackable != "" && (ranges[0].Length >= bulkReply || unpackable != "zstd") && s.PageBytes > 0
+	if (s.Bytes < s.PageBytes) != packs {
+		t.Errorf("%d bytes sent for %d", s.Bytes, s.PageBytes)
 	}
 }

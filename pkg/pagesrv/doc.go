@@ -13,10 +13,17 @@
 //	  │        ┌────────────────────────────► begin ─► find a hole, or pread(2) ─► end
 //	  │        │ more to read                              │ into a leased frame
 //	  │        │                                           ▼
-//	  └── SendMsg ◄─ reply is full, or request done ◄─ sort pages: zero or data
+//	  └── SendMsg ◄─ pack? ◄─ reply is full, or request done ◄─ sort pages: zero or data
 //
 // Nothing on this way takes a lock or allocates memory of its own. The pages of a reply are read right
 // behind the place of the message's header, see internal/pagewire, and gRPC takes them from there.
+//
+// # Packing
+//
+// The pages of a reply are packed (S2, or Zstd for bulk) where that costs less than it saves. Both are measured, never
+// configured: what packing takes and how much it shrinks by each lane (pays.go), what a byte costs on the
+// network by all lanes of an export together (link.go), as the bulk lane finds itself waiting. On a fast network only what packs very well is packed, as copying bytes through two kernels also takes
+// time; on a slow one almost everything. Memory that does not pack costs a small sample now and then (pack.go).
 //
 // # Only memory of a stopped VM
 //

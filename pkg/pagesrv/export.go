@@ -9,7 +9,10 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
 )
 
 // An Export is the RAM of one VM while it is offered.
@@ -26,6 +29,8 @@ type Export struct {
 	// Read by lanes for each piece of RAM.
 	confirmed atomic.Bool // stopped has said yes
 	withdrawn atomic.Bool
+
+	link link // what lanes find out about the network
 
 	asking      sync.Mutex    // one lane at a time asks stopped
 	withdrawing sync.Mutex    // one Withdraw at a time waits for the lanes
@@ -58,7 +63,9 @@ func (e *Export) confirm(ctx context.Context) error {
 
 // open makes a lane, as long as there are not too many.
 func (e *Export) open(ctx context.Context) (*lane, error) {
-	l := &lane{export: e, idle: make(chan struct{}, 1)}
+	announced := pagewire.Announced(metadata.ValueFromIncomingContext(ctx, pagewire.CompressionKey))
+	bulk := one(ctx, pagewire.LaneKey) == pagewire.BulkLane
+	l := &lane{export: e, bulk: bulk, packer: newPacker(announced, bulk, &e.link), idle: make(chan struct{}, 1)}
 	if p, ok := peer.FromContext(ctx); ok {
 		l.peer = p.Addr.String()
 	}

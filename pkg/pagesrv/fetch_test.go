@@ -176,7 +176,7 @@ func TestStatsCountEachLane(t *testing.T) {
 	if err := second.fetch([]pagewire.Range{{Length: 1 << 20}}, nothing); err != nil {
 		t.Fatal(err)
 	}
-	want := Stats{Lanes: 2, Requests: 2, Replies: 2, Pages: 3 + 256, ZeroPages: 1 + 253, Bytes: 5 * 4096}
+	want := Stats{Lanes: 2, Requests: 2, Replies: 2, Pages: 3 + 256, ZeroPages: 1 + 253, PageBytes: 5 * 4096, Bytes: 5 * 4096}
 	if got := e.Stats(); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}

@@ -55,8 +55,16 @@ func dial(t testing.TB, address string) *grpc.ClientConn {
 	return conn
 }
 
+// allPays is the speed of a link on which all packing pays that makes anything shorter: 1 kB/s, in ps per byte.
+const allPays = 1_000_000_000
+
+// announcing makes a context look like that of a bulk lane that announces these compressions.
+func announcing(ctx context.Context, unpackable string) context.Context {
+	return metadata.NewIncomingContext(ctx, metadata.Pairs(pagewire.CompressionKey, unpackable, pagewire.LaneKey, pagewire.BulkLane))
+}
+
 // offer serves one export and returns it with a lane to it.
-func offer(t testing.TB, ram *RAM) (*Export, testLane) {
+func offer(t testing.TB, ram *RAM, unpackable ...string) (*Export, testLane) {
 	t.Helper()
 	s := NewServer()
 	e, err := s.Offer(testID, testToken, ram, isStopped)
@@ -64,17 +72,21 @@ func offer(t testing.TB, ram *RAM) (*Export, testLane) {
 		t.Fatal(err)
 	}
 	t.Cleanup(e.Withdraw)
-	return e, openLane(t, serve(t, s), testID, testToken)
+	return e, openLane(t, serve(t, s), testID, testToken, unpackable...)
 }
 
 type testLane struct {
 	migratedv1.PageService_FetchClient
 }
 
-func openLane(t testing.TB, conn *grpc.ClientConn, id, token string) testLane {
+// openLane opens a lane that announces these compressions, then as the bulk lane.
+func openLane(t testing.TB, conn *grpc.ClientConn, id, token string, unpackable ...string) testLane {
 	t.Helper()
 	ctx, cancel := context.WithCancel(metadata.AppendToOutgoingContext(t.Context(),
 		pagewire.MigrationIDKey, id, pagewire.MigrationTokenKey, token))
+	for _, names := range unpackable {
+		ctx = metadata.AppendToOutgoingContext(ctx, pagewire.CompressionKey, names, pagewire.LaneKey, pagewire.BulkLane)
+	}
 	t.Cleanup(cancel)
 	stream, err := migratedv1.NewPageServiceClient(conn).Fetch(ctx)
 	if err != nil {

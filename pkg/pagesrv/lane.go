@@ -27,10 +27,12 @@ const (
 type lane struct {
 	export *Export
 	peer   string
+	bulk   bool // the peer says that it is the bulk lane
 
 	request pagewire.Request
 	reply   pagewire.Reply
 	used    int // bytes of reply.Data that hold pages
+	packer  packer
 
 	// Pages of holeBlock in [holeStart, holeEnd) are known to be a hole. The VM is stopped, so it stays one.
 	holeBlock          uint32
@@ -49,6 +51,9 @@ type messageStream interface {
 
 func (l *lane) serve(ctx context.Context, stream messageStream) error {
 	defer l.reply.Release()
+	if l.bulk {
+		stream = &pacedStream{messageStream: stream, link: &l.export.link}
+	}
 	for {
 		if err := stream.RecvMsg(&l.request); err != nil {
 			if errors.Is(err, io.EOF) {
@@ -205,14 +210,16 @@ func (l *lane) add(r pagewire.Run) {
 	l.reply.Runs = append(l.reply.Runs, r)
 }
 
-// flush sends the reply, if it has any run.
+// flush sends the reply, if it has any run, packed where that pays.
 func (l *lane) flush(stream messageStream) error {
 	if len(l.reply.Runs) == 0 {
 		return nil
 	}
-	l.counters.replies.Add(1)
-	l.counters.bytes.Add(uint64(l.used))
 	l.reply.Data = l.reply.Data[:l.used]
+	l.packer.pack(&l.reply)
+	l.counters.replies.Add(1)
+	l.counters.pageBytes.Add(uint64(l.used))
+	l.counters.bytes.Add(uint64(l.reply.Carried()))
 	err := stream.SendMsg(&l.reply)
 	l.reply.Release()
 	l.reply.Runs, l.used = l.reply.Runs[:0], 0

@@ -11,7 +11,8 @@ type Stats struct {
 	Replies   uint64 // messages with runs
 	Pages     uint64 // all pages, in the block's page size
 	ZeroPages uint64 // those of them of which no bytes were sent
-	Bytes     uint64 // page bytes sent
+	PageBytes uint64 // of the pages whose bytes were sent
+	Bytes     uint64 // sent for them, fewer where they were packed; without any framing
 }
 
 // LaneStats are those of one open lane.
@@ -50,17 +51,19 @@ func (s *Stats) add(o Stats) {
 	s.Replies += o.Replies
 	s.Pages += o.Pages
 	s.ZeroPages += o.ZeroPages
+	s.PageBytes += o.PageBytes
 	s.Bytes += o.Bytes
 }
 
 // counters are written by a lane alone and read by anybody.
 type counters struct {
-	requests, replies, pages, zeroPages, bytes atomic.Uint64
+	requests, replies, pages, zeroPages, pageBytes, bytes atomic.Uint64
 }
 
 func (c *counters) load() Stats {
 	return Stats{
 		Requests: c.requests.Load(), Replies: c.replies.Load(),
-		Pages: c.pages.Load(), ZeroPages: c.zeroPages.Load(), Bytes: c.bytes.Load(),
+		Pages: c.pages.Load(), ZeroPages: c.zeroPages.Load(),
+		PageBytes: c.pageBytes.Load(), Bytes: c.bytes.Load(),
 	}
 }

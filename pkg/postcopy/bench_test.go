@@ -217,3 +217,25 @@ func BenchmarkLaneLoopback(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkSweepLoopback fills a VM that nobody touches, over loopback connections: what a byte in bulk costs.
+func BenchmarkSweepLoopback(b *testing.B) {
+	const pages = 1 << 15
+	l := layout{{kind: uffdtest.Shmem, pages: pages}}
+	address := realSource(b, l)
+	b.SetBytes(pages * pageSize)
+	for b.Loop() {
+		b.StopTimer()
+		g := newTarget(b, l, Options{})
+		lanes := dial(b, address, g.workers)
+		b.StartTimer()
+		g.StartSweep()
+		if err := await(b, "end of Run", g.run(context.Background(), lanes)); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		lanes.cancel()
+		g.child.Kill()
+		b.StartTimer()
+	}
+}

@@ -25,13 +25,36 @@ const (
 	// together (option ROMs, on a PC), and the VM stands still for each of these faults.
 	loadAhead = 64 << 10
 
-	// sweepRun is what the sweep asks for at a time, in bytes, unless a page is larger: one reply, one UFFDIO_COPY.
+	// predictBytes is what a guess asks for at most: a millisecond of 1 Gbit/s, so that the next fault does not wait longer
+	// behind it than a guess is worth.
+	predictBytes = 128 << 10
+	// A VM has a few dozen threads at most that touch its RAM; two that share an entry only disturb each other's guesses.
+	predictThreads = 64
+	predictStreams = 4
+	// firstDepth is how many pages are asked for when a stream has gone on once, and again when guesses mostly fail.
+	firstDepth = 4
+	// farthest is how far apart, in pages, two touches of a stream may be.
+	farthest = 64
+	// skipped is how many pages of a stream may have come without it: a run of the sweep.
+	skipped = 2 * busySweepRun / 4096
+	// trial is how many guessed pages may fail before it is said that guesses mostly fail.
+	trial = 256
+
+	// sweepRun is what the sweep asks for at a time, in bytes, at most, unless a page is larger: one reply, one UFFDIO_COPY.
+	// runTime is how long the link may be busy with one: what a fault waits behind it.
 	sweepRun = 512 << 10
-	// sweepWindow is how many bytes the sweep has asked for and not got: 10 Gbit/s at a round trip of 3 ms.
-	sweepWindow = 4 << 20
-	// busySweepRun replaces sweepRun while a fault waits for its page; then one run is on its way at a
-	// time. The sweep never stops altogether, or a guest that always faults would never be whole.
+	runTime  = 500 * time.Microsecond
+	// busySweepRun is the least: what it asks for while a thread waits for a page. The sweep never stops
+	// altogether, or a guest that always faults would never be whole.
 	busySweepRun = 64 << 10
+	// sweepWindow is how many bytes the sweep has asked for and not got at most: 10 Gbit/s at a round trip of 3 ms. Below it
+	// pace.go decides; firstWindow is before anything was measured.
+	sweepWindow = 4 << 20
+	firstWindow = 256 << 10
+	// pacedProbes is of how many probes, one a round trip, the highest rate counts.
+	pacedProbes = 8
+	// leastShare is the share of data that is assumed at least: after zeros data may come at once.
+	leastShare = 1.0 / 64
 
 	// pendingSlots bounds how many faults are timed at once, and pendingProbes where one may stand. Faults
 	// beyond that are served all the same, only not timed.

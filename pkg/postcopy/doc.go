@@ -25,7 +25,8 @@
 //	│ one goroutine (sweep.go)├─ bulk lane ──────────────────────────────────────────►
 //	└─────────────────────────┘
 //
-// Read fault.go, then install.go: their functions stand in the order in which a fault meets them. pages.go holds
+// Read fault.go, then install.go: their functions stand in the order in which a fault meets them. predict.go guesses what
+// a thread will fault on next, pace.go how much the sweep may ask for without being in the way of faults. pages.go holds
 // the states of all pages and the picture of their changes. session.go starts and ends the goroutines,
 // engine.go holds what outlives them, constants.go every size and delay.
 //

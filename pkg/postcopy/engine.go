@@ -73,12 +73,14 @@ type Engine struct {
 	workers int
 	gate    gate
 
-	pages    *pages
-	pending  pending
-	latency  histogram
-	counters counters
-	epoch    time.Time     // pending's times count from here
-	hint     atomic.Uint64 // page after the last fault + 1, 0: the sweep has taken it
+	pages     *pages
+	pending   pending
+	fastest   fastest // answer to a fault
+	latency   histogram
+	counters  counters
+	predictor predictor
+	epoch     time.Time     // pending's times count from here
+	hint      atomic.Uint64 // page after the last fault + 1, 0: the sweep has taken it
 
 	started  atomic.Bool
 	sweeping chan struct{} // closed by StartSweep
@@ -142,16 +144,17 @@ func check(b Block) error {
 }
 
 // The events that must not be missed: without them the process would go on at once, and pages in flight would land in
-// memory that means something else by now. See fault.go for what is done about each.
-const events = uffd.FeatureEventRemove | uffd.FeatureEventUnmap | uffd.FeatureEventRemap
+// memory that means something else by now. See fault.go for what is done about each. And the thread that faults, for
+// predict.go.
+const features = uffd.FeatureEventRemove | uffd.FeatureEventUnmap | uffd.FeatureEventRemap | uffd.FeatureThreadID
 
 // register makes sure that faults in b become messages.
 func (e *Engine) register(b *block) error {
 	if e.index(b.UFFD) < 0 {
-		_, _, err := b.UFFD.API(events | uffd.FeatureEventFork)
+		_, _, err := b.UFFD.API(features | uffd.FeatureEventFork)
 		// No CAP_SYS_PTRACE, or UFFD_SECURE. QEMU's RAM is not inherited anyway: MADV_DONTFORK.
 		if errors.Is(err, uffd.ErrPermission) || errors.Is(err, uffd.ErrForkRefused) {
-			_, _, err = b.UFFD.API(events)
+			_, _, err = b.UFFD.API(features)
 		}
 		// ErrInvalid: the handshake was made before, by us in an earlier life. Register finds out if not.
 		if err != nil && !errors.Is(err, uffd.ErrInvalid) {
@@ -212,7 +215,9 @@ func (e *Engine) now() int64 { return int64(time.Since(e.epoch)) }
 // answered ends the time of the fault on page p, if there was one.
 func (e *Engine) answered(p uint64) {
 	if when, ok := e.pending.end(p); ok {
-		e.latency.add(time.Duration(e.now() - when))
+		d := time.Duration(e.now() - when)
+		e.latency.add(d)
+		e.fastest.add(d)
 	}
 }
 

@@ -240,7 +240,7 @@ func TestTakeUp(t *testing.T) {
 	expect(t, thread, word(0, 5, 0))
 	g.StartSweep()
 	mustEnd(t, again)
-	if s := second.Stats(); s.BytesReceived != 4*pageSize || s.PagesPresent != 8 {
+	if s := second.Stats(); s.PageBytes != 4*pageSize || s.PagesPresent != 8 {
 		t.Errorf("at the end: %+v", s)
 	}
 	g.verify()

@@ -21,7 +21,14 @@ type worker struct {
 	poller  *poller
 	events  *uffd.EventBuffer
 	request pagewire.Request
-	bytes   uint64 // asked for by request
+	bytes   uint64  // asked for by request
+	guesses []hunch // of this batch
+}
+
+// hunch is a guess, and the block that it is about.
+type hunch struct {
+	block *block
+	guess guess
 }
 
 func newWorker(s *session, l *lane) (*worker, error) {
@@ -32,6 +39,7 @@ func newWorker(s *session, l *lane) (*worker, error) {
 	return &worker{
 		s: s, lane: l, poller: p, events: uffd.NewEventBuffer(eventBatch),
 		request: pagewire.Request{Ranges: make([]pagewire.Range, 0, pagewire.MaxRanges)},
+		guesses: make([]hunch, 0, eventBatch),
 	}, nil
 }
 
@@ -80,14 +88,17 @@ func (w *worker) batch(u *uffd.UFFD) error {
 			err = handleErr // the rest of the batch must not be forgotten
 		}
 	}
-	return errors.Join(err, w.send())
+	if err := errors.Join(err, w.send()); err != nil {
+		return err
+	}
+	return w.follow()
 }
 
 // handle deals with one message.
 func (w *worker) handle(u *uffd.UFFD, ev uffd.Event, now int64) error {
 	switch ev.Kind {
 	case uffd.EventPagefault:
-		return w.fault(u, ev.Pagefault.Addr, now)
+		return w.fault(u, ev.Pagefault.Addr, ev.Pagefault.ThreadID, now)
 	case uffd.EventRemove:
 		return w.s.e.wake(u, ev.Remove.Start, ev.Remove.End)
 	case uffd.EventUnmap:
@@ -101,7 +112,7 @@ func (w *worker) handle(u *uffd.UFFD, ev uffd.Event, now int64) error {
 }
 
 // fault is step 2: it claims the page and, if it is this worker's to ask for, puts it into the request.
-func (w *worker) fault(u *uffd.UFFD, addr uint64, now int64) error {
+func (w *worker) fault(u *uffd.UFFD, addr uint64, thread uint32, now int64) error {
 	e := w.s.e
 	e.counters.faults.Add(1)
 	b := e.find(u, addr)
@@ -109,7 +120,8 @@ func (w *worker) fault(u *uffd.UFFD, addr uint64, now int64) error {
 		return fmt.Errorf("%w: address %#x", ErrForeignFault, addr)
 	}
 	p := b.first + (addr-b.Addr)>>b.shift
-	switch e.pages.claimFault(p) {
+	claim := e.pages.claimFault(p)
+	switch claim {
 	case claimNothing:
 		return nil
 	case claimZero:
@@ -121,11 +133,20 @@ func (w *worker) fault(u *uffd.UFFD, addr uint64, now int64) error {
 		return e.refill(b, p)
 	}
 	e.pending.start(p, now)
-	e.hint.Store(p + 2)
-	if err := w.ask(b, p); err != nil || e.started.Load() {
-		return err
+	if claim == claimRequest {
+		if err := w.ask(b, p); err != nil {
+			return err
+		}
 	}
-	return w.askAhead(b, p)
+	if !e.started.Load() {
+		return w.askAhead(b, p)
+	}
+	if g := e.predictor.fault(thread, p, predictBytes>>b.shift); g.count > 0 {
+		w.guesses = append(w.guesses, hunch{b, g})
+	} else if g.step == 0 {
+		e.hint.Store(p + 2)
+	}
+	return nil
 }
 
 // askAhead adds the missing pages behind page p, for as long as the sweep does not come for them: while the
@@ -140,6 +161,32 @@ func (w *worker) askAhead(b *block, p uint64) error {
 		}
 	}
 	return nil
+}
+
+// follow asks for the pages that the threads of this batch will want next, in a message of its own: those that they
+// wait for must not wait for these.
+func (w *worker) follow() error {
+	for i := range w.guesses {
+		h := &w.guesses[i]
+		q := h.guess.first
+		for range h.guess.count {
+			if q < h.block.first || q >= h.block.end() {
+				break
+			}
+			if w.s.e.pages.claimAhead(q) {
+				w.s.e.counters.guessed.Add(1)
+				if err := w.ask(h.block, q); err != nil {
+					return err
+				}
+			}
+			q += uint64(h.guess.step)
+		}
+		if h.guess.step > 0 {
+			w.s.e.hint.Store(q + 1) // the sweep goes on behind them
+		}
+	}
+	w.guesses = w.guesses[:0]
+	return w.send()
 }
 
 // ask adds a page to the request, which is sent before it exceeds what a message may ask for.

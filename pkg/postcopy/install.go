@@ -36,8 +36,12 @@ func (s *session) accept(l *lane) error {
 		pages += n
 	}
 	l.pages.Add(pages)
-	l.bytes.Add(uint64(len(l.reply.Data)))
+	l.bytes.Add(uint64(l.reply.Carried()))
+	s.e.counters.pageBytes.Add(uint64(len(l.reply.Data)))
 	l.asked.Add(-answered)
+	if l == s.bulk {
+		s.pace.answered(answered, int64(len(l.reply.Data)), s.e.now(), s.e.fastest.ns.Load())
+	}
 	return nil
 }
 
@@ -91,6 +95,7 @@ func (s *session) acceptData(b *block, p, n uint64, data []byte) error {
 		case arrivalUnasked:
 			return unasked(b, p+claimed)
 		case arrivalDrop:
+			s.e.answered(p + claimed)
 			claimed++
 		}
 		p, n, data = p+claimed, n-claimed, data[claimed<<b.shift:]

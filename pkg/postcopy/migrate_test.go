@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"testing"
 
+	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
@@ -42,6 +43,36 @@ func TestMigrate(t *testing.T) {
 				t.Errorf("at the end: %+v", s)
 			}
 		})
+	}
+}
+
+// TestPackedPages: what the source packs is installed as it was before, and counted as it came.
+func TestPackedPages(t *testing.T) {
+	const pages = 16
+	g, _, bulk, run := startSilent(t, pages, Options{})
+	g.StartSweep()
+	result := run(context.Background())
+	bulk.asked(t)
+	want := uint64(0)
+	for half, c := range []pagewire.Compression{pagewire.S2, pagewire.Zstd} {
+		const size = pages / 2 * pageSize
+		reply := pagewire.Reply{Runs: []pagewire.Run{{Offset: uint64(half * size), Length: size}}}
+		reply.Lease(size)
+		for p := range uint64(pages / 2) { // one of them zero: carried all the same, it makes them pack
+			fill(reply.Data[p*pageSize:][:pageSize], 0, uint64(half)*pages/2+p)
+		}
+		if packed := reply.Pack(c, size-pageSize/2); reply.Compression() != c {
+			t.Fatalf("%v makes %d bytes of %d", c, packed, size)
+		}
+		want += uint64(reply.Carried())
+		if err := bulk.stream.SendMsg(&reply); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustEnd(t, result)
+	g.verify()
+	if s := g.Stats(); s.BytesReceived != want || s.PageBytes != pages*pageSize {
+		t.Errorf("%d bytes received for %d of pages, want %d for %d", s.BytesReceived, s.PageBytes, want, pages*pageSize)
 	}
 }
 

@@ -11,12 +11,12 @@ import (
 
 // state is what is known about one page.
 //
-//	                 claimSweep
+//	                 claimSweep, claimAhead
 //	        ┌──────── missing ────────┐ claimFault
 //	        ▼                         ▼
-//	      swept ───────────────► demanded          asked for on the bulk lane / a demand lane
+//	  swept, ahead ─────────────► demanded         asked for: nobody waits / a thread waits for it
 //	        │  │   claimFault     │    │
-//	arrival │  │ zero arrival     │    │ zero arrival: a thread waits for it
+//	arrival │  │ zero arrival     │    │ zero arrival
 //	        ▼  │                  ▼    │
 //	   installing ◄───────────────┘    │           exactly one installer
 //	        │  │                       ▼
@@ -25,21 +25,23 @@ import (
 //	        ▼       (hole)             │ finishZero
 //	     present ◄─────────────────────┘
 //
-// discard (the process gave the page up) makes zero of missing, swept, demanded and installing. An installer
-// that cannot go on puts installing back to missing, zeroing back to zero; the next Run puts back swept and
-// demanded. Nothing leaves present: a page that is discarded later reads as zero by itself.
+// A fault on a swept page asks for it once more, on a demand lane, because the bulk lane may be far behind; one on a page
+// ahead does not. discard (the process gave the page up) makes zero of missing, swept, ahead, demanded and
+// installing. An installer that cannot go on puts installing back to missing, zeroing back to zero; the next Run puts
+// back swept, ahead and demanded. Nothing leaves present: a page that is discarded later reads as zero by itself.
 //
 // The numbers are a format: a table may outlive the process (Options.State) and be taken up by a newer one.
 type state uint8
 
 const (
 	missing    state = iota
-	swept            // the sweep has asked for it
-	demanded         // a fault has asked for it
+	swept            // asked for on the bulk lane
+	demanded         // asked for on a demand lane, and a thread waits for it
 	installing       // its bytes are being installed
 	present          // it is there, installed by us (or, EEXIST, by somebody else)
 	zero             // it reads as zero when unregistered: a hole, left as one so that a sparse VM stays sparse
 	zeroing          // a zero page is being installed, because a thread waits in the hole
+	ahead            // asked for on a demand lane before a thread waits for it
 )
 
 const (
@@ -98,7 +100,7 @@ func (t *pages) takeUp(p, n uint64) error {
 		switch s := t.get(i); s {
 		case missing:
 			t.left.Add(1)
-		case swept, demanded, installing:
+		case swept, ahead, demanded, installing:
 			t.swap(i, s, missing)
 			t.left.Add(1)
 		case zeroing:
@@ -149,7 +151,8 @@ type claim uint8
 
 const (
 	claimRequest claim = iota // the page is the caller's to ask for
-	claimNothing              // it is asked for or being installed; who installs it wakes the thread
+	claimWait                 // it was asked for ahead, and is waited for from now on
+	claimNothing              // it is waited for already or being installed; who installs it wakes the thread
 	claimZero                 // it is the caller's to install as zero, then finishZero or giveUpZero
 	claimPresent              // it should be there
 )
@@ -161,6 +164,10 @@ func (t *pages) claimFault(p uint64) claim {
 		case missing, swept:
 			if t.swap(p, s, demanded) {
 				return claimRequest
+			}
+		case ahead:
+			if t.swap(p, ahead, demanded) {
+				return claimWait
 			}
 		case zero:
 			if t.swap(p, zero, zeroing) {
@@ -174,8 +181,8 @@ func (t *pages) claimFault(p uint64) claim {
 	}
 }
 
-// claimAhead claims a missing page as if there had been a fault on it.
-func (t *pages) claimAhead(p uint64) bool { return t.swap(p, missing, demanded) }
+// claimAhead claims a missing page that is to be asked for on a demand lane before a thread waits for it.
+func (t *pages) claimAhead(p uint64) bool { return t.swap(p, missing, ahead) }
 
 // nextMissing finds the first missing page at or after page from, going on from the beginning at the end.
 func (t *pages) nextMissing(from uint64) (uint64, bool) {
@@ -216,7 +223,7 @@ const (
 func (t *pages) arrive(p uint64) arrival {
 	for {
 		switch s := t.get(p); s {
-		case swept, demanded:
+		case swept, ahead, demanded:
 			if t.swap(p, s, installing) {
 				return arrivalInstall
 			}
@@ -232,8 +239,8 @@ func (t *pages) arrive(p uint64) arrival {
 func (t *pages) arriveZero(p uint64) arrival {
 	for {
 		switch s := t.get(p); s {
-		case swept:
-			if t.swap(p, swept, zero) {
+		case swept, ahead:
+			if t.swap(p, s, zero) {
 				t.zeros.Add(1)
 				t.known(1)
 				return arrivalDrop
@@ -287,7 +294,7 @@ func (t *pages) discard(p, n uint64) {
 	for i := range n {
 		for {
 			s := t.get(p + i)
-			if s != missing && s != swept && s != demanded && s != installing {
+			if s != missing && s != swept && s != ahead && s != demanded && s != installing {
 				break
 			}
 			if t.swap(p+i, s, zero) {
@@ -303,8 +310,8 @@ func (t *pages) discard(p, n uint64) {
 func (t *pages) putBack() {
 	for i := range t.words {
 		for p := uint64(i) * pagesPerWord; t.words[i].Load() != 0 && p < uint64(i+1)*pagesPerWord; p++ {
-			if !t.swap(p, swept, missing) {
-				t.swap(p, demanded, missing)
+			if s := t.get(p); s == swept || s == ahead || s == demanded {
+				t.swap(p, s, missing)
 			}
 		}
 	}

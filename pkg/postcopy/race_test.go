@@ -69,10 +69,12 @@ func mustEnd(t testing.TB, result <-chan error) {
 func TestPromotion(t *testing.T) {
 	for _, bulkFirst := range []bool{true, false} {
 		t.Run(fmt.Sprintf("bulk first %v", bulkFirst), func(t *testing.T) {
-			g, demand, bulk, run := start(t, 200, Options{})
+			const pages = 200
+			g, demand, bulk, run := start(t, pages, Options{})
 			g.StartSweep()
 			result := run()
-			if first, second := bulk.asked(t), bulk.asked(t); first.Length != 128*pageSize || second.Length != 72*pageSize {
+			const ran = firstWindow / 2 / pageSize
+			if first, second := bulk.asked(t), bulk.asked(t); first.Length != ran*pageSize || second.Length != ran*pageSize {
 				t.Fatalf("the sweep asked for %v and %v", first, second)
 			}
 			thread := g.read(0, 5, 8)
@@ -80,15 +82,20 @@ func TestPromotion(t *testing.T) {
 				t.Fatalf("asked for %v on the demand lane", r)
 			}
 			if bulkFirst {
-				bulk.sendPages(t, 0, 128)
+				bulk.sendPages(t, 0, ran)
 				expect(t, thread, word(0, 5, 8))
 				demand.send(t, pageSize, pagesOf(5, 1))
 			} else {
 				demand.send(t, pageSize, pagesOf(5, 1))
 				expect(t, thread, word(0, 5, 8))
-				bulk.sendPages(t, 0, 128)
+				bulk.sendPages(t, 0, ran)
 			}
-			bulk.sendPages(t, 128, 72)
+			bulk.sendPages(t, ran, ran)
+			for p := uint64(2 * ran); p < pages; {
+				n := uint64(bulk.asked(t).Length / pageSize)
+				bulk.sendPages(t, p, n)
+				p += n
+			}
 			mustEnd(t, result)
 			g.verify()
 		})

@@ -186,7 +186,8 @@ func serve(t testing.TB, service migratedv1.PageServiceServer) string {
 func dial(t testing.TB, address string, demand int) lanes {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	ctx = metadata.AppendToOutgoingContext(ctx, pagewire.MigrationIDKey, "m", pagewire.MigrationTokenKey, "secret")
+	ctx = metadata.AppendToOutgoingContext(ctx, pagewire.MigrationIDKey, "m", pagewire.MigrationTokenKey, "secret",
+		pagewire.CompressionKey, pagewire.Unpackable)
 	l := lanes{cancel: cancel}
 	t.Cleanup(cancel)
 	for i := range demand + 1 {
@@ -195,6 +196,9 @@ func dial(t testing.TB, address string, demand int) lanes {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { conn.Close() })
+		if i == demand {
+			ctx = metadata.AppendToOutgoingContext(ctx, pagewire.LaneKey, pagewire.BulkLane)
+		}
 		stream, err := migratedv1.NewPageServiceClient(conn).Fetch(ctx)
 		if err == nil {
 			_, err = stream.Header()

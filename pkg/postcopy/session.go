@@ -51,6 +51,7 @@ type session struct {
 	e       *Engine
 	demand  []*lane
 	bulk    *lane
+	pace    *pace
 	workers []*worker
 
 	ctx     context.Context //nolint:containedctx // it is the life of this struct
@@ -79,7 +80,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 		return nil
 	default:
 	}
-	s := &session{e: e}
+	s := &session{e: e, pace: newPace()}
 	s.ctx, s.fail = context.WithCancelCause(ctx)
 	defer s.fail(nil)
 	c := &e.counters

@@ -5,8 +5,7 @@ package postcopy
 import "github.com/migrated-vm/migrated/internal/pagewire"
 
 // sweep asks for what no fault has asked for, on the bulk lane, from where faults happen onwards, until nothing is
-// missing. Faults come first: while one is on its way the sweep asks for little, and only when it has got what it
-// asked for before.
+// missing. Faults come first: pace.go says how much the sweep may have in flight, and that it is less while one waits.
 func (s *session) sweep() error {
 	defer func() { _ = s.bulk.stream.CloseSend() }()
 	select {
@@ -35,6 +34,7 @@ func (s *session) sweep() error {
 		}
 		s.e.at("swept", p)
 		request.Ranges[0] = pagewire.Range{Block: uint32(b.index), Offset: (p - b.first) << b.shift, Length: uint32(n << b.shift)}
+		s.pace.asked(int64(n<<b.shift), s.e.now())
 		if err := s.bulk.ask(&request, n<<b.shift); err != nil {
 			return err
 		}
@@ -44,13 +44,8 @@ func (s *session) sweep() error {
 // awaitRoom waits until the sweep may ask for a run and says of how many bytes. It says false when the session is over.
 func (s *session) awaitRoom() (bytes uint64, ok bool) {
 	for {
-		asked := s.bulk.asked.Load()
-		if s.faultsWait() {
-			if asked == 0 {
-				return busySweepRun, true
-			}
-		} else if asked+sweepRun <= sweepWindow {
-			return sweepRun, true
+		if bytes := s.pace.room(s.bulk.asked.Load(), s.faultsWait()); bytes > 0 {
+			return bytes, true
 		}
 		select {
 		case <-s.bulk.answered:
@@ -60,15 +55,8 @@ func (s *session) awaitRoom() (bytes uint64, ok bool) {
 	}
 }
 
-// faultsWait says whether pages are on their way on a demand lane.
-func (s *session) faultsWait() bool {
-	for _, l := range s.demand {
-		if l.asked.Load() > 0 {
-			return true
-		}
-	}
-	return false
-}
+// faultsWait says whether threads wait for pages that are on their way.
+func (s *session) faultsWait() bool { return s.e.pending.count.Load() > 0 }
 
 // drain waits for the answers to all that the sweep has asked for, and makes sure that they answered it.
 func (s *session) drain() error {

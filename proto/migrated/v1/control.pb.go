@@ -592,7 +592,12 @@ type Progress struct {
 	// Payload bytes a second over the last second.
 	BytesPerSecond float64 `protobuf:"fixed64,13,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
 	// Estimated time to the last page; unset where there is no estimate.
-	TimeLeft      *durationpb.Duration `protobuf:"bytes,14,opt,name=time_left,json=timeLeft,proto3" json:"time_left,omitempty"`
+	TimeLeft *durationpb.Duration `protobuf:"bytes,14,opt,name=time_left,json=timeLeft,proto3" json:"time_left,omitempty"`
+	// Pages that were asked for ahead of a thread, because its faults foretold
+	// them. None crosses the network twice for it.
+	PagesGuessed uint64 `protobuf:"varint,15,opt,name=pages_guessed,json=pagesGuessed,proto3" json:"pages_guessed,omitempty"`
+	// Which share of what was foretold came true, from 0 to 1.
+	GuessHits     float64 `protobuf:"fixed64,16,opt,name=guess_hits,json=guessHits,proto3" json:"guess_hits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -723,6 +728,20 @@ func (x *Progress) GetTimeLeft() *durationpb.Duration {
 		return x.TimeLeft
 	}
 	return nil
+}
+
+func (x *Progress) GetPagesGuessed() uint64 {
+	if x != nil {
+		return x.PagesGuessed
+	}
+	return 0
+}
+
+func (x *Progress) GetGuessHits() float64 {
+	if x != nil {
+		return x.GuessHits
+	}
+	return 0
 }
 
 type PrepareRequest struct {
@@ -1771,7 +1790,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x0eMigrationError\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\tR\amessage\x12\x16\n" +
 	"\x06remedy\x18\x02 \x01(\tR\x06remedy\x12\x1b\n" +
-	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\"\xf4\x04\n" +
+	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\"\xb8\x05\n" +
 	"\bProgress\x12\x1f\n" +
 	"\vpages_total\x18\x01 \x01(\x04R\n" +
 	"pagesTotal\x12#\n" +
@@ -1790,7 +1809,10 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\bdowntime\x18\v \x01(\v2\x19.google.protobuf.DurationR\bdowntime\x127\n" +
 	"\tresidency\x18\f \x01(\v2\x19.google.protobuf.DurationR\tresidency\x12(\n" +
 	"\x10bytes_per_second\x18\r \x01(\x01R\x0ebytesPerSecond\x126\n" +
-	"\ttime_left\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\btimeLeft\"P\n" +
+	"\ttime_left\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\btimeLeft\x12#\n" +
+	"\rpages_guessed\x18\x0f \x01(\x04R\fpagesGuessed\x12\x1d\n" +
+	"\n" +
+	"guess_hits\x18\x10 \x01(\x01R\tguessHits\"P\n" +
 	"\x0ePrepareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\"G\n" +

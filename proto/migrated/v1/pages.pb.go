@@ -23,6 +23,59 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Compression is a way to pack the bytes of pages.
+type Compression int32
+
+const (
+	// The bytes as they are.
+	Compression_COMPRESSION_UNSPECIFIED Compression = 0
+	// A block of S2, an extension of Snappy's block format. Its name is "s2".
+	Compression_COMPRESSION_S2 Compression = 1
+	// Frames of Zstandard, RFC 8878, without a dictionary. Its name is "zstd".
+	Compression_COMPRESSION_ZSTD Compression = 2
+)
+
+// Enum value maps for Compression.
+var (
+	Compression_name = map[int32]string{
+		0: "COMPRESSION_UNSPECIFIED",
+		1: "COMPRESSION_S2",
+		2: "COMPRESSION_ZSTD",
+	}
+	Compression_value = map[string]int32{
+		"COMPRESSION_UNSPECIFIED": 0,
+		"COMPRESSION_S2":          1,
+		"COMPRESSION_ZSTD":        2,
+	}
+)
+
+func (x Compression) Enum() *Compression {
+	p := new(Compression)
+	*p = x
+	return p
+}
+
+func (x Compression) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Compression) Descriptor() protoreflect.EnumDescriptor {
+	return file_migrated_v1_pages_proto_enumTypes[0].Descriptor()
+}
+
+func (Compression) Type() protoreflect.EnumType {
+	return &file_migrated_v1_pages_proto_enumTypes[0]
+}
+
+func (x Compression) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Compression.Descriptor instead.
+func (Compression) EnumDescriptor() ([]byte, []int) {
+	return file_migrated_v1_pages_proto_rawDescGZIP(), []int{0}
+}
+
 // FetchRequest asks for ranges of pages.
 type FetchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -136,8 +189,11 @@ func (x *PageRange) GetLength() uint32 {
 type FetchResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Runs  []*PageRun             `protobuf:"bytes,1,rep,name=runs,proto3" json:"runs,omitempty"`
-	// The bytes of every run that is not zero, in the order of runs. Always the
-	// last field on the wire.
+	// How data is packed. It stands before data on the wire.
+	Compression Compression `protobuf:"varint,3,opt,name=compression,proto3,enum=migrated.v1.Compression" json:"compression,omitempty"`
+	// The bytes of every run that is not zero, in the order of runs, packed as a
+	// whole; unpacked they are as long as these runs together. Always the last
+	// field on the wire.
 	Data          []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -178,6 +234,13 @@ func (x *FetchResponse) GetRuns() []*PageRun {
 		return x.Runs
 	}
 	return nil
+}
+
+func (x *FetchResponse) GetCompression() Compression {
+	if x != nil {
+		return x.Compression
+	}
+	return Compression_COMPRESSION_UNSPECIFIED
 }
 
 func (x *FetchResponse) GetData() []byte {
@@ -267,15 +330,20 @@ const file_migrated_v1_pages_proto_rawDesc = "" +
 	"\tPageRange\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\rR\x05block\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x16\n" +
-	"\x06length\x18\x03 \x01(\rR\x06length\"M\n" +
+	"\x06length\x18\x03 \x01(\rR\x06length\"\x89\x01\n" +
 	"\rFetchResponse\x12(\n" +
-	"\x04runs\x18\x01 \x03(\v2\x14.migrated.v1.PageRunR\x04runs\x12\x12\n" +
+	"\x04runs\x18\x01 \x03(\v2\x14.migrated.v1.PageRunR\x04runs\x12:\n" +
+	"\vcompression\x18\x03 \x01(\x0e2\x18.migrated.v1.CompressionR\vcompression\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"c\n" +
 	"\aPageRun\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\rR\x05block\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x16\n" +
 	"\x06length\x18\x03 \x01(\rR\x06length\x12\x12\n" +
-	"\x04zero\x18\x04 \x01(\bR\x04zero2Q\n" +
+	"\x04zero\x18\x04 \x01(\bR\x04zero*T\n" +
+	"\vCompression\x12\x1b\n" +
+	"\x17COMPRESSION_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eCOMPRESSION_S2\x10\x01\x12\x14\n" +
+	"\x10COMPRESSION_ZSTD\x10\x022Q\n" +
 	"\vPageService\x12B\n" +
 	"\x05Fetch\x12\x19.migrated.v1.FetchRequest\x1a\x1a.migrated.v1.FetchResponse(\x010\x01B>Z<github.com/migrated-vm/migrated/proto/migrated/v1;migratedv1b\x06proto3"
 
@@ -291,23 +359,26 @@ func file_migrated_v1_pages_proto_rawDescGZIP() []byte {
 	return file_migrated_v1_pages_proto_rawDescData
 }
 
+var file_migrated_v1_pages_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_migrated_v1_pages_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_migrated_v1_pages_proto_goTypes = []any{
-	(*FetchRequest)(nil),  // 0: migrated.v1.FetchRequest
-	(*PageRange)(nil),     // 1: migrated.v1.PageRange
-	(*FetchResponse)(nil), // 2: migrated.v1.FetchResponse
-	(*PageRun)(nil),       // 3: migrated.v1.PageRun
+	(Compression)(0),      // 0: migrated.v1.Compression
+	(*FetchRequest)(nil),  // 1: migrated.v1.FetchRequest
+	(*PageRange)(nil),     // 2: migrated.v1.PageRange
+	(*FetchResponse)(nil), // 3: migrated.v1.FetchResponse
+	(*PageRun)(nil),       // 4: migrated.v1.PageRun
 }
 var file_migrated_v1_pages_proto_depIdxs = []int32{
-	1, // 0: migrated.v1.FetchRequest.ranges:type_name -> migrated.v1.PageRange
-	3, // 1: migrated.v1.FetchResponse.runs:type_name -> migrated.v1.PageRun
-	0, // 2: migrated.v1.PageService.Fetch:input_type -> migrated.v1.FetchRequest
-	2, // 3: migrated.v1.PageService.Fetch:output_type -> migrated.v1.FetchResponse
-	3, // [3:4] is the sub-list for method output_type
-	2, // [2:3] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	2, // 0: migrated.v1.FetchRequest.ranges:type_name -> migrated.v1.PageRange
+	4, // 1: migrated.v1.FetchResponse.runs:type_name -> migrated.v1.PageRun
+	0, // 2: migrated.v1.FetchResponse.compression:type_name -> migrated.v1.Compression
+	1, // 3: migrated.v1.PageService.Fetch:input_type -> migrated.v1.FetchRequest
+	3, // 4: migrated.v1.PageService.Fetch:output_type -> migrated.v1.FetchResponse
+	4, // [4:5] is the sub-list for method output_type
+	3, // [3:4] is the sub-list for method input_type
+	3, // [3:3] is the sub-list for extension type_name
+	3, // [3:3] is the sub-list for extension extendee
+	0, // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_pages_proto_init() }
@@ -320,13 +391,14 @@ func file_migrated_v1_pages_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_pages_proto_rawDesc), len(file_migrated_v1_pages_proto_rawDesc)),
-			NumEnums:      0,
+			NumEnums:      1,
 			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_migrated_v1_pages_proto_goTypes,
 		DependencyIndexes: file_migrated_v1_pages_proto_depIdxs,
+		EnumInfos:         file_migrated_v1_pages_proto_enumTypes,
 		MessageInfos:      file_migrated_v1_pages_proto_msgTypes,
 	}.Build()
 	File_migrated_v1_pages_proto = out.File

@@ -38,7 +38,12 @@ type PageServiceClient interface {
 	// page never queues behind bulk bytes.
 	//
 	// The metadata of the call name the migration ("migration-id") and carry the
-	// token that its source handed out ("migration-token").
+	// token that its source handed out ("migration-token"). They may say which
+	// compressions the caller can undo, by name, separated by commas
+	// ("migrated-compression: s2,zstd"). Names that the source does not know are
+	// nothing to it; without any, it sends page bytes as they are. The bulk lane
+	// says that it is the one ("migrated-lane: bulk"): from it the source learns
+	// how fast the network is.
 	//
 	// Both messages are plain Protocol Buffers on the wire. The daemons read and
 	// write them by hand (internal/pagewire), so that page bytes are never
@@ -81,7 +86,12 @@ type PageServiceServer interface {
 	// page never queues behind bulk bytes.
 	//
 	// The metadata of the call name the migration ("migration-id") and carry the
-	// token that its source handed out ("migration-token").
+	// token that its source handed out ("migration-token"). They may say which
+	// compressions the caller can undo, by name, separated by commas
+	// ("migrated-compression: s2,zstd"). Names that the source does not know are
+	// nothing to it; without any, it sends page bytes as they are. The bulk lane
+	// says that it is the one ("migrated-lane: bulk"): from it the source learns
+	// how fast the network is.
 	//
 	// Both messages are plain Protocol Buffers on the wire. The daemons read and
 	// write them by hand (internal/pagewire), so that page bytes are never

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// pace says how much the sweep may have asked for and not got.
+//
+// Demand lanes have connections of their own, but all of them share one link. What the sweep has in flight beyond what
+// the link holds waits in a queue in front of it, and a page that a thread waits for comes behind that: 4 MiB are 33 ms
+// of 1 Gbit/s. With less in flight than the link holds it idles. So, as BBR does it for a sender (Cardwell et al., ACM
+// Queue 14/5, 2016), both are measured: the rate at which data comes, the highest of late, and the round trip, the
+// lowest there was. Their product is what the link holds; two runs more keep it busy while one is answered.
+//
+//	sweep ── asked ──►  in flight: at most rate × round trip + 2 runs  ──► answered ── receiver
+//	                    while a thread waits: rate × round trip + 1 short run
+//
+// The sweep calls asked, the receiver of the bulk lane answered; room may be called by anybody.
+type pace struct {
+	window, busy atomic.Int64 // bytes in flight: as a rule, and while a thread waits
+	run          atomic.Int64 // bytes to ask for at a time, as a rule
+
+	sent    int64       // bytes asked for since the session began; the sweep's
+	probing atomic.Bool // a probe is under way: set by the sweep when the two fields below are
+	end     int64       // it ends when so much came
+	began   int64       // ns
+
+	// Of the receiver.
+	came, data         int64                // bytes answered, and those of them that were not zero
+	lastCame, lastData int64                // when the last probe ended
+	last               int64                // ns, when that was
+	rates              [pacedProbes]float64 // bytes a ns of the last probes
+	next               int
+	share              float64 // of what comes, that is not zero
+	trip               int64   // ns: the lowest round trip of the bulk lane
+	best               float64 // bytes a ns: the rate that later ones must exceed to be a rise
+	flat               int     // how many probes have shown no rise
+}
+
+func newPace() *pace {
+	p := &pace{share: 1}
+	p.window.Store(firstWindow)
+	p.run.Store(firstWindow / 2)
+	p.busy.Store(busySweepRun)
+	return p
+}
+
+// asked says that so many bytes were asked for at now.
+func (p *pace) asked(bytes, now int64) {
+	p.sent += bytes
+	if !p.probing.Load() {
+		p.end, p.began = p.sent, now
+		p.probing.Store(true)
+	}
+}
+
+// answered says that so many bytes were answered for at now, and how many of these were not zero. trip is the fastest
+// answer to a fault so far, in ns, 0: none yet.
+func (p *pace) answered(bytes, data, now, trip int64) {
+	p.came += bytes
+	p.data += data
+	p.share += (float64(data)/float64(max(1, bytes)) - p.share) / 8
+	if !p.probing.Load() || p.came < p.end {
+		return
+	}
+	took := max(1, now-p.began)
+	if p.trip == 0 || took < p.trip {
+		p.trip = took
+	}
+	if trip == 0 || p.trip < trip {
+		trip = p.trip
+	}
+	// Since the last probe ended, which is a round trip at least. Zeros take no time on the link: only what was
+	// mostly data says what it can carry.
+	got, of := p.data-p.lastData, p.came-p.lastCame
+	if p.last != 0 && 2*got >= of {
+		p.rated(float64(got) / float64(max(1, now-p.last)))
+	}
+	p.last, p.lastCame, p.lastData = now, p.came, p.data
+	p.set(trip)
+	p.probing.Store(false)
+}
+
+// rated takes in a rate, in bytes a ns.
+func (p *pace) rated(rate float64) {
+	p.rates[p.next%pacedProbes] = rate
+	p.next++
+	p.flat++
+	if rate > 1.25*p.best {
+		p.best, p.flat = rate, 0
+	}
+}
+
+// set makes windows of the rate and a round trip.
+func (p *pace) set(trip int64) {
+	rate := 0.0
+	for _, r := range p.rates {
+		rate = max(rate, r)
+	}
+	if rate == 0 {
+		return
+	}
+	if p.flat < 3 { // the link has not been full yet: what it can carry shows only when more is sent
+		rate *= 2
+	}
+	// In bytes of RAM, some of which will be zero.
+	rate /= max(p.share, leastShare)
+	holds := int64(rate * float64(trip))
+	run := min(max(busySweepRun, int64(rate*float64(runTime.Nanoseconds()))), sweepRun)
+	p.run.Store(run)
+	p.window.Store(min(holds+2*run, sweepWindow))
+	p.busy.Store(min(holds+busySweepRun, sweepWindow))
+}
+
+// room says how many bytes the sweep may ask for now, with so many in flight; 0: none.
+func (p *pace) room(inFlight int64, threadWaits bool) uint64 {
+	window, run := p.window.Load(), p.run.Load()
+	if threadWaits {
+		window, run = p.busy.Load(), busySweepRun
+	}
+	if inFlight > 0 && inFlight+run > window {
+		return 0
+	}
+	return uint64(run)
+}
+
+// fastest is the shortest duration so far, in ns; 0: none.
+type fastest struct{ ns atomic.Int64 }
+
+func (f *fastest) add(d time.Duration) {
+	for {
+		old := f.ns.Load()
+		if old != 0 && int64(d) >= old || f.ns.CompareAndSwap(old, max(1, int64(d))) {
+			return
+		}
+	}
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"testing"
+	"time"
+)
+
+// wireModel is a link: bytes a ns, and the round trip of a request that finds it idle.
+type wireModel struct {
+	rate float64
+	trip time.Duration
+	zero bool // all pages are zero: the answers take no time on it
+	now  int64
+}
+
+// drive lets a sweep run over the link for so many runs, and returns how much of the time the link was busy and the
+// longest time that anything waited in front of it.
+func (m *wireModel) drive(p *pace, runs int, waits func(i int) bool) (busy float64, queued time.Duration) {
+	type run struct {
+		bytes   int64
+		arrives int64
+	}
+	var flying []run
+	inFlight, free, working, start := int64(0), int64(0), int64(0), m.now
+	answer := func() {
+		r := flying[0]
+		flying = flying[1:]
+		m.now = max(m.now, r.arrives)
+		inFlight -= r.bytes
+		data := r.bytes
+		if m.zero {
+			data = 0
+		}
+		p.answered(r.bytes, data, m.now, m.trip.Nanoseconds())
+	}
+	for i := range runs {
+		bytes := p.room(inFlight, waits(i))
+		for bytes == 0 {
+			answer()
+			bytes = p.room(inFlight, waits(i))
+		}
+		p.asked(int64(bytes), m.now)
+		inFlight += int64(bytes)
+		takes := int64(float64(bytes) / m.rate)
+		if m.zero {
+			takes = 0
+		}
+		begins := max(m.now+m.trip.Nanoseconds()/2, free)
+		if i > runs/2 { // it has learnt
+			queued = max(queued, time.Duration(begins-m.now-m.trip.Nanoseconds()/2))
+		}
+		free = begins + takes
+		working += takes
+		flying = append(flying, run{int64(bytes), free + m.trip.Nanoseconds()/2})
+	}
+	for len(flying) > 0 {
+		answer()
+	}
+	return float64(working) / float64(m.now-start), queued
+}
+
+func never(int) bool  { return false }
+func always(int) bool { return true }
+
+func TestPaceFillsTheLinkAndNoMore(t *testing.T) {
+	for _, m := range []*wireModel{
+		{rate: 0.125, trip: 200 * time.Microsecond}, // 1 Gbit/s
+		{rate: 0.125, trip: 10 * time.Millisecond},
+		{rate: 1.25, trip: 50 * time.Microsecond},
+		{rate: 2, trip: 30 * time.Microsecond}, // loopback
+	} {
+		busy, queued := m.drive(newPace(), 2000, never)
+		if busy < 0.9 || queued > 4*runTime {
+			t.Errorf("%+v: the link was busy for %.2f of the time, and up to %v waited in front of it", m, busy, queued)
+		}
+		busy, queued = m.drive(newPace(), 2000, always)
+		least := min(0.5, busySweepRun/(m.rate*float64(m.trip.Nanoseconds())+busySweepRun))
+		if busy < least || queued > time.Duration(1.5*busySweepRun/m.rate) {
+			t.Errorf("%+v, while threads wait: busy for %.2f of the time, want %.2f, and up to %v waited in front of it", m, busy, least, queued)
+		}
+	}
+}
+
+func TestPaceRushesThroughZeros(t *testing.T) {
+	p := newPace()
+	data := &wireModel{rate: 0.125, trip: 10 * time.Millisecond}
+	data.drive(p, 200, never)
+	data.zero = true
+	data.drive(p, 200, never)
+	if w := p.window.Load(); w != sweepWindow {
+		t.Errorf("the window is %d bytes after 200 runs of zeros, want %d", w, sweepWindow)
+	}
+	data.zero = false
+	if _, queued := data.drive(p, 400, never); queued > 4*runTime {
+		t.Errorf("up to %v waited in front of the link when data had come again", queued)
+	}
+}
+
+func TestRoomIsNeverLessThanOneRun(t *testing.T) {
+	p, now := newPace(), int64(0)
+	for range 10 {
+		p.asked(busySweepRun, now)
+		now += int64(time.Hour) // for one run
+		p.answered(busySweepRun, busySweepRun, now, int64(time.Microsecond))
+	}
+	if p.room(0, true) < busySweepRun || p.room(0, false) < busySweepRun {
+		t.Error("a slow link stops the sweep")
+	}
+	if p.room(1, true) != 0 {
+		t.Error("two runs are in flight over a slow link")
+	}
+}
