@@ -41,6 +41,7 @@ type cli struct {
 	Fallback   fallbackCmd   `cmd:"" help:"Continue a VM at the source whose destination is lost."`
 	Ver        versionCmd    `cmd:"" name:"version" help:"Print the versions of this program and of the daemon."`
 	Completion completionCmd `cmd:"" help:"Print a script that completes this command line in a shell."`
+	Starter    starterCmd    `cmd:"" name:"start-qemus" hidden:""`
 }
 
 // app is what every command gets: the common flags and where to write.

@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/confine"
 	"github.com/migrated-vm/migrated/internal/daemon"
 	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -36,7 +38,7 @@ type serveCmd struct {
 }
 
 func (serveCmd) Help() string {
-	return `Runs the daemon until SIGINT or SIGTERM. It needs root, or the capabilities that deploy/migrated.service gives it.
+	return `Runs the daemon until SIGINT or SIGTERM. It needs root, or the capabilities that deploy/migrated.service gives it. Once it listens it keeps four of them, gains none, and makes no system calls but its own; QEMUs are started by a second process, which is not on the network. "migrated check" shows what confines it.
 
 Look at "migrated list" before stopping it. Migrations that have not switched over are given up and their VMs go on at the source; a VM that has switched over waits for the pages it lacks. The log names each.
 
@@ -62,6 +64,14 @@ func (s *serveCmd) Run(a *app) error {
 		return fmt.Errorf("starting the daemon: %w", err)
 	}
 	d.OnReady(func() { notify("READY=1") })
+	var starter *qemu.Starter // nil: none of its binaries is started
+	if len(cfg.QEMUBinaries) > 0 {
+		if starter, err = qemu.NewStarter(starterCommand, cfg.QEMUBinaries); err != nil {
+			return err
+		}
+		defer starter.Close()
+	}
+	d.Confine(starter, confine.Apply)
 	// Its own context, so that it can be asked what it leaves behind before it
 	// is told to end.
 	ctx, stop := context.WithCancel(context.WithoutCancel(a.ctx))

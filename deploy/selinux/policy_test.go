@@ -98,7 +98,7 @@ func TestOnDebian(t *testing.T) {
 			"what the daemon has of root's powers",
 			[]string{"-A", "-s", "migrated_t", "-c", "capability,capability2"},
 			[]string{
-				"allow migrated_t migrated_t:capability { dac_override dac_read_search kill setgid setuid sys_ptrace };",
+				"allow migrated_t migrated_t:capability { dac_override dac_read_search kill setgid setpcap setuid sys_ptrace };",
 				"allow migrated_t migrated_t:capability2 checkpoint_restore;",
 			},
 		},

@@ -16,7 +16,7 @@ import (
 
 func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckRequest) (*migratedv1.CheckResponse, error) {
 	// What leaves this host needs no userfaultfd here.
-	results := shown(qemu.CheckHost(ctx, false), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
+	results := shown(append(qemu.CheckHost(ctx, false), checkConfinement()), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
 	if vm := request.GetVm(); vm != "" {
 		if !filepath.IsAbs(vm) {
 			return nil, status.Errorf(codes.InvalidArgument, "vm: %q is no absolute path of a QMP socket", vm)

@@ -30,6 +30,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -56,6 +57,8 @@ type Daemon struct {
 
 	pagePort string // of Listen, once it is known
 	ready    func()
+	starter  *qemu.Starter // nil: this process starts QEMUs
+	confine  func() error
 }
 
 // New makes a daemon of a valid configuration. It serves when it is run.
@@ -78,7 +81,7 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 	d := &Daemon{
 		cfg: cfg, version: version, log: log,
 		pages: pagesrv.NewServer(), records: records, migrations: newRegistry(),
-		ready: func() {},
+		ready: func() {}, confine: func() error { return nil },
 	}
 	if d.cfg.FaultWorkers == 0 {
 		d.cfg.FaultWorkers = max(2, min(runtime.NumCPU()/2, 8))
@@ -88,6 +91,12 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 
 // OnReady makes Run call ready once every listener accepts.
 func (d *Daemon) OnReady(ready func()) { d.ready = ready }
+
+// Confine makes Run call confine once it has opened its sockets. What that cannot do is logged. starter, where it
+// is not nil, starts the QEMUs, which this process may not any more.
+func (d *Daemon) Confine(starter *qemu.Starter, confine func() error) {
+	d.starter, d.confine = starter, confine
+}
 
 // Run serves until ctx ends, then lets every migration that was not switched
 // over continue its VM at the source, and returns.
@@ -106,6 +115,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.confineSelf()
 	// After listening, so that two daemons never do so at once, and before serving, so that a peer that calls
 	// finds its migration.
 	if err := d.takeUp(); err != nil {

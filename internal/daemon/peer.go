@@ -32,7 +32,7 @@ type peerService struct {
 
 func (p *peerService) CheckHost(ctx context.Context, _ *migratedv1.CheckHostRequest) (*migratedv1.CheckHostResponse, error) {
 	return &migratedv1.CheckHostResponse{
-		Results: shown(qemu.CheckHost(ctx, p.daemon.cfg.RequireSecure), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
+		Results: shown(append(qemu.CheckHost(ctx, p.daemon.cfg.RequireSecure), checkConfinement()), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
 	}, nil
 }
 

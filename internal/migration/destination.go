@@ -34,6 +34,8 @@ type DestinationConfig struct {
 	Dir string
 	// Binaries are patterns of QEMU binaries that a source may have started.
 	Binaries []string
+	// Starter starts QEMU; nil: this process does.
+	Starter *qemu.Starter
 	// FaultWorkers is the number of fault workers and demand lanes.
 	FaultWorkers int
 	// RequireSecure refuses an unsupervised userfaultfd, whatever the source asks.
@@ -154,6 +156,7 @@ func (d *Destination) prepare(ctx context.Context) error {
 	if err := d.openQEMU(ctx); err != nil {
 		return err
 	}
+	reached("destination-started")
 	facts, err := d.vm.Facts(ctx)
 	if err != nil {
 		return askQEMU("destination", err)
@@ -173,10 +176,12 @@ func (d *Destination) prepare(ctx context.Context) error {
 	if err := d.takeDescriptor(ctx); err != nil {
 		return err
 	}
+	reached("destination-taken")
 	keptFacts, err := d.keep(facts.Balloon)
 	if err != nil {
 		return err
 	}
+	reached("destination-kept")
 	if err := d.makeEngine(keptFacts); err != nil {
 		return err
 	}
@@ -187,6 +192,7 @@ func (d *Destination) prepare(ctx context.Context) error {
 	d.pumping = true
 	go d.pump(first)
 	go d.watchQEMU()
+	reached("destination-prepared")
 	return nil
 }
 
@@ -222,7 +228,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		return err
 	}
 	d.log.Info("starting QEMU", "argv", argv, "uid", machine.GetUid())
-	d.process, d.vm, err = qemu.Start(ctx, qemu.StartOptions{
+	d.process, d.vm, err = d.cfg.Starter.Start(ctx, qemu.StartOptions{
 		Args: argv,
 		Credentials: qemu.Credentials{
 			UID: machine.GetUid(), GID: machine.GetGid(), Groups: machine.GetGroups(),
@@ -315,9 +321,11 @@ func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 		d.giveUp(err)
 		return err
 	}
+	reached("destination-took")
 	d.phase = loaded
 	d.kept.header().loaded.Store(1)
 	d.expectRun()
+	reached("destination-loaded")
 	return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: total})
 }
 
@@ -350,7 +358,10 @@ func (d *Destination) load(stream grpc.ClientStreamingServer[migratedv1.LoadDevi
 	}()
 	// The source's QEMU begins when it sees this header: from then on nothing
 	// but the stream itself is between the VM's stop and its loading.
-	err = d.vm.MigrateIncomingFD(ctx, carrier.qemu, func() { _ = stream.SendHeader(nil) })
+	err = d.vm.MigrateIncomingFD(ctx, carrier.qemu, func() {
+		reached("destination-loading")
+		_ = stream.SendHeader(nil)
+	})
 	switch {
 	case err == nil:
 		// QEMU knows where its stream ends; what gRPC says of the end has time.
@@ -403,7 +414,9 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	}
 	ctx, cancel := context.WithTimeout(ctx, resumeTimeout/2) // the source hears before it asks again
 	defer cancel()
+	reached("destination-go")
 	d.kept.header().toldToRun.Store(1) // from here on it may have run
+	reached("destination-told")
 	resumed := time.Now()
 	if request.GetResume() {
 		at, err := d.vm.Cont(ctx)
@@ -412,6 +425,7 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 		}
 		resumed = at
 	}
+	reached("destination-runs")
 	d.phase = running
 	d.releaseGC()
 	d.engine.StartSweep()
@@ -423,6 +437,7 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	d.kept.running(resumed, d.answer.GetResumeTime().AsDuration(), downtime)
 	d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE)
 	d.log.Info("the VM runs", "stopped_for", downtime)
+	reached("destination-running")
 	return d.answer, nil
 }
 

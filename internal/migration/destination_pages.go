@@ -36,6 +36,7 @@ func (d *Destination) pump(first *lanes) {
 	err := d.pumpLanes(first)
 	stopShowing()
 	<-shown
+	reached("destination-filled")
 	d.awaitAttached(err)
 	d.end(err)
 }
@@ -160,6 +161,7 @@ func (d *Destination) complete() {
 		m.Progress = d.meter.progress(d.engine.Stats())
 	})
 	d.log.Info("completed", "residency", d.meter.residency(d.engine.Stats()))
+	reached("destination-completed")
 }
 
 // giveUp ends a destination that has not run the VM, for good: its QEMU is
@@ -171,6 +173,7 @@ func (d *Destination) giveUp(reason error) {
 	d.phase, d.reason = givenUp, reason
 	d.releaseGC()
 	d.log.Warn("gave up", "reason", reason)
+	reached("destination-giving-up")
 	d.cancel(reason)
 	d.endQEMU()
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, reason, "the VM was never run on the destination")

@@ -44,6 +44,7 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 		d.phase = running
 	}
 	d.log.Warn("taking up a migration that an earlier run of this daemon left", "switched", d.phase == running)
+	reached("destination-taken-up")
 	if err := d.takeUp(facts); err != nil {
 		d.notTakenUp(facts, err)
 		return d, nil

@@ -178,6 +178,7 @@ func (s *Source) run(ctx context.Context) {
 	}
 	s.update(func(m *migratedv1.Migration) { m.Prepared = true })
 	s.log.Info("prepared", "vm", s.cfg.Spec.GetVm(), "destination", s.cfg.Spec.GetDestination())
+	reached("source-prepared")
 
 	if err := s.awaitStart(ctx); err != nil {
 		s.backOut(ctx, err)
@@ -208,10 +209,12 @@ func (s *Source) switchOver(ctx context.Context) bool {
 		s.backOut(ctx, err)
 		return false
 	}
+	reached("source-loaded")
 	if err := s.commit(ctx); err != nil {
 		s.backOut(ctx, err)
 		return false
 	}
+	reached("source-committed")
 	return s.handedOver(ctx)
 }
 
@@ -242,6 +245,7 @@ func (s *Source) prepare(ctx context.Context) error {
 	destination := s.cfg.Spec.GetDestination()
 	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
 	defer cancel()
+	reached("source-offered")
 	answer, err := s.peer.PrepareIncoming(ctx, &migratedv1.PrepareIncomingRequest{
 		Id:                  s.cfg.ID,
 		Protocol:            Protocol,

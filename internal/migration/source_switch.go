@@ -20,10 +20,21 @@ import (
 
 // awaitStopped is what the page server asks before it serves the first page: a
 // destination that needs one early waits for the VM to stand still.
+//
+// QEMU says STOP when the vCPUs stand, and only then waits for what its disks and
+// network cards still write to memory (do_vm_stop in softmmu/cpus.c). What needs a
+// page later was told so by device state that was sent after both. Who waited since
+// before waits for both too: QEMU holds its big lock meanwhile, without which it
+// answers nobody.
 func (s *Source) awaitStopped(ctx context.Context) error {
 	select {
 	case <-s.stopped:
 		return nil
+	default:
+	}
+	select {
+	case <-s.stopped:
+		return s.vm.VerifyStopped(ctx)
 	case <-s.done:
 		return errors.New("the migration is over")
 	case <-ctx.Done():
@@ -60,9 +71,11 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
 	}
+	reached("source-asked")
 	if err := s.writeDown(); err != nil {
 		return err
 	}
+	reached("source-recorded")
 	carrier, err := newDeviceCarrier()
 	if err != nil {
 		return err
@@ -124,6 +137,7 @@ func (s *Source) noteStop(ctx context.Context, stops *qmp.Subscription) error {
 		}
 		s.stoppedAt = event.Time
 		close(s.stopped)
+		reached("source-stopped")
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
@@ -162,6 +176,7 @@ func (s *Source) handOver(ctx context.Context) error {
 		cancel()
 		switch status.Code(err) {
 		case codes.OK:
+			reached("source-answered")
 			network := max(0, time.Since(sent)-answer.GetServeTime().AsDuration())
 			downtime := stoppedFor + network/2 + answer.GetResumeTime().AsDuration()
 			s.log.Info("switched over", "downtime", downtime)
@@ -241,6 +256,7 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 
 // complete lets the source's QEMU go: its memory is at the destination.
 func (s *Source) complete() {
+	reached("source-last-page")
 	s.export.Withdraw()
 	if !s.cfg.Spec.GetKeepSource() {
 		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
@@ -249,7 +265,9 @@ func (s *Source) complete() {
 			s.log.Warn("the source's QEMU did not quit; it is stopped and no longer needed", "error", err)
 		}
 	}
+	reached("source-quit")
 	s.forgetRecord()
+	reached("source-forgotten")
 	s.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
 	s.log.Info("completed")
 }
@@ -292,6 +310,7 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 func (s *Source) continueVM() (vmStatus string) {
 	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
 	defer cancel()
+	reached("source-backing-out")
 	if err := s.vm.CancelMigrate(ctx); err != nil {
 		s.log.Warn("cancel QEMU's own migration", "error", err)
 	}
@@ -305,6 +324,7 @@ func (s *Source) continueVM() (vmStatus string) {
 		return fmt.Sprintf("the VM is stopped on the source with its memory intact; continue it with QMP 'cont' on %s (%v)",
 			s.cfg.Spec.GetVm(), err)
 	}
+	reached("source-continued")
 	s.forgetRecord()
 	return "the VM runs on the source"
 }

@@ -32,6 +32,7 @@ func TakeUpSource(ctx context.Context, cfg SourceConfig, rec Record) (*Source, e
 	s.committed = rec.Committed
 	close(s.stopped)
 	s.log.Warn("taking up a migration that an earlier run of this daemon left", "vm", rec.VM, "committed", rec.Committed)
+	reached("source-taken-up")
 	err := s.takeUp(ctx, rec)
 	go s.runTakenUp(ctx, err)
 	return s, nil

@@ -74,8 +74,12 @@ func start(t *testing.T, args ...string) (*Process, *VM) {
 
 func startAs(t *testing.T, c Credentials, args ...string) (*Process, *VM) {
 	t.Helper()
-	opts := startOptions(t, c, args...)
-	p, vm, err := Start(testContext(t), opts)
+	return startWith(t, nil, startOptions(t, c, args...))
+}
+
+func startWith(t *testing.T, s *Starter, opts StartOptions) (*Process, *VM) {
+	t.Helper()
+	p, vm, err := s.Start(testContext(t), opts)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,21 +31,35 @@ type StartOptions struct {
 	LogPath     string // takes what QEMU writes; what the file held is lost
 }
 
-// Process is a QEMU that Start started. It is a child of this process, but in a session of its own and
-// without a parent-death signal: it outlives a daemon that is restarted or dies.
+// Process is a QEMU that Start started. It is in a session of its own and without a parent-death signal: it
+// outlives a daemon that is restarted or dies.
 type Process struct {
-	cmd     *exec.Cmd
+	child
+	pidfd   *os.File // open for as long as p is: Kill may come at any time
 	logPath string
 	exited  chan struct{}
 	exitErr error // valid once exited is closed
 }
 
-// Start starts QEMU and returns when its QMP socket answers. When it fails, no QEMU is left.
+// A child is a process that this one or a Starter started.
+type child struct {
+	pid int
+	// wait returns how it ended, once it has. Until then nobody else has its number.
+	wait func() error
+}
+
+// Start starts QEMU as a child of this process and returns when its QMP socket answers. When it fails, no QEMU is
+// left.
 func Start(ctx context.Context, opts StartOptions) (*Process, *VM, error) {
+	return (*Starter)(nil).Start(ctx, opts)
+}
+
+// Start is the function Start; s, unless it is nil, becomes QEMU's parent.
+func (s *Starter) Start(ctx context.Context, opts StartOptions) (*Process, *VM, error) {
 	if err := checkUnused(opts.QMPPath); err != nil {
 		return nil, nil, err
 	}
-	p, err := launch(opts)
+	p, err := s.process(opts)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -73,10 +87,28 @@ func checkUnused(path string) error {
 		"end it, or give the destination another path with a template", path)
 }
 
-func launch(opts StartOptions) (*Process, error) {
+func (s *Starter) process(opts StartOptions) (*Process, error) {
+	start := launch
+	if s != nil {
+		start = s.launch
+	}
+	c, err := start(opts)
+	if err != nil {
+		return nil, err
+	}
+	p := &Process{child: c, logPath: opts.LogPath, exited: make(chan struct{})}
+	if p.pidfd, err = openPidfd(c.pid); err != nil { // no descriptors left, say
+		return nil, errors.Join(err, syscall.Kill(c.pid, syscall.SIGKILL), c.wait())
+	}
+	go p.reap()
+	return p, nil
+}
+
+// launch starts QEMU as a child of this process.
+func launch(opts StartOptions) (child, error) {
 	log, err := os.OpenFile(opts.LogPath, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("log of QEMU: %w", err)
+		return child{}, fmt.Errorf("log of QEMU: %w", err)
 	}
 	defer log.Close()
 	cmd := exec.Command(opts.Args[0], opts.Args[1:]...)
@@ -91,25 +123,18 @@ func launch(opts StartOptions) (*Process, error) {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: c.UID, Gid: c.GID, Groups: c.Groups}
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start QEMU as user %d, group %d: %w", c.UID, c.GID, err)
+		return child{}, fmt.Errorf("start QEMU as user %d, group %d: %w", c.UID, c.GID, err)
 	}
-	p := &Process{cmd: cmd, logPath: opts.LogPath, exited: make(chan struct{})}
-	pidfd, err := openPidfd(p.Pid())
-	if err != nil { // no descriptors left, say
-		return nil, errors.Join(err, cmd.Process.Kill(), cmd.Wait())
-	}
-	go p.reap(pidfd)
-	return p, nil
+	return child{cmd.Process.Pid, cmd.Wait}, nil
 }
 
-// reap waits for QEMU to end. Not with Wait alone: that returns too early when
+// reap waits for QEMU to end. Not with wait alone: that returns too early when
 // this very process stops QEMU with ptrace to take a userfaultfd from it
 // (wait(2): a tracer's waits see its tracees' stops).
-func (p *Process) reap(pidfd *os.File) {
+func (p *Process) reap() {
 	defer close(p.exited)
-	defer pidfd.Close()
-	if p.exitErr = waitExit(context.Background(), pidfd); p.exitErr == nil {
-		p.exitErr = p.cmd.Wait()
+	if p.exitErr = waitExit(context.Background(), p.pidfd); p.exitErr == nil {
+		p.exitErr = p.wait()
 	}
 }
 
@@ -136,7 +161,7 @@ func (p *Process) awaitQMP(ctx context.Context, path string) (*VM, error) {
 }
 
 // Pid is the process id.
-func (p *Process) Pid() int { return p.cmd.Process.Pid }
+func (p *Process) Pid() int { return p.pid }
 
 // Exited is closed when the process has ended.
 func (p *Process) Exited() <-chan struct{} { return p.exited }
@@ -170,7 +195,7 @@ func (p *Process) said() string {
 
 // Kill ends QEMU at once and returns when it has ended.
 func (p *Process) Kill(ctx context.Context) error {
-	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+	if err := killPidfd(p.pidfd); err != nil {
 		return fmt.Errorf("kill QEMU: %w", err)
 	}
 	select {

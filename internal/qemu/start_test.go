@@ -25,7 +25,8 @@ const sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecont
 
 func TestFactsOfAnUnprivilegedVM(t *testing.T) {
 	needRoot(t)
-	p, vm := startAs(t, unprivileged, append(ram(ramFile(t)), "-name", "web", "-sandbox", sandbox)...)
+	opts := startOptions(t, unprivileged, append(ram(ramFile(t)), "-name", "web", "-sandbox", sandbox)...)
+	_, vm := startWith(t, nil, opts)
 	f, err := vm.Facts(testContext(t))
 	if err != nil {
 		t.Fatal(err)
@@ -36,7 +37,7 @@ func TestFactsOfAnUnprivilegedVM(t *testing.T) {
 	if f.UID != nobody || f.GID != nobody || !slices.Equal(f.Groups, []uint32{nobody}) {
 		t.Errorf("user %d, group %d, groups %v", f.UID, f.GID, f.Groups)
 	}
-	if diff := cmp.Diff(p.cmd.Args, f.CommandLine); diff != "" || f.WorkingDirectory != p.cmd.Dir {
+	if diff := cmp.Diff(opts.Args, f.CommandLine); diff != "" || f.WorkingDirectory != opts.Dir {
 		t.Errorf("in %s, command line -want +got:\n%s", f.WorkingDirectory, diff)
 	}
 	if sid, err := unix.Getsid(vm.Pid); err != nil || sid != vm.Pid {
@@ -147,7 +148,7 @@ func TestQuit(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p, vm := start(t, args...)
 			if name == "not listening" {
-				if err := p.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+				if err := unix.Kill(p.Pid(), unix.SIGSTOP); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/pkg/uffd/inject"
+)
+
+// neededCapabilities are cap_dac_override, cap_kill, cap_sys_ptrace and cap_checkpoint_restore, as /proc shows them.
+const neededCapabilities = "0000010000080022"
+
+// TestDaemonIsConfined: a VM migrates there into a QEMU that the daemon starts and back; both daemons have given up
+// what they do not need, are refused what they do not do, and the QEMU is not confined with them.
+func TestDaemonIsConfined(t *testing.T) {
+	l := newHosts(t)
+	daemons := map[*lab.Host]*lab.Process{l.A: startDaemon(t, l.A), l.B: startDaemon(t, l.B)}
+	s := newScene(t, l)
+	moveMetal(t, s.vm, l.A, l.B)
+	before := statusOf(t, "/proc/self")
+	qemu := statusOf(t, fmt.Sprintf("/proc/%d", qemuOn(t, l.B)))
+	for _, key := range []string{"NoNewPrivs", "Seccomp", "CapBnd"} {
+		if qemu[key] != before[key] {
+			t.Errorf("QEMU has %s %s, what started the daemon %s", key, qemu[key], before[key])
+		}
+	}
+	moveMetal(t, s.vm, l.B, l.A)
+
+	for h, daemon := range daemons {
+		if qemu["PPid"] == fmt.Sprint(daemon.PID) {
+			t.Errorf("QEMU is a child of the daemon of host %s", h.Name)
+		}
+		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", daemon.PID))
+		if err != nil || len(tasks) == 0 {
+			t.Fatalf("threads of the daemon of host %s: %v, %v", h.Name, tasks, err)
+		}
+		for _, task := range tasks {
+			status := statusOf(t, task)
+			for key, want := range map[string]string{
+				"CapEff": neededCapabilities, "CapPrm": neededCapabilities, "CapBnd": neededCapabilities,
+				"CapInh": "0000000000000000", "CapAmb": "0000000000000000", "NoNewPrivs": "1", "Seccomp": "2",
+			} {
+				if status[key] != want {
+					t.Errorf("%s of host %s's daemon: %s is %s, want %s", task, h.Name, key, status[key], want)
+				}
+			}
+		}
+		refuses(t, daemon.PID)
+		out, code := operate(t, h, "check")
+		if code != 0 || !strings.Contains(out, "no new privileges; system calls filtered") {
+			t.Errorf("check on host %s: exit code %d:\n%s", h.Name, code, out)
+		}
+	}
+}
+
+// refuses has a daemon make system calls, in its own name, that it never makes.
+func refuses(t *testing.T, pid int) {
+	t.Helper()
+	p, err := inject.Seize(testContext(t), pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := p.Detach(); err != nil {
+			t.Error(err)
+		}
+	}()
+	// Without the filter none of these says EPERM, whoever calls (TestForbidden of internal/confine).
+	for name, call := range map[string][]uintptr{
+		"mount": {unix.SYS_MOUNT, 0, 0, 0, 0, 0}, "unshare": {unix.SYS_UNSHARE, 0}, "execve": {unix.SYS_EXECVE, 0, 0, 0},
+		"bpf": {unix.SYS_BPF, ^uintptr(0), 0, 0}, "init_module": {unix.SYS_INIT_MODULE, 0, 0, 0}, "io_uring_setup": {unix.SYS_IO_URING_SETUP, 0, 0},
+		"a process": {unix.SYS_CLONE, unix.CLONE_FS | unix.CLONE_NEWNS, 0, 0, 0, 0}, "a raw socket": {unix.SYS_SOCKET, unix.AF_PACKET, unix.SOCK_RAW, 0},
+	} {
+		if _, err := p.Syscall(testContext(t), call[0], call[1:]...); !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s in the daemon, process %d: %v, want EPERM", name, pid, err)
+		}
+	}
+	if got, err := p.Syscall(testContext(t), unix.SYS_GETPID); err != nil || int(got) != pid {
+		t.Errorf("getpid in the daemon, process %d: %d, %v", pid, got, err)
+	}
+}
+
+// statusOf reads what /proc shows of a process or thread.
+func statusOf(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(dir, "status"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := map[string]string{}
+	for line := range strings.Lines(string(text)) {
+		key, value, _ := strings.Cut(line, ":")
+		values[key] = strings.TrimSpace(value)
+	}
+	return values
+}
