@@ -4,7 +4,9 @@
 # 'make unit PKG=./pkg/uffd/...':
 #
 #   COMPARE=1   demo: also run QEMU's own post-copy and compare
-#   ARGS=...    demo: further arguments
+#   ARGS=...    demo, bench, microbench: further arguments
+#   BENCH=full  bench: an hour instead of eight minutes
+#   CASE=...    bench: only cases whose NETWORK/GUEST matches, of all there are
 #   PKG=...     unit, e2e, kernel: which packages
 #   RUN=...     unit, e2e, kernel: only tests whose name matches
 #   E2E_RACE=0  e2e: run the daemon without the race detector
@@ -29,6 +31,12 @@ demo: ## move a running virtual machine between two daemons on this machine, and
 	@scripts/setup demo
 	@$(MAKE) build
 	@MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/demo $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
+
+.PHONY: bench
+bench: ## compare with QEMU's own post-copy, in turns: build/bench/report.html
+	@scripts/setup demo
+	@$(MAKE) build
+	@MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/bench --size $(or $(BENCH),short) $(if $(CASE),--case '$(CASE)') $(ARGS)
 
 .PHONY: test
 test: ## everything CI runs
@@ -101,6 +109,11 @@ e2e: build $(if $(filter-out 0,$(E2E_RACE)),build-race) ## run the end-to-end te
 kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefile has more
 	@echo '== kernel'
 	@$(MAKE) -C kernel test
+
+.PHONY: microbench
+microbench: ## measure how far the engine is from what the machine can do (docs/fault-budget.md)
+	@scripts/setup test
+	@go run ./e2e/floor $(ARGS)
 
 # What is left of 'make -C kernel test' once the kernels are there: their build would take longer than a
 # test may.

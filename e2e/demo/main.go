@@ -127,8 +127,8 @@ func migrate(ctx context.Context, l *lab.Lab, id string, guest *report.Log) (*de
 	}
 	downtime := make(chan timed, 1)
 	go func() {
-		d, err := watch.Downtime(ctx)
-		downtime <- timed{d, err}
+		s, err := watch.Wait(ctx)
+		downtime <- timed{s.Downtime(), err}
 	}()
 	say("Migrating: migrated migrate --id %s --vm %s --to %s", id, lab.QMPPath, l.B.DaemonAddr())
 	if err := runMigrated(ctx, l, id); err != nil {

@@ -3,7 +3,8 @@
 // Package lab makes hosts out of namespaces: each has a network, a /run, a
 // /dev/shm and a /dev/hugepages of its own, joined by a virtual cable, so that
 // two real daemons and two real QEMUs on one machine see what they would see
-// on two. Nothing outside the namespaces is reachable from them.
+// on two. The cable can be an emulated [Link], as slow and as bad as a real
+// network. Nothing outside the namespaces is reachable from them.
 //
 // Whatever the lab started it ends, by pid, when it is closed.
 package lab

@@ -26,13 +26,20 @@ const (
 // A Lab is two hosts, A and B, and a cable between them.
 type Lab struct {
 	A, B *Host
+	// AB carries what A sends to B, BA the other way; nil without a [Link].
+	AB, BA *Wire
 
 	starts  chan func() // commands are started by one thread that lives as long as the lab
 	closers []func() error
 }
 
-// New makes the two hosts. It needs root.
-func New(ctx context.Context) (_ *Lab, err error) {
+// New makes the two hosts, joined by the kernel's own virtual cable. It needs
+// root.
+func New(ctx context.Context) (*Lab, error) {
+	return newLab(func(l *Lab) error { return l.cable(ctx) })
+}
+
+func newLab(join func(*Lab) error) (_ *Lab, err error) {
 	l := &Lab{starts: make(chan func())}
 	// Pdeathsig is about the thread that started a process, and the runtime ends
 	// threads at will: one locked thread starts them all.
@@ -53,7 +60,7 @@ func New(ctx context.Context) (_ *Lab, err error) {
 	if l.B, err = l.newHost("b", addrB); err != nil {
 		return nil, err
 	}
-	return l, l.cable(ctx)
+	return l, join(l)
 }
 
 // cable joins the two network namespaces by a pair of virtual interfaces.
@@ -62,6 +69,11 @@ func (l *Lab) cable(ctx context.Context) error {
 	if _, err := l.A.Run(ctx, "ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", b); err != nil {
 		return fmt.Errorf("cable between %s and %s: %w", a, b, err)
 	}
+	return l.plug(ctx)
+}
+
+// plug gives the two ends of the cable their addresses and turns them on.
+func (l *Lab) plug(ctx context.Context) error {
 	for _, h := range []*Host{l.A, l.B} {
 		if _, err := h.Run(ctx, "ip", "addr", "add", h.Addr+"/24", "dev", "cable"); err != nil {
 			return err

@@ -8,11 +8,25 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
+
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
 // newLab makes a lab; without root there is none.
 func newLab(t *testing.T) *lab.Lab {
+	t.Helper()
+	needRoot(t)
+	l, err := lab.New(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func needRoot(t *testing.T) {
 	t.Helper()
 	if os.Getuid() != 0 {
 		if os.Getenv("CI") == "true" {
@@ -20,11 +34,6 @@ func newLab(t *testing.T) *lab.Lab {
 		}
 		t.Skip("the lab's namespaces need root")
 	}
-	l, err := lab.New(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
 }
 
 func TestHostsAreApart(t *testing.T) {

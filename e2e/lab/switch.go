@@ -35,24 +35,29 @@ func (l *Lab) WatchSwitch(ctx context.Context, from, to *Host) (*SwitchWatch, er
 	return &SwitchWatch{client: client, events: client.Subscribe("STOP"), from: from, to: to}, nil
 }
 
-// Downtime waits for the switch and returns the time from the source's STOP
-// event to the destination's RESUME event.
-func (w *SwitchWatch) Downtime(ctx context.Context) (time.Duration, error) {
+// A Switch is when the VM stopped on one host and ran on the other.
+type Switch struct{ Stopped, Resumed time.Time }
+
+// Downtime is the time from the source's STOP event to the destination's RESUME event.
+func (s Switch) Downtime() time.Duration { return s.Resumed.Sub(s.Stopped) }
+
+// Wait waits for the switch.
+func (w *SwitchWatch) Wait(ctx context.Context) (Switch, error) {
 	defer w.client.Disconnect() //nolint:errcheck // it was only read from
 	destination, err := w.dialDestination(ctx)
 	if err != nil {
-		return 0, err
+		return Switch{}, err
 	}
 	defer destination.Disconnect() //nolint:errcheck // likewise
 	resumed, err := Next(ctx, destination.Subscribe("RESUME"))
 	if err != nil {
-		return 0, fmt.Errorf("RESUME on host %s: %w", w.to.Name, err)
+		return Switch{}, fmt.Errorf("RESUME on host %s: %w", w.to.Name, err)
 	}
 	stopped, err := Next(ctx, w.events)
 	if err != nil {
-		return 0, fmt.Errorf("STOP on host %s: %w", w.from.Name, err)
+		return Switch{}, fmt.Errorf("STOP on host %s: %w", w.from.Name, err)
 	}
-	return resumed.Time.Sub(stopped.Time), nil
+	return Switch{Stopped: stopped.Time, Resumed: resumed.Time}, nil
 }
 
 // dialDestination connects as soon as the destination QEMU was started.

@@ -67,7 +67,7 @@ func (c VMConfig) Args() []string {
 		accel, cpu = "kvm", "qemu64"
 	}
 	args := []string{
-		"qemu-system-x86_64", "-name", "guest", "-nodefaults", "-no-user-config", "-display", "none",
+		"qemu-system-x86_64", "-name", "guest,debug-threads=on", "-nodefaults", "-no-user-config", "-display", "none",
 		"-machine", "q35", "-accel", accel, "-cpu", cpu,
 		"-smp", strconv.Itoa(c.VCPUs), "-m", fmt.Sprintf("%dM", c.MemoryMiB),
 		"-qmp", "unix:" + QMPPath + ",server=on,wait=off",

@@ -24,6 +24,8 @@ const unlimited = 100 << 30
 // Options are the variants of QEMU's post-copy.
 type Options struct {
 	Preempt bool // the capability postcopy-preempt: urgent pages on a channel of their own
+	// KeepSource leaves the source QEMU, stopped, for the caller to end.
+	KeepSource bool
 }
 
 // Result is what the migration did.
@@ -35,7 +37,7 @@ type Result struct {
 
 // Migrate moves the VM that c describes from one host to the other. It starts
 // the destination QEMU itself, switches to post-copy at once, and ends the
-// source QEMU when all is over.
+// source QEMU when all is over, unless it is to be kept.
 func Migrate(ctx context.Context, from, to *lab.Host, c lab.VMConfig, o Options) (Result, error) {
 	if _, err := to.StartVM(ctx, c, "-incoming", "defer"); err != nil {
 		return Result{}, err
@@ -91,8 +93,10 @@ func Migrate(ctx context.Context, from, to *lab.Host, c lab.VMConfig, o Options)
 	if err := source.Do(ctx, "query-migrate", nil, &figures); err != nil {
 		return Result{}, err
 	}
-	if err := source.Do(ctx, "quit", nil, nil); err != nil {
-		return Result{}, err
+	if !o.KeepSource {
+		if err := source.Do(ctx, "quit", nil, nil); err != nil {
+			return Result{}, err
+		}
 	}
 	return Result{
 		Downtime: resumed.Time.Sub(stopped.Time), Residency: ended.Sub(resumed.Time), Bytes: figures.RAM.Transferred,

@@ -65,10 +65,9 @@ type Load struct {
 	start    time.Time
 
 	// Of the reporter.
-	seq    uint64
-	ops    uint64 // total at the last window
-	seen   [][buckets]uint64
-	window window
+	seq  uint64
+	ops  uint64 // total at the last window
+	seen [][report.Buckets]uint64
 }
 
 // New maps and stamps the memory and starts the workers; the load is off until
@@ -94,7 +93,7 @@ func New(c Config) (*Load, error) {
 		table:   unsafe.Slice((*uint64)(unsafe.Pointer(&table[0])), n),
 		damages: make(chan stamp.Damage, maxDescribed),
 		start:   time.Now(),
-		seen:    make([][buckets]uint64, c.Workers),
+		seen:    make([][report.Buckets]uint64, c.Workers),
 	}
 	if c.Rate > 0 {
 		l.interval = time.Second / time.Duration(c.Rate)
@@ -177,11 +176,11 @@ func (l *Load) Verify() (pages uint32, found uint64) {
 // goroutine may call it.
 func (l *Load) Window(uptime time.Duration) report.Window {
 	l.seq++
-	l.window.reset()
+	latencies := report.Histogram{}
 	var slowest int64
 	now := int64(l.now())
 	for i, w := range l.workers {
-		l.window.take(&w.latencies, &l.seen[i])
+		w.latencies.take(latencies, &l.seen[i])
 		slowest = max(slowest, w.slowest.Swap(0))
 		if began := w.began.Load(); began != 0 {
 			slowest = max(slowest, now-began)
@@ -192,9 +191,10 @@ func (l *Load) Window(uptime time.Duration) report.Window {
 	l.ops = c.TotalOps
 	return report.Window{
 		Type: report.TypeWindow, Seq: l.seq, Counters: c, Ops: ops,
-		MaxUS: slowest / 1000,
-		P50US: l.window.quantile(50) / 1000,
-		P99US: l.window.quantile(99) / 1000,
+		MaxUS:     slowest / 1000,
+		P50US:     latencies.Quantile(500) / 1000,
+		P99US:     latencies.Quantile(990) / 1000,
+		Latencies: latencies,
 	}
 }
 

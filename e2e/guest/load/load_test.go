@@ -175,25 +175,22 @@ func TestWindowsAddUp(t *testing.T) {
 	}
 }
 
-func TestBuckets(t *testing.T) {
-	for _, ns := range []int64{0, 1, 7, 8, 9, 1000, 1023, 1024, 123456789, 1 << 50} {
-		b := bucketOf(ns)
-		if up := upperBound(b); up < ns || float64(up) > float64(max(ns, 1))*1.13+1 {
-			t.Errorf("%d ns is counted as up to %d ns", ns, up)
-		}
-	}
+func TestHistogramTakesWhatIsNew(t *testing.T) {
 	var h histogram
-	var w window
-	var seen [buckets]uint64
+	var seen [report.Buckets]uint64
 	for i := int64(1); i <= 1000; i++ {
 		h.add(i * 1000)
 	}
-	w.take(&h, &seen)
-	if q := w.quantile(50); q < 500_000 || q > 570_000 {
+	first := report.Histogram{}
+	h.take(first, &seen)
+	if q := first.Quantile(500); q < 500_000 || q > 570_000 {
 		t.Errorf("median %d", q)
 	}
-	if q := w.quantile(100); q < 1_000_000 {
-		t.Errorf("maximum %d", q)
+	h.add(7)
+	second := report.Histogram{}
+	h.take(second, &seen)
+	if len(second) != 1 || second[report.Bucket(7)] != 1 {
+		t.Errorf("the second window has %v", second)
 	}
 }
 

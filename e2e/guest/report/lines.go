@@ -14,6 +14,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"time"
 
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
@@ -58,6 +59,8 @@ type Window struct {
 	MaxUS int64 `json:"max_us"`
 	P50US int64 `json:"p50_us"`
 	P99US int64 `json:"p99_us"`
+	// Latencies are those of the operations that ended in this window.
+	Latencies Histogram `json:"latencies"`
 }
 
 // Corruption describes one damaged page. Only the first of them are described,
@@ -99,6 +102,7 @@ type Error struct {
 
 // Line is one parsed line; exactly one of its pointers is set.
 type Line struct {
+	At         time.Time // when it was read, by this machine's clock
 	Ready      *Ready
 	Window     *Window
 	Corruption *Corruption

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"time"
 )
 
 // Log collects what one guest says, across all the serial ports that it says
@@ -42,6 +43,7 @@ func (l *Log) Follow(r io.Reader) error {
 		if line, err := Parse(text); err != nil {
 			l.garble(err.Error())
 		} else {
+			line.At = time.Now()
 			l.add(line)
 		}
 	}

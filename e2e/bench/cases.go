@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// A network is what joins the two hosts. Its delay is that of one direction.
+type network struct {
+	name string
+	link *lab.Link // nil: the lab's cable, a pair of virtual interfaces
+}
+
+var networks = []network{
+	{"loopback", nil},
+	{"1G-0.2ms", &lab.Link{Rate: 1e9, Delay: 100 * time.Microsecond}},
+	{"10G-0.05ms", &lab.Link{Rate: 10e9, Delay: 25 * time.Microsecond}},
+	{"1G-10ms", &lab.Link{Rate: 1e9, Delay: 5 * time.Millisecond}},
+}
+
+// A guestLoad is what the guest does meanwhile: parameters of e2e/guest.
+type guestLoad struct {
+	name string
+	args []string
+	idle bool // visits no memory, so nothing of it can stall
+}
+
+// Every guest but the idle one has room to be faster than its rate, so that after a stall it can be itself again.
+var guests = []guestLoad{
+	{name: "idle", args: []string{"migrated.pattern=idle"}, idle: true},
+	{name: "random", args: []string{"migrated.pattern=random", "migrated.rate=2000"}},
+	{name: "random-compressible", args: []string{"migrated.pattern=random", "migrated.rate=2000", "migrated.fill=compressible"}},
+	{name: "sequential", args: []string{"migrated.pattern=sequential", "migrated.rate=4000"}},
+	{name: "stride", args: []string{"migrated.pattern=stride", "migrated.rate=4000"}},
+}
+
+// What every VM has, in MiB: the guest stamps stampMiB of its memory and works in all of it.
+const (
+	memoryMiB = 512
+	stampMiB  = 320
+)
+
+// window is how often the guest reports, so how exactly its way back to speed is seen.
+const window = 25 * time.Millisecond
+
+type benchCase struct {
+	network network
+	guest   guestLoad
+	short   bool // one of the short run
+}
+
+func (c benchCase) name() string { return c.network.name + "/" + c.guest.name }
+
+func cases() []benchCase {
+	short := map[string]bool{
+		"loopback/random": true, "loopback/random-compressible": true, "1G-0.2ms/random": true, "1G-0.2ms/random-compressible": true,
+		"1G-0.2ms/sequential": true,
+	}
+	var all []benchCase
+	for _, n := range networks {
+		for _, g := range guests {
+			c := benchCase{network: n, guest: g}
+			c.short = short[c.name()]
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// after is the time after the switch in which the guest's stalls are counted, the same for each contender: what the
+// memory takes on this network, half as much again, and a little.
+func (c benchCase) after() time.Duration {
+	const least = 2 * time.Second
+	if c.network.link == nil || c.network.link.Rate == 0 {
+		return least
+	}
+	seconds := float64(stampMiB<<20*8) / float64(c.network.link.Rate)
+	return max(least, time.Duration(1.5*seconds*float64(time.Second)))
+}
+
+func (c benchCase) vm(kernel, initrd string) lab.VMConfig {
+	args := append([]string{
+		fmt.Sprintf("migrated.mem=%d", stampMiB), "migrated.workers=2", "migrated.write=50", fmt.Sprintf("migrated.window=%v", window),
+	}, c.guest.args...)
+	return lab.VMConfig{
+		VCPUs: 2, MemoryMiB: memoryMiB, Nodes: 1, Kernel: kernel, Initrd: initrd, KernelArgs: args, Extra: lab.EventsArgs(),
+	}
+}

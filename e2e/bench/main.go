@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command bench moves one and the same VM by migrated, by QEMU's own post-copy and by QEMU's own
+// with postcopy-preempt, in turns, and compares what its guest felt.
+//
+// A case is a network and a guest. Each round of a case moves the VM once by each contender; who
+// begins changes from round to round. All figures are taken from outside of the contenders, in the same way
+// for each of them, and the same guest program measures its own stalls. Compared are the medians over the
+// rounds; absolute times are those of this machine and of today.
+//
+// Reading order: cases.go, scene.go (the stage and one move), figures.go (what a move has shown), report.go.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"regexp"
+	"syscall"
+	"time"
+)
+
+type options struct {
+	size   string
+	match  string
+	rounds int
+	dir    string
+}
+
+func main() {
+	var o options
+	flag.StringVar(&o.size, "size", "short", "short (8 minutes) or full (an hour)")
+	flag.StringVar(&o.match, "case", "", "only cases whose NETWORK/GUEST matches this regular `expression`, of all there are")
+	flag.IntVar(&o.rounds, "rounds", 5, "how often each contender moves the VM in a case")
+	flag.StringVar(&o.dir, "dir", "build/bench", "`directory` of the report and the logs")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1) //nolint:gocritic // nothing is left to be released
+	}
+}
+
+// patience bounds a case. Nothing takes that long unless it is broken.
+const patience = 20 * time.Minute
+
+func run(ctx context.Context, o options) error {
+	chosen, err := choose(o.size, o.match)
+	if err != nil {
+		return err
+	}
+	if o.rounds < 1 {
+		return errors.New("--rounds: at least one")
+	}
+	if err := os.MkdirAll(o.dir, 0o755); err != nil {
+		return err
+	}
+	r := newReport(o)
+	for i, c := range chosen {
+		fmt.Printf("── case %d of %d: %s, %d rounds\n", i+1, len(chosen), c.name(), o.rounds)
+		result, err := c.measure(ctx, o)
+		if err != nil {
+			return fmt.Errorf("case %s: %w", c.name(), err)
+		}
+		r.Cases = append(r.Cases, result)
+		result.print(os.Stdout)
+		// After each case: an hour's figures are not to be lost with its last one.
+		if err := r.write(o.dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// choose returns the cases of the size, or those of all sizes that match.
+func choose(size, match string) ([]benchCase, error) {
+	if size != "short" && size != "full" {
+		return nil, fmt.Errorf("--size %s: short or full", size)
+	}
+	pattern, err := regexp.Compile(match)
+	if err != nil {
+		return nil, fmt.Errorf("--case: %w", err)
+	}
+	var chosen []benchCase
+	for _, c := range cases() {
+		if pattern.MatchString(c.name()) && (match != "" || size == "full" || c.short) {
+			chosen = append(chosen, c)
+		}
+	}
+	if len(chosen) == 0 {
+		return nil, fmt.Errorf("--case %s: no such case; there are %v", match, names(cases()))
+	}
+	return chosen, nil
+}
+
+func names(cases []benchCase) (n []string) {
+	for _, c := range cases {
+		n = append(n, c.name())
+	}
+	return n
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package report
+
+import "math/bits"
+
+// Latencies are counted in buckets of 1/8 of their power of two: 12 % precise,
+// which is enough to tell a stall from none.
+const (
+	subBits = 3
+	// Buckets is how many there are.
+	Buckets = 64 << subBits
+)
+
+// Bucket is the bucket of a latency in nanoseconds.
+func Bucket(ns int64) int {
+	v := uint64(max(ns, 1))
+	exp := bits.Len64(v) - 1
+	if exp < subBits {
+		return int(v)
+	}
+	sub := v >> (exp - subBits) & (1<<subBits - 1)
+	return exp<<subBits + int(sub)
+}
+
+// upperBound is the largest latency in nanoseconds that bucket b counts.
+func upperBound(b int) int64 {
+	if b < 1<<subBits {
+		return int64(b)
+	}
+	exp, sub := b>>subBits, b&(1<<subBits-1)
+	return (int64(1<<subBits|sub)+1)<<(exp-subBits) - 1
+}
+
+// A Histogram says how many latencies fell into each bucket. Empty ones are
+// left out.
+type Histogram map[int]uint64
+
+// Add adds what another one counts.
+func (h Histogram) Add(o Histogram) {
+	for b, n := range o {
+		h[b] += n
+	}
+}
+
+// Quantile is the latency in nanoseconds that so many per mille of all are not
+// above; 0 if there are none.
+func (h Histogram) Quantile(permille uint64) int64 {
+	total := uint64(0)
+	for _, n := range h {
+		total += n
+	}
+	if total == 0 {
+		return 0
+	}
+	rank, sum := max(1, (total*permille+999)/1000), uint64(0)
+	for b := range Buckets {
+		if sum += h[b]; sum >= rank {
+			return upperBound(b)
+		}
+	}
+	return upperBound(Buckets - 1)
+}
