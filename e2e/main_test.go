@@ -21,21 +21,13 @@ import (
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	metalguest "github.com/migrated-vm/migrated/e2e/metal"
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // patience bounds a test. Nothing waits that long unless it is broken.
 const patience = 4 * time.Minute
-
-// cannotRun says why a test cannot run here, which CI does not accept.
-func cannotRun(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
-}
 
 // testContext ends with the test's patience.
 func testContext(t *testing.T) context.Context {
@@ -59,7 +51,7 @@ func newLab(t *testing.T) *lab.Lab {
 func newHosts(t *testing.T) *lab.Lab {
 	t.Helper()
 	if os.Getuid() != 0 {
-		cannotRun(t, "hosts are made of namespaces, which needs root")
+		cannot.Run(t, "hosts are made of namespaces, which needs root")
 	}
 	l, err := lab.New(testContext(t))
 	if err != nil {
@@ -156,7 +148,7 @@ func metal(t *testing.T, c lab.VMConfig) lab.VMConfig {
 func needKVM(t *testing.T) {
 	t.Helper()
 	if _, err := os.Stat("/dev/kvm"); err != nil {
-		cannotRun(t, "no KVM on this machine: %v", err)
+		cannot.Run(t, "no KVM on this machine: %v", err)
 	}
 }
 
@@ -166,10 +158,10 @@ func reserveHugePages(t *testing.T, n int) {
 	const knob = "/proc/sys/vm/nr_hugepages"
 	before, err := os.ReadFile(knob)
 	if err != nil {
-		cannotRun(t, "no huge pages on this machine: %v", err)
+		cannot.Run(t, "no huge pages on this machine: %v", err)
 	}
 	if err := os.WriteFile(knob, []byte(strconv.Itoa(n)), 0o644); err != nil {
-		cannotRun(t, "huge pages cannot be reserved: %v", err)
+		cannot.Run(t, "huge pages cannot be reserved: %v", err)
 	}
 	t.Cleanup(func() {
 		if err := os.WriteFile(knob, before, 0o644); err != nil {
@@ -181,7 +173,7 @@ func reserveHugePages(t *testing.T, n int) {
 		t.Fatal(err)
 	}
 	if got, err := strconv.Atoi(strings.TrimSpace(string(text))); err != nil || got < n {
-		cannotRun(t, "only %d of %d huge pages can be reserved (%v)", got, n, err)
+		cannot.Run(t, "only %d of %d huge pages can be reserved (%v)", got, n, err)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -18,7 +19,7 @@ import (
 func TestRequireSecure(t *testing.T) {
 	state, label, err := uffd.ProbeSupervision()
 	if err != nil {
-		cannotRun(t, "no userfaultfd: %v", err)
+		cannot.Run(t, "no userfaultfd: %v", err)
 	}
 	t.Logf("a userfaultfd of this process is %v, labelled %q", state, label)
 	for _, c := range []struct {
@@ -79,7 +80,7 @@ func TestRequireSecure(t *testing.T) {
 func TestCheckSupervision(t *testing.T) {
 	state, _, err := uffd.ProbeSupervision()
 	if err != nil {
-		cannotRun(t, "no userfaultfd: %v", err)
+		cannot.Run(t, "no userfaultfd: %v", err)
 	}
 	l := newHosts(t)
 	startDaemon(t, l.A)

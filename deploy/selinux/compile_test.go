@@ -5,7 +5,6 @@ package selinux_test
 import (
 	"bytes"
 	"errors"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/kernel/refpolicy"
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // referencePolicy returns all modules of Debian's policy as CIL files.
@@ -20,7 +20,7 @@ func referencePolicy(t *testing.T) []string {
 	t.Helper()
 	modules, err := refpolicy.Modules(t.Context())
 	if err != nil {
-		cannotRun(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 	return modules
 }
@@ -75,18 +75,9 @@ func needPrograms(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
 		if _, err := exec.LookPath(name); err != nil {
-			cannotRun(t, "%v: install the packages of scripts/setup", err)
+			cannot.Run(t, "%v: install the packages of scripts/setup", err)
 		}
 	}
-}
-
-// cannotRun says why a test cannot run here, which CI does not accept.
-func cannotRun(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
 }
 
 // search runs sesearch on a policy and returns the rules it finds, sorted.

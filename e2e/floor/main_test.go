@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // TestMain lets the test binary be what the driver starts.
@@ -24,7 +24,7 @@ func TestMain(m *testing.M) {
 // that there is something.
 func TestSmoke(t *testing.T) {
 	if os.Getuid() != 0 {
-		uffdtest.Unable(t, "userfaultfd(2) needs root")
+		cannot.Run(t, "userfaultfd(2) needs root")
 	}
 	out := filepath.Join(t.TempDir(), "build", "micro.json")
 	small := scale{
@@ -33,7 +33,7 @@ func TestSmoke(t *testing.T) {
 	}
 	err := run(t.Context(), small, out)
 	if errors.Is(err, errNoCompiler) {
-		uffdtest.Unable(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -9,13 +9,15 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // cpio(1) makes of an initramfs what was asked for.
 func TestInitramfs(t *testing.T) {
 	need(t, "cpio")
 	if os.Getuid() != 0 {
-		cannotRun(t, "only root makes device nodes")
+		cannot.Run(t, "only root makes device nodes")
 	}
 	host := filepath.Join(t.TempDir(), "host")
 	if err := os.WriteFile(host, []byte("from the host"), 0o750); err != nil {

@@ -4,11 +4,12 @@ package kernel
 
 import (
 	"context"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // patience bounds a test, not counting the build of its kernel. Nothing waits
@@ -20,18 +21,9 @@ func need(t *testing.T, commands ...string) {
 	t.Helper()
 	for _, command := range commands {
 		if _, err := exec.LookPath(command); err != nil {
-			cannotRun(t, err)
+			cannot.Run(t, "%v", err)
 		}
 	}
-}
-
-// cannotRun says why a test cannot run here, which CI does not accept.
-func cannotRun(t *testing.T, reason any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatal(reason)
-	}
-	t.Skip(reason)
 }
 
 // testContext ends with the test's patience.

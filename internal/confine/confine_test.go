@@ -20,6 +20,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 	"kernel.org/pub/linux/libs/security/libcap/cap"
+
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // What this test's process does instead of tests, where it is not empty. Confinement is for good, so that each
@@ -50,7 +52,7 @@ var roles = map[string]func(args []string) (map[string]string, error){
 func play(t *testing.T, role string, args ...string) map[string]string {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		cannotRun(t, "needs root, to have something to give up")
+		cannot.Run(t, "needs root, to have something to give up")
 	}
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), roleVariable+"="+role, "GORACE=atexit_sleep_ms=0")
@@ -65,14 +67,6 @@ func play(t *testing.T, role string, args ...string) map[string]string {
 		t.Fatalf("%s reports %q: %v", role, out, err)
 	}
 	return report
-}
-
-func cannotRun(t *testing.T, reason any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatal(reason)
-	}
-	t.Skip(reason)
 }
 
 // forbidden are calls that no daemon makes, with arguments that do nothing where the call is permitted.

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
 
@@ -90,7 +91,7 @@ func needsRole(args []string) (map[string]string, error) {
 // one it can not do what that one is for.
 func TestEachCapabilityIsNeeded(t *testing.T) {
 	if os.Geteuid() != 0 {
-		cannotRun(t, "needs root")
+		cannot.Run(t, "needs root")
 	}
 	for _, without := range append([]string{"none"}, names(Needed)...) {
 		t.Run("without "+strings.TrimPrefix(without, "cap_"), func(t *testing.T) {

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // testContext ends a test that hangs.
@@ -21,20 +23,11 @@ func testContext(t *testing.T) context.Context {
 	return ctx
 }
 
-// cannotRun skips a test, or fails it where everything must run.
-func cannotRun(t *testing.T, reason any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatal(reason)
-	}
-	t.Skip(reason)
-}
-
 func qemuBinary(t *testing.T) string {
 	t.Helper()
 	path, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
-		cannotRun(t, err)
+		cannot.Run(t, "%v", err)
 	}
 	return path
 }
@@ -42,7 +35,7 @@ func qemuBinary(t *testing.T) string {
 func needRoot(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		cannotRun(t, "needs root")
+		cannot.Run(t, "needs root")
 	}
 }
 
@@ -51,7 +44,7 @@ func ramFile(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "migrated-test-")
 	if err != nil {
-		cannotRun(t, err)
+		cannot.Run(t, "%v", err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	if err := os.Chmod(dir, 0o777); err != nil {
@@ -132,7 +125,7 @@ func hugePages(t *testing.T, count int) (dir string) {
 	const setting = "/proc/sys/vm/nr_hugepages"
 	before, err := os.ReadFile(setting)
 	if err != nil {
-		cannotRun(t, err)
+		cannot.Run(t, "%v", err)
 	}
 	var had, have int
 	if _, err := fmt.Sscan(string(before), &had); err != nil {
@@ -144,18 +137,18 @@ func hugePages(t *testing.T, count int) (dir string) {
 		}
 	})
 	if err := os.WriteFile(setting, fmt.Append(nil, had+count), 0); err != nil {
-		cannotRun(t, err)
+		cannot.Run(t, "%v", err)
 	}
 	after, err := os.ReadFile(setting)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := fmt.Sscan(string(after), &have); err != nil || have < had+count {
-		cannotRun(t, fmt.Sprintf("only %d huge pages, %v", have, err))
+		cannot.Run(t, "only %d huge pages, %v", have, err)
 	}
 	dir = t.TempDir()
 	if err := unix.Mount("hugetlbfs", dir, "hugetlbfs", 0, "pagesize=2M,mode=1777"); err != nil {
-		cannotRun(t, err)
+		cannot.Run(t, "%v", err)
 	}
 	t.Cleanup(func() {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // checkBlock writes to the block's file and reads it back at its address in QEMU.
@@ -33,7 +35,7 @@ func checkBlock(t *testing.T, vm *VM, b RAMBlock) {
 	}()
 	memory, err := os.Open(fmt.Sprintf("/proc/%d/mem", vm.Pid))
 	if err != nil {
-		cannotRun(t, err)
+		cannot.Run(t, "%v", err)
 	}
 	defer memory.Close()
 	for _, offset := range []uint64{b.Size / 2, b.Size - b.PageSize} {
@@ -165,7 +167,7 @@ func TestRAMThatCannotMove(t *testing.T) {
 			_, err := vm.RAMBlocks(testContext(t))
 			var bad *RAMError
 			if test.name == "on a disk" && err == nil {
-				cannotRun(t, "temporary files are on tmpfs here")
+				cannot.Run(t, "temporary files are on tmpfs here")
 			}
 			if !errors.As(err, &bad) || !strings.Contains(bad.Reason, test.reason) || bad.Remedy == "" {
 				t.Errorf("error %v, want %q in it", err, test.reason)

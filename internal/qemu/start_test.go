@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -50,7 +51,7 @@ func TestHandedDescriptor(t *testing.T) {
 	needRoot(t)
 	device, err := os.OpenFile(uffd.DevicePath, os.O_RDWR, 0)
 	if err != nil {
-		cannotRun(t, err)
+		cannot.Run(t, "%v", err)
 	}
 	defer device.Close()
 	// No VM runs while it waits: where remove-fd closes nothing.

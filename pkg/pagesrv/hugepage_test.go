@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 )
 
@@ -25,22 +26,13 @@ func mapFile(t testing.TB, memory []byte) string {
 	return fmt.Sprintf("/proc/self/map_files/%x-%x", start, start+uintptr(len(memory)))
 }
 
-// cannotRun ends a test that this machine cannot run; the project's own machines must run it.
-func cannotRun(t *testing.T, why string) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatal(why)
-	}
-	t.Skip(why)
-}
-
 const hugePages = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
 
 func hugePageCount(t *testing.T, name string) int {
 	t.Helper()
 	text, err := os.ReadFile(hugePages + name)
 	if err != nil {
-		cannotRun(t, "no huge pages of 2 MiB: "+err.Error())
+		cannot.Run(t, "no huge pages of 2 MiB: %v", err)
 	}
 	n, err := strconv.Atoi(strings.TrimSpace(string(text)))
 	if err != nil {
@@ -55,7 +47,7 @@ func reserveHugePages(t *testing.T, n int) {
 	before := hugePageCount(t, "nr_hugepages")
 	set := func(n int) error { return os.WriteFile(hugePages+"nr_hugepages", []byte(strconv.Itoa(n)), 0) }
 	if err := set(before + n); err != nil {
-		cannotRun(t, "reserving huge pages needs root: "+err.Error())
+		cannot.Run(t, "reserving huge pages needs root: %v", err)
 	}
 	t.Cleanup(func() {
 		if err := set(before); err != nil {
@@ -63,7 +55,7 @@ func reserveHugePages(t *testing.T, n int) {
 		}
 	})
 	if free := hugePageCount(t, "free_hugepages"); free < n {
-		cannotRun(t, fmt.Sprintf("only %d huge pages of 2 MiB could be had, %d are needed", free, n))
+		cannot.Run(t, "only %d huge pages of 2 MiB could be had, %d are needed", free, n)
 	}
 }
 
@@ -73,7 +65,7 @@ func TestHugePagesAreServedWhole(t *testing.T) {
 	// memfd_create(2) with MFD_HUGETLB is a file of hugetlbfs without a mount.
 	fd, err := unix.MemfdCreate("pagesrv-test", unix.MFD_CLOEXEC|unix.MFD_HUGETLB|unix.MFD_HUGE_2MB)
 	if err != nil {
-		cannotRun(t, "memfd_create with huge pages: "+err.Error())
+		cannot.Run(t, "memfd_create with huge pages: %v", err)
 	}
 	defer func() { _ = unix.Close(fd) }()
 	const pages = 3

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
@@ -35,7 +36,7 @@ func open(t testing.TB, o uffd.OpenOptions) *uffd.UFFD {
 	t.Helper()
 	u, err := uffd.Open(o)
 	if err != nil {
-		uffdtest.Unable(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 	t.Cleanup(func() { u.Close() })
 	return u
@@ -231,10 +232,10 @@ func TestWaiter(t *testing.T) {
 // TestOpenUnprivileged runs Open as a user without capabilities.
 func TestOpenUnprivileged(t *testing.T) {
 	if os.Geteuid() != 0 {
-		uffdtest.Unable(t, "needs root to start a process of another user")
+		cannot.Run(t, "needs root to start a process of another user")
 	}
 	if b, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd"); err != nil || strings.TrimSpace(string(b)) != "0" {
-		uffdtest.Unable(t, "vm.unprivileged_userfaultfd is %q (%v), not 0", b, err)
+		cannot.Run(t, "vm.unprivileged_userfaultfd is %q (%v), not 0", b, err)
 	}
 	runUnprivileged(t, "0")
 }
@@ -243,7 +244,7 @@ func TestOpenUnprivileged(t *testing.T) {
 func TestOpenSecureAlone(t *testing.T) {
 	const sysctl = "/proc/sys/vm/unprivileged_userfaultfd"
 	if os.Geteuid() != 0 {
-		uffdtest.Unable(t, "needs root to start a process of another user")
+		cannot.Run(t, "needs root to start a process of another user")
 	}
 	if !kernelHasFlag() {
 		t.Skip("vm.unprivileged_userfaultfd=2 comes with UFFD_SECURE, which this kernel has not")

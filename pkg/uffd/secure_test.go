@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
@@ -99,7 +100,7 @@ func TestProbeSupervision(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	state, label, err := uffd.ProbeSupervision()
 	if err != nil {
-		uffdtest.Unable(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 	u := open(t, uffd.OpenOptions{})
 	if s, l, err := u.Supervision(); s != state || l != label || err != nil {

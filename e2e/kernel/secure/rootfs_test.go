@@ -3,7 +3,6 @@
 package secure
 
 import (
-	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/kernel"
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 const (
@@ -49,7 +49,7 @@ func rootfs(t *testing.T) string {
 	}
 	disk, err := image.Metal(t.Context(), guestRAM)
 	if err != nil {
-		cannotRun(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 	files = append(files, kernel.File{Name: "disk", Path: disk})
 	for _, name := range slices.Concat([]string{qemuBinary}, libraries(t), []string{
@@ -86,7 +86,7 @@ var loaded = regexp.MustCompile(`(?:=> )?(/\S+) \(0x`)
 func libraries(t *testing.T) []string {
 	t.Helper()
 	if _, err := os.Stat(qemuBinary); err != nil {
-		cannotRun(t, "%v: install the packages of scripts/setup", err)
+		cannot.Run(t, "%v: install the packages of scripts/setup", err)
 	}
 	out, err := exec.CommandContext(t.Context(), "ldd", qemuBinary).CombinedOutput()
 	if err != nil {
@@ -106,7 +106,7 @@ func libraries(t *testing.T) []string {
 func compile(t *testing.T, dir, name, extra string) string {
 	t.Helper()
 	if _, err := exec.LookPath("secilc"); err != nil {
-		cannotRun(t, "%v: install the packages of scripts/setup", err)
+		cannot.Run(t, "%v: install the packages of scripts/setup", err)
 	}
 	files, err := filepath.Glob("../../../deploy/selinux/*.cil")
 	if err != nil || len(files) == 0 {
@@ -117,18 +117,8 @@ func compile(t *testing.T, dir, name, extra string) string {
 		t.Fatal(err)
 	}
 	out := filepath.Join(dir, name+".policy")
-	args := slices.Concat([]string{"-c", "33", "-o", out, "-f", filepath.Join(dir, "file_contexts"), "policy/base.cil", variant}, files)
-	if said, err := exec.CommandContext(t.Context(), "secilc", args...).CombinedOutput(); err != nil {
-		t.Fatal(fmt.Errorf("secilc %q: %w\n%s", args, err, said))
+	if err := kernel.CompilePolicy(t.Context(), out, slices.Concat([]string{"policy/base.cil", variant}, files)...); err != nil {
+		t.Fatal(err)
 	}
 	return out
-}
-
-// cannotRun says why a test cannot run here, which CI does not accept.
-func cannotRun(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
 }

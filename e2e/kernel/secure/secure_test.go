@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/kernel"
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // patience bounds one boot. Nothing waits that long unless it is broken.
@@ -100,7 +101,7 @@ func TestSecureMigration(t *testing.T) {
 		t.Run(string(variant), func(t *testing.T) {
 			tree, err := kernel.Build(t.Context(), variant)
 			if err != nil {
-				cannotRun(t, "%v", err)
+				cannot.Run(t, "%v", err)
 			}
 			results, err := boot(t, tree.BzImage, initrd)
 			for again := 1; again < attempts && (memoryFailed(results) || err != nil && len(results) == 0); again++ {

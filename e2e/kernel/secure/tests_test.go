@@ -12,17 +12,18 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/migrated-vm/migrated/e2e/kernel"
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // TestUserSpace runs the tests of the packages that know userfaultfds inside
 // the patched kernel, where they find the flag.
 func TestUserSpace(t *testing.T) {
 	if _, err := exec.LookPath("gcc"); err != nil {
-		cannotRun(t, "%v: install the packages of scripts/setup", err)
+		cannot.Run(t, "%v: install the packages of scripts/setup", err)
 	}
 	tree, err := kernel.Build(t.Context(), kernel.Patched)
 	if err != nil {
-		cannotRun(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 	dir := t.TempDir()
 	files := []kernel.File{

@@ -12,6 +12,7 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/kernel"
 	"github.com/migrated-vm/migrated/e2e/kernel/refpolicy"
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // TestDaemonOnDebian: under all of Debian's policy, enforced, init starts the daemon into its domain, it says that it
@@ -19,7 +20,7 @@ import (
 func TestDaemonOnDebian(t *testing.T) {
 	modules, err := refpolicy.Modules(t.Context())
 	if err != nil {
-		cannotRun(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 	program := compileC(t, "testdata/daemon.c")
 	got := boot(t, []kernel.File{

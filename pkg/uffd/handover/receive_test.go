@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
@@ -137,7 +138,7 @@ func TestHostile(t *testing.T) {
 	newUFFD := func(t *testing.T) int {
 		u, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true})
 		if err != nil {
-			uffdtest.Unable(t, "%v", err)
+			cannot.Run(t, "%v", err)
 		}
 		t.Cleanup(func() { u.Close() })
 		return u.FD()
@@ -215,7 +216,7 @@ func TestPieces(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	u, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true})
 	if err != nil {
-		uffdtest.Unable(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 	defer u.Close()
 	ours, theirs := pair(t)
@@ -329,7 +330,7 @@ func TestSupervisionOfReceived(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	made, err := uffd.Open(uffd.OpenOptions{})
 	if err != nil {
-		uffdtest.Unable(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 	defer made.Close()
 	if _, _, err := made.API(0); err != nil {

@@ -15,6 +15,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 func TestTwoTracers(t *testing.T) {
@@ -50,7 +52,7 @@ func TestDenied(t *testing.T) {
 		return
 	}
 	if os.Geteuid() != 0 {
-		cannotRun(t, "needs root to become another user")
+		cannot.Run(t, "needs root to become another user")
 	}
 	v := startVictim(t, "read")
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestDenied$", "-test.v") // not by its path, which others may not enter

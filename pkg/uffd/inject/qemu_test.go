@@ -22,6 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -38,10 +39,10 @@ func startQEMU(t testing.TB, uid uint32, extra ...string) *vm {
 	t.Helper()
 	bin, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
-		cannotRun(t, "no QEMU: %v", err)
+		cannot.Run(t, "no QEMU: %v", err)
 	}
 	if os.Geteuid() != 0 {
-		cannotRun(t, "needs root to start QEMU as uid %d", uid)
+		cannot.Run(t, "needs root to start QEMU as uid %d", uid)
 	}
 	dir, err := os.MkdirTemp("/dev/shm", "inject")
 	if err != nil {
@@ -181,11 +182,11 @@ func TestTakeFromQEMU(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			if test.method == MethodDevice {
 				if _, err := os.Stat(uffd.DevicePath); err != nil {
-					cannotRun(t, "needs Linux 6.1: %v", err)
+					cannot.Run(t, "needs Linux 6.1: %v", err)
 				}
 				raw, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd")
 				if err == nil && strings.TrimSpace(string(raw)) != "0" {
-					cannotRun(t, "vm.unprivileged_userfaultfd is not 0, so userfaultfd(2) will not be refused")
+					cannot.Run(t, "vm.unprivileged_userfaultfd is not 0, so userfaultfd(2) will not be refused")
 				}
 			}
 			v := startQEMU(t, test.uid, test.args...)
@@ -235,7 +236,7 @@ func TestQEMURefuses(t *testing.T) {
 	taken, err := Take(t.Context(), v.pid, TakeOptions{})
 	if err == nil {
 		_ = taken.UFFD.Close()
-		cannotRun(t, "vm.unprivileged_userfaultfd is 1 here")
+		cannot.Run(t, "vm.unprivileged_userfaultfd is 1 here")
 	}
 	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "uid 65534") {
 		t.Errorf("error does not say why: %v", err)

@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // The target is in a restartable sequence all the time. One that was interrupted by us has to be aborted, and
@@ -19,7 +21,7 @@ func TestRestartableSequenceIsAborted(t *testing.T) {
 	v := startVictim(t, "rseq")
 	var start, end, entries uint64
 	if line := v.line(); line == "no rseq" {
-		cannotRun(t, "the C library does not use rseq")
+		cannot.Run(t, "the C library does not use rseq")
 	} else if _, err := fmt.Sscanf(line, "0x%x 0x%x 0x%x", &start, &end, &entries); err != nil {
 		t.Fatal(err)
 	}

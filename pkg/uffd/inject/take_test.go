@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -24,7 +25,7 @@ func takeOrSkip(t testing.TB, pid int) *Taken {
 	t.Helper()
 	taken, err := Take(t.Context(), pid, TakeOptions{})
 	if errors.Is(err, unix.EPERM) && os.Geteuid() != 0 {
-		cannotRun(t, "needs root: %v", err)
+		cannot.Run(t, "needs root: %v", err)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -124,7 +125,7 @@ func TestSeccompFilter(t *testing.T) {
 	for _, mode := range []string{"seccomp-trap", "seccomp-errno", "seccomp-kill"} {
 		t.Run(mode, func(t *testing.T) {
 			if mode == "seccomp-kill" && os.Geteuid() != 0 {
-				cannotRun(t, "needs root to read the filter")
+				cannot.Run(t, "needs root to read the filter")
 			}
 			v := startVictim(t, mode)
 			_, err := Take(t.Context(), v.pid, TakeOptions{})
@@ -184,7 +185,7 @@ func TestCancelledCallLeavesNoDescriptor(t *testing.T) {
 		case errors.Is(err, context.Canceled):
 			cancelled++
 		case errors.Is(err, unix.EPERM):
-			cannotRun(t, "needs root: %v", err)
+			cannot.Run(t, "needs root: %v", err)
 		default:
 			t.Fatal(err)
 		}
@@ -213,7 +214,7 @@ func TestDeviceNotAvailable(t *testing.T) {
 		return nil, refuse
 	}})
 	if _, statErr := os.Stat(uffd.DevicePath); statErr != nil {
-		cannotRun(t, "no device: %v", statErr)
+		cannot.Run(t, "no device: %v", statErr)
 	}
 	if !errors.Is(err, refuse) || !errors.Is(err, unix.EPERM) {
 		t.Errorf("error does not tell both reasons: %v", err)

@@ -19,16 +19,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// cannotRun skips a test that this machine cannot run, except where all must run.
-func cannotRun(t testing.TB, why string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatalf(why, args...)
-	}
-	t.Skipf(why, args...)
-}
+	"github.com/migrated-vm/migrated/internal/cannot"
+)
 
 var targetDir string // made by buildTarget
 
@@ -72,7 +65,7 @@ type victim struct {
 func startVictim(t testing.TB, mode string) *victim {
 	t.Helper()
 	if _, err := exec.LookPath("gcc"); err != nil && os.Getenv("INJECT_TEST_TARGET") == "" {
-		cannotRun(t, "no C compiler: %v", err)
+		cannot.Run(t, "no C compiler: %v", err)
 	}
 	bin, err := buildTarget()
 	if err != nil {

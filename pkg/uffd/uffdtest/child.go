@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -91,7 +92,7 @@ func Start(t testing.TB) *Child {
 	t.Helper()
 	binary, err := childBinary()
 	if err != nil {
-		Unable(t, "cannot build the child: %v", err)
+		cannot.Run(t, "cannot build the child: %v", err)
 	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -19,21 +20,11 @@ const (
 	hugePagesFile = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 )
 
-// Unable ends a test that cannot run here: it is skipped with the reason, but fails in CI, where
-// everything must run.
-func Unable(t testing.TB, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatalf("cannot run: "+format, args...)
-	}
-	t.Skipf(format, args...)
-}
-
 // Need makes sure that the kernel has the features.
 func Need(t testing.TB, want uffd.Features) {
 	t.Helper()
 	if err := uffd.HaveFeatures(want); err != nil {
-		Unable(t, "%v", err)
+		cannot.Run(t, "%v", err)
 	}
 }
 
@@ -42,15 +33,15 @@ func ReserveHugePages(t testing.TB, n int) {
 	t.Helper()
 	before, err := hugePages()
 	if err != nil {
-		Unable(t, "no 2 MiB huge pages: %v", err)
+		cannot.Run(t, "no 2 MiB huge pages: %v", err)
 	}
 	restore := func() { _ = os.WriteFile(hugePagesFile, []byte(strconv.Itoa(before)), 0o644) }
 	if err := os.WriteFile(hugePagesFile, []byte(strconv.Itoa(before+n)), 0o644); err != nil {
-		Unable(t, "cannot reserve huge pages: %v", err)
+		cannot.Run(t, "cannot reserve huge pages: %v", err)
 	}
 	t.Cleanup(restore)
 	if now, err := hugePages(); err != nil || now < before+n {
-		Unable(t, "the kernel gave %d of %d huge pages (%v)", now-before, n, err)
+		cannot.Run(t, "the kernel gave %d of %d huge pages (%v)", now-before, n, err)
 	}
 }
 
