@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"github.com/migrated-vm/migrated/e2e/metal"
 )
 
 // A scene is two hosts with their daemons, and the VM.
@@ -66,9 +68,11 @@ func (s *scene) attach(id string, extra ...string) []string {
 	return append([]string{"migrate", "--vm", qmpPath, "--to", s.to().daemonAddr(), "--to-qmp", qmpPath, "--id", id}, extra...)
 }
 
-// moved checks a VM after its migration and reports on it: how its descriptor
-// was supervised, what its memory holds, that it counts on.
+// moved checks a VM after its migration and reports on it: what arrived, how its
+// descriptor was supervised, what its memory holds, that it counts on.
 func (s *scene) moved(ctx context.Context, name, id string, before uint32) error {
+	// First, and of the file alone: what the vCPU does with it then is another question, see README.md.
+	check(name+"-arrived", "whole", metal.Arrived(s.to().path(ramPath), before))
 	source, err := s.from().status(ctx, id)
 	if err != nil {
 		return err
