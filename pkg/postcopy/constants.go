@@ -47,6 +47,8 @@ const (
 	// busySweepRun is the least: what it asks for while a thread waits for a page. The sweep never stops
 	// altogether, or a guest that always faults would never be whole.
 	busySweepRun = 64 << 10
+	// sweepRanges is how many pieces of missing memory the sweep asks for in one message at most.
+	sweepRanges = 64
 	// sweepWindow is how many bytes the sweep has asked for and not got at most: 10 Gbit/s at a round trip of 3 ms. Below it
 	// pace.go decides; firstWindow is before anything was measured.
 	sweepWindow = 4 << 20

@@ -139,6 +139,9 @@ func (w *worker) fault(u *uffd.UFFD, addr uint64, thread uint32, now int64) erro
 		}
 	}
 	if !e.started.Load() {
+		if claim == claimWait { // one of those that were asked for ahead
+			return nil
+		}
 		return w.askAhead(b, p)
 	}
 	if g := e.predictor.fault(thread, p, predictBytes>>b.shift); g.count > 0 {

@@ -16,7 +16,7 @@ import (
 // lowest there was. Their product is what the link holds; two runs more keep it busy while one is answered.
 //
 //	sweep ── asked ──►  in flight: at most rate × round trip + 2 runs  ──► answered ── receiver
-//	                    while a thread waits: rate × round trip + 1 short run
+//	                    while a thread waits: rate × round trip + 2 short runs
 //
 // The sweep calls asked, the receiver of the bulk lane answered; room may be called by anybody.
 type pace struct {
@@ -44,7 +44,7 @@ func newPace() *pace {
 	p := &pace{share: 1}
 	p.window.Store(firstWindow)
 	p.run.Store(firstWindow / 2)
-	p.busy.Store(busySweepRun)
+	p.busy.Store(2 * busySweepRun)
 	return p
 }
 
@@ -111,8 +111,8 @@ func (p *pace) set(trip int64) {
 	holds := int64(rate * float64(trip))
 	run := min(max(busySweepRun, int64(rate*float64(runTime.Nanoseconds()))), sweepRun)
 	p.run.Store(run)
-	p.window.Store(min(holds+2*run, sweepWindow))
-	p.busy.Store(min(holds+busySweepRun, sweepWindow))
+	p.window.Store(min(holds+max(2*run, 3*busySweepRun), sweepWindow))
+	p.busy.Store(min(holds+2*busySweepRun, sweepWindow))
 }
 
 // room says how many bytes the sweep may ask for now, with so many in flight; 0: none.

@@ -13,32 +13,58 @@ func (s *session) sweep() error {
 	case <-s.ctx.Done():
 		return nil
 	}
-	request := pagewire.Request{Ranges: make([]pagewire.Range, 1)}
+	request := pagewire.Request{Ranges: make([]pagewire.Range, 0, sweepRanges)}
 	for cursor := uint64(0); ; {
-		bytes, ok := s.awaitRoom()
+		room, ok := s.awaitRoom()
 		if !ok {
 			return nil
 		}
 		if hint := s.e.hint.Swap(0); hint != 0 {
 			cursor = hint - 1
 		}
-		p, ok := s.e.pages.nextMissing(cursor)
-		if !ok {
-			return s.drain()
+		request.Ranges = request.Ranges[:0]
+		bytes := uint64(0)
+		bytes, cursor = s.claim(&request, cursor, room)
+		if bytes == 0 {
+			if _, ok := s.e.pages.nextMissing(cursor); !ok {
+				return s.drain()
+			}
+			continue // faults were faster
 		}
-		b := s.e.holder(p)
-		n := s.e.pages.claimSweep(p, min(max(1, bytes>>b.shift), b.end()-p))
-		cursor = p + n
-		if n == 0 { // a fault was faster
-			continue
-		}
-		s.e.at("swept", p)
-		request.Ranges[0] = pagewire.Range{Block: uint32(b.index), Offset: (p - b.first) << b.shift, Length: uint32(n << b.shift)}
-		s.pace.asked(int64(n<<b.shift), s.e.now())
-		if err := s.bulk.ask(&request, n<<b.shift); err != nil {
+		s.pace.asked(int64(bytes), s.e.now())
+		if err := s.bulk.ask(&request, bytes); err != nil {
 			return err
 		}
 	}
+}
+
+// claim claims missing pages from cursor on, of so many bytes or one page, and puts them into the request. Where faults
+// have left holes in what is missing, it takes several ranges: a message for each would cost more than its pages. It
+// returns how many bytes it has claimed, and where to go on.
+func (s *session) claim(request *pagewire.Request, cursor, room uint64) (bytes, next uint64) {
+	for len(request.Ranges) < sweepRanges {
+		p, ok := s.e.pages.nextMissing(cursor)
+		if !ok {
+			break
+		}
+		b := s.e.holder(p)
+		most := (room - bytes) >> b.shift
+		if bytes == 0 {
+			most = max(1, most)
+		}
+		if most == 0 {
+			break
+		}
+		n := s.e.pages.claimSweep(p, min(most, b.end()-p))
+		cursor = p + max(1, n) // a fault may have been faster
+		if n == 0 {
+			continue
+		}
+		s.e.at("swept", p)
+		request.Ranges = append(request.Ranges, pagewire.Range{Block: uint32(b.index), Offset: (p - b.first) << b.shift, Length: uint32(n << b.shift)})
+		bytes += n << b.shift
+	}
+	return bytes, cursor
 }
 
 // awaitRoom waits until the sweep may ask for a run and says of how many bytes. It says false when the session is over.
