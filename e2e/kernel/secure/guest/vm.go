@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/migrated-vm/migrated/e2e/metal"
 	"github.com/migrated-vm/migrated/internal/qmp"
@@ -97,8 +98,13 @@ func (h *host) pass() uint32 {
 	return n
 }
 
+// astray is how long no guest takes for a pass, unless it went astray.
+const astray = 40 * time.Second
+
 // countsBeyond waits until the guest on this host has written a later pass.
 func (h *host) countsBeyond(ctx context.Context, pass uint32) error {
+	ctx, cancel := context.WithTimeout(ctx, astray)
+	defer cancel()
 	return until(ctx, fmt.Sprintf("the guest on host %s, which stands at pass %d, to count beyond %d", h.name, h.pass(), pass),
 		func() bool { return h.pass() > pass })
 }
