@@ -21,6 +21,8 @@ const (
 	// closeTimeout bounds closing QEMU's copy of the descriptor.
 	closeTimeout = 10 * time.Second
 	killTimeout  = 10 * time.Second
+	// longestPause is the longest between two attempts to have pages again.
+	longestPause = 2 * time.Second
 )
 
 // pump drives the engine over lanes until the last page is in, opening new
@@ -57,20 +59,54 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		}
 		err = causeOf(d.ctx, err)
 		d.cancelLoad(err) // a load under way would wait for its pages in vain
-		if d.ctx.Err() != nil || !errors.Is(err, postcopy.ErrLaneLost) {
+		passes, remedy := d.mayPass(err)
+		if d.ctx.Err() != nil || !passes {
 			return err
 		}
 		if !d.switched() {
-			return fmt.Errorf("the connection to the source's pages was lost before the switch: %w", err)
+			return fmt.Errorf("the source's pages cannot be had any more, before the switch: %w", err)
 		}
-		d.log.Warn("the page lanes are lost, dialling again", "error", err)
-		d.paused(withRemedy(err, "restore the network between the two hosts; the connection is made again by itself"))
+		d.log.Warn("no page comes any more, trying again", "error", err)
+		d.paused(withRemedy(err, remedy))
+		if !errors.Is(err, postcopy.ErrLaneLost) { // new lanes would come to the same at once
+			if err := d.sleep(longestPause); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// mayPass says whether pages may come again after an error of the engine, which is always able to go on where it was,
+// and what an operator can do about it. The VM runs here: to give up would leave it half of its memory for good.
+func (d *Destination) mayPass(err error) (passes bool, remedy string) {
+	again := fmt.Sprintf("; it is tried again by itself, and at once by: migrated recover %s", d.cfg.Request.GetId())
+	switch {
+	case errors.Is(err, postcopy.ErrLaneLost):
+		return true, "restore the network between the two hosts; the connection is made again by itself"
+	case errors.Is(err, postcopy.ErrNoMemory):
+		return true, "make room for the VM's memory on the destination" + again
+	case errors.Is(err, postcopy.ErrProtocol):
+		return true, "see that nothing but the source's daemon answers there, and that it is of this version" + again
+	default:
+		return false, ""
+	}
+}
+
+// sleep waits so long, or until somebody is impatient.
+func (d *Destination) sleep(pause time.Duration) error {
+	select {
+	case <-d.hurry:
+		return nil
+	case <-time.After(pause):
+		return nil
+	case <-d.ctx.Done():
+		return context.Cause(d.ctx)
 	}
 }
 
 // dialAgain tries to open lanes until it has some.
 func (d *Destination) dialAgain() (*lanes, error) {
-	for delay := 20 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
+	for delay := 20 * time.Millisecond; ; delay = min(2*delay, longestPause) {
 		d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
 		l, err := openLanes(d.ctx, d.laneConfig())
 		if err == nil {

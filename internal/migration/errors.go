@@ -24,6 +24,8 @@ var (
 	// ErrNotRun is the destination's promise that it has not run the VM and
 	// never will.
 	ErrNotRun = errors.New("the destination has not run the VM and never will")
+	// errAskAgain says that a destination does not know yet whether it runs the VM.
+	errAskAgain = errors.New("it is not known yet whether the VM runs")
 )
 
 // A remediedError is an error that an operator can do something about.
@@ -60,10 +62,14 @@ func describe(err error) *migratedv1.MigrationError {
 }
 
 // ToStatus makes err fit to cross the network without losing its remedy; nil
-// stays nil.
+// stays nil. What may be otherwise in a moment has a code of its own, after
+// which a source asks again.
 func ToStatus(code codes.Code, err error) error {
 	if err == nil {
 		return nil
+	}
+	if errors.Is(err, errAskAgain) {
+		code = codes.Unknown
 	}
 	st, detailErr := status.New(code, err.Error()).WithDetails(describe(err))
 	if detailErr != nil {

@@ -73,6 +73,8 @@ type keptHeader struct {
 	resumed    atomic.Int64
 	resumeTime atomic.Int64
 	downtime   atomic.Int64
+	// filled is set when all memory is here, before QEMU's descriptor is closed.
+	filled atomic.Uint64
 }
 
 const (

@@ -410,6 +410,74 @@ func TestTakenUpAfterRunWasToldToNobody(t *testing.T) {
 	}
 }
 
+// What QEMU was told it may have done before it died: nobody promises that the VM has not run.
+func TestTakenUpToldQEMUDies(t *testing.T) {
+	l := leaveDestination(t, true)
+	l.kept.header().toldToRun.Store(1)
+	d := l.takeUp(t)
+	<-d.attaching
+	if err := unix.Kill(l.pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.vm.WaitExit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-d.Done()
+	if _, err := run(t, d); err == nil || errors.Is(err, ErrNotRun) || errors.Is(err, errAskAgain) {
+		t.Errorf("Run: %v; want another error than ErrNotRun", err)
+	}
+}
+
+// A QEMU that does not answer in time may do later what it was told. So it is not given up, and the source asks again.
+func TestRunIsNotAnswered(t *testing.T) {
+	l := leaveDestination(t, true)
+	d := l.takeUp(t)
+	<-d.attaching
+	if err := unix.Kill(l.pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	_, err := d.Run(ctx, &migratedv1.RunRequest{Id: "m1", Resume: true})
+	if code := status.Code(ToStatus(codes.FailedPrecondition, err)); code != codes.Unknown {
+		t.Errorf("Run: %v, which is %v to the source; want one that it asks again after", err, code)
+	}
+	if err := d.Abort("the test says so"); err == nil {
+		t.Error("a VM that may run yet is given up")
+	}
+	if err := unix.Kill(l.pid, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := run(t, d); err != nil || !l.runs(t) {
+		t.Errorf("Run again: %v; the VM runs: %v", err, l.runs(t))
+	}
+}
+
+// All memory was in, and QEMU had closed its descriptor: there is nothing left to do.
+func TestTakenUpAfterTheLastPage(t *testing.T) {
+	l := leaveDestination(t, true)
+	if _, err := l.vm.Cont(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h := l.kept.header()
+	h.toldToRun.Store(1)
+	l.kept.running(time.Now(), 3*time.Millisecond, 7*time.Millisecond)
+	h.filled.Store(1)
+	d := l.takeUp(t)
+	<-d.Done()
+	view, _ := d.Snapshot()
+	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED || view.GetProgress().GetPagesPresent() != view.GetProgress().GetPagesTotal() ||
+		view.GetProgress().GetDowntime().AsDuration() != 7*time.Millisecond {
+		t.Errorf("the migration is %v", view)
+	}
+	if _, err := run(t, d); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if l.filesStay() || !l.runs(t) {
+		t.Errorf("its files stay: %v; the VM runs: %v", l.filesStay(), l.runs(t))
+	}
+}
+
 func TestTakenUpAfterTheSwitch(t *testing.T) {
 	l := leaveDestination(t, true)
 	if _, err := l.vm.Cont(t.Context()); err != nil {
