@@ -36,7 +36,7 @@ const (
 	// farthest is how far apart, in pages, two touches of a stream may be.
 	farthest = 64
 	// skipped is how many pages of a stream may have come without it: a run of the sweep.
-	skipped = 2 * busySweepRun / 4096
+	skipped = 2 * leastRun / 4096
 	// trial is how many guessed pages may fail before it is said that guesses mostly fail.
 	trial = 256
 
@@ -44,9 +44,9 @@ const (
 	// runTime is how long the link may be busy with one: what a fault waits behind it.
 	sweepRun = 512 << 10
 	runTime  = 500 * time.Microsecond
-	// busySweepRun is the least: what it asks for while a thread waits for a page. The sweep never stops
-	// altogether, or a guest that always faults would never be whole.
-	busySweepRun = 64 << 10
+	// leastRun is the least that it asks for, and half of the above is the most while a thread waits for a page. The sweep
+	// never stops altogether, or a guest that always faults would never be whole.
+	leastRun = 64 << 10
 	// sweepRanges is how many pieces of missing memory the sweep asks for in one message at most.
 	sweepRanges = 64
 	// sweepWindow is how many bytes the sweep has asked for and not got at most: 10 Gbit/s at a round trip of 3 ms. Below it

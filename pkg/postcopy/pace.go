@@ -16,12 +16,12 @@ import (
 // lowest there was. Their product is what the link holds; two runs more keep it busy while one is answered.
 //
 //	sweep ── asked ──►  in flight: at most rate × round trip + 2 runs  ──► answered ── receiver
-//	                    while a thread waits: rate × round trip + 2 short runs
+//	                    while a thread waits: rate × round trip + 2 shorter runs
 //
 // The sweep calls asked, the receiver of the bulk lane answered; room may be called by anybody.
 type pace struct {
-	window, busy atomic.Int64 // bytes in flight: as a rule, and while a thread waits
-	run          atomic.Int64 // bytes to ask for at a time, as a rule
+	window, run         atomic.Int64 // as a rule: bytes in flight, and to ask for at a time
+	busyWindow, busyRun atomic.Int64 // while a thread waits
 
 	sent    int64       // bytes asked for since the session began; the sweep's
 	probing atomic.Bool // a probe is under way: set by the sweep when the two fields below are
@@ -44,7 +44,8 @@ func newPace() *pace {
 	p := &pace{share: 1}
 	p.window.Store(firstWindow)
 	p.run.Store(firstWindow / 2)
-	p.busy.Store(2 * busySweepRun)
+	p.busyWindow.Store(2 * leastRun)
+	p.busyRun.Store(leastRun)
 	return p
 }
 
@@ -109,17 +110,19 @@ func (p *pace) set(trip int64) {
 	// In bytes of RAM, some of which will be zero.
 	rate /= max(p.share, leastShare)
 	holds := int64(rate * float64(trip))
-	run := min(max(busySweepRun, int64(rate*float64(runTime.Nanoseconds()))), sweepRun)
+	run := min(max(leastRun, int64(rate*float64(runTime.Nanoseconds()))), sweepRun)
+	busy := max(leastRun, run/2)
 	p.run.Store(run)
-	p.window.Store(min(holds+max(2*run, 3*busySweepRun), sweepWindow))
-	p.busy.Store(min(holds+2*busySweepRun, sweepWindow))
+	p.window.Store(min(holds+max(2*run, 3*leastRun), sweepWindow))
+	p.busyRun.Store(busy)
+	p.busyWindow.Store(min(holds+2*busy, sweepWindow))
 }
 
 // room says how many bytes the sweep may ask for now, with so many in flight; 0: none.
 func (p *pace) room(inFlight int64, threadWaits bool) uint64 {
 	window, run := p.window.Load(), p.run.Load()
 	if threadWaits {
-		window, run = p.busy.Load(), busySweepRun
+		window, run = p.busyWindow.Load(), p.busyRun.Load()
 	}
 	if inFlight > 0 && inFlight+run > window {
 		return 0

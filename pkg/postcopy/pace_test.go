@@ -76,8 +76,8 @@ func TestPaceFillsTheLinkAndNoMore(t *testing.T) {
 			t.Errorf("%+v: the link was busy for %.2f of the time, and up to %v waited in front of it", m, busy, queued)
 		}
 		busy, queued = m.drive(newPace(), 2000, always)
-		least := min(0.5, busySweepRun/(m.rate*float64(m.trip.Nanoseconds())+busySweepRun))
-		if busy < least || queued > time.Duration(2.5*busySweepRun/m.rate) {
+		least := min(0.5, leastRun/(m.rate*float64(m.trip.Nanoseconds())+leastRun))
+		if busy < least || queued > max(2*runTime, time.Duration(2.5*leastRun/m.rate)) {
 			t.Errorf("%+v, while threads wait: busy for %.2f of the time, want %.2f, and up to %v waited in front of it", m, busy, least, queued)
 		}
 	}
@@ -101,14 +101,14 @@ func TestPaceRushesThroughZeros(t *testing.T) {
 func TestRoomIsNeverLessThanOneRun(t *testing.T) {
 	p, now := newPace(), int64(0)
 	for range 10 {
-		p.asked(busySweepRun, now)
+		p.asked(leastRun, now)
 		now += int64(time.Hour) // for one run
-		p.answered(busySweepRun, busySweepRun, now, int64(time.Microsecond))
+		p.answered(leastRun, leastRun, now, int64(time.Microsecond))
 	}
-	if p.room(0, true) < busySweepRun || p.room(0, false) < busySweepRun {
+	if p.room(0, true) < leastRun || p.room(0, false) < leastRun {
 		t.Error("a slow link stops the sweep")
 	}
-	if p.room(busySweepRun+1, true) != 0 {
+	if p.room(leastRun+1, true) != 0 {
 		t.Error("three runs are in flight over a slow link")
 	}
 }
