@@ -97,7 +97,7 @@ const (
 	prepared
 	loading
 	loaded
-	running // Run was obeyed: the VM is this host's
+	running // QEMU was told to run it: the VM is this host's
 	givenUp // for good: Run is answered with ErrNotRun
 )
 
@@ -394,7 +394,7 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	switch {
 	case d.phase == running && d.answer != nil:
 		return d.answer, nil
-	case d.phase == running: // taken up, and it is not known whether QEMU heard what it was told
+	case d.phase == running: // it is not known whether QEMU heard what it was told
 	case d.phase == givenUp:
 		return nil, fmt.Errorf("%w: %w", ErrNotRun, d.reason)
 	default:
@@ -402,11 +402,15 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 			return nil, err
 		}
 	}
+	told := d.phase == running
 	if d.vm == nil {
-		return nil, errors.New("the destination QEMU does not answer yet")
+		return nil, fmt.Errorf("the destination QEMU does not answer yet: %w", errAskAgain)
 	}
 	select {
 	case <-d.vm.QMP.Done():
+		if told {
+			return nil, fmt.Errorf("the destination QEMU was told to run the VM, and is gone: %w", d.explain(d.vm.QMP.Err()))
+		}
 		// It can't be told any more to run, and never was.
 		d.giveUp(fmt.Errorf("the destination QEMU died before it ran the VM: %w", d.explain(d.vm.QMP.Err())))
 		return nil, fmt.Errorf("%w: %w", ErrNotRun, d.reason)
@@ -415,18 +419,19 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	ctx, cancel := context.WithTimeout(ctx, resumeTimeout/2) // the source hears before it asks again
 	defer cancel()
 	reached("destination-go")
-	d.kept.header().toldToRun.Store(1) // from here on it may have run
+	// From here on it may have run, whatever QEMU answers: nobody gives it up.
+	d.kept.header().toldToRun.Store(1)
+	d.phase = running
 	reached("destination-told")
 	resumed := time.Now()
 	if request.GetResume() {
 		at, err := d.vm.Cont(ctx)
 		if err != nil {
-			return nil, d.contFailed(err)
+			return nil, d.contFailed(told, err)
 		}
 		resumed = at
 	}
 	reached("destination-runs")
-	d.phase = running
 	d.releaseGC()
 	d.engine.StartSweep()
 	d.answer = &migratedv1.RunResponse{
@@ -442,19 +447,25 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 }
 
 // contFailed finds out whether a VM that QEMU was told to continue may have
-// run. Only a QEMU that refused, and still answers that the VM is stopped,
-// proves that not one instruction did.
-func (d *Destination) contFailed(cause error) error {
+// run. Only a QEMU that refused when it was told for the first time, and still
+// answers that the VM is stopped, proves that not one instruction did.
+func (d *Destination) contFailed(told bool, cause error) error {
+	d.releaseGC()
 	ctx, cancel := context.WithTimeout(d.ctx, attachTimeout)
 	defer cancel()
 	var refusal *qmp.Error
-	if errors.As(cause, &refusal) {
+	if !told && errors.As(cause, &refusal) {
 		if status, err := d.vm.Status(ctx); err == nil && status != "running" {
+			d.phase = loaded
 			d.giveUp(fmt.Errorf("the destination QEMU refused to run the VM: %w", cause))
 			return fmt.Errorf("%w: %w", ErrNotRun, d.reason)
 		}
 	}
-	return fmt.Errorf("continue the destination VM: %w", d.explain(cause))
+	err := fmt.Errorf("continue the destination VM: %w", d.explain(cause))
+	if refusal == nil && d.vm.QMP.Err() == nil {
+		return fmt.Errorf("%w: %w", err, errAskAgain) // QEMU hangs, and may do later what it was told
+	}
+	return err
 }
 
 // Abort gives up a migration that Run was not obeyed for.

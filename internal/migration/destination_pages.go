@@ -169,6 +169,12 @@ func (d *Destination) switched() bool {
 func (d *Destination) end(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if err == nil && d.vm != nil {
+		// A VM that ended with its last page is not yet told to the source, which still has its memory.
+		if gone := d.vm.QMP.Err(); gone != nil {
+			err = fmt.Errorf("the destination QEMU is gone: %w", d.explain(gone))
+		}
+	}
 	switch {
 	case err == nil:
 		d.complete()
@@ -186,11 +192,8 @@ func (d *Destination) end(err error) {
 
 // complete closes QEMU's copy of the descriptor: all memory is here.
 func (d *Destination) complete() {
-	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
-	defer cancel()
-	if err := inject.CloseRemote(ctx, d.taken.Pid, d.taken.RemoteFD); err != nil {
-		d.log.Warn("QEMU keeps a userfaultfd that nothing is registered with any more", "error", err)
-	}
+	d.kept.header().filled.Store(1)
+	d.closeRemote(d.taken.Pid, d.taken.RemoteFD)
 	d.update(func(m *migratedv1.Migration) {
 		m.State = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED
 		m.Error = nil
@@ -198,6 +201,15 @@ func (d *Destination) complete() {
 	})
 	d.log.Info("completed", "residency", d.meter.residency(d.engine.Stats()))
 	reached("destination-completed")
+}
+
+// closeRemote closes QEMU's copy of the descriptor.
+func (d *Destination) closeRemote(pid, fd int) {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	if err := inject.CloseRemote(ctx, pid, fd); err != nil {
+		d.log.Warn("QEMU keeps a userfaultfd that nothing is registered with any more", "error", err)
+	}
 }
 
 // giveUp ends a destination that has not run the VM, for good: its QEMU is

@@ -45,14 +45,21 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	}
 	d.log.Warn("taking up a migration that an earlier run of this daemon left", "switched", d.phase == running)
 	reached("destination-taken-up")
+	if k.header().filled.Load() != 0 {
+		d.takeUpFilled(facts)
+		return d, nil
+	}
 	if err := d.takeUp(facts); err != nil {
 		d.notTakenUp(facts, err)
 		return d, nil
 	}
-	if d.phase == running {
-		d.knowAnswer()
-		d.engine.StartSweep()
-	} else {
+	switch d.phase {
+	case running:
+		// Without an answer QEMU has to be told again, and the migration must not be over before.
+		if d.knowAnswer(); d.answer != nil {
+			d.engine.StartSweep()
+		}
+	default:
 		d.phase = loaded
 		d.expectRun()
 	}
@@ -83,6 +90,35 @@ func (d *Destination) takeUp(facts *keptFactsV1) (err error) {
 		return fmt.Errorf("take the userfaultfd from the destination QEMU again: %w", err)
 	}
 	return d.makeEngine(facts)
+}
+
+// takeUpFilled ends a migration whose memory was all here. The caller holds mu.
+func (d *Destination) takeUpFilled(facts *keptFactsV1) {
+	d.knowAnswer()
+	progress := &migratedv1.Progress{Downtime: durationpb.New(time.Duration(d.kept.header().downtime.Load()))}
+	for _, b := range facts.Blocks {
+		progress.BytesTotal += b.Size
+		progress.PagesTotal += b.Size / b.PageSize
+	}
+	progress.PagesPresent = progress.GetPagesTotal()
+	d.update(func(m *migratedv1.Migration) {
+		m.State, m.Prepared, m.Progress = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, true, progress
+	})
+	go func() {
+		defer close(d.done)
+		defer d.release()
+		defer d.cancel(nil)
+		vm, err := d.attachOnce(facts)
+		if err != nil { // it may have ended since, as any VM may
+			d.log.Warn("QEMU's settings are not put back", "error", err)
+			return
+		}
+		d.closeRemote(facts.QEMU.PID, facts.RemoteFD)
+		vm.PutBack(facts.Settings)
+		d.mu.Lock()
+		d.vm = vm
+		d.mu.Unlock()
+	}()
 }
 
 // attachAgain connects to QEMU's monitor as soon as QEMU answers.

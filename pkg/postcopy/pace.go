@@ -13,10 +13,10 @@ import (
 // the link holds waits in a queue in front of it, and a page that a thread waits for comes behind that: 4 MiB are 33 ms
 // of 1 Gbit/s. With less in flight than the link holds it idles. So, as BBR does it for a sender (Cardwell et al., ACM
 // Queue 14/5, 2016), both are measured: the rate at which data comes, the highest of late, and the round trip, the
-// lowest there was. Their product is what the link holds; two runs more keep it busy while one is answered.
+// lowest there was. Their product is what the link holds; a queue keeps it busy while one run is answered, a short one
+// while a thread waits for a page.
 //
-//	sweep ── asked ──►  in flight: at most rate × round trip + 2 runs  ──► answered ── receiver
-//	                    while a thread waits: rate × round trip + 2 shorter runs
+//	sweep ── asked ──►  in flight: at most rate × round trip + queue  ──► answered ── receiver
 //
 // The sweep calls asked, the receiver of the bulk lane answered; room may be called by anybody.
 type pace struct {
@@ -113,7 +113,7 @@ func (p *pace) set(trip int64) {
 	run := min(max(leastRun, int64(rate*float64(runTime.Nanoseconds()))), sweepRun)
 	busy := max(leastRun, run/2)
 	p.run.Store(run)
-	p.window.Store(min(holds+max(2*run, 3*leastRun), sweepWindow))
+	p.window.Store(min(holds+max(2*run, idleQueue), sweepWindow))
 	p.busyRun.Store(busy)
 	p.busyWindow.Store(min(holds+2*busy, sweepWindow))
 }
