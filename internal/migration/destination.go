@@ -404,6 +404,9 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	}
 	told := d.phase == running
 	if d.vm == nil {
+		if over := context.Cause(d.ctx); over != nil {
+			return nil, fmt.Errorf("the VM may have run here: %w", over)
+		}
 		return nil, fmt.Errorf("the destination QEMU does not answer yet: %w", errAskAgain)
 	}
 	select {

@@ -529,6 +529,9 @@ func TestTakenUpWithoutQEMU(t *testing.T) {
 	if l.filesStay() {
 		t.Error("its files stay")
 	}
+	if _, err := run(t, d); err == nil || errors.Is(err, ErrNotRun) || errors.Is(err, errAskAgain) {
+		t.Errorf("Run: %v; want another error than ErrNotRun", err)
+	}
 }
 
 func TestKeptByAnotherVersion(t *testing.T) {

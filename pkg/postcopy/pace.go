@@ -101,7 +101,9 @@ func (p *pace) set(trip int64) {
 	for _, r := range p.rates {
 		rate = max(rate, r)
 	}
-	if rate == 0 {
+	if rate == 0 { // zeros up to now: they may come as fast as they can
+		p.run.Store(min(2*p.run.Load(), sweepRun))
+		p.window.Store(min(2*p.window.Load(), sweepWindow))
 		return
 	}
 	if p.flat < 3 { // the link has not been full yet: what it can carry shows only when more is sent

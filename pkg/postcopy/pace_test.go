@@ -98,6 +98,20 @@ func TestPaceRushesThroughZeros(t *testing.T) {
 	}
 }
 
+// A VM that begins with gigabytes of holes says nothing about the link for long.
+func TestPaceOfZerosFromTheBeginning(t *testing.T) {
+	p := newPace()
+	m := &wireModel{rate: 0.125, trip: 200 * time.Microsecond, zero: true}
+	m.drive(p, 100, never)
+	if w, r := p.window.Load(), p.run.Load(); w != sweepWindow || r != sweepRun {
+		t.Errorf("runs of %d bytes in a window of %d after 100 runs of zeros", r, w)
+	}
+	m.zero = false
+	if busy, queued := m.drive(p, 1000, never); busy < 0.9 || queued > 2*time.Duration(idleQueue/m.rate) {
+		t.Errorf("when data came, the link was busy for %.2f of the time, and up to %v waited in front of it", busy, queued)
+	}
+}
+
 func TestRoomIsNeverLessThanOneRun(t *testing.T) {
 	p, now := newPace(), int64(0)
 	for range 10 {
