@@ -51,6 +51,8 @@ const (
 	// of 1 Gbit/s was a fifth idle, for the time that both daemons take to be woken for each run. While a thread waits
 	// it is two runs: with 256 KiB of them the link is full then too, but the slowest faults take half as long again.
 	idleQueue = 512 << 10
+	// sweepFronts is from how many places the sweep goes on, in turns.
+	sweepFronts = 4
 	// sweepRanges is how many pieces of missing memory the sweep asks for in one message at most.
 	sweepRanges = 64
 	// sweepWindow is how many bytes the sweep has asked for and not got at most: 10 Gbit/s at a round trip of 3 ms. Below it

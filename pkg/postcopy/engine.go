@@ -79,8 +79,8 @@ type Engine struct {
 	latency   histogram
 	counters  counters
 	predictor predictor
-	epoch     time.Time     // pending's times count from here
-	hint      atomic.Uint64 // page after the last fault + 1, 0: the sweep has taken it
+	epoch     time.Time // pending's times count from here
+	hints     hints
 
 	started  atomic.Bool
 	sweeping chan struct{} // closed by StartSweep

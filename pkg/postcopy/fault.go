@@ -25,10 +25,11 @@ type worker struct {
 	guesses []hunch // of this batch
 }
 
-// hunch is a guess, and the block that it is about.
+// hunch is a guess, the block that it is about, and the thread.
 type hunch struct {
-	block *block
-	guess guess
+	block  *block
+	thread uint32
+	guess  guess
 }
 
 func newWorker(s *session, l *lane) (*worker, error) {
@@ -145,9 +146,9 @@ func (w *worker) fault(u *uffd.UFFD, addr uint64, thread uint32, now int64) erro
 		return w.askAhead(b, p)
 	}
 	if g := e.predictor.fault(thread, p, predictBytes>>b.shift); g.count > 0 {
-		w.guesses = append(w.guesses, hunch{b, g})
+		w.guesses = append(w.guesses, hunch{b, thread, g})
 	} else if g.step == 0 {
-		e.hint.Store(p + 2)
+		e.hints.set(thread, p+1)
 	}
 	return nil
 }
@@ -185,7 +186,7 @@ func (w *worker) follow() error {
 			q += uint64(h.guess.step)
 		}
 		if h.guess.step > 0 {
-			w.s.e.hint.Store(q + 1) // the sweep goes on behind them
+			w.s.e.hints.set(h.thread, q) // the sweep goes on behind them
 		}
 	}
 	w.guesses = w.guesses[:0]

@@ -3,6 +3,7 @@
 package postcopy
 
 import (
+	"slices"
 	"testing"
 	"time"
 )
@@ -124,5 +125,28 @@ func TestRoomIsNeverLessThanOneRun(t *testing.T) {
 	}
 	if p.room(leastRun+1, true) != 0 {
 		t.Error("three runs are in flight over a slow link")
+	}
+}
+
+func TestSweepGoesOnWhereEachThreadFaults(t *testing.T) {
+	var h hints
+	var f fronts
+	if at := f.next(&h); *at != 0 {
+		t.Errorf("before any fault it begins at page %d", *at)
+	}
+	h.set(1, 1000)
+	h.set(2, 5000)
+	var seen []uint64
+	for range 4 {
+		at := f.next(&h)
+		seen = append(seen, *at)
+		*at += 16
+	}
+	if want := []uint64{1000, 5000, 1016, 5016}; !slices.Equal(seen, want) {
+		t.Errorf("it goes on at %d, want %d", seen, want)
+	}
+	h.set(1, 9000)
+	if a, b := *f.next(&h), *f.next(&h); a != 9000 || b != 5032 {
+		t.Errorf("after a new fault it goes on at %d and %d", a, b)
 	}
 }

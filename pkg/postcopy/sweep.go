@@ -2,7 +2,11 @@
 
 package postcopy
 
-import "github.com/migrated-vm/migrated/internal/pagewire"
+import (
+	"sync/atomic"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+)
 
 // sweep asks for what no fault has asked for, on the bulk lane, from where faults happen onwards, until nothing is
 // missing. Faults come first: pace.go says how much the sweep may have in flight, and that it is less while one waits.
@@ -14,19 +18,18 @@ func (s *session) sweep() error {
 		return nil
 	}
 	request := pagewire.Request{Ranges: make([]pagewire.Range, 0, sweepRanges)}
-	for cursor := uint64(0); ; {
+	var fronts fronts
+	for {
 		room, ok := s.awaitRoom()
 		if !ok {
 			return nil
 		}
-		if hint := s.e.hint.Swap(0); hint != 0 {
-			cursor = hint - 1
-		}
+		cursor := fronts.next(&s.e.hints)
 		request.Ranges = request.Ranges[:0]
 		bytes := uint64(0)
-		bytes, cursor = s.claim(&request, cursor, room)
+		bytes, *cursor = s.claim(&request, *cursor, room)
 		if bytes == 0 {
-			if _, ok := s.e.pages.nextMissing(cursor); !ok {
+			if _, ok := s.e.pages.nextMissing(*cursor); !ok {
 				return s.drain()
 			}
 			continue // faults were faster
@@ -36,6 +39,35 @@ func (s *session) sweep() error {
 			return err
 		}
 	}
+}
+
+// hints are the pages after the last faults of each thread, + 1; 0: the sweep has taken it. Threads share them.
+type hints [sweepFronts]atomic.Uint64
+
+func (h *hints) set(thread uint32, page uint64) { h[thread%sweepFronts].Store(page + 1) }
+
+// fronts are the places from which the sweep goes on, in turns: where threads fault, one for each. With a single one
+// the sweep would leave each of two threads that go through memory when the other has faulted.
+type fronts struct {
+	cursors [sweepFronts]uint64
+	open    [sweepFronts]bool
+	last    int
+}
+
+// next returns the place whose turn it is. Before the first fault that is the beginning of memory.
+func (f *fronts) next(h *hints) *uint64 {
+	for i := range f.cursors {
+		if page := h[i].Swap(0); page != 0 {
+			f.cursors[i], f.open[i] = page-1, true
+		}
+	}
+	for i := 1; i <= sweepFronts; i++ {
+		if at := (f.last + i) % sweepFronts; f.open[at] {
+			f.last = at
+			return &f.cursors[at]
+		}
+	}
+	return &f.cursors[0]
 }
 
 // claim claims missing pages from cursor on, of so many bytes or one page, and puts them into the request. Where faults
