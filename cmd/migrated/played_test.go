@@ -71,6 +71,7 @@ func at(id string, after time.Duration, state migratedv1.MigrationState, present
 		p := m.Progress
 		p.PagesPresent, p.PagesZero, p.BytesOnWire, p.BytesDeviceState = present, present/4, present*3072, 210_000
 		p.Faults, p.Downtime, p.BytesPerSecond = present/64, durationpb.New(2400*time.Microsecond), 812.4e6
+		p.PagesGuessed, p.GuessHits = 512, 0.93
 		p.FaultP50, p.FaultP99, p.FaultMax = durationpb.New(90*time.Microsecond), durationpb.New(312*time.Microsecond), durationpb.New(12*time.Millisecond)
 		p.TimeLeft = durationpb.New(time.Duration(262144-present) * 10 * time.Microsecond)
 	}

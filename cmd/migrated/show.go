@@ -114,6 +114,9 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 		fact("Memory", "%s: %d of %s, %d of them zero; %s", percent(p), p.GetPagesPresent(), plural(p.GetPagesTotal(), "page"), p.GetPagesZero(), bytesText(p.GetBytesTotal()))
 		fact("On the wire", "%s of pages, %s of device state, %s now", bytesText(p.GetBytesOnWire()), bytesText(p.GetBytesDeviceState()), rateText(p.GetBytesPerSecond()))
 		fact("Faults", "%d: p50 %s, p99 %s, max %s", p.GetFaults(), durationText(p.GetFaultP50()), durationText(p.GetFaultP99()), durationText(p.GetFaultMax()))
+		if n := p.GetPagesGuessed(); n > 0 {
+			fact("Foretold", "%d pages asked for ahead of a fault; %.0f %% of what was foretold came true", n, 100*p.GetGuessHits())
+		}
 		fact("Downtime", "%s", durationText(p.GetDowntime()))
 	}
 	if p.GetTimeLeft() != nil {
