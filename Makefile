@@ -3,12 +3,15 @@
 # 'make demo' and 'make test' set up what they need by themselves. Variables, given as in
 # 'make unit PKG=./pkg/uffd/...':
 #
-#   COMPARE=1   demo: also run QEMU's own post-copy and compare
-#   ARGS=...    demo, bench, microbench: further arguments
+#   COMPARE=1   demo: also run QEMU's own post-copy and compare; chaos: nothing but that
+#   ARGS=...    demo, bench, chaos, microbench: further arguments
 #   BENCH=full  bench: an hour instead of eight minutes
 #   CASE=...    bench: only cases whose NETWORK/GUEST matches, of all there are
 #   PKG=...     unit, e2e, kernel: which packages
 #   RUN=...     unit, e2e, kernel: only tests whose name matches
+#   N=500       chaos: how many cases (100)
+#   SEED=...    chaos: which sequence of cases (1); its cases are always the same
+#   ONLY=...    chaos: only the case with this index
 #   E2E_RACE=0  e2e: run the daemon without the race detector
 
 SHELL := bash
@@ -109,6 +112,11 @@ e2e: build $(if $(filter-out 0,$(E2E_RACE)),build-race) ## run the end-to-end te
 kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefile has more
 	@echo '== kernel'
 	@$(MAKE) -C kernel test
+
+.PHONY: chaos
+chaos: ## break migrations in every way that is known and look for the VM: build/chaos/report.json (docs/faults.md)
+	@scripts/setup demo
+	@go run ./e2e/chaos $(if $(N),--n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
 
 .PHONY: microbench
 microbench: ## measure how far the engine is from what the machine can do (docs/fault-budget.md)

@@ -48,10 +48,14 @@
 //     leaves the VM stopped at the source with its memory intact.
 //   - The destination may give up by itself until Run arrives, and then
 //     answers Run with ABORTED for as long as it lives. Once it has asked its
-//     QEMU to continue, the VM belongs to the destination.
+//     QEMU to continue, the VM belongs to the destination, whatever QEMU
+//     answers: while nobody knows whether it heard, Run is answered with
+//     UNKNOWN and comes again.
 //   - After the switch a page that cannot be fetched stalls the vCPU that needs
 //     it. It is never read as zero: the destination's QEMU keeps its copy of the
-//     userfaultfd open until the last page is in.
+//     userfaultfd open until the last page is in. So the destination gives up
+//     nothing that can come right again: a lost lane, a host without memory, a
+//     source that breaks the protocol.
 //
 // A daemon that ended in the middle, in whatever way, and is started again takes
 // up what it left (TakeUpSource, TakeUpDestination):
@@ -64,6 +68,7 @@
 //	destination: loaded                 goes on waiting for Run
 //	destination: told to run            fetches what is missing; tells QEMU again if Run comes
 //	                                    again and nobody knows whether QEMU heard it
+//	destination: all memory is here     closes QEMU's descriptor, if it is open, and is COMPLETED
 //
 // Everything that a decision needs is in the files: QEMU is not asked, because
 // its main loop may be what waits for a page.

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// A chaosCase is one migration and what disturbs it. It follows from Seed and Index alone.
+type chaosCase struct {
+	Seed  uint64
+	Index int
+	Kind  string
+	At    moment
+	For   time.Duration // how long the fault lasts, where it can be undone
+	Link  lab.Link      // the network, before the fault and after it
+	Pick  uint64        // chooses among what a kind can do
+
+	// Of a crowd: how many VMs, and the fault that meets them.
+	VMs   int
+	Crowd string
+}
+
+// A moment is when the fault strikes.
+type moment struct {
+	Point string        // of internal/migration; empty: a time
+	After time.Duration // the migration's start, or the switch
+	// Switched: After is a time after the VM ran at the destination.
+	Switched bool
+}
+
+func (m moment) String() string {
+	switch {
+	case m.Point != "":
+		return "at " + m.Point
+	case m.Switched:
+		return fmt.Sprintf("%v after the switch", m.After)
+	default:
+		return fmt.Sprintf("%v after the start", m.After)
+	}
+}
+
+func (c chaosCase) String() string {
+	what := c.Kind
+	if c.Kind == crowd {
+		what = fmt.Sprintf("%d VMs at once, %s", c.VMs, c.Crowd)
+	}
+	return fmt.Sprintf("case %d: %s %v, for %v; %d Mbit/s, %v, %.1f %% lost",
+		c.Index, what, c.At, c.For, c.Link.Rate/1e6, c.Link.Delay, 100*c.Link.Loss)
+}
+
+// Kinds of faults; faults.go says what they do.
+const (
+	killSource        = "kill-source-daemon"
+	killDestination   = "kill-destination-daemon"
+	killBoth          = "kill-both-daemons"
+	stopSource        = "stop-source-daemon"
+	stopDestination   = "stop-destination-daemon"
+	killTheirQEMU     = "kill-destination-qemu"
+	killTheirHost     = "kill-destination-host" // its daemon and its QEMU at once
+	killOurQEMU       = "kill-source-qemu"
+	pullCable         = "pull-cable"
+	cutBoth           = "cut-both-ways"
+	cutOne            = "cut-one-way"
+	badLink           = "bad-link"
+	freezeSource      = "freeze-source-daemon"
+	freezeDestination = "freeze-destination-daemon"
+	freezeTheirQEMU   = "freeze-destination-qemu"
+	fullTmpfs         = "full-tmpfs"
+	fullHugePages     = "full-huge-pages"
+	flipBits          = "flip-bits"
+	lyingSource       = "lying-source"
+	crowd             = "crowd"
+
+	// noFault is what the others are compared with.
+	noFault = "nothing"
+)
+
+// deck has each kind as often as it is to come in so many cases: every deckful has all of them, in an order of its own.
+var deck = []string{
+	killSource, killSource, killSource, killDestination, killDestination, killDestination, killBoth, killBoth,
+	stopSource, stopDestination, killTheirQEMU, killTheirHost, killOurQEMU, pullCable, cutBoth, cutOne, badLink,
+	freezeSource, freezeDestination, freezeTheirQEMU, fullTmpfs, fullHugePages, flipBits, lyingSource, crowd,
+}
+
+// crowdFaults are those that many migrations can meet together.
+var crowdFaults = []string{killSource, killDestination, killBoth, cutBoth, cutOne, badLink}
+
+// newCase is case index of the seed's sequence.
+func newCase(seed uint64, index int) chaosCase {
+	r := rand.New(rand.NewPCG(seed, uint64(index)))
+	c := chaosCase{
+		Seed: seed, Index: index, Kind: deal(seed, index, 1, deck), Pick: r.Uint64(),
+		For: lasting(r), Link: network(r),
+	}
+	c.Link.Seed = c.Pick
+	c.At = c.when(r)
+	switch c.Kind {
+	case fullTmpfs, flipBits, lyingSource: // it takes a while until one of them bites
+		c.For += time.Second
+	}
+	if c.Kind == crowd {
+		c.VMs = 2
+		if r.IntN(3) == 0 {
+			c.VMs = 8
+		}
+		c.Crowd = crowdFaults[r.IntN(len(crowdFaults))]
+		c.At = moment{After: upTo(r, 4*time.Second)}
+		c.For = min(c.For, 3*time.Second) // so many guests on two processors are slow enough
+	}
+	return c
+}
+
+// deal returns what case index gets of cards that are dealt to one case after the other, and shuffled anew when all
+// are dealt. Each purpose has a pack of its own.
+func deal[T any](seed uint64, index int, purpose uint64, cards []T) T {
+	round := rand.New(rand.NewPCG(seed^purpose<<32, uint64(index/len(cards))))
+	return cards[round.Perm(len(cards))[index%len(cards)]]
+}
+
+// when chooses the moment: mostly a point, and most of the times after the switch, where most of a migration is.
+func (c chaosCase) when(r *rand.Rand) moment {
+	point := deal(c.Seed, c.Index, 2, points)
+	early, late := upTo(r, 1200*time.Millisecond), upTo(r, c.transfer())
+	dice := r.IntN(10)
+	switch c.Kind {
+	case killTheirQEMU, killTheirHost:
+		if slices.Contains(tooLate, point.name) {
+			dice = 9
+		}
+	case killOurQEMU: // while the VM runs there, that would be no failed migration but a dead VM
+		return moment{After: late, Switched: true}
+	case fullHugePages: // from the beginning
+		return moment{}
+	case flipBits, lyingSource, badLink, fullTmpfs:
+		dice = 6 + dice%4 // they are about what flows
+	}
+	switch {
+	case dice < 6:
+		return moment{Point: point.name}
+	case dice < 8:
+		return moment{After: early}
+	default:
+		return moment{After: late, Switched: true}
+	}
+}
+
+// transfer is about what the VM's memory takes on the network of the case, after the switch.
+func (c chaosCase) transfer() time.Duration {
+	const bits = 90e6 * 8
+	return time.Duration(bits / float64(c.Link.Rate) * float64(time.Second))
+}
+
+// tooLate are the points at which the VM is all at the destination: to kill it there is no matter of migrations.
+var tooLate = []string{"source-last-page", "source-quit", "source-forgotten", "destination-completed"}
+
+func upTo(r *rand.Rand, most time.Duration) time.Duration {
+	return time.Duration(r.Int64N(int64(most))).Round(time.Millisecond)
+}
+
+// lasting is mostly short, and sometimes longer than the daemons' keepalive.
+func lasting(r *rand.Rand) time.Duration {
+	switch dice := r.IntN(100); {
+	case dice < 75:
+		return upTo(r, 1500*time.Millisecond)
+	case dice < 95:
+		return time.Second + upTo(r, 4*time.Second)
+	default:
+		return 16*time.Second + upTo(r, 6*time.Second)
+	}
+}
+
+func network(r *rand.Rand) lab.Link {
+	rates := []int64{200e6, 400e6, 400e6, 1e9}
+	delays := []time.Duration{0, 0, 200 * time.Microsecond, time.Millisecond}
+	losses := []float64{0, 0, 0, 0.001}
+	return lab.Link{Rate: rates[r.IntN(len(rates))], Delay: delays[r.IntN(len(delays))], Loss: losses[r.IntN(len(losses))]}
+}

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/image"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/e2e/rival"
+)
+
+// comparedFaults are those that QEMU's own post-copy can meet, too: it has no daemon, and no page server of its own.
+var comparedFaults = []string{
+	noFault, pullCable, cutBoth, cutOne, badLink, freezeTheirQEMU, killTheirQEMU, killOurQEMU, fullTmpfs,
+}
+
+const (
+	// rivalName makes the VM's paths those of the lab's only VM, which package rival knows.
+	rivalName = "vm"
+	// struckAfter and struckFor are the same for each fault, and in the middle of the transfer.
+	struckAfter, struckFor = 700 * time.Millisecond, 2 * time.Second
+	// rivalPatience is how long QEMU may take once nothing is broken any more.
+	rivalPatience = 40 * time.Second
+)
+
+// A comparison is what became of both after the same fault.
+type comparison struct {
+	Kind string `json:"kind"`
+	Ours result `json:"ours"`
+	QEMU struct {
+		End   string        `json:"end"`
+		Stall time.Duration `json:"stall_ns"`
+		Said  []string      `json:"said"` // what both QEMUs call it, and what recovery is answered
+	} `json:"qemu"`
+}
+
+// comparedCase strikes each of them alike.
+func comparedCase(i int) chaosCase {
+	return chaosCase{
+		Index: i, Kind: comparedFaults[i], At: moment{After: struckAfter, Switched: true}, For: struckFor, Link: lab.Link{Rate: 200e6}, Pick: 5,
+	}
+}
+
+// compare strikes migrated and QEMU's own post-copy, each on stages of its own, and writes compare.json into dir.
+func compare(ctx context.Context, dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	remove, err := build(ctx)
+	if err != nil {
+		return err
+	}
+	defer remove()
+	var all []*comparison
+	for i := range comparedFaults {
+		c := &comparison{Kind: comparedFaults[i]}
+		if c.Ours, err = strikeOurs(ctx, dir, i); err != nil {
+			return fmt.Errorf("%s: %w", c.Kind, err)
+		}
+		fmt.Printf("%s, migrated: %v\n", c.Kind, c.Ours)
+		if err := strikeRival(ctx, i, c); err != nil {
+			return fmt.Errorf("%s, QEMU's own: %w", c.Kind, err)
+		}
+		fmt.Printf("%s, QEMU's own: %s, stall %.0f ms; %q\n", c.Kind, c.QEMU.End, ms(c.QEMU.Stall), c.QEMU.Said)
+		all = append(all, c)
+	}
+	data, err := json.MarshalIndent(all, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "compare.json"), append(data, '\n'), 0o644)
+}
+
+func strikeOurs(ctx context.Context, dir string, i int) (_ result, err error) {
+	s, err := newStage(ctx, dir)
+	if err != nil {
+		return result{}, err
+	}
+	defer func() { err = errors.Join(err, s.close(ctx)) }()
+	return s.bounded(ctx, comparedCase(i)), nil
+}
+
+func strikeRival(ctx context.Context, i int, result *comparison) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, caseTime)
+	defer cancel()
+	l, err := lab.NewWithLink(ctx, comparedCase(i).Link)
+	if err != nil {
+		return err
+	}
+	s := &stage{lab: l}
+	defer func() { err = errors.Join(err, s.close(ctx)) }()
+	kernel, initrd, err := image.Linux(ctx)
+	if err != nil {
+		return err
+	}
+	c := linuxConfig(kernel, initrd)
+	j := &linuxJudge{ctx: context.WithoutCancel(ctx), path: lab.SerialLog, ears: map[*lab.Host]*ear{}}
+	if s.vm, err = s.newMachine(ctx, rivalName, c, s.lab.A, map[string]string{"kernel": kernel, "initrd": initrd}, j); err != nil {
+		return err
+	}
+	if _, err := j.ears[s.lab.A].log.WaitReady(ctx); err != nil {
+		return err
+	}
+	return s.moveRival(ctx, comparedCase(i), j, result)
+}
+
+// moveRival moves the VM by QEMU's own post-copy, and strikes when it runs at the destination.
+func (s *stage) moveRival(ctx context.Context, c chaosCase, judge *linuxJudge, result *comparison) error {
+	j := s.newJourney(s.vm, "rival")
+	f, err := s.faultOf(c, c.Kind, j)
+	if err != nil {
+		return err
+	}
+	if err := judge.begin(ctx, s.vm); err != nil {
+		return err
+	}
+	j.began = time.Now()
+	moving, cancel := context.WithCancel(ctx)
+	defer cancel()
+	moved := make(chan error, 1)
+	go func() {
+		_, err := rival.Migrate(moving, j.from, j.to, s.vm.config, rival.Options{KeepSource: true})
+		moved <- err
+	}()
+	if !await(ctx, time.Minute, j.switched) {
+		return errors.New("it does not switch")
+	}
+	pause(ctx, c.At.After)
+	if err := errors.Join(f.begin(ctx), f.too(ctx)); err != nil {
+		return err
+	}
+	pause(ctx, c.For)
+	if err := f.end(ctx); err != nil {
+		return err
+	}
+	select {
+	case err = <-moved:
+	case <-time.After(rivalPatience):
+		err = errors.New("it goes on for ever")
+	}
+	said := &result.QEMU.Said
+	if err != nil {
+		*said = append(*said, err.Error())
+	}
+	s.askRivals(ctx, j, said)
+	result.QEMU.End = s.endOfRival(ctx, j, said)
+	result.QEMU.Stall = j.stall()
+	return nil
+}
+
+// askRivals notes how both QEMUs call it.
+func (s *stage) askRivals(ctx context.Context, j *journey, said *[]string) {
+	for _, h := range []*lab.Host{j.from, j.to} {
+		client := s.vm.copies.client(h)
+		if client == nil {
+			*said = append(*said, "no QEMU on host "+h.Name)
+			continue
+		}
+		asking, cancel := context.WithTimeout(ctx, 3*time.Second)
+		var migration, state struct {
+			Status string `json:"status"`
+		}
+		err := errors.Join(client.Do(asking, "query-migrate", nil, &migration), client.Do(asking, "query-status", nil, &state))
+		cancel()
+		*said = append(*said, fmt.Sprintf("host %s: migration %s, VM %s %v", h.Name, migration.Status, state.Status, err))
+	}
+}
+
+// endOfRival says where the VM runs now, after what QEMU's documentation has for an operator to try.
+func (s *stage) endOfRival(ctx context.Context, j *journey, said *[]string) string {
+	s.vm.at = j.to
+	if err := s.works(ctx); err == nil {
+		return endMoved
+	}
+	if s.vm.copies.client(j.to) == nil { // nothing to recover with: the source is asked to go on
+		source := s.vm.copies.client(j.from)
+		if source == nil {
+			return "lost"
+		}
+		for _, command := range []string{"migrate_cancel", "cont"} {
+			asking, cancel := context.WithTimeout(ctx, 5*time.Second)
+			err := source.Do(asking, command, nil, nil)
+			cancel()
+			*said = append(*said, fmt.Sprintf("%s: %v", command, err))
+			pause(ctx, time.Second)
+		}
+		s.vm.at = j.from
+		if err := s.works(ctx); err == nil {
+			return endFellBack
+		}
+		return "lost"
+	}
+	if source := s.vm.copies.client(j.from); source != nil {
+		uri := "tcp:" + j.to.Addr + ":7701"
+		for _, step := range []struct {
+			host    *lab.Host
+			command string
+			args    map[string]any
+		}{
+			{j.to, "migrate-recover", map[string]any{"uri": uri}}, {j.from, "migrate", map[string]any{"uri": uri, "resume": true}},
+		} {
+			asking, cancel := context.WithTimeout(ctx, 5*time.Second)
+			err := s.vm.copies.client(step.host).Do(asking, step.command, step.args, nil)
+			cancel()
+			*said = append(*said, fmt.Sprintf("%s: %v", step.command, err))
+		}
+		pause(ctx, 10*time.Second)
+		if err := s.works(ctx); err == nil {
+			return endMoved + " after migrate-recover"
+		}
+	}
+	return "lost"
+}
+
+// works says whether the guest works where the VM is said to be, and all of its memory is right.
+func (s *stage) works(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	heard := &s.vm.judge.(*linuxJudge).ears[s.vm.at].log //nolint:errcheck // it is no other
+	if _, _, err := heard.Wait(ctx, heard.Len(), func(l report.Line) bool { return l.Window != nil && l.Window.Ops > 0 }); err != nil {
+		return err
+	}
+	_, err := s.vm.judge.verify(ctx, s.vm)
+	return err
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// playCrowd moves several VMs at once, in both directions, and strikes all of them with one fault. Of two, one is the
+// VM with the Linux guest.
+func (s *stage) playCrowd(ctx context.Context, c chaosCase, res *result) (err error) {
+	var all []*machine
+	defer func() {
+		for _, m := range all {
+			if m != nil && m != s.vm {
+				err = errors.Join(err, m.destroy(ctx))
+			}
+		}
+	}()
+	at := s.lab.A
+	if c.VMs == 2 {
+		all = append(all, s.vm)
+		at = s.vm.other(s.vm.at)
+	}
+	for i := len(all); i < c.VMs; i++ {
+		m, err := s.newMetal(ctx, fmt.Sprintf("case%d-%d", c.Index, i), at, false)
+		all = append(all, m)
+		if err != nil {
+			return err
+		}
+		at = m.other(at)
+	}
+	var journeys []*journey
+	for i, m := range all {
+		journeys = append(journeys, s.newJourney(m, fmt.Sprintf("case-%d-%d", c.Index, i)))
+	}
+	f, err := s.faultOf(c, c.Crowd, journeys[0])
+	if err != nil {
+		return err
+	}
+	for _, j := range journeys {
+		if err := j.start(ctx); err != nil {
+			return err
+		}
+	}
+	pause(ctx, c.At.After)
+	if err := f.begin(ctx); err != nil {
+		return err
+	}
+	pause(ctx, c.For)
+	if err := f.end(ctx); err != nil {
+		return err
+	}
+	res.Struck = true
+	s.concludeAll(ctx, journeys, res)
+	return nil
+}
+
+// concludeAll concludes all journeys at once.
+func (s *stage) concludeAll(ctx context.Context, journeys []*journey, res *result) {
+	results := make([]result, len(journeys))
+	var all sync.WaitGroup
+	for i, j := range journeys {
+		all.Go(func() { s.conclude(ctx, j, &results[i]) })
+	}
+	all.Wait()
+	var ends []string
+	for i, r := range results {
+		ends = append(ends, r.End)
+		res.Notes = append(res.Notes, r.Notes...)
+		res.Stall = max(res.Stall, r.Stall)
+		res.Corruptions += r.Corruptions
+		res.Twice, res.Lost = res.Twice || r.Twice, res.Lost || r.Lost
+		if r.Failure != "" {
+			res.fail(fmt.Errorf("VM %s: %s", journeys[i].machine.name, r.Failure))
+		}
+	}
+	slices.Sort(ends)
+	res.End = strings.Join(slices.Compact(ends), ", ")
+}
+
+// hugePages is what Linux reserves huge pages by, for all of the machine.
+const hugePages = "/proc/sys/vm/nr_hugepages"
+
+// playHugePages moves a VM in huge pages to a host that has none left.
+func (s *stage) playHugePages(ctx context.Context, c chaosCase, res *result) (err error) {
+	release, err := reserve(metalMiB / 2)
+	if err != nil {
+		res.Notes = append(res.Notes, err.Error())
+		return nil
+	}
+	defer func() { err = errors.Join(err, release()) }()
+	m, err := s.newMetal(ctx, fmt.Sprintf("case%d", c.Index), []*lab.Host{s.lab.A, s.lab.B}[c.Pick%2], true)
+	if m != nil {
+		defer func() { err = errors.Join(err, m.destroy(ctx)) }()
+	}
+	if err != nil {
+		return err
+	}
+	j := s.newJourney(m, fmt.Sprintf("case-%d", c.Index))
+	if err := j.start(ctx); err != nil {
+		return err
+	}
+	res.Struck = true
+	s.conclude(ctx, j, res)
+	if res.Failure == "" && res.End != endStayed {
+		res.fail(fmt.Errorf("it has %s, without any memory there", res.End))
+	}
+	return nil
+}
+
+// reserve adds n huge pages of 2 MiB to the machine's pool, and takes care that no more than these are free. release
+// gives them back.
+func reserve(n int) (release func() error, err error) {
+	before, free, err := pool()
+	if err != nil {
+		return nil, err
+	}
+	set := func(total int) error { return os.WriteFile(hugePages, []byte(strconv.Itoa(total)), 0o644) }
+	want := before - free + n
+	if err := set(want); err != nil {
+		return nil, fmt.Errorf("huge pages cannot be reserved: %w", err)
+	}
+	release = func() error { return set(before) }
+	if total, _, err := pool(); err != nil || total < want {
+		return nil, errors.Join(fmt.Errorf("only %d of %d huge pages can be reserved", total, want), err, release())
+	}
+	return release, nil
+}
+
+// pool is how many huge pages there are, and how many of them nobody uses.
+func pool() (total, free int, err error) {
+	text, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		_, _ = fmt.Sscanf(line, "HugePages_Total: %d", &total) // most lines are others
+		_, _ = fmt.Sscanf(line, "HugePages_Free: %d", &free)
+	}
+	return total, free, nil
+}

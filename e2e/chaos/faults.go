@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// A fault disturbs a migration: begin breaks something and end mends it, as a host's systemd or its operator would.
+// arm, where there is one, is called before the migration and disarm after it.
+type fault struct {
+	order       string // what the daemon does at a point by itself; orderHold: begin does it meanwhile
+	victims     []*lab.Host
+	guard       bool // it must strike before the destination calls the migration complete
+	begin, end  func(ctx context.Context) error
+	too         func(ctx context.Context) error // happens after begin, also where the daemon has done that by itself
+	arm, disarm func(ctx context.Context) error
+}
+
+func nothing(context.Context) error { return nil }
+
+// faultOf is what the case does to a journey of its machine.
+func (s *stage) faultOf(c chaosCase, kind string, j *journey) (*fault, error) {
+	f := &fault{order: orderHold, begin: nothing, too: nothing, end: nothing, arm: nothing, disarm: nothing}
+	r := rand.New(rand.NewPCG(c.Pick, 0))
+	switch kind {
+	case killSource, killDestination, killBoth:
+		s.killDaemons(f, kind, j)
+	case stopSource:
+		s.stopDaemon(f, j.from)
+	case stopDestination:
+		s.stopDaemon(f, j.to)
+	case freezeSource:
+		s.freezeDaemon(f, j.from)
+	case freezeDestination:
+		s.freezeDaemon(f, j.to)
+	case killTheirQEMU:
+		f.guard = true // a VM that has all of its memory and dies is no failed migration
+		f.begin = func(ctx context.Context) error { return j.machine.kill(ctx, j.to) }
+	case killTheirHost:
+		s.killDaemons(f, killDestination, j)
+		f.guard = true
+		f.too = func(ctx context.Context) error { return unlessGone(j.machine.kill(ctx, j.to)) }
+	case killOurQEMU:
+		f.begin = func(ctx context.Context) error { return j.machine.kill(ctx, j.from) }
+	case freezeTheirQEMU:
+		f.begin = func(context.Context) error { return j.machine.signal(j.to, syscall.SIGSTOP) }
+		f.end = func(context.Context) error { return unlessGone(j.machine.signal(j.to, syscall.SIGCONT)) }
+	case pullCable:
+		f.begin = func(ctx context.Context) error { return s.lab.SetCable(ctx, false) }
+		f.end = func(ctx context.Context) error { return s.lab.SetCable(ctx, true) }
+	case cutBoth:
+		s.cut(f, s.lab.AB, s.lab.BA)
+	case cutOne:
+		s.cut(f, []*lab.Wire{s.lab.AB, s.lab.BA}[r.IntN(2)])
+	case badLink:
+		s.worsen(f, c, r)
+	case fullTmpfs:
+		s.fillTmpfs(f, j, r)
+	case flipBits:
+		return f, s.damage(f, j, r)
+	case lyingSource:
+		return f, s.lie(f, j, r)
+	case noFault:
+	default:
+		return nil, fmt.Errorf("no fault is called %q", kind)
+	}
+	return f, nil
+}
+
+func (s *stage) killDaemons(f *fault, kind string, j *journey) {
+	switch kind {
+	case killSource:
+		f.victims = []*lab.Host{j.from}
+	case killDestination:
+		f.victims = []*lab.Host{j.to}
+	default:
+		f.victims = []*lab.Host{j.from, j.to}
+	}
+	f.order = orderKill
+	f.begin = func(context.Context) error {
+		var errs []error
+		for _, h := range f.victims {
+			errs = append(errs, s.killDaemon(h))
+		}
+		return errors.Join(errs...)
+	}
+	f.end = s.reviveDaemons
+}
+
+// stopDaemon is the planned end of a daemon, for an upgrade say.
+func (s *stage) stopDaemon(f *fault, h *lab.Host) {
+	f.begin = func(context.Context) error { return s.signalDaemon(h, syscall.SIGTERM) }
+	f.end = func(ctx context.Context) error { return errors.Join(s.awaitStopped(ctx, h), s.reviveDaemons(ctx)) }
+}
+
+func unlessGone(err error) error {
+	if errors.Is(err, errNoQEMU) {
+		return nil
+	}
+	return err
+}
+
+// freezeDaemon stops a daemon as if its host did not get to it: to the others it hangs, and to it time jumps.
+func (s *stage) freezeDaemon(f *fault, h *lab.Host) {
+	f.victims, f.order = []*lab.Host{h}, orderFreeze
+	f.begin = func(context.Context) error { return s.signalDaemon(h, syscall.SIGSTOP) }
+	f.end = func(context.Context) error { return s.signalDaemon(h, syscall.SIGCONT) }
+}
+
+// cut cuts wires without a word to either host: what is sent is lost.
+func (s *stage) cut(f *fault, wires ...*lab.Wire) {
+	set := func(cut bool) func(context.Context) error {
+		return func(context.Context) error {
+			for _, w := range wires {
+				w.SetCut(cut)
+			}
+			return nil
+		}
+	}
+	f.begin, f.end = set(true), set(false)
+}
+
+// worsen makes the network another one every tenth of a second.
+func (s *stage) worsen(f *fault, c chaosCase, r *rand.Rand) {
+	over, done := make(chan struct{}), make(chan struct{})
+	f.begin = func(context.Context) error {
+		go func() {
+			defer close(done)
+			for {
+				link := lab.Link{
+					Rate: []int64{20e6, 100e6, 400e6, 0}[r.IntN(4)], Delay: time.Duration(r.IntN(40)) * time.Millisecond,
+					Loss: []float64{0, 0.01, 0.05}[r.IntN(3)], Seed: r.Uint64(),
+				}
+				for _, w := range []*lab.Wire{s.lab.AB, s.lab.BA} {
+					w.Set(link)
+				}
+				select {
+				case <-time.After(100 * time.Millisecond):
+				case <-over:
+					return
+				}
+			}
+		}()
+		return nil
+	}
+	f.end = func(context.Context) error {
+		close(over)
+		<-done
+		for _, w := range []*lab.Wire{s.lab.AB, s.lab.BA} {
+			w.Set(c.Link)
+		}
+		return nil
+	}
+}
+
+// ramFiles is the file system with the RAM of VMs, on each host.
+const ramFiles = "/dev/shm"
+
+// fillTmpfs makes the destination's file system smaller than the VM: there is no room for most of what is to come.
+func (s *stage) fillTmpfs(f *fault, j *journey, r *rand.Rand) {
+	part := r.Float64() * 0.6
+	f.begin = func(ctx context.Context) error {
+		var here, there unix.Statfs_t
+		if err := errors.Join(unix.Statfs(j.from.Path(ramFiles), &here), unix.Statfs(j.to.Path(ramFiles), &there)); err != nil {
+			return err
+		}
+		used := func(st unix.Statfs_t) int64 { return int64(st.Blocks-st.Bfree) * st.Bsize }
+		room := max(0, used(here)-used(there))
+		return resize(ctx, j.to, fmt.Sprint(used(there)+int64(part*float64(room))+int64(4096)))
+	}
+	f.end = func(ctx context.Context) error { return resize(ctx, j.to, "50%") }
+}
+
+func resize(ctx context.Context, h *lab.Host, size string) error {
+	_, err := h.Run(ctx, "mount", "-o", "remount,size="+size, ramFiles)
+	return err
+}

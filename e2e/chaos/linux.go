@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// The Linux guest, in MiB: it stamps stampMiB of its memory, visits all of that, and checks all of it when asked.
+const (
+	linuxMiB = 192
+	stampMiB = 48
+)
+
+// reporting is how often the guest reports.
+const reporting = 100 * time.Millisecond
+
+func linuxConfig(kernel, initrd string) lab.VMConfig {
+	return lab.VMConfig{
+		VCPUs: 2, MemoryMiB: linuxMiB, Nodes: 1, Kernel: kernel, Initrd: initrd,
+		KernelArgs: []string{
+			fmt.Sprintf("migrated.mem=%d", stampMiB), "migrated.workers=2", "migrated.rate=300", "migrated.write=50",
+			fmt.Sprintf("migrated.window=%v", reporting),
+		},
+	}
+}
+
+// linuxJudge asks the guest, which finds damage by itself, and listens to what it says on both hosts.
+type linuxJudge struct {
+	ctx    context.Context //nolint:containedctx // of listening, ends with the machine
+	path   string
+	ears   map[*lab.Host]*ear
+	before report.Counters // the newest before the migration; none may ever be less
+}
+
+// An ear hears what a guest says on one host for as long as it is the same guest with the same past.
+type ear struct {
+	log  report.Log
+	file *os.File
+	end  context.CancelFunc
+	done chan struct{}
+}
+
+// listen hears what is written to the file at path from now on.
+func listen(ctx context.Context, path string) (*ear, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDONLY, 0o666)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := f.Seek(0, io.SeekEnd); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	e := &ear{file: f, done: make(chan struct{})}
+	ctx, e.end = context.WithCancel(ctx)
+	go func() {
+		defer close(e.done)
+		_ = e.log.Follow(report.Tail(ctx, f)) // ends with ctx; what is missing then, somebody waits for
+	}()
+	return e, nil
+}
+
+func (e *ear) close() {
+	e.end()
+	<-e.done
+	_ = e.file.Close() // was only read
+}
+
+// left begins to listen anew: a line may have begun on one host and ended on the other, and a VM that fell back says
+// for the second time what another has said.
+func (j *linuxJudge) left(h *lab.Host) (err error) {
+	if old := j.ears[h]; old != nil {
+		old.close()
+	}
+	j.ears[h], err = listen(j.ctx, h.Path(j.path))
+	return err
+}
+
+func (j *linuxJudge) begin(_ context.Context, m *machine) error {
+	j.before = j.ears[m.at].log.Last()
+	return nil
+}
+
+func (j *linuxJudge) verify(ctx context.Context, m *machine) (corruptions uint64, err error) {
+	var answers report.Log
+	port, err := report.Open(ctx, m.at.Path(m.path(lab.SerialPath)), &answers)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, port.Close()) }()
+	v, err := port.Verify(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("the guest does not check its memory: %w", err)
+	}
+	// It goes on with its work, too.
+	heard := &j.ears[m.at].log
+	if _, _, err := heard.Wait(ctx, heard.Len(), func(l report.Line) bool { return l.Window != nil && l.Window.Ops > 0 }); err != nil {
+		return 0, fmt.Errorf("the guest does not work: %w", err)
+	}
+	corruptions = max(v.Found, v.Corruptions-j.before.Corruptions)
+	var errs []error
+	if corruptions > 0 {
+		errs = append(errs, fmt.Errorf("%w: it found %d pages wrong, %d of them only now", report.ErrDamaged, v.Corruptions, v.Found))
+	}
+	if v.TotalOps < j.before.TotalOps || v.TotalWrites < j.before.TotalWrites || v.UptimeMS < j.before.UptimeMS {
+		errs = append(errs, fmt.Errorf("%w: it is of before the migration: %+v after %+v", report.ErrDamaged, v.Counters, j.before))
+	}
+	for _, e := range j.ears {
+		errs = append(errs, e.log.Err())
+	}
+	err = errors.Join(errs...)
+	if err != nil {
+		corruptions = max(1, corruptions)
+	}
+	return corruptions, err
+}
+
+func (j *linuxJudge) stall(since time.Time) time.Duration {
+	var lines []report.Line
+	for _, e := range j.ears {
+		for _, l := range e.log.Lines(0) {
+			if l.Window != nil && l.At.After(since) {
+				lines = append(lines, l)
+			}
+		}
+	}
+	slices.SortFunc(lines, func(a, b report.Line) int { return a.At.Compare(b.At) })
+	var longest time.Duration
+	for i, l := range lines {
+		longest = max(longest, time.Duration(l.Window.MaxUS)*time.Microsecond)
+		if i > 0 {
+			longest = max(longest, late(lines[i-1].Window, l.Window))
+		}
+	}
+	return longest
+}
+
+// late is how much later than it had to b follows a: a page that the guest's kernel waits for keeps it from all work,
+// not from a visit to its memory alone. A line that the switch cut in two is missing between them.
+func late(a, b *report.Window) time.Duration {
+	if b.Seq <= a.Seq { // what ran on the other host in between is lost
+		return 0
+	}
+	return time.Duration(b.UptimeMS-a.UptimeMS)*time.Millisecond - time.Duration(b.Seq-a.Seq)*reporting
+}
+
+func (j *linuxJudge) close() {
+	for _, e := range j.ears {
+		e.close()
+	}
+}

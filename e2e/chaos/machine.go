@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// qemuProgram is what QEMU's processes are found by.
+const qemuProgram = "qemu-system-x86_64"
+
+// A machine is a VM that lives on one of the two hosts, with paths of its own there.
+type machine struct {
+	name   string
+	config lab.VMConfig
+	argv   []string
+	at     *lab.Host // where it runs
+	hosts  []*lab.Host
+
+	copies *copies
+	judge  judge
+	end    context.CancelFunc
+}
+
+// A judge knows what is in a machine's memory.
+type judge interface {
+	// begin is called before the migration, with the machine on its host.
+	begin(ctx context.Context, m *machine) error
+	// verify looks at all of the memory of the machine, which runs on m.at. It returns how much of it is wrong.
+	verify(ctx context.Context, m *machine) (corruptions uint64, err error)
+	// stall is the longest that the guest itself has stood still since a moment.
+	stall(since time.Time) time.Duration
+	// left is called when the VM has gone from h, or what ran there is no more: what comes from there is another's.
+	left(h *lab.Host) error
+	close()
+}
+
+// dir is the machine's directory, on both hosts.
+func (m *machine) dir() string { return dirOf(m.name) }
+
+func dirOf(name string) string { return "/run/" + name }
+
+// path moves a path of the lab's only VM to this machine.
+func (m *machine) path(labPath string) string { return moved(m.name, labPath) }
+
+func moved(name, text string) string {
+	text = strings.ReplaceAll(text, lab.VMDir+"/", dirOf(name)+"/")
+	return strings.ReplaceAll(text, "/guest-", "/"+name+"-") // its RAM
+}
+
+// newMachine starts a VM like the lab's, but with a name, a directory and RAM files of its own. files are what the
+// lab's VM boots from, by their paths there.
+func (s *stage) newMachine(ctx context.Context, name string, c lab.VMConfig, at *lab.Host, files map[string]string, j judge) (*machine, error) {
+	c.Extra = append(c.Extra, lab.EventsArgs()...)
+	m := &machine{name: name, config: c, at: at, hosts: s.hosts(), judge: j}
+	for _, arg := range c.Args() {
+		m.argv = append(m.argv, moved(name, arg))
+	}
+	for _, h := range m.hosts {
+		if err := os.MkdirAll(h.Path(m.dir()), 0o755); err != nil {
+			return nil, err
+		}
+		for to, from := range files {
+			content, err := os.ReadFile(from)
+			if err != nil {
+				return nil, err
+			}
+			if err := os.WriteFile(h.Path(filepath.Join(m.dir(), to)), content, 0o644); err != nil {
+				return nil, err
+			}
+		}
+	}
+	watching, end := context.WithCancel(context.WithoutCancel(ctx))
+	m.end = end
+	m.copies = watchCopies(watching, m.path(lab.EventsPath), m.hosts...)
+	for _, h := range m.hosts {
+		if err := m.judge.left(h); err != nil {
+			return m, err
+		}
+	}
+	return m, m.start(ctx)
+}
+
+func (m *machine) start(ctx context.Context) error {
+	log, err := os.OpenFile(m.at.Path(filepath.Join(m.dir(), "qemu.log")), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer log.Close() // QEMU has its own
+	p, err := m.at.Start(log, m.argv...)
+	if err != nil {
+		return err
+	}
+	ended := func() bool {
+		select {
+		case <-p.Exited():
+			return true
+		default:
+			return false
+		}
+	}
+	if !await(ctx, time.Minute, func() bool { return m.copies.runs(m.at) || ended() }) || ended() {
+		said, _ := os.ReadFile(log.Name())
+		return fmt.Errorf("VM %s does not start: %s", m.name, said)
+	}
+	return nil
+}
+
+// destroy ends the machine's QEMUs, wherever one is.
+func (m *machine) destroy(ctx context.Context) error {
+	var errs []error
+	for _, h := range m.hosts {
+		if err := m.kill(ctx, h); !errors.Is(err, errNoQEMU) {
+			errs = append(errs, err)
+		}
+	}
+	m.end()
+	m.copies.end()
+	m.judge.close()
+	for _, h := range m.hosts {
+		for _, file := range m.config.RAMFiles() {
+			if err := os.Remove(h.Path(m.path(file))); !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// qemu is the process of the machine's QEMU on h, 0 where there is none.
+func (m *machine) qemu(h *lab.Host) (int, error) {
+	pids, err := h.Processes(qemuProgram)
+	if err != nil {
+		return 0, err
+	}
+	for _, pid := range pids {
+		command, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cmdline"))
+		if err == nil && bytes.Contains(command, []byte(m.path(lab.EventsPath))) {
+			return pid, nil
+		}
+	}
+	return 0, nil
+}
+
+// errNoQEMU says that there is no QEMU that something could be done to.
+var errNoQEMU = errors.New("there is no QEMU")
+
+// signal signals the machine's QEMU on h.
+func (m *machine) signal(h *lab.Host, signal syscall.Signal) error {
+	pid, err := m.qemu(h)
+	if err != nil {
+		return err
+	}
+	if pid == 0 {
+		return errNoQEMU
+	}
+	if err := syscall.Kill(pid, signal); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return err
+	}
+	return nil
+}
+
+// kill ends the machine's QEMU on h and returns when it is gone.
+func (m *machine) kill(ctx context.Context, h *lab.Host) error {
+	if err := m.signal(h, syscall.SIGKILL); err != nil {
+		return err
+	}
+	if !await(ctx, 20*time.Second, func() bool { return !m.exists(h) }) {
+		return fmt.Errorf("QEMU of %s on host %s was killed but has not ended", m.name, h.Name)
+	}
+	return nil
+}
+
+// exists says whether the machine has a QEMU on h, in whatever state.
+func (m *machine) exists(h *lab.Host) bool {
+	pid, err := m.qemu(h)
+	return err != nil || pid != 0
+}
+
+// other is the host that h is not.
+func (m *machine) other(h *lab.Host) *lab.Host {
+	if h == m.hosts[0] {
+		return m.hosts[1]
+	}
+	return m.hosts[0]
+}

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// A result is what became of one case.
+type result struct {
+	Index       int           `json:"index"`
+	Kind        string        `json:"kind"`
+	Case        string        `json:"case"`
+	Struck      bool          `json:"struck"` // the fault happened: its moment came before the end
+	End         string        `json:"end"`
+	Notes       []string      `json:"notes,omitempty"` // what the operator had to do
+	Stall       time.Duration `json:"stall_ns"`        // the longest time that the guest was kept from working
+	Took        time.Duration `json:"took_ns"`
+	Corruptions uint64        `json:"corruptions"`
+	Twice       bool          `json:"twice"` // two copies ran at once
+	Lost        bool          `json:"lost"`  // the VM runs nowhere, and nothing that migrated prints helps
+	Failure     string        `json:"failure,omitempty"`
+}
+
+// play plays one case and judges it. The error is about the suite itself.
+func (s *stage) play(ctx context.Context, c chaosCase) (result, error) {
+	began := time.Now()
+	res := result{Index: c.Index, Kind: c.Kind, Case: c.String()}
+	if err := s.issue(); err != nil {
+		return res, err
+	}
+	s.setLink(c.Link)
+	var err error
+	switch c.Kind {
+	case crowd:
+		err = s.playCrowd(ctx, c, &res)
+	case fullHugePages:
+		err = s.playHugePages(ctx, c, &res)
+	default:
+		err = s.playOne(ctx, c, &res)
+	}
+	res.Took = time.Since(began)
+	return res, err
+}
+
+// playOne moves the VM and strikes.
+func (s *stage) playOne(ctx context.Context, c chaosCase, res *result) error {
+	j := s.newJourney(s.vm, fmt.Sprintf("case-%d", c.Index))
+	f, err := s.faultOf(c, c.Kind, j)
+	if err != nil {
+		return err
+	}
+	if err := f.arm(ctx); err != nil {
+		return err
+	}
+	if res.Struck, err = s.strike(ctx, c, f, j); err != nil {
+		return err
+	}
+	s.conclude(ctx, j, res)
+	return f.disarm(ctx)
+}
+
+// conclude brings a journey to its end and judges it.
+func (s *stage) conclude(ctx context.Context, j *journey, res *result) {
+	end, err := j.settle(ctx)
+	res.End, res.Notes = end, append(res.Notes, j.notes...)
+	if err != nil {
+		res.Lost = true // nothing that is printed makes it run, and nobody knows what more could
+		res.fail(err)
+	} else {
+		corruptions, err := j.check(ctx)
+		res.Corruptions += corruptions
+		res.fail(err)
+		if end == endStayed && j.switched() {
+			res.fail(errors.New("the VM has run at the destination, and went on at the source without anybody's word"))
+		}
+	}
+	var twice *twiceError
+	if err := overlap(j.machine.copies.since(j.began, time.Now())); errors.As(err, &twice) {
+		res.Twice = true
+		res.fail(err)
+	}
+	res.Stall = max(res.Stall, j.stall())
+	res.fail(j.end())
+}
+
+// fail notes what went wrong first; nil is nothing.
+func (r *result) fail(err error) {
+	if err != nil && r.Failure == "" {
+		r.Failure = err.Error()
+	}
+}
+
+// strike starts the migration, breaks what the case breaks when its moment has come, and mends it. It says whether the
+// moment came.
+func (s *stage) strike(ctx context.Context, c chaosCase, f *fault, j *journey) (bool, error) {
+	begun, err := s.plant(c, f, j)
+	if err != nil {
+		return false, err
+	}
+	if err := j.start(ctx); err != nil {
+		return false, err
+	}
+	provoked := make(chan error, 1)
+	go func() { provoked <- s.provoke(ctx, c.At, j) }()
+	struck := s.await(ctx, c.At, j)
+	if err := <-provoked; err != nil || !struck {
+		return false, errors.Join(err, clearPoints(j.from, j.to))
+	}
+	if c.At.Point == "" && j.over(ctx) {
+		return false, clearPoints(j.from, j.to)
+	}
+	if !begun {
+		err = f.begin(ctx)
+	}
+	if err == nil {
+		err = f.too(ctx)
+	}
+	if c.At.Point != "" { // what is held there goes on while the fault lasts
+		pause(ctx, time.Duration(c.Pick%300)*time.Millisecond)
+	}
+	if err := errors.Join(clearPoints(j.from, j.to), unlessGone(err)); err != nil {
+		return false, err
+	}
+	pause(ctx, c.For)
+	return !errors.Is(err, errNoQEMU), f.end(ctx)
+}
+
+// plant gives the daemons the orders for the points of the case. begun says that one of them does by itself what the
+// fault is to do.
+func (s *stage) plant(c chaosCase, f *fault, j *journey) (begun bool, err error) {
+	if f.guard {
+		if err := plant(j.to, find(guardAt), orderHold); err != nil {
+			return false, err
+		}
+	}
+	if c.At.Point == "" {
+		return false, nil
+	}
+	p := find(c.At.Point)
+	if p.by == byCancel {
+		if err := plant(j.from, find(cancelAt), orderHold); err != nil {
+			return false, err
+		}
+	}
+	h, order := p.at(j.from, j.to), orderHold
+	if len(f.victims) == 1 && f.victims[0] == h {
+		order, begun = f.order, true
+	}
+	return begun, plant(h, p, order)
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+}
+
+// longestSetup is how long a migration may take until its moment comes.
+const longestSetup = 60 * time.Second
+
+// await returns when the moment has come, or will not come any more: then it is false.
+func (s *stage) await(ctx context.Context, at moment, j *journey) bool {
+	came := false
+	look := func() bool {
+		switch {
+		case at.Point != "":
+			p := find(at.Point)
+			came = passed(p.at(j.from, j.to), p)
+		case at.Switched:
+			came = j.switched()
+		default:
+			came = true
+		}
+		return came
+	}
+	next := time.Now()
+	await(ctx, longestSetup, func() bool {
+		if look() {
+			return true
+		}
+		if time.Now().Before(next) {
+			return false
+		}
+		next = time.Now().Add(100 * time.Millisecond)
+		// Points are passed after the end, too: the migration is over when nothing of it goes on.
+		return j.over(ctx) && !await(ctx, time.Second, look)
+	})
+	if came {
+		pause(ctx, time.Until(s.momentOf(at, j)))
+	}
+	return came
+}
+
+// momentOf is the time that the moment is at.
+func (s *stage) momentOf(at moment, j *journey) time.Time {
+	switch {
+	case at.Point != "":
+		return time.Now()
+	case at.Switched:
+		return time.Now().Add(at.After)
+	default:
+		return j.began.Add(at.After)
+	}
+}
+
+const (
+	// cancelAt is where a migration that is cancelled has come to.
+	cancelAt = "source-stopped"
+	// guardAt is the last point before the destination calls the migration complete.
+	guardAt = "destination-filled"
+)
+
+// provoke brings a migration to a point that it does not pass by itself.
+func (s *stage) provoke(ctx context.Context, at moment, j *journey) error {
+	if at.Point == "" {
+		return nil
+	}
+	p := find(at.Point)
+	switch p.by {
+	case byCancel:
+		if !await(ctx, longestSetup, func() bool { return passed(j.from, find(cancelAt)) || j.over(ctx) }) {
+			return errors.New("the migration does not come to where it is to be cancelled")
+		}
+		_, err := s.clients[j.from].Cancel(ctx, &migratedv1.CancelRequest{Id: j.id})
+		if status.Code(err) == codes.Unavailable { // the fault was quicker
+			err = nil
+		}
+		return errors.Join(err, release(j.from, find(cancelAt)))
+	case byRestart:
+		if !await(ctx, longestSetup, func() bool { return j.switched() || j.over(ctx) }) {
+			return errors.New("the VM does not come to run at the destination")
+		}
+		h := p.at(j.from, j.to)
+		if err := s.killDaemon(h); err != nil {
+			return err
+		}
+		// It may die at the point before it answers.
+		if err := s.startDaemon(ctx, h); err != nil && !passed(h, p) {
+			return err
+		}
+	}
+	return nil
+}

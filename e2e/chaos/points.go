@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// A point is one that internal/migration marks with reached: an arrow of its doc.go's picture. The part of the name
+// before the first dash says whose daemon passes it.
+type point struct {
+	name string
+	// by is what has to happen for the point to be passed; empty: every migration passes it.
+	by string
+}
+
+// What brings a migration to points that it does not pass by itself.
+const (
+	byCancel  = "cancel"  // somebody cancels it when the VM has stopped
+	byRestart = "restart" // the point's daemon is killed after the switch and started again
+)
+
+// points are all there are; a test compares them with the source.
+var points = []point{
+	{name: "source-offered"}, {name: "source-prepared"}, {name: "source-asked"}, {name: "source-recorded"},
+	{name: "source-stopped"}, {name: "source-loaded"}, {name: "source-committed"}, {name: "source-answered"},
+	{name: "source-last-page"}, {name: "source-quit"}, {name: "source-forgotten"},
+	{name: "source-backing-out", by: byCancel}, {name: "source-continued", by: byCancel}, {name: "source-taken-up", by: byRestart},
+	{name: "destination-started"}, {name: "destination-taken"}, {name: "destination-kept"}, {name: "destination-prepared"},
+	{name: "destination-loading"}, {name: "destination-took"}, {name: "destination-loaded"}, {name: "destination-go"},
+	{name: "destination-told"}, {name: "destination-runs"}, {name: "destination-running"}, {name: "destination-filled"},
+	{name: "destination-completed"},
+	{name: "destination-giving-up", by: byCancel}, {name: "destination-taken-up", by: byRestart},
+}
+
+// find returns the point of that name.
+func find(name string) point {
+	for _, p := range points {
+		if p.name == name {
+			return p
+		}
+	}
+	panic("no point is called " + name)
+}
+
+// at is the host whose daemon passes the point in a migration.
+func (p point) at(from, to *lab.Host) *lab.Host {
+	if strings.HasPrefix(p.name, "source-") {
+		return from
+	}
+	return to
+}
+
+// Orders of internal/migration's point_chaos.go.
+const (
+	orderKill   = "kill"
+	orderFreeze = "freeze"
+	orderHold   = "hold"
+)
+
+// pointDir is point_chaos.go's, on each host.
+const pointDir = "/run/chaos"
+
+// plant orders what happens when the host's daemon passes the point next.
+func plant(h *lab.Host, p point, order string) error {
+	if err := os.MkdirAll(h.Path(pointDir), 0o755); err != nil {
+		return err
+	}
+	// It must appear whole.
+	temp := h.Path(filepath.Join(pointDir, "."+p.name))
+	if err := os.WriteFile(temp, []byte(order), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(temp, h.Path(filepath.Join(pointDir, p.name)))
+}
+
+// passed says whether the point was passed since plant.
+func passed(h *lab.Host, p point) bool {
+	_, err := os.Lstat(h.Path(filepath.Join(pointDir, p.name+".reached")))
+	return err == nil
+}
+
+// release lets a daemon that is held at the point go on.
+func release(h *lab.Host, p point) error {
+	err := os.Remove(h.Path(filepath.Join(pointDir, p.name+".reached")))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// clearPoints takes all orders back; a daemon that is held goes on.
+func clearPoints(hosts ...*lab.Host) error {
+	var errs []error
+	for _, h := range hosts {
+		entries, err := os.ReadDir(h.Path(pointDir))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		for _, entry := range entries {
+			if err := os.Remove(h.Path(filepath.Join(pointDir, entry.Name()))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// await polls until done says so, ctx ends or the time is over. It says whether done did.
+func await(ctx context.Context, most time.Duration, done func() bool) bool {
+	const firstPause, longestPause = time.Millisecond, 30 * time.Millisecond
+	end := time.Now().Add(most)
+	for pause := firstPause; ; pause = min(2*pause, longestPause) {
+		if done() {
+			return true
+		}
+		if time.Now().After(end) {
+			return false
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return false
+		}
+	}
+}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// chaosReport is report.json.
+type chaosReport struct {
+	Seed  uint64                 `json:"seed"`
+	Kinds map[string]*kindReport `json:"kinds"`
+	Cases []result               `json:"cases"`
+}
+
+// A kindReport is what became of the faults of one kind.
+type kindReport struct {
+	Cases    int            `json:"cases"`
+	Struck   int            `json:"struck"` // faults: cases whose moment came before their end
+	Ends     map[string]int `json:"ends"`   // of these
+	Obeyed   int            `json:"obeyed"` // of these, where an operator had to do something
+	StallP50 float64        `json:"stall_p50_ms"`
+	StallMax float64        `json:"stall_max_ms"`
+	Failures int            `json:"failures"` // of all cases
+
+	stalls []float64 // ms
+}
+
+func newReport(seed uint64) *chaosReport {
+	return &chaosReport{Seed: seed, Kinds: map[string]*kindReport{}}
+}
+
+func (r *chaosReport) add(res result) {
+	r.Cases = append(r.Cases, res)
+	k := r.Kinds[res.Kind]
+	if k == nil {
+		k = &kindReport{Ends: map[string]int{}}
+		r.Kinds[res.Kind] = k
+	}
+	k.Cases++
+	if res.Failure != "" {
+		k.Failures++
+	}
+	if !res.Struck {
+		return
+	}
+	k.Struck++
+	k.Ends[res.End]++
+	if len(res.Notes) > 0 {
+		k.Obeyed++
+	}
+	k.stalls = append(k.stalls, ms(res.Stall))
+	slices.Sort(k.stalls)
+	k.StallP50, k.StallMax = k.stalls[(len(k.stalls)-1)/2], k.stalls[len(k.stalls)-1]
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// failed are the indices of cases that failed.
+func (r *chaosReport) failed() (indices []int) {
+	for _, res := range r.Cases {
+		if res.Failure != "" {
+			indices = append(indices, res.Index)
+		}
+	}
+	return indices
+}
+
+// summary is the last line.
+func (r *chaosReport) summary() string {
+	faults, corruptions, lost, twice := 0, uint64(0), 0, 0
+	for _, res := range r.Cases {
+		corruptions += res.Corruptions
+		faults += count(res.Struck)
+		lost += count(res.Lost)
+		twice += count(res.Twice)
+	}
+	return fmt.Sprintf("chaos: %d faults, %d corruptions, %d VMs lost, %d times two copies ran (seed %d)", faults, corruptions, lost, twice, r.Seed)
+}
+
+func count(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func (r *chaosReport) print(out io.Writer) {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "fault\tcases\tstruck\tends\toperator\tstall p50, ms\tmax, ms\tfailed")
+	for _, name := range slices.Sorted(maps.Keys(r.Kinds)) {
+		k := r.Kinds[name]
+		var ends []string
+		for _, end := range slices.Sorted(maps.Keys(k.Ends)) {
+			ends = append(ends, fmt.Sprintf("%d %s", k.Ends[end], end))
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%.0f\t%.0f\t%d\n", name, k.Cases, k.Struck, strings.Join(ends, ", "), k.Obeyed, k.StallP50, k.StallMax, k.Failures)
+	}
+	_ = w.Flush() // standard output; there is nobody else to tell
+}
+
+func (r *chaosReport) write(dir string) error {
+	data, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "report.json"), append(data, '\n'), 0o644)
+}
