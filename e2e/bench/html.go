@@ -53,7 +53,7 @@ func (r *caseReport) speedPlot() (template.HTML, error) {
 	p.X.Label.Text, p.Y.Label.Text = "guest's time since the switch, s", "in parts of its speed before"
 	p.Y.Min = 0
 	p.Legend.Top = false
-	any := false
+	drawn := false
 	for _, who := range contenders {
 		points := speedPoints(r.speeds[who.name])
 		if len(points) == 0 {
@@ -66,9 +66,9 @@ func (r *caseReport) speedPlot() (template.HTML, error) {
 		line.Color, line.Width = colours[who.name], vg.Points(1.5)
 		p.Add(line)
 		p.Legend.Add(who.name, line)
-		any = true
+		drawn = true
 	}
-	if !any { // an idle guest
+	if !drawn { // an idle guest
 		return "", nil
 	}
 	return svg(p, 15*vg.Centimeter)

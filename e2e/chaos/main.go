@@ -59,7 +59,7 @@ func main() {
 		fmt.Println(r.summary())
 	}
 	if err != nil {
-		os.Exit(1) //nolint:gocritic // nothing is left to be released
+		os.Exit(1)
 	}
 }
 

@@ -26,8 +26,8 @@ func (s *session) sweep() error {
 		}
 		cursor := fronts.next(&s.e.hints)
 		request.Ranges = request.Ranges[:0]
-		bytes := uint64(0)
-		bytes, *cursor = s.claim(&request, *cursor, room)
+		bytes, next := s.claim(&request, *cursor, room)
+		*cursor = next
 		if bytes == 0 {
 			if _, ok := s.e.pages.nextMissing(*cursor); !ok {
 				return s.drain()
