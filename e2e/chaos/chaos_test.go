@@ -101,7 +101,7 @@ func TestSequence(t *testing.T) {
 
 func TestOverlap(t *testing.T) {
 	a, b := &lab.Host{Name: "a"}, &lab.Host{Name: "b"}
-	at := func(ms int64) time.Time { return time.UnixMilli(ms) }
+	at := time.UnixMilli
 	for name, c := range map[string]struct {
 		spans []span
 		twice bool

@@ -224,7 +224,7 @@ func (s *stage) endOfRival(ctx context.Context, j *journey, said *[]string) stri
 func (s *stage) works(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
-	heard := &s.vm.judge.(*linuxJudge).ears[s.vm.at].log //nolint:errcheck // it is no other
+	heard := &s.vm.judge.(*linuxJudge).ears[s.vm.at].log
 	if _, _, err := heard.Wait(ctx, heard.Len(), func(l report.Line) bool { return l.Window != nil && l.Window.Ops > 0 }); err != nil {
 		return err
 	}
