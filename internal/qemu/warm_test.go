@@ -36,6 +36,10 @@ func faultsWhileLoading(t *testing.T, prepare func(*VM, context.Context) error) 
 	if err := errors.Join(source.PrepareOutgoing(ctx), prepare(destination, ctx)); err != nil {
 		t.Fatal(err)
 	}
+	// What preparing left to be done has been done when QEMU answers once more.
+	if _, err := destination.Running(ctx); err != nil {
+		t.Fatal(err)
+	}
 	out, in := socketPair(t)
 	loaded := make(chan error, 1)
 	before := minorFaults(t, process.Pid())
