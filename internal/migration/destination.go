@@ -54,7 +54,8 @@ type Destination struct {
 	log  *slog.Logger
 	done chan struct{}
 
-	// The life of the migration, longer than any call's.
+	// The daemon's life; and that of the migration, longer than any call's.
+	daemon context.Context //nolint:containedctx // see above
 	ctx    context.Context //nolint:containedctx // see above
 	cancel context.CancelCauseFunc
 	// The part of it that Abort may cut short.
@@ -117,7 +118,7 @@ func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 		log:  cfg.Log.With("migration", request.GetId(), "role", "destination"),
 		done: make(chan struct{}),
 
-		releaseGC: func() {}, hurry: make(chan struct{}, 1),
+		releaseGC: func() {}, hurry: make(chan struct{}, 1), daemon: ctx,
 	}
 	d.ctx, d.cancel = context.WithCancelCause(ctx)
 	d.loadCtx, d.cancelLoad = context.WithCancelCause(d.ctx)

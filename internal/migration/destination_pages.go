@@ -178,6 +178,11 @@ func (d *Destination) end(err error) {
 	switch {
 	case err == nil:
 		d.complete()
+	case d.phase == running && d.daemon.Err() != nil:
+		// No failure, and the source must not take it for one: the VM runs here.
+		d.log.Warn("left for the next start of this daemon", "reason", err)
+		d.leave = true
+		d.paused(withRemedy(err, "start the destination's daemon again: it goes on with the migration"))
 	case d.phase == running:
 		// The descriptor in QEMU stays open: what needs a missing page waits, and
 		// nothing ever reads a zero in its place.

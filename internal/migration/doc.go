@@ -64,6 +64,7 @@
 //	source: record, not committed       continues the VM (if it ran), removes the record
 //	source: record, committed           serves its pages again and repeats Run
 //	  somebody continued the VM         serves nothing, removes the record
+//	source: record, completed           ends QEMU, removes the record
 //	destination: not loaded             ends QEMU; the source has continued the VM
 //	destination: loaded                 goes on waiting for Run
 //	destination: told to run            fetches what is missing; tells QEMU again if Run comes

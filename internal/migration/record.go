@@ -25,7 +25,9 @@ type Record struct {
 	Destination string `json:"destination"`
 	// Committed: the commit point has been passed. Before that the record only
 	// serves to continue a VM whose daemon died while it was stopped.
-	Committed  bool      `json:"committed"`
+	Committed bool `json:"committed"`
+	// Completed: all memory has left, and nothing of the VM is needed here.
+	Completed  bool      `json:"completed,omitempty"`
 	HandedOver time.Time `json:"handed_over"` // when the VM was about to stop
 
 	// What a restarted daemon needs to go on.
@@ -80,6 +82,23 @@ func (r *Records) Commit(id string) error {
 	}
 	if err != nil {
 		return fmt.Errorf("commit the hand-over record of %s: %w", id, err)
+	}
+	return nil
+}
+
+// Complete notes, durably, that nothing of the VM is needed here any more.
+func (r *Records) Complete(id string) error {
+	var rec Record
+	data, err := os.ReadFile(r.path(id))
+	if err == nil {
+		err = json.Unmarshal(data, &rec)
+	}
+	if err == nil {
+		rec.Completed = true
+		err = writeJSON(r.path(id), rec)
+	}
+	if err != nil {
+		return fmt.Errorf("complete the hand-over record of %s: %w", id, err)
 	}
 	return nil
 }

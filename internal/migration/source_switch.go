@@ -258,6 +258,11 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 func (s *Source) complete() {
 	reached("source-last-page")
 	s.export.Withdraw()
+	// A daemon that is started again could not tell a QEMU that quit from one that died with memory still needed.
+	if err := s.cfg.Records.Complete(s.cfg.ID); err != nil {
+		s.log.Warn("that all memory has left is not written down", "error", err)
+	}
+	reached("source-completing")
 	if !s.cfg.Spec.GetKeepSource() {
 		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 		defer cancel()

@@ -33,9 +33,43 @@ func TakeUpSource(ctx context.Context, cfg SourceConfig, rec Record) (*Source, e
 	close(s.stopped)
 	s.log.Warn("taking up a migration that an earlier run of this daemon left", "vm", rec.VM, "committed", rec.Committed)
 	reached("source-taken-up")
+	if rec.Completed {
+		go s.finish(rec)
+		return s, nil
+	}
 	err := s.takeUp(ctx, rec)
 	go s.runTakenUp(ctx, err)
 	return s, nil
+}
+
+// finish does what complete had not done yet.
+func (s *Source) finish(rec Record) {
+	defer close(s.done)
+	defer s.cancel(nil)
+	defer s.release()
+	if rec.Alive() && !s.cfg.Spec.GetKeepSource() {
+		if err := s.quitLeft(rec); err != nil {
+			s.log.Warn("the source's QEMU is left; it is no longer needed", "error", err)
+		}
+	}
+	s.forgetRecord()
+	s.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
+}
+
+// quitLeft ends the QEMU of the record, unless somebody continued the VM: that may be at work.
+func (s *Source) quitLeft(rec Record) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), attachTimeout+quitTimeout)
+	defer cancel()
+	if s.vm, err = qemu.Attach(ctx, rec.VM); err != nil {
+		return fmt.Errorf("attach to the VM: %w", err)
+	}
+	if identity, err := s.vm.Identity(); err != nil || identity != rec.Identity {
+		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", rec.VM, s.vm.Pid), err)
+	}
+	if err := s.vm.VerifyStopped(ctx); err != nil {
+		return err
+	}
+	return s.vm.Quit(ctx)
 }
 
 // takeUp opens what open and prepare did. QEMU is as it was left.

@@ -80,6 +80,47 @@ func TestTakenUpSourceRepeatsTheHandOver(t *testing.T) {
 	s.noRecord(t)
 }
 
+// All memory had left; the QEMU that is no longer needed had quit, or not yet.
+func TestTakenUpSourceWasComplete(t *testing.T) {
+	for name, quit := range map[string]bool{"QEMU has quit": true, "QEMU is left": false} {
+		t.Run(name, func(t *testing.T) {
+			s := committed(t)
+			if err := s.records.Complete("m1"); err != nil {
+				t.Fatal(err)
+			}
+			if quit {
+				if err := s.qemu.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+				_ = s.qemu.Wait() // it was killed
+			}
+			s.takeUp(t)
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+			if !quit {
+				if err := s.qemu.Wait(); err != nil {
+					t.Errorf("the source's QEMU: %v", err)
+				}
+			}
+			s.noRecord(t)
+		})
+	}
+}
+
+// What runs again is the VM, whatever the record says.
+func TestTakenUpSourceWasCompleteAndContinued(t *testing.T) {
+	s := committed(t)
+	if err := s.records.Complete("m1"); err != nil {
+		t.Fatal(err)
+	}
+	s.command(t, "cont")
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if !s.vmRuns(t) {
+		t.Error("the VM was ended")
+	}
+	s.noRecord(t)
+}
+
 func TestTakenUpSourceIsGivenTheVMBack(t *testing.T) {
 	s := committed(t)
 	s.peer.run = func(int) (*migratedv1.RunResponse, error) { return nil, status.Error(codes.Aborted, "QEMU died") }
@@ -326,10 +367,16 @@ func load(t *testing.T, from, to *qemu.VM) {
 // takeUp is what a daemon that is started again does.
 func (l *left) takeUp(t *testing.T) *Destination {
 	t.Helper()
+	return l.takeUpBy(t, t.Context())
+}
+
+// takeUpBy does it by a daemon of that life.
+func (l *left) takeUpBy(t *testing.T, daemon context.Context) *Destination { //nolint:revive // t first, as everywhere
+	t.Helper()
 	if err := l.kept.close(); err != nil {
 		t.Fatal(err)
 	}
-	d, err := TakeUpDestination(t.Context(), DestinationConfig{
+	d, err := TakeUpDestination(daemon, DestinationConfig{
 		Dir: l.dir, FaultWorkers: 1, Log: slog.New(slog.DiscardHandler),
 		Dial: func(string, ...grpc.DialOption) (*grpc.ClientConn, error) { return nil, errors.New("no source here") },
 	})
@@ -495,6 +542,27 @@ func TestTakenUpAfterTheSwitch(t *testing.T) {
 	}
 	d.cancel(errors.New("the daemon ends again"))
 	<-d.Done()
+	if !l.filesStay() || !l.runs(t) {
+		t.Error("the next daemon has nothing to go on with")
+	}
+}
+
+// A daemon that is stopped leaves its VM to the next one. The source must not be told that something failed: it would
+// serve no page to that.
+func TestStoppedAfterTheSwitch(t *testing.T) {
+	l := leaveDestination(t, true)
+	if _, err := l.vm.Cont(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	l.kept.header().toldToRun.Store(1)
+	l.kept.running(time.Now(), 3*time.Millisecond, 7*time.Millisecond)
+	daemon, stop := context.WithCancelCause(t.Context())
+	d := l.takeUpBy(t, daemon)
+	stop(errors.New("the daemon was stopped"))
+	<-d.Done()
+	if view, _ := d.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED {
+		t.Errorf("the migration is %v", view)
+	}
 	if !l.filesStay() || !l.runs(t) {
 		t.Error("the next daemon has nothing to go on with")
 	}
