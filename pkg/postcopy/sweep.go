@@ -74,7 +74,7 @@ func (f *fronts) next(h *hints) *uint64 {
 // have left holes in what is missing, it takes several ranges: a message for each would cost more than its pages. It
 // returns how many bytes it has claimed, and where to go on.
 func (s *session) claim(request *pagewire.Request, cursor, room uint64) (bytes, next uint64) {
-	for len(request.Ranges) < sweepRanges {
+	for len(request.Ranges) < sweepRanges && bytes < room {
 		p, ok := s.e.pages.nextMissing(cursor)
 		if !ok {
 			break

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"testing"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+)
+
+// What the sweep asks for at a time is what it has room for, or one page where a page is larger than that.
+func TestSweepAsksForNoMoreThanItMay(t *testing.T) {
+	for _, c := range []struct {
+		pageSize, room, want uint64
+		shift                int
+	}{
+		{4 << 10, 64 << 10, 64 << 10, 12},
+		{4 << 10, 66 << 10, 64 << 10, 12},
+		{2 << 20, 64 << 10, 2 << 20, 21},
+		{2 << 20, 5 << 20, 4 << 20, 21},
+	} {
+		const n = 1000
+		table := mustPages(t, n)
+		e := &Engine{pages: table, blocks: []block{{Block: Block{PageSize: c.pageSize, Size: n * c.pageSize}, pages: n, shift: c.shift}}}
+		for p := uint64(1); p < n; p += 7 { // holes that faults have left
+			if table.claimFault(p) != claimRequest {
+				t.Fatal("a page of a fresh table is not missing")
+			}
+		}
+		s := &session{e: e}
+		cursor, total := uint64(0), uint64(0)
+		for {
+			var request pagewire.Request
+			var bytes uint64
+			if bytes, cursor = s.claim(&request, cursor, c.room); bytes == 0 {
+				break
+			}
+			sum := uint64(0)
+			for _, r := range request.Ranges {
+				sum += uint64(r.Length)
+			}
+			if sum != bytes || bytes > c.want || bytes > pagewire.MaxRequestedBytes || len(request.Ranges) > pagewire.MaxRanges {
+				t.Fatalf("room for %d bytes, pages of %d: %d bytes in %d ranges of %d", c.room, c.pageSize, bytes, len(request.Ranges), sum)
+			}
+			total += bytes
+		}
+		if want := (n - uint64(143)) * c.pageSize; total != want {
+			t.Errorf("pages of %d bytes: %d bytes asked for in all, want %d", c.pageSize, total, want)
+		}
+	}
+}
