@@ -47,6 +47,9 @@ func (s *stage) playCrowd(ctx context.Context, c chaosCase, res *result) (err er
 	if err != nil {
 		return err
 	}
+	if f.detail != "" {
+		res.Case += "; " + f.detail
+	}
 	for _, j := range journeys {
 		if err := j.start(ctx); err != nil {
 			return err
@@ -103,6 +106,10 @@ func (s *stage) playHugePages(ctx context.Context, c chaosCase, res *result) (er
 	if m != nil {
 		defer func() { err = errors.Join(err, m.destroy(ctx)) }()
 	}
+	if err != nil && strings.Contains(err.Error(), "Cannot allocate memory") {
+		res.Notes = append(res.Notes, "somebody else took the huge pages first: the pool is the machine's")
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -118,34 +125,42 @@ func (s *stage) playHugePages(ctx context.Context, c chaosCase, res *result) (er
 	return nil
 }
 
-// reserve adds n huge pages of 2 MiB to the machine's pool, and takes care that no more than these are free. release
-// gives them back.
+// reserve adds huge pages of 2 MiB to the machine's pool until nobody uses n of them; where more are unused already,
+// somebody else needs them. release takes back what was added.
 func reserve(n int) (release func() error, err error) {
-	before, free, err := pool()
+	before, unused, err := pool()
 	if err != nil {
 		return nil, err
 	}
+	added := n - unused
+	if added < 0 {
+		return nil, fmt.Errorf("%d huge pages are there for somebody else", unused)
+	}
 	set := func(total int) error { return os.WriteFile(hugePages, []byte(strconv.Itoa(total)), 0o644) }
-	want := before - free + n
-	if err := set(want); err != nil {
+	if err := set(before + added); err != nil {
 		return nil, fmt.Errorf("huge pages cannot be reserved: %w", err)
 	}
-	release = func() error { return set(before) }
-	if total, _, err := pool(); err != nil || total < want {
-		return nil, errors.Join(fmt.Errorf("only %d of %d huge pages can be reserved", total, want), err, release())
+	release = func() error {
+		total, _, err := pool() // others may have added some
+		return errors.Join(err, set(max(0, total-added)))
+	}
+	if _, unused, err := pool(); err != nil || unused < n {
+		return nil, errors.Join(fmt.Errorf("only %d of %d huge pages can be reserved", unused, n), err, release())
 	}
 	return release, nil
 }
 
-// pool is how many huge pages there are, and how many of them nobody uses.
-func pool() (total, free int, err error) {
+// pool is how many huge pages there are, and how many of them nobody uses or will.
+func pool() (total, unused int, err error) {
 	text, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
 		return 0, 0, err
 	}
+	var free, promised int
 	for line := range strings.Lines(string(text)) {
 		_, _ = fmt.Sscanf(line, "HugePages_Total: %d", &total) // most lines are others
 		_, _ = fmt.Sscanf(line, "HugePages_Free: %d", &free)
+		_, _ = fmt.Sscanf(line, "HugePages_Rsvd: %d", &promised)
 	}
-	return total, free, nil
+	return total, free - promised, nil
 }

@@ -18,6 +18,7 @@ import (
 // A fault disturbs a migration: begin breaks something and end mends it, as a host's systemd or its operator would.
 // arm, where there is one, is called before the migration and disarm after it.
 type fault struct {
+	detail      string // what the case's Pick has chosen; empty where the kind says all
 	order       string // what the daemon does at a point by itself; orderHold: begin does it meanwhile
 	victims     []*lab.Host
 	guard       bool // it must strike before the destination calls the migration complete
@@ -61,7 +62,12 @@ func (s *stage) faultOf(c chaosCase, kind string, j *journey) (*fault, error) {
 	case cutBoth:
 		s.cut(f, s.lab.AB, s.lab.BA)
 	case cutOne:
-		s.cut(f, []*lab.Wire{s.lab.AB, s.lab.BA}[r.IntN(2)])
+		wire := s.lab.AB
+		f.detail = "from a to b"
+		if r.IntN(2) == 1 {
+			wire, f.detail = s.lab.BA, "from b to a"
+		}
+		s.cut(f, wire)
 	case badLink:
 		s.worsen(f, c, r)
 	case fullTmpfs:
@@ -169,6 +175,7 @@ const ramFiles = "/dev/shm"
 // fillTmpfs makes the destination's file system smaller than the VM: there is no room for most of what is to come.
 func (s *stage) fillTmpfs(f *fault, j *journey, r *rand.Rand) {
 	part := r.Float64() * 0.6
+	f.detail = fmt.Sprintf("room for %.0f %%", 100*part)
 	f.begin = func(ctx context.Context) error {
 		var here, there unix.Statfs_t
 		if err := errors.Join(unix.Statfs(j.from.Path(ramFiles), &here), unix.Statfs(j.to.Path(ramFiles), &there)); err != nil {

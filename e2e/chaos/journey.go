@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,6 +26,7 @@ type journey struct {
 	from, to *lab.Host
 	id       string
 	began    time.Time
+	settled  time.Time
 	notes    []string // what its operator did
 }
 
@@ -104,6 +106,7 @@ func (j *journey) settle(ctx context.Context) (end string, err error) {
 	if err != nil {
 		return "", fmt.Errorf("%w; %s", err, j.situation(ctx))
 	}
+	j.settled = time.Now()
 	j.machine.at = j.from
 	if end == endMoved {
 		j.machine.at = j.to
@@ -251,7 +254,10 @@ func (j *journey) check(ctx context.Context) (corruptions uint64, err error) {
 
 // stall is the longest time that the guest was kept from working: stopped, or waiting for memory.
 func (j *journey) stall() time.Duration {
-	return max(longestGap(j.machine.copies.since(j.began, time.Now())), j.machine.judge.stall(j.began))
+	spans := slices.DeleteFunc(j.machine.copies.since(j.began, time.Now()), func(s span) bool {
+		return !j.settled.IsZero() && s.from.After(j.settled) // the verdict stops the bare-metal guest
+	})
+	return max(longestGap(spans), j.machine.judge.stall(j.began))
 }
 
 // situation is what everybody says, for an error.

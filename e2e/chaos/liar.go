@@ -54,6 +54,7 @@ func (s *stage) damage(f *fault, j *journey, r *rand.Rand) error {
 	var bad atomic.Bool
 	every := int64(1) << (12 + r.IntN(8)) // bytes
 	seed := r.Uint64()
+	f.detail = fmt.Sprintf("a bit of %d KiB", every>>10)
 	s.between(f, j, func(listener net.Listener) (func(), error) {
 		ctx, cancel := context.WithCancel(context.Background())
 		go func() {
@@ -182,11 +183,8 @@ func (s *stage) lie(f *fault, j *journey, r *rand.Rand) error {
 			_ = conn.Close() // nothing is on its way
 		}, nil
 	})
-	f.begin = func(context.Context) error {
-		lying.Store(true)
-		j.note("the source sends " + told.name)
-		return nil
-	}
+	f.detail = told.name
+	f.begin = func(context.Context) error { lying.Store(true); return nil }
 	f.end = func(context.Context) error { lying.Store(false); return nil }
 	return nil
 }

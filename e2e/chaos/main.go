@@ -123,7 +123,7 @@ func (r *chaosReport) play(ctx context.Context, o options, indices []int) (err e
 		if err := r.write(o.dir); err != nil {
 			return err
 		}
-		fmt.Printf("%v: %s\n", c, res)
+		fmt.Printf("%s: %s\n", res.Case, res)
 		if res.Failure == "" {
 			continue
 		}

@@ -58,6 +58,9 @@ func (s *stage) playOne(ctx context.Context, c chaosCase, res *result) error {
 	if err != nil {
 		return err
 	}
+	if f.detail != "" {
+		res.Case += "; " + f.detail
+	}
 	if err := f.arm(ctx); err != nil {
 		return err
 	}
