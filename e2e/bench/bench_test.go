@@ -200,7 +200,7 @@ func TestSerialGoesOnElsewhere(t *testing.T) {
 		writer int
 		text   string
 	}{{0, "one tw"}, {1, "o three fo"}, {0, "ur"}} {
-		if _, err := io.WriteString(writers[step.writer], step.text); err != nil {
+		if _, err := writers[step.writer].WriteString(step.text); err != nil {
 			t.Fatal(err)
 		}
 		s.follow(hosts[step.writer])
