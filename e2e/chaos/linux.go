@@ -48,6 +48,11 @@ type ear struct {
 	file *os.File
 	end  context.CancelFunc
 	done chan struct{}
+
+	// port is for commands, and stays open as long as the guest is there: when a client hangs up, QEMU may write the
+	// byte that is on its way to the log twice, and one digit more makes another number.
+	port    *report.Port
+	answers report.Log
 }
 
 // listen hears what is written to the file at path from now on.
@@ -72,6 +77,19 @@ func (e *ear) close() {
 	e.end()
 	<-e.done
 	_ = e.file.Close() // was only read
+	if e.port != nil {
+		_ = e.port.Close() // its QEMU is gone, or is to go
+	}
+}
+
+// verify has the guest check its memory; socket is its serial port.
+func (e *ear) verify(ctx context.Context, socket string) (v *report.Verified, err error) {
+	if e.port == nil {
+		if e.port, err = report.Open(ctx, socket, &e.answers); err != nil {
+			return nil, err
+		}
+	}
+	return e.port.Verify(ctx)
 }
 
 // left begins to listen anew: a line may have begun on one host and ended on the other, and a VM that fell back says
@@ -90,18 +108,13 @@ func (j *linuxJudge) begin(_ context.Context, m *machine) error {
 }
 
 func (j *linuxJudge) verify(ctx context.Context, m *machine) (corruptions uint64, err error) {
-	var answers report.Log
-	port, err := report.Open(ctx, m.at.Path(m.path(lab.SerialPath)), &answers)
-	if err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, port.Close()) }()
-	v, err := port.Verify(ctx)
+	here := j.ears[m.at]
+	v, err := here.verify(ctx, m.at.Path(m.path(lab.SerialPath)))
 	if err != nil {
 		return 0, fmt.Errorf("the guest does not check its memory: %w", err)
 	}
 	// It goes on with its work, too.
-	heard := &j.ears[m.at].log
+	heard := &here.log
 	if _, _, err := heard.Wait(ctx, heard.Len(), func(l report.Line) bool { return l.Window != nil && l.Window.Ops > 0 }); err != nil {
 		return 0, fmt.Errorf("the guest does not work: %w", err)
 	}
