@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/test/bufconn"
 
+	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -33,11 +34,11 @@ type lanes struct {
 //
 //	instant  no source: a lane answers by itself, from a buffer
 //	memory   a page server in this process, at the other end of two channels
-//	pipe     gRPC, over a connection in the memory of this process
-//	local    gRPC over loopback TCP, within this process
+//	pipe     HTTP/2, over a connection in the memory of this process
+//	local    over loopback TCP, within this process
 //	remote   the page server in a process of its own
 //
-// plain is remote without gRPC and without the page server.
+// plain is remote without HTTP/2 and without the page server, grpc is remote with the transport of gRPC's library.
 func openLanes(ctx context.Context, j job) (*lanes, error) {
 	switch j.Lane {
 	case "instant":
@@ -45,6 +46,9 @@ func openLanes(ctx context.Context, j job) (*lanes, error) {
 	case "remote":
 		address, _ := addresses(j)
 		return dial(ctx, j.UFFDs, tcpDialer(address))
+	case "grpc":
+		address, _ := addresses(j)
+		return dialGRPC(ctx, j.UFFDs, address)
 	case "plain":
 		_, address := addresses(j)
 		return plainLanes(ctx, address)
@@ -59,7 +63,7 @@ func openLanes(ctx context.Context, j job) (*lanes, error) {
 	case "pipe":
 		listener := bufconn.Listen(1 << 20)
 		r.serve(listener)
-		return dial(ctx, j.UFFDs, func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) })
+		return dial(ctx, j.UFFDs, listener.DialContext)
 	case "local":
 		listener, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
@@ -71,12 +75,11 @@ func openLanes(ctx context.Context, j job) (*lanes, error) {
 	return nil, fmt.Errorf("no lane is called %q", j.Lane)
 }
 
-type dialer = func(context.Context, string) (net.Conn, error)
+type dialer = func(context.Context) (net.Conn, error)
 
 func tcpDialer(address string) dialer {
-	return func(ctx context.Context, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "tcp", address)
+	return func(ctx context.Context) (net.Conn, error) {
+		return pagelane.Dial(ctx, address, insecure.NewCredentials())
 	}
 }
 
@@ -88,11 +91,29 @@ func addresses(j job) (grpc, plain string) {
 
 // dial opens the lanes of the RAM in so many blocks, each on a connection of its own, as the daemon does.
 func dial(ctx context.Context, blocks int, d dialer) (*lanes, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	l := &lanes{close: cancel}
+	for range workers + 1 {
+		conn, err := d(ctx)
+		if err == nil {
+			var lane *pagelane.Client
+			if lane, err = pagelane.Open(ctx, conn, calling(blocks)); err == nil {
+				l.add(lane)
+				continue
+			}
+		}
+		cancel()
+		return nil, fmt.Errorf("open a lane: %w", err)
+	}
+	return l, nil
+}
+
+// dialGRPC does it through gRPC's library, as any other program would.
+func dialGRPC(ctx context.Context, blocks int, address string) (*lanes, error) {
 	ctx, cancel := context.WithCancel(metadata.NewOutgoingContext(ctx, calling(blocks)))
 	l := &lanes{close: cancel}
 	for range workers + 1 {
-		options := append(pagewire.DialOptions(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(d))
-		conn, err := grpc.NewClient("passthrough:///source", options...)
+		conn, err := grpc.NewClient("passthrough:///"+address, append(pagewire.DialOptions(), grpc.WithTransportCredentials(insecure.NewCredentials()))...)
 		if err != nil {
 			return nil, errors.Join(err, ctx.Err())
 		}

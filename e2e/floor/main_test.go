@@ -67,12 +67,12 @@ func TestSmoke(t *testing.T) {
 		"faults": {
 			[]string{
 				"floor", "floor-poll", "floor-spin", "floor-one-cpu", "floor-tcp", "floor-tcp-one-cpu",
-				"bare", "instant", "memory", "pipe", "local", "remote", "plain", "remote-rising",
+				"bare", "instant", "memory", "pipe", "local", "remote", "grpc", "plain", "remote-rising",
 			},
 			latencies,
 		},
 		"round_trips":  {[]string{"wake", "wake-one-cpu", "tcp", "tcp-one-cpu", "tcp-go", "lane"}, latencies},
-		"throughput":   {[]string{"memcpy", "uffdio-copy", "sweep-install", "sweep", "serve"}, []string{"mb_per_second"}},
+		"throughput":   {[]string{"memcpy", "uffdio-copy", "sweep-install", "sweep", "sweep-grpc", "serve"}, []string{"mb_per_second"}},
 		"shards":       {[]string{"1x1", "1x2", "3x1", "3x2"}, append(latencies, "inside_p50_us")},
 		"shards_alone": {[]string{"1x1", "1x2", "3x1", "3x2"}, append(latencies, "inside_p50_us")},
 		"sizes":        {[]string{"1-gib"}, []string{"p50_us", "p99_us", "sweep_ms", "rss_mib", "source_rss_mib", "limit_rss_mib"}},

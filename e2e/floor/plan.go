@@ -93,11 +93,12 @@ func (p *plan) faults() {
 	for _, l := range []struct{ lane, what string }{
 		{"bare", "Go: poll(2), pkg/uffd's Read and Copy, no engine"},
 		{"instant", "engine, a lane that answers by itself"},
-		{"memory", "+ page server, in this process, no gRPC"},
-		{"pipe", "+ gRPC, no kernel"},
+		{"memory", "+ page server, in this process, no connection"},
+		{"pipe", "+ HTTP/2, no kernel"},
 		{"local", "+ loopback TCP"},
 		{"remote", "+ page server in a process of its own"},
-		{"plain", "- gRPC and the page server: bare TCP in Go between two processes"},
+		{"grpc", "remote, with the transport of gRPC's library"},
+		{"plain", "remote, less HTTP/2 and the page server: bare TCP in Go between two processes"},
 	} {
 		p.add(section, l.lane, l.what, p.job(l.lane, job{
 			Role: "engine", Lane: l.lane, Size: p.scale.faults, Pages: p.scale.faults, Threads: 1, UFFDs: 1,
@@ -119,7 +120,7 @@ func (p *plan) trips() {
 	p.add(section, "tcp", "C: 16 bytes for 4 KiB, two processes, each on its CPU", cpus("tcp", otherCPU))
 	p.add(section, "tcp-one-cpu", "C: the same on one CPU", cpus("tcp", toucherCPU))
 	p.add(section, "tcp-go", "Go: the same, and a pread of the page", p.job("tcp-go", job{Role: "client", Lane: "plain", Pages: p.scale.faults}))
-	p.add(section, "lane", "a lane of gRPC to the page server", p.job("lane", job{Role: "client", Lane: "trips", Pages: p.scale.faults}))
+	p.add(section, "lane", "a lane to the page server", p.job("lane", job{Role: "client", Lane: "trips", Pages: p.scale.faults}))
 }
 
 // sweeping gives the sample of a sweep as that of a throughput.
@@ -139,12 +140,13 @@ func (p *plan) fills() {
 	for _, l := range []struct{ name, lane, what string }{
 		{"sweep-install", "instant", "engine's sweep, a lane that answers by itself"},
 		{"sweep", "remote", "engine's sweep, all of it, page server in a process of its own"},
+		{"sweep-grpc", "grpc", "the same, with the transport of gRPC's library"},
 	} {
 		p.add(section, l.name, l.what, sweeping(p.job(l.name, job{
 			Role: "engine", Lane: l.lane, Size: p.pages(), UFFDs: 1, Sweep: true,
 		}), bytes))
 	}
-	p.add(section, "serve", "page server and gRPC, what comes is thrown away", p.job("serve", job{Role: "client", Lane: "bulk", Size: p.pages()}))
+	p.add(section, "serve", "page server and lane, what comes is thrown away", p.job("serve", job{Role: "client", Lane: "bulk", Size: p.pages()}))
 }
 
 func (p *plan) shards() {

@@ -34,14 +34,16 @@ func (r *report) judge() {
 	r.compare("sweep / memcpy", target, met, func(i int) float64 { return r.rate("sweep", i) / r.rate("memcpy", i) })
 	r.compare("lane / TCP", "", nil, func(i int) float64 { return r.p50("lane", i) / r.p50("tcp", i) })
 
-	r.compare("local fault without gRPC / floor", "", nil, func(i int) float64 { return r.p50("memory", i) / r.p50("floor", i) })
+	r.compare("network fault / through gRPC's library", "", nil, func(i int) float64 { return r.p50("remote", i) / r.p50("grpc", i) })
+	r.compare("sweep / through gRPC's library", "", nil, func(i int) float64 { return r.rate("sweep", i) / r.rate("sweep-grpc", i) })
+	r.compare("local fault without a connection / floor", "", nil, func(i int) float64 { return r.p50("memory", i) / r.p50("floor", i) })
 	r.compare("local fault over TCP / floor", "", nil, func(i int) float64 { return r.p50("local", i) / r.p50("floor", i) })
 	r.compare("local fault / floor on one CPU", "", nil, func(i int) float64 { return r.p50("pipe", i) / r.p50("floor-one-cpu", i) })
 	r.compare("network fault / (TCP + floor), one CPU", "", nil, func(i int) float64 {
 		return r.p50("remote", i) / (r.p50("tcp-one-cpu", i) + r.p50("floor-one-cpu", i))
 	})
 	r.compare("network fault / the same in C", "", nil, func(i int) float64 { return r.p50("remote", i) / r.p50("floor-tcp", i) })
-	r.compare("network fault without gRPC / the same in C", "", nil, func(i int) float64 { return r.p50("plain", i) / r.p50("floor-tcp", i) })
+	r.compare("network fault without HTTP/2 / the same in C", "", nil, func(i int) float64 { return r.p50("plain", i) / r.p50("floor-tcp", i) })
 	r.compare("lane / TCP in Go", "", nil, func(i int) float64 { return r.p50("lane", i) / r.p50("tcp-go", i) })
 	r.compare("sweep's installing alone / memcpy", "", nil, func(i int) float64 { return r.rate("sweep-install", i) / r.rate("memcpy", i) })
 	r.compare("UFFDIO_COPY / memcpy", "", nil, func(i int) float64 { return r.rate("uffdio-copy", i) / r.rate("memcpy", i) })

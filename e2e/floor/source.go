@@ -13,7 +13,9 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -70,10 +72,14 @@ func openRAM(size, pages uint64) (*ram, error) {
 
 // serve answers lanes that come through the listener until stop.
 func (r *ram) serve(listener net.Listener) (stop func()) {
-	server := grpc.NewServer(pagewire.ServerOptions()...)
+	lanes := pagelane.NewServer(func(s *pagelane.Stream) error { return r.server.ServeLane(s) })
+	server := grpc.NewServer(append(pagewire.ServerOptions(), grpc.Creds(lanes.Credentials(insecure.NewCredentials())))...)
 	migratedv1.RegisterPageServiceServer(server, r.server)
 	go func() { _ = server.Serve(listener) }()
-	return server.Stop
+	return func() {
+		server.Stop()
+		lanes.Close()
+	}
 }
 
 // source is the process of the source host. It prints where it listens, with gRPC and with nothing but TCP.

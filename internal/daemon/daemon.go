@@ -29,6 +29,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
@@ -122,7 +123,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return errors.Join(err, closeAll(append(controls, peers)))
 	}
 	var serving errgroup.Group
-	peerServer := d.newPeerServer()
+	peerServer, laneServer := d.newPeerServer()
 	serving.Go(func() error { return peerServer.Serve(peers) })
 	servers := []*grpc.Server{peerServer}
 	for _, listener := range controls {
@@ -143,6 +144,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.log.Info("stopping", "migrations", d.migrations.active())
 	d.cancel(errors.New("the daemon was stopped"))
 	d.migrations.wait()
+	laneServer.Close()
 	for _, server := range slices.Backward(servers) {
 		stop(server)
 	}
@@ -179,21 +181,30 @@ func (d *Daemon) listenControl() ([]net.Listener, error) {
 	return []net.Listener{socket, tcp}, nil
 }
 
-func (d *Daemon) newPeerServer() *grpc.Server {
-	options := append(pagewire.ServerOptions(),
+// newPeerServer makes the server for other daemons, and the one that serves lanes in its stead.
+func (d *Daemon) newPeerServer() (*grpc.Server, *pagelane.Server) {
+	creds, refuse := d.secured(d.cfg.PeerList().Allow)
+	lanes := pagelane.NewServer(func(stream *pagelane.Stream) error {
+		if err := refuse(stream.Context()); err != nil {
+			return err
+		}
+		return d.pages.ServeLane(stream)
+	})
+	options := append(pagewire.ServerOptions(), grpc.Creds(lanes.Credentials(creds)),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}))
-	server := grpc.NewServer(append(options, d.secured(d.cfg.PeerList().Allow)...)...)
+	server := grpc.NewServer(append(options, refusing(refuse)...)...)
 	migratedv1.RegisterPeerServiceServer(server, &peerService{daemon: d})
-	migratedv1.RegisterPageServiceServer(server, d.pages)
+	migratedv1.RegisterPageServiceServer(server, d.pages) // for lanes that come through gRPC
 	registerCommon(server)
-	return server
+	return server, lanes
 }
 
 func (d *Daemon) newControlServer(listener net.Listener) *grpc.Server {
 	var options []grpc.ServerOption
 	if listener.Addr().Network() != "unix" { // there the socket's mode decides
-		options = d.secured(mtls.AnyOf(d.cfg.Operators))
+		creds, refuse := d.secured(mtls.AnyOf(d.cfg.Operators))
+		options = append(refusing(refuse), grpc.Creds(creds))
 	}
 	server := grpc.NewServer(options...)
 	migratedv1.RegisterControlServiceServer(server, &controlService{daemon: d})
@@ -228,6 +239,15 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 	options = append(options, extra...)
 	// passthrough: names are resolved by the dialer, at every attempt.
 	return grpc.NewClient("passthrough:///"+address, options...)
+}
+
+// dialLane connects to another daemon for a lane.
+func (d *Daemon) dialLane(ctx context.Context, address string) (net.Conn, error) {
+	creds, err := d.dialCredentials(address)
+	if err != nil {
+		return nil, err
+	}
+	return pagelane.Dial(ctx, address, creds)
 }
 
 // stop lets calls end by themselves for a while.

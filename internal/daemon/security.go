@@ -16,14 +16,14 @@ import (
 	"github.com/migrated-vm/migrated/internal/mtls"
 )
 
-// secured are the options of a server on a network: mutual TLS, if there is any, and only those callers whom allow
-// allows. They are told so by a status: an alert in the handshake would reach them as a broken connection.
-func (d *Daemon) secured(allow mtls.Allow) []grpc.ServerOption {
+// secured is what makes a server on a network secure: mutual TLS, if there is any, and a check of who calls, which refuses
+// all but those callers whom allow allows.
+func (d *Daemon) secured(allow mtls.Allow) (credentials.TransportCredentials, func(context.Context) error) {
 	files, encrypted := d.cfg.TLS()
 	if !encrypted {
-		return nil
+		return insecure.NewCredentials(), func(context.Context) error { return nil }
 	}
-	refuse := func(ctx context.Context) error {
+	return files.Server(), func(ctx context.Context) error {
 		err := allow(callerNames(ctx))
 		if err == nil {
 			return nil
@@ -31,8 +31,12 @@ func (d *Daemon) secured(allow mtls.Allow) []grpc.ServerOption {
 		d.log.Warn("refused a caller", "error", err)
 		return status.Error(codes.PermissionDenied, err.Error())
 	}
+}
+
+// refusing are the options of a server that refuses calls. Callers are told so by a status: an alert in the handshake
+// would reach them as a broken connection.
+func refusing(refuse func(context.Context) error) []grpc.ServerOption {
 	return []grpc.ServerOption{
-		grpc.Creds(files.Server()),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 			if err := refuse(ctx); err != nil {
 				return nil, err

@@ -25,7 +25,7 @@ func (d *Daemon) sourceConfig() migration.SourceConfig {
 
 func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 	return migration.DestinationConfig{
-		Dir: dir, Binaries: d.cfg.QEMUBinaries, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure, Dial: d.dial, Log: d.log,
+		Dir: dir, Binaries: d.cfg.QEMUBinaries, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure, Dial: d.dialLane, Log: d.log,
 	}
 }
 

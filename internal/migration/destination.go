@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
 	"time"
 
@@ -40,8 +41,8 @@ type DestinationConfig struct {
 	FaultWorkers int
 	// RequireSecure refuses an unsupervised userfaultfd, whatever the source asks.
 	RequireSecure bool
-	// Dial connects to the source's page server.
-	Dial Dialer
+	// Dial makes a connection for a lane to the source's page server at HOST:PORT. Its errors are gRPC statuses.
+	Dial func(ctx context.Context, address string) (net.Conn, error)
 	Log  *slog.Logger
 }
 

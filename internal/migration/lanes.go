@@ -6,16 +6,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // laneTimeout bounds opening the lanes through one address.
@@ -27,7 +26,6 @@ const laneTimeout = 5 * time.Second
 type lanes struct {
 	demand []postcopy.Lane
 	bulk   postcopy.Lane
-	conns  []*grpc.ClientConn
 	cancel context.CancelFunc
 }
 
@@ -35,7 +33,7 @@ type laneConfig struct {
 	id, token string
 	addresses []string
 	demand    int
-	dial      Dialer
+	dial      func(ctx context.Context, address string) (net.Conn, error)
 }
 
 func (d *Destination) laneConfig() laneConfig {
@@ -74,13 +72,15 @@ func openLanesAt(ctx context.Context, cfg laneConfig, address string) (_ *lanes,
 		}
 	}()
 	for i := range cfg.demand + 1 {
-		kind := ctx
+		// The source packs pages where it pays, but only in a way that this daemon says it can unpack.
+		md := metadata.Pairs(pagewire.MigrationIDKey, cfg.id, pagewire.MigrationTokenKey, cfg.token,
+			pagewire.CompressionKey, pagewire.Unpackable)
 		if i == cfg.demand {
-			kind = metadata.AppendToOutgoingContext(ctx, pagewire.LaneKey, pagewire.BulkLane)
+			md.Set(pagewire.LaneKey, pagewire.BulkLane)
 		}
-		lane, err := l.open(kind, cfg, address)
+		lane, err := openLane(ctx, cfg, address, md)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("page server %s: %w", address, &peerError{status.Convert(err)})
 		}
 		if i < cfg.demand {
 			l.demand = append(l.demand, lane)
@@ -91,38 +91,13 @@ func openLanesAt(ctx context.Context, cfg laneConfig, address string) (_ *lanes,
 	return l, nil
 }
 
-func (l *lanes) open(ctx context.Context, cfg laneConfig, address string) (postcopy.Lane, error) {
-	conn, err := cfg.dial(address, withToken(cfg.id, cfg.token))
+func openLane(ctx context.Context, cfg laneConfig, address string, md metadata.MD) (postcopy.Lane, error) {
+	conn, err := cfg.dial(ctx, address)
 	if err != nil {
-		return nil, fmt.Errorf("page server %s: %w", address, err)
+		return nil, err
 	}
-	l.conns = append(l.conns, conn)
-	// The source packs pages where it pays, but only in a way that this daemon says it can unpack.
-	ctx = metadata.AppendToOutgoingContext(ctx, pagewire.CompressionKey, pagewire.Unpackable)
-	lane, err := migratedv1.NewPageServiceClient(conn).Fetch(ctx)
-	if err == nil {
-		// The header says that the lane is accepted.
-		_, err = lane.Header()
-	}
-	if err != nil {
-		return nil, fmt.Errorf("page server %s: %w", address, laneError(lane, err))
-	}
-	return lane, nil
+	return pagelane.Open(ctx, conn, md)
 }
 
-// laneError prefers the status that a refused lane ended with.
-func laneError(lane postcopy.Lane, err error) error {
-	if status.Code(err) == codes.Unknown && lane != nil {
-		if statusErr := lane.RecvMsg(new(pagewire.Reply)); statusErr != nil {
-			err = statusErr
-		}
-	}
-	return &peerError{status.Convert(err)}
-}
-
-func (l *lanes) close() {
-	l.cancel()
-	for _, conn := range l.conns {
-		_ = conn.Close() // what was on its way is asked for again
-	}
-}
+// close ends the lanes; what was on its way is asked for again.
+func (l *lanes) close() { l.cancel() }

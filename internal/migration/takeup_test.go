@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,7 +16,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -378,7 +378,7 @@ func (l *left) takeUpBy(t *testing.T, daemon context.Context) *Destination { //n
 	}
 	d, err := TakeUpDestination(daemon, DestinationConfig{
 		Dir: l.dir, FaultWorkers: 1, Log: slog.New(slog.DiscardHandler),
-		Dial: func(string, ...grpc.DialOption) (*grpc.ClientConn, error) { return nil, errors.New("no source here") },
+		Dial: func(context.Context, string) (net.Conn, error) { return nil, errors.New("no source here") },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -26,21 +26,28 @@ func (Codec) Name() string { return proto.Name }
 func (Codec) Marshal(message any) (mem.BufferSlice, error) {
 	switch m := message.(type) {
 	case *Request:
-		return encodeRequest(m)
+		return passed(encodeRequest(m))
 	case *Reply:
-		return encodeReply(m)
+		return passed(encodeReply(m))
 	default:
 		return generic.Marshal(message)
 	}
+}
+
+func passed(e Encoded, err error) (mem.BufferSlice, error) {
+	if err != nil {
+		return nil, err
+	}
+	return e.frame.pass(e.Bytes[Room:]), nil
 }
 
 // Unmarshal implements encoding.CodecV2. Errors about a *Request or a *Reply are ErrMalformed.
 func (Codec) Unmarshal(data mem.BufferSlice, message any) error {
 	switch m := message.(type) {
 	case *Request:
-		return decodeRequest(data, m)
+		return decodeRequest(newCursor(data), m)
 	case *Reply:
-		return decodeReply(data, m)
+		return decodeReply(newCursor(data), m)
 	default:
 		return generic.Unmarshal(data, message)
 	}

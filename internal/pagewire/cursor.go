@@ -22,14 +22,16 @@ func malformed(format string, args ...any) error {
 // HTTP/2 frame, cut anywhere.
 type cursor struct {
 	rest    mem.BufferSlice // pieces after the current one
-	current mem.Buffer
-	piece   []byte // what is not read yet of current
-	left    int    // bytes not read yet of all pieces
+	current mem.Buffer      // nil when the message is a slice of somebody's
+	piece   []byte          // what is not read yet of current
+	left    int             // bytes not read yet of all pieces
 }
 
 func newCursor(message mem.BufferSlice) cursor {
 	return cursor{rest: message, left: message.Len()}
 }
+
+func cursorOf(message []byte) cursor { return cursor{piece: message, left: len(message)} }
 
 // turn moves to a piece that is not read to its end. The caller knows that left is positive.
 func (c *cursor) turn() {

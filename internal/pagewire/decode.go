@@ -5,7 +5,6 @@ package pagewire
 import (
 	"math"
 
-	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -13,9 +12,15 @@ import (
 // a known field with a foreign wire type, a number that does not fit its field (an unknown compression is
 // one: nobody announced it), groups, data that is followed by anything, and messages beyond the limits or at odds with themselves.
 
-func decodeRequest(message mem.BufferSlice, r *Request) error {
+// Decode does what receiving the message with RecvMsg does.
+func (r *Request) Decode(message []byte) error { return decodeRequest(cursorOf(message), r) }
+
+// Decode does what receiving the message with RecvMsg does, but it keeps no reference: Data is a part of message,
+// unless it was packed, and valid as long as that is.
+func (r *Reply) Decode(message []byte) error { return decodeReply(cursorOf(message), r) }
+
+func decodeRequest(c cursor, r *Request) error {
 	r.Ranges = r.Ranges[:0]
-	c := newCursor(message)
 	for c.left > 0 {
 		field, kind, err := c.tag(0)
 		if err != nil {
@@ -39,10 +44,9 @@ func decodeRequest(message mem.BufferSlice, r *Request) error {
 	return nil
 }
 
-func decodeReply(message mem.BufferSlice, r *Reply) error {
+func decodeReply(c cursor, r *Reply) error {
 	r.Release()
 	r.Runs = r.Runs[:0]
-	c := newCursor(message)
 	if c.left > MaxReplyBytes {
 		return malformed("reply of %d bytes, at most %d are possible", c.left, MaxReplyBytes)
 	}
@@ -111,8 +115,10 @@ func (c *cursor) data(kind protowire.Type, carried uint64, r *Reply) error {
 	}
 	c.turn()
 	if len(c.piece) == n {
-		c.current.Ref()
-		r.held, r.Data = c.current, c.piece
+		if r.Data = c.piece; c.current != nil {
+			c.current.Ref()
+			r.held = c.current
+		}
 		return nil
 	}
 	if cap(r.own) < n {

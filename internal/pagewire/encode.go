@@ -5,7 +5,6 @@ package pagewire
 import (
 	"fmt"
 
-	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -22,23 +21,43 @@ const (
 	fieldZero   = 4
 )
 
-func encodeRequest(r *Request) (mem.BufferSlice, error) {
+// Room is how many bytes an encoded message leaves in front of it for what carries it: the header of an
+// HTTP/2 frame and gRPC's prefix.
+const Room = 9 + 5
+
+// An Encoded message lies in a leased frame, for the one who sends it without gRPC's transport.
+type Encoded struct {
+	// Bytes are Room bytes to be written by the sender, and the message.
+	Bytes []byte
+	frame *frame
+}
+
+// Release ends the use of Bytes.
+func (e Encoded) Release() { e.frame.recycle() }
+
+// Encode does what passing the request to SendMsg does.
+func (r *Request) Encode() (Encoded, error) { return encodeRequest(r) }
+
+// Encode does what passing the reply to SendMsg does: Data is taken away, except when it fails.
+func (r *Reply) Encode() (Encoded, error) { return encodeReply(r) }
+
+func encodeRequest(r *Request) (Encoded, error) {
 	if len(r.Ranges) > MaxRanges {
-		return nil, fmt.Errorf("pagewire: request of %d ranges, at most %d fit", len(r.Ranges), MaxRanges)
+		return Encoded{}, fmt.Errorf("pagewire: request of %d ranges, at most %d fit", len(r.Ranges), MaxRanges)
 	}
 	f := leaseFrame(headroom)
-	out := f.memory[:0]
+	out := f.memory[:Room]
 	for i := range r.Ranges {
 		g := &r.Ranges[i]
 		out = appendRun(out, Run{Block: g.Block, Offset: g.Offset, Length: g.Length})
 	}
-	return f.pass(0, len(out)), nil
+	return Encoded{out, f}, nil
 }
 
-func encodeReply(r *Reply) (mem.BufferSlice, error) {
+func encodeReply(r *Reply) (Encoded, error) {
 	size, err := headerSize(r)
 	if err != nil {
-		return nil, err
+		return Encoded{}, err
 	}
 	data, compression := r.Carried(), r.compression
 	var f *frame
@@ -63,7 +82,7 @@ func encodeReply(r *Reply) (mem.BufferSlice, error) {
 		out = protowire.AppendTag(out, fieldData, protowire.BytesType)
 		protowire.AppendVarint(out, uint64(data))
 	}
-	return f.pass(start, headroom+data), nil
+	return Encoded{f.memory[start-Room : headroom+data], f}, nil
 }
 
 // headerSize checks the reply and returns the bytes before its page bytes.
@@ -99,8 +118,8 @@ const maxRunSize = 4 + 5 + 10 + 5 + 1
 
 // The header of the largest reply must fit before the page bytes, the largest request into headroom.
 const (
-	_ = uint(headroom - (MaxRuns*(2+maxRunSize) + compressionSize + 1 + 5))
-	_ = uint(headroom - MaxRanges*(2+maxRunSize))
+	_ = uint(headroom - (Room + MaxRuns*(2+maxRunSize) + compressionSize + 1 + 5))
+	_ = uint(headroom - (Room + MaxRanges*(2+maxRunSize)))
 )
 
 // runSize is the size of a PageRun message. Fields that are zero are left out, as proto3 does.

@@ -53,13 +53,13 @@ func leaseFrame(size int) *frame {
 
 func (f *frame) recycle() { f.home.Put(f) }
 
-// pass hands memory[start:end] over to gRPC.
+// pass hands view, a part of memory, over to gRPC.
 //
 // gRPC walks through the returned slice while it writes, which may be after SendMsg has returned. It
 // frees the only buffer last, so the backing array is not read any more when Put recycles it. (With two
 // buffers it would be: the first is freed while the second is still to be read.)
-func (f *frame) pass(start, end int) mem.BufferSlice {
-	f.view = f.memory[start:end]
+func (f *frame) pass(view []byte) mem.BufferSlice {
+	f.view = view
 	f.message[0] = mem.NewBuffer(&f.view, f)
 	return f.message[:]
 }

@@ -68,9 +68,22 @@ func (s *Server) forget(e *Export) {
 	}
 }
 
-// Fetch serves one lane until the peer ends it, a request is invalid, or the export is withdrawn. It
-// sends the header at once, so that the peer knows that its lane was accepted before the first fault.
+// Stream is a call of PageService.Fetch: gRPC's, or a *pagelane.Stream.
+type Stream interface {
+	messageStream
+	Context() context.Context
+	SendHeader(metadata.MD) error
+}
+
+// Fetch implements migrated.v1.PageService for lanes that come through gRPC.
 func (s *Server) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, migratedv1.FetchResponse]) error {
+	return s.ServeLane(stream)
+}
+
+// ServeLane serves one lane until the peer ends it, a request is invalid, or the export is withdrawn. It
+// sends the header at once, so that the peer knows that its lane was accepted before the first fault. RecvMsg may still
+// be waiting when it returns; whoever called it ends that wait.
+func (s *Server) ServeLane(stream Stream) error {
 	ctx := stream.Context()
 	e, err := s.admit(ctx)
 	if err != nil {
@@ -84,8 +97,8 @@ func (s *Server) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, 
 		e.close(l)
 		return err
 	}
-	// The lane waits in RecvMsg most of the time, and only the end of this handler makes gRPC end that
-	// wait. So the lane has a goroutine of its own, and this one waits for whichever end comes first.
+	// The lane waits in RecvMsg most of the time, and only the end of this handler ends that wait. So the lane has a
+	// goroutine of its own, and this one waits for whichever end comes first.
 	ended := make(chan error, 1)
 	go func() {
 		defer e.close(l)

@@ -11,12 +11,15 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/pagewire"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Lane is a call of PageService.Fetch whose connection was dialled with pagewire.DialOptions. The engine sends
-// *pagewire.Request and receives *pagewire.Reply.
-type Lane = migratedv1.PageService_FetchClient
+// Lane is a call of PageService.Fetch: a *pagelane.Client, or gRPC's own on a connection that was dialled with
+// pagewire.DialOptions. The engine sends *pagewire.Request and receives *pagewire.Reply.
+type Lane interface {
+	SendMsg(request any) error // io.EOF: the call is over, and RecvMsg says why
+	RecvMsg(reply any) error
+	CloseSend() error
+}
 
 // lane is a Lane in use by one session.
 type lane struct {

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagelane
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// Dial connects to address, HOST:PORT, in the way of creds.
+func Dial(ctx context.Context, address string, creds credentials.TransportCredentials) (net.Conn, error) {
+	var d net.Dialer
+	raw, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	if err = Alive(raw); err == nil {
+		var c net.Conn
+		if c, _, err = creds.ClientHandshake(ctx, address, raw); err == nil {
+			return c, nil
+		}
+		err = fmt.Errorf("authentication handshake failed: %w", err)
+	}
+	_ = raw.Close() // the error says enough
+	return nil, status.Error(codes.Unavailable, err.Error())
+}
+
+// A Client is the destination's side of a lane. One goroutine may send while another one receives.
+type Client struct {
+	*conn
+	ctx    context.Context //nolint:containedctx // it is the life of the call
+	cancel context.CancelFunc
+	opened chan struct{} // the peer's window has been opened; holds one
+	begun  bool          // the response's headers have come
+}
+
+// Open makes the call on a connection that carried nothing yet, and waits until the server accepts it. The lane lives
+// until the server ends it or ctx ends; either closes the connection, and so does an error, which is a gRPC status
+// or ErrBroken.
+func Open(ctx context.Context, c net.Conn, md metadata.MD) (*Client, error) {
+	l := &Client{conn: newConn(c, bufio.NewReaderSize(c, readBuffer), wholeWindow), opened: make(chan struct{}, 1)}
+	l.ctx, l.cancel = context.WithCancel(ctx)
+	context.AfterFunc(l.ctx, l.end)
+	l.headers = l.response
+	l.conn.opened = func() {
+		select {
+		case l.opened <- struct{}{}:
+		default: // said already
+		}
+	}
+	l.awaitWindow = func() error {
+		select {
+		case <-l.opened:
+			return nil
+		case <-l.ctx.Done():
+			return io.EOF
+		}
+	}
+	if err := l.open(c.RemoteAddr().String(), md); err != nil {
+		l.end()
+		return nil, err
+	}
+	return l, nil
+}
+
+func (l *Client) open(authority string, md metadata.MD) error {
+	hello, err := greeting(authority, md)
+	if err != nil {
+		return err
+	}
+	if _, err := l.Write(hello); err != nil {
+		return lost(err)
+	}
+	for !l.begun && l.over == nil {
+		if err := l.next(); err != nil {
+			return err
+		}
+	}
+	if !l.begun {
+		return l.over
+	}
+	return nil
+}
+
+// end closes the connection. Nothing is in it that will not be asked for again.
+func (l *Client) end() {
+	l.cancel()
+	_ = l.Close()
+}
+
+// greeting is all that a client has to say before its first message.
+func greeting(authority string, md metadata.MD) ([]byte, error) {
+	var out, block bytes.Buffer
+	out.WriteString(http2.ClientPreface)
+	write := http2.NewFramer(&out, nil)
+	if err := write.WriteSettings(
+		http2.Setting{ID: laneSetting, Val: 1}, // first: see Server
+		http2.Setting{ID: http2.SettingEnablePush, Val: 0},
+		http2.Setting{ID: http2.SettingMaxFrameSize, Val: largestFrame},
+		http2.Setting{ID: http2.SettingInitialWindowSize, Val: wholeWindow},
+	); err != nil {
+		return nil, err
+	}
+	if err := write.WriteWindowUpdate(0, wholeWindow-firstWindow); err != nil {
+		return nil, err
+	}
+	encode := hpack.NewEncoder(&block)
+	fields := []hpack.HeaderField{
+		{Name: ":method", Value: "POST"},
+		{Name: ":scheme", Value: "http"},
+		{Name: ":path", Value: migratedv1.PageService_Fetch_FullMethodName},
+		{Name: ":authority", Value: authority},
+		{Name: "content-type", Value: "application/grpc"},
+		{Name: "te", Value: "trailers"},
+	}
+	for key, values := range md {
+		for _, value := range values {
+			fields = append(fields, hpack.HeaderField{Name: key, Value: value, Sensitive: key == pagewire.MigrationTokenKey})
+		}
+	}
+	for _, f := range fields {
+		if err := encode.WriteField(f); err != nil {
+			return nil, err
+		}
+	}
+	err := write.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true})
+	return out.Bytes(), err
+}
+
+// response deals with headers: those that begin the response, and those that end it.
+func (l *Client) response(f *http2.MetaHeadersFrame) error {
+	if f.StreamID != stream {
+		return l.broken("headers of a stream that is none")
+	}
+	if !f.StreamEnded() {
+		if s := f.PseudoValue("status"); s != "200" {
+			return l.broken("HTTP status %q", s)
+		}
+		l.begun = true
+		return nil
+	}
+	l.over = ended(f)
+	return nil
+}
+
+// SendMsg sends a *pagewire.Request. io.EOF says that the call is over: RecvMsg says why.
+func (l *Client) SendMsg(m any) error {
+	e, err := m.(*pagewire.Request).Encode()
+	if err != nil {
+		return err
+	}
+	defer e.Release()
+	if err := l.send(e.Bytes); err != nil {
+		l.end() // who receives is to learn of it
+		return io.EOF
+	}
+	return nil
+}
+
+// CloseSend says that no more requests will come.
+func (l *Client) CloseSend() error {
+	var frame [frameHeader]byte
+	putHeader(frame[:], 0, http2.FlagDataEndStream)
+	if _, err := l.Write(frame[:]); err != nil {
+		return lost(err)
+	}
+	return nil
+}
+
+// RecvMsg receives a *pagewire.Reply, whose Data is valid until the next call. It returns io.EOF when the server has ended
+// the call well, and otherwise a gRPC status, ErrBroken or pagewire.ErrMalformed.
+func (l *Client) RecvMsg(m any) error {
+	message, err := l.message(pagewire.MaxReplyBytes)
+	if err == nil {
+		err = m.(*pagewire.Reply).Decode(message)
+	}
+	if err != nil {
+		l.end()
+	}
+	return err
+}

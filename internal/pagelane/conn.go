@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagelane
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync/atomic"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// conn is one side of the call. One goroutine at a time reads, one at a time sends; each frame is one Write, which
+// net.Conn keeps in one piece, so that the reader can answer what HTTP/2 wants answered meanwhile.
+type conn struct {
+	net.Conn
+
+	// The reader's.
+	in       *bufio.Reader
+	control  *http2.Framer // reads all but DATA, and answers
+	left     int           // bytes of the current DATA frame that were not read yet
+	padding  int           // bytes that follow them
+	ahead    []byte        // messages that were read while the window was waited for
+	consumed int           // bytes that were read and that the peer's windows do not know of
+	window   int           // what those were opened to
+	initial  int64         // what the peer opened that of the stream to
+	over     error         // why there will be no more data
+	buffer   []byte        // the message that was read last; reused
+	prefix   [prefix]byte
+	headers  func(*http2.MetaHeadersFrame) error
+
+	// What the peer takes: the reader writes, the sender reads.
+	maxFrame     atomic.Int64
+	streamWindow atomic.Int64
+	connWindow   atomic.Int64
+	awaitWindow  func() error // the sender calls it until there is some
+	opened       func()       // the reader calls it when there is more
+}
+
+func newConn(c net.Conn, in *bufio.Reader, window int) *conn {
+	n := &conn{Conn: c, in: in, window: window, initial: firstWindow, opened: func() {}}
+	n.control = http2.NewFramer(c, in)
+	n.control.SetMaxReadFrameSize(maxControl)
+	n.control.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	n.control.MaxHeaderListSize = maxControl
+	n.maxFrame.Store(defaultFrame)
+	n.streamWindow.Store(firstWindow)
+	n.connWindow.Store(firstWindow)
+	return n
+}
+
+// message reads the next message, of at most so many bytes. It is valid until the next call. After the last one
+// comes io.EOF or the status that ended the call.
+func (c *conn) message(most int) ([]byte, error) {
+	if err := c.fill(c.prefix[:], true); err != nil {
+		return nil, err
+	}
+	n := int(binary.BigEndian.Uint32(c.prefix[1:]))
+	switch {
+	case c.prefix[0] != 0:
+		return nil, c.broken("a message is compressed by gRPC, which nobody announced")
+	case n > most:
+		return nil, c.broken("a message of %d bytes, at most %d are possible", n, most)
+	}
+	if cap(c.buffer) < n {
+		c.buffer = make([]byte, max(n, 8<<10))
+	}
+	message := c.buffer[:n]
+	return message, c.fill(message, false)
+}
+
+// fill reads the next bytes of the messages into p. Only between two messages may they end.
+func (c *conn) fill(p []byte, between bool) error {
+	for len(p) > 0 {
+		n := 0
+		switch {
+		case len(c.ahead) > 0:
+			n = copy(p, c.ahead)
+			c.ahead = c.ahead[n:]
+		case c.left > 0:
+			var err error
+			if n, err = c.read(p); err != nil {
+				return err
+			}
+		case c.over == nil:
+			if err := c.next(); err != nil {
+				return err
+			}
+			continue
+		case errors.Is(c.over, io.EOF) && !between:
+			return c.broken("the call ends within a message")
+		default:
+			return c.over
+		}
+		if err := c.credit(n); err != nil {
+			return err
+		}
+		p, between = p[n:], false
+	}
+	return nil
+}
+
+// read reads bytes of the current DATA frame, as many as p takes.
+func (c *conn) read(p []byte) (int, error) {
+	n, err := io.ReadFull(c.in, p[:min(len(p), c.left)])
+	if err != nil {
+		return 0, c.lost(err)
+	}
+	c.left -= n
+	return n, c.endData()
+}
+
+// endData passes over the padding, if the frame has been read up to there.
+func (c *conn) endData() error {
+	if c.left > 0 || c.padding == 0 {
+		return nil
+	}
+	n, err := c.in.Discard(c.padding)
+	if c.padding = 0; err != nil {
+		return c.lost(err)
+	}
+	return c.credit(n)
+}
+
+// credit lets the peer send so much more before it has to wait. It says so when there is enough to be said.
+func (c *conn) credit(n int) error {
+	if c.consumed += n; c.consumed < c.window/2 {
+		return nil
+	}
+	more := uint32(c.consumed)
+	c.consumed = 0
+	return c.answered(errors.Join(c.control.WriteWindowUpdate(0, more), c.control.WriteWindowUpdate(stream, more)))
+}
+
+// next reads one frame. Of DATA it reads the header.
+func (c *conn) next() error {
+	head, err := c.in.Peek(frameHeader)
+	if err != nil {
+		return c.lost(err)
+	}
+	length := int(head[0])<<16 | int(head[1])<<8 | int(head[2])
+	kind, flags := http2.FrameType(head[3]), http2.Flags(head[4])
+	if kind == http2.FrameData {
+		if binary.BigEndian.Uint32(head[5:])&(1<<31-1) != stream {
+			return c.broken("data of a stream that is none")
+		}
+		_, _ = c.in.Discard(frameHeader) // they were peeked at
+		return c.data(length, flags)
+	}
+	frame, err := c.control.ReadFrame()
+	if err != nil {
+		var wrong http2.ConnectionError
+		var wrongStream http2.StreamError
+		if errors.As(err, &wrong) || errors.As(err, &wrongStream) || errors.Is(err, http2.ErrFrameTooLarge) {
+			return c.broken("%v", err)
+		}
+		return c.lost(err)
+	}
+	return c.handle(frame)
+}
+
+// data begins a DATA frame.
+func (c *conn) data(length int, flags http2.Flags) error {
+	if c.over != nil {
+		return c.broken("data after the end")
+	}
+	if c.left = length; flags.Has(http2.FlagDataPadded) {
+		padding, err := c.in.ReadByte()
+		if err != nil {
+			return c.lost(err)
+		}
+		if int(padding) >= length {
+			return c.broken("a frame of %d bytes with %d of padding", length, padding)
+		}
+		c.padding = int(padding)
+		c.left -= 1 + c.padding
+		if err := c.credit(1); err != nil {
+			return err
+		}
+	}
+	if flags.Has(http2.FlagDataEndStream) {
+		c.over = io.EOF // what the frame holds is read first
+	}
+	return c.endData()
+}
+
+// handle deals with a frame that is not DATA.
+func (c *conn) handle(frame http2.Frame) error {
+	switch f := frame.(type) {
+	case *http2.SettingsFrame:
+		return c.settings(f)
+	case *http2.WindowUpdateFrame:
+		window := &c.connWindow
+		if f.StreamID == stream {
+			window = &c.streamWindow
+		}
+		window.Add(int64(f.Increment)) // a peer that exceeds what may be has only itself to blame
+		c.opened()
+	case *http2.PingFrame:
+		if !f.IsAck() {
+			return c.answered(c.control.WritePing(true, f.Data))
+		}
+	case *http2.RSTStreamFrame:
+		c.over = status.Errorf(codes.Unavailable, "the peer gave the call up: %v", f.ErrCode)
+		return c.over
+	case *http2.GoAwayFrame:
+		if f.ErrCode != http2.ErrCodeNo || f.LastStreamID < stream && f.LastStreamID != 0 {
+			c.over = status.Errorf(codes.Unavailable, "the peer ends the connection: %v: %q", f.ErrCode, f.DebugData())
+			return c.over
+		}
+	case *http2.MetaHeadersFrame:
+		return c.headers(f)
+	}
+	return nil // PRIORITY, and whatever comes after this was written: RFC 9113, 4.1
+}
+
+func (c *conn) settings(f *http2.SettingsFrame) error {
+	if f.IsAck() {
+		return nil
+	}
+	if v, ok := f.Value(http2.SettingMaxFrameSize); ok {
+		if v < defaultFrame || v > largestFrame {
+			return c.broken("frames of at most %d bytes", v)
+		}
+		c.maxFrame.Store(int64(v))
+	}
+	if v, ok := f.Value(http2.SettingInitialWindowSize); ok {
+		if v > wholeWindow {
+			return c.broken("a window of %d bytes", v)
+		}
+		c.streamWindow.Add(int64(v) - c.initial)
+		c.initial = int64(v)
+		c.opened()
+	}
+	return c.answered(c.control.WriteSettingsAck())
+}
+
+func (c *conn) answered(err error) error {
+	if err != nil {
+		return c.lost(err)
+	}
+	return nil
+}
+
+// send writes a message as DATA. The bytes before it are those of pagewire.Room.
+func (c *conn) send(room []byte) error {
+	message := room[frameHeader+prefix:]
+	room[frameHeader] = 0 // not compressed by gRPC
+	binary.BigEndian.PutUint32(room[frameHeader+1:], uint32(len(message)))
+	for len(room) > frameHeader {
+		n, err := c.reserve(len(room) - frameHeader)
+		if err != nil {
+			return err
+		}
+		// The header of a later frame takes the place of bytes that were sent.
+		putHeader(room, n, 0)
+		if _, err := c.Write(room[:frameHeader+n]); err != nil {
+			return lost(err)
+		}
+		room = room[n:]
+	}
+	return nil
+}
+
+func putHeader(at []byte, length int, flags http2.Flags) {
+	at[0], at[1], at[2] = byte(length>>16), byte(length>>8), byte(length)
+	at[3], at[4] = byte(http2.FrameData), byte(flags)
+	binary.BigEndian.PutUint32(at[5:], stream)
+}
+
+// reserve takes from the peer's windows what may be sent in one frame, of n bytes, and waits until that is something.
+func (c *conn) reserve(n int) (int, error) {
+	for {
+		k := min(int64(n), c.maxFrame.Load(), c.streamWindow.Load(), c.connWindow.Load())
+		if k > 0 {
+			c.streamWindow.Add(-k)
+			c.connWindow.Add(-k)
+			return int(k), nil
+		}
+		if err := c.awaitWindow(); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// stash reads a frame while the only goroutine of this side waits for a window, and keeps messages for later: no more
+// than this side's own window allows.
+func (c *conn) stash() error {
+	if c.left == 0 {
+		return c.next()
+	}
+	if len(c.ahead)+c.left > c.window {
+		return c.broken("more data than the window allows")
+	}
+	at := len(c.ahead)
+	c.ahead = append(c.ahead, make([]byte, c.left)...)
+	n, err := c.read(c.ahead[at:]) // the peer gets credit when it is taken from here
+	c.ahead = c.ahead[:at+n]
+	return err
+}
+
+// broken ends the call because the peer breaks the rules.
+func (c *conn) broken(format string, args ...any) error {
+	c.over = fmt.Errorf("%w: "+format, append([]any{ErrBroken}, args...)...)
+	return c.over
+}
+
+// lost says that the connection is, unless it is known why.
+func (c *conn) lost(err error) error {
+	if c.over != nil && !errors.Is(c.over, io.EOF) {
+		return c.over
+	}
+	return lost(err)
+}
+
+func lost(err error) error {
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return status.Errorf(codes.Unavailable, "the connection is lost: %v", err)
+}

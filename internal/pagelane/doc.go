@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package pagelane carries a lane: one call of PageService.Fetch on a connection of its own.
+//
+// It is gRPC over HTTP/2, to be had with any gRPC program at the other end, but the goroutines that use the lane read
+// and write the socket themselves. gRPC's transport has a reader and a writer goroutine at each end; each message that is
+// handed from one to the other wakes a thread, and those wake-ups were most of what a fault cost (docs/fault-budget.md). With one
+// call on the connection there is nothing to be multiplexed:
+//
+//	destination                                     source
+//	fault worker ── SendMsg ──► write(2) ──► read(2) ── RecvMsg ──► lane: reads the pages
+//	receiver ◄── RecvMsg ── read(2) ◄── write(2) ◄── SendMsg ─────────┘
+//
+// A message is one write(2) and one HTTP/2 frame, as long as the peer takes frames of that size, and is read into one
+// piece of memory, from which it is installed. Nothing is allocated for a message.
+//
+// # How a server knows
+//
+// The client's first SETTINGS frame has the setting laneSetting, which nobody else sends and everybody has to ignore
+// (RFC 9113, 6.5.2). Server looks for it behind gRPC's own listener, once TLS is through: connections that have it it serves,
+// all others it leaves to gRPC. So old destinations, and other gRPC programs, fetch pages from the same port in the common way,
+// and old sources serve the client of this package.
+//
+// # What of HTTP/2 there is
+//
+// Flow control is obeyed; its windows are as large as can be for replies, because with one call on a connection TCP's own
+// is enough. HEADERS, SETTINGS, PING, GOAWAY and the like are read and written by golang.org/x/net/http2; DATA, which is all but
+// the first and the last frame of a lane, is by hand. A second stream is refused. There is no compression by gRPC, no deadline
+// of the call, and no PING of our own: a peer that is gone is found by TCP (Alive).
+package pagelane
+
+import (
+	"errors"
+	"net"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/sys/unix"
+)
+
+// ErrBroken says that the peer does not keep to HTTP/2 or gRPC. Asking again does not mend it.
+var ErrBroken = errors.New("the peer does not speak gRPC as it should")
+
+const (
+	// laneSetting marks a connection that carries one lane. Its value is the version of this package's way, 1.
+	laneSetting http2.SettingID = 0x6d67
+
+	stream = 1 // the only one
+
+	frameHeader = 9
+	setting     = 6
+	prefix      = 5 // of a gRPC message: not compressed, and its length
+
+	maxRequest   = 16 << 10  // bytes of a message to the source; one of pagewire.MaxRanges ranges has less than half
+	maxControl   = 16 << 10  // bytes of a frame that is not DATA, and of all headers
+	defaultFrame = 16 << 10  // bytes of a frame unless the peer says otherwise
+	largestFrame = 1<<24 - 1 // that can be
+	firstWindow  = 1<<16 - 1 // bytes, of a stream and of a connection
+	wholeWindow  = 1<<31 - 1 // that can be
+	readBuffer   = 32 << 10  // what is larger is read into its place
+)
+
+const (
+	// quiet is how long a connection may carry nothing before TCP asks whether the other side is still there.
+	quiet = 10 * time.Second
+	// answer is how long that, and anything that was sent, may go without an acknowledgement.
+	answer = 5 * time.Second
+)
+
+// Alive makes TCP end the connection when the other host does not answer: within quiet and answer, in the way of the
+// daemon's other connections. Connections of other kinds than TCP are left as they are.
+func Alive(c net.Conn) error {
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		return nil
+	}
+	if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: quiet, Interval: answer, Count: 1}); err != nil {
+		return err
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return err
+	}
+	// Without it, what was sent into a cut cable is repeated for a quarter of an hour: tcp(7).
+	controlErr := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int((quiet + answer).Milliseconds()))
+	})
+	return errors.Join(controlErr, err)
+}
