@@ -33,6 +33,9 @@ const maxSocketPath = 107
 // goroutine and a lane of its own only while CPUs are there to run it.
 const maxFaultWorkers = 256
 
+// maxIncoming is far beyond what a host's network is shared by with any use.
+const maxIncoming = 64
+
 // Validate returns the joined [ValueError]s of c, nil where the daemon can run
 // with it. It looks at c alone, not at the host: which ports are free and which
 // programs exist is found out by using them.
@@ -67,6 +70,9 @@ func (c Config) Validate() error {
 	if c.FaultWorkers < 0 || c.FaultWorkers > maxFaultWorkers {
 		refuse("fault_workers", strconv.Itoa(c.FaultWorkers),
 			fmt.Sprintf("0 (the daemon chooses) to %d", maxFaultWorkers))
+	}
+	if c.MaxIncoming < 1 || c.MaxIncoming > maxIncoming {
+		refuse("max_incoming", strconv.Itoa(c.MaxIncoming), fmt.Sprintf("1 to %d", maxIncoming))
 	}
 	if _, ok := levels[c.LogLevel]; !ok {
 		refuse("log_level", c.LogLevel, "debug, info, warn or error")

@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/pagewire"
@@ -48,6 +49,7 @@ type Daemon struct {
 	cfg        config.Config
 	version    string
 	log        *slog.Logger
+	refusals   *limits.Refusals
 	pages      *pagesrv.Server
 	records    *migration.Records
 	migrations *registry
@@ -79,7 +81,7 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 		return nil, err
 	}
 	d := &Daemon{
-		cfg: cfg, version: version, log: log,
+		cfg: cfg, version: version, log: log, refusals: limits.NewRefusals(log),
 		pages: pagesrv.NewServer(), records: records, migrations: newRegistry(),
 		ready: func() {}, confine: func() error { return nil },
 	}
@@ -122,13 +124,14 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return errors.Join(err, closeAll(append(controls, peers)))
 	}
 	var serving errgroup.Group
-	peerServer := d.newPeerServer()
-	serving.Go(func() error { return peerServer.Serve(peers) })
-	servers := []*grpc.Server{peerServer}
-	for _, listener := range controls {
-		server := d.newControlServer(listener)
+	var servers []*grpc.Server
+	serve := func(server *grpc.Server, listener net.Listener) {
 		servers = append(servers, server)
 		serving.Go(func() error { return server.Serve(listener) })
+	}
+	serve(d.newPeerServer(peers))
+	for _, listener := range controls {
+		serve(d.newControlServer(listener))
 	}
 	d.log.Info("serving", "version", d.version, "peers", peers.Addr().String(), "control", d.cfg.Socket)
 	d.ready()
@@ -179,26 +182,24 @@ func (d *Daemon) listenControl() ([]net.Listener, error) {
 	return []net.Listener{socket, tcp}, nil
 }
 
-func (d *Daemon) newPeerServer() *grpc.Server {
-	options := append(pagewire.ServerOptions(),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}))
-	server := grpc.NewServer(append(options, d.secured(d.cfg.PeerList().Allow)...)...)
+func (d *Daemon) newPeerServer(listener net.Listener) (*grpc.Server, net.Listener) {
+	network, listener := d.network(listener, d.cfg.PeerList().Allow)
+	server := grpc.NewServer(append(pagewire.ServerOptions(), network...)...)
 	migratedv1.RegisterPeerServiceServer(server, &peerService{daemon: d})
 	migratedv1.RegisterPageServiceServer(server, d.pages)
 	registerCommon(server)
-	return server
+	return server, listener
 }
 
-func (d *Daemon) newControlServer(listener net.Listener) *grpc.Server {
+func (d *Daemon) newControlServer(listener net.Listener) (*grpc.Server, net.Listener) {
 	var options []grpc.ServerOption
 	if listener.Addr().Network() != "unix" { // there the socket's mode decides
-		options = d.secured(mtls.AnyOf(d.cfg.Operators))
+		options, listener = d.network(listener, mtls.AnyOf(d.cfg.Operators))
 	}
 	server := grpc.NewServer(options...)
 	migratedv1.RegisterControlServiceServer(server, &controlService{daemon: d})
 	registerCommon(server)
-	return server
+	return server, listener
 }
 
 // registerCommon adds what every gRPC server is expected to answer.

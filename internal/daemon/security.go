@@ -5,34 +5,52 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"net"
+	"net/netip"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/mtls"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// secured are the options of a server on a network: mutual TLS, if there is any, and only those callers whom allow
-// allows. They are told so by a status: an alert in the handshake would reach them as a broken connection.
-func (d *Daemon) secured(allow mtls.Allow) []grpc.ServerOption {
+// network is for a server that other hosts reach: what it serves of listener, and its options. It is mutual TLS, if there
+// is any, and only those callers whom allow allows. They are told so by a status: an alert in the handshake would reach
+// them as a broken connection. And nobody takes more than package limits grants.
+func (d *Daemon) network(listener net.Listener, allow mtls.Allow) ([]grpc.ServerOption, net.Listener) {
+	peers := limits.NewPeers(d.refusals)
+	options := []grpc.ServerOption{
+		grpc.ConnectionTimeout(limits.HandshakeTime),
+		grpc.MaxConcurrentStreams(limits.Streams),
+		grpc.MaxHeaderListSize(limits.HeaderBytes),
+		grpc.MaxRecvMsgSize(limits.MessageBytes),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			Time: keepaliveTime, Timeout: keepaliveTimeout, MaxConnectionIdle: limits.IdleTime,
+		}),
+		peers.Calls(migratedv1.PeerService_PrepareIncoming_FullMethodName, migratedv1.PeerService_CheckHost_FullMethodName),
+	}
 	files, encrypted := d.cfg.TLS()
 	if !encrypted {
-		return nil
+		return append(options, grpc.Creds(limits.Handshake(insecure.NewCredentials()))), peers.Listener(listener)
 	}
 	refuse := func(ctx context.Context) error {
 		err := allow(callerNames(ctx))
 		if err == nil {
 			return nil
 		}
-		d.log.Warn("refused a caller", "error", err)
+		d.refusals.Refused("caller", callerNetwork(ctx), "error", err)
 		return status.Error(codes.PermissionDenied, err.Error())
 	}
-	return []grpc.ServerOption{
-		grpc.Creds(files.Server()),
+	return append(options,
+		grpc.Creds(limits.Handshake(files.Server())),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 			if err := refuse(ctx); err != nil {
 				return nil, err
@@ -45,7 +63,24 @@ func (d *Daemon) secured(allow mtls.Allow) []grpc.ServerOption {
 			}
 			return handle(server, stream)
 		}),
+	), peers.Listener(listener)
+}
+
+// callerNetwork is what the caller's address counts as.
+func callerNetwork(ctx context.Context) netip.Prefix {
+	caller, ok := peer.FromContext(ctx)
+	if !ok {
+		return netip.Prefix{}
 	}
+	return limits.Network(caller.Addr)
+}
+
+// callerID is whom a caller counts as: the first name in its certificate, or its address.
+func callerID(ctx context.Context) string {
+	if names := callerNames(ctx); len(names) > 0 {
+		return names[0]
+	}
+	return callerNetwork(ctx).String()
 }
 
 // callerNames are those in the caller's certificate.
@@ -77,7 +112,7 @@ func (d *Daemon) dialCredentials(address string) (credentials.TransportCredentia
 // maySend refuses a caller who may not send that VM here.
 func (d *Daemon) maySend(ctx context.Context, vm string) error {
 	if err := d.cfg.PeerList().MaySend(callerNames(ctx), vm); err != nil {
-		d.log.Warn("refused a VM", "error", err)
+		d.refusals.Refused("VM", callerNetwork(ctx), "error", err)
 		return status.Errorf(codes.PermissionDenied, "%v; its entry among the destination's peers says which it may", err)
 	}
 	return nil
