@@ -184,7 +184,7 @@ func TestValidate(t *testing.T) {
 		{"no QEMU", func(c *Config) { c.QEMUBinaries = nil }, "", ""},
 		{"QEMU by name", func(c *Config) { c.QEMUBinaries = []string{"qemu-kvm"} }, "qemu_binaries", "qemu-kvm"},
 		{"negative workers", func(c *Config) { c.FaultWorkers = -1 }, "fault_workers", "-1"},
-		{"too many workers", func(c *Config) { c.FaultWorkers = 257 }, "fault_workers", "257"},
+		{"too many workers", func(c *Config) { c.FaultWorkers = 64 }, "fault_workers", "64"},
 		{"no migrations", func(c *Config) { c.MaxIncoming = 0 }, "max_incoming", "0"},
 		{"too many migrations", func(c *Config) { c.MaxIncoming = 65 }, "max_incoming", "65"},
 		{"log level", func(c *Config) { c.LogLevel = "INFO" }, "log_level", "INFO"},

@@ -30,8 +30,9 @@ func (e *ValueError) Error() string {
 const maxSocketPath = 107
 
 // maxFaultWorkers bounds what is certainly a typing error: a worker is worth a
-// goroutine and a lane of its own only while CPUs are there to run it.
-const maxFaultWorkers = 256
+// goroutine and a lane of its own only while CPUs are there to run it. With the bulk lane these are as many as a source
+// serves (pagesrv.MaxLanes).
+const maxFaultWorkers = 63
 
 // maxIncoming is far beyond what a host's network is shared by with any use.
 const maxIncoming = 64

@@ -315,7 +315,7 @@ func (d *Destination) qmpPath() string {
 // included, can touch it.
 func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
 	d.engine, err = postcopy.New(postcopy.Options{
-		Blocks: facts.engineBlocks(d.taken.UFFD), Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
+		Blocks: facts.engineBlocks(d.taken.UFFD), Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(), Copies: d.kept.copies(),
 	})
 	if err != nil {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)

@@ -31,7 +31,7 @@ type Export struct {
 	withdrawn atomic.Bool
 
 	link  link // what lanes find out about the network
-	greed greed
+	greed *greed
 
 	asking      sync.Mutex    // one lane at a time asks stopped
 	withdrawing sync.Mutex    // one Withdraw at a time waits for the lanes

@@ -31,8 +31,8 @@ type greed struct {
 	limiter *rate.Limiter
 }
 
-func newGreed(ram *RAM) greed {
-	g := greed{fair: fairAllowance, limiter: rate.NewLimiter(greedRate, pagewire.MaxRequestedBytes)}
+func newGreed(ram *RAM) *greed {
+	g := &greed{fair: fairAllowance, limiter: rate.NewLimiter(greedRate, pagewire.MaxRequestedBytes)}
 	for i := range ram.blocks {
 		g.fair += fairShare * ram.blocks[i].Size
 	}
