@@ -108,7 +108,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 	s.start()
 	select {
 	case <-e.pages.full:
-		e.counters.lastPage.Store(time.Now().UnixNano())
+		e.counters.lastPage.Store(e.now())
 	case <-s.ctx.Done():
 	}
 	return s.finish()
