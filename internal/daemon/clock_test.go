@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -105,5 +106,38 @@ func TestCertificatesOutOfTime(t *testing.T) {
 			t.Errorf("%s: with the right certificate again: %v", name, err)
 		}
 		cancel()
+	}
+}
+
+// A dead host is noticed whatever the wall clock does: by the kernel, at both ends of a connection.
+func TestKernelKeepsConnectionsAlive(t *testing.T) {
+	l, err := listenTCP(t.Context(), "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeQuietly(l)
+	dialled, err := dialTCP(t.Context(), l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dialled.Close()
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	for name, conn := range map[string]net.Conn{"dialled": dialled, "accepted": accepted} {
+		raw, err := conn.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for option, want := range map[int]int{
+			unix.TCP_KEEPIDLE: int(keepaliveTime.Seconds()), unix.TCP_KEEPINTVL: int(keepaliveTimeout.Seconds()), unix.TCP_KEEPCNT: 3,
+		} {
+			got, optionErr := 0, error(nil)
+			if err := raw.Control(func(fd uintptr) { got, optionErr = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, option) }); err != nil || optionErr != nil || got != want {
+				t.Errorf("%s: option %d is %d, want %d (%v, %v)", name, option, got, want, err, optionErr)
+			}
+		}
 	}
 }

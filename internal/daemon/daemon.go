@@ -44,6 +44,20 @@ const (
 	stopTimeout = 5 * time.Second
 )
 
+// tcpKeepalive is the kernel's, besides gRPC's: that one goes by the wall clock (lastRead in grpc/internal/transport), and
+// where it is put back by years, does not look at a connection again for as long.
+var tcpKeepalive = net.KeepAliveConfig{Enable: true, Idle: keepaliveTime, Interval: keepaliveTimeout, Count: 3}
+
+func listenTCP(ctx context.Context, address string) (net.Listener, error) {
+	config := net.ListenConfig{KeepAliveConfig: tcpKeepalive}
+	return config.Listen(ctx, "tcp", address)
+}
+
+func dialTCP(ctx context.Context, address string) (net.Conn, error) {
+	dialer := net.Dialer{KeepAliveConfig: tcpKeepalive}
+	return dialer.DialContext(ctx, "tcp", address)
+}
+
 // A Daemon is one host's daemon.
 type Daemon struct {
 	cfg        config.Config
@@ -105,7 +119,7 @@ func (d *Daemon) Confine(starter *qemu.Starter, confine func() error) {
 func (d *Daemon) Run(ctx context.Context) error {
 	d.ctx, d.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	defer d.cancel(nil)
-	peers, err := net.Listen("tcp", d.cfg.Listen)
+	peers, err := listenTCP(ctx, d.cfg.Listen)
 	if err != nil {
 		return fmt.Errorf("listen for other daemons: %w", err)
 	}
@@ -175,7 +189,7 @@ func (d *Daemon) listenControl() ([]net.Listener, error) {
 	if d.cfg.ControlListen == "" {
 		return []net.Listener{socket}, nil
 	}
-	tcp, err := net.Listen("tcp", d.cfg.ControlListen)
+	tcp, err := listenTCP(d.ctx, d.cfg.ControlListen)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("control API: %w", err), socket.Close())
 	}
@@ -223,6 +237,7 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 	}
 	options := append(pagewire.DialOptions(),
 		grpc.WithTransportCredentials(creds),
+		grpc.WithContextDialer(dialTCP),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true,
 		}))
