@@ -23,8 +23,10 @@ type throttled struct {
 }
 
 func (t *throttled) show(m *migratedv1.Migration) {
+	// A clock that was put back, by hours perhaps, must not silence it for as long.
+	passed := m.GetUpdateTime().AsTime().Sub(t.printed.GetUpdateTime().AsTime())
 	if t.printed != nil && t.printed.GetState() == m.GetState() && t.printed.GetPrepared() == m.GetPrepared() &&
-		m.GetUpdateTime().AsTime().Sub(t.printed.GetUpdateTime().AsTime()) < t.interval {
+		passed >= 0 && passed < t.interval {
 		return
 	}
 	t.printed = m

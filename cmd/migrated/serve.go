@@ -33,6 +33,7 @@ type serveCmd struct {
 	StateDir      *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
 	QEMUBinaries  []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
 	FaultWorkers  *int     `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
+	MaxIncoming   *int     `group:"settings" placeholder:"N" help:"Migrations to this host at once."`
 	RequireSecure *bool    `group:"settings" help:"Refuse VMs that arrive where no security module can watch over the userfaultfd."`
 	LogLevel      *string  `group:"settings" placeholder:"LEVEL" help:"debug, info, warn or error."`
 }
@@ -128,6 +129,7 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 		cfg.QEMUBinaries = s.QEMUBinaries
 	}
 	set(&cfg.FaultWorkers, s.FaultWorkers)
+	set(&cfg.MaxIncoming, s.MaxIncoming)
 	set(&cfg.RequireSecure, s.RequireSecure)
 	set(&cfg.LogLevel, s.LogLevel)
 	return cfg, cfg.Validate()

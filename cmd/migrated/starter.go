@@ -2,7 +2,11 @@
 
 package main
 
-import "github.com/migrated-vm/migrated/internal/qemu"
+import (
+	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/confine"
+	"github.com/migrated-vm/migrated/internal/qemu"
+)
 
 // starterCommand runs starterCmd.
 const starterCommand = "start-qemus"
@@ -12,4 +16,9 @@ type starterCmd struct {
 	QEMUBinaries []string `arg:"" name:"qemu-binaries" help:"Programs that may be started."`
 }
 
-func (s *starterCmd) Run(*app) error { return qemu.ServeStarter(s.QEMUBinaries) }
+func (s *starterCmd) Run(a *app) error {
+	if err := confine.ApplyToStarter(); err != nil { // VMs that arrive need it all the same
+		a.logger(config.Default()).Warn("the process that starts QEMUs keeps more of its privileges than they need", "error", err)
+	}
+	return qemu.ServeStarter(s.QEMUBinaries)
+}

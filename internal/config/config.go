@@ -63,6 +63,9 @@ type Config struct {
 	// FaultWorkers is how many goroutines answer page faults of one migration;
 	// 0: the daemon chooses by the number of CPUs.
 	FaultWorkers int `yaml:"fault_workers"`
+	// MaxIncoming is how many migrations to this host may be under way at once,
+	// prepared ones included; a source may have half of them.
+	MaxIncoming int `yaml:"max_incoming"`
 	// RequireSecure refuses VMs that arrive with a userfaultfd that no security
 	// module supervises.
 	RequireSecure bool `yaml:"require_secure"`
@@ -82,6 +85,7 @@ func Default() Config {
 		Operators:    []string{},
 		StateDir:     "/run/migrated",
 		QEMUBinaries: []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"},
+		MaxIncoming:  16,
 		LogLevel:     "info",
 	}
 }

@@ -51,7 +51,7 @@ func TestLoad(t *testing.T) {
 		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated",
 		TLSCertificate: "/etc/migrated/tls/cert.pem", TLSKey: "/etc/migrated/tls/key.pem", TLSCA: "/etc/migrated/tls/ca.pem",
 		Peers: []string{"spiffe://example/host/a web-*", "b.example"}, Operators: []string{"admin.example"}, Plaintext: true,
-		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, RequireSecure: true, LogLevel: "debug",
+		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, MaxIncoming: 5, RequireSecure: true, LogLevel: "debug",
 	}
 	one := Default()
 	one.FaultWorkers = 3
@@ -82,6 +82,7 @@ plaintext: true
 qemu_binaries:
   - /opt/qemu
 fault_workers: 4
+max_incoming: 5
 require_secure: true
 log_level: debug
 `, all},
@@ -107,7 +108,7 @@ func TestLoadMistakes(t *testing.T) {
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
 		{"far from any", "bandwidth: 3\n", []string{`1: unknown key "bandwidth"; valid keys are advertise, control_listen, ` +
-			`fault_workers, listen, log_level, operators, peers, plaintext, qemu_binaries, require_secure, socket, state_dir, tls_ca, tls_certificate, tls_key`}},
+			`fault_workers, listen, log_level, max_incoming, operators, peers, plaintext, qemu_binaries, require_secure, socket, state_dir, tls_ca, tls_certificate, tls_key`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
 		{"text for a yes or no", "require_secure: maybe\n", []string{`1: require_secure: "maybe" is not true or false (written without quotes)`}},
@@ -183,7 +184,9 @@ func TestValidate(t *testing.T) {
 		{"no QEMU", func(c *Config) { c.QEMUBinaries = nil }, "", ""},
 		{"QEMU by name", func(c *Config) { c.QEMUBinaries = []string{"qemu-kvm"} }, "qemu_binaries", "qemu-kvm"},
 		{"negative workers", func(c *Config) { c.FaultWorkers = -1 }, "fault_workers", "-1"},
-		{"too many workers", func(c *Config) { c.FaultWorkers = 257 }, "fault_workers", "257"},
+		{"too many workers", func(c *Config) { c.FaultWorkers = 64 }, "fault_workers", "64"},
+		{"no migrations", func(c *Config) { c.MaxIncoming = 0 }, "max_incoming", "0"},
+		{"too many migrations", func(c *Config) { c.MaxIncoming = 65 }, "max_incoming", "65"},
 		{"log level", func(c *Config) { c.LogLevel = "INFO" }, "log_level", "INFO"},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -30,8 +30,12 @@ func (e *ValueError) Error() string {
 const maxSocketPath = 107
 
 // maxFaultWorkers bounds what is certainly a typing error: a worker is worth a
-// goroutine and a lane of its own only while CPUs are there to run it.
-const maxFaultWorkers = 256
+// goroutine and a lane of its own only while CPUs are there to run it. With the bulk lane these are as many as a source
+// serves (pagesrv.MaxLanes).
+const maxFaultWorkers = 63
+
+// maxIncoming is far beyond what a host's network is shared by with any use.
+const maxIncoming = 64
 
 // Validate returns the joined [ValueError]s of c, nil where the daemon can run
 // with it. It looks at c alone, not at the host: which ports are free and which
@@ -67,6 +71,9 @@ func (c Config) Validate() error {
 	if c.FaultWorkers < 0 || c.FaultWorkers > maxFaultWorkers {
 		refuse("fault_workers", strconv.Itoa(c.FaultWorkers),
 			fmt.Sprintf("0 (the daemon chooses) to %d", maxFaultWorkers))
+	}
+	if c.MaxIncoming < 1 || c.MaxIncoming > maxIncoming {
+		refuse("max_incoming", strconv.Itoa(c.MaxIncoming), fmt.Sprintf("1 to %d", maxIncoming))
 	}
 	if _, ok := levels[c.LogLevel]; !ok {
 		refuse("log_level", c.LogLevel, "debug, info, warn or error")

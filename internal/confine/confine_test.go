@@ -46,6 +46,7 @@ func TestMain(m *testing.M) {
 
 var roles = map[string]func(args []string) (map[string]string, error){
 	"forbidden": forbiddenRole, "threads": threadsRole, "program": programRole, "needs": needsRole, "daemon": daemonRole, "partly": partlyRole,
+	"starter": starterRole, "started": startedRole,
 }
 
 // play runs this test's program in a role and returns what it reports.

@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/pagelane"
@@ -44,11 +45,26 @@ const (
 	stopTimeout = 5 * time.Second
 )
 
+// tcpKeepalive is the kernel's, besides gRPC's: that one goes by the wall clock (lastRead in grpc/internal/transport), and
+// where it is put back by years, does not look at a connection again for as long.
+var tcpKeepalive = net.KeepAliveConfig{Enable: true, Idle: keepaliveTime, Interval: keepaliveTimeout, Count: 3}
+
+func listenTCP(ctx context.Context, address string) (net.Listener, error) {
+	config := net.ListenConfig{KeepAliveConfig: tcpKeepalive}
+	return config.Listen(ctx, "tcp", address)
+}
+
+func dialTCP(ctx context.Context, address string) (net.Conn, error) {
+	dialer := net.Dialer{KeepAliveConfig: tcpKeepalive}
+	return dialer.DialContext(ctx, "tcp", address)
+}
+
 // A Daemon is one host's daemon.
 type Daemon struct {
 	cfg        config.Config
 	version    string
 	log        *slog.Logger
+	refusals   *limits.Refusals
 	pages      *pagesrv.Server
 	records    *migration.Records
 	migrations *registry
@@ -80,7 +96,7 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 		return nil, err
 	}
 	d := &Daemon{
-		cfg: cfg, version: version, log: log,
+		cfg: cfg, version: version, log: log, refusals: limits.NewRefusals(log),
 		pages: pagesrv.NewServer(), records: records, migrations: newRegistry(),
 		ready: func() {}, confine: func() error { return nil },
 	}
@@ -104,7 +120,7 @@ func (d *Daemon) Confine(starter *qemu.Starter, confine func() error) {
 func (d *Daemon) Run(ctx context.Context) error {
 	d.ctx, d.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	defer d.cancel(nil)
-	peers, err := net.Listen("tcp", d.cfg.Listen)
+	peers, err := listenTCP(ctx, d.cfg.Listen)
 	if err != nil {
 		return fmt.Errorf("listen for other daemons: %w", err)
 	}
@@ -123,13 +139,15 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return errors.Join(err, closeAll(append(controls, peers)))
 	}
 	var serving errgroup.Group
-	peerServer, laneServer := d.newPeerServer()
-	serving.Go(func() error { return peerServer.Serve(peers) })
-	servers := []*grpc.Server{peerServer}
-	for _, listener := range controls {
-		server := d.newControlServer(listener)
+	var servers []*grpc.Server
+	serve := func(server *grpc.Server, listener net.Listener) {
 		servers = append(servers, server)
 		serving.Go(func() error { return server.Serve(listener) })
+	}
+	peerServer, listener, lanes := d.newPeerServer(peers)
+	serve(peerServer, listener)
+	for _, listener := range controls {
+		serve(d.newControlServer(listener))
 	}
 	d.log.Info("serving", "version", d.version, "peers", peers.Addr().String(), "control", d.cfg.Socket)
 	d.ready()
@@ -144,7 +162,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.log.Info("stopping", "migrations", d.migrations.active())
 	d.cancel(errors.New("the daemon was stopped"))
 	d.migrations.wait()
-	laneServer.Close()
+	lanes.Close()
 	for _, server := range slices.Backward(servers) {
 		stop(server)
 	}
@@ -174,42 +192,40 @@ func (d *Daemon) listenControl() ([]net.Listener, error) {
 	if d.cfg.ControlListen == "" {
 		return []net.Listener{socket}, nil
 	}
-	tcp, err := net.Listen("tcp", d.cfg.ControlListen)
+	tcp, err := listenTCP(d.ctx, d.cfg.ControlListen)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("control API: %w", err), socket.Close())
 	}
 	return []net.Listener{socket, tcp}, nil
 }
 
-// newPeerServer makes the server for other daemons, and the one that serves lanes in its stead.
-func (d *Daemon) newPeerServer() (*grpc.Server, *pagelane.Server) {
-	creds, refuse := d.secured(d.cfg.PeerList().Allow)
+// newPeerServer makes the server for other daemons, what it is to serve of the listener, and the server that takes lanes from
+// among those connections.
+func (d *Daemon) newPeerServer(listener net.Listener) (*grpc.Server, net.Listener, *pagelane.Server) {
+	n := d.network(listener, d.cfg.PeerList().Allow)
 	lanes := pagelane.NewServer(func(stream *pagelane.Stream) error {
-		if err := refuse(stream.Context()); err != nil {
+		if err := n.refuse(stream.Context()); err != nil {
 			return err
 		}
 		return d.pages.ServeLane(stream)
 	})
-	options := append(pagewire.ServerOptions(), grpc.Creds(lanes.Credentials(creds)),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}))
-	server := grpc.NewServer(append(options, refusing(refuse)...)...)
+	server := grpc.NewServer(append(append(pagewire.ServerOptions(), n.options...), grpc.Creds(lanes.Credentials(n.creds)))...)
 	migratedv1.RegisterPeerServiceServer(server, &peerService{daemon: d})
 	migratedv1.RegisterPageServiceServer(server, d.pages) // for lanes that come through gRPC
 	registerCommon(server)
-	return server, lanes
+	return server, n, lanes
 }
 
-func (d *Daemon) newControlServer(listener net.Listener) *grpc.Server {
+func (d *Daemon) newControlServer(listener net.Listener) (*grpc.Server, net.Listener) {
 	var options []grpc.ServerOption
 	if listener.Addr().Network() != "unix" { // there the socket's mode decides
-		creds, refuse := d.secured(mtls.AnyOf(d.cfg.Operators))
-		options = append(refusing(refuse), grpc.Creds(creds))
+		n := d.network(listener, mtls.AnyOf(d.cfg.Operators))
+		options, listener = append(n.options, grpc.Creds(n.creds)), n
 	}
 	server := grpc.NewServer(options...)
 	migratedv1.RegisterControlServiceServer(server, &controlService{daemon: d})
 	registerCommon(server)
-	return server
+	return server, listener
 }
 
 // registerCommon adds what every gRPC server is expected to answer.
@@ -233,6 +249,7 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 	}
 	options := append(pagewire.DialOptions(),
 		grpc.WithTransportCredentials(creds),
+		grpc.WithContextDialer(dialTCP),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true,
 		}))

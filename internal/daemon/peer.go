@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -51,21 +50,40 @@ func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.P
 	if err := absoluteAddresses(ctx, request); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	dir := filepath.Join(p.daemon.incomingDir(), request.GetId())
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, status.Errorf(codes.Internal, "state directory: %v", err)
-	}
-	d := p.daemon.migrations.addDestination(request.GetId(), func() *migration.Destination {
-		cfg := p.daemon.destinationConfig(dir)
-		cfg.Request = request
-		return migration.NewDestination(p.daemon.ctx, cfg)
-	})
-	if d == nil {
-		return nil, status.Errorf(codes.AlreadyExists, "a migration %s to this host is under way; choose another id", request.GetId())
+	d, err := p.daemon.expectIncoming(ctx, request)
+	if err != nil {
+		return nil, err
 	}
 	answer, err := d.Prepare(ctx)
 	return answer, migration.ToStatus(codes.FailedPrecondition, err)
 }
+
+// expectIncoming makes the destination of a new migration, if there is room for it.
+func (d *Daemon) expectIncoming(ctx context.Context, request *migratedv1.PrepareIncomingRequest) (*migration.Destination, error) {
+	dir := filepath.Join(d.incomingDir(), request.GetId())
+	destination, forgotten, err := d.migrations.addDestination(request.GetId(), callerID(ctx), d.cfg.MaxIncoming, func() *migration.Destination {
+		cfg := d.destinationConfig(dir)
+		cfg.Request = request
+		return migration.NewDestination(d.ctx, cfg)
+	})
+	var crowded *crowdedError
+	switch {
+	case errors.As(err, &crowded):
+		d.refusals.Refused("migration: too many are under way", callerNetwork(ctx), "id", request.GetId())
+		return nil, status.Error(codes.ResourceExhausted, crowded.Error())
+	case err != nil:
+		return nil, status.Errorf(codes.AlreadyExists, "a migration %s to this host is under way; choose another id", request.GetId())
+	}
+	for _, id := range forgotten {
+		if err := migration.RemoveDir(filepath.Join(d.incomingDir(), id)); err != nil {
+			d.log.Warn("the directory of an old migration stays", "migration", id, "error", err)
+		}
+	}
+	return destination, nil
+}
+
+// maxPageAddresses bounds how many addresses of one source are tried.
+const maxPageAddresses = 16
 
 // absoluteAddresses completes page addresses without a host by the caller's.
 func absoluteAddresses(ctx context.Context, request *migratedv1.PrepareIncomingRequest) error {
@@ -76,6 +94,9 @@ func absoluteAddresses(ctx context.Context, request *migratedv1.PrepareIncomingR
 	callerHost, _, err := net.SplitHostPort(caller.Addr.String())
 	if err != nil {
 		return fmt.Errorf("the caller's address: %w", err)
+	}
+	if n := len(request.GetPageAddresses()); n > maxPageAddresses {
+		return fmt.Errorf("%d page addresses, at most %d are tried", n, maxPageAddresses)
 	}
 	for i, address := range request.GetPageAddresses() {
 		host, port, err := net.SplitHostPort(address)

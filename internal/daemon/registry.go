@@ -4,6 +4,8 @@ package daemon
 
 import (
 	"cmp"
+	"errors"
+	"fmt"
 	"slices"
 	"sync"
 
@@ -20,12 +22,14 @@ type registry struct {
 	mu           sync.Mutex
 	sources      map[string]*migration.Source
 	destinations map[string]*migration.Destination
+	senders      map[string]string // of the destinations' sources; none of those that were taken up
 }
 
 func newRegistry() *registry {
 	return &registry{
 		sources:      make(map[string]*migration.Source),
 		destinations: make(map[string]*migration.Destination),
+		senders:      make(map[string]string),
 	}
 }
 
@@ -77,19 +81,55 @@ func (r *registry) addSource(id, vm string, create func() *migration.Source) (s 
 	return s, ""
 }
 
-// addDestination adds the one that create makes; nil where the id is taken by one
-// that is not over. One that is over makes room, so that an id can be used
-// again after a failure.
-func (r *registry) addDestination(id string, create func() *migration.Destination) *migration.Destination {
+// errIDTaken says that a migration with the same id is under way.
+var errIDTaken = errors.New("its id is taken")
+
+// A crowdedError says that as many migrations come to this host as may.
+type crowdedError struct {
+	most   int
+	sender string // whose they are; empty: everybody's
+}
+
+func (e *crowdedError) Error() string {
+	const remedy = "start this one when another is over, or raise max_incoming in the destination's configuration"
+	if e.sender == "" {
+		return fmt.Sprintf("%d migrations to this host are under way, as many as may be at once; %s", e.most, remedy)
+	}
+	return fmt.Sprintf("%d migrations from %s to this host are under way, half of what may be at once, and the rest is for others; %s",
+		e.most, e.sender, remedy)
+}
+
+// addDestination adds the one that create makes, where sender and all others have fewer than most under way: each sender
+// may have half of them. One that is over makes room, so that an id can be used again after a failure. forgotten are the
+// ids that nobody is told about any more. The errors are errIDTaken and *crowdedError.
+func (r *registry) addDestination(id, sender string, most int, create func() *migration.Destination) (d *migration.Destination, forgotten []string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if old := r.destinations[id]; old != nil && !isDone(old) {
-		return nil
+		return nil, nil, errIDTaken
 	}
-	forgetOld(r.destinations)
-	d := create()
-	r.destinations[id] = d
-	return d
+	all, theirs := 0, 0
+	for other, d := range r.destinations {
+		if isDone(d) {
+			continue
+		}
+		all++
+		if r.senders[other] == sender {
+			theirs++
+		}
+	}
+	if half := (most + 1) / 2; all >= most {
+		return nil, nil, &crowdedError{most: most}
+	} else if theirs >= half {
+		return nil, nil, &crowdedError{most: half, sender: sender}
+	}
+	forgotten = forgetOld(r.destinations)
+	for _, old := range forgotten {
+		delete(r.senders, old)
+	}
+	d = create()
+	r.destinations[id], r.senders[id] = d, sender
+	return d, forgotten, nil
 }
 
 // takeUp adds migrations that an earlier run of the daemon left.
@@ -167,8 +207,8 @@ func isDone(t tracked) bool {
 	}
 }
 
-// forgetOld makes room for one more by dropping the oldest that is over.
-func forgetOld[T tracked](migrations map[string]T) {
+// forgetOld makes room for one more by dropping the oldest that are over, and says which.
+func forgetOld[T tracked](migrations map[string]T) (forgotten []string) {
 	for len(migrations) >= keptMigrations {
 		oldest, found := "", false
 		var oldestView *migratedv1.Migration
@@ -179,8 +219,10 @@ func forgetOld[T tracked](migrations map[string]T) {
 			}
 		}
 		if !found {
-			return
+			break
 		}
 		delete(migrations, oldest)
+		forgotten = append(forgotten, oldest)
 	}
+	return forgotten
 }

@@ -20,6 +20,7 @@ import (
 
 // secured is a daemon with TLS and an authority that it believes.
 type secured struct {
+	daemon           *Daemon
 	ca               *mtlstest.Authority
 	peers, operators string // addresses
 }
@@ -46,7 +47,7 @@ func startSecured(t *testing.T) secured {
 	cfg.TLSCertificate, cfg.TLSKey, cfg.TLSCA = files.Certificate, files.Key, files.CA
 	cfg.Peers, cfg.Operators = []string{"a.example web-*"}, []string{"operator.example"}
 	d, _ := startConfigured(t, cfg)
-	return secured{ca, net.JoinHostPort("127.0.0.1", d.pagePort), cfg.ControlListen}
+	return secured{d, ca, net.JoinHostPort("127.0.0.1", d.pagePort), cfg.ControlListen}
 }
 
 // as connects under a name.

@@ -46,6 +46,9 @@ func (d *Daemon) takeUp() error {
 		}
 		sources = append(sources, s)
 	}
+	if err := migration.RemoveEnded(d.incomingDir()); err != nil {
+		d.log.Warn("directories of migrations that are over stay", "error", err)
+	}
 	dirs, err := migration.KeptDirs(d.incomingDir())
 	if err != nil {
 		return fmt.Errorf("migrations to this host: %w", err)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -27,11 +28,18 @@ import (
 // then told that the VM never ran here.
 const loadedTimeout = 60 * time.Second
 
+// What a source that is not heard of keeps at most: a QEMU that is prepared, and one that loads. A source that goes on is
+// a hundred times faster (prepareTimeout and deviceTimeout are its own), but its operator may take time to say start.
+const (
+	preparedTimeout = 15 * time.Minute
+	loadTimeout     = 30 * time.Second
+)
+
 // DestinationConfig is what one migration to this host needs.
 type DestinationConfig struct {
 	// Request is the source's, its page addresses made absolute.
 	Request *migratedv1.PrepareIncomingRequest
-	// Dir is a directory of this migration's own, for logs; it exists.
+	// Dir is a directory of this migration's own, for logs; Prepare makes it.
 	Dir string
 	// Binaries are patterns of QEMU binaries that a source may have started.
 	Binaries []string
@@ -137,11 +145,20 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 	if d.phase != preparing {
 		return nil, fmt.Errorf("this migration was prepared before")
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, fmt.Errorf("the destination was not ready within %v", prepareTimeout))
+	defer cancel()
+	if err := os.MkdirAll(d.cfg.Dir, 0o755); err != nil {
+		err = fmt.Errorf("state directory: %w", err)
+		d.giveUp(err)
+		return nil, err
+	}
 	if err := d.prepare(ctx); err != nil {
+		err = causeOf(ctx, err)
 		d.giveUp(err)
 		return nil, err
 	}
 	d.phase = prepared
+	d.expire(prepared, preparedTimeout, "it was prepared and not started")
 	d.update(func(m *migratedv1.Migration) {
 		m.Prepared = true
 		m.Progress = d.meter.progress(d.engine.Stats())
@@ -299,7 +316,7 @@ func (d *Destination) qmpPath() string {
 // included, can touch it.
 func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
 	d.engine, err = postcopy.New(postcopy.Options{
-		Blocks: facts.engineBlocks(d.taken.UFFD), Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
+		Blocks: facts.engineBlocks(d.taken.UFFD), Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(), Copies: d.kept.copies(),
 	})
 	if err != nil {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)
@@ -326,18 +343,18 @@ func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 	reached("destination-took")
 	d.phase = loaded
 	d.kept.header().loaded.Store(1)
-	d.expectRun()
+	d.expire(loaded, loadedTimeout, "the source did not say go")
 	reached("destination-loaded")
 	return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: total})
 }
 
-// expectRun gives up when Run does not come.
-func (d *Destination) expectRun() {
-	time.AfterFunc(loadedTimeout, func() {
+// expire gives up a destination that is still in that phase when the time has passed. The clock is the monotonic one.
+func (d *Destination) expire(in phase, after time.Duration, why string) {
+	time.AfterFunc(after, func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		if d.phase == loaded {
-			d.giveUp(fmt.Errorf("the source did not say go within %v", loadedTimeout))
+		if d.phase == in {
+			d.giveUp(fmt.Errorf("%s within %v", why, after))
 		}
 	})
 }
@@ -348,7 +365,9 @@ func (d *Destination) load(stream grpc.ClientStreamingServer[migratedv1.LoadDevi
 		return 0, err
 	}
 	defer carrier.close()
-	ctx, cancel := context.WithCancelCause(d.loadCtx)
+	bounded, expire := context.WithTimeoutCause(d.loadCtx, loadTimeout, fmt.Errorf("it did not come within %v", loadTimeout))
+	defer expire()
+	ctx, cancel := context.WithCancelCause(bounded)
 	defer cancel(nil)
 	stop := context.AfterFunc(stream.Context(), func() { cancel(context.Cause(stream.Context())) })
 	defer stop()

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -24,6 +26,29 @@ func KeptDirs(dir string) ([]string, error) {
 		files[i] = filepath.Dir(files[i])
 	}
 	return files, err
+}
+
+// RemoveDir removes the directory of a migration to this host that is over, with its logs. One that holds what a later
+// daemon is to take up stays.
+func RemoveDir(dir string) error {
+	if _, err := os.Lstat(filepath.Join(dir, keptFacts)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.RemoveAll(dir)
+}
+
+// RemoveEnded does so with all directories below dir: nobody is told of those migrations any more, and each attempt of a
+// peer left one.
+func RemoveEnded(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	errs := []error{err}
+	for _, e := range entries {
+		errs = append(errs, RemoveDir(filepath.Join(dir, e.Name())))
+	}
+	return errors.Join(errs...)
 }
 
 // TakeUpDestination goes on with the migration that an earlier run of this
@@ -61,7 +86,7 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 		}
 	default:
 		d.phase = loaded
-		d.expectRun()
+		d.expire(loaded, loadedTimeout, "the source did not say go")
 	}
 	d.supervision, d.label = facts.Supervision, facts.Label
 	d.update(func(m *migratedv1.Migration) {

@@ -90,6 +90,9 @@ func fromPeer(step, peer string, err error) error {
 	}
 	switch st.Code() {
 	case codes.Unavailable:
+		if outOfTime(st.Message()) {
+			return withRemedy(wrapped, "correct the clocks of both hosts, or renew the certificates")
+		}
 		if handshakeFailed(st.Message()) {
 			return withRemedy(wrapped,
 				"use TLS on both hosts or on neither, with certificates of the same tls_ca and names that are among the other's peers; "+
@@ -110,6 +113,12 @@ func fromPeer(step, peer string, err error) error {
 func handshakeFailed(message string) bool {
 	return strings.Contains(message, "handshake failed") || strings.Contains(message, "error reading server preface") ||
 		strings.Contains(message, "tls: ")
+}
+
+// outOfTime says whether a certificate is not valid at the present time, by either host's clock. gRPC passes on text alone: that
+// of crypto/x509, and of the alert in which the other side says so (crypto/tls).
+func outOfTime(message string) bool {
+	return strings.Contains(message, "expired certificate") || strings.Contains(message, "certificate has expired or is not yet valid")
 }
 
 // A peerError shows a gRPC status in its own words, without "rpc error: …".

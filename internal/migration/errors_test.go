@@ -60,3 +60,17 @@ func TestCauseOf(t *testing.T) {
 		t.Errorf("said twice: %v", again)
 	}
 }
+
+// A certificate that is of another time is told from one of another authority.
+func TestOutOfTime(t *testing.T) {
+	for message, want := range map[string]string{
+		"connection error: desc = \"error reading server preface: remote error: tls: expired certificate\"":                                                                                      "clocks",
+		"authentication handshake failed: tls: failed to verify certificate: x509: certificate has expired or is not yet valid: current time 2031-01-01T00:00:00Z is after 2027-01-01T00:00:00Z": "clocks",
+		"authentication handshake failed: tls: failed to verify certificate: x509: certificate signed by unknown authority":                                                                      "tls_ca",
+	} {
+		err := fromPeer("prepare", "192.0.2.1:7600", status.Error(codes.Unavailable, message))
+		if remedy := describe(err).GetRemedy(); !strings.Contains(remedy, want) {
+			t.Errorf("%s: remedy %q", message, remedy)
+		}
+	}
+}

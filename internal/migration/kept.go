@@ -80,6 +80,9 @@ type keptHeader struct {
 const (
 	keptMagic      = 0x6d696772_00000000 | keptVersion
 	keptHeaderSize = 4096
+	// keptCopies is where, within the header, the kernel answers the engine's copies; zeros in the file of a daemon that
+	// did not know of them, which is no answer.
+	keptCopies = 1024
 )
 
 // engineBlocks are the blocks as the engine wants them.
@@ -183,6 +186,7 @@ func (k *kept) open() error {
 }
 
 func (k *kept) header() *keptHeader { return (*keptHeader)(unsafe.Pointer(&k.mapping[0])) }
+func (k *kept) copies() []byte      { return k.mapping[keptCopies:keptHeaderSize] }
 func (k *kept) states() []byte      { return k.mapping[keptHeaderSize:] }
 
 // running writes down that the VM runs here.

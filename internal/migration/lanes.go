@@ -56,6 +56,9 @@ func openLanes(ctx context.Context, cfg laneConfig) (*lanes, error) {
 		failures = append(failures, err)
 	}
 	err := fmt.Errorf("no page lanes to the source: %w", errors.Join(failures...))
+	if outOfTime(err.Error()) {
+		return nil, withRemedy(err, "correct the clocks of both hosts, or renew the certificates; it is tried again by itself, with the files as they are then")
+	}
 	return nil, withRemedy(err, "make the source daemon's listen address reachable from this host, or name one that is with its 'advertise' setting")
 }
 

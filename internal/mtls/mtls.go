@@ -71,39 +71,47 @@ func (f Files) Server() credentials.TransportCredentials {
 	})
 }
 
-// Client is for connections to address, HOST:PORT. The server's certificate has to be for that host; with allow, which
-// may be nil, any name will do that it accepts.
+// Client is for connections to address, HOST:PORT, all that are made with the result: the files are read for each. The
+// server's certificate has to be for that host; with allow, which may be nil, any name will do that it accepts.
 func (f Files) Client(address string, allow Allow) (credentials.TransportCredentials, error) {
-	certificate, pool, err := f.load()
-	if err != nil {
+	if err := f.Check(); err != nil {
 		return nil, err
 	}
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
 		return nil, err
 	}
-	cfg := &tls.Config{
-		MinVersion: tls.VersionTLS13, ServerName: host, RootCAs: pool,
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate, nil },
-	}
-	if allow != nil {
-		cfg.InsecureSkipVerify = true // of the host's name; what follows verifies the rest
-		cfg.VerifyConnection = func(state tls.ConnectionState) error { return verify(state, pool, allow) }
-	}
-	return credentials.NewTLS(cfg), nil
+	return credentials.NewTLS(&tls.Config{
+		MinVersion: tls.VersionTLS13, ServerName: host,
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			certificate, _, err := f.load()
+			return certificate, err
+		},
+		InsecureSkipVerify: true, // against authorities that were read once; what follows verifies all
+		VerifyConnection: func(state tls.ConnectionState) error {
+			_, pool, err := f.load()
+			if err != nil {
+				return err
+			}
+			if allow == nil {
+				return verify(state, pool, host)
+			}
+			if err := verify(state, pool, ""); err != nil {
+				return err
+			}
+			return allow(names(state))
+		},
+	}), nil
 }
 
-// verify is the standard verification of a server but for its host name, and then allow.
-func verify(state tls.ConnectionState, pool *x509.CertPool, allow Allow) error {
+// verify is the standard verification of a server; host may be empty, for any.
+func verify(state tls.ConnectionState, pool *x509.CertPool, host string) error {
 	between := x509.NewCertPool()
 	for _, c := range state.PeerCertificates[1:] {
 		between.AddCert(c)
 	}
-	_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: pool, Intermediates: between})
-	if err != nil {
-		return err
-	}
-	return allow(names(state))
+	_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: pool, Intermediates: between, DNSName: host})
+	return err
 }
 
 // names are the other side's: URIs, SPIFFE ids among them, DNS names and IP addresses.

@@ -28,7 +28,7 @@ func Dial(ctx context.Context, address string, creds credentials.TransportCreden
 	if err != nil {
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
-	if err = Alive(raw); err == nil {
+	if err = alive(raw); err == nil {
 		var c net.Conn
 		if c, _, err = creds.ClientHandshake(ctx, address, raw); err == nil {
 			return c, nil

@@ -26,7 +26,7 @@
 // Flow control is obeyed; its windows are as large as can be for replies, because with one call on a connection TCP's own
 // is enough. HEADERS, SETTINGS, PING, GOAWAY and the like are read and written by golang.org/x/net/http2; DATA, which is all but
 // the first and the last frame of a lane, is by hand. A second stream is refused. There is no compression by gRPC, no deadline
-// of the call, and no PING of our own: a peer that is gone is found by TCP (Alive).
+// of the call, and no PING of our own: a peer that is gone is found by TCP (alive).
 package pagelane
 
 import (
@@ -67,9 +67,16 @@ const (
 	answer = 5 * time.Second
 )
 
-// Alive makes TCP end the connection when the other host does not answer: within quiet and answer, in the way of the
-// daemon's other connections. Connections of other kinds than TCP are left as they are.
-func Alive(c net.Conn) error {
+// alive makes TCP end the connection when the other host does not answer: within quiet and answer, as the daemon's other
+// connections do. Connections of other kinds than TCP are left as they are.
+func alive(c net.Conn) error {
+	for {
+		around, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		c = around.NetConn()
+	}
 	tcp, ok := c.(*net.TCPConn)
 	if !ok {
 		return nil

@@ -128,7 +128,7 @@ func (s *Server) take(raw, c net.Conn, in *bufio.Reader, info credentials.AuthIn
 	}
 	s.open[c] = struct{}{}
 	s.lanes.Go(func() {
-		if err := Alive(raw); err == nil {
+		if err := alive(raw); err == nil {
 			s.run(c, in, info)
 		}
 		// The client hangs up when it has read how its lane ended. If this side went first, TCP could make it

@@ -8,6 +8,9 @@ const (
 	// window is how much a lane may have in flight, in bytes: 10 Gbit/s at a round trip of 13 ms. It is
 	// fixed, because a window that gRPC estimates costs a ping for each burst of replies.
 	window = 16 << 20
+	// serverWindow is how much a call may send to a server that does not read: a hundred requests for pages, or a device
+	// state. Whatever else a caller sends is in nobody's memory.
+	serverWindow = 256 << 10
 	// ioBuffer is gathered before a write to the socket, and read at once from it.
 	ioBuffer = 128 << 10
 )
@@ -16,8 +19,8 @@ const (
 func ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.ForceServerCodecV2(Codec{}),
-		grpc.StaticStreamWindowSize(window),
-		grpc.StaticConnWindowSize(window),
+		grpc.StaticStreamWindowSize(serverWindow),
+		grpc.StaticConnWindowSize(serverWindow),
 		grpc.WriteBufferSize(ioBuffer),
 		grpc.ReadBufferSize(ioBuffer),
 	}

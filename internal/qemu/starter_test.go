@@ -3,14 +3,18 @@
 package qemu
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/confine"
 )
 
 // startCommand makes this test's program a Starter's process.
@@ -18,7 +22,7 @@ const startCommand = "test-start-qemus"
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == startCommand {
-		if err := ServeStarter(os.Args[2:]); err != nil {
+		if err := errors.Join(confine.ApplyToStarter(), ServeStarter(os.Args[2:])); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -58,6 +62,10 @@ func TestStarter(t *testing.T) {
 	}
 	if !strings.HasPrefix(status["Uid"], "65534\t65534") || status["PPid"] == fmt.Sprint(os.Getpid()) {
 		t.Errorf("QEMU's user is %q, its parent process %s is to be another than %d", status["Uid"], status["PPid"], os.Getpid())
+	}
+	// What the Starter denies to all, and QEMU's own sandbox beneath.
+	if n, err := strconv.Atoi(status["Seccomp_filters"]); err == nil && n < 3 {
+		t.Errorf("QEMU has %d filters of system calls, want 2 of the Starter's and its sandbox's own", n)
 	}
 	select {
 	case <-p.Exited():

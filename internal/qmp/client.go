@@ -110,7 +110,7 @@ func (c *Client) read(in *json.Decoder, limit *io.LimitedReader) {
 			c.publish(Event{
 				Name: m.Event,
 				Data: m.Data,
-				Time: time.Unix(m.Timestamp.Seconds, m.Timestamp.Microseconds*int64(time.Microsecond)),
+				Time: arrivedFrom(time.Unix(m.Timestamp.Seconds, m.Timestamp.Microseconds*int64(time.Microsecond)), time.Now()),
 			})
 		case m.ID != nil:
 			c.answer(*m.ID, reply{raw: raw, message: m})
@@ -151,4 +151,17 @@ func (c *Client) end(cause error) {
 		close(s.events)
 	}
 	clear(c.subscriptions)
+}
+
+// longestWay is how long an event may plausibly have been on its way.
+const longestWay = time.Minute
+
+// arrivedFrom is the time of an event that QEMU's clock, the host's, calls stamped and that is read now. It has a reading of
+// the monotonic clock, as far as the wall clock was not put elsewhere between the two: then it is now.
+func arrivedFrom(stamped, now time.Time) time.Time {
+	age := now.Round(0).Sub(stamped)
+	if age < 0 || age > longestWay {
+		return now
+	}
+	return now.Add(-age)
 }

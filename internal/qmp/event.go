@@ -16,7 +16,7 @@ const eventBuffer = 256
 type Event struct {
 	Name string          // "STOP", "RESUME", "MIGRATION", ...
 	Data json.RawMessage // a JSON object; nil if the event has none
-	Time time.Time       // when QEMU made it: wall clock of its host, to the microsecond
+	Time time.Time       // when QEMU made it, to the microsecond, as this process' clocks show it; see arrivedFrom
 }
 
 // Subscription receives events from the moment it was made. Close it when it is no longer needed.

@@ -30,7 +30,8 @@ type Export struct {
 	confirmed atomic.Bool // stopped has said yes
 	withdrawn atomic.Bool
 
-	link link // what lanes find out about the network
+	link  link // what lanes find out about the network
+	greed *greed
 
 	asking      sync.Mutex    // one lane at a time asks stopped
 	withdrawing sync.Mutex    // one Withdraw at a time waits for the lanes

@@ -69,6 +69,11 @@ func (l *lane) serve(ctx context.Context, stream messageStream) error {
 			return err
 		}
 		l.counters.requests.Add(1)
+		if waited, err := l.export.greed.take(ctx, left); err != nil {
+			return err
+		} else if waited {
+			l.counters.throttled.Add(1)
+		}
 		for _, r := range l.request.Ranges {
 			if err := l.answer(stream, r, left); err != nil {
 				return err

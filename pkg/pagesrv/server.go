@@ -48,7 +48,7 @@ func (s *Server) Offer(id, token string, ram *RAM, stopped func(context.Context)
 	}
 	e := &Export{
 		server: s, id: id, token: sha256.Sum256([]byte(token)),
-		ram: ram, stopped: stopped,
+		ram: ram, stopped: stopped, greed: newGreed(ram),
 		lanes: map[*lane]struct{}{}, done: make(chan struct{}),
 	}
 	s.mu.Lock()

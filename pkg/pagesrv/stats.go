@@ -13,6 +13,7 @@ type Stats struct {
 	ZeroPages uint64 // those of them of which no bytes were sent
 	PageBytes uint64 // of the pages whose bytes were sent
 	Bytes     uint64 // sent for them, fewer where they were packed; without any framing
+	Throttled uint64 // requests that had to wait because far more was asked for than there is
 }
 
 // LaneStats are those of one open lane.
@@ -53,17 +54,18 @@ func (s *Stats) add(o Stats) {
 	s.ZeroPages += o.ZeroPages
 	s.PageBytes += o.PageBytes
 	s.Bytes += o.Bytes
+	s.Throttled += o.Throttled
 }
 
 // counters are written by a lane alone and read by anybody.
 type counters struct {
-	requests, replies, pages, zeroPages, pageBytes, bytes atomic.Uint64
+	requests, replies, pages, zeroPages, pageBytes, bytes, throttled atomic.Uint64
 }
 
 func (c *counters) load() Stats {
 	return Stats{
 		Requests: c.requests.Load(), Replies: c.replies.Load(),
 		Pages: c.pages.Load(), ZeroPages: c.zeroPages.Load(),
-		PageBytes: c.pageBytes.Load(), Bytes: c.bytes.Load(),
+		PageBytes: c.pageBytes.Load(), Bytes: c.bytes.Load(), Throttled: c.throttled.Load(),
 	}
 }

@@ -25,7 +25,7 @@ func newIdle(t testing.TB, kind uffdtest.Kind, pages uint64) (*target, *worker, 
 	s := &session{e: g.Engine}
 	s.ctx, s.fail = context.WithCancelCause(context.Background())
 	t.Cleanup(func() { s.fail(nil) })
-	l := newLane("lane", nullLane{}, &g.counters.demandBytes, &g.counters.demandPages)
+	l := newLane("lane", nullLane{}, &g.counters.demandBytes, &g.counters.demandPages, &g.copies[0])
 	s.demand = []*lane{l}
 	w, err := newWorker(s, l)
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 // complete unregisters everything: all pages are in. The kernel wakes the threads that still wait, for
 // holes, which read as zero now.
 func (e *Engine) complete() error {
-	e.counters.lastPage.CompareAndSwap(0, time.Now().UnixNano())
+	e.counters.lastPage.CompareAndSwap(0, e.now())
 	for i := range e.blocks {
 		b := &e.blocks[i]
 		err := b.UFFD.Unregister(b.all())

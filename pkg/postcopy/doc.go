@@ -53,6 +53,22 @@
 // QEMU 7.2 punches a hole into the RAM file before it discards (ram_block_discard_range), and for huge pages does not
 // discard in a way that makes an event: old content that was in flight may then come back in both modes.
 //
+// Why that is harmless, also for a guest that relies on zeros: a page in flight has not been touched here since the switch.
+// Its content at the source is what the guest left when it freed the page, so zeros if the guest clears what it frees
+// (init_on_free=1, after which reported pages are taken for zero). The page only is as if it had not been given up.
+// What must never happen is that a page that was here, so that the guest may have written to it, is installed a second time.
+//
+// The process may be killed at any point of it; the next engine of the same state finds
+//
+//	the event not read        it is still there, and the process waits in madvise(2); all copies are refused (EAGAIN)
+//	                          until it is read and, by the gate, marked
+//	read, not or half marked  pages that are missing: they come from the source, see above. A page that was being installed
+//	                          has not come: the gate kept the read from coming between copy and mark
+//	marked                    they are zero
+//	a copy done, not marked   what the kernel answered is kept, and says that the page was there (copies.go)
+//	a page that was there     present: its hole, by whichever call, reads as zero. The fault on it is answered by a
+//	                          zero page (refill), which is refused as long as an event is not read, and then comes again
+//
 // # When it cannot go on
 //
 // Whatever fails, missing pages stay registered: threads that need one wait, none reads a zero in its place. The next

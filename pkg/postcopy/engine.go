@@ -38,7 +38,14 @@ type Options struct {
 	// makes another Engine, of a later process, go on where this one ended, however that was. nil: memory of the
 	// engine's own.
 	State []byte
+	// Copies is where the kernel answers the engine's copies: CopiesSize bytes at least, aligned to 8. It goes with State,
+	// and says of pages that were being installed when a process ended whether they are there. nil: memory of the engine's own.
+	Copies []byte
 }
+
+// CopiesSize is how many bytes Options.Copies has for so many workers. More may be given, and must be where an earlier engine
+// had more workers.
+func CopiesSize(workers int) int { return (workers + 1) * uffd.CopyRecordSize }
 
 // StateSize is how many bytes Options.State has for these blocks: half a byte a page.
 func StateSize(blocks []Block) int {
@@ -74,6 +81,7 @@ type Engine struct {
 	gate    gate
 
 	pages     *pages
+	copies    []uffd.CopyRecord // of each worker's lane, then the bulk lane's
 	pending   pending
 	fastest   fastest // answer to a fault
 	latency   histogram
@@ -128,7 +136,7 @@ func New(o Options) (*Engine, error) {
 		}
 		e.blocks = append(e.blocks, nb)
 	}
-	return e, nil
+	return e, e.takeUpCopies(o.Copies)
 }
 
 func check(b Block) error {

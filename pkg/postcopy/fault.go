@@ -69,6 +69,7 @@ func (w *worker) batch(u *uffd.UFFD) error {
 	e := w.s.e
 	e.gate.shut()
 	n, err := u.Read(w.events)
+	e.at("read", 0)
 	for i := range n { // before any fault, and before a copy can go on
 		if ev := w.events.At(i); ev.Kind == uffd.EventRemove {
 			e.discard(u, ev.Remove.Start, ev.Remove.End)

@@ -27,7 +27,7 @@ func (s *session) accept(l *lane) error {
 		if r.Zero {
 			err = s.acceptZeros(b, p, n)
 		} else {
-			err = s.acceptData(b, p, n, data[:r.Length])
+			err = s.acceptData(l.record, b, p, n, data[:r.Length])
 			data = data[r.Length:]
 		}
 		if err != nil {
@@ -78,7 +78,7 @@ func (s *session) acceptZeros(b *block, p, n uint64) error {
 }
 
 // acceptData claims pages whose bytes came and installs them in runs that are as long as possible.
-func (s *session) acceptData(b *block, p, n uint64, data []byte) error {
+func (s *session) acceptData(record *uffd.CopyRecord, b *block, p, n uint64, data []byte) error {
 	most := max(1, uint64(copyBytes)>>b.shift)
 	for n > 0 {
 		claimed, verdict := uint64(0), arrivalInstall
@@ -88,7 +88,7 @@ func (s *session) acceptData(b *block, p, n uint64, data []byte) error {
 			}
 			claimed++
 		}
-		if err := s.install(b, p, claimed, data[:claimed<<b.shift]); err != nil {
+		if err := s.install(record, b, p, claimed, data[:claimed<<b.shift]); err != nil {
 			return err
 		}
 		switch verdict {
@@ -108,7 +108,7 @@ func unasked(b *block, p uint64) error {
 }
 
 // install puts n pages in, which are the caller's (installing). What cannot be put in is missing again.
-func (s *session) install(b *block, p, n uint64, data []byte) error {
+func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data []byte) error {
 	e := s.e
 	single := false // the kernel wants one page at a time
 	for tries := 0; n > 0; {
@@ -124,7 +124,8 @@ func (s *session) install(b *block, p, n uint64, data []byte) error {
 			k = 1
 		}
 		e.at("copy", p)
-		done, err := b.UFFD.Copy(b.addr(p), data[:k<<b.shift], 0)
+		done, err := b.UFFD.CopyRecorded(record, b.addr(p), data[:k<<b.shift], 0)
+		e.at("copied", p)
 		k = uint64(done) >> b.shift
 		if errors.Is(err, uffd.ErrExist) { // somebody else put it there; its content stays
 			if err = b.UFFD.Wake(b.page(p)); err == nil {

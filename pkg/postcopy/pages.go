@@ -94,7 +94,7 @@ func newPages(blocks []uint64, memory []byte) (*pages, []uint64, error) {
 }
 
 // takeUp counts the n pages of a block from page p on, and puts back what was under way when an earlier process
-// ended: whether a page that was being installed is there the kernel knows, and answers EEXIST if so.
+// ended: whether a page that was being installed is there the kernel has said (copies.go).
 func (t *pages) takeUp(p, n uint64) error {
 	for i := p; i < p+n; i++ {
 		switch s := t.get(i); s {
@@ -117,6 +117,18 @@ func (t *pages) takeUp(p, n uint64) error {
 		t.swap(i, missing, present)
 	}
 	return nil
+}
+
+// landed says that n pages from page p on are there, whose installer ended before it could say so; takeUp has put them
+// back. Nothing else leaves a page missing that is there: finish comes before the installer's next copy.
+func (t *pages) landed(p, n uint64) {
+	done := int64(0)
+	for i := range n {
+		if t.swap(p+i, missing, present) {
+			done++
+		}
+	}
+	t.known(done)
 }
 
 func wordsFor(pages uint64) uint64 { return (pages + pagesPerWord - 1) / pagesPerWord }

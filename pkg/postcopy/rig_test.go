@@ -28,7 +28,16 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if arguments := os.Getenv(copierEnv); arguments != "" {
+		if err := copier(arguments); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // patience bounds every wait, so that what never comes fails a test.
 const patience = 20 * time.Second

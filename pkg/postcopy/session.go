@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
 // Lane is a call of PageService.Fetch: a *pagelane.Client, or gRPC's own on a connection that was dialled with
@@ -28,6 +29,7 @@ type lane struct {
 	asked  atomic.Int64   // bytes asked for and not answered
 	bytes  *atomic.Uint64 // counters of this kind of lane
 	pages  *atomic.Uint64
+	record *uffd.CopyRecord // owned by the receiver
 
 	reply    pagewire.Reply // owned by the receiver
 	answered chan struct{}  // a reply was dealt with; holds one
@@ -88,9 +90,9 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 	defer s.fail(nil)
 	c := &e.counters
 	for i, stream := range demand {
-		s.demand = append(s.demand, newLane(fmt.Sprintf("demand lane %d", i), stream, &c.demandBytes, &c.demandPages))
+		s.demand = append(s.demand, newLane(fmt.Sprintf("demand lane %d", i), stream, &c.demandBytes, &c.demandPages, &e.copies[i]))
 	}
-	s.bulk = newLane("bulk lane", bulk, &c.bulkBytes, &c.bulkPages)
+	s.bulk = newLane("bulk lane", bulk, &c.bulkBytes, &c.bulkPages, &e.copies[e.workers])
 	for _, l := range s.demand {
 		w, err := newWorker(s, l)
 		if err != nil {
@@ -109,14 +111,14 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 	s.start()
 	select {
 	case <-e.pages.full:
-		e.counters.lastPage.Store(time.Now().UnixNano())
+		e.counters.lastPage.Store(e.now())
 	case <-s.ctx.Done():
 	}
 	return s.finish()
 }
 
-func newLane(name string, stream Lane, bytes, pages *atomic.Uint64) *lane {
-	return &lane{name: name, stream: stream, bytes: bytes, pages: pages, answered: make(chan struct{}, 1), ended: make(chan struct{})}
+func newLane(name string, stream Lane, bytes, pages *atomic.Uint64, record *uffd.CopyRecord) *lane {
+	return &lane{name: name, stream: stream, bytes: bytes, pages: pages, record: record, answered: make(chan struct{}, 1), ended: make(chan struct{})}
 }
 
 func (e *Engine) wakeAll() error {

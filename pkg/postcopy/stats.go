@@ -42,7 +42,7 @@ type counters struct {
 	faults                 atomic.Uint64
 	discarded              atomic.Uint64
 	guessed                atomic.Uint64
-	lastPage               atomic.Int64 // Unix time in ns, 0 before
+	lastPage               atomic.Int64 // ns since the engine's epoch, 0 before
 }
 
 // Stats may be called at any time. The figures are each right, but not all of one moment.
@@ -65,7 +65,7 @@ func (e *Engine) Stats() Stats {
 	}
 	s.PagesPresent = s.PagesTotal - uint64(e.pages.left.Load())
 	if at := c.lastPage.Load(); at != 0 {
-		s.LastPage = time.Unix(0, at)
+		s.LastPage = e.epoch.Add(time.Duration(at))
 	}
 	return s
 }

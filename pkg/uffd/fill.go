@@ -2,7 +2,13 @@
 
 package uffd
 
-import "github.com/migrated-vm/migrated/pkg/uffd/internal/abi"
+import (
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/pkg/uffd/internal/abi"
+)
 
 // The ways to put something where a page is missing. All of them stop at the first page that cannot be
 // had and report what they did before it: n bytes are in place, and unless the mode says DontWake their
@@ -33,6 +39,35 @@ func (u *UFFD) Copy(dst uint64, src []byte, mode CopyMode) (n int, err error) {
 		return 0, opCopy.closed
 	}
 	field, errno := copyFrom(u.fd, dst, src, mode)
+	u.release()
+	return opCopy.filled(errno, field)
+}
+
+// A CopyRecord is where the kernel answers a CopyRecorded, the UFFDIO_COPY's own struct. In memory that outlives the
+// process (CopyRecords of a mapped file) it says afterwards what the last copy has done, however the process ended: a
+// process that is killed while the kernel copies does not end before the kernel has answered.
+//
+// A record is one goroutine's at a time.
+type CopyRecord struct {
+	arg abi.UffdioCopy
+}
+
+// CopyRecordSize is the size of a CopyRecord in bytes.
+const CopyRecordSize = 40
+
+// Answer says what the last copy has done: n bytes at dst are in place. exists says that the first page was there before
+// it came to it. Neither: nothing was done, or it is not known, because the kernel could not write the answer.
+func (r *CopyRecord) Answer() (dst, n uint64, exists bool) {
+	answer := atomic.LoadInt64(&r.arg.Copy)
+	return atomic.LoadUint64(&r.arg.Dst), uint64(max(0, answer)), answer == -int64(unix.EEXIST)
+}
+
+// CopyRecorded is Copy with the kernel's answer in r.
+func (u *UFFD) CopyRecorded(r *CopyRecord, dst uint64, src []byte, mode CopyMode) (n int, err error) {
+	if !u.acquire() {
+		return 0, opCopy.closed
+	}
+	field, errno := recordedFrom(u.fd, r, dst, src, mode)
 	u.release()
 	return opCopy.filled(errno, field)
 }

@@ -3,6 +3,7 @@
 package uffd
 
 import (
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -41,6 +42,32 @@ func ioctlCopy(fd int, dst uint64, src uintptr, length int, mode CopyMode) (int6
 // copyFrom is ioctlCopy with a slice.
 func copyFrom(fd int, dst uint64, src []byte, mode CopyMode) (int64, unix.Errno) {
 	return ioctlCopy(fd, dst, uintptr(unsafe.Pointer(unsafe.SliceData(src))), len(src), mode)
+}
+
+// ioctlRecorded is ioctlCopy with the kernel's struct in memory of the caller's choice.
+//
+//go:uintptrescapes
+func ioctlRecorded(fd int, r *CopyRecord, dst uint64, src uintptr, length int, mode CopyMode) (int64, unix.Errno) {
+	// The old answer goes first: at no instant may it stand beside the new address.
+	atomic.StoreInt64(&r.arg.Copy, 0)
+	atomic.StoreUint64(&r.arg.Dst, dst)
+	r.arg.Src, r.arg.Len, r.arg.Mode = uint64(src), uint64(length), uint64(mode)
+	errno := ioctl(fd, abi.UFFDIO_COPY, &r.arg)
+	return atomic.LoadInt64(&r.arg.Copy), errno
+}
+
+// recordedFrom is ioctlRecorded with a slice.
+func recordedFrom(fd int, r *CopyRecord, dst uint64, src []byte, mode CopyMode) (int64, unix.Errno) {
+	return ioctlRecorded(fd, r, dst, uintptr(unsafe.Pointer(unsafe.SliceData(src))), len(src), mode)
+}
+
+// CopyRecords makes records of memory, which must be aligned to 8 bytes: one for each CopyRecordSize bytes. They are that
+// memory, not a copy of it.
+func CopyRecords(memory []byte) []CopyRecord {
+	if len(memory) < CopyRecordSize || uintptr(unsafe.Pointer(unsafe.SliceData(memory)))%8 != 0 {
+		return nil
+	}
+	return unsafe.Slice((*CopyRecord)(unsafe.Pointer(unsafe.SliceData(memory))), len(memory)/CopyRecordSize)
 }
 
 // readFD is read(2). unix.Read would do, but gives the error as an interface value.

@@ -46,6 +46,7 @@ var claims = []struct {
 	{"bare-arrived", "every page is there when the migration is complete", "whole", "whole"},
 	{"bare-guest", "the VM counts on", "counts", "counts"},
 	{"bare-memory", "its memory is what it wrote", "verified", "verified"},
+	{"bare-clock", "meanwhile the wall clock was put three years ahead, back, and right, every 5 ms", "jumped", "jumped"},
 
 	// Under the policy, everything with --require-secure (confined.go).
 	{"policy", "the policy is loaded and enforced", "enforcing", "enforcing"},

@@ -45,6 +45,7 @@ type ControlServiceClient interface {
 	// destination, starts (or attaches to) the destination QEMU and makes the
 	// connections. Repeating it with the same id and spec returns the migration
 	// as it stands; with the same id and another spec it is ALREADY_EXISTS.
+	// One that is not started within 15 minutes is given up by its destination.
 	Prepare(ctx context.Context, in *PrepareRequest, opts ...grpc.CallOption) (*PrepareResponse, error)
 	// Start switches the VM over, preparing first where Prepare was not called.
 	// Repeatable like Prepare.
@@ -202,6 +203,7 @@ type ControlServiceServer interface {
 	// destination, starts (or attaches to) the destination QEMU and makes the
 	// connections. Repeating it with the same id and spec returns the migration
 	// as it stands; with the same id and another spec it is ALREADY_EXISTS.
+	// One that is not started within 15 minutes is given up by its destination.
 	Prepare(context.Context, *PrepareRequest) (*PrepareResponse, error)
 	// Start switches the VM over, preparing first where Prepare was not called.
 	// Repeatable like Prepare.

@@ -42,7 +42,9 @@ func (s *scene) bare(ctx context.Context) error {
 		return err
 	}
 	id = s.id()
-	return s.migrate(ctx, "bare", id, s.attach(id))
+	done, jumped := whileClockJumps(ctx, func() error { return s.migrate(ctx, "bare", id, s.attach(id)) })
+	check("bare-clock", "jumped", jumped)
+	return done
 }
 
 // refused reports on a migration that was to be refused: what the operator was

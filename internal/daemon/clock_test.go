@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"context"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// wires remembers connections, to cut them.
+type wires struct {
+	mu  sync.Mutex
+	all []net.Conn
+}
+
+func (w *wires) dial(ctx context.Context, address string) (net.Conn, error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+	if err == nil {
+		w.mu.Lock()
+		w.all = append(w.all, conn)
+		w.mu.Unlock()
+	}
+	return conn, err
+}
+
+func (w *wires) cut() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, conn := range w.all {
+		_ = conn.Close()
+	}
+	w.all = nil
+}
+
+// A clock that jumps makes a certificate expire, which is here that the certificate is of another time. What is connected stays
+// so; a new connection is refused, by either side, in words; and the same grpc.ClientConn, as the source of a migration keeps
+// one, works again when the clock is right or the certificate is renewed.
+func TestCertificatesOutOfTime(t *testing.T) {
+	now := time.Now()
+	ca, err := mtlstest.NewAuthority(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	issue := func(end time.Time, name string) {
+		t.Helper()
+		if _, err := ca.IssueUntil(end, name, "127.0.0.1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	files, err := ca.IssueUntil(now.Add(time.Hour), "here", "127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := ca.IssueUntil(now.Add(time.Hour), "there", "127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := config.Default()
+	cfg.Listen = "127.0.0.1:0"
+	cfg.TLSCertificate, cfg.TLSKey, cfg.TLSCA = files.Certificate, files.Key, files.CA
+	there, _ := startConfigured(t, cfg)
+
+	here := &Daemon{cfg: config.Config{TLSCertificate: theirs.Certificate, TLSKey: theirs.Key, TLSCA: theirs.CA}}
+	var cable wires
+	conn, err := here.dial(net.JoinHostPort("127.0.0.1", there.pagePort), grpc.WithContextDialer(cable.dial))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	client := migratedv1.NewPeerServiceClient(conn)
+	check := func() error {
+		_, err := client.CheckHost(t.Context(), &migratedv1.CheckHostRequest{})
+		return err
+	}
+	wantCode(t, "at first", check(), codes.OK)
+	for name, end := range map[string]time.Time{
+		"there": now.Add(-time.Minute), "here": now.Add(-time.Minute), // years ahead
+		"here ": now.Add(30 * time.Hour), // a clock that was put back: it is not valid yet
+	} {
+		file := strings.TrimSpace(name)
+		issue(end, file)
+		wantCode(t, name+": what is connected", check(), codes.OK)
+		cable.cut()
+		refused := check()
+		for deadline := time.Now().Add(patience); status.Code(refused) != codes.Unavailable || !strings.Contains(refused.Error(), "expired"); refused = check() {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: a connection with a certificate of another time: %v", name, refused)
+			}
+		}
+		issue(now.Add(time.Hour), file)
+		again, cancel := context.WithTimeout(t.Context(), patience)
+		if _, err := client.CheckHost(again, &migratedv1.CheckHostRequest{}, grpc.WaitForReady(true)); err != nil {
+			t.Errorf("%s: with the right certificate again: %v", name, err)
+		}
+		cancel()
+	}
+}
+
+// A dead host is noticed whatever the wall clock does: by the kernel, at both ends of a connection.
+func TestKernelKeepsConnectionsAlive(t *testing.T) {
+	l, err := listenTCP(t.Context(), "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeQuietly(l)
+	dialled, err := dialTCP(t.Context(), l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dialled.Close()
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	for name, conn := range map[string]net.Conn{"dialled": dialled, "accepted": accepted} {
+		raw, err := conn.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for option, want := range map[int]int{
+			unix.TCP_KEEPIDLE: int(keepaliveTime.Seconds()), unix.TCP_KEEPINTVL: int(keepaliveTimeout.Seconds()), unix.TCP_KEEPCNT: 3,
+		} {
+			got, optionErr := 0, error(nil)
+			if err := raw.Control(func(fd uintptr) { got, optionErr = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, option) }); err != nil || optionErr != nil || got != want {
+				t.Errorf("%s: option %d is %d, want %d (%v, %v)", name, option, got, want, err, optionErr)
+			}
+		}
+	}
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// A destination that its source forgets gives up, one that has gone on does not.
+func TestForgottenDestinationGivesUp(t *testing.T) {
+	fresh := func(in phase) *Destination {
+		d := NewDestination(t.Context(), DestinationConfig{
+			Request: &migratedv1.PrepareIncomingRequest{Id: "m"}, Dir: t.TempDir(), Log: slog.New(slog.DiscardHandler),
+		})
+		d.phase = in
+		return d
+	}
+	forgotten := fresh(prepared)
+	forgotten.expire(prepared, 0, "it was prepared and not started")
+	select {
+	case <-forgotten.Done():
+	case <-time.After(20 * time.Second):
+		t.Fatal("it is kept")
+	}
+	view, _ := forgotten.Snapshot()
+	if !Terminal(view.GetState()) || !strings.Contains(view.GetError().GetMessage(), "not started within") {
+		t.Errorf("it ended as %v", view)
+	}
+	if _, err := forgotten.Run(context.Background(), &migratedv1.RunRequest{}); !errors.Is(err, ErrNotRun) {
+		t.Errorf("Run is answered with %v", err)
+	}
+
+	goesOn, over := fresh(loading), fresh(prepared)
+	goesOn.expire(prepared, 0, "it was prepared and not started")
+	over.expire(prepared, 0, "it was prepared and not started") // after it, on the same clock
+	<-over.Done()
+	goesOn.mu.Lock()
+	defer goesOn.mu.Unlock()
+	if goesOn.phase != loading {
+		t.Errorf("one that loads was given up: %v", goesOn.reason)
+	}
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"fmt"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
+
+// takeUpCopies goes through what the kernel has answered to the last copies of an earlier engine, and marks what is there.
+//
+// A process that is killed in UFFDIO_COPY ends when the copy has, so that pages are there, and used by the guest, of which
+// the table says that they are being installed. To ask for such a page again does no harm as long as it is there: the
+// kernel answers EEXIST. But the guest may have cleared and freed it meanwhile, and QEMU punched it out of the file, for which
+// there is no event (see the package comment). Then what it held at the switch would come back in a page that the guest
+// knows to be zero (init_on_free=1). Only the kernel's answer tells that page from one that never came.
+func (e *Engine) takeUpCopies(memory []byte) error {
+	if memory == nil {
+		e.copies = make([]uffd.CopyRecord, e.workers+1)
+		return nil
+	}
+	if e.copies = uffd.CopyRecords(memory); len(e.copies) <= e.workers {
+		return fmt.Errorf("post-copy: %w: %d bytes for the copies of %d workers, or not aligned", ErrState, len(memory), e.workers)
+	}
+	for i := range e.copies {
+		dst, n, exists := e.copies[i].Answer()
+		b := e.blockAt(dst)
+		if b == nil {
+			continue // no answer, or another VM's
+		}
+		n = min(n, b.Addr+b.Size-dst) >> b.shift
+		if exists {
+			n = 1
+		}
+		e.pages.landed(b.first+(dst-b.Addr)>>b.shift, n)
+	}
+	return nil
+}
+
+// blockAt returns the block that holds addr, or nil.
+func (e *Engine) blockAt(addr uint64) *block {
+	for i := range e.blocks {
+		if b := &e.blocks[i]; addr-b.Addr < b.Size {
+			return b
+		}
+	}
+	return nil
+}
