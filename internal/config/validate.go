@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/mtls"
 )
 
@@ -67,6 +68,9 @@ func (c Config) Validate() error {
 	if c.FaultWorkers < 0 || c.FaultWorkers > maxFaultWorkers {
 		refuse("fault_workers", strconv.Itoa(c.FaultWorkers),
 			fmt.Sprintf("0 (the daemon chooses) to %d", maxFaultWorkers))
+	}
+	if _, err := bandwidth.Parse(c.Bandwidth); err != nil {
+		refuse("bandwidth", c.Bandwidth, "bytes a second, as in 500M for 500 MiB, from 64K on; or none")
 	}
 	if _, ok := levels[c.LogLevel]; !ok {
 		refuse("log_level", c.LogLevel, "debug, info, warn or error")

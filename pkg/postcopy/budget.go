@@ -82,6 +82,15 @@ func (b *budget) weigh(ram, carried int64) {
 
 func (b *budget) weighs() float64 { return math.Float64frombits(b.weight.Load()) }
 
+// most is how many bytes may be in flight while nothing is known of them: those of budgetBurst, or two runs.
+func (b *budget) most() int64 {
+	limit := b.limit.Load()
+	if limit == 0 {
+		return math.MaxInt64
+	}
+	return max(2*leastRun, int64(float64(limit)*budgetBurst.Seconds()))
+}
+
 // rate is the limit in bytes of RAM a ns; infinite where there is none.
 func (b *budget) rate() float64 {
 	limit := b.limit.Load()

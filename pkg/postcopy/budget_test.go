@@ -37,7 +37,10 @@ func TestSweepHearsOfAnotherLimit(t *testing.T) {
 	g := newTarget(t, l, Options{Bandwidth: 1 << 10})
 	run := g.run(context.Background(), dial(t, realSource(t, l), g.workers))
 	g.StartSweep()
-	until(t, "in debt", func() bool { return g.budget.wait(g.now()) > patience.Nanoseconds() })
+	until(t, "in debt with nothing under way", func() bool {
+		_, asked := g.pages.firstSwept()
+		return !asked && g.budget.wait(g.now()) > patience.Nanoseconds()
+	})
 	g.SetBandwidth(0)
 	mustEnd(t, run)
 	g.verify()

@@ -53,6 +53,8 @@ const (
 	idleQueue = 512 << 10
 	// budgetCredit is for how long a budget that was not spent may be spent later: timers wake late.
 	budgetCredit = 10 * time.Millisecond
+	// budgetBurst is how much of a budget may come at once when data follows on nothing but zeros.
+	budgetBurst = 100 * time.Millisecond
 	// sweepFronts is from how many places the sweep goes on, in turns.
 	sweepFronts = 4
 	// sweepRanges is how many pieces of missing memory the sweep asks for in one message at most.

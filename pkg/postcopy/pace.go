@@ -108,8 +108,9 @@ func (p *pace) set(trip int64) {
 		rate = max(rate, r)
 	}
 	if rate == 0 { // zeros up to now: they may come as fast as they can
-		p.run.Store(min(2*p.run.Load(), sweepRun))
-		p.window.Store(min(2*p.window.Load(), sweepWindow))
+		most := p.budget.most() // data may come at once
+		p.run.Store(min(2*p.run.Load(), sweepRun, most/2))
+		p.window.Store(min(2*p.window.Load(), sweepWindow, most))
 		return
 	}
 	if p.flat < 3 { // the link has not been full yet: what it can carry shows only when more is sent
