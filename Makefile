@@ -123,6 +123,14 @@ microbench: ## measure how far the engine is from what the machine can do (docs/
 	@scripts/setup test
 	@go run ./e2e/floor $(ARGS)
 
+# In a mount namespace of its own; both ways in turns, twice.
+.PHONY: hugebench
+hugebench: ## measure what huge pages are worth for memory that UFFDIO_COPY filled, and cost (docs/huge-pages.md)
+	@scripts/setup test
+	@mkdir -p build
+	@cc -O2 -Wall -Wextra -Werror -pthread -o build/huge e2e/floor/testdata/huge.c
+	@unshare --mount sh -ec 'mount -t tmpfs -o size=1200m tmpfs /mnt; for way in pidfd file pidfd file; do build/huge $$way /mnt/ram; done'
+
 # What is left of 'make -C kernel test' once the kernels are there: their build would take longer than a
 # test may.
 .PHONY: kernel-tests

@@ -50,10 +50,16 @@ func newLab(t *testing.T) *lab.Lab {
 // newHosts makes two hosts without daemons.
 func newHosts(t *testing.T) *lab.Lab {
 	t.Helper()
+	return hosts(t, lab.New)
+}
+
+// hosts are two, joined by what join makes.
+func hosts(t *testing.T, join func(context.Context) (*lab.Lab, error)) *lab.Lab {
+	t.Helper()
 	if os.Getuid() != 0 {
 		cannot.Run(t, "hosts are made of namespaces, which needs root")
 	}
-	l, err := lab.New(testContext(t))
+	l, err := join(testContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -37,6 +37,7 @@ type cli struct {
 	Status     statusCmd     `cmd:"" help:"Show one migration."`
 	Watch      watchCmd      `cmd:"" help:"Follow a migration to its end."`
 	Cancel     cancelCmd     `cmd:"" help:"Give up a migration that has not switched over."`
+	Bandwidth  bandwidthCmd  `cmd:"" help:"Change how much of the network a migration may take."`
 	Recover    recoverCmd    `cmd:"" help:"Connect to a migration's source again, also at another address."`
 	Fallback   fallbackCmd   `cmd:"" help:"Continue a VM at the source whose destination is lost."`
 	Ver        versionCmd    `cmd:"" name:"version" help:"Print the versions of this program and of the daemon."`

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/migrated-vm/migrated/internal/bandwidth"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -102,12 +103,19 @@ var scenes = map[string][]*migratedv1.Migration{
 	"old-4":    {at("old-4", 0, setup, 0), at("old-4", 90*ms, cancelled, 0)},
 	"paused-5": {at("paused-5", 0, active, 9000), at("paused-5", 10*ms, paused, 9000), at("paused-5", 20*ms, resumed, 9000), at("paused-5", 30*ms, active, 9000), at("paused-5", 40*ms, completed, 262144)},
 	"lost-7":   {at("lost-7", 0, active, 9000), nil},
+	"slow-8":   {limited("slow-8", 1310*ms), at("slow-8", 2150*ms, completed, 262144)},
 	"cut-6":    {at("cut-6", 0, active, 9000), nil, at("cut-6", 500*ms, active, 99_000), at("cut-6", 600*ms, completed, 262144)},
 }
 
 func prepared(id string, after time.Duration) *migratedv1.Migration {
 	m := at(id, after, setup, 0)
 	m.Prepared = true
+	return m
+}
+
+func limited(id string, after time.Duration) *migratedv1.Migration {
+	m := at(id, after, active, 113_000)
+	m.Progress.Bandwidth, m.Progress.SweepBytesPerSecond = 500<<20, 498.3*(1<<20)
 	return m
 }
 
@@ -227,6 +235,16 @@ func (p *played) Cancel(_ context.Context, r *migratedv1.CancelRequest) (*migrat
 		return &migratedv1.CancelResponse{Migration: at("old-4", 90*ms, cancelled, 0)}, nil
 	case "db-1":
 		return nil, status.Error(codes.FailedPrecondition, "migration db-1 has switched over: the VM runs at the destination")
+	}
+	return nil, notFound(r.GetId())
+}
+
+func (p *played) SetBandwidth(_ context.Context, r *migratedv1.SetBandwidthRequest) (*migratedv1.SetBandwidthResponse, error) {
+	switch r.GetId() {
+	case "db-1": // its daemon has a limit of 1 GiB/s
+		return &migratedv1.SetBandwidthResponse{Bandwidth: bandwidth.Lower(r.GetBandwidth(), 1<<30)}, nil
+	case "old-4":
+		return nil, status.Error(codes.FailedPrecondition, "this migration is over")
 	}
 	return nil, notFound(r.GetId())
 }

@@ -35,6 +35,7 @@ type serveCmd struct {
 	FaultWorkers  *int     `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
 	MaxIncoming   *int     `group:"settings" placeholder:"N" help:"Migrations to this host at once."`
 	RequireSecure *bool    `group:"settings" help:"Refuse VMs that arrive where no security module can watch over the userfaultfd."`
+	Bandwidth     *string  `group:"settings" placeholder:"BYTES/S" help:"Most that may cross the network of one VM's memory that it does not wait for, as in 500M; none: no limit."`
 	LogLevel      *string  `group:"settings" placeholder:"LEVEL" help:"debug, info, warn or error."`
 }
 
@@ -131,6 +132,7 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 	set(&cfg.FaultWorkers, s.FaultWorkers)
 	set(&cfg.MaxIncoming, s.MaxIncoming)
 	set(&cfg.RequireSecure, s.RequireSecure)
+	set(&cfg.Bandwidth, s.Bandwidth)
 	set(&cfg.LogLevel, s.LogLevel)
 	return cfg, cfg.Validate()
 }

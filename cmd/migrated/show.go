@@ -104,6 +104,9 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	if spec.GetRequireSecure() {
 		fact("Required", "a supervised userfaultfd")
 	}
+	if limit := p.GetBandwidth(); limit > 0 {
+		fact("Bandwidth", "at most %s for what no thread waits for, %s/s now", limitText(limit), bytesText(uint64(p.GetSweepBytesPerSecond())))
+	}
 	if text := supervisionText(m); text != "" {
 		fact("Userfaultfd", "%s", text)
 	}

@@ -30,6 +30,8 @@ type Link struct {
 
 // Stats counts what one direction of a link carried since the lab was made.
 type Stats struct {
+	// At is when they were taken, by the clock that the link carries by.
+	At time.Duration
 	// Packets and Bytes went onto the wire, the lost ones among them. Bytes
 	// are Ethernet's: they took 8*Bytes/Rate seconds.
 	Packets, Bytes int64

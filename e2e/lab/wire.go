@@ -90,7 +90,9 @@ func (w *Wire) SetCut(cut bool) {
 func (w *Wire) Stats() Stats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.stats
+	stats := w.stats
+	stats.At = w.now()
+	return stats
 }
 
 func (w *Wire) now() time.Duration { return time.Since(w.epoch) }

@@ -11,6 +11,7 @@ package config
 import (
 	"log/slog"
 
+	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/mtls"
 )
 
@@ -69,6 +70,10 @@ type Config struct {
 	// RequireSecure refuses VMs that arrive with a userfaultfd that no security
 	// module supervises.
 	RequireSecure bool `yaml:"require_secure"`
+	// Bandwidth limits, as package bandwidth reads it, what crosses the network of
+	// one VM's memory that no thread waits for, away from this host or to it;
+	// "none": only what a migration itself says.
+	Bandwidth string `yaml:"bandwidth"`
 	// LogLevel is the least severe level that is logged: debug, info, warn or
 	// error.
 	LogLevel string `yaml:"log_level"`
@@ -86,6 +91,7 @@ func Default() Config {
 		StateDir:     "/run/migrated",
 		QEMUBinaries: []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"},
 		MaxIncoming:  16,
+		Bandwidth:    "none",
 		LogLevel:     "info",
 	}
 }
@@ -96,6 +102,15 @@ var levels = map[string]slog.Level{
 	"info":  slog.LevelInfo,
 	"warn":  slog.LevelWarn,
 	"error": slog.LevelError,
+}
+
+// BandwidthLimit is Bandwidth in bytes a second, 0 for none; it is valid.
+func (c Config) BandwidthLimit() uint64 {
+	limit, err := bandwidth.Parse(c.Bandwidth)
+	if err != nil {
+		return 0
+	}
+	return limit
 }
 
 // TLS is the files of TLS, ok where they are set.

@@ -51,7 +51,7 @@ func TestLoad(t *testing.T) {
 		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated",
 		TLSCertificate: "/etc/migrated/tls/cert.pem", TLSKey: "/etc/migrated/tls/key.pem", TLSCA: "/etc/migrated/tls/ca.pem",
 		Peers: []string{"spiffe://example/host/a web-*", "b.example"}, Operators: []string{"admin.example"}, Plaintext: true,
-		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, MaxIncoming: 5, RequireSecure: true, LogLevel: "debug",
+		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, MaxIncoming: 5, RequireSecure: true, Bandwidth: "500M", LogLevel: "debug",
 	}
 	one := Default()
 	one.FaultWorkers = 3
@@ -84,6 +84,7 @@ qemu_binaries:
 fault_workers: 4
 max_incoming: 5
 require_secure: true
+bandwidth: 500M
 log_level: debug
 `, all},
 	} {
@@ -107,7 +108,7 @@ func TestLoadMistakes(t *testing.T) {
 		{"misspelt", "# c\nlistn: a\n", []string{`2: unknown key "listn"; did you mean "listen"?`}},
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
-		{"far from any", "bandwidth: 3\n", []string{`1: unknown key "bandwidth"; valid keys are advertise, control_listen, ` +
+		{"far from any", "colour: 3\n", []string{`1: unknown key "colour"; valid keys are advertise, bandwidth, control_listen, ` +
 			`fault_workers, listen, log_level, max_incoming, operators, peers, plaintext, qemu_binaries, require_secure, socket, state_dir, tls_ca, tls_certificate, tls_key`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
@@ -187,6 +188,9 @@ func TestValidate(t *testing.T) {
 		{"too many workers", func(c *Config) { c.FaultWorkers = 64 }, "fault_workers", "64"},
 		{"no migrations", func(c *Config) { c.MaxIncoming = 0 }, "max_incoming", "0"},
 		{"too many migrations", func(c *Config) { c.MaxIncoming = 65 }, "max_incoming", "65"},
+		{"bandwidth", func(c *Config) { c.Bandwidth = "1.5G" }, "", ""},
+		{"bandwidth in bits", func(c *Config) { c.Bandwidth = "500Mbit" }, "bandwidth", "500Mbit"},
+		{"bandwidth without a unit", func(c *Config) { c.Bandwidth = "500" }, "bandwidth", "500"},
 		{"log level", func(c *Config) { c.LogLevel = "INFO" }, "log_level", "INFO"},
 	} {
 		t.Run(test.name, func(t *testing.T) {

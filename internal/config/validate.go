@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/mtls"
 )
 
@@ -74,6 +75,9 @@ func (c Config) Validate() error {
 	}
 	if c.MaxIncoming < 1 || c.MaxIncoming > maxIncoming {
 		refuse("max_incoming", strconv.Itoa(c.MaxIncoming), fmt.Sprintf("1 to %d", maxIncoming))
+	}
+	if _, err := bandwidth.Parse(c.Bandwidth); err != nil {
+		refuse("bandwidth", c.Bandwidth, "bytes a second, as in 500M for 500 MiB, from 64K on; or none")
 	}
 	if _, ok := levels[c.LogLevel]; !ok {
 		refuse("log_level", c.LogLevel, "debug, info, warn or error")

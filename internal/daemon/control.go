@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -105,6 +106,9 @@ func validateSpec(spec *migratedv1.MigrationSpec) error {
 	}
 	if spec.GetDestinationQmp() != "" && spec.GetDestinationTemplate() != "" {
 		return errors.New("destination_qmp and destination_template exclude each other: QEMU is either running there or started from a template")
+	}
+	if err := bandwidth.Check(spec.GetBandwidth()); err != nil {
+		return fmt.Errorf("bandwidth: %d: %w", spec.GetBandwidth(), err)
 	}
 	return nil
 }
@@ -214,6 +218,26 @@ func (c *controlService) FallBack(ctx context.Context, request *migratedv1.FallB
 	}
 	view, _ := s.Snapshot()
 	return &migratedv1.FallBackResponse{Migration: view}, nil
+}
+
+func (c *controlService) SetBandwidth(ctx context.Context, request *migratedv1.SetBandwidthRequest) (*migratedv1.SetBandwidthResponse, error) {
+	limit := request.GetBandwidth()
+	if err := bandwidth.Check(limit); err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "bandwidth: %d: %v", limit, err)
+	}
+	var holds uint64
+	var err error
+	if s := c.daemon.migrations.source(request.GetId()); s != nil {
+		holds, err = s.SetBandwidth(ctx, limit)
+	} else if d := c.daemon.migrations.destination(request.GetId()); d != nil {
+		holds, err = d.SetBandwidth(limit)
+	} else {
+		return nil, notFound(request.GetId())
+	}
+	if err != nil {
+		return nil, migration.ToStatus(codes.FailedPrecondition, err)
+	}
+	return &migratedv1.SetBandwidthResponse{Bandwidth: holds}, nil
 }
 
 func (c *controlService) GetVersion(context.Context, *migratedv1.GetVersionRequest) (*migratedv1.GetVersionResponse, error) {

@@ -81,6 +81,7 @@ func TestControlRefusesBadRequests(t *testing.T) {
 		{"no host", "m", func(s *migratedv1.MigrationSpec) { s.Destination = ":7600" }},
 		{"relative template", "m", func(s *migratedv1.MigrationSpec) { s.DestinationTemplate = "x" }},
 		{"template and socket", "m", func(s *migratedv1.MigrationSpec) { s.DestinationTemplate, s.DestinationQmp = "/x", "/y" }},
+		{"a bandwidth in megabytes", "m", func(s *migratedv1.MigrationSpec) { s.Bandwidth = 500 }},
 		{"an id that names a file elsewhere", "../m", func(*migratedv1.MigrationSpec) {}},
 		{"an id that is too long", string(make([]byte, 65)), func(*migratedv1.MigrationSpec) {}},
 	} {
@@ -112,6 +113,14 @@ func TestUnknownMigrations(t *testing.T) {
 	_, err = client.Cancel(t.Context(), &migratedv1.CancelRequest{Id: "x"})
 	if status.Code(err) != codes.NotFound {
 		t.Errorf("Cancel: %v", err)
+	}
+	_, err = client.SetBandwidth(t.Context(), &migratedv1.SetBandwidthRequest{Id: "x"})
+	if status.Code(err) != codes.NotFound {
+		t.Errorf("SetBandwidth: %v", err)
+	}
+	_, err = client.SetBandwidth(t.Context(), &migratedv1.SetBandwidthRequest{Id: "x", Bandwidth: 1})
+	if status.Code(err) != codes.InvalidArgument {
+		t.Errorf("SetBandwidth to next to nothing: %v", err)
 	}
 	_, err = client.Start(t.Context(), &migratedv1.StartRequest{Id: "x"})
 	if status.Code(err) != codes.NotFound {

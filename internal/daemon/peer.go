@@ -147,6 +147,18 @@ func (p *peerService) WatchIncoming(request *migratedv1.WatchIncomingRequest, st
 	})
 }
 
+func (p *peerService) LimitIncoming(ctx context.Context, request *migratedv1.LimitIncomingRequest) (*migratedv1.LimitIncomingResponse, error) {
+	d, err := p.destination(ctx, request.GetId())
+	if err != nil {
+		return nil, err
+	}
+	holds, err := d.SetBandwidth(request.GetBandwidth())
+	if err != nil {
+		return nil, migration.ToStatus(codes.FailedPrecondition, err)
+	}
+	return &migratedv1.LimitIncomingResponse{Bandwidth: holds}, nil
+}
+
 func (p *peerService) AbortIncoming(ctx context.Context, request *migratedv1.AbortIncomingRequest) (*migratedv1.AbortIncomingResponse, error) {
 	d, err := p.destination(ctx, request.GetId())
 	if err != nil {

@@ -19,13 +19,14 @@ func (d *Daemon) sourceConfig() migration.SourceConfig {
 		addresses = []string{net.JoinHostPort("", d.pagePort)}
 	}
 	return migration.SourceConfig{
-		Pages: d.pages, Records: d.records, PageAddresses: addresses, Dial: d.dial, Log: d.log,
+		Pages: d.pages, Records: d.records, PageAddresses: addresses, Bandwidth: d.cfg.BandwidthLimit(), Dial: d.dial, Log: d.log,
 	}
 }
 
 func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 	return migration.DestinationConfig{
-		Dir: dir, Binaries: d.cfg.QEMUBinaries, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure, Dial: d.dialLane, Log: d.log,
+		Dir: dir, Binaries: d.cfg.QEMUBinaries, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
+		Bandwidth: d.cfg.BandwidthLimit(), Dial: d.dialLane, Log: d.log,
 	}
 }
 

@@ -49,6 +49,8 @@ type DestinationConfig struct {
 	FaultWorkers int
 	// RequireSecure refuses an unsupervised userfaultfd, whatever the source asks.
 	RequireSecure bool
+	// Bandwidth is this daemon's own limit, bytes a second; 0: none.
+	Bandwidth uint64
 	// Dial makes a connection for a lane to the source's page server at HOST:PORT. Its errors are gRPC statuses.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 	Log  *slog.Logger
@@ -93,6 +95,9 @@ type Destination struct {
 	// releaseGC ends the hold on the garbage collector during the switch.
 	releaseGC func()
 	meter     meter
+
+	limitMu  sync.Mutex // guards the kept limit against release
+	released bool
 
 	viaMu sync.Mutex
 	via   []string      // addresses given to Recover, the last first
@@ -301,8 +306,11 @@ func (d *Destination) keep(discards bool) (*keptFactsV1, error) {
 	for _, b := range d.blocks {
 		facts.Blocks = append(facts.Blocks, keptBlock{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize})
 	}
-	d.kept, err = keep(d.cfg.Dir, facts, d.cfg.Request)
-	return facts, err
+	if d.kept, err = keep(d.cfg.Dir, facts, d.cfg.Request); err != nil {
+		return nil, err
+	}
+	d.kept.header().bandwidth.Store(d.cfg.Request.GetBandwidth())
+	return facts, nil
 }
 
 func (d *Destination) qmpPath() string {
@@ -316,7 +324,8 @@ func (d *Destination) qmpPath() string {
 // included, can touch it.
 func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
 	d.engine, err = postcopy.New(postcopy.Options{
-		Blocks: facts.engineBlocks(d.taken.UFFD), Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(), Copies: d.kept.copies(),
+		Blocks: facts.engineBlocks(d.taken.UFFD), Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
+		Copies: d.kept.copies(), Bandwidth: d.limit(),
 	})
 	if err != nil {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)

@@ -269,6 +269,9 @@ func (d *Destination) release() {
 			d.log.Warn("disconnect from QEMU", "error", err)
 		}
 	}
+	d.limitMu.Lock()
+	defer d.limitMu.Unlock()
+	d.released = true
 	if d.kept != nil {
 		end := d.kept.forget
 		if d.leave {

@@ -36,7 +36,8 @@ type peer struct {
 	load func(context.Context) error // when the whole device state has come; nil: all is well
 	run  func(attempt int) (*migratedv1.RunResponse, error)
 
-	endless bool // the last page never comes
+	endless bool   // the last page never comes
+	limit   uint64 // that it was told last
 
 	mu      sync.Mutex
 	runs    int

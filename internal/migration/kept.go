@@ -75,6 +75,8 @@ type keptHeader struct {
 	downtime   atomic.Int64
 	// filled is set when all memory is here, before QEMU's descriptor is closed.
 	filled atomic.Uint64
+	// bandwidth is the limit that the source asked for last, bytes a second; 0: none, also of daemons that knew of none.
+	bandwidth atomic.Uint64
 }
 
 const (

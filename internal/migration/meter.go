@@ -27,6 +27,7 @@ type meter struct {
 type sample struct {
 	at      time.Time
 	bytes   uint64
+	swept   uint64 // of bytes
 	present uint64
 }
 
@@ -58,7 +59,7 @@ func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 		PagesTotal: s.PagesTotal, PagesPresent: s.PagesPresent, PagesZero: s.PagesZero,
 		BytesTotal: s.BytesTotal, BytesOnWire: s.BytesReceived, Faults: s.Faults,
 		FaultP50: durationpb.New(s.FaultP50), FaultP99: durationpb.New(s.FaultP99), FaultMax: durationpb.New(s.FaultMax),
-		PagesGuessed: s.Guessed, GuessHits: s.GuessHits,
+		PagesGuessed: s.Guessed, GuessHits: s.GuessHits, Bandwidth: s.Bandwidth,
 	}
 	if m.started.IsZero() {
 		return p
@@ -68,7 +69,7 @@ func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 		p.Residency = durationpb.New(m.residencyLocked(s))
 		return p
 	}
-	now := sample{at: time.Now(), bytes: s.BytesReceived, present: s.PagesPresent}
+	now := sample{at: time.Now(), bytes: s.BytesReceived, swept: s.BytesReceived - s.DemandBytes, present: s.PagesPresent}
 	m.samples = append(m.samples, now)
 	for len(m.samples) > 2 && now.at.Sub(m.samples[1].at) >= rateWindow {
 		m.samples = m.samples[1:]
@@ -76,6 +77,7 @@ func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 	past := m.samples[0]
 	if elapsed := now.at.Sub(past.at).Seconds(); elapsed > 0 {
 		p.BytesPerSecond = float64(now.bytes-past.bytes) / elapsed
+		p.SweepBytesPerSecond = float64(now.swept-past.swept) / elapsed
 		if pages := float64(now.present-past.present) / elapsed; pages > 0 {
 			left := float64(s.PagesTotal-s.PagesPresent) / pages
 			p.TimeLeft = durationpb.New(time.Duration(left * float64(time.Second)))

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -45,6 +46,8 @@ type SourceConfig struct {
 	Records *Records
 	// PageAddresses are told to the destination, see PrepareIncomingRequest.
 	PageAddresses []string
+	// Bandwidth is this daemon's own limit, bytes a second; 0: none.
+	Bandwidth uint64
 	// Dial connects to the destination daemon.
 	Dial Dialer
 	Log  *slog.Logger
@@ -255,6 +258,7 @@ func (s *Source) prepare(ctx context.Context) error {
 		DestinationQmp:      s.cfg.Spec.GetDestinationQmp(),
 		DestinationTemplate: s.cfg.Spec.GetDestinationTemplate(),
 		Spec:                s.cfg.Spec,
+		Bandwidth:           bandwidth.Lower(s.cfg.Spec.GetBandwidth(), s.cfg.Bandwidth),
 	})
 	if err != nil {
 		return causeOf(ctx, fromPeer("prepare", destination, err))

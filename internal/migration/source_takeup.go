@@ -99,11 +99,14 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
 		return askQEMU("source", err)
 	}
-	s.update(func(m *migratedv1.Migration) { m.VmName, m.Prepared = s.facts.Name, true })
 	if err := s.openRAM(); err != nil {
 		return err
 	}
-	return s.offer()
+	if err := s.offer(); err != nil {
+		return err
+	}
+	s.update(func(m *migratedv1.Migration) { m.VmName, m.Prepared = s.facts.Name, true })
+	return nil
 }
 
 func (s *Source) runTakenUp(ctx context.Context, err error) {

@@ -51,6 +51,10 @@ const (
 	// of 1 Gbit/s was a fifth idle, for the time that both daemons take to be woken for each run. While a thread waits
 	// it is two runs: with 256 KiB of them the link is full then too, but the slowest faults take half as long again.
 	idleQueue = 512 << 10
+	// budgetCredit is for how long a budget that was not spent may be spent later: timers wake late.
+	budgetCredit = 10 * time.Millisecond
+	// budgetBurst is how much of a budget may come at once when data follows on nothing but zeros.
+	budgetBurst = 100 * time.Millisecond
 	// sweepFronts is from how many places the sweep goes on, in turns.
 	sweepFronts = 4
 	// sweepRanges is how many pieces of missing memory the sweep asks for in one message at most.

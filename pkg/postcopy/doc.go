@@ -26,9 +26,9 @@
 //	└─────────────────────────┘
 //
 // Read fault.go, then install.go: their functions stand in the order in which a fault meets them. predict.go guesses what
-// a thread will fault on next, pace.go how much the sweep may ask for without being in the way of faults. pages.go holds
-// the states of all pages and the picture of their changes. session.go starts and ends the goroutines,
-// engine.go holds what outlives them, constants.go every size and delay.
+// a thread will fault on next, pace.go how much the sweep may ask for without being in the way of faults, budget.go what
+// both may take of the network in a second. pages.go holds the states of all pages and the picture of their changes.
+// session.go starts and ends the goroutines, engine.go holds what outlives them, constants.go every size and delay.
 //
 // On the way of a fault nothing takes a lock (but see Options.Discards), nothing of ours is allocated,
 // and no goroutine is started. What two goroutines could disagree about is decided by one

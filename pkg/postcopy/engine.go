@@ -41,6 +41,8 @@ type Options struct {
 	// Copies is where the kernel answers the engine's copies: CopiesSize bytes at least, aligned to 8. It goes with State,
 	// and says of pages that were being installed when a process ended whether they are there. nil: memory of the engine's own.
 	Copies []byte
+	// Bandwidth is the limit that SetBandwidth changes, in bytes a second. 0: none.
+	Bandwidth uint64
 }
 
 // CopiesSize is how many bytes Options.Copies has for so many workers. More may be given, and must be where an earlier engine
@@ -87,6 +89,7 @@ type Engine struct {
 	latency   histogram
 	counters  counters
 	predictor predictor
+	budget    *budget
 	epoch     time.Time // pending's times count from here
 	hints     hints
 
@@ -111,7 +114,7 @@ func New(o Options) (*Engine, error) {
 		return nil, errors.New("post-copy: the VM has no RAM block")
 	}
 	e := &Engine{
-		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(),
+		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(), budget: newBudget(o.Bandwidth),
 		sweeping: make(chan struct{}), done: make(chan struct{}), ahead: loadAhead,
 	}
 	if e.workers <= 0 {
@@ -194,6 +197,11 @@ func (e *Engine) StartSweep() {
 		close(e.sweeping)
 	}
 }
+
+// SetBandwidth limits, from now on, what crosses the network of pages that no thread waits for: the sweep's and those that
+// faults foretell, in bytes a second, as packed as they come. Pages that a thread waits for are neither held up nor
+// counted, and nothing is before StartSweep. 0: no limit.
+func (e *Engine) SetBandwidth(bytesPerSecond uint64) { e.budget.set(bytesPerSecond) }
 
 // Done is closed when all memory is in and nothing is registered any more.
 func (e *Engine) Done() <-chan struct{} { return e.done }

@@ -146,9 +146,13 @@ func (w *worker) fault(u *uffd.UFFD, addr uint64, thread uint32, now int64) erro
 		}
 		return w.askAhead(b, p)
 	}
-	if g := e.predictor.fault(thread, p, predictBytes>>b.shift); g.count > 0 {
+	most := int64(predictBytes >> b.shift)
+	if e.budget.wait(now) > 0 {
+		most = 0
+	}
+	if g := e.predictor.fault(thread, p, most); g.count > 0 {
 		w.guesses = append(w.guesses, hunch{b, thread, g})
-	} else if g.step == 0 {
+	} else if g.step == 0 || most == 0 {
 		e.hints.set(thread, p+1)
 	}
 	return nil
@@ -173,25 +177,33 @@ func (w *worker) askAhead(b *block, p uint64) error {
 func (w *worker) follow() error {
 	for i := range w.guesses {
 		h := &w.guesses[i]
-		q := h.guess.first
+		q, asked := h.guess.first, int64(0)
 		for range h.guess.count {
 			if q < h.block.first || q >= h.block.end() {
 				break
 			}
 			if w.s.e.pages.claimAhead(q) {
-				w.s.e.counters.guessed.Add(1)
+				asked++
 				if err := w.ask(h.block, q); err != nil {
 					return err
 				}
 			}
 			q += uint64(h.guess.step)
 		}
+		w.s.e.guessed(h.block, asked)
 		if h.guess.step > 0 {
 			w.s.e.hints.set(h.thread, q) // the sweep goes on behind them
 		}
 	}
 	w.guesses = w.guesses[:0]
 	return w.send()
+}
+
+// guessed counts pages that were asked for ahead. What they will take is spent now: an answer on a demand lane does not
+// say whether a thread waits for it.
+func (e *Engine) guessed(b *block, pages int64) {
+	e.counters.guessed.Add(uint64(pages))
+	e.budget.spend(int64(e.budget.weighs()*float64(pages<<b.shift)), e.now())
 }
 
 // ask adds a page to the request, which is sent before it exceeds what a message may ask for.

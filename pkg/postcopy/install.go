@@ -40,7 +40,7 @@ func (s *session) accept(l *lane) error {
 	s.e.counters.pageBytes.Add(uint64(len(l.reply.Data)))
 	l.asked.Add(-answered)
 	if l == s.bulk {
-		s.pace.answered(answered, int64(len(l.reply.Data)), s.e.now(), s.e.fastest.ns.Load())
+		s.pace.answered(answered, int64(len(l.reply.Data)), int64(l.reply.Carried()), s.e.now(), s.e.fastest.ns.Load())
 	}
 	return nil
 }

@@ -18,8 +18,12 @@ import (
 //
 //	sweep ── asked ──►  in flight: at most rate × round trip + queue  ──► answered ── receiver
 //
+// Where a limit is set (budget.go), that is the rate, if it is lower: more in flight than it lets come would only come at once.
+//
 // The sweep calls asked, the receiver of the bulk lane answered; room may be called by anybody.
 type pace struct {
+	budget *budget
+
 	window, run         atomic.Int64 // as a rule: bytes in flight, and to ask for at a time
 	busyWindow, busyRun atomic.Int64 // while a thread waits
 
@@ -40,8 +44,8 @@ type pace struct {
 	flat               int     // how many probes have shown no rise
 }
 
-func newPace() *pace {
-	p := &pace{share: 1}
+func newPace(b *budget) *pace {
+	p := &pace{budget: b, share: 1}
 	p.window.Store(firstWindow)
 	p.run.Store(firstWindow / 2)
 	p.busyWindow.Store(2 * leastRun)
@@ -58,9 +62,11 @@ func (p *pace) asked(bytes, now int64) {
 	}
 }
 
-// answered says that so many bytes were answered for at now, and how many of these were not zero. trip is the fastest
-// answer to a fault so far, in ns, 0: none yet.
-func (p *pace) answered(bytes, data, now, trip int64) {
+// answered says that so many bytes were answered for at now, how many of these were not zero, and as how many those were
+// carried. trip is the fastest answer to a fault so far, in ns, 0: none yet.
+func (p *pace) answered(bytes, data, carried, now, trip int64) {
+	p.budget.spend(carried, now)
+	p.budget.weigh(bytes, carried)
 	p.came += bytes
 	p.data += data
 	p.share += (float64(data)/float64(max(1, bytes)) - p.share) / 8
@@ -102,8 +108,9 @@ func (p *pace) set(trip int64) {
 		rate = max(rate, r)
 	}
 	if rate == 0 { // zeros up to now: they may come as fast as they can
-		p.run.Store(min(2*p.run.Load(), sweepRun))
-		p.window.Store(min(2*p.window.Load(), sweepWindow))
+		most := p.budget.most() // data may come at once
+		p.run.Store(min(2*p.run.Load(), sweepRun, most/2))
+		p.window.Store(min(2*p.window.Load(), sweepWindow, most))
 		return
 	}
 	if p.flat < 3 { // the link has not been full yet: what it can carry shows only when more is sent
@@ -111,11 +118,15 @@ func (p *pace) set(trip int64) {
 	}
 	// In bytes of RAM, some of which will be zero.
 	rate /= max(p.share, leastShare)
+	queue := int64(idleQueue)
+	if limit := p.budget.rate(); limit < rate {
+		rate, queue = limit, 0 // it is meant to idle
+	}
 	holds := int64(rate * float64(trip))
 	run := min(max(leastRun, int64(rate*float64(runTime.Nanoseconds()))), sweepRun)
 	busy := max(leastRun, run/2)
 	p.run.Store(run)
-	p.window.Store(min(holds+max(2*run, idleQueue), sweepWindow))
+	p.window.Store(min(holds+max(2*run, queue), sweepWindow))
 	p.busyRun.Store(busy)
 	p.busyWindow.Store(min(holds+2*busy, sweepWindow))
 }

@@ -12,8 +12,28 @@ import (
 type wireModel struct {
 	rate float64
 	trip time.Duration
-	zero bool // all pages are zero: the answers take no time on it
+	zero bool    // all pages are zero: the answers take no time on it
+	pack float64 // what a byte of RAM takes on it; 0: 1
 	now  int64
+
+	arrived []came // what came over it
+	took    int64  // ns, the last drive
+}
+
+// came is bytes on the wire.
+type came struct{ at, bytes int64 }
+
+// most is the most that came within so long.
+func (m *wireModel) most(span time.Duration) (most int64) {
+	sum, first := int64(0), 0
+	for _, a := range m.arrived {
+		sum += a.bytes
+		for ; a.at-m.arrived[first].at > span.Nanoseconds(); first++ {
+			sum -= m.arrived[first].bytes
+		}
+		most = max(most, sum)
+	}
+	return most
 }
 
 // drive lets a sweep run over the link for so many runs, and returns how much of the time the link was busy and the
@@ -34,17 +54,34 @@ func (m *wireModel) drive(p *pace, runs int, waits func(i int) bool) (busy float
 		if m.zero {
 			data = 0
 		}
-		p.answered(r.bytes, data, m.now, m.trip.Nanoseconds())
+		carried := m.carried(data)
+		m.arrived = append(m.arrived, came{m.now, carried})
+		p.answered(r.bytes, data, carried, m.now, m.trip.Nanoseconds())
+	}
+	mayAsk := func() bool { // the sweep's own loop, with the model's clock
+		for {
+			wait := p.budget.wait(m.now)
+			if wait == 0 {
+				return true
+			}
+			if len(flying) > 0 && flying[0].arrives <= m.now+wait {
+				answer()
+			} else {
+				m.now += wait
+			}
+		}
 	}
 	for i := range runs {
-		bytes := p.room(inFlight, waits(i))
-		for bytes == 0 {
+		bytes := uint64(0)
+		for mayAsk() {
+			if bytes = p.room(inFlight, waits(i)); bytes > 0 {
+				break
+			}
 			answer()
-			bytes = p.room(inFlight, waits(i))
 		}
 		p.asked(int64(bytes), m.now)
 		inFlight += int64(bytes)
-		takes := int64(float64(bytes) / m.rate)
+		takes := int64(float64(m.carried(int64(bytes))) / m.rate)
 		if m.zero {
 			takes = 0
 		}
@@ -59,7 +96,15 @@ func (m *wireModel) drive(p *pace, runs int, waits func(i int) bool) (busy float
 	for len(flying) > 0 {
 		answer()
 	}
-	return float64(working) / float64(m.now-start), queued
+	m.took = m.now - start
+	return float64(working) / float64(m.took), queued
+}
+
+func (m *wireModel) carried(data int64) int64 {
+	if m.pack == 0 {
+		return data
+	}
+	return int64(float64(data) * m.pack)
 }
 
 func never(int) bool  { return false }
@@ -72,11 +117,11 @@ func TestPaceFillsTheLinkAndNoMore(t *testing.T) {
 		{rate: 1.25, trip: 50 * time.Microsecond},
 		{rate: 2, trip: 30 * time.Microsecond}, // loopback
 	} {
-		busy, queued := m.drive(newPace(), 2000, never)
+		busy, queued := m.drive(newPace(newBudget(0)), 2000, never)
 		if most := max(4*runTime, time.Duration(1.2*idleQueue/m.rate)); busy < 0.9 || queued > most {
 			t.Errorf("%+v: the link was busy for %.2f of the time, and up to %v waited in front of it", m, busy, queued)
 		}
-		busy, queued = m.drive(newPace(), 2000, always)
+		busy, queued = m.drive(newPace(newBudget(0)), 2000, always)
 		least := min(0.5, leastRun/(m.rate*float64(m.trip.Nanoseconds())+leastRun))
 		if busy < least || queued > max(2*runTime, time.Duration(2.5*leastRun/m.rate)) {
 			t.Errorf("%+v, while threads wait: busy for %.2f of the time, want %.2f, and up to %v waited in front of it", m, busy, least, queued)
@@ -85,7 +130,7 @@ func TestPaceFillsTheLinkAndNoMore(t *testing.T) {
 }
 
 func TestPaceRushesThroughZeros(t *testing.T) {
-	p := newPace()
+	p := newPace(newBudget(0))
 	data := &wireModel{rate: 0.125, trip: 10 * time.Millisecond}
 	data.drive(p, 200, never)
 	data.zero = true
@@ -101,7 +146,7 @@ func TestPaceRushesThroughZeros(t *testing.T) {
 
 // A VM that begins with gigabytes of holes says nothing about the link for long.
 func TestPaceOfZerosFromTheBeginning(t *testing.T) {
-	p := newPace()
+	p := newPace(newBudget(0))
 	m := &wireModel{rate: 0.125, trip: 200 * time.Microsecond, zero: true}
 	m.drive(p, 100, never)
 	if w, r := p.window.Load(), p.run.Load(); w != sweepWindow || r != sweepRun {
@@ -114,17 +159,87 @@ func TestPaceOfZerosFromTheBeginning(t *testing.T) {
 }
 
 func TestRoomIsNeverLessThanOneRun(t *testing.T) {
-	p, now := newPace(), int64(0)
+	p, now := newPace(newBudget(0)), int64(0)
 	for range 10 {
 		p.asked(leastRun, now)
 		now += int64(time.Hour) // for one run
-		p.answered(leastRun, leastRun, now, int64(time.Microsecond))
+		p.answered(leastRun, leastRun, leastRun, now, int64(time.Microsecond))
 	}
 	if p.room(0, true) < leastRun || p.room(0, false) < leastRun {
 		t.Error("a slow link stops the sweep")
 	}
 	if p.room(leastRun+1, true) != 0 {
 		t.Error("three runs are in flight over a slow link")
+	}
+}
+
+// In no second does more come than a limit allows, however fast the link is and however well pages pack; and no less than it
+// allows, where there is that much.
+func TestPaceKeepsTheLimit(t *testing.T) {
+	const mib = 1 << 20
+	for _, c := range []struct {
+		limit uint64
+		m     *wireModel
+	}{
+		{mib, &wireModel{rate: 0.125, trip: 200 * time.Microsecond}},
+		{10 * mib, &wireModel{rate: 0.125, trip: 200 * time.Microsecond}},
+		{10 * mib, &wireModel{rate: 0.125, trip: 10 * time.Millisecond}},
+		{10 * mib, &wireModel{rate: 1.25, trip: 50 * time.Microsecond, pack: 0.1}},
+		{100 * mib, &wireModel{rate: 0.125, trip: 200 * time.Microsecond}},
+		{500 * mib, &wireModel{rate: 1.25, trip: 2 * time.Millisecond}},
+		{500 * mib, &wireModel{rate: 2, trip: 30 * time.Microsecond, pack: 0.5}},
+	} {
+		for name, waits := range map[string]func(int) bool{"nobody waits": never, "threads wait": always} {
+			m := *c.m
+			p := newPace(newBudget(c.limit))
+			m.zero = true
+			m.drive(p, 100, waits)
+			m.zero = false
+			m.drive(p, 20_000, waits)
+			paid := int64(float64(c.limit) * (time.Second + budgetCredit).Seconds())
+			if most := m.most(time.Second); most > paid+max(p.budget.most(), p.window.Load()) {
+				t.Errorf("limit %d, %+v, %s: %d bytes came within a second", c.limit, *c.m, name, most)
+			}
+			sum := int64(0)
+			for _, a := range m.arrived {
+				sum += a.bytes
+			}
+			if rate := float64(sum) * 1e9 / float64(m.took); rate < 0.95*float64(c.limit) && name == "nobody waits" {
+				t.Errorf("limit %d, %+v: only %.0f bytes a second", c.limit, *c.m, rate)
+			}
+		}
+	}
+}
+
+// Holes take nothing of the network, so that a limit is none for them.
+func TestLimitIsNotForZeros(t *testing.T) {
+	p := newPace(newBudget(1 << 20))
+	m := &wireModel{rate: 0.125, trip: 200 * time.Microsecond, zero: true}
+	m.drive(p, 200, never)
+	if m.took > time.Second.Nanoseconds() {
+		t.Errorf("%d runs of zeros took %v", 200, time.Duration(m.took))
+	}
+}
+
+func TestLimitChanges(t *testing.T) {
+	p := newPace(newBudget(1 << 10)) // a run takes a minute
+	m := &wireModel{rate: 0.125, trip: 200 * time.Microsecond}
+	m.drive(p, 10, never)
+	p.budget.spend(1<<20, m.now)
+	if wait := time.Duration(p.budget.wait(m.now)); wait < 1000*time.Second {
+		t.Fatalf("1 MiB at 1 KiB/s is paid after %v", wait)
+	}
+	p.budget.set(1 << 30)
+	if wait := p.budget.wait(m.now); wait != 0 {
+		t.Errorf("what came under the old limit is still paid, for %v", time.Duration(wait))
+	}
+	select {
+	case <-p.budget.changed:
+	default:
+		t.Error("a sweep that sleeps does not learn that the limit has changed")
+	}
+	if busy, _ := m.drive(p, 2000, never); busy < 0.9 {
+		t.Errorf("with a limit above it the link is busy for %.2f of the time", busy)
 	}
 }
 

@@ -85,7 +85,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 		return nil
 	default:
 	}
-	s := &session{e: e, pace: newPace()}
+	s := &session{e: e, pace: newPace(e.budget)}
 	s.ctx, s.fail = context.WithCancelCause(ctx)
 	defer s.fail(nil)
 	c := &e.counters

@@ -17,6 +17,7 @@ type Stats struct {
 	BytesReceived uint64 // for pages on all lanes, as packed as they came, without framing; zero pages have none
 	PageBytes     uint64 // of the pages that BytesReceived were for: more, where the source had packed them
 	DemandBytes   uint64 // of BytesReceived, on demand lanes
+	Bandwidth     uint64 // the limit for pages that no thread waits for, bytes a second; 0: none
 	DemandPages   uint64 // answered on demand lanes, zero or not
 	BulkPages     uint64 // answered on the bulk lane, zero or not
 
@@ -51,7 +52,7 @@ func (e *Engine) Stats() Stats {
 	s := Stats{
 		PagesZero:   uint64(e.pages.zeros.Load()),
 		PageBytes:   c.pageBytes.Load(),
-		DemandBytes: c.demandBytes.Load(),
+		DemandBytes: c.demandBytes.Load(), Bandwidth: e.budget.limit.Load(),
 		DemandPages: c.demandPages.Load(), BulkPages: c.bulkPages.Load(),
 		Faults:   c.faults.Load(),
 		FaultP50: e.latency.quantile(0.50), FaultP99: e.latency.quantile(0.99), FaultMax: time.Duration(e.latency.max.Load()),

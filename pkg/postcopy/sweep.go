@@ -4,12 +4,14 @@ package postcopy
 
 import (
 	"sync/atomic"
+	"time"
 
 	"github.com/migrated-vm/migrated/internal/pagewire"
 )
 
 // sweep asks for what no fault has asked for, on the bulk lane, from where faults happen onwards, until nothing is
-// missing. Faults come first: pace.go says how much the sweep may have in flight, and that it is less while one waits.
+// missing. Faults come first: pace.go says how much the sweep may have in flight, and that it is less while one waits. Where
+// a limit is set, budget.go says when it may go on.
 func (s *session) sweep() error {
 	defer func() { _ = s.bulk.stream.CloseSend() }()
 	select {
@@ -19,8 +21,10 @@ func (s *session) sweep() error {
 	}
 	request := pagewire.Request{Ranges: make([]pagewire.Range, 0, sweepRanges)}
 	var fronts fronts
+	paid := time.NewTimer(0)
+	defer paid.Stop()
 	for {
-		room, ok := s.awaitRoom()
+		room, ok := s.awaitRoom(paid)
 		if !ok {
 			return nil
 		}
@@ -99,13 +103,18 @@ func (s *session) claim(request *pagewire.Request, cursor, room uint64) (bytes, 
 	return bytes, cursor
 }
 
-// awaitRoom waits until the sweep may ask for a run and says of how many bytes. It says false when the session is over.
-func (s *session) awaitRoom() (bytes uint64, ok bool) {
+// awaitRoom waits until the sweep may ask for a run and says of how many bytes. It says false when the session is over. The
+// timer is its own.
+func (s *session) awaitRoom(paid *time.Timer) (bytes uint64, ok bool) {
 	for {
-		if bytes := s.pace.room(s.bulk.asked.Load(), s.faultsWait()); bytes > 0 {
+		if wait := s.e.budget.wait(s.e.now()); wait > 0 {
+			paid.Reset(time.Duration(wait))
+		} else if bytes := s.pace.room(s.bulk.asked.Load(), s.faultsWait()); bytes > 0 {
 			return bytes, true
 		}
 		select {
+		case <-paid.C:
+		case <-s.e.budget.changed:
 		case <-s.bulk.answered:
 		case <-s.ctx.Done():
 			return 0, false

@@ -284,6 +284,12 @@ type MigrationSpec struct {
 	// Fail, before the VM is touched, where the destination's userfaultfd is
 	// unsupervised. A destination can be configured to do so by itself.
 	RequireSecure bool `protobuf:"varint,6,opt,name=require_secure,json=requireSecure,proto3" json:"require_secure,omitempty"`
+	// The most that may cross the network of pages that no thread of the VM waits
+	// for, in bytes a second as they are packed, without framing; 0: no limit. As
+	// QEMU's max-postcopy-bandwidth: a page that a thread waits for is neither held
+	// up nor counted, and the switch itself isn't either. The lowest of this and
+	// both daemons' own limits holds.
+	Bandwidth     uint64 `protobuf:"varint,7,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -358,6 +364,13 @@ func (x *MigrationSpec) GetRequireSecure() bool {
 		return x.RequireSecure
 	}
 	return false
+}
+
+func (x *MigrationSpec) GetBandwidth() uint64 {
+	if x != nil {
+		return x.Bandwidth
+	}
+	return 0
 }
 
 // Migration is one migration as one of its two daemons sees it.
@@ -597,9 +610,13 @@ type Progress struct {
 	// them. None crosses the network twice for it.
 	PagesGuessed uint64 `protobuf:"varint,15,opt,name=pages_guessed,json=pagesGuessed,proto3" json:"pages_guessed,omitempty"`
 	// Which share of what was foretold came true, from 0 to 1.
-	GuessHits     float64 `protobuf:"fixed64,16,opt,name=guess_hits,json=guessHits,proto3" json:"guess_hits,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	GuessHits float64 `protobuf:"fixed64,16,opt,name=guess_hits,json=guessHits,proto3" json:"guess_hits,omitempty"`
+	// The limit that holds, in bytes a second, as in MigrationSpec; 0: none.
+	Bandwidth uint64 `protobuf:"varint,17,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	// Of bytes_per_second, what the sweep brings: pages that no thread waited for.
+	SweepBytesPerSecond float64 `protobuf:"fixed64,18,opt,name=sweep_bytes_per_second,json=sweepBytesPerSecond,proto3" json:"sweep_bytes_per_second,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Progress) Reset() {
@@ -740,6 +757,20 @@ func (x *Progress) GetPagesGuessed() uint64 {
 func (x *Progress) GetGuessHits() float64 {
 	if x != nil {
 		return x.GuessHits
+	}
+	return 0
+}
+
+func (x *Progress) GetBandwidth() uint64 {
+	if x != nil {
+		return x.Bandwidth
+	}
+	return 0
+}
+
+func (x *Progress) GetSweepBytesPerSecond() float64 {
+	if x != nil {
+		return x.SweepBytesPerSecond
 	}
 	return 0
 }
@@ -1488,6 +1519,104 @@ func (x *FallBackResponse) GetMigration() *Migration {
 	return nil
 }
 
+type SetBandwidthRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// As in MigrationSpec.
+	Bandwidth     uint64 `protobuf:"varint,2,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetBandwidthRequest) Reset() {
+	*x = SetBandwidthRequest{}
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetBandwidthRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetBandwidthRequest) ProtoMessage() {}
+
+func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetBandwidthRequest.ProtoReflect.Descriptor instead.
+func (*SetBandwidthRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *SetBandwidthRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SetBandwidthRequest) GetBandwidth() uint64 {
+	if x != nil {
+		return x.Bandwidth
+	}
+	return 0
+}
+
+type SetBandwidthResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The limit that holds now: a daemon's own may be lower.
+	Bandwidth     uint64 `protobuf:"varint,1,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetBandwidthResponse) Reset() {
+	*x = SetBandwidthResponse{}
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetBandwidthResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetBandwidthResponse) ProtoMessage() {}
+
+func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetBandwidthResponse.ProtoReflect.Descriptor instead.
+func (*SetBandwidthResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SetBandwidthResponse) GetBandwidth() uint64 {
+	if x != nil {
+		return x.Bandwidth
+	}
+	return 0
+}
+
 type CheckRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Path of a VM's QMP Unix socket; empty: check the host alone.
@@ -1501,7 +1630,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1513,7 +1642,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1526,7 +1655,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CheckRequest) GetVm() string {
@@ -1552,7 +1681,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1564,7 +1693,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1577,7 +1706,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CheckResponse) GetResults() []*CheckResult {
@@ -1605,7 +1734,7 @@ type CheckResult struct {
 
 func (x *CheckResult) Reset() {
 	*x = CheckResult{}
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1617,7 +1746,7 @@ func (x *CheckResult) String() string {
 func (*CheckResult) ProtoMessage() {}
 
 func (x *CheckResult) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1630,7 +1759,7 @@ func (x *CheckResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
 func (*CheckResult) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CheckResult) GetSubject() string {
@@ -1676,7 +1805,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1688,7 +1817,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1701,7 +1830,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 type GetVersionResponse struct {
@@ -1716,7 +1845,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1728,7 +1857,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1741,7 +1870,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -1762,7 +1891,7 @@ var File_migrated_v1_control_proto protoreflect.FileDescriptor
 
 const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe5\x01\n" +
+	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x83\x02\n" +
 	"\rMigrationSpec\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
@@ -1770,7 +1899,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x14destination_template\x18\x04 \x01(\tR\x13destinationTemplate\x12\x1f\n" +
 	"\vkeep_source\x18\x05 \x01(\bR\n" +
 	"keepSource\x12%\n" +
-	"\x0erequire_secure\x18\x06 \x01(\bR\rrequireSecure\"\xac\x04\n" +
+	"\x0erequire_secure\x18\x06 \x01(\bR\rrequireSecure\x12\x1c\n" +
+	"\tbandwidth\x18\a \x01(\x04R\tbandwidth\"\xac\x04\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -1790,7 +1920,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x0eMigrationError\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\tR\amessage\x12\x16\n" +
 	"\x06remedy\x18\x02 \x01(\tR\x06remedy\x12\x1b\n" +
-	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\"\xb8\x05\n" +
+	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\"\x8b\x06\n" +
 	"\bProgress\x12\x1f\n" +
 	"\vpages_total\x18\x01 \x01(\x04R\n" +
 	"pagesTotal\x12#\n" +
@@ -1812,7 +1942,9 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\ttime_left\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\btimeLeft\x12#\n" +
 	"\rpages_guessed\x18\x0f \x01(\x04R\fpagesGuessed\x12\x1d\n" +
 	"\n" +
-	"guess_hits\x18\x10 \x01(\x01R\tguessHits\"P\n" +
+	"guess_hits\x18\x10 \x01(\x01R\tguessHits\x12\x1c\n" +
+	"\tbandwidth\x18\x11 \x01(\x04R\tbandwidth\x123\n" +
+	"\x16sweep_bytes_per_second\x18\x12 \x01(\x01R\x13sweepBytesPerSecond\"P\n" +
 	"\x0ePrepareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\"G\n" +
@@ -1851,7 +1983,12 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x13destination_is_gone\x18\x02 \x01(\bR\x11destinationIsGone\"H\n" +
 	"\x10FallBackResponse\x124\n" +
-	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"@\n" +
+	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"C\n" +
+	"\x13SetBandwidthRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\tbandwidth\x18\x02 \x01(\x04R\tbandwidth\"4\n" +
+	"\x14SetBandwidthResponse\x12\x1c\n" +
+	"\tbandwidth\x18\x01 \x01(\x04R\tbandwidth\"@\n" +
 	"\fCheckRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\"C\n" +
@@ -1890,7 +2027,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x18CHECK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fCHECK_STATUS_OK\x10\x01\x12\x18\n" +
 	"\x14CHECK_STATUS_WARNING\x10\x02\x12\x17\n" +
-	"\x13CHECK_STATUS_FAILED\x10\x032\xb0\x05\n" +
+	"\x13CHECK_STATUS_FAILED\x10\x032\x85\x06\n" +
 	"\x0eControlService\x12D\n" +
 	"\aPrepare\x12\x1b.migrated.v1.PrepareRequest\x1a\x1c.migrated.v1.PrepareResponse\x12>\n" +
 	"\x05Start\x12\x19.migrated.v1.StartRequest\x1a\x1a.migrated.v1.StartResponse\x128\n" +
@@ -1899,7 +2036,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x05Watch\x12\x19.migrated.v1.WatchRequest\x1a\x1a.migrated.v1.WatchResponse0\x01\x12A\n" +
 	"\x06Cancel\x12\x1a.migrated.v1.CancelRequest\x1a\x1b.migrated.v1.CancelResponse\x12D\n" +
 	"\aRecover\x12\x1b.migrated.v1.RecoverRequest\x1a\x1c.migrated.v1.RecoverResponse\x12G\n" +
-	"\bFallBack\x12\x1c.migrated.v1.FallBackRequest\x1a\x1d.migrated.v1.FallBackResponse\x12>\n" +
+	"\bFallBack\x12\x1c.migrated.v1.FallBackRequest\x1a\x1d.migrated.v1.FallBackResponse\x12S\n" +
+	"\fSetBandwidth\x12 .migrated.v1.SetBandwidthRequest\x1a!.migrated.v1.SetBandwidthResponse\x12>\n" +
 	"\x05Check\x12\x19.migrated.v1.CheckRequest\x1a\x1a.migrated.v1.CheckResponse\x12M\n" +
 	"\n" +
 	"GetVersion\x12\x1e.migrated.v1.GetVersionRequest\x1a\x1f.migrated.v1.GetVersionResponseB>Z<github.com/migrated-vm/migrated/proto/migrated/v1;migratedv1b\x06proto3"
@@ -1917,7 +2055,7 @@ func file_migrated_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_migrated_v1_control_proto_goTypes = []any{
 	(MigrationState)(0),           // 0: migrated.v1.MigrationState
 	(MigrationRole)(0),            // 1: migrated.v1.MigrationRole
@@ -1943,13 +2081,15 @@ var file_migrated_v1_control_proto_goTypes = []any{
 	(*RecoverResponse)(nil),       // 21: migrated.v1.RecoverResponse
 	(*FallBackRequest)(nil),       // 22: migrated.v1.FallBackRequest
 	(*FallBackResponse)(nil),      // 23: migrated.v1.FallBackResponse
-	(*CheckRequest)(nil),          // 24: migrated.v1.CheckRequest
-	(*CheckResponse)(nil),         // 25: migrated.v1.CheckResponse
-	(*CheckResult)(nil),           // 26: migrated.v1.CheckResult
-	(*GetVersionRequest)(nil),     // 27: migrated.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),    // 28: migrated.v1.GetVersionResponse
-	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*SetBandwidthRequest)(nil),   // 24: migrated.v1.SetBandwidthRequest
+	(*SetBandwidthResponse)(nil),  // 25: migrated.v1.SetBandwidthResponse
+	(*CheckRequest)(nil),          // 26: migrated.v1.CheckRequest
+	(*CheckResponse)(nil),         // 27: migrated.v1.CheckResponse
+	(*CheckResult)(nil),           // 28: migrated.v1.CheckResult
+	(*GetVersionRequest)(nil),     // 29: migrated.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),    // 30: migrated.v1.GetVersionResponse
+	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
 }
 var file_migrated_v1_control_proto_depIdxs = []int32{
 	1,  // 0: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
@@ -1957,27 +2097,27 @@ var file_migrated_v1_control_proto_depIdxs = []int32{
 	4,  // 2: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
 	6,  // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
 	7,  // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
-	29, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
-	29, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
+	31, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
+	31, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
 	2,  // 7: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
-	30, // 8: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
-	30, // 9: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
-	30, // 10: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
-	30, // 11: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
-	30, // 12: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
-	30, // 13: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
+	32, // 8: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
+	32, // 9: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
+	32, // 10: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
+	32, // 11: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
+	32, // 12: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
+	32, // 13: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
 	4,  // 14: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
 	5,  // 15: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
 	4,  // 16: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
 	5,  // 17: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
 	5,  // 18: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
 	5,  // 19: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
-	30, // 20: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
+	32, // 20: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
 	5,  // 21: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
 	5,  // 22: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
 	5,  // 23: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
 	5,  // 24: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
-	26, // 25: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
+	28, // 25: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
 	3,  // 26: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
 	1,  // 27: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
 	8,  // 28: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
@@ -1988,20 +2128,22 @@ var file_migrated_v1_control_proto_depIdxs = []int32{
 	18, // 33: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
 	20, // 34: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
 	22, // 35: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
-	24, // 36: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
-	27, // 37: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
-	9,  // 38: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
-	11, // 39: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
-	13, // 40: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
-	15, // 41: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
-	17, // 42: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
-	19, // 43: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
-	21, // 44: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
-	23, // 45: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
-	25, // 46: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
-	28, // 47: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
-	38, // [38:48] is the sub-list for method output_type
-	28, // [28:38] is the sub-list for method input_type
+	24, // 36: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
+	26, // 37: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
+	29, // 38: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
+	9,  // 39: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
+	11, // 40: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
+	13, // 41: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
+	15, // 42: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
+	17, // 43: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
+	19, // 44: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
+	21, // 45: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
+	23, // 46: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
+	25, // 47: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
+	27, // 48: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
+	30, // 49: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
+	39, // [39:50] is the sub-list for method output_type
+	28, // [28:39] is the sub-list for method input_type
 	28, // [28:28] is the sub-list for extension type_name
 	28, // [28:28] is the sub-list for extension extendee
 	0,  // [0:28] is the sub-list for field type_name
@@ -2018,7 +2160,7 @@ func file_migrated_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_control_proto_rawDesc), len(file_migrated_v1_control_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   25,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

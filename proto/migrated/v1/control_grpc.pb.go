@@ -21,16 +21,17 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	ControlService_Prepare_FullMethodName    = "/migrated.v1.ControlService/Prepare"
-	ControlService_Start_FullMethodName      = "/migrated.v1.ControlService/Start"
-	ControlService_Get_FullMethodName        = "/migrated.v1.ControlService/Get"
-	ControlService_List_FullMethodName       = "/migrated.v1.ControlService/List"
-	ControlService_Watch_FullMethodName      = "/migrated.v1.ControlService/Watch"
-	ControlService_Cancel_FullMethodName     = "/migrated.v1.ControlService/Cancel"
-	ControlService_Recover_FullMethodName    = "/migrated.v1.ControlService/Recover"
-	ControlService_FallBack_FullMethodName   = "/migrated.v1.ControlService/FallBack"
-	ControlService_Check_FullMethodName      = "/migrated.v1.ControlService/Check"
-	ControlService_GetVersion_FullMethodName = "/migrated.v1.ControlService/GetVersion"
+	ControlService_Prepare_FullMethodName      = "/migrated.v1.ControlService/Prepare"
+	ControlService_Start_FullMethodName        = "/migrated.v1.ControlService/Start"
+	ControlService_Get_FullMethodName          = "/migrated.v1.ControlService/Get"
+	ControlService_List_FullMethodName         = "/migrated.v1.ControlService/List"
+	ControlService_Watch_FullMethodName        = "/migrated.v1.ControlService/Watch"
+	ControlService_Cancel_FullMethodName       = "/migrated.v1.ControlService/Cancel"
+	ControlService_Recover_FullMethodName      = "/migrated.v1.ControlService/Recover"
+	ControlService_FallBack_FullMethodName     = "/migrated.v1.ControlService/FallBack"
+	ControlService_SetBandwidth_FullMethodName = "/migrated.v1.ControlService/SetBandwidth"
+	ControlService_Check_FullMethodName        = "/migrated.v1.ControlService/Check"
+	ControlService_GetVersion_FullMethodName   = "/migrated.v1.ControlService/GetVersion"
 )
 
 // ControlServiceClient is the client API for ControlService service.
@@ -68,6 +69,9 @@ type ControlServiceClient interface {
 	// good after the switch: the VM goes on here as it was at the switch, and what
 	// it did since is lost. Only the operator can know that it runs nowhere else.
 	FallBack(ctx context.Context, in *FallBackRequest, opts ...grpc.CallOption) (*FallBackResponse, error)
+	// SetBandwidth changes the limit of a migration that is prepared and not over,
+	// at either of its hosts.
+	SetBandwidth(ctx context.Context, in *SetBandwidthRequest, opts ...grpc.CallOption) (*SetBandwidthResponse, error)
 	// Check says whether this host, and a VM on it, can migrate.
 	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
 	// GetVersion returns what this daemon is.
@@ -171,6 +175,16 @@ func (c *controlServiceClient) FallBack(ctx context.Context, in *FallBackRequest
 	return out, nil
 }
 
+func (c *controlServiceClient) SetBandwidth(ctx context.Context, in *SetBandwidthRequest, opts ...grpc.CallOption) (*SetBandwidthResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SetBandwidthResponse)
+	err := c.cc.Invoke(ctx, ControlService_SetBandwidth_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *controlServiceClient) Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CheckResponse)
@@ -226,6 +240,9 @@ type ControlServiceServer interface {
 	// good after the switch: the VM goes on here as it was at the switch, and what
 	// it did since is lost. Only the operator can know that it runs nowhere else.
 	FallBack(context.Context, *FallBackRequest) (*FallBackResponse, error)
+	// SetBandwidth changes the limit of a migration that is prepared and not over,
+	// at either of its hosts.
+	SetBandwidth(context.Context, *SetBandwidthRequest) (*SetBandwidthResponse, error)
 	// Check says whether this host, and a VM on it, can migrate.
 	Check(context.Context, *CheckRequest) (*CheckResponse, error)
 	// GetVersion returns what this daemon is.
@@ -263,6 +280,9 @@ func (UnimplementedControlServiceServer) Recover(context.Context, *RecoverReques
 }
 func (UnimplementedControlServiceServer) FallBack(context.Context, *FallBackRequest) (*FallBackResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method FallBack not implemented")
+}
+func (UnimplementedControlServiceServer) SetBandwidth(context.Context, *SetBandwidthRequest) (*SetBandwidthResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetBandwidth not implemented")
 }
 func (UnimplementedControlServiceServer) Check(context.Context, *CheckRequest) (*CheckResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
@@ -428,6 +448,24 @@ func _ControlService_FallBack_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_SetBandwidth_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetBandwidthRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).SetBandwidth(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_SetBandwidth_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).SetBandwidth(ctx, req.(*SetBandwidthRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ControlService_Check_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CheckRequest)
 	if err := dec(in); err != nil {
@@ -498,6 +536,10 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "FallBack",
 			Handler:    _ControlService_FallBack_Handler,
+		},
+		{
+			MethodName: "SetBandwidth",
+			Handler:    _ControlService_SetBandwidth_Handler,
 		},
 		{
 			MethodName: "Check",

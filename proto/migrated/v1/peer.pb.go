@@ -119,7 +119,9 @@ type PrepareIncomingRequest struct {
 	DestinationQmp      string `protobuf:"bytes,6,opt,name=destination_qmp,json=destinationQmp,proto3" json:"destination_qmp,omitempty"`
 	DestinationTemplate string `protobuf:"bytes,7,opt,name=destination_template,json=destinationTemplate,proto3" json:"destination_template,omitempty"`
 	// The migration as asked for: require_secure, and the rest for show.
-	Spec          *MigrationSpec `protobuf:"bytes,8,opt,name=spec,proto3" json:"spec,omitempty"`
+	Spec *MigrationSpec `protobuf:"bytes,8,opt,name=spec,proto3" json:"spec,omitempty"`
+	// The lower of spec's and the source daemon's limit, as in MigrationSpec.
+	Bandwidth     uint64 `protobuf:"varint,9,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -208,6 +210,13 @@ func (x *PrepareIncomingRequest) GetSpec() *MigrationSpec {
 		return x.Spec
 	}
 	return nil
+}
+
+func (x *PrepareIncomingRequest) GetBandwidth() uint64 {
+	if x != nil {
+		return x.Bandwidth
+	}
+	return 0
 }
 
 // SourceMachine is what the destination has to match.
@@ -784,6 +793,104 @@ func (x *WatchIncomingResponse) GetError() *MigrationError {
 	return nil
 }
 
+type LimitIncomingRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// As in PrepareIncomingRequest.
+	Bandwidth     uint64 `protobuf:"varint,2,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LimitIncomingRequest) Reset() {
+	*x = LimitIncomingRequest{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LimitIncomingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LimitIncomingRequest) ProtoMessage() {}
+
+func (x *LimitIncomingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LimitIncomingRequest.ProtoReflect.Descriptor instead.
+func (*LimitIncomingRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *LimitIncomingRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *LimitIncomingRequest) GetBandwidth() uint64 {
+	if x != nil {
+		return x.Bandwidth
+	}
+	return 0
+}
+
+type LimitIncomingResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The limit that holds now: the destination daemon's own may be lower.
+	Bandwidth     uint64 `protobuf:"varint,1,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LimitIncomingResponse) Reset() {
+	*x = LimitIncomingResponse{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LimitIncomingResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LimitIncomingResponse) ProtoMessage() {}
+
+func (x *LimitIncomingResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LimitIncomingResponse.ProtoReflect.Descriptor instead.
+func (*LimitIncomingResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *LimitIncomingResponse) GetBandwidth() uint64 {
+	if x != nil {
+		return x.Bandwidth
+	}
+	return 0
+}
+
 type AbortIncomingRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -794,7 +901,7 @@ type AbortIncomingRequest struct {
 
 func (x *AbortIncomingRequest) Reset() {
 	*x = AbortIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -806,7 +913,7 @@ func (x *AbortIncomingRequest) String() string {
 func (*AbortIncomingRequest) ProtoMessage() {}
 
 func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -819,7 +926,7 @@ func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingRequest.ProtoReflect.Descriptor instead.
 func (*AbortIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AbortIncomingRequest) GetId() string {
@@ -844,7 +951,7 @@ type AbortIncomingResponse struct {
 
 func (x *AbortIncomingResponse) Reset() {
 	*x = AbortIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -856,7 +963,7 @@ func (x *AbortIncomingResponse) String() string {
 func (*AbortIncomingResponse) ProtoMessage() {}
 
 func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -869,7 +976,7 @@ func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingResponse.ProtoReflect.Descriptor instead.
 func (*AbortIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{15}
 }
 
 var File_migrated_v1_peer_proto protoreflect.FileDescriptor
@@ -879,7 +986,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x16migrated/v1/peer.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19migrated/v1/control.proto\"\x12\n" +
 	"\x10CheckHostRequest\"G\n" +
 	"\x11CheckHostResponse\x122\n" +
-	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xc3\x02\n" +
+	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xe1\x02\n" +
 	"\x16PrepareIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\rR\bprotocol\x12\x14\n" +
@@ -888,7 +995,8 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\amachine\x18\x05 \x01(\v2\x1a.migrated.v1.SourceMachineR\amachine\x12'\n" +
 	"\x0fdestination_qmp\x18\x06 \x01(\tR\x0edestinationQmp\x121\n" +
 	"\x14destination_template\x18\a \x01(\tR\x13destinationTemplate\x12.\n" +
-	"\x04spec\x18\b \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\"\xc6\x02\n" +
+	"\x04spec\x18\b \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\x12\x1c\n" +
+	"\tbandwidth\x18\t \x01(\x04R\tbandwidth\"\xc6\x02\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
@@ -933,17 +1041,23 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x15WatchIncomingResponse\x121\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1b.migrated.v1.MigrationStateR\x05state\x121\n" +
 	"\bprogress\x18\x02 \x01(\v2\x15.migrated.v1.ProgressR\bprogress\x121\n" +
-	"\x05error\x18\x03 \x01(\v2\x1b.migrated.v1.MigrationErrorR\x05error\">\n" +
+	"\x05error\x18\x03 \x01(\v2\x1b.migrated.v1.MigrationErrorR\x05error\"D\n" +
+	"\x14LimitIncomingRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\tbandwidth\x18\x02 \x01(\x04R\tbandwidth\"5\n" +
+	"\x15LimitIncomingResponse\x12\x1c\n" +
+	"\tbandwidth\x18\x01 \x01(\x04R\tbandwidth\">\n" +
 	"\x14AbortIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x17\n" +
-	"\x15AbortIncomingResponse2\x83\x04\n" +
+	"\x15AbortIncomingResponse2\xdb\x04\n" +
 	"\vPeerService\x12J\n" +
 	"\tCheckHost\x12\x1d.migrated.v1.CheckHostRequest\x1a\x1e.migrated.v1.CheckHostResponse\x12\\\n" +
 	"\x0fPrepareIncoming\x12#.migrated.v1.PrepareIncomingRequest\x1a$.migrated.v1.PrepareIncomingResponse\x12^\n" +
 	"\x0fLoadDeviceState\x12#.migrated.v1.LoadDeviceStateRequest\x1a$.migrated.v1.LoadDeviceStateResponse(\x01\x128\n" +
 	"\x03Run\x12\x17.migrated.v1.RunRequest\x1a\x18.migrated.v1.RunResponse\x12X\n" +
 	"\rWatchIncoming\x12!.migrated.v1.WatchIncomingRequest\x1a\".migrated.v1.WatchIncomingResponse0\x01\x12V\n" +
+	"\rLimitIncoming\x12!.migrated.v1.LimitIncomingRequest\x1a\".migrated.v1.LimitIncomingResponse\x12V\n" +
 	"\rAbortIncoming\x12!.migrated.v1.AbortIncomingRequest\x1a\".migrated.v1.AbortIncomingResponseB>Z<github.com/migrated-vm/migrated/proto/migrated/v1;migratedv1b\x06proto3"
 
 var (
@@ -958,7 +1072,7 @@ func file_migrated_v1_peer_proto_rawDescGZIP() []byte {
 	return file_migrated_v1_peer_proto_rawDescData
 }
 
-var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_migrated_v1_peer_proto_goTypes = []any{
 	(*CheckHostRequest)(nil),        // 0: migrated.v1.CheckHostRequest
 	(*CheckHostResponse)(nil),       // 1: migrated.v1.CheckHostResponse
@@ -972,43 +1086,47 @@ var file_migrated_v1_peer_proto_goTypes = []any{
 	(*RunResponse)(nil),             // 9: migrated.v1.RunResponse
 	(*WatchIncomingRequest)(nil),    // 10: migrated.v1.WatchIncomingRequest
 	(*WatchIncomingResponse)(nil),   // 11: migrated.v1.WatchIncomingResponse
-	(*AbortIncomingRequest)(nil),    // 12: migrated.v1.AbortIncomingRequest
-	(*AbortIncomingResponse)(nil),   // 13: migrated.v1.AbortIncomingResponse
-	(*CheckResult)(nil),             // 14: migrated.v1.CheckResult
-	(*MigrationSpec)(nil),           // 15: migrated.v1.MigrationSpec
-	(Supervision)(0),                // 16: migrated.v1.Supervision
-	(*durationpb.Duration)(nil),     // 17: google.protobuf.Duration
-	(MigrationState)(0),             // 18: migrated.v1.MigrationState
-	(*Progress)(nil),                // 19: migrated.v1.Progress
-	(*MigrationError)(nil),          // 20: migrated.v1.MigrationError
+	(*LimitIncomingRequest)(nil),    // 12: migrated.v1.LimitIncomingRequest
+	(*LimitIncomingResponse)(nil),   // 13: migrated.v1.LimitIncomingResponse
+	(*AbortIncomingRequest)(nil),    // 14: migrated.v1.AbortIncomingRequest
+	(*AbortIncomingResponse)(nil),   // 15: migrated.v1.AbortIncomingResponse
+	(*CheckResult)(nil),             // 16: migrated.v1.CheckResult
+	(*MigrationSpec)(nil),           // 17: migrated.v1.MigrationSpec
+	(Supervision)(0),                // 18: migrated.v1.Supervision
+	(*durationpb.Duration)(nil),     // 19: google.protobuf.Duration
+	(MigrationState)(0),             // 20: migrated.v1.MigrationState
+	(*Progress)(nil),                // 21: migrated.v1.Progress
+	(*MigrationError)(nil),          // 22: migrated.v1.MigrationError
 }
 var file_migrated_v1_peer_proto_depIdxs = []int32{
-	14, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
+	16, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
 	3,  // 1: migrated.v1.PrepareIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
-	15, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
+	17, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
 	4,  // 3: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
 	4,  // 4: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
-	16, // 5: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
-	17, // 6: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
-	17, // 7: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	17, // 8: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	18, // 9: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	19, // 10: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	20, // 11: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	18, // 5: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
+	19, // 6: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	19, // 7: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	19, // 8: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	20, // 9: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	21, // 10: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	22, // 11: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
 	0,  // 12: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
 	2,  // 13: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
 	6,  // 14: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
 	8,  // 15: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
 	10, // 16: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	12, // 17: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 18: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	5,  // 19: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	7,  // 20: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	9,  // 21: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	11, // 22: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	13, // 23: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	18, // [18:24] is the sub-list for method output_type
-	12, // [12:18] is the sub-list for method input_type
+	12, // 17: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
+	14, // 18: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 19: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	5,  // 20: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	7,  // 21: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	9,  // 22: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	11, // 23: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	13, // 24: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
+	15, // 25: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	19, // [19:26] is the sub-list for method output_type
+	12, // [12:19] is the sub-list for method input_type
 	12, // [12:12] is the sub-list for extension type_name
 	12, // [12:12] is the sub-list for extension extendee
 	0,  // [0:12] is the sub-list for field type_name
@@ -1026,7 +1144,7 @@ func file_migrated_v1_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_peer_proto_rawDesc), len(file_migrated_v1_peer_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,7 @@ const (
 	PeerService_LoadDeviceState_FullMethodName = "/migrated.v1.PeerService/LoadDeviceState"
 	PeerService_Run_FullMethodName             = "/migrated.v1.PeerService/Run"
 	PeerService_WatchIncoming_FullMethodName   = "/migrated.v1.PeerService/WatchIncoming"
+	PeerService_LimitIncoming_FullMethodName   = "/migrated.v1.PeerService/LimitIncoming"
 	PeerService_AbortIncoming_FullMethodName   = "/migrated.v1.PeerService/AbortIncoming"
 )
 
@@ -52,6 +53,8 @@ type PeerServiceClient interface {
 	Run(ctx context.Context, in *RunRequest, opts ...grpc.CallOption) (*RunResponse, error)
 	// WatchIncoming streams the figures of a migration until the last page.
 	WatchIncoming(ctx context.Context, in *WatchIncomingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchIncomingResponse], error)
+	// LimitIncoming changes the bandwidth of a migration that is prepared.
+	LimitIncoming(ctx context.Context, in *LimitIncomingRequest, opts ...grpc.CallOption) (*LimitIncomingResponse, error)
 	// AbortIncoming gives up a migration that Run was not sent for and answers
 	// when the destination QEMU can no longer touch the VM's resources.
 	AbortIncoming(ctx context.Context, in *AbortIncomingRequest, opts ...grpc.CallOption) (*AbortIncomingResponse, error)
@@ -127,6 +130,16 @@ func (c *peerServiceClient) WatchIncoming(ctx context.Context, in *WatchIncoming
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type PeerService_WatchIncomingClient = grpc.ServerStreamingClient[WatchIncomingResponse]
 
+func (c *peerServiceClient) LimitIncoming(ctx context.Context, in *LimitIncomingRequest, opts ...grpc.CallOption) (*LimitIncomingResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LimitIncomingResponse)
+	err := c.cc.Invoke(ctx, PeerService_LimitIncoming_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *peerServiceClient) AbortIncoming(ctx context.Context, in *AbortIncomingRequest, opts ...grpc.CallOption) (*AbortIncomingResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(AbortIncomingResponse)
@@ -160,6 +173,8 @@ type PeerServiceServer interface {
 	Run(context.Context, *RunRequest) (*RunResponse, error)
 	// WatchIncoming streams the figures of a migration until the last page.
 	WatchIncoming(*WatchIncomingRequest, grpc.ServerStreamingServer[WatchIncomingResponse]) error
+	// LimitIncoming changes the bandwidth of a migration that is prepared.
+	LimitIncoming(context.Context, *LimitIncomingRequest) (*LimitIncomingResponse, error)
 	// AbortIncoming gives up a migration that Run was not sent for and answers
 	// when the destination QEMU can no longer touch the VM's resources.
 	AbortIncoming(context.Context, *AbortIncomingRequest) (*AbortIncomingResponse, error)
@@ -187,6 +202,9 @@ func (UnimplementedPeerServiceServer) Run(context.Context, *RunRequest) (*RunRes
 }
 func (UnimplementedPeerServiceServer) WatchIncoming(*WatchIncomingRequest, grpc.ServerStreamingServer[WatchIncomingResponse]) error {
 	return status.Error(codes.Unimplemented, "method WatchIncoming not implemented")
+}
+func (UnimplementedPeerServiceServer) LimitIncoming(context.Context, *LimitIncomingRequest) (*LimitIncomingResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method LimitIncoming not implemented")
 }
 func (UnimplementedPeerServiceServer) AbortIncoming(context.Context, *AbortIncomingRequest) (*AbortIncomingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AbortIncoming not implemented")
@@ -284,6 +302,24 @@ func _PeerService_WatchIncoming_Handler(srv interface{}, stream grpc.ServerStrea
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type PeerService_WatchIncomingServer = grpc.ServerStreamingServer[WatchIncomingResponse]
 
+func _PeerService_LimitIncoming_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LimitIncomingRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServiceServer).LimitIncoming(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PeerService_LimitIncoming_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServiceServer).LimitIncoming(ctx, req.(*LimitIncomingRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _PeerService_AbortIncoming_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(AbortIncomingRequest)
 	if err := dec(in); err != nil {
@@ -320,6 +356,10 @@ var PeerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Run",
 			Handler:    _PeerService_Run_Handler,
+		},
+		{
+			MethodName: "LimitIncoming",
+			Handler:    _PeerService_LimitIncoming_Handler,
 		},
 		{
 			MethodName: "AbortIncoming",

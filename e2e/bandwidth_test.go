@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// flow is what an emulated wire carried from one moment to a later one, by its own clock.
+type flow struct {
+	bytes int64
+	took  time.Duration
+}
+
+func between(from, to lab.Stats) flow { return flow{to.Bytes - from.Bytes, to.At - from.At} }
+
+func (f flow) rate() float64 { return float64(f.bytes) / f.took.Seconds() }
+
+// TestBandwidth: with a limit the wire carries no more than that of what the VM does not wait for, also when the
+// destination's daemon was killed meanwhile; what the VM waits for comes many times as fast, and so does the rest when
+// the limit is lifted.
+func TestBandwidth(t *testing.T) {
+	const limit = 1 << 20
+	l := hosts(t, func(ctx context.Context) (*lab.Lab, error) {
+		return lab.NewWithLink(ctx, lab.Link{Rate: 1e9, Delay: 100 * time.Microsecond})
+	})
+	a := startDaemon(t, l.A)
+	startDaemon(t, l.B)
+	vm := linux(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 256, Nodes: 1}, "migrated.pattern=idle", "migrated.mem=64", "migrated.workers=1")
+	startVM(t, l.A, vm)
+	var guest report.Log
+	port := openGuest(t, l.A, &guest)
+	if _, err := guest.WaitReady(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := port.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	active := func(h *lab.Host, id string) *migratedv1.Migration {
+		t.Helper()
+		m := await(t, control(t, h), id, func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
+		if m.GetState() != stateActive {
+			t.Fatalf("%s is %v: %v", id, m.GetState(), m.GetError())
+		}
+		return m
+	}
+	completed := func(h *lab.Host, id string) {
+		t.Helper()
+		m := await(t, control(t, h), id, func(*migratedv1.Migration) bool { return false })
+		if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+			t.Fatalf("%s is %v: %v", id, m.GetState(), m.GetError())
+		}
+	}
+
+	// There without a limit.
+	spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: l.B.DaemonAddr()}
+	if _, err := control(t, l.A).Start(testContext(t), &migratedv1.StartRequest{Id: "free", Spec: spec}); err != nil {
+		t.Fatal(err)
+	}
+	active(l.A, "free")
+	from := l.AB.Stats()
+	completed(l.A, "free")
+	free := between(from, l.AB.Stats())
+
+	// Back with one.
+	if out, code := operate(t, l.B, "migrate", "--vm", lab.QMPPath, "--to", l.A.DaemonAddr(), "--id", "limited", "--bandwidth", "1M", "--detach"); code != 0 {
+		t.Fatalf("exit code %d:\n%s", code, out)
+	}
+	active(l.B, "limited")
+	first := swept(t, l.BA, l.A, limit)
+	mustKill(t, a)
+	startDaemon(t, l.A)
+	active(l.A, "limited")
+	second := swept(t, l.BA, l.A, limit)
+
+	// The guest reads all of its pages.
+	port = openGuest(t, l.A, &guest)
+	from = l.BA.Stats()
+	verified, err := port.Verify(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	demand := between(from, l.BA.Stats())
+	if err := guest.Err(); err != nil || verified.Corruptions != 0 || verified.Pages == 0 {
+		t.Errorf("the guest checked %d pages and found %d corruptions: %v", verified.Pages, verified.Corruptions, err)
+	}
+	if err := port.Close(); err != nil {
+		t.Error(err)
+	}
+	if m := get(t, l.B, "limited"); m.GetState() != stateActive {
+		t.Errorf("before the limit was lifted the migration was %v", m.GetState())
+	}
+	if out, code := operate(t, l.B, "bandwidth", "limited", "none"); code != 0 {
+		t.Errorf("exit code %d:\n%s", code, out)
+	}
+	completed(l.B, "limited")
+
+	t.Logf("bytes a second on the wire, limit %d: swept %.0f and, by a daemon that was started again, %.0f; while the guest waits for its pages %.0f; without a limit %.0f",
+		limit, first, second, demand.rate(), free.rate())
+	for _, rate := range []float64{first, second} {
+		if rate > 1.25*limit || rate < 0.6*limit {
+			t.Errorf("the sweep takes %.0f bytes a second, the limit is %d", rate, limit)
+		}
+	}
+	if demand.rate() < 3*limit || free.rate() < 10*limit {
+		t.Errorf("%.0f bytes a second when the guest waits and %.0f without a limit: is %d the limit of these, too?", demand.rate(), free.rate(), limit)
+	}
+}
+
+// swept is how many bytes a second the wire carries of what nobody waits for, over some seconds of its own clock.
+func swept(t *testing.T, wire *lab.Wire, destination *lab.Host, limit uint64) float64 {
+	t.Helper()
+	const span = 4 * time.Second
+	// The rest of what a page that the guest waits for takes: its request is on the other wire, but the reply has frames
+	// and headers of gRPC, TCP, IP and Ethernet.
+	const demanded = 4096 + 400
+	before, from := get(t, destination, "limited").GetProgress(), wire.Stats()
+	for wire.Stats().At-from.At < span {
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-t.Context().Done():
+			t.Fatal(t.Context().Err())
+		}
+	}
+	after, carried := get(t, destination, "limited").GetProgress(), between(from, wire.Stats())
+	if after.GetBandwidth() != limit || after.GetPagesPresent() == after.GetPagesTotal() {
+		t.Errorf("the limit is shown as %d, with %d of %d pages present", after.GetBandwidth(), after.GetPagesPresent(), after.GetPagesTotal())
+	}
+	faults := after.GetFaults() - before.GetFaults()
+	t.Logf("in %v the wire carried %d bytes, %d of them for faults; the sweep is shown with %.0f bytes a second",
+		carried.took, carried.bytes, faults*demanded, after.GetSweepBytesPerSecond())
+	return float64(carried.bytes-int64(faults*demanded)) / carried.took.Seconds()
+}
+
+func get(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
+	t.Helper()
+	answer, err := control(t, h).Get(testContext(t), &migratedv1.GetRequest{Id: id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer.GetMigration()
+}

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package bandwidth is how limits of bytes a second are written and read. 0 is no limit.
+package bandwidth
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+)
+
+// Least is the lowest limit. The sweep asks for 64 KiB at a time: with less, a VM would be between two hosts for days, and
+// what was meant was another unit.
+const Least = 64 << 10
+
+// ErrSyntax says that a text is no limit.
+var ErrSyntax = errors.New("it is not a number of bytes a second as QEMU writes them: 500M are 500 MiB (524,288,000 bytes) a second, " +
+	"with K, M, G or T for powers of 1024; none is no limit")
+
+// ErrTooLow says that a limit is below [Least].
+var ErrTooLow = errors.New("it is less than 64K, 64 KiB a second, with which a VM would hardly ever be whole; " +
+	"the unit is bytes, unless K, M, G or T follow: 500M are 500 MiB a second")
+
+// units are QEMU's suffixes (qemu_strtosz).
+var units = map[byte]float64{'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
+
+// Parse reads "500M", "1.5G", "70000", or "none". Its errors are ErrSyntax and what Check says.
+func Parse(text string) (uint64, error) {
+	if text == "none" {
+		return 0, nil
+	}
+	digits, unit := text, 1.0
+	if n := len(text); n > 0 {
+		if u, ok := units[strings.ToUpper(text)[n-1]]; ok {
+			digits, unit = text[:n-1], u
+		}
+	}
+	// ParseFloat takes more than numbers: hexadecimal ones, exponents, infinity.
+	if strings.Trim(digits, "0123456789.") != "" {
+		return 0, fmt.Errorf("bandwidth %q: %w", text, ErrSyntax)
+	}
+	value, err := strconv.ParseFloat(digits, 64)
+	if value *= unit; err != nil || value >= math.MaxInt64 {
+		return 0, fmt.Errorf("bandwidth %q: %w", text, ErrSyntax)
+	}
+	if value > 0 && value < 1 {
+		value = 1 // not no limit
+	}
+	limit := uint64(value)
+	if err := Check(limit); err != nil {
+		return 0, fmt.Errorf("bandwidth %q: %w", text, err)
+	}
+	return limit, nil
+}
+
+// Check refuses a limit that no VM should have: ErrTooLow.
+func Check(limit uint64) error {
+	if limit > 0 && limit < Least {
+		return ErrTooLow
+	}
+	return nil
+}
+
+// Lower is the lower of two limits.
+func Lower(a, b uint64) uint64 {
+	if a == 0 || b == 0 {
+		return max(a, b)
+	}
+	return min(a, b)
+}
