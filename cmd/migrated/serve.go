@@ -15,6 +15,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/confine"
 	"github.com/migrated-vm/migrated/internal/daemon"
+	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -87,7 +88,7 @@ func (s *serveCmd) Run(a *app) error {
 		err = <-ended
 	}
 	if err != nil {
-		return fmt.Errorf("the daemon failed: %w", err)
+		return &failure{exit: exitFailed, message: fmt.Sprintf("the daemon failed: %v", err), remedy: migration.Remedy(err)}
 	}
 	return nil
 }

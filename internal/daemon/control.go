@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/version"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -217,7 +218,7 @@ func (c *controlService) FallBack(ctx context.Context, request *migratedv1.FallB
 }
 
 func (c *controlService) GetVersion(context.Context, *migratedv1.GetVersionRequest) (*migratedv1.GetVersionResponse, error) {
-	return &migratedv1.GetVersionResponse{Version: c.daemon.version, Protocol: migration.Protocol}, nil
+	return &migratedv1.GetVersionResponse{Version: c.daemon.version, Protocol: version.Protocol}, nil
 }
 
 func notFound(id string) error {

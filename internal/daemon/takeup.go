@@ -51,14 +51,17 @@ func (d *Daemon) takeUp() error {
 		return fmt.Errorf("migrations to this host: %w", err)
 	}
 	var destinations []*migration.Destination
+	left := map[string]error{}
 	for _, dir := range dirs {
 		destination, err := migration.TakeUpDestination(d.ctx, d.destinationConfig(dir))
 		if err != nil {
-			d.log.Error("a migration to this host that an earlier run of this daemon left cannot be taken up", "error", err)
+			d.log.Error("a migration to this host that an earlier run of this daemon left cannot be taken up",
+				"error", err, "remedy", migration.Remedy(err))
+			left[filepath.Base(dir)] = err
 			continue
 		}
 		destinations = append(destinations, destination)
 	}
-	d.migrations.takeUp(sources, destinations)
+	d.migrations.takeUp(sources, destinations, left)
 	return nil
 }

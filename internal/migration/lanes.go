@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"google.golang.org/grpc"
@@ -34,6 +35,7 @@ type lanes struct {
 type laneConfig struct {
 	id, token string
 	addresses []string
+	protocol  uint32 // that the migration keeps to
 	demand    int
 	dial      Dialer
 }
@@ -41,8 +43,8 @@ type laneConfig struct {
 func (d *Destination) laneConfig() laneConfig {
 	return laneConfig{
 		id: d.cfg.Request.GetId(), token: d.cfg.Request.GetToken(),
-		addresses: d.addresses(),
-		demand:    d.cfg.FaultWorkers, dial: d.cfg.Dial,
+		addresses: d.addresses(), protocol: d.cfg.Request.GetProtocol(),
+		demand: d.cfg.FaultWorkers, dial: d.cfg.Dial,
 	}
 }
 
@@ -98,7 +100,8 @@ func (l *lanes) open(ctx context.Context, cfg laneConfig, address string) (postc
 	}
 	l.conns = append(l.conns, conn)
 	// The source packs pages where it pays, but only in a way that this daemon says it can unpack.
-	ctx = metadata.AppendToOutgoingContext(ctx, pagewire.CompressionKey, pagewire.Unpackable)
+	ctx = metadata.AppendToOutgoingContext(ctx, pagewire.CompressionKey, pagewire.Unpackable,
+		pagewire.ProtocolKey, strconv.FormatUint(uint64(cfg.protocol), 10))
 	lane, err := migratedv1.NewPageServiceClient(conn).Fetch(ctx)
 	if err == nil {
 		// The header says that the lane is accepted.
