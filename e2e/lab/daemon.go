@@ -37,9 +37,12 @@ func (h *Host) DaemonAddr() string { return net.JoinHostPort(h.Addr, DaemonPort)
 
 // StartDaemon starts the host's daemon and waits until it answers.
 func (h *Host) StartDaemon(ctx context.Context, log io.Writer, extra ...string) (*Process, error) {
-	binary, err := Binary()
-	if err != nil {
-		return nil, err
+	binary := h.Daemon
+	if binary == "" {
+		var err error
+		if binary, err = Binary(); err != nil {
+			return nil, err
+		}
 	}
 	args := append([]string{binary, "serve", "--listen", h.DaemonAddr()}, extra...)
 	if !slices.Contains(extra, "--tls-ca") {

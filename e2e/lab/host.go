@@ -21,6 +21,8 @@ type Host struct {
 	Name string
 	// Addr is the host's IP address on the cable.
 	Addr string
+	// Daemon is the program that StartDaemon starts; empty: the one under test.
+	Daemon string
 
 	lab    *Lab
 	anchor *exec.Cmd // holds the namespaces open
