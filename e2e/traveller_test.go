@@ -86,6 +86,18 @@ func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	return longestStall(v.T, to, said)
 }
 
+// inFlight checks that pages are missing yet: what happened until now happened in the middle.
+func (v *traveller) inFlight(id string, to *lab.Host) {
+	v.Helper()
+	answer, err := control(v.T, to).Get(testContext(v.T), &migratedv1.GetRequest{Id: id})
+	if err != nil {
+		v.Fatal(err)
+	}
+	if p := answer.GetMigration().GetProgress(); p.GetPagesPresent() == p.GetPagesTotal() {
+		v.Errorf("migration %s was over before it was disturbed: %v", id, answer)
+	}
+}
+
 // lines are how many the guest has written on a host.
 func lines(t *testing.T, h *lab.Host) int {
 	t.Helper()

@@ -101,6 +101,8 @@ func TestServe(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = serve.Process.Kill() }() // where the test ends before the daemon
+	told("FDSTORE=1\nFDNAME=peers")
+	told("FDSTORE=1\nFDNAME=control")
 	told("READY=1")
 
 	for _, args := range [][]string{{"version"}, {"list"}} {

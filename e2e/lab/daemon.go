@@ -32,17 +32,22 @@ func Binary() (string, error) {
 	return path, nil
 }
 
+// program is what the host's daemon is.
+func (h *Host) program() (string, error) {
+	if h.Daemon != "" {
+		return h.Daemon, nil
+	}
+	return Binary()
+}
+
 // DaemonAddr is where the host's daemon listens for other daemons.
 func (h *Host) DaemonAddr() string { return net.JoinHostPort(h.Addr, DaemonPort) }
 
 // StartDaemon starts the host's daemon and waits until it answers.
 func (h *Host) StartDaemon(ctx context.Context, log io.Writer, extra ...string) (*Process, error) {
-	binary := h.Daemon
-	if binary == "" {
-		var err error
-		if binary, err = Binary(); err != nil {
-			return nil, err
-		}
+	binary, err := h.program()
+	if err != nil {
+		return nil, err
 	}
 	args := append([]string{binary, "serve", "--listen", h.DaemonAddr()}, extra...)
 	if !slices.Contains(extra, "--tls-ca") {

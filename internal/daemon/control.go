@@ -132,32 +132,37 @@ func (c *controlService) Watch(request *migratedv1.WatchRequest, stream grpc.Ser
 	if request.GetInterval() != nil {
 		interval = max(0, request.GetInterval().AsDuration())
 	}
-	return watch(stream.Context(), t, interval, func(view *migratedv1.Migration) error {
+	return c.daemon.watch(stream.Context(), t, interval, func(view *migratedv1.Migration) error {
 		return stream.Send(&migratedv1.WatchResponse{Migration: view})
 	})
 }
 
 // watch sends what t shows, and then whenever it has changed and interval has
-// passed, up to and including the terminal state.
-func watch(ctx context.Context, t tracked, interval time.Duration, send func(*migratedv1.Migration) error) error {
-	for {
+// passed, up to and including the terminal state. The end of the daemon does not
+// wait for watchers: the VM may wait for the daemon that is started after it.
+func (d *Daemon) watch(ctx context.Context, t tracked, interval time.Duration, send func(*migratedv1.Migration) error) error {
+	for last := false; ; {
 		view, changed := t.Snapshot()
 		if err := send(view); err != nil {
 			return err
 		}
-		if migration.Terminal(view.GetState()) {
+		switch {
+		case migration.Terminal(view.GetState()):
 			return nil
-		}
-		pause := time.NewTimer(interval)
-		select {
-		case <-ctx.Done():
-			pause.Stop()
-			return status.FromContextError(ctx.Err()).Err()
-		case <-pause.C:
+		case last:
+			return status.Error(codes.Unavailable, "the daemon ends, and goes on with the migration when it is started again")
 		}
 		select {
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
+		case <-d.stopping:
+		case <-time.After(interval):
+		}
+		select {
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		case <-d.stopping:
+			last = true
 		case <-changed:
 		}
 	}

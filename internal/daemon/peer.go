@@ -117,7 +117,7 @@ func (p *peerService) WatchIncoming(request *migratedv1.WatchIncomingRequest, st
 	if err != nil {
 		return err
 	}
-	return watch(stream.Context(), d, incomingInterval, func(view *migratedv1.Migration) error {
+	return p.daemon.watch(stream.Context(), d, incomingInterval, func(view *migratedv1.Migration) error {
 		return stream.Send(&migratedv1.WatchIncomingResponse{
 			State: view.GetState(), Progress: view.GetProgress(), Error: view.GetError(),
 		})

@@ -7,6 +7,8 @@ import (
 	"net"
 	"path/filepath"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/migrated-vm/migrated/internal/migration"
 )
 
@@ -38,14 +40,6 @@ func (d *Daemon) takeUp() error {
 	if err != nil {
 		return err
 	}
-	var sources []*migration.Source
-	for _, rec := range records {
-		s, err := migration.TakeUpSource(d.ctx, d.sourceConfig(), rec)
-		if err != nil {
-			return err
-		}
-		sources = append(sources, s)
-	}
 	dirs, err := migration.KeptDirs(d.incomingDir())
 	if err != nil {
 		return fmt.Errorf("migrations to this host: %w", err)
@@ -61,6 +55,18 @@ func (d *Daemon) takeUp() error {
 			continue
 		}
 		destinations = append(destinations, destination)
+	}
+	// A source asks its QEMU, which takes its time where it hangs. VMs that came here wait meanwhile no longer.
+	sources := make([]*migration.Source, len(records))
+	var all errgroup.Group
+	for i, rec := range records {
+		all.Go(func() (err error) {
+			sources[i], err = migration.TakeUpSource(d.ctx, d.sourceConfig(), rec)
+			return err
+		})
+	}
+	if err := all.Wait(); err != nil {
+		return err
 	}
 	d.migrations.takeUp(sources, destinations, left)
 	return nil
