@@ -3,9 +3,11 @@
 package e2e
 
 import (
+	"bytes"
+	"cmp"
 	"fmt"
 	"os"
-	"strings"
+	"slices"
 	"testing"
 	"time"
 
@@ -16,6 +18,9 @@ import (
 
 // travellerLink is a network on which a traveller's memory takes some seconds, so that there is a middle of its migrations.
 var travellerLink = lab.Link{Rate: 400e6, Delay: 100 * time.Microsecond}
+
+// travellerWindow is how often it reports.
+const travellerWindow = 50 * time.Millisecond
 
 // A traveller is a VM with a busy Linux guest that goes from host to host, and finds each time that its memory is whole.
 type traveller struct {
@@ -28,7 +33,7 @@ type traveller struct {
 // newTraveller boots one on host A.
 func newTraveller(t *testing.T, l *lab.Lab) *traveller {
 	t.Helper()
-	vm := linux(t, lab.VMConfig{VCPUs: 2, MemoryMiB: 256, Nodes: 1}, "migrated.mem=128", "migrated.workers=2", "migrated.rate=500", "migrated.window=100ms")
+	vm := linux(t, lab.VMConfig{VCPUs: 2, MemoryMiB: 256, Nodes: 1}, "migrated.mem=128", "migrated.workers=2", "migrated.rate=500", "migrated.window="+travellerWindow.String())
 	startVM(t, l.A, vm)
 	v := &traveller{T: t, lab: l, at: l.A}
 	var guest report.Log
@@ -56,7 +61,7 @@ func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	v.Helper()
 	v.moves++
 	id, from, to := fmt.Sprintf("move-%d", v.moves), v.at, v.other()
-	said := lines(v.T, to)
+	said := v.reported()
 	client := control(v.T, from)
 	spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: to.DaemonAddr()}
 	if _, err := client.Start(testContext(v.T), &migratedv1.StartRequest{Id: id, Spec: spec}); err != nil {
@@ -83,7 +88,7 @@ func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 		v.Errorf("after migration %s the guest finds %d corruptions: %v", id, verified.Corruptions, guest.Err())
 	}
 	nothingKept(v.T, v.lab.A, v.lab.B)
-	return longestStall(v.T, to, said)
+	return v.longestStall(said)
 }
 
 // inFlight checks that pages are missing yet: what happened until now happened in the middle.
@@ -98,33 +103,40 @@ func (v *traveller) inFlight(id string, to *lab.Host) {
 	}
 }
 
-// lines are how many the guest has written on a host.
-func lines(t *testing.T, h *lab.Host) int {
-	t.Helper()
+// written are the windows that the guest has written on a host.
+func (v *traveller) written(h *lab.Host) (all []*report.Window) {
+	v.Helper()
 	text, err := os.ReadFile(h.Path(lab.SerialLog))
 	if err != nil && !os.IsNotExist(err) {
-		t.Fatal(err)
+		v.Fatal(err)
 	}
-	return strings.Count(string(text), "\n")
-}
-
-// longestStall is the longest that one of the guest's operations took, by its own clock, in what it has written on
-// that host after so many lines.
-func longestStall(t *testing.T, h *lab.Host, after int) time.Duration {
-	t.Helper()
-	text, err := os.ReadFile(h.Path(lab.SerialLog))
-	if err != nil {
-		t.Fatal(err)
-	}
-	longest, windows := int64(0), 0
-	for i, line := range strings.Split(string(text), "\n") {
-		if parsed, err := report.Parse([]byte(line)); i >= after && err == nil && parsed.Window != nil {
-			longest = max(longest, parsed.Window.MaxUS)
-			windows++
+	for line := range bytes.Lines(text) {
+		if l, err := report.Parse(line); err == nil && l.Window != nil { // the switch cuts a line in two
+			all = append(all, l.Window)
 		}
 	}
-	if windows == 0 {
-		t.Errorf("the guest reported nothing on host %s", h.Name)
+	return all
+}
+
+// reported is the number of the last window that the guest has written.
+func (v *traveller) reported() (last uint64) {
+	v.Helper()
+	for _, w := range slices.Concat(v.written(v.lab.A), v.written(v.lab.B)) {
+		last = max(last, w.Seq)
 	}
-	return time.Duration(longest) * time.Microsecond
+	return last
+}
+
+// longestStall is the longest for which the guest has done nothing since a window, by its own clock: one of its
+// operations, or all of it.
+func (v *traveller) longestStall(since uint64) (longest time.Duration) {
+	v.Helper()
+	all := slices.Concat(v.written(v.lab.A), v.written(v.lab.B))
+	slices.SortFunc(all, func(a, b *report.Window) int { return cmp.Compare(a.Seq, b.Seq) })
+	for i, w := range all {
+		if i > 0 && w.Seq > since {
+			longest = max(longest, time.Duration(w.MaxUS)*time.Microsecond, report.Late(all[i-1], w, travellerWindow))
+		}
+	}
+	return longest
 }
