@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"context"
 	"testing"
 	"time"
 
@@ -27,9 +26,7 @@ func (f flow) rate() float64 { return float64(f.bytes) / f.took.Seconds() }
 // the limit is lifted.
 func TestBandwidth(t *testing.T) {
 	const limit = 1 << 20
-	l := hosts(t, func(ctx context.Context) (*lab.Lab, error) {
-		return lab.NewWithLink(ctx, lab.Link{Rate: 1e9, Delay: 100 * time.Microsecond})
-	})
+	l := linkedHosts(t, lab.Link{Rate: 1e9, Delay: 100 * time.Microsecond})
 	a := startDaemon(t, l.A)
 	startDaemon(t, l.B)
 	vm := linux(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 256, Nodes: 1}, "migrated.pattern=idle", "migrated.mem=64", "migrated.workers=1")

@@ -50,11 +50,16 @@ func newLab(t *testing.T) *lab.Lab {
 // newHosts makes two hosts without daemons.
 func newHosts(t *testing.T) *lab.Lab {
 	t.Helper()
-	return hosts(t, lab.New)
+	return joinedHosts(t, lab.New)
 }
 
-// hosts are two, joined by what join makes.
-func hosts(t *testing.T, join func(context.Context) (*lab.Lab, error)) *lab.Lab {
+// linkedHosts makes two hosts without daemons, with an emulated network between them.
+func linkedHosts(t *testing.T, link lab.Link) *lab.Lab {
+	t.Helper()
+	return joinedHosts(t, func(ctx context.Context) (*lab.Lab, error) { return lab.NewWithLink(ctx, link) })
+}
+
+func joinedHosts(t *testing.T, join func(context.Context) (*lab.Lab, error)) *lab.Lab {
 	t.Helper()
 	if os.Getuid() != 0 {
 		cannot.Run(t, "hosts are made of namespaces, which needs root")

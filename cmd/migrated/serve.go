@@ -15,8 +15,10 @@ import (
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/confine"
 	"github.com/migrated-vm/migrated/internal/daemon"
+	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/systemd"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -65,7 +67,7 @@ func (s *serveCmd) Run(a *app) error {
 	if err != nil {
 		return fmt.Errorf("starting the daemon: %w", err)
 	}
-	d.OnReady(func() { notify("READY=1") })
+	d.OnReady(func() { tellManager(log, "READY=1") })
 	var starter *qemu.Starter // nil: none of its binaries is started
 	if len(cfg.QEMUBinaries) > 0 {
 		if starter, err = qemu.NewStarter(starterCommand, cfg.QEMUBinaries); err != nil {
@@ -83,15 +85,22 @@ func (s *serveCmd) Run(a *app) error {
 	select {
 	case err = <-ended:
 	case <-a.ctx.Done():
-		notify("STOPPING=1")
+		tellManager(log, "STOPPING=1")
 		logInFlight(cfg.Socket, log)
 		stop()
 		err = <-ended
 	}
 	if err != nil {
-		return fmt.Errorf("the daemon failed: %w", err)
+		return &failure{exit: exitFailed, message: fmt.Sprintf("the daemon failed: %v", err), remedy: migration.Remedy(err)}
 	}
 	return nil
+}
+
+// tellManager tells the service manager the daemon's state. One that cannot be told is no reason not to serve.
+func tellManager(log *slog.Logger, state string) {
+	if err := systemd.Notify(state); err != nil {
+		log.Warn("the service manager is not told", "state", state, "error", err)
+	}
 }
 
 // load returns the defaults overridden by the file overridden by the flags.

@@ -4,12 +4,14 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -80,17 +82,7 @@ func TestServe(t *testing.T) {
 	defer manager.Close()
 	told := func(want string) {
 		t.Helper()
-		if err := manager.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
-			t.Fatal(err)
-		}
-		message := make([]byte, 256)
-		n, err := manager.Read(message)
-		if err != nil {
-			t.Fatalf("waiting for %s: %v", want, err)
-		}
-		if got := string(message[:n]); got != want {
-			t.Fatalf("the service manager was told %q, want %q", got, want)
-		}
+		wantTold(t, manager, want)
 	}
 	socket := filepath.Join(dir, "d.sock")
 	serve := exec.Command("migrated", "serve", "--socket", socket, "--listen", "127.0.0.1:0", "--state-dir", filepath.Join(dir, "state"))
@@ -101,6 +93,8 @@ func TestServe(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = serve.Process.Kill() }() // where the test ends before the daemon
+	told("FDSTORE=1\nFDNAME=peers")
+	told("FDSTORE=1\nFDNAME=control")
 	told("READY=1")
 
 	for _, args := range [][]string{{"version"}, {"list"}} {
@@ -115,6 +109,101 @@ func TestServe(t *testing.T) {
 	told("STOPPING=1")
 	if err := serve.Wait(); err != nil {
 		t.Errorf("after SIGTERM: %v\n%s", err, log.String())
+	}
+}
+
+// TestServeInherits: a daemon uses the sockets that the service manager kept, closes those of another configuration, and
+// hands none to its children.
+func TestServeInherits(t *testing.T) {
+	dir := t.TempDir()
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	socket := filepath.Join(dir, "d.sock")
+	kept, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept.SetUnlinkOnClose(false)
+	old, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var files []*os.File
+	for _, l := range []net.Listener{kept, old} {
+		f, err := l.(interface{ File() (*os.File, error) }).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		files = append(files, f)
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Before the daemon has it: Fd makes the socket block, for all who have it.
+	inode, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", files[0].Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve := exec.Command("sh", "-c", `LISTEN_PID=$$ exec migrated serve --socket "$1" --listen 127.0.0.1:0 --state-dir "$2"`, "sh", socket, filepath.Join(dir, "state"))
+	serve.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(dir, "notify"), "LISTEN_FDS=2", "LISTEN_FDNAMES=control:peers")
+	serve.ExtraFiles = files
+	var log bytes.Buffer
+	serve.Stderr = &log
+	if err := serve.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = serve.Process.Kill() }() // where the test ends before the daemon
+	for _, want := range []string{"FDSTOREREMOVE=1\nFDNAME=peers", "FDSTORE=1\nFDNAME=peers", "READY=1"} {
+		wantTold(t, manager, want)
+	}
+	if out, err := exec.Command("migrated", "version", "--daemon", "unix://"+socket).CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+	processes, err := os.ReadDir("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, process := range processes {
+		stat, err := os.ReadFile(filepath.Join("/proc", process.Name(), "stat"))
+		if err != nil || !strings.Contains(string(stat), fmt.Sprintf(" %d ", serve.Process.Pid)) || process.Name() == strconv.Itoa(serve.Process.Pid) {
+			continue
+		}
+		links, err := filepath.Glob(filepath.Join("/proc", process.Name(), "fd", "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, link := range links {
+			if at, _ := os.Readlink(link); at == inode {
+				t.Errorf("the child %s has the socket too", process.Name())
+			}
+		}
+	}
+	if err := serve.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	wantTold(t, manager, "STOPPING=1")
+	if err := serve.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v\n%s", err, log.String())
+	}
+}
+
+// wantTold reads what the service manager is told next.
+func wantTold(t *testing.T, manager *net.UnixConn, want string) {
+	t.Helper()
+	if err := manager.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	message := make([]byte, 256)
+	n, err := manager.Read(message)
+	if err != nil {
+		t.Fatalf("waiting for %s: %v", want, err)
+	}
+	if got := string(message[:n]); got != want {
+		t.Fatalf("the service manager was told %q, want %q", got, want)
 	}
 }
 

@@ -48,7 +48,7 @@ type versionCmd struct{}
 func (versionCmd) Help() string {
 	return `Prints the version of this program, then that of the daemon. "migrated --version" asks no daemon.
 
-Both daemons of a migration need the same protocol.
+Two daemons need a version of the protocol that both speak; the one shown is the newest that this one speaks.
 
 Examples:
 

@@ -85,6 +85,7 @@ func TestOnDebian(t *testing.T) {
 			"who may use descriptors of the daemon",
 			[]string{"-A", "-t", "migrated_t", "-c", "fd"},
 			[]string{
+				"allow init_t migrated_t:fd use;",
 				"allow migrated_qemu_domain migrated_t:fd use;",
 				"allow unconfined_domain_type domain:fd use;",
 			},

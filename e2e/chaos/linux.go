@@ -150,19 +150,10 @@ func (j *linuxJudge) stall(since time.Time) time.Duration {
 	for i, l := range lines {
 		longest = max(longest, time.Duration(l.Window.MaxUS)*time.Microsecond)
 		if i > 0 {
-			longest = max(longest, late(lines[i-1].Window, l.Window))
+			longest = max(longest, report.Late(lines[i-1].Window, l.Window, reporting))
 		}
 	}
 	return longest
-}
-
-// late is how much later than it had to b follows a: a page that the guest's kernel waits for keeps it from all work,
-// not from a visit to its memory alone. A line that the switch cut in two is missing between them.
-func late(a, b *report.Window) time.Duration {
-	if b.Seq <= a.Seq { // what ran on the other host in between is lost
-		return 0
-	}
-	return time.Duration(b.UptimeMS-a.UptimeMS)*time.Millisecond - time.Duration(b.Seq-a.Seq)*reporting
 }
 
 func (j *linuxJudge) close() {

@@ -32,12 +32,20 @@ func Binary() (string, error) {
 	return path, nil
 }
 
+// program is what the host's daemon is.
+func (h *Host) program() (string, error) {
+	if h.Daemon != "" {
+		return h.Daemon, nil
+	}
+	return Binary()
+}
+
 // DaemonAddr is where the host's daemon listens for other daemons.
 func (h *Host) DaemonAddr() string { return net.JoinHostPort(h.Addr, DaemonPort) }
 
 // StartDaemon starts the host's daemon and waits until it answers.
 func (h *Host) StartDaemon(ctx context.Context, log io.Writer, extra ...string) (*Process, error) {
-	binary, err := Binary()
+	binary, err := h.program()
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -21,9 +22,12 @@ type Host struct {
 	Name string
 	// Addr is the host's IP address on the cable.
 	Addr string
+	// Daemon is the program that StartDaemon starts; empty: the one under test.
+	Daemon string
 
-	lab    *Lab
-	anchor *exec.Cmd // holds the namespaces open
+	lab     *Lab
+	anchor  *exec.Cmd // holds the namespaces open
+	manager int       // systemd, process 1 of a managed host's processes; 0: there is none
 }
 
 // becomeHost is what a host's first process does in its fresh namespaces: mounts
@@ -73,10 +77,11 @@ func (h *Host) Path(path string) string {
 
 // Command is a command to be run on the host. The caller runs it.
 func (h *Host) Command(ctx context.Context, argv ...string) *exec.Cmd {
-	args := append([]string{
-		"--mount=" + h.ns("mnt"), "--net=" + h.ns("net"), "--wdns=/", "--",
-	}, argv...)
-	return exec.CommandContext(ctx, "nsenter", args...)
+	namespaces := []string{"--mount=" + h.ns("mnt"), "--net=" + h.ns("net")}
+	if h.manager != 0 {
+		namespaces = h.managed()
+	}
+	return exec.CommandContext(ctx, "nsenter", slices.Concat(namespaces, []string{"--wdns=/", "--"}, argv)...)
 }
 
 func (h *Host) ns(kind string) string {

@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"log/slog"
 	"net"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -111,11 +113,12 @@ func TestCertificatesOutOfTime(t *testing.T) {
 
 // A dead host is noticed whatever the wall clock does: by the kernel, at both ends of a connection.
 func TestKernelKeepsConnectionsAlive(t *testing.T) {
-	l, err := listenTCP(t.Context(), "127.0.0.1:0")
+	bare, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer closeQuietly(l)
+	defer closeQuietly(bare)
+	l := limits.NewPeers(limits.NewRefusals(slog.New(slog.DiscardHandler))).Listener(bare)
 	dialled, err := dialTCP(t.Context(), l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -127,6 +130,9 @@ func TestKernelKeepsConnectionsAlive(t *testing.T) {
 	}
 	defer accepted.Close()
 	for name, conn := range map[string]net.Conn{"dialled": dialled, "accepted": accepted} {
+		if around, ok := conn.(interface{ NetConn() net.Conn }); ok {
+			conn = around.NetConn()
+		}
 		raw, err := conn.(*net.TCPConn).SyscallConn()
 		if err != nil {
 			t.Fatal(err)

@@ -20,6 +20,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/version"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -135,32 +136,37 @@ func (c *controlService) Watch(request *migratedv1.WatchRequest, stream grpc.Ser
 	if request.GetInterval() != nil {
 		interval = max(0, request.GetInterval().AsDuration())
 	}
-	return watch(stream.Context(), t, interval, func(view *migratedv1.Migration) error {
+	return c.daemon.watch(stream.Context(), t, interval, func(view *migratedv1.Migration) error {
 		return stream.Send(&migratedv1.WatchResponse{Migration: view})
 	})
 }
 
 // watch sends what t shows, and then whenever it has changed and interval has
-// passed, up to and including the terminal state.
-func watch(ctx context.Context, t tracked, interval time.Duration, send func(*migratedv1.Migration) error) error {
-	for {
+// passed, up to and including the terminal state. The end of the daemon does not
+// wait for watchers: the VM may wait for the daemon that is started after it.
+func (d *Daemon) watch(ctx context.Context, t tracked, interval time.Duration, send func(*migratedv1.Migration) error) error {
+	for last := false; ; {
 		view, changed := t.Snapshot()
 		if err := send(view); err != nil {
 			return err
 		}
-		if migration.Terminal(view.GetState()) {
+		switch {
+		case migration.Terminal(view.GetState()):
 			return nil
-		}
-		pause := time.NewTimer(interval)
-		select {
-		case <-ctx.Done():
-			pause.Stop()
-			return status.FromContextError(ctx.Err()).Err()
-		case <-pause.C:
+		case last:
+			return status.Error(codes.Unavailable, "the daemon ends, and goes on with the migration when it is started again")
 		}
 		select {
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
+		case <-d.stopping:
+		case <-time.After(interval):
+		}
+		select {
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		case <-d.stopping:
+			last = true
 		case <-changed:
 		}
 	}
@@ -241,7 +247,7 @@ func (c *controlService) SetBandwidth(ctx context.Context, request *migratedv1.S
 }
 
 func (c *controlService) GetVersion(context.Context, *migratedv1.GetVersionRequest) (*migratedv1.GetVersionResponse, error) {
-	return &migratedv1.GetVersionResponse{Version: c.daemon.version, Protocol: migration.Protocol}, nil
+	return &migratedv1.GetVersionResponse{Version: c.daemon.version, Protocol: version.Protocol}, nil
 }
 
 func notFound(id string) error {

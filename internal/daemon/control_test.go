@@ -30,10 +30,12 @@ func startDaemon(t *testing.T) *grpc.ClientConn {
 	return conn
 }
 
-// startConfigured is startDaemon with a configuration, but for its paths.
+// startConfigured is startDaemon with a configuration, but for its socket, and its state directory where that is the default.
 func startConfigured(t *testing.T, cfg config.Config) (*Daemon, *grpc.ClientConn) {
 	t.Helper()
-	cfg.StateDir = filepath.Join(t.TempDir(), "state")
+	if cfg.StateDir == config.Default().StateDir {
+		cfg.StateDir = filepath.Join(t.TempDir(), "state")
+	}
 	cfg.Socket = filepath.Join(t.TempDir(), "control.sock")
 	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
 	if err != nil {

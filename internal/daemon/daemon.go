@@ -33,31 +33,18 @@ import (
 	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/systemd"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 const (
 	// Two daemons notice a half-open connection within the sum of these.
-	keepaliveTime    = 10 * time.Second
-	keepaliveTimeout = 5 * time.Second
+	keepaliveTime    = limits.KeepaliveTime
+	keepaliveTimeout = limits.KeepaliveTimeout
 	// stopTimeout is how long calls under way may take to end at shutdown.
 	stopTimeout = 5 * time.Second
 )
-
-// tcpKeepalive is the kernel's, besides gRPC's: that one goes by the wall clock (lastRead in grpc/internal/transport), and
-// where it is put back by years, does not look at a connection again for as long.
-var tcpKeepalive = net.KeepAliveConfig{Enable: true, Idle: keepaliveTime, Interval: keepaliveTimeout, Count: 3}
-
-func listenTCP(ctx context.Context, address string) (net.Listener, error) {
-	config := net.ListenConfig{KeepAliveConfig: tcpKeepalive}
-	return config.Listen(ctx, "tcp", address)
-}
-
-func dialTCP(ctx context.Context, address string) (net.Conn, error) {
-	dialer := net.Dialer{KeepAliveConfig: tcpKeepalive}
-	return dialer.DialContext(ctx, "tcp", address)
-}
 
 // A Daemon is one host's daemon.
 type Daemon struct {
@@ -74,11 +61,15 @@ type Daemon struct {
 
 	pagePort string // of Listen, once it is known
 	ready    func()
-	starter  *qemu.Starter // nil: this process starts QEMUs
-	confine  func() error
+	stopping chan struct{} // closed when every migration is over and the daemon is about to end
+	// sockets are those that the service manager kept from an earlier run of this daemon, or opened for it.
+	sockets *systemd.Listeners
+	starter *qemu.Starter // nil: this process starts QEMUs
+	confine func() error
 }
 
-// New makes a daemon of a valid configuration. It serves when it is run.
+// New makes a daemon of a valid configuration. It serves when it is run. It takes what a service manager handed to this
+// process, which children would inherit before.
 func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -98,7 +89,7 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 	d := &Daemon{
 		cfg: cfg, version: version, log: log, refusals: limits.NewRefusals(log),
 		pages: pagesrv.NewServer(), records: records, migrations: newRegistry(),
-		ready: func() {}, confine: func() error { return nil },
+		ready: func() {}, stopping: make(chan struct{}), sockets: systemd.Inherited(), confine: func() error { return nil },
 	}
 	if d.cfg.FaultWorkers == 0 {
 		d.cfg.FaultWorkers = max(2, min(runtime.NumCPU()/2, 8))
@@ -120,18 +111,11 @@ func (d *Daemon) Confine(starter *qemu.Starter, confine func() error) {
 func (d *Daemon) Run(ctx context.Context) error {
 	d.ctx, d.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	defer d.cancel(nil)
-	peers, err := listenTCP(ctx, d.cfg.Listen)
-	if err != nil {
-		return fmt.Errorf("listen for other daemons: %w", err)
-	}
-	defer closeQuietly(peers)
-	if _, d.pagePort, err = net.SplitHostPort(peers.Addr().String()); err != nil {
-		return fmt.Errorf("listen for other daemons: %w", err)
-	}
-	controls, err := d.listenControl()
+	peers, controls, err := d.listen()
 	if err != nil {
 		return err
 	}
+	defer closeQuietly(peers)
 	d.confineSelf()
 	// After listening, so that two daemons never do so at once, and before serving, so that a peer that calls
 	// finds its migration.
@@ -162,41 +146,12 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.log.Info("stopping", "migrations", d.migrations.active())
 	d.cancel(errors.New("the daemon was stopped"))
 	d.migrations.wait()
+	close(d.stopping)
 	lanes.Close()
 	for _, server := range slices.Backward(servers) {
 		stop(server)
 	}
 	return <-failed
-}
-
-func (d *Daemon) listenControl() ([]net.Listener, error) {
-	// A socket left by a daemon that was killed is in the way; one that answers
-	// is another daemon's.
-	if conn, err := net.Dial("unix", d.cfg.Socket); err == nil {
-		return nil, errors.Join(fmt.Errorf("another daemon serves %s", d.cfg.Socket), conn.Close())
-	}
-	if err := os.Remove(d.cfg.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("control socket: %w", err)
-	}
-	if err := os.MkdirAll(filepath.Dir(d.cfg.Socket), 0o755); err != nil {
-		return nil, fmt.Errorf("control socket: %w", err)
-	}
-	socket, err := net.Listen("unix", d.cfg.Socket)
-	if err != nil {
-		return nil, fmt.Errorf("control socket: %w", err)
-	}
-	// Who may connect controls every VM of the host.
-	if err := os.Chmod(d.cfg.Socket, 0o600); err != nil {
-		return nil, errors.Join(fmt.Errorf("control socket: %w", err), socket.Close())
-	}
-	if d.cfg.ControlListen == "" {
-		return []net.Listener{socket}, nil
-	}
-	tcp, err := listenTCP(d.ctx, d.cfg.ControlListen)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("control API: %w", err), socket.Close())
-	}
-	return []net.Listener{socket, tcp}, nil
 }
 
 // newPeerServer makes the server for other daemons, what it is to serve of the listener, and the server that takes lanes from
@@ -258,6 +213,11 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 	return grpc.NewClient("passthrough:///"+address, options...)
 }
 
+func dialTCP(ctx context.Context, address string) (net.Conn, error) {
+	dialer := net.Dialer{KeepAliveConfig: limits.Keepalive}
+	return dialer.DialContext(ctx, "tcp", address)
+}
+
 // dialLane connects to another daemon for a lane.
 func (d *Daemon) dialLane(ctx context.Context, address string) (net.Conn, error) {
 	creds, err := d.dialCredentials(address)
@@ -277,7 +237,9 @@ func stop(server *grpc.Server) {
 func closeAll(listeners []net.Listener) error {
 	var errs []error
 	for _, l := range listeners {
-		errs = append(errs, l.Close())
+		if l != nil {
+			errs = append(errs, l.Close())
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -36,10 +36,8 @@ func (p *peerService) CheckHost(ctx context.Context, _ *migratedv1.CheckHostRequ
 }
 
 func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.PrepareIncomingRequest) (*migratedv1.PrepareIncomingResponse, error) {
-	if request.GetProtocol() != migration.Protocol {
-		return nil, status.Errorf(codes.FailedPrecondition,
-			"the source speaks version %d of the protocol and this daemon %d; run the same version of migrated on both hosts",
-			request.GetProtocol(), migration.Protocol)
+	if err := migration.AgreeOnProtocol(request); err != nil {
+		return nil, migration.ToStatus(codes.FailedPrecondition, err)
 	}
 	if !validID.MatchString(request.GetId()) {
 		return nil, status.Errorf(codes.InvalidArgument, "id %q cannot be used", request.GetId())
@@ -140,7 +138,7 @@ func (p *peerService) WatchIncoming(request *migratedv1.WatchIncomingRequest, st
 	if err != nil {
 		return err
 	}
-	return watch(stream.Context(), d, incomingInterval, func(view *migratedv1.Migration) error {
+	return p.daemon.watch(stream.Context(), d, incomingInterval, func(view *migratedv1.Migration) error {
 		return stream.Send(&migratedv1.WatchIncomingResponse{
 			State: view.GetState(), Progress: view.GetProgress(), Error: view.GetError(),
 		})
@@ -174,6 +172,10 @@ func (p *peerService) AbortIncoming(ctx context.Context, request *migratedv1.Abo
 // nobody's business but their sources'.
 func (p *peerService) destination(ctx context.Context, id string) (*migration.Destination, error) {
 	d := p.daemon.migrations.destination(id)
+	if err := p.daemon.migrations.whyLeft(id); d == nil && err != nil {
+		// Its token cannot be read either, and the source must not take this for an answer: another daemon will have one.
+		return nil, migration.ToStatus(codes.Unknown, err)
+	}
 	if d == nil || !d.Authentic(ctx) {
 		return nil, status.Errorf(codes.NotFound, "this daemon knows no migration %q to its host", id)
 	}

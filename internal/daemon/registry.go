@@ -23,6 +23,7 @@ type registry struct {
 	sources      map[string]*migration.Source
 	destinations map[string]*migration.Destination
 	senders      map[string]string // of the destinations' sources; none of those that were taken up
+	left         map[string]error  // migrations to this host that could not be taken up, and why
 }
 
 func newRegistry() *registry {
@@ -49,6 +50,13 @@ func (r *registry) destination(id string) *migration.Destination {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.destinations[id]
+}
+
+// whyLeft says why a migration to this host could not be taken up; nil where there is none of that id.
+func (r *registry) whyLeft(id string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.left[id]
 }
 
 // find prefers the source, which is what its operator asked for.
@@ -132,10 +140,11 @@ func (r *registry) addDestination(id, sender string, most int, create func() *mi
 	return d, forgotten, nil
 }
 
-// takeUp adds migrations that an earlier run of the daemon left.
-func (r *registry) takeUp(sources []*migration.Source, destinations []*migration.Destination) {
+// takeUp adds migrations that an earlier run of the daemon left; left are those to this host that could not be taken up.
+func (r *registry) takeUp(sources []*migration.Source, destinations []*migration.Destination, left map[string]error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.left = left
 	for _, s := range sources {
 		view, _ := s.Snapshot()
 		r.sources[view.GetId()] = s

@@ -12,9 +12,9 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/config"
-	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
+	"github.com/migrated-vm/migrated/internal/version"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -119,7 +119,7 @@ func TestPeersSendOnlyTheirVMs(t *testing.T) {
 	client := migratedv1.NewPeerServiceClient(s.as(t, "a.example", s.peers))
 	for vm, want := range map[string]codes.Code{"db-1": codes.PermissionDenied, "web-1": codes.FailedPrecondition} {
 		_, err := client.PrepareIncoming(t.Context(), &migratedv1.PrepareIncomingRequest{
-			Id: "m-" + vm, Protocol: migration.Protocol, Machine: &migratedv1.SourceMachine{Name: vm},
+			Id: "m-" + vm, Protocol: version.Protocol, OldestProtocol: version.OldestProtocol, Machine: &migratedv1.SourceMachine{Name: vm},
 		})
 		wantCode(t, vm, err, want) // there is no such machine, which is asked after the permission
 	}

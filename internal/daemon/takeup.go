@@ -7,6 +7,8 @@ import (
 	"net"
 	"path/filepath"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/migrated-vm/migrated/internal/migration"
 )
 
@@ -39,14 +41,6 @@ func (d *Daemon) takeUp() error {
 	if err != nil {
 		return err
 	}
-	var sources []*migration.Source
-	for _, rec := range records {
-		s, err := migration.TakeUpSource(d.ctx, d.sourceConfig(), rec)
-		if err != nil {
-			return err
-		}
-		sources = append(sources, s)
-	}
 	if err := migration.RemoveEnded(d.incomingDir()); err != nil {
 		d.log.Warn("directories of migrations that are over stay", "error", err)
 	}
@@ -55,14 +49,29 @@ func (d *Daemon) takeUp() error {
 		return fmt.Errorf("migrations to this host: %w", err)
 	}
 	var destinations []*migration.Destination
+	left := map[string]error{}
 	for _, dir := range dirs {
 		destination, err := migration.TakeUpDestination(d.ctx, d.destinationConfig(dir))
 		if err != nil {
-			d.log.Error("a migration to this host that an earlier run of this daemon left cannot be taken up", "error", err)
+			d.log.Error("a migration to this host that an earlier run of this daemon left cannot be taken up",
+				"error", err, "remedy", migration.Remedy(err))
+			left[filepath.Base(dir)] = err
 			continue
 		}
 		destinations = append(destinations, destination)
 	}
-	d.migrations.takeUp(sources, destinations)
+	// A source asks its QEMU, which takes its time where it hangs. VMs that came here wait meanwhile no longer.
+	sources := make([]*migration.Source, len(records))
+	var all errgroup.Group
+	for i, rec := range records {
+		all.Go(func() (err error) {
+			sources[i], err = migration.TakeUpSource(d.ctx, d.sourceConfig(), rec)
+			return err
+		})
+	}
+	if err := all.Wait(); err != nil {
+		return err
+	}
+	d.migrations.takeUp(sources, destinations, left)
 	return nil
 }

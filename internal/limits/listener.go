@@ -28,14 +28,18 @@ func (l *listener) Accept() (net.Conn, error) {
 		}
 		address := Network(c.RemoteAddr())
 		why := l.peers.admit(address)
+		tcp, isTCP := c.(*net.TCPConn)
 		if why == "" {
+			if isTCP {
+				_ = tcp.SetKeepAliveConfig(Keepalive) // it is closed already if that fails
+			}
 			admitted := &conn{Conn: c}
 			admitted.established = sync.OnceFunc(func() { l.peers.established(address) })
 			admitted.left = sync.OnceFunc(func() { l.peers.left(address) })
 			return admitted, nil
 		}
 		l.peers.refusals.Refused(why, address)
-		if tcp, ok := c.(*net.TCPConn); ok {
+		if isTCP {
 			_ = tcp.SetLinger(0) // a reset: the kernel keeps nothing of it either
 		}
 		_ = c.Close() // nothing was said

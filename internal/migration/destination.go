@@ -17,6 +17,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/internal/version"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
@@ -37,7 +38,7 @@ const (
 
 // DestinationConfig is what one migration to this host needs.
 type DestinationConfig struct {
-	// Request is the source's, its page addresses made absolute.
+	// Request is the source's, its page addresses made absolute. Its protocol is the one that was agreed on.
 	Request *migratedv1.PrepareIncomingRequest
 	// Dir is a directory of this migration's own, for logs; Prepare makes it.
 	Dir string
@@ -116,6 +117,15 @@ const (
 	givenUp // for good: Run is answered with ErrNotRun
 )
 
+// AgreeOnProtocol makes the protocol of a request the newest that both daemons speak, to which they keep from then on.
+func AgreeOnProtocol(request *migratedv1.PrepareIncomingRequest) (err error) {
+	request.Protocol, err = version.AgreeOnProtocol("the source", request.GetOldestProtocol(), request.GetProtocol())
+	if err != nil {
+		return withRemedy(err, sameVersions)
+	}
+	return nil
+}
+
 // NewDestination makes a destination that Prepare brings to life. It lives
 // until it is over or ctx ends.
 func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
@@ -168,8 +178,8 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 		m.Prepared = true
 		m.Progress = d.meter.progress(d.engine.Stats())
 	})
-	d.log.Info("prepared", "pid", d.vm.Pid, "userfaultfd", d.taken.Method, "supervision", d.supervision, "label", d.label)
-	answer := &migratedv1.PrepareIncomingResponse{Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label}
+	d.log.Info("prepared", "pid", d.vm.Pid, "protocol", d.cfg.Request.GetProtocol(), "userfaultfd", d.taken.Method, "supervision", d.supervision, "label", d.label)
+	answer := &migratedv1.PrepareIncomingResponse{Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label, Protocol: d.cfg.Request.GetProtocol()}
 	for _, b := range d.blocks {
 		answer.RamBlocks = append(answer.RamBlocks, &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize})
 	}

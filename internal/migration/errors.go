@@ -28,6 +28,12 @@ var (
 	errAskAgain = errors.New("it is not known yet whether the VM runs")
 )
 
+// What to do about a *version.Error.
+const (
+	otherDaemon  = "start the version of migrated that wrote it, or a newer one: it goes on with the migration; nothing was changed, and the VM waits"
+	sameVersions = "run the same version of migrated on both hosts, or two that follow each other"
+)
+
 // A remediedError is an error that an operator can do something about.
 type remediedError struct {
 	err    error
@@ -41,6 +47,9 @@ func (e *remediedError) Unwrap() error { return e.err }
 func withRemedy(err error, remedy string) error {
 	return &remediedError{err: err, remedy: remedy}
 }
+
+// Remedy is what an operator can do about err; empty where that is not known.
+func Remedy(err error) string { return describe(err).GetRemedy() }
 
 // askQEMU wraps a failure to learn something of a QEMU process.
 func askQEMU(which string, err error) error {

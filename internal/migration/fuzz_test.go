@@ -6,11 +6,13 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/migrated-vm/migrated/internal/version"
 )
 
 // FuzzTakeUpKept: damaged files are an error, and never more memory than the file has.
 func FuzzTakeUpKept(f *testing.F) {
-	f.Add([]byte(`{"version":1,"request":{"id":"m1"},"ram_blocks":[{"id":"a","addr":4096,"size":4096,"page_size":4096}]}`), make([]byte, keptHeaderSize+8))
+	f.Add([]byte(`{"version":1,"request":{"id":"m1","protocol":1},"ram_blocks":[{"id":"a","addr":4096,"size":4096,"page_size":4096}]}`), make([]byte, keptHeaderSize+8))
 	f.Add([]byte(`{"version":1,"request":{"id":1}}`), []byte{})
 	f.Add([]byte(`{"version":1,"ram_blocks":[{"size":18446744073709551615,"page_size":1}]}`), make([]byte, keptHeaderSize))
 	f.Add([]byte(`[]`), []byte("x"))
@@ -37,8 +39,8 @@ func FuzzTakeUpKept(f *testing.F) {
 
 // FuzzRecords: what is read can be written and read again; everything else is an error.
 func FuzzRecords(f *testing.F) {
-	f.Add([]byte(`{"version":1,"id":"m1","vm":"/q","pid":1,"start_time":2,"boot_id":"b","spec":{},"settings":{"capabilities":{"x":true}}}`))
-	f.Add([]byte(`{"version":2}`))
+	f.Add([]byte(`{"version":1,"id":"m1","vm":"/q","pid":1,"start_time":2,"boot_id":"b","protocol":1,"spec":{},"settings":{"capabilities":{"x":true}}}`))
+	f.Add([]byte(`{"version":4294967295}`))
 	f.Add([]byte(`null`))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -53,7 +55,7 @@ func FuzzRecords(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(all) != 1 || all[0].Version != recordVersion {
+		if len(all) != 1 || all[0].Version != version.State {
 			t.Fatalf("read %v", all)
 		}
 		rec := all[0]

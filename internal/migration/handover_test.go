@@ -46,7 +46,7 @@ type peer struct {
 }
 
 func (p *peer) PrepareIncoming(_ context.Context, r *migratedv1.PrepareIncomingRequest) (*migratedv1.PrepareIncomingResponse, error) {
-	return &migratedv1.PrepareIncomingResponse{RamBlocks: r.GetMachine().GetRamBlocks()}, nil
+	return &migratedv1.PrepareIncomingResponse{Protocol: r.GetProtocol(), RamBlocks: r.GetMachine().GetRamBlocks()}, nil
 }
 
 func (p *peer) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {

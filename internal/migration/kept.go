@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -17,13 +18,11 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/version"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
-
-// keptVersion is that of both files; a daemon takes up what it knows.
-const keptVersion = 1
 
 const (
 	keptFacts  = "migration.json"
@@ -40,7 +39,7 @@ type kept struct {
 
 // keptFactsV1 is the content of keptFacts.
 type keptFactsV1 struct {
-	Version  int             `json:"version"`
+	Version  uint32          `json:"version"`
 	Request  json.RawMessage `json:"request"` // a PrepareIncomingRequest
 	QEMU     qemu.Identity   `json:"qemu"`
 	QMP      string          `json:"qmp"`
@@ -64,7 +63,7 @@ type keptBlock struct {
 
 // keptHeader begins the mapped file. Times are in nanoseconds.
 type keptHeader struct {
-	magic uint64
+	magic uint64 // keptMagic, and the version in its lower half
 	// loaded is set when QEMU has the whole device state.
 	loaded atomic.Uint64
 	// toldToRun is set before QEMU is told to run the VM: while it is 0 the VM has not run here.
@@ -80,7 +79,7 @@ type keptHeader struct {
 }
 
 const (
-	keptMagic      = 0x6d696772_00000000 | keptVersion
+	keptMagic      = 0x6d696772_00000000
 	keptHeaderSize = 4096
 	// keptCopies is where, within the header, the kernel answers the engine's copies; zeros in the file of a daemon that
 	// did not know of them, which is no answer.
@@ -123,8 +122,8 @@ func (k *kept) create(facts *keptFactsV1, request *migratedv1.PrepareIncomingReq
 	if err := k.mapFile(f, size); err != nil {
 		return err
 	}
-	k.header().magic = keptMagic
-	facts.Version = keptVersion
+	k.header().magic = keptMagic | version.State
+	facts.Version = version.State
 	if facts.Request, err = protojson.Marshal(request); err != nil {
 		return err
 	}
@@ -146,23 +145,38 @@ func takeUpKept(dir string) (*kept, *keptFactsV1, *migratedv1.PrepareIncomingReq
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	facts, request := new(keptFactsV1), new(migratedv1.PrepareIncomingRequest)
-	if err := json.Unmarshal(data, facts); err != nil {
-		return nil, nil, nil, fmt.Errorf("%s: %w", filepath.Join(dir, keptFacts), err)
-	}
-	if facts.Version != keptVersion {
-		return nil, nil, nil, withRemedy(
-			fmt.Errorf("%s is of version %d, this daemon knows %d", filepath.Join(dir, keptFacts), facts.Version, keptVersion),
-			"start the version of migrated that wrote it; it goes on with the migration")
-	}
-	// What a newer daemon added is of no use to this one; what it needs has another version.
-	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(facts.Request, request); err != nil {
-		return nil, nil, nil, fmt.Errorf("%s: %w", filepath.Join(dir, keptFacts), err)
+	facts, request, err := readFacts(data, filepath.Join(dir, keptFacts))
+	if err != nil {
+		return nil, nil, nil, err
 	}
 	if err := k.open(); err != nil {
 		return nil, nil, nil, err
 	}
 	return k, facts, request, nil
+}
+
+// readFacts reads facts of any version that this daemon knows.
+func readFacts(data []byte, path string) (*keptFactsV1, *migratedv1.PrepareIncomingRequest, error) {
+	facts, request := new(keptFactsV1), new(migratedv1.PrepareIncomingRequest)
+	if err := json.Unmarshal(data, &struct {
+		Version *uint32 `json:"version"`
+	}{&facts.Version}); err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if err := version.CheckState(path, facts.Version); err != nil {
+		return nil, nil, withRemedy(err, otherDaemon)
+	}
+	if err := json.Unmarshal(data, facts); err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	// What a newer daemon added is of no use to this one; what it needs has another version.
+	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(facts.Request, request); err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if _, err := version.AgreeOnProtocol(path, request.GetProtocol(), request.GetProtocol()); err != nil {
+		return nil, nil, withRemedy(err, otherDaemon)
+	}
+	return facts, request, nil
 }
 
 func (k *kept) open() error {
@@ -181,8 +195,11 @@ func (k *kept) open() error {
 	if err := k.mapFile(f, int(info.Size())); err != nil {
 		return err
 	}
-	if k.header().magic != keptMagic {
+	if k.header().magic&^math.MaxUint32 != keptMagic {
 		return errors.Join(fmt.Errorf("%s holds no page states", f.Name()), k.close())
+	}
+	if err := version.CheckState(f.Name(), uint32(k.header().magic)); err != nil {
+		return errors.Join(withRemedy(err, otherDaemon), k.close())
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strconv"
 	"time"
 
 	"google.golang.org/grpc/metadata"
@@ -32,6 +33,7 @@ type lanes struct {
 type laneConfig struct {
 	id, token string
 	addresses []string
+	protocol  uint32 // that the migration keeps to
 	demand    int
 	dial      func(ctx context.Context, address string) (net.Conn, error)
 }
@@ -39,8 +41,8 @@ type laneConfig struct {
 func (d *Destination) laneConfig() laneConfig {
 	return laneConfig{
 		id: d.cfg.Request.GetId(), token: d.cfg.Request.GetToken(),
-		addresses: d.addresses(),
-		demand:    d.cfg.FaultWorkers, dial: d.cfg.Dial,
+		addresses: d.addresses(), protocol: d.cfg.Request.GetProtocol(),
+		demand: d.cfg.FaultWorkers, dial: d.cfg.Dial,
 	}
 }
 
@@ -77,7 +79,7 @@ func openLanesAt(ctx context.Context, cfg laneConfig, address string) (_ *lanes,
 	for i := range cfg.demand + 1 {
 		// The source packs pages where it pays, but only in a way that this daemon says it can unpack.
 		md := metadata.Pairs(pagewire.MigrationIDKey, cfg.id, pagewire.MigrationTokenKey, cfg.token,
-			pagewire.CompressionKey, pagewire.Unpackable)
+			pagewire.CompressionKey, pagewire.Unpackable, pagewire.ProtocolKey, strconv.FormatUint(uint64(cfg.protocol), 10))
 		if i == cfg.demand {
 			md.Set(pagewire.LaneKey, pagewire.BulkLane)
 		}

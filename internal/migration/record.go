@@ -13,12 +13,13 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/version"
 )
 
 // A Record says that this host is handing a VM over, or has done so. While a
 // committed one exists the daemon does not continue that VM.
 type Record struct {
-	Version int    `json:"version"`
+	Version uint32 `json:"version"`
 	ID      string `json:"id"`
 	VM      string `json:"vm"` // path of the QMP socket
 	qemu.Identity
@@ -31,14 +32,12 @@ type Record struct {
 	HandedOver time.Time `json:"handed_over"` // when the VM was about to stop
 
 	// What a restarted daemon needs to go on.
+	Protocol   uint32          `json:"protocol"`
 	Spec       json.RawMessage `json:"spec"` // a MigrationSpec
 	Token      string          `json:"token"`
 	WasRunning bool            `json:"was_running"`
 	Settings   *qemu.Settings  `json:"settings"` // to be put back in QEMU
 }
-
-// recordVersion is that of Record; a daemon takes up what it knows.
-const recordVersion = 1
 
 // Records keeps the hand-over records of this host, one file each. The
 // directory should be on a file system in memory, as /run is: a record is
@@ -61,7 +60,7 @@ func (r *Records) path(id string) string { return filepath.Join(r.dir, id+".json
 // Prepare writes down, durably, that the VM of rec is about to stop, and all but
 // the commitment itself: Commit then costs the downtime a rename and no more.
 func (r *Records) Prepare(rec Record) error {
-	rec.Version = recordVersion
+	rec.Version = version.State
 	rec.Committed = true
 	err := writeJSON(r.committed(rec.ID), rec)
 	if err == nil {
@@ -161,18 +160,36 @@ func (r *Records) All() ([]Record, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read the hand-over record of %s: %w", id, err)
 		}
-		var rec Record
-		if err := json.Unmarshal(data, &rec); err != nil {
-			return nil, fmt.Errorf("hand-over record %s is damaged; look at the VM it is about before removing it: %w",
-				r.path(id), err)
-		}
-		if rec.Version != recordVersion {
-			return nil, fmt.Errorf("hand-over record %s is of version %d, this daemon knows %d: start the version of migrated that wrote it",
-				r.path(id), rec.Version, recordVersion)
+		rec, err := readRecord(data, r.path(id))
+		if err != nil {
+			return nil, err
 		}
 		records = append(records, rec)
 	}
 	return records, nil
+}
+
+// readRecord reads a record of any version that this daemon knows. The error has a remedy.
+func readRecord(data []byte, path string) (rec Record, err error) {
+	if err := json.Unmarshal(data, &struct {
+		Version *uint32 `json:"version"`
+	}{&rec.Version}); err != nil {
+		return Record{}, damagedRecord(path, err)
+	}
+	if err := version.CheckState("hand-over record "+path, rec.Version); err != nil {
+		return Record{}, withRemedy(err, otherDaemon)
+	}
+	if err := json.Unmarshal(data, &rec); err != nil {
+		return Record{}, damagedRecord(path, err)
+	}
+	if _, err := version.AgreeOnProtocol("hand-over record "+path, rec.Protocol, rec.Protocol); err != nil {
+		return Record{}, withRemedy(err, otherDaemon)
+	}
+	return rec, nil
+}
+
+func damagedRecord(path string, err error) error {
+	return withRemedy(fmt.Errorf("hand-over record %s is damaged: %w", path, err), "look where the VM that it is about runs before you remove it")
 }
 
 // ForVM returns the record of a VM that was handed over and is still stopped

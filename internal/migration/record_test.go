@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/version"
 )
 
 func TestRecordsOutliveTheDaemon(t *testing.T) {
@@ -25,7 +26,7 @@ func TestRecordsOutliveTheDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Record{
-		Version: recordVersion, ID: "m1", VM: "/run/vm/qmp.sock", Identity: identity,
+		Version: version.State, ID: "m1", Protocol: 1, VM: "/run/vm/qmp.sock", Identity: identity,
 		Destination: "192.0.2.2:7600", HandedOver: time.Now().Round(0).UTC(), Spec: []byte(`{"vm":"x"}`), Token: "t", WasRunning: true,
 	}
 	if err := records.Prepare(want); err != nil {

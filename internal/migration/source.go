@@ -16,13 +16,10 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/version"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
-
-// Protocol is the version of what two daemons say to each other. Both ends of
-// a migration need the same.
-const Protocol = 1
 
 // Each step of the source is bounded, so that a peer that hangs costs the VM
 // no more than this.
@@ -76,6 +73,7 @@ type Source struct {
 	conn       *grpc.ClientConn
 	peer       migratedv1.PeerServiceClient
 	token      string
+	protocol   uint32 // that both keep to
 	wasRunning bool
 	stopTried  bool
 	stoppedAt  time.Time
@@ -145,7 +143,7 @@ func (s *Source) writeDown() error {
 	return s.cfg.Records.Prepare(Record{
 		ID: s.cfg.ID, VM: s.cfg.Spec.GetVm(), Identity: identity,
 		Destination: s.cfg.Spec.GetDestination(), HandedOver: time.Now(),
-		Spec: spec, Token: s.token, WasRunning: s.wasRunning, Settings: s.vm.Changed(),
+		Protocol: s.protocol, Spec: spec, Token: s.token, WasRunning: s.wasRunning, Settings: s.vm.Changed(),
 	})
 }
 
@@ -180,7 +178,7 @@ func (s *Source) run(ctx context.Context) {
 		return
 	}
 	s.update(func(m *migratedv1.Migration) { m.Prepared = true })
-	s.log.Info("prepared", "vm", s.cfg.Spec.GetVm(), "destination", s.cfg.Spec.GetDestination())
+	s.log.Info("prepared", "vm", s.cfg.Spec.GetVm(), "destination", s.cfg.Spec.GetDestination(), "protocol", s.protocol)
 	reached("source-prepared")
 
 	if err := s.awaitStart(ctx); err != nil {
@@ -251,7 +249,8 @@ func (s *Source) prepare(ctx context.Context) error {
 	reached("source-offered")
 	answer, err := s.peer.PrepareIncoming(ctx, &migratedv1.PrepareIncomingRequest{
 		Id:                  s.cfg.ID,
-		Protocol:            Protocol,
+		Protocol:            version.Protocol,
+		OldestProtocol:      version.OldestProtocol,
 		Token:               s.token,
 		PageAddresses:       s.cfg.PageAddresses,
 		Machine:             machineOf(s.facts, s.cfg.Spec.GetVm()),
@@ -262,6 +261,9 @@ func (s *Source) prepare(ctx context.Context) error {
 	})
 	if err != nil {
 		return causeOf(ctx, fromPeer("prepare", destination, err))
+	}
+	if s.protocol, err = version.AgreeOnProtocol("destination "+destination, answer.GetProtocol(), answer.GetProtocol()); err != nil {
+		return withRemedy(fmt.Errorf("prepare: %w", err), sameVersions)
 	}
 	if len(answer.GetRamBlocks()) != len(s.facts.RAMBlocks) {
 		return fmt.Errorf("prepare: destination %s has %d RAM blocks instead of %d",

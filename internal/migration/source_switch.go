@@ -196,9 +196,11 @@ func (s *Source) handOver(ctx context.Context) error {
 				"look on the destination whether the VM runs there; only if it certainly does not: "+s.fallBackCommand())
 		}
 		s.log.Warn("the hand-over is not answered, asking again", "error", err)
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
-			withRemedy(fromPeer("run the VM", destination, err), "restore the network between the two hosts; the hand-over is repeated until it is answered"),
-			s.stoppedStatus())
+		failure := fromPeer("run the VM", destination, err)
+		if status.Code(err) != codes.Unknown { // that is the destination's own word
+			failure = withRemedy(failure, "restore the network between the two hosts; the hand-over is repeated until it is answered")
+		}
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, failure, s.stoppedStatus())
 		if err := sleep(ctx, jitter(delay)); err != nil {
 			return fmt.Errorf("the daemon ended before the destination answered the hand-over: %w", err)
 		}

@@ -28,6 +28,7 @@ func TakeUpSource(ctx context.Context, cfg SourceConfig, rec Record) (*Source, e
 	s, ctx := newSource(ctx, cfg)
 	s.Start()
 	s.takenUp = true
+	s.protocol = rec.Protocol
 	s.token, s.wasRunning, s.stopTried, s.stoppedAt = rec.Token, rec.WasRunning, true, rec.HandedOver
 	s.committed = rec.Committed
 	close(s.stopped)

@@ -176,7 +176,7 @@ func TestTakenUpSourceContinuesItsVM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rec := Record{ID: "m1", VM: s.vm, Identity: identity, Spec: spec, Token: "token", WasRunning: true, HandedOver: time.Now()}
+	rec := Record{Protocol: 1, ID: "m1", VM: s.vm, Identity: identity, Spec: spec, Token: "token", WasRunning: true, HandedOver: time.Now()}
 	if err := s.records.Prepare(rec); err != nil {
 		t.Fatal(err)
 	}
@@ -304,7 +304,7 @@ func leaveDestination(t *testing.T, loaded bool) *left {
 		QEMU: identity, QMP: filepath.Join(dir, "qmp.sock"), RemoteFD: taken.RemoteFD,
 		Blocks: []keptBlock{{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize}},
 	}
-	request := &migratedv1.PrepareIncomingRequest{Id: "m1", Token: "secret", PageAddresses: []string{"192.0.2.1:7600"}}
+	request := &migratedv1.PrepareIncomingRequest{Id: "m1", Protocol: 1, Token: "secret", PageAddresses: []string{"192.0.2.1:7600"}}
 	if l.kept, err = keep(l.dir, written, request); err != nil {
 		t.Fatal(err)
 	}

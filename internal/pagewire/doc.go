@@ -53,6 +53,8 @@ const (
 	MigrationIDKey = "migration-id"
 	// MigrationTokenKey carries the secret that the source gave to the destination of the migration.
 	MigrationTokenKey = "migration-token"
+	// ProtocolKey is the version of the protocol that the migration keeps to, in decimal. Its absence says 1.
+	ProtocolKey = "migrated-protocol"
 	// LaneKey tells a lane's kind. The only one with a name is BulkLane, that of the sweep.
 	LaneKey  = "migrated-lane"
 	BulkLane = "bulk"

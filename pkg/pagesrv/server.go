@@ -8,6 +8,7 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/internal/version"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -126,7 +128,24 @@ func (s *Server) admit(ctx context.Context) (*Export, error) {
 	if subtle.ConstantTimeCompare(shown[:], want[:]) != 1 || e == nil {
 		return nil, endLane(codes.PermissionDenied, ErrRefused, "")
 	}
+	if err := checkProtocol(one(ctx, pagewire.ProtocolKey)); err != nil {
+		return nil, endLane(codes.FailedPrecondition, err, "")
+	}
 	return e, nil
+}
+
+// checkProtocol refuses a lane that keeps to a protocol that this daemon does not speak: the migration was begun by another
+// version of it, which can go on with it.
+func checkProtocol(shown string) error {
+	if shown == "" {
+		return nil
+	}
+	v, err := strconv.ParseUint(shown, 10, 32)
+	if err != nil {
+		return fmt.Errorf("%s: %w", pagewire.ProtocolKey, err)
+	}
+	_, err = version.AgreeOnProtocol("the destination", uint32(v), uint32(v))
+	return err
 }
 
 // one returns the value of a metadata key that must be there exactly once, or "".

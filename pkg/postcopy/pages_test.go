@@ -3,6 +3,7 @@
 package postcopy
 
 import (
+	"bytes"
 	"errors"
 	"math/rand/v2"
 	"runtime"
@@ -260,6 +261,28 @@ func TestStateOfAnotherVM(t *testing.T) {
 	} {
 		if _, _, err := newPages([]uint64{100}, bad); !errors.Is(err, ErrState) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestStatesAreAFormat: a table outlives the daemon, and the next one, of another version, takes it up. Who changes a
+// number here raises version.State.
+func TestStatesAreAFormat(t *testing.T) {
+	const n = 8
+	memory := stateMemory([]uint64{n})
+	for i, s := range []state{missing, swept, demanded, installing, present, zero, zeroing, ahead} { // 0 to 7
+		memory[i/2] |= byte(s) << (i % 2 * stateBits)
+	}
+	if want := []byte{0x10, 0x32, 0x54, 0x76, 0, 0, 0, 0}; !bytes.Equal(memory, want) {
+		t.Fatalf("states are %x, want %x", memory, want)
+	}
+	table, _, err := newPages([]uint64{n}, memory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []state{missing, missing, missing, missing, present, zero, zero, missing} {
+		if got := table.get(uint64(i)); got != want {
+			t.Errorf("state %d is taken up as %d, want %d", i, got, want)
 		}
 	}
 }

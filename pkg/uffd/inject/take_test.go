@@ -239,3 +239,29 @@ func BenchmarkTake(b *testing.B) {
 		b.StartTimer()
 	}
 }
+
+// BenchmarkTakeUp is what a daemon that is started again pays for the descriptor: by a duplicate of the process' own, and,
+// if it were handed to it, for the proof that it is that of the process.
+func BenchmarkTakeUp(b *testing.B) {
+	v := startVictim(b, "ppoll")
+	taken := takeOrSkip(b, v.pid)
+	defer taken.UFFD.Close()
+	b.Run("duplicate", func(b *testing.B) {
+		for b.Loop() {
+			again, err := Duplicate(v.pid, taken.RemoteFD)
+			if err != nil {
+				b.Fatal(err)
+			}
+			if err := again.UFFD.Close(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("proof", func(b *testing.B) {
+		for b.Loop() {
+			if err := sameFile(v.pid, taken.RemoteFD, taken.UFFD.FD()); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}

@@ -45,6 +45,9 @@ type PageServiceClient interface {
 	// says that it is the one ("migrated-lane: bulk"): from it the source learns
 	// how fast the network is.
 	//
+	// "migrated-protocol: 1" is the version that PrepareIncoming agreed on; a
+	// source that does not speak it refuses the lane.
+	//
 	// Both messages are plain Protocol Buffers on the wire. The daemons read and
 	// write them by hand (internal/pagewire), so that page bytes are never
 	// copied or decoded by a generic codec.
@@ -92,6 +95,9 @@ type PageServiceServer interface {
 	// nothing to it; without any, it sends page bytes as they are. The bulk lane
 	// says that it is the one ("migrated-lane: bulk"): from it the source learns
 	// how fast the network is.
+	//
+	// "migrated-protocol: 1" is the version that PrepareIncoming agreed on; a
+	// source that does not speak it refuses the lane.
 	//
 	// Both messages are plain Protocol Buffers on the wire. The daemons read and
 	// write them by hand (internal/pagewire), so that page bytes are never

@@ -107,7 +107,7 @@ func (x *CheckHostResponse) GetResults() []*CheckResult {
 type PrepareIncomingRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// Version of this protocol.
+	// The newest version of this protocol that the source speaks, and (9) the oldest.
 	Protocol uint32 `protobuf:"varint,2,opt,name=protocol,proto3" json:"protocol,omitempty"`
 	// Secret that the destination shows when it fetches pages.
 	Token string `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
@@ -121,9 +121,10 @@ type PrepareIncomingRequest struct {
 	// The migration as asked for: require_secure, and the rest for show.
 	Spec *MigrationSpec `protobuf:"bytes,8,opt,name=spec,proto3" json:"spec,omitempty"`
 	// The lower of spec's and the source daemon's limit, as in MigrationSpec.
-	Bandwidth     uint64 `protobuf:"varint,9,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Bandwidth      uint64 `protobuf:"varint,9,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	OldestProtocol uint32 `protobuf:"varint,10,opt,name=oldest_protocol,json=oldestProtocol,proto3" json:"oldest_protocol,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *PrepareIncomingRequest) Reset() {
@@ -215,6 +216,13 @@ func (x *PrepareIncomingRequest) GetSpec() *MigrationSpec {
 func (x *PrepareIncomingRequest) GetBandwidth() uint64 {
 	if x != nil {
 		return x.Bandwidth
+	}
+	return 0
+}
+
+func (x *PrepareIncomingRequest) GetOldestProtocol() uint32 {
+	if x != nil {
+		return x.OldestProtocol
 	}
 	return 0
 }
@@ -420,8 +428,10 @@ type PrepareIncomingResponse struct {
 	// As in Migration.
 	Supervision      Supervision `protobuf:"varint,2,opt,name=supervision,proto3,enum=migrated.v1.Supervision" json:"supervision,omitempty"`
 	UserfaultfdLabel string      `protobuf:"bytes,3,opt,name=userfaultfd_label,json=userfaultfdLabel,proto3" json:"userfaultfd_label,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The version that both keep to for this migration: the newest that both speak.
+	Protocol      uint32 `protobuf:"varint,4,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PrepareIncomingResponse) Reset() {
@@ -473,6 +483,13 @@ func (x *PrepareIncomingResponse) GetUserfaultfdLabel() string {
 		return x.UserfaultfdLabel
 	}
 	return ""
+}
+
+func (x *PrepareIncomingResponse) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
 }
 
 type LoadDeviceStateRequest struct {
@@ -986,7 +1003,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x16migrated/v1/peer.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19migrated/v1/control.proto\"\x12\n" +
 	"\x10CheckHostRequest\"G\n" +
 	"\x11CheckHostResponse\x122\n" +
-	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xe1\x02\n" +
+	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\x8a\x03\n" +
 	"\x16PrepareIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\rR\bprotocol\x12\x14\n" +
@@ -996,7 +1013,9 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x0fdestination_qmp\x18\x06 \x01(\tR\x0edestinationQmp\x121\n" +
 	"\x14destination_template\x18\a \x01(\tR\x13destinationTemplate\x12.\n" +
 	"\x04spec\x18\b \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\x12\x1c\n" +
-	"\tbandwidth\x18\t \x01(\x04R\tbandwidth\"\xc6\x02\n" +
+	"\tbandwidth\x18\t \x01(\x04R\tbandwidth\x12'\n" +
+	"\x0foldest_protocol\x18\n" +
+	" \x01(\rR\x0eoldestProtocol\"\xc6\x02\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
@@ -1014,12 +1033,13 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x1b\n" +
 	"\tpage_size\x18\x03 \x01(\x04R\bpageSize\x12\x12\n" +
-	"\x04file\x18\x04 \x01(\tR\x04file\"\xb8\x01\n" +
+	"\x04file\x18\x04 \x01(\tR\x04file\"\xd4\x01\n" +
 	"\x17PrepareIncomingResponse\x124\n" +
 	"\n" +
 	"ram_blocks\x18\x01 \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12:\n" +
 	"\vsupervision\x18\x02 \x01(\x0e2\x18.migrated.v1.SupervisionR\vsupervision\x12+\n" +
-	"\x11userfaultfd_label\x18\x03 \x01(\tR\x10userfaultfdLabel\"<\n" +
+	"\x11userfaultfd_label\x18\x03 \x01(\tR\x10userfaultfdLabel\x12\x1a\n" +
+	"\bprotocol\x18\x04 \x01(\rR\bprotocol\"<\n" +
 	"\x16LoadDeviceStateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"/\n" +

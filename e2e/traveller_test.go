@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"os"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// travellerLink is a network on which a traveller's memory takes some seconds, so that there is a middle of its migrations.
+var travellerLink = lab.Link{Rate: 400e6, Delay: 100 * time.Microsecond}
+
+// travellerWindow is how often it reports.
+const travellerWindow = 50 * time.Millisecond
+
+// A traveller is a VM with a busy Linux guest that goes from host to host, and finds each time that its memory is whole.
+type traveller struct {
+	*testing.T
+	lab   *lab.Lab
+	at    *lab.Host
+	moves int
+}
+
+// newTraveller boots one on host A.
+func newTraveller(t *testing.T, l *lab.Lab) *traveller {
+	t.Helper()
+	vm := linux(t, lab.VMConfig{VCPUs: 2, MemoryMiB: 256, Nodes: 1}, "migrated.mem=128", "migrated.workers=2", "migrated.rate=500", "migrated.window="+travellerWindow.String())
+	startVM(t, l.A, vm)
+	v := &traveller{T: t, lab: l, at: l.A}
+	var guest report.Log
+	port := openGuest(t, l.A, &guest)
+	if _, err := guest.WaitReady(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	awaitWindows(t, &guest, 3)
+	if err := port.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func (v *traveller) other() *lab.Host {
+	if v.at == v.lab.A {
+		return v.lab.B
+	}
+	return v.lab.A
+}
+
+// move migrates it to the other host. In the middle of that, when it runs there and most of its memory is here,
+// it calls meanwhile, with the migration's id. It returns the longest time for which the guest did nothing.
+func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
+	v.Helper()
+	v.moves++
+	id, from, to := fmt.Sprintf("move-%d", v.moves), v.at, v.other()
+	said := v.reported()
+	client := control(v.T, from)
+	spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: to.DaemonAddr()}
+	if _, err := client.Start(testContext(v.T), &migratedv1.StartRequest{Id: id, Spec: spec}); err != nil {
+		v.Fatal(err)
+	}
+	m := await(v.T, client, id, func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
+	if m.GetState() != stateActive {
+		v.Fatalf("there was no middle of migration %s: %v", id, m)
+	}
+	meanwhile(id)
+	if m = await(v.T, control(v.T, from), id, func(*migratedv1.Migration) bool { return false }); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		v.Fatalf("migration %s is %v: %v", id, m.GetState(), m.GetError())
+	}
+	v.at = to
+	var guest report.Log
+	port := openGuest(v.T, to, &guest)
+	defer port.Close()
+	awaitWindows(v.T, &guest, 3)
+	verified, err := port.Verify(testContext(v.T))
+	if err != nil {
+		v.Fatal(err)
+	}
+	if verified.Corruptions != 0 || verified.Pages == 0 || guest.Err() != nil {
+		v.Errorf("after migration %s the guest finds %d corruptions: %v", id, verified.Corruptions, guest.Err())
+	}
+	nothingKept(v.T, v.lab.A, v.lab.B)
+	return v.longestStall(said)
+}
+
+// inFlight checks that pages are missing yet: what happened until now happened in the middle.
+func (v *traveller) inFlight(id string, to *lab.Host) {
+	v.Helper()
+	answer, err := control(v.T, to).Get(testContext(v.T), &migratedv1.GetRequest{Id: id})
+	if err != nil {
+		v.Fatal(err)
+	}
+	if p := answer.GetMigration().GetProgress(); p.GetPagesPresent() == p.GetPagesTotal() {
+		v.Errorf("migration %s was over before it was disturbed: %v", id, answer)
+	}
+}
+
+// written are the windows that the guest has written on a host.
+func (v *traveller) written(h *lab.Host) (all []*report.Window) {
+	v.Helper()
+	text, err := os.ReadFile(h.Path(lab.SerialLog))
+	if err != nil && !os.IsNotExist(err) {
+		v.Fatal(err)
+	}
+	for line := range bytes.Lines(text) {
+		if l, err := report.Parse(line); err == nil && l.Window != nil { // the switch cuts a line in two
+			all = append(all, l.Window)
+		}
+	}
+	return all
+}
+
+// reported is the number of the last window that the guest has written.
+func (v *traveller) reported() (last uint64) {
+	v.Helper()
+	for _, w := range slices.Concat(v.written(v.lab.A), v.written(v.lab.B)) {
+		last = max(last, w.Seq)
+	}
+	return last
+}
+
+// longestStall is the longest for which the guest has done nothing since a window, by its own clock: one of its
+// operations, or all of it.
+func (v *traveller) longestStall(since uint64) (longest time.Duration) {
+	v.Helper()
+	all := slices.Concat(v.written(v.lab.A), v.written(v.lab.B))
+	slices.SortFunc(all, func(a, b *report.Window) int { return cmp.Compare(a.Seq, b.Seq) })
+	for i, w := range all {
+		if i > 0 && w.Seq > since {
+			longest = max(longest, time.Duration(w.MaxUS)*time.Microsecond, report.Late(all[i-1], w, travellerWindow))
+		}
+	}
+	return longest
+}

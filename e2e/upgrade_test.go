@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/version"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// nextVersion builds the daemon of the version after the one under test: its protocol and its files are of a version
+// more (internal/version).
+func nextVersion(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "migrated-next")
+	out, err := exec.CommandContext(testContext(t), "go", "build", "-tags", "raised", "-o", path, "../cmd/migrated").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return path
+}
+
+// An upgrade is daemons that are replaced.
+type upgrade struct {
+	*testing.T
+	daemons map[*lab.Host]*lab.Process
+}
+
+// replace kills the daemon of a host and starts another program in its place; empty: the one under test.
+func (u *upgrade) replace(h *lab.Host, program string) {
+	u.Helper()
+	mustKill(u.T, u.daemons[h])
+	h.Daemon = program
+	u.daemons[h] = startDaemon(u.T, h)
+}
+
+// keeps checks the versions of what a migration under way has on both hosts.
+func (u *upgrade) keeps(from, to *lab.Host, id string, state, protocol uint32) {
+	u.Helper()
+	var record struct{ Version, Protocol uint32 }
+	readJSON(u.T, from.Path("/run/migrated/handed-over/"+id+".json"), &record)
+	var kept struct {
+		Version uint32
+		Request struct{ Protocol uint32 }
+	}
+	readJSON(u.T, to.Path("/run/migrated/incoming/"+id+"/migration.json"), &kept)
+	if record.Protocol != protocol || kept.Request.Protocol != protocol {
+		u.Errorf("migration %s keeps to protocol %d at the source and %d at the destination, want %d", id, record.Protocol, kept.Request.Protocol, protocol)
+	}
+	if kept.Version != state {
+		u.Errorf("migration %s has files of version %d at the destination, want %d", id, kept.Version, state)
+	}
+}
+
+func readJSON(t *testing.T, path string, into any) {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(data, into)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestUpgrade replaces daemons by those of the next version, and by those of the version before, in the middle of the
+// migrations of a busy guest.
+func TestUpgrade(t *testing.T) {
+	next := nextVersion(t)
+	l := linkedHosts(t, travellerLink)
+	a, b := l.A, l.B
+	u := &upgrade{t, map[*lab.Host]*lab.Process{a: startDaemon(t, a), b: startDaemon(t, b)}}
+	v := newTraveller(t, l)
+
+	u.Log("the destination is upgraded in the middle")
+	v.move(func(id string) {
+		u.replace(b, next)
+		u.keeps(a, b, id, version.State, version.Protocol)
+	})
+	u.Log("a newer source, an older destination")
+	v.move(func(id string) { u.keeps(b, a, id, version.State, version.Protocol) })
+	u.Log("an older source, a newer destination; the source is upgraded in the middle")
+	v.move(func(id string) {
+		u.keeps(a, b, id, version.State+1, version.Protocol)
+		u.replace(a, next)
+	})
+	u.Log("both of the newer version; the destination meets what it does not know")
+	v.move(func(id string) {
+		u.keeps(b, a, id, version.State+1, version.Protocol+1)
+		u.replace(a, "")
+		u.unknownIncoming(a, id)
+		u.replace(a, next)
+	})
+	u.Log("both of the newer version; the source meets what it does not know")
+	v.move(func(id string) {
+		u.keeps(a, b, id, version.State+1, version.Protocol+1)
+		mustKill(t, u.daemons[a])
+		u.refusesRecord(a, id)
+		u.daemons[a] = startDaemon(t, a)
+	})
+}
+
+// unknownIncoming checks that the daemon of a host serves, knows nothing of a migration that a newer one left, and leaves it.
+func (u *upgrade) unknownIncoming(h *lab.Host, id string) {
+	u.Helper()
+	if _, err := control(u.T, h).Get(testContext(u.T), &migratedv1.GetRequest{Id: id}); status.Code(err) != codes.NotFound {
+		u.Errorf("an older daemon knows migration %s: %v", id, err)
+	}
+	if _, err := os.Stat(h.Path("/run/migrated/incoming/" + id + "/migration.json")); err != nil {
+		u.Error(err)
+	}
+	m, err := control(u.T, u.peer(h)).Get(testContext(u.T), &migratedv1.GetRequest{Id: id})
+	if err != nil || migration.Terminal(m.GetMigration().GetState()) {
+		u.Errorf("the source has given the migration up: %v, %v", m, err)
+	}
+}
+
+func (u *upgrade) peer(h *lab.Host) *lab.Host {
+	for other := range u.daemons {
+		if other != h {
+			return other
+		}
+	}
+	return nil
+}
+
+// refusesRecord checks that the daemon under test does not serve where a newer one has handed a VM over, and says what to do.
+func (u *upgrade) refusesRecord(h *lab.Host, id string) {
+	u.Helper()
+	path := h.Path("/run/migrated/handed-over/" + id + ".json")
+	before, err := os.ReadFile(path)
+	if err != nil {
+		u.Fatal(err)
+	}
+	program, err := lab.Binary()
+	if err != nil {
+		u.Fatal(err)
+	}
+	out, err := h.Command(testContext(u.T), program, "serve", "--plaintext", "--listen", h.DaemonAddr()).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "What to do: start the version of migrated that wrote it") {
+		u.Errorf("an older daemon ends with %v: %s", err, out)
+	}
+	if after, err := os.ReadFile(path); err != nil || !bytes.Equal(before, after) {
+		u.Errorf("the record was %q and is %q: %v", before, after, err)
+	}
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/version"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// newerFile is what a daemon of the next version left.
+func newerFile(t *testing.T, path ...string) (name string, content string) {
+	t.Helper()
+	name, content = filepath.Join(path...), fmt.Sprintf(`{"version":%d}`, version.State+1)
+	if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(content), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	return name, content
+}
+
+func isUntouched(t *testing.T, name, content string) {
+	t.Helper()
+	if got, err := os.ReadFile(name); err != nil || string(got) != content {
+		t.Errorf("%s is %q: %v", name, got, err)
+	}
+}
+
+// TestNewerHandOver: its VM may run elsewhere, so that a daemon that cannot read it must not serve.
+func TestNewerHandOver(t *testing.T) {
+	cfg := config.Default()
+	cfg.Listen, cfg.StateDir, cfg.Socket = "127.0.0.1:0", t.TempDir(), filepath.Join(t.TempDir(), "control.sock")
+	name, content := newerFile(t, cfg.StateDir, "handed-over", "m1.json")
+	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.OnReady(func() { t.Error("it serves") })
+	err = d.Run(t.Context())
+	var unknown *version.Error
+	if !errors.As(err, &unknown) || migration.Remedy(err) == "" {
+		t.Errorf("%v; %s", err, migration.Remedy(err))
+	}
+	isUntouched(t, name, content)
+}
+
+// TestNewerIncoming: the source of a migration that this daemon cannot take up is told to ask again, and not that there is
+// none, after which it would ask no more.
+func TestNewerIncoming(t *testing.T) {
+	cfg := config.Default()
+	cfg.Listen, cfg.StateDir = "127.0.0.1:0", t.TempDir()
+	name, content := newerFile(t, cfg.StateDir, "incoming", "m1", "migration.json")
+	d, _ := startConfigured(t, cfg)
+	conn, err := grpc.NewClient(net.JoinHostPort("127.0.0.1", d.pagePort), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	peer := migratedv1.NewPeerServiceClient(conn)
+	for id, want := range map[string]codes.Code{"m1": codes.Unknown, "m2": codes.NotFound} {
+		_, err := peer.Run(t.Context(), &migratedv1.RunRequest{Id: id})
+		st := status.Convert(err)
+		if st.Code() != want || want == codes.Unknown && len(st.Details()) == 0 {
+			t.Errorf("Run of %s: %v, want %v", id, err, want)
+		}
+	}
+	isUntouched(t, name, content)
+}

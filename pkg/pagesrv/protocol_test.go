@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagesrv
+
+import (
+	"strconv"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/internal/version"
+)
+
+// TestProtocolOfLanes: a lane of a migration that another version of the daemon began is refused with the reason.
+func TestProtocolOfLanes(t *testing.T) {
+	s := NewServer()
+	e, err := s.Offer(testID, testToken, openRAM(t, Block{ID: "a", Path: ramFile(t, 4096, pattern).Name(), Size: 4096, PageSize: 4096}), isStopped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Withdraw()
+	for shown, want := range map[string]codes.Code{
+		"none": codes.OK, strconv.Itoa(version.Protocol): codes.OK, strconv.Itoa(version.Protocol + 1): codes.FailedPrecondition,
+		strconv.Itoa(version.OldestProtocol - 1): codes.FailedPrecondition, "-1": codes.FailedPrecondition, "x": codes.FailedPrecondition,
+	} {
+		t.Run(shown, func(t *testing.T) {
+			call := metadata.Pairs(pagewire.MigrationIDKey, testID, pagewire.MigrationTokenKey, testToken)
+			if shown != "none" {
+				call.Set(pagewire.ProtocolKey, shown)
+			}
+			_, err := s.admit(metadata.NewIncomingContext(t.Context(), call))
+			if status.Code(err) != want {
+				t.Errorf("%v, want %v", err, want)
+			}
+		})
+	}
+}
