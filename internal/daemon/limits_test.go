@@ -28,6 +28,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/internal/version"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -304,7 +305,7 @@ func TestFloodOfPrepares(t *testing.T) {
 	lane := serveLane(t, d, "m")
 	prepare := func(client migratedv1.PeerServiceClient, id string) error {
 		_, err := client.PrepareIncoming(t.Context(), &migratedv1.PrepareIncomingRequest{
-			Id: id, Protocol: migration.Protocol, Machine: &migratedv1.SourceMachine{Name: "vm"},
+			Id: id, Protocol: version.Protocol, Machine: &migratedv1.SourceMachine{Name: "vm"},
 		})
 		return err
 	}
@@ -345,7 +346,7 @@ func TestOversizedMessages(t *testing.T) {
 		lane.goesOn()
 	}
 	_, err := client.PrepareIncoming(t.Context(), &migratedv1.PrepareIncomingRequest{
-		Id: "m", Protocol: migration.Protocol, PageAddresses: make([]string, maxPageAddresses+1),
+		Id: "m", Protocol: version.Protocol, PageAddresses: make([]string, maxPageAddresses+1),
 	})
 	wantCode(t, "many page addresses", err, codes.InvalidArgument)
 	stream, err := client.LoadDeviceState(t.Context())
