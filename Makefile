@@ -11,6 +11,7 @@
 #   RUN=...     unit, e2e, kernel: only tests whose name matches
 #   N=500       chaos: how many cases (100)
 #   SEED=...    chaos: which sequence of cases (1); its cases are always the same
+#   FUZZTIME=   fuzz: how long each target (1m)
 #   ONLY=...    chaos: only the case with this index
 #   E2E_RACE=0  e2e: run the daemon without the race detector
 
@@ -117,6 +118,11 @@ kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefi
 chaos: ## break migrations in every way that is known and look for the VM: build/chaos/report.json (docs/faults.md)
 	@scripts/setup demo
 	@go run ./e2e/chaos $(if $(N),--n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
+
+.PHONY: fuzz
+fuzz: ## fuzz every decoder for FUZZTIME each, and keep the inputs that reached new code
+	@scripts/setup test
+	@scripts/fuzz $(or $(FUZZTIME),1m)
 
 .PHONY: microbench
 microbench: ## measure how far the engine is from what the machine can do (docs/fault-budget.md)

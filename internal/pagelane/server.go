@@ -163,7 +163,8 @@ func (s *Server) run(c net.Conn, in *bufio.Reader, info credentials.AuthInfo) {
 	t.finish(err)
 }
 
-// A Stream is the source's side of a lane. One goroutine at a time may use it, and none when the lane's handler has returned.
+// A Stream is the source's side of a lane. One goroutine at a time may use it. Who is in RecvMsg or SendMsg still when the
+// lane's handler returns is freed within linger.
 type Stream struct {
 	*conn
 	ctx      context.Context //nolint:containedctx // it is the life of the call

@@ -8,22 +8,23 @@
 // envelope around steps 3 and 4:
 //
 //	destination                                                        source
-//	Request{Ranges} ─ encode ─► leased frame ─ gRPC ─► decode ─► Request{Ranges}
+//	Request{Ranges} ─ encode ─► leased frame ─ lane ─► decode ─► Request{Ranges}
 //	                                                                     │ page server reads the pages
-//	Reply{Runs,Data} ◄─ decode ◄─ gRPC buffers ◄─ gRPC ◄─ encode ◄─ Reply.Lease
+//	Reply{Runs,Data} ◄─ decode ◄─ its buffer ◄─ lane ◄─ encode ◄─ Reply.Lease
 //
 // Page bytes are written once, by the page server, into a leased frame; the header of the message is
-// put in front of them and gRPC takes the frame as it is. The receiver keeps a reference to gRPC's own
-// buffer when the page bytes lie in one piece there (the 4 KiB page of a fault does), and copies them
-// once when they came in several HTTP/2 frames.
+// put in front of them and the frame is sent as it is. A lane of package pagelane encodes into Room for its own
+// headers, and reads a message into one piece of memory, where Data then lies. For lanes through gRPC's library there is Codec:
+// the receiver keeps a reference to gRPC's own buffer when the page bytes lie in one piece there (the 4 KiB
+// page of a fault does), and copies them once when they came in several HTTP/2 frames.
 //
 // # Packed pages
 //
 // Page bytes may be packed, all of a reply as a whole. The page server decides that for each reply, after
 // it has read the pages; the receiver finds them in Reply.Data as if they had come raw:
 //
-//	source:       Reply.Data, in a leased frame ─ Pack ─► second leased frame ─ gRPC ─►
-//	destination:  gRPC buffers ─ (several: copied into one) ─ unpack ─► Reply.Data, in memory of the Reply
+//	source:       Reply.Data, in a leased frame ─ Pack ─► second leased frame ─ lane ─►
+//	destination:  its buffer ─ unpack ─► Reply.Data, in memory of the Reply
 //
 // Only what the destination has announced when it opened the lane is sent (CompressionKey), so raw bytes
 // are all that an older one gets. The runs say how long the unpacked bytes are, and whatever says otherwise

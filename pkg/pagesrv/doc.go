@@ -16,7 +16,7 @@
 //	  └── SendMsg ◄─ pack? ◄─ reply is full, or request done ◄─ sort pages: zero or data
 //
 // Nothing on this way takes a lock or allocates memory of its own. The pages of a reply are read right
-// behind the place of the message's header, see internal/pagewire, and gRPC takes them from there.
+// behind the place of the message's header, see internal/pagewire, and are sent from there.
 //
 // # Packing
 //

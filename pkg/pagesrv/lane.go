@@ -43,7 +43,7 @@ type lane struct {
 	idle     chan struct{} // a read ended after the export was withdrawn
 }
 
-// A messageStream is what a lane needs of its gRPC stream.
+// A messageStream is what a lane needs of its call.
 type messageStream interface {
 	RecvMsg(any) error
 	SendMsg(any) error

@@ -13,7 +13,7 @@ import (
 // what needs one waits, nothing reads a zero in its place, and Run may be called again.
 var (
 	// ErrLaneLost says that the connection to the source broke or was ended by it. It wraps the status
-	// that gRPC gave. Call Run with new lanes.
+	// that the lane gave. Call Run with new lanes.
 	ErrLaneLost = errors.New("a page lane to the source is lost")
 	// ErrProtocol says that the source sent what no source sends: pages that were not asked for, that lie outside of
 	// the RAM, or that are no whole pages. It is broken, hostile or of another version.

@@ -43,7 +43,7 @@ const (
 	abandoned        // Run has returned: whatever comes is nothing to us
 )
 
-// lost makes an error of what gRPC said.
+// lost makes an error of what the lane said.
 func (l *lane) lost(err error) error {
 	if strings.Contains(err.Error(), pagewire.ErrMalformed.Error()) { // gRPC keeps only the text of a codec's error
 		return fmt.Errorf("%s: %w: %w", l.name, ErrProtocol, err)
