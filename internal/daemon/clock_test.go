@@ -88,12 +88,16 @@ func TestCertificatesOutOfTime(t *testing.T) {
 		return err
 	}
 	wantCode(t, "at first", check(), codes.OK)
-	for name, end := range map[string]time.Time{
-		"there": now.Add(-time.Minute), "here": now.Add(-time.Minute), // years ahead
-		"here ": now.Add(30 * time.Hour), // a clock that was put back: it is not valid yet
+	for _, c := range []struct {
+		name, file string
+		end        time.Time
+	}{
+		{"expired there", "there", now.Add(-time.Minute)}, // a clock that was put ahead
+		{"expired here", "here", now.Add(-time.Minute)},
+		{"not valid yet here", "here", now.Add(30 * time.Hour)}, // a clock that was put back
 	} {
-		file := strings.TrimSpace(name)
-		issue(end, file)
+		name, file := c.name, c.file
+		issue(c.end, file)
 		wantCode(t, name+": what is connected", check(), codes.OK)
 		cable.cut()
 		refused := check()

@@ -175,7 +175,7 @@ func (d *Daemon) newControlServer(listener net.Listener) (*grpc.Server, net.List
 	var options []grpc.ServerOption
 	if listener.Addr().Network() != "unix" { // there the socket's mode decides
 		n := d.network(listener, mtls.AnyOf(d.cfg.Operators))
-		options, listener = append(n.options, grpc.Creds(n.creds)), n
+		options, listener = append([]grpc.ServerOption{grpc.Creds(n.creds)}, n.options...), n
 	}
 	server := grpc.NewServer(options...)
 	migratedv1.RegisterControlServiceServer(server, &controlService{daemon: d})

@@ -19,12 +19,13 @@ import (
 )
 
 const (
-	// Connections are all of a listener's, those of one peer at the most ConnectionsPerPeer. A migration has one for
-	// each lane, nine by default, and one for calls.
-	Connections        = 512
+	// Connections are all of a listener's.
+	Connections = 512
+	// ConnectionsPerPeer are those of one address. A migration has one for each lane, nine by default, and one for calls.
 	ConnectionsPerPeer = 192
 	// Handshakes are connections that nobody has shown a certificate on yet. Each costs the CPU a millisecond.
-	Handshakes        = 128
+	Handshakes = 128
+	// HandshakesPerPeer are those of one address.
 	HandshakesPerPeer = 32
 	// HandshakeTime is what TLS and HTTP/2 may take until the first call can come.
 	HandshakeTime = 5 * time.Second
@@ -37,9 +38,9 @@ const (
 	// MessageBytes are the most of one message to a daemon. The largest has a QEMU's command line.
 	MessageBytes = 256 << 10
 
-	// KeepaliveTime is how long a connection may carry nothing until the other side is asked whether it is there, and
-	// KeepaliveTimeout how long it may take to answer.
-	KeepaliveTime    = 10 * time.Second
+	// KeepaliveTime is how long a connection may carry nothing until the other side is asked whether it is there.
+	KeepaliveTime = 10 * time.Second
+	// KeepaliveTimeout is how long it may take to answer.
 	KeepaliveTimeout = 5 * time.Second
 
 	// New connections of one peer a second, and at once: all lanes of its migrations when a network is back.

@@ -77,15 +77,14 @@ func (c *conn) message(most int) ([]byte, error) {
 }
 
 // fill reads the next bytes of the messages into p. Only between two messages may they end.
-func (c *conn) fill(p []byte, between bool) error {
+func (c *conn) fill(p []byte, between bool) (err error) {
 	for len(p) > 0 {
-		n := 0
+		var n int
 		switch {
 		case len(c.ahead) > 0:
 			n = copy(p, c.ahead)
 			c.ahead = c.ahead[n:]
 		case c.left > 0:
-			var err error
 			if n, err = c.read(p); err != nil {
 				return err
 			}

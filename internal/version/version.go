@@ -14,12 +14,14 @@ const (
 	// Protocol is the newest version of the protocol (proto/migrated/v1/peer.proto and pages.proto) that this daemon speaks.
 	// For each migration the destination chooses the newest that both speak, and both keep to it, also when they are
 	// started anew with a newer one.
-	Protocol       = 1 + raised
+	Protocol = 1 + raised
+	// OldestProtocol is the oldest that it speaks still.
 	OldestProtocol = 1
 
 	// State is the version of the files that this daemon writes (internal/migration: kept.go, record.go). A file keeps its
 	// version for as long as it exists, so that the daemon that began a migration can also end it.
-	State       = 1 + raised
+	State = 1 + raised
+	// OldestState is the oldest that it reads still.
 	OldestState = 1
 )
 

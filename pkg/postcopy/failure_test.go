@@ -157,8 +157,8 @@ func TestMalformedReply(t *testing.T) {
 	result := run()
 	thread := g.read(0, 5, 0)
 	demand.asked(t)
-	// A request is no reply: its ranges look like runs, whose data is missing.
-	if err := demand.stream.SendMsg(&pagewire.Request{Ranges: []pagewire.Range{{Offset: 5 * pageSize, Length: pageSize}}}); err != nil {
+	// A run without a byte.
+	if err := demand.stream.SendMsg(&pagewire.Reply{Runs: []pagewire.Run{{Offset: 5 * pageSize, Zero: true}}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := await(t, "end of Run", result); !errors.Is(err, ErrProtocol) {
@@ -262,8 +262,10 @@ func startSilent(t *testing.T, pages uint64, o Options) (g *target, demand, bulk
 	t.Helper()
 	o.Workers = 1
 	g = newTarget(t, layout{{kind: uffdtest.Shmem, pages: pages}}, o)
-	s := &script{lanes: make(chan *scriptedLane, 2), silent: true}
-	l := dial(t, serve(t, s), 1)
+	over := make(chan struct{})
+	s := &script{lanes: make(chan *scriptedLane, 2), silent: over}
+	l := dial(t, serve(t, s.serve), 1)
+	t.Cleanup(func() { close(over) })
 	demand, bulk = await(t, "lane", s.lanes), await(t, "lane", s.lanes)
 	return g, demand, bulk, func(ctx context.Context) <-chan error { return g.run(ctx, l) }
 }

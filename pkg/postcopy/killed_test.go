@@ -4,6 +4,7 @@ package postcopy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"sync/atomic"
@@ -85,7 +86,9 @@ func startLife(t *testing.T, kind uffdtest.Kind, pages uint64) (g *target, l lif
 		t.Helper()
 		cancel()
 		ours.cancel()
-		await(t, "end of Run", result)
+		if err := await(t, "end of Run", result); !errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v", err)
+		}
 	}
 	return g, l, theirs[0], run, stop
 }

@@ -21,11 +21,11 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 func TestMain(m *testing.M) {
@@ -171,19 +171,20 @@ type lanes struct {
 	cancel context.CancelFunc
 }
 
-// serve runs a page service on the loopback and returns its address.
-func serve(t testing.TB, service migratedv1.PageServiceServer) string {
+// serve serves lanes on the loopback and returns its address.
+func serve(t testing.TB, handle func(*pagelane.Stream) error) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := grpc.NewServer(pagewire.ServerOptions()...)
-	migratedv1.RegisterPageServiceServer(server, service)
+	lanes := pagelane.NewServer(handle)
+	server := grpc.NewServer(grpc.Creds(lanes.Credentials(insecure.NewCredentials())))
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	t.Cleanup(func() {
 		server.Stop()
+		lanes.Close()
 		if err := <-served; err != nil {
 			t.Error(err)
 		}
@@ -195,28 +196,23 @@ func serve(t testing.TB, service migratedv1.PageServiceServer) string {
 func dial(t testing.TB, address string, demand int) lanes {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	ctx = metadata.AppendToOutgoingContext(ctx, pagewire.MigrationIDKey, "m", pagewire.MigrationTokenKey, "secret",
-		pagewire.CompressionKey, pagewire.Unpackable)
 	l := lanes{cancel: cancel}
 	t.Cleanup(cancel)
 	for i := range demand + 1 {
-		conn, err := grpc.NewClient(address, append(pagewire.DialOptions(), grpc.WithTransportCredentials(insecure.NewCredentials()))...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
+		md := metadata.Pairs(pagewire.MigrationIDKey, "m", pagewire.MigrationTokenKey, "secret", pagewire.CompressionKey, pagewire.Unpackable)
 		if i == demand {
-			ctx = metadata.AppendToOutgoingContext(ctx, pagewire.LaneKey, pagewire.BulkLane)
+			md.Set(pagewire.LaneKey, pagewire.BulkLane)
 		}
-		stream, err := migratedv1.NewPageServiceClient(conn).Fetch(ctx)
-		if err == nil {
-			_, err = stream.Header()
-		}
+		conn, err := pagelane.Dial(ctx, address, insecure.NewCredentials())
 		if err != nil {
 			t.Fatal(err)
 		}
-		if l.bulk = stream; i < demand {
-			l.demand = append(l.demand, stream)
+		lane, err := pagelane.Open(ctx, conn, md)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l.bulk = lane; i < demand {
+			l.demand = append(l.demand, lane)
 		}
 	}
 	return l
@@ -265,24 +261,23 @@ func realSource(t testing.TB, l layout) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(export.Withdraw)
-	return serve(t, server)
+	return serve(t, func(s *pagelane.Stream) error { return server.ServeLane(s) })
 }
 
-// script is a page service whose answers a test gives by hand.
+// script is a source whose answers a test gives by hand.
 type script struct {
-	migratedv1.UnimplementedPageServiceServer
 	lanes  chan *scriptedLane // in the order in which they open
-	silent bool               // do not end a lane that its client has ended
+	silent <-chan struct{}    // not nil: do not end a lane that its client has ended before it is closed
 }
 
 type scriptedLane struct {
-	stream   grpc.BidiStreamingServer[migratedv1.FetchRequest, migratedv1.FetchResponse]
+	stream   *pagelane.Stream
 	requests chan pagewire.Range // what was asked for, range by range
 	end      chan error          // ends the lane
 	closed   chan struct{}       // closed when the client has ended the lane
 }
 
-func (s *script) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, migratedv1.FetchResponse]) error {
+func (s *script) serve(stream *pagelane.Stream) error {
 	l := &scriptedLane{stream: stream, requests: make(chan pagewire.Range, 1<<16), end: make(chan error, 1), closed: make(chan struct{})}
 	s.lanes <- l // before the header, after which the client opens the next one
 	if err := stream.SendHeader(nil); err != nil {
@@ -295,8 +290,8 @@ func (s *script) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, 
 			if err := stream.RecvMsg(&r); err != nil {
 				if errors.Is(err, io.EOF) {
 					close(l.closed)
-					if s.silent {
-						<-stream.Context().Done()
+					if s.silent != nil {
+						<-s.silent
 					}
 					err = nil
 				}
@@ -320,7 +315,7 @@ func (s *script) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, 
 func scripted(t testing.TB, demand int) (lanes, []*scriptedLane) {
 	t.Helper()
 	s := &script{lanes: make(chan *scriptedLane, demand+1)}
-	l := dial(t, serve(t, s), demand)
+	l := dial(t, serve(t, s.serve), demand)
 	var theirs []*scriptedLane
 	for range demand + 1 {
 		theirs = append(theirs, await(t, "lane", s.lanes))
