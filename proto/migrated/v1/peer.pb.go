@@ -121,8 +121,8 @@ type PrepareIncomingRequest struct {
 	// The migration as asked for: require_secure, and the rest for show.
 	Spec *MigrationSpec `protobuf:"bytes,8,opt,name=spec,proto3" json:"spec,omitempty"`
 	// The lower of spec's and the source daemon's limit, as in MigrationSpec.
-	Bandwidth      uint64 `protobuf:"varint,9,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
-	OldestProtocol uint32 `protobuf:"varint,10,opt,name=oldest_protocol,json=oldestProtocol,proto3" json:"oldest_protocol,omitempty"`
+	Bandwidth      uint64 `protobuf:"varint,10,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	OldestProtocol uint32 `protobuf:"varint,9,opt,name=oldest_protocol,json=oldestProtocol,proto3" json:"oldest_protocol,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1013,9 +1013,9 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x0fdestination_qmp\x18\x06 \x01(\tR\x0edestinationQmp\x121\n" +
 	"\x14destination_template\x18\a \x01(\tR\x13destinationTemplate\x12.\n" +
 	"\x04spec\x18\b \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\x12\x1c\n" +
-	"\tbandwidth\x18\t \x01(\x04R\tbandwidth\x12'\n" +
-	"\x0foldest_protocol\x18\n" +
-	" \x01(\rR\x0eoldestProtocol\"\xc6\x02\n" +
+	"\tbandwidth\x18\n" +
+	" \x01(\x04R\tbandwidth\x12'\n" +
+	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\"\xc6\x02\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
