@@ -52,7 +52,7 @@ func TestSmoke(t *testing.T) {
 	if err := json.Unmarshal(text, &r); err != nil {
 		t.Fatal(err)
 	}
-	if r.CPUs < 1 || r.Kernel == "" || r.Rounds != 1 || len(r.Ratios) != 15 {
+	if r.CPUs < 1 || r.Kernel == "" || r.Rounds != 1 || len(r.Ratios) != 17 {
 		t.Errorf("%+v", r)
 	}
 	for _, x := range r.Ratios {
