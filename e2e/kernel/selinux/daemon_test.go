@@ -32,6 +32,7 @@ func TestDaemonOnDebian(t *testing.T) {
 	})
 	want := map[string]string{
 		"init":         "system_u:system_r:init_t:s0",
+		"kept":         "2", // the sockets of its peers and of its operators
 		"notification": "READY=1",
 		"daemon":       "system_u:system_r:migrated_t:s0",
 		"check":        "0", // of both ends, which are one

@@ -131,12 +131,36 @@ static void operate(const char *name, const char *const *args)
 	fflush(stdout);
 }
 
+// notified reads one notification and returns how many listening sockets came with it, which init may use only if the policy
+// lets it: the kernel leaves out what it may not.
+static int notified(int notify, char *message, size_t size)
+{
+	union {
+		char space[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	struct iovec text = {.iov_base = message, .iov_len = size - 1};
+	struct msghdr m = {.msg_iov = &text, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+	ssize_t n = recvmsg(notify, &m, MSG_CMSG_CLOEXEC);
+	int fd, listens = 0;
+	socklen_t length = sizeof(listens);
+
+	must("notification", n);
+	message[n] = 0;
+	struct cmsghdr *c = CMSG_FIRSTHDR(&m);
+	if (!c || c->cmsg_type != SCM_RIGHTS || c->cmsg_len != CMSG_LEN(sizeof(fd)))
+		return 0;
+	memcpy(&fd, CMSG_DATA(c), sizeof(fd));
+	must("socket", getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &length));
+	return listens;
+}
+
 static void init(void)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = NOTIFY};
 	struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
-	char message[256] = "";
-	int output[2], status;
+	char message[4096] = "";
+	int output[2], status, kept = 0;
 
 	// The console that the kernel opened is not init's.
 	int console = open("/dev/console", O_RDWR | O_CLOEXEC);
@@ -152,7 +176,10 @@ static void init(void)
 	label(NOTIFY, "init_runtime_t");
 	must("journal", socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, output));
 	pid_t pid = start_daemon(output[1]);
-	must("notification", recv(notify, message, sizeof(message) - 1, 0));
+	do {
+		kept += notified(notify, message, sizeof(message));
+	} while (!strncmp(message, "FDSTORE=1", 9));
+	printf("RESULT kept %d\n", kept);
 	printf("RESULT notification %s\n", strtok(message, "\n"));
 	domain("daemon", pid);
 	operate("check", (const char *[]){MIGRATED, "check", "--to", "127.0.0.1:7600", NULL});
@@ -161,7 +188,7 @@ static void init(void)
 	must("wait", waitpid(pid, &status, 0));
 	printf("RESULT end %#x\n", status);
 
-	ssize_t n = recv(output[0], message, sizeof(message) - 1, MSG_DONTWAIT);
+	ssize_t n = recv(output[0], message, sizeof(message), MSG_DONTWAIT);
 	printf("RESULT output %s\n", n > 0 && memmem(message, n, "serving", 7) ? "serving" : "none");
 	log_denials();
 	printf("DONE\n");
