@@ -62,7 +62,9 @@ func (s *serveCmd) Run(a *app) error {
 	if err != nil {
 		return &failure{exit: exitUsage, message: err.Error(), remedy: "correct the configuration; deploy/migrated.yaml explains every key"}
 	}
-	log := a.logger(cfg)
+	lines := newLogQueue(os.Stderr)
+	defer lines.Close()
+	log := a.logger(cfg, lines)
 	d, err := daemon.New(cfg, versionString(), log)
 	if err != nil {
 		return fmt.Errorf("starting the daemon: %w", err)
@@ -153,13 +155,13 @@ func set[T any](value *T, flag *T) {
 	}
 }
 
-// logger logs to standard error, as JSON with --json.
-func (a *app) logger(cfg config.Config) *slog.Logger {
+// logger logs to a writer, as JSON with --json.
+func (a *app) logger(cfg config.Config, to io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.Level()}
 	if a.json {
-		return slog.New(slog.NewJSONHandler(os.Stderr, options))
+		return slog.New(slog.NewJSONHandler(to, options))
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, options))
+	return slog.New(slog.NewTextHandler(to, options))
 }
 
 // logInFlight says which migrations a daemon that is about to stop leaves

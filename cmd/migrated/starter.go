@@ -3,6 +3,8 @@
 package main
 
 import (
+	"os"
+
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/confine"
 	"github.com/migrated-vm/migrated/internal/qemu"
@@ -18,7 +20,9 @@ type starterCmd struct {
 
 func (s *starterCmd) Run(a *app) error {
 	if err := confine.ApplyToStarter(); err != nil { // VMs that arrive need it all the same
-		a.logger(config.Default()).Warn("the process that starts QEMUs keeps more of its privileges than they need", "error", err)
+		lines := newLogQueue(os.Stderr)
+		defer lines.Close()
+		a.logger(config.Default(), lines).Warn("the process that starts QEMUs keeps more of its privileges than they need", "error", err)
 	}
 	return qemu.ServeStarter(s.QEMUBinaries)
 }
