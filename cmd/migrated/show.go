@@ -120,6 +120,9 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 		if n := p.GetPagesGuessed(); n > 0 {
 			fact("Foretold", "%d pages asked for ahead of a fault; %.0f %% of what was foretold came true", n, 100*p.GetGuessHits())
 		}
+		if n := p.GetBytesDiscarded(); n > 0 {
+			fact("Given up", "%s by the VM itself, which are not fetched", bytesText(n))
+		}
 		fact("Downtime", "%s", durationText(p.GetDowntime()))
 	}
 	if p.GetTimeLeft() != nil {

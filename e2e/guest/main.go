@@ -58,6 +58,9 @@ func run() error {
 	if err := mountAll(); err != nil {
 		return err
 	}
+	if err := loadModules(); err != nil {
+		return err
+	}
 	port, err := openSerial("/dev/ttyS1")
 	if err != nil {
 		return err

@@ -25,6 +25,7 @@ import (
 //	write=PERCENT  of visits that write (50)
 //	pattern=       random | sequential | stride | idle (random)
 //	fill=          random | compressible | zero-mix (random)
+//	churn=MiB      that are used for a second and given back for three, again and again (0)
 //	window=        reporting period as a Go duration (200ms)
 type params struct {
 	load.Config
@@ -62,6 +63,8 @@ func (p *params) set(name, value string) (err error) {
 		p.Memory, err = mebibytes(value)
 	case "ws":
 		p.WorkingSet, err = mebibytes(value)
+	case "churn":
+		p.Churn, err = mebibytes(value)
 	case "workers":
 		p.Workers, err = strconv.Atoi(value)
 	case "rate":

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,6 +25,24 @@ func mountAll() error {
 		// EBUSY: the kernel mounted devtmpfs itself.
 		if err := unix.Mount(m.fstype, m.target, m.fstype, 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("mount %s: %w", m.target, err)
+		}
+	}
+	return nil
+}
+
+// loadModules loads the drivers that the initramfs has, if it has any, in the order of their names.
+func loadModules() error {
+	paths, err := filepath.Glob("/modules/*.ko")
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		module, err := os.ReadFile(path)
+		if err == nil {
+			err = unix.InitModule(module, "")
+		}
+		if err != nil {
+			return fmt.Errorf("load %s: %w", path, err)
 		}
 	}
 	return nil

@@ -61,6 +61,33 @@ func Linux(ctx context.Context) (kernel, initrd string, err error) {
 	return kernel, initrd, err
 }
 
+// LinuxWithBalloon is Linux with the drivers of a virtio balloon, which the guest loads first.
+func LinuxWithBalloon(ctx context.Context) (kernel, initrd string, err error) {
+	kernel, plain, err := Linux(ctx)
+	if err != nil {
+		return "", "", err
+	}
+	c, err := openCache()
+	if err != nil {
+		return "", "", err
+	}
+	modules, err := debianModules(ctx, c)
+	if err != nil {
+		return "", "", err
+	}
+	// The kernel unpacks one archive after the other.
+	var both []byte
+	for _, part := range []string{plain, modules} {
+		content, err := os.ReadFile(part)
+		if err != nil {
+			return "", "", err
+		}
+		both = append(both, content...)
+	}
+	initrd, err = c.file(fmt.Sprintf("initramfs-balloon-%x.cpio.gz", hash(both)), func() ([]byte, error) { return both, nil })
+	return kernel, initrd, err
+}
+
 // Metal returns the path of the boot disk for a bare-metal guest with ramMiB of
 // RAM. It is for reading only: give it to QEMU with snapshot=on.
 func Metal(ctx context.Context, ramMiB int) (disk string, err error) {
@@ -97,14 +124,19 @@ func buildGuest(ctx context.Context) ([]byte, error) {
 
 // initramfs packs init as /init, with the console that the kernel opens for it.
 func initramfs(init []byte) ([]byte, error) {
-	var b bytes.Buffer
-	z := gzip.NewWriter(&b)
-	w := cpio.NewWriter(z)
-	for _, f := range []cpio.File{
+	return pack([]cpio.File{
 		{Name: "dev", Mode: fs.ModeDir | 0o755},
 		{Name: "dev/console", Mode: fs.ModeDevice | fs.ModeCharDevice | 0o600, Major: 5, Minor: 1},
 		{Name: "init", Mode: 0o755, Data: init},
-	} {
+	})
+}
+
+// pack makes an initramfs of files.
+func pack(files []cpio.File) ([]byte, error) {
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	w := cpio.NewWriter(z)
+	for _, f := range files {
 		if err := w.Write(f); err != nil {
 			return nil, err
 		}

@@ -9,17 +9,20 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
+
+	"github.com/migrated-vm/migrated/internal/cpio"
 )
 
 // metaPackage depends on the current kernel of Debian's that is built for
 // virtual machines: 8250 serial ports, devtmpfs and initramfs are built in, so
-// no module is needed.
+// no module is needed but those of balloonModules.
 const metaPackage = "linux-image-cloud-amd64"
 
 // dependency is the meta package's one: name and version of the real package.
@@ -36,7 +39,39 @@ func debianKernel(ctx context.Context, c cache) (string, error) {
 		}
 	}
 	return c.file("vmlinuz-"+current.name+"-"+current.version, func() ([]byte, error) {
-		return downloadKernel(ctx, current.name, current.version)
+		archive, err := download(ctx, current.name, current.version)
+		if err != nil {
+			return nil, err
+		}
+		return findKernel(bytes.NewReader(archive))
+	})
+}
+
+// balloonModules are the drivers of a virtio balloon on PCI, each after those that it needs.
+var balloonModules = []string{"virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_balloon"}
+
+// debianModules returns the path of an initramfs with balloonModules of the same kernel as /modules/N-NAME.ko, in their
+// order.
+func debianModules(ctx context.Context, c cache) (string, error) {
+	if _, err := debianKernel(ctx, c); err != nil { // which says what is current
+		return "", err
+	}
+	current.Lock()
+	defer current.Unlock()
+	return c.file("balloon-"+current.name+"-"+current.version+".cpio.gz", func() ([]byte, error) {
+		archive, err := download(ctx, current.name, current.version)
+		if err != nil {
+			return nil, err
+		}
+		files := []cpio.File{{Name: "modules", Mode: fs.ModeDir | 0o755}}
+		for i, name := range balloonModules {
+			module, err := find(bytes.NewReader(archive), "lib/modules/", "/virtio/"+name+".ko")
+			if err != nil {
+				return nil, err
+			}
+			files = append(files, cpio.File{Name: fmt.Sprintf("modules/%d-%s.ko", i, name), Mode: 0o644, Data: module})
+		}
+		return pack(files)
 	})
 }
 
@@ -60,8 +95,8 @@ func resolve(ctx context.Context) error {
 	return nil
 }
 
-// downloadKernel returns the kernel out of a Debian package.
-func downloadKernel(ctx context.Context, name, version string) ([]byte, error) {
+// download returns the file system archive in a Debian package.
+func download(ctx context.Context, name, version string) ([]byte, error) {
 	dir, err := os.MkdirTemp("", "migrated-kernel-")
 	if err != nil {
 		return nil, err
@@ -81,20 +116,23 @@ func downloadKernel(ctx context.Context, name, version string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("unpack the guest's kernel: %w", err)
 	}
-	return findKernel(bytes.NewReader(archive))
+	return archive, nil
 }
 
 // findKernel returns the kernel in a package's file system archive.
-func findKernel(archive io.Reader) ([]byte, error) {
+func findKernel(archive io.Reader) ([]byte, error) { return find(archive, "boot/vmlinuz-", "") }
+
+// find returns the first file whose path has that prefix and that suffix.
+func find(archive io.Reader, prefix, suffix string) ([]byte, error) {
 	for t := tar.NewReader(archive); ; {
 		h, err := t.Next()
 		if errors.Is(err, io.EOF) {
-			return nil, errors.New("unpack the guest's kernel: the package has no /boot/vmlinuz-*")
+			return nil, fmt.Errorf("unpack the guest's kernel: the package has no /%s*%s", prefix, suffix)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("unpack the guest's kernel: %w", err)
 		}
-		if h.Typeflag == tar.TypeReg && strings.HasPrefix(strings.TrimPrefix(h.Name, "./"), "boot/vmlinuz-") {
+		if name := strings.TrimPrefix(h.Name, "./"); h.Typeflag == tar.TypeReg && strings.HasPrefix(name, prefix) && strings.HasSuffix(name, suffix) {
 			return io.ReadAll(t)
 		}
 	}

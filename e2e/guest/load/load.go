@@ -51,6 +51,7 @@ type Config struct {
 	WritePercent int    // of visits that write a new generation
 	Pattern      Pattern
 	Fill         stamp.Fill
+	Churn        uint64 // bytes that are used for a while and given back to the kernel, again and again
 }
 
 // Load is a running load.
@@ -61,6 +62,7 @@ type Load struct {
 	table    stamp.Table   // anonymous mapping
 	workers  []*worker
 	running  atomic.Bool
+	churn    churn
 	damages  chan stamp.Damage
 	start    time.Time
 
@@ -115,6 +117,12 @@ func New(c Config) (*Load, error) {
 		}()
 	}
 	l.each((*worker).stampAll)
+	if c.Churn > 0 {
+		go func() {
+			runtime.LockOSThread()
+			l.churn.run(l)
+		}()
+	}
 	return l, nil
 }
 
@@ -162,6 +170,8 @@ func (l *Load) Counters(uptime time.Duration) report.Counters {
 		c.TotalWrites += w.totalWrites.Load()
 		c.Corruptions += w.corruptions.Load()
 	}
+	c.Corruptions += l.churn.corruptions.Load()
+	c.Churned = l.churn.rounds.Load()
 	return c
 }
 

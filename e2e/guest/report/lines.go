@@ -45,6 +45,8 @@ type Counters struct {
 	TotalOps    uint64 `json:"total_ops"`    // pages visited by the load
 	TotalWrites uint64 `json:"total_writes"` // new generations written
 	Corruptions uint64 `json:"corruptions"`  // damaged pages and table entries found
+	// Churned is how often memory was taken, used, checked and given back.
+	Churned uint64 `json:"churned,omitempty"`
 }
 
 // Window is one reporting period of the load.

@@ -615,8 +615,11 @@ type Progress struct {
 	Bandwidth uint64 `protobuf:"varint,17,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
 	// Of bytes_per_second, what the sweep brings: pages that no thread waited for.
 	SweepBytesPerSecond float64 `protobuf:"fixed64,18,opt,name=sweep_bytes_per_second,json=sweepBytesPerSecond,proto3" json:"sweep_bytes_per_second,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Memory that the VM gave up while it moved: to its balloon, by reporting
+	// free pages, or by unmapping it. It is not fetched, and reads as zero.
+	BytesDiscarded uint64 `protobuf:"varint,19,opt,name=bytes_discarded,json=bytesDiscarded,proto3" json:"bytes_discarded,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Progress) Reset() {
@@ -771,6 +774,13 @@ func (x *Progress) GetBandwidth() uint64 {
 func (x *Progress) GetSweepBytesPerSecond() float64 {
 	if x != nil {
 		return x.SweepBytesPerSecond
+	}
+	return 0
+}
+
+func (x *Progress) GetBytesDiscarded() uint64 {
+	if x != nil {
+		return x.BytesDiscarded
 	}
 	return 0
 }
@@ -1920,7 +1930,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x0eMigrationError\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\tR\amessage\x12\x16\n" +
 	"\x06remedy\x18\x02 \x01(\tR\x06remedy\x12\x1b\n" +
-	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\"\x8b\x06\n" +
+	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\"\xb4\x06\n" +
 	"\bProgress\x12\x1f\n" +
 	"\vpages_total\x18\x01 \x01(\x04R\n" +
 	"pagesTotal\x12#\n" +
@@ -1944,7 +1954,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"guess_hits\x18\x10 \x01(\x01R\tguessHits\x12\x1c\n" +
 	"\tbandwidth\x18\x11 \x01(\x04R\tbandwidth\x123\n" +
-	"\x16sweep_bytes_per_second\x18\x12 \x01(\x01R\x13sweepBytesPerSecond\"P\n" +
+	"\x16sweep_bytes_per_second\x18\x12 \x01(\x01R\x13sweepBytesPerSecond\x12'\n" +
+	"\x0fbytes_discarded\x18\x13 \x01(\x04R\x0ebytesDiscarded\"P\n" +
 	"\x0ePrepareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\"G\n" +
