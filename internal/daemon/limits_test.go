@@ -145,6 +145,7 @@ func startPlain(t *testing.T) *Daemon {
 // flood opens so many connections from the hostile host, writes greeting to each and says on how many the server speaks.
 func flood(t *testing.T, d *Daemon, n int, greeting []byte) (served []net.Conn) {
 	t.Helper()
+	var open []net.Conn
 	for range n {
 		c, err := from(hostile).Dial("tcp", net.JoinHostPort("127.0.0.1", d.pagePort))
 		if err != nil {
@@ -152,6 +153,9 @@ func flood(t *testing.T, d *Daemon, n int, greeting []byte) (served []net.Conn) 
 		}
 		t.Cleanup(func() { _ = c.Close() })
 		_, _ = c.Write(greeting)
+		open = append(open, c)
+	}
+	for _, c := range open {
 		_ = c.SetReadDeadline(time.Now().Add(patience))
 		var first [1]byte
 		if _, err := c.Read(first[:]); err == nil {

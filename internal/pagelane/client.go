@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -46,16 +47,24 @@ type Client struct {
 	cancel context.CancelFunc
 	opened chan struct{} // the peer's window has been opened; holds one
 	begun  bool          // the response's headers have come
+	pulse  *pulse
 }
 
 // Open makes the call on a connection that carried nothing yet, and waits until the server accepts it. The lane lives
 // until the server ends it or ctx ends; either closes the connection, and so does an error, which is a gRPC status
 // or ErrBroken.
 func Open(ctx context.Context, c net.Conn, md metadata.MD) (*Client, error) {
+	return openWith(ctx, c, md, quiet)
+}
+
+// openWith has the lane ask that often whether the source is there.
+func openWith(ctx context.Context, c net.Conn, md metadata.MD, every time.Duration) (*Client, error) {
 	l := &Client{conn: newConn(c, bufio.NewReaderSize(c, readBuffer), wholeWindow), opened: make(chan struct{}, 1)}
 	l.ctx, l.cancel = context.WithCancel(ctx)
-	context.AfterFunc(l.ctx, l.end)
 	l.headers = l.response
+	l.pulse = newPulse(every, func() error { return http2.NewFramer(c, nil).WritePing(false, [8]byte{}) }, l.end)
+	l.acked = func() { l.pulse.acks.Add(1) }
+	l.heard = func(n int) { l.pulse.heard.Add(uint64(n)) }
 	l.conn.opened = func() {
 		select {
 		case l.opened <- struct{}{}:
@@ -70,10 +79,13 @@ func Open(ctx context.Context, c net.Conn, md metadata.MD) (*Client, error) {
 			return io.EOF
 		}
 	}
+	context.AfterFunc(l.ctx, l.end)
 	if err := l.open(c.RemoteAddr().String(), md); err != nil {
 		l.end()
 		return nil, err
 	}
+	l.pulse.idle.Store(true)
+	l.pulse.start()
 	return l, nil
 }
 
@@ -98,6 +110,7 @@ func (l *Client) open(authority string, md metadata.MD) error {
 
 // end closes the connection. Nothing is in it that will not be asked for again.
 func (l *Client) end() {
+	l.pulse.stop()
 	l.cancel()
 	_ = l.Close()
 }
@@ -184,12 +197,15 @@ func (l *Client) CloseSend() error {
 // RecvMsg receives a *pagewire.Reply, whose Data is valid until the next call. It returns io.EOF when the server has ended
 // the call well, and otherwise a gRPC status, ErrBroken or pagewire.ErrMalformed.
 func (l *Client) RecvMsg(m any) error {
+	l.pulse.idle.Store(false)
 	message, err := l.message(pagewire.MaxReplyBytes)
+	l.pulse.idle.Store(true)
 	if err == nil {
 		err = m.(*pagewire.Reply).Decode(message)
 	}
 	if err != nil {
 		l.end()
+		return l.pulse.explain(err)
 	}
-	return err
+	return nil
 }

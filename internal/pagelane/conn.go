@@ -35,6 +35,8 @@ type conn struct {
 	buffer   []byte        // the message that was read last; reused
 	prefix   [prefix]byte
 	headers  func(*http2.MetaHeadersFrame) error
+	acked    func()    // a PING was answered
+	heard    func(int) // so many bytes of DATA were read
 
 	// What the peer takes: the reader writes, the sender reads.
 	maxFrame     atomic.Int64
@@ -45,7 +47,7 @@ type conn struct {
 }
 
 func newConn(c net.Conn, in *bufio.Reader, window int) *conn {
-	n := &conn{Conn: c, in: in, window: window, initial: firstWindow, opened: func() {}}
+	n := &conn{Conn: c, in: in, window: window, initial: firstWindow, opened: func() {}, acked: func() {}, heard: func(int) {}}
 	n.control = http2.NewFramer(c, in)
 	n.control.SetMaxReadFrameSize(maxControl)
 	n.control.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
@@ -106,13 +108,14 @@ func (c *conn) fill(p []byte, between bool) (err error) {
 	return nil
 }
 
-// read reads bytes of the current DATA frame, as many as p takes.
+// read reads bytes of the current DATA frame, as many as are there and p takes.
 func (c *conn) read(p []byte) (int, error) {
-	n, err := io.ReadFull(c.in, p[:min(len(p), c.left)])
+	n, err := c.in.Read(p[:min(len(p), c.left)])
 	if err != nil {
 		return 0, c.lost(err)
 	}
 	c.left -= n
+	c.heard(n)
 	return n, c.endData()
 }
 
@@ -206,6 +209,7 @@ func (c *conn) handle(frame http2.Frame) error {
 		if !f.IsAck() {
 			return c.answered(c.control.WritePing(true, f.Data))
 		}
+		c.acked()
 	case *http2.RSTStreamFrame:
 		c.over = status.Errorf(codes.Unavailable, "the peer gave the call up: %v", f.ErrCode)
 		return c.over

@@ -25,17 +25,16 @@
 //
 // Flow control is obeyed; its windows are as large as can be for replies, because with one call on a connection TCP's own
 // is enough. HEADERS, SETTINGS, PING, GOAWAY and the like are read and written by golang.org/x/net/http2; DATA, which is all but
-// the first and the last frame of a lane, is by hand. A second stream is refused. There is no compression by gRPC, no deadline
-// of the call, and no PING of our own: a peer that is gone is found by TCP (alive).
+// the first and the last frame of a lane, is by hand. A second stream is refused. There is no compression by gRPC, and no deadline
+// of the call.
+//
+// A host that is gone is found by TCP, a source that hangs, or with which bytes were lost, by the client's PINGs (alive.go).
 package pagelane
 
 import (
 	"errors"
-	"net"
-	"time"
 
 	"golang.org/x/net/http2"
-	"golang.org/x/sys/unix"
 )
 
 // ErrBroken says that the peer does not keep to HTTP/2 or gRPC. Asking again does not mend it.
@@ -59,38 +58,3 @@ const (
 	wholeWindow  = 1<<31 - 1 // that can be
 	readBuffer   = 32 << 10  // what is larger is read into its place
 )
-
-const (
-	// quiet is how long a connection may carry nothing before TCP asks whether the other side is still there.
-	quiet = 10 * time.Second
-	// answer is how long that, and anything that was sent, may go without an acknowledgement.
-	answer = 5 * time.Second
-)
-
-// alive makes TCP end the connection when the other host does not answer: within quiet and answer, as the daemon's other
-// connections do. Connections of other kinds than TCP are left as they are.
-func alive(c net.Conn) error {
-	for {
-		around, ok := c.(interface{ NetConn() net.Conn })
-		if !ok {
-			break
-		}
-		c = around.NetConn()
-	}
-	tcp, ok := c.(*net.TCPConn)
-	if !ok {
-		return nil
-	}
-	if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: quiet, Interval: answer, Count: 1}); err != nil {
-		return err
-	}
-	raw, err := tcp.SyscallConn()
-	if err != nil {
-		return err
-	}
-	// Without it, what was sent into a cut cable is repeated for a quarter of an hour: tcp(7).
-	controlErr := raw.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int((quiet + answer).Milliseconds()))
-	})
-	return errors.Join(controlErr, err)
-}
