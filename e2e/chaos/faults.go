@@ -176,7 +176,7 @@ const ramFiles = "/dev/shm"
 func (s *stage) fillTmpfs(f *fault, j *journey, r *rand.Rand) {
 	part := r.Float64() * 0.6
 	f.detail = fmt.Sprintf("room for %.0f %%", 100*part)
-	f.begin = func(ctx context.Context) error {
+	shrink := func(ctx context.Context) error {
 		var here, there unix.Statfs_t
 		if err := errors.Join(unix.Statfs(j.from.Path(ramFiles), &here), unix.Statfs(j.to.Path(ramFiles), &there)); err != nil {
 			return err
@@ -184,6 +184,14 @@ func (s *stage) fillTmpfs(f *fault, j *journey, r *rand.Rand) {
 		used := func(st unix.Statfs_t) int64 { return int64(st.Blocks-st.Bfree) * st.Bsize }
 		room := max(0, used(here)-used(there))
 		return resize(ctx, j.to, fmt.Sprint(used(there)+int64(part*float64(room))+int64(4096)))
+	}
+	f.begin = func(ctx context.Context) (err error) {
+		for range 20 { // pages come meanwhile, and a size that is used already is refused
+			if err = shrink(ctx); err == nil {
+				break
+			}
+		}
+		return err
 	}
 	f.end = func(ctx context.Context) error { return resize(ctx, j.to, "50%") }
 }

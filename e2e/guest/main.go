@@ -16,7 +16,6 @@ package main
 
 import (
 	"bufio"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -65,13 +64,13 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	out := json.NewEncoder(port)
+	out := report.NewEncoder(port)
 	err = serve(port, out)
 	return errors.Join(err, out.Encode(report.Error{Type: report.TypeError, Message: err.Error()}))
 }
 
 // serve runs the load and reports on it. It returns only with an error.
-func serve(port *os.File, out *json.Encoder) error {
+func serve(port *os.File, out *report.Encoder) error {
 	cmdline, err := os.ReadFile("/proc/cmdline")
 	if err != nil {
 		return err
@@ -107,7 +106,7 @@ func serve(port *os.File, out *json.Encoder) error {
 
 // reportLoop is the one goroutine that writes to the port. It returns only with
 // an error.
-func reportLoop(l *load.Load, period time.Duration, commands <-chan string, out *json.Encoder) error {
+func reportLoop(l *load.Load, period time.Duration, commands <-chan string, out *report.Encoder) error {
 	tick := time.NewTicker(period)
 	for {
 		var err error
@@ -130,7 +129,7 @@ func reportLoop(l *load.Load, period time.Duration, commands <-chan string, out 
 	}
 }
 
-func obey(l *load.Load, command string, out *json.Encoder) error {
+func obey(l *load.Load, command string, out *report.Encoder) error {
 	name, id, _ := strings.Cut(strings.TrimSpace(command), " ")
 	switch name {
 	case "":

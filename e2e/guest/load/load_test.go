@@ -40,13 +40,17 @@ func start(t *testing.T, c Config) *Load {
 func untilOps(t *testing.T, l *Load, n uint64) {
 	t.Helper()
 	want := l.Counters(0).TotalOps + n
+	runUntil(t, l, func(c report.Counters) bool { return c.TotalOps >= want })
+}
+
+// runUntil has the load on until its counters are as they should be.
+func runUntil(t *testing.T, l *Load, ok func(report.Counters) bool) {
+	t.Helper()
 	l.Run(true)
-	deadline := time.Now().Add(20 * time.Second)
-	for l.Counters(0).TotalOps < want {
+	for deadline := time.Now().Add(20 * time.Second); !ok(l.Counters(0)); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%d visits, want %d", l.Counters(0).TotalOps, want)
+			t.Fatalf("the counters stay at %+v", l.Counters(0))
 		}
-		time.Sleep(time.Millisecond)
 	}
 	l.Run(false)
 }
@@ -113,6 +117,7 @@ func TestStalePageWithItsStaleTableEntry(t *testing.T) {
 func TestLoadFindsDamage(t *testing.T) {
 	l := start(t, Config{Pattern: Sequential})
 	l.pages[40][5]++
+	runUntil(t, l, func(c report.Counters) bool { return c.Corruptions > 0 }) // its worker is one of several
 	untilOps(t, l, 1000)
 	if c := l.Counters(0); c.Corruptions != 1 {
 		t.Errorf("corruptions %d, want 1", c.Corruptions)

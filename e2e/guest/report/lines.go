@@ -14,6 +14,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"hash/crc32"
+	"io"
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
@@ -128,12 +130,35 @@ func (l Line) Counters() (Counters, bool) {
 	return Counters{}, false
 }
 
-// Parse reads one line of the guest.
+// An Encoder writes lines, each with a checksum behind a tab: a serial port whose client comes or goes, or whose VM moves,
+// may lose a byte or have one twice, and what is left can be a good line that says something else.
+type Encoder struct{ to io.Writer }
+
+// NewEncoder returns one that writes each line at once.
+func NewEncoder(to io.Writer) *Encoder { return &Encoder{to} }
+
+// Encode writes one line.
+func (e *Encoder) Encode(line any) error {
+	b, err := json.Marshal(line)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(e.to, "%s\t%08x\n", b, crc32.ChecksumIEEE(b))
+	return err
+}
+
+// Parse reads one line of the guest. It may have no checksum.
 func Parse(b []byte) (Line, error) {
 	var head struct {
 		Type string `json:"type"`
 	}
 	b = bytes.TrimSpace(b)
+	if i := bytes.LastIndexByte(b, '\t'); i >= 0 {
+		if sum := fmt.Sprintf("%08x", crc32.ChecksumIEEE(b[:i])); sum != string(b[i+1:]) {
+			return Line{}, fmt.Errorf("guest line %q: its checksum is %s", b, sum)
+		}
+		b = b[:i]
+	}
 	if err := json.Unmarshal(b, &head); err != nil {
 		return Line{}, fmt.Errorf("guest line %q: %w", b, err)
 	}

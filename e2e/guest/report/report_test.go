@@ -4,12 +4,14 @@ package report
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -151,5 +153,26 @@ func TestTailWaitsForMore(t *testing.T) {
 	}
 	if got := <-result; got != "two" {
 		t.Errorf("WaitLine = %q", got)
+	}
+}
+
+// TestChecksum: a line of which a byte came twice, or not at all, is none, though it may be good JSON.
+func TestChecksum(t *testing.T) {
+	var b bytes.Buffer
+	if err := NewEncoder(&b).Encode(Window{Type: TypeWindow, Seq: 7, Counters: Counters{UptimeMS: 1200, TotalOps: 5}}); err != nil {
+		t.Fatal(err)
+	}
+	line := b.Bytes()
+	if l, err := Parse(line); err != nil || l.Window == nil || l.Window.UptimeMS != 1200 {
+		t.Fatalf("%+v, %v", l, err)
+	}
+	for i := range bytes.IndexByte(line, '\t') {
+		twice := slices.Concat(line[:i+1], line[i:])
+		missing := slices.Concat(line[:i], line[i+1:])
+		for _, damaged := range [][]byte{twice, missing} {
+			if l, err := Parse(damaged); err == nil {
+				t.Errorf("%q is taken for %+v", damaged, l)
+			}
+		}
 	}
 }
