@@ -225,6 +225,8 @@ func (d *Destination) giveUp(reason error) {
 	}
 	d.phase, d.reason = givenUp, reason
 	d.releaseGC()
+	// A source that was about to say go hears from the next daemon that the VM never ran here.
+	d.leave = d.daemon.Err() != nil
 	d.log.Warn("gave up", "reason", reason)
 	reached("destination-giving-up")
 	d.cancel(reason)

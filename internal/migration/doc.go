@@ -47,7 +47,8 @@
 //     never will (its QEMU died after loading, say). No answer, or any other,
 //     leaves the VM stopped at the source with its memory intact.
 //   - The destination may give up by itself until Run arrives, and then
-//     answers Run with ABORTED for as long as it lives. Once it has asked its
+//     answers Run with ABORTED for as long as it lives. Where it gives up because its
+//     daemon is stopped, the files stay and the next daemon answers so. Once it has asked its
 //     QEMU to continue, the VM belongs to the destination, whatever QEMU
 //     answers: while nobody knows whether it heard, Run is answered with
 //     UNKNOWN and comes again.
@@ -66,7 +67,8 @@
 //	  somebody continued the VM         serves nothing, removes the record
 //	source: record, completed           ends QEMU, removes the record
 //	destination: not loaded             ends QEMU; the source has continued the VM
-//	destination: loaded                 goes on waiting for Run
+//	destination: loaded                 goes on waiting for Run; if its QEMU is gone (a stopped daemon
+//	                                    gives up), answers it with ABORTED
 //	destination: told to run            fetches what is missing; tells QEMU again if Run comes
 //	                                    again and nobody knows whether QEMU heard it
 //	destination: all memory is here     closes QEMU's descriptor, if it is open, and is COMPLETED

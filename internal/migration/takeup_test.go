@@ -568,6 +568,28 @@ func TestStoppedAfterTheSwitch(t *testing.T) {
 	}
 }
 
+// A daemon that is stopped before its VM ran gives it up. The next one says so to a source that was about to say go, or its VM
+// would stand still until an operator came.
+func TestStoppedBeforeTheSwitch(t *testing.T) {
+	l := leaveDestination(t, true)
+	daemon, stop := context.WithCancelCause(t.Context())
+	d := l.takeUpBy(t, daemon)
+	stop(errors.New("the daemon was stopped"))
+	<-d.Done()
+	if _, err := run(t, d); !errors.Is(err, ErrNotRun) {
+		t.Errorf("Run: %v, want ErrNotRun", err)
+	}
+	if err := l.vm.WaitExit(t.Context()); err != nil {
+		t.Error(err)
+	}
+	next := l.takeUp(t)
+	<-next.Done()
+	if _, err := run(t, next); !errors.Is(err, ErrNotRun) {
+		t.Errorf("Run at the next daemon: %v, want ErrNotRun", err)
+	}
+	l.gone(t)
+}
+
 // Without the device state there is nothing to go on with.
 func TestTakenUpBeforeLoading(t *testing.T) {
 	l := leaveDestination(t, false)
