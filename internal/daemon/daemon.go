@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -45,6 +46,13 @@ const (
 	// stopTimeout is how long calls under way may take to end at shutdown.
 	stopTimeout = 5 * time.Second
 )
+
+// reconnect is how a lost connection to another daemon is made again. gRPC's own way waits up to two minutes between two
+// tries, and twenty seconds for each: a VM may stand still until the other daemon is there again and hears of it.
+var reconnect = grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+	MinConnectTimeout: 3 * time.Second,
+}
 
 // A Daemon is one host's daemon.
 type Daemon struct {
@@ -205,6 +213,7 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 	options := append(pagewire.DialOptions(),
 		grpc.WithTransportCredentials(creds),
 		grpc.WithContextDialer(dialTCP),
+		grpc.WithConnectParams(reconnect),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true,
 		}))
