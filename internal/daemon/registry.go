@@ -115,6 +115,8 @@ func (r *registry) addDestination(id, sender string, most int, create func() *mi
 	defer r.mu.Unlock()
 	if old := r.destinations[id]; old != nil && !isDone(old) {
 		return nil, nil, errIDTaken
+	} else if old != nil {
+		old.Forget()
 	}
 	all, theirs := 0, 0
 	for other, d := range r.destinations {

@@ -90,6 +90,7 @@ type Destination struct {
 	engine  *postcopy.Engine
 	kept    *kept
 	leave   bool // kept for a later daemon
+	word    word
 	pumping bool // pump was started; it releases what is held
 	// attaching is closed when attachAgain has ended; nil where it was not needed.
 	attaching chan struct{}

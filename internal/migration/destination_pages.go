@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
@@ -274,14 +275,52 @@ func (d *Destination) release() {
 	d.limitMu.Lock()
 	defer d.limitMu.Unlock()
 	d.released = true
-	if d.kept != nil {
-		end := d.kept.forget
-		if d.leave {
-			end = d.kept.close
-		}
-		if err := end(); err != nil {
-			d.log.Warn("what was kept for a restarted daemon", "error", err)
-		}
+	if d.kept == nil {
+		return
+	}
+	end := d.kept.forget
+	switch {
+	case d.leave:
+		end = d.kept.close
+	case d.kept.header().filled.Load() != 0:
+		d.kept.header().settled.Store(1)
+		end = d.kept.close
+		d.word.keep(d.Forget)
+	}
+	if err := end(); err != nil {
+		d.log.Warn("what was kept for a restarted daemon", "error", err)
+	}
+}
+
+// wordKept is how long a daemon that is started again can still say of a migration that it was completed. The source asks, and
+// would not know what became of its VM, if both daemons died before it had heard.
+const wordKept = time.Minute
+
+// word is that of a completed migration: its files.
+type word struct {
+	mu    sync.Mutex
+	timer *time.Timer
+	over  bool
+}
+
+// keep has it forgotten when its time is over.
+func (w *word) keep(forget func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.timer = time.AfterFunc(wordKept, forget)
+}
+
+// Forget removes what is kept of a migration that was completed, before another of the same id is made.
+func (d *Destination) Forget() {
+	d.word.mu.Lock()
+	defer d.word.mu.Unlock()
+	if d.word.timer == nil || d.word.over {
+		return
+	}
+	d.word.over = true // a timer that fires late must not remove what is another's by then
+	d.word.timer.Stop()
+	if err := d.kept.forget(); err != nil {
+		d.log.Warn("what was kept of a completed migration", "error", err)
 	}
 }
 

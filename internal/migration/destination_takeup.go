@@ -129,6 +129,12 @@ func (d *Destination) takeUpFilled(facts *keptFactsV1) {
 	d.update(func(m *migratedv1.Migration) {
 		m.State, m.Prepared, m.Progress = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, true, progress
 	})
+	if d.kept.header().settled.Load() != 0 {
+		d.cancel(nil)
+		d.release()
+		close(d.done)
+		return
+	}
 	go func() {
 		defer close(d.done)
 		defer d.release()

@@ -71,7 +71,8 @@
 //	                                    gives up), answers it with ABORTED
 //	destination: told to run            fetches what is missing; tells QEMU again if Run comes
 //	                                    again and nobody knows whether QEMU heard it
-//	destination: all memory is here     closes QEMU's descriptor, if it is open, and is COMPLETED
+//	destination: all memory is here     closes QEMU's descriptor, if that was not done, and is COMPLETED
+//	                                    (files that say so stay for wordKept: the source may not know yet)
 //
 // Everything that a decision needs is in the files: QEMU is not asked, because
 // its main loop may be what waits for a page.

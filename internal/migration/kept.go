@@ -76,6 +76,8 @@ type keptHeader struct {
 	filled atomic.Uint64
 	// bandwidth is the limit that the source asked for last, bytes a second; 0: none, also of daemons that knew of none.
 	bandwidth atomic.Uint64
+	// settled is set when nothing but the word of a completed migration is left: QEMU is nobody's of ours any more.
+	settled atomic.Uint64
 }
 
 const (

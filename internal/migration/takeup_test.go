@@ -520,6 +520,23 @@ func TestTakenUpAfterTheLastPage(t *testing.T) {
 	if _, err := run(t, d); err != nil {
 		t.Errorf("Run: %v", err)
 	}
+	if !l.runs(t) {
+		t.Error("the VM does not run")
+	}
+	// Its source may have died before it heard, and this daemon too.
+	next := l.takeUp(t)
+	<-next.Done()
+	if view, _ := next.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Errorf("to the next daemon the migration is %v", view.GetState())
+	}
+	if _, err := run(t, next); err != nil {
+		t.Errorf("Run at the next daemon: %v", err)
+	}
+	if !l.filesStay() {
+		t.Error("its word is forgotten at once")
+	}
+	d.Forget()
+	next.Forget()
 	if l.filesStay() || !l.runs(t) {
 		t.Errorf("its files stay: %v; the VM runs: %v", l.filesStay(), l.runs(t))
 	}
