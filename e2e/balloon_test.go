@@ -18,7 +18,7 @@ func TestGuestGivesMemoryBack(t *testing.T) {
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	startDaemon(t, l.B)
-	kernel, initrd, err := image.LinuxWithBalloon(testContext(t))
+	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}

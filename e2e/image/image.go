@@ -61,8 +61,8 @@ func Linux(ctx context.Context) (kernel, initrd string, err error) {
 	return kernel, initrd, err
 }
 
-// LinuxWithBalloon is Linux with the drivers of a virtio balloon, which the guest loads first.
-func LinuxWithBalloon(ctx context.Context) (kernel, initrd string, err error) {
+// LinuxWithVirtio is Linux with the drivers of a virtio balloon and of virtio-mem, which the guest loads first.
+func LinuxWithVirtio(ctx context.Context) (kernel, initrd string, err error) {
 	kernel, plain, err := Linux(ctx)
 	if err != nil {
 		return "", "", err
@@ -84,7 +84,7 @@ func LinuxWithBalloon(ctx context.Context) (kernel, initrd string, err error) {
 		}
 		both = append(both, content...)
 	}
-	initrd, err = c.file(fmt.Sprintf("initramfs-balloon-%x.cpio.gz", hash(both)), func() ([]byte, error) { return both, nil })
+	initrd, err = c.file(fmt.Sprintf("initramfs-virtio-%x.cpio.gz", hash(both)), func() ([]byte, error) { return both, nil })
 	return kernel, initrd, err
 }
 

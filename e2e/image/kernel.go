@@ -22,7 +22,7 @@ import (
 
 // metaPackage depends on the current kernel of Debian's that is built for
 // virtual machines: 8250 serial ports, devtmpfs and initramfs are built in, so
-// no module is needed but those of balloonModules.
+// no module is needed but those of virtioModules.
 const metaPackage = "linux-image-cloud-amd64"
 
 // dependency is the meta package's one: name and version of the real package.
@@ -47,10 +47,10 @@ func debianKernel(ctx context.Context, c cache) (string, error) {
 	})
 }
 
-// balloonModules are the drivers of a virtio balloon on PCI, each after those that it needs.
-var balloonModules = []string{"virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_balloon"}
+// virtioModules are the drivers of a virtio balloon and of virtio-mem, on PCI, each after those that it needs.
+var virtioModules = []string{"virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_balloon", "virtio_mem"}
 
-// debianModules returns the path of an initramfs with balloonModules of the same kernel as /modules/N-NAME.ko, in their
+// debianModules returns the path of an initramfs with virtioModules of the same kernel as /modules/N-NAME.ko, in their
 // order.
 func debianModules(ctx context.Context, c cache) (string, error) {
 	if _, err := debianKernel(ctx, c); err != nil { // which says what is current
@@ -58,13 +58,13 @@ func debianModules(ctx context.Context, c cache) (string, error) {
 	}
 	current.Lock()
 	defer current.Unlock()
-	return c.file("balloon-"+current.name+"-"+current.version+".cpio.gz", func() ([]byte, error) {
+	return c.file("virtio-"+current.name+"-"+current.version+".cpio.gz", func() ([]byte, error) {
 		archive, err := download(ctx, current.name, current.version)
 		if err != nil {
 			return nil, err
 		}
 		files := []cpio.File{{Name: "modules", Mode: fs.ModeDir | 0o755}}
-		for i, name := range balloonModules {
+		for i, name := range virtioModules {
 			module, err := find(bytes.NewReader(archive), "lib/modules/", "/virtio/"+name+".ko")
 			if err != nil {
 				return nil, err

@@ -212,7 +212,7 @@ func (d *Destination) prepare(ctx context.Context) error {
 		return err
 	}
 	reached("destination-taken")
-	keptFacts, err := d.keep(facts.Balloon)
+	keptFacts, err := d.keep(facts.Discards)
 	if err != nil {
 		return err
 	}

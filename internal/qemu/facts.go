@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/migrated-vm/migrated/internal/qmp"
@@ -18,7 +19,7 @@ type Facts struct {
 	Version     qmp.Version
 	MachineType string // versioned: "pc-q35-7.2"
 	KVM         bool   // else TCG or another accelerator
-	Balloon     bool   // has a device that gives memory back while the VM runs
+	Discards    bool   // has a device that gives memory back while the VM runs
 
 	CommandLine      []string // argv[0] first
 	WorkingDirectory string
@@ -53,11 +54,20 @@ func (vm *VM) Facts(ctx context.Context) (*Facts, error) {
 		return nil, err
 	}
 	var err error
-	if f.Balloon, err = vm.hasBalloon(ctx); err != nil {
+	if f.Discards, err = vm.discards(ctx); err != nil {
 		return nil, err
 	}
 	f.RAMBlocks, err = vm.RAMBlocks(ctx)
 	return f, err
+}
+
+// discards says whether the VM has a device that gives memory back while it runs.
+func (vm *VM) discards(ctx context.Context) (bool, error) {
+	devices, err := vm.memoryDevices(ctx)
+	if err != nil || slices.ContainsFunc(devices, func(d memoryDevice) bool { return d.Type == virtioMem }) {
+		return err == nil, err
+	}
+	return vm.hasBalloon(ctx)
 }
 
 // hasBalloon asks the balloon for its size: DeviceNotActive says that there is none. QEMU answers also while the

@@ -168,9 +168,9 @@ func awaitFile(ctx context.Context, path string) {
 	}
 }
 
-// A balloon is seen in a QEMU that waits for a migration, too: that is when it
+// A balloon, or the like, is seen in a QEMU that waits for a migration, too: that is when it
 // is asked for.
-func TestBalloonIsSeen(t *testing.T) {
+func TestDiscardsAreSeen(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		args []string
@@ -179,11 +179,12 @@ func TestBalloonIsSeen(t *testing.T) {
 		{"none", nil, false},
 		{"balloon", []string{"-device", "virtio-balloon-pci"}, true},
 		{"balloon to come", []string{"-device", "virtio-balloon-pci", "-S", "-incoming", "defer"}, true},
+		{"virtio-mem to come", []string{"-m", "32M,maxmem=1G", "-object", "memory-backend-ram,id=m,size=128M", "-device", "virtio-mem-pci,memdev=m", "-S", "-incoming", "defer"}, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, vm := start(t, c.args...)
-			if got, err := vm.hasBalloon(testContext(t)); err != nil || got != c.want {
-				t.Errorf("has a balloon: %v, %v", got, err)
+			if got, err := vm.discards(testContext(t)); err != nil || got != c.want {
+				t.Errorf("gives memory back: %v, %v", got, err)
 			}
 		})
 	}

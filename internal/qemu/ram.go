@@ -137,33 +137,36 @@ func (b memoryBackend) movable(v qmp.Version) error {
 	return nil
 }
 
-// pluggedMemory finds memory that is not on QEMU's command line, so that a destination would lack it, and
-// memory whose size the guest changes.
-func (vm *VM) pluggedMemory(ctx context.Context) ([]error, error) {
-	var devices []struct {
-		Type string `json:"type"`
-		Data struct {
-			ID         string `json:"id"`
-			Memdev     string `json:"memdev"`
-			Hotplugged bool   `json:"hotplugged"`
-		} `json:"data"`
-	}
-	if err := vm.QMP.Do(ctx, "query-memory-devices", nil, &devices); err != nil {
-		return nil, err
-	}
-	var failed []error
+// A memoryDevice is one of query-memory-devices.
+type memoryDevice struct {
+	Type string `json:"type"`
+	Data struct {
+		ID         string `json:"id"`
+		Memdev     string `json:"memdev"`
+		Hotplugged bool   `json:"hotplugged"`
+	} `json:"data"`
+}
+
+// virtioMem is the type of those whose size the guest changes.
+const virtioMem = "virtio-mem"
+
+func (vm *VM) memoryDevices(ctx context.Context) (devices []memoryDevice, err error) {
+	err = vm.QMP.Do(ctx, "query-memory-devices", nil, &devices)
+	return devices, err
+}
+
+// pluggedMemory finds memory that is not on QEMU's command line, so that a destination would lack it.
+func (vm *VM) pluggedMemory(ctx context.Context) (failed []error, err error) {
+	devices, err := vm.memoryDevices(ctx)
 	for _, d := range devices {
-		id := strings.TrimPrefix(d.Data.Memdev, "/objects/")
-		switch {
-		case d.Type == "virtio-mem":
-			failed = append(failed, &RAMError{id, "it belongs to a virtio-mem device, whose size changes while it moves",
-				"use memory of fixed size"})
-		case d.Data.Hotplugged:
-			failed = append(failed, &RAMError{id, fmt.Sprintf("its %s device %q was plugged in while the VM ran, so QEMU's command line lacks it",
-				d.Type, d.Data.ID), "unplug it, or restart the VM with that memory on its command line"})
+		// How large a virtio-mem device is, is part of its state.
+		if d.Data.Hotplugged {
+			failed = append(failed, &RAMError{strings.TrimPrefix(d.Data.Memdev, "/objects/"),
+				fmt.Sprintf("its %s device %q was plugged in while the VM ran, so QEMU's command line lacks it", d.Type, d.Data.ID),
+				"unplug it, or restart the VM with that memory on its command line"})
 		}
 	}
-	return failed, nil
+	return failed, err
 }
 
 // locate finds a backend in QEMU's address space and its file.
