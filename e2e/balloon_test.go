@@ -35,7 +35,7 @@ func TestGuestGivesMemoryBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	// So slow that the guest has time for some rounds meanwhile.
-	if out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "m", "--bandwidth", "8M", "--detach"); code != 0 {
+	if out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "m", "--bandwidth", "3M", "--detach"); code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
 	await(t, control(t, l.A), "m", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })

@@ -87,7 +87,7 @@ func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	if verified.Corruptions != 0 || verified.Pages == 0 || guest.Err() != nil {
 		v.Errorf("after migration %s the guest finds %d corruptions: %v", id, verified.Corruptions, guest.Err())
 	}
-	nothingKept(v.T, v.lab.A, v.lab.B)
+	onlyWordKept(v.T, v.lab.A, v.lab.B)
 	return v.longestStall(said)
 }
 

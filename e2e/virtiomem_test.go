@@ -39,7 +39,7 @@ func TestVirtioMemShrinksAndGrows(t *testing.T) {
 	if err := port.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "m", "--bandwidth", "4M", "--detach"); code != 0 {
+	if out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "m", "--bandwidth", "2M", "--detach"); code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
 	await(t, control(t, l.A), "m", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
