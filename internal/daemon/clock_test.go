@@ -142,7 +142,7 @@ func TestKernelKeepsConnectionsAlive(t *testing.T) {
 			t.Fatal(err)
 		}
 		for option, want := range map[int]int{
-			unix.TCP_KEEPIDLE: int(keepaliveTime.Seconds()), unix.TCP_KEEPINTVL: int(keepaliveTimeout.Seconds()), unix.TCP_KEEPCNT: 3,
+			unix.TCP_KEEPIDLE: int(limits.KeepaliveTime.Seconds()), unix.TCP_KEEPINTVL: int(limits.KeepaliveTimeout.Seconds()), unix.TCP_KEEPCNT: 3,
 		} {
 			got, optionErr := 0, error(nil)
 			if err := raw.Control(func(fd uintptr) { got, optionErr = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, option) }); err != nil || optionErr != nil || got != want {

@@ -40,9 +40,6 @@ import (
 )
 
 const (
-	// Two daemons notice a half-open connection within the sum of these.
-	keepaliveTime    = limits.KeepaliveTime
-	keepaliveTimeout = limits.KeepaliveTimeout
 	// stopTimeout is how long calls under way may take to end at shutdown.
 	stopTimeout = 5 * time.Second
 )
@@ -215,7 +212,7 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 		grpc.WithContextDialer(dialTCP),
 		grpc.WithConnectParams(reconnect),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
-			Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true,
+			Time: limits.KeepaliveTime, Timeout: limits.KeepaliveTimeout, PermitWithoutStream: true,
 		}))
 	options = append(options, extra...)
 	// passthrough: names are resolved by the dialer, at every attempt.

@@ -113,10 +113,9 @@ func (e *crowdedError) Error() string {
 func (r *registry) addDestination(id, sender string, most int, create func() *migration.Destination) (d *migration.Destination, forgotten []string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if old := r.destinations[id]; old != nil && !isDone(old) {
+	old := r.destinations[id]
+	if old != nil && !isDone(old) {
 		return nil, nil, errIDTaken
-	} else if old != nil {
-		old.Forget()
 	}
 	all, theirs := 0, 0
 	for other, d := range r.destinations {
@@ -134,8 +133,11 @@ func (r *registry) addDestination(id, sender string, most int, create func() *mi
 		return nil, nil, &crowdedError{most: half, sender: sender}
 	}
 	forgotten = forgetOld(r.destinations)
-	for _, old := range forgotten {
-		delete(r.senders, old)
+	for _, over := range forgotten {
+		delete(r.senders, over)
+	}
+	if old != nil {
+		old.Forget()
 	}
 	d = create()
 	r.destinations[id], r.senders[id] = d, sender

@@ -40,7 +40,7 @@ const (
 
 	// KeepaliveTime is how long a connection may carry nothing until the other side is asked whether it is there.
 	KeepaliveTime = 10 * time.Second
-	// KeepaliveTimeout is how long it may take to answer.
+	// KeepaliveTimeout is how long it may take to answer. Two daemons notice a half-open connection within the sum of both.
 	KeepaliveTimeout = 5 * time.Second
 
 	// New connections of one peer a second, and at once: all lanes of its migrations when a network is back.

@@ -22,15 +22,23 @@ var (
 	errOver        = errors.New("this migration is over")
 )
 
+// limitable says whether a migration has all that changing its limit takes: nil, or why not.
+func limitable(t *Tracker) error {
+	view, _ := t.Snapshot()
+	switch {
+	case Terminal(view.GetState()):
+		return errOver
+	case !view.GetPrepared():
+		return errNotPrepared
+	}
+	return nil
+}
+
 // SetBandwidth changes the limit of a migration that is prepared, and returns the one that holds: of pages that no
 // thread waits for, in bytes a second; 0: none.
 func (s *Source) SetBandwidth(ctx context.Context, limit uint64) (uint64, error) {
-	view, _ := s.Snapshot()
-	switch {
-	case Terminal(view.GetState()):
-		return 0, errOver
-	case !view.GetPrepared(): // whatever is used below is there since
-		return 0, errNotPrepared
+	if err := limitable(s.Tracker); err != nil {
+		return 0, err
 	}
 	answer, err := s.peer.LimitIncoming(ctx, &migratedv1.LimitIncomingRequest{Id: s.cfg.ID, Bandwidth: bandwidth.Lower(limit, s.cfg.Bandwidth)})
 	if err != nil {
@@ -41,12 +49,8 @@ func (s *Source) SetBandwidth(ctx context.Context, limit uint64) (uint64, error)
 
 // SetBandwidth is the destination's half of it; the limit survives this daemon.
 func (d *Destination) SetBandwidth(limit uint64) (uint64, error) {
-	view, _ := d.Snapshot()
-	switch {
-	case Terminal(view.GetState()):
-		return 0, errOver
-	case !view.GetPrepared(): // whatever is used below is there since
-		return 0, errNotPrepared
+	if err := limitable(d.Tracker); err != nil {
+		return 0, err
 	}
 	d.limitMu.Lock()
 	defer d.limitMu.Unlock()

@@ -3,13 +3,10 @@
 package pagelane
 
 import (
-	"io"
-	"net"
 	"strings"
 	"testing"
 	"time"
 
-	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
@@ -22,35 +19,12 @@ import (
 func TestSilentSource(t *testing.T) {
 	for name, last := range map[string][]byte{"nothing": nil, "the beginning of a message": {0, 0, 1, 0, 0, 1, 2, 3}} {
 		t.Run(name, func(t *testing.T) {
-			listener, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer listener.Close()
-			got := make(chan error, 1)
-			go func() {
-				conn, err := Dial(t.Context(), listener.Addr().String(), insecure.NewCredentials())
-				if err == nil {
-					var l *Client
-					if l, err = openWith(t.Context(), conn, nil, 20*time.Millisecond); err == nil {
-						err = l.RecvMsg(new(pagewire.Reply))
-					}
+			got := clientOf(t, 20*time.Millisecond, func(p *rawPeer) {
+				p.must(writeHeaders(p.Framer, false, acceptance...))
+				if last != nil {
+					p.must(p.WriteData(stream, false, last))
 				}
-				got <- err
-			}()
-			conn, err := listener.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			p := newRawPeer(t, conn)
-			p.must(p.WriteSettings())
-			block := new(strings.Builder)
-			p.must(hpack.NewEncoder(block).WriteField(hpack.HeaderField{Name: ":status", Value: "200"}))
-			p.must(p.WriteRawFrame(1, 4, stream, []byte(block.String())))
-			if last != nil {
-				p.must(p.WriteData(stream, false, last))
-			}
-			go func() { _, _ = io.Copy(io.Discard, conn) }()
+			})
 			select {
 			case err := <-got:
 				if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "has not answered") {

@@ -117,7 +117,7 @@ func (l *Client) end() {
 
 // greeting is all that a client has to say before its first message.
 func greeting(authority string, md metadata.MD) ([]byte, error) {
-	var out, block bytes.Buffer
+	var out bytes.Buffer
 	out.WriteString(http2.ClientPreface)
 	write := http2.NewFramer(&out, nil)
 	if err := write.WriteSettings(
@@ -131,7 +131,6 @@ func greeting(authority string, md metadata.MD) ([]byte, error) {
 	if err := write.WriteWindowUpdate(0, wholeWindow-firstWindow); err != nil {
 		return nil, err
 	}
-	encode := hpack.NewEncoder(&block)
 	fields := []hpack.HeaderField{
 		{Name: ":method", Value: "POST"},
 		{Name: ":scheme", Value: "http"},
@@ -145,12 +144,7 @@ func greeting(authority string, md metadata.MD) ([]byte, error) {
 			fields = append(fields, hpack.HeaderField{Name: key, Value: value, Sensitive: key == pagewire.MigrationTokenKey})
 		}
 	}
-	for _, f := range fields {
-		if err := encode.WriteField(f); err != nil {
-			return nil, err
-		}
-	}
-	err := write.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true})
+	err := writeHeaders(write, false, fields...)
 	return out.Bytes(), err
 }
 

@@ -4,6 +4,7 @@ package pagelane
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -276,6 +277,20 @@ func putHeader(at []byte, length int, flags http2.Flags) {
 	at[0], at[1], at[2] = byte(length>>16), byte(length>>8), byte(length)
 	at[3], at[4] = byte(http2.FrameData), byte(flags)
 	binary.BigEndian.PutUint32(at[5:], stream)
+}
+
+// writeHeaders writes all fields of the stream in one frame; last ends the stream's side.
+func writeHeaders(to *http2.Framer, last bool, fields ...hpack.HeaderField) error {
+	var block bytes.Buffer
+	encode := hpack.NewEncoder(&block)
+	for _, f := range fields {
+		if err := encode.WriteField(f); err != nil {
+			return err
+		}
+	}
+	return to.WriteHeaders(http2.HeadersFrameParam{
+		StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: last,
+	})
 }
 
 // reserve takes from the peer's windows what may be sent in one frame, of n bytes, and waits until that is something.

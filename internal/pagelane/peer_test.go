@@ -63,12 +63,8 @@ func rawClient(t testing.TB, address string, settings ...http2.Setting) *rawPeer
 
 func (p *rawPeer) call(path string) {
 	p.t.Helper()
-	var block bytes.Buffer
-	encode := hpack.NewEncoder(&block)
-	for _, f := range []hpack.HeaderField{{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: path}} {
-		p.must(encode.WriteField(f))
-	}
-	p.must(p.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true}))
+	p.must(writeHeaders(p.Framer, false, hpack.HeaderField{Name: ":method", Value: "POST"},
+		hpack.HeaderField{Name: ":scheme", Value: "http"}, hpack.HeaderField{Name: ":path", Value: path}))
 }
 
 // request is a message that asks for one run.
@@ -174,15 +170,40 @@ func TestServerHangsUp(t *testing.T) {
 	}
 }
 
+// clientOf opens a lane to a server that speaks, and takes whatever comes: the client's end comes on the channel.
+func clientOf(t *testing.T, every time.Duration, speak func(p *rawPeer)) <-chan error {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	got := make(chan error, 1)
+	go func() {
+		conn, err := Dial(t.Context(), listener.Addr().String(), insecure.NewCredentials())
+		if err == nil {
+			var l *Client
+			if l, err = openWith(t.Context(), conn, nil, every); err == nil {
+				err = l.RecvMsg(new(pagewire.Reply))
+			}
+		}
+		got <- err
+	}()
+	conn, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newRawPeer(t, conn)
+	p.must(p.WriteSettings())
+	speak(p)
+	go func() { _, _ = io.Copy(io.Discard, conn) }() // so that hanging up is no reset
+	return got
+}
+
 // TestClientOfBrokenServer: whatever a server says, the client ends with an error that says so.
 func TestClientOfBrokenServer(t *testing.T) {
 	header := func(p *rawPeer, end bool, fields ...hpack.HeaderField) {
-		var block bytes.Buffer
-		encode := hpack.NewEncoder(&block)
-		for _, f := range fields {
-			p.must(encode.WriteField(f))
-		}
-		p.must(p.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: end}))
+		p.must(writeHeaders(p.Framer, end, fields...))
 	}
 	accept := func(p *rawPeer) { header(p, false, hpack.HeaderField{Name: ":status", Value: "200"}) }
 	unavailable := func(err error) bool { return status.Code(err) == codes.Unavailable }
@@ -207,30 +228,7 @@ func TestClientOfBrokenServer(t *testing.T) {
 		}, func(err error) bool { return err != nil }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			listener, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer listener.Close()
-			got := make(chan error, 1)
-			go func() {
-				conn, err := Dial(t.Context(), listener.Addr().String(), insecure.NewCredentials())
-				if err == nil {
-					var l *Client
-					if l, err = Open(t.Context(), conn, nil); err == nil {
-						err = l.RecvMsg(new(pagewire.Reply))
-					}
-				}
-				got <- err
-			}()
-			conn, err := listener.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			p := newRawPeer(t, conn)
-			p.must(p.WriteSettings())
-			c.speak(p)
-			go func() { _, _ = io.Copy(io.Discard, conn) }() // so that hanging up is no reset
+			got := clientOf(t, quiet, c.speak)
 			select {
 			case err := <-got:
 				if !c.want(err) {

@@ -4,7 +4,6 @@ package pagelane
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/binary"
 	"net"
@@ -233,18 +232,9 @@ func (t *Stream) finish(err error) {
 		hpack.HeaderField{Name: messageField, Value: escaped(st.Message())})...)
 }
 
+// write writes headers. It has a framer of its own, as the lane's goroutine may read still and answer by control.
 func (t *Stream) write(last bool, fields ...hpack.HeaderField) error {
-	var block bytes.Buffer
-	encode := hpack.NewEncoder(&block)
-	for _, f := range fields {
-		if err := encode.WriteField(f); err != nil {
-			return err
-		}
-	}
-	// Not by control: the lane's goroutine may read still.
-	return http2.NewFramer(t, nil).WriteHeaders(http2.HeadersFrameParam{
-		StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: last,
-	})
+	return writeHeaders(http2.NewFramer(t, nil), last, fields...)
 }
 
 // RecvMsg receives a *pagewire.Request; io.EOF says that the client has no more.

@@ -32,7 +32,7 @@ func (c *churn) run(l *Load) {
 		pages := unsafe.Slice((*stamp.Page)(unsafe.Pointer(&memory[0])), len(memory)/stamp.PageSize)
 		for i := range pages {
 			if pages[i] != (stamp.Page{}) { // the kernel has cleared it
-				c.found(l, stamp.Damage{Page: uint32(i), Word: 0, Got: pages[i][0], Kind: stamp.Unknown})
+				l.report(&c.corruptions, stamp.Damage{Page: uint32(i), Word: 0, Got: pages[i][0], Kind: stamp.Unknown})
 			}
 			pages[i].Write(l.config.Fill, uint32(i), generation)
 		}
@@ -40,7 +40,7 @@ func (c *churn) run(l *Load) {
 			time.Sleep(churnUse / 2)
 			for i := range pages {
 				if first := pages[i].Check(l.config.Fill, uint32(i), generation); first >= 0 {
-					c.found(l, pages[i].Explain(l.config.Fill, uint32(i), generation, first))
+					l.report(&c.corruptions, pages[i].Explain(l.config.Fill, uint32(i), generation, first))
 				}
 			}
 		}
@@ -49,13 +49,5 @@ func (c *churn) run(l *Load) {
 		}
 		c.rounds.Add(1)
 		time.Sleep(churnFree)
-	}
-}
-
-func (c *churn) found(l *Load, d stamp.Damage) {
-	c.corruptions.Add(1)
-	select {
-	case l.damages <- d:
-	default:
 	}
 }

@@ -208,6 +208,15 @@ func (l *Load) Window(uptime time.Duration) report.Window {
 	}
 }
 
+// report counts damage, and describes it if there is room.
+func (l *Load) report(corruptions *atomic.Uint64, d stamp.Damage) {
+	corruptions.Add(1) // first: the count is what must not be lost
+	select {
+	case l.damages <- d:
+	default:
+	}
+}
+
 // Corruption returns one description of damage that was not returned yet.
 func (l *Load) Corruption(uptime time.Duration) (report.Corruption, bool) {
 	select {

@@ -168,11 +168,7 @@ func (w *worker) repairEntry(index uint32) uint32 {
 }
 
 func (w *worker) report(d stamp.Damage) {
-	w.corruptions.Add(1) // first: the count is what must not be lost
-	select {
-	case w.load.damages <- d:
-	default:
-	}
+	w.load.report(&w.corruptions, d)
 }
 
 // stampAll writes the first generation of all the worker's pages.
