@@ -15,33 +15,9 @@ import (
 // TestGuestGivesMemoryBack: while its memory comes, a guest frees pages and reports them, a balloon takes more, and both are
 // used again. Nothing that the guest uses is lost, or is what it was before.
 func TestGuestGivesMemoryBack(t *testing.T) {
-	l := newHosts(t)
-	startDaemon(t, l.A)
-	startDaemon(t, l.B)
-	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	vm := lab.VMConfig{
-		VCPUs: 2, MemoryMiB: 512, Nodes: 1, Kernel: kernel, Initrd: initrd,
-		KernelArgs: []string{"migrated.mem=96", "migrated.workers=1", "migrated.rate=500", "migrated.churn=64"},
-		Extra:      []string{"-device", "virtio-balloon-pci,free-page-reporting=on"},
-	}
-	startVM(t, l.A, vm, lab.EventsArgs()...)
-	var guest report.Log
-	port := openGuest(t, l.A, &guest)
-	churned(t, &guest, 1)
-	if err := port.Close(); err != nil {
-		t.Fatal(err)
-	}
-	// So slow that the guest has time for some rounds meanwhile.
-	if out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "m", "--bandwidth", "3M", "--detach"); code != 0 {
-		t.Fatalf("exit code %d:\n%s", code, out)
-	}
-	await(t, control(t, l.A), "m", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
-	port = openGuest(t, l.B, &guest)
-	began := churned(t, &guest, 0)
-	client, err := qmp.Dial(testContext(t), l.B.Path(lab.EventsPath))
+	g := newGiver(t, 512, "3M", func(*lab.Host) {},
+		[]string{"migrated.churn=64"}, "-device", "virtio-balloon-pci,free-page-reporting=on")
+	client, err := qmp.Dial(testContext(t), g.lab.B.Path(lab.EventsPath))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,33 +25,81 @@ func TestGuestGivesMemoryBack(t *testing.T) {
 		if err := client.Do(testContext(t), "balloon", map[string]any{"value": mib << 20}, nil); err != nil {
 			t.Fatal(err)
 		}
-		churned(t, &guest, began+uint64(i/2)+1)
-	}
-	if m := get(t, l.B, "m"); m.GetState() != stateActive {
-		t.Errorf("the migration was %v before the guest had given anything back", m.GetState())
+		churned(t, &g.guest, g.began+uint64(i/2)+1)
 	}
 	if err := client.Disconnect(); err != nil {
 		t.Error(err)
 	}
-	if out, code := operate(t, l.A, "bandwidth", "m", "none"); code != 0 {
+	if discarded := g.finish(4); discarded < 64<<20 {
+		t.Errorf("the guest gave %d bytes back", discarded)
+	}
+}
+
+// A giver is a guest that moves, slowly, and gives memory back meanwhile.
+type giver struct {
+	*testing.T
+	lab   *lab.Lab
+	guest report.Log
+	port  *report.Port
+	began uint64 // how often it had given memory back when it was switched over
+}
+
+// newGiver boots a guest with so much memory, has it at work, and ready, and returns when it runs at the destination with
+// little of its memory. The bandwidth is what keeps it there for as long as a test needs.
+func newGiver(t *testing.T, memoryMiB int, bandwidth string, ready func(*lab.Host), kernelArgs []string, extra ...string) *giver {
+	t.Helper()
+	l := newHosts(t)
+	startDaemon(t, l.A)
+	startDaemon(t, l.B)
+	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	startVM(t, l.A, lab.VMConfig{
+		VCPUs: 2, MemoryMiB: memoryMiB, Nodes: 1, Kernel: kernel, Initrd: initrd,
+		KernelArgs: append(kernelArgs, "migrated.mem=96", "migrated.workers=1", "migrated.rate=500"), Extra: extra,
+	}, lab.EventsArgs()...)
+	g := &giver{T: t, lab: l}
+	port := openGuest(t, l.A, &g.guest)
+	churned(t, &g.guest, 1)
+	ready(l.A)
+	if err := port.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "m", "--bandwidth", bandwidth, "--detach"); code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
-	m := await(t, control(t, l.B), "m", func(*migratedv1.Migration) bool { return false })
+	await(t, control(t, l.A), "m", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
+	g.port = openGuest(t, l.B, &g.guest)
+	g.began = churned(t, &g.guest, 0)
+	return g
+}
+
+// finish lets the rest of the memory come, checks all of it once the guest has given memory back so often since the switch, and
+// returns how many bytes it gave back meanwhile.
+func (g *giver) finish(times uint64) (discarded uint64) {
+	g.Helper()
+	if m := get(g.T, g.lab.B, "m"); m.GetState() != stateActive {
+		g.Errorf("the migration was %v before the guest had given anything back", m.GetState())
+	}
+	if out, code := operate(g.T, g.lab.A, "bandwidth", "m", "none"); code != 0 {
+		g.Fatalf("exit code %d:\n%s", code, out)
+	}
+	m := await(g.T, control(g.T, g.lab.B), "m", func(*migratedv1.Migration) bool { return false })
 	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("the migration is %v: %v", m.GetState(), m.GetError())
+		g.Fatalf("the migration is %v: %v", m.GetState(), m.GetError())
 	}
-	if m.GetProgress().GetBytesDiscarded() < 64<<20 {
-		t.Errorf("the guest gave %d bytes back", m.GetProgress().GetBytesDiscarded())
-	}
-	churned(t, &guest, began+4)
-	verified, err := port.Verify(testContext(t))
+	churned(g.T, &g.guest, g.began+times)
+	verified, err := g.port.Verify(testContext(g.T))
 	if err != nil || verified.Corruptions != 0 || verified.Pages == 0 {
-		t.Errorf("the guest checked %+v: %v", verified, err)
+		g.Errorf("the guest checked %+v: %v", verified, err)
 	}
-	t.Logf("the guest gave %d MiB back while %d pages came", m.GetProgress().GetBytesDiscarded()>>20, m.GetProgress().GetPagesTotal())
-	if err := port.Close(); err != nil {
-		t.Error(err)
+	if err := g.port.Close(); err != nil {
+		g.Error(err)
 	}
+	discarded = m.GetProgress().GetBytesDiscarded()
+	g.Logf("the guest gave %d MiB back while %d pages came", discarded>>20, m.GetProgress().GetPagesTotal())
+	return discarded
 }
 
 // churned waits until the guest has used and freed its memory so often, and returns how often it has.

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/pkg/pagesrv"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// takeUp is what a daemon that is started again does with the record that the stage's source left.
+func (s *stage) takeUp(t *testing.T) {
+	t.Helper()
+	records, err := s.records.All()
+	if err != nil || len(records) != 1 {
+		t.Fatalf("records: %v, %v", records, err)
+	}
+	cfg := s.source.cfg
+	cfg.ID, cfg.Spec, cfg.Pages = "", nil, pagesrv.NewServer()
+	if s.source, err = TakeUpSource(t.Context(), cfg, records[0]); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		s.source.cancel(errors.New("the test is over"))
+		<-s.source.Done()
+	})
+}
+
+// committed makes a stage whose source ended after the commit point, its hand-over unanswered.
+func committed(t *testing.T) *stage {
+	t.Helper()
+	asked := make(chan struct{})
+	s := newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
+		if attempt == 1 {
+			close(asked)
+		}
+		return nil, status.Error(codes.Unavailable, "a broken wire")
+	})
+	s.source.Start()
+	<-asked
+	s.source.cancel(errors.New("the daemon ends"))
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the daemon ends")
+	if !s.handedOver(t) || s.vmRuns(t) {
+		t.Fatal("the VM is not handed over")
+	}
+	return s
+}
+
+func TestTakenUpSourceRepeatsTheHandOver(t *testing.T) {
+	s := committed(t)
+	s.peer.run = runAtOnce
+	s.takeUp(t)
+	if err := s.source.Cancel(); err == nil {
+		t.Error("it can be cancelled after the commit point")
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if err := s.qemu.Wait(); err != nil {
+		t.Errorf("the source's QEMU: %v", err)
+	}
+	s.noRecord(t)
+}
+
+// All memory had left; the QEMU that is no longer needed had quit, or not yet.
+func TestTakenUpSourceWasComplete(t *testing.T) {
+	for name, quit := range map[string]bool{"QEMU has quit": true, "QEMU is left": false} {
+		t.Run(name, func(t *testing.T) {
+			s := committed(t)
+			if err := s.records.Complete("m1"); err != nil {
+				t.Fatal(err)
+			}
+			if quit {
+				if err := s.qemu.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+				_ = s.qemu.Wait() // it was killed
+			}
+			s.takeUp(t)
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+			if !quit {
+				if err := s.qemu.Wait(); err != nil {
+					t.Errorf("the source's QEMU: %v", err)
+				}
+			}
+			s.noRecord(t)
+		})
+	}
+}
+
+// What runs again is the VM, whatever the record says.
+func TestTakenUpSourceWasCompleteAndContinued(t *testing.T) {
+	s := committed(t)
+	if err := s.records.Complete("m1"); err != nil {
+		t.Fatal(err)
+	}
+	s.command(t, "cont")
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if !s.vmRuns(t) {
+		t.Error("the VM was ended")
+	}
+	s.noRecord(t)
+}
+
+func TestTakenUpSourceIsGivenTheVMBack(t *testing.T) {
+	s := committed(t)
+	s.peer.run = func(int) (*migratedv1.RunResponse, error) { return nil, status.Error(codes.Aborted, "QEMU died") }
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	s.noRecord(t)
+}
+
+// Its operator continued the VM: it is the VM again, and none of its pages is served.
+func TestTakenUpSourceThatSomebodyContinued(t *testing.T) {
+	s := committed(t)
+	s.command(t, "cont")
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "somebody continued the VM")
+	if !s.vmRuns(t) || s.source.export != nil {
+		t.Errorf("it runs: %v; offered: %v", s.vmRuns(t), s.source.export)
+	}
+	s.noRecord(t)
+}
+
+func TestTakenUpSourceWhoseQEMUIsGone(t *testing.T) {
+	s := committed(t)
+	if err := s.qemu.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = s.qemu.Wait() // it was killed
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "is gone")
+	s.noRecord(t)
+}
+
+// A daemon that dies while the VM stands still, before the commit point, must not leave it like that.
+func TestTakenUpSourceContinuesItsVM(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	if err := s.source.Cancel(); err != nil {
+		t.Fatal(err)
+	}
+	<-s.source.Done()
+	s.command(t, "stop")
+	ctx := t.Context()
+	vm, err := qemu.Attach(ctx, s.vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	identity, err := vm.Identity()
+	if err := errors.Join(err, vm.Close()); err != nil {
+		t.Fatal(err)
+	}
+	spec, err := protojson.Marshal(s.source.cfg.Spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec := Record{Protocol: 1, ID: "m1", VM: s.vm, Identity: identity, Spec: spec, Token: "token", WasRunning: true, HandedOver: time.Now()}
+	if err := s.records.Prepare(rec); err != nil {
+		t.Fatal(err)
+	}
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	if s.peer.runs != 0 {
+		t.Error("the destination was told to run the VM")
+	}
+	s.noRecord(t)
+}
+
+// command is what somebody else at QEMU's other monitor says.
+func (s *stage) command(t *testing.T, name string) {
+	t.Helper()
+	client, err := qmp.Dial(t.Context(), s.other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(client.Do(t.Context(), name, nil, nil), client.Disconnect()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestFallBack(t *testing.T) {
+	s := committed(t)
+	if err := s.source.FallBack(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	s.noRecord(t)
+	if err := s.source.FallBack(t.Context()); err == nil {
+		t.Error("a VM that is here again falls back")
+	}
+}
+
+// The hand-over that is being repeated ends first.
+func TestFallBackEndsTheHandOver(t *testing.T) {
+	asked := make(chan struct{}, 100)
+	s := newStage(t, t.Context(), func(int) (*migratedv1.RunResponse, error) {
+		asked <- struct{}{}
+		return nil, status.Error(codes.Unavailable, "a broken wire")
+	})
+	s.source.Start()
+	<-asked
+	if err := s.source.FallBack(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	s.noRecord(t)
+}
+
+func TestFallBackIsRefused(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	if err := s.source.FallBack(t.Context()); err == nil || !strings.Contains(err.Error(), "not been handed over") {
+		t.Errorf("before the commit point: %v", err)
+	}
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if err := s.source.FallBack(t.Context()); err == nil || !strings.Contains(err.Error(), "all of the VM is at the destination") {
+		t.Errorf("after the end: %v", err)
+	}
+}
+
+func (s *stage) noRecord(t *testing.T) {
+	t.Helper()
+	if records, err := s.records.All(); err != nil || len(records) != 0 {
+		t.Errorf("records that are left: %v, %v", records, err)
+	}
+}
