@@ -143,10 +143,15 @@ func (j *journey) look(ctx context.Context) (end string, err error) {
 		return "", nil
 	case here && !there:
 		return endStayed, nil
+	case !there && await(ctx, eventWithin, func() bool { return j.machine.copies.runs(j.from) }):
+		return "", nil // its daemon was faster with the news than its QEMU: look again
 	default:
 		return j.obey(ctx)
 	}
 }
+
+// eventWithin is how long the news may take that a QEMU runs its VM, on two busy CPUs.
+const eventWithin = 2 * time.Second
 
 // complete says whether a daemon shows that all of the VM is at the destination. One that was started again afterwards
 // knows nothing of it: it forgets what is over.
