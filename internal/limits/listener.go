@@ -76,10 +76,24 @@ type handshake struct {
 // ServerHandshake is that of the credentials inside.
 func (h handshake) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	secure, info, err := h.TransportCredentials.ServerHandshake(raw)
-	if c, ok := raw.(*conn); ok && err == nil {
+	if c := counted(raw); c != nil && err == nil {
 		c.established()
 	}
 	return secure, info, err
+}
+
+// counted finds the Listener's connection that others may be wrapped around, or nil.
+func counted(c net.Conn) *conn {
+	for {
+		if ours, ok := c.(*conn); ok {
+			return ours
+		}
+		around, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			return nil
+		}
+		c = around.NetConn()
+	}
 }
 
 // Clone copies the credentials inside.

@@ -27,14 +27,7 @@ const (
 // alive makes TCP end the connection when the other host does not answer: within quiet and answer, as the daemon's other
 // connections do. Connections of other kinds than TCP are left as they are.
 func alive(c net.Conn) error {
-	for {
-		around, ok := c.(interface{ NetConn() net.Conn })
-		if !ok {
-			break
-		}
-		c = around.NetConn()
-	}
-	tcp, ok := c.(*net.TCPConn)
+	tcp, ok := tcpOf(c)
 	if !ok {
 		return nil
 	}

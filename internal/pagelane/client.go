@@ -29,15 +29,24 @@ func Dial(ctx context.Context, address string, creds credentials.TransportCreden
 	if err != nil {
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
-	if err = alive(raw); err == nil {
-		var c net.Conn
-		if c, _, err = creds.ClientHandshake(ctx, address, raw); err == nil {
-			return c, nil
-		}
-		err = fmt.Errorf("authentication handshake failed: %w", err)
+	s := &socket{Conn: raw}
+	c, err := handshake(ctx, address, s, creds)
+	if err != nil {
+		_ = s.Close() // the error says enough
+		return nil, status.Error(codes.Unavailable, err.Error())
 	}
-	_ = raw.Close() // the error says enough
-	return nil, status.Error(codes.Unavailable, err.Error())
+	return c, nil
+}
+
+func handshake(ctx context.Context, address string, s *socket, creds credentials.TransportCredentials) (net.Conn, error) {
+	if err := alive(s); err != nil {
+		return nil, err
+	}
+	c, _, err := creds.ClientHandshake(ctx, address, s)
+	if err != nil {
+		return nil, fmt.Errorf("authentication handshake failed: %w", err)
+	}
+	return c, s.leavePoller()
 }
 
 // A Client is the destination's side of a lane. One goroutine may send while another one receives.
@@ -163,6 +172,9 @@ func (l *Client) response(f *http2.MetaHeadersFrame) error {
 	l.over = ended(f)
 	return nil
 }
+
+// Alone says, before the first message, that one goroutine both sends and receives: while it waits to send, it takes what comes.
+func (l *Client) Alone() { l.awaitWindow = l.stash }
 
 // SendMsg sends a *pagewire.Request. io.EOF says that the call is over: RecvMsg says why.
 func (l *Client) SendMsg(m any) error {

@@ -38,6 +38,7 @@ type conn struct {
 	headers  func(*http2.MetaHeadersFrame) error
 	acked    func()    // a PING was answered
 	heard    func(int) // so many bytes of DATA were read
+	await    func(int) // sleeps until so many bytes have come, or some of them
 
 	// What the peer takes: the reader writes, the sender reads.
 	maxFrame     atomic.Int64
@@ -49,6 +50,10 @@ type conn struct {
 
 func newConn(c net.Conn, in *bufio.Reader, window int) *conn {
 	n := &conn{Conn: c, in: in, window: window, initial: firstWindow, opened: func() {}, acked: func() {}, heard: func(int) {}}
+	n.await = func(int) {}
+	if s, ok := c.(*socket); ok { // TLS has records of its own
+		n.await = s.await
+	}
 	n.control = http2.NewFramer(c, in)
 	n.control.SetMaxReadFrameSize(maxControl)
 	n.control.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
@@ -111,7 +116,11 @@ func (c *conn) fill(p []byte, between bool) (err error) {
 
 // read reads bytes of the current DATA frame, as many as are there and p takes.
 func (c *conn) read(p []byte) (int, error) {
-	n, err := c.in.Read(p[:min(len(p), c.left)])
+	p = p[:min(len(p), c.left)]
+	if len(p) >= manyPackets && c.in.Buffered() == 0 {
+		c.await(len(p))
+	}
+	n, err := c.in.Read(p)
 	if err != nil {
 		return 0, c.lost(err)
 	}
@@ -309,12 +318,12 @@ func (c *conn) reserve(n int) (int, error) {
 }
 
 // stash reads a frame while the only goroutine of this side waits for a window, and keeps messages for later: no more
-// than this side's own window allows.
+// than this side's own window allows, or maxAhead.
 func (c *conn) stash() error {
 	if c.left == 0 {
 		return c.next()
 	}
-	if len(c.ahead)+c.left > c.window {
+	if len(c.ahead)+c.left > min(c.window, maxAhead) {
 		return c.broken("more data than the window allows")
 	}
 	at := len(c.ahead)

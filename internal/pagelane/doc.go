@@ -57,4 +57,6 @@ const (
 	firstWindow  = 1<<16 - 1 // bytes, of a stream and of a connection
 	wholeWindow  = 1<<31 - 1 // that can be
 	readBuffer   = 32 << 10  // what is larger is read into its place
+	manyPackets  = 4 << 10   // bytes that are worth three system calls not to be woken for each packet of them
+	maxAhead     = 8 << 20   // bytes of replies that a client which is alone keeps; the engine asks for half of it at a time
 )

@@ -66,7 +66,8 @@ func FuzzServer(f *testing.F) {
 // FuzzClient listens to a server that says anything.
 func FuzzClient(f *testing.F) {
 	var said bytes.Buffer
-	t := &Stream{conn: newConn(&scripted{Conn: nil, says: nil}, nil, firstWindow)}
+	nobody := &scripted{Conn: nil, says: nil}
+	t := &Stream{conn: newConn(nobody, nil, firstWindow), socket: &socket{Conn: nobody}}
 	t.Conn = &recorded{to: &said}
 	var reply pagewire.Reply
 	reply.Lease(4096)

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
@@ -127,6 +128,62 @@ func TestSmallWindow(t *testing.T) {
 	}
 	if len(got) != 0 {
 		t.Errorf("%d bytes more", len(got))
+	}
+}
+
+// TestLoneClient has a server that opens its window only when it has sent its replies, to a client whose one goroutine must
+// take them while it waits to send.
+func TestLoneClient(t *testing.T) {
+	const length = 4096
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	fetched := make(chan error, 1)
+	go func() {
+		conn, err := Dial(t.Context(), listener.Addr().String(), insecure.NewCredentials())
+		if err != nil {
+			fetched <- err
+			return
+		}
+		l, err := Open(t.Context(), conn, nil)
+		if err != nil {
+			fetched <- err
+			return
+		}
+		l.Alone()
+		for offset := range uint64(3) {
+			err = errors.Join(err, l.SendMsg(&pagewire.Request{Ranges: []pagewire.Range{{Offset: offset, Length: length}}}))
+		}
+		for offset := range uint64(3) {
+			var reply pagewire.Reply
+			if err = errors.Join(err, l.RecvMsg(&reply)); len(reply.Runs) != 1 || reply.Runs[0].Offset != offset {
+				err = errors.Join(err, fmt.Errorf("reply %d: %+v", offset, reply.Runs))
+			}
+			reply.Release()
+		}
+		fetched <- errors.Join(err, l.CloseSend())
+	}()
+	conn, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newRawPeer(t, conn)
+	p.must(p.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 5}))
+	p.must(writeHeaders(p.Framer, false, hpack.HeaderField{Name: ":status", Value: "200"}))
+	for offset := range uint64(3) {
+		e, err := (&pagewire.Reply{Data: make([]byte, length), Runs: []pagewire.Run{{Offset: offset, Length: length}}}).Encode()
+		p.must(err)
+		p.must(p.WriteData(stream, false, prefixed(e.Bytes[pagewire.Room:])))
+		e.Release()
+	}
+	p.must(p.WriteWindowUpdate(stream, 1000))
+	select {
+	case err := <-fetched:
+		p.must(err)
+	case <-time.After(patience):
+		t.Fatal("the client waits for ever")
 	}
 }
 

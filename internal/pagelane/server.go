@@ -67,7 +67,8 @@ type dispatcher struct {
 // ServerHandshake implements credentials.TransportCredentials. It does not return before the client has sent its
 // first frame, which every client does without waiting for anything (RFC 9113, 3.4); gRPC bounds how long that may take.
 func (d *dispatcher) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	c, info, err := d.TransportCredentials.ServerHandshake(raw)
+	s := &socket{Conn: raw}
+	c, info, err := d.TransportCredentials.ServerHandshake(s)
 	if err != nil {
 		return c, info, err
 	}
@@ -79,7 +80,10 @@ func (d *dispatcher) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	case !lane:
 		return &seen{c, in}, info, nil
 	}
-	return nil, nil, d.server.take(raw, c, in, info)
+	if err := alive(raw); err != nil {
+		return nil, nil, err
+	}
+	return nil, nil, d.server.take(s, c, in, info)
 }
 
 // isLane looks at what a client says first, and takes nothing. It does not look further than what every client sends
@@ -119,7 +123,7 @@ func (s *seen) Read(p []byte) (int, error) {
 }
 
 // take serves a lane apart from gRPC, which is told that the connection is none of its own any more.
-func (s *Server) take(raw, c net.Conn, in *bufio.Reader, info credentials.AuthInfo) error {
+func (s *Server) take(raw *socket, c net.Conn, in *bufio.Reader, info credentials.AuthInfo) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -127,9 +131,7 @@ func (s *Server) take(raw, c net.Conn, in *bufio.Reader, info credentials.AuthIn
 	}
 	s.open[c] = struct{}{}
 	s.lanes.Go(func() {
-		if err := alive(raw); err == nil {
-			s.run(c, in, info)
-		}
+		s.run(raw, c, in, info)
 		// The client hangs up when it has read how its lane ended. If this side went first, TCP could make it
 		// forget that.
 		time.AfterFunc(linger, func() { s.forget(c) })
@@ -145,10 +147,10 @@ func (s *Server) forget(c net.Conn) {
 }
 
 // run serves one connection to its end.
-func (s *Server) run(c net.Conn, in *bufio.Reader, info credentials.AuthInfo) {
+func (s *Server) run(raw *socket, c net.Conn, in *bufio.Reader, info credentials.AuthInfo) {
 	ctx, end := context.WithCancel(peer.NewContext(context.Background(), &peer.Peer{Addr: c.RemoteAddr(), LocalAddr: c.LocalAddr(), AuthInfo: info}))
 	defer end()
-	t := &Stream{conn: newConn(c, in, firstWindow)}
+	t := &Stream{conn: newConn(c, in, firstWindow), socket: raw}
 	t.headers = t.request
 	t.awaitWindow = t.stash
 	hello := time.AfterFunc(quiet, func() { _ = c.Close() }) // who says no more than that it is a lane is none
@@ -158,7 +160,8 @@ func (s *Server) run(c net.Conn, in *bufio.Reader, info credentials.AuthInfo) {
 	}
 	t.ctx = metadata.NewIncomingContext(ctx, md)
 	err = s.serve(t)
-	_ = c.SetWriteDeadline(time.Now().Add(linger)) // of what the lane's goroutine may be writing, too
+	expire := time.AfterFunc(linger, func() { _ = c.Close() }) // the lane's goroutine may be writing still
+	defer expire.Stop()
 	t.finish(err)
 }
 
@@ -166,6 +169,7 @@ func (s *Server) run(c net.Conn, in *bufio.Reader, info credentials.AuthInfo) {
 // lane's handler returns is freed within linger.
 type Stream struct {
 	*conn
+	socket   *socket         // that of conn, which may be TLS
 	ctx      context.Context //nolint:containedctx // it is the life of the call
 	asked    metadata.MD
 	accepted bool
@@ -211,9 +215,12 @@ func (t *Stream) request(f *http2.MetaHeadersFrame) error {
 	return nil
 }
 
-// SendHeader accepts the lane.
+// SendHeader accepts the lane. Call it before the first message: from now on the lane has a thread.
 func (t *Stream) SendHeader(metadata.MD) error {
 	t.accepted = true
+	if err := t.socket.leavePoller(); err != nil {
+		return lost(err)
+	}
 	return t.write(false, acceptance...)
 }
 

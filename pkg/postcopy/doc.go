@@ -13,17 +13,23 @@
 //	    ▼                             │
 //	┌─ userfaultfd ───────────────────┴────────────────┐
 //	└──┬───────────────────────────────────────────▲───┘
-//	   │ 1 epoll, read(2): up to eventBatch        │ 5 UFFDIO_COPY, UFFDIO_ZEROPAGE
+//	   │ 1 epoll_wait(2), read(2): up to           │ 5 UFFDIO_COPY, UFFDIO_ZEROPAGE
+//	   │   eventBatch messages                     │
 //	   ▼                                           │
 //	┌─ fault worker ──────────┐          ┌─ receiver ─┴────────────┐
-//	│ one goroutine each      │          │ one goroutine a lane    │
+//	│ one thread each         │          │ one thread a lane       │
 //	│ 2 claim in the page     │ demand   │ 4 RecvMsg               │  demand   ┌────────────┐
 //	│   table, SendMsg        ├─ lane ──►│   claim in the page     │◄─ lanes ──┤ 3 page     │
 //	│ (fault.go)              │ (gRPC)   │   table, install        │           │   server   │
-//	└─────────────────────────┘          │ (install.go)            │◄─ bulk ───┤ (pagesrv)  │
-//	┌─ sweep ─────────────────┐          └─────────────────────────┘   lane    └────────────┘
-//	│ one goroutine (sweep.go)├─ bulk lane ──────────────────────────────────────────►
-//	└─────────────────────────┘
+//	└─────────────────────────┘          │ (install.go)            │           │ (pagesrv)  │
+//	                                     │                         │   bulk    │            │
+//	                                     │ and the sweep, which    │◄─ lane ──►│            │
+//	                                     │ also asks (sweep.go)    │           └────────────┘
+//	                                     └─────────────────────────┘
+//
+// Each of them sleeps in a system call, for which Go's runtime gets a processor more (package processors), and none hands
+// anything to another: whoever is woken by the kernel does all there is to do until it sleeps again. Waking a thread costs more
+// than anything else that is done for a page (docs/fault-budget.md).
 //
 // Read fault.go, then install.go: their functions stand in the order in which a fault meets them. predict.go guesses what
 // a thread will fault on next, pace.go how much the sweep may ask for without being in the way of faults, budget.go what

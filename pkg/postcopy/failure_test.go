@@ -33,6 +33,13 @@ func TestLaneLost(t *testing.T) {
 		t.Run(cut, func(t *testing.T) {
 			g, demand, bulk, run := start(t, pages, Options{})
 			park := g.parkAt("install", 1)
+			ending, parkInstall := make(chan struct{}), g.park
+			g.park = func(at string, page uint64) {
+				if at == "ending" {
+					close(ending)
+				}
+				parkInstall(at, page)
+			}
 			g.StartSweep()
 			result := run()
 			bulk.send(t, pageSize, func() pagewire.Run { // present and zero
@@ -55,7 +62,7 @@ func TestLaneLost(t *testing.T) {
 				bulk.end <- nil
 			}
 			if cut == "demand" { // page 1 is still installing when the session ends
-				await(t, "end of the sweep", bulk.closed)
+				await(t, "end of the session", ending)
 			}
 			park.unpark()
 			if err := await(t, "end of Run", result); !errors.Is(err, ErrLaneLost) {

@@ -46,7 +46,6 @@ func newWorker(s *session, l *lane) (*worker, error) {
 
 // run works until the poller is stopped or the worker cannot go on. A batch that was read is always dealt with.
 func (w *worker) run() error {
-	defer func() { _ = w.lane.stream.CloseSend() }()
 	for {
 		ready, err := w.poller.wait()
 		if len(ready) == 0 || err != nil {

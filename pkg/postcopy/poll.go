@@ -5,70 +5,76 @@ package postcopy
 import (
 	"errors"
 	"fmt"
-	"os"
-	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/processors"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// poller waits for messages of several userfaultfds: an epoll instance that the Go runtime's own poller watches.
-//
-// Why not simply poll(2), each worker in a thread of its own: a goroutine that sleeps in a system call keeps its processor
-// (GOMAXPROCS) until the runtime's monitor takes it away, every message wakes all workers, and each hand-over to gRPC
-// changes threads. Measured on two cores with BenchmarkFaultLoopback, median of a fault: 200 µs so, 75 µs this way.
-// EPOLLEXCLUSIVE makes a message wake one worker.
+// poller waits for messages of several userfaultfds. Its worker sleeps in epoll_wait(2) itself: Go's poller would wake
+// more threads than there is work for (docs/fault-budget.md). EPOLLEXCLUSIVE makes a message wake one worker.
 type poller struct {
-	file  *os.File
-	raw   syscall.RawConn
-	ready [pollBatch]unix.EpollEvent
-	n     int
-	err   error
-	look  func(fd uintptr) bool // made once: a closure for each wait would be allocated
+	epoll, bell int
+	ready       [pollBatch]unix.EpollEvent
 }
 
-func newPoller(uffds []*uffd.UFFD) (*poller, error) {
-	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("epoll_create: %w", err)
+const bell = -1 // in place of an index
+
+func newPoller(uffds []*uffd.UFFD) (_ *poller, err error) {
+	p := &poller{epoll: -1, bell: -1}
+	processors.Add(1)
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	if p.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("epoll_create1: %w", err)
 	}
-	p := &poller{}
-	if err = unix.SetNonblock(fd, true); err == nil { // what makes os.NewFile use the runtime's poller
-		p.file = os.NewFile(uintptr(fd), "epoll")
-		p.raw, err = p.file.SyscallConn()
+	if p.bell, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
 	}
+	err = unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, p.bell, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: bell})
 	for i, u := range uffds {
 		if err == nil {
-			err = unix.EpollCtl(fd, unix.EPOLL_CTL_ADD, u.FD(), &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: int32(i)})
+			err = unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, u.FD(), &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: int32(i)})
 		}
 	}
 	if err != nil {
-		_ = p.file.Close()
-		return nil, fmt.Errorf("epoll: %w", err)
-	}
-	p.look = func(fd uintptr) bool {
-		p.n, p.err = unix.EpollWait(int(fd), p.ready[:], 0)
-		if errors.Is(p.err, unix.EINTR) {
-			p.n, p.err = 0, nil
-		}
-		return p.n != 0 || p.err != nil
+		return nil, fmt.Errorf("epoll_ctl: %w", err)
 	}
 	return p, nil
 }
 
 // wait returns the descriptors that have messages: Fd is the index, Events what they have. None after stop.
 func (p *poller) wait() ([]unix.EpollEvent, error) {
-	p.n = 0
-	err := p.raw.Read(p.look)
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return nil, nil
+	for {
+		n, err := unix.EpollWait(p.epoll, p.ready[:], -1)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("epoll_wait: %w", err)
+		}
+		for _, r := range p.ready[:n] {
+			if r.Fd == bell {
+				return nil, nil
+			}
+		}
+		return p.ready[:n], nil
 	}
-	return p.ready[:p.n], errors.Join(err, p.err)
 }
 
 // stop makes this and every later wait return nothing.
-func (p *poller) stop() { _ = p.file.SetReadDeadline(time.Unix(1, 0)) }
+func (p *poller) stop() { _, _ = unix.Write(p.bell, []byte{1, 0, 0, 0, 0, 0, 0, 0}) }
 
-func (p *poller) close() { _ = p.file.Close() }
+// close is for when nobody waits any more.
+func (p *poller) close() {
+	processors.Add(-1)
+	for _, fd := range []int{p.epoll, p.bell} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+}

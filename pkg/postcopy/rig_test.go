@@ -211,9 +211,12 @@ func dial(t testing.TB, address string, demand int) lanes {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if l.bulk = lane; i < demand {
+		if i < demand {
 			l.demand = append(l.demand, lane)
+			continue
 		}
+		lane.Alone()
+		l.bulk = lane
 	}
 	return l
 }

@@ -31,16 +31,16 @@ type lane struct {
 	pages  *atomic.Uint64
 	record *uffd.CopyRecord // owned by the receiver
 
-	reply    pagewire.Reply // owned by the receiver
-	answered chan struct{}  // a reply was dealt with; holds one
-	state    atomic.Int32   // of the receiver: waiting, busy or abandoned
-	ended    chan struct{}  // closed when the receiver has ended
+	reply pagewire.Reply // owned by the receiver
+	state atomic.Int32   // of the receiver
+	ended chan struct{}  // closed when the receiver has ended
 }
 
+// The receiver changes between the first two, Run ends that by the third.
 const (
-	waiting   = iota // in RecvMsg
-	busy             // dealing with what came
-	abandoned        // Run has returned: whatever comes is nothing to us
+	busy      = iota // not waiting
+	waiting          // in RecvMsg
+	abandoned        // Run returns: whatever comes is nothing to us
 )
 
 // lost makes an error of what the lane said.
@@ -59,9 +59,9 @@ type session struct {
 	pace    *pace
 	workers []*worker
 
-	ctx     context.Context //nolint:containedctx // it is the life of this struct
-	fail    context.CancelCauseFunc
-	senders sync.WaitGroup // workers and sweep
+	ctx    context.Context //nolint:containedctx // it is the life of this struct
+	fail   context.CancelCauseFunc
+	asking sync.WaitGroup // the workers
 }
 
 // Run fills the memory over these lanes until the last page is in; then nothing is registered any more and it
@@ -118,7 +118,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 }
 
 func newLane(name string, stream Lane, bytes, pages *atomic.Uint64, record *uffd.CopyRecord) *lane {
-	return &lane{name: name, stream: stream, bytes: bytes, pages: pages, record: record, answered: make(chan struct{}, 1), ended: make(chan struct{})}
+	return &lane{name: name, stream: stream, bytes: bytes, pages: pages, record: record, ended: make(chan struct{})}
 }
 
 func (e *Engine) wakeAll() error {
@@ -131,13 +131,16 @@ func (e *Engine) wakeAll() error {
 }
 
 func (s *session) start() {
-	for _, l := range append(s.demand[:len(s.demand):len(s.demand)], s.bulk) {
+	for _, l := range s.demand {
 		go s.receive(l)
 	}
+	go s.sweep()
 	for _, w := range s.workers {
-		s.senders.Go(func() { s.end(w.run()) })
+		s.asking.Go(func() {
+			s.end(w.run()) // first: the end of the lane is the smaller news
+			_ = w.lane.stream.CloseSend()
+		})
 	}
-	s.senders.Go(func() { s.end(s.sweep()) })
 }
 
 // end ends the session if err says so.
@@ -147,40 +150,44 @@ func (s *session) end(err error) {
 	}
 }
 
-// receive is step 5: it deals with one reply after the other until the lane ends.
+// receive deals with what comes on a demand lane until that ends.
 func (s *session) receive(l *lane) {
 	defer close(l.ended)
 	defer l.reply.Release()
-	for {
-		err := l.stream.RecvMsg(&l.reply)
-		if !l.state.CompareAndSwap(waiting, busy) {
-			return
-		}
-		if err != nil {
-			s.end(l.lost(err))
-			return
-		}
-		s.e.at("reply", 0)
-		if err := s.accept(l); err != nil {
-			s.end(fmt.Errorf("%s: %w", l.name, err))
-			return
-		}
-		select {
-		case l.answered <- struct{}{}:
-		default:
-		}
-		l.state.Store(waiting)
+	for s.take(l) {
 	}
+}
+
+// take is step 5: it waits for one reply and deals with it. It says false when there will be no more.
+func (s *session) take(l *lane) bool {
+	if !l.state.CompareAndSwap(busy, waiting) {
+		return false
+	}
+	err := l.stream.RecvMsg(&l.reply)
+	if !l.state.CompareAndSwap(waiting, busy) {
+		return false
+	}
+	if err != nil {
+		s.end(l.lost(err))
+		return false
+	}
+	s.e.at("reply", 0)
+	if err := s.accept(l); err != nil {
+		s.end(fmt.Errorf("%s: %w", l.name, err))
+		return false
+	}
+	return true
 }
 
 // finish ends all goroutines and says how Run went.
 func (s *session) finish() error {
 	err := context.Cause(s.ctx) // before it is us who end it
 	s.fail(nil)
+	s.e.at("ending", 0)
 	for _, w := range s.workers {
 		w.poller.stop()
 	}
-	s.senders.Wait()
+	s.asking.Wait()
 	select {
 	case <-s.e.pages.full: // also when something failed meanwhile: nothing was needed of it
 		err = s.e.complete()
@@ -197,7 +204,7 @@ func (s *session) finish() error {
 				over = true
 			}
 		}
-		if over && !l.state.CompareAndSwap(waiting, abandoned) {
+		if over && l.state.Swap(abandoned) != waiting {
 			<-l.ended
 		}
 	}

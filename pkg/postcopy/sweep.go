@@ -10,39 +10,69 @@ import (
 )
 
 // sweep asks for what no fault has asked for, on the bulk lane, from where faults happen onwards, until nothing is
-// missing. Faults come first: pace.go says how much the sweep may have in flight, and that it is less while one waits. Where
-// a limit is set, budget.go says when it may go on.
-func (s *session) sweep() error {
-	defer func() { _ = s.bulk.stream.CloseSend() }()
+// missing, and installs what comes. One goroutine does both: a reply is what makes room for the next run. Faults come first:
+// pace.go says how much the sweep may have in flight, and that it is less while one waits. Where a limit is set, budget.go
+// says when it may go on.
+func (s *session) sweep() {
+	l := s.bulk
+	defer close(l.ended)
+	defer l.reply.Release()
+	if s.fill(l) {
+		_ = l.stream.CloseSend() // the source ends the lane
+		for s.take(l) {
+		}
+	}
+}
+
+// fill does so until the session is over. It says false when the lane is, too.
+func (s *session) fill(l *lane) bool {
 	select {
 	case <-s.e.sweeping:
 	case <-s.ctx.Done():
-		return nil
+		return true
 	}
 	request := pagewire.Request{Ranges: make([]pagewire.Range, 0, sweepRanges)}
 	var fronts fronts
 	paid := time.NewTimer(0)
 	defer paid.Stop()
-	for {
-		room, ok := s.awaitRoom(paid)
-		if !ok {
-			return nil
-		}
-		cursor := fronts.next(&s.e.hints)
-		request.Ranges = request.Ranges[:0]
-		bytes, next := s.claim(&request, *cursor, room)
-		*cursor = next
-		if bytes == 0 {
-			if _, ok := s.e.pages.nextMissing(*cursor); !ok {
-				return s.drain()
+	missing := true
+	for s.ctx.Err() == nil {
+		wait := s.e.budget.wait(s.e.now())
+		room := s.pace.room(l.asked.Load(), s.faultsWait())
+		if missing && wait == 0 && room > 0 {
+			cursor := fronts.next(&s.e.hints)
+			request.Ranges = request.Ranges[:0]
+			bytes, next := s.claim(&request, *cursor, room)
+			*cursor = next
+			if bytes == 0 { // perhaps only because faults were faster
+				_, missing = s.e.pages.nextMissing(next)
+				continue
 			}
-			continue // faults were faster
+			s.pace.asked(int64(bytes), s.e.now())
+			if err := l.ask(&request, bytes); err != nil {
+				s.end(err)
+				return false
+			}
+			continue
 		}
-		s.pace.asked(int64(bytes), s.e.now())
-		if err := s.bulk.ask(&request, bytes); err != nil {
-			return err
+		switch {
+		case l.asked.Load() > 0:
+			if !s.take(l) {
+				return false
+			}
+		case !missing:
+			s.end(s.answeredAll())
+			<-s.ctx.Done() // the lane stays open until then: its end would look like its loss
+		default:
+			paid.Reset(time.Duration(wait))
+			select {
+			case <-paid.C:
+			case <-s.e.budget.changed:
+			case <-s.ctx.Done():
+			}
 		}
 	}
+	return true
 }
 
 // hints are the pages after the last faults of each thread, + 1; 0: the sweep has taken it. Threads share them.
@@ -103,41 +133,14 @@ func (s *session) claim(request *pagewire.Request, cursor, room uint64) (bytes, 
 	return bytes, cursor
 }
 
-// awaitRoom waits until the sweep may ask for a run and says of how many bytes. It says false when the session is over. The
-// timer is its own.
-func (s *session) awaitRoom(paid *time.Timer) (bytes uint64, ok bool) {
-	for {
-		if wait := s.e.budget.wait(s.e.now()); wait > 0 {
-			paid.Reset(time.Duration(wait))
-		} else if bytes := s.pace.room(s.bulk.asked.Load(), s.faultsWait()); bytes > 0 {
-			return bytes, true
-		}
-		select {
-		case <-paid.C:
-		case <-s.e.budget.changed:
-		case <-s.bulk.answered:
-		case <-s.ctx.Done():
-			return 0, false
-		}
-	}
-}
-
 // faultsWait says whether threads wait for pages that are on their way.
 func (s *session) faultsWait() bool { return s.e.pending.count.Load() > 0 }
 
-// drain waits for the answers to all that the sweep has asked for, and makes sure that they answered it.
-func (s *session) drain() error {
-	for s.bulk.asked.Load() > 0 {
-		select {
-		case <-s.bulk.answered:
-		case <-s.ctx.Done():
-			return nil
-		}
-	}
+// answeredAll makes sure that the answers to all that the sweep has asked for answered it.
+func (s *session) answeredAll() error {
 	if p, ok := s.e.pages.firstSwept(); ok {
 		b := s.e.holder(p)
 		return protocolError("it answered something else in place of the page at %#x of block %d (%s)", (p-b.first)<<b.shift, b.index, b.ID)
 	}
-	<-s.ctx.Done() // the lane stays open until then: its end would look like its loss
 	return nil
 }

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package processors
+
+import (
+	"runtime"
+	"testing"
+)
+
+// There is a processor for each sleeper besides those that there were, in steps, up to a limit; none is taken back.
+func TestAdd(t *testing.T) {
+	before := runtime.GOMAXPROCS(0)
+	defer runtime.GOMAXPROCS(before)
+	for _, c := range []struct{ more, want int }{
+		{1, step}, {step - 1, step}, {1, 2 * step}, {-step, 2 * step}, {step, 2 * step}, {10 * most, most}, {-10*most - step - 1, most},
+	} {
+		Add(c.more)
+		if got := runtime.GOMAXPROCS(0) - before; got != c.want {
+			t.Errorf("%+d sleepers, now %d: %d processors more, want %d", c.more, sleepers, got, c.want)
+		}
+	}
+}
