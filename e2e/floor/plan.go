@@ -44,7 +44,7 @@ type contender struct {
 type plan struct {
 	scale
 	dir    string
-	dense  *server // RAM without a hole
+	dense  *server // RAM without a hole, of this round
 	listed []contender
 }
 
@@ -182,8 +182,28 @@ func (p *plan) sizes() {
 	}
 }
 
+// round runs all contenders once. Its source is a new one, as an export that is fetched again and again is served slowly.
+func (p *plan) round(ctx context.Context, round int, got [][]sample) (err error) {
+	if p.dense, err = startServer(ctx, job{Size: p.pages(), Pages: p.pages()}); err != nil {
+		return err
+	}
+	defer func() {
+		_, stopErr := p.dense.stop()
+		err = errors.Join(err, stopErr)
+	}()
+	for i := range p.listed {
+		i = (i + round) % len(p.listed) // so that nobody always has the same before it
+		one, err := p.listed[i].run(ctx, round)
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", p.listed[i].section, p.listed[i].name, err)
+		}
+		got[i] = append(got[i], one)
+	}
+	return nil
+}
+
 // measure runs all contenders, in turns.
-func measure(ctx context.Context, s scale) (_ *report, err error) {
+func measure(ctx context.Context, s scale) (*report, error) {
 	dir, err := os.MkdirTemp("", "floor")
 	if err != nil {
 		return nil, err
@@ -198,13 +218,6 @@ func measure(ctx context.Context, s scale) (_ *report, err error) {
 		}
 	}
 	p := &plan{scale: s, dir: dir}
-	if p.dense, err = startServer(ctx, job{Size: p.pages(), Pages: p.pages()}); err != nil {
-		return nil, err
-	}
-	defer func() {
-		_, stopErr := p.dense.stop()
-		err = errors.Join(err, stopErr)
-	}()
 	p.faults()
 	p.trips()
 	p.fills()
@@ -214,13 +227,8 @@ func measure(ctx context.Context, s scale) (_ *report, err error) {
 	r := newReport(s)
 	got := make([][]sample, len(p.listed))
 	for round := range s.rounds {
-		for i := range p.listed {
-			i = (i + round) % len(p.listed) // so that nobody always has the same before it
-			one, err := p.listed[i].run(ctx, round)
-			if err != nil {
-				return nil, fmt.Errorf("%s %s: %w", p.listed[i].section, p.listed[i].name, err)
-			}
-			got[i] = append(got[i], one)
+		if err := p.round(ctx, round, got); err != nil {
+			return nil, err
 		}
 	}
 	for i, c := range p.listed {
