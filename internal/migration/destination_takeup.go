@@ -68,9 +68,14 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	if k.header().toldToRun.Load() != 0 {
 		d.phase = running
 	}
-	d.log.Warn("taking up a migration that an earlier run of this daemon left", "switched", d.phase == running)
+	filled := k.header().filled.Load() != 0
+	if filled { // nothing waits for it; its source may ask how it ended
+		d.log.Info("taking up a migration of which all memory is here", "switched", d.phase == running)
+	} else {
+		d.log.Warn("taking up a migration that an earlier run of this daemon left", "switched", d.phase == running)
+	}
 	reached("destination-taken-up")
-	if k.header().filled.Load() != 0 {
+	if filled {
 		d.takeUpFilled(facts)
 		return d, nil
 	}
