@@ -85,7 +85,7 @@ type Engine struct {
 	pages     *pages
 	copies    []uffd.CopyRecord // of each worker's lane, then the bulk lane's
 	pending   pending
-	fastest   fastest // answer to a fault
+	fastest   fastest // answer to a fault that was the first to ask
 	latency   histogram
 	counters  counters
 	predictor predictor
@@ -230,10 +230,12 @@ func (e *Engine) now() int64 { return int64(time.Since(e.epoch)) }
 
 // answered ends the time of the fault on page p, if there was one.
 func (e *Engine) answered(p uint64) {
-	if when, ok := e.pending.end(p); ok {
+	if when, trip, ok := e.pending.end(p); ok {
 		d := time.Duration(e.now() - when)
 		e.latency.add(d)
-		e.fastest.add(d)
+		if trip { // what was on its way already comes at any time
+			e.fastest.add(d)
+		}
 	}
 }
 

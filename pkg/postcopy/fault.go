@@ -133,8 +133,8 @@ func (w *worker) fault(u *uffd.UFFD, addr uint64, thread uint32, now int64) erro
 	case claimPresent:
 		return e.refill(b, p)
 	}
-	e.pending.start(p, now)
-	if claim == claimRequest {
+	e.pending.start(p, now, claim == claimRequest)
+	if claim != claimWait {
 		if err := w.ask(b, p); err != nil {
 			return err
 		}

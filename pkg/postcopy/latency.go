@@ -71,14 +71,15 @@ type pending struct {
 	slots [pendingSlots]struct {
 		page atomic.Uint64 // page number + 1, 0: free, reserved: being filled
 		when atomic.Int64
+		trip atomic.Bool // nobody had asked for the page before: its time is a whole round trip at least
 	}
 }
 
 const reserved = ^uint64(0)
 
-// start remembers a fault on page p, read at now. A page that is there already keeps its time: it waited
+// start remembers a fault on page p, read at now; trip says that nobody had asked for the page before. A page that is there already keeps its time: it waited
 // through a lost lane.
-func (t *pending) start(p uint64, now int64) {
+func (t *pending) start(p uint64, now int64, trip bool) {
 	if t.find(p) >= 0 {
 		return
 	}
@@ -86,6 +87,7 @@ func (t *pending) start(p uint64, now int64) {
 		s := &t.slots[(p+i)%pendingSlots]
 		if s.page.Load() == 0 && s.page.CompareAndSwap(0, reserved) {
 			s.when.Store(now)
+			s.trip.Store(trip)
 			t.count.Add(1)
 			s.page.Store(p + 1)
 			return
@@ -105,17 +107,17 @@ func (t *pending) find(p uint64) int {
 	return -1
 }
 
-// end forgets page p and says when its fault was read, if that is known.
-func (t *pending) end(p uint64) (when int64, ok bool) {
+// end forgets page p and says when its fault was read, if that is known, and what start was told.
+func (t *pending) end(p uint64) (when int64, trip, ok bool) {
 	i := t.find(p)
 	if i < 0 {
-		return 0, false
+		return 0, false, false
 	}
 	s := &t.slots[i]
-	when = s.when.Load()
+	when, trip = s.when.Load(), s.trip.Load()
 	if !s.page.CompareAndSwap(p+1, 0) {
-		return 0, false
+		return 0, false, false
 	}
 	t.count.Add(-1)
-	return when, true
+	return when, trip, true
 }

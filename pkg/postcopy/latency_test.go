@@ -40,16 +40,16 @@ func TestHistogram(t *testing.T) {
 func TestPending(t *testing.T) {
 	var p pending
 	for i := range uint64(pendingSlots) {
-		p.start(i*3, int64(i))
-		p.start(i*3, -1) // waits since before
+		p.start(i*3, int64(i), i%2 == 0)
+		p.start(i*3, -1, i%2 != 0) // waits since before
 	}
 	for i := range uint64(pendingSlots) {
-		if when, ok := p.end(i * 3); ok && when != int64(i) {
+		if when, trip, ok := p.end(i * 3); ok && (when != int64(i) || trip != (i%2 == 0)) {
 			t.Errorf("page %d since %d, want %d", i*3, when, i)
 		} else if !ok && i < pendingSlots/2 {
 			t.Errorf("page %d was not timed", i*3)
 		}
-		if _, ok := p.end(i * 3); ok {
+		if _, _, ok := p.end(i * 3); ok {
 			t.Errorf("page %d ended twice", i*3)
 		}
 	}

@@ -63,7 +63,7 @@ func (p *pace) asked(bytes, now int64) {
 }
 
 // answered says that so many bytes were answered for at now, how many of these were not zero, and as how many those were
-// carried. trip is the fastest answer to a fault so far, in ns, 0: none yet.
+// carried. trip is the fastest answer to a fault so far of those that were the first to ask for their page, in ns, 0: none yet.
 func (p *pace) answered(bytes, data, carried, now, trip int64) {
 	p.budget.spend(carried, now)
 	p.budget.weigh(bytes, carried)

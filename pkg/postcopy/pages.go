@@ -163,6 +163,7 @@ type claim uint8
 
 const (
 	claimRequest claim = iota // the page is the caller's to ask for
+	claimAgain                // the same, but the sweep has asked for it before: whichever answer comes first
 	claimWait                 // it was asked for ahead, and is waited for from now on
 	claimNothing              // it is waited for already or being installed; who installs it wakes the thread
 	claimZero                 // it is the caller's to install as zero, then finishZero or giveUpZero
@@ -175,6 +176,9 @@ func (t *pages) claimFault(p uint64) claim {
 		switch s := t.get(p); s {
 		case missing, swept:
 			if t.swap(p, s, demanded) {
+				if s == swept {
+					return claimAgain
+				}
 				return claimRequest
 			}
 		case ahead:

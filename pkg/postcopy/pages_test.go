@@ -62,7 +62,7 @@ func TestPagesModel(t *testing.T) {
 			"fault": func(t *rapid.T) {
 				p := page(t)
 				from := move(p, map[state]state{missing: demanded, swept: demanded, ahead: demanded, zero: zeroing})
-				want := map[state]claim{missing: claimRequest, swept: claimRequest, ahead: claimWait, zero: claimZero, present: claimPresent,
+				want := map[state]claim{missing: claimRequest, swept: claimAgain, ahead: claimWait, zero: claimZero, present: claimPresent,
 					demanded: claimNothing, installing: claimNothing, zeroing: claimNothing}[from]
 				if got := table.claimFault(p); got != want {
 					t.Fatalf("fault in state %d: %d, want %d", from, got, want)
@@ -190,7 +190,7 @@ func TestPagesParallel(t *testing.T) {
 			for range 4 * n {
 				p := random.Uint64N(n)
 				switch table.claimFault(p) {
-				case claimRequest:
+				case claimRequest, claimAgain:
 					if random.IntN(2) == 0 && table.arrive(p) == arrivalInstall {
 						install(p)
 						table.finish(p, 1)

@@ -98,6 +98,10 @@ func TestPromotion(t *testing.T) {
 			}
 			mustEnd(t, result)
 			g.verify()
+			// What was on its way came at any time: that is no round trip of the network.
+			if ns := g.fastest.ns.Load(); ns != 0 {
+				t.Errorf("a round trip of %d ns is taken for one", ns)
+			}
 		})
 	}
 }
@@ -118,6 +122,9 @@ func TestTwoFaultsOnePage(t *testing.T) {
 	demand.send(t, pageSize, pagesOf(1, 1))
 	expect(t, last, word(0, 1, 0))
 	mustEnd(t, result)
+	if g.fastest.ns.Load() == 0 {
+		t.Error("two round trips, and none is known")
+	}
 }
 
 // TestSparse: zero pages that nobody waits for are not allocated; a thread that comes to one goes on at once.
