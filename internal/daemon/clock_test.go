@@ -19,6 +19,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
+	"github.com/migrated-vm/migrated/internal/within"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -134,10 +135,11 @@ func TestKernelKeepsConnectionsAlive(t *testing.T) {
 	}
 	defer accepted.Close()
 	for name, conn := range map[string]net.Conn{"dialled": dialled, "accepted": accepted} {
-		if around, ok := conn.(interface{ NetConn() net.Conn }); ok {
-			conn = around.NetConn()
+		tcp, ok := within.Conn[*net.TCPConn](conn)
+		if !ok {
+			t.Fatalf("%s: a %T is no TCP connection", name, conn)
 		}
-		raw, err := conn.(*net.TCPConn).SyscallConn()
+		raw, err := tcp.SyscallConn()
 		if err != nil {
 			t.Fatal(err)
 		}

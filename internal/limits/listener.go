@@ -7,6 +7,8 @@ import (
 	"sync"
 
 	"google.golang.org/grpc/credentials"
+
+	"github.com/migrated-vm/migrated/internal/within"
 )
 
 // Listener accepts of l only connections that there is room for; others are closed at once. Its gRPC server must use
@@ -76,24 +78,10 @@ type handshake struct {
 // ServerHandshake is that of the credentials inside.
 func (h handshake) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	secure, info, err := h.TransportCredentials.ServerHandshake(raw)
-	if c := counted(raw); c != nil && err == nil {
+	if c, ok := within.Conn[*conn](raw); ok && err == nil {
 		c.established()
 	}
 	return secure, info, err
-}
-
-// counted finds the Listener's connection that others may be wrapped around, or nil.
-func counted(c net.Conn) *conn {
-	for {
-		if ours, ok := c.(*conn); ok {
-			return ours
-		}
-		around, ok := c.(interface{ NetConn() net.Conn })
-		if !ok {
-			return nil
-		}
-		c = around.NetConn()
-	}
 }
 
 // Clone copies the credentials inside.

@@ -13,6 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/migrated-vm/migrated/internal/within"
 )
 
 const (
@@ -27,7 +29,7 @@ const (
 // alive makes TCP end the connection when the other host does not answer: within quiet and answer, as the daemon's other
 // connections do. Connections of other kinds than TCP are left as they are.
 func alive(c net.Conn) error {
-	tcp, ok := tcpOf(c)
+	tcp, ok := within.Conn[*net.TCPConn](c)
 	if !ok {
 		return nil
 	}

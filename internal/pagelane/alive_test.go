@@ -19,7 +19,7 @@ import (
 func TestSilentSource(t *testing.T) {
 	for name, last := range map[string][]byte{"nothing": nil, "the beginning of a message": {0, 0, 1, 0, 0, 1, 2, 3}} {
 		t.Run(name, func(t *testing.T) {
-			got := clientOf(t, 20*time.Millisecond, func(p *rawPeer) {
+			got := clientOf(t, 20*time.Millisecond, takeOne, func(p *rawPeer) {
 				p.must(writeHeaders(p.Framer, false, acceptance...))
 				if last != nil {
 					p.must(p.WriteData(stream, false, last))

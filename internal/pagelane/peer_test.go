@@ -135,23 +135,7 @@ func TestSmallWindow(t *testing.T) {
 // take them while it waits to send.
 func TestLoneClient(t *testing.T) {
 	const length = 4096
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	fetched := make(chan error, 1)
-	go func() {
-		conn, err := Dial(t.Context(), listener.Addr().String(), insecure.NewCredentials())
-		if err != nil {
-			fetched <- err
-			return
-		}
-		l, err := Open(t.Context(), conn, nil)
-		if err != nil {
-			fetched <- err
-			return
-		}
+	fetched := clientOf(t, quiet, func(l *Client) (err error) {
 		l.Alone()
 		for offset := range uint64(3) {
 			err = errors.Join(err, l.SendMsg(&pagewire.Request{Ranges: []pagewire.Range{{Offset: offset, Length: length}}}))
@@ -163,25 +147,23 @@ func TestLoneClient(t *testing.T) {
 			}
 			reply.Release()
 		}
-		fetched <- errors.Join(err, l.CloseSend())
-	}()
-	conn, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := newRawPeer(t, conn)
-	p.must(p.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 5}))
-	p.must(writeHeaders(p.Framer, false, hpack.HeaderField{Name: ":status", Value: "200"}))
-	for offset := range uint64(3) {
-		e, err := (&pagewire.Reply{Data: make([]byte, length), Runs: []pagewire.Run{{Offset: offset, Length: length}}}).Encode()
-		p.must(err)
-		p.must(p.WriteData(stream, false, prefixed(e.Bytes[pagewire.Room:])))
-		e.Release()
-	}
-	p.must(p.WriteWindowUpdate(stream, 1000))
+		return errors.Join(err, l.CloseSend())
+	}, func(p *rawPeer) {
+		p.must(p.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 5}))
+		p.must(writeHeaders(p.Framer, false, hpack.HeaderField{Name: ":status", Value: "200"}))
+		for offset := range uint64(3) {
+			e, err := (&pagewire.Reply{Data: make([]byte, length), Runs: []pagewire.Run{{Offset: offset, Length: length}}}).Encode()
+			p.must(err)
+			p.must(p.WriteData(stream, false, prefixed(e.Bytes[pagewire.Room:])))
+			e.Release()
+		}
+		p.must(p.WriteWindowUpdate(stream, 1000))
+	})
 	select {
 	case err := <-fetched:
-		p.must(err)
+		if err != nil {
+			t.Fatal(err)
+		}
 	case <-time.After(patience):
 		t.Fatal("the client waits for ever")
 	}
@@ -227,8 +209,11 @@ func TestServerHangsUp(t *testing.T) {
 	}
 }
 
-// clientOf opens a lane to a server that speaks, and takes whatever comes: the client's end comes on the channel.
-func clientOf(t *testing.T, every time.Duration, speak func(p *rawPeer)) <-chan error {
+// takeOne takes whatever comes.
+func takeOne(l *Client) error { return l.RecvMsg(new(pagewire.Reply)) }
+
+// clientOf opens a lane to a server that speaks, and uses it: the client's end comes on the channel.
+func clientOf(t *testing.T, every time.Duration, use func(*Client) error, speak func(p *rawPeer)) <-chan error {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -241,7 +226,7 @@ func clientOf(t *testing.T, every time.Duration, speak func(p *rawPeer)) <-chan 
 		if err == nil {
 			var l *Client
 			if l, err = openWith(t.Context(), conn, nil, every); err == nil {
-				err = l.RecvMsg(new(pagewire.Reply))
+				err = use(l)
 			}
 		}
 		got <- err
@@ -285,7 +270,7 @@ func TestClientOfBrokenServer(t *testing.T) {
 		}, func(err error) bool { return err != nil }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := clientOf(t, quiet, c.speak)
+			got := clientOf(t, quiet, takeOne, c.speak)
 			select {
 			case err := <-got:
 				if !c.want(err) {

@@ -4,6 +4,7 @@ package pagelane
 
 import (
 	"errors"
+	"io"
 	"net"
 	"os"
 	"sync/atomic"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/internal/processors"
+	"github.com/migrated-vm/migrated/internal/within"
 )
 
 // mostSlept is half of the window that TCP begins with: so much comes in any case. A sender that may send less than a packet waits
@@ -30,10 +32,10 @@ type socket struct {
 	net.Conn // as it was made
 
 	file   atomic.Pointer[os.File] // the same socket, once it is out of the poller
+	raw    syscall.RawConn         // that of file, set before it
 	closed atomic.Bool
 
 	// Of the reader.
-	raw   syscall.RawConn
 	least int
 	sleep func(fd uintptr) // made once: a closure for each call would be allocated
 	poll  [1]unix.PollFd
@@ -41,7 +43,7 @@ type socket struct {
 
 // leavePoller takes the connection out of the poller, if it is TCP. Nobody may be reading or writing.
 func (s *socket) leavePoller() error {
-	tcp, ok := tcpOf(s.Conn)
+	tcp, ok := within.Conn[*net.TCPConn](s.Conn)
 	if !ok {
 		return nil
 	}
@@ -49,20 +51,20 @@ func (s *socket) leavePoller() error {
 	if err != nil {
 		return err
 	}
-	controlErr := raw.Control(func(old uintptr) {
-		var fd int
-		if fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0); err != nil {
-			return
-		}
-		if err = unix.SetNonblock(fd, false); err != nil {
-			_ = unix.Close(fd)
-			return
-		}
-		s.file.Store(os.NewFile(uintptr(fd), "lane"))
-	})
+	var fd int
+	controlErr := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
 	if err := errors.Join(controlErr, err); err != nil {
 		return err
 	}
+	if err := unix.SetNonblock(fd, false); err != nil {
+		return errors.Join(err, unix.Close(fd))
+	}
+	file := os.NewFile(uintptr(fd), "lane")
+	if s.raw, err = file.SyscallConn(); err != nil {
+		return errors.Join(err, file.Close())
+	}
+	s.sleep = s.sleepUntil
+	s.file.Store(file)
 	processors.Add(1)
 	// Only its descriptor: whoever made the connection learns by Close that it has ended. Were it to stay open, the
 	// poller would still be woken for all that comes.
@@ -73,34 +75,14 @@ func (s *socket) leavePoller() error {
 	return err
 }
 
-// tcpOf finds the TCP connection that others are wrapped around.
-func tcpOf(c net.Conn) (*net.TCPConn, bool) {
-	for {
-		around, ok := c.(interface{ NetConn() net.Conn })
-		if !ok {
-			tcp, ok := c.(*net.TCPConn)
-			return tcp, ok
-		}
-		c = around.NetConn()
-	}
-}
-
 // await sleeps until there are n bytes to be read, or mostSlept: a thread that sleeps in read(2) is woken by each packet of them.
 // The peer must be about to send them. It does nothing before the connection is out of the poller.
 func (s *socket) await(n int) {
-	if s.raw == nil {
-		file := s.file.Load()
-		if file == nil {
-			return
-		}
-		raw, err := file.SyscallConn()
-		if err != nil {
-			return // closed: Read says so
-		}
-		s.raw, s.sleep = raw, s.sleepUntil
+	if s.file.Load() == nil {
+		return
 	}
 	s.least = min(n, mostSlept)
-	_ = s.raw.Control(s.sleep)
+	_ = s.raw.Control(s.sleep) // closed: Read says so
 }
 
 // sleepUntil sets how many bytes poll(2) sleeps for. read(2) must not be called with more than one: it takes what is
@@ -120,22 +102,22 @@ func (s *socket) NetConn() net.Conn { return s.Conn }
 
 // Read implements net.Conn.
 func (s *socket) Read(p []byte) (int, error) {
-	file := s.file.Load()
-	if file == nil {
-		return s.Conn.Read(p)
-	}
-	n, err := file.Read(p)
+	n, err := s.now().Read(p)
 	return n, asTimeout(err)
 }
 
 // Write implements net.Conn.
 func (s *socket) Write(p []byte) (int, error) {
-	file := s.file.Load()
-	if file == nil {
-		return s.Conn.Write(p)
-	}
-	n, err := file.Write(p)
+	n, err := s.now().Write(p)
 	return n, asTimeout(err)
+}
+
+// now is what is read and written.
+func (s *socket) now() io.ReadWriter {
+	if file := s.file.Load(); file != nil {
+		return file
+	}
+	return s.Conn
 }
 
 // asTimeout gives the error of a call that has slept as long as it may its name in Go.
@@ -153,9 +135,7 @@ func (s *socket) Close() error {
 	if file == nil {
 		return s.Conn.Close()
 	}
-	if raw, err := file.SyscallConn(); err == nil {
-		_ = raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) }) // ENOTCONN: nobody sleeps there
-	}
+	_ = s.raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) }) // ENOTCONN: nobody sleeps there
 	err := file.Close()
 	if err == nil {
 		processors.Add(-1)
@@ -171,32 +151,26 @@ func (s *socket) SetDeadline(t time.Time) error {
 
 // SetReadDeadline is SetDeadline for Read.
 func (s *socket) SetReadDeadline(t time.Time) error {
-	file := s.file.Load()
-	if file == nil {
+	if s.file.Load() == nil {
 		return s.Conn.SetReadDeadline(t)
 	}
-	return timeout(file, unix.SO_RCVTIMEO, t)
+	return s.timeout(unix.SO_RCVTIMEO, t)
 }
 
 // SetWriteDeadline is SetDeadline for Write.
 func (s *socket) SetWriteDeadline(t time.Time) error {
-	file := s.file.Load()
-	if file == nil {
+	if s.file.Load() == nil {
 		return s.Conn.SetWriteDeadline(t)
 	}
-	return timeout(file, unix.SO_SNDTIMEO, t)
+	return s.timeout(unix.SO_SNDTIMEO, t)
 }
 
 // timeout sets how long a call may sleep: socket(7).
-func timeout(file *os.File, option int, t time.Time) error {
+func (s *socket) timeout(option int, t time.Time) (err error) {
 	var most unix.Timeval // zero: for ever
 	if !t.IsZero() {
 		most = unix.NsecToTimeval(max(time.Until(t), time.Microsecond).Nanoseconds())
 	}
-	raw, err := file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	controlErr := raw.Control(func(fd uintptr) { err = unix.SetsockoptTimeval(int(fd), unix.SOL_SOCKET, option, &most) })
+	controlErr := s.raw.Control(func(fd uintptr) { err = unix.SetsockoptTimeval(int(fd), unix.SOL_SOCKET, option, &most) })
 	return errors.Join(controlErr, err)
 }
