@@ -98,9 +98,6 @@ func dial(ctx context.Context, blocks int, d dialer) (*lanes, error) {
 		if err == nil {
 			var lane *pagelane.Client
 			if lane, err = pagelane.Open(ctx, conn, calling(blocks)); err == nil {
-				if len(l.demand) == workers { // the bulk lane
-					lane.Alone()
-				}
 				l.add(lane)
 				continue
 			}

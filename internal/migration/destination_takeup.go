@@ -68,17 +68,13 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	if k.header().toldToRun.Load() != 0 {
 		d.phase = running
 	}
-	filled := k.header().filled.Load() != 0
-	if filled { // nothing waits for it; its source may ask how it ended
-		d.log.Info("taking up a migration of which all memory is here", "switched", d.phase == running)
-	} else {
-		d.log.Warn("taking up a migration that an earlier run of this daemon left", "switched", d.phase == running)
-	}
 	reached("destination-taken-up")
-	if filled {
+	if k.header().filled.Load() != 0 { // nothing waits for it; its source may ask how it ended
+		d.log.Info("taking up a migration of which all memory is here", "switched", d.phase == running)
 		d.takeUpFilled(facts)
 		return d, nil
 	}
+	d.log.Warn("taking up a migration that an earlier run of this daemon left", "switched", d.phase == running)
 	if err := d.takeUp(facts); err != nil {
 		d.notTakenUp(facts, err)
 		return d, nil

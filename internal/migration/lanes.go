@@ -90,14 +90,13 @@ func openLanesAt(ctx context.Context, cfg laneConfig, address string) (_ *lanes,
 		if i < cfg.demand {
 			l.demand = append(l.demand, lane)
 		} else {
-			lane.Alone()
 			l.bulk = lane
 		}
 	}
 	return l, nil
 }
 
-func openLane(ctx context.Context, cfg laneConfig, address string, md metadata.MD) (*pagelane.Client, error) {
+func openLane(ctx context.Context, cfg laneConfig, address string, md metadata.MD) (postcopy.Lane, error) {
 	conn, err := cfg.dial(ctx, address)
 	if err != nil {
 		return nil, err

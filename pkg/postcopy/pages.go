@@ -174,12 +174,13 @@ const (
 func (t *pages) claimFault(p uint64) claim {
 	for {
 		switch s := t.get(p); s {
-		case missing, swept:
-			if t.swap(p, s, demanded) {
-				if s == swept {
-					return claimAgain
-				}
+		case missing:
+			if t.swap(p, missing, demanded) {
 				return claimRequest
+			}
+		case swept:
+			if t.swap(p, swept, demanded) {
+				return claimAgain
 			}
 		case ahead:
 			if t.swap(p, ahead, demanded) {

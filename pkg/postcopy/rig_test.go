@@ -211,12 +211,9 @@ func dial(t testing.TB, address string, demand int) lanes {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if i < demand {
+		if l.bulk = lane; i < demand {
 			l.demand = append(l.demand, lane)
-			continue
 		}
-		lane.Alone()
-		l.bulk = lane
 	}
 	return l
 }
@@ -277,11 +274,10 @@ type scriptedLane struct {
 	stream   *pagelane.Stream
 	requests chan pagewire.Range // what was asked for, range by range
 	end      chan error          // ends the lane
-	closed   chan struct{}       // closed when the client has ended the lane
 }
 
 func (s *script) serve(stream *pagelane.Stream) error {
-	l := &scriptedLane{stream: stream, requests: make(chan pagewire.Range, 1<<16), end: make(chan error, 1), closed: make(chan struct{})}
+	l := &scriptedLane{stream: stream, requests: make(chan pagewire.Range, 1<<16), end: make(chan error, 1)}
 	s.lanes <- l // before the header, after which the client opens the next one
 	if err := stream.SendHeader(nil); err != nil {
 		return err
@@ -292,7 +288,6 @@ func (s *script) serve(stream *pagelane.Stream) error {
 		for {
 			if err := stream.RecvMsg(&r); err != nil {
 				if errors.Is(err, io.EOF) {
-					close(l.closed)
 					if s.silent != nil {
 						<-s.silent
 					}

@@ -15,7 +15,8 @@ import (
 )
 
 // Lane is a call of PageService.Fetch: a *pagelane.Client, or gRPC's own on a connection that was dialled with
-// pagewire.DialOptions. The engine sends *pagewire.Request and receives *pagewire.Reply.
+// pagewire.DialOptions. The engine sends *pagewire.Request and receives *pagewire.Reply. One goroutine sends and another receives,
+// but for the bulk lane, where one does both; that lane is told by its method Alone, if it has it.
 type Lane interface {
 	SendMsg(request any) error // io.EOF: the call is over, and RecvMsg says why
 	RecvMsg(reply any) error
@@ -91,6 +92,9 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 	c := &e.counters
 	for i, stream := range demand {
 		s.demand = append(s.demand, newLane(fmt.Sprintf("demand lane %d", i), stream, &c.demandBytes, &c.demandPages, &e.copies[i]))
+	}
+	if lone, ok := bulk.(interface{ Alone() }); ok { // see sweep
+		lone.Alone()
 	}
 	s.bulk = newLane("bulk lane", bulk, &c.bulkBytes, &c.bulkPages, &e.copies[e.workers])
 	for _, l := range s.demand {
