@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"runtime"
 	"strconv"
@@ -39,9 +40,13 @@ type Options struct {
 // finish the report. It may be too broken to power off.
 const afterSplat = 10 * time.Second
 
+// ErrTripleFault is in the error of a boot whose machine was reset because a CPU could not even begin to handle a fault.
+// The console says nothing then: no handler of the kernel has run.
+var ErrTripleFault = errors.New("a CPU of the machine ended in a triple fault")
+
 // Boot boots a kernel under QEMU, without the host's KVM, and gives each line
 // of its console to line. It returns once QEMU ended, which the guest brings about
-// by powering off or by a panic. It ends QEMU itself, with an error, when ctx
+// by powering off, by a panic or by a triple fault (ErrTripleFault). It ends QEMU itself, with an error, when ctx
 // ends, when line fails, and soon after the kernel complained (ErrSplat).
 func Boot(ctx context.Context, o Options, line func(string) error) error {
 	// QEMU is to die with this process. To the kernel, that is the thread that
@@ -51,7 +56,13 @@ func Boot(ctx context.Context, o Options, line func(string) error) error {
 	boot, cancel := context.WithCancel(ctx)
 	defer cancel()
 
-	cmd := exec.CommandContext(boot, qemu, o.args()...)
+	resets, err := os.CreateTemp("", "resets")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(resets.Name())
+	defer resets.Close()
+	cmd := exec.CommandContext(boot, qemu, append(o.args(), "-d", "cpu_reset", "-D", resets.Name())...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -73,11 +84,22 @@ func Boot(ctx context.Context, o Options, line func(string) error) error {
 		waitErr = nil // it was killed
 	case waitErr != nil:
 		waitErr = fmt.Errorf("%w: %s", waitErr, bytes.TrimSpace(stderr.Bytes()))
+	default:
+		waitErr = tripleFault(resets)
 	}
 	if err := errors.Join(complaint, lineErr, ctx.Err(), waitErr); err != nil {
 		return fmt.Errorf("boot %s: %w", o.Kernel, err)
 	}
 	return nil
+}
+
+// tripleFault looks for a triple fault in QEMU's log of CPU resets.
+func tripleFault(resets io.Reader) error {
+	text, err := io.ReadAll(resets)
+	if err == nil && bytes.Contains(text, []byte("Triple fault\n")) {
+		err = ErrTripleFault
+	}
+	return err
 }
 
 // read reads the console to its end, or until line fails. When the kernel

@@ -86,6 +86,20 @@ func TestCrashIsAnError(t *testing.T) {
 	checkGone(t, o)
 }
 
+func TestTripleFaultIsAnError(t *testing.T) {
+	o := stock(t, "reset")
+	o.CommandLine = "reboot=triple " + o.CommandLine
+	seen := false
+	err := Boot(testContext(t), o, func(line string) error {
+		seen = seen || hello(line)
+		return nil
+	})
+	if !seen || !errors.Is(err, ErrTripleFault) {
+		t.Errorf("Boot = %v, hello: %v", err, seen)
+	}
+	checkGone(t, o)
+}
+
 func TestContextEndsQEMU(t *testing.T) {
 	o := stock(t, "hang")
 	ctx, cancel := context.WithCancelCause(testContext(t))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * The first process of a guest that only shows that it boots. Its argument, after '--' on the kernel's
- * command line, says how it ends: "off", "crash" or "hang".
+ * command line, says how it ends: "off", "crash", "reset" or "hang".
  */
 #include <fcntl.h>
 #include <stdio.h>
@@ -36,6 +36,8 @@ int main(int argc, char **argv)
 	while (!strcmp(end, "hang"))
 		pause();
 	sync();
+	if (!strcmp(end, "reset"))
+		reboot(RB_AUTOBOOT);
 	reboot(RB_POWER_OFF);
 	return 1;
 }
