@@ -11,6 +11,13 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
+// A PC has its option ROMs below 1 MiB, in the RAM that QEMU was given first. Among them is that of QEMU's virtual APIC, which
+// it reads while it loads (hw/i386/kvmvapic.c). To any other machine this is memory like any.
+const (
+	legacyROMs     = 0xc0000
+	legacyROMBytes = 128 << 10
+)
+
 // LoadDeviceState brings a prepared destination to loaded: QEMU has taken in
 // its whole stream. When it fails the destination has given up.
 func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
@@ -53,6 +60,7 @@ func (d *Destination) load(stream grpc.ClientStreamingServer[migratedv1.LoadDevi
 			cancel(err)
 		}
 	}()
+	d.engine.Foresee(0, legacyROMs, legacyROMBytes)
 	// The source's QEMU begins when it sees this header: from then on nothing
 	// but the stream itself is between the VM's stop and its loading.
 	err = d.vm.MigrateIncomingFD(ctx, carrier.qemu, func() {

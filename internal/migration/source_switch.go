@@ -58,6 +58,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	if err != nil {
 		return causeOf(ctx, fromPeer("move the device state", destination, err))
 	}
+	asked := time.Now()
 	if err := stream.Send(&migratedv1.LoadDeviceStateRequest{Id: s.cfg.ID}); err != nil {
 		_, err = stream.CloseAndRecv()
 		return causeOf(ctx, fromPeer("move the device state", destination, err))
@@ -68,6 +69,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 		_, err = stream.CloseAndRecv()
 		return causeOf(ctx, fromPeer("move the device state", destination, err))
 	}
+	ramp := newRamp(s.stopped, time.Since(asked))
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
 	}
@@ -94,7 +96,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	noted := make(chan error, 1)
 	go func() { noted <- s.noteStop(ctx, stops) }()
 
-	sendErr := carrier.sendTo(stream)
+	sendErr := carrier.sendTo(stream, ramp)
 	answer, recvErr := stream.CloseAndRecv()
 	if recvErr != nil {
 		// Without a reader QEMU's save would hang until the time is over.

@@ -95,6 +95,7 @@ type Engine struct {
 
 	started  atomic.Bool
 	sweeping chan struct{} // closed by StartSweep
+	foreseen chan stretch  // holds one, from Foresee
 	running  atomic.Bool
 	done     chan struct{} // closed when Run has succeeded
 
@@ -115,7 +116,7 @@ func New(o Options) (*Engine, error) {
 	}
 	e := &Engine{
 		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(), budget: newBudget(o.Bandwidth),
-		sweeping: make(chan struct{}), done: make(chan struct{}), ahead: loadAhead,
+		sweeping: make(chan struct{}), foreseen: make(chan stretch, 1), done: make(chan struct{}), ahead: loadAhead,
 	}
 	if e.workers <= 0 {
 		e.workers = defaultWorkers
@@ -198,9 +199,24 @@ func (e *Engine) StartSweep() {
 	}
 }
 
+// A stretch is memory that is missing: so many bytes of it, from a page on.
+type stretch struct{ page, bytes uint64 }
+
+// Foresee says that loading the device state will touch that many bytes from offset on of the block with that index, so that Run
+// asks for them before a thread waits there. Call it once, before QEMU loads; the source answers as soon as it has
+// stopped the VM.
+func (e *Engine) Foresee(block int, offset, bytes uint64) {
+	if b := &e.blocks[block]; offset < b.Size {
+		select {
+		case e.foreseen <- stretch{b.first + offset>>b.shift, bytes}:
+		default: // an earlier call waits for Run still
+		}
+	}
+}
+
 // SetBandwidth limits, from now on, what crosses the network of pages that no thread waits for: the sweep's and those that
 // faults foretell, in bytes a second, as packed as they come. Pages that a thread waits for are neither held up nor
-// counted, and nothing is before StartSweep. 0: no limit.
+// counted, and nothing is held up before StartSweep. 0: no limit.
 func (e *Engine) SetBandwidth(bytesPerSecond uint64) { e.budget.set(bytesPerSecond) }
 
 // Done is closed when all memory is in and nothing is registered any more.

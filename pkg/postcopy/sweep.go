@@ -26,12 +26,19 @@ func (s *session) sweep() {
 
 // fill does so until the session is over. It says false when the lane is, too.
 func (s *session) fill(l *lane) bool {
-	select {
-	case <-s.e.sweeping:
-	case <-s.ctx.Done():
-		return true
-	}
 	request := pagewire.Request{Ranges: make([]pagewire.Range, 0, sweepRanges)}
+	for begun := false; !begun; {
+		select {
+		case f := <-s.e.foreseen:
+			if !s.early(l, &request, f) {
+				return false
+			}
+		case <-s.e.sweeping:
+			begun = true
+		case <-s.ctx.Done():
+			return true
+		}
+	}
 	var fronts fronts
 	paid := time.NewTimer(0)
 	defer paid.Stop()
@@ -70,6 +77,25 @@ func (s *session) fill(l *lane) bool {
 			case <-s.e.budget.changed:
 			case <-s.ctx.Done():
 			}
+		}
+	}
+	return true
+}
+
+// early asks for a stretch of what is missing and takes the answers, before the sweep.
+func (s *session) early(l *lane, request *pagewire.Request, f stretch) bool {
+	bytes, _ := s.claim(request, f.page, f.bytes)
+	if bytes == 0 {
+		return true
+	}
+	s.pace.sent += int64(bytes) // and measures nothing: how long the VM still runs says nothing of the network
+	if err := l.ask(request, bytes); err != nil {
+		s.end(err)
+		return false
+	}
+	for l.asked.Load() > 0 {
+		if !s.take(l) {
+			return false
 		}
 	}
 	return true

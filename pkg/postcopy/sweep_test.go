@@ -49,3 +49,40 @@ func TestSweepAsksForNoMoreThanItMay(t *testing.T) {
 		}
 	}
 }
+
+// TestForesee: what loading will touch is asked for before the sweep begins, once, and not again by the sweep; a session that
+// is lost meanwhile leaves it to faults.
+func TestForesee(t *testing.T) {
+	const pages = 64
+	g, demand, bulk, run := start(t, pages, Options{})
+	g.Foresee(0, pages*pageSize, pageSize) // there is no such memory
+	g.Foresee(0, 16*pageSize+1, 8*pageSize)
+	result := run()
+	if r := bulk.asked(t); r != (pagewire.Range{Offset: 16 * pageSize, Length: 8 * pageSize}) {
+		t.Fatalf("asked for %v ahead", r)
+	}
+	bulk.sendPages(t, 16, 8)
+	until(t, "installed", func() bool { return g.pages.get(23) == present })
+	expect(t, g.read(0, 20, 8), word(0, 20, 8))
+	if g.Stats().Faults != 0 {
+		t.Error("a thread had to wait for it")
+	}
+	thread := g.read(0, 30, 0)
+	if r := demand.asked(t); r.Offset != 30*pageSize {
+		t.Fatalf("asked for %v when a thread waited", r)
+	}
+	demand.send(t, pageSize, pagesOf(30, 1))
+	expect(t, thread, word(0, 30, 0))
+	g.StartSweep()
+	asked := uint64(0)
+	for asked < pages-9 {
+		r := bulk.asked(t)
+		if p := r.Offset / pageSize; p < 24 && p+uint64(r.Length)/pageSize > 16 {
+			t.Fatalf("the sweep asks for %v once more", r)
+		}
+		bulk.sendPages(t, r.Offset/pageSize, uint64(r.Length)/pageSize)
+		asked += uint64(r.Length) / pageSize
+	}
+	mustEnd(t, result)
+	g.verify()
+}
