@@ -47,10 +47,12 @@ const (
 	// leastRun is the least that it asks for, and half of the above is the most while a thread waits for a page. The sweep
 	// never stops altogether, or a guest that always faults would never be whole.
 	leastRun = 64 << 10
-	// idleQueue is what the sweep has in flight at least, beyond what the link holds, while nobody waits: with 192 KiB a link
-	// of 1 Gbit/s was a fifth idle, for the time that both daemons take to be woken for each run. While a thread waits
-	// it is two runs: with 256 KiB of them the link is full then too, but the slowest faults take half as long again.
-	idleQueue = 512 << 10
+	// idleQueue is for how long the sweep keeps the link busy, beyond what that holds, while nobody waits: each run is read,
+	// sent, received and installed one after the other, and both daemons have to be woken for it. With 192 KiB a link of
+	// 1 Gbit/s was a fifth idle; with 512 KiB one of 10 Gbit/s carried 3, and with this 4.5. busyQueue is the same while a
+	// thread waits for a page, which comes behind it; two runs at least.
+	idleQueue = 4 * time.Millisecond
+	busyQueue = 500 * time.Microsecond
 	// budgetCredit is for how long a budget that was not spent may be spent later: timers wake late.
 	budgetCredit = 10 * time.Millisecond
 	// budgetBurst is how much of a budget may come at once when data follows on nothing but zeros.

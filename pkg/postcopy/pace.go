@@ -118,17 +118,18 @@ func (p *pace) set(trip int64) {
 	}
 	// In bytes of RAM, some of which will be zero.
 	rate /= max(p.share, leastShare)
-	queue := int64(idleQueue)
+	queue := idleQueue
 	if limit := p.budget.rate(); limit < rate {
 		rate, queue = limit, 0 // it is meant to idle
 	}
-	holds := int64(rate * float64(trip))
-	run := min(max(leastRun, int64(rate*float64(runTime.Nanoseconds()))), sweepRun)
+	in := func(t time.Duration) int64 { return int64(rate * float64(t.Nanoseconds())) }
+	holds := in(time.Duration(trip))
+	run := min(max(leastRun, in(runTime)), sweepRun)
 	busy := max(leastRun, run/2)
 	p.run.Store(run)
-	p.window.Store(min(holds+max(2*run, queue), sweepWindow))
+	p.window.Store(min(holds+max(2*run, in(queue)), sweepWindow))
 	p.busyRun.Store(busy)
-	p.busyWindow.Store(min(holds+2*busy, sweepWindow))
+	p.busyWindow.Store(min(holds+max(2*busy, in(busyQueue)), sweepWindow))
 }
 
 // room says how many bytes the sweep may ask for now, with so many in flight; 0: none.

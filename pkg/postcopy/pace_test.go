@@ -118,7 +118,7 @@ func TestPaceFillsTheLinkAndNoMore(t *testing.T) {
 		{rate: 2, trip: 30 * time.Microsecond}, // loopback
 	} {
 		busy, queued := m.drive(newPace(newBudget(0)), 2000, never)
-		if most := max(4*runTime, time.Duration(1.2*idleQueue/m.rate)); busy < 0.9 || queued > most {
+		if most := max(4*runTime, 12*idleQueue/10); busy < 0.9 || queued > most {
 			t.Errorf("%+v: the link was busy for %.2f of the time, and up to %v waited in front of it", m, busy, queued)
 		}
 		busy, queued = m.drive(newPace(newBudget(0)), 2000, always)
@@ -139,7 +139,7 @@ func TestPaceRushesThroughZeros(t *testing.T) {
 		t.Errorf("the window is %d bytes after 200 runs of zeros, want %d", w, sweepWindow)
 	}
 	data.zero = false
-	if _, queued := data.drive(p, 400, never); queued > 2*time.Duration(idleQueue/data.rate) {
+	if _, queued := data.drive(p, 400, never); queued > 2*idleQueue {
 		t.Errorf("up to %v waited in front of the link when data had come again", queued)
 	}
 }
@@ -153,7 +153,7 @@ func TestPaceOfZerosFromTheBeginning(t *testing.T) {
 		t.Errorf("runs of %d bytes in a window of %d after 100 runs of zeros", r, w)
 	}
 	m.zero = false
-	if busy, queued := m.drive(p, 1000, never); busy < 0.9 || queued > 2*time.Duration(idleQueue/m.rate) {
+	if busy, queued := m.drive(p, 1000, never); busy < 0.9 || queued > 2*idleQueue {
 		t.Errorf("when data came, the link was busy for %.2f of the time, and up to %v waited in front of it", busy, queued)
 	}
 }
