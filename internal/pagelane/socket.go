@@ -4,7 +4,6 @@ package pagelane
 
 import (
 	"errors"
-	"io"
 	"net"
 	"os"
 	"sync/atomic"
@@ -36,9 +35,10 @@ type socket struct {
 	closed atomic.Bool
 
 	// Of the reader.
-	least int
-	sleep func(fd uintptr) // made once: a closure for each call would be allocated
-	poll  [1]unix.PollFd
+	sleeper processors.Sleeper
+	least   int
+	sleep   func(fd uintptr) // made once: a closure for each call would be allocated
+	poll    [1]unix.PollFd
 }
 
 // leavePoller takes the connection out of the poller, if it is TCP. Nobody may be reading or writing.
@@ -102,22 +102,23 @@ func (s *socket) NetConn() net.Conn { return s.Conn }
 
 // Read implements net.Conn.
 func (s *socket) Read(p []byte) (int, error) {
-	n, err := s.now().Read(p)
+	file := s.file.Load()
+	if file == nil {
+		return s.Conn.Read(p)
+	}
+	n, err := file.Read(p)
+	s.sleeper.Woke()
 	return n, asTimeout(err)
 }
 
 // Write implements net.Conn.
 func (s *socket) Write(p []byte) (int, error) {
-	n, err := s.now().Write(p)
-	return n, asTimeout(err)
-}
-
-// now is what is read and written.
-func (s *socket) now() io.ReadWriter {
-	if file := s.file.Load(); file != nil {
-		return file
+	file := s.file.Load()
+	if file == nil {
+		return s.Conn.Write(p)
 	}
-	return s.Conn
+	n, err := file.Write(p)
+	return n, asTimeout(err)
 }
 
 // asTimeout gives the error of a call that has slept as long as it may its name in Go.

@@ -5,12 +5,14 @@ package processors
 import (
 	"runtime"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // There is a processor for each sleeper besides those that there were, in steps, up to a limit; none is taken back.
 func TestAdd(t *testing.T) {
 	before := runtime.GOMAXPROCS(0)
-	defer runtime.GOMAXPROCS(before)
+	defer func() { runtime.GOMAXPROCS(before); own, granted = 0, 0 }()
 	for _, c := range []struct{ more, want int }{
 		{1, step}, {step - 1, step}, {1, 2 * step}, {-step, 2 * step}, {step, 2 * step}, {10 * most, most}, {-10*most - step - 1, most},
 	} {
@@ -18,5 +20,32 @@ func TestAdd(t *testing.T) {
 		if got := runtime.GOMAXPROCS(0) - before; got != c.want {
 			t.Errorf("%+d sleepers, now %d: %d processors more, want %d", c.more, sleepers, got, c.want)
 		}
+	}
+}
+
+// A Sleeper goes to the scheduler once in a turn, where others may run, and otherwise just goes on.
+func TestSleeper(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	synctest.Test(t, func(t *testing.T) {
+		var s Sleeper
+		ran := false
+		go func() { ran = true }()
+		s.Woke()
+		if !ran {
+			t.Error("it did not go to the scheduler")
+		}
+		first := s.last
+		time.Sleep(turn - 1)
+		if s.Woke(); !s.last.Equal(first) {
+			t.Error("it goes to the scheduler each time")
+		}
+		time.Sleep(1)
+		if s.Woke(); s.last.Equal(first) {
+			t.Error("it went to the scheduler only once")
+		}
+	})
+	var s Sleeper
+	if n := testing.AllocsPerRun(100, s.Woke); n != 0 {
+		t.Errorf("%v allocations", n)
 	}
 }

@@ -16,6 +16,7 @@ import (
 // more threads than there is work for (docs/fault-budget.md). EPOLLEXCLUSIVE makes a message wake one worker.
 type poller struct {
 	epoll, bell int
+	sleeper     processors.Sleeper
 	ready       [pollBatch]unix.EpollEvent
 }
 
@@ -51,6 +52,7 @@ func newPoller(uffds []*uffd.UFFD) (_ *poller, err error) {
 func (p *poller) wait() ([]unix.EpollEvent, error) {
 	for {
 		n, err := unix.EpollWait(p.epoll, p.ready[:], -1)
+		p.sleeper.Woke()
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
