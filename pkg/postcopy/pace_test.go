@@ -123,7 +123,7 @@ func TestPaceFillsTheLinkAndNoMore(t *testing.T) {
 		}
 		busy, queued = m.drive(newPace(newBudget(0)), 2000, always)
 		least := min(0.5, leastRun/(m.rate*float64(m.trip.Nanoseconds())+leastRun))
-		if busy < least || queued > max(2*runTime, time.Duration(2.5*leastRun/m.rate)) {
+		if busy < least || queued > 12*busyQueue/10 {
 			t.Errorf("%+v, while threads wait: busy for %.2f of the time, want %.2f, and up to %v waited in front of it", m, busy, least, queued)
 		}
 	}
