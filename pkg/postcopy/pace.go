@@ -35,7 +35,7 @@ type pace struct {
 	// Of the receiver.
 	came, data         int64                // bytes answered, and those of them that were not zero
 	lastCame, lastData int64                // when the last probe ended
-	last               int64                // ns, when that was
+	last, lastBegan    int64                // ns, when that was, and when it had begun
 	rates              [pacedProbes]float64 // bytes a ns of the last probes
 	next               int
 	share              float64 // of what comes, that is not zero
@@ -80,13 +80,13 @@ func (p *pace) answered(bytes, data, carried, now, trip int64) {
 	if trip == 0 || p.trip < trip {
 		trip = p.trip
 	}
-	// Since the last probe ended, which is a round trip at least. Zeros take no time on the link: only what was
-	// mostly data says what it can carry.
+	// Since the last probe ended, which is a round trip at least; or since it began, if that is longer: what waited behind a
+	// packet that was lost comes all at once. Zeros take no time on the link: only what was mostly data says what it can carry.
 	got, of := p.data-p.lastData, p.came-p.lastCame
 	if p.last != 0 && 2*got >= of {
-		p.rated(float64(got) / float64(max(1, now-p.last)))
+		p.rated(float64(got) / float64(max(1, now-p.last, p.began-p.lastBegan)))
 	}
-	p.last, p.lastCame, p.lastData = now, p.came, p.data
+	p.last, p.lastBegan, p.lastCame, p.lastData = now, p.began, p.came, p.data
 	p.set(trip)
 	p.probing.Store(false)
 }
