@@ -113,23 +113,25 @@ func (p *pace) set(trip int64) {
 		p.window.Store(min(2*p.window.Load(), sweepWindow, most))
 		return
 	}
+	least := int64(0)
 	if p.flat < 3 { // the link has not been full yet: what it can carry shows only when more is sent
 		rate *= 2
+		least = firstWindow
 	}
 	// In bytes of RAM, some of which will be zero.
 	rate /= max(p.share, leastShare)
 	queue := idleQueue
 	if limit := p.budget.rate(); limit < rate {
-		rate, queue = limit, 0 // it is meant to idle
+		rate, queue, least = limit, 0, 0 // it is meant to idle
 	}
 	in := func(t time.Duration) int64 { return int64(rate * float64(t.Nanoseconds())) }
 	holds := in(time.Duration(trip))
 	run := min(max(leastRun, in(runTime)), sweepRun)
 	busy := max(leastRun, run/2)
 	p.run.Store(run)
-	p.window.Store(min(holds+max(2*run, in(queue)), sweepWindow))
+	p.window.Store(min(max(least, holds+max(2*run, in(queue))), sweepWindow))
 	p.busyRun.Store(busy)
-	p.busyWindow.Store(min(holds+max(2*busy, in(busyQueue)), sweepWindow))
+	p.busyWindow.Store(min(holds+max(2*busy, in(max(busyQueue, time.Duration(trip)/4))), sweepWindow))
 }
 
 // room says how many bytes the sweep may ask for now, with so many in flight; 0: none.
