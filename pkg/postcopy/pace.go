@@ -120,18 +120,18 @@ func (p *pace) set(trip int64) {
 	}
 	// In bytes of RAM, some of which will be zero.
 	rate /= max(p.share, leastShare)
-	queue := idleQueue
+	idle, busy := idleQueue, max(busyQueue, time.Duration(trip)/4)
 	if limit := p.budget.rate(); limit < rate {
-		rate, queue, least = limit, 0, 0 // it is meant to idle
+		rate, idle, busy, least = limit, 0, 0, 0 // it is meant to idle
 	}
 	in := func(t time.Duration) int64 { return int64(rate * float64(t.Nanoseconds())) }
 	holds := in(time.Duration(trip))
 	run := min(max(leastRun, in(runTime)), sweepRun)
-	busy := max(leastRun, run/2)
+	busyRun := max(leastRun, run/2)
 	p.run.Store(run)
-	p.window.Store(min(max(least, holds+max(2*run, in(queue))), sweepWindow))
-	p.busyRun.Store(busy)
-	p.busyWindow.Store(min(holds+max(2*busy, in(max(busyQueue, time.Duration(trip)/4))), sweepWindow))
+	p.window.Store(min(max(least, holds+max(2*run, in(idle))), sweepWindow))
+	p.busyRun.Store(busyRun)
+	p.busyWindow.Store(min(holds+max(2*busyRun, in(busy)), sweepWindow))
 }
 
 // room says how many bytes the sweep may ask for now, with so many in flight; 0: none.

@@ -14,6 +14,8 @@ type wireModel struct {
 	trip time.Duration
 	zero bool    // all pages are zero: the answers take no time on it
 	pack float64 // what a byte of RAM takes on it; 0: 1
+	lost int     // the run that comes so late as this, and all behind it with it; 0: none
+	late time.Duration
 	now  int64
 
 	arrived []came // what came over it
@@ -44,7 +46,7 @@ func (m *wireModel) drive(p *pace, runs int, waits func(i int) bool) (busy float
 		arrives int64
 	}
 	var flying []run
-	inFlight, free, working, start := int64(0), int64(0), int64(0), m.now
+	inFlight, free, working, held, start := int64(0), int64(0), int64(0), int64(0), m.now
 	answer := func() {
 		r := flying[0]
 		flying = flying[1:]
@@ -91,7 +93,11 @@ func (m *wireModel) drive(p *pace, runs int, waits func(i int) bool) (busy float
 		}
 		free = begins + takes
 		working += takes
-		flying = append(flying, run{int64(bytes), free + m.trip.Nanoseconds()/2})
+		arrives := free + m.trip.Nanoseconds()/2
+		if m.lost > 0 && i == m.lost {
+			held = arrives + m.late.Nanoseconds()
+		}
+		flying = append(flying, run{int64(bytes), max(arrives, held)})
 	}
 	for len(flying) > 0 {
 		answer()
@@ -141,6 +147,21 @@ func TestPaceRushesThroughZeros(t *testing.T) {
 	data.zero = false
 	if _, queued := data.drive(p, 400, never); queued > 2*idleQueue {
 		t.Errorf("up to %v waited in front of the link when data had come again", queued)
+	}
+}
+
+// Behind a lost packet everything comes at once. That is not what the link carries, wherever in a probe it was lost.
+func TestPaceOfAClump(t *testing.T) {
+	for lost := 1; lost < 60; lost++ {
+		p := newPace(newBudget(0))
+		m := &wireModel{rate: 0.125, trip: 10 * time.Millisecond}
+		m.drive(p, 1000, never)
+		before := p.window.Load()
+		m.lost, m.late = lost, 40*time.Millisecond
+		m.drive(p, 100, never) // so few that all is remembered still
+		if most := slices.Max(p.rates[:]); most > 1.1*m.rate || p.window.Load() > 11*before/10 {
+			t.Errorf("%d: %v is taken for the rate of a link of %v; the window was %d and is %d", lost, most, m.rate, before, p.window.Load())
+		}
 	}
 }
 
