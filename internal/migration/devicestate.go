@@ -51,11 +51,11 @@ func newDeviceCarrier() (*deviceCarrier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sockets for the device state: %w", err)
 	}
-	if err := unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, deviceBuffer); err != nil {
-		return nil, errors.Join(fmt.Errorf("sockets for the device state: %w", err), unix.Close(fds[0]), unix.Close(fds[1]))
-	}
-	// Ours is served by the runtime's poller, so that close ends a read.
-	if err := unix.SetNonblock(fds[1], true); err != nil {
+	err = errors.Join(
+		unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, deviceBuffer),
+		unix.SetNonblock(fds[1], true), // ours is served by the runtime's poller, so that close ends a read
+	)
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("sockets for the device state: %w", err), unix.Close(fds[0]), unix.Close(fds[1]))
 	}
 	arena := make([]byte, deviceArena)

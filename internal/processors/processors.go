@@ -10,7 +10,7 @@
 //
 // One that has kept its processor for 10 ms without the scheduler's knowing loses it all the same, as soon as it is in a system
 // call (retake in runtime/proc.go, as of Go 1.26). Then the monitor looks again each 20 µs, and finds the next: it was woken
-// 13,000 times a second in the middle of a migration, a sixth of all that the daemons took. So a Sleeper goes to the scheduler
+// 6,000 times a second in the middle of a migration, a sixth of all that the daemons took. So a Sleeper goes to the scheduler
 // by itself now and then.
 package processors
 

@@ -49,9 +49,9 @@ const (
 	leastRun = 64 << 10
 	// idleQueue is for how long the sweep keeps the link busy, beyond what that holds, while nobody waits: each run is read,
 	// sent, received and installed one after the other, and both daemons have to be woken for it. With 192 KiB a link of
-	// 1 Gbit/s was a fifth idle; with 512 KiB one of 10 Gbit/s carried 3, and with this 4.5. busyQueue is the same while a
+	// 1 Gbit/s was a fifth idle; with 512 KiB one of 10 Gbit/s carried 2.7, and with this 3.7. busyQueue is the same while a
 	// thread waits for a page, which comes behind it; two runs and a quarter of a round trip at least. With 1 ms a link of
-	// 1 Gbit/s is a sixth idle under a guest that always faults, with 2 ms the slowest faults take a quarter longer.
+	// 1 Gbit/s is a sixth idle under a guest that always faults, with 2 ms the slowest faults take a fifth longer.
 	idleQueue = 4 * time.Millisecond
 	busyQueue = 1500 * time.Microsecond
 	// budgetCredit is for how long a budget that was not spent may be spent later: timers wake late.

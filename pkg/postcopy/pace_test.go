@@ -14,7 +14,7 @@ type wireModel struct {
 	trip time.Duration
 	zero bool    // all pages are zero: the answers take no time on it
 	pack float64 // what a byte of RAM takes on it; 0: 1
-	lost int     // the run that comes so late as this, and all behind it with it; 0: none
+	lost int     // a run that was lost: it comes later by late, and all behind it not before it
 	late time.Duration
 	now  int64
 
@@ -94,7 +94,7 @@ func (m *wireModel) drive(p *pace, runs int, waits func(i int) bool) (busy float
 		free = begins + takes
 		working += takes
 		arrives := free + m.trip.Nanoseconds()/2
-		if m.lost > 0 && i == m.lost {
+		if i == m.lost {
 			held = arrives + m.late.Nanoseconds()
 		}
 		flying = append(flying, run{int64(bytes), max(arrives, held)})

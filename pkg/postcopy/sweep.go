@@ -27,17 +27,8 @@ func (s *session) sweep() {
 // fill does so until the session is over. It says false when the lane is, too.
 func (s *session) fill(l *lane) bool {
 	request := pagewire.Request{Ranges: make([]pagewire.Range, 0, sweepRanges)}
-	for begun := false; !begun; {
-		select {
-		case f := <-s.e.foreseen:
-			if !s.early(l, &request, f) {
-				return false
-			}
-		case <-s.e.sweeping:
-			begun = true
-		case <-s.ctx.Done():
-			return true
-		}
+	if !s.awaitStart(l, &request) {
+		return false
 	}
 	var fronts fronts
 	paid := time.NewTimer(0)
@@ -56,8 +47,7 @@ func (s *session) fill(l *lane) bool {
 				continue
 			}
 			s.pace.asked(int64(bytes), s.e.now())
-			if err := l.ask(&request, bytes); err != nil {
-				s.end(err)
+			if !s.ask(l, &request, bytes) {
 				return false
 			}
 			continue
@@ -82,6 +72,23 @@ func (s *session) fill(l *lane) bool {
 	return true
 }
 
+// awaitStart waits for StartSweep or the end of the session, and asks meanwhile for what Foresee names. It says false when the
+// lane is over.
+func (s *session) awaitStart(l *lane, request *pagewire.Request) bool {
+	for {
+		select {
+		case f := <-s.e.foreseen:
+			if !s.early(l, request, f) {
+				return false
+			}
+		case <-s.e.sweeping:
+			return true
+		case <-s.ctx.Done():
+			return true
+		}
+	}
+}
+
 // early asks for a stretch of what is missing and takes the answers, before the sweep.
 func (s *session) early(l *lane, request *pagewire.Request, f stretch) bool {
 	bytes, _ := s.claim(request, f.page, f.bytes)
@@ -89,8 +96,7 @@ func (s *session) early(l *lane, request *pagewire.Request, f stretch) bool {
 		return true
 	}
 	s.pace.sent += int64(bytes) // and measures nothing: how long the VM still runs says nothing of the network
-	if err := l.ask(request, bytes); err != nil {
-		s.end(err)
+	if !s.ask(l, request, bytes) {
 		return false
 	}
 	for l.asked.Load() > 0 {
@@ -99,6 +105,13 @@ func (s *session) early(l *lane, request *pagewire.Request, f stretch) bool {
 		}
 	}
 	return true
+}
+
+// ask sends the request. It says false when that ended the session.
+func (s *session) ask(l *lane, request *pagewire.Request, bytes uint64) bool {
+	err := l.ask(request, bytes)
+	s.end(err)
+	return err == nil
 }
 
 // hints are the pages after the last faults of each thread, + 1; 0: the sweep has taken it. Threads share them.

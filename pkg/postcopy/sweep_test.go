@@ -50,8 +50,7 @@ func TestSweepAsksForNoMoreThanItMay(t *testing.T) {
 	}
 }
 
-// TestForesee: what loading will touch is asked for before the sweep begins, once, and not again by the sweep; a session that
-// is lost meanwhile leaves it to faults.
+// TestForesee: what loading will touch is asked for before the sweep begins, once, and not again by the sweep.
 func TestForesee(t *testing.T) {
 	const pages = 64
 	g, demand, bulk, run := start(t, pages, Options{})
