@@ -182,7 +182,10 @@ func TestDiscardInFlight(t *testing.T) {
 			b := &g.blocks[0]
 			punch := g.child.Go(uffdtest.Punch(b.page(1)))
 			if c.point == "install" {
-				punch.JoinOK() // the event is read meanwhile
+				punch.JoinOK()   // the event is read meanwhile
+				if !c.discards { // and marked: who comes between finds what doc.go says, unless the gate is there
+					until(t, "marked", func() bool { return g.pages.get(1) != installing })
+				}
 			} else {
 				until(t, "reader at the gate", func() bool {
 					if g.gate.mu.TryRLock() {
@@ -204,6 +207,35 @@ func TestDiscardInFlight(t *testing.T) {
 			expect(t, expectAfter, word(0, 0, 0))
 			mustEnd(t, result)
 			expect(t, g.read(0, 1, 0), 0)
+		})
+	}
+}
+
+// TestDiscardReadNotMarked is gate.go's picture: the event is read, so the process drops the page, and its old content is
+// to be copied before the reader has marked it. Without the gate it comes back, as doc.go says.
+func TestDiscardReadNotMarked(t *testing.T) {
+	for _, discards := range []bool{false, true} {
+		t.Run(fmt.Sprintf("gate %v", discards), func(t *testing.T) {
+			g, _, bulk, run := start(t, 2, Options{Discards: discards})
+			installer, reader := g.parkAt("install", 1), g.parkAt("read", 0)
+			g.StartSweep()
+			result := run()
+			bulk.asked(t)
+			bulk.send(t, pageSize, pagesOf(1, 1))
+			installer.await()
+			punch := g.child.Go(uffdtest.Punch(g.blocks[0].page(1)))
+			reader.await()
+			punch.JoinOK()
+			installer.unpark()
+			want := uint64(0)
+			if !discards {
+				until(t, "installed", func() bool { return g.pages.get(1) == present })
+				want = word(0, 1, 0)
+			}
+			reader.unpark()
+			bulk.send(t, pageSize, pagesOf(0, 1))
+			mustEnd(t, result)
+			expect(t, g.read(0, 1, 0), want)
 		})
 	}
 }

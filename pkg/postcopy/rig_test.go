@@ -359,11 +359,15 @@ type parking struct {
 	reached, leave chan struct{}
 }
 
-// parkAt is to be called before Run.
+// parkAt is to be called before Run, once for each point.
 func (g *target) parkAt(point string, page uint64) *parking {
 	p := &parking{g.t, make(chan struct{}), make(chan struct{})}
 	var once sync.Once
+	others := g.park
 	g.park = func(at string, n uint64) {
+		if others != nil {
+			others(at, n)
+		}
 		if at == point && n == page {
 			once.Do(func() {
 				close(p.reached)
