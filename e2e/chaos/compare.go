@@ -119,7 +119,7 @@ func (s *stage) moveRival(ctx context.Context, c chaosCase, judge *linuxJudge, r
 	if err != nil {
 		return err
 	}
-	if err := judge.begin(ctx, s.vm); err != nil {
+	if err := errors.Join(f.arm(ctx), judge.begin(ctx, s.vm)); err != nil {
 		return err
 	}
 	j.began = time.Now()

@@ -50,12 +50,12 @@ func (s *stage) faultOf(c chaosCase, kind string, j *journey) (*fault, error) {
 	case killTheirHost:
 		s.killDaemons(f, killDestination, j)
 		f.guard = true
-		f.too = func(ctx context.Context) error { return unlessGone(j.machine.kill(ctx, j.to)) }
+		f.too = func(ctx context.Context) error { return unlessTooLate(j.machine.kill(ctx, j.to)) }
 	case killOurQEMU:
 		f.begin = func(ctx context.Context) error { return j.machine.kill(ctx, j.from) }
 	case freezeTheirQEMU:
 		f.begin = func(context.Context) error { return j.machine.signal(j.to, syscall.SIGSTOP) }
-		f.end = func(context.Context) error { return unlessGone(j.machine.signal(j.to, syscall.SIGCONT)) }
+		f.end = func(context.Context) error { return unlessTooLate(j.machine.signal(j.to, syscall.SIGCONT)) }
 	case pullCable:
 		f.begin = func(ctx context.Context) error { return s.lab.SetCable(ctx, false) }
 		f.end = func(ctx context.Context) error { return s.lab.SetCable(ctx, true) }
@@ -109,8 +109,11 @@ func (s *stage) stopDaemon(f *fault, h *lab.Host) {
 	f.end = func(ctx context.Context) error { return errors.Join(s.awaitStopped(ctx, h), s.reviveDaemons(ctx)) }
 }
 
-func unlessGone(err error) error {
-	if errors.Is(err, errNoQEMU) {
+// errTooLate says that there is nothing any more that a fault could be done to.
+var errTooLate = errors.New("too late")
+
+func unlessTooLate(err error) error {
+	if errors.Is(err, errTooLate) {
 		return nil
 	}
 	return err
@@ -172,22 +175,32 @@ func (s *stage) worsen(f *fault, c chaosCase, r *rand.Rand) {
 // ramFiles is the file system with the RAM of VMs, on each host.
 const ramFiles = "/dev/shm"
 
-// fillTmpfs makes the destination's file system smaller than the VM: there is no room for most of what is to come.
+// fillTmpfs makes the destination's file system smaller than the VM's data: there is no room for most of what is to come.
+// It never has room for the last of it. A VM that has moved is like any other on a full tmpfs: the kernel ends it when it
+// touches a page that it never had (SIGBUS), and that is no matter of migrations.
 func (s *stage) fillTmpfs(f *fault, j *journey, r *rand.Rand) {
 	part := r.Float64() * 0.6
 	f.detail = fmt.Sprintf("room for %.0f %%", 100*part)
+	var data int64
+	f.arm = func(context.Context) (err error) {
+		data, err = j.machine.data(j.from)
+		data -= 1 << 20 // what the guest may clear until the switch
+		return err
+	}
 	shrink := func(ctx context.Context) error {
-		var here, there unix.Statfs_t
-		if err := errors.Join(unix.Statfs(j.from.Path(ramFiles), &here), unix.Statfs(j.to.Path(ramFiles), &there)); err != nil {
+		var st unix.Statfs_t
+		if err := unix.Statfs(j.to.Path(ramFiles), &st); err != nil {
 			return err
 		}
-		used := func(st unix.Statfs_t) int64 { return int64(st.Blocks-st.Bfree) * st.Bsize }
-		room := max(0, used(here)-used(there))
-		return resize(ctx, j.to, fmt.Sprint(used(there)+int64(part*float64(room))+int64(4096)))
+		used := int64(st.Blocks-st.Bfree) * st.Bsize
+		if used >= data {
+			return errTooLate
+		}
+		return resize(ctx, j.to, fmt.Sprint(max(1, used+int64(part*float64(data-used))))) // 0 is no limit
 	}
 	f.begin = func(ctx context.Context) (err error) {
 		for range 20 { // pages come meanwhile, and a size that is used already is refused
-			if err = shrink(ctx); err == nil {
+			if err = shrink(ctx); err == nil || errors.Is(err, errTooLate) {
 				break
 			}
 		}

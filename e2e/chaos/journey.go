@@ -178,7 +178,7 @@ func (j *journey) obey(ctx context.Context) (end string, err error) {
 		if j.switched() {
 			return "", fmt.Errorf("the VM may run at the destination, and yet all that the source says is:\n%s", said)
 		}
-		if err := unlessGone(j.machine.kill(ctx, j.to)); err != nil {
+		if err := unlessTooLate(j.machine.kill(ctx, j.to)); err != nil {
 			return "", err
 		}
 		j.note("ended the destination QEMU")
@@ -233,7 +233,7 @@ func (j *journey) tidy(ctx context.Context) error {
 	// Its daemon died before it could write down that it had started it. It cannot run the VM, and the next migration
 	// would say that it is in the way, and what to do.
 	j.note("ended a QEMU that was left on host " + empty.Name)
-	return unlessGone(j.machine.kill(ctx, empty))
+	return unlessTooLate(j.machine.kill(ctx, empty))
 }
 
 // end forgets what the guest said where it is no more.

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -155,7 +156,7 @@ func (m *machine) qemu(h *lab.Host) (int, error) {
 }
 
 // errNoQEMU says that there is no QEMU that something could be done to.
-var errNoQEMU = errors.New("there is no QEMU")
+var errNoQEMU = fmt.Errorf("%w: there is no QEMU", errTooLate)
 
 // signal signals the machine's QEMU on h.
 func (m *machine) signal(h *lab.Host, signal syscall.Signal) error {
@@ -187,6 +188,24 @@ func (m *machine) kill(ctx context.Context, h *lab.Host) error {
 func (m *machine) exists(h *lab.Host) bool {
 	pid, err := m.qemu(h)
 	return err != nil || pid != 0
+}
+
+// data is how many bytes of the machine's memory on h are in pages that are not zero.
+func (m *machine) data(h *lab.Host) (int64, error) {
+	var n int64
+	zeros := make([]byte, os.Getpagesize())
+	for _, name := range m.config.RAMFiles() {
+		ram, err := os.ReadFile(h.Path(m.path(name)))
+		if err != nil {
+			return 0, err
+		}
+		for page := range slices.Chunk(ram, len(zeros)) {
+			if !bytes.Equal(page, zeros) {
+				n += int64(len(page))
+			}
+		}
+	}
+	return n, nil
 }
 
 // other is the host that h is not.

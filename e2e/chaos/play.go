@@ -130,11 +130,11 @@ func (s *stage) strike(ctx context.Context, c chaosCase, f *fault, j *journey) (
 	if c.At.Point != "" { // what is held there goes on while the fault lasts
 		pause(ctx, time.Duration(c.Pick%300)*time.Millisecond)
 	}
-	if err := errors.Join(clearPoints(j.from, j.to), unlessGone(err)); err != nil {
+	if err := errors.Join(clearPoints(j.from, j.to), unlessTooLate(err)); err != nil {
 		return false, err
 	}
 	pause(ctx, c.For)
-	return !errors.Is(err, errNoQEMU), f.end(ctx)
+	return !errors.Is(err, errTooLate), f.end(ctx)
 }
 
 // plant gives the daemons the orders for the points of the case. begun says that one of them does by itself what the
