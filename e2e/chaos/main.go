@@ -119,6 +119,9 @@ func (r *chaosReport) play(ctx context.Context, o options, indices []int) (err e
 		}
 		c := newCase(o.seed, index)
 		res := s.bounded(ctx, c)
+		if err := ctx.Err(); err != nil {
+			return err // it was cut off: of its VM nothing is known
+		}
 		r.add(res)
 		if err := r.write(o.dir); err != nil {
 			return err
