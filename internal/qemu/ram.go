@@ -30,7 +30,6 @@ type RAMBlock struct {
 	MemPath string // what QEMU was told: a file or a directory
 	// FileIdentity names the file among all files of all hosts.
 	FileIdentity string
-	Prealloc     bool // QEMU fills every page when it starts
 }
 
 // RAMError says why RAM of the guest cannot be moved.
@@ -82,10 +81,9 @@ func (vm *VM) RAMBlocks(ctx context.Context) ([]RAMBlock, error) {
 
 // A memoryBackend is one of QEMU's memory-backend-* objects (qapi/qom.json).
 type memoryBackend struct {
-	ID       string `json:"id"`
-	Size     uint64 `json:"size"`
-	Share    bool   `json:"share"`
-	Prealloc bool   `json:"prealloc"`
+	ID    string `json:"id"`
+	Size  uint64 `json:"size"`
+	Share bool   `json:"share"`
 
 	kind    string // "memory-backend-file", ...
 	memPath string
@@ -177,7 +175,7 @@ func (vm *VM) locate(b memoryBackend, maps []vma) (RAMBlock, error) {
 	}
 	first := found[0]
 	block := RAMBlock{
-		ID: b.ID, Size: b.Size, Addr: first.start, FileOffset: int64(first.offset), MemPath: b.memPath, Prealloc: b.Prealloc,
+		ID: b.ID, Size: b.Size, Addr: first.start, FileOffset: int64(first.offset), MemPath: b.memPath,
 		FileIdentity: fmt.Sprintf("%s:%x:%x:%d", bootID(), first.major, first.minor, first.inode),
 	}
 	if block.Path, err = vm.openablePath(first); err != nil {
