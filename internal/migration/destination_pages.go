@@ -22,7 +22,8 @@ const (
 	// closeTimeout bounds closing QEMU's copy of the descriptor.
 	closeTimeout = 10 * time.Second
 	killTimeout  = 10 * time.Second
-	// longestPause is the longest between two attempts to have pages again.
+	// firstPause and longestPause bound what is waited between two attempts to have pages again: each time twice as long.
+	firstPause   = 20 * time.Millisecond
 	longestPause = 2 * time.Second
 )
 
@@ -45,14 +46,18 @@ func (d *Destination) pump(first *lanes) {
 }
 
 func (d *Destination) pumpLanes(l *lanes) error {
-	for {
+	for pause := time.Duration(0); ; pause = min(max(firstPause, 2*pause), longestPause) {
 		if l == nil {
 			var err error
 			if l, err = d.dialAgain(); err != nil {
 				return err
 			}
 		}
+		began := time.Now()
 		err := d.engine.Run(d.ctx, l.demand, l.bulk)
+		if time.Since(began) > longestPause {
+			pause = 0 // that was no attempt
+		}
 		l.close()
 		l = nil
 		if err == nil {
@@ -69,10 +74,8 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		}
 		d.log.Warn("no page comes any more, trying again", "error", err)
 		d.paused(withRemedy(err, remedy))
-		if !errors.Is(err, postcopy.ErrLaneLost) { // new lanes would come to the same at once
-			if err := d.sleep(longestPause); err != nil {
-				return err
-			}
+		if err := d.sleep(pause); err != nil {
+			return err
 		}
 	}
 }
@@ -93,12 +96,15 @@ func (d *Destination) mayPass(err error) (passes bool, remedy string) {
 	}
 }
 
-// sleep waits so long, or until somebody is impatient.
+// sleep waits about so long, or until somebody is impatient.
 func (d *Destination) sleep(pause time.Duration) error {
+	if pause == 0 {
+		return nil
+	}
 	select {
 	case <-d.hurry:
 		return nil
-	case <-time.After(pause):
+	case <-time.After(jitter(pause)):
 		return nil
 	case <-d.ctx.Done():
 		return context.Cause(d.ctx)
@@ -107,7 +113,7 @@ func (d *Destination) sleep(pause time.Duration) error {
 
 // dialAgain tries to open lanes until it has some.
 func (d *Destination) dialAgain() (*lanes, error) {
-	for delay := 20 * time.Millisecond; ; delay = min(2*delay, longestPause) {
+	for pause := firstPause; ; pause = min(2*pause, longestPause) {
 		d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
 		l, err := openLanes(d.ctx, d.laneConfig())
 		if err == nil {
@@ -120,12 +126,8 @@ func (d *Destination) dialAgain() (*lanes, error) {
 		}
 		d.log.Warn("the page lanes cannot be opened again", "error", err)
 		d.paused(err)
-		select {
-		case <-d.hurry:
-			delay = 20 * time.Millisecond
-		case <-time.After(jitter(delay)):
-		case <-d.ctx.Done():
-			return nil, context.Cause(d.ctx)
+		if err := d.sleep(pause); err != nil {
+			return nil, err
 		}
 	}
 }
