@@ -24,7 +24,7 @@ const (
 	killTimeout  = 10 * time.Second
 	// firstPause and longestPause bound what is waited between two attempts to have pages again: each time twice as long.
 	firstPause   = 20 * time.Millisecond
-	longestPause = 2 * time.Second
+	longestPause = time.Second
 )
 
 // pump drives the engine over lanes until the last page is in, opening new
@@ -46,18 +46,15 @@ func (d *Destination) pump(first *lanes) {
 }
 
 func (d *Destination) pumpLanes(l *lanes) error {
-	for pause := time.Duration(0); ; pause = min(max(firstPause, 2*pause), longestPause) {
+	for pause := time.Duration(0); ; {
 		if l == nil {
 			var err error
 			if l, err = d.dialAgain(); err != nil {
 				return err
 			}
 		}
-		began := time.Now()
+		before := d.engine.Stats().PagesPresent
 		err := d.engine.Run(d.ctx, l.demand, l.bulk)
-		if time.Since(began) > longestPause {
-			pause = 0 // that was no attempt
-		}
 		l.close()
 		l = nil
 		if err == nil {
@@ -74,6 +71,14 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		}
 		d.log.Warn("no page comes any more, trying again", "error", err)
 		d.paused(withRemedy(err, remedy))
+		switch inVain := d.engine.Stats().PagesPresent == before; {
+		case !inVain:
+			pause = 0
+		case errors.Is(err, postcopy.ErrLaneLost): // the network mends itself, and dialAgain has pauses of its own
+			pause = firstPause
+		default:
+			pause = min(max(firstPause, 2*pause), longestPause)
+		}
 		if err := d.sleep(pause); err != nil {
 			return err
 		}
