@@ -16,23 +16,22 @@ import (
 // lowest there was. Their product is what the link holds; a queue keeps it busy while one run is answered, a short one
 // while a thread waits for a page.
 //
-//	sweep ── asked ──►  in flight: at most rate × round trip + queue  ──► answered ── receiver
+//	sweep ── asked ──►  in flight: at most rate × round trip + queue  ──► answered
 //
 // Where a limit is set (budget.go), that is the rate, if it is lower: more in flight than it lets come would only come at once.
 //
-// The sweep calls asked, the receiver of the bulk lane answered; room may be called by anybody.
+// The sweep's goroutine owns it.
 type pace struct {
 	budget *budget
 
-	window, run         atomic.Int64 // as a rule: bytes in flight, and to ask for at a time
-	busyWindow, busyRun atomic.Int64 // while a thread waits
+	window, run         int64 // as a rule: bytes in flight, and to ask for at a time
+	busyWindow, busyRun int64 // while a thread waits
 
-	sent    int64       // bytes asked for since the session began; the sweep's
-	probing atomic.Bool // a probe is under way: set by the sweep when the two fields below are
-	end     int64       // it ends when so much came
-	began   int64       // ns
+	sent    int64 // bytes asked for since the session began
+	probing bool  // a probe is under way
+	end     int64 // it ends when so much came
+	began   int64 // ns
 
-	// Of the receiver.
 	came, data         int64                // bytes answered, and those of them that were not zero
 	lastCame, lastData int64                // when the last probe ended
 	last, lastBegan    int64                // ns, when that was, and when it had begun
@@ -45,20 +44,18 @@ type pace struct {
 }
 
 func newPace(b *budget) *pace {
-	p := &pace{budget: b, share: 1}
-	p.window.Store(firstWindow)
-	p.run.Store(firstWindow / 2)
-	p.busyWindow.Store(2 * leastRun)
-	p.busyRun.Store(leastRun)
-	return p
+	return &pace{
+		budget: b, share: 1,
+		window: firstWindow, run: firstWindow / 2, busyWindow: 2 * leastRun, busyRun: leastRun,
+	}
 }
 
 // asked says that so many bytes were asked for at now.
 func (p *pace) asked(bytes, now int64) {
 	p.sent += bytes
-	if !p.probing.Load() {
+	if !p.probing {
 		p.end, p.began = p.sent, now
-		p.probing.Store(true)
+		p.probing = true
 	}
 }
 
@@ -70,7 +67,7 @@ func (p *pace) answered(bytes, data, carried, now, trip int64) {
 	p.came += bytes
 	p.data += data
 	p.share += (float64(data)/float64(max(1, bytes)) - p.share) / 8
-	if !p.probing.Load() || p.came < p.end {
+	if !p.probing || p.came < p.end {
 		return
 	}
 	took := max(1, now-p.began)
@@ -88,7 +85,7 @@ func (p *pace) answered(bytes, data, carried, now, trip int64) {
 	}
 	p.last, p.lastBegan, p.lastCame, p.lastData = now, p.began, p.came, p.data
 	p.set(trip)
-	p.probing.Store(false)
+	p.probing = false
 }
 
 // rated takes in a rate, in bytes a ns.
@@ -109,8 +106,8 @@ func (p *pace) set(trip int64) {
 	}
 	if rate == 0 { // zeros up to now: they may come as fast as they can
 		most := p.budget.most() // data may come at once
-		p.run.Store(min(2*p.run.Load(), sweepRun, most/2))
-		p.window.Store(min(2*p.window.Load(), sweepWindow, most))
+		p.run = min(2*p.run, sweepRun, most/2)
+		p.window = min(2*p.window, sweepWindow, most)
 		return
 	}
 	least := int64(0)
@@ -128,17 +125,17 @@ func (p *pace) set(trip int64) {
 	holds := in(time.Duration(trip))
 	run := min(max(leastRun, in(runTime)), sweepRun)
 	busyRun := max(leastRun, run/2)
-	p.run.Store(run)
-	p.window.Store(min(max(least, holds+max(2*run, in(idle))), sweepWindow))
-	p.busyRun.Store(busyRun)
-	p.busyWindow.Store(min(holds+max(2*busyRun, in(busy)), sweepWindow))
+	p.run = run
+	p.window = min(max(least, holds+max(2*run, in(idle))), sweepWindow)
+	p.busyRun = busyRun
+	p.busyWindow = min(holds+max(2*busyRun, in(busy)), sweepWindow)
 }
 
 // room says how many bytes the sweep may ask for now, with so many in flight; 0: none.
 func (p *pace) room(inFlight int64, threadWaits bool) uint64 {
-	window, run := p.window.Load(), p.run.Load()
+	window, run := p.window, p.run
 	if threadWaits {
-		window, run = p.busyWindow.Load(), p.busyRun.Load()
+		window, run = p.busyWindow, p.busyRun
 	}
 	if inFlight > 0 && inFlight+run > window {
 		return 0

@@ -141,7 +141,7 @@ func TestPaceRushesThroughZeros(t *testing.T) {
 	data.drive(p, 200, never)
 	data.zero = true
 	data.drive(p, 200, never)
-	if w := p.window.Load(); w != sweepWindow {
+	if w := p.window; w != sweepWindow {
 		t.Errorf("the window is %d bytes after 200 runs of zeros, want %d", w, sweepWindow)
 	}
 	data.zero = false
@@ -156,11 +156,11 @@ func TestPaceOfAClump(t *testing.T) {
 		p := newPace(newBudget(0))
 		m := &wireModel{rate: 0.125, trip: 10 * time.Millisecond}
 		m.drive(p, 1000, never)
-		before := p.window.Load()
+		before := p.window
 		m.lost, m.late = lost, 40*time.Millisecond
 		m.drive(p, 100, never) // so few that all is remembered still
-		if most := slices.Max(p.rates[:]); most > 1.1*m.rate || p.window.Load() > 11*before/10 {
-			t.Errorf("%d: %v is taken for the rate of a link of %v; the window was %d and is %d", lost, most, m.rate, before, p.window.Load())
+		if most := slices.Max(p.rates[:]); most > 1.1*m.rate || p.window > 11*before/10 {
+			t.Errorf("%d: %v is taken for the rate of a link of %v; the window was %d and is %d", lost, most, m.rate, before, p.window)
 		}
 	}
 }
@@ -170,7 +170,7 @@ func TestPaceOfZerosFromTheBeginning(t *testing.T) {
 	p := newPace(newBudget(0))
 	m := &wireModel{rate: 0.125, trip: 200 * time.Microsecond, zero: true}
 	m.drive(p, 100, never)
-	if w, r := p.window.Load(), p.run.Load(); w != sweepWindow || r != sweepRun {
+	if w, r := p.window, p.run; w != sweepWindow || r != sweepRun {
 		t.Errorf("runs of %d bytes in a window of %d after 100 runs of zeros", r, w)
 	}
 	m.zero = false
@@ -218,7 +218,7 @@ func TestPaceKeepsTheLimit(t *testing.T) {
 			m.zero = false
 			m.drive(p, 20_000, waits)
 			paid := int64(float64(c.limit) * (time.Second + budgetCredit).Seconds())
-			if most := m.most(time.Second); most > paid+max(p.budget.most(), p.window.Load()) {
+			if most := m.most(time.Second); most > paid+max(p.budget.most(), p.window) {
 				t.Errorf("limit %d, %+v, %s: %d bytes came within a second", c.limit, *c.m, name, most)
 			}
 			sum := int64(0)
