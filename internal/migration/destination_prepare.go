@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/pkg/postcopy"
+	"github.com/migrated-vm/migrated/pkg/uffd/inject"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// Prepare makes everything ready for the device state. When it fails the
+// destination has given up.
+func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingResponse, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.phase != preparing {
+		return nil, fmt.Errorf("this migration was prepared before")
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, fmt.Errorf("the destination was not ready within %v", prepareTimeout))
+	defer cancel()
+	if err := os.MkdirAll(d.cfg.Dir, 0o755); err != nil {
+		err = fmt.Errorf("state directory: %w", err)
+		d.giveUp(err)
+		return nil, err
+	}
+	if err := d.prepare(ctx); err != nil {
+		err = causeOf(ctx, err)
+		d.giveUp(err)
+		return nil, err
+	}
+	d.phase = prepared
+	d.expire(prepared, preparedTimeout, "it was prepared and not started")
+	d.update(func(m *migratedv1.Migration) {
+		m.Prepared = true
+		m.Progress = d.meter.progress(d.engine.Stats())
+	})
+	d.log.Info("prepared", "pid", d.vm.Pid, "protocol", d.cfg.Request.GetProtocol(), "userfaultfd", d.taken.Method, "supervision", d.supervision, "label", d.label)
+	answer := &migratedv1.PrepareIncomingResponse{Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label, Protocol: d.cfg.Request.GetProtocol()}
+	for _, b := range d.blocks {
+		answer.RamBlocks = append(answer.RamBlocks, &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize})
+	}
+	return answer, nil
+}
+
+func (d *Destination) prepare(ctx context.Context) error {
+	if err := d.openQEMU(ctx); err != nil {
+		return err
+	}
+	reached("destination-started")
+	facts, err := d.vm.Facts(ctx)
+	if err != nil {
+		return askQEMU("destination", err)
+	}
+	d.blocks, err = matchMachine(d.cfg.Request.GetMachine(), facts)
+	if err != nil {
+		return err
+	}
+	if err := d.vm.PrepareIncoming(ctx); err != nil {
+		return fmt.Errorf("prepare the destination QEMU: %w", err)
+	}
+	for _, b := range d.blocks {
+		if err := qemu.PunchRAM(b); err != nil {
+			return fmt.Errorf("empty the RAM of the destination VM: %w", err)
+		}
+	}
+	if err := d.takeDescriptor(ctx); err != nil {
+		return err
+	}
+	reached("destination-taken")
+	keptFacts, err := d.keep(facts.Discards)
+	if err != nil {
+		return err
+	}
+	reached("destination-kept")
+	if err := d.makeEngine(keptFacts); err != nil {
+		return err
+	}
+	first, err := openLanes(d.ctx, d.laneConfig())
+	if err != nil {
+		return err
+	}
+	d.pumping = true
+	go d.pump(first)
+	go d.watchQEMU()
+	reached("destination-prepared")
+	return nil
+}
+
+// openQEMU starts the destination QEMU, or attaches to the one it was told of.
+func (d *Destination) openQEMU(ctx context.Context) error {
+	request := d.cfg.Request
+	if path := request.GetDestinationQmp(); path != "" {
+		vm, err := qemu.Attach(ctx, path)
+		if err != nil {
+			return fmt.Errorf("attach to the destination QEMU: %w", err)
+		}
+		// Not ours until this holds: giving up ends d.vm's QEMU.
+		if err := checkIncoming(ctx, vm); err != nil {
+			return errors.Join(err, vm.Close())
+		}
+		d.vm = vm
+		return nil
+	}
+	if len(d.cfg.Binaries) == 0 {
+		return withRemedy(errors.New("the destination starts no QEMU: its list of QEMU binaries is empty"),
+			"start QEMU there with -S -incoming defer and name its socket with --to-qmp, or set qemu_binaries in the destination's configuration")
+	}
+	machine := request.GetMachine()
+	argv, err := qemu.DestinationCommand(
+		qemu.SourceCommand{
+			Name: machine.GetName(), Args: machine.GetCommandLine(), QMPPath: machine.GetQmpPath(),
+			Dir: machine.GetWorkingDirectory(),
+		},
+		qemu.CommandOptions{
+			QMPPath: machine.GetQmpPath(), Binaries: d.cfg.Binaries, TemplatePath: request.GetDestinationTemplate(),
+		})
+	if err != nil {
+		return err
+	}
+	d.log.Info("starting QEMU", "argv", argv, "uid", machine.GetUid())
+	d.process, d.vm, err = d.cfg.Starter.Start(ctx, qemu.StartOptions{
+		Args: argv,
+		Credentials: qemu.Credentials{
+			UID: machine.GetUid(), GID: machine.GetGid(), Groups: machine.GetGroups(),
+		},
+		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(), LogPath: d.cfg.Dir + "/qemu.log",
+	})
+	if err != nil {
+		return fmt.Errorf("start the destination QEMU: %w", err)
+	}
+	return nil
+}
+
+// checkIncoming refuses a QEMU that runs a VM, or holds one, already.
+func checkIncoming(ctx context.Context, vm *qemu.VM) error {
+	status, err := vm.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("ask the destination QEMU for its state: %w", err)
+	}
+	if status != "inmigrate" {
+		return withRemedy(fmt.Errorf("the destination QEMU is %q instead of waiting for a migration", status),
+			"start it with -S -incoming defer")
+	}
+	return nil
+}
+
+// takeDescriptor obtains a userfaultfd of QEMU's memory that is supervised as it
+// has to be.
+func (d *Destination) takeDescriptor(ctx context.Context) error {
+	var err error
+	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.vm.HandFD})
+	if err != nil {
+		err = fmt.Errorf("take a userfaultfd from the destination QEMU: %w", err)
+		if errors.Is(err, inject.ErrForbidden) {
+			err = withRemedy(err, "look for \"avc: denied\" in the kernel's log of the destination; what its policy must allow is in deploy/selinux")
+		}
+		return err
+	}
+	return d.supervise()
+}
+
+// keep writes down what a daemon that is started again needs to go on.
+func (d *Destination) keep(discards bool) (*keptFactsV1, error) {
+	identity, err := d.vm.Identity()
+	if err != nil {
+		return nil, err
+	}
+	facts := &keptFactsV1{
+		QEMU: identity, QMP: d.qmpPath(), RemoteFD: d.taken.RemoteFD, Discards: discards, Settings: d.vm.Changed(),
+		Supervision: d.supervision, Label: d.label,
+	}
+	for _, b := range d.blocks {
+		facts.Blocks = append(facts.Blocks, keptBlock{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize})
+	}
+	if d.kept, err = keep(d.cfg.Dir, facts, d.cfg.Request); err != nil {
+		return nil, err
+	}
+	d.kept.header().bandwidth.Store(d.cfg.Request.GetBandwidth())
+	return facts, nil
+}
+
+func (d *Destination) qmpPath() string {
+	if path := d.cfg.Request.GetDestinationQmp(); path != "" {
+		return path
+	}
+	return d.cfg.Request.GetMachine().GetQmpPath()
+}
+
+// makeEngine registers the RAM, before anything, loading the device state
+// included, can touch it.
+func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
+	d.engine, err = postcopy.New(postcopy.Options{
+		Blocks: facts.engineBlocks(d.taken.UFFD), Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
+		Copies: d.kept.copies(), Bandwidth: d.limit(),
+	})
+	if err != nil {
+		return fmt.Errorf("register the RAM of the destination VM: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// Run runs the VM: the second step of the commit. It is idempotent. ErrNotRun
+// is a promise for good; any other error leaves open whether the VM ran.
+func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (*migratedv1.RunResponse, error) {
+	arrived := time.Now()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch {
+	case d.phase == running && d.answer != nil:
+		return d.answer, nil
+	case d.phase == running: // it is not known whether QEMU heard what it was told
+	case d.phase == givenUp:
+		return nil, fmt.Errorf("%w: %w", ErrNotRun, d.reason)
+	default:
+		if err := d.expect(loaded); err != nil {
+			return nil, err
+		}
+	}
+	told := d.phase == running
+	if d.vm == nil {
+		if over := context.Cause(d.ctx); over != nil {
+			return nil, fmt.Errorf("the VM may have run here: %w", over)
+		}
+		return nil, fmt.Errorf("the destination QEMU does not answer yet: %w", errAskAgain)
+	}
+	select {
+	case <-d.vm.QMP.Done():
+		if told {
+			return nil, fmt.Errorf("the destination QEMU was told to run the VM, and is gone: %w", d.explain(d.vm.QMP.Err()))
+		}
+		// It can't be told any more to run, and never was.
+		d.giveUp(fmt.Errorf("the destination QEMU died before it ran the VM: %w", d.explain(d.vm.QMP.Err())))
+		return nil, fmt.Errorf("%w: %w", ErrNotRun, d.reason)
+	default:
+	}
+	ctx, cancel := context.WithTimeout(ctx, resumeTimeout/2) // the source hears before it asks again
+	defer cancel()
+	reached("destination-go")
+	// From here on it may have run, whatever QEMU answers: nobody gives it up.
+	d.kept.header().toldToRun.Store(1)
+	d.phase = running
+	reached("destination-told")
+	resumed := time.Now()
+	if request.GetResume() {
+		at, err := d.vm.Cont(ctx)
+		if err != nil {
+			return nil, d.contFailed(told, err)
+		}
+		resumed = at
+	}
+	reached("destination-runs")
+	d.releaseGC()
+	d.engine.StartSweep()
+	d.answer = &migratedv1.RunResponse{
+		ResumeTime: durationpb.New(max(0, resumed.Sub(arrived))), ServeTime: durationpb.New(time.Since(arrived)),
+	}
+	downtime := request.GetStoppedFor().AsDuration() + d.answer.GetResumeTime().AsDuration()
+	d.meter.switched(resumed, downtime)
+	d.kept.running(resumed, d.answer.GetResumeTime().AsDuration(), downtime)
+	d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE)
+	d.log.Info("the VM runs", "stopped_for", downtime)
+	reached("destination-running")
+	return d.answer, nil
+}
+
+// contFailed finds out whether a VM that QEMU was told to continue may have
+// run. Only a QEMU that refused when it was told for the first time, and still
+// answers that the VM is stopped, proves that not one instruction did.
+func (d *Destination) contFailed(told bool, cause error) error {
+	d.releaseGC()
+	ctx, cancel := context.WithTimeout(d.ctx, attachTimeout)
+	defer cancel()
+	var refusal *qmp.Error
+	if !told && errors.As(cause, &refusal) {
+		if status, err := d.vm.Status(ctx); err == nil && status != "running" {
+			d.phase = loaded
+			d.giveUp(fmt.Errorf("the destination QEMU refused to run the VM: %w", cause))
+			return fmt.Errorf("%w: %w", ErrNotRun, d.reason)
+		}
+	}
+	err := fmt.Errorf("continue the destination VM: %w", d.explain(cause))
+	if refusal == nil && d.vm.QMP.Err() == nil {
+		return fmt.Errorf("%w: %w", err, errAskAgain) // QEMU hangs, and may do later what it was told
+	}
+	return err
+}

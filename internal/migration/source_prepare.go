@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/bandwidth"
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/version"
+	"github.com/migrated-vm/migrated/pkg/pagesrv"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// prepare does all that can be done while the VM runs.
+func (s *Source) prepare(ctx context.Context) error {
+	if err := s.open(ctx); err != nil {
+		return err
+	}
+	s.token = rand.Text()
+	if err := s.offer(); err != nil {
+		return err
+	}
+	destination := s.cfg.Spec.GetDestination()
+	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
+	defer cancel()
+	reached("source-offered")
+	answer, err := s.peer.PrepareIncoming(ctx, &migratedv1.PrepareIncomingRequest{
+		Id:                  s.cfg.ID,
+		Protocol:            version.Protocol,
+		OldestProtocol:      version.OldestProtocol,
+		Token:               s.token,
+		PageAddresses:       s.cfg.PageAddresses,
+		Machine:             machineOf(s.facts, s.cfg.Spec.GetVm()),
+		DestinationQmp:      s.cfg.Spec.GetDestinationQmp(),
+		DestinationTemplate: s.cfg.Spec.GetDestinationTemplate(),
+		Spec:                s.cfg.Spec,
+		Bandwidth:           bandwidth.Lower(s.cfg.Spec.GetBandwidth(), s.cfg.Bandwidth),
+	})
+	if err != nil {
+		return causeOf(ctx, fromPeer("prepare", destination, err))
+	}
+	if s.protocol, err = version.AgreeOnProtocol("destination "+destination, answer.GetProtocol(), answer.GetProtocol()); err != nil {
+		return withRemedy(fmt.Errorf("prepare: %w", err), sameVersions)
+	}
+	if len(answer.GetRamBlocks()) != len(s.facts.RAMBlocks) {
+		return fmt.Errorf("prepare: destination %s has %d RAM blocks instead of %d",
+			destination, len(answer.GetRamBlocks()), len(s.facts.RAMBlocks))
+	}
+	s.update(func(m *migratedv1.Migration) {
+		m.Supervision, m.UserfaultfdLabel = answer.GetSupervision(), answer.GetUserfaultfdLabel()
+	})
+	return confirmSupervised(s.cfg.Spec, answer)
+}
+
+// offer lets the destination fetch pages, once the VM stands still, and calls it.
+func (s *Source) offer() (err error) {
+	s.export, err = s.cfg.Pages.Offer(s.cfg.ID, s.token, s.ram, s.awaitStopped)
+	if err != nil {
+		return fmt.Errorf("offer the RAM of the VM: %w", err)
+	}
+	destination := s.cfg.Spec.GetDestination()
+	if s.conn, err = s.cfg.Dial(destination, withToken(s.cfg.ID, s.token)); err != nil {
+		return withRemedy(fmt.Errorf("destination %s: %w", destination, err), "give the destination as HOST:PORT")
+	}
+	s.peer = migratedv1.NewPeerServiceClient(s.conn)
+	return nil
+}
+
+// open looks at the VM and opens its RAM.
+func (s *Source) open(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
+	var err error
+	if s.vm, err = qemu.Attach(ctx, s.cfg.Spec.GetVm()); err != nil {
+		return fmt.Errorf("attach to the VM: %w", err)
+	}
+	if err := s.refuseHandedOver(ctx); err != nil {
+		return err
+	}
+	if err := checkVM(ctx, s.vm); err != nil {
+		return err
+	}
+	if s.facts, err = s.vm.Facts(ctx); err != nil {
+		return askQEMU("source", err)
+	}
+	s.update(func(m *migratedv1.Migration) { m.VmName = s.facts.Name })
+	if err := s.openRAM(); err != nil {
+		return err
+	}
+	return s.vm.PrepareOutgoing(ctx)
+}
+
+func (s *Source) openRAM() (err error) {
+	blocks := make([]pagesrv.Block, 0, len(s.facts.RAMBlocks))
+	for _, b := range s.facts.RAMBlocks {
+		blocks = append(blocks, pagesrv.Block{
+			ID: b.ID, Path: b.Path, Offset: b.FileOffset, Size: b.Size, PageSize: b.PageSize,
+		})
+	}
+	if s.ram, err = pagesrv.OpenRAM(blocks); err != nil {
+		return fmt.Errorf("open the RAM of the VM: %w", err)
+	}
+	return nil
+}
+
+// refuseHandedOver keeps a QEMU that was left for its memory from being taken
+// for the VM. One that runs was continued by its operator, and is the VM again.
+func (s *Source) refuseHandedOver(ctx context.Context) error {
+	rec, handedOver, err := s.cfg.Records.ForVM(s.cfg.Spec.GetVm(), s.vm.Pid)
+	if err != nil || !handedOver {
+		return err
+	}
+	running, err := s.vm.Running(ctx)
+	if err != nil {
+		return askQEMU("source", err)
+	}
+	if running {
+		s.log.Warn("a VM that was handed over runs here again", "record", rec.ID, "destination", rec.Destination)
+		return s.cfg.Records.Remove(rec.ID)
+	}
+	return withRemedy(
+		fmt.Errorf("this VM was handed over to %s by migration %s at %s and is only kept for its memory",
+			rec.Destination, rec.ID, rec.HandedOver.Format(time.RFC3339)),
+		"migrate the VM from the host on which it runs now")
+}
+
+// awaitStart waits for Start while both ends stay alive.
+func (s *Source) awaitStart(ctx context.Context) error {
+	select {
+	case <-s.started:
+		return nil
+	default:
+	}
+	// The destination ends the stream with a reason when it gives up.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() { cancel(s.watchIdlePeer(ctx)) }()
+	select {
+	case <-s.started:
+		return nil
+	case <-s.vm.QMP.Done():
+		return fmt.Errorf("the connection to QEMU ended while waiting for start: %w", s.vm.QMP.Err())
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// watchIdlePeer returns when a prepared destination is no longer prepared.
+func (s *Source) watchIdlePeer(ctx context.Context) error {
+	destination := s.cfg.Spec.GetDestination()
+	stream, err := s.peer.WatchIncoming(ctx, &migratedv1.WatchIncomingRequest{Id: s.cfg.ID})
+	if err != nil {
+		return fromPeer("wait for start", destination, err)
+	}
+	for {
+		answer, err := stream.Recv()
+		if err != nil {
+			return fromPeer("wait for start", destination, err)
+		}
+		if Terminal(answer.GetState()) {
+			return fmt.Errorf("wait for start: destination %s gave up: %s", destination, answer.GetError().GetMessage())
+		}
+	}
+}
