@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/alive"
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
@@ -144,7 +145,8 @@ func TestKernelKeepsConnectionsAlive(t *testing.T) {
 			t.Fatal(err)
 		}
 		for option, want := range map[int]int{
-			unix.TCP_KEEPIDLE: int(limits.KeepaliveTime.Seconds()), unix.TCP_KEEPINTVL: int(limits.KeepaliveTimeout.Seconds()), unix.TCP_KEEPCNT: 3,
+			unix.TCP_KEEPIDLE: int(alive.Quiet.Seconds()), unix.TCP_KEEPINTVL: int(alive.Answer.Seconds()), unix.TCP_KEEPCNT: 1,
+			unix.TCP_USER_TIMEOUT: int((alive.Quiet + alive.Answer).Milliseconds()), unix.TCP_THIN_LINEAR_TIMEOUTS: 1,
 		} {
 			got, optionErr := 0, error(nil)
 			if err := raw.Control(func(fd uintptr) { got, optionErr = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, option) }); err != nil || optionErr != nil || got != want {

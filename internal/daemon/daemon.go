@@ -27,6 +27,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/migrated-vm/migrated/internal/alive"
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/migration"
@@ -212,7 +213,7 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 		grpc.WithContextDialer(dialTCP),
 		grpc.WithConnectParams(reconnect),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
-			Time: limits.KeepaliveTime, Timeout: limits.KeepaliveTimeout, PermitWithoutStream: true,
+			Time: alive.Quiet, Timeout: alive.Answer, PermitWithoutStream: true,
 		}))
 	options = append(options, extra...)
 	// passthrough: names are resolved by the dialer, at every attempt.
@@ -220,8 +221,15 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 }
 
 func dialTCP(ctx context.Context, address string) (net.Conn, error) {
-	dialer := net.Dialer{KeepAliveConfig: limits.Keepalive}
-	return dialer.DialContext(ctx, "tcp", address)
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	if err := alive.Keep(c); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
 }
 
 // dialLane connects to another daemon for a lane.

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/alive"
 	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -57,9 +58,9 @@ func (d *Daemon) network(listener net.Listener, allow mtls.Allow) *network {
 		grpc.MaxConcurrentStreams(limits.Streams),
 		grpc.MaxHeaderListSize(limits.HeaderBytes),
 		grpc.MaxRecvMsgSize(limits.MessageBytes),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: limits.KeepaliveTime / 2, PermitWithoutStream: true}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: alive.Quiet / 2, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
-			Time: limits.KeepaliveTime, Timeout: limits.KeepaliveTimeout, MaxConnectionIdle: limits.IdleTime,
+			Time: alive.Quiet, Timeout: alive.Answer, MaxConnectionIdle: limits.IdleTime,
 		}),
 		peers.Calls(migratedv1.PeerService_PrepareIncoming_FullMethodName, migratedv1.PeerService_CheckHost_FullMethodName),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {

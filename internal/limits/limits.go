@@ -38,11 +38,6 @@ const (
 	// MessageBytes are the most of one message to a daemon. The largest has a QEMU's command line.
 	MessageBytes = 256 << 10
 
-	// KeepaliveTime is how long a connection may carry nothing until the other side is asked whether it is there.
-	KeepaliveTime = 10 * time.Second
-	// KeepaliveTimeout is how long it may take to answer. Two daemons notice a half-open connection within the sum of both.
-	KeepaliveTimeout = 5 * time.Second
-
 	// New connections of one peer a second, and at once: all lanes of its migrations when a network is back.
 	connectionRate  = 32
 	connectionBurst = ConnectionsPerPeer
@@ -53,10 +48,6 @@ const (
 	// rememberedPeers bounds how many addresses have a rate remembered that are not connected.
 	rememberedPeers = 4096
 )
-
-// Keepalive is the kernel's, besides gRPC's: that one goes by the wall clock (lastRead in grpc/internal/transport), and
-// where it is put back by years, does not look at a connection again for as long.
-var Keepalive = net.KeepAliveConfig{Enable: true, Idle: KeepaliveTime, Interval: KeepaliveTimeout, Count: 3}
 
 // Peers counts what each address has of one listener.
 type Peers struct {

@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/grpc/credentials"
 
+	"github.com/migrated-vm/migrated/internal/alive"
 	"github.com/migrated-vm/migrated/internal/within"
 )
 
@@ -30,18 +31,15 @@ func (l *listener) Accept() (net.Conn, error) {
 		}
 		address := Network(c.RemoteAddr())
 		why := l.peers.admit(address)
-		tcp, isTCP := c.(*net.TCPConn)
 		if why == "" {
-			if isTCP {
-				_ = tcp.SetKeepAliveConfig(Keepalive) // it is closed already if that fails
-			}
+			_ = alive.Keep(c) // it is closed already if that fails
 			admitted := &conn{Conn: c}
 			admitted.established = sync.OnceFunc(func() { l.peers.established(address) })
 			admitted.left = sync.OnceFunc(func() { l.peers.left(address) })
 			return admitted, nil
 		}
 		l.peers.refusals.Refused(why, address)
-		if isTCP {
+		if tcp, ok := c.(*net.TCPConn); ok {
 			_ = tcp.SetLinger(0) // a reset: the kernel keeps nothing of it either
 		}
 		_ = c.Close() // nothing was said

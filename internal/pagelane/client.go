@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/alive"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -39,7 +40,7 @@ func Dial(ctx context.Context, address string, creds credentials.TransportCreden
 }
 
 func handshake(ctx context.Context, address string, s *socket, creds credentials.TransportCredentials) (net.Conn, error) {
-	if err := alive(s); err != nil {
+	if err := alive.Keep(s); err != nil {
 		return nil, err
 	}
 	c, _, err := creds.ClientHandshake(ctx, address, s)
@@ -63,7 +64,7 @@ type Client struct {
 // until the server ends it or ctx ends; either closes the connection, and so does an error, which is a gRPC status
 // or ErrBroken.
 func Open(ctx context.Context, c net.Conn, md metadata.MD) (*Client, error) {
-	return openWith(ctx, c, md, quiet)
+	return openWith(ctx, c, md, alive.Quiet)
 }
 
 // openWith has the lane ask that often whether the source is there.

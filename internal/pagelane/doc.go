@@ -28,7 +28,7 @@
 // the first and the last frame of a lane, is by hand. A second stream is refused. There is no compression by gRPC, and no deadline
 // of the call.
 //
-// A host that is gone is found by TCP, a source that hangs, or with which bytes were lost, by the client's PINGs (alive.go).
+// A host that is gone is found by TCP, a source that hangs, or with which bytes were lost, by the client's PINGs (pulse.go).
 package pagelane
 
 import (

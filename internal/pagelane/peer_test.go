@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/alive"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -135,7 +136,7 @@ func TestSmallWindow(t *testing.T) {
 // take them while it waits to send.
 func TestLoneClient(t *testing.T) {
 	const length = 4096
-	fetched := clientOf(t, quiet, func(l *Client) (err error) {
+	fetched := clientOf(t, alive.Quiet, func(l *Client) (err error) {
 		l.Alone()
 		for offset := range uint64(3) {
 			err = errors.Join(err, l.SendMsg(&pagewire.Request{Ranges: []pagewire.Range{{Offset: offset, Length: length}}}))
@@ -270,7 +271,7 @@ func TestClientOfBrokenServer(t *testing.T) {
 		}, func(err error) bool { return err != nil }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := clientOf(t, quiet, takeOne, c.speak)
+			got := clientOf(t, alive.Quiet, takeOne, c.speak)
 			select {
 			case err := <-got:
 				if !c.want(err) {

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/alive"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -79,9 +80,6 @@ func (d *dispatcher) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 		return nil, nil, err
 	case !lane:
 		return &seen{c, in}, info, nil
-	}
-	if err := alive(raw); err != nil {
-		return nil, nil, err
 	}
 	return nil, nil, d.server.take(s, c, in, info)
 }
@@ -153,7 +151,7 @@ func (s *Server) run(raw *socket, c net.Conn, in *bufio.Reader, info credentials
 	t := &Stream{conn: newConn(c, in, firstWindow), socket: raw}
 	t.headers = t.request
 	t.awaitWindow = t.stash
-	hello := time.AfterFunc(quiet, func() { _ = c.Close() }) // who says no more than that it is a lane is none
+	hello := time.AfterFunc(alive.Quiet, func() { _ = c.Close() }) // who says no more than that it is a lane is none
 	md, err := t.greet()
 	if !hello.Stop() || err != nil {
 		return

@@ -3,49 +3,17 @@
 package pagelane
 
 import (
-	"errors"
 	"fmt"
 	"math"
-	"net"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-
-	"github.com/migrated-vm/migrated/internal/within"
 )
 
-const (
-	// quiet is how long a connection may carry nothing before TCP asks whether the other side is still there.
-	quiet = 10 * time.Second
-	// answer is how long that, and anything that was sent, may go without an acknowledgement.
-	answer = 5 * time.Second
-	// leastHeard is how many bytes in that time are a sign of life by themselves, more than the answers to PINGs.
-	leastHeard = 1 << 10
-)
-
-// alive makes TCP end the connection when the other host does not answer: within quiet and answer, as the daemon's other
-// connections do. Connections of other kinds than TCP are left as they are.
-func alive(c net.Conn) error {
-	tcp, ok := within.Conn[*net.TCPConn](c)
-	if !ok {
-		return nil
-	}
-	if err := tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: quiet, Interval: answer, Count: 1}); err != nil {
-		return err
-	}
-	raw, err := tcp.SyscallConn()
-	if err != nil {
-		return err
-	}
-	// Without it, what was sent into a cut cable is repeated for a quarter of an hour: tcp(7).
-	controlErr := raw.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int((quiet + answer).Milliseconds()))
-	})
-	return errors.Join(controlErr, err)
-}
+// leastHeard is how many bytes between two beats are a sign of life by themselves, more than the answers to PINGs.
+const leastHeard = 1 << 10
 
 // A pulse tells a lane whose source answers from one that waits for ever: TCP knows that the other host is there, and
 // nothing of a source that hangs, or that takes a length which was damaged on the way for more than will come.
