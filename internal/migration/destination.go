@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
@@ -69,7 +70,8 @@ type Destination struct {
 	loadCtx    context.Context //nolint:containedctx // see above
 	cancelLoad context.CancelCauseFunc
 
-	mu      sync.Mutex // serializes the peer's calls; guards what follows
+	fate    atomic.Int32 // see decide
+	mu      sync.Mutex   // serializes the peer's calls; guards what follows
 	phase   phase
 	reason  error // why phase is givenUp
 	answer  *migratedv1.RunResponse
@@ -112,6 +114,19 @@ const (
 	running // QEMU was told to run it: the VM is this host's
 	givenUp // for good: Run is answered with ErrNotRun
 )
+
+// Fates of a destination.
+const (
+	undecided int32 = iota
+	toldToRun       // QEMU was told to run the VM, or will be
+	pagesLost       // before that the source's pages could not be had any more
+)
+
+// decide makes f the destination's fate, unless it has another. The peer's calls and the pump both ask, and the pump cannot
+// wait for mu: Run holds that while it waits for QEMU, which may wait for pages.
+func (d *Destination) decide(f int32) bool {
+	return d.fate.CompareAndSwap(undecided, f) || d.fate.Load() == f
+}
 
 // AgreeOnProtocol makes the protocol of a request the newest that both daemons speak, to which they keep from then on.
 func AgreeOnProtocol(request *migratedv1.PrepareIncomingRequest) (err error) {

@@ -62,7 +62,7 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		if d.ctx.Err() != nil || !passes {
 			return err
 		}
-		if !d.switched() {
+		if d.decide(pagesLost) {
 			return fmt.Errorf("the source's pages cannot be had any more, before the switch: %w", err)
 		}
 		d.log.Warn("no page comes any more, trying again", "error", err)
@@ -119,7 +119,7 @@ func (d *Destination) dialAgain() (*lanes, error) {
 		l, err := openLanes(d.ctx, d.laneConfig())
 		if err == nil {
 			state := migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
-			if !d.switched() { // taken up between loading and Run
+			if d.fate.Load() != toldToRun { // taken up between loading and Run
 				state = migratedv1.MigrationState_MIGRATION_STATE_DEVICE
 			}
 			d.update(func(m *migratedv1.Migration) { m.State, m.Error = state, nil })
@@ -161,12 +161,6 @@ func (d *Destination) Recover(via string) error {
 func (d *Destination) paused(reason error) {
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, reason,
 		"the VM runs on the destination; what needs a missing page waits")
-}
-
-func (d *Destination) switched() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.phase == running
 }
 
 func (d *Destination) showProgress(ctx context.Context) {

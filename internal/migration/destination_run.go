@@ -51,6 +51,9 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	ctx, cancel := context.WithTimeout(ctx, resumeTimeout/2) // the source hears before it asks again
 	defer cancel()
 	reached("destination-go")
+	if !d.decide(toldToRun) {
+		return nil, fmt.Errorf("%w: the source's pages cannot be had any more", ErrNotRun) // and the pump gives it up
+	}
 	// From here on it may have run, whatever QEMU answers: nobody gives it up.
 	d.kept.header().toldToRun.Store(1)
 	d.phase = running

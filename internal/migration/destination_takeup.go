@@ -67,6 +67,7 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	d.kept, d.left = k, facts.QEMU
 	if k.header().toldToRun.Load() != 0 {
 		d.phase = running
+		d.decide(toldToRun)
 	}
 	reached("destination-taken-up")
 	if k.header().filled.Load() != 0 { // nothing waits for it; its source may ask how it ended
