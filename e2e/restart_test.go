@@ -327,7 +327,6 @@ func TestFallBackWhenTheDestinationIsLost(t *testing.T) {
 	if _, err := client.FallBack(testContext(t), &migratedv1.FallBackRequest{Id: "lost", DestinationIsGone: true}); err != nil {
 		t.Fatal(err)
 	}
-	s.stillCounting()
-	checkMetal(t, vm, l.A)
+	s.countsAtTheSource() // it has run at the destination, perhaps to the end of a pass
 	nothingKept(t, l.A)
 }
