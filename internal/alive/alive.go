@@ -4,6 +4,7 @@
 package alive
 
 import (
+	"context"
 	"errors"
 	"net"
 	"time"
@@ -22,6 +23,19 @@ const (
 	// told. By itself it waits twice as long each time: who was cut off for ten seconds would be for twenty.
 	repeat = time.Second
 )
+
+// Dial connects to address, HOST:PORT, and keeps the connection so.
+func Dial(ctx context.Context, address string) (net.Conn, error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	if err := Keep(c); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
 
 // Keep sets that for a connection of TCP; others are left as they are. It is the kernel that asks, by the monotonic clock:
 // gRPC's keepalive goes by the wall clock (lastRead in grpc/internal/transport), and where that is put back by years, does not

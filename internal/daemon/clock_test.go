@@ -125,7 +125,7 @@ func TestKernelKeepsConnectionsAlive(t *testing.T) {
 	}
 	defer closeQuietly(bare)
 	l := limits.NewPeers(limits.NewRefusals(slog.New(slog.DiscardHandler))).Listener(bare)
-	dialled, err := dialTCP(t.Context(), l.Addr().String())
+	dialled, err := alive.Dial(t.Context(), l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}

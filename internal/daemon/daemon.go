@@ -210,7 +210,7 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 	}
 	options := append(pagewire.DialOptions(),
 		grpc.WithTransportCredentials(creds),
-		grpc.WithContextDialer(dialTCP),
+		grpc.WithContextDialer(alive.Dial),
 		grpc.WithConnectParams(reconnect),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: alive.Quiet, Timeout: alive.Answer, PermitWithoutStream: true,
@@ -218,18 +218,6 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 	options = append(options, extra...)
 	// passthrough: names are resolved by the dialer, at every attempt.
 	return grpc.NewClient("passthrough:///"+address, options...)
-}
-
-func dialTCP(ctx context.Context, address string) (net.Conn, error) {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "tcp", address)
-	if err != nil {
-		return nil, err
-	}
-	if err := alive.Keep(c); err != nil {
-		return nil, errors.Join(err, c.Close())
-	}
-	return c, nil
 }
 
 // dialLane connects to another daemon for a lane.

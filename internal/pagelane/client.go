@@ -25,8 +25,7 @@ import (
 
 // Dial connects to address, HOST:PORT, in the way of creds.
 func Dial(ctx context.Context, address string, creds credentials.TransportCredentials) (net.Conn, error) {
-	var d net.Dialer
-	raw, err := d.DialContext(ctx, "tcp", address)
+	raw, err := alive.Dial(ctx, address)
 	if err != nil {
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
@@ -40,9 +39,6 @@ func Dial(ctx context.Context, address string, creds credentials.TransportCreden
 }
 
 func handshake(ctx context.Context, address string, s *socket, creds credentials.TransportCredentials) (net.Conn, error) {
-	if err := alive.Keep(s); err != nil {
-		return nil, err
-	}
 	c, _, err := creds.ClientHandshake(ctx, address, s)
 	if err != nil {
 		return nil, fmt.Errorf("authentication handshake failed: %w", err)
