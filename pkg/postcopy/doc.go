@@ -31,7 +31,8 @@
 // anything to another: whoever is woken by the kernel does all there is to do until it sleeps again. Waking a thread costs more
 // than anything else that is done for a page (docs/fault-budget.md).
 //
-// Read fault.go, then install.go: their functions stand in the order in which a fault meets them. predict.go guesses what
+// Read fault.go, lane.go of package pagesrv, then install.go: their functions stand in the order in which a fault meets them; what is
+// between them is a lane (package pagelane), which sends and receives messages and no more. predict.go guesses what
 // a thread will fault on next, pace.go how much the sweep may ask for without being in the way of faults, budget.go what
 // both may take of the network in a second. pages.go holds the states of all pages and the picture of their changes.
 // session.go starts and ends the goroutines, engine.go holds what outlives them, constants.go every size and delay.
