@@ -12,75 +12,143 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
 )
 
 // minPageSize is the smallest page of the architectures that are served, in bytes.
 const minPageSize = 4096
 
-// A Block is a piece of guest RAM that lies in a file. Its index in the list given to OpenRAM is the
-// block number in page requests.
+// A Block is a piece of memory of a VM. Its index in the list given to OpenRAM is the block number in page
+// requests.
+//
+// All of it is in a file that the VM shares (Path and Offset alone), or in memory of a process (PID and Addr). A process
+// may have it from a file that it does not write to (a private mapping): that is Path and Offset then, or there is none.
 type Block struct {
 	ID       string // QEMU's name of it, for messages
-	Path     string // the RAM file, for example /proc/PID/map_files/A-B
-	Offset   int64  // bytes from the beginning of the file
 	Size     uint64 // bytes, a multiple of PageSize
 	PageSize uint64 // bytes, a power of two from 4 KiB to 2 MiB
+
+	Path   string // the file, for example /proc/PID/map_files/A-B
+	Offset int64  // bytes from the beginning of the file
+
+	PID  int    // the process; 0: the file has all
+	Addr uint64 // of the first byte in the process
+	// Shared says that others may have memory of the process, too: what it has not mapped is not therefore empty.
+	Shared bool
 }
 
 // RAM is the memory of one VM, open for reading. Close it after the export that serves it is withdrawn.
+//
+// It refers to the files and to the memory of the process as they were when it was opened: another process that gets the
+// number of one that has ended is never read.
 type RAM struct {
 	blocks []openBlock
+	opened []io.Closer
 }
 
+// openBlock reads from file, in which the block begins at base.
 type openBlock struct {
 	Block
 	file *os.File
+	base int64
+
+	pages *pagemap.Map // of a process' private memory, else nil
+	under *os.File     // shows through where pages have nothing; nil: zeros do
 }
 
-// OpenRAM opens the files of all blocks read-only and checks that they hold the blocks.
+// ErrProcessGone says that the process ended whose memory was to be read.
+var ErrProcessGone = errors.New("QEMU has ended, and with it the VM's memory that was not a file's")
+
+// OpenRAM opens the files and the memory of all blocks read-only and checks that they hold the blocks.
 func OpenRAM(blocks []Block) (*RAM, error) {
 	if len(blocks) == 0 {
 		return nil, errors.New("open RAM: the VM has no RAM block")
 	}
 	ram := &RAM{}
+	processes := map[int]process{}
 	for _, b := range blocks {
-		file, err := openBlockFile(b)
+		open, err := ram.open(b, processes)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("open RAM block %q: %w", b.ID, err), ram.Close())
 		}
-		ram.blocks = append(ram.blocks, openBlock{b, file})
+		ram.blocks = append(ram.blocks, open)
 	}
 	return ram, nil
 }
 
-func openBlockFile(b Block) (_ *os.File, err error) {
+// A process is one whose memory is read.
+type process struct {
+	memory *os.File
+	pages  *pagemap.Map
+}
+
+func (r *RAM) open(b Block, processes map[int]process) (open openBlock, err error) {
+	if err := check(b); err != nil {
+		return open, err
+	}
+	open = openBlock{Block: b, base: b.Offset}
+	if b.PID == 0 {
+		open.file, err = r.openFile(b)
+		return open, err
+	}
+	p, known := processes[b.PID]
+	if !known {
+		if p, err = r.openProcess(b.PID); err != nil {
+			return open, err
+		}
+		processes[b.PID] = p
+	}
+	open.file, open.base = p.memory, int64(b.Addr)
+	if b.Shared {
+		return open, nil
+	}
+	open.pages = p.pages
+	if b.Path != "" {
+		open.under, err = r.openFile(b)
+	}
+	return open, err
+}
+
+func (r *RAM) openProcess(pid int) (p process, err error) {
+	if p.memory, err = os.Open(fmt.Sprintf("/proc/%d/mem", pid)); err != nil {
+		return p, err
+	}
+	r.opened = append(r.opened, p.memory)
+	if p.pages, err = pagemap.Open(pid); err != nil {
+		return p, err
+	}
+	r.opened = append(r.opened, p.pages)
+	return p, nil
+}
+
+func check(b Block) error {
 	switch {
 	case b.PageSize < minPageSize || bits.OnesCount64(b.PageSize) != 1:
-		return nil, fmt.Errorf("page size of %d bytes is no power of two of at least %d", b.PageSize, minPageSize)
+		return fmt.Errorf("page size of %d bytes is no power of two of at least %d", b.PageSize, minPageSize)
 	case b.PageSize > pagewire.MaxData:
-		return nil, fmt.Errorf("pages of %d bytes are too large to be moved whole, use huge pages of at most %d bytes",
+		return fmt.Errorf("pages of %d bytes are too large to be moved whole, use huge pages of at most %d bytes",
 			b.PageSize, pagewire.MaxData)
 	case b.Size == 0 || b.Size%b.PageSize != 0:
-		return nil, fmt.Errorf("size of %d bytes is no multiple of the page size %d", b.Size, b.PageSize)
-	case b.Offset < 0 || b.Size > 1<<62 || b.Offset > 1<<62:
-		return nil, fmt.Errorf("%d bytes at offset %d are no part of a file", b.Size, b.Offset)
+		return fmt.Errorf("size of %d bytes is no multiple of the page size %d", b.Size, b.PageSize)
+	case b.Offset < 0 || b.Size > 1<<62 || b.Offset > 1<<62 || b.Addr > 1<<62:
+		return fmt.Errorf("%d bytes at offset %d are no part of a file", b.Size, b.Offset)
 	}
+	return nil
+}
+
+func (r *RAM) openFile(b Block) (*os.File, error) {
 	// O_NONBLOCK: a path that turns out to be a FIFO must not block here. Regular files ignore it.
 	file, err := os.OpenFile(b.Path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err // names the path
 	}
-	defer func() {
-		if err != nil {
-			_ = file.Close()
-		}
-	}()
+	r.opened = append(r.opened, file)
 	info, err := file.Stat()
 	if err != nil {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is no regular file (%v): RAM must be a memory-backend-file with share=on", b.Path, info.Mode().Type())
+		return nil, fmt.Errorf("%s is no regular file (%v): the VM's memory cannot be in it", b.Path, info.Mode().Type())
 	}
 	if end := b.Offset + int64(b.Size); info.Size() < end {
 		return nil, fmt.Errorf("%s has %d bytes, the block ends at %d", b.Path, info.Size(), end)
@@ -91,27 +159,51 @@ func openBlockFile(b Block) (_ *os.File, err error) {
 // Close closes the files. A read that comes later fails.
 func (r *RAM) Close() error {
 	var errs []error
-	for _, b := range r.blocks {
-		errs = append(errs, b.file.Close())
+	for _, c := range r.opened {
+		errs = append(errs, c.Close())
 	}
 	return errors.Join(errs...)
 }
 
 // read fills dst from offset of the block.
 func (b *openBlock) read(dst []byte, offset uint64) error {
-	_, err := b.file.ReadAt(dst, b.Offset+int64(offset))
-	if errors.Is(err, io.EOF) {
-		return fmt.Errorf("%s: the file was truncated below offset %d", b.Path, b.Offset+int64(offset)+int64(len(dst)))
+	_, err := b.file.ReadAt(dst, b.base+int64(offset))
+	switch {
+	case errors.Is(err, io.EOF) && b.PID != 0: // there is no end of an address space that exists
+		return ErrProcessGone
+	case errors.Is(err, io.EOF):
+		return fmt.Errorf("%s: the file was truncated below offset %d", b.Path, b.base+int64(offset)+int64(len(dst)))
 	}
 	return err // names the path
 }
 
 // hole returns where the next page with possible data begins, at offset or after it; at most Size. What
-// lies before it was never written and reads as zero. hugetlbfs calls everything data.
+// lies before it was never written and reads as zero.
+func (b *openBlock) hole(offset uint64) (uint64, error) {
+	if b.PID == 0 {
+		return b.fileHole(b.file, offset)
+	}
+	if b.pages == nil {
+		return offset, nil
+	}
+	start := uint64(b.base)
+	at, err := b.pages.Next(start+offset, start+b.Size)
+	if err != nil {
+		return 0, err
+	}
+	data := max((at-start)/b.PageSize*b.PageSize, offset)
+	if b.under == nil || data == offset {
+		return data, nil
+	}
+	shown, err := b.fileHole(b.under, offset)
+	return min(data, shown), err
+}
+
+// fileHole looks for a hole in a file. hugetlbfs calls everything data.
 //
 // lseek(2) moves the position of the open file, which no read here uses.
-func (b *openBlock) hole(offset uint64) (uint64, error) {
-	at, err := b.file.Seek(b.Offset+int64(offset), unix.SEEK_DATA)
+func (b *openBlock) fileHole(file *os.File, offset uint64) (uint64, error) {
+	at, err := file.Seek(b.Offset+int64(offset), unix.SEEK_DATA)
 	if errors.Is(err, unix.ENXIO) { // no data up to the end of the file
 		return b.Size, nil
 	}

@@ -27,7 +27,7 @@ func TestOpenRAMRefusesWhatItCannotServe(t *testing.T) {
 		text string
 	}{
 		{"no file", func(b *Block) { b.Path += "-missing" }, "no such file"},
-		{"FIFO", func(b *Block) { b.Path = fifo }, "share=on"},
+		{"FIFO", func(b *Block) { b.Path = fifo }, "no regular file"},
 		{"directory", func(b *Block) { b.Path = "/dev/shm" }, "no regular file"},
 		{"file too short", func(b *Block) { b.Size += 4096 }, "the block ends at 1052672"},
 		{"file too short behind offset", func(b *Block) { b.Offset = 4096 }, "the block ends at"},

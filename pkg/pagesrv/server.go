@@ -144,8 +144,7 @@ func checkProtocol(shown string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", pagewire.ProtocolKey, err)
 	}
-	_, err = version.AgreeOnProtocol("the destination", uint32(v), uint32(v))
-	return err
+	return version.CheckProtocol("the destination", uint32(v))
 }
 
 // one returns the value of a metadata key that must be there exactly once, or "".

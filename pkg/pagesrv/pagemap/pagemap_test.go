@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pagemap
+
+import (
+	"os"
+	"slices"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// pages are how many a test maps.
+const pages = 4096
+
+func TestNext(t *testing.T) {
+	pageSize := os.Getpagesize()
+	memory, err := unix.Mmap(-1, 0, pages*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Munmap(memory); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := unix.Madvise(memory, unix.MADV_NOHUGEPAGE); err != nil {
+		t.Fatal(err)
+	}
+	start := uint64(uintptr(unsafe.Pointer(&memory[0])))
+	touched := []int{7, 8, 1500, pages - 1}
+	for _, p := range touched {
+		memory[p*pageSize] = 1
+	}
+	zeros := memory[100*pageSize] // maps the kernel's page of zeros there
+	m, err := Open(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	for name, c := range map[string]struct {
+		next func(from, end uint64) (uint64, error)
+		want []int
+	}{
+		"scan": {m.Next, touched},
+		"walk": {m.walk, []int{7, 8, 100, 1500, pages - 1}}, // entries do not tell the page of zeros
+	} {
+		end := start + uint64(len(memory))
+		var got []int
+		for at := start; ; at += uint64(pageSize) {
+			if at, err = c.next(at, end); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if at == end {
+				break
+			}
+			got = append(got, int(at-start)/pageSize)
+		}
+		if m.unable.Load() && name == "scan" {
+			t.Log("this kernel has no PAGEMAP_SCAN")
+			continue
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: pages %v, want %v", name, got, c.want)
+		}
+	}
+	if zeros != 0 {
+		t.Error("a page that nobody wrote to is not zero")
+	}
+}
+
+func TestNextOfNothing(t *testing.T) {
+	m, err := Open(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if at, err := m.Next(4096, 4096); err != nil || at != 4096 {
+		t.Errorf("%d, %v", at, err)
+	}
+}
+
+// The sweep looks for holes with it: it must not make garbage.
+func TestNextAllocatesNothing(t *testing.T) {
+	m, err := Open(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	memory := make([]byte, 1<<20)
+	start := uint64(uintptr(unsafe.Pointer(&memory[0]))) &^ 4095
+	if n := testing.AllocsPerRun(100, func() {
+		if _, err := m.Next(start, start+1<<20); err != nil {
+			t.Error(err)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
