@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package devicestate
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// section is one as QEMU writes it.
+func section(id uint32, name string, instance uint32, content string) []byte {
+	b := binary.BigEndian.AppendUint32([]byte{sectionFull}, id)
+	b = append(append(b, byte(len(name))), name...)
+	b = binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(b, instance), 1)
+	b = append(append(b, content...), sectionFooter)
+	return binary.BigEndian.AppendUint32(b, id)
+}
+
+func saved(sections ...[]byte) []byte {
+	b := binary.BigEndian.AppendUint32([]byte(magic), version)
+	return append(append(b, bytes.Join(sections, nil)...), sectionEnd)
+}
+
+func TestParse(t *testing.T) {
+	// What a device writes may look like the end of its section, and even be followed by what is no header.
+	sly := "a\x7e\x00\x00\x00\x02\x04\x00\x00\x00\x03\x00b"
+	parts := [][]byte{section(2, "timer", 0, sly), section(7, "0000:00:04.0/virtio-net", 0, ""), section(5, "cpu", 1, "\x00\x00")}
+	sections, err := Parse(saved(parts...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Section{{"timer", 0, 1, parts[0]}, {"0000:00:04.0/virtio-net", 0, 1, parts[1]}, {"cpu", 1, 1, parts[2]}}
+	if diff := cmp.Diff(want, sections); diff != "" {
+		t.Errorf("sections (-want +got):\n%s", diff)
+	}
+}
+
+func TestParseRefuses(t *testing.T) {
+	good := saved(section(2, "timer", 0, "abc"))
+	if _, err := Parse(good); err != nil {
+		t.Fatal(err)
+	}
+	edit := func(at int, value byte) []byte {
+		b := bytes.Clone(good)
+		b[at] = value
+		return b
+	}
+	for name, b := range map[string][]byte{
+		"nothing":             nil,
+		"no section, no end":  good[:preamble],
+		"another magic":       edit(0, 'X'),
+		"another version":     edit(7, 4),
+		"a section of RAM":    edit(8, 1),
+		"no name":             edit(13, 0),
+		"a name that is none": edit(14, 7),
+		"no footer":           edit(len(good)-6, 0),
+		"a footer of another": edit(len(good)-2, 9),
+		"no end":              good[:len(good)-1],
+		"more than the end":   append(bytes.Clone(good), 0),
+	} {
+		if _, err := Parse(b); !errors.Is(err, ErrUnknown) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestStream(t *testing.T) {
+	state := saved(section(2, "timer", 0, "abc"))
+	got := append(Head("pc-q35-7.2"), Body(state)...)
+	want := "QEVM\x00\x00\x00\x03\x07\x00\x00\x00\x0apc-q35-7.2" + string(state[preamble:]) + "\x06\x00\x00\x00\x02{}"
+	if string(got) != want {
+		t.Errorf("stream %q, want %q", got, want)
+	}
+	sections, err := ParseBody(Body(state))
+	if err != nil || len(sections) != 1 || sections[0].Name != "timer" {
+		t.Errorf("sections %v, %v", sections, err)
+	}
+	if _, err := ParseBody(Body(state)[:9]); !errors.Is(err, ErrUnknown) {
+		t.Errorf("half a body: %v", err)
+	}
+}
+
+func TestCompare(t *testing.T) {
+	parse := func(sections ...[]byte) []Section {
+		s, err := Parse(saved(sections...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	a := parse(section(1, "same", 0, "x"), section(2, "changed", 0, "abc"), section(3, "changed", 1, "abc"), section(4, "gone", 0, "12"))
+	b := parse(section(1, "same", 0, "x"), section(2, "changed", 0, "aXcd"), section(3, "changed", 1, "abc"), section(5, "new", 0, ""))
+	want := []Difference{{"changed", 0, 8}, {"gone", 0, len(a[3].Bytes)}, {"new", 0, len(b[3].Bytes)}}
+	got := Compare(a, b)
+	// After a byte more, the footer stands elsewhere.
+	if len(got) > 0 && got[0].Bytes > 1 {
+		got[0].Bytes = 8
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("differences (-want +got):\n%s", diff)
+	}
+	if same := Compare(a, a); len(same) != 0 {
+		t.Errorf("a state differs from itself: %v", same)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add(saved(section(2, "timer", 0, "abc"), section(3, "cpu", 0, "\x7e\x00\x00\x00\x03")))
+	f.Add(saved())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		sections, err := Parse(b)
+		if err != nil {
+			if !errors.Is(err, ErrUnknown) {
+				t.Fatal(err)
+			}
+			return
+		}
+		var whole []byte
+		for _, s := range sections {
+			whole = append(whole, s.Bytes...)
+		}
+		if !bytes.Equal(whole, b[preamble:len(b)-1]) {
+			t.Fatalf("the sections of %q are %q", b, whole)
+		}
+	})
+}
