@@ -25,6 +25,9 @@ const (
 	// together (option ROMs, on a PC), and the VM stands still for each of these faults.
 	loadAhead = 64 << 10
 
+	// foreseenMost is how many stretches Foresee takes.
+	foreseenMost = 8
+
 	// predictBytes is what a guess asks for at most: a millisecond of 1 Gbit/s, so that the next fault does not wait longer
 	// behind it than a guess is worth.
 	predictBytes = 128 << 10

@@ -22,6 +22,9 @@ type Block struct {
 	// UFFD belongs to the destination process and is non-blocking. It may serve several blocks. It stays the
 	// caller's, who closes it after the last Run has returned.
 	UFFD *uffd.UFFD
+	// Populated says that all of it is to be there in the end, pages of zeros as well: the VM was promised its memory. Others
+	// leave those as holes.
+	Populated bool
 }
 
 // Options of an Engine.
@@ -95,7 +98,7 @@ type Engine struct {
 
 	started  atomic.Bool
 	sweeping chan struct{} // closed by StartSweep
-	foreseen chan stretch  // holds one, from Foresee
+	foreseen chan stretch  // from Foresee
 	running  atomic.Bool
 	done     chan struct{} // closed when Run has succeeded
 
@@ -116,7 +119,7 @@ func New(o Options) (*Engine, error) {
 	}
 	e := &Engine{
 		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(), budget: newBudget(o.Bandwidth),
-		sweeping: make(chan struct{}), foreseen: make(chan stretch, 1), done: make(chan struct{}), ahead: loadAhead,
+		sweeping: make(chan struct{}), foreseen: make(chan stretch, foreseenMost), done: make(chan struct{}), ahead: loadAhead,
 	}
 	if e.workers <= 0 {
 		e.workers = defaultWorkers
@@ -203,13 +206,13 @@ func (e *Engine) StartSweep() {
 type stretch struct{ page, bytes uint64 }
 
 // Foresee says that loading the device state will touch that many bytes from offset on of the block with that index, so that Run
-// asks for them before a thread waits there. Call it once, before QEMU loads; the source answers as soon as it has
+// asks for them before a thread waits there. Call it before QEMU loads, a few times at most; the source answers as soon as it has
 // stopped the VM.
 func (e *Engine) Foresee(block int, offset, bytes uint64) {
 	if b := &e.blocks[block]; offset < b.Size {
 		select {
 		case e.foreseen <- stretch{b.first + offset>>b.shift, bytes}:
-		default: // an earlier call waits for Run still
+		default: // so many are no help: a fault brings it
 		}
 	}
 }

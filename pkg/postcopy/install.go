@@ -24,7 +24,9 @@ func (s *session) accept(l *lane) error {
 		if answered += int64(r.Length); answered > asked {
 			return protocolError("pages of block %d (%s) at %#x that nobody asked for", r.Block, b.ID, r.Offset)
 		}
-		if r.Zero {
+		if r.Zero && b.Populated {
+			err = s.acceptFilled(l.record, b, p, n)
+		} else if r.Zero {
 			err = s.acceptZeros(b, p, n)
 		} else {
 			err = s.acceptData(l.record, b, p, n, data[:r.Length])
@@ -73,6 +75,19 @@ func (s *session) acceptZeros(b *block, p, n uint64) error {
 			}
 			s.e.answered(p)
 		}
+	}
+	return nil
+}
+
+// acceptFilled installs pages that are zero where no hole may stay.
+func (s *session) acceptFilled(record *uffd.CopyRecord, b *block, p, n uint64) error {
+	most := max(1, uint64(copyBytes)>>b.shift)
+	for n > 0 {
+		k := min(n, most)
+		if err := s.acceptData(record, b, p, k, zeros[:k<<b.shift]); err != nil {
+			return err
+		}
+		p, n = p+k, n-k
 	}
 	return nil
 }
