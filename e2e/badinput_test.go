@@ -23,13 +23,6 @@ func TestBadInput(t *testing.T) {
 		path  string
 		words []string // of both check and migrate
 	}{
-		{"RAM without a file", func(t *testing.T, l *lab.Lab) {
-			startRaw(t, l, "-m", "32M", "-machine", "q35", "-accel", "tcg")
-		}, lab.QMPPath, []string{"memory-backend-file", "share=on"}},
-		{"RAM that is not shared", func(t *testing.T, l *lab.Lab) {
-			startRaw(t, l, "-m", "32M", "-machine", "q35,memory-backend=ram0", "-accel", "tcg",
-				"-object", "memory-backend-file,id=ram0,size=32M,mem-path=/dev/shm/guest,share=off")
-		}, lab.QMPPath, []string{"ram0", "share=on"}},
 		{"RAM on a disk", func(t *testing.T, l *lab.Lab) {
 			startRaw(t, l, "-m", "32M", "-machine", "q35,memory-backend=ram0", "-accel", "tcg",
 				"-object", "memory-backend-file,id=ram0,size=32M,mem-path="+t.TempDir()+"/ram,share=on")

@@ -135,8 +135,8 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 		s.template("{{range .Args}}{{if eq . \"virtio-rng-pci\"}}virtio-balloon-pci{{else}}{{.}}{{end}}\n{{end}}")
 		spec := s.spec()
 		spec.DestinationTemplate = templatePath
-		s.failed(migrateSpec(s.T, l.A, "devices", spec), stateFailed, "did not load the device state", "the VM runs on the source")
-		s.destinationSays("devices", "did not load the device state")
+		s.failed(migrateSpec(s.T, l.A, "devices", spec), stateFailed, "could not load the device state", "the VM runs on the source")
+		s.destinationSays("devices", "could not load the device state")
 	})
 	run("cancelled while prepared", func(s *scene) {
 		client := s.prepare("cancel-prepared")

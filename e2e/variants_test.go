@@ -86,19 +86,35 @@ func TestPausedVMStaysPaused(t *testing.T) {
 }
 
 // TestKeepSource leaves the stopped QEMU where it was, and its daemon refuses
-// to migrate it as if it were the VM.
+// to migrate it as if it were the VM, also when it was started anew.
 func TestKeepSource(t *testing.T) {
-	l := newLab(t)
+	l := newHosts(t)
+	daemon := startDaemon(t, l.A)
+	startDaemon(t, l.B)
 	s := newScene(t, l)
 	spec := s.spec()
 	spec.KeepSource = true
 	if m := migrateSpec(t, l.A, "keep", spec); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
 		t.Fatal(m)
 	}
-	if status := vmStatus(t, l.A); status != "postmigrate" {
+	if status := vmStatus(t, l.A); status != "paused" {
 		t.Errorf("the VM that was left is %q", status)
 	}
 	s.arrived()
+	refused := func(id string) {
+		t.Helper()
+		m := migrateSpec(t, l.A, id, s.spec())
+		if says := m.GetError().GetMessage(); m.GetState() != stateFailed || !strings.Contains(says, "was handed over to "+l.B.DaemonAddr()) {
+			t.Errorf("migration is %v: %s", m.GetState(), says)
+		}
+	}
+	refused("again")
+	if err := daemon.Stop(testContext(t)); err != nil {
+		t.Error(err)
+	}
+	startDaemon(t, l.A)
+	refused("once-more")
+	s.counts()
 }
 
 // TestPrepareThenStart separates what takes time from the switch.

@@ -49,6 +49,8 @@ func stateMeaning(m *migratedv1.Migration) string {
 		return "it ended with an error"
 	case migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
 		return "the migration was cancelled; the VM runs at the source"
+	case migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
+		return "the rehearsal is over; the VM is at the source"
 	default:
 		return "a state that this program does not know"
 	}
@@ -75,7 +77,8 @@ func isTerminal(s migratedv1.MigrationState) bool {
 	switch s {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
 		migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-		migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
+		migratedv1.MigrationState_MIGRATION_STATE_CANCELLED,
+		migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
 		return true
 	default:
 		return false

@@ -35,7 +35,7 @@ var allowed = []string{
 
 	// Memory, threads and time. clone is below.
 	"brk", "mmap", "munmap", "mremap", "mprotect", "madvise", "mincore", "membarrier",
-	"futex", "sched_yield", "sched_getaffinity", "set_robust_list", "rseq", "arch_prctl", "prctl", "gettid", "exit", "exit_group",
+	"memfd_create", "futex", "sched_yield", "sched_getaffinity", "set_robust_list", "rseq", "arch_prctl", "prctl", "gettid", "exit", "exit_group",
 	"rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigtimedwait", "sigaltstack", "tgkill", "setitimer", "timer_create",
 	"timer_settime", "timer_delete", "nanosleep", "clock_nanosleep", "clock_gettime", "clock_getres", "gettimeofday", "time", "restart_syscall",
 

@@ -117,7 +117,7 @@ func (p *peerService) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 	if err != nil {
 		return err
 	}
-	return migration.ToStatus(codes.FailedPrecondition, d.LoadDeviceState(stream))
+	return migration.ToStatus(codes.FailedPrecondition, d.LoadDeviceState(first, stream))
 }
 
 func (p *peerService) Run(ctx context.Context, request *migratedv1.RunRequest) (*migratedv1.RunResponse, error) {

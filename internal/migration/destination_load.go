@@ -4,23 +4,34 @@ package migration
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strings"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A PC has its option ROMs below 1 MiB, in the RAM that QEMU was given first. Among them is that of QEMU's virtual APIC, which
-// it reads while it loads (hw/i386/kvmvapic.c). To any other machine this is memory like any.
 const (
+	// A PC has its option ROMs below 1 MiB, in the RAM that QEMU was given first. Among them is that of QEMU's virtual APIC, which
+	// it reads while it loads (hw/i386/kvmvapic.c). To any other machine this is memory like any.
 	legacyROMs     = 0xc0000
 	legacyROMBytes = 128 << 10
+	// QEMU reads all of a flash that the guest can write when it runs the VM (postload_update_cb in hw/block/pflash_cfi01.c):
+	// it writes it to the flash's image. Firmware of a PC keeps its variables in one of half a MiB.
+	flashPrefix = "system.flash"
+	flashBytes  = 1 << 20
 )
 
 // LoadDeviceState brings a prepared destination to loaded: QEMU has taken in
-// its whole stream. When it fails the destination has given up.
-func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
+// all of the stream, of which first is the first message. When it fails the destination has given up.
+func (d *Destination) LoadDeviceState(
+	first *migratedv1.LoadDeviceStateRequest,
+	stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse],
+) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.expect(prepared); err != nil {
@@ -29,23 +40,29 @@ func (d *Destination) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 	d.phase = loading
 	d.releaseGC = garbage.hold()
 	d.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
-	total, err := d.load(stream)
+	answer, err := d.load(first, stream)
 	if err != nil {
 		d.giveUp(err)
 		return err
 	}
 	reached("destination-took")
+	if first.GetRehearsal() { // it stays in this phase: Run is out of order
+		return stream.SendAndClose(answer)
+	}
 	d.phase = loaded
 	d.kept.header().loaded.Store(1)
 	d.expire(loaded, loadedTimeout, "the source did not say go")
 	reached("destination-loaded")
-	return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: total})
+	return stream.SendAndClose(answer)
 }
 
-func (d *Destination) load(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) (uint64, error) {
-	carrier, err := newDeviceCarrier()
+func (d *Destination) load(
+	first *migratedv1.LoadDeviceStateRequest,
+	stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse],
+) (*migratedv1.LoadDeviceStateResponse, error) {
+	carrier, err := newDeviceCarrier(first.GetRehearsal())
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	defer carrier.close()
 	bounded, expire := context.WithTimeoutCause(d.loadCtx, loadTimeout, fmt.Errorf("it did not come within %v", loadTimeout))
@@ -54,27 +71,70 @@ func (d *Destination) load(stream grpc.ClientStreamingServer[migratedv1.LoadDevi
 	defer cancel(nil)
 	stop := context.AfterFunc(stream.Context(), func() { cancel(context.Cause(stream.Context())) })
 	defer stop()
+	if first.GetPaused() && !first.GetRehearsal() {
+		if err := d.vm.TakeDisksWhenLoaded(ctx); err != nil {
+			return nil, fmt.Errorf("prepare the destination QEMU: %w", err)
+		}
+	}
 
+	received := make(chan struct{})
 	go func() {
-		if err := carrier.receiveFrom(stream); err != nil {
+		defer close(received)
+		if err := carrier.receiveFrom(first, stream); err != nil {
 			cancel(err)
 		}
 	}()
-	d.engine.Foresee(0, legacyROMs, legacyROMBytes)
-	// The source's QEMU begins when it sees this header: from then on nothing
+	d.foresee()
+	// The source stops the VM when it sees this header: from then on nothing
 	// but the stream itself is between the VM's stop and its loading.
-	err = d.vm.MigrateIncomingFD(ctx, carrier.qemu, func() {
+	err = d.vm.LoadDevices(ctx, carrier.qemu, func() {
 		reached("destination-loading")
 		_ = stream.SendHeader(nil)
 	})
+	ended := time.Now()
 	switch {
 	case err == nil:
-		// QEMU knows where its stream ends; what gRPC says of the end has time.
-		return carrier.received.Load(), nil
 	case ctx.Err() != nil:
-		return 0, fmt.Errorf("the destination QEMU did not load the device state: %w", causeOf(ctx, d.explain(err)))
+		return nil, fmt.Errorf("the destination QEMU did not load the device state: %w", causeOf(ctx, d.explain(err)))
 	default:
-		return 0, withRemedy(fmt.Errorf("the destination QEMU did not load the device state: %w", d.explain(err)),
+		return nil, withRemedy(fmt.Errorf("the destination QEMU could not load the device state: %w", d.explain(err)),
 			"compare machine type, devices and QEMU versions of both sides")
 	}
+	if first.GetPaused() && !first.GetRehearsal() {
+		// QEMU only logs that it could not have them.
+		if active, err := d.vm.DisksActive(ctx); err != nil || !active {
+			return nil, errors.Join(fmt.Errorf("the destination QEMU did not get the VM's disks: %s", d.said()), err)
+		}
+	}
+	<-received // all has been sent: the source waits for the answer
+	answer := &migratedv1.LoadDeviceStateResponse{Bytes: uint64(carrier.received), LoadTime: durationpb.New(ended.Sub(carrier.began))}
+	if first.GetRehearsal() {
+		if answer.Differences, err = d.saveAgain(ctx, carrier.kept); err != nil {
+			return nil, fmt.Errorf("save the device state again: %w", err)
+		}
+		answer.CompareTime = durationpb.New(time.Since(ended))
+	}
+	return answer, nil
+}
+
+// foresee asks for what QEMU will read, before it waits for it.
+func (d *Destination) foresee() {
+	for i, b := range d.blocks {
+		switch {
+		case b.HoldsFirstPage:
+			d.engine.Foresee(i, legacyROMs, legacyROMBytes)
+		case strings.HasPrefix(b.ID, flashPrefix) && b.Size <= flashBytes:
+			d.engine.Foresee(i, 0, b.Size)
+		}
+	}
+}
+
+// said is what the destination QEMU has written.
+func (d *Destination) said() string {
+	if d.process != nil {
+		if said := d.process.ExitReason(); said != "" {
+			return said
+		}
+	}
+	return "see what it has logged"
 }

@@ -22,7 +22,8 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 	if d.phase != preparing {
 		return nil, fmt.Errorf("this migration was prepared before")
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, prepareTimeout, fmt.Errorf("the destination was not ready within %v", prepareTimeout))
+	limit := timeToPrepare(d.cfg.Request.GetMachine())
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the destination was not ready within %v", limit))
 	defer cancel()
 	if err := os.MkdirAll(d.cfg.Dir, 0o755); err != nil {
 		err = fmt.Errorf("state directory: %w", err)
@@ -64,10 +65,8 @@ func (d *Destination) prepare(ctx context.Context) error {
 	if err := d.vm.PrepareIncoming(ctx); err != nil {
 		return fmt.Errorf("prepare the destination QEMU: %w", err)
 	}
-	for _, b := range d.blocks {
-		if err := qemu.PunchRAM(b); err != nil {
-			return fmt.Errorf("empty the RAM of the destination VM: %w", err)
-		}
+	if err := d.vm.DropRAM(ctx, d.blocks); err != nil {
+		return withRemedy(fmt.Errorf("empty the RAM of the destination VM: %w", err), remedyOfRAM(err))
 	}
 	if err := d.takeDescriptor(ctx); err != nil {
 		return err
@@ -79,6 +78,9 @@ func (d *Destination) prepare(ctx context.Context) error {
 	}
 	reached("destination-kept")
 	if err := d.makeEngine(keptFacts); err != nil {
+		return err
+	}
+	if err := d.vm.CheckEmpty(d.blocks); err != nil {
 		return err
 	}
 	first, err := openLanes(d.ctx, d.laneConfig())
@@ -176,7 +178,7 @@ func (d *Destination) keep(discards bool) (*keptFactsV1, error) {
 		Supervision: d.supervision, Label: d.label,
 	}
 	for _, b := range d.blocks {
-		facts.Blocks = append(facts.Blocks, keptBlock{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize})
+		facts.Blocks = append(facts.Blocks, keptBlock{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, Populated: b.Populated})
 	}
 	if d.kept, err = keep(d.cfg.Dir, facts, d.cfg.Request); err != nil {
 		return nil, err
@@ -203,4 +205,13 @@ func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)
 	}
 	return nil
+}
+
+// remedyOfRAM is what to do about memory that cannot be filled, where that is known.
+func remedyOfRAM(err error) string {
+	var bad *qemu.RAMError
+	if errors.As(err, &bad) {
+		return bad.Remedy
+	}
+	return ""
 }

@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -69,6 +70,9 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	reached("destination-runs")
 	d.releaseGC()
 	d.engine.StartSweep()
+	if request.GetResume() {
+		go d.announce(d.vm)
+	}
 	d.answer = &migratedv1.RunResponse{
 		ResumeTime: durationpb.New(max(0, resumed.Sub(arrived))), ServeTime: durationpb.New(time.Since(arrived)),
 	}
@@ -79,6 +83,16 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	d.log.Info("the VM runs", "stopped_for", downtime)
 	reached("destination-running")
 	return d.answer, nil
+}
+
+// announce has the VM's network cards say where they are now. QEMU would do it when it has loaded, when the VM may yet go on at
+// the source: then switches would look for it here. Nobody waits for this: QEMU's main loop may be what waits for a page.
+func (d *Destination) announce(vm *qemu.VM) {
+	ctx, cancel := context.WithTimeout(d.daemon, resumeTimeout)
+	defer cancel()
+	if err := vm.Announce(ctx); err != nil {
+		d.log.Warn("the VM's network cards were not announced; the network finds out when the VM sends", "error", err)
+	}
 }
 
 // contFailed finds out whether a VM that QEMU was told to continue may have

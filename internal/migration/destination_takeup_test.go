@@ -11,12 +11,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
@@ -51,7 +53,7 @@ func leaveDestination(t *testing.T, loaded bool) *left {
 	// Two sockets: one is the daemon's.
 	l.vm = startLeft(t, ram.Name(), filepath.Join(dir, "destination.sock"), filepath.Join(dir, "qmp.sock"), "-S", "-incoming", "defer")
 	l.pid = l.vm.Pid
-	if err := errors.Join(sourceVM.PrepareOutgoing(ctx), l.vm.PrepareIncoming(ctx), os.Mkdir(l.dir, 0o700)); err != nil {
+	if err := errors.Join(l.vm.PrepareIncoming(ctx), os.Mkdir(l.dir, 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	facts, err := l.vm.Facts(ctx)
@@ -67,7 +69,7 @@ func leaveDestination(t *testing.T, loaded bool) *left {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := facts.RAMBlocks[0]
+	b := facts.RAMBlocks[slices.IndexFunc(facts.RAMBlocks, func(b qemu.RAMBlock) bool { return b.ID == "ram0" })]
 	written := &keptFactsV1{
 		QEMU: identity, QMP: filepath.Join(dir, "qmp.sock"), RemoteFD: taken.RemoteFD,
 		Blocks: []keptBlock{{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize}},
@@ -117,17 +119,31 @@ func startLeft(t *testing.T, ram, socket, second string, args ...string) *qemu.V
 // load moves the device state.
 func load(t *testing.T, from, to *qemu.VM) {
 	t.Helper()
-	carrier, err := newDeviceCarrier()
+	ctx := t.Context()
+	facts, err := from.Facts(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	saver, err := from.NewSaver(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := from.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	state, err := saver.Save(ctx, true)
+	if err := errors.Join(err, saver.Close(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	carrier, err := newDeviceCarrier(false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer carrier.close()
-	loaded := make(chan error, 1)
-	go func() { loaded <- to.MigrateIncomingFD(t.Context(), carrier.ours, func() {}) }()
-	if err := from.MigrateFD(t.Context(), carrier.qemu); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-loaded; err != nil {
+	go func() {
+		_, _ = carrier.ours.Write(append(devicestate.Head(facts.MachineType), devicestate.Body(state)...)) // QEMU says if it did not get all
+	}()
+	if err := to.LoadDevices(ctx, carrier.qemu, func() {}); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -59,6 +59,8 @@ type keptBlock struct {
 	Addr     uint64 `json:"addr"` // in QEMU
 	Size     uint64 `json:"size"`
 	PageSize uint64 `json:"page_size"`
+	// Populated: it is to be all there in the end, see postcopy.Block.
+	Populated bool `json:"populated,omitempty"`
 }
 
 // keptHeader begins the mapped file. Times are in nanoseconds.
@@ -92,7 +94,9 @@ const (
 func (f *keptFactsV1) engineBlocks(u *uffd.UFFD) []postcopy.Block {
 	blocks := make([]postcopy.Block, 0, len(f.Blocks))
 	for _, b := range f.Blocks {
-		blocks = append(blocks, postcopy.Block{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, UFFD: u})
+		blocks = append(blocks, postcopy.Block{
+			ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, UFFD: u, Populated: b.Populated,
+		})
 	}
 	return blocks
 }
@@ -175,7 +179,7 @@ func readFacts(data []byte, path string) (*keptFactsV1, *migratedv1.PrepareIncom
 	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(facts.Request, request); err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", path, err)
 	}
-	if _, err := version.AgreeOnProtocol(path, request.GetProtocol(), request.GetProtocol()); err != nil {
+	if err := version.CheckProtocol(path, request.GetProtocol()); err != nil {
 		return nil, nil, withRemedy(err, otherDaemon)
 	}
 	return facts, request, nil

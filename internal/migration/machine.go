@@ -3,27 +3,52 @@
 package migration
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // machineOf says to the destination what it has to match.
-func machineOf(facts *qemu.Facts, qmpPath string) *migratedv1.SourceMachine {
+func machineOf(facts *qemu.Facts, qmpPath string) (*migratedv1.SourceMachine, error) {
 	machine := &migratedv1.SourceMachine{
 		Name: facts.Name, QemuVersion: facts.Version.String(), MachineType: facts.MachineType,
 		CommandLine: facts.CommandLine, WorkingDirectory: facts.WorkingDirectory,
 		Uid: facts.UID, Gid: facts.GID, Groups: facts.Groups, QmpPath: qmpPath,
 	}
 	for _, b := range facts.RAMBlocks {
-		machine.RamBlocks = append(machine.RamBlocks, &migratedv1.RamBlock{
-			Id: b.ID, Size: b.Size, PageSize: b.PageSize, File: b.FileIdentity,
-		})
+		block := &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize, File: b.FileIdentity, Populated: b.Populated}
+		if !b.ReadOnly {
+			machine.RamBlocks = append(machine.RamBlocks, block)
+			continue
+		}
+		var err error
+		if block.Digest, err = digest(b); err != nil {
+			return nil, err
+		}
+		machine.ReadOnlyBlocks = append(machine.ReadOnlyBlocks, block)
 	}
-	return machine
+	return machine, nil
+}
+
+// digest is SHA-256 of what is in a read-only block.
+func digest(b qemu.RAMBlock) ([]byte, error) {
+	f, err := os.Open(b.Path)
+	if err != nil {
+		return nil, fmt.Errorf("RAM %q, which is read-only: %w", b.ID, err)
+	}
+	defer f.Close()
+	sum := sha256.New()
+	if _, err := io.Copy(sum, io.NewSectionReader(f, b.FileOffset, int64(b.Size))); err != nil {
+		return nil, fmt.Errorf("RAM %q, which is read-only: %w", b.ID, err)
+	}
+	return sum.Sum(nil), nil
 }
 
 // matchMachine finds the destination's RAM blocks in the order of the
@@ -40,33 +65,60 @@ func matchMachine(source *migratedv1.SourceMachine, destination *qemu.Facts) ([]
 	}
 	var blocks []qemu.RAMBlock
 	for _, want := range source.GetRamBlocks() {
-		got, exists := here[want.GetId()]
-		delete(here, want.GetId())
-		switch {
-		case !exists:
-			return nil, withRemedy(fmt.Errorf("the destination has no memory backend %q", want.GetId()),
-				"give the destination QEMU the source's -object memory-backend-file options, with the same ids")
-		case got.Size != want.GetSize():
-			return nil, withRemedy(
-				fmt.Errorf("the RAM sizes differ: memory backend %q has %d bytes at the source and %d at the destination",
-					want.GetId(), want.GetSize(), got.Size),
-				"give both QEMUs the same memory size")
-		case got.PageSize != want.GetPageSize():
-			return nil, withRemedy(
-				fmt.Errorf("the page sizes differ: memory backend %q has pages of %d bytes at the source and %d at the destination",
-					want.GetId(), want.GetPageSize(), got.PageSize),
-				"put the memory backend on the same kind of file system (tmpfs or hugetlbfs) on both hosts")
-		case got.FileIdentity == want.GetFile():
-			return nil, withRemedy(
-				fmt.Errorf("memory backend %q of the destination is the very file that the source VM runs on", want.GetId()),
-				"source and destination share a file system: give the destination another mem-path with --template")
+		got, err := matchBlock(want, here, false)
+		if err != nil {
+			return nil, err
 		}
 		blocks = append(blocks, got)
 	}
+	for _, want := range source.GetReadOnlyBlocks() {
+		got, err := matchBlock(want, here, true)
+		if err != nil {
+			return nil, err
+		}
+		sum, err := digest(got)
+		if err != nil {
+			return nil, err
+		}
+		if !bytes.Equal(sum, want.GetDigest()) {
+			return nil, withRemedy(fmt.Errorf("RAM %q is read-only, and its file %s holds something else than the source's", got.ID, got.File),
+				"put the same image there on both hosts")
+		}
+	}
 	for id := range here {
-		return nil, fmt.Errorf("the destination has a memory backend %q that the source has not", id)
+		return nil, withRemedy(fmt.Errorf("the destination has RAM %q that the source has not", id),
+			"give both QEMUs the same devices and memory, under the same ids")
 	}
 	return blocks, nil
+}
+
+// matchBlock takes the destination's block of that name out of those here, if it is the same.
+func matchBlock(want *migratedv1.RamBlock, here map[string]qemu.RAMBlock, readOnly bool) (qemu.RAMBlock, error) {
+	got, exists := here[want.GetId()]
+	delete(here, want.GetId())
+	switch {
+	case !exists:
+		return got, withRemedy(fmt.Errorf("the destination has no RAM %q of %d bytes", want.GetId(), want.GetSize()),
+			"give the destination QEMU the source's memory and devices, under the same ids: what was plugged in while the VM ran is not on the "+
+				"source's command line, but can be added with --template, or by starting the destination QEMU yourself (--to-qmp)")
+	case got.Size != want.GetSize():
+		return got, withRemedy(
+			fmt.Errorf("the RAM sizes differ: %q has %d bytes at the source and %d at the destination",
+				want.GetId(), want.GetSize(), got.Size),
+			"give both QEMUs the same memory size, and the same firmware")
+	case got.PageSize != want.GetPageSize():
+		return got, withRemedy(
+			fmt.Errorf("the page sizes differ: RAM %q has pages of %d bytes at the source and %d at the destination",
+				want.GetId(), want.GetPageSize(), got.PageSize),
+			"give the memory backend the same kind of memory on both hosts (huge pages or none)")
+	case got.ReadOnly != readOnly:
+		return got, withRemedy(fmt.Errorf("RAM %q is read-only on one host alone", want.GetId()), "give the memory backend the same readonly= on both hosts")
+	case got.FileIdentity != "" && got.FileIdentity == want.GetFile() && !readOnly:
+		return got, withRemedy(
+			fmt.Errorf("RAM %q of the destination is the very file that the source VM runs on", want.GetId()),
+			"source and destination share a file system: give the destination another mem-path with --template")
+	}
+	return got, nil
 }
 
 // checkVM refuses a VM that cannot migrate, with every reason.

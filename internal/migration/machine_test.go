@@ -4,6 +4,8 @@ package migration
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -38,10 +40,11 @@ func TestMatchMachine(t *testing.T) {
 		{"machine type", func(f *qemu.Facts) { f.MachineType = "pc-q35-7.1" }, "machine types differ"},
 		{"RAM size", func(f *qemu.Facts) { f.RAMBlocks[1].Size *= 2 }, "RAM sizes differ"},
 		{"page size", func(f *qemu.Facts) { f.RAMBlocks[0].PageSize = 4096 }, "page sizes differ"},
-		{"missing block", func(f *qemu.Facts) { f.RAMBlocks = f.RAMBlocks[:1] }, `no memory backend "ram0"`},
+		{"missing block", func(f *qemu.Facts) { f.RAMBlocks = f.RAMBlocks[:1] }, `no RAM "ram0"`},
 		{"extra block", func(f *qemu.Facts) {
 			f.RAMBlocks = append(f.RAMBlocks, qemu.RAMBlock{ID: "ram2"})
 		}, `"ram2" that the source has not`},
+		{"read-only on one host", func(f *qemu.Facts) { f.RAMBlocks[0].ReadOnly = true }, "read-only on one host alone"},
 		{"the source's own file", func(f *qemu.Facts) { f.RAMBlocks[1].FileIdentity = "s:0" }, "very file"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -65,5 +68,34 @@ func TestMatchMachine(t *testing.T) {
 				t.Errorf("blocks are %v, want the source's order", blocks)
 			}
 		})
+	}
+}
+
+// What QEMU cannot write to is not moved, and has to be the same.
+func TestMatchReadOnlyImage(t *testing.T) {
+	block := func(content string) qemu.RAMBlock {
+		path := filepath.Join(t.TempDir(), "image")
+		if err := os.WriteFile(path, []byte("----"+content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return qemu.RAMBlock{ID: "nv", Size: uint64(len(content)), PageSize: 4096, ReadOnly: true, Path: path, FileOffset: 4, File: path}
+	}
+	ram := qemu.RAMBlock{ID: "ram0", Size: 4096, PageSize: 4096}
+	source, err := machineOf(&qemu.Facts{RAMBlocks: []qemu.RAMBlock{block("image"), ram}}, "/qmp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(source.GetRamBlocks()) != 1 || len(source.GetReadOnlyBlocks()) != 1 {
+		t.Fatalf("machine %v", source)
+	}
+	blocks, err := matchMachine(source, &qemu.Facts{RAMBlocks: []qemu.RAMBlock{block("image"), ram}})
+	if err != nil || len(blocks) != 1 || blocks[0].ID != "ram0" {
+		t.Errorf("blocks %v, %v", blocks, err)
+	}
+	if _, err := matchMachine(source, &qemu.Facts{RAMBlocks: []qemu.RAMBlock{block("other"), ram}}); err == nil || Remedy(err) == "" {
+		t.Errorf("another image: %v", err)
+	}
+	if _, err := matchMachine(source, &qemu.Facts{RAMBlocks: []qemu.RAMBlock{ram}}); err == nil || Remedy(err) == "" {
+		t.Errorf("no image: %v", err)
 	}
 }

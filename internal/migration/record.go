@@ -36,7 +36,9 @@ type Record struct {
 	Spec       json.RawMessage `json:"spec"` // a MigrationSpec
 	Token      string          `json:"token"`
 	WasRunning bool            `json:"was_running"`
-	Settings   *qemu.Settings  `json:"settings"` // to be put back in QEMU
+	Settings   *qemu.Settings  `json:"settings"` // to be put back in QEMU; of protocol 1 alone
+	// Blocks is the VM's memory, in the order that was agreed on; none: of protocol 1.
+	Blocks []keptBlock `json:"ram_blocks,omitempty"`
 }
 
 // Records keeps the hand-over records of this host, one file each. The
@@ -182,7 +184,7 @@ func readRecord(data []byte, path string) (rec Record, err error) {
 	if err := json.Unmarshal(data, &rec); err != nil {
 		return Record{}, damagedRecord(path, err)
 	}
-	if _, err := version.AgreeOnProtocol("hand-over record "+path, rec.Protocol, rec.Protocol); err != nil {
+	if err := version.CheckProtocol("hand-over record "+path, rec.Protocol); err != nil {
 		return Record{}, withRemedy(err, otherDaemon)
 	}
 	return rec, nil

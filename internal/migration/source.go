@@ -23,9 +23,12 @@ import (
 const (
 	attachTimeout  = 10 * time.Second
 	prepareTimeout = 60 * time.Second
+	longestPrepare = 20 * time.Minute // of a VM that is preallocated
 	// deviceTimeout bounds how long the VM may stand still before the source
-	// continues it. The step takes milliseconds.
-	deviceTimeout = 5 * time.Second
+	// continues it. The step takes milliseconds; QEMU 11.1 takes a second to load
+	// the state of sixteen devices behind ports of their own, and more for each
+	// that is added.
+	deviceTimeout = 10 * time.Second
 	resumeTimeout = 30 * time.Second
 	abortTimeout  = 10 * time.Second
 	quitTimeout   = 10 * time.Second
@@ -70,12 +73,17 @@ type Source struct {
 	conn       *grpc.ClientConn
 	peer       migratedv1.PeerServiceClient
 	token      string
-	protocol   uint32 // that both keep to
+	protocol   uint32      // that both keep to
+	blocks     []keptBlock // the VM's memory, as the destination knows it
 	wasRunning bool
 	stopTried  bool
 	stoppedAt  time.Time
 	stopped    chan struct{} // closed when QEMU has said that the VM is stopped
 	takenUp    bool          // by TakeUpSource
+	// gaveUpDisks says that QEMU was asked to give the disks up.
+	gaveUpDisks bool
+	loaded      *migratedv1.LoadDeviceStateResponse
+	steps       steps
 }
 
 // NewSource begins a migration; it prepares at once and switches when Start is
@@ -140,7 +148,7 @@ func (s *Source) writeDown() error {
 	return s.cfg.Records.Prepare(Record{
 		ID: s.cfg.ID, VM: s.cfg.Spec.GetVm(), Identity: identity,
 		Destination: s.cfg.Spec.GetDestination(), HandedOver: time.Now(),
-		Protocol: s.protocol, Spec: spec, Token: s.token, WasRunning: s.wasRunning, Settings: s.vm.Changed(),
+		Protocol: s.protocol, Spec: spec, Token: s.token, WasRunning: s.wasRunning, Blocks: s.blocks,
 	})
 }
 
@@ -208,6 +216,10 @@ func (s *Source) switchOver(ctx context.Context) bool {
 		return false
 	}
 	reached("source-loaded")
+	if s.cfg.Spec.GetRehearse() {
+		s.rehearsed(ctx)
+		return false
+	}
 	if err := s.commit(ctx); err != nil {
 		s.backOut(ctx, err)
 		return false

@@ -30,7 +30,9 @@ func (s *Source) complete() {
 		}
 	}
 	reached("source-quit")
-	s.forgetRecord()
+	if !s.cfg.Spec.GetKeepSource() { // else it says for as long as that QEMU lives that it is not the VM
+		s.forgetRecord()
+	}
 	reached("source-forgotten")
 	s.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
 	s.log.Info("completed")
@@ -52,15 +54,7 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 	if s.stopTried {
 		vmStatus = s.continueVM()
 	}
-	// The VM runs again, or never stopped: the rest has time.
-	if s.peer != nil {
-		abortCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
-		defer cancel()
-		_, err := s.peer.AbortIncoming(abortCtx, &migratedv1.AbortIncomingRequest{Id: s.cfg.ID, Reason: reason.Error()})
-		if err != nil && status.Code(err) != codes.NotFound {
-			s.log.Warn("could not tell the destination to give up; it does so by itself", "error", err)
-		}
-	}
+	s.tellToGiveUp(ctx, reason) // the VM runs again, or never stopped: this has time
 	state := migratedv1.MigrationState_MIGRATION_STATE_FAILED
 	if errors.Is(reason, ErrCancelled) {
 		state = migratedv1.MigrationState_MIGRATION_STATE_CANCELLED
@@ -69,18 +63,32 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 	s.fail(state, reason, vmStatus)
 }
 
+// tellToGiveUp has the destination end its QEMU. It does so by itself where this does not arrive.
+func (s *Source) tellToGiveUp(ctx context.Context, reason error) {
+	if s.peer == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
+	defer cancel()
+	_, err := s.peer.AbortIncoming(ctx, &migratedv1.AbortIncomingRequest{Id: s.cfg.ID, Reason: reason.Error()})
+	if err != nil && status.Code(err) != codes.NotFound {
+		s.log.Warn("could not tell the destination to give up; it does so by itself", "error", err)
+	}
+}
+
 // continueVM puts the VM back to what it was before it was stopped, and says
 // what became of it.
 func (s *Source) continueVM() (vmStatus string) {
 	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
 	defer cancel()
 	reached("source-backing-out")
-	if err := s.vm.CancelMigrate(ctx); err != nil {
-		s.log.Warn("cancel QEMU's own migration", "error", err)
+	if s.takenUp && s.protocol < savesDevices {
+		if err := s.vm.CancelMigrate(ctx); err != nil {
+			s.log.Warn("cancel QEMU's own migration", "error", err)
+		}
 	}
 	if !s.wasRunning {
-		s.forgetRecord()
-		return "the VM is paused on the source, as it was before"
+		return s.leavePaused(ctx)
 	}
 	if _, err := s.vm.Cont(ctx); err != nil {
 		s.log.Error("cannot continue the VM", "error", err)
@@ -91,6 +99,24 @@ func (s *Source) continueVM() (vmStatus string) {
 	reached("source-continued")
 	s.forgetRecord()
 	return "the VM runs on the source"
+}
+
+// leavePaused takes the disks of a VM back that was paused before, and stays so.
+func (s *Source) leavePaused(ctx context.Context) (vmStatus string) {
+	const paused = "the VM is paused on the source, as it was before"
+	if s.gaveUpDisks || s.takenUp {
+		able, err := s.vm.ActivateDisks(ctx)
+		switch {
+		case err != nil:
+			s.log.Error("cannot take the VM's disks back", "error", err)
+			return fmt.Sprintf("%s, but QEMU could not take its disks back (%v); it tries again when the VM is continued", paused, err)
+		case !able:
+			s.forgetRecord()
+			return paused + "; this QEMU takes its disks back when the VM is continued"
+		}
+	}
+	s.forgetRecord()
+	return paused
 }
 
 func (s *Source) stoppedStatus() string {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
@@ -25,16 +26,20 @@ func (s *Source) prepare(ctx context.Context) error {
 		return err
 	}
 	destination := s.cfg.Spec.GetDestination()
-	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
+	machine, err := machineOf(s.facts, s.cfg.Spec.GetVm())
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeToPrepare(machine))
 	defer cancel()
 	reached("source-offered")
 	answer, err := s.peer.PrepareIncoming(ctx, &migratedv1.PrepareIncomingRequest{
 		Id:                  s.cfg.ID,
 		Protocol:            version.Protocol,
-		OldestProtocol:      version.OldestProtocol,
+		OldestProtocol:      version.OldestToBegin,
 		Token:               s.token,
 		PageAddresses:       s.cfg.PageAddresses,
-		Machine:             machineOf(s.facts, s.cfg.Spec.GetVm()),
+		Machine:             machine,
 		DestinationQmp:      s.cfg.Spec.GetDestinationQmp(),
 		DestinationTemplate: s.cfg.Spec.GetDestinationTemplate(),
 		Spec:                s.cfg.Spec,
@@ -46,9 +51,9 @@ func (s *Source) prepare(ctx context.Context) error {
 	if s.protocol, err = version.AgreeOnProtocol("destination "+destination, answer.GetProtocol(), answer.GetProtocol()); err != nil {
 		return withRemedy(fmt.Errorf("prepare: %w", err), sameVersions)
 	}
-	if len(answer.GetRamBlocks()) != len(s.facts.RAMBlocks) {
+	if len(answer.GetRamBlocks()) != len(s.blocks) {
 		return fmt.Errorf("prepare: destination %s has %d RAM blocks instead of %d",
-			destination, len(answer.GetRamBlocks()), len(s.facts.RAMBlocks))
+			destination, len(answer.GetRamBlocks()), len(s.blocks))
 	}
 	s.update(func(m *migratedv1.Migration) {
 		m.Supervision, m.UserfaultfdLabel = answer.GetSupervision(), answer.GetUserfaultfdLabel()
@@ -88,23 +93,41 @@ func (s *Source) open(ctx context.Context) error {
 		return askQEMU("source", err)
 	}
 	s.update(func(m *migratedv1.Migration) { m.VmName = s.facts.Name })
-	if err := s.openRAM(); err != nil {
-		return err
-	}
-	return s.vm.PrepareOutgoing(ctx)
+	return s.openRAM(movable(s.facts.RAMBlocks))
 }
 
-func (s *Source) openRAM() (err error) {
-	blocks := make([]pagesrv.Block, 0, len(s.facts.RAMBlocks))
-	for _, b := range s.facts.RAMBlocks {
-		blocks = append(blocks, pagesrv.Block{
-			ID: b.ID, Path: b.Path, Offset: b.FileOffset, Size: b.Size, PageSize: b.PageSize,
-		})
+// timeToPrepare is what a destination may take: it starts QEMU, which may be told to touch all of its memory first.
+func timeToPrepare(machine *migratedv1.SourceMachine) time.Duration {
+	limit := prepareTimeout
+	for _, b := range machine.GetRamBlocks() {
+		if b.GetPopulated() {
+			limit += time.Duration(b.GetSize()>>30) * time.Second
+		}
 	}
-	if s.ram, err = pagesrv.OpenRAM(blocks); err != nil {
+	return min(limit, longestPrepare)
+}
+
+// movable leaves out what QEMU cannot write to: it is the same at the destination.
+func movable(blocks []qemu.RAMBlock) []qemu.RAMBlock {
+	return slices.DeleteFunc(slices.Clone(blocks), func(b qemu.RAMBlock) bool { return b.ReadOnly })
+}
+
+// openRAM opens the VM's memory, in the order in which the destination knows it.
+func (s *Source) openRAM(blocks []qemu.RAMBlock) (err error) {
+	served := make([]pagesrv.Block, 0, len(blocks))
+	s.blocks = nil
+	for _, b := range blocks {
+		block := pagesrv.Block{ID: b.ID, Size: b.Size, PageSize: b.PageSize, Path: b.Path, Offset: b.FileOffset}
+		if b.Private || b.Path == "" {
+			block.PID, block.Addr, block.Shared = s.vm.Pid, b.Addr, !b.Private
+		}
+		served = append(served, block)
+		s.blocks = append(s.blocks, keptBlock{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize})
+	}
+	if s.ram, err = pagesrv.OpenRAM(served); err != nil {
 		return fmt.Errorf("open the RAM of the VM: %w", err)
 	}
-	return nil
+	return s.vm.Alive() // or what was opened might be of another process, by the same number
 }
 
 // refuseHandedOver keeps a QEMU that was left for its memory from being taken

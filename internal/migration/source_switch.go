@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"time"
 
@@ -14,18 +13,16 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // awaitStopped is what the page server asks before it serves the first page: a
 // destination that needs one early waits for the VM to stand still.
 //
-// QEMU says STOP when the vCPUs stand, and only then waits for what its disks and
-// network cards still write to memory (do_vm_stop in softmmu/cpus.c). What needs a
-// page later was told so by device state that was sent after both. Who waited since
-// before waits for both too: QEMU holds its big lock meanwhile, without which it
-// answers nobody.
+// QEMU has answered "stop" when the vCPUs stand and its disks and network cards have
+// written to memory what they had to (do_vm_stop in QEMU's cpus.c). It may save the
+// devices' state when it is asked here, and answers after that: it waits for nobody
+// meanwhile.
 func (s *Source) awaitStopped(ctx context.Context) error {
 	select {
 	case <-s.stopped:
@@ -37,110 +34,6 @@ func (s *Source) awaitStopped(ctx context.Context) error {
 		return s.vm.VerifyStopped(ctx)
 	case <-s.done:
 		return errors.New("the migration is over")
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
-// moveDevices carries the device state over: when it returns nil, the VM is
-// stopped and the destination has loaded all of it.
-//
-// QEMU stops the VM by itself, when its stream has come to the device state.
-// Telling it to stop first would be simpler, but then the VM would stand still
-// while QEMU sets its migration up and sends firmware and video memory, which
-// takes several times as long as the device state.
-func (s *Source) moveDevices(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, deviceTimeout,
-		fmt.Errorf("the device state did not move within %v", deviceTimeout))
-	defer cancel()
-	destination := s.cfg.Spec.GetDestination()
-	stream, err := s.peer.LoadDeviceState(ctx)
-	if err != nil {
-		return causeOf(ctx, fromPeer("move the device state", destination, err))
-	}
-	asked := time.Now()
-	if err := stream.Send(&migratedv1.LoadDeviceStateRequest{Id: s.cfg.ID}); err != nil {
-		_, err = stream.CloseAndRecv()
-		return causeOf(ctx, fromPeer("move the device state", destination, err))
-	}
-	// The header says that the destination's QEMU reads; without one there is a
-	// status instead.
-	if header, err := stream.Header(); err != nil || header == nil {
-		_, err = stream.CloseAndRecv()
-		return causeOf(ctx, fromPeer("move the device state", destination, err))
-	}
-	ramp := newRamp(s.stopped, time.Since(asked))
-	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
-		return causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
-	}
-	reached("source-asked")
-	if err := s.writeDown(); err != nil {
-		return err
-	}
-	reached("source-recorded")
-	carrier, err := newDeviceCarrier()
-	if err != nil {
-		return err
-	}
-	defer carrier.close()
-	stops := s.vm.QMP.Subscribe("STOP")
-	defer stops.Close()
-	s.stopTried = true
-	saved := make(chan error, 1)
-	go func() {
-		err := s.vm.MigrateFD(ctx, carrier.qemu)
-		// QEMU has its duplicate; ours would keep the stream from ending.
-		carrier.closeQEMU()
-		saved <- err
-	}()
-	noted := make(chan error, 1)
-	go func() { noted <- s.noteStop(ctx, stops) }()
-
-	sendErr := carrier.sendTo(stream, ramp)
-	answer, recvErr := stream.CloseAndRecv()
-	if recvErr != nil {
-		// Without a reader QEMU's save would hang until the time is over.
-		carrier.close()
-	}
-	saveErr := <-saved
-	if recvErr != nil || saveErr != nil || sendErr != nil {
-		cancel() // no STOP need come any more
-	}
-	noteErr := <-noted
-	switch {
-	case recvErr != nil:
-		return causeOf(ctx, errors.Join(fromPeer("move the device state", destination, recvErr), saveErr))
-	case saveErr != nil:
-		return causeOf(ctx, fmt.Errorf("save the device state: %w", saveErr))
-	case sendErr != nil && !errors.Is(sendErr, io.EOF): // EOF: the destination had enough, as its answer says
-		return causeOf(ctx, fmt.Errorf("send the device state: %w", sendErr))
-	case noteErr != nil:
-		return causeOf(ctx, fmt.Errorf("stop the VM: %w", noteErr))
-	}
-	s.update(func(m *migratedv1.Migration) { m.Progress.BytesDeviceState = answer.GetBytes() })
-	return nil
-}
-
-// noteStop waits for QEMU to say that the VM is stopped, and lets the page
-// server begin.
-func (s *Source) noteStop(ctx context.Context, stops *qmp.Subscription) error {
-	if !s.wasRunning { // there will be no event
-		if err := s.vm.VerifyStopped(ctx); err != nil {
-			return err
-		}
-		s.stoppedAt = time.Now()
-		close(s.stopped)
-		return nil
-	}
-	select {
-	case event, open := <-stops.Events():
-		if !open {
-			return s.vm.QMP.Err()
-		}
-		s.stoppedAt = event.Time
-		close(s.stopped)
-		reached("source-stopped")
-		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"google.golang.org/protobuf/encoding/protojson"
 
@@ -53,7 +54,9 @@ func (s *Source) finish(rec Record) {
 			s.log.Warn("the source's QEMU is left; it is no longer needed", "error", err)
 		}
 	}
-	s.forgetRecord()
+	if !rec.Alive() || !s.cfg.Spec.GetKeepSource() {
+		s.forgetRecord()
+	}
 	s.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
 }
 
@@ -100,7 +103,11 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
 		return askQEMU("source", err)
 	}
-	if err := s.openRAM(); err != nil {
+	blocks, err := inOrder(rec, s.facts.RAMBlocks)
+	if err != nil {
+		return err
+	}
+	if err := s.openRAM(blocks); err != nil {
 		return err
 	}
 	if err := s.offer(); err != nil {
@@ -108,6 +115,28 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	}
 	s.update(func(m *migratedv1.Migration) { m.VmName, m.Prepared = s.facts.Name, true })
 	return nil
+}
+
+// savesDevices is the first version of the protocol in which the source saves the devices' state, and all memory of the VM is
+// moved as blocks.
+const savesDevices = 2
+
+// inOrder returns the VM's memory in the order that was agreed on with the destination.
+func inOrder(rec Record, now []qemu.RAMBlock) ([]qemu.RAMBlock, error) {
+	if rec.Protocol < savesDevices { // memory backends alone, by their ids, as RAMBlocks sorts them
+		return slices.DeleteFunc(slices.Clone(now), func(b qemu.RAMBlock) bool { return !b.IsBackend() }), nil
+	}
+	var blocks []qemu.RAMBlock
+	for _, want := range rec.Blocks {
+		at := slices.IndexFunc(now, func(b qemu.RAMBlock) bool {
+			return b.ID == want.ID && b.Addr == want.Addr && b.Size == want.Size && b.PageSize == want.PageSize
+		})
+		if at < 0 {
+			return nil, fmt.Errorf("RAM %q is not where it was when the VM was handed over", want.ID)
+		}
+		blocks = append(blocks, now[at])
+	}
+	return blocks, nil
 }
 
 func (s *Source) runTakenUp(ctx context.Context, err error) {

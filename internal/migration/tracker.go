@@ -64,7 +64,8 @@ func Terminal(state migratedv1.MigrationState) bool {
 	switch state {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
 		migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-		migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
+		migratedv1.MigrationState_MIGRATION_STATE_CANCELLED,
+		migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
 		return true
 	default:
 		return false

@@ -33,13 +33,15 @@ func TestCheckVM(t *testing.T) {
 		detail        string
 	}{
 		{"good: state", "state", ram(path), OK, "running"},
-		{"good: RAM", "RAM", ram(path), OK, "64 MiB"},
+		{"good: RAM", "RAM \"ram0\"", ram(path), OK, "64 MiB"},
 		{"good: version", "QEMU version", ram(path), OK, "QEMU"},
 		{"good: devices", "devices", ram(path), OK, "none"},
 		{"good: no disks", "disks", ram(path), OK, "none"},
 		{"paused", "state", append(ram(path), "-S"), Warning, "prelaunch"},
 		{"a destination", "state", append(ram(path), "-S", "-incoming", "defer"), Failed, "inmigrate"},
-		{"default RAM", "RAM", []string{"-m", "64"}, Failed, "memory-backend-ram"},
+		{"default RAM", "RAM \"pc.ram\"", []string{"-m", "64"}, OK, "private"},
+		{"default RAM, what it means", "private RAM", []string{"-m", "64", "-nodefaults"}, OK, "QEMU's alone"},
+		{"RAM on a disk", "RAM", ram(t.TempDir() + "/ram"), Failed, "tmpfs"},
 		{"blocker", "devices", append(ram(path), "-object", "memory-backend-file,id=peer,size=1M,share=on,mem-path="+path+".peer",
 			"-device", "ivshmem-plain,memdev=peer,master=off"), Failed, "ivshmem"},
 		{"local disk", "disks", append(ram(path), "-drive", "file="+disk+",format=raw,if=none,id=d", "-device", "virtio-blk,drive=d"), Warning, disk},

@@ -14,7 +14,7 @@ import (
 func CheckVM(ctx context.Context, vm *VM) []Result {
 	var results []Result
 	for _, check := range []func(context.Context, *VM) ([]Result, error){
-		checkState, checkCapabilities, checkRAM, checkBlockers, checkDisks,
+		checkState, checkVersion, checkRAM, checkBlockers, checkDisks, checkBitmaps,
 	} {
 		found, err := check(ctx, vm)
 		if err != nil {
@@ -35,9 +35,11 @@ func checkState(ctx context.Context, vm *VM) ([]Result, error) {
 	r := Result{Subject: "state", Detail: fmt.Sprintf("the VM is %q", s.Status)}
 	switch s.Status {
 	case "running":
-	case "paused", "prelaunch", "suspended":
+	case "paused", "prelaunch":
 		r.Status = Warning
-		r.Remedy = "nothing, if that is wanted: it will be so at the destination too"
+		r.Remedy = "nothing, if that is wanted: it will be paused at the destination too"
+	case "suspended":
+		r.Status, r.Remedy = Failed, "wake the guest up (QMP system_wakeup), then try again: that it sleeps is not in the state of its devices"
 	case "inmigrate":
 		r.Status, r.Remedy = Failed, "name the VM's source: this QEMU waits for a migration"
 	case "postmigrate":
@@ -49,15 +51,31 @@ func checkState(ctx context.Context, vm *VM) ([]Result, error) {
 	return []Result{r}, nil
 }
 
-func checkCapabilities(ctx context.Context, vm *VM) ([]Result, error) {
-	have, err := vm.capabilities(ctx)
-	if err != nil {
+// oldestQEMU is the oldest version that says which of a VM's devices cannot be moved. Saver would not notice.
+const oldestQEMU = 6
+
+func checkVersion(ctx context.Context, vm *VM) ([]Result, error) {
+	var commands []struct {
+		Name string `json:"name"`
+	}
+	if err := vm.QMP.Do(ctx, "query-commands", nil, &commands); err != nil {
 		return nil, err
 	}
-	r := Result{Subject: "QEMU version", Detail: fmt.Sprintf("QEMU %s can leave the guest's RAM to migrated", vm.QMP.Version())}
-	if missing := lacking(have, capEvents, capIgnoreShared, capLateBlock); len(missing) > 0 {
-		r.Status, r.Detail = Failed, fmt.Sprintf("QEMU %s lacks the migration capability %s", vm.QMP.Version(), strings.Join(missing, ", "))
-		r.Remedy = "restart the VM with QEMU 4.0 or newer"
+	able := map[string]bool{}
+	for _, c := range commands {
+		able[c.Name] = true
+	}
+	r := Result{Subject: "QEMU version", Detail: fmt.Sprintf("QEMU %s can save the state of the VM's devices", vm.QMP.Version())}
+	for _, name := range []string{"xen-save-devices-state", "human-monitor-command", "add-fd"} {
+		if !able[name] {
+			r.Status, r.Detail = Failed, fmt.Sprintf("QEMU %s has no command %s", vm.QMP.Version(), name)
+			r.Remedy = "use a QEMU of version 6.0 or newer that was built with it"
+			return []Result{r}, nil
+		}
+	}
+	if vm.QMP.Version().Major < oldestQEMU {
+		r.Status, r.Detail = Failed, fmt.Sprintf("QEMU %s does not say which devices cannot be moved", vm.QMP.Version())
+		r.Remedy = "restart the VM with QEMU 6.0 or newer"
 	}
 	return []Result{r}, nil
 }
@@ -82,21 +100,37 @@ func checkRAM(ctx context.Context, vm *VM) ([]Result, error) {
 		}
 		return results, nil
 	}
-	if len(blocks) == 0 {
-		return []Result{{Subject: "RAM", Status: Failed, Detail: "the VM has no memory backend", Remedy: useBackend}}, nil
-	}
 	results := make([]Result, 0, len(blocks))
 	for _, b := range blocks {
+		if b.Size >= 1<<20 {
+			results = append(results, Result{Subject: fmt.Sprintf("RAM %q", b.ID), Detail: b.describe()})
+		}
+	}
+	if slices.ContainsFunc(blocks, func(b RAMBlock) bool { return b.Private && !b.ReadOnly }) {
 		results = append(results, Result{
-			Subject: fmt.Sprintf("RAM %q", b.ID),
-			Detail:  fmt.Sprintf("%d MiB in pages of %d KiB, shared, in %s", b.Size>>20, b.PageSize>>10, b.MemPath),
+			Subject: "private RAM", Detail: "it is QEMU's alone: until the last page has left, the VM needs this QEMU at the source",
 		})
 	}
 	return results, nil
 }
 
-// checkBlockers asks which devices refuse to be migrated. QEMU before 6.0 does not tell; the migration then
-// fails while the source still has the VM.
+// describe says what a block is, in a line.
+func (b RAMBlock) describe() string {
+	kind, where := "shared", "without a file"
+	if b.Private {
+		kind = "private"
+	}
+	if b.ReadOnly {
+		kind = "read-only"
+	}
+	if b.File != "" {
+		where = "in " + b.File
+	}
+	return fmt.Sprintf("%d MiB in pages of %d KiB, %s, %s", b.Size>>20, b.PageSize>>10, kind, where)
+}
+
+// checkBlockers asks which devices refuse to be migrated, and looks for those whose state is not in what Saver saves: QEMU moves it in
+// portions, while the VM runs.
 func checkBlockers(ctx context.Context, vm *VM) ([]Result, error) {
 	info, err := vm.queryMigrate(ctx)
 	if err != nil {
@@ -108,14 +142,69 @@ func checkBlockers(ctx context.Context, vm *VM) ([]Result, error) {
 			Detail: fmt.Sprintf("QEMU migrates the VM itself, it is %q", info.Status), Remedy: "wait for it, or cancel it with QMP migrate_cancel",
 		}}, nil
 	}
-	if len(info.BlockedReasons) == 0 {
-		return []Result{{Subject: "devices", Detail: "none of them blocks migration"}}, nil
-	}
 	var results []Result
 	for _, reason := range info.BlockedReasons {
 		results = append(results, Result{
 			Subject: "devices", Status: Failed, Detail: oneLine(reason), Remedy: "unplug the device, or start the VM without it",
 		})
+	}
+	assigned, err := vm.assignedDevices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range assigned {
+		results = append(results, Result{
+			Subject: "devices", Status: Failed, Detail: path + " is a device of this host (VFIO), whose state migrated cannot move",
+			Remedy: "unplug the device, or start the VM without it",
+		})
+	}
+	if len(results) == 0 {
+		results = append(results, Result{Subject: "devices", Detail: "none of them blocks migration"})
+	}
+	return results, nil
+}
+
+// assignedDevices are the VM's VFIO devices. Users make them, so they are children of these two.
+func (vm *VM) assignedDevices(ctx context.Context) (paths []string, err error) {
+	for _, parent := range []string{"/machine/peripheral", "/machine/peripheral-anon"} {
+		var children []struct {
+			Name string `json:"name"`
+			Type string `json:"type"`
+		}
+		if err := vm.QMP.Do(ctx, "qom-list", map[string]string{"path": parent}, &children); err != nil {
+			return nil, err
+		}
+		for _, c := range children {
+			if strings.HasPrefix(c.Type, "child<vfio") {
+				paths = append(paths, parent+"/"+c.Name)
+			}
+		}
+	}
+	return paths, nil
+}
+
+// checkBitmaps names the dirty bitmaps that stay behind. The persistent ones are in the images.
+func checkBitmaps(ctx context.Context, vm *VM) ([]Result, error) {
+	var nodes []struct {
+		Name    string `json:"node-name"`
+		Bitmaps []struct {
+			Name       string `json:"name"`
+			Persistent bool   `json:"persistent"`
+		} `json:"dirty-bitmaps"`
+	}
+	if err := vm.QMP.Do(ctx, "query-named-block-nodes", map[string]bool{"flat": true}, &nodes); err != nil {
+		return nil, err
+	}
+	var results []Result
+	for _, n := range nodes {
+		for _, b := range n.Bitmaps {
+			if !b.Persistent {
+				results = append(results, Result{
+					Subject: "disks", Status: Warning, Detail: fmt.Sprintf("the dirty bitmap %q of %s is in memory alone and stays behind", b.Name, n.Name),
+					Remedy: "make it persistent, or take a full backup after the migration",
+				})
+			}
+		}
 	}
 	return results, nil
 }

@@ -3,7 +3,6 @@
 package qemu
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -36,9 +35,9 @@ type CommandOptions struct {
 //
 //   - -incoming, -S, -loadvm, -daemonize and -pidfile give way to -S -incoming defer, without a fork: the
 //     daemon watches its child;
-//   - our QMP socket becomes CommandOptions.QMPPath; all other monitors stay;
-//   - RAM is not preallocated: that would fill every page before it can be registered with userfaultfd,
-//     and a page that is there is never fetched.
+//   - our QMP socket becomes CommandOptions.QMPPath; all other monitors stay.
+//
+// RAM that is preallocated at the source is so here: QEMU finds out whether this host has the memory, before the VM is touched.
 //
 // The result is for exec: no shell is involved.
 func DestinationCommand(source SourceCommand, opts CommandOptions) ([]string, error) {
@@ -106,7 +105,7 @@ func adapt(options []option, source SourceCommand, opts CommandOptions) ([]optio
 	var adapted []option
 	for _, o := range options {
 		switch o.name {
-		case "incoming", "S", "loadvm", "daemonize", "pidfile", "mem-prealloc":
+		case "incoming", "S", "loadvm", "daemonize", "pidfile":
 			continue
 		case "qmp", "qmp-pretty":
 			settings := parseSettings(o.value)
@@ -130,11 +129,6 @@ func adapt(options []option, source SourceCommand, opts CommandOptions) ([]optio
 					return slices.Contains([]string{"path", "server", "wait", "nowait", "nodelay", "reconnect"}, s.key)
 				})
 				o.value = joinSettings(append(append(kept, path), listen...))
-			}
-		case "object":
-			var err error
-			if o.value, err = withoutPrealloc(o.value); err != nil {
-				return nil, err
 			}
 		}
 		adapted = append(adapted, o)
@@ -166,40 +160,4 @@ func isControl(options []option, id string) bool {
 		}
 	}
 	return false
-}
-
-// withoutPrealloc switches preallocation off in the value of an -object that is a memory backend, in
-// either of QEMU's notations.
-func withoutPrealloc(value string) (string, error) {
-	if strings.HasPrefix(value, "{") {
-		var members map[string]json.RawMessage
-		if err := json.Unmarshal([]byte(value), &members); err != nil {
-			return "", fmt.Errorf("-object %s: %w", value, err)
-		}
-		if _, has := members["prealloc"]; !has || !strings.HasPrefix(string(members["qom-type"]), `"memory-backend-`) {
-			return value, nil
-		}
-		members["prealloc"] = json.RawMessage("false")
-		text, err := json.Marshal(members)
-		return string(text), err
-	}
-	settings := parseSettings(value)
-	kind := settings[0].key
-	if !settings[0].word {
-		kind = get(settings, "qom-type")
-	}
-	if !strings.HasPrefix(kind, "memory-backend-") {
-		return value, nil
-	}
-	changed := false
-	for i, s := range settings {
-		if s.key == "prealloc" && (s.word || s.value != "off") {
-			settings[i] = setting{key: "prealloc", value: "off"}
-			changed = true
-		}
-	}
-	if !changed {
-		return value, nil
-	}
-	return joinSettings(settings), nil
 }

@@ -21,62 +21,43 @@ const cancelTimeout = 5 * time.Second
 // fdName is under what name QEMU keeps the stream's descriptor between getfd and its use.
 const fdName = "migrated-device-state"
 
-// MigrateFD makes QEMU write its migration stream to f, which stays the caller's, and returns when QEMU
-// has written all of it. PrepareOutgoing must have been called. A VM that runs is stopped by QEMU when the
-// stream has come to the state of the devices. Afterwards QEMU has given its disks up; Cont takes them back.
-//
-// f is one end of a socket. While QEMU writes the last and largest part of the stream it holds its global
-// lock: a reader that stalls makes its monitor stall too, and neither migrate_cancel nor cont would be
-// heard. Therefore, when ctx ends, the socket is shut down first and the migration cancelled then.
-func (vm *VM) MigrateFD(ctx context.Context, f *os.File) error {
-	return vm.migrateFD(ctx, "migrate", f, func() {})
-}
-
-// MigrateIncomingFD makes a QEMU that was started with -incoming defer read a migration stream from f, which
+// LoadDevices makes a QEMU that was started with -incoming defer read a migration stream from f, which
 // stays the caller's, and returns when QEMU has loaded all of it. PrepareIncoming must have been called. begun
-// is called when QEMU is about to read.
+// is called when QEMU is about to read. The stream may come in parts, at any time: QEMU waits for the next without its big
+// lock (qemu_loadvm_state in migration/savevm.c runs as a coroutine), and its monitor answers.
 //
 // A QEMU that fails to load exits: the error is then a *qmp.DisconnectedError, and QEMU's own words are in
 // Process.ExitReason. When ctx ends, the socket f is shut down, which is a failed load to QEMU.
-func (vm *VM) MigrateIncomingFD(ctx context.Context, f *os.File, begun func()) error {
-	return vm.migrateFD(ctx, "migrate-incoming", f, begun)
-}
-
-func (vm *VM) migrateFD(ctx context.Context, command string, f *os.File, begun func()) error {
+func (vm *VM) LoadDevices(ctx context.Context, f *os.File, begun func()) error {
 	events := vm.QMP.Subscribe("MIGRATION")
 	defer events.Close()
 	name := map[string]string{"fdname": fdName}
 	if err := vm.QMP.DoWithFD(ctx, "getfd", name, nil, f); err != nil {
 		return err
 	}
-	if err := vm.QMP.Do(ctx, command, map[string]string{"uri": "fd:" + fdName}, nil); err != nil {
+	if err := vm.QMP.Do(ctx, "migrate-incoming", map[string]string{"uri": "fd:" + fdName}, nil); err != nil {
 		var refused *qmp.Error
 		if errors.As(err, &refused) {
 			// It may have taken the descriptor before it refused: closefd then fails.
 			_ = vm.QMP.Do(ctx, "closefd", name, nil)
 			return err
 		}
-		return vm.abandon(ctx, command, f, err)
+		return abandon(f, err)
 	}
 	begun()
 	err := vm.awaitMigration(ctx, events)
 	if err != nil && ctx.Err() != nil {
-		return vm.abandon(ctx, command, f, err)
+		return abandon(f, err)
 	}
 	return err
 }
 
 // abandon makes sure that QEMU does not go on with what nobody waits for any more.
-func (vm *VM) abandon(ctx context.Context, command string, f *os.File, reason error) error {
+func abandon(f *os.File, reason error) error {
 	if err := shutdown(f); err != nil {
 		reason = errors.Join(reason, fmt.Errorf("end the migration stream: %w", err))
 	}
-	if command != "migrate" || vm.QMP.Err() != nil {
-		return reason
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelTimeout)
-	defer cancel()
-	return errors.Join(reason, vm.CancelMigrate(ctx))
+	return reason
 }
 
 // shutdown ends both directions of a socket, for QEMU's duplicate as for ours.
@@ -160,8 +141,10 @@ func (vm *VM) queryMigrate(ctx context.Context) (migrationInfo, error) {
 }
 
 // CancelMigrate cancels QEMU's own migration, if there is one, and returns when it has ended. The VM stays
-// stopped.
+// stopped. Daemons that speak protocol 1 alone leave one when they die at the wrong moment.
 func (vm *VM) CancelMigrate(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, cancelTimeout)
+	defer cancel()
 	events := vm.QMP.Subscribe("MIGRATION")
 	defer events.Close()
 	info, err := vm.queryMigrate(ctx)

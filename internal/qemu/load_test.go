@@ -5,14 +5,13 @@ package qemu
 import (
 	"context"
 	"errors"
-	"io"
 	"os"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
@@ -23,34 +22,59 @@ func twoVMs(t *testing.T, extra ...string) (source, destination *VM, process *Pr
 	path := ramFile(t)
 	_, source = start(t, append(ram(path), extra...)...)
 	process, destination = start(t, append(append(ram(path), extra...), "-S", "-incoming", "defer")...)
-	ctx := testContext(t)
-	if err := source.PrepareOutgoing(ctx); err != nil {
-		t.Fatal(err)
-	}
-	if err := destination.PrepareIncoming(ctx); err != nil {
+	if err := destination.PrepareIncoming(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
 	return source, destination, process
 }
 
+// save stops a VM and returns the state of its devices as a stream.
+func save(t *testing.T, vm *VM, giveUpDisks bool) []byte {
+	t.Helper()
+	ctx := testContext(t)
+	if _, _, err := vm.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	saver, err := vm.NewSaver(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	state, err := saver.Save(ctx, giveUpDisks)
+	if err := errors.Join(err, saver.Close(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := devicestate.Parse(state); err != nil {
+		t.Fatal(err)
+	}
+	facts, err := vm.Facts(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(devicestate.Head(facts.MachineType), devicestate.Body(state)...)
+}
+
+// load has a destination load a stream.
+func load(t *testing.T, vm *VM, stream []byte) error {
+	t.Helper()
+	in, feed := socketPair(t)
+	go func() {
+		_, _ = feed.Write(stream) // a QEMU that fails does not read it
+		feed.Close()
+	}()
+	return vm.LoadDevices(testContext(t), in, func() {})
+}
+
 func TestDeviceStateMoves(t *testing.T) {
 	source, destination, _ := twoVMs(t)
 	ctx := testContext(t)
-	stopped, err := source.Stop(ctx)
-	if err != nil {
-		t.Fatal(err)
+	stopped, ran, err := source.Stop(ctx)
+	if err != nil || !ran {
+		t.Fatal(ran, err)
 	}
 	if err := source.VerifyStopped(ctx); err != nil {
 		t.Error(err)
 	}
-	out, in := socketPair(t)
-	loaded := make(chan error, 1)
-	go func() { loaded <- destination.MigrateIncomingFD(ctx, in, func() {}) }()
-	if err := source.MigrateFD(ctx, out); err != nil {
-		t.Fatal(err)
-	}
-	out.Close()
-	if err := <-loaded; err != nil {
+	if err := load(t, destination, save(t, source, true)); err != nil {
 		t.Fatal(err)
 	}
 	if running, err := destination.Running(ctx); err != nil || running {
@@ -71,23 +95,23 @@ func TestDeviceStateMoves(t *testing.T) {
 	}
 }
 
-// The source takes its VM back, disks included, as long as the destination has not run it.
-func TestSourceContinuesWithItsDisks(t *testing.T) {
+// withDisk are the arguments that give a VM a disk in a new image.
+func withDisk(t *testing.T) []string {
+	t.Helper()
 	disk := ramFile(t) + ".disk"
 	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	source, destination, _ := twoVMs(t, "-drive", "file="+disk+",format=raw,if=none,id=d", "-device", "virtio-blk,drive=d")
+	return []string{"-drive", "file=" + disk + ",format=raw,if=none,id=d", "-device", "virtio-blk,drive=d"}
+}
+
+// The source takes its VM back, disks included, as long as the destination has not run it.
+func TestSourceContinuesWithItsDisks(t *testing.T) {
+	source, destination, _ := twoVMs(t, withDisk(t)...)
+	if err := load(t, destination, save(t, source, true)); err != nil {
+		t.Fatal(err)
+	}
 	ctx := testContext(t)
-	if _, err := source.Stop(ctx); err != nil {
-		t.Fatal(err)
-	}
-	out, in := socketPair(t)
-	loaded := make(chan error, 1)
-	go func() { loaded <- destination.MigrateIncomingFD(ctx, in, func() {}) }()
-	if err := errors.Join(source.MigrateFD(ctx, out), <-loaded); err != nil {
-		t.Fatal(err)
-	}
 	if _, err := source.Cont(ctx); err != nil { // while the destination has loaded everything
 		t.Fatal(err)
 	}
@@ -96,94 +120,120 @@ func TestSourceContinuesWithItsDisks(t *testing.T) {
 	}
 }
 
+// Who has the disks is asked, because giving up twice what one has not makes QEMU abort.
+func TestDisksActive(t *testing.T) {
+	source, destination, _ := twoVMs(t, withDisk(t)...)
+	ctx := testContext(t)
+	has := func(vm *VM, want bool, when string) {
+		t.Helper()
+		if got, err := vm.DisksActive(ctx); err != nil || got != want {
+			t.Errorf("%s: has the disks %t, %v", when, got, err)
+		}
+	}
+	has(source, true, "running")
+	has(destination, false, "waiting for the VM")
+	stream := save(t, source, false)
+	has(source, true, "saved only")
+	stream = save(t, source, true)
+	has(source, false, "saved and given up")
+	if err := destination.TakeDisksWhenLoaded(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := load(t, destination, stream); err != nil {
+		t.Fatal(err)
+	}
+	has(destination, true, "loaded, to stay paused")
+	save(t, destination, true) // it can be moved on
+	has(destination, false, "moved on")
+	if able, err := source.ActivateDisks(ctx); err != nil {
+		t.Error(err)
+	} else if able {
+		has(source, true, "taken back")
+	}
+	if _, err := source.Cont(ctx); err != nil {
+		t.Fatal(err)
+	}
+	has(source, true, "continued")
+}
+
+func TestVMWithoutDisksHasThem(t *testing.T) {
+	_, vm := start(t, ram(ramFile(t))...)
+	if active, err := vm.DisksActive(testContext(t)); err != nil || !active {
+		t.Errorf("%t, %v", active, err)
+	}
+}
+
+// Saving neither runs nor changes a VM: it can be done again, and the VM goes on.
+func TestSaveTwice(t *testing.T) {
+	_, vm := start(t, ram(ramFile(t))...)
+	first, second := save(t, vm, true), save(t, vm, false)
+	if len(first) == 0 || len(first) != len(second) {
+		t.Errorf("%d bytes, then %d", len(first), len(second))
+	}
+	ctx := testContext(t)
+	if status, err := vm.Status(ctx); err != nil || status != "paused" {
+		t.Errorf("the VM is %q, %v", status, err)
+	}
+	if at, err := vm.Cont(ctx); err != nil || at.IsZero() {
+		t.Errorf("continue: %v, %v", at, err)
+	}
+}
+
 func TestDestinationKilledWhileLoading(t *testing.T) {
 	source, destination, process := twoVMs(t)
-	ctx := testContext(t)
-	if _, err := source.Stop(ctx); err != nil {
-		t.Fatal(err)
-	}
-	out, relay := socketPair(t)
-	narrow(t, out)
+	stream := save(t, source, true)
 	in, feed := socketPair(t)
 	loaded := make(chan error, 1)
-	go func() { loaded <- destination.MigrateIncomingFD(ctx, in, func() {}) }()
-	saved := make(chan error, 1)
-	go func() { saved <- source.MigrateFD(ctx, out) }()
-	// It has got a part of the stream and waits for more.
-	if _, err := io.CopyN(feed, relay, 50<<10); err != nil {
+	begun := make(chan struct{})
+	go func() { loaded <- destination.LoadDevices(testContext(t), in, func() { close(begun) }) }()
+	<-begun
+	if _, err := feed.Write(stream[:len(stream)/2]); err != nil { // it waits for more
 		t.Fatal(err)
 	}
-	if err := process.Kill(ctx); err != nil {
+	if err := process.Kill(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
 	var gone *qmp.DisconnectedError
 	if err := <-loaded; !errors.As(err, &gone) {
 		t.Errorf("loading: %v", err)
 	}
-	relay.Close()
-	if err := <-saved; err == nil {
-		t.Error("the source saved everything through a socket that was not read")
-	}
-	continues(ctx, t, source)
-}
-
-func TestCancelledWhileSaving(t *testing.T) {
-	source, _, _ := twoVMs(t)
-	if _, err := source.Stop(testContext(t)); err != nil {
-		t.Fatal(err)
-	}
-	out, in := socketPair(t)
-	narrow(t, out)
-	ctx, cancel := context.WithCancelCause(testContext(t))
-	gaveUp := errors.New("gave up")
-	go func() {
-		// The stream has begun, and more than a socket holds will not be read.
-		if _, err := io.ReadFull(in, make([]byte, 1)); err != nil {
-			t.Error(err)
-		}
-		cancel(gaveUp)
-	}()
-	if err := source.MigrateFD(ctx, out); !errors.Is(err, gaveUp) {
-		t.Errorf("cancelled: %v", err)
-	}
-	continues(testContext(t), t, source)
-}
-
-// narrow makes a socket hold much less than a device state.
-func narrow(t *testing.T, f *os.File) {
-	t.Helper()
-	if err := unix.SetsockoptInt(int(f.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, 4096); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// continues checks that a source whose migration failed runs again.
-func continues(ctx context.Context, t *testing.T, vm *VM) {
-	t.Helper()
-	if err := vm.CancelMigrate(ctx); err != nil {
+	if _, err := source.Cont(testContext(t)); err != nil {
 		t.Error(err)
 	}
-	before := time.Now()
-	if at, err := vm.Cont(ctx); err != nil || at.Before(before.Truncate(time.Microsecond)) {
-		t.Errorf("continue: %v, %v", at, err)
+}
+
+// A load that nobody wants any more ends, and QEMU with it.
+func TestCancelledWhileLoading(t *testing.T) {
+	source, destination, process := twoVMs(t)
+	stream := save(t, source, true)
+	in, feed := socketPair(t)
+	ctx, cancel := context.WithCancelCause(testContext(t))
+	gaveUp := errors.New("gave up")
+	loaded := make(chan error, 1)
+	begun := make(chan struct{})
+	go func() { loaded <- destination.LoadDevices(ctx, in, func() { close(begun) }) }()
+	<-begun
+	if _, err := feed.Write(stream[:len(stream)/2]); err != nil {
+		t.Fatal(err)
 	}
-	if status, err := vm.Status(ctx); err != nil || status != "running" {
-		t.Errorf("the source is %q, %v", status, err)
+	cancel(gaveUp)
+	if err := <-loaded; !errors.Is(err, gaveUp) {
+		t.Errorf("cancelled: %v", err)
+	}
+	select {
+	case <-process.Exited():
+	case <-testContext(t).Done():
+		t.Error("QEMU waits for the rest")
 	}
 }
 
 func TestBadStreamIsExplained(t *testing.T) {
 	_, destination, process := twoVMs(t)
-	in, feed := socketPair(t)
-	if _, err := feed.WriteString("this is no migration stream"); err != nil {
-		t.Fatal(err)
-	}
-	feed.Close()
-	var gone *qmp.DisconnectedError
-	err := destination.MigrateIncomingFD(testContext(t), in, func() {})
+	err := load(t, destination, []byte("this is no migration stream"))
 	if err == nil {
 		t.Fatal("garbage was loaded")
 	}
+	var gone *qmp.DisconnectedError
 	if errors.As(err, &gone) && process.ExitReason() == "" {
 		t.Error("QEMU exited and nobody says why")
 	}
@@ -197,50 +247,61 @@ func TestContBeforeTheStateIsLoaded(t *testing.T) {
 }
 
 func TestStopOfAStoppedVM(t *testing.T) {
-	source, _, _ := twoVMs(t)
+	_, vm := start(t, ram(ramFile(t))...)
 	ctx := testContext(t)
-	for range 2 {
+	for _, want := range []bool{true, false} {
 		before := time.Now().Truncate(time.Microsecond)
-		if at, err := source.Stop(ctx); err != nil || at.Before(before) {
-			t.Errorf("stopped at %v, %v; asked at %v", at, err, before)
+		if at, ran, err := vm.Stop(ctx); err != nil || at.Before(before) || ran != want {
+			t.Errorf("stopped at %v, %v; it ran: %t; asked at %v", at, err, ran, before)
 		}
 	}
 	for range 2 {
-		if _, err := source.Cont(ctx); err != nil {
+		if _, err := vm.Cont(ctx); err != nil {
 			t.Error(err)
 		}
 	}
 }
 
-// An x-ignore-shared that stayed on would cost a guest its RAM at the next migration by others.
+// A QEMU that arrived here is to be as QEMU made it when it is migrated by others.
 func TestSettingsArePutBack(t *testing.T) {
 	path := ramFile(t)
 	second := path + ".qmp"
-	_, vm := start(t, append(ram(path), "-qmp", "unix:"+second+",server=on,wait=off")...)
+	_, vm := start(t, append(ram(path), "-S", "-incoming", "defer", "-qmp", "unix:"+second+",server=on,wait=off")...)
 	ctx := testContext(t)
 	if err := vm.SetCapabilities(ctx, map[string]bool{"auto-converge": true}); err != nil {
 		t.Fatal(err)
 	}
-	before, err := vm.settings(ctx)
-	if err != nil {
-		t.Fatal(err)
+	type settings struct {
+		Capabilities map[string]bool
+		Rounds       uint64 `json:"announce-rounds"`
 	}
+	now := func() (s settings) {
+		t.Helper()
+		var err error
+		if s.Capabilities, err = vm.capabilities(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if err := vm.QMP.Do(ctx, "query-migrate-parameters", nil, &s); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	before := now()
 	other, err := Attach(ctx, second)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(other.PrepareOutgoing(ctx), other.PrepareOutgoing(ctx)); err != nil {
+	if err := errors.Join(other.PrepareIncoming(ctx), other.PrepareIncoming(ctx)); err != nil {
 		t.Fatal(err)
 	}
-	during, err := vm.settings(ctx)
-	if err != nil || !during.Capabilities["x-ignore-shared"] || during.Capabilities["auto-converge"] || during.MaxBandwidth != maxBandwidth {
-		t.Errorf("prepared: %+v, %v", during, err)
+	during := now()
+	if !during.Capabilities[capLateBlock] || during.Capabilities["auto-converge"] || during.Rounds != 0 {
+		t.Errorf("prepared: %+v", during)
 	}
 	if err := other.Close(); err != nil {
 		t.Fatal(err)
 	}
-	after, err := vm.settings(ctx)
-	if diff := cmp.Diff(before, after, cmp.AllowUnexported(Settings{})); diff != "" || err != nil {
-		t.Errorf("settings afterwards (-before +after), %v:\n%s", err, diff)
+	if diff := cmp.Diff(before, now()); diff != "" || before.Rounds == 0 {
+		t.Errorf("settings afterwards (-before +after):\n%s", diff)
 	}
 }

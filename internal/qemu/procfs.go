@@ -13,6 +13,7 @@ import (
 // A vma is one line of /proc/PID/maps: a run of addresses that map a run of one file.
 type vma struct {
 	start, end uint64
+	writable   bool
 	shared     bool
 	offset     uint64 // in the file, bytes
 	major      uint32 // device of the file
@@ -46,7 +47,7 @@ func parseVMA(line string) (vma, error) {
 	if err != nil {
 		return vma{}, fmt.Errorf("field %d: %w", n+1, err)
 	}
-	m.shared = strings.HasSuffix(perms, "s")
+	m.writable, m.shared = strings.Contains(perms, "w"), strings.HasSuffix(perms, "s")
 	fields := strings.SplitN(line, " ", 6)
 	if len(fields) == 6 {
 		m.path = unescapeMaps(strings.TrimLeft(fields[5], " "))

@@ -12,107 +12,147 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// RAMBlock is one memory backend of the guest and where it is. Everything but Addr and the paths is the same
-// at source and destination.
+// RAMBlock is a piece of memory that belongs to the VM and where it is: guest RAM, and also firmware, video memory, flash
+// and option ROMs. Everything but Addr and what is said of the file is the same at source and destination.
 type RAMBlock struct {
-	ID       string // of QEMU's -object
-	Size     uint64 // bytes
-	PageSize uint64 // bytes: the host's, or the huge page's of hugetlbfs
+	ID       string // QEMU's name of it (RAMBlock.idstr)
+	Size     uint64 // bytes in use
+	PageSize uint64 // bytes: the host's, or the huge page's
 
-	Addr       uint64 // of the first byte, in QEMU's address space
-	FileOffset int64  // of the first byte, in its file
-	// Path can be opened while QEMU lives, also when the file has no name any more.
-	Path    string
-	MemPath string // what QEMU was told: a file or a directory
-	// FileIdentity names the file among all files of all hosts.
+	Addr uint64 // of the first byte, in QEMU's address space
+	// ReadOnly: QEMU itself cannot write to it, as to the image of a read-only nvdimm.
+	ReadOnly bool
+	// Populated: QEMU was told to have all of its memory from the beginning (prealloc=on, -overcommit mem-lock=on).
+	Populated bool
+	// HoldsFirstPage: it is what the guest has at address 0.
+	HoldsFirstPage bool
+	// Private: nobody but QEMU has this memory; it ends with QEMU.
+	Private bool
+
+	// File is what QEMU maps there, as it calls it; empty: no file.
+	File string
+	// Path leads to that file while QEMU lives, also when it has no name any more. It is empty where there is no file and
+	// where it cannot be opened. What a private mapping holds is in the file only where QEMU has not written to it.
+	Path       string
+	FileOffset int64 // of the first byte, in the file
+	// FileIdentity names the file of a shared mapping among all files of all hosts; empty for others.
 	FileIdentity string
+
+	backend string // id of its -object memory-backend-*; empty: it has none
+	maxSize uint64 // of the mapping
+	behind  bool   // a private mapping of a file that is not on hugetlbfs, and shows through where QEMU has not written
 }
 
-// RAMError says why RAM of the guest cannot be moved.
+// IsBackend says that it is an -object memory-backend-* of the user's, or the one that QEMU makes of -m.
+func (b RAMBlock) IsBackend() bool { return b.backend != "" }
+
+// RAMError says why memory of the VM cannot be moved.
 type RAMError struct {
-	ID     string // of the memory backend
+	ID     string // of the RAM block
 	Reason string
 	Remedy string
 }
 
 func (e *RAMError) Error() string { return fmt.Sprintf("RAM %q: %s; %s", e.ID, e.Reason, e.Remedy) }
 
-// useBackend is how RAM is given to QEMU so that it can be moved.
-const useBackend = "start the VM with -object memory-backend-file,id=ram0,size=...,mem-path=/dev/shm/...,share=on " +
-	"-machine memory-backend=ram0"
-
-// RAMBlocks returns all RAM of the guest, sorted by ID. RAM that cannot be moved is a *RAMError each, joined.
+// RAMBlocks returns all memory of the VM that QEMU's own migration would move, sorted by ID. What cannot be moved is a
+// *RAMError each, joined.
 func (vm *VM) RAMBlocks(ctx context.Context) ([]RAMBlock, error) {
+	listed, err := vm.listBlocks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	listed = slices.DeleteFunc(listed, func(b listedBlock) bool { return b.name == "" })
+	slices.SortFunc(listed, func(a, b listedBlock) int { return cmp.Compare(a.name, b.name) })
+	maps, err := readMaps(vm.Pid)
+	if err != nil {
+		return nil, err
+	}
+	if slices.ContainsFunc(listed, func(b listedBlock) bool { return b.addr == 0 }) {
+		if err := findInHeap(vm.Pid, maps, listed); err != nil {
+			return nil, err
+		}
+	}
+	first, err := vm.firstPage(ctx, listed)
+	if err != nil {
+		return nil, err
+	}
 	backends, err := vm.memoryBackends(ctx)
 	if err != nil {
 		return nil, err
 	}
-	maps, err := readMaps(vm.Pid)
+	locked, err := vm.locked()
 	if err != nil {
 		return nil, err
 	}
 	var blocks []RAMBlock
 	var failed []error
-	for _, b := range backends {
-		if err := b.movable(vm.QMP.Version()); err != nil {
-			failed = append(failed, err)
-			continue
-		}
-		block, err := vm.locate(b, maps)
+	for _, l := range listed {
+		b, err := vm.locate(l, maps)
 		if err != nil {
 			failed = append(failed, err)
 			continue
 		}
-		blocks = append(blocks, block)
+		backend, found := backends[strings.TrimPrefix(b.ID, "/objects/")]
+		if found {
+			b.backend = backend.ID
+		}
+		b.HoldsFirstPage = b.Addr == first
+		b.Populated = !b.ReadOnly && (locked || backend.Prealloc)
+		blocks = append(blocks, b)
 	}
-	plugged, err := vm.pluggedMemory(ctx)
+	return blocks, errors.Join(failed...)
+}
+
+// firstPage returns where QEMU has the guest's address 0, which is RAM on each PC, and holds the list against that; 0: nothing
+// is there.
+func (vm *VM) firstPage(ctx context.Context, listed []listedBlock) (addr uint64, err error) {
+	text, err := vm.hmp(ctx, "gpa2hva 0")
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
-	if err := errors.Join(append(failed, plugged...)...); err != nil {
-		return nil, err
+	// "Host virtual address for 0x0 (pc.ram) is 0x7f..." (hmp_gpa2hva in QEMU's monitor). The name is the memory region's.
+	_, at, found := strings.Cut(strings.TrimSpace(text), ") is 0x")
+	if !found {
+		return 0, nil // another kind of machine, or a guest that has mapped something else there
 	}
-	return blocks, nil
+	if _, err := fmt.Sscanf(at, "%x", &addr); err != nil {
+		return 0, fmt.Errorf("QEMU's gpa2hva says %q: %w", text, err)
+	}
+	if !slices.ContainsFunc(listed, func(b listedBlock) bool { return addr >= b.addr && addr < b.addr+b.max }) {
+		return 0, fmt.Errorf("QEMU has the guest's first page at %#x, where no RAM block was found", addr)
+	}
+	return addr, nil
 }
 
-// A memoryBackend is one of QEMU's memory-backend-* objects (qapi/qom.json).
+// A memoryBackend is one of QEMU's memory-backend-* objects (Memdev in qapi/machine.json).
 type memoryBackend struct {
-	ID    string `json:"id"`
-	Size  uint64 `json:"size"`
-	Share bool   `json:"share"`
-
-	kind    string // "memory-backend-file", ...
-	memPath string
-	offset  uint64 // in the file; QEMU >= 8.1 has the property
+	ID       string `json:"id"`
+	Prealloc bool   `json:"prealloc"`
 }
 
-func (vm *VM) memoryBackends(ctx context.Context) ([]memoryBackend, error) {
-	var backends []memoryBackend
-	if err := vm.QMP.Do(ctx, "query-memdev", nil, &backends); err != nil {
+// memoryBackends returns them by ID.
+func (vm *VM) memoryBackends(ctx context.Context) (map[string]memoryBackend, error) {
+	var list []memoryBackend
+	if err := vm.QMP.Do(ctx, "query-memdev", nil, &list); err != nil {
 		return nil, err
 	}
-	slices.SortFunc(backends, func(a, b memoryBackend) int { return cmp.Compare(a.ID, b.ID) })
-	for i := range backends {
-		b := &backends[i]
-		path := "/objects/" + b.ID
-		if err := vm.property(ctx, path, "type", &b.kind); err != nil {
-			return nil, err
-		}
-		if b.kind != "memory-backend-file" {
-			continue
-		}
-		if err := vm.property(ctx, path, "mem-path", &b.memPath); err != nil {
-			return nil, err
-		}
-		if err := vm.property(ctx, path, "offset", &b.offset); err != nil && !errors.Is(err, qmp.ErrGeneric) {
-			return nil, err
-		}
+	backends := make(map[string]memoryBackend, len(list))
+	for _, b := range list {
+		backends[b.ID] = b
 	}
 	return backends, nil
+}
+
+// locked tells whether QEMU keeps all of its memory locked (mlockall(2)).
+func (vm *VM) locked() (bool, error) {
+	status, err := readStatus(vm.Pid)
+	if err != nil {
+		return false, fmt.Errorf("locked memory of QEMU: %w", err)
+	}
+	return status["VmLck"] != "" && status["VmLck"] != "0 kB", nil
 }
 
 // property reads a property of a QOM object. One that does not exist is a qmp.ErrGeneric.
@@ -120,29 +160,9 @@ func (vm *VM) property(ctx context.Context, path, name string, value any) error 
 	return vm.QMP.Do(ctx, "qom-get", map[string]string{"path": path, "property": name}, value)
 }
 
-// movable says, from what QEMU tells, whether x-ignore-shared leaves the backend out of QEMU's own stream
-// and we can read and fill it instead.
-func (b memoryBackend) movable(v qmp.Version) error {
-	switch {
-	case b.kind == "memory-backend-memfd" && (v.Major > 8 || v.Major == 8 && v.Minor > 0):
-		return &RAMError{b.ID, "it is a memory-backend-memfd, which QEMU newer than 8.0 sends through its own stream " +
-			"even with x-ignore-shared (QEMU up to 8.0 takes any shared memory)", useBackend}
-	case b.kind != "memory-backend-file" && b.kind != "memory-backend-memfd":
-		return &RAMError{b.ID, "it is a " + b.kind + ", private to QEMU", useBackend}
-	case !b.Share:
-		return &RAMError{b.ID, "it is private to QEMU (share=off)", "add share=on to its -object " + b.kind}
-	}
-	return nil
-}
-
 // A memoryDevice is one of query-memory-devices.
 type memoryDevice struct {
 	Type string `json:"type"`
-	Data struct {
-		ID         string `json:"id"`
-		Memdev     string `json:"memdev"`
-		Hotplugged bool   `json:"hotplugged"`
-	} `json:"data"`
 }
 
 // virtioMem is the type of those whose size the guest changes.
@@ -153,48 +173,49 @@ func (vm *VM) memoryDevices(ctx context.Context) (devices []memoryDevice, err er
 	return devices, err
 }
 
-// pluggedMemory finds memory that is not on QEMU's command line, so that a destination would lack it.
-func (vm *VM) pluggedMemory(ctx context.Context) (failed []error, err error) {
-	devices, err := vm.memoryDevices(ctx)
-	for _, d := range devices {
-		// How large a virtio-mem device is, is part of its state.
-		if d.Data.Hotplugged {
-			failed = append(failed, &RAMError{strings.TrimPrefix(d.Data.Memdev, "/objects/"),
-				fmt.Sprintf("its %s device %q was plugged in while the VM ran, so QEMU's command line lacks it", d.Type, d.Data.ID),
-				"unplug it, or restart the VM with that memory on its command line"})
-		}
-	}
-	return failed, err
-}
-
-// locate finds a backend in QEMU's address space and its file.
-func (vm *VM) locate(b memoryBackend, maps []vma) (RAMBlock, error) {
-	found, err := vm.mappingsOf(b, maps)
-	if err != nil {
-		return RAMBlock{}, &RAMError{b.ID, err.Error(), useBackend}
+// locate finds what is mapped at a block's address.
+func (vm *VM) locate(l listedBlock, maps []vma) (RAMBlock, error) {
+	b := RAMBlock{ID: l.name, Size: l.used, PageSize: l.pageSize, Addr: l.addr, maxSize: l.max}
+	found := covering(maps, l.addr, l.max)
+	if found == nil {
+		return b, fmt.Errorf("RAM %q: QEMU, process %d, has no single memory of %d bytes at %#x", b.ID, vm.Pid, l.max, l.addr)
 	}
 	first := found[0]
-	block := RAMBlock{
-		ID: b.ID, Size: b.Size, Addr: first.start, FileOffset: int64(first.offset), MemPath: b.memPath,
-		FileIdentity: fmt.Sprintf("%s:%x:%x:%d", bootID(), first.major, first.minor, first.inode),
+	b.Private, b.ReadOnly = !first.shared, !first.writable
+	if first.inode == 0 {
+		return b, nil
 	}
-	if block.Path, err = vm.openablePath(first); err != nil {
-		return RAMBlock{}, fmt.Errorf("RAM %q: %w", b.ID, err)
+	b.File, b.FileOffset = first.path, int64(first.offset+l.addr-first.start)
+	var err error
+	if b.Path, err = vm.openablePath(first); err != nil && !b.Private && !anonymous(first) {
+		return b, fmt.Errorf("RAM %q: %w", b.ID, err)
+	}
+	fs, err := fileSystem(b.Path, first)
+	if err != nil {
+		return b, fmt.Errorf("RAM %q: %w", b.ID, err)
+	}
+	switch inMemory := fs == unix.TMPFS_MAGIC || fs == unix.HUGETLBFS_MAGIC; {
+	case b.Private:
+		b.behind = fs != unix.HUGETLBFS_MAGIC
+	case !inMemory && !b.ReadOnly:
+		return b, &RAMError{b.ID, fmt.Sprintf("QEMU writes it to the file %s, which is neither on tmpfs nor on hugetlbfs, so userfaultfd cannot fill it",
+			first.path), "put its mem-path on /dev/shm or on a mount of hugetlbfs, or give its memory backend share=off"}
+	default:
+		b.FileIdentity = fmt.Sprintf("%s:%x:%x:%d", bootID(), first.major, first.minor, first.inode)
+	}
+	return b, nil
+}
+
+// fileSystem returns the type of the file system that a mapped file is on.
+func fileSystem(path string, m vma) (int64, error) {
+	if path == "" && anonymous(m) {
+		return unix.TMPFS_MAGIC, nil
 	}
 	var fs unix.Statfs_t
-	if err := unix.Statfs(block.Path, &fs); err != nil {
-		return RAMBlock{}, fmt.Errorf("RAM %q: file system of %s: %w", b.ID, block.Path, err)
+	if err := unix.Statfs(path, &fs); err != nil {
+		return 0, fmt.Errorf("file system of %s: %w", m.path, err)
 	}
-	switch fs.Type {
-	case unix.TMPFS_MAGIC:
-		block.PageSize = uint64(os.Getpagesize())
-	case unix.HUGETLBFS_MAGIC:
-		block.PageSize = uint64(fs.Bsize)
-	default:
-		return RAMBlock{}, &RAMError{b.ID, fmt.Sprintf("its file %s is neither on tmpfs nor on hugetlbfs, so userfaultfd cannot fill it", first.path),
-			"put its mem-path on /dev/shm or on a mount of hugetlbfs"}
-	}
-	return block, nil
+	return fs.Type, nil
 }
 
 // bootID tells this boot of this host from all others (random(4)).

@@ -12,85 +12,39 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mappingsOf returns the shared mappings that together are the backend: contiguous in memory and in the
-// file, its first byte first. QEMU makes one mapping, which madvise(2) and mbind(2) may split.
-func (vm *VM) mappingsOf(b memoryBackend, maps []vma) ([]vma, error) {
-	isFile := vm.fileMatcher(b)
-	if b.kind == "memory-backend-memfd" && ambiguous(maps, isFile) {
-		return nil, fmt.Errorf("several memory-backend-memfd have its size of %d bytes, and nothing tells which is which", b.Size)
-	}
+// covering returns the mappings that together are size bytes from addr on, if they are one memory: contiguous, all private
+// or all shared, of one file or of none. QEMU makes one mapping, which madvise(2) and mbind(2) may split. nil: they are not.
+func covering(maps []vma, addr, size uint64) []vma {
 	var found []vma
-	var size uint64
+	at := addr
 	for _, m := range maps {
-		if size >= b.Size {
-			break
-		}
-		if !m.shared || m.inode == 0 || !isFile(m) {
+		if m.end <= at {
 			continue
 		}
-		switch {
-		case len(found) > 0 && m.start == found[len(found)-1].end && m.offset == found[0].offset+size && sameFile(m, found[0]):
-			found, size = append(found, m), size+m.end-m.start
-		case m.offset == b.offset:
-			found, size = []vma{m}, m.end-m.start
+		if m.start > at {
+			return nil
+		}
+		if len(found) > 0 && !goesOn(found[len(found)-1], m) {
+			return nil
+		}
+		found, at = append(found, m), m.end
+		if at-addr >= size {
+			return found
 		}
 	}
-	if size < b.Size {
-		return nil, fmt.Errorf("it is not mapped, or only %d of its %d bytes are, in process %d", size, b.Size, vm.Pid)
-	}
-	return found, nil
+	return nil
 }
 
-// ambiguous tells whether more than one file matches.
-func ambiguous(maps []vma, isFile func(vma) bool) bool {
-	var first *vma
-	for i, m := range maps {
-		if !m.shared || !isFile(m) {
-			continue
-		}
-		if first != nil && !sameFile(*first, m) {
-			return true
-		}
-		first = &maps[i]
-	}
-	return false
+// goesOn says that b goes on with what a maps.
+func goesOn(a, b vma) bool {
+	return b.start == a.end && a.shared == b.shared && a.writable == b.writable && sameFile(a, b) &&
+		(a.inode == 0 || b.offset == a.offset+a.end-a.start)
 }
 
 func sameFile(a, b vma) bool { return a.major == b.major && a.minor == b.minor && a.inode == b.inode }
 
-// fileMatcher tells a backend's mappings from others: by device and inode where its mem-path still leads to
-// the file, else by the name under which QEMU opened it.
-func (vm *VM) fileMatcher(b memoryBackend) func(vma) bool {
-	if b.kind == "memory-backend-memfd" {
-		// All of them have one name, so that only their size tells them apart; see ambiguous.
-		return func(m vma) bool {
-			return strings.HasPrefix(m.path, "/memfd:memory-backend-memfd") && m.end-m.start == b.Size
-		}
-	}
-	path := fmt.Sprintf("/proc/%d/root%s", vm.Pid, b.memPath)
-	if !filepath.IsAbs(b.memPath) {
-		path = fmt.Sprintf("/proc/%d/cwd/%s", vm.Pid, b.memPath)
-	}
-	var st unix.Stat_t
-	err := unix.Stat(path, &st)
-	switch {
-	case err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR:
-		// QEMU made a file of its own there and removed its name (file_ram_open in softmmu/physmem.c).
-		// Old machine types name it by the object's path.
-		prefixes := []string{"qemu_back_mem." + b.ID + ".", "qemu_back_mem._objects_" + b.ID + "."}
-		return func(m vma) bool {
-			name := filepath.Base(m.path)
-			return strings.HasPrefix(name, prefixes[0]) || strings.HasPrefix(name, prefixes[1])
-		}
-	case err == nil:
-		return func(m vma) bool {
-			return m.inode == st.Ino && m.major == unix.Major(st.Dev) && m.minor == unix.Minor(st.Dev) ||
-				m.path == b.memPath+" (deleted)" // removed, and another file has the name now
-		}
-	default:
-		return func(m vma) bool { return m.path == b.memPath+" (deleted)" }
-	}
-}
+// anonymous says that a shared mapping has a file that only the kernel knows of: mmap(2) with MAP_SHARED and MAP_ANONYMOUS.
+func anonymous(m vma) bool { return m.shared && strings.HasPrefix(m.path, "/dev/zero") }
 
 // openablePath finds a path that leads to the file of a mapping whether it has a name or not: QEMU's own
 // descriptor, or, had it closed that, the mapping itself.

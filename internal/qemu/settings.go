@@ -8,32 +8,24 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-
-	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
 // QEMU's migration capabilities that we use (qapi/migration.json, MigrationCapability).
 const (
 	// capEvents makes QEMU report each step by a MIGRATION event, so that nobody has to ask.
 	capEvents = "events"
-	// capIgnoreShared keeps RAM that is shared with other processes out of the stream: we move it.
-	capIgnoreShared = "x-ignore-shared"
 	// capLateBlock leaves a destination's disks to the source until cont.
 	capLateBlock = "late-block-activate"
 )
 
-// maxBandwidth, in bytes per second, is a limit that nothing reaches: QEMU sleeps between portions of
-// its stream to keep to it, and the default of 128 MiB/s would make the VM wait for that.
-const maxBandwidth = 1 << 40
-
-// Settings are those of QEMU's settings for its own migrations that PrepareOutgoing and PrepareIncoming change.
+// Settings are those of QEMU's settings for its own migrations that PrepareIncoming changes. Daemons that speak protocol 1 alone
+// changed the rest as well, at both ends.
 type Settings struct {
-	Capabilities map[string]bool `json:"capabilities"`
-	MaxBandwidth uint64          `json:"max_bandwidth"`
-	// NoDescription leaves out the stream's own description in JSON, which is for debuggers: a third of the
-	// stream, made and read while the VM stands still. Both ends must agree. nil: this machine has no
-	// such setting (it is a property of the PC machines).
-	NoDescription *bool `json:"no_description,omitempty"`
+	Capabilities  map[string]bool `json:"capabilities"`
+	MaxBandwidth  uint64          `json:"max_bandwidth"` // bytes a second; 0: not changed
+	NoDescription *bool           `json:"no_description,omitempty"`
+	// AnnounceRounds is how often QEMU announces the VM's network cards when it has loaded.
+	AnnounceRounds *uint64 `json:"announce_rounds,omitempty"`
 }
 
 // Changed returns what Close puts back, nil where that is nothing. With PutBack the Close of a later process
@@ -43,21 +35,54 @@ func (vm *VM) Changed() *Settings { return vm.restore }
 // PutBack makes Close put these settings back.
 func (vm *VM) PutBack(s *Settings) { vm.restore = s }
 
-// descriptionProperty is the machine's property behind NoDescription.
-const descriptionProperty = "suppress-vmdesc"
-
-// PrepareOutgoing sets a source QEMU up for MigrateFD. Close puts back what it changes.
-func (vm *VM) PrepareOutgoing(ctx context.Context) error {
-	return vm.prepare(ctx, capEvents, capIgnoreShared)
-}
-
-// PrepareIncoming sets a destination QEMU up for MigrateIncomingFD: one that was started with -incoming
-// defer.
+// PrepareIncoming sets a destination QEMU up for LoadDevices: one that was started with -incoming defer. Every other
+// capability is switched off: multifd, compress or postcopy-ram would want another stream than ours.
 func (vm *VM) PrepareIncoming(ctx context.Context) error {
-	if err := vm.prepare(ctx, capEvents, capIgnoreShared, capLateBlock); err != nil {
+	before, err := vm.capabilities(ctx)
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{capEvents, capLateBlock} {
+		if _, exists := before[name]; !exists {
+			return fmt.Errorf("QEMU %s lacks the migration capability %s: use QEMU 6.0 or newer", vm.QMP.Version(), name)
+		}
+	}
+	now := map[string]bool{capEvents: true, capLateBlock: true}
+	changed := map[string]bool{capEvents: before[capEvents], capLateBlock: before[capLateBlock]}
+	for name, on := range before {
+		if on && name != capEvents && name != capLateBlock {
+			now[name], changed[name] = false, true
+		}
+	}
+	var parameters struct {
+		AnnounceRounds uint64 `json:"announce-rounds"`
+	}
+	if err := vm.QMP.Do(ctx, "query-migrate-parameters", nil, &parameters); err != nil {
+		return err
+	}
+	if vm.restore == nil { // else this is a second try, and before is not what we found
+		vm.restore = &Settings{Capabilities: changed, AnnounceRounds: &parameters.AnnounceRounds}
+	}
+	// That the VM runs here is not certain when it is loaded. Announce says so when it is.
+	if err := vm.QMP.Do(ctx, "migrate-set-parameters", map[string]int{"announce-rounds": 0}, nil); err != nil {
+		return err
+	}
+	if err := vm.SetCapabilities(ctx, now); err != nil {
 		return err
 	}
 	return vm.warmHeap(ctx)
+}
+
+// TakeDisksWhenLoaded makes LoadDevices take the VM's disks from the source as soon as all is loaded, not when Cont runs the VM:
+// one that arrives paused may never be run, and a QEMU without its disks could not be moved on.
+func (vm *VM) TakeDisksWhenLoaded(ctx context.Context) error {
+	return vm.SetCapabilities(ctx, map[string]bool{capLateBlock: false})
+}
+
+// Announce makes the VM's network cards announce themselves, as QEMU does after a migration of its own: at once, and four times
+// more within half a second, by RARP, and by the guest itself where it can.
+func (vm *VM) Announce(ctx context.Context) error {
+	return vm.QMP.Do(ctx, "announce-self", map[string]int{"initial": 50, "max": 550, "rounds": 5, "step": 100}, nil)
 }
 
 // warmHeap makes QEMU touch memory that it will need to load the device state. Loading rebuilds the memory
@@ -67,71 +92,6 @@ func (vm *VM) PrepareIncoming(ctx context.Context) error {
 // (mallopt(3), M_TRIM_THRESHOLD).
 func (vm *VM) warmHeap(ctx context.Context) error {
 	return vm.QMP.Do(ctx, "query-qmp-schema", nil, nil)
-}
-
-// prepare switches the wanted capabilities on and every other off: multifd, compress or postcopy-ram
-// would need another stream than ours.
-func (vm *VM) prepare(ctx context.Context, want ...string) error {
-	before, err := vm.settings(ctx)
-	if err != nil {
-		return err
-	}
-	if missing := lacking(before.Capabilities, want...); len(missing) > 0 {
-		return missingCapabilities(vm.QMP.Version(), missing)
-	}
-	now := Settings{Capabilities: make(map[string]bool), MaxBandwidth: maxBandwidth}
-	if before.NoDescription != nil {
-		yes := true
-		now.NoDescription = &yes
-	}
-	for name, on := range before.Capabilities {
-		if on && !slices.Contains(want, name) {
-			now.Capabilities[name] = false
-		}
-	}
-	for _, name := range want {
-		now.Capabilities[name] = true
-	}
-	if vm.restore == nil { // else this is a second try, and before is not what we found
-		vm.restore = &before
-	}
-	return vm.apply(ctx, now)
-}
-
-func missingCapabilities(v qmp.Version, missing []string) error {
-	return fmt.Errorf("QEMU %s lacks the migration capability %s: use QEMU 4.0 or newer", v, strings.Join(missing, ", "))
-}
-
-func lacking(have map[string]bool, want ...string) (missing []string) {
-	for _, name := range want {
-		if _, exists := have[name]; !exists {
-			missing = append(missing, name)
-		}
-	}
-	return missing
-}
-
-func (vm *VM) settings(ctx context.Context) (Settings, error) {
-	s := Settings{}
-	var err error
-	if s.Capabilities, err = vm.capabilities(ctx); err != nil {
-		return s, err
-	}
-	var parameters struct {
-		MaxBandwidth uint64 `json:"max-bandwidth"`
-	}
-	if err := vm.QMP.Do(ctx, "query-migrate-parameters", nil, &parameters); err != nil {
-		return s, err
-	}
-	s.MaxBandwidth = parameters.MaxBandwidth
-	var none bool
-	switch err := vm.property(ctx, "/machine", descriptionProperty, &none); {
-	case err == nil:
-		s.NoDescription = &none
-	case !errors.Is(err, qmp.ErrGeneric):
-		return s, err
-	}
-	return s, nil
 }
 
 // capabilities are those that this QEMU knows, and whether they are on.
@@ -172,12 +132,18 @@ func (vm *VM) SetCapabilities(ctx context.Context, states map[string]bool) error
 }
 
 func (vm *VM) apply(ctx context.Context, s Settings) error {
-	capErr := vm.SetCapabilities(ctx, s.Capabilities)
-	parameters := map[string]any{"max-bandwidth": s.MaxBandwidth}
-	err := errors.Join(capErr, vm.QMP.Do(ctx, "migrate-set-parameters", parameters, nil))
-	if s.NoDescription == nil {
-		return err
+	err := vm.SetCapabilities(ctx, s.Capabilities)
+	if s.MaxBandwidth != 0 {
+		parameters := map[string]any{"max-bandwidth": s.MaxBandwidth}
+		err = errors.Join(err, vm.QMP.Do(ctx, "migrate-set-parameters", parameters, nil))
 	}
-	property := map[string]any{"path": "/machine", "property": descriptionProperty, "value": *s.NoDescription}
-	return errors.Join(err, vm.QMP.Do(ctx, "qom-set", property, nil))
+	if s.AnnounceRounds != nil {
+		parameters := map[string]any{"announce-rounds": *s.AnnounceRounds}
+		err = errors.Join(err, vm.QMP.Do(ctx, "migrate-set-parameters", parameters, nil))
+	}
+	if s.NoDescription != nil {
+		property := map[string]any{"path": "/machine", "property": "suppress-vmdesc", "value": *s.NoDescription}
+		err = errors.Join(err, vm.QMP.Do(ctx, "qom-set", property, nil))
+	}
+	return err
 }

@@ -47,15 +47,19 @@ func (vm *VM) VerifyStopped(ctx context.Context) error {
 	return nil
 }
 
-// Stop stops all vCPUs and returns when they stopped, by QEMU's clock; of a VM that was stopped before, it
-// returns the present time.
-func (vm *VM) Stop(ctx context.Context) (time.Time, error) {
+// Stop stops all vCPUs and returns when they stopped, by QEMU's clock, and whether they ran until then; of a VM that was
+// stopped before, it returns the present time. When it returns, what disks and network cards had to write to memory is
+// written (do_vm_stop in QEMU's cpus.c).
+func (vm *VM) Stop(ctx context.Context) (at time.Time, ran bool, err error) {
 	events := vm.QMP.Subscribe("STOP")
 	defer events.Close()
 	if err := vm.QMP.Do(ctx, "stop", nil, nil); err != nil {
-		return time.Time{}, err
+		return time.Time{}, false, err
 	}
-	return lastOf(events, time.Now()), nil // the event precedes the reply
+	if at = lastOf(events, time.Time{}); !at.IsZero() { // the event precedes the reply
+		return at, true, nil
+	}
+	return time.Now(), false, nil
 }
 
 // Cont runs the VM, at a destination for the first time, and returns when it began to, by QEMU's clock. An

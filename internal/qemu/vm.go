@@ -27,7 +27,7 @@ type VM struct {
 	Pid int // in our PID namespace
 
 	pidfd   *os.File  // refers to that process even when its number is used again
-	restore *Settings // what PrepareOutgoing or PrepareIncoming changed; nil: nothing
+	restore *Settings // what PrepareIncoming changed; nil: nothing
 }
 
 // Attach connects to the QMP socket at path and finds the QEMU behind it. Errors of the connection are
@@ -59,8 +59,8 @@ func attach(ctx context.Context, client *qmp.Client) (*VM, error) {
 	return vm, nil
 }
 
-// Close disconnects, after it has put back the migration settings that were changed: an x-ignore-shared
-// that stayed on would make a later migration by QEMU's own means lose the guest's RAM.
+// Close disconnects, after it has put back the migration settings that were changed: QEMU's own migrations are to be as they
+// were.
 func (vm *VM) Close() error {
 	var err error
 	if vm.restore != nil && vm.QMP.Err() == nil {
@@ -81,6 +81,22 @@ func (vm *VM) Close() error {
 func (vm *VM) WaitExit(ctx context.Context) error {
 	if err := waitExit(ctx, vm.pidfd); err != nil {
 		return fmt.Errorf("QEMU, process %d: %w", vm.Pid, err)
+	}
+	return nil
+}
+
+// Alive says whether the process has not ended; the error is of errors.Is(err, unix.ESRCH) if it has.
+func (vm *VM) Alive() error {
+	raw, err := vm.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var gone error
+	if err := raw.Control(func(fd uintptr) { gone = unix.PidfdSendSignal(int(fd), 0, nil, 0) }); err != nil {
+		return err
+	}
+	if gone != nil && !errors.Is(gone, unix.EPERM) {
+		return fmt.Errorf("QEMU, process %d: %w", vm.Pid, gone)
 	}
 	return nil
 }

@@ -4,7 +4,6 @@ package qemu
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -18,7 +17,7 @@ func TestPreparedDestinationFaultsLess(t *testing.T) {
 	for range 3 { // the least of them
 		warm = min(warm, faultsWhileLoading(t, (*VM).PrepareIncoming))
 		cold = min(cold, faultsWhileLoading(t, func(vm *VM, ctx context.Context) error {
-			return vm.prepare(ctx, capEvents, capIgnoreShared, capLateBlock)
+			return vm.SetCapabilities(ctx, map[string]bool{capEvents: true, capLateBlock: true})
 		}))
 	}
 	t.Logf("page faults while loading: %d, %d without warmHeap", warm, cold)
@@ -33,22 +32,16 @@ func faultsWhileLoading(t *testing.T, prepare func(*VM, context.Context) error) 
 	_, source := start(t, ram(path)...)
 	process, destination := start(t, append(ram(path), "-S", "-incoming", "defer")...)
 	ctx := testContext(t)
-	if err := errors.Join(source.PrepareOutgoing(ctx), prepare(destination, ctx)); err != nil {
+	if err := prepare(destination, ctx); err != nil {
 		t.Fatal(err)
 	}
+	stream := save(t, source, true)
 	// What preparing left to be done has been done when QEMU answers once more.
 	if _, err := destination.Running(ctx); err != nil {
 		t.Fatal(err)
 	}
-	out, in := socketPair(t)
-	loaded := make(chan error, 1)
 	before := minorFaults(t, process.Pid())
-	go func() { loaded <- destination.MigrateIncomingFD(ctx, in, func() {}) }()
-	if err := source.MigrateFD(ctx, out); err != nil {
-		t.Fatal(err)
-	}
-	out.Close()
-	if err := <-loaded; err != nil {
+	if err := load(t, destination, stream); err != nil {
 		t.Fatal(err)
 	}
 	return minorFaults(t, process.Pid()) - before

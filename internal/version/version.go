@@ -14,8 +14,12 @@ const (
 	// Protocol is the newest version of the protocol (proto/migrated/v1/peer.proto and pages.proto) that this daemon speaks.
 	// For each migration the destination chooses the newest that both speak, and both keep to it, also when they are
 	// started anew with a newer one.
-	Protocol = 1 + raised
-	// OldestProtocol is the oldest that it speaks still.
+	Protocol = 2 + raised
+	// OldestToBegin is the oldest in which it begins a migration. With protocol 1 QEMU's own migration carried the state of the
+	// devices, and x-ignore-shared kept RAM out of it.
+	OldestToBegin = 2
+	// OldestProtocol is the oldest in which it goes on with a migration that another daemon began: how pages are fetched has not
+	// changed.
 	OldestProtocol = 1
 
 	// State is the version of the files that this daemon writes (internal/migration: kept.go, record.go). A file keeps its
@@ -43,13 +47,21 @@ func versions(oldest, newest uint32) string {
 	return fmt.Sprintf("versions %d to %d", oldest, newest)
 }
 
-// AgreeOnProtocol returns the newest version that this daemon and one that speaks oldest to newest both speak. The error
-// is an *Error.
+// AgreeOnProtocol returns the newest version in which this daemon and one that speaks oldest to newest can both begin a
+// migration. The error is an *Error.
 func AgreeOnProtocol(with string, oldest, newest uint32) (uint32, error) {
-	if agreed := min(newest, Protocol); agreed >= max(oldest, OldestProtocol) {
+	if agreed := min(newest, Protocol); agreed >= max(oldest, OldestToBegin) {
 		return agreed, nil
 	}
-	return 0, &Error{"the protocol of " + with, oldest, newest, [2]uint32{OldestProtocol, Protocol}}
+	return 0, &Error{"the protocol of " + with, oldest, newest, [2]uint32{OldestToBegin, Protocol}}
+}
+
+// CheckProtocol says whether this daemon can go on with a migration of version v. The error is an *Error.
+func CheckProtocol(of string, v uint32) error {
+	if v < OldestProtocol || v > Protocol {
+		return &Error{"the protocol of " + of, v, v, [2]uint32{OldestProtocol, Protocol}}
+	}
+	return nil
 }
 
 // CheckState says whether this daemon reads a file of version v. The error is an *Error.

@@ -9,10 +9,10 @@ import (
 
 func TestAgreeOnProtocol(t *testing.T) {
 	for name, c := range map[string]struct{ oldest, newest, agreed uint32 }{
-		"the same":          {OldestProtocol, Protocol, Protocol},
-		"newer":             {OldestProtocol, Protocol + 1, Protocol},
+		"the same":          {OldestToBegin, Protocol, Protocol},
+		"newer":             {OldestToBegin, Protocol + 1, Protocol},
 		"newer, but not us": {Protocol + 1, Protocol + 2, 0},
-		"too old":           {0, OldestProtocol - 1, 0},
+		"too old":           {0, OldestToBegin - 1, 0},
 		"says nothing":      {0, 0, 0},
 		"upside down":       {Protocol + 1, Protocol, 0},
 	} {
@@ -28,6 +28,17 @@ func TestAgreeOnProtocol(t *testing.T) {
 				t.Log(err)
 			}
 		})
+	}
+}
+
+func TestCheckProtocol(t *testing.T) {
+	for v := uint32(OldestProtocol - 1); v <= Protocol+1; v++ {
+		known := v >= OldestProtocol && v <= Protocol
+		err := CheckProtocol("a migration", v)
+		var unknown *Error
+		if (err == nil) != known || !known && !errors.As(err, &unknown) {
+			t.Errorf("version %d: %v", v, err)
+		}
 	}
 }
 

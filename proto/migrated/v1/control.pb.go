@@ -47,6 +47,8 @@ const (
 	MigrationState_MIGRATION_STATE_FAILED MigrationState = 7
 	// The migration was cancelled; the VM runs at the source.
 	MigrationState_MIGRATION_STATE_CANCELLED MigrationState = 8
+	// It was a rehearsal and is over; the VM is at the source, as it was.
+	MigrationState_MIGRATION_STATE_REHEARSED MigrationState = 9
 )
 
 // Enum value maps for MigrationState.
@@ -61,6 +63,7 @@ var (
 		6: "MIGRATION_STATE_COMPLETED",
 		7: "MIGRATION_STATE_FAILED",
 		8: "MIGRATION_STATE_CANCELLED",
+		9: "MIGRATION_STATE_REHEARSED",
 	}
 	MigrationState_value = map[string]int32{
 		"MIGRATION_STATE_UNSPECIFIED":      0,
@@ -72,6 +75,7 @@ var (
 		"MIGRATION_STATE_COMPLETED":        6,
 		"MIGRATION_STATE_FAILED":           7,
 		"MIGRATION_STATE_CANCELLED":        8,
+		"MIGRATION_STATE_REHEARSED":        9,
 	}
 )
 
@@ -289,7 +293,11 @@ type MigrationSpec struct {
 	// QEMU's max-postcopy-bandwidth: a page that a thread waits for is neither held
 	// up nor counted, and the switch itself isn't either. The lowest of this and
 	// both daemons' own limits holds.
-	Bandwidth     uint64 `protobuf:"varint,7,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	Bandwidth uint64 `protobuf:"varint,7,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
+	// Do all but the commit: the VM stops for about as long as it would, the
+	// destination loads the state of its devices, and the VM goes on at the
+	// source. Migration.rehearsal says what was found.
+	Rehearse      bool `protobuf:"varint,8,opt,name=rehearse,proto3" json:"rehearse,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -373,6 +381,13 @@ func (x *MigrationSpec) GetBandwidth() uint64 {
 	return 0
 }
 
+func (x *MigrationSpec) GetRehearse() bool {
+	if x != nil {
+		return x.Rehearse
+	}
+	return false
+}
+
 // Migration is one migration as one of its two daemons sees it.
 type Migration struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -394,8 +409,10 @@ type Migration struct {
 	Supervision Supervision `protobuf:"varint,11,opt,name=supervision,proto3,enum=migrated.v1.Supervision" json:"supervision,omitempty"`
 	// The userfaultfd's security label; empty where it has none.
 	UserfaultfdLabel string `protobuf:"bytes,12,opt,name=userfaultfd_label,json=userfaultfdLabel,proto3" json:"userfaultfd_label,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Of a rehearsal that is over.
+	Rehearsal     *Rehearsal `protobuf:"bytes,13,opt,name=rehearsal,proto3" json:"rehearsal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Migration) Reset() {
@@ -512,6 +529,194 @@ func (x *Migration) GetUserfaultfdLabel() string {
 	return ""
 }
 
+func (x *Migration) GetRehearsal() *Rehearsal {
+	if x != nil {
+		return x.Rehearsal
+	}
+	return nil
+}
+
+// Rehearsal is what a migration would cost, as a rehearsal of it found.
+type Rehearsal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How long the VM would stand still: the steps below, two crossings of the
+	// network, and what QEMU takes to run it. The last of them is what it took
+	// here, at the source, when the VM went on.
+	Downtime *durationpb.Duration `protobuf:"bytes,1,opt,name=downtime,proto3" json:"downtime,omitempty"`
+	StopTime *durationpb.Duration `protobuf:"bytes,2,opt,name=stop_time,json=stopTime,proto3" json:"stop_time,omitempty"`
+	SaveTime *durationpb.Duration `protobuf:"bytes,3,opt,name=save_time,json=saveTime,proto3" json:"save_time,omitempty"`
+	// From the first byte of it sent to the last one loaded.
+	TransferTime *durationpb.Duration `protobuf:"bytes,4,opt,name=transfer_time,json=transferTime,proto3" json:"transfer_time,omitempty"`
+	// The part of transfer_time that the destination QEMU took.
+	LoadTime     *durationpb.Duration `protobuf:"bytes,5,opt,name=load_time,json=loadTime,proto3" json:"load_time,omitempty"`
+	ContinueTime *durationpb.Duration `protobuf:"bytes,6,opt,name=continue_time,json=continueTime,proto3" json:"continue_time,omitempty"`
+	// Of the devices' state.
+	BytesDeviceState uint64 `protobuf:"varint,7,opt,name=bytes_device_state,json=bytesDeviceState,proto3" json:"bytes_device_state,omitempty"`
+	// Of the VM's memory, all of it.
+	BytesMemory uint64 `protobuf:"varint,8,opt,name=bytes_memory,json=bytesMemory,proto3" json:"bytes_memory,omitempty"`
+	// Devices whose state is another when the destination saves it again. None is
+	// expected but that of clocks.
+	Differences   []*DeviceDifference `protobuf:"bytes,9,rep,name=differences,proto3" json:"differences,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rehearsal) Reset() {
+	*x = Rehearsal{}
+	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rehearsal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rehearsal) ProtoMessage() {}
+
+func (x *Rehearsal) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rehearsal.ProtoReflect.Descriptor instead.
+func (*Rehearsal) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Rehearsal) GetDowntime() *durationpb.Duration {
+	if x != nil {
+		return x.Downtime
+	}
+	return nil
+}
+
+func (x *Rehearsal) GetStopTime() *durationpb.Duration {
+	if x != nil {
+		return x.StopTime
+	}
+	return nil
+}
+
+func (x *Rehearsal) GetSaveTime() *durationpb.Duration {
+	if x != nil {
+		return x.SaveTime
+	}
+	return nil
+}
+
+func (x *Rehearsal) GetTransferTime() *durationpb.Duration {
+	if x != nil {
+		return x.TransferTime
+	}
+	return nil
+}
+
+func (x *Rehearsal) GetLoadTime() *durationpb.Duration {
+	if x != nil {
+		return x.LoadTime
+	}
+	return nil
+}
+
+func (x *Rehearsal) GetContinueTime() *durationpb.Duration {
+	if x != nil {
+		return x.ContinueTime
+	}
+	return nil
+}
+
+func (x *Rehearsal) GetBytesDeviceState() uint64 {
+	if x != nil {
+		return x.BytesDeviceState
+	}
+	return 0
+}
+
+func (x *Rehearsal) GetBytesMemory() uint64 {
+	if x != nil {
+		return x.BytesMemory
+	}
+	return 0
+}
+
+func (x *Rehearsal) GetDifferences() []*DeviceDifference {
+	if x != nil {
+		return x.Differences
+	}
+	return nil
+}
+
+// DeviceDifference is a device whose state is not the same in two savings.
+type DeviceDifference struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// QEMU's name of the device, and which of those of that name.
+	Device   string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	Instance uint32 `protobuf:"varint,2,opt,name=instance,proto3" json:"instance,omitempty"`
+	// Bytes that differ.
+	Bytes         uint64 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceDifference) Reset() {
+	*x = DeviceDifference{}
+	mi := &file_migrated_v1_control_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceDifference) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceDifference) ProtoMessage() {}
+
+func (x *DeviceDifference) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceDifference.ProtoReflect.Descriptor instead.
+func (*DeviceDifference) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *DeviceDifference) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *DeviceDifference) GetInstance() uint32 {
+	if x != nil {
+		return x.Instance
+	}
+	return 0
+}
+
+func (x *DeviceDifference) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 // MigrationError is a failure in words for an operator.
 type MigrationError struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -527,7 +732,7 @@ type MigrationError struct {
 
 func (x *MigrationError) Reset() {
 	*x = MigrationError{}
-	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	mi := &file_migrated_v1_control_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -539,7 +744,7 @@ func (x *MigrationError) String() string {
 func (*MigrationError) ProtoMessage() {}
 
 func (x *MigrationError) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	mi := &file_migrated_v1_control_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -552,7 +757,7 @@ func (x *MigrationError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrationError.ProtoReflect.Descriptor instead.
 func (*MigrationError) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *MigrationError) GetMessage() string {
@@ -624,7 +829,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_migrated_v1_control_proto_msgTypes[3]
+	mi := &file_migrated_v1_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -636,7 +841,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[3]
+	mi := &file_migrated_v1_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -649,7 +854,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{3}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Progress) GetPagesTotal() uint64 {
@@ -796,7 +1001,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[4]
+	mi := &file_migrated_v1_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -808,7 +1013,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[4]
+	mi := &file_migrated_v1_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -821,7 +1026,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{4}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -847,7 +1052,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[5]
+	mi := &file_migrated_v1_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -859,7 +1064,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[5]
+	mi := &file_migrated_v1_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -872,7 +1077,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{5}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PrepareResponse) GetMigration() *Migration {
@@ -894,7 +1099,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[6]
+	mi := &file_migrated_v1_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +1111,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[6]
+	mi := &file_migrated_v1_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +1124,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{6}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *StartRequest) GetId() string {
@@ -945,7 +1150,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	mi := &file_migrated_v1_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -957,7 +1162,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	mi := &file_migrated_v1_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -970,7 +1175,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *StartResponse) GetMigration() *Migration {
@@ -989,7 +1194,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	mi := &file_migrated_v1_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1001,7 +1206,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	mi := &file_migrated_v1_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1014,7 +1219,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetRequest) GetId() string {
@@ -1033,7 +1238,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	mi := &file_migrated_v1_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1045,7 +1250,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	mi := &file_migrated_v1_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1058,7 +1263,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetResponse) GetMigration() *Migration {
@@ -1076,7 +1281,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	mi := &file_migrated_v1_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1088,7 +1293,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	mi := &file_migrated_v1_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1101,7 +1306,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{12}
 }
 
 type ListResponse struct {
@@ -1113,7 +1318,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	mi := &file_migrated_v1_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1125,7 +1330,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	mi := &file_migrated_v1_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1138,7 +1343,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListResponse) GetMigrations() []*Migration {
@@ -1159,7 +1364,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	mi := &file_migrated_v1_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1171,7 +1376,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	mi := &file_migrated_v1_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1184,7 +1389,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{12}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchRequest) GetId() string {
@@ -1210,7 +1415,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	mi := &file_migrated_v1_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1222,7 +1427,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	mi := &file_migrated_v1_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1235,7 +1440,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchResponse) GetMigration() *Migration {
@@ -1254,7 +1459,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1266,7 +1471,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1279,7 +1484,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{14}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -1298,7 +1503,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1515,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1528,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{15}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CancelResponse) GetMigration() *Migration {
@@ -1345,7 +1550,7 @@ type RecoverRequest struct {
 
 func (x *RecoverRequest) Reset() {
 	*x = RecoverRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1357,7 +1562,7 @@ func (x *RecoverRequest) String() string {
 func (*RecoverRequest) ProtoMessage() {}
 
 func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1370,7 +1575,7 @@ func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
 func (*RecoverRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RecoverRequest) GetId() string {
@@ -1396,7 +1601,7 @@ type RecoverResponse struct {
 
 func (x *RecoverResponse) Reset() {
 	*x = RecoverResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1408,7 +1613,7 @@ func (x *RecoverResponse) String() string {
 func (*RecoverResponse) ProtoMessage() {}
 
 func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1421,7 +1626,7 @@ func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverResponse.ProtoReflect.Descriptor instead.
 func (*RecoverResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RecoverResponse) GetMigration() *Migration {
@@ -1443,7 +1648,7 @@ type FallBackRequest struct {
 
 func (x *FallBackRequest) Reset() {
 	*x = FallBackRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1455,7 +1660,7 @@ func (x *FallBackRequest) String() string {
 func (*FallBackRequest) ProtoMessage() {}
 
 func (x *FallBackRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1468,7 +1673,7 @@ func (x *FallBackRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FallBackRequest.ProtoReflect.Descriptor instead.
 func (*FallBackRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *FallBackRequest) GetId() string {
@@ -1494,7 +1699,7 @@ type FallBackResponse struct {
 
 func (x *FallBackResponse) Reset() {
 	*x = FallBackResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1506,7 +1711,7 @@ func (x *FallBackResponse) String() string {
 func (*FallBackResponse) ProtoMessage() {}
 
 func (x *FallBackResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1519,7 +1724,7 @@ func (x *FallBackResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FallBackResponse.ProtoReflect.Descriptor instead.
 func (*FallBackResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *FallBackResponse) GetMigration() *Migration {
@@ -1540,7 +1745,7 @@ type SetBandwidthRequest struct {
 
 func (x *SetBandwidthRequest) Reset() {
 	*x = SetBandwidthRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +1757,7 @@ func (x *SetBandwidthRequest) String() string {
 func (*SetBandwidthRequest) ProtoMessage() {}
 
 func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1770,7 @@ func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthRequest.ProtoReflect.Descriptor instead.
 func (*SetBandwidthRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SetBandwidthRequest) GetId() string {
@@ -1592,7 +1797,7 @@ type SetBandwidthResponse struct {
 
 func (x *SetBandwidthResponse) Reset() {
 	*x = SetBandwidthResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1604,7 +1809,7 @@ func (x *SetBandwidthResponse) String() string {
 func (*SetBandwidthResponse) ProtoMessage() {}
 
 func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1617,7 +1822,7 @@ func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthResponse.ProtoReflect.Descriptor instead.
 func (*SetBandwidthResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SetBandwidthResponse) GetBandwidth() uint64 {
@@ -1640,7 +1845,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1652,7 +1857,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1665,7 +1870,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CheckRequest) GetVm() string {
@@ -1691,7 +1896,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1703,7 +1908,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1716,7 +1921,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CheckResponse) GetResults() []*CheckResult {
@@ -1744,7 +1949,7 @@ type CheckResult struct {
 
 func (x *CheckResult) Reset() {
 	*x = CheckResult{}
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1756,7 +1961,7 @@ func (x *CheckResult) String() string {
 func (*CheckResult) ProtoMessage() {}
 
 func (x *CheckResult) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1769,7 +1974,7 @@ func (x *CheckResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
 func (*CheckResult) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CheckResult) GetSubject() string {
@@ -1815,7 +2020,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1827,7 +2032,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1840,7 +2045,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 type GetVersionResponse struct {
@@ -1855,7 +2060,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1867,7 +2072,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1880,7 +2085,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -1901,7 +2106,7 @@ var File_migrated_v1_control_proto protoreflect.FileDescriptor
 
 const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x83\x02\n" +
+	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9f\x02\n" +
 	"\rMigrationSpec\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
@@ -1910,7 +2115,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\vkeep_source\x18\x05 \x01(\bR\n" +
 	"keepSource\x12%\n" +
 	"\x0erequire_secure\x18\x06 \x01(\bR\rrequireSecure\x12\x1c\n" +
-	"\tbandwidth\x18\a \x01(\x04R\tbandwidth\"\xac\x04\n" +
+	"\tbandwidth\x18\a \x01(\x04R\tbandwidth\x12\x1a\n" +
+	"\brehearse\x18\b \x01(\bR\brehearse\"\xe2\x04\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -1926,7 +2132,22 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\avm_name\x18\n" +
 	" \x01(\tR\x06vmName\x12:\n" +
 	"\vsupervision\x18\v \x01(\x0e2\x18.migrated.v1.SupervisionR\vsupervision\x12+\n" +
-	"\x11userfaultfd_label\x18\f \x01(\tR\x10userfaultfdLabel\"_\n" +
+	"\x11userfaultfd_label\x18\f \x01(\tR\x10userfaultfdLabel\x124\n" +
+	"\trehearsal\x18\r \x01(\v2\x16.migrated.v1.RehearsalR\trehearsal\"\xfc\x03\n" +
+	"\tRehearsal\x125\n" +
+	"\bdowntime\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\bdowntime\x126\n" +
+	"\tstop_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bstopTime\x126\n" +
+	"\tsave_time\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bsaveTime\x12>\n" +
+	"\rtransfer_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\ftransferTime\x126\n" +
+	"\tload_time\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\x12>\n" +
+	"\rcontinue_time\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\fcontinueTime\x12,\n" +
+	"\x12bytes_device_state\x18\a \x01(\x04R\x10bytesDeviceState\x12!\n" +
+	"\fbytes_memory\x18\b \x01(\x04R\vbytesMemory\x12?\n" +
+	"\vdifferences\x18\t \x03(\v2\x1d.migrated.v1.DeviceDifferenceR\vdifferences\"\\\n" +
+	"\x10DeviceDifference\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1a\n" +
+	"\binstance\x18\x02 \x01(\rR\binstance\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\"_\n" +
 	"\x0eMigrationError\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\tR\amessage\x12\x16\n" +
 	"\x06remedy\x18\x02 \x01(\tR\x06remedy\x12\x1b\n" +
@@ -2014,7 +2235,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x11GetVersionRequest\"J\n" +
 	"\x12GetVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1a\n" +
-	"\bprotocol\x18\x02 \x01(\rR\bprotocol*\xb2\x02\n" +
+	"\bprotocol\x18\x02 \x01(\rR\bprotocol*\xd1\x02\n" +
 	"\x0eMigrationState\x12\x1f\n" +
 	"\x1bMIGRATION_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15MIGRATION_STATE_SETUP\x10\x01\x12\x1a\n" +
@@ -2024,7 +2245,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	" MIGRATION_STATE_POSTCOPY_RECOVER\x10\x05\x12\x1d\n" +
 	"\x19MIGRATION_STATE_COMPLETED\x10\x06\x12\x1a\n" +
 	"\x16MIGRATION_STATE_FAILED\x10\a\x12\x1d\n" +
-	"\x19MIGRATION_STATE_CANCELLED\x10\b*j\n" +
+	"\x19MIGRATION_STATE_CANCELLED\x10\b\x12\x1d\n" +
+	"\x19MIGRATION_STATE_REHEARSED\x10\t*j\n" +
 	"\rMigrationRole\x12\x1e\n" +
 	"\x1aMIGRATION_ROLE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15MIGRATION_ROLE_SOURCE\x10\x01\x12\x1e\n" +
@@ -2066,7 +2288,7 @@ func file_migrated_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_migrated_v1_control_proto_goTypes = []any{
 	(MigrationState)(0),           // 0: migrated.v1.MigrationState
 	(MigrationRole)(0),            // 1: migrated.v1.MigrationRole
@@ -2074,90 +2296,100 @@ var file_migrated_v1_control_proto_goTypes = []any{
 	(CheckStatus)(0),              // 3: migrated.v1.CheckStatus
 	(*MigrationSpec)(nil),         // 4: migrated.v1.MigrationSpec
 	(*Migration)(nil),             // 5: migrated.v1.Migration
-	(*MigrationError)(nil),        // 6: migrated.v1.MigrationError
-	(*Progress)(nil),              // 7: migrated.v1.Progress
-	(*PrepareRequest)(nil),        // 8: migrated.v1.PrepareRequest
-	(*PrepareResponse)(nil),       // 9: migrated.v1.PrepareResponse
-	(*StartRequest)(nil),          // 10: migrated.v1.StartRequest
-	(*StartResponse)(nil),         // 11: migrated.v1.StartResponse
-	(*GetRequest)(nil),            // 12: migrated.v1.GetRequest
-	(*GetResponse)(nil),           // 13: migrated.v1.GetResponse
-	(*ListRequest)(nil),           // 14: migrated.v1.ListRequest
-	(*ListResponse)(nil),          // 15: migrated.v1.ListResponse
-	(*WatchRequest)(nil),          // 16: migrated.v1.WatchRequest
-	(*WatchResponse)(nil),         // 17: migrated.v1.WatchResponse
-	(*CancelRequest)(nil),         // 18: migrated.v1.CancelRequest
-	(*CancelResponse)(nil),        // 19: migrated.v1.CancelResponse
-	(*RecoverRequest)(nil),        // 20: migrated.v1.RecoverRequest
-	(*RecoverResponse)(nil),       // 21: migrated.v1.RecoverResponse
-	(*FallBackRequest)(nil),       // 22: migrated.v1.FallBackRequest
-	(*FallBackResponse)(nil),      // 23: migrated.v1.FallBackResponse
-	(*SetBandwidthRequest)(nil),   // 24: migrated.v1.SetBandwidthRequest
-	(*SetBandwidthResponse)(nil),  // 25: migrated.v1.SetBandwidthResponse
-	(*CheckRequest)(nil),          // 26: migrated.v1.CheckRequest
-	(*CheckResponse)(nil),         // 27: migrated.v1.CheckResponse
-	(*CheckResult)(nil),           // 28: migrated.v1.CheckResult
-	(*GetVersionRequest)(nil),     // 29: migrated.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),    // 30: migrated.v1.GetVersionResponse
-	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
+	(*Rehearsal)(nil),             // 6: migrated.v1.Rehearsal
+	(*DeviceDifference)(nil),      // 7: migrated.v1.DeviceDifference
+	(*MigrationError)(nil),        // 8: migrated.v1.MigrationError
+	(*Progress)(nil),              // 9: migrated.v1.Progress
+	(*PrepareRequest)(nil),        // 10: migrated.v1.PrepareRequest
+	(*PrepareResponse)(nil),       // 11: migrated.v1.PrepareResponse
+	(*StartRequest)(nil),          // 12: migrated.v1.StartRequest
+	(*StartResponse)(nil),         // 13: migrated.v1.StartResponse
+	(*GetRequest)(nil),            // 14: migrated.v1.GetRequest
+	(*GetResponse)(nil),           // 15: migrated.v1.GetResponse
+	(*ListRequest)(nil),           // 16: migrated.v1.ListRequest
+	(*ListResponse)(nil),          // 17: migrated.v1.ListResponse
+	(*WatchRequest)(nil),          // 18: migrated.v1.WatchRequest
+	(*WatchResponse)(nil),         // 19: migrated.v1.WatchResponse
+	(*CancelRequest)(nil),         // 20: migrated.v1.CancelRequest
+	(*CancelResponse)(nil),        // 21: migrated.v1.CancelResponse
+	(*RecoverRequest)(nil),        // 22: migrated.v1.RecoverRequest
+	(*RecoverResponse)(nil),       // 23: migrated.v1.RecoverResponse
+	(*FallBackRequest)(nil),       // 24: migrated.v1.FallBackRequest
+	(*FallBackResponse)(nil),      // 25: migrated.v1.FallBackResponse
+	(*SetBandwidthRequest)(nil),   // 26: migrated.v1.SetBandwidthRequest
+	(*SetBandwidthResponse)(nil),  // 27: migrated.v1.SetBandwidthResponse
+	(*CheckRequest)(nil),          // 28: migrated.v1.CheckRequest
+	(*CheckResponse)(nil),         // 29: migrated.v1.CheckResponse
+	(*CheckResult)(nil),           // 30: migrated.v1.CheckResult
+	(*GetVersionRequest)(nil),     // 31: migrated.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),    // 32: migrated.v1.GetVersionResponse
+	(*timestamppb.Timestamp)(nil), // 33: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 34: google.protobuf.Duration
 }
 var file_migrated_v1_control_proto_depIdxs = []int32{
 	1,  // 0: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
 	0,  // 1: migrated.v1.Migration.state:type_name -> migrated.v1.MigrationState
 	4,  // 2: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
-	6,  // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
-	7,  // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
-	31, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
-	31, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
+	8,  // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
+	9,  // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
+	33, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
+	33, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
 	2,  // 7: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
-	32, // 8: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
-	32, // 9: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
-	32, // 10: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
-	32, // 11: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
-	32, // 12: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
-	32, // 13: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
-	4,  // 14: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
-	5,  // 15: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
-	4,  // 16: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
-	5,  // 17: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 18: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 19: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
-	32, // 20: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
-	5,  // 21: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 22: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 23: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 24: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
-	28, // 25: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
-	3,  // 26: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
-	1,  // 27: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
-	8,  // 28: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
-	10, // 29: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
-	12, // 30: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
-	14, // 31: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
-	16, // 32: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
-	18, // 33: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
-	20, // 34: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
-	22, // 35: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
-	24, // 36: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
-	26, // 37: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
-	29, // 38: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
-	9,  // 39: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
-	11, // 40: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
-	13, // 41: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
-	15, // 42: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
-	17, // 43: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
-	19, // 44: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
-	21, // 45: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
-	23, // 46: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
-	25, // 47: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
-	27, // 48: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
-	30, // 49: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
-	39, // [39:50] is the sub-list for method output_type
-	28, // [28:39] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	6,  // 8: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
+	34, // 9: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
+	34, // 10: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
+	34, // 11: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
+	34, // 12: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
+	34, // 13: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
+	34, // 14: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
+	7,  // 15: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
+	34, // 16: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
+	34, // 17: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
+	34, // 18: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
+	34, // 19: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
+	34, // 20: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
+	34, // 21: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
+	4,  // 22: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
+	5,  // 23: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
+	4,  // 24: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
+	5,  // 25: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 26: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 27: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
+	34, // 28: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
+	5,  // 29: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 30: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 31: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 32: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
+	30, // 33: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
+	3,  // 34: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
+	1,  // 35: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
+	10, // 36: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
+	12, // 37: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
+	14, // 38: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
+	16, // 39: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
+	18, // 40: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
+	20, // 41: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
+	22, // 42: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
+	24, // 43: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
+	26, // 44: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
+	28, // 45: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
+	31, // 46: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
+	11, // 47: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
+	13, // 48: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
+	15, // 49: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
+	17, // 50: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
+	19, // 51: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
+	21, // 52: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
+	23, // 53: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
+	25, // 54: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
+	27, // 55: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
+	29, // 56: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
+	32, // 57: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
+	47, // [47:58] is the sub-list for method output_type
+	36, // [36:47] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_control_proto_init() }
@@ -2171,7 +2403,7 @@ func file_migrated_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_control_proto_rawDesc), len(file_migrated_v1_control_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -244,9 +244,12 @@ type SourceMachine struct {
 	WorkingDirectory string      `protobuf:"bytes,8,opt,name=working_directory,json=workingDirectory,proto3" json:"working_directory,omitempty"`
 	RamBlocks        []*RamBlock `protobuf:"bytes,9,rep,name=ram_blocks,json=ramBlocks,proto3" json:"ram_blocks,omitempty"`
 	// QMP socket path of the source, to recognize it in command_line.
-	QmpPath       string `protobuf:"bytes,10,opt,name=qmp_path,json=qmpPath,proto3" json:"qmp_path,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	QmpPath string `protobuf:"bytes,10,opt,name=qmp_path,json=qmpPath,proto3" json:"qmp_path,omitempty"`
+	// Memory that QEMU cannot write to, as the image of a read-only nvdimm. It is
+	// not moved, but has to be the same at both ends.
+	ReadOnlyBlocks []*RamBlock `protobuf:"bytes,11,rep,name=read_only_blocks,json=readOnlyBlocks,proto3" json:"read_only_blocks,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SourceMachine) Reset() {
@@ -349,16 +352,27 @@ func (x *SourceMachine) GetQmpPath() string {
 	return ""
 }
 
-// RamBlock is one memory backend; its place in the list is its index.
+func (x *SourceMachine) GetReadOnlyBlocks() []*RamBlock {
+	if x != nil {
+		return x.ReadOnlyBlocks
+	}
+	return nil
+}
+
+// RamBlock is a piece of the VM's memory; its place in the list is its index.
 type RamBlock struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The backend's object id.
+	// QEMU's name of it: "pc.ram", "0000:00:01.0/vga.vram", a memory backend's id.
 	Id       string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Size     uint64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
 	PageSize uint64 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// Names the backing file among all files of all hosts, so that a destination
-	// that was given the source's own file refuses it.
-	File          string `protobuf:"bytes,4,opt,name=file,proto3" json:"file,omitempty"`
+	// Names the file of shared memory among all files of all hosts, so that a
+	// destination that was given the source's own file refuses it.
+	File string `protobuf:"bytes,4,opt,name=file,proto3" json:"file,omitempty"`
+	// SHA-256 of what is in it, where it is one of read_only_blocks.
+	Digest []byte `protobuf:"bytes,5,opt,name=digest,proto3" json:"digest,omitempty"`
+	// All of it was promised to the VM from the beginning (prealloc=on).
+	Populated     bool `protobuf:"varint,6,opt,name=populated,proto3" json:"populated,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -419,6 +433,20 @@ func (x *RamBlock) GetFile() string {
 		return x.File
 	}
 	return ""
+}
+
+func (x *RamBlock) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+func (x *RamBlock) GetPopulated() bool {
+	if x != nil {
+		return x.Populated
+	}
+	return false
 }
 
 type PrepareIncomingResponse struct {
@@ -494,9 +522,18 @@ func (x *PrepareIncomingResponse) GetProtocol() uint32 {
 
 type LoadDeviceStateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Set in the first message alone.
-	Id            string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Data          []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	// Set in the first message alone, as are paused and rehearsal.
+	Id   string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	// The VM does not run, and is not to be run: QEMU takes its disks as soon as
+	// it has loaded.
+	Paused bool `protobuf:"varint,3,opt,name=paused,proto3" json:"paused,omitempty"`
+	// Nothing of it is for keeps: the destination, when it has loaded, saves the
+	// state again and says how that differs. The source does not give up the disks.
+	Rehearsal bool `protobuf:"varint,4,opt,name=rehearsal,proto3" json:"rehearsal,omitempty"`
+	// Bytes that mean nothing. They come before the VM stops and make the
+	// connection ready for as much at once.
+	Padding       []byte `protobuf:"bytes,5,opt,name=padding,proto3" json:"padding,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -545,9 +582,35 @@ func (x *LoadDeviceStateRequest) GetData() []byte {
 	return nil
 }
 
+func (x *LoadDeviceStateRequest) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+func (x *LoadDeviceStateRequest) GetRehearsal() bool {
+	if x != nil {
+		return x.Rehearsal
+	}
+	return false
+}
+
+func (x *LoadDeviceStateRequest) GetPadding() []byte {
+	if x != nil {
+		return x.Padding
+	}
+	return nil
+}
+
 type LoadDeviceStateResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Bytes         uint64                 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Bytes uint64                 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// From the arrival of the first device's state to QEMU's having loaded all.
+	LoadTime *durationpb.Duration `protobuf:"bytes,2,opt,name=load_time,json=loadTime,proto3" json:"load_time,omitempty"`
+	// Of a rehearsal, and what it took to find that out.
+	Differences   []*DeviceDifference  `protobuf:"bytes,3,rep,name=differences,proto3" json:"differences,omitempty"`
+	CompareTime   *durationpb.Duration `protobuf:"bytes,4,opt,name=compare_time,json=compareTime,proto3" json:"compare_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -587,6 +650,27 @@ func (x *LoadDeviceStateResponse) GetBytes() uint64 {
 		return x.Bytes
 	}
 	return 0
+}
+
+func (x *LoadDeviceStateResponse) GetLoadTime() *durationpb.Duration {
+	if x != nil {
+		return x.LoadTime
+	}
+	return nil
+}
+
+func (x *LoadDeviceStateResponse) GetDifferences() []*DeviceDifference {
+	if x != nil {
+		return x.Differences
+	}
+	return nil
+}
+
+func (x *LoadDeviceStateResponse) GetCompareTime() *durationpb.Duration {
+	if x != nil {
+		return x.CompareTime
+	}
+	return nil
 }
 
 type RunRequest struct {
@@ -1015,7 +1099,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x04spec\x18\b \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\x12\x1c\n" +
 	"\tbandwidth\x18\n" +
 	" \x01(\x04R\tbandwidth\x12'\n" +
-	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\"\xc6\x02\n" +
+	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\"\x87\x03\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
@@ -1028,23 +1112,32 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\n" +
 	"ram_blocks\x18\t \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12\x19\n" +
 	"\bqmp_path\x18\n" +
-	" \x01(\tR\aqmpPath\"_\n" +
+	" \x01(\tR\aqmpPath\x12?\n" +
+	"\x10read_only_blocks\x18\v \x03(\v2\x15.migrated.v1.RamBlockR\x0ereadOnlyBlocks\"\x95\x01\n" +
 	"\bRamBlock\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x1b\n" +
 	"\tpage_size\x18\x03 \x01(\x04R\bpageSize\x12\x12\n" +
-	"\x04file\x18\x04 \x01(\tR\x04file\"\xd4\x01\n" +
+	"\x04file\x18\x04 \x01(\tR\x04file\x12\x16\n" +
+	"\x06digest\x18\x05 \x01(\fR\x06digest\x12\x1c\n" +
+	"\tpopulated\x18\x06 \x01(\bR\tpopulated\"\xd4\x01\n" +
 	"\x17PrepareIncomingResponse\x124\n" +
 	"\n" +
 	"ram_blocks\x18\x01 \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12:\n" +
 	"\vsupervision\x18\x02 \x01(\x0e2\x18.migrated.v1.SupervisionR\vsupervision\x12+\n" +
 	"\x11userfaultfd_label\x18\x03 \x01(\tR\x10userfaultfdLabel\x12\x1a\n" +
-	"\bprotocol\x18\x04 \x01(\rR\bprotocol\"<\n" +
+	"\bprotocol\x18\x04 \x01(\rR\bprotocol\"\x8c\x01\n" +
 	"\x16LoadDeviceStateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data\"/\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\x12\x16\n" +
+	"\x06paused\x18\x03 \x01(\bR\x06paused\x12\x1c\n" +
+	"\trehearsal\x18\x04 \x01(\bR\trehearsal\x12\x18\n" +
+	"\apadding\x18\x05 \x01(\fR\apadding\"\xe6\x01\n" +
 	"\x17LoadDeviceStateResponse\x12\x14\n" +
-	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\"p\n" +
+	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\x126\n" +
+	"\tload_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\x12?\n" +
+	"\vdifferences\x18\x03 \x03(\v2\x1d.migrated.v1.DeviceDifferenceR\vdifferences\x12<\n" +
+	"\fcompare_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vcompareTime\"p\n" +
 	"\n" +
 	"RunRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
@@ -1114,42 +1207,47 @@ var file_migrated_v1_peer_proto_goTypes = []any{
 	(*MigrationSpec)(nil),           // 17: migrated.v1.MigrationSpec
 	(Supervision)(0),                // 18: migrated.v1.Supervision
 	(*durationpb.Duration)(nil),     // 19: google.protobuf.Duration
-	(MigrationState)(0),             // 20: migrated.v1.MigrationState
-	(*Progress)(nil),                // 21: migrated.v1.Progress
-	(*MigrationError)(nil),          // 22: migrated.v1.MigrationError
+	(*DeviceDifference)(nil),        // 20: migrated.v1.DeviceDifference
+	(MigrationState)(0),             // 21: migrated.v1.MigrationState
+	(*Progress)(nil),                // 22: migrated.v1.Progress
+	(*MigrationError)(nil),          // 23: migrated.v1.MigrationError
 }
 var file_migrated_v1_peer_proto_depIdxs = []int32{
 	16, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
 	3,  // 1: migrated.v1.PrepareIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
 	17, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
 	4,  // 3: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
-	4,  // 4: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
-	18, // 5: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
-	19, // 6: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
-	19, // 7: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	19, // 8: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	20, // 9: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	21, // 10: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	22, // 11: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	0,  // 12: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 13: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	6,  // 14: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	8,  // 15: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	10, // 16: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	12, // 17: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
-	14, // 18: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 19: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	5,  // 20: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	7,  // 21: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	9,  // 22: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	11, // 23: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	13, // 24: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
-	15, // 25: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	19, // [19:26] is the sub-list for method output_type
-	12, // [12:19] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	4,  // 4: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
+	4,  // 5: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
+	18, // 6: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
+	19, // 7: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
+	20, // 8: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
+	19, // 9: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
+	19, // 10: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	19, // 11: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	19, // 12: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	21, // 13: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	22, // 14: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	23, // 15: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	0,  // 16: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	2,  // 17: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	6,  // 18: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	8,  // 19: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	10, // 20: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	12, // 21: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
+	14, // 22: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 23: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	5,  // 24: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	7,  // 25: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	9,  // 26: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	11, // 27: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	13, // 28: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
+	15, // 29: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	23, // [23:30] is the sub-list for method output_type
+	16, // [16:23] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }

@@ -43,8 +43,10 @@ type PeerServiceClient interface {
 	// PrepareIncoming starts the destination QEMU or attaches to one, registers
 	// its RAM with userfaultfd and connects the page lanes to the source.
 	PrepareIncoming(ctx context.Context, in *PrepareIncomingRequest, opts ...grpc.CallOption) (*PrepareIncomingResponse, error)
-	// LoadDeviceState carries QEMU's own migration stream and answers when the
-	// destination QEMU has loaded all of it: the first step of the commit.
+	// LoadDeviceState carries a migration stream for the destination QEMU, made of
+	// the state of the VM's devices, and answers when that has loaded all of it:
+	// the first step of the commit. The stream's beginning, up to the first device,
+	// comes before the VM stops; the header of the answer says that QEMU reads.
 	LoadDeviceState(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LoadDeviceStateRequest, LoadDeviceStateResponse], error)
 	// Run is the second step of the commit: the source has written down that it
 	// handed the VM over and the destination runs it. Idempotent: repeated until
@@ -163,8 +165,10 @@ type PeerServiceServer interface {
 	// PrepareIncoming starts the destination QEMU or attaches to one, registers
 	// its RAM with userfaultfd and connects the page lanes to the source.
 	PrepareIncoming(context.Context, *PrepareIncomingRequest) (*PrepareIncomingResponse, error)
-	// LoadDeviceState carries QEMU's own migration stream and answers when the
-	// destination QEMU has loaded all of it: the first step of the commit.
+	// LoadDeviceState carries a migration stream for the destination QEMU, made of
+	// the state of the VM's devices, and answers when that has loaded all of it:
+	// the first step of the commit. The stream's beginning, up to the first device,
+	// comes before the VM stops; the header of the answer says that QEMU reads.
 	LoadDeviceState(grpc.ClientStreamingServer[LoadDeviceStateRequest, LoadDeviceStateResponse]) error
 	// Run is the second step of the commit: the source has written down that it
 	// handed the VM over and the destination runs it. Idempotent: repeated until

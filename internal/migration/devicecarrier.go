@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// mostLoaded bounds what a source sends as a device state. That of 32 devices is 2 MB.
+const mostLoaded = 256 << 20
+
+// A deviceCarrier is the pair of sockets between the daemon and a destination's QEMU that a migration stream runs over. QEMU
+// gets its end as a descriptor, so that no path, port or permission is needed, also inside QEMU's sandbox.
+type deviceCarrier struct {
+	qemu *os.File // to be handed to QEMU
+	ours *os.File
+
+	// Owned by receiveFrom until QEMU has loaded.
+	received int       // bytes of devices' state
+	began    time.Time // when the first of them came
+	keep     bool
+	kept     []byte // all of them, if keep is set
+
+	once sync.Once
+}
+
+func newDeviceCarrier(keep bool) (*deviceCarrier, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("sockets for the device state: %w", err)
+	}
+	// Ours is served by the runtime's poller, so that close ends a write.
+	if err := unix.SetNonblock(fds[1], true); err != nil {
+		return nil, errors.Join(fmt.Errorf("sockets for the device state: %w", err), unix.Close(fds[0]), unix.Close(fds[1]))
+	}
+	return &deviceCarrier{
+		qemu: os.NewFile(uintptr(fds[0]), "device-state-qemu"), ours: os.NewFile(uintptr(fds[1]), "device-state"), keep: keep,
+	}, nil
+}
+
+func (c *deviceCarrier) close() {
+	c.once.Do(func() {
+		_ = c.qemu.Close()
+		_ = c.ours.Close()
+	})
+}
+
+// receiveFrom passes a stream to QEMU until its end. first is its first message: the beginning of QEMU's stream.
+func (c *deviceCarrier) receiveFrom(
+	first *migratedv1.LoadDeviceStateRequest,
+	stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse],
+) error {
+	if _, err := c.ours.Write(first.GetData()); err != nil {
+		return fmt.Errorf("pass the device state to QEMU: %w", err)
+	}
+	for {
+		message, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("receive the device state: %w", err)
+		}
+		data := message.GetData()
+		if len(data) == 0 {
+			continue // padding
+		}
+		if c.received == 0 {
+			c.began = time.Now()
+		}
+		if c.received += len(data); c.received > mostLoaded {
+			return fmt.Errorf("the source sends more than %d bytes of device state", mostLoaded)
+		}
+		if c.keep {
+			c.kept = append(c.kept, data...)
+		}
+		if _, err := c.ours.Write(data); err != nil {
+			return fmt.Errorf("pass the device state to QEMU: %w", err)
+		}
+	}
+}

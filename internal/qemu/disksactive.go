@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"slices"
+)
+
+// DisksActive says whether QEMU has the VM's disks: not given up by Saver.Save, nor left to a source (late-block-activate).
+// A VM without disks has them.
+func (vm *VM) DisksActive(ctx context.Context) (bool, error) {
+	var nodes []struct {
+		Active *bool `json:"active"` // since QEMU 10.0
+	}
+	if err := vm.QMP.Do(ctx, "query-named-block-nodes", map[string]bool{"flat": true}, &nodes); err != nil {
+		return false, err
+	}
+	if len(nodes) == 0 || nodes[0].Active == nil {
+		return vm.disksPermitted(ctx)
+	}
+	for _, n := range nodes {
+		if n.Active != nil && !*n.Active {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// disksPermitted tells it from what devices may do with their drives, which QEMU before 10.0 shows. A device has the permission
+// to write from the moment at which its drive is active, unless the drive is read-only, and none at all once it is given up
+// (blk_root_activate and blk_root_inactivate in block/block-backend.c).
+func (vm *VM) disksPermitted(ctx context.Context) (bool, error) {
+	var graph struct {
+		Nodes []struct {
+			ID   json.Number `json:"id"`
+			Type string      `json:"type"`
+		} `json:"nodes"`
+		Edges []struct {
+			Parent json.Number `json:"parent"`
+			Perm   []string    `json:"perm"`
+		} `json:"edges"`
+	}
+	if err := vm.QMP.Do(ctx, "x-debug-query-block-graph", nil, &graph); err != nil {
+		return false, err
+	}
+	backend := map[json.Number]bool{}
+	for _, n := range graph.Nodes {
+		backend[n.ID] = n.Type == "block-backend"
+	}
+	drives, permitted := 0, 0
+	for _, e := range graph.Edges {
+		switch {
+		case !backend[e.Parent]:
+		case slices.Contains(e.Perm, "write"):
+			return true, nil
+		default:
+			drives++
+			permitted += min(1, len(e.Perm))
+		}
+	}
+	writable, err := vm.writableDrives(ctx)
+	return !writable && permitted == drives, err
+}
+
+// writableDrives says whether a device has a drive that it may write to when it is active.
+func (vm *VM) writableDrives(ctx context.Context) (bool, error) {
+	var drives []struct {
+		Device   string `json:"qdev"`
+		Inserted *struct {
+			ReadOnly bool `json:"ro"`
+		} `json:"inserted"`
+	}
+	err := vm.QMP.Do(ctx, "query-block", nil, &drives)
+	for _, d := range drives {
+		if d.Device != "" && d.Inserted != nil && !d.Inserted.ReadOnly {
+			return true, err
+		}
+	}
+	return false, err
+}
+
+// ActivateDisks takes the disks of a stopped VM back. It reports whether this QEMU can do that: before 10.0 only Cont does.
+func (vm *VM) ActivateDisks(ctx context.Context) (able bool, err error) {
+	if v := vm.QMP.Version(); v.Major < 10 {
+		return false, nil
+	}
+	return true, vm.QMP.Do(ctx, "blockdev-set-active", map[string]bool{"active": true}, nil)
+}

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// mostDeviceState bounds what a device state may take in memory. That of 32 devices is 2 MB.
+const mostDeviceState = 256 << 20
+
+// A Saver takes the state of a VM's devices from its QEMU. Making it before the VM stops spares the downtime the
+// preparation. Close it when it is no longer needed.
+type Saver struct {
+	vm   *VM
+	file *os.File // a memfd(2): QEMU writes to it without waiting for a reader
+	set  int      // of descriptors in QEMU
+}
+
+// NewSaver hands QEMU a file in memory to save to.
+func (vm *VM) NewSaver(ctx context.Context) (*Saver, error) {
+	fd, err := unix.MemfdCreate("device-state", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("file for the device state: %w", err)
+	}
+	s := &Saver{vm: vm, file: os.NewFile(uintptr(fd), "device-state")}
+	// QEMU takes a descriptor of a set only if its mode is the one that it would open a file with
+	// (monitor_fdset_dup_fd_add in monitor/fds.c).
+	writer, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_WRONLY, 0)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("file for the device state: %w", err), s.file.Close())
+	}
+	defer writer.Close() // QEMU has a duplicate
+	var added struct {
+		Set int `json:"fdset-id"`
+	}
+	if err := vm.QMP.DoWithFD(ctx, "add-fd", nil, &added, writer); err != nil {
+		return nil, errors.Join(err, s.file.Close())
+	}
+	s.set = added.Set
+	return s, nil
+}
+
+// Save returns the state of all devices of a stopped VM, as QEMU's savevm.c writes it: magic and version of a migration
+// stream, a section for each device that has state, and the end. RAM is not in it. The VM stays stopped.
+//
+// With giveUpDisks QEMU also gives the disks up, so that another QEMU can have them, until Cont or ActivateDisks. A QEMU
+// that has given them up must not be asked to do so again: it would abort (see DisksActive).
+//
+// QEMU holds its big lock until it has written the last byte, and waits for nobody: the file is memory.
+func (s *Saver) Save(ctx context.Context, giveUpDisks bool) ([]byte, error) {
+	if err := s.file.Truncate(0); err != nil {
+		return nil, fmt.Errorf("file for the device state: %w", err)
+	}
+	// The name is Xen's, the command is everybody's (qmp_xen_save_devices_state in migration/savevm.c). "live" is what makes
+	// it give up the disks of a VM that was stopped before.
+	args := map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", s.set), "live": giveUpDisks}
+	if err := s.vm.QMP.Do(ctx, "xen-save-devices-state", args, nil); err != nil {
+		return nil, err
+	}
+	info, err := s.file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() > mostDeviceState {
+		return nil, fmt.Errorf("the state of the VM's devices has %d bytes, more than the %d that are moved", info.Size(), mostDeviceState)
+	}
+	state := make([]byte, info.Size())
+	if _, err := s.file.ReadAt(state, 0); err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("read the device state: %w", err)
+	}
+	return state, nil
+}
+
+// Close lets QEMU forget the file, and what is in it.
+func (s *Saver) Close(ctx context.Context) error {
+	err := s.file.Truncate(0) // QEMU may keep its descriptor for as long as the VM does not run
+	if s.vm.QMP.Err() == nil {
+		err = errors.Join(err, s.vm.QMP.Do(ctx, "remove-fd", map[string]int{"fdset-id": s.set}, nil))
+	}
+	return errors.Join(err, s.file.Close())
+}
