@@ -51,8 +51,11 @@ func (b *bar) show(m *migratedv1.Migration) { b.now.Store(m) }
 func (b *bar) close() {
 	b.bar.Abort(false) // keeps the lines as they are; completing adds nothing
 	b.progress.Wait()
-	if m := b.now.Load(); m.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+	switch m := b.now.Load(); m.GetState() {
+	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
 		fmt.Fprintln(b.out, m.GetId(), summary(m))
+	case migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
+		fmt.Fprintln(b.out, m.GetId(), rehearsalSummary(m))
 	}
 }
 

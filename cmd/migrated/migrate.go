@@ -23,6 +23,7 @@ type migrateCmd struct {
 	KeepSource    bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
 	RequireSecure bool          `help:"Fail, before the VM is touched, where no security module can watch over the destination's userfaultfd (\"unsupervised\" in \"migrated status\")."`
 	Bandwidth     string        `placeholder:"BYTES/S" help:"Most that may cross the network of memory that the VM does not wait for, in bytes a second as QEMU writes them: 500M are 500 MiB. Pages that the VM waits for are neither held up nor counted. \"migrated bandwidth\" changes it later."`
+	Rehearse      bool          `xor:"mode" help:"Do all but the commit, and say what the migration would cost: the VM stops for about as long as it would, and goes on here."`
 	PrepareOnly   bool          `xor:"mode" help:"Do all that can be done while the VM runs, then stop: \"migrated migrate --id ID\" switches over later."`
 	Detach        bool          `xor:"mode" help:"Return once the daemon has taken the migration on."`
 	Interval      time.Duration `default:"1s" help:"Least time between two lines where standard output is no terminal (default: ${default})."`
@@ -41,6 +42,9 @@ Examples:
 
     # Leave room on the link for others
     migrated migrate --vm /run/qemu/db.qmp --to host-b --bandwidth 500M
+
+    # Find out first whether it can be moved, and how long it would stand still
+    migrated migrate --vm /run/qemu/db.qmp --to host-b --rehearse
 
     # Prepare now, switch over at a chosen moment
     migrated migrate --vm /run/qemu/db.qmp --to host-b --id db-1 --prepare-only
@@ -103,7 +107,7 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 		switch {
 		case c.ID == "":
 			return nil, wrong("--vm and --to are needed; or --id alone, for a migration that was prepared")
-		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource || c.RequireSecure || c.Bandwidth != "":
+		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource || c.RequireSecure || c.Bandwidth != "" || c.Rehearse:
 			return nil, wrong("a prepared migration is started as it was prepared, with --id alone")
 		}
 		return nil, nil
@@ -128,7 +132,7 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 		return nil, wrong("--to %s: %v", c.To, err)
 	}
 	return &migratedv1.MigrationSpec{Vm: localPath(daemon, c.VM), Destination: to,
-		DestinationQmp: c.ToQMP, DestinationTemplate: c.Template, KeepSource: c.KeepSource, RequireSecure: c.RequireSecure, Bandwidth: limit}, nil
+		DestinationQmp: c.ToQMP, DestinationTemplate: c.Template, KeepSource: c.KeepSource, RequireSecure: c.RequireSecure, Bandwidth: limit, Rehearse: c.Rehearse}, nil
 }
 
 // withPort returns HOST:PORT, with the default port where host has none.

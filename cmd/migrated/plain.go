@@ -44,6 +44,8 @@ func plainLine(m *migratedv1.Migration) string {
 		return prefix + name + " " + percent(m.GetProgress()) + ", " + strings.Join(figures(m.GetProgress()), ", ")
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
 		return prefix + summary(m)
+	case migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
+		return prefix + rehearsalSummary(m)
 	case migratedv1.MigrationState_MIGRATION_STATE_FAILED:
 		return prefix + name + ": " + m.GetError().GetMessage()
 	default:

@@ -22,7 +22,7 @@ Examples:
     migrated list
 
     # The ids of those that are not over
-    migrated list --json | jq -r '.migrations[] | select(.state | test("COMPLETED|FAILED|CANCELLED") | not) | .id'`
+    migrated list --json | jq -r '.migrations[] | select(.state | test("COMPLETED|FAILED|CANCELLED|REHEARSED") | not) | .id'`
 }
 
 func (listCmd) Run(a *app) error {
@@ -133,7 +133,10 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	}
 	fact("Started", "%s", timeText(m.GetCreateTime()))
 	fact("Last change", "%s", timeText(m.GetUpdateTime()))
-	return w.Flush()
+	if err := w.Flush(); err != nil || m.GetRehearsal() == nil {
+		return err
+	}
+	return printRehearsal(out, m.GetRehearsal())
 }
 
 type watchCmd struct {

@@ -7,25 +7,26 @@
 //	source host                                    destination host
 //	===========                                    ================
 //	SETUP                                          SETUP
-//	  check the VM, open its RAM                     start QEMU -S -incoming defer, or attach
-//	  offer the RAM (not served yet)                 empty its RAM files
-//	        ── PrepareIncoming ──────────────►       take a userfaultfd, register all RAM
+//	  check the VM, open its memory                  start QEMU -S -incoming defer, or attach
+//	  offer the memory (not served yet)              have QEMU drop what it put into its memory
+//	        ── PrepareIncoming ──────────────►       take a userfaultfd, register all memory
 //	        ◄─ page lanes (Fetch) ────────────       open the lanes, start the fault workers
 //	        ◄─ prepared ──────────────────────
 //	  prepared: waits for Start                      prepared: waits for the device state
 //	                                                 (kept: facts, page states)
 //	DEVICE                                         DEVICE
+//	        ── LoadDeviceState: the head ─────►      migrate-incoming; QEMU reads the head and waits
+//	        ◄─ it reads ──────────────────────       for the first device
+//	  warm the connection up
 //	  write the record, not committed yet
-//	  migrate: QEMU sends firmware and video
-//	  memory while the VM still runs
-//	        ── LoadDeviceState: QEMU's stream ►      migrate-incoming
-//	  STOP: its RAM is served now
-//	        ── the devices' part of it ───────►
+//	  stop; the memory is served now
+//	  save the devices' state, give the disks up
+//	        ── the devices' state ────────────►      QEMU loads, and waits for pages that it touches
 //	        ◄─ loaded ────────────────────────       loaded: waits for Run
 //	  ───────── commit point ─────────
 //	  commit the record (rename, fsync)
-//	        ── Run, until answered ───────────►      mark 'told to run', cont
-//	        ◄─ running ───────────────────────
+//	        ── Run, until answered ───────────►      mark 'told to run', cont (takes the disks)
+//	        ◄─ running ───────────────────────       announce the network cards
 //	POSTCOPY_ACTIVE                                POSTCOPY_ACTIVE
 //	  page server answers faults and sweep           fault workers and sweep fill the RAM
 //	        ◄─ WatchIncoming: figures ────────       lanes lost: POSTCOPY_PAUSED, dial again,
@@ -33,6 +34,14 @@
 //	COMPLETED                                      COMPLETED
 //	  quit QEMU, remove the record                   unregister, close QEMU's descriptor,
 //	                                                 remove what was kept
+//
+// A rehearsal goes on where it has loaded: the destination saves what it has loaded and compares, the source
+// continues the VM (which has not given its disks up) and tells the destination to give up. It is REHEARSED.
+//
+// A VM that was paused stays paused: nothing runs it, at either end. Its disks are taken when it is loaded, because
+// it may be moved on without ever having run, and given up only by a QEMU that has them.
+//
+// No wait between stop and running depends on a lock that a QEMU holds while it waits for us: see moveDevices.
 //
 // Who may run the VM, and what a failure does:
 //
@@ -52,6 +61,8 @@
 //     QEMU to continue, the VM belongs to the destination, whatever QEMU
 //     answers: while nobody knows whether it heard, Run is answered with
 //     UNKNOWN and comes again.
+//   - Memory that is the source QEMU's alone ends with it. If that dies after the switch, what has not crossed is lost:
+//     what needs it waits at the destination, and nothing else can be done but to end the VM there.
 //   - After the switch a page that cannot be fetched stalls the vCPU that needs
 //     it. It is never read as zero: the destination's QEMU keeps its copy of the
 //     userfaultfd open until the last page is in. So the destination gives up
