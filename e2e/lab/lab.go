@@ -29,6 +29,7 @@ type Lab struct {
 	// AB carries what A sends to B, BA the other way; nil without a [Link].
 	AB, BA *Wire
 
+	storage string      // the directory of SharedDir, and of each host's LocalDir
 	starts  chan func() // commands are started by one thread that lives as long as the lab
 	closers []func() error
 }
@@ -54,6 +55,9 @@ func newLab(join func(*Lab) error) (_ *Lab, err error) {
 			err = errors.Join(err, l.Close())
 		}
 	}()
+	if err = l.makeStorage(); err != nil {
+		return nil, err
+	}
 	if l.A, err = l.newHost("a", addrA); err != nil {
 		return nil, err
 	}
@@ -107,6 +111,9 @@ func (l *Lab) Close() error {
 		errs = append(errs, h.endAll())
 	}
 	close(l.starts)
+	if l.storage != "" {
+		errs = append(errs, os.RemoveAll(l.storage))
+	}
 	return errors.Join(errs...)
 }
 

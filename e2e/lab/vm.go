@@ -7,12 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
@@ -46,8 +43,9 @@ type VMConfig struct {
 	KVM          bool // else TCG, a thread a vCPU
 	VCPUs        int
 	MemoryMiB    int
-	Nodes        int  // NUMA nodes, a memory backend each
-	HugePages    bool // 2 MiB pages from hugetlbfs
+	Nodes        int // NUMA nodes, a memory backend each
+	Backend      Backend
+	HugePages    bool // 2 MiB pages, of backends that can have them
 	Unprivileged bool // an ordinary user, under QEMU's sandbox
 	// Kernel and Initrd start a Linux guest, Disk one that boots by itself.
 	Kernel, Initrd, Disk string
@@ -88,38 +86,6 @@ func (c VMConfig) Args() []string {
 			"-drive", "file="+diskPath+",format=raw,if=none,id=boot,snapshot=on", "-device", "ide-hd,drive=boot,bus=ide.0")
 	}
 	return append(args, c.Extra...)
-}
-
-func (c VMConfig) memoryArgs() []string {
-	dir := "/dev/shm"
-	if c.HugePages {
-		dir = "/dev/hugepages"
-	}
-	backend := func(id string, mib int) string {
-		return fmt.Sprintf("memory-backend-file,id=%s,size=%dM,mem-path=%s/guest-%s,share=on", id, mib, dir, id)
-	}
-	if c.Nodes < 2 {
-		return []string{"-object", backend("ram0", c.MemoryMiB), "-machine", "memory-backend=ram0"}
-	}
-	var args []string
-	for i := range c.Nodes {
-		id := fmt.Sprintf("ram%d", i)
-		args = append(args, "-object", backend(id, c.MemoryMiB/c.Nodes), "-numa", fmt.Sprintf("node,nodeid=%d,memdev=%s", i, id))
-	}
-	return args
-}
-
-// RAMFiles are the paths of the VM's RAM on its host, low addresses first.
-func (c VMConfig) RAMFiles() []string {
-	dir := "/dev/shm"
-	if c.HugePages {
-		dir = "/dev/hugepages"
-	}
-	var files []string
-	for i := range max(1, c.Nodes) {
-		files = append(files, fmt.Sprintf("%s/guest-ram%d", dir, i))
-	}
-	return files
 }
 
 // MakeVMDir makes the directory of the VM on a host, as its operator does on
@@ -194,13 +160,4 @@ func (h *Host) QMP(ctx context.Context) (*qmp.Client, error) { return qmp.Dial(c
 // Guest opens the guest's reports on this host; log goes on from host to host.
 func (h *Host) Guest(ctx context.Context, log *report.Log) (*report.Port, error) {
 	return report.Open(ctx, h.Path(SerialPath), log)
-}
-
-// Allocated returns the bytes of memory that a file of the host occupies.
-func (h *Host) Allocated(path string) (int64, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(filepath.Clean(h.Path(path)), &st); err != nil {
-		return 0, fmt.Errorf("%s on host %s: %w", path, h.Name, err)
-	}
-	return st.Blocks * 512, nil
 }
