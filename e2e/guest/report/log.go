@@ -21,6 +21,7 @@ type Log struct {
 	lines   []Line
 	garbled []string
 	last    Counters
+	disks   []Disk
 	back    []string
 }
 
@@ -61,6 +62,7 @@ func (l *Log) add(line Line) {
 		}
 		l.last = c
 	}
+	l.addDisks(line)
 	l.lines = append(l.lines, line)
 	l.wake()
 }
@@ -125,7 +127,7 @@ func (l *Log) Last() Counters {
 var ErrDamaged = errors.New("guest memory is damaged")
 
 // Err returns nil if nothing in the log shows damage: no corruption is
-// counted, and no counter ever ran backwards.
+// counted, no counter ever ran backwards, and no disk failed (ErrDisk).
 func (l *Log) Err() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -134,7 +136,7 @@ func (l *Log) Err() error {
 	}
 	first := "no details were reported"
 	for _, line := range l.lines {
-		if c := line.Corruption; c != nil {
+		if c := line.Corruption; c != nil && c.Disk == "" {
 			first = fmt.Sprintf("first: page %d, word %d is %s, not %s (%s)", c.Page, c.Word, c.Got, c.Expected, c.Kind)
 			break
 		}
@@ -142,7 +144,7 @@ func (l *Log) Err() error {
 	if n := l.last.Corruptions; n > 0 {
 		return fmt.Errorf("%w: %d corruptions; %s", ErrDamaged, n, first)
 	}
-	return nil
+	return l.disksErr()
 }
 
 // linesOrWait returns the lines from position from on, or, if there are none, a
