@@ -3,9 +3,9 @@
 //go:build linux && amd64
 
 // Command guest is /init of the Linux guest that the end-to-end tests migrate.
-// It stamps its memory, visits it under load, writes and reads its disks, and
-// reports on the second serial port what it finds (package report) and does
-// what it is told there:
+// It stamps its memory, visits it under load, writes and reads its disks, has
+// its network cards answer and send, and reports on the second serial port what
+// it finds (package report) and does what it is told there:
 //
 //	verify [ID]        check all memory, and all that was written to disks, answer "verified"
 //	load [ID]          load on, answer "state"
@@ -65,6 +65,10 @@ func run() error {
 	if err != nil {
 		return err
 	}
+	// UEFI firmware writes to every port, and ends no line.
+	if _, err := port.WriteString("\n"); err != nil {
+		return err
+	}
 	out := report.NewEncoder(port)
 	err = serve(port, out)
 	return errors.Join(err, out.Encode(report.Error{Type: report.TypeError, Message: err.Error()}))
@@ -80,8 +84,8 @@ func serve(port *os.File, out *report.Encoder) error {
 	if err != nil {
 		return err
 	}
-	// A thread for each worker, the reporter and the reader of commands.
-	runtime.GOMAXPROCS(p.Workers + 2 + p.Disks.Disks*disk.Lanes)
+	// A thread for each worker, the reporter, the reader of commands, and what waits for devices.
+	runtime.GOMAXPROCS(p.Workers + 2 + p.Disks.Disks*disk.Lanes + p.Cards.Cards)
 	w, ready, err := begin(p)
 	if err != nil {
 		return err

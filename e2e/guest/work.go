@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/migrated-vm/migrated/e2e/guest/card"
 	"github.com/migrated-vm/migrated/e2e/guest/disk"
 	"github.com/migrated-vm/migrated/e2e/guest/load"
 	"github.com/migrated-vm/migrated/e2e/guest/report"
@@ -18,6 +19,7 @@ import (
 type work struct {
 	memory *load.Load
 	disks  *disk.Set
+	cards  *card.Set
 }
 
 // begin stamps memory and finds the devices; all rests until run(true).
@@ -30,24 +32,29 @@ func begin(p params) (*work, report.Ready, error) {
 	pages, working := memory.Pages()
 	ready := report.Ready{
 		Type: report.TypeReady, UptimeMS: uptime().Milliseconds(), Pages: pages, Working: working,
-		Workers: p.Workers, StampMS: time.Since(began).Milliseconds(), Disks: p.Disks.Disks,
+		Workers: p.Workers, StampMS: time.Since(began).Milliseconds(), Disks: p.Disks.Disks, Cards: p.Cards.Cards,
 	}
 	disks, err := disk.Open(p.Disks)
 	if err != nil {
 		return nil, report.Ready{}, err
 	}
-	return &work{memory: memory, disks: disks}, ready, nil
+	cards, err := card.Open(p.Cards)
+	if err != nil {
+		return nil, report.Ready{}, err
+	}
+	return &work{memory: memory, disks: disks, cards: cards}, ready, nil
 }
 
 // run has everything work or rest. When it returns, it does.
 func (w *work) run(on bool) {
 	w.memory.Run(on)
 	w.disks.Run(on)
+	w.cards.Run(on)
 }
 
 func (w *work) window() report.Window {
 	window := w.memory.Window(uptime())
-	window.Disks = w.disks.Report()
+	window.Disks, window.Cards = w.disks.Report(), w.cards.Report()
 	return window
 }
 
@@ -57,7 +64,7 @@ func (w *work) verify(id string) report.Verified {
 	blocks, blocksFound := w.disks.Verify()
 	return report.Verified{
 		Type: report.TypeVerified, Counters: w.memory.Counters(uptime()), ID: id, Pages: pages, Found: found,
-		Blocks: blocks, BlocksFound: blocksFound, Disks: w.disks.Report(),
+		Blocks: blocks, BlocksFound: blocksFound, Disks: w.disks.Report(), Cards: w.cards.Report(),
 	}
 }
 

@@ -40,6 +40,7 @@ type Ready struct {
 	Workers  int    `json:"workers"`  // threads
 	StampMS  int64  `json:"stamp_ms"` // how long stamping took
 	Disks    int    `json:"disks,omitempty"`
+	Cards    int    `json:"cards,omitempty"` // network cards, which are on by now
 }
 
 // Counters are cumulative and part of every later line.
@@ -67,6 +68,7 @@ type Window struct {
 	// Latencies are those of the operations that ended in this window.
 	Latencies Histogram `json:"latencies"`
 	Disks     []Disk    `json:"disks,omitempty"`
+	Cards     []Card    `json:"cards,omitempty"`
 }
 
 // Corruption describes one damaged page, or block of a disk. Only the first of them are described,
@@ -95,6 +97,7 @@ type Verified struct {
 	Blocks      uint64 `json:"blocks,omitempty"`
 	BlocksFound uint64 `json:"blocks_found,omitempty"`
 	Disks       []Disk `json:"disks,omitempty"`
+	Cards       []Card `json:"cards,omitempty"`
 }
 
 // Disk is what was done with one disk. All but MaxUS are cumulative.
@@ -106,6 +109,18 @@ type Disk struct {
 	Errors      uint64 `json:"errors"`      // requests that failed
 	Corruptions uint64 `json:"corruptions"` // blocks that did not hold what was written last
 	// MaxUS is the slowest request, in microseconds, that ended since the line before.
+	MaxUS int64 `json:"max_us"`
+}
+
+// Card is what was sent by one network card, to a client that sends it back. All but MaxUS are cumulative.
+type Card struct {
+	Name     string `json:"name"` // eth0
+	Sent     uint64 `json:"sent"`
+	Answered uint64 `json:"answered"`
+	Lost     uint64 `json:"lost"`   // no answer within half a second
+	Wrong    uint64 `json:"wrong"`  // what came back was not what was sent
+	Errors   uint64 `json:"errors"` // could not be sent, or were refused
+	// MaxUS is the slowest answer, in microseconds, since the line before.
 	MaxUS int64 `json:"max_us"`
 }
 

@@ -4,6 +4,7 @@ package report
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -22,12 +23,13 @@ type Log struct {
 	garbled []string
 	last    Counters
 	disks   []Disk
+	cards   []Card
 	back    []string
 }
 
 // Follow reads lines from r into the log until r ends, and returns the error
-// that is not io.EOF. A line that does not parse is kept apart (see Garbled):
-// a connection may begin or end in the middle of one.
+// that is not io.EOF. Empty lines are left out. A line that does not parse is
+// kept apart (see Garbled): a connection may begin or end in the middle of one.
 func (l *Log) Follow(r io.Reader) error {
 	b := bufio.NewReader(r)
 	for {
@@ -40,6 +42,9 @@ func (l *Log) Follow(r io.Reader) error {
 				return nil
 			}
 			return err
+		}
+		if len(bytes.TrimSpace(text)) == 0 {
+			continue
 		}
 		if line, err := Parse(text); err != nil {
 			l.garble(err.Error())
@@ -62,7 +67,7 @@ func (l *Log) add(line Line) {
 		}
 		l.last = c
 	}
-	l.addDisks(line)
+	l.addDevices(line)
 	l.lines = append(l.lines, line)
 	l.wake()
 }

@@ -26,7 +26,7 @@ func deadline(t *testing.T) context.Context {
 
 func TestLogCountsWhatItDoesNotUnderstand(t *testing.T) {
 	var l Log
-	in := "tail of a line\"}\n" +
+	in := "tail of a line\"}\n\r\n" +
 		`{"type":"ready","pages":10,"workers":1}` + "\n" +
 		`{"type":"window","seq":1,"ops":5,"total_ops":5,"corruptions":0}` + "\r\n" +
 		`{"type":"nonsense"}` + "\n" +

@@ -17,23 +17,27 @@ func (l *Log) Disks() []Disk {
 	return append([]Disk(nil), l.disks...)
 }
 
-// disksOf are the disks that a line tells of.
-func disksOf(line Line) []Disk {
+// Cards returns the newest counters of each network card.
+func (l *Log) Cards() []Card {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([]Card(nil), l.cards...)
+}
+
+// addDevices needs l.mu.
+func (l *Log) addDevices(line Line) {
 	switch {
 	case line.Window != nil:
-		return line.Window.Disks
+		l.addDisks(line.Window.Disks)
+		l.cards = line.Window.Cards
 	case line.Verified != nil:
-		return line.Verified.Disks
+		l.addDisks(line.Verified.Disks)
+		l.cards = line.Verified.Cards
 	}
-	return nil
 }
 
 // addDisks needs l.mu.
-func (l *Log) addDisks(line Line) {
-	disks := disksOf(line)
-	if disks == nil {
-		return
-	}
+func (l *Log) addDisks(disks []Disk) {
 	for i, d := range disks {
 		if i >= len(l.disks) {
 			continue
