@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -49,6 +50,16 @@ type VMConfig struct {
 	Unprivileged bool // an ordinary user, under QEMU's sandbox
 	// Kernel and Initrd start a Linux guest, Disk one that boots by itself.
 	Kernel, Initrd, Disk string
+	// Disks are writable qcow2 images in SharedDir, which StartVM makes. They are not what the guest boots from.
+	Disks int
+	// RootPorts puts each device that can be behind a port of its own, eight ports to a slot.
+	RootPorts         bool
+	Balloon           bool
+	FreePageReporting bool // by a balloon
+	RNG               bool
+	VGA               bool
+	UEFI              bool // else SeaBIOS
+	Paused            bool // it does not run until it is told to
 	// KernelArgs are appended to the kernel command line.
 	KernelArgs []string
 	// Extra are further arguments of QEMU.
@@ -70,7 +81,10 @@ func (c VMConfig) Args() []string {
 		"-smp", strconv.Itoa(c.VCPUs), "-m", fmt.Sprintf("%dM", c.MemoryMiB),
 		"-qmp", "unix:" + QMPPath + ",server=on,wait=off",
 	}
-	args = append(args, c.memoryArgs()...)
+	args = slices.Concat(args, c.memoryArgs(), c.firmwareArgs(), c.deviceArgs())
+	if c.Paused {
+		args = append(args, "-S")
+	}
 	if c.Unprivileged {
 		args = append(args, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	}
@@ -80,7 +94,7 @@ func (c VMConfig) Args() []string {
 			"-chardev", "file,id=console,path="+ConsoleLog+",append=on", "-serial", "chardev:console",
 			"-chardev", serial, "-serial", "chardev:report",
 			"-kernel", kernelPath, "-initrd", initrdPath,
-			"-append", strings.Join(append([]string{image.CommandLine}, c.KernelArgs...), " "))
+			"-append", strings.Join(slices.Concat([]string{image.CommandLine}, c.deviceParams(), c.KernelArgs), " "))
 	} else {
 		args = append(args, "-chardev", serial, "-serial", "chardev:report",
 			"-drive", "file="+diskPath+",format=raw,if=none,id=boot,snapshot=on", "-device", "ide-hd,drive=boot,bus=ide.0")
@@ -98,8 +112,11 @@ func (h *Host) MakeVMDir() error {
 	return os.Chown(dir, nobody, nobody) // root writes there all the same
 }
 
-// install puts what the VM boots from on both hosts.
-func (l *Lab) install(c VMConfig) error {
+// install puts what the VM boots from on both hosts, and makes what else it needs there.
+func (l *Lab) install(ctx context.Context, c VMConfig) error {
+	if err := l.MakeStorage(ctx, c, nil); err != nil {
+		return err
+	}
 	for _, h := range []*Host{l.A, l.B} {
 		if err := h.MakeVMDir(); err != nil {
 			return err
@@ -122,7 +139,7 @@ func (l *Lab) install(c VMConfig) error {
 
 // StartVM starts QEMU on the host. It runs when its QMP socket exists.
 func (h *Host) StartVM(ctx context.Context, c VMConfig, extra ...string) (*Process, error) {
-	if err := h.lab.install(c); err != nil {
+	if err := h.lab.install(ctx, c); err != nil {
 		return nil, err
 	}
 	argv := append(c.Args(), extra...)
