@@ -47,6 +47,7 @@ func (c VMConfig) deviceArgs() []string {
 		s.device("virtio-rng-pci,id=rng,rng=random")
 	}
 	c.diskArgs(s)
+	c.nicArgs(s)
 	return s.args
 }
 
@@ -56,5 +57,19 @@ func (c VMConfig) deviceParams() []string {
 	if c.Disks > 0 {
 		params = append(params, fmt.Sprintf("migrated.disks=%d", c.Disks))
 	}
+	if c.NICs > 0 {
+		params = append(params, fmt.Sprintf("migrated.nets=%d", c.NICs))
+	}
 	return params
+}
+
+// RealVM is a VM as most are: two vCPUs, memory that is QEMU's own, writable disks, network cards, a balloon, random numbers
+// and a screen. Its guest is Linux, of images that have virtio's drivers, and has its devices at work at a moderate rate;
+// args are further ones of its kernel command line.
+func RealVM(kernel, initrd string, memoryMiB, disks, nics int, args ...string) VMConfig {
+	return VMConfig{
+		VCPUs: 2, MemoryMiB: memoryMiB, Backend: BackendDefault, Kernel: kernel, Initrd: initrd,
+		Disks: disks, NICs: nics, RootPorts: true, Balloon: true, RNG: true, VGA: true,
+		KernelArgs: append([]string{"migrated.disk-rate=200", "migrated.net-rate=100"}, args...),
+	}
 }

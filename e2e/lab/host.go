@@ -32,7 +32,8 @@ type Host struct {
 
 // becomeHost is what a host's first process does in its fresh namespaces: mounts
 // that are private to it, and a process that stays. An ordinary user may use
-// KVM there, as on a host where it is in the group kvm.
+// KVM and taps there, as on a host where it is in the group kvm and has taps of
+// its own.
 const becomeHost = `
 set -e
 mount -t tmpfs -o mode=0755 tmpfs /run
@@ -45,6 +46,10 @@ mount --bind "$1/$2" /run/local
 if [ -e /dev/kvm ]; then
 	mknod -m 0666 /run/kvm c 10 232
 	mount --bind /run/kvm /dev/kvm
+fi
+if [ -e /dev/net/tun ]; then
+	mknod -m 0666 /run/tun c 10 200
+	mount --bind /run/tun /dev/net/tun
 fi
 ip link set lo up
 echo ready

@@ -52,6 +52,9 @@ type VMConfig struct {
 	Kernel, Initrd, Disk string
 	// Disks are writable qcow2 images in SharedDir, which StartVM makes. They are not what the guest boots from.
 	Disks int
+	// NICs are network cards, each in a network of its own with the lab's client. Number tells them from those of the lab's
+	// other VMs, if there are several: 0 to card.MaxVMs-1.
+	NICs, Number int
 	// RootPorts puts each device that can be behind a port of its own, eight ports to a slot.
 	RootPorts         bool
 	Balloon           bool
@@ -114,7 +117,7 @@ func (h *Host) MakeVMDir() error {
 
 // install puts what the VM boots from on both hosts, and makes what else it needs there.
 func (l *Lab) install(ctx context.Context, c VMConfig) error {
-	if err := l.MakeStorage(ctx, c, nil); err != nil {
+	if err := errors.Join(l.MakeStorage(ctx, c, nil), l.MakeNICs(ctx, c)); err != nil {
 		return err
 	}
 	for _, h := range []*Host{l.A, l.B} {
