@@ -59,7 +59,7 @@ func newLab(join func(*Lab) error) (_ *Lab, err error) {
 			err = errors.Join(err, l.Close())
 		}
 	}()
-	if err = l.makeStorage(); err != nil {
+	if err := l.makeStorage(); err != nil {
 		return nil, err
 	}
 	if l.A, err = l.newHost("a", addrA); err != nil {

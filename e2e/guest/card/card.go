@@ -3,6 +3,7 @@
 package card
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -169,7 +170,7 @@ func (c *card) exchange() (failed bool) {
 		if n >= 8 && binary.LittleEndian.Uint32(c.answer[:]) != c.seq {
 			continue // of one that was taken for lost
 		}
-		if string(c.answer[:n]) != string(message) {
+		if !bytes.Equal(c.answer[:n], message) {
 			c.wrong.Add(1)
 			return false
 		}
