@@ -6,7 +6,9 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -321,11 +323,7 @@ func checkMetal(t *testing.T, vm lab.VMConfig, h *lab.Host) uint64 {
 	if err := client.Do(testContext(t), "stop", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	var files []string
-	for _, file := range vm.RAMFiles() {
-		files = append(files, h.Path(file))
-	}
-	result, err := metalguest.Verify(files...)
+	result, err := metalguest.Verify(ramOf(t, client, vm, h)...)
 	if err != nil {
 		t.Errorf("memory on host %s: %v", h.Name, err)
 	}
@@ -339,6 +337,27 @@ func checkMetal(t *testing.T, vm lab.VMConfig, h *lab.Host) uint64 {
 		t.Fatal(err)
 	}
 	return uint64(result.Pass)
+}
+
+// ramOf are the files with the RAM of the stopped VM on h: QEMU's own, or one that it saves it to.
+func ramOf(t *testing.T, client *qmp.Client, vm lab.VMConfig, h *lab.Host) (files []string) {
+	t.Helper()
+	for _, file := range vm.RAMFiles() {
+		files = append(files, h.Path(file))
+	}
+	if files != nil {
+		return files
+	}
+	saved, err := h.SaveRAM(testContext(t), client, vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.Remove(saved); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Error(err)
+		}
+	})
+	return []string{saved}
 }
 
 // checkPosition compares memory with where the stopped guest is.

@@ -3,10 +3,11 @@
 //go:build linux && amd64
 
 // Command guest is /init of the Linux guest that the end-to-end tests migrate.
-// It stamps its memory, visits it under load, and reports on the second serial
-// port what it finds (package report) and does what it is told there:
+// It stamps its memory, visits it under load, writes and reads its disks, has
+// its network cards answer and send, and reports on the second serial port what
+// it finds (package report) and does what it is told there:
 //
-//	verify [ID]        check all memory, answer "verified"
+//	verify [ID]        check all memory, and all that was written to disks, answer "verified"
 //	load [ID]          load on, answer "state"
 //	stop|idle [ID]     load off, answer "state"
 //	poweroff
@@ -27,7 +28,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/e2e/guest/load"
+	"github.com/migrated-vm/migrated/e2e/guest/disk"
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 )
 
@@ -64,6 +65,10 @@ func run() error {
 	if err != nil {
 		return err
 	}
+	// UEFI firmware writes to every port, and ends no line.
+	if _, err := port.WriteString("\n"); err != nil {
+		return err
+	}
 	out := report.NewEncoder(port)
 	err = serve(port, out)
 	return errors.Join(err, out.Encode(report.Error{Type: report.TypeError, Message: err.Error()}))
@@ -79,18 +84,13 @@ func serve(port *os.File, out *report.Encoder) error {
 	if err != nil {
 		return err
 	}
-	// A thread for each worker, the reporter and the reader of commands.
-	runtime.GOMAXPROCS(p.Workers + 2)
-	begin := time.Now()
-	l, err := load.New(p.Config)
+	// A thread for each worker, the reporter, the reader of commands, and what waits for devices.
+	runtime.GOMAXPROCS(p.Workers + 2 + p.Disks.Disks*disk.Lanes + p.Cards.Cards)
+	w, ready, err := begin(p)
 	if err != nil {
 		return err
 	}
-	pages, working := l.Pages()
-	if err := out.Encode(report.Ready{
-		Type: report.TypeReady, UptimeMS: uptime().Milliseconds(), Pages: pages, Working: working,
-		Workers: p.Workers, StampMS: time.Since(begin).Milliseconds(),
-	}); err != nil {
+	if err := out.Encode(ready); err != nil {
 		return err
 	}
 	commands := make(chan string)
@@ -100,28 +100,28 @@ func serve(port *os.File, out *report.Encoder) error {
 			commands <- in.Text()
 		}
 	}()
-	l.Run(true)
-	return reportLoop(l, p.Window, commands, out)
+	w.run(true)
+	return w.reportLoop(p.Window, commands, out)
 }
 
 // reportLoop is the one goroutine that writes to the port. It returns only with
 // an error.
-func reportLoop(l *load.Load, period time.Duration, commands <-chan string, out *report.Encoder) error {
+func (w *work) reportLoop(period time.Duration, commands <-chan string, out *report.Encoder) error {
 	tick := time.NewTicker(period)
 	for {
 		var err error
 		select {
 		case <-tick.C:
-			err = out.Encode(l.Window(uptime()))
+			err = out.Encode(w.window())
 		case c := <-commands:
-			err = obey(l, c, out)
+			err = w.obey(c, out)
 		}
 		for err == nil {
-			d, ok := l.Corruption(uptime())
+			line, ok := w.finding()
 			if !ok {
 				break
 			}
-			err = out.Encode(d)
+			err = out.Encode(line)
 		}
 		if err != nil {
 			return err
@@ -129,20 +129,17 @@ func reportLoop(l *load.Load, period time.Duration, commands <-chan string, out 
 	}
 }
 
-func obey(l *load.Load, command string, out *report.Encoder) error {
+func (w *work) obey(command string, out *report.Encoder) error {
 	name, id, _ := strings.Cut(strings.TrimSpace(command), " ")
 	switch name {
 	case "":
 		return nil
 	case "verify":
-		pages, found := l.Verify()
-		return out.Encode(report.Verified{
-			Type: report.TypeVerified, Counters: l.Counters(uptime()), ID: id, Pages: pages, Found: found,
-		})
+		return out.Encode(w.verify(id))
 	case "load", "stop", "idle":
-		l.Run(name == "load")
+		w.run(name == "load")
 		return out.Encode(report.State{
-			Type: report.TypeState, Counters: l.Counters(uptime()), ID: id, Loaded: name == "load",
+			Type: report.TypeState, Counters: w.memory.Counters(uptime()), ID: id, Loaded: name == "load",
 		})
 	case "poweroff":
 		powerOff()

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/migrated-vm/migrated/e2e/guest/card"
+	"github.com/migrated-vm/migrated/e2e/guest/disk"
 	"github.com/migrated-vm/migrated/e2e/guest/load"
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
@@ -26,9 +28,15 @@ import (
 //	pattern=       random | sequential | stride | idle (random)
 //	fill=          random | compressible | zero-mix (random)
 //	churn=MiB      that are used for a second and given back for three, again and again (0)
+//	disks=N        that are written to and read, with the serial numbers disk0, disk1, … (0)
+//	disk-rate=N    requests a second and disk, 0: as many as possible (0)
+//	nets=N         network cards, which get their addresses and send (0)
+//	net-rate=N     messages a second and card, 0: as many as are answered (0)
 //	window=        reporting period as a Go duration (200ms)
 type params struct {
 	load.Config
+	Disks  disk.Config
+	Cards  card.Config
 	Window time.Duration
 }
 
@@ -54,7 +62,7 @@ func parseParams(cmdline string) (params, error) {
 	if p.WorkingSet == 0 {
 		p.WorkingSet = p.Memory
 	}
-	return p, errors.Join(append(errs, p.Validate())...)
+	return p, errors.Join(append(errs, p.Validate(), p.Disks.Validate(), p.Cards.Validate())...)
 }
 
 func (p *params) set(name, value string) (err error) {
@@ -71,6 +79,14 @@ func (p *params) set(name, value string) (err error) {
 		p.Rate, err = strconv.Atoi(value)
 	case "write":
 		p.WritePercent, err = strconv.Atoi(value)
+	case "disks":
+		p.Disks.Disks, err = strconv.Atoi(value)
+	case "disk-rate":
+		p.Disks.Rate, err = strconv.Atoi(value)
+	case "nets":
+		p.Cards.Cards, err = strconv.Atoi(value)
+	case "net-rate":
+		p.Cards.Rate, err = strconv.Atoi(value)
 	case "pattern":
 		p.Pattern = load.Pattern(value)
 	case "fill":

@@ -61,7 +61,7 @@ func Linux(ctx context.Context) (kernel, initrd string, err error) {
 	return kernel, initrd, err
 }
 
-// LinuxWithVirtio is Linux with the drivers of a virtio balloon and of virtio-mem, which the guest loads first.
+// LinuxWithVirtio is Linux with the drivers of virtio devices, which the guest loads first.
 func LinuxWithVirtio(ctx context.Context) (kernel, initrd string, err error) {
 	kernel, plain, err := Linux(ctx)
 	if err != nil {

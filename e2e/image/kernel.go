@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -47,10 +48,16 @@ func debianKernel(ctx context.Context, c cache) (string, error) {
 	})
 }
 
-// virtioModules are the drivers of a virtio balloon and of virtio-mem, on PCI, each after those that it needs.
-var virtioModules = []string{"virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_balloon", "virtio_mem"}
+// virtioModules are the drivers of virtio devices on PCI (balloon, virtio-mem, disks, network cards, random numbers), below
+// the package's kernel/, each after those that it needs.
+var virtioModules = []string{
+	"drivers/virtio/virtio_ring", "drivers/virtio/virtio", "drivers/virtio/virtio_pci_modern_dev",
+	"drivers/virtio/virtio_pci_legacy_dev", "drivers/virtio/virtio_pci", "drivers/virtio/virtio_balloon",
+	"drivers/virtio/virtio_mem", "drivers/block/virtio_blk", "net/core/failover", "drivers/net/net_failover",
+	"drivers/net/virtio_net", "drivers/char/hw_random/virtio-rng",
+}
 
-// debianModules returns the path of an initramfs with virtioModules of the same kernel as /modules/N-NAME.ko, in their
+// debianModules returns the path of an initramfs with virtioModules of the same kernel as /modules/NN-NAME.ko, in their
 // order.
 func debianModules(ctx context.Context, c cache) (string, error) {
 	if _, err := debianKernel(ctx, c); err != nil { // which says what is current
@@ -58,18 +65,19 @@ func debianModules(ctx context.Context, c cache) (string, error) {
 	}
 	current.Lock()
 	defer current.Unlock()
-	return c.file("virtio-"+current.name+"-"+current.version+".cpio.gz", func() ([]byte, error) {
+	list := hash([]byte(strings.Join(virtioModules, " ")))
+	return c.file(fmt.Sprintf("virtio-%s-%s-%x.cpio.gz", current.name, current.version, list), func() ([]byte, error) {
 		archive, err := download(ctx, current.name, current.version)
 		if err != nil {
 			return nil, err
 		}
 		files := []cpio.File{{Name: "modules", Mode: fs.ModeDir | 0o755}}
 		for i, name := range virtioModules {
-			module, err := find(bytes.NewReader(archive), "lib/modules/", "/virtio/"+name+".ko")
+			module, err := find(bytes.NewReader(archive), "lib/modules/", "/kernel/"+name+".ko")
 			if err != nil {
 				return nil, err
 			}
-			files = append(files, cpio.File{Name: fmt.Sprintf("modules/%d-%s.ko", i, name), Mode: 0o644, Data: module})
+			files = append(files, cpio.File{Name: fmt.Sprintf("modules/%02d-%s.ko", i, path.Base(name)), Mode: 0o644, Data: module})
 		}
 		return pack(files)
 	})

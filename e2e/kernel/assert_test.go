@@ -45,7 +45,8 @@ func (a assertion) expected(v Variant) string {
 // one subtest for each.
 func assert(t *testing.T, v Variant, points ...point) {
 	t.Helper()
-	need(t, qemu, "gcc", "secilc")
+	needQEMU(t)
+	need(t, "gcc", "secilc")
 	tree := built(t, v)
 	var ask []assertion
 	for _, p := range points {

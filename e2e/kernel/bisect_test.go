@@ -15,7 +15,7 @@ func TestEachPatchBoots(t *testing.T) {
 	if os.Getenv("BISECT") != "1" {
 		t.Skip("a kernel per patch takes long: 'make -C kernel bisect' does it")
 	}
-	need(t, qemu)
+	needQEMU(t)
 	patches, err := filepath.Glob("../../kernel/patches/*.patch")
 	if err != nil || len(patches) < 2 {
 		t.Fatalf("patches %q, %v", patches, err)

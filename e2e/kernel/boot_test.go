@@ -18,7 +18,7 @@ func hello(line string) bool { return strings.HasPrefix(line, "hello from 6.") }
 // stock says how to boot the stock kernel into testdata/init.c.
 func stock(t *testing.T, end string) Options {
 	t.Helper()
-	need(t, qemu)
+	needQEMU(t)
 	tree := built(t, Stock)
 	return Options{Kernel: tree.BzImage, Initrd: initOnly(t), CommandLine: "quiet -- " + end}
 }
@@ -43,7 +43,7 @@ func checkGone(t *testing.T, o Options) {
 func TestBoots(t *testing.T) {
 	for _, v := range []Variant{Stock, Patched, Debug} {
 		t.Run(string(v), func(t *testing.T) {
-			need(t, qemu)
+			needQEMU(t)
 			boots(t, v, built(t, v))
 		})
 	}
@@ -134,7 +134,7 @@ func TestLineEndsQEMU(t *testing.T) {
 }
 
 func TestQEMUsReasonIsInTheError(t *testing.T) {
-	need(t, qemu)
+	needQEMU(t)
 	o := Options{Kernel: filepath.Join(t.TempDir(), "no-such-kernel")}
 	err := Boot(testContext(t), o, func(string) error { return nil })
 	if err == nil || !strings.Contains(err.Error(), "could not open kernel file") {

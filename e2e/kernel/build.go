@@ -10,12 +10,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/migrated-vm/migrated/e2e/checkout"
 )
 
 // Variant is one of the kernels that kernel/build knows.
@@ -45,7 +45,7 @@ func Build(ctx context.Context, v Variant) (Tree, error) {
 
 // build runs kernel/build with args.
 func build(ctx context.Context, args ...string) (Tree, error) {
-	root, err := moduleRoot()
+	root, err := checkout.Root()
 	if err != nil {
 		return Tree{}, err
 	}
@@ -67,27 +67,6 @@ func build(ctx context.Context, args ...string) (Tree, error) {
 		Include:   filepath.Join(dir, "include"),
 		Selftests: filepath.Join(dir, "selftests"),
 	}, nil
-}
-
-// moduleRoot returns the directory of the checkout that the working directory
-// is in. A test's is its package's.
-func moduleRoot() (string, error) {
-	start, err := os.Getwd()
-	if err != nil {
-		return "", err
-	}
-	for dir := start; ; dir = filepath.Dir(dir) {
-		_, err := os.Stat(filepath.Join(dir, "go.mod"))
-		if err == nil {
-			return dir, nil
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return "", err
-		}
-		if dir == filepath.Dir(dir) {
-			return "", fmt.Errorf("%s is not in a checkout: there is no go.mod above it", start)
-		}
-	}
 }
 
 // CompileC makes a static program of sources with gcc, which runs in dir: names

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/migrated-vm/migrated/e2e/emulator"
 	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
@@ -23,6 +24,14 @@ func need(t *testing.T, commands ...string) {
 		if _, err := exec.LookPath(command); err != nil {
 			cannot.Run(t, "%v", err)
 		}
+	}
+}
+
+// needQEMU skips a test where there is no QEMU to boot in.
+func needQEMU(t *testing.T) {
+	t.Helper()
+	if _, err := emulator.Dir(t.Context(), QEMU); err != nil {
+		cannot.Run(t, "%v", err)
 	}
 }
 

@@ -32,16 +32,24 @@ type Host struct {
 
 // becomeHost is what a host's first process does in its fresh namespaces: mounts
 // that are private to it, and a process that stays. An ordinary user may use
-// KVM there, as on a host where it is in the group kvm.
+// KVM and taps there, as on a host where it is in the group kvm and has taps of
+// its own.
 const becomeHost = `
 set -e
 mount -t tmpfs -o mode=0755 tmpfs /run
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mkdir -p /dev/hugepages
 mount -t hugetlbfs -o mode=1777 hugetlbfs /dev/hugepages
+mkdir /run/shared /run/local
+mount --bind "$1/shared" /run/shared
+mount --bind "$1/$2" /run/local
 if [ -e /dev/kvm ]; then
 	mknod -m 0666 /run/kvm c 10 232
 	mount --bind /run/kvm /dev/kvm
+fi
+if [ -e /dev/net/tun ]; then
+	mknod -m 0666 /run/tun c 10 200
+	mount --bind /run/tun /dev/net/tun
 fi
 ip link set lo up
 echo ready
@@ -50,7 +58,10 @@ exec sleep infinity
 
 func (l *Lab) newHost(name, addr string) (*Host, error) {
 	h := &Host{Name: name, Addr: addr, lab: l}
-	h.anchor = exec.Command("unshare", "--mount", "--net", "--propagation", "private", "sh", "-c", becomeHost)
+	if err := l.makeDir(name); err != nil {
+		return nil, fmt.Errorf("storage of host %s: %w", name, err)
+	}
+	h.anchor = exec.Command("unshare", "--mount", "--net", "--propagation", "private", "sh", "-c", becomeHost, "sh", l.storage, name)
 	h.anchor.Stderr = os.Stderr
 	// A lab whose process dies must not leave namespaces behind.
 	h.anchor.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}

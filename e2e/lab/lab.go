@@ -23,14 +23,19 @@ const (
 	addrB = "10.77.0.2"
 )
 
-// A Lab is two hosts, A and B, and a cable between them.
+// A Lab is two hosts, A and B, and a cable between them, and a third host where the VMs' clients are.
 type Lab struct {
 	A, B *Host
+	// C is where the VMs' clients are; nil until a VM with network cards was started.
+	C *Host
 	// AB carries what A sends to B, BA the other way; nil without a [Link].
 	AB, BA *Wire
 
-	starts  chan func() // commands are started by one thread that lives as long as the lab
-	closers []func() error
+	networks []int       // of the VMs' cards, by their numbers
+	taps     []string    // that both hosts have
+	storage  string      // the directory of SharedDir, and of each host's LocalDir
+	starts   chan func() // commands are started by one thread that lives as long as the lab
+	closers  []func() error
 }
 
 // New makes the two hosts, joined by the kernel's own virtual cable. It needs
@@ -54,6 +59,9 @@ func newLab(join func(*Lab) error) (_ *Lab, err error) {
 			err = errors.Join(err, l.Close())
 		}
 	}()
+	if err := l.makeStorage(); err != nil {
+		return nil, err
+	}
 	if l.A, err = l.newHost("a", addrA); err != nil {
 		return nil, err
 	}
@@ -100,13 +108,16 @@ func (l *Lab) Close() error {
 		errs = append(errs, closer())
 	}
 	l.closers = nil
-	for _, h := range []*Host{l.A, l.B} {
+	for _, h := range []*Host{l.A, l.B, l.C} {
 		if h == nil {
 			continue
 		}
 		errs = append(errs, h.endAll())
 	}
 	close(l.starts)
+	if l.storage != "" {
+		errs = append(errs, os.RemoveAll(l.storage))
+	}
 	return errors.Join(errs...)
 }
 

@@ -7,12 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
@@ -46,11 +44,25 @@ type VMConfig struct {
 	KVM          bool // else TCG, a thread a vCPU
 	VCPUs        int
 	MemoryMiB    int
-	Nodes        int  // NUMA nodes, a memory backend each
-	HugePages    bool // 2 MiB pages from hugetlbfs
+	Nodes        int // NUMA nodes, a memory backend each
+	Backend      Backend
+	HugePages    bool // 2 MiB pages, of backends that can have them
 	Unprivileged bool // an ordinary user, under QEMU's sandbox
 	// Kernel and Initrd start a Linux guest, Disk one that boots by itself.
 	Kernel, Initrd, Disk string
+	// Disks are writable qcow2 images in SharedDir, which StartVM makes. They are not what the guest boots from.
+	Disks int
+	// NICs are network cards, each in a network of its own with the lab's client. Number tells them from those of the lab's
+	// other VMs, if there are several: 0 to card.MaxVMs-1.
+	NICs, Number int
+	// RootPorts puts each device that can be behind a port of its own, eight ports to a slot.
+	RootPorts         bool
+	Balloon           bool
+	FreePageReporting bool // by a balloon
+	RNG               bool
+	VGA               bool
+	UEFI              bool // else SeaBIOS
+	Paused            bool // it does not run until it is told to
 	// KernelArgs are appended to the kernel command line.
 	KernelArgs []string
 	// Extra are further arguments of QEMU.
@@ -72,7 +84,10 @@ func (c VMConfig) Args() []string {
 		"-smp", strconv.Itoa(c.VCPUs), "-m", fmt.Sprintf("%dM", c.MemoryMiB),
 		"-qmp", "unix:" + QMPPath + ",server=on,wait=off",
 	}
-	args = append(args, c.memoryArgs()...)
+	args = slices.Concat(args, c.memoryArgs(), c.firmwareArgs(), c.deviceArgs())
+	if c.Paused {
+		args = append(args, "-S")
+	}
 	if c.Unprivileged {
 		args = append(args, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	}
@@ -82,44 +97,12 @@ func (c VMConfig) Args() []string {
 			"-chardev", "file,id=console,path="+ConsoleLog+",append=on", "-serial", "chardev:console",
 			"-chardev", serial, "-serial", "chardev:report",
 			"-kernel", kernelPath, "-initrd", initrdPath,
-			"-append", strings.Join(append([]string{image.CommandLine}, c.KernelArgs...), " "))
+			"-append", strings.Join(slices.Concat([]string{image.CommandLine}, c.deviceParams(), c.KernelArgs), " "))
 	} else {
 		args = append(args, "-chardev", serial, "-serial", "chardev:report",
 			"-drive", "file="+diskPath+",format=raw,if=none,id=boot,snapshot=on", "-device", "ide-hd,drive=boot,bus=ide.0")
 	}
 	return append(args, c.Extra...)
-}
-
-func (c VMConfig) memoryArgs() []string {
-	dir := "/dev/shm"
-	if c.HugePages {
-		dir = "/dev/hugepages"
-	}
-	backend := func(id string, mib int) string {
-		return fmt.Sprintf("memory-backend-file,id=%s,size=%dM,mem-path=%s/guest-%s,share=on", id, mib, dir, id)
-	}
-	if c.Nodes < 2 {
-		return []string{"-object", backend("ram0", c.MemoryMiB), "-machine", "memory-backend=ram0"}
-	}
-	var args []string
-	for i := range c.Nodes {
-		id := fmt.Sprintf("ram%d", i)
-		args = append(args, "-object", backend(id, c.MemoryMiB/c.Nodes), "-numa", fmt.Sprintf("node,nodeid=%d,memdev=%s", i, id))
-	}
-	return args
-}
-
-// RAMFiles are the paths of the VM's RAM on its host, low addresses first.
-func (c VMConfig) RAMFiles() []string {
-	dir := "/dev/shm"
-	if c.HugePages {
-		dir = "/dev/hugepages"
-	}
-	var files []string
-	for i := range max(1, c.Nodes) {
-		files = append(files, fmt.Sprintf("%s/guest-ram%d", dir, i))
-	}
-	return files
 }
 
 // MakeVMDir makes the directory of the VM on a host, as its operator does on
@@ -132,8 +115,11 @@ func (h *Host) MakeVMDir() error {
 	return os.Chown(dir, nobody, nobody) // root writes there all the same
 }
 
-// install puts what the VM boots from on both hosts.
-func (l *Lab) install(c VMConfig) error {
+// install puts what the VM boots from on both hosts, and makes what else it needs there.
+func (l *Lab) install(ctx context.Context, c VMConfig) error {
+	if err := errors.Join(l.MakeStorage(ctx, c, nil), l.MakeNICs(ctx, c)); err != nil {
+		return err
+	}
 	for _, h := range []*Host{l.A, l.B} {
 		if err := h.MakeVMDir(); err != nil {
 			return err
@@ -156,7 +142,7 @@ func (l *Lab) install(c VMConfig) error {
 
 // StartVM starts QEMU on the host. It runs when its QMP socket exists.
 func (h *Host) StartVM(ctx context.Context, c VMConfig, extra ...string) (*Process, error) {
-	if err := h.lab.install(c); err != nil {
+	if err := h.lab.install(ctx, c); err != nil {
 		return nil, err
 	}
 	argv := append(c.Args(), extra...)
@@ -194,13 +180,4 @@ func (h *Host) QMP(ctx context.Context) (*qmp.Client, error) { return qmp.Dial(c
 // Guest opens the guest's reports on this host; log goes on from host to host.
 func (h *Host) Guest(ctx context.Context, log *report.Log) (*report.Port, error) {
 	return report.Open(ctx, h.Path(SerialPath), log)
-}
-
-// Allocated returns the bytes of memory that a file of the host occupies.
-func (h *Host) Allocated(path string) (int64, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(filepath.Clean(h.Path(path)), &st); err != nil {
-		return 0, fmt.Errorf("%s on host %s: %w", path, h.Name, err)
-	}
-	return st.Blocks * 512, nil
 }

@@ -39,6 +39,8 @@ type Ready struct {
 	Working  uint32 `json:"working"`  // of these, in the working set
 	Workers  int    `json:"workers"`  // threads
 	StampMS  int64  `json:"stamp_ms"` // how long stamping took
+	Disks    int    `json:"disks,omitempty"`
+	Cards    int    `json:"cards,omitempty"` // network cards, which are on by now
 }
 
 // Counters are cumulative and part of every later line.
@@ -65,13 +67,16 @@ type Window struct {
 	P99US int64 `json:"p99_us"`
 	// Latencies are those of the operations that ended in this window.
 	Latencies Histogram `json:"latencies"`
+	Disks     []Disk    `json:"disks,omitempty"`
+	Cards     []Card    `json:"cards,omitempty"`
 }
 
-// Corruption describes one damaged page. Only the first of them are described,
+// Corruption describes one damaged page, or block of a disk. Only the first of them are described,
 // all are counted.
 type Corruption struct {
 	Type string `json:"type"`
 	Counters
+	Disk     string     `json:"disk,omitempty"` // whose block it is, not a page of memory
 	Page     uint32     `json:"page"`
 	Word     int        `json:"word"`     // first 8-byte word that differs
 	Expected string     `json:"expected"` // hexadecimal
@@ -88,6 +93,35 @@ type Verified struct {
 	// Found is how many damaged pages and table entries this walk met. Damage
 	// that the load met earlier is repaired then; it is in Corruptions.
 	Found uint64 `json:"found"`
+	// Blocks were ever written to a disk and are read now, all of them; BlocksFound are damaged or cannot be read.
+	Blocks      uint64 `json:"blocks,omitempty"`
+	BlocksFound uint64 `json:"blocks_found,omitempty"`
+	Disks       []Disk `json:"disks,omitempty"`
+	Cards       []Card `json:"cards,omitempty"`
+}
+
+// Disk is what was done with one disk. All but MaxUS are cumulative.
+type Disk struct {
+	Name        string `json:"name"` // its serial number: disk0
+	Reads       uint64 `json:"reads"`
+	Writes      uint64 `json:"writes"`
+	Flushes     uint64 `json:"flushes"`
+	Errors      uint64 `json:"errors"`      // requests that failed
+	Corruptions uint64 `json:"corruptions"` // blocks that did not hold what was written last
+	// MaxUS is the slowest request, in microseconds, that ended since the line before.
+	MaxUS int64 `json:"max_us"`
+}
+
+// Card is what was sent by one network card, to a client that sends it back. All but MaxUS are cumulative.
+type Card struct {
+	Name     string `json:"name"` // eth0
+	Sent     uint64 `json:"sent"`
+	Answered uint64 `json:"answered"`
+	Lost     uint64 `json:"lost"`   // no answer within half a second
+	Wrong    uint64 `json:"wrong"`  // what came back was not what was sent
+	Errors   uint64 `json:"errors"` // could not be sent, or were refused
+	// MaxUS is the slowest answer, in microseconds, since the line before.
+	MaxUS int64 `json:"max_us"`
 }
 
 // State answers "load", "stop" and "idle": the load is on or off from here.

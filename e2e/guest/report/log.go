@@ -4,6 +4,7 @@ package report
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -21,12 +22,14 @@ type Log struct {
 	lines   []Line
 	garbled []string
 	last    Counters
+	disks   []Disk
+	cards   []Card
 	back    []string
 }
 
 // Follow reads lines from r into the log until r ends, and returns the error
-// that is not io.EOF. A line that does not parse is kept apart (see Garbled):
-// a connection may begin or end in the middle of one.
+// that is not io.EOF. Empty lines are left out. A line that does not parse is
+// kept apart (see Garbled): a connection may begin or end in the middle of one.
 func (l *Log) Follow(r io.Reader) error {
 	b := bufio.NewReader(r)
 	for {
@@ -39,6 +42,9 @@ func (l *Log) Follow(r io.Reader) error {
 				return nil
 			}
 			return err
+		}
+		if len(bytes.TrimSpace(text)) == 0 {
+			continue
 		}
 		if line, err := Parse(text); err != nil {
 			l.garble(err.Error())
@@ -61,6 +67,7 @@ func (l *Log) add(line Line) {
 		}
 		l.last = c
 	}
+	l.addDevices(line)
 	l.lines = append(l.lines, line)
 	l.wake()
 }
@@ -125,7 +132,7 @@ func (l *Log) Last() Counters {
 var ErrDamaged = errors.New("guest memory is damaged")
 
 // Err returns nil if nothing in the log shows damage: no corruption is
-// counted, and no counter ever ran backwards.
+// counted, no counter ever ran backwards, and no disk failed (ErrDisk).
 func (l *Log) Err() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -134,7 +141,7 @@ func (l *Log) Err() error {
 	}
 	first := "no details were reported"
 	for _, line := range l.lines {
-		if c := line.Corruption; c != nil {
+		if c := line.Corruption; c != nil && c.Disk == "" {
 			first = fmt.Sprintf("first: page %d, word %d is %s, not %s (%s)", c.Page, c.Word, c.Got, c.Expected, c.Kind)
 			break
 		}
@@ -142,7 +149,7 @@ func (l *Log) Err() error {
 	if n := l.last.Corruptions; n > 0 {
 		return fmt.Errorf("%w: %d corruptions; %s", ErrDamaged, n, first)
 	}
-	return nil
+	return l.disksErr()
 }
 
 // linesOrWait returns the lines from position from on, or, if there are none, a

@@ -26,7 +26,7 @@ func deadline(t *testing.T) context.Context {
 
 func TestLogCountsWhatItDoesNotUnderstand(t *testing.T) {
 	var l Log
-	in := "tail of a line\"}\n" +
+	in := "tail of a line\"}\n\r\n" +
 		`{"type":"ready","pages":10,"workers":1}` + "\n" +
 		`{"type":"window","seq":1,"ops":5,"total_ops":5,"corruptions":0}` + "\r\n" +
 		`{"type":"nonsense"}` + "\n" +
@@ -61,6 +61,31 @@ func TestDamageIsKnownWithoutItsLine(t *testing.T) {
 		}
 		if err := l.Err(); !errors.Is(err, ErrDamaged) {
 			t.Errorf("%s: Err = %v, want ErrDamaged", name, err)
+		}
+	}
+}
+
+// TestDisks: a disk that failed or is damaged is seen, and is not taken for memory.
+func TestDisks(t *testing.T) {
+	const good = `{"type":"window","total_ops":5,"disks":[{"name":"disk0","reads":7,"writes":9},{"name":"disk1","reads":1}]}` + "\n"
+	for name, c := range map[string]struct {
+		in   string
+		want error
+	}{
+		"good":      {good, nil},
+		"corrupt":   {good + `{"type":"verified","total_ops":5,"disks":[{"name":"disk0","reads":8,"writes":9},{"name":"disk1","reads":2,"corruptions":1}]}`, ErrDisk},
+		"failed":    {good + `{"type":"window","total_ops":6,"disks":[{"name":"disk0","reads":8,"writes":9,"errors":1},{"name":"disk1","reads":2}]}`, ErrDisk},
+		"backwards": {good + `{"type":"window","total_ops":6,"disks":[{"name":"disk0","reads":6,"writes":9},{"name":"disk1","reads":2}]}`, ErrDamaged},
+	} {
+		var l Log
+		if err := l.Follow(strings.NewReader(c.in + "\n")); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Err(); !errors.Is(err, c.want) {
+			t.Errorf("%s: Err = %v, want %v", name, err, c.want)
+		}
+		if d := l.Disks(); len(d) != 2 || d[0].Writes != 9 {
+			t.Errorf("%s: Disks = %+v", name, d)
 		}
 	}
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/migrated-vm/migrated/e2e/emulator"
 	"github.com/migrated-vm/migrated/e2e/kernel"
 	"github.com/migrated-vm/migrated/internal/cannot"
 )
@@ -246,8 +247,8 @@ func compileC(t *testing.T, source string) string {
 // boot boots the stock kernel with these files and returns what their /init, and the kernel, said.
 func boot(t *testing.T, files []kernel.File) seen {
 	t.Helper()
-	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
-		cannot.Run(t, "%v: install the packages of scripts/setup", err)
+	if _, err := emulator.Dir(t.Context(), kernel.QEMU); err != nil {
+		cannot.Run(t, "%v", err)
 	}
 	tree, err := kernel.Build(t.Context(), kernel.Stock)
 	if err != nil {

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package card
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/guest/stamp"
+)
+
+const (
+	// patience is how long an answer is waited for before it is lost.
+	patience = 500 * time.Millisecond
+	// maxBehind bounds the burst with which a card catches up with its rate after a stall.
+	maxBehind = 100 * time.Millisecond
+	largest   = 1400 // bytes of a message
+	smallest  = 64
+)
+
+// Config is what is done with the cards.
+type Config struct {
+	Cards int // how many; they are found by their hardware addresses
+	Rate  int // messages a second and card; 0: as many as the client answers
+}
+
+// Validate says which parameter makes no sense.
+func (c Config) Validate() error {
+	if c.Cards < 0 || c.Cards > MaxCards || c.Rate < 0 {
+		return fmt.Errorf("%d cards at %d messages a second: neither is negative, and there are no more than %d cards", c.Cards, c.Rate, MaxCards)
+	}
+	return nil
+}
+
+// A Set is all cards at work.
+type Set struct{ cards []*card }
+
+// Open turns the cards on with their addresses. Pings are answered from here; messages begin with Run(true).
+func Open(c Config) (*Set, error) {
+	s := &Set{}
+	for i := range c.Cards {
+		name, vm, err := up(i)
+		if err != nil {
+			return nil, fmt.Errorf("network card %d: %w", i, err)
+		}
+		conn, err := net.DialUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(Addr(vm, i), 0)),
+			net.UDPAddrFromAddrPort(netip.AddrPortFrom(Client(i), EchoPort)))
+		if err != nil {
+			return nil, fmt.Errorf("network card %d: %w", i, err)
+		}
+		s.cards = append(s.cards, newCard(name, i, c.Rate, conn))
+	}
+	for _, c := range s.cards {
+		go c.run()
+	}
+	return s, nil
+}
+
+// Run has the cards send or not. When it returns, they do.
+func (s *Set) Run(on bool) {
+	for _, c := range s.cards {
+		c.set(on)
+	}
+}
+
+// Report returns the counters of each card.
+func (s *Set) Report() []report.Card {
+	var all []report.Card
+	for _, c := range s.cards {
+		all = append(all, report.Card{
+			Name: c.name, Sent: c.sent.Load(), Answered: c.answered.Load(), Lost: c.lost.Load(),
+			Wrong: c.wrong.Load(), Errors: c.errs.Load(), MaxUS: c.slowest.Swap(0) / 1000,
+		})
+	}
+	return all
+}
+
+// A card sends one message after the other.
+type card struct {
+	name     string
+	number   int
+	conn     net.Conn      // to the client
+	interval time.Duration // between two messages; 0: none
+
+	sent, answered, lost, wrong, errs atomic.Uint64
+	slowest                           atomic.Int64 // ns, since it was last reported
+
+	mu     sync.Mutex // of all below; held during a message
+	resume sync.Cond
+	on     bool
+	seq    uint32
+	answer [largest + 1]byte
+}
+
+func newCard(name string, number, rate int, conn net.Conn) *card {
+	c := &card{name: name, number: number, conn: conn}
+	c.resume.L = &c.mu
+	if rate > 0 {
+		c.interval = time.Second / time.Duration(rate)
+	}
+	return c
+}
+
+// run is the card's work. It does not end.
+func (c *card) run() {
+	next := time.Now()
+	for {
+		c.mu.Lock()
+		for !c.on {
+			c.resume.Wait()
+		}
+		failed := c.exchange()
+		c.mu.Unlock()
+		now := time.Now()
+		if behind := now.Add(-maxBehind); next.Before(behind) {
+			next = behind
+		}
+		if next = next.Add(c.interval); c.interval > 0 {
+			time.Sleep(next.Sub(now))
+		} else if failed {
+			time.Sleep(time.Millisecond) // a card that cannot send fails at once
+		}
+	}
+}
+
+func (c *card) set(on bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.on = on
+	c.resume.Broadcast()
+}
+
+// exchange sends a message and waits for it to come back. Every byte of it follows from the card and the number of the
+// message, which is its stamp.
+func (c *card) exchange() (failed bool) {
+	c.seq++
+	var page stamp.Page
+	page.Write(stamp.Random, c.seq, uint32(c.number+1))
+	message := unsafe.Slice((*byte)(unsafe.Pointer(&page)), smallest+c.seq*37%(largest-smallest))
+	began := time.Now()
+	if _, err := c.conn.Write(message); err != nil {
+		c.errs.Add(1)
+		return true
+	}
+	c.sent.Add(1)
+	for {
+		if err := c.conn.SetReadDeadline(began.Add(patience)); err != nil {
+			c.errs.Add(1)
+			return true
+		}
+		n, err := c.conn.Read(c.answer[:])
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			c.lost.Add(1)
+			return false
+		case err != nil:
+			c.errs.Add(1)
+			return true
+		}
+		if n >= 8 && binary.LittleEndian.Uint32(c.answer[:]) != c.seq {
+			continue // of one that was taken for lost
+		}
+		if !bytes.Equal(c.answer[:n], message) {
+			c.wrong.Add(1)
+			return false
+		}
+		c.answered.Add(1)
+		c.took(time.Since(began))
+		return false
+	}
+}
+
+func (c *card) took(d time.Duration) {
+	for {
+		old := c.slowest.Load()
+		if int64(d) <= old || c.slowest.CompareAndSwap(old, int64(d)) {
+			return
+		}
+	}
+}

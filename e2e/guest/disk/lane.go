@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package disk
+
+import (
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/e2e/guest/stamp"
+)
+
+// maxBehind bounds the burst with which a lane catches up with its rate after a stall.
+const maxBehind = 100 * time.Millisecond
+
+// run is the lane's work. It does not end.
+func (l *lane) run() {
+	next := time.Now()
+	for {
+		l.mu.Lock()
+		for !l.on {
+			l.resume.Wait()
+		}
+		l.step()
+		l.mu.Unlock()
+		if l.interval == 0 {
+			continue
+		}
+		now := time.Now()
+		if behind := now.Add(-maxBehind); next.Before(behind) {
+			next = behind
+		}
+		next = next.Add(l.interval)
+		time.Sleep(next.Sub(now))
+	}
+}
+
+func (l *lane) set(on bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.on = on
+	l.resume.Broadcast()
+}
+
+// step writes a block or checks it. The caller holds the lock.
+func (l *lane) step() {
+	l.random ^= l.random << 13
+	l.random ^= l.random >> 7
+	l.random ^= l.random << 17
+	block := l.from + uint32(l.random>>32*uint64(l.to-l.from)>>32)
+	generation := l.generation(block)
+	if generation == 0 || l.random&1 == 0 {
+		l.write(block, generation+1)
+		return
+	}
+	if !l.read(block, 1) {
+		return
+	}
+	l.disk.reads.Add(1)
+	if !l.compare(&l.pages[0], block, generation) {
+		l.write(block, generation) // so that it is counted once
+	}
+}
+
+// generation is what a block must be of. What a damaged entry was is not known any more, nor is what its block must hold.
+func (l *lane) generation(block uint32) uint32 {
+	generation, ok := l.disk.table.Get(block)
+	if !ok {
+		l.disk.damaged(stamp.Damage{Page: block, Word: -1, Got: l.disk.table[block], Kind: stamp.BadTable})
+		l.forget(block)
+		return 0
+	}
+	return generation
+}
+
+// forget makes a block one that was never written.
+func (l *lane) forget(block uint32) {
+	l.disk.table.Set(block, 0)
+	l.sum = l.disk.table.Sum(l.from, l.to)
+}
+
+// write writes a block, and now and then has the disk keep all that was written.
+func (l *lane) write(block, generation uint32) {
+	d := l.disk
+	l.pages[0].Write(stamp.Random, d.index(block), generation)
+	if err := l.transfer(unix.Pwrite, block, 1); err != nil {
+		d.failed(fmt.Errorf("write block %d: %w", block, err))
+		l.forget(block) // it may hold either
+		return
+	}
+	d.writes.Add(1)
+	l.sum += uint64(generation) - d.table.Sum(block, block+1)
+	d.table.Set(block, generation)
+	if l.unsaved++; l.unsaved < flushEvery {
+		return
+	}
+	l.unsaved = 0
+	if _, err := d.timed(func() (int, error) { return 0, unix.Fdatasync(int(d.file.Fd())) }); err != nil {
+		d.failed(fmt.Errorf("flush: %w", err))
+		return
+	}
+	d.flushes.Add(1)
+}
+
+// read reads blocks into the first of the lane's pages.
+func (l *lane) read(block, n uint32) bool {
+	err := l.transfer(unix.Pread, block, n)
+	if err != nil {
+		l.disk.failed(fmt.Errorf("read block %d: %w", block, err))
+	}
+	return err == nil
+}
+
+func (l *lane) transfer(call func(int, []byte, int64) (int, error), block, n uint32) error {
+	done, err := l.disk.timed(func() (int, error) {
+		return call(int(l.disk.file.Fd()), l.buffer[:n*blockSize], int64(block)*blockSize)
+	})
+	if err == nil && done < int(n*blockSize) {
+		err = errShort
+	}
+	return err
+}
+
+// compare says whether a block that was read is what it must be.
+func (l *lane) compare(p *stamp.Page, block, generation uint32) bool {
+	index := l.disk.index(block)
+	first := p.Check(stamp.Random, index, generation)
+	if first < 0 {
+		return true
+	}
+	damage := p.Explain(stamp.Random, index, generation, first)
+	damage.Page = block
+	l.disk.damaged(damage)
+	return false
+}
+
+// check reads all blocks of the lane that were ever written, and adds up their generations. It returns how many there are
+// and how many are not as they must be.
+func (l *lane) check() (blocks, found uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	d := l.disk
+	if sum := d.table.Sum(l.from, l.to); sum != l.sum {
+		d.damaged(stamp.Damage{Page: l.from, Word: -1, Expected: l.sum, Got: sum, Kind: stamp.BadTable})
+		l.sum = sum
+		found++
+	}
+	for at := l.from; at < l.to; at += chunk {
+		var generations [chunk]uint32
+		n, written := min(chunk, l.to-at), uint64(0)
+		for i := range n {
+			if generations[i] = l.generation(at + i); generations[i] > 0 {
+				written++
+			}
+		}
+		if written == 0 {
+			continue
+		}
+		blocks += written
+		if !l.read(at, n) {
+			found += written
+			continue
+		}
+		d.reads.Add(1)
+		var damaged []uint32
+		for i := range n {
+			if generations[i] > 0 && !l.compare(&l.pages[i], at+i, generations[i]) {
+				damaged = append(damaged, i)
+			}
+		}
+		found += uint64(len(damaged))
+		for _, i := range damaged {
+			l.write(at+i, generations[i]) // so that it is counted once
+		}
+	}
+	return blocks, found
+}

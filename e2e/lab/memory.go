@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+)
+
+// Backend is what a VM's RAM is made of.
+type Backend string
+
+// The backends. What is private to QEMU is in no file that another process could read; see [Host.SaveRAM].
+const (
+	// BackendFile is a shared file on /dev/shm, or on hugetlbfs. The empty Backend is this one.
+	BackendFile Backend = "file"
+	// BackendDefault is what QEMU takes without being told: private memory without a name, as most VMs have it. NUMA
+	// nodes, which QEMU has only with named memory, are BackendRAM's.
+	BackendDefault Backend = "default"
+	// BackendRAM is private memory, named.
+	BackendRAM Backend = "ram"
+	// BackendRAMShared is shared memory without a file.
+	BackendRAMShared Backend = "ram-shared"
+	// BackendMemfd is a shared memfd, BackendMemfdPrivate one that is mapped copy-on-write.
+	BackendMemfd        Backend = "memfd"
+	BackendMemfdPrivate Backend = "memfd-private"
+	// BackendFilePrivate is a file on /dev/shm, or on hugetlbfs, that is mapped copy-on-write.
+	BackendFilePrivate Backend = "file-private"
+	// BackendDiskPrivate is a sparse file on the machine's own disk, mapped copy-on-write; each host has its own.
+	BackendDiskPrivate Backend = "ext4-private"
+)
+
+// Backends are all of them.
+func Backends() []Backend {
+	return []Backend{
+		BackendFile, BackendDefault, BackendRAM, BackendRAMShared, BackendMemfd, BackendMemfdPrivate, BackendFilePrivate, BackendDiskPrivate,
+	}
+}
+
+// Huge says whether the backend can have huge pages.
+func (b Backend) Huge() bool {
+	switch b {
+	case "", BackendFile, BackendFilePrivate, BackendMemfd, BackendMemfdPrivate:
+		return true
+	default:
+		return false
+	}
+}
+
+// ramDir is where the files of the VM's RAM are on its host.
+func (c VMConfig) ramDir() string {
+	switch {
+	case c.Backend == BackendDiskPrivate:
+		return LocalDir
+	case c.HugePages:
+		return "/dev/hugepages"
+	default:
+		return "/dev/shm"
+	}
+}
+
+// backend is the object for so many MiB of RAM.
+func (c VMConfig) backend(id string, mib int) string {
+	common := fmt.Sprintf("id=%s,size=%dM", id, mib)
+	file := fmt.Sprintf("memory-backend-file,%s,mem-path=%s/guest-%s", common, c.ramDir(), id)
+	memfd := "memory-backend-memfd," + common
+	if c.HugePages {
+		memfd += ",hugetlb=on,hugetlbsize=2M"
+	}
+	switch c.Backend {
+	case BackendDefault, BackendRAM:
+		return "memory-backend-ram," + common
+	case BackendRAMShared:
+		return "memory-backend-ram," + common + ",share=on"
+	case BackendMemfd:
+		return memfd + ",share=on"
+	case BackendMemfdPrivate:
+		return memfd + ",share=off"
+	case BackendFilePrivate, BackendDiskPrivate:
+		return file + ",share=off"
+	default:
+		return file + ",share=on"
+	}
+}
+
+func (c VMConfig) memoryArgs() []string {
+	if c.Nodes < 2 {
+		if c.Backend == BackendDefault {
+			return nil
+		}
+		return []string{"-object", c.backend("ram0", c.MemoryMiB), "-machine", "memory-backend=ram0"}
+	}
+	var args []string
+	for i := range c.Nodes {
+		id := fmt.Sprintf("ram%d", i)
+		args = append(args, "-object", c.backend(id, c.MemoryMiB/c.Nodes), "-numa", fmt.Sprintf("node,nodeid=%d,memdev=%s", i, id))
+	}
+	return args
+}
+
+// RAMFiles are the paths of the VM's RAM on its host, low addresses first; nil where no file has what the guest wrote.
+func (c VMConfig) RAMFiles() []string {
+	if c.Backend != "" && c.Backend != BackendFile {
+		return nil
+	}
+	var files []string
+	for i := range max(1, c.Nodes) {
+		files = append(files, fmt.Sprintf("%s/guest-ram%d", c.ramDir(), i))
+	}
+	return files
+}
+
+// SaveRAM has QEMU write the RAM of the VM, which its caller has stopped, to a file of the host, and returns where that is
+// found from outside of it. It works for every backend of a VM with no more than 2 GiB: their RAM has no gap. The caller
+// removes the file; the next SaveRAM writes it anew.
+func (h *Host) SaveRAM(ctx context.Context, client *qmp.Client, c VMConfig) (path string, err error) {
+	const saved = VMDir + "/ram.saved"
+	path = h.Path(saved)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	if err := client.Do(ctx, "pmemsave", map[string]any{"val": 0, "size": int64(c.MemoryMiB) << 20, "filename": saved}, nil); err != nil {
+		return "", fmt.Errorf("save the RAM of the VM on host %s: %w", h.Name, err)
+	}
+	return path, nil
+}
+
+// Allocated returns the bytes of memory that a file of the host occupies.
+func (h *Host) Allocated(path string) (int64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Clean(h.Path(path)), &st); err != nil {
+		return 0, fmt.Errorf("%s on host %s: %w", path, h.Name, err)
+	}
+	return st.Blocks * 512, nil
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/migrated-vm/migrated/e2e/emulator"
+)
+
+// InstalledQEMU is the version of the QEMU that hosts have, the machine's, unless UseQEMU gives them another one.
+const InstalledQEMU = "7.2"
+
+// QEMUVersions are the versions of QEMU that a host can have, the oldest first.
+var QEMUVersions = []string{InstalledQEMU, emulator.V10, emulator.V11}
+
+// qemuModules is where QEMU's modules are below /usr.
+const qemuModules = "lib/x86_64-linux-gnu/qemu"
+
+// UseQEMU makes QEMU on the host that version, one of QEMUVersions, for the lab and for the host's daemon. Call it
+// before anything is started on the host: what runs already keeps the programs and libraries that it has.
+//
+// The files of that QEMU are laid over those of /usr. Its libraries, the C library among them, are then used by all
+// programs of the host. They do not mind: a newer library of the same name can do all that they expect.
+func (h *Host) UseQEMU(ctx context.Context, version string) error {
+	if version == InstalledQEMU {
+		return nil
+	}
+	dir, err := emulator.Dir(ctx, version)
+	if err != nil {
+		return err
+	}
+	files := filepath.Join(dir, "usr")
+	for _, args := range [][]string{
+		{"-t", "overlay", "-o", "lowerdir=" + files + ":/usr", "qemu-" + version, "/usr"},
+		// A layer adds to a directory what the one below does not have, and a QEMU ends where it finds modules of another.
+		{"--bind", filepath.Join(files, qemuModules), filepath.Join("/usr", qemuModules)},
+	} {
+		if _, err := h.Run(ctx, append([]string{"mount"}, args...)...); err != nil {
+			return fmt.Errorf("QEMU %s: %w", version, err)
+		}
+	}
+	return nil
+}
+
+// QEMUVersion asks the VM on this host which version of QEMU, as QEMUVersions has them, it runs in.
+func (h *Host) QEMUVersion(ctx context.Context) (string, error) {
+	client, err := h.QMP(ctx)
+	if err != nil {
+		return "", err
+	}
+	var answer struct {
+		QEMU struct {
+			Major int `json:"major"`
+			Minor int `json:"minor"`
+		} `json:"qemu"`
+	}
+	err = client.Do(ctx, "query-version", nil, &answer)
+	return fmt.Sprintf("%d.%d", answer.QEMU.Major, answer.QEMU.Minor), errors.Join(err, client.Disconnect())
+}

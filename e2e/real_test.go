@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"os"
+	"os/exec"
+	"testing"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/image"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/e2e/rival"
+	"github.com/migrated-vm/migrated/internal/cannot"
+)
+
+// TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its clients
+// find it again, because it announces itself.
+func TestRealVM(t *testing.T) {
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		cannot.Run(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
+	}
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		cannot.Run(t, "network cards are taps: %v", err)
+	}
+	l := newLab(t)
+	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm := lab.RealVM(kernel, initrd, 256, 2, 2, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
+	vm.Backend = lab.BackendFile
+	startVM(t, l.A, vm)
+	var guest report.Log
+	port := openGuest(t, l.A, &guest)
+	if _, err := guest.WaitReady(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	awaitBlocks(t, &guest, 200)
+	if err := port.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var pingers []*lab.Pinger
+	for i := range vm.NICs {
+		p, err := l.Ping(vm, i, 10*time.Millisecond)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pingers = append(pingers, p)
+	}
+	began := time.Now()
+	migrate(t, l.A, l.B, "real")
+	port = openGuest(t, l.B, &guest)
+	awaitBlocks(t, &guest, guest.Disks()[0].Writes+200)
+	for i, p := range pingers {
+		if err := p.Await(testContext(t), time.Now()); err != nil {
+			t.Errorf("card %d: %v", i, err)
+		}
+		pings, err := p.Stop()
+		if err != nil {
+			t.Error(err)
+		}
+		if _, ok := pings.FirstAnnouncement(began); !ok {
+			t.Errorf("card %d was not announced", i)
+		}
+		t.Logf("card %d: %d pings, %d lost, longest gap %v", i, pings.Sent, pings.Lost, pings.LongestGap)
+	}
+	verified, err := port.Verify(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if verified.Pages == 0 || verified.Found != 0 || verified.Blocks == 0 || verified.BlocksFound != 0 {
+		t.Errorf("the guest found damage: %+v", verified)
+	}
+	if err := guest.Err(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%d blocks checked; %+v; %+v", verified.Blocks, verified.Disks, verified.Cards)
+	if err := port.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// awaitBlocks waits until the guest has written so many blocks to each disk.
+func awaitBlocks(t *testing.T, guest *report.Log, writes uint64) {
+	t.Helper()
+	if _, _, err := guest.Wait(testContext(t), guest.Len(), func(l report.Line) bool {
+		if l.Window == nil || len(l.Window.Disks) == 0 {
+			return false
+		}
+		for _, d := range l.Window.Disks {
+			if d.Writes < writes {
+				return false
+			}
+		}
+		return true
+	}); err != nil {
+		t.Fatalf("the guest does not write to its disks: %v; %+v", err, guest.Disks())
+	}
+}
+
+// TestPrivateRAMIsChecked has QEMU's own migration move a guest whose memory is in no file, and reads it all the same.
+func TestPrivateRAMIsChecked(t *testing.T) {
+	l := newHosts(t)
+	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 64, Backend: lab.BackendDefault})
+	startVM(t, l.A, vm)
+	began := metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })
+	checkMetal(t, vm, l.A)
+	if _, err := rival.Migrate(testContext(t), l.A, l.B, vm, rival.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	metalPass(t, l.B, func(pass uint64) bool { return pass > began+1 })
+	if pass := checkMetal(t, vm, l.B); pass < began {
+		t.Errorf("memory is of pass %d, the guest had written %d before", pass, began)
+	}
+}
