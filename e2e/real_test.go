@@ -3,8 +3,6 @@
 package e2e
 
 import (
-	"os"
-	"os/exec"
 	"testing"
 	"time"
 
@@ -12,25 +10,18 @@ import (
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/e2e/rival"
-	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its clients
 // find it again, because it announces itself.
 func TestRealVM(t *testing.T) {
-	if _, err := exec.LookPath("qemu-img"); err != nil {
-		cannot.Run(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
-	}
-	if _, err := os.Stat("/dev/net/tun"); err != nil {
-		cannot.Run(t, "network cards are taps: %v", err)
-	}
+	needRealVM(t)
 	l := newLab(t)
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	vm := lab.RealVM(kernel, initrd, 256, 2, 2, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
-	vm.Backend = lab.BackendFile
 	startVM(t, l.A, vm)
 	var guest report.Log
 	port := openGuest(t, l.A, &guest)

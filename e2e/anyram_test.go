@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/emulator"
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/image"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/cannot"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// TestAnyRAM moves a VM with disks and network cards from one kind of memory to the next, on each version of QEMU. Each kind
+// is a source and a destination once; every page and every block is checked after each move.
+func TestAnyRAM(t *testing.T) {
+	kinds := []lab.Backend{lab.BackendDefault} // what most VMs have is first and last
+	for _, kind := range lab.Backends() {
+		if kind != lab.BackendDefault {
+			kinds = append(kinds, kind)
+		}
+	}
+	kinds = append(kinds, lab.BackendDefault)
+	for _, version := range lab.QEMUVersions {
+		t.Run(version, func(t *testing.T) { goThrough(t, version, kinds, false) })
+	}
+}
+
+// TestAnyHugeRAM does so with huge pages.
+func TestAnyHugeRAM(t *testing.T) {
+	// Two hosts, and the file that stays when its QEMU has gone.
+	reserveHugePages(t, 3*128+32)
+	kinds := []lab.Backend{lab.BackendFile, lab.BackendMemfd, lab.BackendMemfdPrivate, lab.BackendFilePrivate, lab.BackendFile}
+	goThrough(t, lab.InstalledQEMU, kinds, true)
+}
+
+// goThrough boots a VM with the first kind of memory and moves it to each of the others in turn.
+func goThrough(t *testing.T, version string, kinds []lab.Backend, huge bool) {
+	t.Helper()
+	needRealVM(t)
+	l := newHosts(t)
+	for _, h := range []*lab.Host{l.A, l.B} {
+		if version != lab.InstalledQEMU {
+			if _, err := emulator.Dir(testContext(t), version); err != nil {
+				cannot.Run(t, "%v", err)
+			}
+		}
+		if err := h.UseQEMU(testContext(t), version); err != nil {
+			t.Fatal(err)
+		}
+		startDaemon(t, h)
+	}
+	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm := lab.RealVM(kernel, initrd, 256, 1, 1, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
+	vm.HugePages = huge
+	vm.Backend = kinds[0]
+	// A block has the name that QEMU gives it when it is told nothing, where that is how the VM was started.
+	rename := strings.NewReplacer()
+	if kinds[0] == lab.BackendDefault {
+		rename = strings.NewReplacer("id=ram0", "id=pc.ram", "memory-backend=ram0", "memory-backend=pc.ram")
+	}
+	startVM(t, l.A, vm)
+	var guest report.Log
+	port := openGuest(t, l.A, &guest)
+	if _, err := guest.WaitReady(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	from, to := l.A, l.B
+	for i, kind := range kinds[1:] {
+		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
+		if err := port.Close(); err != nil {
+			t.Fatal(err)
+		}
+		vm.Backend = kind
+		if err := os.WriteFile(to.Path(templatePath), []byte(rename.Replace(strings.Join(vm.Args(), "\n"))), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		id := fmt.Sprintf("%s-to-%s", kinds[i], kind)
+		m := migrateSpec(t, from, id, &migratedv1.MigrationSpec{
+			Vm: lab.QMPPath, Destination: to.DaemonAddr(), DestinationTemplate: templatePath,
+		})
+		if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+			t.Fatalf("%s: migration is %v: %v", id, m.GetState(), m.GetError())
+		}
+		checkFigures(t, m)
+		checkVersion(t, to, version)
+		port = openGuest(t, to, &guest)
+		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
+		verified, err := port.Verify(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if verified.Pages == 0 || verified.Found != 0 || verified.Blocks == 0 || verified.BlocksFound != 0 || guest.Err() != nil {
+			t.Fatalf("%s: the guest found damage: %+v, %v", id, verified, guest.Err())
+		}
+		t.Logf("%s: downtime %v, %d faults, p50 %v, %d blocks checked", id, m.GetProgress().GetDowntime().AsDuration(),
+			m.GetProgress().GetFaults(), m.GetProgress().GetFaultP50().AsDuration(), verified.Blocks)
+		from, to = to, from
+	}
+	if err := port.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// writesOf is the least that the guest has written to one of its disks.
+func writesOf(disks []report.Disk) (least uint64) {
+	for i, d := range disks {
+		if i == 0 || d.Writes < least {
+			least = d.Writes
+		}
+	}
+	return least
+}
+
+// needRealVM is for tests whose VM has disks and network cards.
+func needRealVM(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		cannot.Run(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
+	}
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		cannot.Run(t, "network cards are taps: %v", err)
+	}
+}
