@@ -74,7 +74,11 @@ func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*mig
 		return nil, status.Errorf(codes.InvalidArgument,
 			"id %q cannot be used: 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit", id)
 	}
-	s, busy := c.daemon.migrations.addSource(id, spec.GetVm(), func() *migration.Source { return c.daemon.newSource(id, spec) })
+	create := func() *migration.Source { return c.daemon.newSource(id, spec) }
+	s, busy := c.daemon.migrations.addSource(id, spec.GetVm(), create)
+	if busy != "" && c.daemon.migrations.letGo(busy) {
+		s, busy = c.daemon.migrations.addSource(id, spec.GetVm(), create)
+	}
 	if busy != "" {
 		return nil, status.Errorf(codes.FailedPrecondition, "this VM is being migrated already, by migration %s; follow it with 'migrated watch %s'", busy, busy)
 	}

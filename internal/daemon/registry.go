@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -87,6 +88,27 @@ func (r *registry) addSource(id, vm string, create func() *migration.Source) (s 
 	s = create()
 	r.sources[id] = s
 	return s, ""
+}
+
+// letGoTime is what a source that has said how its migration ended may take to let go of its VM.
+const letGoTime = 5 * time.Second
+
+// letGo waits for a source whose migration has ended, but which has not let go of everything. It says false where the
+// migration goes on: who was told of the end may begin the next one at once.
+func (r *registry) letGo(id string) bool {
+	s := r.source(id)
+	if s == nil {
+		return true
+	}
+	if view, _ := s.Snapshot(); !migration.Terminal(view.GetState()) {
+		return false
+	}
+	select {
+	case <-s.Done():
+		return true
+	case <-time.After(letGoTime):
+		return false
+	}
 }
 
 // errIDTaken says that a migration with the same id is under way.

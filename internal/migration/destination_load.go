@@ -101,7 +101,10 @@ func (d *Destination) load(
 			"compare machine type, devices and QEMU versions of both sides")
 	}
 	if first.GetPaused() && !first.GetRehearsal() {
-		// QEMU only logs that it could not have them.
+		// QEMU before 10.0 has taken them by itself, and only logs that it could not have them.
+		if _, err := d.vm.ActivateDisks(ctx); err != nil {
+			return nil, fmt.Errorf("take the VM's disks: %w", err)
+		}
 		if active, err := d.vm.DisksActive(ctx); err != nil || !active {
 			return nil, errors.Join(fmt.Errorf("the destination QEMU did not get the VM's disks: %s", d.said()), err)
 		}

@@ -74,7 +74,8 @@ func (vm *VM) PrepareIncoming(ctx context.Context) error {
 }
 
 // TakeDisksWhenLoaded makes LoadDevices take the VM's disks from the source as soon as all is loaded, not when Cont runs the VM:
-// one that arrives paused may never be run, and a QEMU without its disks could not be moved on.
+// one that arrives paused may never be run, and a QEMU without its disks could not be moved on. Since 10.0 QEMU leaves them
+// to cont all the same: ActivateDisks then takes them.
 func (vm *VM) TakeDisksWhenLoaded(ctx context.Context) error {
 	return vm.SetCapabilities(ctx, map[string]bool{capLateBlock: false})
 }

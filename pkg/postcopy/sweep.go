@@ -91,6 +91,7 @@ func (s *session) awaitStart(l *lane, request *pagewire.Request) bool {
 
 // early asks for a stretch of what is missing and takes the answers, before the sweep.
 func (s *session) early(l *lane, request *pagewire.Request, f stretch) bool {
+	request.Ranges = request.Ranges[:0]
 	bytes, _ := s.claim(request, f.page, f.bytes)
 	if bytes == 0 {
 		return true
