@@ -15,8 +15,8 @@ import (
 	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
-// TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its clients
-// find it again, because it announces itself.
+// TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its
+// clients find it again, because it announces itself.
 func TestRealVM(t *testing.T) {
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		cannot.Run(t, "disks are made by qemu-img, of package qemu-utils: %v", err)

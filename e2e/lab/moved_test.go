@@ -104,8 +104,8 @@ func TestDamageIsSeen(t *testing.T) {
 	g.hangUp()
 }
 
-// changeBlock changes a bit of a block that the guest wrote to the disk with that image, and returns which block it was.
-// The guest's blocks are whole in the image's clusters.
+// changeBlock changes a bit of a block that the guest wrote to the disk with that image, and returns which block it
+// was. The guest's blocks are whole in the image's clusters.
 func changeBlock(t *testing.T, image string) uint32 {
 	t.Helper()
 	content, err := os.ReadFile(image)
