@@ -59,10 +59,10 @@ func TestDamageIsSeen(t *testing.T) {
 	g.work(testContext(t), 100)
 	t.Run("network", func(t *testing.T) {
 		// A card whose other end is down for as long as 20 pings.
-		cut := time.Now()
 		if _, err := l.A.Run(testContext(t), "ip", "link", "set", "vm0nic1", "down"); err != nil {
 			t.Fatal(err)
 		}
+		cut := time.Now()
 		if err := g.pings[0].Await(testContext(t), cut.Add(20*pingEvery)); err != nil {
 			t.Fatal(err)
 		}
