@@ -12,8 +12,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/rival"
 )
 
-// TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its clients
-// find it again, because it announces itself.
+// TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its
+// clients find it again, because it announces itself.
 func TestRealVM(t *testing.T) {
 	needRealVM(t)
 	l := newLab(t)

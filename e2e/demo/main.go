@@ -29,6 +29,9 @@ import (
 // workAfter is how long the guest works after the switch before its verdict.
 const workAfter = 6 * time.Second
 
+// pingEvery is how often the VM's network card is pinged.
+const pingEvery = 10 * time.Millisecond
+
 // timeout bounds the whole demo.
 const timeout = 10 * time.Minute
 
@@ -64,19 +67,14 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	say("Getting the guest: Debian's cloud kernel and a program that checks its own memory")
-	kernel, initrd, err := image.Linux(ctx)
+	kernel, initrd, err := image.LinuxWithVirtio(ctx)
 	if err != nil {
 		return err
 	}
-	vm := lab.VMConfig{
-		VCPUs: 2, MemoryMiB: o.memory, Nodes: 1,
-		Kernel: kernel, Initrd: initrd,
-		KernelArgs: []string{
-			fmt.Sprintf("migrated.mem=%d", o.memory*7/10), fmt.Sprintf("migrated.ws=%d", o.memory/4),
-			"migrated.workers=2", "migrated.rate=2000", "migrated.write=50", "migrated.window=200ms",
-		},
-		Extra: lab.EventsArgs(),
-	}
+	vm := lab.RealVM(kernel, initrd, o.memory, 1, 1,
+		fmt.Sprintf("migrated.mem=%d", o.memory*7/10), fmt.Sprintf("migrated.ws=%d", o.memory/4),
+		"migrated.workers=2", "migrated.rate=2000", "migrated.write=50", "migrated.window=200ms")
+	vm.Extra = lab.EventsArgs()
 	r, err := show(ctx, o, vm)
 	if err != nil {
 		return err
@@ -111,52 +109,68 @@ func show(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, err e
 	if err := boot(ctx, l.A, vm, &guest); err != nil {
 		return nil, err
 	}
-	r, err := migrate(ctx, l, "demo", &guest)
+	r, err := migrate(ctx, l, "demo", vm, &guest)
 	if err != nil || !o.compare {
 		return r, err
 	}
 	return r, compare(ctx, o, l, vm, &guest, r)
 }
 
-// migrate moves the VM from host a to host b by migrated and lets the guest
-// check itself there.
-func migrate(ctx context.Context, l *lab.Lab, id string, guest *report.Log) (*demoReport, error) {
-	watch, err := l.WatchSwitch(ctx, l.A, l.B)
+// migrate moves the VM from host a to host b by migrated, pings it meanwhile and
+// lets the guest check itself there.
+func migrate(ctx context.Context, l *lab.Lab, id string, vm lab.VMConfig, guest *report.Log) (*demoReport, error) {
+	pinger, err := l.Ping(vm, 0, pingEvery)
 	if err != nil {
 		return nil, err
 	}
-	downtime := make(chan timed, 1)
+	r, switched, err := move(ctx, l, id, guest)
+	pings, stopErr := pinger.Stop()
+	if err := errors.Join(err, stopErr); err != nil {
+		return nil, err
+	}
+	r.addPings(pings, switched)
+	return r, nil
+}
+
+// move moves the VM and says when it was switched over.
+func move(ctx context.Context, l *lab.Lab, id string, guest *report.Log) (*demoReport, lab.Switch, error) {
+	watch, err := l.WatchSwitch(ctx, l.A, l.B)
+	if err != nil {
+		return nil, lab.Switch{}, err
+	}
+	switched := make(chan timed, 1)
 	go func() {
 		s, err := watch.Wait(ctx)
-		downtime <- timed{s.Downtime(), err}
+		switched <- timed{s, err}
 	}()
 	say("Migrating: migrated migrate --id %s --vm %s --to %s", id, lab.QMPPath, l.B.DaemonAddr())
 	if err := runMigrated(ctx, l, id); err != nil {
-		return nil, err
+		return nil, lab.Switch{}, err
 	}
-	took := <-downtime
+	took := <-switched
 	if took.err != nil {
-		return nil, took.err
+		return nil, lab.Switch{}, took.err
 	}
 	m, err := status(ctx, l.A, id)
 	if err != nil {
-		return nil, err
+		return nil, lab.Switch{}, err
 	}
 	verdict, err := watchGuest(ctx, l.B, guest)
 	if err != nil {
-		return nil, err
+		return nil, lab.Switch{}, err
 	}
-	return newReport(m, took.d, verdict), nil
+	return newReport(m, took.s.Downtime(), verdict), took.s, nil
 }
 
 type timed struct {
-	d   time.Duration
+	s   lab.Switch
 	err error
 }
 
 // boot starts the VM and waits until its guest is at work.
 func boot(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *report.Log) (err error) {
-	say("Booting a VM of %d MiB on host %s; its guest stamps its memory, then reads and writes it", vm.MemoryMiB, h.Name)
+	say("Booting a VM of %d MiB on host %s; its guest stamps its memory, then reads and writes it and its disk",
+		vm.MemoryMiB, h.Name)
 	if _, err := h.StartVM(ctx, vm); err != nil {
 		return err
 	}
@@ -207,11 +221,14 @@ func status(ctx context.Context, h *lab.Host, id string) (*migratedv1.Migration,
 	return &m, nil
 }
 
-// A verdict is what the guest says of its own memory after the switch.
+// A verdict is what the guest says of its own memory, and of its disk, after the
+// switch.
 type verdict struct {
 	opsAfter    uint64
 	workedFor   time.Duration
 	corruptions uint64
+	blocks      uint64 // of the disk, that were checked
+	badBlocks   uint64 // that were damaged, or could not be read or written
 	err         error
 }
 
@@ -231,15 +248,19 @@ func watchGuest(ctx context.Context, h *lab.Host, guest *report.Log) (*verdict, 
 	if err != nil {
 		return nil, errors.Join(err, port.Close())
 	}
-	say("The guest checks every page")
+	say("The guest checks every page, and every block of its disk")
 	verified, err := port.Verify(ctx)
 	if err != nil {
 		return nil, errors.Join(err, port.Close())
 	}
+	var badBlocks uint64
+	for _, d := range verified.Disks {
+		badBlocks += d.Corruptions + d.Errors
+	}
 	return &verdict{
 		opsAfter:    line.Window.TotalOps - before.TotalOps,
 		workedFor:   time.Duration(line.Window.UptimeMS-before.UptimeMS) * time.Millisecond,
-		corruptions: verified.Corruptions, err: guest.Err(),
+		corruptions: verified.Corruptions, blocks: verified.Blocks, badBlocks: badBlocks, err: guest.Err(),
 	}, port.Close()
 }
 

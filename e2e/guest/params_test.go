@@ -18,7 +18,8 @@ import (
 
 func TestParseParams(t *testing.T) {
 	got, err := parseParams("console=ttyS0 quiet migrated.mem=700 migrated.ws=64 migrated.workers=3 migrated.rate=1000 " +
-		"migrated.write=10 migrated.pattern=stride migrated.fill=zero-mix migrated.window=50ms migrated.disks=2 migrated.disk-rate=90 migrated.nets=3 migrated.net-rate=80\n")
+		"migrated.write=10 migrated.pattern=stride migrated.fill=zero-mix migrated.window=50ms " +
+		"migrated.disks=2 migrated.disk-rate=90 migrated.nets=3 migrated.net-rate=80\n")
 	if err != nil {
 		t.Fatal(err)
 	}

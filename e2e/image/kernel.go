@@ -48,8 +48,8 @@ func debianKernel(ctx context.Context, c cache) (string, error) {
 	})
 }
 
-// virtioModules are the drivers of virtio devices on PCI (balloon, virtio-mem, disks, network cards, random numbers), below
-// the package's kernel/, each after those that it needs.
+// virtioModules are the drivers of virtio devices on PCI (balloon, virtio-mem, disks, network cards, random numbers),
+// below the package's kernel/, each after those that it needs.
 var virtioModules = []string{
 	"drivers/virtio/virtio_ring", "drivers/virtio/virtio", "drivers/virtio/virtio_pci_modern_dev",
 	"drivers/virtio/virtio_pci_legacy_dev", "drivers/virtio/virtio_pci", "drivers/virtio/virtio_balloon",
@@ -77,7 +77,8 @@ func debianModules(ctx context.Context, c cache) (string, error) {
 			if err != nil {
 				return nil, err
 			}
-			files = append(files, cpio.File{Name: fmt.Sprintf("modules/%02d-%s.ko", i, path.Base(name)), Mode: 0o644, Data: module})
+			to := fmt.Sprintf("modules/%02d-%s.ko", i, path.Base(name))
+			files = append(files, cpio.File{Name: to, Mode: 0o644, Data: module})
 		}
 		return pack(files)
 	})

@@ -22,7 +22,8 @@ func (s *slots) device(spec string) {
 	if s.rootPorts {
 		n := s.ports
 		s.ports++
-		s.args = append(s.args, "-device", fmt.Sprintf("pcie-root-port,id=rp%d,chassis=%d,slot=%d,bus=pcie.0,addr=%#x.%#x,multifunction=on",
+		s.args = append(s.args, "-device", fmt.Sprintf(
+			"pcie-root-port,id=rp%d,chassis=%d,slot=%d,bus=pcie.0,addr=%#x.%#x,multifunction=on",
 			n, n+1, n+1, firstPort+n/functionsOfSlot, n%functionsOfSlot))
 		spec += fmt.Sprintf(",bus=rp%d", n)
 	}
@@ -63,9 +64,9 @@ func (c VMConfig) deviceParams() []string {
 	return params
 }
 
-// RealVM is a VM as most are: two vCPUs, memory that is QEMU's own, writable disks, network cards, a balloon, random numbers
-// and a screen. Its guest is Linux, of images that have virtio's drivers, and has its devices at work at a moderate rate;
-// args are further ones of its kernel command line.
+// RealVM is a VM as most are: two vCPUs, memory that is QEMU's own, writable disks, network cards, a balloon, random
+// numbers and a screen. Its guest is Linux, of images that have virtio's drivers, and has its devices at work at a
+// moderate rate; args are further ones of its kernel command line.
 func RealVM(kernel, initrd string, memoryMiB, disks, nics int, args ...string) VMConfig {
 	return VMConfig{
 		VCPUs: 2, MemoryMiB: memoryMiB, Backend: BackendDefault, Kernel: kernel, Initrd: initrd,

@@ -55,16 +55,18 @@ func (c VMConfig) firmwareArgs() []string {
 	}
 }
 
-// MakeStorage makes what the VM has in SharedDir, the images of its disks and what its firmware writes, as far as it is not
-// there: a disk keeps what its guest has written. rename says where a path of the lab's only VM is; nil: there.
+// MakeStorage makes what the VM has in SharedDir, the images of its disks and what its firmware writes, as far as it
+// is not there: a disk keeps what its guest has written. rename says where a path of the lab's only VM is; nil:
+// there.
 func (l *Lab) MakeStorage(ctx context.Context, c VMConfig, rename func(path string) string) error {
 	if rename == nil {
 		rename = func(path string) string { return path }
 	}
 	for _, file := range c.DiskFiles() {
 		if err := l.makeShared(rename(file), func(path string) error {
-			out, err := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, fmt.Sprintf("%dM", diskMiB)).CombinedOutput()
-			if err != nil {
+			size := fmt.Sprintf("%dM", diskMiB)
+			create := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, size)
+			if out, err := create.CombinedOutput(); err != nil {
 				return fmt.Errorf("qemu-img (package qemu-utils): %w: %s", err, out)
 			}
 			return nil

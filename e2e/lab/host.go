@@ -61,7 +61,8 @@ func (l *Lab) newHost(name, addr string) (*Host, error) {
 	if err := l.makeDir(name); err != nil {
 		return nil, fmt.Errorf("storage of host %s: %w", name, err)
 	}
-	h.anchor = exec.Command("unshare", "--mount", "--net", "--propagation", "private", "sh", "-c", becomeHost, "sh", l.storage, name)
+	h.anchor = exec.Command("unshare", "--mount", "--net", "--propagation", "private",
+		"sh", "-c", becomeHost, "sh", l.storage, name)
 	h.anchor.Stderr = os.Stderr
 	// A lab whose process dies must not leave namespaces behind.
 	h.anchor.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}

@@ -41,7 +41,8 @@ const (
 // Backends are all of them.
 func Backends() []Backend {
 	return []Backend{
-		BackendFile, BackendDefault, BackendRAM, BackendRAMShared, BackendMemfd, BackendMemfdPrivate, BackendFilePrivate, BackendDiskPrivate,
+		BackendFile, BackendDefault, BackendRAM, BackendRAMShared, BackendMemfd, BackendMemfdPrivate,
+		BackendFilePrivate, BackendDiskPrivate,
 	}
 }
 
@@ -101,7 +102,8 @@ func (c VMConfig) memoryArgs() []string {
 	var args []string
 	for i := range c.Nodes {
 		id := fmt.Sprintf("ram%d", i)
-		args = append(args, "-object", c.backend(id, c.MemoryMiB/c.Nodes), "-numa", fmt.Sprintf("node,nodeid=%d,memdev=%s", i, id))
+		args = append(args, "-object", c.backend(id, c.MemoryMiB/c.Nodes),
+			"-numa", fmt.Sprintf("node,nodeid=%d,memdev=%s", i, id))
 	}
 	return args
 }
@@ -118,16 +120,17 @@ func (c VMConfig) RAMFiles() []string {
 	return files
 }
 
-// SaveRAM has QEMU write the RAM of the VM, which its caller has stopped, to a file of the host, and returns where that is
-// found from outside of it. It works for every backend of a VM with no more than 2 GiB: their RAM has no gap. The caller
-// removes the file; the next SaveRAM writes it anew.
+// SaveRAM has QEMU write the RAM of the VM, which its caller has stopped, to a file of the host, and returns where
+// that is found from outside of it. It works for every backend of a VM with no more than 2 GiB: their RAM has no gap.
+// The caller removes the file; the next SaveRAM writes it anew.
 func (h *Host) SaveRAM(ctx context.Context, client *qmp.Client, c VMConfig) (path string, err error) {
 	const saved = VMDir + "/ram.saved"
 	path = h.Path(saved)
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", err
 	}
-	if err := client.Do(ctx, "pmemsave", map[string]any{"val": 0, "size": int64(c.MemoryMiB) << 20, "filename": saved}, nil); err != nil {
+	all := map[string]any{"val": 0, "size": int64(c.MemoryMiB) << 20, "filename": saved}
+	if err := client.Do(ctx, "pmemsave", all, nil); err != nil {
 		return "", fmt.Errorf("save the RAM of the VM on host %s: %w", h.Name, err)
 	}
 	return path, nil

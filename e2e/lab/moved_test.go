@@ -59,10 +59,10 @@ func TestDamageIsSeen(t *testing.T) {
 	g.work(testContext(t), 100)
 	t.Run("network", func(t *testing.T) {
 		// A card whose other end is down for as long as 20 pings.
-		cut := time.Now()
 		if _, err := l.A.Run(testContext(t), "ip", "link", "set", "vm0nic1", "down"); err != nil {
 			t.Fatal(err)
 		}
+		cut := time.Now()
 		if err := g.pings[0].Await(testContext(t), cut.Add(20*pingEvery)); err != nil {
 			t.Fatal(err)
 		}
@@ -104,8 +104,8 @@ func TestDamageIsSeen(t *testing.T) {
 	g.hangUp()
 }
 
-// changeBlock changes a bit of a block that the guest wrote to the disk with that image, and returns which block it was.
-// The guest's blocks are whole in the image's clusters.
+// changeBlock changes a bit of a block that the guest wrote to the disk with that image, and returns which block it
+// was. The guest's blocks are whole in the image's clusters.
 func changeBlock(t *testing.T, image string) uint32 {
 	t.Helper()
 	content, err := os.ReadFile(image)

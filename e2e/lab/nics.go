@@ -19,13 +19,15 @@ func (c VMConfig) tap(i int) string { return fmt.Sprintf("vm%dnic%d", c.Number, 
 // nicArgs are the VM's network cards.
 func (c VMConfig) nicArgs(s *slots) {
 	for i := range c.NICs {
-		s.args = append(s.args, "-netdev", fmt.Sprintf("tap,id=net%d,ifname=%s,script=no,downscript=no,vhost=off", i, c.tap(i)))
+		s.args = append(s.args,
+			"-netdev", fmt.Sprintf("tap,id=net%d,ifname=%s,script=no,downscript=no,vhost=off", i, c.tap(i)))
 		s.device(fmt.Sprintf("virtio-net-pci,id=nic%[1]d,netdev=net%[1]d,mac=%[2]v", i, card.MAC(c.Number, i)))
 	}
 }
 
-// MakeNICs makes what the VM's network cards are plugged into, as far as it is not there: on both hosts, for each card, a
-// tap device and a bridge that joins it to the client's. The cards of number n have a network of their own, 10.78.n.0/24:
+// MakeNICs makes what the VM's network cards are plugged into, as far as it is not there: on both hosts, for each
+// card, a tap device and a bridge that joins it to the client's. The cards of number n have a network of their own,
+// 10.78.n.0/24:
 //
 //	host a: tap ─ bridge ─ veth ─┐
 //	                             bridge of the client, 10.78.n.1
@@ -42,7 +44,8 @@ func (l *Lab) MakeNICs(ctx context.Context, c VMConfig) error {
 			continue
 		}
 		for _, h := range []*Host{l.A, l.B} {
-			script := fmt.Sprintf("ip tuntap add dev %[1]s mode tap\nip link set %[1]s master net%[2]d addrgenmode none up\n", tap, i)
+			script := fmt.Sprintf("ip tuntap add dev %[1]s mode tap\n"+
+				"ip link set %[1]s master net%[2]d addrgenmode none up\n", tap, i)
 			if _, err := h.Run(ctx, "sh", "-ec", script); err != nil {
 				return err
 			}
@@ -72,7 +75,8 @@ func (l *Lab) makeNetwork(ctx context.Context, n int) error {
 		return err
 	}
 	for _, h := range []*Host{l.A, l.B} {
-		if _, err := h.Run(ctx, "sh", "-ec", fmt.Sprintf(bridge+"ip link set up%[1]d master net%[1]d addrgenmode none up\n", n)); err != nil {
+		script := fmt.Sprintf(bridge+"ip link set up%[1]d master net%[1]d addrgenmode none up\n", n)
+		if _, err := h.Run(ctx, "sh", "-ec", script); err != nil {
 			return err
 		}
 	}

@@ -22,8 +22,8 @@ const lastAnswers = 5 * time.Second
 // Pings is what pinging one network card of a VM has shown.
 type Pings struct {
 	Sent, Answered, Lost int
-	// LongestGap is the longest time without an answer, from GapBegan on: between the arrivals of two answers, or after the
-	// last of them.
+	// LongestGap is the longest time without an answer, from GapBegan on: between the arrivals of two answers, or after
+	// the last of them.
 	LongestGap time.Duration
 	GapBegan   time.Time
 	// Announcements are those of the card, in the order in which they reached the client.
@@ -202,7 +202,8 @@ func (p *Pinger) Await(ctx context.Context, after time.Time) error {
 		select {
 		case <-news:
 		case <-ctx.Done():
-			return fmt.Errorf("none of the pings since %v was answered, of %d in all: %w", after.Format(time.TimeOnly), n, context.Cause(ctx))
+			return fmt.Errorf("none of the pings since %v was answered, of %d in all: %w",
+				after.Format(time.TimeOnly), n, context.Cause(ctx))
 		}
 	}
 }
@@ -212,8 +213,8 @@ func (p *Pinger) FirstAnnouncement(after time.Time) (a Announcement, ok bool) {
 	return Pings{Announcements: p.listener.announcements()}.FirstAnnouncement(after)
 }
 
-// Stop ends the pinging and returns what it has shown. It waits a few seconds for answers that are still missing, and must
-// be called once, before the lab is closed.
+// Stop ends the pinging and returns what it has shown. It waits a few seconds for answers that are still missing, and
+// must be called once, before the lab is closed.
 func (p *Pinger) Stop() (Pings, error) {
 	close(p.stop)
 	p.threads.Wait()

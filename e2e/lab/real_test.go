@@ -139,7 +139,8 @@ func (g *realGuest) stopPings() []lab.Pings {
 		if err != nil {
 			g.Error(err)
 		}
-		g.Logf("card %d: %d pings, %d lost, longest gap %v, %d announcements", i, pings.Sent, pings.Lost, pings.LongestGap, len(pings.Announcements))
+		g.Logf("card %d: %d pings, %d lost, longest gap %v, %d announcements",
+			i, pings.Sent, pings.Lost, pings.LongestGap, len(pings.Announcements))
 		all = append(all, pings)
 	}
 	g.pings = nil

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A socket is a raw one in the network of a host. What it receives has the kernel's time of arrival: a busy machine may be
-// late to read it.
+// A socket is a raw one in the network of a host. What it receives has the kernel's time of arrival: a busy machine
+// may be late to read it.
 type socket struct {
 	file *os.File
 	raw  syscall.RawConn
@@ -47,7 +47,8 @@ func (h *Host) openSocket(domain, kind, protocol int, prepare func(fd int) error
 // end makes receive return os.ErrDeadlineExceeded from now on.
 func (s *socket) end() error { return s.file.SetReadDeadline(time.Now()) }
 
-// receive waits for a packet and returns how long it is and when it came, or os.ErrDeadlineExceeded at the socket's deadline.
+// receive waits for a packet and returns how long it is and when it came, or os.ErrDeadlineExceeded at the socket's
+// deadline.
 func (s *socket) receive(b []byte) (n int, at time.Time, err error) {
 	control := make([]byte, unix.CmsgSpace(int(unsafe.Sizeof(unix.Timespec{}))))
 	var used int
@@ -61,7 +62,8 @@ func (s *socket) receive(b []byte) (n int, at time.Time, err error) {
 	at = time.Now()
 	if messages, err := unix.ParseSocketControlMessage(control[:used]); failed == nil && err == nil {
 		for _, m := range messages {
-			if m.Header.Level == unix.SOL_SOCKET && m.Header.Type == unix.SCM_TIMESTAMPNS && len(m.Data) >= int(unsafe.Sizeof(unix.Timespec{})) {
+			stamped := m.Header.Level == unix.SOL_SOCKET && m.Header.Type == unix.SCM_TIMESTAMPNS
+			if stamped && len(m.Data) >= int(unsafe.Sizeof(unix.Timespec{})) {
 				at = time.Unix((*unix.Timespec)(unsafe.Pointer(&m.Data[0])).Unix())
 			}
 		}

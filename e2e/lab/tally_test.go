@@ -15,18 +15,23 @@ func TestTally(t *testing.T) {
 	at := func(ms int) time.Time { return start.Add(time.Duration(ms) * time.Millisecond) }
 	var never time.Time
 	sent := []time.Time{at(0), at(10), at(20), at(30), at(40)}
+	gap := func(answered, lost, ms, began int) Pings {
+		return Pings{
+			Sent: len(sent), Answered: answered, Lost: lost,
+			LongestGap: time.Duration(ms) * time.Millisecond, GapBegan: at(began),
+		}
+	}
 	for name, c := range map[string]struct {
 		answered []time.Time
 		want     Pings
 	}{
-		"all":          {[]time.Time{at(1), at(11), at(21), at(31), at(41)}, Pings{Answered: 5, LongestGap: 10 * time.Millisecond, GapBegan: at(1)}},
-		"late":         {[]time.Time{at(1), at(38), at(38), at(39), at(41)}, Pings{Answered: 5, LongestGap: 37 * time.Millisecond, GapBegan: at(1)}},
-		"out of order": {[]time.Time{at(3), at(25), at(21), at(31), at(41)}, Pings{Answered: 5, LongestGap: 18 * time.Millisecond, GapBegan: at(3)}},
-		"lost":         {[]time.Time{at(1), never, never, at(31), at(41)}, Pings{Answered: 3, Lost: 2, LongestGap: 30 * time.Millisecond, GapBegan: at(1)}},
-		"never back":   {[]time.Time{at(1), never, never, never, never}, Pings{Answered: 1, Lost: 4, LongestGap: 39 * time.Millisecond, GapBegan: at(1)}},
-		"none":         {[]time.Time{never, never, never, never, never}, Pings{Lost: 5, LongestGap: 40 * time.Millisecond, GapBegan: at(0)}},
+		"all":          {[]time.Time{at(1), at(11), at(21), at(31), at(41)}, gap(5, 0, 10, 1)},
+		"late":         {[]time.Time{at(1), at(38), at(38), at(39), at(41)}, gap(5, 0, 37, 1)},
+		"out of order": {[]time.Time{at(3), at(25), at(21), at(31), at(41)}, gap(5, 0, 18, 3)},
+		"lost":         {[]time.Time{at(1), never, never, at(31), at(41)}, gap(3, 2, 30, 1)},
+		"never back":   {[]time.Time{at(1), never, never, never, never}, gap(1, 4, 39, 1)},
+		"none":         {[]time.Time{never, never, never, never, never}, gap(0, 5, 40, 0)},
 	} {
-		c.want.Sent = len(sent)
 		got := tally(sent, c.answered)
 		if got.Sent != c.want.Sent || got.Answered != c.want.Answered || got.Lost != c.want.Lost ||
 			got.LongestGap != c.want.LongestGap || !got.GapBegan.Equal(c.want.GapBegan) {

@@ -52,8 +52,8 @@ type VMConfig struct {
 	Kernel, Initrd, Disk string
 	// Disks are writable qcow2 images in SharedDir, which StartVM makes. They are not what the guest boots from.
 	Disks int
-	// NICs are network cards, each in a network of its own with the lab's client. Number tells them from those of the lab's
-	// other VMs, if there are several: 0 to card.MaxVMs-1.
+	// NICs are network cards, each in a network of its own with the lab's client. Number tells them from those of the
+	// lab's other VMs, if there are several: 0 to card.MaxVMs-1.
 	NICs, Number int
 	// RootPorts puts each device that can be behind a port of its own, eight ports to a slot.
 	RootPorts         bool

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package card is the guest's work on its network cards: it gives them their addresses, so that its kernel answers pings,
-// and has a client far away send back what it sends. The addresses are agreed upon here, for both ends.
+// Package card is the guest's work on its network cards: it gives them their addresses, so that its kernel answers
+// pings, and has a client far away send back what it sends. The addresses are agreed upon here, for both ends.
 package card
 
 import (
@@ -42,8 +42,8 @@ func Of(mac net.HardwareAddr) (vm, card int, err error) {
 	return int(mac[4]), int(mac[5]), nil
 }
 
-// Addr is the address of a VM's card. Each card is in a network of its own, of 24 bits, with the cards of the same number
-// that other VMs have.
+// Addr is the address of a VM's card. Each card is in a network of its own, of 24 bits, with the cards of the same
+// number that other VMs have.
 func Addr(vm, card int) netip.Addr {
 	return netip.AddrFrom4([4]byte{10, 78, byte(card), byte(firstHost + vm)})
 }

@@ -37,7 +37,8 @@ type Config struct {
 // Validate says which parameter makes no sense.
 func (c Config) Validate() error {
 	if c.Cards < 0 || c.Cards > MaxCards || c.Rate < 0 {
-		return fmt.Errorf("%d cards at %d messages a second: neither is negative, and there are no more than %d cards", c.Cards, c.Rate, MaxCards)
+		return fmt.Errorf("%d cards at %d messages a second: neither is negative, and there are no more than %d cards",
+			c.Cards, c.Rate, MaxCards)
 	}
 	return nil
 }

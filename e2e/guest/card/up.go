@@ -30,8 +30,8 @@ func up(number int) (name string, vm int, err error) {
 		}
 		return i.Name, of, configure(i.Name, of, number)
 	}
-	return "", 0, fmt.Errorf("%d interfaces, and none has its hardware address: is there such a virtio-net-pci, and its driver in the initramfs?",
-		len(interfaces))
+	return "", 0, fmt.Errorf("%d interfaces, and none has its hardware address: is there such a virtio-net-pci, "+
+		"and its driver in the initramfs?", len(interfaces))
 }
 
 // configure does what ifconfig(8) does, see netdevice(7).

@@ -50,7 +50,8 @@ type Config struct {
 // Validate says which parameter makes no sense.
 func (c Config) Validate() error {
 	if c.Disks < 0 || c.Disks > maxDisks || c.Rate < 0 {
-		return fmt.Errorf("%d disks at %d requests a second: neither is negative, and there are no more than %d disks", c.Disks, c.Rate, maxDisks)
+		return fmt.Errorf("%d disks at %d requests a second: neither is negative, and there are no more than %d disks",
+			c.Disks, c.Rate, maxDisks)
 	}
 	return nil
 }
@@ -114,8 +115,8 @@ func (s *Set) Report() []report.Disk {
 	return all
 }
 
-// Verify reads every block that was ever written and compares it. Work pauses meanwhile, disk by disk. It returns how many
-// blocks there are, and how many of them are damaged or cannot be read.
+// Verify reads every block that was ever written and compares it. Work pauses meanwhile, disk by disk. It returns how
+// many blocks there are, and how many of them are damaged or cannot be read.
 func (s *Set) Verify() (blocks, found uint64) {
 	for _, d := range s.disks {
 		for _, l := range d.lanes {

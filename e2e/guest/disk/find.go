@@ -21,6 +21,6 @@ func find(serial string) (string, error) {
 			return filepath.Join("/dev", filepath.Base(filepath.Dir(path))), nil
 		}
 	}
-	return "", fmt.Errorf("no disk has the serial number %s, of %d that have one: is there such a virtio-blk-pci, and its driver in the initramfs?",
-		serial, len(paths))
+	return "", fmt.Errorf("no disk has the serial number %s, of %d that have one: is there such a virtio-blk-pci, "+
+		"and its driver in the initramfs?", serial, len(paths))
 }

@@ -63,7 +63,8 @@ func (l *lane) step() {
 	}
 }
 
-// generation is what a block must be of. What a damaged entry was is not known any more, nor is what its block must hold.
+// generation is what a block must be of. What a damaged entry was is not known any more, nor is what its block must
+// hold.
 func (l *lane) generation(block uint32) uint32 {
 	generation, ok := l.disk.table.Get(block)
 	if !ok {
@@ -135,8 +136,8 @@ func (l *lane) compare(p *stamp.Page, block, generation uint32) bool {
 	return false
 }
 
-// check reads all blocks of the lane that were ever written, and adds up their generations. It returns how many there are
-// and how many are not as they must be.
+// check reads all blocks of the lane that were ever written, and adds up their generations. It returns how many there
+// are and how many are not as they must be.
 func (l *lane) check() (blocks, found uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

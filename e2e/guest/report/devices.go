@@ -42,7 +42,9 @@ func (l *Log) addDisks(disks []Disk) {
 		if i >= len(l.disks) {
 			continue
 		}
-		if b := l.disks[i]; d.Reads < b.Reads || d.Writes < b.Writes || d.Flushes < b.Flushes || d.Errors < b.Errors || d.Corruptions < b.Corruptions {
+		b := l.disks[i]
+		if d.Reads < b.Reads || d.Writes < b.Writes || d.Flushes < b.Flushes ||
+			d.Errors < b.Errors || d.Corruptions < b.Corruptions {
 			l.back = append(l.back, fmt.Sprintf("%+v after %+v", d, b))
 		}
 	}

@@ -67,15 +67,19 @@ func TestDamageIsKnownWithoutItsLine(t *testing.T) {
 
 // TestDisks: a disk that failed or is damaged is seen, and is not taken for memory.
 func TestDisks(t *testing.T) {
-	const good = `{"type":"window","total_ops":5,"disks":[{"name":"disk0","reads":7,"writes":9},{"name":"disk1","reads":1}]}` + "\n"
+	const good = `{"type":"window","total_ops":5,` +
+		`"disks":[{"name":"disk0","reads":7,"writes":9},{"name":"disk1","reads":1}]}` + "\n"
 	for name, c := range map[string]struct {
 		in   string
 		want error
 	}{
-		"good":      {good, nil},
-		"corrupt":   {good + `{"type":"verified","total_ops":5,"disks":[{"name":"disk0","reads":8,"writes":9},{"name":"disk1","reads":2,"corruptions":1}]}`, ErrDisk},
-		"failed":    {good + `{"type":"window","total_ops":6,"disks":[{"name":"disk0","reads":8,"writes":9,"errors":1},{"name":"disk1","reads":2}]}`, ErrDisk},
-		"backwards": {good + `{"type":"window","total_ops":6,"disks":[{"name":"disk0","reads":6,"writes":9},{"name":"disk1","reads":2}]}`, ErrDamaged},
+		"good": {good, nil},
+		"corrupt": {good + `{"type":"verified","total_ops":5,` +
+			`"disks":[{"name":"disk0","reads":8,"writes":9},{"name":"disk1","reads":2,"corruptions":1}]}`, ErrDisk},
+		"failed": {good + `{"type":"window","total_ops":6,` +
+			`"disks":[{"name":"disk0","reads":8,"writes":9,"errors":1},{"name":"disk1","reads":2}]}`, ErrDisk},
+		"backwards": {good + `{"type":"window","total_ops":6,` +
+			`"disks":[{"name":"disk0","reads":6,"writes":9},{"name":"disk1","reads":2}]}`, ErrDamaged},
 	} {
 		var l Log
 		if err := l.Follow(strings.NewReader(c.in + "\n")); err != nil {
