@@ -47,8 +47,8 @@ func (d *Destination) saveAgain(ctx context.Context, loaded []byte) ([]*migrated
 	if err != nil {
 		return nil, err
 	}
-	again, err := saver.Save(ctx, false)
-	if err = errors.Join(err, saver.Close(ctx)); err != nil {
+	again, saveErr := saver.Save(ctx, false)
+	if err := errors.Join(saveErr, saver.Close(ctx)); err != nil {
 		return nil, err
 	}
 	was, wasErr := devicestate.ParseBody(loaded)

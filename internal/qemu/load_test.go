@@ -132,9 +132,9 @@ func TestDisksActive(t *testing.T) {
 	}
 	has(source, true, "running")
 	has(destination, false, "waiting for the VM")
-	stream := save(t, source, false)
+	save(t, source, false)
 	has(source, true, "saved only")
-	stream = save(t, source, true)
+	stream := save(t, source, true)
 	has(source, false, "saved and given up")
 	if err := destination.TakeDisksWhenLoaded(ctx); err != nil {
 		t.Fatal(err)

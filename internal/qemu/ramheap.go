@@ -89,7 +89,7 @@ func searchHeap(memory io.ReaderAt, m vma, wanted map[uint64]*listedBlock) error
 	for at := m.start; at < m.end; at += heapChunk {
 		n, err := memory.ReadAt(buf[:min(uint64(len(buf)), m.end-at)], int64(at))
 		if err != nil && !errors.Is(err, io.EOF) && n == 0 {
-			return nil //nolint:nilerr // it was unmapped meanwhile, as heaps are; what is not found is an error
+			return nil // it was unmapped meanwhile, as heaps are; what is not found is an error
 		}
 		if err := searchChunk(buf[:n], wanted); err != nil {
 			return err

@@ -24,11 +24,12 @@ func (s *session) accept(l *lane) error {
 		if answered += int64(r.Length); answered > asked {
 			return protocolError("pages of block %d (%s) at %#x that nobody asked for", r.Block, b.ID, r.Offset)
 		}
-		if r.Zero && b.Populated {
+		switch {
+		case r.Zero && b.Populated:
 			err = s.acceptFilled(l.record, b, p, n)
-		} else if r.Zero {
+		case r.Zero:
 			err = s.acceptZeros(b, p, n)
-		} else {
+		default:
 			err = s.acceptData(l.record, b, p, n, data[:r.Length])
 			data = data[r.Length:]
 		}

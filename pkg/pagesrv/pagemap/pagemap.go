@@ -66,7 +66,10 @@ type scanArgs struct {
 }
 
 // region is struct page_region of linux/fs.h.
-type region struct{ start, end, categories uint64 }
+type region struct {
+	start uint64
+	_, _  uint64 // end, categories
+}
 
 // Of linux/fs.h.
 const (
