@@ -79,6 +79,7 @@ type Destination struct {
 	process *qemu.Process // nil: somebody else started QEMU
 	left    qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
 	blocks  []qemu.RAMBlock
+	reserve *reserve // nil in a migration that was taken up
 	taken   *inject.Taken
 	// Of taken's userfaultfd.
 	supervision uffd.Supervision

@@ -115,6 +115,9 @@ func (d *Destination) endQEMU() {
 
 // release closes this daemon's descriptors; QEMU and its own copies stay.
 func (d *Destination) release() {
+	if err := d.reserve.release(); err != nil {
+		d.log.Warn("give back what was set aside for the VM", "error", err)
+	}
 	if d.taken != nil {
 		if err := d.taken.UFFD.Close(); err != nil {
 			d.log.Warn("close the userfaultfd", "error", err)

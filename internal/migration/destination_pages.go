@@ -173,6 +173,19 @@ func (d *Destination) showProgress(ctx context.Context) {
 		case <-ticker.C:
 		}
 		stats := d.engine.Stats()
+		d.shrinkReserve(stats)
 		d.update(func(m *migratedv1.Migration) { m.Progress = d.meter.progress(stats) })
+	}
+}
+
+// shrinkReserve gives back what the pages that came have taken the place of. Those of other blocks are counted as if they were
+// of promised memory: it is too little that is held then, by some megabytes.
+func (d *Destination) shrinkReserve(stats postcopy.Stats) {
+	if d.reserve == nil || stats.PagesTotal == 0 {
+		return
+	}
+	missing := stats.BytesTotal / stats.PagesTotal * (stats.PagesTotal - stats.PagesPresent)
+	if err := d.reserve.keep(missing); err != nil {
+		d.log.Warn("memory that was set aside for the VM is not given back before the end", "error", err)
 	}
 }

@@ -68,6 +68,9 @@ func (d *Destination) prepare(ctx context.Context) error {
 	if err := d.vm.DropRAM(ctx, d.blocks); err != nil {
 		return withRemedy(fmt.Errorf("empty the RAM of the destination VM: %w", err), remedyOfRAM(err))
 	}
+	if d.reserve, err = reserveFor(d.blocks, availableMemory); err != nil {
+		return err
+	}
 	if err := d.takeDescriptor(ctx); err != nil {
 		return err
 	}
@@ -114,6 +117,9 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 			"start QEMU there with -S -incoming defer and name its socket with --to-qmp, or set qemu_binaries in the destination's configuration")
 	}
 	machine := request.GetMachine()
+	if err := checkPromise(machine, availableMemory); err != nil {
+		return err
+	}
 	argv, err := qemu.DestinationCommand(
 		qemu.SourceCommand{
 			Name: machine.GetName(), Args: machine.GetCommandLine(), QMPPath: machine.GetQmpPath(),
