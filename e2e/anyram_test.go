@@ -3,9 +3,11 @@
 package e2e
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -38,6 +40,51 @@ func TestAnyHugeRAM(t *testing.T) {
 	reserveHugePages(t, 3*128+32)
 	kinds := []lab.Backend{lab.BackendFile, lab.BackendMemfd, lab.BackendMemfdPrivate, lab.BackendFilePrivate, lab.BackendFile}
 	goThrough(t, lab.InstalledQEMU, kinds, true)
+}
+
+// TestGiganticRAM moves a VM there and back whose memory is a page of 1 GiB: it comes in parts, and is installed whole.
+func TestGiganticRAM(t *testing.T) {
+	reserveGiganticPages(t, 2)
+	for name, backend := range map[string]string{
+		"memfd": "memory-backend-memfd,share=on", "private": "memory-backend-memfd,share=off",
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t)
+			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, MemoryMiB: 1024, Extra: []string{
+				"-object", backend + ",id=ram0,size=1G,hugetlb=on,hugetlbsize=1G", "-machine", "memory-backend=ram0",
+			}})
+			from, to := l.A, l.B
+			for hop := range 2 {
+				m := migrate(t, from, to, fmt.Sprintf("hop-%d", hop))
+				metalPass(t, to, func(pass uint64) bool { return pass > s.began+1 })
+				checkMetal(t, s.vm, to)
+				t.Logf("downtime %v, fault max %v", m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetFaultMax().AsDuration())
+				from, to = to, from
+			}
+		})
+	}
+}
+
+// reserveGiganticPages makes sure of n free pages of 1 GiB for this test. Not every machine has them, or so much memory in one
+// piece.
+func reserveGiganticPages(t *testing.T, n int) {
+	t.Helper()
+	const knob = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
+	before, err := os.ReadFile(knob)
+	if err != nil {
+		t.Skipf("no pages of 1 GiB on this machine: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := os.WriteFile(knob, before, 0o644); err != nil {
+			t.Errorf("give the pages back: %v", err)
+		}
+	})
+	if err := os.WriteFile(knob, []byte(strconv.Itoa(n)), 0o644); err != nil {
+		t.Skipf("pages of 1 GiB cannot be reserved: %v", err)
+	}
+	if text, err := os.ReadFile(knob); err != nil || strings.TrimSpace(string(text)) != strconv.Itoa(n) {
+		t.Skipf("%s of %d pages of 1 GiB can be reserved (%v)", bytes.TrimSpace(text), n, err)
+	}
 }
 
 // goThrough boots a VM with the first kind of memory and moves it to each of the others in turn.

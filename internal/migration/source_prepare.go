@@ -117,7 +117,9 @@ func (s *Source) openRAM(blocks []qemu.RAMBlock) (err error) {
 	served := make([]pagesrv.Block, 0, len(blocks))
 	s.blocks = nil
 	for _, b := range blocks {
-		block := pagesrv.Block{ID: b.ID, Size: b.Size, PageSize: b.PageSize, Path: b.Path, Offset: b.FileOffset}
+		block := pagesrv.Block{
+			ID: b.ID, Size: b.Size, PageSize: min(b.PageSize, pagesrv.LargestPage), Path: b.Path, Offset: b.FileOffset,
+		}
 		if b.Private || b.Path == "" {
 			block.PID, block.Addr, block.Shared = s.vm.Pid, b.Addr, !b.Private
 		}

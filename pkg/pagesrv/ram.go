@@ -18,6 +18,9 @@ import (
 // minPageSize is the smallest page of the architectures that are served, in bytes.
 const minPageSize = 4096
 
+// LargestPage is that of the largest pages that are served whole, in bytes. Larger ones are served in parts of that size.
+const LargestPage = pagewire.MaxData
+
 // A Block is a piece of memory of a VM. Its index in the list given to OpenRAM is the block number in page
 // requests.
 //
@@ -125,9 +128,8 @@ func check(b Block) error {
 	switch {
 	case b.PageSize < minPageSize || bits.OnesCount64(b.PageSize) != 1:
 		return fmt.Errorf("page size of %d bytes is no power of two of at least %d", b.PageSize, minPageSize)
-	case b.PageSize > pagewire.MaxData:
-		return fmt.Errorf("pages of %d bytes are too large to be moved whole, use huge pages of at most %d bytes",
-			b.PageSize, pagewire.MaxData)
+	case b.PageSize > LargestPage:
+		return fmt.Errorf("pages of %d bytes are too large to be served whole, LargestPage is %d", b.PageSize, LargestPage)
 	case b.Size == 0 || b.Size%b.PageSize != 0:
 		return fmt.Errorf("size of %d bytes is no multiple of the page size %d", b.Size, b.PageSize)
 	case b.Offset < 0 || b.Size > 1<<62 || b.Offset > 1<<62 || b.Addr > 1<<62:

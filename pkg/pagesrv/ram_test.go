@@ -36,7 +36,7 @@ func TestOpenRAMRefusesWhatItCannotServe(t *testing.T) {
 		{"no size", func(b *Block) { b.Size = 0 }, "multiple"},
 		{"part of a page", func(b *Block) { b.Size = 4095 }, "multiple"},
 		{"page size", func(b *Block) { b.PageSize = 12288 }, "power of two"},
-		{"gigantic page", func(b *Block) { b.PageSize = 1 << 30; b.Size = 1 << 30 }, "use huge pages of at most 2097152"},
+		{"gigantic page", func(b *Block) { b.PageSize = 1 << 30; b.Size = 1 << 30 }, "LargestPage is 2097152"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			bad := good

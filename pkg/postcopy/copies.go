@@ -31,7 +31,7 @@ func (e *Engine) takeUpCopies(memory []byte) error {
 		}
 		n = min(n, b.Addr+b.Size-dst) >> b.shift
 		if exists {
-			n = 1
+			n = b.PageSize >> b.shift
 		}
 		e.pages.landed(b.first+(dst-b.Addr)>>b.shift, n)
 	}

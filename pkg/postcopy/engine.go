@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -18,7 +17,7 @@ type Block struct {
 	ID       string // QEMU's name of it, for messages
 	Addr     uint64 // of its first byte in the destination process
 	Size     uint64 // bytes, a multiple of PageSize
-	PageSize uint64 // bytes, a power of two from 4 KiB to 2 MiB
+	PageSize uint64 // bytes, a power of two from 4 KiB to 1 GiB
 	// UFFD belongs to the destination process and is non-blocking. It may serve several blocks. It stays the
 	// caller's, who closes it after the last Run has returned.
 	UFFD *uffd.UFFD
@@ -56,7 +55,7 @@ func CopiesSize(workers int) int { return (workers + 1) * uffd.CopyRecordSize }
 func StateSize(blocks []Block) int {
 	words := uint64(0)
 	for _, b := range blocks {
-		words += wordsFor(b.Size / b.PageSize)
+		words += wordsFor(b.Size / unit(b.PageSize))
 	}
 	return int(words * wordSize)
 }
@@ -67,16 +66,23 @@ type block struct {
 	index    int
 	first    uint64 // global number of its first page
 	pages    uint64
-	shift    int  // log2 of PageSize
+	shift    int  // log2 of a page's size: of PageSize, or of a part of it
 	zeropage bool // UFFDIO_ZEROPAGE works; hugetlbfs has none
+
+	gigantic []gigantic // one for each of the kernel's pages, where those cross the network in parts; else nil
 }
 
 func (b *block) addr(p uint64) uint64 { return b.Addr + (p-b.first)<<b.shift }
 func (b *block) end() uint64          { return b.first + b.pages }
 func (b *block) all() uffd.Range      { return uffd.Range{Start: b.Addr, Len: b.Size} }
 func (b *block) page(p uint64) uffd.Range {
-	return uffd.Range{Start: b.addr(p), Len: b.PageSize}
+	return uffd.Range{Start: b.addr(p), Len: b.unit()}
 }
+func (b *block) unit() uint64 { return 1 << b.shift }
+
+// unit is what one state is about, of memory in pages of that size: a page, or the part of a gigantic one that crosses the
+// network at a time.
+func unit(pageSize uint64) uint64 { return min(pageSize, partSize) }
 
 // Engine fills the memory of one destination process. Its methods may be called from any goroutine.
 type Engine struct {
@@ -129,7 +135,7 @@ func New(o Options) (*Engine, error) {
 		if err := check(b); err != nil {
 			return nil, fmt.Errorf("post-copy: RAM block %d (%s): %w", i, b.ID, err)
 		}
-		counts[i] = b.Size / b.PageSize
+		counts[i] = b.Size / unit(b.PageSize)
 	}
 	var first []uint64
 	var err error
@@ -137,7 +143,10 @@ func New(o Options) (*Engine, error) {
 		return nil, fmt.Errorf("post-copy: %w", err)
 	}
 	for i, b := range o.Blocks {
-		nb := block{Block: b, index: i, first: first[i], pages: counts[i], shift: bits.TrailingZeros64(b.PageSize)}
+		nb := block{Block: b, index: i, first: first[i], pages: counts[i], shift: bits.TrailingZeros64(unit(b.PageSize))}
+		if b.PageSize > partSize {
+			nb.gigantic = make([]gigantic, b.Size/b.PageSize)
+		}
 		if err := e.register(&nb); err != nil {
 			return nil, fmt.Errorf("post-copy: RAM block %d (%s): %w", i, b.ID, err)
 		}
@@ -148,8 +157,8 @@ func New(o Options) (*Engine, error) {
 
 func check(b Block) error {
 	switch {
-	case b.PageSize < 4096 || bits.OnesCount64(b.PageSize) != 1 || b.PageSize > pagewire.MaxData:
-		return fmt.Errorf("page size of %d bytes is no power of two from 4096 to %d", b.PageSize, pagewire.MaxData)
+	case b.PageSize < 4096 || bits.OnesCount64(b.PageSize) != 1 || b.PageSize > largestPage:
+		return fmt.Errorf("page size of %d bytes is no power of two from 4096 to %d", b.PageSize, largestPage)
 	case b.Size == 0 || b.Size%b.PageSize != 0 || b.Addr%b.PageSize != 0:
 		return fmt.Errorf("%d bytes at %#x are not whole pages of %d bytes", b.Size, b.Addr, b.PageSize)
 	case b.UFFD == nil:

@@ -191,6 +191,9 @@ func (w *worker) fault(u *uffd.UFFD, addr uint64, thread uint32, now int64) erro
 		return fmt.Errorf("%w: address %#x", ErrForeignFault, addr)
 	}
 	p := b.first + (addr-b.Addr)>>b.shift
+	if b.gigantic != nil {
+		return w.faultGigantic(b, p, now)
+	}
 	claim := e.pages.claimFault(p)
 	switch claim {
 	case claimNothing:
@@ -277,20 +280,20 @@ func (e *Engine) guessed(b *block, pages int64) {
 
 // ask adds a page to the request, which is sent before it exceeds what a message may ask for.
 func (w *worker) ask(b *block, p uint64) error {
-	if len(w.request.Ranges) == pagewire.MaxRanges || w.bytes+b.PageSize > pagewire.MaxRequestedBytes {
+	if len(w.request.Ranges) == pagewire.MaxRanges || w.bytes+b.unit() > pagewire.MaxRequestedBytes {
 		if err := w.send(); err != nil {
 			return err
 		}
 	}
-	w.bytes += b.PageSize
+	w.bytes += b.unit()
 	offset := (p - b.first) << b.shift
 	if n := len(w.request.Ranges); n > 0 {
 		if last := &w.request.Ranges[n-1]; last.Block == uint32(b.index) && last.Offset+uint64(last.Length) == offset {
-			last.Length += uint32(b.PageSize)
+			last.Length += uint32(b.unit())
 			return nil
 		}
 	}
-	w.request.Ranges = append(w.request.Ranges, pagewire.Range{Block: uint32(b.index), Offset: offset, Length: uint32(b.PageSize)})
+	w.request.Ranges = append(w.request.Ranges, pagewire.Range{Block: uint32(b.index), Offset: offset, Length: uint32(b.unit())})
 	return nil
 }
 
@@ -322,7 +325,7 @@ func (e *Engine) covered(u *uffd.UFFD, start, end uint64, f func(b *block, p, n 
 		if b.UFFD != u || start >= b.Addr+b.Size || end <= b.Addr {
 			continue
 		}
-		from := (max(start, b.Addr) - b.Addr + b.PageSize - 1) >> b.shift
+		from := (max(start, b.Addr) - b.Addr + b.unit() - 1) >> b.shift
 		to := (min(end, b.Addr+b.Size) - b.Addr) >> b.shift
 		if from < to {
 			f(b, b.first+from, to-from)

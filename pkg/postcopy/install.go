@@ -25,6 +25,13 @@ func (s *session) accept(l *lane) error {
 			return protocolError("pages of block %d (%s) at %#x that nobody asked for", r.Block, b.ID, r.Offset)
 		}
 		switch {
+		case b.gigantic != nil:
+			n := uint64(0)
+			if !r.Zero {
+				n = uint64(r.Length)
+			}
+			err = s.acceptParts(l.record, b, p, uint64(r.Length)>>b.shift, data[:n])
+			data = data[n:]
 		case r.Zero && b.Populated:
 			err = s.acceptFilled(l.record, b, p, n)
 		case r.Zero:
@@ -56,8 +63,8 @@ func (e *Engine) locate(r pagewire.Run) (b *block, p, n uint64, err error) {
 	b = &e.blocks[r.Block]
 	length := uint64(r.Length)
 	switch {
-	case length == 0 || length%b.PageSize != 0 || r.Offset%b.PageSize != 0:
-		return nil, 0, 0, protocolError("%d bytes at %#x of block %d (%s) are not whole pages of %d bytes", length, r.Offset, r.Block, b.ID, b.PageSize)
+	case length == 0 || length%b.unit() != 0 || r.Offset%b.unit() != 0:
+		return nil, 0, 0, protocolError("%d bytes at %#x of block %d (%s) are not whole pages of %d bytes", length, r.Offset, r.Block, b.ID, b.unit())
 	case r.Offset > b.Size || length > b.Size-r.Offset:
 		return nil, 0, 0, protocolError("%d bytes at %#x exceed block %d (%s) of %#x bytes", length, r.Offset, r.Block, b.ID, b.Size)
 	}
@@ -133,7 +140,7 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 		k := e.pages.stillInstalling(p, n)
 		if k == 0 { // discarded: it reads as zero now
 			e.gate.leave()
-			p, n, data = p+1, n-1, data[b.PageSize:]
+			p, n, data = p+1, n-1, data[b.unit():]
 			continue
 		}
 		if single {
@@ -223,7 +230,7 @@ func (e *Engine) fillZero(b *block, p uint64) (err error) {
 	if b.zeropage {
 		_, err = b.UFFD.Zeropage(b.page(p), 0)
 	} else {
-		_, err = b.UFFD.Copy(b.addr(p), zeros[:b.PageSize], 0)
+		_, err = b.UFFD.Copy(b.addr(p), zeros[:b.unit()], 0)
 	}
 	if errors.Is(err, uffd.ErrExist) {
 		err = b.UFFD.Wake(b.page(p))

@@ -86,7 +86,7 @@ func (g *target) touch(random *rand.Rand, times int) {
 	var under []touched
 	for n := range times {
 		i := random.IntN(len(g.blocks))
-		page, offset := random.Uint64N(g.blocks[i].pages), random.Uint64N(g.blocks[i].PageSize/8)*8
+		page, offset := random.Uint64N(g.blocks[i].Size/g.blocks[i].PageSize), random.Uint64N(g.blocks[i].PageSize/8)*8
 		under = append(under, touched{g.read(i, page, offset), word(i, page, offset)})
 		if len(under) < 8 && n < times-1 {
 			continue

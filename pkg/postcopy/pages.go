@@ -302,6 +302,25 @@ func (t *pages) giveUp(p, n uint64) {
 	}
 }
 
+// holes says that n pages from p on, whose bytes came and were zero, are to be left as holes.
+func (t *pages) holes(p, n uint64) {
+	done := int64(0)
+	for i := range n {
+		if t.swap(p+i, installing, zero) {
+			done++
+		}
+	}
+	t.zeros.Add(done)
+	t.known(done)
+}
+
+// fillHoles says that those of n pages from p on that read as zero have been installed as that.
+func (t *pages) fillHoles(p, n uint64) {
+	for i := range n {
+		t.swap(p+i, zero, present)
+	}
+}
+
 func (t *pages) finishZero(p uint64) { t.swap(p, zeroing, present) }
 func (t *pages) giveUpZero(p uint64) { t.swap(p, zeroing, zero) }
 

@@ -111,7 +111,7 @@ func newTarget(t testing.TB, l layout, o Options) *target {
 // word reads a word of the process' memory as a thread of it does.
 func (g *target) read(block int, page, offset uint64) uffdtest.Pending {
 	b := &g.blocks[block]
-	return g.child.Go(uffdtest.Read(b.addr(b.first+page) + offset))
+	return g.child.Go(uffdtest.Read(b.Addr + page*b.PageSize + offset))
 }
 
 // verify compares all memory; the engine is done.
@@ -125,12 +125,13 @@ func (g *target) verify() {
 	for i := range g.blocks {
 		b := &g.blocks[i]
 		got, want := make([]byte, b.PageSize), make([]byte, b.PageSize)
-		for p := range b.pages {
-			if _, err := mem.ReadAt(got, int64(b.addr(b.first+p))); err != nil {
+		for p := range b.Size / b.PageSize {
+			at := p * b.PageSize
+			if _, err := mem.ReadAt(got, int64(b.Addr+at)); err != nil {
 				g.t.Fatal(err)
 			}
 			if fill(want, i, p); !bytes.Equal(got, want) {
-				g.t.Fatalf("block %d page %d is wrong (state %d): % x…", i, p, g.pages.get(b.first+p), got[:16])
+				g.t.Fatalf("block %d page %d is wrong (state %d): % x…", i, p, g.pages.get(b.first+at>>b.shift), got[:16])
 			}
 		}
 	}
@@ -248,7 +249,7 @@ func realSource(t testing.TB, l layout) string {
 		if err := unix.Munmap(memory); err != nil {
 			t.Fatal(err)
 		}
-		blocks = append(blocks, pagesrv.Block{ID: fmt.Sprint("ram", i), Path: fmt.Sprintf("/proc/self/fd/%d", fd), Size: size * b.pages, PageSize: size})
+		blocks = append(blocks, pagesrv.Block{ID: fmt.Sprint("ram", i), Path: fmt.Sprintf("/proc/self/fd/%d", fd), Size: size * b.pages, PageSize: unit(size)})
 	}
 	ram, err := pagesrv.OpenRAM(blocks)
 	if err != nil {

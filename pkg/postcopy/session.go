@@ -4,6 +4,7 @@ package postcopy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -109,7 +110,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 	// What an earlier session had asked for will not come any more. Threads whose messages it had read look
 	// again: their faults come first now.
 	e.pages.putBack()
-	if err := e.wakeAll(); err != nil {
+	if err := errors.Join(e.resume(), e.wakeAll()); err != nil {
 		return err
 	}
 	s.start()

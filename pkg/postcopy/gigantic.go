@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
+
+// The kernel installs a page of hugetlbfs whole, and one of 1 GiB is too large for a message. It crosses the network in parts, each
+// with a state of its own in the page table, and is put together in memory of ours:
+//
+//	missing ─► swept, demanded, ahead ─► installing (the part is in memory of ours) ─┐
+//	                                                                               ├─► all of them: UFFDIO_COPY ─► present
+//	missing ─► ... ─► zero (the process has given it up)  ─────────────────────────────┘
+//
+// A thread that faults on such a page waits for all of its parts, which are asked for at once. A page of which all parts are
+// zero stays a hole until a thread waits for it. What was put together when a daemon ends is fetched again by the next: that a
+// part is installing means to that one that it is missing.
+//
+// The lock of such a page is taken once for each part of 2 MiB, never for another page.
+type gigantic struct {
+	mu     sync.Mutex
+	memory []byte // of the page's size; nil: no part with anything in it has come
+	waited bool   // a thread waits for the page, or has
+}
+
+// partSize is that of a part, in bytes: what a message carries. Tests make it smaller.
+var partSize uint64 = pagewire.MaxData
+
+// largestPage is that of the largest pages that x86-64 has, in bytes.
+const largestPage = 1 << 30
+
+// parts is how many there are of a gigantic page.
+func (b *block) parts() uint64 { return b.PageSize >> b.shift }
+
+// whole returns the gigantic page that part p is of, and the number of its first part.
+func (b *block) whole(p uint64) (*gigantic, uint64) {
+	i := (p - b.first) / b.parts()
+	return &b.gigantic[i], b.first + i*b.parts()
+}
+
+func (b *block) wholeRange(first uint64) uffd.Range {
+	return uffd.Range{Start: b.addr(first), Len: b.PageSize}
+}
+
+// faultGigantic is step 2 of a fault on a gigantic page: it asks for all parts that are missing.
+func (w *worker) faultGigantic(b *block, p uint64, now int64) error {
+	e := w.s.e
+	g, first := b.whole(p)
+	g.mu.Lock()
+	g.waited = true
+	g.mu.Unlock()
+	e.pending.start(p, now, true)
+	for q := first; q < first+b.parts(); q++ {
+		switch e.pages.claimFault(q) {
+		case claimRequest, claimAgain:
+			if err := w.ask(b, q); err != nil {
+				return err
+			}
+		case claimZero:
+			e.pages.giveUpZero(q)
+		}
+	}
+	// The last part may have come before this.
+	err := e.assemble(w.lane.record, b, first)
+	if errors.Is(err, uffd.ErrAgain) {
+		// Nobody may wait here for the address space to settle, see zero: the thread looks again.
+		return b.UFFD.Wake(b.wholeRange(first))
+	}
+	return err
+}
+
+// acceptParts is step 5 for parts of gigantic pages; data is empty if they are zero.
+func (s *session) acceptParts(record *uffd.CopyRecord, b *block, p, n uint64, data []byte) error {
+	for end := p + n; p < end; p++ {
+		var part []byte
+		if len(data) > 0 {
+			part, data = data[:b.unit()], data[b.unit():]
+		}
+		switch s.e.pages.arrive(p) {
+		case arrivalUnasked:
+			return unasked(b, p)
+		case arrivalDrop:
+			continue
+		}
+		if err := b.put(p, part); err != nil {
+			s.e.pages.giveUp(p, 1)
+			return err
+		}
+		_, first := b.whole(p)
+		err := s.e.assemble(record, b, first)
+		for tries := 0; errors.Is(err, uffd.ErrAgain) && s.again(tries); tries++ {
+			err = s.e.assemble(record, b, first)
+		}
+		if errors.Is(err, uffd.ErrAgain) { // the session is over; the next fault, or part, installs it
+			return s.ctx.Err()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// resume goes on with gigantic pages of which an earlier session has brought all parts, and could not install them. One that
+// cannot be installed now either is fetched once more.
+func (e *Engine) resume() error {
+	for i := range e.blocks {
+		b := &e.blocks[i]
+		for j := range b.gigantic {
+			first := b.first + uint64(j)*b.parts()
+			err := e.assemble(&e.copies[0], b, first)
+			if errors.Is(err, uffd.ErrAgain) {
+				e.pages.giveUp(first, b.parts())
+				err = nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// put puts a part where its page is put together; nil: zeros.
+func (b *block) put(p uint64, part []byte) (err error) {
+	g, first := b.whole(p)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.memory == nil && part == nil {
+		return nil
+	}
+	if g.memory == nil {
+		const flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE
+		if g.memory, err = unix.Mmap(-1, 0, int(b.PageSize), unix.PROT_READ|unix.PROT_WRITE, flags); err != nil {
+			return fmt.Errorf("memory to put a page of %d bytes together: %w: %w", b.PageSize, ErrNoMemory, err)
+		}
+	}
+	to := g.memory[(p-first)<<b.shift:][:b.unit()]
+	if part == nil {
+		clear(to)
+	} else {
+		copy(to, part)
+	}
+	return nil
+}
+
+// assemble installs a gigantic page if nothing of it is missing any more. uffd.ErrAgain: the address space is changing.
+func (e *Engine) assemble(record *uffd.CopyRecord, b *block, first uint64) error {
+	g, _ := b.whole(first)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	e.gate.enter()
+	defer e.gate.leave()
+	there := false
+	for q := first; q < first+b.parts(); q++ {
+		switch e.pages.get(q) {
+		case installing, zeroing:
+		case present:
+			there = true
+		case zero:
+			if g.memory != nil {
+				clear(g.memory[(q-first)<<b.shift:][:b.unit()])
+			}
+		default:
+			return nil // it is on its way
+		}
+	}
+	if !there && g.memory == nil && !g.waited && !b.Populated {
+		e.pages.holes(first, b.parts())
+		return nil
+	}
+	if there && !g.waited {
+		return nil
+	}
+	if err := e.installWhole(record, b, g, first); err != nil {
+		return err
+	}
+	e.pages.finish(first, b.parts())
+	e.pages.fillHoles(first, b.parts())
+	for q := range b.parts() {
+		e.answered(first + q)
+	}
+	g.waited = false
+	if g.memory == nil {
+		return nil
+	}
+	memory := g.memory
+	g.memory = nil
+	return unix.Munmap(memory)
+}
+
+// installWhole puts a page in, or zeros where nothing else has come. That there is a page already is as good.
+func (e *Engine) installWhole(record *uffd.CopyRecord, b *block, g *gigantic, first uint64) (err error) {
+	memory := g.memory
+	if memory == nil { // reading it makes no page
+		const flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE
+		if memory, err = unix.Mmap(-1, 0, int(b.PageSize), unix.PROT_READ, flags); err != nil {
+			return fmt.Errorf("a page of %d zeros: %w: %w", b.PageSize, ErrNoMemory, err)
+		}
+		defer func() { err = errors.Join(err, unix.Munmap(memory)) }()
+	}
+	_, err = b.UFFD.CopyRecorded(record, b.addr(first), memory, 0)
+	switch {
+	case errors.Is(err, uffd.ErrExist):
+		return b.UFFD.Wake(b.wholeRange(first))
+	case err == nil || errors.Is(err, uffd.ErrAgain):
+		return err
+	case e.pages.left.Load() == 0 && errors.Is(err, uffd.ErrNotRegistered):
+		return nil // all memory is in and unregistered
+	}
+	return explain(b, b.addr(first), err)
+}
