@@ -349,7 +349,7 @@ func ramOf(t *testing.T, client *qmp.Client, vm lab.VMConfig, h *lab.Host) (file
 	if files != nil {
 		return files
 	}
-	saved, err := h.SaveRAM(testContext(t), client, vm)
+	saved, err := h.SaveRAM(testContext(t), client, vm, lab.SavedRAM)
 	if err != nil {
 		t.Fatal(err)
 	}

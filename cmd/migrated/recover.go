@@ -44,6 +44,8 @@ type fallbackCmd struct {
 func (fallbackCmd) Help() string {
 	return `At the source, after the switch, when the destination is lost for good: the VM goes on here as it was at the switch. What it did since then is lost. Were it still running there, it would run twice and corrupt its disks: nobody but you can know.
 
+Its disks are not as they were at the switch. Where it ran at the destination, they have what it wrote there, and its memory here knows nothing of that: a mounted file system can be damaged by going on so. Rather end the VM here, too, and start it anew from its disks, unless nothing was written or its disks can be put back, to a snapshot say.
+
 Example:
 
     migrated fallback db-1 --destination-is-gone`

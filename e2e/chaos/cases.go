@@ -20,6 +20,8 @@ type chaosCase struct {
 	For   time.Duration // how long the fault lasts, where it can be undone
 	Link  lab.Link      // the network, before the fault and after it
 	Pick  uint64        // chooses among what a kind can do
+	// Memory is what the VM's RAM is made of; of a crowd, that of the first VM of the crowd's own.
+	Memory lab.Backend
 
 	// Of a crowd: how many VMs, and the fault that meets them.
 	VMs   int
@@ -50,8 +52,8 @@ func (c chaosCase) String() string {
 	if c.Kind == crowd {
 		what = fmt.Sprintf("%d VMs at once, %s", c.VMs, c.Crowd)
 	}
-	return fmt.Sprintf("case %d: %s %v, for %v; %d Mbit/s, %v, %.1f %% lost",
-		c.Index, what, c.At, c.For, c.Link.Rate/1e6, c.Link.Delay, 100*c.Link.Loss)
+	return fmt.Sprintf("case %d: %s %v, for %v; %s RAM, %d Mbit/s, %v, %.1f %% lost",
+		c.Index, what, c.At, c.For, c.Memory, c.Link.Rate/1e6, c.Link.Delay, 100*c.Link.Loss)
 }
 
 // Kinds of faults; faults.go says what they do.
@@ -88,6 +90,9 @@ var deck = []string{
 	freezeSource, freezeDestination, freezeTheirQEMU, fullTmpfs, fullHugePages, flipBits, lyingSource, crowd,
 }
 
+// memories are the kinds of RAM, as often as they come: most VMs have what QEMU takes without being told.
+var memories = []lab.Backend{lab.BackendDefault, lab.BackendDefault, lab.BackendFile}
+
 // crowdFaults are those that many migrations can meet together.
 var crowdFaults = []string{killSource, killDestination, killBoth, cutBoth, cutOne, badLink}
 
@@ -96,13 +101,16 @@ func newCase(seed uint64, index int) chaosCase {
 	r := rand.New(rand.NewPCG(seed, uint64(index)))
 	c := chaosCase{
 		Seed: seed, Index: index, Kind: deal(seed, index, 1, deck), Pick: r.Uint64(),
-		For: lasting(r), Link: network(r),
+		For: lasting(r), Link: network(r), Memory: deal(seed, index, 3, memories),
 	}
 	c.Link.Seed = c.Pick
 	c.At = c.when(r)
 	switch c.Kind {
 	case fullTmpfs, flipBits, lyingSource: // it takes a while until one of them bites
 		c.For += time.Second
+	}
+	if c.Kind == fullTmpfs || c.Kind == fullHugePages {
+		c.Memory = lab.BackendFile // only files can fill a file system
 	}
 	if c.Kind == crowd {
 		c.VMs = 2
@@ -133,7 +141,7 @@ func (c chaosCase) when(r *rand.Rand) moment {
 		if slices.Contains(tooLate, point.name) {
 			dice = 9
 		}
-	case killOurQEMU: // while the VM runs there, that would be no failed migration but a dead VM
+	case killOurQEMU: // while the VM runs there, that is no failed migration but a dead VM
 		return moment{After: late, Switched: true}
 	case fullHugePages: // from the beginning
 		return moment{}

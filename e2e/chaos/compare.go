@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/e2e/rival"
@@ -46,6 +45,7 @@ type comparison struct {
 func comparedCase(i int) chaosCase {
 	return chaosCase{
 		Index: i, Kind: comparedFaults[i], At: moment{After: struckAfter, Switched: true}, For: struckFor, Link: lab.Link{Rate: 200e6}, Pick: 5,
+		Memory: lab.BackendFile,
 	}
 }
 
@@ -84,6 +84,7 @@ func strikeOurs(ctx context.Context, dir string, i int) (_ result, err error) {
 	if err != nil {
 		return result{}, err
 	}
+	s.bare = true
 	defer func() { err = errors.Join(err, s.close(ctx)) }()
 	return s.bounded(ctx, comparedCase(i)), nil
 }
@@ -95,31 +96,30 @@ func strikeRival(ctx context.Context, i int, result *comparison) (err error) {
 	if err != nil {
 		return err
 	}
-	s := &stage{lab: l}
+	s := &stage{lab: l, guests: map[lab.Backend]*machine{}}
 	defer func() { err = errors.Join(err, s.close(ctx)) }()
-	kernel, initrd, err := image.Linux(ctx)
+	kernel, initrd, err := image.LinuxWithVirtio(ctx)
 	if err != nil {
 		return err
 	}
-	c := linuxConfig(kernel, initrd)
-	j := &linuxJudge{ctx: context.WithoutCancel(ctx), path: lab.SerialLog, ears: map[*lab.Host]*ear{}}
-	if s.vm, err = s.newMachine(ctx, rivalName, c, s.lab.A, map[string]string{"kernel": kernel, "initrd": initrd}, j); err != nil {
+	m, err := s.bootLinux(ctx, rivalName, bareLinux(kernel, initrd))
+	if m != nil {
+		s.guests[lab.BackendFile] = m
+	}
+	if err != nil {
 		return err
 	}
-	if _, err := j.ears[s.lab.A].log.WaitReady(ctx); err != nil {
-		return err
-	}
-	return s.moveRival(ctx, comparedCase(i), j, result)
+	return s.moveRival(ctx, comparedCase(i), m, result)
 }
 
 // moveRival moves the VM by QEMU's own post-copy, and strikes when it runs at the destination.
-func (s *stage) moveRival(ctx context.Context, c chaosCase, judge *linuxJudge, result *comparison) error {
-	j := s.newJourney(s.vm, "rival")
+func (s *stage) moveRival(ctx context.Context, c chaosCase, m *machine, result *comparison) error {
+	j := s.newJourney(m, "rival")
 	f, err := s.faultOf(c, c.Kind, j)
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(f.arm(ctx), judge.begin(ctx, s.vm)); err != nil {
+	if err := errors.Join(f.arm(ctx), m.judge.begin(ctx, m)); err != nil {
 		return err
 	}
 	j.began = time.Now()
@@ -127,7 +127,7 @@ func (s *stage) moveRival(ctx context.Context, c chaosCase, judge *linuxJudge, r
 	defer cancel()
 	moved := make(chan error, 1)
 	go func() {
-		_, err := rival.Migrate(moving, j.from, j.to, s.vm.config, rival.Options{KeepSource: true})
+		_, err := rival.Migrate(moving, j.from, j.to, m.config, rival.Options{KeepSource: true})
 		moved <- err
 	}()
 	if !await(ctx, time.Minute, j.switched) {
@@ -159,7 +159,7 @@ func (s *stage) moveRival(ctx context.Context, c chaosCase, judge *linuxJudge, r
 // askRivals notes how both QEMUs call it.
 func (s *stage) askRivals(ctx context.Context, j *journey, said *[]string) {
 	for _, h := range []*lab.Host{j.from, j.to} {
-		client := s.vm.copies.client(h)
+		client := j.machine.copies.client(h)
 		if client == nil {
 			*said = append(*said, "no QEMU on host "+h.Name)
 			continue
@@ -176,12 +176,12 @@ func (s *stage) askRivals(ctx context.Context, j *journey, said *[]string) {
 
 // endOfRival says where the VM runs now, after what QEMU's documentation has for an operator to try.
 func (s *stage) endOfRival(ctx context.Context, j *journey, said *[]string) string {
-	s.vm.at = j.to
-	if err := s.works(ctx); err == nil {
+	j.machine.at = j.to
+	if err := j.works(ctx); err == nil {
 		return endMoved
 	}
-	if s.vm.copies.client(j.to) == nil { // nothing to recover with: the source is asked to go on
-		source := s.vm.copies.client(j.from)
+	if j.machine.copies.client(j.to) == nil { // nothing to recover with: the source is asked to go on
+		source := j.machine.copies.client(j.from)
 		if source == nil {
 			return "lost"
 		}
@@ -192,13 +192,13 @@ func (s *stage) endOfRival(ctx context.Context, j *journey, said *[]string) stri
 			*said = append(*said, fmt.Sprintf("%s: %v", command, err))
 			pause(ctx, time.Second)
 		}
-		s.vm.at = j.from
-		if err := s.works(ctx); err == nil {
+		j.machine.at = j.from
+		if err := j.works(ctx); err == nil {
 			return endFellBack
 		}
 		return "lost"
 	}
-	if source := s.vm.copies.client(j.from); source != nil {
+	if source := j.machine.copies.client(j.from); source != nil {
 		uri := "tcp:" + j.to.Addr + ":7701"
 		for _, step := range []struct {
 			host    *lab.Host
@@ -208,12 +208,12 @@ func (s *stage) endOfRival(ctx context.Context, j *journey, said *[]string) stri
 			{j.to, "migrate-recover", map[string]any{"uri": uri}}, {j.from, "migrate", map[string]any{"uri": uri, "resume": true}},
 		} {
 			asking, cancel := context.WithTimeout(ctx, 5*time.Second)
-			err := s.vm.copies.client(step.host).Do(asking, step.command, step.args, nil)
+			err := j.machine.copies.client(step.host).Do(asking, step.command, step.args, nil)
 			cancel()
 			*said = append(*said, fmt.Sprintf("%s: %v", step.command, err))
 		}
 		pause(ctx, 10*time.Second)
-		if err := s.works(ctx); err == nil {
+		if err := j.works(ctx); err == nil {
 			return endMoved + " after migrate-recover"
 		}
 	}
@@ -221,13 +221,12 @@ func (s *stage) endOfRival(ctx context.Context, j *journey, said *[]string) stri
 }
 
 // works says whether the guest works where the VM is said to be, and all of its memory is right.
-func (s *stage) works(ctx context.Context) error {
+func (j *journey) works(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
-	heard := &s.vm.judge.(*linuxJudge).ears[s.vm.at].log
-	if _, _, err := heard.Wait(ctx, heard.Len(), func(l report.Line) bool { return l.Window != nil && l.Window.Ops > 0 }); err != nil {
+	if err := works(ctx, &j.machine.judge.(*linuxJudge).ears[j.machine.at].log, nil, nil); err != nil {
 		return err
 	}
-	_, err := s.vm.judge.verify(ctx, s.vm)
+	_, err := j.machine.judge.verify(ctx, j.machine)
 	return err
 }

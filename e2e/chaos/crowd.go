@@ -16,28 +16,33 @@ import (
 )
 
 // playCrowd moves several VMs at once, in both directions, and strikes all of them with one fault. Of two, one is the
-// VM with the Linux guest.
+// VM with the Linux guest. The others have the two kinds of RAM in turns.
 func (s *stage) playCrowd(ctx context.Context, c chaosCase, res *result) (err error) {
 	var all []*machine
 	defer func() {
 		for _, m := range all {
-			if m != nil && m != s.vm {
+			if m != nil && !s.keeps(m) {
 				err = errors.Join(err, m.destroy(ctx))
 			}
 		}
 	}()
-	at := s.lab.A
+	at, memory := s.lab.A, c.Memory
 	if c.VMs == 2 {
-		all = append(all, s.vm)
-		at = s.vm.other(s.vm.at)
+		vm, err := s.linux(ctx, lab.BackendDefault)
+		if err != nil {
+			return err
+		}
+		all = append(all, vm)
+		at = vm.other(vm.at)
 	}
 	for i := len(all); i < c.VMs; i++ {
-		m, err := s.newMetal(ctx, fmt.Sprintf("case%d-%d", c.Index, i), at, false)
+		m, err := s.newMetal(ctx, fmt.Sprintf("case%d-%d", c.Index, i), at, memory, false)
 		all = append(all, m)
 		if err != nil {
 			return err
 		}
 		at = m.other(at)
+		memory = map[bool]lab.Backend{true: lab.BackendDefault, false: lab.BackendFile}[memory == lab.BackendFile]
 	}
 	var journeys []*journey
 	for i, m := range all {
@@ -82,6 +87,7 @@ func (s *stage) concludeAll(ctx context.Context, journeys []*journey, res *resul
 		res.Notes = append(res.Notes, r.Notes...)
 		res.Stall = max(res.Stall, r.Stall)
 		res.Corruptions += r.Corruptions
+		res.DiskCorruptions += r.DiskCorruptions
 		res.Twice, res.Lost = res.Twice || r.Twice, res.Lost || r.Lost
 		if r.Failure != "" {
 			res.fail(fmt.Errorf("VM %s: %s", journeys[i].machine.name, r.Failure))
@@ -102,7 +108,7 @@ func (s *stage) playHugePages(ctx context.Context, c chaosCase, res *result) (er
 		return nil
 	}
 	defer func() { err = errors.Join(err, release()) }()
-	m, err := s.newMetal(ctx, fmt.Sprintf("case%d", c.Index), []*lab.Host{s.lab.A, s.lab.B}[c.Pick%2], true)
+	m, err := s.newMetal(ctx, fmt.Sprintf("case%d", c.Index), []*lab.Host{s.lab.A, s.lab.B}[c.Pick%2], c.Memory, true)
 	if m != nil {
 		defer func() { err = errors.Join(err, m.destroy(ctx)) }()
 	}

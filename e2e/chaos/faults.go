@@ -52,7 +52,10 @@ func (s *stage) faultOf(c chaosCase, kind string, j *journey) (*fault, error) {
 		f.guard = true
 		f.too = func(ctx context.Context) error { return unlessTooLate(j.machine.kill(ctx, j.to)) }
 	case killOurQEMU:
-		f.begin = func(ctx context.Context) error { return j.machine.kill(ctx, j.from) }
+		f.begin = func(ctx context.Context) error {
+			j.orphaned = true
+			return j.machine.kill(ctx, j.from)
+		}
 	case freezeTheirQEMU:
 		f.begin = func(context.Context) error { return j.machine.signal(j.to, syscall.SIGSTOP) }
 		f.end = func(context.Context) error { return unlessTooLate(j.machine.signal(j.to, syscall.SIGCONT)) }

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -28,6 +29,7 @@ type journey struct {
 	began    time.Time
 	settled  time.Time
 	notes    []string // what its operator did
+	orphaned bool     // its source QEMU was killed after the switch
 }
 
 // The ends of a journey.
@@ -35,6 +37,8 @@ const (
 	endMoved    = "moved"     // the VM runs at the destination, all of it
 	endStayed   = "stayed"    // the VM runs at the source, as if nothing had been
 	endFellBack = "fell back" // the VM runs at the source, as it was at the switch
+	// endOrphaned: memory that was the source QEMU's alone ended with it, and its operator has ended the VM.
+	endOrphaned = "lost because its source QEMU was killed"
 )
 
 // patience bounds how long a migration may take to come to its end once nothing is broken any more: a source repeats the
@@ -108,7 +112,7 @@ func (j *journey) settle(ctx context.Context) (end string, err error) {
 	}
 	j.settled = time.Now()
 	j.machine.at = j.from
-	if end == endMoved {
+	if end == endMoved || end == endOrphaned {
 		j.machine.at = j.to
 	}
 	return end, j.tidy(ctx)
@@ -134,6 +138,8 @@ func (j *journey) look(ctx context.Context) (end string, err error) {
 			return endMoved, nil
 		}
 		return "", nil
+	case j.orphaned && bereft(destination):
+		return j.bury(ctx)
 	case complete(source):
 		if there && complete(destination) {
 			return endMoved, nil
@@ -239,20 +245,39 @@ func (j *journey) tidy(ctx context.Context) error {
 // end forgets what the guest said where it is no more.
 func (j *journey) end() error { return j.machine.judge.left(j.machine.other(j.machine.at)) }
 
-// check is the verdict: the VM runs once, did so all the time, and its memory is as it must be.
-func (j *journey) check(ctx context.Context) (corruptions uint64, err error) {
-	spans := j.machine.copies.since(j.began, time.Now())
-	if err := overlap(spans); err != nil {
-		return 0, err
+// disksAreLater says whether the VM, which runs as it was at the switch, has a disk that it wrote to since then. Nobody
+// can hold that against its memory.
+func (j *journey) disksAreLater(end string) bool {
+	return end == endFellBack && j.switched() && j.machine.config.Disks > 0
+}
+
+// check is the verdict: the VM runs once, did so all the time, and its memory and its disks are as they must be.
+func (j *journey) check(ctx context.Context, end string) (damage, error) {
+	found, err := j.judge(ctx, end)
+	if j.disksAreLater(end) {
+		found.blocks = 0
+	}
+	if found.blocks > 0 {
+		err = errors.Join(err, fmt.Errorf("%w: %s", report.ErrDisk, found.detail))
+	}
+	return found, err
+}
+
+func (j *journey) judge(ctx context.Context, end string) (damage, error) {
+	if err := overlap(j.machine.copies.since(j.began, time.Now())); err != nil {
+		return damage{}, err
+	}
+	if end == endOrphaned {
+		return j.machine.judge.said()
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	client := j.machine.copies.client(j.machine.at)
 	if client == nil {
-		return 0, fmt.Errorf("there is no QEMU where the VM has to be; %s", j.situation(ctx))
+		return damage{}, fmt.Errorf("there is no QEMU where the VM has to be; %s", j.situation(ctx))
 	}
 	if runs, err := queryRunning(ctx, client); err != nil || !runs {
-		return 0, fmt.Errorf("the VM does not run where it has to be (%w); %s", err, j.situation(ctx))
+		return damage{}, fmt.Errorf("the VM does not run where it has to be (%w); %s", err, j.situation(ctx))
 	}
 	return j.machine.judge.verify(ctx, j.machine)
 }

@@ -15,25 +15,6 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// The Linux guest, in MiB: it stamps stampMiB of its memory, visits all of that, and checks all of it when asked.
-const (
-	linuxMiB = 192
-	stampMiB = 48
-)
-
-// reporting is how often the guest reports.
-const reporting = 100 * time.Millisecond
-
-func linuxConfig(kernel, initrd string) lab.VMConfig {
-	return lab.VMConfig{
-		VCPUs: 2, MemoryMiB: linuxMiB, Nodes: 1, Kernel: kernel, Initrd: initrd,
-		KernelArgs: []string{
-			fmt.Sprintf("migrated.mem=%d", stampMiB), "migrated.workers=2", "migrated.rate=300", "migrated.write=50",
-			fmt.Sprintf("migrated.window=%v", reporting),
-		},
-	}
-}
-
 // linuxJudge asks the guest, which finds damage by itself, and listens to what it says on both hosts.
 type linuxJudge struct {
 	ctx    context.Context //nolint:containedctx // of listening, ends with the machine
@@ -107,18 +88,16 @@ func (j *linuxJudge) begin(_ context.Context, m *machine) error {
 	return nil
 }
 
-func (j *linuxJudge) verify(ctx context.Context, m *machine) (corruptions uint64, err error) {
+func (j *linuxJudge) verify(ctx context.Context, m *machine) (damage, error) {
 	here := j.ears[m.at]
 	v, err := here.verify(ctx, m.at.Path(m.path(lab.SerialPath)))
 	if err != nil {
-		return 0, fmt.Errorf("the guest does not check its memory: %w", err)
+		return damage{}, fmt.Errorf("the guest does not check its memory: %w", err)
 	}
-	// It goes on with its work, too.
-	heard := &here.log
-	if _, _, err := heard.Wait(ctx, heard.Len(), func(l report.Line) bool { return l.Window != nil && l.Window.Ops > 0 }); err != nil {
-		return 0, fmt.Errorf("the guest does not work: %w", err)
+	if err := works(ctx, &here.log, v.Disks, v.Cards); err != nil {
+		return damage{}, err
 	}
-	corruptions = max(v.Found, v.Corruptions-j.before.Corruptions)
+	corruptions := max(v.Found, v.Corruptions-j.before.Corruptions)
 	var errs []error
 	if corruptions > 0 {
 		errs = append(errs, fmt.Errorf("%w: it found %d pages wrong, %d of them only now", report.ErrDamaged, v.Corruptions, v.Found))
@@ -126,14 +105,68 @@ func (j *linuxJudge) verify(ctx context.Context, m *machine) (corruptions uint64
 	if v.TotalOps < j.before.TotalOps || v.TotalWrites < j.before.TotalWrites || v.UptimeMS < j.before.UptimeMS {
 		errs = append(errs, fmt.Errorf("%w: it is of before the migration: %+v after %+v", report.ErrDamaged, v.Counters, j.before))
 	}
-	for _, e := range j.ears {
-		errs = append(errs, e.log.Err())
+	for _, card := range v.Cards {
+		if card.Wrong > 0 {
+			errs = append(errs, fmt.Errorf("%w: not what was sent came back over the network: %+v", report.ErrDamaged, card))
+		}
 	}
-	err = errors.Join(errs...)
+	found, err := j.said()
+	err = errors.Join(append(errs, err)...)
 	if err != nil {
-		corruptions = max(1, corruptions)
+		found.pages = max(1, found.pages, corruptions)
 	}
-	return corruptions, err
+	if m.config.Disks > 0 && v.Blocks == 0 {
+		err = errors.Join(err, errors.New("the guest has checked no block of its disks"))
+	}
+	if v.BlocksFound > 0 && found.blocks == 0 {
+		found.blocks, found.detail = v.BlocksFound, fmt.Sprintf("%d of %d blocks are wrong", v.BlocksFound, v.Blocks)
+	}
+	return found, err
+}
+
+// works waits until the guest has visited memory, and done more than that with each disk and each network card.
+func works(ctx context.Context, heard *report.Log, disks []report.Disk, cards []report.Card) error {
+	_, _, err := heard.Wait(ctx, heard.Len(), func(l report.Line) bool {
+		w := l.Window
+		if w == nil || w.Ops == 0 || len(w.Disks) != len(disks) || len(w.Cards) != len(cards) {
+			return false
+		}
+		for i, d := range w.Disks {
+			if d.Writes <= disks[i].Writes {
+				return false
+			}
+		}
+		for i, c := range w.Cards {
+			if c.Answered <= cards[i].Answered {
+				return false
+			}
+		}
+		return true
+	})
+	if err != nil {
+		garbled := heard.Garbled()
+		return fmt.Errorf("the guest does not work: %w; disks before %+v, now %+v; cards before %+v, now %+v; "+
+			"garbled: %.600q", err, disks, heard.Disks(), cards, heard.Cards(), garbled[max(0, len(garbled)-4):])
+	}
+	return nil
+}
+
+func (j *linuxJudge) said() (damage, error) {
+	var found damage
+	var errs []error
+	for _, e := range j.ears {
+		for _, d := range e.log.Disks() {
+			found.blocks += d.Corruptions + d.Errors
+		}
+		switch err := e.log.Err(); {
+		case errors.Is(err, report.ErrDisk):
+			found.detail = err.Error()
+		case err != nil:
+			found.pages = max(1, found.pages, e.log.Last().Corruptions)
+			errs = append(errs, err)
+		}
+	}
+	return found, errors.Join(errs...)
 }
 
 func (j *linuxJudge) stall(since time.Time) time.Duration {

@@ -26,6 +26,7 @@ const qemuProgram = "qemu-system-x86_64"
 type machine struct {
 	name   string
 	config lab.VMConfig
+	lab    *lab.Lab
 	argv   []string
 	at     *lab.Host // where it runs
 	hosts  []*lab.Host
@@ -39,13 +40,23 @@ type machine struct {
 type judge interface {
 	// begin is called before the migration, with the machine on its host.
 	begin(ctx context.Context, m *machine) error
-	// verify looks at all of the memory of the machine, which runs on m.at. It returns how much of it is wrong.
-	verify(ctx context.Context, m *machine) (corruptions uint64, err error)
+	// verify looks at all of the memory of the machine, which runs on m.at, and at its disks. The error is not about
+	// disks.
+	verify(ctx context.Context, m *machine) (damage, error)
+	// said is what the guest itself has found so far, without being asked.
+	said() (damage, error)
 	// stall is the longest that the guest itself has stood still since a moment.
 	stall(since time.Time) time.Duration
 	// left is called when the VM has gone from h, or what ran there is no more: what comes from there is another's.
 	left(h *lab.Host) error
 	close()
+}
+
+// damage is how much of a machine is not what its guest left there.
+type damage struct {
+	pages  uint64 // of memory
+	blocks uint64 // of disks, and requests to them that failed
+	detail string // of blocks
 }
 
 // dir is the machine's directory, on both hosts.
@@ -58,14 +69,14 @@ func (m *machine) path(labPath string) string { return moved(m.name, labPath) }
 
 func moved(name, text string) string {
 	text = strings.ReplaceAll(text, lab.VMDir+"/", dirOf(name)+"/")
-	return strings.ReplaceAll(text, "/guest-", "/"+name+"-") // its RAM
+	return strings.ReplaceAll(text, "/guest-", "/"+name+"-") // its RAM and its disks
 }
 
-// newMachine starts a VM like the lab's, but with a name, a directory and RAM files of its own. files are what the
-// lab's VM boots from, by their paths there.
+// newMachine starts a VM like the lab's, but with a name, a directory, RAM files and disks of its own. files are what
+// the lab's VM boots from, by their paths there.
 func (s *stage) newMachine(ctx context.Context, name string, c lab.VMConfig, at *lab.Host, files map[string]string, j judge) (*machine, error) {
 	c.Extra = append(c.Extra, lab.EventsArgs()...)
-	m := &machine{name: name, config: c, at: at, hosts: s.hosts(), judge: j}
+	m := &machine{name: name, config: c, lab: s.lab, at: at, hosts: s.hosts(), judge: j}
 	for _, arg := range c.Args() {
 		m.argv = append(m.argv, moved(name, arg))
 	}
@@ -82,6 +93,9 @@ func (s *stage) newMachine(ctx context.Context, name string, c lab.VMConfig, at 
 				return nil, err
 			}
 		}
+	}
+	if err := errors.Join(s.lab.MakeStorage(ctx, c, m.path), s.lab.MakeNICs(ctx, c)); err != nil {
+		return nil, err
 	}
 	watching, end := context.WithCancel(context.WithoutCancel(ctx))
 	m.end = end
@@ -137,7 +151,25 @@ func (m *machine) destroy(ctx context.Context) error {
 			}
 		}
 	}
+	for _, file := range m.config.DiskFiles() {
+		errs = append(errs, os.Remove(m.lab.Shared(m.path(file))))
+	}
 	return errors.Join(errs...)
+}
+
+// setRunning continues or stops the VM, as its operator can.
+func (m *machine) setRunning(ctx context.Context, run bool) error {
+	if !await(ctx, 20*time.Second, func() bool { return m.copies.client(m.at) != nil }) {
+		return fmt.Errorf("nobody knows the QEMU of %s on host %s", m.name, m.at.Name)
+	}
+	command := map[bool]string{true: "cont", false: "stop"}[run]
+	if err := m.copies.client(m.at).Do(ctx, command, nil, nil); err != nil {
+		return fmt.Errorf("%s VM %s: %w", command, m.name, err)
+	}
+	if !await(ctx, 20*time.Second, func() bool { return m.copies.runs(m.at) == run }) {
+		return fmt.Errorf("VM %s does not obey %s", m.name, command)
+	}
+	return nil
 }
 
 // qemu is the process of the machine's QEMU on h, 0 where there is none.

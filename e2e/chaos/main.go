@@ -5,10 +5,12 @@
 // was, at once or after the command that migrated prints. Two copies must never run, however short.
 //
 // What case number i of a seed does follows from these two numbers alone, so that each can be had again. The VM is not
-// booted for each case: it goes on from where the last case left it.
+// booted for each case: it goes on from where the last case left it. There are two of them, with disks and network
+// cards, one whose RAM is QEMU's own and one whose RAM is a file: a case says which.
 //
-// Reading order: cases.go (what is broken, and when), points.go (the points, and how a daemon dies there), play.go
-// (one case), journey.go (what becomes of a migration, and the verdict), faults.go, liar.go, copies.go, report.go.
+// Reading order: cases.go (what is broken, and when), points.go (the points, and how a daemon dies there), play.go (one
+// case), journey.go (what becomes of a migration, and the verdict), orphan.go (a VM that is lost with its source QEMU),
+// guests.go, faults.go, liar.go, copies.go, report.go.
 package main
 
 import (

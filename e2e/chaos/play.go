@@ -24,10 +24,14 @@ type result struct {
 	Notes       []string      `json:"notes,omitempty"` // what the operator had to do
 	Stall       time.Duration `json:"stall_ns"`        // the longest time that the guest was kept from working
 	Took        time.Duration `json:"took_ns"`
-	Corruptions uint64        `json:"corruptions"`
-	Twice       bool          `json:"twice"` // two copies ran at once
-	Lost        bool          `json:"lost"`  // the VM runs nowhere, and nothing that migrated prints helps
-	Failure     string        `json:"failure,omitempty"`
+	Corruptions uint64        `json:"corruptions"` // of memory
+	Twice       bool          `json:"twice"`       // two copies ran at once
+	Lost        bool          `json:"lost"`        // the VM runs nowhere, and nothing that migrated prints helps
+	// DiskCorruptions are blocks that are not what the guest wrote, and requests that failed.
+	DiskCorruptions uint64 `json:"disk_corruptions"`
+	// Orphaned: the VM ended because its source QEMU was killed while memory that was QEMU's alone had not crossed.
+	Orphaned bool   `json:"orphaned"`
+	Failure  string `json:"failure,omitempty"`
 }
 
 // play plays one case and judges it. The error is about the suite itself.
@@ -53,7 +57,11 @@ func (s *stage) play(ctx context.Context, c chaosCase) (result, error) {
 
 // playOne moves the VM and strikes.
 func (s *stage) playOne(ctx context.Context, c chaosCase, res *result) error {
-	j := s.newJourney(s.vm, fmt.Sprintf("case-%d", c.Index))
+	m, err := s.linux(ctx, c.Memory)
+	if err != nil {
+		return err
+	}
+	j := s.newJourney(m, fmt.Sprintf("case-%d", c.Index))
 	f, err := s.faultOf(c, c.Kind, j)
 	if err != nil {
 		return err
@@ -79,8 +87,10 @@ func (s *stage) conclude(ctx context.Context, j *journey, res *result) {
 		res.Lost = true // nothing that is printed makes it run, and nobody knows what more could
 		res.fail(err)
 	} else {
-		corruptions, err := j.check(ctx)
-		res.Corruptions += corruptions
+		res.Orphaned = end == endOrphaned
+		found, err := j.check(ctx, end)
+		res.Corruptions += found.pages
+		res.DiskCorruptions += found.blocks
 		res.fail(err)
 		if end == endStayed && j.switched() {
 			res.fail(errors.New("the VM has run at the destination, and went on at the source without anybody's word"))
@@ -93,6 +103,9 @@ func (s *stage) conclude(ctx context.Context, j *journey, res *result) {
 	}
 	res.Stall = max(res.Stall, j.stall())
 	res.fail(j.end())
+	if res.Failure == "" && (end == endOrphaned || j.disksAreLater(end)) {
+		res.fail(s.retire(ctx, j.machine))
+	}
 }
 
 // fail notes what went wrong first; nil is nothing.

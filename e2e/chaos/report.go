@@ -77,14 +77,18 @@ func (r *chaosReport) failed() (indices []int) {
 
 // summary is the last line.
 func (r *chaosReport) summary() string {
-	faults, corruptions, lost, twice := 0, uint64(0), 0, 0
+	faults, corruptions, blocks, lost, twice, orphaned := 0, uint64(0), uint64(0), 0, 0, 0
 	for _, res := range r.Cases {
 		corruptions += res.Corruptions
+		blocks += res.DiskCorruptions
+		orphaned += count(res.Orphaned)
 		faults += count(res.Struck)
 		lost += count(res.Lost)
 		twice += count(res.Twice)
 	}
-	return fmt.Sprintf("chaos: %d faults, %d corruptions, %d VMs lost, %d times two copies ran (seed %d)", faults, corruptions, lost, twice, r.Seed)
+	return fmt.Sprintf("chaos: %d faults, %d corruptions of memory, %d of disks, %d VMs lost, %d times two copies ran; "+
+		"%d VMs lost because their source QEMU was killed (seed %d)",
+		faults, corruptions, blocks, lost, twice, orphaned, r.Seed)
 }
 
 func count(b bool) int {

@@ -14,21 +14,21 @@ import (
 
 	"google.golang.org/grpc"
 
-	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A stage is two hosts with their daemons, and a VM with the Linux guest that goes from one to the other. It serves
+// A stage is two hosts with their daemons, and VMs with the Linux guest that go from one to the other. It serves
 // case after case until one fails.
 type stage struct {
 	dir    string // of logs
 	tls    string // directory of certificates
 	issued time.Time
 	lab    *lab.Lab
-	vm     *machine
+	bare   bool                     // its VMs have no devices
+	guests map[lab.Backend]*machine // with the Linux guest, by their RAM; see linux
 
 	mu       sync.Mutex // of daemons
 	daemons  map[*lab.Host]*lab.Process
@@ -39,10 +39,11 @@ type stage struct {
 	advertised map[*lab.Host]string
 }
 
-// newStage starts the daemons and boots the VM on host a. Its logs are in dir.
+// newStage starts the daemons. Their logs are in dir.
 func newStage(ctx context.Context, dir string) (_ *stage, err error) {
 	s := &stage{
 		dir: dir, daemons: map[*lab.Host]*lab.Process{}, clients: map[*lab.Host]migratedv1.ControlServiceClient{}, advertised: map[*lab.Host]string{},
+		guests: map[lab.Backend]*machine{},
 	}
 	defer func() {
 		if err != nil {
@@ -71,21 +72,8 @@ func newStage(ctx context.Context, dir string) (_ *stage, err error) {
 		s.conns = append(s.conns, conn)
 		s.clients[h] = client
 	}
-	kernel, initrd, err := image.Linux(ctx)
-	if err != nil {
-		return nil, err
-	}
-	j := &linuxJudge{ctx: context.WithoutCancel(ctx), path: moved(linuxName, lab.SerialLog), ears: map[*lab.Host]*ear{}}
-	files := map[string]string{"kernel": kernel, "initrd": initrd}
-	if s.vm, err = s.newMachine(ctx, linuxName, linuxConfig(kernel, initrd), s.lab.A, files, j); err != nil {
-		return nil, err
-	}
-	_, err = j.ears[s.lab.A].log.WaitReady(ctx)
-	return s, err
+	return s, nil
 }
-
-// linuxName is what the VM with the Linux guest is called.
-const linuxName = "linux"
 
 func (s *stage) hosts() []*lab.Host { return []*lab.Host{s.lab.A, s.lab.B} }
 
@@ -95,8 +83,8 @@ func (s *stage) close(ctx context.Context) error {
 	for _, conn := range s.conns {
 		errs = append(errs, conn.Close())
 	}
-	if s.vm != nil {
-		errs = append(errs, s.vm.destroy(ctx))
+	for _, m := range s.guests {
+		errs = append(errs, m.destroy(ctx))
 	}
 	if s.lab != nil {
 		errs = append(errs, s.lab.Close())

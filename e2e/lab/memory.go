@@ -120,11 +120,13 @@ func (c VMConfig) RAMFiles() []string {
 	return files
 }
 
+// SavedRAM is a path for [Host.SaveRAM].
+const SavedRAM = VMDir + "/ram.saved"
+
 // SaveRAM has QEMU write the RAM of the VM, which its caller has stopped, to a file of the host, and returns where
 // that is found from outside of it. It works for every backend of a VM with no more than 2 GiB: their RAM has no gap.
 // The caller removes the file; the next SaveRAM writes it anew.
-func (h *Host) SaveRAM(ctx context.Context, client *qmp.Client, c VMConfig) (path string, err error) {
-	const saved = VMDir + "/ram.saved"
+func (h *Host) SaveRAM(ctx context.Context, client *qmp.Client, c VMConfig, saved string) (path string, err error) {
 	path = h.Path(saved)
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", err

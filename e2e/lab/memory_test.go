@@ -98,7 +98,7 @@ func checkRAM(ctx context.Context, t *testing.T, h *lab.Host, c lab.VMConfig) {
 	if err := client.Do(ctx, "stop", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	saved, err := h.SaveRAM(ctx, client, c)
+	saved, err := h.SaveRAM(ctx, client, c, lab.SavedRAM)
 	if err != nil {
 		t.Fatal(err)
 	}

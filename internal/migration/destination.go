@@ -90,6 +90,7 @@ type Destination struct {
 	leave   bool // kept for a later daemon
 	word    word
 	pumping bool // pump was started; it releases what is held
+	orphan  bool // the pump's: the source's QEMU has ended
 	// attaching is closed when attachAgain has ended; nil where it was not needed.
 	attaching chan struct{}
 	// releaseGC ends the hold on the garbage collector during the switch.

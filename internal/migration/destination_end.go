@@ -42,8 +42,11 @@ func (d *Destination) end(err error) {
 		// nothing ever reads a zero in its place.
 		d.log.Error("failed after the switch", "error", err)
 		d.leave = true
-		d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, d.explain(err),
-			"the source keeps the stopped VM with its memory as it was at the switch")
+		vmStatus := "the source keeps the stopped VM with its memory as it was at the switch"
+		if d.orphan {
+			vmStatus = "the VM has ended; the source's QEMU has, too"
+		}
+		d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, d.explain(err), vmStatus)
 	default:
 		d.giveUp(err)
 	}

@@ -66,12 +66,16 @@ func (d *Destination) pumpLanes(l *lanes) error {
 			return fmt.Errorf("the source's pages cannot be had any more, before the switch: %w", err)
 		}
 		d.log.Warn("no page comes any more, trying again", "error", err)
-		d.paused(withRemedy(err, remedy))
+		if sourceQEMUGone(err) {
+			d.orphaned(err)
+		} else {
+			d.paused(withRemedy(err, remedy))
+		}
 		switch inVain := d.engine.Stats().PagesPresent == before; {
 		case !inVain:
 			pause = 0
-		case errors.Is(err, postcopy.ErrLaneLost): // the network mends itself, and dialAgain has pauses of its own
-			pause = firstPause
+		case !d.orphan && errors.Is(err, postcopy.ErrLaneLost):
+			pause = firstPause // the network mends itself, and dialAgain has pauses of its own
 		default:
 			pause = min(max(firstPause, 2*pause), longestPause)
 		}
@@ -115,8 +119,13 @@ func (d *Destination) sleep(pause time.Duration) error {
 // dialAgain tries to open lanes until it has some.
 func (d *Destination) dialAgain() (*lanes, error) {
 	for pause := firstPause; ; pause = min(2*pause, longestPause) {
-		d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
+		if !d.orphan {
+			d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
+		}
 		l, err := openLanes(d.ctx, d.laneConfig())
+		if err == nil && d.orphan { // what is shown stays true
+			return l, nil
+		}
 		if err == nil {
 			state := migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
 			if d.fate.Load() != toldToRun { // taken up between loading and Run
@@ -126,7 +135,9 @@ func (d *Destination) dialAgain() (*lanes, error) {
 			return l, nil
 		}
 		d.log.Warn("the page lanes cannot be opened again", "error", err)
-		d.paused(err)
+		if !d.orphan {
+			d.paused(err)
+		}
 		if err := d.sleep(pause); err != nil {
 			return nil, err
 		}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -84,6 +85,9 @@ type Source struct {
 	gaveUpDisks bool
 	loaded      *migratedv1.LoadDeviceStateResponse
 	steps       steps
+
+	unwatch func()      // ends watchQEMU
+	gone    atomic.Bool // it has seen QEMU end
 }
 
 // NewSource begins a migration; it prepares at once and switches when Start is
@@ -198,11 +202,21 @@ func (s *Source) run(ctx context.Context) {
 // seeThrough follows a migration whose VM runs at the destination to its end.
 func (s *Source) seeThrough(ctx context.Context) {
 	if err := s.follow(ctx); err != nil {
-		s.log.Error("failed after the switch", "error", err)
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
+		s.failAfterCommit(err)
 		return
 	}
+	s.unwatch() // from here on QEMU may end
 	s.complete()
+}
+
+// failAfterCommit ends a migration of which the destination alone could tell where the VM is.
+func (s *Source) failAfterCommit(err error) {
+	s.unwatch()
+	s.log.Error("failed after the commit point", "error", err)
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
+	if s.ended() {
+		s.forgetRecord() // of a VM that cannot be continued
+	}
 }
 
 // switchOver moves the VM itself. It is false where it did not: then the
@@ -230,15 +244,17 @@ func (s *Source) switchOver(ctx context.Context) bool {
 
 // handedOver is the second half of switchOver, after the commit point.
 func (s *Source) handedOver(ctx context.Context) bool {
+	s.unwatch = s.watchQEMU(ctx)
 	err := s.handOver(ctx)
 	switch {
 	case err == nil:
 		return true
 	case errors.Is(err, ErrNotRun):
+		s.unwatch()
 		s.giveBack()
 		s.backOut(ctx, err)
 	default:
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
+		s.failAfterCommit(err)
 	}
 	return false
 }

@@ -51,7 +51,11 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 		s.export.Withdraw() // no page is read from here on
 	}
 	vmStatus := "the VM was not touched"
-	if s.stopTried {
+	switch {
+	case s.ended():
+		s.forgetRecord()
+		vmStatus = endedStatus
+	case s.stopTried:
 		vmStatus = s.continueVM()
 	}
 	s.tellToGiveUp(ctx, reason) // the VM runs again, or never stopped: this has time
@@ -120,5 +124,8 @@ func (s *Source) leavePaused(ctx context.Context) (vmStatus string) {
 }
 
 func (s *Source) stoppedStatus() string {
+	if s.ended() {
+		return endedStatus
+	}
 	return "the VM is stopped on the source with its memory as it was at the switch"
 }

@@ -88,7 +88,7 @@ func (s *Source) handOver(ctx context.Context) error {
 		case codes.NotFound, codes.FailedPrecondition:
 			// The destination answers, but cannot tell: asking again is no use.
 			return withRemedy(fromPeer("run the VM", destination, err),
-				"look on the destination whether the VM runs there; only if it certainly does not: "+s.fallBackCommand())
+				s.unless("look on the destination whether the VM runs there; only if it certainly does not: "+s.fallBackCommand()))
 		}
 		s.log.Warn("the hand-over is not answered, asking again", "error", err)
 		failure := fromPeer("run the VM", destination, err)
@@ -131,7 +131,8 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 		if state == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
 			shown := answer.GetError()
 			return true, withRemedy(fmt.Errorf("the destination failed after the switch: %s", shown.GetMessage()),
-				"once you are certain that the VM does not run on the destination, continue it here, as it was at the switch: "+s.fallBackCommand())
+				s.unless("once you are certain that the VM does not run on the destination, continue it here, "+
+					"as it was at the switch: "+s.fallBackCommand()))
 		}
 		s.update(func(m *migratedv1.Migration) {
 			downtime, deviceState := m.Progress.GetDowntime(), m.Progress.GetBytesDeviceState()
@@ -140,7 +141,9 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 			if !s.takenUp { // else the destination alone knows
 				m.Progress.Downtime = downtime
 			}
-			m.Error = answer.GetError()
+			if m.Error = answer.GetError(); m.Error == nil && s.gone.Load() && !Terminal(state) {
+				m.Error = s.orphanError()
+			}
 			if !Terminal(state) { // complete says so once the source has let go
 				m.State = state
 			}

@@ -82,7 +82,7 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	defer cancel()
 	if !rec.Alive() {
 		s.forgetRecord()
-		return fmt.Errorf("the source's QEMU, process %d, is gone", rec.PID)
+		return fmt.Errorf("%w: process %d is gone", errOurQEMUGone, rec.PID)
 	}
 	var err error
 	if s.vm, err = qemu.Attach(ctx, rec.VM); err != nil {
@@ -146,10 +146,13 @@ func (s *Source) runTakenUp(ctx context.Context, err error) {
 	switch {
 	case err != nil && (s.committed || s.vm == nil):
 		s.log.Error("cannot take up the migration", "error", err)
+		remedy := "look where the VM runs; only if it certainly runs nowhere: " + s.fallBackCommand()
+		vmStatus := "this daemon did not touch the VM"
+		if errors.Is(err, errOurQEMUGone) {
+			remedy, vmStatus = fmt.Sprintf(endVM, s.cfg.ID), endedStatus
+		}
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-			withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err),
-				"look where the VM runs; only if it certainly runs nowhere: "+s.fallBackCommand()),
-			"this daemon did not touch the VM")
+			withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err), remedy), vmStatus)
 	case !s.committed:
 		// Run was never sent: the destination has not run the VM.
 		s.backOut(ctx, errors.Join(errDaemonEnded, err))

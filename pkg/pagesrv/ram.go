@@ -191,14 +191,40 @@ func (b *openBlock) hole(offset uint64) (uint64, error) {
 	start := uint64(b.base)
 	at, err := b.pages.Next(start+offset, start+b.Size)
 	if err != nil {
-		return 0, err
+		return 0, gone(err)
 	}
 	data := max((at-start)/b.PageSize*b.PageSize, offset)
+	if data > offset {
+		if err := b.confirm(offset); err != nil {
+			return 0, err
+		}
+	}
 	if b.under == nil || data == offset {
 		return data, nil
 	}
 	shown, err := b.fileHole(b.under, offset)
 	return min(data, shown), err
+}
+
+// confirm says whether what the map called a hole at offset was one. It was not, if the process was dying: Linux takes
+// the memory of a process that it kills for want of memory while that still exists (oom_reaper in mm/oom_kill.c), and
+// PAGEMAP_SCAN looks into memory that is being taken down, before it learnt not to. Both end for good all reading of
+// pages that are not there, so that one read afterwards tells. A huge page is not read, it might be made for that;
+// those the kernel takes last.
+func (b *openBlock) confirm(offset uint64) error {
+	if b.PageSize > minPageSize {
+		return gone(b.pages.Exists(uint64(b.base) + offset))
+	}
+	var one [1]byte
+	return b.read(one[:], offset)
+}
+
+// gone makes ErrProcessGone of what the kernel says of a process that has ended.
+func gone(err error) error {
+	if errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("%w: %w", ErrProcessGone, err)
+	}
+	return err
 }
 
 // fileHole looks for a hole in a file. hugetlbfs calls everything data.

@@ -37,11 +37,14 @@ func Open(pid int) (*Map, error) {
 // Close closes the map.
 func (m *Map) Close() error { return m.file.Close() }
 
-// Next returns the address of the first page at or after from that has content, in memory or in swap; end where none before
-// it has. A page that only reads as zero because the kernel's page of zeros is mapped there has none, as far as the kernel
-// tells. Both addresses are multiples of the page size.
+// Next returns the address of the first page at or after from that has content, in memory or in swap; end where none
+// before it has. A page that only reads as zero because the kernel's page of zeros is mapped there has none, as far as
+// the kernel tells. Both addresses are multiples of the page size.
 //
 // Of memory that is shared or a file's the map says only what the process itself has mapped at the moment.
+//
+// The error is unix.ESRCH, wrapped, when the process has ended. Not every kernel says so: that nothing has content may
+// mean that the process ended meanwhile. Ask Exists afterwards.
 func (m *Map) Next(from, end uint64) (uint64, error) {
 	if from >= end {
 		return end, nil
@@ -54,6 +57,13 @@ func (m *Map) Next(from, end uint64) (uint64, error) {
 		m.unable.Store(true)
 	}
 	return m.walk(from, end)
+}
+
+// Exists returns unix.ESRCH, wrapped, when the process has ended: the kernel lets nobody read entries of memory that is
+// being taken down (pagemap_read in Linux' fs/proc/task_mmu.c).
+func (m *Map) Exists(addr uint64) error {
+	_, err := m.walk(addr, addr+uint64(os.Getpagesize()))
+	return err
 }
 
 // scanArgs is struct pm_scan_arg of linux/fs.h.
@@ -119,7 +129,7 @@ func (m *Map) walk(from, end uint64) (uint64, error) {
 			return 0, err
 		}
 		if n < entryBytes {
-			return 0, fmt.Errorf("%s ends before %#x: the process has ended", m.file.Name(), at)
+			return 0, fmt.Errorf("%s ends before %#x: %w", m.file.Name(), at, unix.ESRCH)
 		}
 		for i := 0; i+entryBytes <= n; i += entryBytes {
 			if binary.LittleEndian.Uint64(buf[i:])&(entryPresent|entrySwapped) != 0 {
