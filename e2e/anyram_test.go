@@ -19,8 +19,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestAnyRAM moves a VM with disks and network cards from one kind of memory to the next, on each version of QEMU. Each kind
-// is a source and a destination once; every page and every block is checked after each move.
+// TestAnyRAM moves a VM with disks and network cards from one kind of memory to the next, on each version of QEMU. Each
+// kind is a source and a destination once; every page and every block is checked after each move.
 func TestAnyRAM(t *testing.T) {
 	kinds := []lab.Backend{lab.BackendDefault} // what most VMs have is first and last
 	for _, kind := range lab.Backends() {
@@ -65,8 +65,8 @@ func TestGiganticRAM(t *testing.T) {
 	}
 }
 
-// reserveGiganticPages makes sure of n free pages of 1 GiB for this test. Not every machine has them, or so much memory in one
-// piece.
+// reserveGiganticPages makes sure of n free pages of 1 GiB for this test. Not every machine has them, or so much memory
+// in one piece.
 func reserveGiganticPages(t *testing.T, n int) {
 	t.Helper()
 	const knob = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"

@@ -88,8 +88,8 @@ func ask(t *testing.T, h *lab.Host, command string, args, result any) {
 	}
 }
 
-// TestPausedVMWithDiskGoesOn moves a VM that is paused and has a writable disk from host to host, and on: a QEMU that has not
-// got its disks would abort when it is asked to give them up.
+// TestPausedVMWithDiskGoesOn moves a VM that is paused and has a writable disk from host to host, and on: a QEMU that
+// has not got its disks would abort when it is asked to give them up.
 func TestPausedVMWithDiskGoesOn(t *testing.T) {
 	needRealVM(t)
 	for _, version := range lab.QEMUVersions {
@@ -174,7 +174,8 @@ func TestNewerQEMU(t *testing.T) {
 	}
 }
 
-// TestManyDevices moves a VM with eight disks and eight network cards, each behind a port of its own, that its guest drives.
+// TestManyDevices moves a VM with eight disks and eight network cards, each behind a port of its own, that its guest
+// drives.
 func TestManyDevices(t *testing.T) {
 	needRealVM(t)
 	l := newLab(t)
@@ -212,8 +213,8 @@ func TestManyDevices(t *testing.T) {
 	}
 }
 
-// TestVideoMemoryFollows: a large screen on a slow network neither delays the stop nor lengthens it, because it is memory like
-// any. What the guest has drawn arrives.
+// TestVideoMemoryFollows: a large screen on a slow network neither delays the stop nor lengthens it, because it is
+// memory like any. What the guest has drawn arrives.
 func TestVideoMemoryFollows(t *testing.T) {
 	l := linkedHosts(t, lab.Link{Rate: 50e6, Delay: 100 * time.Microsecond})
 	startDaemon(t, l.A)
@@ -270,8 +271,8 @@ func TestFirmwareVariablesArrive(t *testing.T) {
 	}
 }
 
-// TestMemoryThatWasPromised: a VM that was preallocated, or whose memory is locked, has all of it after a move, and so it
-// is after the next one.
+// TestMemoryThatWasPromised: a VM that was preallocated, or whose memory is locked, has all of it after a move, and so
+// it is after the next one.
 func TestMemoryThatWasPromised(t *testing.T) {
 	for name, args := range map[string][]string{
 		"prealloc": {"-object", "memory-backend-ram,id=ram0,size=64M,prealloc=on", "-machine", "memory-backend=ram0"},
@@ -368,8 +369,8 @@ func TestSnapshotMeanwhile(t *testing.T) {
 	s.stillCounting()
 }
 
-// TestPluggedMemoryMoves: memory that was plugged in while the VM ran is not on its command line. The destination that lacks it is
-// refused before the VM is touched, and one that was given it is not.
+// TestPluggedMemoryMoves: memory that was plugged in while the VM ran is not on its command line. The destination that
+// lacks it is refused before the VM is touched, and one that was given it is not.
 func TestPluggedMemoryMoves(t *testing.T) {
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{"-m", "32M,slots=2,maxmem=1G"}})
@@ -395,7 +396,8 @@ func TestPluggedMemoryMoves(t *testing.T) {
 	s.counts()
 }
 
-// TestReadOnlyImageIsLeftAlone: an nvdimm that the guest cannot write is the same image at both ends, or the move is refused.
+// TestReadOnlyImageIsLeftAlone: an nvdimm that the guest cannot write is the same image at both ends, or the move is
+// refused.
 func TestReadOnlyImageIsLeftAlone(t *testing.T) {
 	l := newLab(t)
 	content := bytes.Repeat([]byte("an image "), 1<<20)[:8<<20]
@@ -489,8 +491,8 @@ func mustRead(t *testing.T, path string) []byte {
 	return text
 }
 
-// TestUnmovableDevices: devices whose state QEMU cannot move are named before the VM is touched, because a save would leave them out
-// in silence.
+// TestUnmovableDevices: devices whose state QEMU cannot move are named before the VM is touched, because a save would
+// leave them out in silence.
 func TestUnmovableDevices(t *testing.T) {
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{

@@ -157,8 +157,8 @@ func metal(t *testing.T, c lab.VMConfig) lab.VMConfig {
 	return c
 }
 
-// needKVM is for tests that need the machine's own KVM. Where there is none they are skipped, in CI as well: the kernels that
-// e2e/kernel/secure boots have a KVM of their own, in which VMs move each time.
+// needKVM is for tests that need the machine's own KVM. Where there is none they are skipped, in CI as well: the
+// kernels that e2e/kernel/secure boots have a KVM of their own, in which VMs move each time.
 func needKVM(t *testing.T) {
 	t.Helper()
 	if _, err := os.Stat("/dev/kvm"); err != nil {

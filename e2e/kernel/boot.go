@@ -25,9 +25,9 @@ import (
 const QEMU = emulator.V11
 
 // commandLine is what every kernel gets. On a busy machine the emulated TSC has been measured against the timer as 17
-// times too slow, and with it every clock in the guest ran too fast: the HPET is exact. There, too, a kernel may look in
-// vain whether the timer interrupts, because the emulator stands still meanwhile. It panics then (IO-APIC + timer doesn't
-// work!), unless it is told not to look.
+// times too slow, and with it every clock in the guest ran too fast: the HPET is exact. There, too, a kernel may look
+// in vain whether the timer interrupts, because the emulator stands still meanwhile. It panics then (IO-APIC + timer
+// doesn't work!), unless it is told not to look.
 const commandLine = "console=ttyS0 panic=-1 tsc=unstable no_timer_check "
 
 // Options say what Boot boots.

@@ -12,7 +12,8 @@
 //	  7e  section id (32)                                                              footer
 //	00
 //
-// An incoming migration (qemu_loadvm_state) wants one thing between the version and the sections, and looks for another after the end:
+// An incoming migration (qemu_loadvm_state) wants one thing between the version and the sections, and looks for another
+// after the end:
 //
 //	07  length (32)  machine type              configuration: the resolved type, "pc-q35-7.2"
 //	06  length (32)  JSON                      description: for debuggers; an empty object will do
@@ -52,11 +53,12 @@ type Section struct {
 	Bytes    []byte // with header and footer; a part of what was parsed
 }
 
-// Parse takes what QEMU saved apart. The sections' Bytes, one after the other, are all that lies between version and end.
+// Parse takes what QEMU saved apart. The sections' Bytes, one after the other, are all that lies between version and
+// end.
 //
-// Where a section ends only its device knows. But its footer is followed by the header of the next one, or by the end: five
-// bytes and a header with a name in it, which no device writes by chance. Machine types older than 2.4 have no footers, and
-// are refused.
+// Where a section ends only its device knows. But its footer is followed by the header of the next one, or by the end:
+// five bytes and a header with a name in it, which no device writes by chance. Machine types older than 2.4 have no
+// footers, and are refused.
 func Parse(saved []byte) ([]Section, error) {
 	if len(saved) <= preamble || string(saved[:len(magic)]) != magic {
 		return nil, fmt.Errorf("%w: it has %d bytes and does not begin with %q", ErrUnknown, len(saved), magic)

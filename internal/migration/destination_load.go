@@ -16,12 +16,13 @@ import (
 )
 
 const (
-	// A PC has its option ROMs below 1 MiB, in the RAM that QEMU was given first. Among them is that of QEMU's virtual APIC, which
-	// it reads while it loads (hw/i386/kvmvapic.c). To any other machine this is memory like any.
+	// A PC has its option ROMs below 1 MiB, in the RAM that QEMU was given first. Among them is that of QEMU's virtual
+	// APIC, which it reads while it loads (hw/i386/kvmvapic.c). To any other machine this is memory like any.
 	legacyROMs     = 0xc0000
 	legacyROMBytes = 128 << 10
-	// QEMU reads all of a flash that the guest can write when it runs the VM (postload_update_cb in hw/block/pflash_cfi01.c):
-	// it writes it to the flash's image. Firmware of a PC keeps its variables in one of half a MiB.
+	// QEMU reads all of a flash that the guest can write when it runs the VM (postload_update_cb in
+	// hw/block/pflash_cfi01.c): it writes it to the flash's image. Firmware of a PC keeps its variables in one of half a
+	// MiB.
 	flashPrefix = "system.flash"
 	flashBytes  = 1 << 20
 )

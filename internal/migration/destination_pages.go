@@ -189,8 +189,8 @@ func (d *Destination) showProgress(ctx context.Context) {
 	}
 }
 
-// shrinkReserve gives back what the pages that came have taken the place of. Those of other blocks are counted as if they were
-// of promised memory: it is too little that is held then, by some megabytes.
+// shrinkReserve gives back what the pages that came have taken the place of. Those of other blocks are counted as if
+// they were of promised memory: it is too little that is held then, by some megabytes.
 func (d *Destination) shrinkReserve(stats postcopy.Stats) {
 	if d.reserve == nil || stats.PagesTotal == 0 {
 		return

@@ -85,8 +85,9 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	return d.answer, nil
 }
 
-// announce has the VM's network cards say where they are now. QEMU would do it when it has loaded, when the VM may yet go on at
-// the source: then switches would look for it here. Nobody waits for this: QEMU's main loop may be what waits for a page.
+// announce has the VM's network cards say where they are now. QEMU would do it when it has loaded, when the VM may yet
+// go on at the source: then switches would look for it here. Nobody waits for this: QEMU's main loop may be what waits
+// for a page.
 func (d *Destination) announce(vm *qemu.VM) {
 	ctx, cancel := context.WithTimeout(d.daemon, resumeTimeout)
 	defer cancel()

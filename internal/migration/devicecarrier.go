@@ -19,8 +19,8 @@ import (
 // mostLoaded bounds what a source sends as a device state. That of 32 devices is 2 MB.
 const mostLoaded = 256 << 20
 
-// A deviceCarrier is the pair of sockets between the daemon and a destination's QEMU that a migration stream runs over. QEMU
-// gets its end as a descriptor, so that no path, port or permission is needed, also inside QEMU's sandbox.
+// A deviceCarrier is the pair of sockets between the daemon and a destination's QEMU that a migration stream runs over.
+// QEMU gets its end as a descriptor, so that no path, port or permission is needed, also inside QEMU's sandbox.
 type deviceCarrier struct {
 	qemu *os.File // to be handed to QEMU
 	ours *os.File

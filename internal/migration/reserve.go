@@ -15,9 +15,9 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A reserve is memory that a destination holds for a VM which was promised all of its memory, from the time at which its QEMU
-// has dropped what it had preallocated until the VM's pages take its place. The kernel cannot set memory aside otherwise:
-// what is allocated is there, and raises no fault. Huge pages are set aside by the kernel.
+// A reserve is memory that a destination holds for a VM which was promised all of its memory, from the time at which
+// its QEMU has dropped what it had preallocated until the VM's pages take its place. The kernel cannot set memory aside
+// otherwise: what is allocated is there, and raises no fault. Huge pages are set aside by the kernel.
 type reserve struct {
 	mu   sync.Mutex
 	file *os.File // a memfd(2); nil: nothing is held
@@ -30,11 +30,13 @@ var errNoReserve = errors.New("this host has not the memory that the VM was prom
 const (
 	// reserveStep is how much is taken at a time: what the host has is asked before each.
 	reserveStep = 64 << 20
-	// reserveLeaves is what must stay for others: the kernel that finds no more memory ends processes, perhaps another VM's.
+	// reserveLeaves is what must stay for others: the kernel that finds no more memory ends processes, perhaps another
+	// VM's.
 	reserveLeaves = 256 << 20
 )
 
-// reserveFor takes the memory of all blocks that are to be populated. available says how many bytes the host has to give.
+// reserveFor takes the memory of all blocks that are to be populated. available says how many bytes the host has to
+// give.
 func reserveFor(blocks []qemu.RAMBlock, available func() (uint64, error)) (_ *reserve, err error) {
 	r := &reserve{}
 	var size int64
@@ -80,7 +82,8 @@ func tooLittle(err error) error {
 	return withRemedy(fmt.Errorf("%w: %w", errNoReserve, err), "free memory at the destination, or start the VM without that promise")
 }
 
-// availableMemory is what the kernel estimates that it can give without taking from others (MemAvailable in proc_meminfo(5)).
+// availableMemory is what the kernel estimates that it can give without taking from others (MemAvailable in
+// proc_meminfo(5)).
 func availableMemory() (uint64, error) {
 	text, err := os.ReadFile("/proc/meminfo")
 	if err != nil {

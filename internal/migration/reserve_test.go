@@ -40,8 +40,8 @@ func TestReserve(t *testing.T) {
 	}
 }
 
-// A VM that was promised nothing has nothing set aside for it. What the host does not have is never taken: the kernel would end
-// other processes for it.
+// A VM that was promised nothing has nothing set aside for it. What the host does not have is never taken: the kernel
+// would end other processes for it.
 func TestReserveIsRefused(t *testing.T) {
 	page := uint64(os.Getpagesize())
 	asked := 0

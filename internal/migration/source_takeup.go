@@ -117,8 +117,8 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	return nil
 }
 
-// savesDevices is the first version of the protocol in which the source saves the devices' state, and all memory of the VM is
-// moved as blocks.
+// savesDevices is the first version of the protocol in which the source saves the devices' state, and all memory of the
+// VM is moved as blocks.
 const savesDevices = 2
 
 // inOrder returns the VM's memory in the order that was agreed on with the destination.

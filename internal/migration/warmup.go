@@ -25,8 +25,9 @@ const (
 // padding is what warmUp sends.
 var padding [deviceChunk]byte
 
-// warmUp makes a connection ready for the device state, while the VM still runs. One that was idle carries 14 KB in its first
-// round trip, twice that in the next (RFC 6928, RFC 5681): at a round trip of 10 ms a state of 250 KB would take 43 ms.
+// warmUp makes a connection ready for the device state, while the VM still runs. One that was idle carries 14 KB in its
+// first round trip, twice that in the next (RFC 6928, RFC 5681): at a round trip of 10 ms a state of 250 KB would take
+// 43 ms.
 func warmUp(ctx context.Context, stream deviceStream, roundTrip time.Duration) error {
 	if roundTrip < shortRoundTrip {
 		return nil

@@ -25,7 +25,8 @@ func (c *counter) Send(m *migratedv1.LoadDeviceStateRequest) error {
 	return c.fails
 }
 
-// While the VM runs, padding goes at the pace of a connection that was idle: what it carries doubles with each round trip.
+// While the VM runs, padding goes at the pace of a connection that was idle: what it carries doubles with each round
+// trip.
 func TestWarmUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var c counter

@@ -129,8 +129,8 @@ func (b RAMBlock) describe() string {
 	return fmt.Sprintf("%d MiB in pages of %d KiB, %s, %s", b.Size>>20, b.PageSize>>10, kind, where)
 }
 
-// checkBlockers asks which devices refuse to be migrated, and looks for those whose state is not in what Saver saves: QEMU moves it in
-// portions, while the VM runs.
+// checkBlockers asks which devices refuse to be migrated, and looks for those whose state is not in what Saver saves:
+// QEMU moves it in portions, while the VM runs.
 func checkBlockers(ctx context.Context, vm *VM) ([]Result, error) {
 	info, err := vm.queryMigrate(ctx)
 	if err != nil {

@@ -37,7 +37,8 @@ type CommandOptions struct {
 //     daemon watches its child;
 //   - our QMP socket becomes CommandOptions.QMPPath; all other monitors stay.
 //
-// RAM that is preallocated at the source is so here: QEMU finds out whether this host has the memory, before the VM is touched.
+// RAM that is preallocated at the source is so here: QEMU finds out whether this host has the memory, before the VM is
+// touched.
 //
 // The result is for exec: no shell is involved.
 func DestinationCommand(source SourceCommand, opts CommandOptions) ([]string, error) {

@@ -8,8 +8,8 @@ import (
 	"slices"
 )
 
-// DisksActive says whether QEMU has the VM's disks: not given up by Saver.Save, nor left to a source (late-block-activate).
-// A VM without disks has them.
+// DisksActive says whether QEMU has the VM's disks: not given up by Saver.Save, nor left to a source
+// (late-block-activate). A VM without disks has them.
 func (vm *VM) DisksActive(ctx context.Context) (bool, error) {
 	var nodes []struct {
 		Active *bool `json:"active"` // since QEMU 10.0
@@ -28,9 +28,9 @@ func (vm *VM) DisksActive(ctx context.Context) (bool, error) {
 	return true, nil
 }
 
-// disksPermitted tells it from what devices may do with their drives, which QEMU before 10.0 shows. A device has the permission
-// to write from the moment at which its drive is active, unless the drive is read-only, and none at all once it is given up
-// (blk_root_activate and blk_root_inactivate in block/block-backend.c).
+// disksPermitted tells it from what devices may do with their drives, which QEMU before 10.0 shows. A device has the
+// permission to write from the moment at which its drive is active, unless the drive is read-only, and none at all once
+// it is given up (blk_root_activate and blk_root_inactivate in block/block-backend.c).
 func (vm *VM) disksPermitted(ctx context.Context) (bool, error) {
 	var graph struct {
 		Nodes []struct {
@@ -81,7 +81,8 @@ func (vm *VM) writableDrives(ctx context.Context) (bool, error) {
 	return false, err
 }
 
-// ActivateDisks takes the disks of a stopped VM back. It reports whether this QEMU can do that: before 10.0 only Cont does.
+// ActivateDisks takes the disks of a stopped VM back. It reports whether this QEMU can do that: before 10.0 only Cont
+// does.
 func (vm *VM) ActivateDisks(ctx context.Context) (able bool, err error) {
 	if v := vm.QMP.Version(); v.Major < 10 {
 		return false, nil

@@ -20,6 +20,6 @@
 //	Quit
 //
 // Up to Cont at the destination, Cont at the source makes the VM go on there: the destination has not
-// activated its disks yet (QEMU's capability late-block-activate). Only the disks of a VM that is paused are taken when it is
-// loaded (TakeDisksWhenLoaded).
+// activated its disks yet (QEMU's capability late-block-activate). Only the disks of a VM that is paused are taken when
+// it is loaded (TakeDisksWhenLoaded).
 package qemu

@@ -23,8 +23,8 @@ const fdName = "migrated-device-state"
 
 // LoadDevices makes a QEMU that was started with -incoming defer read a migration stream from f, which
 // stays the caller's, and returns when QEMU has loaded all of it. PrepareIncoming must have been called. begun
-// is called when QEMU is about to read. The stream may come in parts, at any time: QEMU waits for the next without its big
-// lock (qemu_loadvm_state in migration/savevm.c runs as a coroutine), and its monitor answers.
+// is called when QEMU is about to read. The stream may come in parts, at any time: QEMU waits for the next without its
+// big lock (qemu_loadvm_state in migration/savevm.c runs as a coroutine), and its monitor answers.
 //
 // A QEMU that fails to load exits: the error is then a *qmp.DisconnectedError, and QEMU's own words are in
 // Process.ExitReason. When ctx ends, the socket f is shut down, which is a failed load to QEMU.

@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RAMBlock is a piece of memory that belongs to the VM and where it is: guest RAM, and also firmware, video memory, flash
-// and option ROMs. Everything but Addr and what is said of the file is the same at source and destination.
+// RAMBlock is a piece of memory that belongs to the VM and where it is: guest RAM, and also firmware, video memory,
+// flash and option ROMs. Everything but Addr and what is said of the file is the same at source and destination.
 type RAMBlock struct {
 	ID       string // QEMU's name of it (RAMBlock.idstr)
 	Size     uint64 // bytes in use
@@ -106,8 +106,8 @@ func (vm *VM) RAMBlocks(ctx context.Context) ([]RAMBlock, error) {
 	return blocks, errors.Join(failed...)
 }
 
-// firstPage returns where QEMU has the guest's address 0, which is RAM on each PC, and holds the list against that; 0: nothing
-// is there.
+// firstPage returns where QEMU has the guest's address 0, which is RAM on each PC, and holds the list against that; 0:
+// nothing is there.
 func (vm *VM) firstPage(ctx context.Context, listed []listedBlock) (addr uint64, err error) {
 	text, err := vm.hmp(ctx, "gpa2hva 0")
 	if err != nil {

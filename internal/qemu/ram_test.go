@@ -50,7 +50,8 @@ func checkBlock(t *testing.T, vm *VM, b RAMBlock) {
 	}
 }
 
-// checkFirstPages writes to the guest's memory where a block that begins at address 0 is said to be, and has QEMU read it.
+// checkFirstPages writes to the guest's memory where a block that begins at address 0 is said to be, and has QEMU read
+// it.
 func checkFirstPages(t *testing.T, vm *VM, b RAMBlock) {
 	t.Helper()
 	memory, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", vm.Pid), os.O_RDWR, 0)

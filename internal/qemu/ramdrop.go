@@ -21,12 +21,13 @@ import (
 // madvDontneedLocked is MADV_DONTNEED for memory that is locked, too (linux/mman.h, since Linux 5.18).
 const madvDontneedLocked = 24
 
-// DropRAM empties the memory of a destination: what QEMU put there when it started (firmware, flash, preallocated pages) is
-// not the VM's, and a page that is there raises no fault. It must not be called once pages of the VM may have arrived.
+// DropRAM empties the memory of a destination: what QEMU put there when it started (firmware, flash, preallocated
+// pages) is not the VM's, and a page that is there raises no fault. It must not be called once pages of the VM may have
+// arrived.
 //
-// QEMU itself is made to do it, by system calls that its main thread runs for us, so that nothing is dropped but what this
-// process has mapped: a file is never opened by its name, which may lead to another VM's. A file that others map as well
-// is refused.
+// QEMU itself is made to do it, by system calls that its main thread runs for us, so that nothing is dropped but what
+// this process has mapped: a file is never opened by its name, which may lead to another VM's. A file that others map
+// as well is refused.
 func (vm *VM) DropRAM(ctx context.Context, blocks []RAMBlock) (err error) {
 	for _, b := range blocks {
 		if err := vm.checkAlone(b); err != nil {
@@ -57,8 +58,8 @@ func (vm *VM) drop(ctx context.Context, p *inject.Process, b RAMBlock) error {
 	start, size := uintptr(b.Addr), uintptr(b.Size)
 	switch {
 	case b.Private && b.behind:
-		// Of a file on a disk userfaultfd knows nothing; one on tmpfs may have content, which would be found in pages that have
-		// not come. Nothing of the file is wanted: all content comes from the source.
+		// Of a file on a disk userfaultfd knows nothing; one on tmpfs may have content, which would be found in pages that
+		// have not come. Nothing of the file is wanted: all content comes from the source.
 		return vm.replace(ctx, p, b)
 	case b.Private:
 		_, err := p.Syscall(ctx, unix.SYS_MADVISE, start, size, unix.MADV_DONTNEED)
@@ -138,8 +139,8 @@ func (vm *VM) descriptorOf(b RAMBlock) (fd int, known bool) {
 	return fd, err == nil
 }
 
-// checkAlone refuses a shared file that another process maps, because what is in it may be that one's; and one that shows
-// through a private mapping wherever a page is missing.
+// checkAlone refuses a shared file that another process maps, because what is in it may be that one's; and one that
+// shows through a private mapping wherever a page is missing.
 func (vm *VM) checkAlone(b RAMBlock) error {
 	if b.ReadOnly || b.File == "" || b.behind {
 		return nil

@@ -11,9 +11,9 @@ import (
 	"os"
 )
 
-// QEMU before 8.1 does not say where a RAM block is, and gpa2hva knows only what is mapped into the guest at the moment: no
-// option ROM, no ACPI table. But QEMU has that in memory itself. A struct RAMBlock (include/exec/ramblock.h, from 2.11 to
-// 8.0) lies on its heap:
+// QEMU before 8.1 does not say where a RAM block is, and gpa2hva knows only what is mapped into the guest at the
+// moment: no option ROM, no ACPI table. But QEMU has that in memory itself. A struct RAMBlock (include/exec/ramblock.h,
+// from 2.11 to 8.0) lies on its heap:
 //
 //	 0  rcu, mr               three pointers
 //	24  host                  address of the first byte: what is wanted
@@ -25,8 +25,8 @@ import (
 //	72  flags                 32 bits
 //	76  idstr                 256 bytes: the name, as "info ramblock" says it, and zeros
 //
-// A place counts only if all four things that QEMU told are there, and only if it is the only one. Whoever uses the address
-// holds it against the process' mappings besides.
+// A place counts only if all four things that QEMU told are there, and only if it is the only one. Whoever uses the
+// address holds it against the process' mappings besides.
 const (
 	blockHost   = 24
 	blockOffset = 40
@@ -34,8 +34,8 @@ const (
 	blockEnd    = blockName + 256
 )
 
-// heapChunk is how much of QEMU's memory is read at a time, and heapMost the largest mapping that is looked through: heaps
-// are smaller, and RAM is not.
+// heapChunk is how much of QEMU's memory is read at a time, and heapMost the largest mapping that is looked through:
+// heaps are smaller, and RAM is not.
 const (
 	heapChunk = 1 << 20
 	heapMost  = 1 << 30

@@ -34,8 +34,8 @@ func (vm *VM) hmp(ctx context.Context, line string) (text string, err error) {
 	return text, err
 }
 
-// parseBlocks reads the table. Its columns are the name, the page size ("4 KiB"), offset, used and total size, and since
-// 8.1 the address and "ro" or "rw".
+// parseBlocks reads the table. Its columns are the name, the page size ("4 KiB"), offset, used and total size, and
+// since 8.1 the address and "ro" or "rw".
 func parseBlocks(text string) ([]listedBlock, error) {
 	var blocks []listedBlock
 	header := true

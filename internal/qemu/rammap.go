@@ -12,8 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// covering returns the mappings that together are size bytes from addr on, if they are one memory: contiguous, all private
-// or all shared, of one file or of none. QEMU makes one mapping, which madvise(2) and mbind(2) may split. nil: they are not.
+// covering returns the mappings that together are size bytes from addr on, if they are one memory: contiguous, all
+// private or all shared, of one file or of none. QEMU makes one mapping, which madvise(2) and mbind(2) may split. nil:
+// they are not.
 func covering(maps []vma, addr, size uint64) []vma {
 	var found []vma
 	at := addr
@@ -43,7 +44,8 @@ func goesOn(a, b vma) bool {
 
 func sameFile(a, b vma) bool { return a.major == b.major && a.minor == b.minor && a.inode == b.inode }
 
-// anonymous says that a shared mapping has a file that only the kernel knows of: mmap(2) with MAP_SHARED and MAP_ANONYMOUS.
+// anonymous says that a shared mapping has a file that only the kernel knows of: mmap(2) with MAP_SHARED and
+// MAP_ANONYMOUS.
 func anonymous(m vma) bool { return m.shared && strings.HasPrefix(m.path, "/dev/zero") }
 
 // openablePath finds a path that leads to the file of a mapping whether it has a name or not: QEMU's own

@@ -50,16 +50,16 @@ func (vm *VM) NewSaver(ctx context.Context) (*Saver, error) {
 // Save returns the state of all devices of a stopped VM, as QEMU's savevm.c writes it: magic and version of a migration
 // stream, a section for each device that has state, and the end. RAM is not in it. The VM stays stopped.
 //
-// With giveUpDisks QEMU also gives the disks up, so that another QEMU can have them, until Cont or ActivateDisks. A QEMU
-// that has given them up must not be asked to do so again: it would abort (see DisksActive).
+// With giveUpDisks QEMU also gives the disks up, so that another QEMU can have them, until Cont or ActivateDisks. A
+// QEMU that has given them up must not be asked to do so again: it would abort (see DisksActive).
 //
 // QEMU holds its big lock until it has written the last byte, and waits for nobody: the file is memory.
 func (s *Saver) Save(ctx context.Context, giveUpDisks bool) ([]byte, error) {
 	if err := s.file.Truncate(0); err != nil {
 		return nil, fmt.Errorf("file for the device state: %w", err)
 	}
-	// The name is Xen's, the command is everybody's (qmp_xen_save_devices_state in migration/savevm.c). "live" is what makes
-	// it give up the disks of a VM that was stopped before.
+	// The name is Xen's, the command is everybody's (qmp_xen_save_devices_state in migration/savevm.c). "live" is what
+	// makes it give up the disks of a VM that was stopped before.
 	args := map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", s.set), "live": giveUpDisks}
 	if err := s.vm.QMP.Do(ctx, "xen-save-devices-state", args, nil); err != nil {
 		return nil, err

@@ -18,8 +18,8 @@ const (
 	capLateBlock = "late-block-activate"
 )
 
-// Settings are those of QEMU's settings for its own migrations that PrepareIncoming changes. Daemons that speak protocol 1 alone
-// changed the rest as well, at both ends.
+// Settings are those of QEMU's settings for its own migrations that PrepareIncoming changes. Daemons that speak
+// protocol 1 alone changed the rest as well, at both ends.
 type Settings struct {
 	Capabilities  map[string]bool `json:"capabilities"`
 	MaxBandwidth  uint64          `json:"max_bandwidth"` // bytes a second; 0: not changed
@@ -73,15 +73,15 @@ func (vm *VM) PrepareIncoming(ctx context.Context) error {
 	return vm.warmHeap(ctx)
 }
 
-// TakeDisksWhenLoaded makes LoadDevices take the VM's disks from the source as soon as all is loaded, not when Cont runs the VM:
-// one that arrives paused may never be run, and a QEMU without its disks could not be moved on. Since 10.0 QEMU leaves them
-// to cont all the same: ActivateDisks then takes them.
+// TakeDisksWhenLoaded makes LoadDevices take the VM's disks from the source as soon as all is loaded, not when Cont
+// runs the VM: one that arrives paused may never be run, and a QEMU without its disks could not be moved on. Since 10.0
+// QEMU leaves them to cont all the same: ActivateDisks then takes them.
 func (vm *VM) TakeDisksWhenLoaded(ctx context.Context) error {
 	return vm.SetCapabilities(ctx, map[string]bool{capLateBlock: false})
 }
 
-// Announce makes the VM's network cards announce themselves, as QEMU does after a migration of its own: at once, and four times
-// more within half a second, by RARP, and by the guest itself where it can.
+// Announce makes the VM's network cards announce themselves, as QEMU does after a migration of its own: at once, and
+// four times more within half a second, by RARP, and by the guest itself where it can.
 func (vm *VM) Announce(ctx context.Context) error {
 	return vm.QMP.Do(ctx, "announce-self", map[string]int{"initial": 50, "max": 550, "rounds": 5, "step": 100}, nil)
 }

@@ -47,9 +47,9 @@ func (vm *VM) VerifyStopped(ctx context.Context) error {
 	return nil
 }
 
-// Stop stops all vCPUs and returns when they stopped, by QEMU's clock, and whether they ran until then; of a VM that was
-// stopped before, it returns the present time. When it returns, what disks and network cards had to write to memory is
-// written (do_vm_stop in QEMU's cpus.c).
+// Stop stops all vCPUs and returns when they stopped, by QEMU's clock, and whether they ran until then; of a VM that
+// was stopped before, it returns the present time. When it returns, what disks and network cards had to write to memory
+// is written (do_vm_stop in QEMU's cpus.c).
 func (vm *VM) Stop(ctx context.Context) (at time.Time, ran bool, err error) {
 	events := vm.QMP.Subscribe("STOP")
 	defer events.Close()

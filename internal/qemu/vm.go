@@ -59,8 +59,8 @@ func attach(ctx context.Context, client *qmp.Client) (*VM, error) {
 	return vm, nil
 }
 
-// Close disconnects, after it has put back the migration settings that were changed: QEMU's own migrations are to be as they
-// were.
+// Close disconnects, after it has put back the migration settings that were changed: QEMU's own migrations are to be as
+// they were.
 func (vm *VM) Close() error {
 	var err error
 	if vm.restore != nil && vm.QMP.Err() == nil {

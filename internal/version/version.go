@@ -15,11 +15,11 @@ const (
 	// For each migration the destination chooses the newest that both speak, and both keep to it, also when they are
 	// started anew with a newer one.
 	Protocol = 2 + raised
-	// OldestToBegin is the oldest in which it begins a migration. With protocol 1 QEMU's own migration carried the state of the
-	// devices, and x-ignore-shared kept RAM out of it.
+	// OldestToBegin is the oldest in which it begins a migration. With protocol 1 QEMU's own migration carried the state
+	// of the devices, and x-ignore-shared kept RAM out of it.
 	OldestToBegin = 2
-	// OldestProtocol is the oldest in which it goes on with a migration that another daemon began: how pages are fetched has not
-	// changed.
+	// OldestProtocol is the oldest in which it goes on with a migration that another daemon began: how pages are fetched
+	// has not changed.
 	OldestProtocol = 1
 
 	// State is the version of the files that this daemon writes (internal/migration: kept.go, record.go). A file keeps its

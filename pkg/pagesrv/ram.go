@@ -18,14 +18,16 @@ import (
 // minPageSize is the smallest page of the architectures that are served, in bytes.
 const minPageSize = 4096
 
-// LargestPage is that of the largest pages that are served whole, in bytes. Larger ones are served in parts of that size.
+// LargestPage is that of the largest pages that are served whole, in bytes. Larger ones are served in parts of that
+// size.
 const LargestPage = pagewire.MaxData
 
 // A Block is a piece of memory of a VM. Its index in the list given to OpenRAM is the block number in page
 // requests.
 //
-// All of it is in a file that the VM shares (Path and Offset alone), or in memory of a process (PID and Addr). A process
-// may have it from a file that it does not write to (a private mapping): that is Path and Offset then, or there is none.
+// All of it is in a file that the VM shares (Path and Offset alone), or in memory of a process (PID and Addr). A
+// process may have it from a file that it does not write to (a private mapping): that is Path and Offset then, or there
+// is none.
 type Block struct {
 	ID       string // QEMU's name of it, for messages
 	Size     uint64 // bytes, a multiple of PageSize
@@ -42,8 +44,8 @@ type Block struct {
 
 // RAM is the memory of one VM, open for reading. Close it after the export that serves it is withdrawn.
 //
-// It refers to the files and to the memory of the process as they were when it was opened: another process that gets the
-// number of one that has ended is never read.
+// It refers to the files and to the memory of the process as they were when it was opened: another process that gets
+// the number of one that has ended is never read.
 type RAM struct {
 	blocks []openBlock
 	opened []io.Closer

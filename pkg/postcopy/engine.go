@@ -21,8 +21,8 @@ type Block struct {
 	// UFFD belongs to the destination process and is non-blocking. It may serve several blocks. It stays the
 	// caller's, who closes it after the last Run has returned.
 	UFFD *uffd.UFFD
-	// Populated says that all of it is to be there in the end, pages of zeros as well: the VM was promised its memory. Others
-	// leave those as holes.
+	// Populated says that all of it is to be there in the end, pages of zeros as well: the VM was promised its memory.
+	// Others leave those as holes.
 	Populated bool
 }
 
@@ -80,8 +80,8 @@ func (b *block) page(p uint64) uffd.Range {
 }
 func (b *block) unit() uint64 { return 1 << b.shift }
 
-// unit is what one state is about, of memory in pages of that size: a page, or the part of a gigantic one that crosses the
-// network at a time.
+// unit is what one state is about, of memory in pages of that size: a page, or the part of a gigantic one that crosses
+// the network at a time.
 func unit(pageSize uint64) uint64 { return min(pageSize, partSize) }
 
 // Engine fills the memory of one destination process. Its methods may be called from any goroutine.
@@ -215,8 +215,8 @@ func (e *Engine) StartSweep() {
 type stretch struct{ page, bytes uint64 }
 
 // Foresee says that loading the device state will touch that many bytes from offset on of the block with that index, so that Run
-// asks for them before a thread waits there. Call it before QEMU loads, a few times at most; the source answers as soon as it has
-// stopped the VM.
+// asks for them before a thread waits there. Call it before QEMU loads, a few times at most; the source answers as soon
+// as it has stopped the VM.
 func (e *Engine) Foresee(block int, offset, bytes uint64) {
 	if b := &e.blocks[block]; offset < b.Size {
 		select {

@@ -13,16 +13,16 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// The kernel installs a page of hugetlbfs whole, and one of 1 GiB is too large for a message. It crosses the network in parts, each
-// with a state of its own in the page table, and is put together in memory of ours:
+// The kernel installs a page of hugetlbfs whole, and one of 1 GiB is too large for a message. It crosses the network in
+// parts, each with a state of its own in the page table, and is put together in memory of ours:
 //
 //	missing ─► swept, demanded, ahead ─► installing (the part is in memory of ours) ─┐
 //	                                                                               ├─► all of them: UFFDIO_COPY ─► present
 //	missing ─► ... ─► zero (the process has given it up)  ─────────────────────────────┘
 //
-// A thread that faults on such a page waits for all of its parts, which are asked for at once. A page of which all parts are
-// zero stays a hole until a thread waits for it. What was put together when a daemon ends is fetched again by the next: that a
-// part is installing means to that one that it is missing.
+// A thread that faults on such a page waits for all of its parts, which are asked for at once. A page of which all
+// parts are zero stays a hole until a thread waits for it. What was put together when a daemon ends is fetched again by
+// the next: that a part is installing means to that one that it is missing.
 //
 // The lock of such a page is taken once for each part of 2 MiB, never for another page.
 type gigantic struct {
@@ -109,8 +109,8 @@ func (s *session) acceptParts(record *uffd.CopyRecord, b *block, p, n uint64, da
 	return nil
 }
 
-// resume goes on with gigantic pages of which an earlier session has brought all parts, and could not install them. One that
-// cannot be installed now either is fetched once more.
+// resume goes on with gigantic pages of which an earlier session has brought all parts, and could not install them. One
+// that cannot be installed now either is fetched once more.
 func (e *Engine) resume() error {
 	for i := range e.blocks {
 		b := &e.blocks[i]

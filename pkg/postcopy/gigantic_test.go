@@ -54,8 +54,8 @@ func (l *scriptedLane) sendPart(t *testing.T, n, size, pageSize uint64) {
 	}
 }
 
-// TestGiganticPageWaitsForItsParts: a thread waits until the last part has come, all parts are asked for at once, and a part that a
-// session brought is not asked for by the next.
+// TestGiganticPageWaitsForItsParts: a thread waits until the last part has come, all parts are asked for at once, and a
+// part that a session brought is not asked for by the next.
 func TestGiganticPageWaitsForItsParts(t *testing.T) {
 	const part, parts = 512 << 10, 4
 	inParts(t, part)

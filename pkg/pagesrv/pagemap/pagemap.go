@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package pagemap tells which pages of another process have content, without reading them: reading a page that was never
-// touched can bring it into being.
+// Package pagemap tells which pages of another process have content, without reading them: reading a page that was
+// never touched can bring it into being.
 package pagemap
 
 import (
@@ -16,8 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Map is the pagemap of a process (Documentation/admin-guide/mm/pagemap.rst). It refers to the memory that the process had
-// when it was opened, and to no other that has its number later. Its methods may be called from any goroutine.
+// A Map is the pagemap of a process (Documentation/admin-guide/mm/pagemap.rst). It refers to the memory that the
+// process had when it was opened, and to no other that has its number later. Its methods may be called from any
+// goroutine.
 type Map struct {
 	file *os.File
 	fd   uintptr // file's
