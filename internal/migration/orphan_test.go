@@ -107,3 +107,24 @@ func TestWhatAPageServerSaysOfADeadQEMU(t *testing.T) {
 		}
 	}
 }
+
+// TestWhatEndsWithTheSourceQEMUComesFirst: where all of it does, nothing is first.
+func TestWhatEndsWithTheSourceQEMUComesFirst(t *testing.T) {
+	file, private := &migratedv1.RamBlock{File: "a file"}, &migratedv1.RamBlock{}
+	for name, c := range map[string]struct {
+		source []*migratedv1.RamBlock
+		want   []bool
+	}{
+		"RAM in a file": {[]*migratedv1.RamBlock{private, file, private}, []bool{true, false, true}},
+		"all private":   {[]*migratedv1.RamBlock{private, private}, []bool{false, false}},
+		"all in files":  {[]*migratedv1.RamBlock{file}, []bool{false}},
+	} {
+		blocks := make([]postcopy.Block, len(c.source))
+		soonest(blocks, c.source)
+		for i, b := range blocks {
+			if b.First != c.want[i] {
+				t.Errorf("%s: block %d is first: %v", name, i, b.First)
+			}
+		}
+	}
+}
