@@ -128,3 +128,21 @@ func TestWhatEndsWithTheSourceQEMUComesFirst(t *testing.T) {
 		}
 	}
 }
+
+// TestSourceThatOffersNothing: a daemon that was started again after its QEMU had ended is reachable, but has no pages.
+func TestSourceThatOffersNothing(t *testing.T) {
+	for name, c := range map[string]struct {
+		code codes.Code
+		text string
+		want string
+	}{
+		"refused":       {codes.PermissionDenied, pagesrv.ErrRefused.Error(), "migrated status m1"},
+		"not authentic": {codes.PermissionDenied, "another peer", "reachable"},
+		"unreachable":   {codes.Unavailable, "connection refused", "reachable"},
+	} {
+		failure := fmt.Errorf("page server: %w", &peerError{status.New(c.code, c.text)})
+		if remedy := Remedy(noLanes("m1", []error{failure})); !strings.Contains(remedy, c.want) {
+			t.Errorf("%s: %s", name, remedy)
+		}
+	}
+}
