@@ -30,11 +30,16 @@ type ear struct {
 	end  context.CancelFunc
 	done chan struct{}
 
-	// port is for commands, and stays open as long as the guest is there: when a client hangs up, QEMU may write the
-	// byte that is on its way to the log twice, and one digit more makes another number.
+	// port is for commands, and stays open as long as the guest is there: when a client hangs up, QEMU may write the byte
+	// that is on its way to the log twice, and one digit more makes another number. While it is open, QEMU writes each
+	// byte to the log again that the port has no room for at once, which many lines are too long for: answers has them
+	// all.
 	port    *report.Port
 	answers report.Log
 }
+
+// logs are all that was heard.
+func (e *ear) logs() []*report.Log { return []*report.Log{&e.log, &e.answers} }
 
 // listen hears what is written to the file at path from now on.
 func listen(ctx context.Context, path string) (*ear, error) {
@@ -94,7 +99,7 @@ func (j *linuxJudge) verify(ctx context.Context, m *machine) (damage, error) {
 	if err != nil {
 		return damage{}, fmt.Errorf("the guest does not check its memory: %w", err)
 	}
-	if err := works(ctx, &here.log, v.Disks, v.Cards); err != nil {
+	if err := works(ctx, &here.answers, v.Disks, v.Cards); err != nil {
 		return damage{}, err
 	}
 	corruptions := max(v.Found, v.Corruptions-j.before.Corruptions)
@@ -155,15 +160,19 @@ func (j *linuxJudge) said() (damage, error) {
 	var found damage
 	var errs []error
 	for _, e := range j.ears {
-		for _, d := range e.log.Disks() {
-			found.blocks += d.Corruptions + d.Errors
-		}
-		switch err := e.log.Err(); {
-		case errors.Is(err, report.ErrDisk):
-			found.detail = err.Error()
-		case err != nil:
-			found.pages = max(1, found.pages, e.log.Last().Corruptions)
-			errs = append(errs, err)
+		for _, log := range e.logs() {
+			blocks := uint64(0)
+			for _, d := range log.Disks() {
+				blocks += d.Corruptions + d.Errors
+			}
+			found.blocks = max(found.blocks, blocks)
+			switch err := log.Err(); {
+			case errors.Is(err, report.ErrDisk):
+				found.detail = err.Error()
+			case err != nil:
+				found.pages = max(1, found.pages, log.Last().Corruptions)
+				errs = append(errs, err)
+			}
 		}
 	}
 	return found, errors.Join(errs...)
@@ -172,9 +181,11 @@ func (j *linuxJudge) said() (damage, error) {
 func (j *linuxJudge) stall(since time.Time) time.Duration {
 	var lines []report.Line
 	for _, e := range j.ears {
-		for _, l := range e.log.Lines(0) {
-			if l.Window != nil && l.At.After(since) {
-				lines = append(lines, l)
+		for _, log := range e.logs() {
+			for _, l := range log.Lines(0) {
+				if l.Window != nil && l.At.After(since) {
+					lines = append(lines, l)
+				}
 			}
 		}
 	}

@@ -5,6 +5,7 @@ package migration
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"google.golang.org/grpc/codes"
@@ -14,6 +15,18 @@ import (
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
+
+// soonest has memory that ends with the source's QEMU come first, where other memory does not: the VM may lose that
+// QEMU once it has come. Of a VM whose RAM is a shared file that is its firmware and its screen, a small part.
+func soonest(blocks []postcopy.Block, source []*migratedv1.RamBlock) {
+	inFile := func(b *migratedv1.RamBlock) bool { return b.GetFile() != "" }
+	if len(source) != len(blocks) || !slices.ContainsFunc(source, inFile) {
+		return
+	}
+	for i, b := range source {
+		blocks[i].First = !inFile(b)
+	}
+}
 
 // errOrphan says what the end of the source's QEMU costs.
 var errOrphan = errors.New(

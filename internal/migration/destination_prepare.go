@@ -203,8 +203,10 @@ func (d *Destination) qmpPath() string {
 // makeEngine registers the RAM, before anything, loading the device state
 // included, can touch it.
 func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
+	blocks := facts.engineBlocks(d.taken.UFFD)
+	soonest(blocks, d.cfg.Request.GetMachine().GetRamBlocks())
 	d.engine, err = postcopy.New(postcopy.Options{
-		Blocks: facts.engineBlocks(d.taken.UFFD), Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
+		Blocks: blocks, Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
 		Copies: d.kept.copies(), Bandwidth: d.limit(),
 	})
 	if err != nil {

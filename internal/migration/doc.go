@@ -63,7 +63,8 @@
 //     UNKNOWN and comes again.
 //   - Memory that is the source QEMU's alone ends with it. If that dies after the switch, what has not crossed is lost:
 //     what needs it waits at the destination, and nothing else can be done but to end the VM there. Both hosts say so,
-//     and neither ends it: the VM may not need what is lost, and what is in files of the source's still comes.
+//     and neither ends it: the VM may not need what is lost, and what is in files of the source's still comes. Of a VM
+//     whose RAM is such a file, all that is not is brought first.
 //   - After the switch a page that cannot be fetched stalls the vCPU that needs
 //     it. It is never read as zero: the destination's QEMU keeps its copy of the
 //     userfaultfd open until the last page is in. So the destination gives up

@@ -7,14 +7,18 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 )
 
@@ -57,11 +61,26 @@ func openLanes(ctx context.Context, cfg laneConfig) (*lanes, error) {
 		}
 		failures = append(failures, err)
 	}
+	return nil, noLanes(cfg.id, failures)
+}
+
+// noLanes says why no address serves the pages, and what to do about it.
+func noLanes(id string, failures []error) error {
 	err := fmt.Errorf("no page lanes to the source: %w", errors.Join(failures...))
-	if outOfTime(err.Error()) {
-		return nil, withRemedy(err, "correct the clocks of both hosts, or renew the certificates; it is tried again by itself, with the files as they are then")
+	refused := func(err error) bool {
+		return status.Code(err) == codes.PermissionDenied && strings.Contains(err.Error(), pagesrv.ErrRefused.Error())
 	}
-	return nil, withRemedy(err, "make the source daemon's listen address reachable from this host, or name one that is with its 'advertise' setting")
+	switch {
+	case outOfTime(err.Error()):
+		return withRemedy(err, "correct the clocks of both hosts, or renew the certificates; it is tried again by itself, "+
+			"with the files as they are then")
+	case slices.ContainsFunc(failures, refused): // it was started again, and has not taken the VM up
+		return withRemedy(err, fmt.Sprintf("ask the source's daemon what became of the VM's memory: migrated status %s; "+
+			"where its QEMU has ended, end the VM here and start it anew from its disks", id))
+	default:
+		return withRemedy(err, "make the source daemon's listen address reachable from this host, or name one that is "+
+			"with its 'advertise' setting")
+	}
 }
 
 func openLanesAt(ctx context.Context, cfg laneConfig, address string) (_ *lanes, err error) {

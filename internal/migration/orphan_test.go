@@ -107,3 +107,42 @@ func TestWhatAPageServerSaysOfADeadQEMU(t *testing.T) {
 		}
 	}
 }
+
+// TestWhatEndsWithTheSourceQEMUComesFirst: where all of it does, nothing is first.
+func TestWhatEndsWithTheSourceQEMUComesFirst(t *testing.T) {
+	file, private := &migratedv1.RamBlock{File: "a file"}, &migratedv1.RamBlock{}
+	for name, c := range map[string]struct {
+		source []*migratedv1.RamBlock
+		want   []bool
+	}{
+		"RAM in a file": {[]*migratedv1.RamBlock{private, file, private}, []bool{true, false, true}},
+		"all private":   {[]*migratedv1.RamBlock{private, private}, []bool{false, false}},
+		"all in files":  {[]*migratedv1.RamBlock{file}, []bool{false}},
+	} {
+		blocks := make([]postcopy.Block, len(c.source))
+		soonest(blocks, c.source)
+		for i, b := range blocks {
+			if b.First != c.want[i] {
+				t.Errorf("%s: block %d is first: %v", name, i, b.First)
+			}
+		}
+	}
+}
+
+// TestSourceThatOffersNothing: a daemon that was started again after its QEMU had ended is reachable, but has no pages.
+func TestSourceThatOffersNothing(t *testing.T) {
+	for name, c := range map[string]struct {
+		code codes.Code
+		text string
+		want string
+	}{
+		"refused":       {codes.PermissionDenied, pagesrv.ErrRefused.Error(), "migrated status m1"},
+		"not authentic": {codes.PermissionDenied, "another peer", "reachable"},
+		"unreachable":   {codes.Unavailable, "connection refused", "reachable"},
+	} {
+		failure := fmt.Errorf("page server: %w", &peerError{status.New(c.code, c.text)})
+		if remedy := Remedy(noLanes("m1", []error{failure})); !strings.Contains(remedy, c.want) {
+			t.Errorf("%s: %s", name, remedy)
+		}
+	}
+}

@@ -24,6 +24,8 @@ type Block struct {
 	// Populated says that all of it is to be there in the end, pages of zeros as well: the VM was promised its memory.
 	// Others leave those as holes.
 	Populated bool
+	// First says that the sweep is to bring it before all blocks that are not First: the source may lose it soonest.
+	First bool
 }
 
 // Options of an Engine.

@@ -30,7 +30,7 @@ func (s *session) fill(l *lane) bool {
 	if !s.awaitStart(l, &request) {
 		return false
 	}
-	var fronts fronts
+	fronts := fronts{firsts: s.e.firsts()}
 	paid := time.NewTimer(0)
 	defer paid.Stop()
 	missing := true
@@ -39,6 +39,9 @@ func (s *session) fill(l *lane) bool {
 		room := s.pace.room(l.asked.Load(), s.faultsWait())
 		if missing && wait == 0 && room > 0 {
 			cursor := fronts.next(&s.e.hints)
+			if at := fronts.first(s.e.pages); at != nil {
+				cursor = at
+			}
 			request.Ranges = request.Ranges[:0]
 			bytes, next := s.claim(&request, *cursor, room)
 			*cursor = next
@@ -126,6 +129,32 @@ type fronts struct {
 	cursors [sweepFronts]uint64
 	open    [sweepFronts]bool
 	last    int
+	firsts  []span // what comes before all else
+	begin   uint64 // of firsts
+}
+
+// A span is pages from first to end, which is not one of them.
+type span struct{ first, end uint64 }
+
+// firsts are the blocks that are First.
+func (e *Engine) firsts() (spans []span) {
+	for i := range e.blocks {
+		if b := &e.blocks[i]; b.First {
+			spans = append(spans, span{b.first, b.end()})
+		}
+	}
+	return spans
+}
+
+// first returns a place in a block that is First; nil where all of those was asked for.
+func (f *fronts) first(p *pages) *uint64 {
+	for ; len(f.firsts) > 0; f.firsts = f.firsts[1:] {
+		if at, ok := p.nextMissing(f.firsts[0].first); ok && at >= f.firsts[0].first && at < f.firsts[0].end {
+			f.begin = at
+			return &f.begin
+		}
+	}
+	return nil
 }
 
 // next returns the place whose turn it is. Before the first fault that is the beginning of memory.

@@ -3,6 +3,7 @@
 package postcopy
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/migrated-vm/migrated/internal/pagewire"
@@ -90,4 +91,39 @@ func TestForesee(t *testing.T) {
 	}
 	mustEnd(t, result)
 	g.verify()
+}
+
+// TestSweepBringsFirstBlocksFirst: also where threads have faulted somewhere else.
+func TestSweepBringsFirstBlocksFirst(t *testing.T) {
+	const n = 64
+	p, first, err := newPages([]uint64{n, n, n, n}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &Engine{pages: p}
+	for i := range first {
+		b := Block{PageSize: 4096, Size: n * 4096, First: i%2 == 1}
+		e.blocks = append(e.blocks, block{Block: b, index: i, first: first[i], pages: n, shift: 12})
+	}
+	var h hints
+	h.set(1, first[2]+5)
+	f := fronts{firsts: e.firsts()}
+	s := &session{e: e}
+	var order []uint32
+	for range 4 * n {
+		cursor := f.next(&h)
+		if at := f.first(p); at != nil {
+			cursor = at
+		}
+		var request pagewire.Request
+		bytes, next := s.claim(&request, *cursor, n*4096)
+		if bytes == 0 {
+			break
+		}
+		*cursor = next
+		order = append(order, request.Ranges[0].Block)
+	}
+	if want := []uint32{1, 3, 2, 0}; !slices.Equal(slices.Compact(order), want) {
+		t.Errorf("the sweep goes through blocks %v, want %v", order, want)
+	}
 }
