@@ -23,7 +23,7 @@ type migrateCmd struct {
 	KeepSource    bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
 	RequireSecure bool          `help:"Fail, before the VM is touched, where no security module can watch over the destination's userfaultfd (\"unsupervised\" in \"migrated status\")."`
 	Bandwidth     string        `placeholder:"BYTES/S" help:"Most that may cross the network of memory that the VM does not wait for, in bytes a second as QEMU writes them: 500M are 500 MiB. Pages that the VM waits for are neither held up nor counted. \"migrated bandwidth\" changes it later."`
-	Rehearse      bool          `xor:"mode" help:"Do all but the commit, and say what the migration would cost: the VM stops for about as long as it would, and goes on here."`
+	Rehearse      bool          `help:"Do all but the commit, and say what the migration would cost: the VM stops for about as long as it would, and goes on here."`
 	PrepareOnly   bool          `xor:"mode" help:"Do all that can be done while the VM runs, then stop: \"migrated migrate --id ID\" switches over later."`
 	Detach        bool          `xor:"mode" help:"Return once the daemon has taken the migration on."`
 	Interval      time.Duration `default:"1s" help:"Least time between two lines where standard output is no terminal (default: ${default})."`
