@@ -6,7 +6,7 @@
 #   COMPARE=1   demo: also run QEMU's own post-copy and compare; chaos: nothing but that
 #   ARGS=...    demo, bench, chaos, microbench: further arguments
 #   BENCH=full  bench: an hour instead of eight minutes
-#   CASE=...    bench: only cases whose NETWORK/GUEST matches, of all there are
+#   CASE=...    bench: only cases whose NETWORK/GUEST matches, of all there are; 'devices' are those with disks and cards
 #   PKG=...     unit, e2e, kernel: which packages
 #   RUN=...     unit, e2e, kernel: only tests whose name matches
 #   N=500       chaos: how many cases (100)
@@ -107,7 +107,7 @@ e2e: build $(if $(filter-out 0,$(E2E_RACE)),build-race) ## run the end-to-end te
 	@echo '== end-to-end tests'
 	@packages=$(or $(if $(PKG),'$(PKG)'),$$(scripts/test-packages e2e)); \
 	  MIGRATED_BINARY='$(CURDIR)/build/$(if $(filter-out 0,$(E2E_RACE)),race/)migrated' \
-	  go test -p 1 -timeout 25m $(TEST_FLAGS) $$packages
+	  go test -p 1 -timeout 40m $(TEST_FLAGS) $$packages
 
 .PHONY: kernel
 kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefile has more

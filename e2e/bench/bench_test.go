@@ -22,7 +22,7 @@ func TestChoose(t *testing.T) {
 		size, match string
 		want        int
 	}{
-		{"short", "", 5}, {"full", "", 20}, {"short", "^loopback/", 5}, {"full", "random$", 4},
+		{"short", "", 5}, {"full", "", 26}, {"short", "^loopback/", 11}, {"full", "random$", 4},
 	} {
 		chosen, err := choose(c.size, c.match)
 		if err != nil || len(chosen) != c.want {

@@ -27,6 +27,9 @@ type guestLoad struct {
 	name string
 	args []string
 	idle bool // visits no memory, so nothing of it can stall
+	// real is a VM as most are (lab.RealVM), with private memory, a screen, and so many disks and network cards each; nil: one
+	// with a serial port and memory in a file.
+	real *int
 }
 
 // Every guest but the idle one has room to be faster than its rate, so that after a stall it can be itself again.
@@ -36,6 +39,22 @@ var guests = []guestLoad{
 	{name: "random-compressible", args: []string{"migrated.pattern=random", "migrated.rate=2000", "migrated.fill=compressible"}},
 	{name: "sequential", args: []string{"migrated.pattern=sequential", "migrated.rate=4000"}},
 	{name: "stride", args: []string{"migrated.pattern=stride", "migrated.rate=4000"}},
+}
+
+// deviceGuests are VMs with disks and network cards, whose guest leaves them alone or has them at work. What they differ in is
+// how long QEMU takes to save and load the devices. Only on the cable: the state of sixteen devices is a megabyte.
+func deviceGuests() (guests []guestLoad) {
+	for _, n := range []int{0, 1, 8} {
+		args := []string{"migrated.pattern=idle"}
+		guests = append(guests, guestLoad{
+			name: fmt.Sprintf("devices-%d", n), args: append(args, "migrated.disks=0", "migrated.nets=0"), idle: true, real: &n,
+		})
+		if n > 0 {
+			guests = append(guests, guestLoad{name: fmt.Sprintf("devices-%d-busy", n), args: args, idle: true, real: &n})
+		}
+	}
+	none := 0
+	return append(guests, guestLoad{name: "random-private", args: []string{"migrated.pattern=random", "migrated.rate=2000"}, real: &none})
 }
 
 // What every VM has, in MiB: the guest stamps stampMiB of its memory and works in all of it.
@@ -68,6 +87,9 @@ func cases() []benchCase {
 			all = append(all, c)
 		}
 	}
+	for _, g := range deviceGuests() {
+		all = append(all, benchCase{network: networks[0], guest: g})
+	}
 	return all
 }
 
@@ -86,6 +108,11 @@ func (c benchCase) vm(kernel, initrd string) lab.VMConfig {
 	args := append([]string{
 		fmt.Sprintf("migrated.mem=%d", stampMiB), "migrated.workers=2", "migrated.write=50", fmt.Sprintf("migrated.window=%v", window),
 	}, c.guest.args...)
+	if n := c.guest.real; n != nil {
+		vm := lab.RealVM(kernel, initrd, memoryMiB, *n, *n, args...)
+		vm.Extra = lab.EventsArgs()
+		return vm
+	}
 	return lab.VMConfig{
 		VCPUs: 2, MemoryMiB: memoryMiB, Nodes: 1, Kernel: kernel, Initrd: initrd, KernelArgs: args, Extra: lab.EventsArgs(),
 	}

@@ -62,7 +62,11 @@ func (c benchCase) measure(ctx context.Context, o options) (_ *caseReport, err e
 
 // stage makes the hosts, starts the daemons and boots the VM on host a.
 func (c benchCase) stage(ctx context.Context, dir string) (_ *scene, err error) {
-	kernel, initrd, err := image.Linux(ctx)
+	boots := image.Linux
+	if c.guest.real != nil {
+		boots = image.LinuxWithVirtio
+	}
+	kernel, initrd, err := boots(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -207,8 +211,9 @@ func (s *scene) verify(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if v.Found > 0 || v.Corruptions > 0 {
-		return fmt.Errorf("%w: the guest found %d pages wrong, %d of them only now", report.ErrDamaged, v.Corruptions, v.Found)
+	if v.Found > 0 || v.Corruptions > 0 || v.BlocksFound > 0 {
+		return fmt.Errorf("%w: the guest found %d pages wrong, %d of them only now, and %d blocks of its disks",
+			report.ErrDamaged, v.Corruptions, v.Found, v.BlocksFound)
 	}
 	return nil
 }
