@@ -27,8 +27,8 @@ type guestLoad struct {
 	name string
 	args []string
 	idle bool // visits no memory, so nothing of it can stall
-	// real is a VM as most are (lab.RealVM), with private memory, a screen, and so many disks and network cards each; nil: one
-	// with a serial port and memory in a file.
+	// real is a VM as most are (lab.RealVM), with private memory, a screen, and so many disks and network cards each; nil:
+	// one with a serial port and memory in a file.
 	real *int
 }
 
@@ -41,8 +41,9 @@ var guests = []guestLoad{
 	{name: "stride", args: []string{"migrated.pattern=stride", "migrated.rate=4000"}},
 }
 
-// deviceGuests are VMs with disks and network cards, whose guest leaves them alone or has them at work. What they differ in is
-// how long QEMU takes to save and load the devices. Only on the cable: the state of sixteen devices is a megabyte.
+// deviceGuests are VMs with disks and network cards, whose guest leaves them alone or has them at work. What they
+// differ in is how long QEMU takes to save and load the devices. Only on the cable: the state of sixteen devices is a
+// megabyte.
 func deviceGuests() (guests []guestLoad) {
 	for _, n := range []int{0, 1, 8} {
 		args := []string{"migrated.pattern=idle"}

@@ -23,6 +23,7 @@ import (
 // no more than this.
 const (
 	attachTimeout  = 10 * time.Second
+	openTimeout    = 30 * time.Second // the VM runs meanwhile
 	prepareTimeout = 60 * time.Second
 	longestPrepare = 20 * time.Minute // of a VM that is preallocated
 	// deviceTimeout bounds how long the VM may stand still before the source

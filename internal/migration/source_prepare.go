@@ -77,7 +77,7 @@ func (s *Source) offer() (err error) {
 
 // open looks at the VM and opens its RAM.
 func (s *Source) open(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	var err error
 	if s.vm, err = qemu.Attach(ctx, s.cfg.Spec.GetVm()); err != nil {

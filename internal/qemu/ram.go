@@ -71,7 +71,7 @@ func (vm *VM) RAMBlocks(ctx context.Context) ([]RAMBlock, error) {
 		return nil, err
 	}
 	if slices.ContainsFunc(listed, func(b listedBlock) bool { return b.addr == 0 }) {
-		if err := findInHeap(vm.Pid, maps, listed); err != nil {
+		if err := vm.heap.find(vm.Pid, maps, listed); err != nil {
 			return nil, err
 		}
 	}

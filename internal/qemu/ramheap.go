@@ -41,18 +41,52 @@ const (
 	heapMost  = 1 << 30
 )
 
-// findInHeap sets the addresses of blocks that have none.
-func findInHeap(pid int, maps []vma, blocks []listedBlock) error {
+// A heapSearch knows where in QEMU's heap the blocks are described that were found before.
+type heapSearch struct {
+	structs map[uint64]uint64 // by the blocks' offsets
+}
+
+// wantedBlocks are those that a search is for, by their offsets.
+type wantedBlocks struct {
+	byOffset     map[uint64]*listedBlock
+	offset, used uint64 // the largest of each: most words of a heap are pointers, and larger
+}
+
+func wanted(blocks []listedBlock) *wantedBlocks {
+	w := &wantedBlocks{byOffset: make(map[uint64]*listedBlock)}
+	for i := range blocks {
+		if b := &blocks[i]; b.addr == 0 && b.name != "" {
+			w.byOffset[b.offset] = b
+			w.offset, w.used = max(w.offset, b.offset), max(w.used, b.used)
+		}
+	}
+	return w
+}
+
+// missing returns a block that was not found yet, or nil.
+func (w *wantedBlocks) missing() *listedBlock {
+	for _, b := range w.byOffset {
+		if b.addr == 0 {
+			return b
+		}
+	}
+	return nil
+}
+
+// find sets the addresses of blocks that have none. What was found before is looked at first, and believed if it still
+// says the same.
+func (h *heapSearch) find(pid int, maps []vma, blocks []listedBlock) error {
 	memory, err := os.Open(fmt.Sprintf("/proc/%d/mem", pid))
 	if err != nil {
 		return fmt.Errorf("memory of QEMU: %w", err)
 	}
 	defer memory.Close()
-	wanted := make(map[uint64]*listedBlock)
-	for i := range blocks {
-		if b := &blocks[i]; b.addr == 0 && b.name != "" {
-			wanted[b.offset] = b
-		}
+	w := wanted(blocks)
+	if h.structs == nil {
+		h.structs = make(map[uint64]uint64)
+	}
+	if err := h.again(memory, w); err != nil || w.missing() == nil {
+		return err
 	}
 	// Blocks are made by QEMU's first thread, whose heap this is. Others have their own; those come second.
 	for _, first := range []bool{true, false} {
@@ -61,11 +95,11 @@ func findInHeap(pid int, maps []vma, blocks []listedBlock) error {
 			if m.shared || !m.writable || heap != first || m.inode != 0 || m.end-m.start > heapMost || !heap && m.path != "" {
 				continue
 			}
-			if err := searchHeap(memory, m, wanted); err != nil {
+			if err := h.search(memory, m, w); err != nil {
 				return err
 			}
 		}
-		if missing := missingBlock(wanted); missing == nil {
+		if missing := w.missing(); missing == nil {
 			return nil
 		} else if !first {
 			return fmt.Errorf("QEMU's RAM block %q is not found in its memory", missing.name)
@@ -74,36 +108,48 @@ func findInHeap(pid int, maps []vma, blocks []listedBlock) error {
 	return nil
 }
 
-func missingBlock(wanted map[uint64]*listedBlock) *listedBlock {
-	for _, b := range wanted {
-		if b.addr == 0 {
-			return b
+// again looks where the blocks were found before.
+func (h *heapSearch) again(memory io.ReaderAt, w *wantedBlocks) error {
+	buf := make([]byte, blockEnd)
+	for offset, at := range h.structs {
+		if b := w.byOffset[offset]; b != nil {
+			if _, err := memory.ReadAt(buf, int64(at)); err != nil {
+				continue // it was freed
+			}
+			if err := h.chunk(buf, at, w); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// searchHeap looks through one mapping.
-func searchHeap(memory io.ReaderAt, m vma, wanted map[uint64]*listedBlock) error {
+// search looks through one mapping.
+func (h *heapSearch) search(memory io.ReaderAt, m vma, w *wantedBlocks) error {
 	buf := make([]byte, heapChunk+blockEnd)
 	for at := m.start; at < m.end; at += heapChunk {
 		n, err := memory.ReadAt(buf[:min(uint64(len(buf)), m.end-at)], int64(at))
 		if err != nil && !errors.Is(err, io.EOF) && n == 0 {
 			return nil // it was unmapped meanwhile, as heaps are; what is not found is an error
 		}
-		if err := searchChunk(buf[:n], wanted); err != nil {
+		if err := h.chunk(buf[:n], at, w); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// searchChunk looks for structs that begin in the first heapChunk bytes. malloc(3) aligns them to 16 bytes.
-func searchChunk(chunk []byte, wanted map[uint64]*listedBlock) error {
+// chunk looks for structs that begin in the first heapChunk bytes of a chunk of QEMU's memory at addr. malloc(3) aligns
+// them to 16 bytes.
+func (h *heapSearch) chunk(chunk []byte, addr uint64, w *wantedBlocks) error {
 	word := func(at int) uint64 { return binary.LittleEndian.Uint64(chunk[at:]) }
 	for at := 0; at+blockEnd <= len(chunk) && at < heapChunk; at += 16 {
-		b := wanted[word(at+blockOffset)]
-		if b == nil || word(at+blockOffset+8) != b.used || word(at+blockOffset+16) != b.max {
+		offset, used := word(at+blockOffset), word(at+blockOffset+8)
+		if offset > w.offset || used > w.used || used == 0 {
+			continue
+		}
+		b := w.byOffset[offset]
+		if b == nil || used != b.used || word(at+blockOffset+16) != b.max {
 			continue
 		}
 		name, rest, terminated := bytes.Cut(chunk[at+blockName:at+blockEnd], []byte{0})
@@ -114,7 +160,7 @@ func searchChunk(chunk []byte, wanted map[uint64]*listedBlock) error {
 		if b.addr != 0 && b.addr != host {
 			return fmt.Errorf("QEMU's memory has two places that look like its RAM block %q", b.name)
 		}
-		b.addr = host
+		b.addr, h.structs[offset] = host, addr+uint64(at)
 	}
 	return nil
 }

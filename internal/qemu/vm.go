@@ -26,7 +26,8 @@ type VM struct {
 	QMP *qmp.Client
 	Pid int // in our PID namespace
 
-	pidfd   *os.File  // refers to that process even when its number is used again
+	pidfd   *os.File // refers to that process even when its number is used again
+	heap    heapSearch
 	restore *Settings // what PrepareIncoming changed; nil: nothing
 }
 
