@@ -107,6 +107,24 @@ func ioctlNumbers(t *testing.T) map[string]string {
 	return numbers
 }
 
+// TestPagemapOrderIsTheEngines: M2 permits the ioctl of pkg/pagesrv/pagemap, and no other.
+func TestPagemapOrderIsTheEngines(t *testing.T) {
+	code := regexp.MustCompile(`pagemapScan\s+= (0x[0-9a-f]+)`).
+		FindStringSubmatch(read(t, "../../pkg/pagesrv/pagemap/pagemap.go"))
+	rule := regexp.MustCompile(`\(permissionx migrated_pagemap_scan \(ioctl file \((0x[0-9a-f]+)\)\)\)`).
+		FindStringSubmatch(read(t, "migrated_host.cil"))
+	if code == nil || rule == nil {
+		t.Fatalf("the code has %q, the module %q", code, rule)
+	}
+	request, err := strconv.ParseUint(code[1], 0, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("%#x", request&0xffff); rule[1] != want {
+		t.Errorf("the code asks %s, migrated_host.cil permits %s", want, rule[1])
+	}
+}
+
 // TestReadme: README.md explains every group of rules, and none that is not there.
 func TestReadme(t *testing.T) {
 	documented := regexp.MustCompile(`(?m)^\| ([A-Z]\d+) \|`)

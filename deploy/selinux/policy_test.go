@@ -108,10 +108,36 @@ func TestOnDebian(t *testing.T) {
 			[]string{"-A", "-s", "migrated_t", "-c", "file", "-p", "write,append,create,unlink,rename"},
 			[]string{
 				"allow migrated_t migrated_log_t:file { append create getattr open read setattr unlink write };",
-				"allow migrated_t migrated_qemu_ram:file { getattr map open read write };",
 				"allow migrated_t migrated_record_t:file { create getattr map open read rename setattr unlink write };",
+				"allow migrated_t migrated_state_t:file { getattr open read write };",
 				"allow migrated_t migrated_t:file { append getattr ioctl lock open read write };", // its own /proc/PID
 			},
+		},
+		{
+			"the state of a VM's devices: the daemon reads it, QEMU writes it, nobody else anything",
+			[]string{"-A", "-t", "migrated_state_t"},
+			[]string{
+				"allow migrated_qemu_domain migrated_state_t:file write;",
+				"allow migrated_t migrated_state_t:file { getattr open read write };",
+			},
+		},
+		{
+			"what the daemon makes on tmpfs, or in memory, is labelled",
+			[]string{"-T", "-s", "migrated_t", "-t", "tmpfs_t"},
+			[]string{"type_transition migrated_t tmpfs_t:file migrated_state_t;"},
+		},
+		{
+			"memory that is QEMU's own: the daemon reads it, and asks which pages have content",
+			[]string{"-A", "-s", "migrated_t", "-t", "svirt_t", "-c", "file"},
+			[]string{
+				"allow migrated_t migrated_qemu_domain:file { getattr ioctl open read };",
+				"allowxperm migrated_t migrated_qemu_domain:file ioctl 0x6610;",
+			},
+		},
+		{
+			"memory in files: the daemon reads it",
+			[]string{"-A", "-s", "migrated_t", "-t", "svirt_tmpfs_t", "-c", "file"},
+			[]string{"allow migrated_t migrated_qemu_ram:file { getattr open read };"},
 		},
 		{
 			"which programs the daemon runs, all of them in another domain",

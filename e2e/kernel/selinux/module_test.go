@@ -69,6 +69,29 @@ var expected = map[string]string{
 	"migrated-fork-event": "ok",
 	"migrated-fork-label": uffdLabel,
 
+	// It reads QEMU's memory, and asks which pages have content (M2, Q3). It writes to none (N14).
+	"migrated-memory-open":               "ok",
+	"migrated-memory-read":               "ok",
+	"migrated-memory":                    "42",
+	"migrated-memory-open-to-write":      "EACCES",
+	"migrated-pagemap-open":              "ok",
+	"migrated-pagemap-scan":              "ok",
+	"migrated-pagemap-other":             "EACCES",
+	"migrated-memory-file-open":          "ok",
+	"migrated-memory-file-open-to-write": "EACCES",
+
+	// QEMU writes the state of its devices to a file of the daemon's (M1), and does not read it (N13).
+	"migrated-state":             "ok",
+	"migrated-state-label":       "system_u:object_r:migrated_state_t:s0",
+	"migrated-state-open":        "ok",
+	"qemu-state-write":           "ok",
+	"qemu-state-open":            "EACCES",
+	"migrated-state-read":        "ok",
+	"migrated-state-text":        "saved",
+	"migrated-state-truncate":    "ok",
+	"migrated-state-map":         "EACCES",
+	"qemu-state-receive-to-read": "refused",
+
 	// By way of the device (D2, D5).
 	"migrated-open-device":          "ok",
 	"qemu-device-api":               "EACCES", // N6
@@ -91,6 +114,7 @@ var expected = map[string]string{
 	"other-connect-to-qemu":     "ok",
 	"other-getfd":               "EPERM", // no ptrace (N8)
 	"other-scm-rights":          "refused",
+	"other-state-scm-rights":    "refused", // N13
 
 	// Somebody who may trace QEMU.
 	"tracer-create":              "EACCES",
@@ -100,6 +124,7 @@ var expected = map[string]string{
 	"tracer-connect-to-qemu":     "ok",
 	"tracer-getfd":               "EACCES", // N1
 	"tracer-scm-rights":          "refused",
+	"tracer-state-scm-rights":    "refused",
 
 	// Another QEMU, of the same categories and of others.
 	"same-qemu-create":               "ok",
@@ -109,6 +134,8 @@ var expected = map[string]string{
 	"same-qemu-connect-to-qemu":      "ok",
 	"same-qemu-getfd":                "EPERM", // N9
 	"same-qemu-scm-rights":           "refused",
+	"same-qemu-state-scm-rights":     "ok", // a QEMU may give it away, for writing alone
+	"same-qemu-state-open":           "EACCES",
 	"other-qemu-create":              "ok",
 	"other-qemu-open-device":         "EACCES",
 	"other-qemu-connect-other-port":  "ECONNREFUSED",
@@ -123,6 +150,7 @@ var expected = map[string]string{
 	"trusted-connect-to-qemu":                     "ok",
 	"trusted-getfd":                               "EACCES", // N1
 	"trusted-scm-rights":                          "refused",
+	"trusted-state-scm-rights":                    "refused",
 	"trusted-with-categories-create":              "ok",
 	"trusted-with-categories-open-device":         "ok",
 	"trusted-with-categories-connect-other-port":  "ECONNREFUSED",
@@ -130,6 +158,7 @@ var expected = map[string]string{
 	"trusted-with-categories-connect-to-qemu":     "ok",
 	"trusted-with-categories-getfd":               "EACCES",
 	"trusted-with-categories-scm-rights":          "refused",
+	"trusted-with-categories-state-scm-rights":    "refused",
 
 	// Who starts whom (S1, Q4, N10).
 	"forged-exec":           "EACCES",
@@ -153,6 +182,10 @@ var denials = []denial{
 	{"read", "other_t:s0:c1,c2", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
 	{"read", "stranger_t:s0", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
 	{"read", "init_t:s0", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
+	{"write", "migrated_t:s0", "svirt_t:s0:c1,c2", "file"},
+	{"ioctl", "migrated_t:s0", "svirt_t:s0:c1,c2", "file"},
+	{"read", "svirt_t:s0:c1,c2", "migrated_state_t:s0", "file"},
+	{"write", "init_t:s0", "migrated_state_t:s0", "file"},
 	{"entrypoint", "migrated_t:s0", "other_exec_t:s0", "file"},
 }
 

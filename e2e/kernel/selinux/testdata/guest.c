@@ -35,10 +35,12 @@
 #define SOCKET "/run/vm/qmp.sock"
 
 // Newer than the headers this may be compiled with.
+struct pagemap_scan { uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, any, back; };
 struct move { uint64_t dst, src, len, mode; int64_t move; };
 struct poison { uint64_t start, len, mode; int64_t updated; };
 #define IOCTL_MOVE _IOWR(0xAA, 0x05, struct move)
 #define IOCTL_POISON _IOWR(0xAA, 0x08, struct poison)
+#define IOCTL_PAGEMAP_SCAN _IOWR('f', 16, struct pagemap_scan)
 
 static const char *who = "";
 
@@ -80,6 +82,15 @@ static void label_of(const char *name, int fd)
 	char label[128] = "";
 
 	result(name, "%s", fgetxattr(fd, "security.selinux", label, sizeof(label) - 1) < 0 ? errname() : label);
+}
+
+// reopen opens the file of a descriptor once more.
+static int reopen(int fd, int flags)
+{
+	char path[32];
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	return open(path, flags | O_CLOEXEC);
 }
 
 static int new_uffd(int flags)
@@ -163,6 +174,7 @@ static void qemu(int ready)
 	struct uffdio_api api = {.api = UFFD_API};
 	struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = SOCKET};
 	char message[32];
+	int state = -1;
 
 	int memory = open("/dev/shm/ram", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
 	must("memory file", memory);
@@ -205,6 +217,16 @@ static void qemu(int ready)
 				must("forked", write(s, "f", 1));
 			} else if (order == 's')
 				must("send", send_fd(s, 's', u));
+			else if (order == 'w') { // save to this
+				state = fd;
+				outcome("state-write", write(state, "saved", 5));
+				outcome("state-open", reopen(state, O_RDONLY));
+				must("written", write(s, "w", 1));
+			} else if (order == 'r') { // one that could also be read
+				result("state-receive-to-read", "%s", fd < 0 ? "refused" : "ok");
+				must("received", write(s, "r", 1));
+			} else if (order == 't')
+				must("send", send_fd(s, 't', state));
 			else if (order == 'd') {
 				outcome("device-api", ioctl(fd, UFFDIO_API, &api)); // not an order of that device
 				made = ioctl(fd, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
@@ -274,6 +296,45 @@ static void orders(int u, uint64_t memory, int s)
 	outcome("unregister", ioctl(u, UFFDIO_UNREGISTER, &range));
 }
 
+// save has QEMU write to a file in memory, and reads that.
+static void save(int s)
+{
+	char text[8] = "", done;
+	int state = outcome("state", memfd_create("device-state", MFD_CLOEXEC));
+
+	label_of("state-label", state);
+	must("order", send_fd(s, 'w', outcome("state-open", reopen(state, O_WRONLY))));
+	must("written", read(s, &done, 1) == 1 ? 0 : -1);
+	outcome("state-read", pread(state, text, sizeof(text) - 1, 0));
+	result("state-text", "%s", text);
+	outcome("state-truncate", ftruncate(state, 0));
+	outcome("state-map", mmap(NULL, PAGE, PROT_READ, MAP_SHARED, state, 0) == MAP_FAILED ? -1 : 0);
+	must("order", send_fd(s, 'r', state));
+	must("received", read(s, &done, 1) == 1 ? 0 : -1);
+}
+
+// look reads memory of QEMU, and asks about it.
+static void look(struct facts f)
+{
+	struct { uint64_t start, end, categories; } region;
+	struct pagemap_scan scan = {.size = sizeof(scan), .start = f.memory, .end = f.memory + PAGES * PAGE,
+				    .vec = (uint64_t)&region, .vec_len = 1, .any = 1 << 3, .back = 1 << 3};
+	char path[32];
+	unsigned char seen = 0;
+
+	snprintf(path, sizeof(path), "/proc/%d/mem", f.pid);
+	int memory = outcome("memory-open", open(path, O_RDONLY | O_CLOEXEC));
+	outcome("memory-read", pread(memory, &seen, 1, f.memory));
+	result("memory", "%d", seen);
+	outcome("memory-open-to-write", open(path, O_RDWR | O_CLOEXEC));
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", f.pid);
+	int pages = outcome("pagemap-open", open(path, O_RDONLY | O_CLOEXEC));
+	outcome("pagemap-scan", ioctl(pages, IOCTL_PAGEMAP_SCAN, &scan));
+	outcome("pagemap-other", ioctl(pages, _IO('f', 17)));
+	outcome("memory-file-open", open("/dev/shm/ram", O_RDONLY | O_CLOEXEC));
+	outcome("memory-file-open-to-write", open("/dev/shm/ram", O_RDWR | O_CLOEXEC));
+}
+
 static void migrated(void)
 {
 	struct uffdio_api api = {.api = UFFD_API};
@@ -286,6 +347,8 @@ static void migrated(void)
 	int u = take("getfd", f, f.uffd);
 	label_of("label", u);
 	orders(u, f.memory, s);
+	look(f);
+	save(s);
 	must("ask", send_fd(s, 's', -1));
 	int received = receive_fd(s, &byte);
 	result("scm-rights", "%s", received < 0 ? "refused" : "ok");
@@ -319,6 +382,11 @@ static void stranger(void)
 	must("ask", send_fd(s, 's', -1));
 	int u = receive_fd(s, &byte);
 	result("scm-rights", "%s", u < 0 ? "refused" : "ok");
+	must("ask", send_fd(s, 't', -1));
+	int state = receive_fd(s, &byte);
+	result("state-scm-rights", "%s", state < 0 ? "refused" : "ok");
+	if (state >= 0)
+		outcome("state-open", reopen(state, O_RDONLY));
 }
 
 // --- who starts whom ----------------------------------------------------------------------------
