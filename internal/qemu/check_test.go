@@ -3,6 +3,7 @@
 package qemu
 
 import (
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -61,6 +62,17 @@ func TestCheckVM(t *testing.T) {
 				t.Errorf("detail %q, remedy %q", r.Detail, r.Remedy)
 			}
 		})
+	}
+}
+
+// What another process does to the VM's memory raises no fault of QEMU's.
+func TestCheckVMWhoseMemoryOthersUse(t *testing.T) {
+	path := ramFile(t)
+	_, vm := start(t, ram(path)...)
+	_, other := start(t, append(ram(path), "-S")...)
+	found := find(CheckVM(testContext(t), vm), `RAM "ram0"`)
+	if len(found) != 1 || found[0].Status != Failed || !strings.Contains(found[0].Detail, fmt.Sprintf("process %d", other.Pid)) {
+		t.Errorf("results %+v", found)
 	}
 }
 

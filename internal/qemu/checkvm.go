@@ -102,7 +102,19 @@ func checkRAM(ctx context.Context, vm *VM) ([]Result, error) {
 	}
 	results := make([]Result, 0, len(blocks))
 	for _, b := range blocks {
-		if b.Size >= 1<<20 {
+		other, err := vm.otherThatMaps(b)
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case other != 0:
+			results = append(results, Result{
+				Subject: fmt.Sprintf("RAM %q", b.ID), Status: Failed,
+				Detail: fmt.Sprintf("process %d uses it as well, as the back end of a vhost-user device does: "+
+					"nothing makes that wait for pages that have not come", other),
+				Remedy: "unplug the device, or end that process",
+			})
+		case b.Size >= 1<<20:
 			results = append(results, Result{Subject: fmt.Sprintf("RAM %q", b.ID), Detail: b.describe()})
 		}
 	}

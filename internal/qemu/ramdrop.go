@@ -169,6 +169,9 @@ func (vm *VM) checkAlone(b RAMBlock) error {
 
 // otherThatMaps finds another process that has the file of a shared block mapped; 0: none that this daemon can see.
 func (vm *VM) otherThatMaps(b RAMBlock) (pid int, err error) {
+	if b.Private || b.ReadOnly || b.File == "" {
+		return 0, nil
+	}
 	ours, err := readMaps(vm.Pid)
 	if err != nil {
 		return 0, err
