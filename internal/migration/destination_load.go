@@ -48,6 +48,7 @@ func (d *Destination) LoadDeviceState(
 	}
 	reached("destination-took")
 	if first.GetRehearsal() { // it stays in this phase: Run is out of order
+		d.expire(loading, loadedTimeout, "the source did not end the rehearsal")
 		return stream.SendAndClose(answer)
 	}
 	d.phase = loaded

@@ -5,6 +5,7 @@ package migration
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -21,9 +22,13 @@ func (s *Source) rehearsed(ctx context.Context) {
 	network := max(0, s.steps.transfer-s.steps.load)
 	s.export.Withdraw()
 	began := time.Now()
-	vmStatus := s.continueVM()
+	vmStatus, err := s.continueVM()
 	s.steps.cont = time.Since(began)
 	s.tellToGiveUp(ctx, errRehearsed)
+	if err != nil {
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("after a rehearsal: %w", err), vmStatus)
+		return
+	}
 	result := &migratedv1.Rehearsal{
 		StopTime: durationpb.New(s.steps.stop), SaveTime: durationpb.New(s.steps.save), TransferTime: durationpb.New(s.steps.transfer),
 		LoadTime: durationpb.New(s.steps.load), ContinueTime: durationpb.New(s.steps.cont),

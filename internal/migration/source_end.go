@@ -56,7 +56,7 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 		s.forgetRecord()
 		vmStatus = endedStatus
 	case s.stopTried:
-		vmStatus = s.continueVM()
+		vmStatus, _ = s.continueVM()
 	}
 	s.tellToGiveUp(ctx, reason) // the VM runs again, or never stopped: this has time
 	state := migratedv1.MigrationState_MIGRATION_STATE_FAILED
@@ -81,8 +81,8 @@ func (s *Source) tellToGiveUp(ctx context.Context, reason error) {
 }
 
 // continueVM puts the VM back to what it was before it was stopped, and says
-// what became of it.
-func (s *Source) continueVM() (vmStatus string) {
+// what became of it. The error is why it is not what it was.
+func (s *Source) continueVM() (vmStatus string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
 	defer cancel()
 	reached("source-backing-out")
@@ -94,33 +94,34 @@ func (s *Source) continueVM() (vmStatus string) {
 	if !s.wasRunning {
 		return s.leavePaused(ctx)
 	}
-	if _, err := s.vm.Cont(ctx); err != nil {
+	if _, err = s.vm.Cont(ctx); err != nil {
 		s.log.Error("cannot continue the VM", "error", err)
 		// The record stays, for a daemon that is started again to try.
 		return fmt.Sprintf("the VM is stopped on the source with its memory intact; continue it with QMP 'cont' on %s (%v)",
-			s.cfg.Spec.GetVm(), err)
+			s.cfg.Spec.GetVm(), err), fmt.Errorf("continue the VM: %w", err)
 	}
 	reached("source-continued")
 	s.forgetRecord()
-	return "the VM runs on the source"
+	return "the VM runs on the source", nil
 }
 
 // leavePaused takes the disks of a VM back that was paused before, and stays so.
-func (s *Source) leavePaused(ctx context.Context) (vmStatus string) {
+func (s *Source) leavePaused(ctx context.Context) (vmStatus string, err error) {
 	const paused = "the VM is paused on the source, as it was before"
 	if s.gaveUpDisks || s.takenUp {
 		able, err := s.vm.ActivateDisks(ctx)
 		switch {
 		case err != nil:
 			s.log.Error("cannot take the VM's disks back", "error", err)
-			return fmt.Sprintf("%s, but QEMU could not take its disks back (%v); it tries again when the VM is continued", paused, err)
+			vmStatus = fmt.Sprintf("%s, but QEMU could not take its disks back (%v); it tries again when it is continued", paused, err)
+			return vmStatus, fmt.Errorf("take the VM's disks back: %w", err)
 		case !able:
 			s.forgetRecord()
-			return paused + "; this QEMU takes its disks back when the VM is continued"
+			return paused + "; this QEMU takes its disks back when the VM is continued", nil
 		}
 	}
 	s.forgetRecord()
-	return paused
+	return paused, nil
 }
 
 func (s *Source) stoppedStatus() string {
