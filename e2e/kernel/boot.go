@@ -94,6 +94,8 @@ func Boot(ctx context.Context, o Options, line func(string) error) error {
 		waitErr = nil // it was killed
 	case waitErr != nil:
 		waitErr = fmt.Errorf("%w: %s", waitErr, bytes.TrimSpace(stderr.Bytes()))
+	case bytes.Contains(stderr.Bytes(), []byte("terminating on signal")): // and by whom; its exit status is 0
+		waitErr = errors.New(string(bytes.TrimSpace(stderr.Bytes())))
 	default:
 		waitErr = tripleFault(resets)
 	}

@@ -28,11 +28,12 @@ type host struct {
 	root       string // the host's files, seen from outside
 	work       chan func()
 	labelled   bool // a policy is loaded
+	memory     memory
 	processes  []*process
 }
 
-func newHost(name, addr string, labelled bool) (*host, error) {
-	h := &host{name: name, addr: addr, work: make(chan func()), labelled: labelled}
+func newHost(name, addr string, labelled bool, memory memory) (*host, error) {
+	h := &host{name: name, addr: addr, work: make(chan func()), labelled: labelled, memory: memory}
 	ready := make(chan error)
 	go func() {
 		runtime.LockOSThread() // for good: the thread ends with the host
@@ -93,8 +94,11 @@ func (h *host) do(f func() error) error {
 	return <-done
 }
 
-// close ends what the host started, and its thread.
+// close ends what the host started, its QEMU, which the daemon may have started, and its thread.
 func (h *host) close() {
+	if pid := h.qemu(); pid != 0 {
+		_ = unix.Kill(pid, unix.SIGKILL) // it may have ended
+	}
 	for _, p := range h.processes {
 		p.kill()
 	}

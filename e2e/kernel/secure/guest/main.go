@@ -10,7 +10,8 @@
 //
 // It runs the same on every kernel: first without a policy (bare.go), then
 // with it (confined.go) and with others who try to get at a VM's descriptor
-// (strangers.go). Told to, it runs test binaries instead (tests.go).
+// (strangers.go), and with a VM whose memory is in no file (private.go). Told
+// to, it runs test binaries instead (tests.go).
 package main
 
 import (
@@ -26,7 +27,7 @@ import (
 )
 
 // patience bounds the whole run. Nothing waits that long unless it is broken.
-const patience = 300 * time.Second
+const patience = 600 * time.Second
 
 func main() {
 	if os.Getpid() != 1 {
@@ -51,7 +52,7 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	parts := []func(context.Context, *audit) error{bare, confined}
+	parts := []func(context.Context, *audit) error{bare, confined, private}
 	if len(os.Args) > 1 && os.Args[1] == "tests" {
 		parts = []func(context.Context, *audit) error{tests}
 	}

@@ -5,8 +5,6 @@ package main
 import (
 	"context"
 	"fmt"
-
-	"github.com/migrated-vm/migrated/e2e/metal"
 )
 
 // A scene is two hosts with their daemons, and the VM.
@@ -18,11 +16,11 @@ type scene struct {
 }
 
 // newScene makes the hosts and starts the VM on the first.
-func newScene(ctx context.Context, labelled bool, daemonArgs ...string) (*scene, error) {
+func newScene(ctx context.Context, labelled bool, memory memory, daemonArgs ...string) (*scene, error) {
 	s := &scene{}
 	for i, addr := range []string{"127.0.0.2", "127.0.0.3"} {
 		var err error
-		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, labelled); err != nil {
+		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, labelled, memory); err != nil {
 			return s, err
 		}
 		if s.daemons[i], err = s.hosts[i].startDaemon(ctx, daemonArgs...); err != nil {
@@ -70,8 +68,8 @@ func (s *scene) attach(id string, extra ...string) []string {
 // moved checks a VM after its migration and reports on it: what arrived, how its
 // descriptor was supervised, what its memory holds, that it counts on.
 func (s *scene) moved(ctx context.Context, name, id string, before uint32) error {
-	// First, and of the file alone: what the vCPU does with it then is another question, see README.md.
-	check(name+"-arrived", "whole", metal.Arrived(s.to().path(ramPath), before))
+	// First, and of the memory alone: what the vCPU does with it then is another question, see README.md.
+	check(name+"-arrived", "whole", s.to().arrived(ctx, before))
 	source, err := s.from().status(ctx, id)
 	if err != nil {
 		return err

@@ -26,18 +26,17 @@ const (
 	qemuUser = 107
 )
 
-// qemuArgs is the command line of the VM: one KVM vCPU, memory in a shared
-// file, the bare-metal guest's disk, a serial port that ends in a file.
-func qemuArgs() []string {
-	return []string{
+// qemuArgs is the command line of the VM: one KVM vCPU, its memory, the
+// bare-metal guest's disk, a serial port that ends in a file.
+func qemuArgs(memory memory) []string {
+	return append([]string{
 		"/usr/bin/qemu-system-x86_64", "-name", "guest,debug-threads=on", "-nodefaults", "-no-user-config", "-display", "none",
-		"-machine", "q35,memory-backend=ram0", "-accel", "kvm", "-cpu", "qemu64", "-smp", "1", "-m", fmt.Sprintf("%dM", ramMiB),
-		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", ramMiB, ramPath),
+		"-accel", "kvm", "-cpu", "qemu64", "-smp", "1", "-m", fmt.Sprintf("%dM", ramMiB),
 		"-qmp", "unix:" + qmpPath + ",server=on,wait=off",
 		"-qmp", "unix:" + eventsPath + ",server=on,wait=off", // the daemon has the other
 		"-chardev", "file,id=serial,path=" + vmDir + "/serial.log,append=on", "-serial", "chardev:serial",
 		"-drive", "file=" + vmDir + "/disk,format=raw,if=none,id=boot", "-device", "ide-hd,drive=boot,bus=ide.0",
-	}
+	}, memory.args()...)
 }
 
 // startQEMU starts the VM's QEMU on the host and waits for its QMP socket.
@@ -45,7 +44,7 @@ func (h *host) startQEMU(ctx context.Context, extra ...string) (*process, error)
 	if err := h.clear(); err != nil {
 		return nil, err
 	}
-	p, err := h.start(qemuDomain, qemuUser, nil, append(qemuArgs(), extra...)...)
+	p, err := h.start(qemuDomain, qemuUser, nil, append(qemuArgs(h.memory), extra...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +122,11 @@ func (h *host) verify(ctx context.Context) (metal.Result, error) {
 	if err := client.Do(ctx, "stop", nil, nil); err != nil {
 		return metal.Result{}, err
 	}
-	result, err := metal.Verify(h.path(ramPath))
+	ram, err := h.ram(ctx, client)
+	if err != nil {
+		return metal.Result{}, err
+	}
+	result, err := metal.Verify(ram)
 	if err != nil {
 		return result, err
 	}
