@@ -135,6 +135,11 @@ func TestOnDebian(t *testing.T) {
 			},
 		},
 		{
+			"whose mappings the daemon reads, besides QEMUs'",
+			[]string{"-A", "-s", "migrated_t", "-t", "openvswitch_t", "-c", "file"},
+			[]string{"allow migrated_t migrated_sharing_domain:file { getattr open read };"},
+		},
+		{
 			"memory in files: the daemon reads it",
 			[]string{"-A", "-s", "migrated_t", "-t", "svirt_tmpfs_t", "-c", "file"},
 			[]string{"allow migrated_t migrated_qemu_ram:file { getattr open read };"},

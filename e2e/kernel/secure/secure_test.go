@@ -157,8 +157,8 @@ func TestSecureMigration(t *testing.T) {
 	}
 }
 
-// attempts bounds how often a kernel is booted because of its emulator. One was enough in all runs with this emulator
-// so far (README.md, "The emulator").
+// attempts bounds how often a kernel is booted because of its emulator. One is mostly enough with this emulator
+// (README.md, "The emulator").
 const attempts = 2
 
 // ours matches a line of the kernel's that names what the patches touch.
