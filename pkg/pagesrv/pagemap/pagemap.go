@@ -22,7 +22,7 @@ import (
 type Map struct {
 	file *os.File
 	fd   uintptr // file's
-	// unable is set when the kernel has no PAGEMAP_SCAN, which Linux 6.7 brought.
+	// unable is set when the kernel has no PAGEMAP_SCAN, which Linux 6.7 brought, or a security module refuses it.
 	unable atomic.Bool
 }
 
@@ -52,7 +52,7 @@ func (m *Map) Next(from, end uint64) (uint64, error) {
 	}
 	if !m.unable.Load() {
 		at, err := m.scan(from, end)
-		if !errors.Is(err, unix.ENOTTY) {
+		if !errors.Is(err, unix.ENOTTY) && !errors.Is(err, unix.EACCES) {
 			return at, err
 		}
 		m.unable.Store(true)
