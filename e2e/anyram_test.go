@@ -16,6 +16,7 @@ import (
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -37,7 +38,7 @@ func TestAnyRAM(t *testing.T) {
 // TestAnyHugeRAM does so with huge pages.
 func TestAnyHugeRAM(t *testing.T) {
 	// Two hosts, and the file that stays when its QEMU has gone.
-	reserveHugePages(t, 3*128+32)
+	uffdtest.ReserveHugePages(t, 3*128+32)
 	kinds := []lab.Backend{lab.BackendFile, lab.BackendMemfd, lab.BackendMemfdPrivate, lab.BackendFilePrivate, lab.BackendFile}
 	goThrough(t, lab.InstalledQEMU, kinds, true)
 }

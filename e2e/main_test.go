@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -163,31 +162,6 @@ func needKVM(t *testing.T) {
 	t.Helper()
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		t.Skipf("no KVM on this machine (%v); e2e/kernel/secure moves VMs in a nested one", err)
-	}
-}
-
-// reserveHugePages makes sure of n free huge pages of 2 MiB for this test.
-func reserveHugePages(t *testing.T, n int) {
-	t.Helper()
-	const knob = "/proc/sys/vm/nr_hugepages"
-	before, err := os.ReadFile(knob)
-	if err != nil {
-		cannot.Run(t, "no huge pages on this machine: %v", err)
-	}
-	if err := os.WriteFile(knob, []byte(strconv.Itoa(n)), 0o644); err != nil {
-		cannot.Run(t, "huge pages cannot be reserved: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := os.WriteFile(knob, before, 0o644); err != nil {
-			t.Errorf("give the huge pages back: %v", err)
-		}
-	})
-	text, err := os.ReadFile(knob)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got, err := strconv.Atoi(strings.TrimSpace(string(text))); err != nil || got < n {
-		cannot.Run(t, "only %d of %d huge pages can be reserved (%v)", got, n, err)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -34,7 +35,7 @@ func TestLinuxGuest(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			c.vm.MemoryMiB = 512
 			if c.vm.HugePages {
-				reserveHugePages(t, hugePagesFor512)
+				uffdtest.ReserveHugePages(t, hugePagesFor512)
 			}
 			vm := linux(t, c.vm, append(c.args, "migrated.workers=2")...)
 			l := newLab(t)
@@ -128,7 +129,7 @@ func TestMetalGuest(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			c.vm.KVM, c.vm.VCPUs, c.vm.MemoryMiB = true, 1, 64
 			if c.vm.HugePages {
-				reserveHugePages(t, 64)
+				uffdtest.ReserveHugePages(t, 64)
 			}
 			vm := metal(t, c.vm)
 			l := newLab(t)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -162,7 +163,7 @@ func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 			b := startDaemon(t, l.B)
 			c := lab.VMConfig{VCPUs: 2, MemoryMiB: 512, Nodes: 1, HugePages: huge}
 			if huge {
-				reserveHugePages(t, 2*c.MemoryMiB/2)
+				uffdtest.ReserveHugePages(t, 2*c.MemoryMiB/2)
 			}
 			vm := linux(t, c, "migrated.mem=320", "migrated.ws=128", "migrated.workers=2", "migrated.rate=500", "migrated.write=50", "migrated.window=100ms")
 			startVM(t, l.A, vm)

@@ -7,41 +7,14 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"strconv"
-	"strings"
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/e2e/metal"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
-
-// hugePages makes sure of n free huge pages of 2 MiB for this test.
-func hugePages(t *testing.T, n int) {
-	t.Helper()
-	const knob = "/proc/sys/vm/nr_hugepages"
-	before, err := os.ReadFile(knob)
-	if err != nil {
-		cannot.Run(t, "no huge pages on this machine: %v", err)
-	}
-	if err := os.WriteFile(knob, []byte(strconv.Itoa(n)), 0o644); err != nil {
-		cannot.Run(t, "huge pages cannot be reserved: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := os.WriteFile(knob, before, 0o644); err != nil {
-			t.Errorf("give the huge pages back: %v", err)
-		}
-	})
-	text, err := os.ReadFile(knob)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got, err := strconv.Atoi(strings.TrimSpace(string(text))); err != nil || got < n {
-		cannot.Run(t, "only %d of %d huge pages can be reserved (%v)", got, n, err)
-	}
-}
 
 // TestBackends boots the bare-metal guest in each kind of memory and reads what it has written there.
 func TestBackends(t *testing.T) {
@@ -55,7 +28,7 @@ func TestBackends(t *testing.T) {
 			t.Run(fmt.Sprintf("%s, %d nodes, huge %v", backend, c.Nodes, c.HugePages), func(t *testing.T) {
 				ctx := testContext(t)
 				if c.HugePages {
-					hugePages(t, 2*mib/2)
+					uffdtest.ReserveHugePages(t, 2*mib/2)
 				}
 				l := stage(t)
 				disk, err := image.Metal(ctx, mib)

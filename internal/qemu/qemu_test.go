@@ -4,7 +4,6 @@ package qemu
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
 // testContext ends a test that hangs.
@@ -122,30 +122,7 @@ func socketPair(t testing.TB) (a, b *os.File) {
 func hugePages(t *testing.T, count int) (dir string) {
 	t.Helper()
 	needRoot(t)
-	const setting = "/proc/sys/vm/nr_hugepages"
-	before, err := os.ReadFile(setting)
-	if err != nil {
-		cannot.Run(t, "%v", err)
-	}
-	var had, have int
-	if _, err := fmt.Sscan(string(before), &had); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.WriteFile(setting, before, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := os.WriteFile(setting, fmt.Append(nil, had+count), 0); err != nil {
-		cannot.Run(t, "%v", err)
-	}
-	after, err := os.ReadFile(setting)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := fmt.Sscan(string(after), &have); err != nil || have < had+count {
-		cannot.Run(t, "only %d huge pages, %v", have, err)
-	}
+	uffdtest.ReserveHugePages(t, count)
 	dir = t.TempDir()
 	if err := unix.Mount("hugetlbfs", dir, "hugetlbfs", 0, "pagesize=2M,mode=1777"); err != nil {
 		cannot.Run(t, "%v", err)

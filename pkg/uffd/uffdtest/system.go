@@ -35,11 +35,15 @@ func ReserveHugePages(t testing.TB, n int) {
 	if err != nil {
 		cannot.Run(t, "no 2 MiB huge pages: %v", err)
 	}
-	restore := func() { _ = os.WriteFile(hugePagesFile, []byte(strconv.Itoa(before)), 0o644) }
-	if err := os.WriteFile(hugePagesFile, []byte(strconv.Itoa(before+n)), 0o644); err != nil {
+	set := func(n int) error { return os.WriteFile(hugePagesFile, []byte(strconv.Itoa(n)), 0o644) }
+	if err := set(before + n); err != nil {
 		cannot.Run(t, "cannot reserve huge pages: %v", err)
 	}
-	t.Cleanup(restore)
+	t.Cleanup(func() {
+		if err := set(before); err != nil {
+			t.Errorf("give the huge pages back: %v", err)
+		}
+	})
 	if now, err := hugePages(); err != nil || now < before+n {
 		cannot.Run(t, "the kernel gave %d of %d huge pages (%v)", now-before, n, err)
 	}
