@@ -10,11 +10,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"sync"
 	"sync/atomic"
 	"time"
 	"unsafe"
 
+	"github.com/migrated-vm/migrated/e2e/guest/pace"
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
@@ -22,10 +22,8 @@ import (
 const (
 	// patience is how long an answer is waited for before it is lost.
 	patience = 500 * time.Millisecond
-	// maxBehind bounds the burst with which a card catches up with its rate after a stall.
-	maxBehind = 100 * time.Millisecond
-	largest   = 1400 // bytes of a message
-	smallest  = 64
+	largest  = 1400 // bytes of a message
+	smallest = 64
 )
 
 // Config is what is done with the cards.
@@ -62,7 +60,7 @@ func Open(c Config) (*Set, error) {
 		s.cards = append(s.cards, newCard(name, i, c.Rate, conn))
 	}
 	for _, c := range s.cards {
-		go c.run()
+		go c.pace.Run(c.step)
 	}
 	return s, nil
 }
@@ -70,7 +68,7 @@ func Open(c Config) (*Set, error) {
 // Run has the cards send or not. When it returns, they do.
 func (s *Set) Run(on bool) {
 	for _, c := range s.cards {
-		c.set(on)
+		c.pace.Set(on)
 	}
 }
 
@@ -80,7 +78,7 @@ func (s *Set) Report() []report.Card {
 	for _, c := range s.cards {
 		all = append(all, report.Card{
 			Name: c.name, Sent: c.sent.Load(), Answered: c.answered.Load(), Lost: c.lost.Load(),
-			Wrong: c.wrong.Load(), Errors: c.errs.Load(), MaxUS: c.slowest.Swap(0) / 1000,
+			Wrong: c.wrong.Load(), Errors: c.errs.Load(), MaxUS: c.slowest.Take().Microseconds(),
 		})
 	}
 	return all
@@ -88,57 +86,32 @@ func (s *Set) Report() []report.Card {
 
 // A card sends one message after the other.
 type card struct {
-	name     string
-	number   int
-	conn     net.Conn      // to the client
-	interval time.Duration // between two messages; 0: none
+	name   string
+	number int
+	conn   net.Conn // to the client
+	pace   *pace.Worker
 
 	sent, answered, lost, wrong, errs atomic.Uint64
-	slowest                           atomic.Int64 // ns, since it was last reported
+	slowest                           pace.Slowest
 
-	mu     sync.Mutex // of all below; held during a message
-	resume sync.Cond
-	on     bool
+	// Owned by step.
 	seq    uint32
 	answer [largest + 1]byte
 }
 
 func newCard(name string, number, rate int, conn net.Conn) *card {
-	c := &card{name: name, number: number, conn: conn}
-	c.resume.L = &c.mu
+	var interval time.Duration
 	if rate > 0 {
-		c.interval = time.Second / time.Duration(rate)
+		interval = time.Second / time.Duration(rate)
 	}
-	return c
+	return &card{name: name, number: number, conn: conn, pace: pace.New(interval)}
 }
 
-// run is the card's work. It does not end.
-func (c *card) run() {
-	next := time.Now()
-	for {
-		c.mu.Lock()
-		for !c.on {
-			c.resume.Wait()
-		}
-		failed := c.exchange()
-		c.mu.Unlock()
-		now := time.Now()
-		if behind := now.Add(-maxBehind); next.Before(behind) {
-			next = behind
-		}
-		if next = next.Add(c.interval); c.interval > 0 {
-			time.Sleep(next.Sub(now))
-		} else if failed {
-			time.Sleep(time.Millisecond) // a card that cannot send fails at once
-		}
+// step is one message. A card that cannot send fails at once, and is not asked at once again.
+func (c *card) step() {
+	if c.exchange() {
+		time.Sleep(time.Millisecond)
 	}
-}
-
-func (c *card) set(on bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.on = on
-	c.resume.Broadcast()
 }
 
 // exchange sends a message and waits for it to come back. Every byte of it follows from the card and the number of the
@@ -176,16 +149,7 @@ func (c *card) exchange() (failed bool) {
 			return false
 		}
 		c.answered.Add(1)
-		c.took(time.Since(began))
+		c.slowest.Note(time.Since(began))
 		return false
-	}
-}
-
-func (c *card) took(d time.Duration) {
-	for {
-		old := c.slowest.Load()
-		if int64(d) <= old || c.slowest.CompareAndSwap(old, int64(d)) {
-			return
-		}
 	}
 }

@@ -17,13 +17,13 @@ import (
 	"io"
 	"os"
 	"strconv"
-	"sync"
 	"sync/atomic"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/e2e/guest/pace"
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
@@ -56,6 +56,14 @@ func (c Config) Validate() error {
 	return nil
 }
 
+// interval is that between two requests of a lane.
+func (c Config) interval() time.Duration {
+	if c.Rate == 0 {
+		return 0
+	}
+	return Lanes * time.Second / time.Duration(c.Rate)
+}
+
 // A Set is all disks at work.
 type Set struct {
 	disks    []*disk
@@ -82,16 +90,15 @@ func Open(c Config) (*Set, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", serial, err)
 		}
-		d, err := newDisk(s, serial, i, f)
+		d, err := newDisk(s, serial, i, f, c.interval())
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", serial, err)
 		}
-		d.pace(c.Rate)
 		s.disks = append(s.disks, d)
 	}
 	for _, d := range s.disks {
 		for _, l := range d.lanes {
-			go l.run()
+			go l.pace.Run(l.step)
 		}
 	}
 	return s, nil
@@ -101,7 +108,7 @@ func Open(c Config) (*Set, error) {
 func (s *Set) Run(on bool) {
 	for _, d := range s.disks {
 		for _, l := range d.lanes {
-			l.set(on)
+			l.pace.Set(on)
 		}
 	}
 }
@@ -120,8 +127,10 @@ func (s *Set) Report() []report.Disk {
 func (s *Set) Verify() (blocks, found uint64) {
 	for _, d := range s.disks {
 		for _, l := range d.lanes {
-			b, f := l.check()
-			blocks, found = blocks+b, found+f
+			l.pace.Between(func() {
+				b, f := l.check()
+				blocks, found = blocks+b, found+f
+			})
 		}
 	}
 	return blocks, found
@@ -154,11 +163,11 @@ type disk struct {
 	lanes  []*lane
 
 	reads, writes, flushes, errs, corruptions atomic.Uint64
-	slowest                                   atomic.Int64 // ns, since it was last reported
+	slowest                                   pace.Slowest
 }
 
-// newDisk takes over a disk that was opened, with lanes that rest.
-func newDisk(s *Set, serial string, number int, f *os.File) (*disk, error) {
+// newDisk takes over a disk that was opened, with lanes that rest. Each lane is to have a request at that interval.
+func newDisk(s *Set, serial string, number int, f *os.File, interval time.Duration) (*disk, error) {
 	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
 		return nil, err
@@ -177,29 +186,19 @@ func newDisk(s *Set, serial string, number int, f *os.File) (*disk, error) {
 			return nil, fmt.Errorf("map a buffer: %w", err)
 		}
 		l := &lane{
-			disk: d, from: blocks / Lanes * i, to: blocks / Lanes * (i + 1),
+			disk: d, pace: pace.New(interval), from: blocks / Lanes * i, to: blocks / Lanes * (i + 1),
 			random: uint64(number*Lanes+int(i)+1) * 0x9e3779b97f4a7c15, buffer: buffer,
 			pages: unsafe.Slice((*stamp.Page)(unsafe.Pointer(&buffer[0])), chunk),
 		}
-		l.resume.L = &l.mu
 		d.lanes = append(d.lanes, l)
 	}
 	return d, nil
 }
 
-// pace sets how often each lane has a request.
-func (d *disk) pace(rate int) {
-	for _, l := range d.lanes {
-		if rate > 0 {
-			l.interval = Lanes * time.Second / time.Duration(rate)
-		}
-	}
-}
-
 func (d *disk) report() report.Disk {
 	return report.Disk{
 		Name: d.serial, Reads: d.reads.Load(), Writes: d.writes.Load(), Flushes: d.flushes.Load(),
-		Errors: d.errs.Load(), Corruptions: d.corruptions.Load(), MaxUS: d.slowest.Swap(0) / 1000,
+		Errors: d.errs.Load(), Corruptions: d.corruptions.Load(), MaxUS: d.slowest.Take().Microseconds(),
 	}
 }
 
@@ -222,13 +221,8 @@ func (d *disk) index(block uint32) uint32 { return uint32(d.number)<<blockBits |
 func (d *disk) timed(request func() (int, error)) (int, error) {
 	began := time.Now()
 	n, err := request()
-	took := int64(time.Since(began))
-	for {
-		old := d.slowest.Load()
-		if took <= old || d.slowest.CompareAndSwap(old, took) {
-			return n, err
-		}
-	}
+	d.slowest.Note(time.Since(began))
+	return n, err
 }
 
 // errShort is a request that moved less than it was to.
@@ -237,12 +231,10 @@ var errShort = errors.New("short transfer")
 // A lane owns blocks [from, to) and their table entries: a difference there is damage and never a race.
 type lane struct {
 	disk     *disk
+	pace     *pace.Worker
 	from, to uint32
-	interval time.Duration // between two requests; 0: none
 
-	mu      sync.Mutex // of all below; held during a request
-	resume  sync.Cond
-	on      bool
+	// Owned by step, and between two steps by check.
 	random  uint64 // xorshift64 state
 	sum     uint64 // of the generations in [from, to), see stamp.Table
 	unsaved int    // writes since the last flush

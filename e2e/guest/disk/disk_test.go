@@ -23,7 +23,7 @@ func newSet(t *testing.T, blocks int64) *Set {
 		if err := f.Truncate(blocks * blockSize); err != nil {
 			t.Fatal(err)
 		}
-		d, err := newDisk(s, serial, i, f)
+		d, err := newDisk(s, serial, i, f, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

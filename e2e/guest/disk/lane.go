@@ -4,46 +4,13 @@ package disk
 
 import (
 	"fmt"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
 
-// maxBehind bounds the burst with which a lane catches up with its rate after a stall.
-const maxBehind = 100 * time.Millisecond
-
-// run is the lane's work. It does not end.
-func (l *lane) run() {
-	next := time.Now()
-	for {
-		l.mu.Lock()
-		for !l.on {
-			l.resume.Wait()
-		}
-		l.step()
-		l.mu.Unlock()
-		if l.interval == 0 {
-			continue
-		}
-		now := time.Now()
-		if behind := now.Add(-maxBehind); next.Before(behind) {
-			next = behind
-		}
-		next = next.Add(l.interval)
-		time.Sleep(next.Sub(now))
-	}
-}
-
-func (l *lane) set(on bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.on = on
-	l.resume.Broadcast()
-}
-
-// step writes a block or checks it. The caller holds the lock.
+// step writes a block or checks it.
 func (l *lane) step() {
 	l.random ^= l.random << 13
 	l.random ^= l.random >> 7
@@ -136,11 +103,9 @@ func (l *lane) compare(p *stamp.Page, block, generation uint32) bool {
 	return false
 }
 
-// check reads all blocks of the lane that were ever written, and adds up their generations. It returns how many there
-// are and how many are not as they must be.
+// check reads all blocks of the lane that were ever written, and adds up their generations, while no step is under way.
+// It returns how many there are and how many are not as they must be.
 func (l *lane) check() (blocks, found uint64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	d := l.disk
 	if sum := d.table.Sum(l.from, l.to); sum != l.sum {
 		d.damaged(stamp.Damage{Page: l.from, Word: -1, Expected: l.sum, Got: sum, Kind: stamp.BadTable})

@@ -191,7 +191,7 @@ func (l *Load) Window(uptime time.Duration) report.Window {
 	now := int64(l.now())
 	for i, w := range l.workers {
 		w.latencies.take(latencies, &l.seen[i])
-		slowest = max(slowest, w.slowest.Swap(0))
+		slowest = max(slowest, int64(w.slowest.Take()))
 		if began := w.began.Load(); began != 0 {
 			slowest = max(slowest, now-began)
 		}

@@ -6,12 +6,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/migrated-vm/migrated/e2e/guest/pace"
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
-
-// maxBehind bounds the burst with which a worker catches up with its rate after
-// a stall.
-const maxBehind = 100 * time.Millisecond
 
 // worker owns pages [from, to) and their table entries: no other thread
 // touches them, so that a difference is damage and never a race.
@@ -25,7 +22,7 @@ type worker struct {
 
 	// Written by the worker, read by the reporter.
 	totalOps, totalWrites, corruptions atomic.Uint64
-	slowest                            atomic.Int64 // ns, since the reporter last swapped it for 0
+	slowest                            pace.Slowest
 	began                              atomic.Int64 // when the running operation began; 0: none runs
 	latencies                          histogram
 
@@ -61,7 +58,7 @@ func (w *worker) run() {
 				time.Sleep(wait)
 			}
 			last = w.load.now()
-			next = max(next, last-maxBehind) + interval
+			next = max(next, last-pace.MaxBehind) + interval
 		}
 		// Without a rate an operation begins where the one before it ended, so
 		// no stall falls between two of them.
@@ -69,7 +66,7 @@ func (w *worker) run() {
 		w.visit(w.pick())
 		end := w.load.now()
 		w.began.Store(0)
-		w.record(int64(end - last))
+		w.record(end - last)
 		last = end
 	}
 }
@@ -79,15 +76,10 @@ func (w *worker) do(t task) {
 	t.done <- struct{}{}
 }
 
-func (w *worker) record(ns int64) {
-	w.latencies.add(ns)
+func (w *worker) record(took time.Duration) {
+	w.latencies.add(int64(took))
 	w.totalOps.Add(1)
-	for {
-		old := w.slowest.Load()
-		if ns <= old || w.slowest.CompareAndSwap(old, ns) {
-			return
-		}
-	}
+	w.slowest.Note(took)
 }
 
 func (w *worker) draw() uint64 {
