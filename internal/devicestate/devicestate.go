@@ -28,6 +28,9 @@ import (
 	"fmt"
 )
 
+// Most bounds the bytes of a device state that is saved, or taken from a source. That of 32 devices is 2 MB.
+const Most = 256 << 20
+
 const (
 	magic   = "QEVM"
 	version = 3

@@ -35,11 +35,14 @@ var errOrphan = errors.New(
 // lostStatus is what has become of a VM that some of its memory is lost of.
 const lostStatus = "the VM stands still where it needs memory that is lost; nothing else is read in its place"
 
-// sourceQEMUGone says whether the source's page server has found that the QEMU is gone whose memory it reads. gRPC
-// passes the reason on as text alone.
+// sourceQEMUGone says whether the source's page server has found that the QEMU is gone whose memory it reads.
 func sourceQEMUGone(err error) bool {
-	return errors.Is(err, postcopy.ErrLaneLost) && status.Code(err) == codes.DataLoss &&
-		strings.Contains(err.Error(), pagesrv.ErrProcessGone.Error())
+	return errors.Is(err, postcopy.ErrLaneLost) && serverSays(err, codes.DataLoss, pagesrv.ErrProcessGone)
+}
+
+// serverSays says whether a page server has ended a call with that reason. gRPC passes it on as text alone.
+func serverSays(err error, code codes.Code, reason error) bool {
+	return status.Code(err) == code && strings.Contains(err.Error(), reason.Error())
 }
 
 // orphaned says that some of the VM's memory cannot be had any more, and goes on saying it until the VM ends. What is

@@ -13,11 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
+	"github.com/migrated-vm/migrated/internal/devicestate"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
-
-// mostLoaded bounds what a source sends as a device state. That of 32 devices is 2 MB.
-const mostLoaded = 256 << 20
 
 // A deviceCarrier is the pair of sockets between the daemon and a destination's QEMU that a migration stream runs over.
 // QEMU gets its end as a descriptor, so that no path, port or permission is needed, also inside QEMU's sandbox.
@@ -78,8 +76,8 @@ func (c *deviceCarrier) receiveFrom(
 		if c.received == 0 {
 			c.began = time.Now()
 		}
-		if c.received += len(data); c.received > mostLoaded {
-			return fmt.Errorf("the source sends more than %d bytes of device state", mostLoaded)
+		if c.received += len(data); c.received > devicestate.Most {
+			return fmt.Errorf("the source sends more than %d bytes of device state", devicestate.Most)
 		}
 		if c.keep {
 			c.kept = append(c.kept, data...)

@@ -9,7 +9,6 @@ import (
 	"net"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -68,7 +67,7 @@ func openLanes(ctx context.Context, cfg laneConfig) (*lanes, error) {
 func noLanes(id string, failures []error) error {
 	err := fmt.Errorf("no page lanes to the source: %w", errors.Join(failures...))
 	refused := func(err error) bool {
-		return status.Code(err) == codes.PermissionDenied && strings.Contains(err.Error(), pagesrv.ErrRefused.Error())
+		return serverSays(err, codes.PermissionDenied, pagesrv.ErrRefused)
 	}
 	switch {
 	case outOfTime(err.Error()):

@@ -10,10 +10,9 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
-)
 
-// mostDeviceState bounds what a device state may take in memory. That of 32 devices is 2 MB.
-const mostDeviceState = 256 << 20
+	"github.com/migrated-vm/migrated/internal/devicestate"
+)
 
 // A Saver takes the state of a VM's devices from its QEMU. Making it before the VM stops spares the downtime the
 // preparation. Close it when it is no longer needed.
@@ -68,8 +67,9 @@ func (s *Saver) Save(ctx context.Context, giveUpDisks bool) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if info.Size() > mostDeviceState {
-		return nil, fmt.Errorf("the state of the VM's devices has %d bytes, more than the %d that are moved", info.Size(), mostDeviceState)
+	if info.Size() > devicestate.Most {
+		return nil, fmt.Errorf("the state of the VM's devices has %d bytes, more than the %d that are moved",
+			info.Size(), devicestate.Most)
 	}
 	state := make([]byte, info.Size())
 	if _, err := s.file.ReadAt(state, 0); err != nil && !errors.Is(err, io.EOF) {

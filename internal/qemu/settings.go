@@ -64,10 +64,7 @@ func (vm *VM) PrepareIncoming(ctx context.Context) error {
 		vm.restore = &Settings{Capabilities: changed, AnnounceRounds: &parameters.AnnounceRounds}
 	}
 	// That the VM runs here is not certain when it is loaded. Announce says so when it is.
-	if err := vm.QMP.Do(ctx, "migrate-set-parameters", map[string]int{"announce-rounds": 0}, nil); err != nil {
-		return err
-	}
-	if err := vm.SetCapabilities(ctx, now); err != nil {
+	if err := vm.apply(ctx, Settings{Capabilities: now, AnnounceRounds: new(uint64)}); err != nil {
 		return err
 	}
 	return vm.warmHeap(ctx)
@@ -134,12 +131,14 @@ func (vm *VM) SetCapabilities(ctx context.Context, states map[string]bool) error
 
 func (vm *VM) apply(ctx context.Context, s Settings) error {
 	err := vm.SetCapabilities(ctx, s.Capabilities)
+	parameters := map[string]uint64{}
 	if s.MaxBandwidth != 0 {
-		parameters := map[string]any{"max-bandwidth": s.MaxBandwidth}
-		err = errors.Join(err, vm.QMP.Do(ctx, "migrate-set-parameters", parameters, nil))
+		parameters["max-bandwidth"] = s.MaxBandwidth
 	}
 	if s.AnnounceRounds != nil {
-		parameters := map[string]any{"announce-rounds": *s.AnnounceRounds}
+		parameters["announce-rounds"] = *s.AnnounceRounds
+	}
+	if len(parameters) > 0 {
 		err = errors.Join(err, vm.QMP.Do(ctx, "migrate-set-parameters", parameters, nil))
 	}
 	if s.NoDescription != nil {
