@@ -66,9 +66,10 @@ func (d *Destination) pumpLanes(l *lanes) error {
 			return fmt.Errorf("the source's pages cannot be had any more, before the switch: %w", err)
 		}
 		d.log.Warn("no page comes any more, trying again", "error", err)
-		if sourceQEMUGone(err) {
+		switch {
+		case sourceQEMUGone(err):
 			d.orphaned(err)
-		} else {
+		case !d.orphan: // else that is shown still
 			d.paused(withRemedy(err, remedy))
 		}
 		switch inVain := d.engine.Stats().PagesPresent == before; {
@@ -119,11 +120,11 @@ func (d *Destination) sleep(pause time.Duration) error {
 // dialAgain tries to open lanes until it has some.
 func (d *Destination) dialAgain() (*lanes, error) {
 	for pause := firstPause; ; pause = min(2*pause, longestPause) {
-		if !d.orphan {
+		if !d.orphan { // else what is shown stays true, here and below
 			d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
 		}
 		l, err := openLanes(d.ctx, d.laneConfig())
-		if err == nil && d.orphan { // what is shown stays true
+		if err == nil && d.orphan {
 			return l, nil
 		}
 		if err == nil {
