@@ -344,7 +344,8 @@ func TestDropRAMOfOthers(t *testing.T) {
 	}
 	// Where that cannot be had, a file with content is refused.
 	huge := filepath.Join(hugePages(t, 66), "snapshot")
-	_, first := start(t, "-m", "64", "-object", "memory-backend-file,id=ram0,size=64M,share=on,mem-path="+huge, "-machine", "memory-backend=ram0")
+	_, first := start(t, "-m", "64", "-machine", "memory-backend=ram0", "-S", // and what it preallocates stays in the file
+		"-object", "memory-backend-file,id=ram0,size=64M,share=on,prealloc=on,mem-path="+huge)
 	if err := first.Quit(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
