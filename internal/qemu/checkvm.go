@@ -100,13 +100,13 @@ func checkRAM(ctx context.Context, vm *VM) ([]Result, error) {
 		}
 		return results, nil
 	}
+	neighbours, err := vm.neighbours(blocks)
+	if err != nil {
+		return nil, err
+	}
 	results := make([]Result, 0, len(blocks))
 	for _, b := range blocks {
-		other, err := vm.otherThatMaps(b)
-		if err != nil {
-			return nil, err
-		}
-		switch {
+		switch other := neighbours[b.ID]; {
 		case other != 0:
 			results = append(results, Result{
 				Subject: fmt.Sprintf("RAM %q", b.ID), Status: Failed,

@@ -29,8 +29,12 @@ const madvDontneedLocked = 24
 // this process has mapped: a file is never opened by its name, which may lead to another VM's. A file that others map
 // as well is refused.
 func (vm *VM) DropRAM(ctx context.Context, blocks []RAMBlock) (err error) {
+	neighbours, err := vm.neighbours(blocks)
+	if err != nil {
+		return err
+	}
 	for _, b := range blocks {
-		if err := vm.checkAlone(b); err != nil {
+		if err := checkAlone(b, neighbours[b.ID]); err != nil {
 			return err
 		}
 	}
@@ -140,8 +144,8 @@ func (vm *VM) descriptorOf(b RAMBlock) (fd int, known bool) {
 }
 
 // checkAlone refuses a shared file that another process maps, because what is in it may be that one's; and one that
-// shows through a private mapping wherever a page is missing.
-func (vm *VM) checkAlone(b RAMBlock) error {
+// shows through a private mapping wherever a page is missing. other is that process, 0: there is none.
+func checkAlone(b RAMBlock, other int) error {
 	if b.ReadOnly || b.File == "" || b.behind {
 		return nil
 	}
@@ -156,10 +160,6 @@ func (vm *VM) checkAlone(b RAMBlock) error {
 		}
 		return nil
 	}
-	other, err := vm.otherThatMaps(b)
-	if err != nil {
-		return err
-	}
 	if other != 0 {
 		return &RAMError{b.ID, fmt.Sprintf("process %d maps its file %s as well, which may be another VM's memory", other, b.File),
 			"give the destination another mem-path with --template, or end that process"}
@@ -167,23 +167,30 @@ func (vm *VM) checkAlone(b RAMBlock) error {
 	return nil
 }
 
-// otherThatMaps finds another process that has the file of a shared block mapped; 0: none that this daemon can see.
-func (vm *VM) otherThatMaps(b RAMBlock) (pid int, err error) {
-	if b.Private || b.ReadOnly || b.File == "" {
-		return 0, nil
+// neighbours finds other processes that have files of shared blocks mapped: one for each such block, by the blocks' IDs.
+// There may be some that this daemon cannot see.
+func (vm *VM) neighbours(blocks []RAMBlock) (map[string]int, error) {
+	blocks = slices.DeleteFunc(slices.Clone(blocks), func(b RAMBlock) bool { return b.Private || b.ReadOnly || b.File == "" })
+	if len(blocks) == 0 {
+		return nil, nil
 	}
 	ours, err := readMaps(vm.Pid)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	at := slices.IndexFunc(ours, func(m vma) bool { return m.start <= b.Addr && b.Addr < m.end })
-	if at < 0 {
-		return 0, fmt.Errorf("RAM %q is not mapped at %#x any more", b.ID, b.Addr)
+	files := make(map[string]vma, len(blocks))
+	for _, b := range blocks {
+		at := slices.IndexFunc(ours, func(m vma) bool { return m.start <= b.Addr && b.Addr < m.end })
+		if at < 0 {
+			return nil, fmt.Errorf("RAM %q is not mapped at %#x any more", b.ID, b.Addr)
+		}
+		files[b.ID] = ours[at]
 	}
 	processes, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
+	found := make(map[string]int)
 	for _, dir := range processes {
 		pid, err := strconv.Atoi(filepath.Base(dir))
 		if err != nil || pid == vm.Pid {
@@ -193,11 +200,13 @@ func (vm *VM) otherThatMaps(b RAMBlock) (pid int, err error) {
 		if err != nil {
 			continue // it has ended, or is a thread of the kernel
 		}
-		if slices.ContainsFunc(maps, func(m vma) bool { return m.inode != 0 && sameFile(m, ours[at]) }) {
-			return pid, nil
+		for id, file := range files {
+			if slices.ContainsFunc(maps, func(m vma) bool { return m.inode != 0 && sameFile(m, file) }) {
+				found[id] = pid
+			}
 		}
 	}
-	return 0, nil
+	return found, nil
 }
 
 // CheckEmpty says whether QEMU has touched a block since DropRAM: what is there would not be fetched.
