@@ -50,14 +50,20 @@ func (s *scene) stillCounting() {
 // countsAtTheSource checks that the guest goes on there, and that no QEMU is left at the destination.
 func (s *scene) countsAtTheSource() {
 	s.Helper()
+	s.countsOn()
+	if qemu := qemuOn(s.T, s.lab.B); qemu != 0 {
+		s.Errorf("QEMU process %d is left on the destination", qemu)
+	}
+}
+
+// countsOn checks that the guest goes on at the source.
+func (s *scene) countsOn() {
+	s.Helper()
 	now, found := lastPass(s.lab.A.Path(lab.SerialLog))
 	if !found {
 		s.Fatal("the guest's passes are gone")
 	}
 	metalPass(s.T, s.lab.A, func(pass uint64) bool { return pass > max(now, s.began)+1 })
-	if qemu := qemuOn(s.T, s.lab.B); qemu != 0 {
-		s.Errorf("QEMU process %d is left on the destination", qemu)
-	}
 	checkMetal(s.T, s.vm, s.lab.A)
 }
 

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// block finds memory of a VM by the end of its name.
+func block(t *testing.T, vm *qemu.VM, name string) qemu.RAMBlock {
+	t.Helper()
+	blocks, err := vm.RAMBlocks(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := slices.IndexFunc(blocks, func(b qemu.RAMBlock) bool { return strings.HasSuffix(b.ID, name) })
+	if at < 0 {
+		t.Fatalf("the VM has no memory %q", name)
+	}
+	return blocks[at]
+}
+
+// memoryOf opens the memory of a QEMU.
+func memoryOf(t *testing.T, vm *qemu.VM) *os.File {
+	t.Helper()
+	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", vm.Pid), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// TestVideoMemoryFollows: a large screen on a slow network neither delays the stop nor lengthens it, because it is
+// memory like any. What the guest has drawn arrives.
+func TestVideoMemoryFollows(t *testing.T) {
+	l := linkedHosts(t, lab.Link{Rate: 50e6, Delay: 100 * time.Microsecond})
+	startDaemon(t, l.A)
+	startDaemon(t, l.B)
+	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{"-device", "VGA,vgamem_mb=64,id=screen"}})
+	source := inspect(t, l.A)
+	vram := block(t, source, "/vga.vram")
+	if vram.Size != 64<<20 {
+		t.Fatalf("video memory %+v", vram)
+	}
+	drawn := make([]byte, 16<<20) // and the rest is zero
+	_, _ = rand.Read(drawn)
+	if _, err := memoryOf(t, source).WriteAt(drawn, int64(vram.Addr)+8<<20); err != nil {
+		t.Fatal(err)
+	}
+	m := migrate(t, l.A, l.B, "screen")
+	if n := m.GetProgress().GetBytesDeviceState(); n > 1<<20 {
+		t.Errorf("%d bytes crossed while the VM stood still", n)
+	}
+	destination := inspect(t, l.B)
+	got := make([]byte, len(drawn))
+	if _, err := memoryOf(t, destination).ReadAt(got, int64(block(t, destination, "/vga.vram").Addr)+8<<20); err != nil || !bytes.Equal(got, drawn) {
+		t.Errorf("what was drawn has not arrived: %v", err)
+	}
+	s.arrived()
+	t.Logf("downtime %v, all memory after %v", m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetResidency().AsDuration())
+}
+
+// TestFirmwareVariablesArrive: what the firmware keeps in its flash is there after a move, in memory and in its image.
+func TestFirmwareVariablesArrive(t *testing.T) {
+	l := newLab(t)
+	vm := lab.VMConfig{Backend: lab.BackendDefault, VCPUs: 1, MemoryMiB: 64, UEFI: true}
+	vm = emptyDisk(t, vm)
+	if _, err := l.A.StartVM(testContext(t), vm, lab.EventsArgs()...); errors.Is(err, lab.ErrNoFirmware) {
+		cannot.Run(t, "%v", err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	source := inspect(t, l.A)
+	mark := []byte("a variable that the firmware has set")
+	const at = 256 << 10 // a part of the flash that the firmware leaves alone
+	if _, err := memoryOf(t, source).WriteAt(mark, int64(block(t, source, "system.flash1").Addr)+at); err != nil {
+		t.Fatal(err)
+	}
+	migrate(t, l.A, l.B, "firmware")
+	destination := inspect(t, l.B)
+	got := make([]byte, len(mark))
+	if _, err := memoryOf(t, destination).ReadAt(got, int64(block(t, destination, "system.flash1").Addr)+at); err != nil || !bytes.Equal(got, mark) {
+		t.Errorf("the flash holds %q, %v", got, err)
+	}
+	// QEMU writes the flash to its image when it has loaded.
+	if text, err := os.ReadFile(l.Shared(lab.SharedDir + "/guest-vars.fd")); err != nil || !bytes.Contains(text, mark) {
+		t.Errorf("the image does not hold the variable: %v", err)
+	}
+}
+
+// TestMemoryThatWasPromised: a VM that was preallocated, or whose memory is locked, has all of it after a move, and so
+// it is after the next one.
+func TestMemoryThatWasPromised(t *testing.T) {
+	for name, args := range map[string][]string{
+		"prealloc": {"-object", "memory-backend-ram,id=ram0,size=64M,prealloc=on", "-machine", "memory-backend=ram0"},
+		"shared":   {"-object", "memory-backend-file,id=ram0,size=64M,prealloc=on,share=on,mem-path=/dev/shm/promised", "-machine", "memory-backend=ram0"},
+		"mem-lock": {"-object", "memory-backend-ram,id=ram0,size=64M", "-machine", "memory-backend=ram0", "-overcommit", "mem-lock=on"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t)
+			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, MemoryMiB: 64, Extra: args})
+			from, to := l.A, l.B
+			for hop := range 2 {
+				migrate(t, from, to, fmt.Sprintf("hop-%d", hop))
+				if missing := unpopulated(t, inspect(t, to), "ram0"); missing != 0 {
+					t.Errorf("hop %d: %d bytes of the VM's memory are not there", hop, missing)
+				}
+				metalPass(t, to, func(pass uint64) bool { return pass > s.began+1 })
+				checkMetal(t, s.vm, to)
+				from, to = to, from
+			}
+		})
+	}
+}
+
+// unpopulated is how many bytes of a block the kernel has no page for.
+func unpopulated(t *testing.T, vm *qemu.VM, name string) (bytes uint64) {
+	t.Helper()
+	b := block(t, vm, name)
+	if b.Path != "" && !b.Private {
+		var st unix.Stat_t
+		if err := unix.Stat(b.Path, &st); err != nil {
+			t.Fatal(err)
+		}
+		return b.Size - min(b.Size, uint64(st.Blocks)*512)
+	}
+	pages, err := pagemap.Open(vm.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pages.Close()
+	for at := b.Addr; at < b.Addr+b.Size; at += 4096 {
+		next, err := pages.Next(at, b.Addr+b.Size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bytes += next - at
+		at = next
+	}
+	return bytes
+}
+
+// TestPluggedMemoryMoves: memory that was plugged in while the VM ran is not on its command line. The destination that
+// lacks it is refused before the VM is touched, and one that was given it is not.
+func TestPluggedMemoryMoves(t *testing.T) {
+	l := newLab(t)
+	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{"-m", "32M,slots=2,maxmem=1G"}})
+	ask(t, l.A, "object-add", map[string]any{"qom-type": "memory-backend-ram", "id": "extra", "size": 128 << 20}, nil)
+	ask(t, l.A, "device_add", map[string]any{"driver": "pc-dimm", "id": "dimm1", "memdev": "extra"}, nil)
+	source := inspect(t, l.A)
+	mark := []byte("in the memory that was plugged in")
+	if _, err := memoryOf(t, source).WriteAt(mark, int64(block(t, source, "extra").Addr)+5<<20); err != nil {
+		t.Fatal(err)
+	}
+	s.failed(migrateSpec(t, l.A, "lacking", s.spec()), stateFailed, `no RAM "extra"`, "--template", "the VM was not touched")
+	s.template("{{range .Args}}{{.}}\n{{end}}-object\nmemory-backend-ram,id=extra,size=128M\n-device\npc-dimm,id=dimm1,memdev=extra\n")
+	spec := s.spec()
+	spec.DestinationTemplate = templatePath
+	if m := migrateSpec(t, l.A, "given", spec); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	destination := inspect(t, l.B)
+	got := make([]byte, len(mark))
+	if _, err := memoryOf(t, destination).ReadAt(got, int64(block(t, destination, "extra").Addr)+5<<20); err != nil || !bytes.Equal(got, mark) {
+		t.Errorf("it holds %q, %v", got, err)
+	}
+	s.counts()
+}
+
+// TestReadOnlyImageIsLeftAlone: an nvdimm that the guest cannot write is the same image at both ends, or the move is
+// refused.
+func TestReadOnlyImageIsLeftAlone(t *testing.T) {
+	l := newLab(t)
+	content := bytes.Repeat([]byte("an image "), 1<<20)[:8<<20]
+	for _, h := range []*lab.Host{l.A, l.B} {
+		if err := h.MakeVMDir(); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(h.Path("/run/vm/image"), content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{
+		"-m", "32M,slots=2,maxmem=1G", "-machine", "nvdimm=on", "-object", "memory-backend-file,id=nv,size=8M,share=on,readonly=on,mem-path=/run/vm/image",
+		"-device", "nvdimm,id=nv1,memdev=nv,unarmed=on",
+	}})
+	if err := os.WriteFile(l.B.Path("/run/vm/image"), bytes.ToUpper(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s.failed(migrateSpec(t, l.A, "another", s.spec()), stateFailed, "holds something else", "the same image", "the VM was not touched")
+	if err := os.WriteFile(l.B.Path("/run/vm/image"), content, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	migrate(t, l.A, l.B, "same")
+	s.counts()
+	for _, h := range []*lab.Host{l.A, l.B} {
+		if text, err := os.ReadFile(h.Path("/run/vm/image")); err != nil || !bytes.Equal(text, content) {
+			t.Errorf("the image of host %s was changed: %v", h.Name, err)
+		}
+	}
+}
+
+// TestNeighbourIsLeftAlone: a file of the VM's name that another QEMU of the destination has is not emptied.
+func TestNeighbourIsLeftAlone(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	neighbour := s.vm
+	neighbour.Extra = nil
+	args := neighbour.Args()
+	for i := range args { // its own sockets, the VM's RAM file
+		args[i] = strings.NewReplacer("qmp.sock", "neighbour.sock", "serial.", "neighbour-serial.").Replace(args[i])
+	}
+	log, err := os.Create(l.B.Path("/run/vm/neighbour.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	disk, err := os.ReadFile(s.vm.Disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(l.B.Path("/run/vm/disk"), disk, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.B.Start(log, args...); err != nil {
+		t.Fatal(err)
+	}
+	awaitFile(t, l.B.Path("/run/vm/neighbour-serial.log"))
+	counts := func(more uint64) (last uint64) {
+		t.Helper()
+		ctx := testContext(t)
+		for {
+			if pass, found := lastPass(l.B.Path("/run/vm/neighbour-serial.log")); found && pass >= more {
+				return pass
+			}
+			select {
+			case <-ctx.Done():
+				t.Fatal("the neighbour does not count")
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	}
+	before := counts(2)
+	m := migrateSpec(t, l.A, "crowded", s.spec())
+	if says := m.GetError().GetMessage(); m.GetState() != stateFailed || !strings.Contains(says, "maps its file") {
+		t.Errorf("migration is %v: %s", m.GetState(), says)
+	}
+	counts(before + 2)
+	s.countsOn()
+}
