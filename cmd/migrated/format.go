@@ -50,7 +50,7 @@ func stateMeaning(m *migratedv1.Migration) string {
 	case migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
 		return "the migration was cancelled; the VM runs at the source"
 	case migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
-		return "the rehearsal is over; the VM is at the source"
+		return "the rehearsal is over; it left the VM at the source"
 	default:
 		return "a state that this program does not know"
 	}

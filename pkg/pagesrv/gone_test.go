@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
@@ -14,6 +15,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // heapOf is the heap of a process, as a block.
@@ -57,27 +60,36 @@ func openHeap(t *testing.T, pid int) *openBlock {
 	return b
 }
 
+// pipes connects a cat that will be started. What that sends back says that it has begun.
+func pipes(t *testing.T, cmd *exec.Cmd) (in io.Closer, awaitBegun func()) {
+	t.Helper()
+	to, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	from, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return to, func() {
+		t.Helper()
+		if _, err := to.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := from.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestMemoryOfAProcessThatEnded: all of it is lost, and none of it reads as zeros.
 func TestMemoryOfAProcessThatEnded(t *testing.T) {
 	cmd := exec.Command("cat")
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, awaitBegun := pipes(t, cmd)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	// What it sends back says that it has begun.
-	if _, err := in.Write([]byte("x")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := out.Read(make([]byte, 1)); err != nil {
-		t.Fatal(err)
-	}
+	awaitBegun()
 	b := openHeap(t, cmd.Process.Pid)
 	if err := in.Close(); err != nil {
 		t.Fatal(err)
@@ -107,16 +119,9 @@ func TestMemoryThatTheKernelTakesAway(t *testing.T) {
 	defer runtime.UnlockOSThread()
 	cmd := exec.Command("cat")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, awaitBegun := pipes(t, cmd)
 	if err := cmd.Start(); err != nil {
-		t.Skipf("it cannot be traced: %v", err)
+		cannot.Run(t, "it cannot be traced: %v", err)
 	}
 	pid := cmd.Process.Pid
 	var status unix.WaitStatus
@@ -127,12 +132,7 @@ func TestMemoryThatTheKernelTakesAway(t *testing.T) {
 	if err := errors.Join(options, unix.PtraceCont(pid, 0)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := in.Write([]byte("x")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := out.Read(make([]byte, 1)); err != nil {
-		t.Fatal(err)
-	}
+	awaitBegun()
 	b := openHeap(t, pid)
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
@@ -141,7 +141,7 @@ func TestMemoryThatTheKernelTakesAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !status.Stopped() {
-		t.Skip("this kernel does not stop what was killed before it ends")
+		cannot.Run(t, "this kernel does not stop what was killed before it ends")
 	}
 	defer func() {
 		_ = unix.PtraceCont(pid, 0)
@@ -154,7 +154,7 @@ func TestMemoryThatTheKernelTakesAway(t *testing.T) {
 	defer unix.Close(pidfd)
 	const processMrelease = 448 // process_mrelease(2), of Linux 5.15
 	if _, _, errno := unix.Syscall(processMrelease, uintptr(pidfd), 0, 0); errno != 0 {
-		t.Skipf("process_mrelease: %v", errno)
+		cannot.Run(t, "process_mrelease: %v", errno)
 	}
 	at, err := b.pages.Next(b.Addr, b.Addr+b.Size)
 	if err != nil || at == b.Addr {

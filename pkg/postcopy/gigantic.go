@@ -24,7 +24,7 @@ import (
 // parts are zero stays a hole until a thread waits for it. What was put together when a daemon ends is fetched again by
 // the next: that a part is installing means to that one that it is missing.
 //
-// The lock of such a page is taken once for each part of 2 MiB, never for another page.
+// The lock of such a page is taken twice for each part of 2 MiB, never for another page.
 type gigantic struct {
 	mu     sync.Mutex
 	memory []byte // of the page's size; nil: no part with anything in it has come
