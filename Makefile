@@ -97,10 +97,12 @@ mod: ## check go.mod, go.sum and the downloaded modules
 
 # One package at a time: several reserve huge pages and give them back, which is a setting of the machine.
 .PHONY: unit
-unit: ## run the tests of all packages but e2e, with the race detector
+unit: ## run the tests of all packages but e2e, with the race detector, and without where it would disturb them
 	@echo '== unit tests'
 	@packages=$(or $(if $(PKG),'$(PKG)'),$$(scripts/test-packages unit)); \
 	  go test -race -p 1 -timeout 15m $(TEST_FLAGS) $$packages
+	@packages=$(or $(if $(PKG),'$(PKG)'),$$(scripts/test-packages norace)); \
+	  go test -p 1 -timeout 15m $(TEST_FLAGS) $$packages
 
 .PHONY: e2e
 e2e: build $(if $(filter-out 0,$(E2E_RACE)),build-race) ## run the end-to-end tests: real QEMU, real networks
