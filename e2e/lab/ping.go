@@ -208,6 +208,23 @@ func (p *Pinger) Await(ctx context.Context, after time.Time) error {
 	}
 }
 
+// AwaitAnswers waits until this many pings are answered.
+func (p *Pinger) AwaitAnswers(ctx context.Context, answers int) error {
+	for {
+		p.mu.Lock()
+		got, sent, news := p.arrivals, len(p.sent), p.news
+		p.mu.Unlock()
+		if got >= answers {
+			return nil
+		}
+		select {
+		case <-news:
+		case <-ctx.Done():
+			return fmt.Errorf("%d of %d pings were answered, %d are waited for: %w", got, sent, answers, context.Cause(ctx))
+		}
+	}
+}
+
 // FirstAnnouncement is the first so far after a moment; ok is false where there is none.
 func (p *Pinger) FirstAnnouncement(after time.Time) (a Announcement, ok bool) {
 	return Pings{Announcements: p.listener.announcements()}.FirstAnnouncement(after)
