@@ -55,7 +55,9 @@ func deviceGuests() (guests []guestLoad) {
 		}
 	}
 	none := 0
-	return append(guests, guestLoad{name: "random-private", args: []string{"migrated.pattern=random", "migrated.rate=2000"}, real: &none})
+	return append(guests, guestLoad{
+		name: "random-private", args: []string{"migrated.pattern=random", "migrated.rate=2000"}, real: &none,
+	})
 }
 
 // What every VM has, in MiB: the guest stamps stampMiB of its memory and works in all of it.

@@ -112,7 +112,9 @@ func (d *Destination) load(
 		}
 	}
 	<-received // all has been sent: the source waits for the answer
-	answer := &migratedv1.LoadDeviceStateResponse{Bytes: uint64(carrier.received), LoadTime: durationpb.New(ended.Sub(carrier.began))}
+	answer := &migratedv1.LoadDeviceStateResponse{
+		Bytes: uint64(carrier.received), LoadTime: durationpb.New(ended.Sub(carrier.began)),
+	}
 	if first.GetRehearsal() {
 		if answer.Differences, err = d.saveAgain(ctx, carrier.kept); err != nil {
 			return nil, fmt.Errorf("save the device state again: %w", err)

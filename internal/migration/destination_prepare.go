@@ -184,7 +184,9 @@ func (d *Destination) keep(discards bool) (*keptFactsV1, error) {
 		Supervision: d.supervision, Label: d.label,
 	}
 	for _, b := range d.blocks {
-		facts.Blocks = append(facts.Blocks, keptBlock{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, Populated: b.Populated})
+		facts.Blocks = append(facts.Blocks, keptBlock{
+			ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, Populated: b.Populated,
+		})
 	}
 	if d.kept, err = keep(d.cfg.Dir, facts, d.cfg.Request); err != nil {
 		return nil, err

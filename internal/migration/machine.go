@@ -23,7 +23,9 @@ func machineOf(facts *qemu.Facts, qmpPath string) (*migratedv1.SourceMachine, er
 		Uid: facts.UID, Gid: facts.GID, Groups: facts.Groups, QmpPath: qmpPath,
 	}
 	for _, b := range facts.RAMBlocks {
-		block := &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize, File: b.FileIdentity, Populated: b.Populated}
+		block := &migratedv1.RamBlock{
+			Id: b.ID, Size: b.Size, PageSize: b.PageSize, File: b.FileIdentity, Populated: b.Populated,
+		}
 		if !b.ReadOnly {
 			machine.RamBlocks = append(machine.RamBlocks, block)
 			continue
@@ -81,7 +83,8 @@ func matchMachine(source *migratedv1.SourceMachine, destination *qemu.Facts) ([]
 			return nil, err
 		}
 		if !bytes.Equal(sum, want.GetDigest()) {
-			return nil, withRemedy(fmt.Errorf("RAM %q is read-only, and its file %s holds something else than the source's", got.ID, got.File),
+			return nil, withRemedy(
+				fmt.Errorf("RAM %q is read-only, and its file %s holds something else than the source's", got.ID, got.File),
 				"put the same image there on both hosts")
 		}
 	}
@@ -99,8 +102,8 @@ func matchBlock(want *migratedv1.RamBlock, here map[string]qemu.RAMBlock, readOn
 	switch {
 	case !exists:
 		return got, withRemedy(fmt.Errorf("the destination has no RAM %q of %d bytes", want.GetId(), want.GetSize()),
-			"give the destination QEMU the source's memory and devices, under the same ids: what was plugged in while the VM ran is not on the "+
-				"source's command line, but can be added with --template, or by starting the destination QEMU yourself (--to-qmp)")
+			"give the destination QEMU the source's memory and devices, under the same ids: what was plugged in while "+
+				"the VM ran is not on the source's command line, but can be added with --template, or by starting the destination QEMU yourself (--to-qmp)")
 	case got.Size != want.GetSize():
 		return got, withRemedy(
 			fmt.Errorf("the RAM sizes differ: %q has %d bytes at the source and %d at the destination",
@@ -112,7 +115,8 @@ func matchBlock(want *migratedv1.RamBlock, here map[string]qemu.RAMBlock, readOn
 				want.GetId(), want.GetPageSize(), got.PageSize),
 			"give the memory backend the same kind of memory on both hosts (huge pages or none)")
 	case got.ReadOnly != readOnly:
-		return got, withRemedy(fmt.Errorf("RAM %q is read-only on one host alone", want.GetId()), "give the memory backend the same readonly= on both hosts")
+		return got, withRemedy(fmt.Errorf("RAM %q is read-only on one host alone", want.GetId()),
+			"give the memory backend the same readonly= on both hosts")
 	case got.FileIdentity != "" && got.FileIdentity == want.GetFile() && !readOnly:
 		return got, withRemedy(
 			fmt.Errorf("RAM %q of the destination is the very file that the source VM runs on", want.GetId()),

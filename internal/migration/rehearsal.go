@@ -30,8 +30,11 @@ func (s *Source) rehearsed(ctx context.Context) {
 		return
 	}
 	result := &migratedv1.Rehearsal{
-		StopTime: durationpb.New(s.steps.stop), SaveTime: durationpb.New(s.steps.save), TransferTime: durationpb.New(s.steps.transfer),
-		LoadTime: durationpb.New(s.steps.load), ContinueTime: durationpb.New(s.steps.cont),
+		StopTime:     durationpb.New(s.steps.stop),
+		SaveTime:     durationpb.New(s.steps.save),
+		TransferTime: durationpb.New(s.steps.transfer),
+		LoadTime:     durationpb.New(s.steps.load),
+		ContinueTime: durationpb.New(s.steps.cont),
 		// The hand-over crosses the network once more than the state did.
 		Downtime:    durationpb.New(s.steps.stop + s.steps.save + s.steps.transfer + network + s.steps.cont),
 		Differences: s.loaded.GetDifferences(),
@@ -63,7 +66,9 @@ func (d *Destination) saveAgain(ctx context.Context, loaded []byte) ([]*migrated
 	}
 	var differences []*migratedv1.DeviceDifference
 	for _, x := range devicestate.Compare(was, is) {
-		differences = append(differences, &migratedv1.DeviceDifference{Device: x.Name, Instance: x.Instance, Bytes: uint64(x.Bytes)})
+		differences = append(differences, &migratedv1.DeviceDifference{
+			Device: x.Name, Instance: x.Instance, Bytes: uint64(x.Bytes),
+		})
 	}
 	return differences, nil
 }

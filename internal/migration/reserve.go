@@ -79,7 +79,8 @@ func enough(bytes uint64, available func() (uint64, error)) error {
 }
 
 func tooLittle(err error) error {
-	return withRemedy(fmt.Errorf("%w: %w", errNoReserve, err), "free memory at the destination, or start the VM without that promise")
+	return withRemedy(fmt.Errorf("%w: %w", errNoReserve, err),
+		"free memory at the destination, or start the VM without that promise")
 }
 
 // availableMemory is what the kernel estimates that it can give without taking from others (MemAvailable in

@@ -56,7 +56,8 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	}
 	reached("source-recorded")
 
-	ctx, expire := context.WithTimeoutCause(ctx, deviceTimeout, fmt.Errorf("the device state did not move within %v", deviceTimeout))
+	ctx, expire := context.WithTimeoutCause(ctx, deviceTimeout,
+		fmt.Errorf("the device state did not move within %v", deviceTimeout))
 	defer expire()
 	if err := s.stop(ctx); err != nil {
 		return causeOf(ctx, fmt.Errorf("stop the VM: %w", err))
@@ -124,7 +125,9 @@ func (s *Source) stop(ctx context.Context) error {
 	if ran != s.wasRunning {
 		was := s.wasRunning
 		s.wasRunning = ran // what it has to be put back to
-		return withRemedy(fmt.Errorf("somebody else paused or continued it at this moment (running: %t, then %t)", was, ran), "migrate it again")
+		return withRemedy(
+			fmt.Errorf("somebody else paused or continued it at this moment (running: %t, then %t)", was, ran),
+			"migrate it again")
 	}
 	s.steps.stop = time.Since(began)
 	s.stoppedAt = at
@@ -150,7 +153,8 @@ func (s *Source) sendDevices(ctx context.Context, stream deviceStream, body []by
 	if err != nil {
 		return causeOf(ctx, fromPeer("move the device state", destination, err))
 	}
-	s.steps.transfer, s.steps.load = time.Since(began)-answer.GetCompareTime().AsDuration(), answer.GetLoadTime().AsDuration()
+	s.steps.transfer = time.Since(began) - answer.GetCompareTime().AsDuration()
+	s.steps.load = answer.GetLoadTime().AsDuration()
 	s.log.Info("the device state is loaded", "bytes", len(body), "stop", s.steps.stop, "save", s.steps.save,
 		"transfer", s.steps.transfer, "load", s.steps.load)
 	s.loaded = answer

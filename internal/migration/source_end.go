@@ -113,7 +113,8 @@ func (s *Source) leavePaused(ctx context.Context) (vmStatus string, err error) {
 		switch {
 		case err != nil:
 			s.log.Error("cannot take the VM's disks back", "error", err)
-			vmStatus = fmt.Sprintf("%s, but QEMU could not take its disks back (%v); it tries again when it is continued", paused, err)
+			vmStatus = fmt.Sprintf("%s, but QEMU could not take its disks back (%v); it tries again when it is continued",
+				paused, err)
 			return vmStatus, fmt.Errorf("take the VM's disks back: %w", err)
 		case !able:
 			s.forgetRecord()

@@ -39,7 +39,8 @@ func checkState(ctx context.Context, vm *VM) ([]Result, error) {
 		r.Status = Warning
 		r.Remedy = "nothing, if that is wanted: it will be paused at the destination too"
 	case "suspended":
-		r.Status, r.Remedy = Failed, "wake the guest up (QMP system_wakeup), then try again: that it sleeps is not in the state of its devices"
+		r.Status = Failed
+		r.Remedy = "wake the guest up (QMP system_wakeup), then try again: that it sleeps is not in the state of its devices"
 	case "inmigrate":
 		r.Status, r.Remedy = Failed, "name the VM's source: this QEMU waits for a migration"
 	case "postmigrate":
@@ -65,7 +66,10 @@ func checkVersion(ctx context.Context, vm *VM) ([]Result, error) {
 	for _, c := range commands {
 		able[c.Name] = true
 	}
-	r := Result{Subject: "QEMU version", Detail: fmt.Sprintf("QEMU %s can save the state of the VM's devices", vm.QMP.Version())}
+	r := Result{
+		Subject: "QEMU version",
+		Detail:  fmt.Sprintf("QEMU %s can save the state of the VM's devices", vm.QMP.Version()),
+	}
 	for _, name := range []string{"xen-save-devices-state", "human-monitor-command", "add-fd"} {
 		if !able[name] {
 			r.Status, r.Detail = Failed, fmt.Sprintf("QEMU %s has no command %s", vm.QMP.Version(), name)
@@ -120,7 +124,8 @@ func checkRAM(ctx context.Context, vm *VM) ([]Result, error) {
 	}
 	if slices.ContainsFunc(blocks, func(b RAMBlock) bool { return b.Private && !b.ReadOnly }) {
 		results = append(results, Result{
-			Subject: "private RAM", Detail: "it is QEMU's alone: until the last page has left, the VM needs this QEMU at the source",
+			Subject: "private RAM",
+			Detail:  "it is QEMU's alone: until the last page has left, the VM needs this QEMU at the source",
 		})
 	}
 	return results, nil
@@ -166,7 +171,8 @@ func checkBlockers(ctx context.Context, vm *VM) ([]Result, error) {
 	}
 	for _, path := range assigned {
 		results = append(results, Result{
-			Subject: "devices", Status: Failed, Detail: path + " is a device of this host (VFIO), whose state migrated cannot move",
+			Subject: "devices", Status: Failed,
+			Detail: path + " is a device of this host (VFIO), whose state migrated cannot move",
 			Remedy: "unplug the device, or start the VM without it",
 		})
 	}
@@ -212,7 +218,8 @@ func checkBitmaps(ctx context.Context, vm *VM) ([]Result, error) {
 		for _, b := range n.Bitmaps {
 			if !b.Persistent {
 				results = append(results, Result{
-					Subject: "disks", Status: Warning, Detail: fmt.Sprintf("the dirty bitmap %q of %s is in memory alone and stays behind", b.Name, n.Name),
+					Subject: "disks", Status: Warning,
+					Detail: fmt.Sprintf("the dirty bitmap %q of %s is in memory alone and stays behind", b.Name, n.Name),
 					Remedy: "make it persistent, or take a full backup after the migration",
 				})
 			}

@@ -198,8 +198,8 @@ func (vm *VM) locate(l listedBlock, maps []vma) (RAMBlock, error) {
 	case b.Private:
 		b.behind = fs != unix.HUGETLBFS_MAGIC
 	case !inMemory && !b.ReadOnly:
-		return b, &RAMError{b.ID, fmt.Sprintf("QEMU writes it to the file %s, which is neither on tmpfs nor on hugetlbfs, so userfaultfd cannot fill it",
-			first.path), "put its mem-path on /dev/shm or on a mount of hugetlbfs, or give its memory backend share=off"}
+		return b, &RAMError{b.ID, fmt.Sprintf("QEMU writes it to the file %s, which is neither on tmpfs nor on hugetlbfs, "+
+			"so userfaultfd cannot fill it", first.path), "put its mem-path on /dev/shm or on a mount of hugetlbfs, or give its memory backend share=off"}
 	default:
 		b.FileIdentity = fmt.Sprintf("%s:%x:%x:%d", bootID(), first.major, first.minor, first.inode)
 	}

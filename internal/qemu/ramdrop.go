@@ -90,11 +90,12 @@ func (vm *VM) replace(ctx context.Context, p *inject.Process, b RAMBlock) error 
 	}
 	const protection = unix.PROT_READ | unix.PROT_WRITE
 	const flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_FIXED | unix.MAP_NORESERVE
-	if _, err := p.Syscall(ctx, unix.SYS_MMAP, uintptr(b.Addr), uintptr(b.maxSize), protection, flags, ^uintptr(0), 0); err != nil {
+	start, size := uintptr(b.Addr), uintptr(b.maxSize)
+	if _, err := p.Syscall(ctx, unix.SYS_MMAP, start, size, protection, flags, ^uintptr(0), 0); err != nil {
 		return err
 	}
 	for _, a := range advice {
-		if _, err := p.Syscall(ctx, unix.SYS_MADVISE, uintptr(b.Addr), uintptr(b.maxSize), a); err != nil {
+		if _, err := p.Syscall(ctx, unix.SYS_MADVISE, start, size, a); err != nil {
 			return fmt.Errorf("madvise(2), advice %d: %w", a, err)
 		}
 	}
@@ -102,7 +103,10 @@ func (vm *VM) replace(ctx context.Context, p *inject.Process, b RAMBlock) error 
 }
 
 // adviceOf are the flags of a mapping (VmFlags in proc_pid_smaps(5)) that madvise(2) sets.
-var adviceOf = map[string]uintptr{"dc": unix.MADV_DONTFORK, "dd": unix.MADV_DONTDUMP, "hg": unix.MADV_HUGEPAGE, "nh": unix.MADV_NOHUGEPAGE, "mg": unix.MADV_MERGEABLE}
+var adviceOf = map[string]uintptr{
+	"dc": unix.MADV_DONTFORK, "dd": unix.MADV_DONTDUMP, "hg": unix.MADV_HUGEPAGE, "nh": unix.MADV_NOHUGEPAGE,
+	"mg": unix.MADV_MERGEABLE,
+}
 
 // advice reads what QEMU has told the kernel of a block's memory.
 func (vm *VM) advice(b RAMBlock) (advice []uintptr, err error) {
@@ -111,7 +115,8 @@ func (vm *VM) advice(b RAMBlock) (advice []uintptr, err error) {
 		for line := range strings.Lines(string(numa)) {
 			fields := strings.Fields(line)
 			if len(fields) > 1 && fields[0] == strconv.FormatUint(b.Addr, 16) && fields[1] != "default" {
-				return nil, fmt.Errorf("it is bound to NUMA nodes (%s) and a private mapping of a file: give its memory backend share=on, or bind it to no node", fields[1])
+				return nil, fmt.Errorf("it is bound to NUMA nodes (%s) and a private mapping of a file: "+
+					"give its memory backend share=on, or bind it to no node", fields[1])
 			}
 		}
 	}
@@ -155,22 +160,25 @@ func checkAlone(b RAMBlock, other int) error {
 			return fmt.Errorf("RAM %q: its file %s: %w", b.ID, b.File, err)
 		}
 		if st.Blocks != 0 {
-			return &RAMError{b.ID, fmt.Sprintf("the file %s, which the destination QEMU maps privately (share=off), has content, and the VM would find that in "+
-				"pages that have not come", b.File), "remove the file, or give its mem-path as a directory"}
+			return &RAMError{b.ID, fmt.Sprintf("the file %s, which the destination QEMU maps privately (share=off), has content, "+
+				"and the VM would find that in pages that have not come", b.File), "remove the file, or give its mem-path as a directory"}
 		}
 		return nil
 	}
 	if other != 0 {
-		return &RAMError{b.ID, fmt.Sprintf("process %d maps its file %s as well, which may be another VM's memory", other, b.File),
+		return &RAMError{b.ID,
+			fmt.Sprintf("process %d maps its file %s as well, which may be another VM's memory", other, b.File),
 			"give the destination another mem-path with --template, or end that process"}
 	}
 	return nil
 }
 
-// neighbours finds other processes that have files of shared blocks mapped: one for each such block, by the blocks' IDs.
-// There may be some that this daemon cannot see.
+// neighbours finds other processes that have files of shared blocks mapped: one for each such block, by the blocks'
+// IDs. There may be some that this daemon cannot see.
 func (vm *VM) neighbours(blocks []RAMBlock) (map[string]int, error) {
-	blocks = slices.DeleteFunc(slices.Clone(blocks), func(b RAMBlock) bool { return b.Private || b.ReadOnly || b.File == "" })
+	blocks = slices.DeleteFunc(slices.Clone(blocks), func(b RAMBlock) bool {
+		return b.Private || b.ReadOnly || b.File == ""
+	})
 	if len(blocks) == 0 {
 		return nil, nil
 	}
@@ -225,7 +233,8 @@ func (vm *VM) CheckEmpty(blocks []RAMBlock) error {
 			return fmt.Errorf("RAM %q: %w", b.ID, err)
 		}
 		if at < b.Addr+b.Size {
-			return fmt.Errorf("RAM %q: the destination QEMU, or who has it mapped, uses the page at %#x before the VM has come", b.ID, at-b.Addr)
+			return fmt.Errorf("RAM %q: the destination QEMU, or who has it mapped, uses the page at %#x before the VM has come",
+				b.ID, at-b.Addr)
 		}
 	}
 	return nil

@@ -127,7 +127,8 @@ func New(o Options) (*Engine, error) {
 	}
 	e := &Engine{
 		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(), budget: newBudget(o.Bandwidth),
-		sweeping: make(chan struct{}), foreseen: make(chan stretch, foreseenMost), done: make(chan struct{}), ahead: loadAhead,
+		sweeping: make(chan struct{}), foreseen: make(chan stretch, foreseenMost), done: make(chan struct{}),
+		ahead: loadAhead,
 	}
 	if e.workers <= 0 {
 		e.workers = defaultWorkers

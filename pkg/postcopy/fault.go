@@ -293,7 +293,8 @@ func (w *worker) ask(b *block, p uint64) error {
 			return nil
 		}
 	}
-	w.request.Ranges = append(w.request.Ranges, pagewire.Range{Block: uint32(b.index), Offset: offset, Length: uint32(b.unit())})
+	w.request.Ranges = append(w.request.Ranges,
+		pagewire.Range{Block: uint32(b.index), Offset: offset, Length: uint32(b.unit())})
 	return nil
 }
 

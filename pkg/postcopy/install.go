@@ -64,7 +64,8 @@ func (e *Engine) locate(r pagewire.Run) (b *block, p, n uint64, err error) {
 	length := uint64(r.Length)
 	switch {
 	case length == 0 || length%b.unit() != 0 || r.Offset%b.unit() != 0:
-		return nil, 0, 0, protocolError("%d bytes at %#x of block %d (%s) are not whole pages of %d bytes", length, r.Offset, r.Block, b.ID, b.unit())
+		return nil, 0, 0, protocolError("%d bytes at %#x of block %d (%s) are not whole pages of %d bytes",
+			length, r.Offset, r.Block, b.ID, b.unit())
 	case r.Offset > b.Size || length > b.Size-r.Offset:
 		return nil, 0, 0, protocolError("%d bytes at %#x exceed block %d (%s) of %#x bytes", length, r.Offset, r.Block, b.ID, b.Size)
 	}
