@@ -5,8 +5,9 @@
 #
 #   COMPARE=1   demo: also run QEMU's own post-copy and compare; chaos: nothing but that
 #   ARGS=...    demo, bench, chaos, microbench: further arguments
-#   BENCH=full  bench: an hour instead of eight minutes
-#   CASE=...    bench: only cases whose NETWORK/GUEST matches, of all there are; 'devices' are those with disks and cards
+#   BENCH=...   bench: full, an hour instead of eight minutes, or devices, VMs with disks and network cards
+#   CASE=...    bench: only cases whose NETWORK/GUEST matches, of all there are
+#   QEMU=...    bench: which version of QEMU, of those that lab.QEMUVersions names
 #   PKG=...     unit, e2e, kernel: which packages
 #   RUN=...     unit, e2e, kernel: only tests whose name matches
 #   N=500       chaos: how many cases (100)
@@ -40,7 +41,9 @@ demo: ## move a running virtual machine between two daemons on this machine, and
 bench: ## compare with QEMU's own post-copy, in turns: build/bench/report.html
 	@scripts/setup demo
 	@$(MAKE) build
-	@MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/bench --size $(or $(BENCH),short) $(if $(CASE),--case '$(CASE)') $(ARGS)
+	@$(RUN_BENCH) --size $(or $(BENCH),short) $(if $(CASE),--case '$(CASE)') $(ARGS)
+
+RUN_BENCH = MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/bench $(if $(QEMU),--qemu '$(QEMU)')
 
 .PHONY: test
 test: ## everything CI runs
