@@ -4,13 +4,13 @@
 # 'make unit PKG=./pkg/uffd/...':
 #
 #   COMPARE=1   demo: also run QEMU's own post-copy and compare; chaos: nothing but that
-#   ARGS=...    demo, bench, chaos, microbench: further arguments
+#   ARGS=...    demo, bench, downtime, chaos, microbench: further arguments
 #   BENCH=...   bench: full, an hour instead of eight minutes, or devices, VMs with disks and network cards
-#   CASE=...    bench: only cases whose NETWORK/GUEST matches, of all there are
-#   QEMU=...    bench: which version of QEMU, of those that lab.QEMUVersions names
+#   CASE=...    bench, downtime: only cases whose NETWORK/GUEST matches, of all there are
+#   QEMU=...    bench, downtime: which version of QEMU, of those that lab.QEMUVersions names
 #   PKG=...     unit, e2e, kernel: which packages
 #   RUN=...     unit, e2e, kernel: only tests whose name matches
-#   N=500       chaos: how many cases (100)
+#   N=500       chaos: how many cases (100); downtime: how many of each case (5)
 #   SEED=...    chaos: which sequence of cases (1); its cases are always the same
 #   FUZZTIME=   fuzz: how long each target (1m)
 #   ONLY=...    chaos: only the case with this index
@@ -44,6 +44,12 @@ bench: ## compare with QEMU's own post-copy, in turns: build/bench/report.html
 	@$(RUN_BENCH) --size $(or $(BENCH),short) $(if $(CASE),--case '$(CASE)') $(ARGS)
 
 RUN_BENCH = MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/bench $(if $(QEMU),--qemu '$(QEMU)')
+
+.PHONY: downtime
+downtime: ## say where the downtime goes, step by step, for VMs with devices: build/bench/steps.json (docs/downtime.md)
+	@scripts/setup demo
+	@$(MAKE) build
+	@$(RUN_BENCH) --steps $(if $(CASE),--case '$(CASE)') $(if $(N),--rounds $(N)) $(ARGS)
 
 .PHONY: test
 test: ## everything CI runs

@@ -3,11 +3,65 @@
 package main
 
 import (
+	"math"
+	"os"
 	"testing"
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
+
+// What the daemons log of a move, as they write it.
+const (
+	sourceLog = "level=INFO msg=prepared migration=bench-2 role=source\n" +
+		`level=INFO msg="the device state is loaded" migration=bench-1 bytes=1 stop=9s save=9s transfer=9s load=9s` + "\n" +
+		`level=INFO msg="the device state is loaded" migration=bench-2 bytes=1007867 stop=36.85ms save=105.8ms ` +
+		"transfer=253.4ms load=252.1ms\n" +
+		`level=INFO msg="switched over" migration=bench-2 downtime=409.5ms stopped_for=400.2ms network=500µs cont=8.2ms` + "\n"
+	destinationLog = `level=INFO msg="the VM runs" migration=bench-2 stopped_for=1s faults=39 slowest_fault=14.1ms` + "\n"
+)
+
+func TestSteps(t *testing.T) {
+	a, b := &lab.Host{Name: "a"}, &lab.Host{Name: "b"}
+	s := &scene{dir: t.TempDir(), at: b, moves: 2}
+	for host, text := range map[*lab.Host]string{a: sourceLog, b: destinationLog} {
+		if err := os.WriteFile(s.daemonLog(host), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e, err := s.entries(a, figures{Downtime: 410 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []float64{36.85, 105.8, 253.4, 252.1, 41, 0.25, 8.2, 410, 1007.867, 39, 14.1}
+	if len(want) != len(steps) {
+		t.Fatalf("there are %d steps", len(steps))
+	}
+	for i, step := range steps {
+		if got, err := step.of(e); err != nil || math.Abs(got-want[i]) > 1e-6 {
+			t.Errorf("%s is %v, %v; want %v", step.name, got, err, want[i])
+		}
+	}
+	s.moves = 3
+	if _, err := s.entries(a, figures{}); err == nil {
+		t.Error("a move that nobody logged has steps")
+	}
+	delete(e.switched, "stopped_for")
+	if _, err := commitTime(e); err == nil {
+		t.Error("a log that does not say when the hand-over began has a time of it")
+	}
+}
+
+func TestEntry(t *testing.T) {
+	e := parseEntry(`msg="a \"quoted\" word" error="x: y=z" n=7 empty= last="l"`)
+	for key, want := range map[string]string{
+		"msg": `a "quoted" word`, "error": "x: y=z", "n": "7", "empty": "", "last": "l",
+	} {
+		if e[key] != want {
+			t.Errorf("%s is %q, want %q", key, e[key], want)
+		}
+	}
+}
 
 func TestClient(t *testing.T) {
 	stopped := time.Now()
@@ -27,6 +81,7 @@ func TestClient(t *testing.T) {
 	}
 }
 
+// A guest whose cards are off cannot be pinged, so its report has no such measure.
 func TestMeasuresOfDevices(t *testing.T) {
 	for name, want := range map[string]bool{"devices-8": false, "devices-8-busy": true, "random-private": false} {
 		chosen, err := choose("full", "^loopback/"+name+"$")

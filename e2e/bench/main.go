@@ -8,7 +8,10 @@
 // same way for each of them, and the same guest program measures its own stalls. Compared are the medians over the
 // rounds; absolute times are those of this machine and of today.
 //
-// Reading order: cases.go, scene.go (the stage and one move), figures.go (what a move has shown), report.go.
+// With --steps it moves the VM of each case by migrated alone, and says what the parts of the downtime took.
+//
+// Reading order: cases.go, scene.go (the stage and one move), figures.go (what a move has shown), report.go;
+// steps.go is the other thing to run.
 package main
 
 import (
@@ -33,17 +36,20 @@ type options struct {
 	rounds int
 	dir    string
 	qemu   string // one of lab.QEMUVersions, on both hosts
+
+	steps bool
 }
 
 func main() {
 	var o options
-	flag.StringVar(&o.size, "size", "short", "short (8 minutes), devices (disks and network cards, 10 minutes)\n"+
-		"or full (an hour)")
+	flag.StringVar(&o.size, "size", "", "short (8 minutes), devices (disks and network cards, 10 minutes)\n"+
+		"or full (an hour); by default short, with --steps devices")
 	flag.StringVar(&o.match, "case", "", "only cases whose NETWORK/GUEST matches this regular `expression`, of all there are")
 	flag.IntVar(&o.rounds, "rounds", 5, "how often each contender moves the VM in a case")
 	flag.StringVar(&o.dir, "dir", "build/bench", "`directory` of the report and the logs")
 	flag.StringVar(&o.qemu, "qemu", lab.InstalledQEMU,
 		fmt.Sprintf("`version` of QEMU on both hosts: %s", strings.Join(lab.QEMUVersions, ", ")))
+	flag.BoolVar(&o.steps, "steps", false, "say where the downtime goes: migrated alone, --rounds moves of each case")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -66,9 +72,15 @@ func run(ctx context.Context, o options) error {
 	if err := os.MkdirAll(o.dir, 0o755); err != nil {
 		return err
 	}
+	if o.size == "" {
+		o.size = map[bool]string{false: "short", true: "devices"}[o.steps]
+	}
 	chosen, err := choose(o.size, o.match)
 	if err != nil {
 		return err
+	}
+	if o.steps {
+		return showSteps(ctx, o, chosen)
 	}
 	return compare(ctx, o, chosen)
 }
