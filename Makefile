@@ -4,10 +4,10 @@
 # 'make unit PKG=./pkg/uffd/...':
 #
 #   COMPARE=1   demo: also run QEMU's own post-copy and compare; chaos: nothing but that
-#   ARGS=...    demo, bench, downtime, chaos, microbench: further arguments
+#   ARGS=...    demo, bench, memorybench, downtime, chaos, microbench: further arguments
 #   BENCH=...   bench: full, an hour instead of eight minutes, or devices, VMs with disks and network cards
 #   CASE=...    bench, downtime: only cases whose NETWORK/GUEST matches, of all there are
-#   QEMU=...    bench, downtime: which version of QEMU, of those that lab.QEMUVersions names
+#   QEMU=...    bench, memorybench, downtime: which version of QEMU, of those that lab.QEMUVersions names
 #   PKG=...     unit, e2e, kernel: which packages
 #   RUN=...     unit, e2e, kernel: only tests whose name matches
 #   N=500       chaos: how many cases (100); downtime: how many of each case (5)
@@ -44,6 +44,12 @@ bench: ## compare with QEMU's own post-copy, in turns: build/bench/report.html
 	@$(RUN_BENCH) --size $(or $(BENCH),short) $(if $(CASE),--case '$(CASE)') $(ARGS)
 
 RUN_BENCH = MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/bench $(if $(QEMU),--qemu '$(QEMU)')
+
+.PHONY: memorybench
+memorybench: ## compare private memory with shared memory, in turns: build/bench/memory.json
+	@scripts/setup demo
+	@$(MAKE) build
+	@$(RUN_BENCH) --memory $(ARGS)
 
 .PHONY: downtime
 downtime: ## say where the downtime goes, step by step, for VMs with devices: build/bench/steps.json (docs/downtime.md)

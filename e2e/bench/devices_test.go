@@ -5,6 +5,7 @@ package main
 import (
 	"math"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -94,5 +95,27 @@ func TestMeasuresOfDevices(t *testing.T) {
 				t.Errorf("%s has %s: %t", name, m, has)
 			}
 		}
+	}
+}
+
+func TestMemoryReport(t *testing.T) {
+	r := memoryReport{Ratio: map[string]float64{}}
+	for i, kind := range memoryKinds {
+		for round := range 3 {
+			d := time.Duration(i+1) * time.Duration(round+1) * time.Millisecond
+			r.add(kind.name, memoryMove{figures: figures{Downtime: d}, faultP50: 2 * d})
+		}
+	}
+	r.finish()
+	if r.Shared["downtime"].Median != 2 || r.Private["fault_p50"].Median != 8000 || r.Ratio["downtime"] != 2 {
+		t.Errorf("%+v", r)
+	}
+	var printed strings.Builder
+	r.print(&printed)
+	if !strings.Contains(printed.String(), "4000.00 (2000.00–6000.00)  8000.00 (4000.00–12000.00)  2.00") {
+		t.Errorf("printed:\n%s", printed.String())
+	}
+	if _, has := r.Ratio["cpu"]; has {
+		t.Error("what takes no time has a ratio")
 	}
 }

@@ -8,10 +8,11 @@
 // same way for each of them, and the same guest program measures its own stalls. Compared are the medians over the
 // rounds; absolute times are those of this machine and of today.
 //
-// With --steps it moves the VM of each case by migrated alone, and says what the parts of the downtime took.
+// With --steps it moves the VM of each case by migrated alone, and says what the parts of the downtime took; with
+// --memory it compares shared with private memory.
 //
 // Reading order: cases.go, scene.go (the stage and one move), figures.go (what a move has shown), report.go;
-// steps.go is the other thing to run.
+// steps.go and memory.go are the other things to run.
 package main
 
 import (
@@ -37,7 +38,8 @@ type options struct {
 	dir    string
 	qemu   string // one of lab.QEMUVersions, on both hosts
 
-	steps bool
+	steps  bool
+	memory bool
 }
 
 func main() {
@@ -50,6 +52,7 @@ func main() {
 	flag.StringVar(&o.qemu, "qemu", lab.InstalledQEMU,
 		fmt.Sprintf("`version` of QEMU on both hosts: %s", strings.Join(lab.QEMUVersions, ", ")))
 	flag.BoolVar(&o.steps, "steps", false, "say where the downtime goes: migrated alone, --rounds moves of each case")
+	flag.BoolVar(&o.memory, "memory", false, "compare moves of private memory with those of shared memory")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -71,6 +74,9 @@ func run(ctx context.Context, o options) error {
 	}
 	if err := os.MkdirAll(o.dir, 0o755); err != nil {
 		return err
+	}
+	if o.memory {
+		return compareMemory(ctx, o)
 	}
 	if o.size == "" {
 		o.size = map[bool]string{false: "short", true: "devices"}[o.steps]
