@@ -5,6 +5,8 @@ package main
 import (
 	"math"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -117,5 +119,31 @@ func TestMemoryReport(t *testing.T) {
 	}
 	if _, has := r.Ratio["cpu"]; has {
 		t.Error("what takes no time has a ratio")
+	}
+}
+
+func TestSoakVerdict(t *testing.T) {
+	whole := func() *soakReport { return &soakReport{Moves: 2, Checks: 1, Downtime: &spread{}, PingGap: &spread{}} }
+	for name, spoil := range map[string]func(*soakReport){
+		"failure": func(r *soakReport) { r.Failures = slices.Concat(r.Failures, []string{"move 1"}) },
+		"memory":  func(r *soakReport) { r.MemoryCorruptions = 1 },
+		"disk":    func(r *soakReport) { r.DiskCorruptions = 1 },
+		"errors":  func(r *soakReport) { r.DiskErrors = 1 },
+		"network": func(r *soakReport) { r.MessagesWrong = 1 },
+	} {
+		r := whole()
+		if err := r.verdict(); err != nil {
+			t.Errorf("nothing went wrong: %v", err)
+		}
+		if spoil(r); r.verdict() == nil {
+			t.Errorf("%s: the soak is content", name)
+		}
+	}
+	dir := t.TempDir()
+	if err := whole().write(dir); err != nil { // before the first move has shown anything
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "soak.json")); err != nil {
+		t.Error(err)
 	}
 }

@@ -9,10 +9,11 @@
 // rounds; absolute times are those of this machine and of today.
 //
 // With --steps it moves the VM of each case by migrated alone, and says what the parts of the downtime took; with
-// --memory it compares shared with private memory.
+// --memory it compares shared with private memory; with --soak it moves one VM there and back very often, and counts
+// what goes wrong.
 //
 // Reading order: cases.go, scene.go (the stage and one move), figures.go (what a move has shown), report.go;
-// steps.go and memory.go are the other things to run.
+// steps.go, memory.go and soak.go are the other things to run.
 package main
 
 import (
@@ -38,8 +39,10 @@ type options struct {
 	dir    string
 	qemu   string // one of lab.QEMUVersions, on both hosts
 
-	steps  bool
-	memory bool
+	steps   bool
+	memory  bool
+	soak    int // moves; 0: none
+	devices int // of the soak's VM, disks and network cards each
 }
 
 func main() {
@@ -53,6 +56,8 @@ func main() {
 		fmt.Sprintf("`version` of QEMU on both hosts: %s", strings.Join(lab.QEMUVersions, ", ")))
 	flag.BoolVar(&o.steps, "steps", false, "say where the downtime goes: migrated alone, --rounds moves of each case")
 	flag.BoolVar(&o.memory, "memory", false, "compare moves of private memory with those of shared memory")
+	flag.IntVar(&o.soak, "soak", 0, "move one VM so many times, and count what goes wrong")
+	flag.IntVar(&o.devices, "devices", 8, "with --soak: how many disks and network cards, each, the VM has")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -69,11 +74,16 @@ func run(ctx context.Context, o options) error {
 	switch {
 	case o.rounds < 1:
 		return errors.New("--rounds: at least one")
+	case o.soak < 0 || o.devices < 1:
+		return errors.New("--soak, --devices: how many?")
 	case !slices.Contains(lab.QEMUVersions, o.qemu):
 		return fmt.Errorf("--qemu %s: there are %v", o.qemu, lab.QEMUVersions)
 	}
 	if err := os.MkdirAll(o.dir, 0o755); err != nil {
 		return err
+	}
+	if o.soak > 0 {
+		return soak(ctx, o)
 	}
 	if o.memory {
 		return compareMemory(ctx, o)
