@@ -60,12 +60,21 @@ func deviceGuests() (guests []guestLoad) {
 	return append(guests, memoryGuest("random-private", lab.BackendDefault))
 }
 
+// What a busy guest asks of all its disks and sends by all its network cards, a second; up to four of each have a quarter
+// of it. More devices do not have more to do, because emulated CPUs could not.
+const (
+	diskRequests = 800
+	cardMessages = 400
+)
+
 // deviceGuest is a VM with n disks and n network cards.
 func deviceGuest(n int, busy bool) guestLoad {
 	g := guestLoad{name: fmt.Sprintf("devices-%d", n), args: []string{"migrated.pattern=idle"}, idle: true, real: &n}
 	if busy {
 		g.name += "-busy"
 		g.pinged = n > 0
+		g.args = append(g.args, fmt.Sprintf("migrated.disk-rate=%d", diskRequests/max(4, n)),
+			fmt.Sprintf("migrated.net-rate=%d", cardMessages/max(4, n)))
 	} else {
 		g.args = append(g.args, "migrated.disks=0", "migrated.nets=0")
 	}

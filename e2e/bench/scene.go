@@ -241,7 +241,8 @@ func (s *scene) verify(ctx context.Context) error {
 	return nil
 }
 
-// check is what the guest finds in its memory and on its disks.
+// check is what the guest finds in its memory and on its disks. It rests meanwhile: what it reads would have to wait for
+// what it does.
 func (s *scene) check(ctx context.Context) (_ *report.Verified, err error) {
 	var answers report.Log
 	port, err := s.at.Guest(ctx, &answers)
@@ -249,5 +250,13 @@ func (s *scene) check(ctx context.Context) (_ *report.Verified, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, port.Close()) }()
-	return port.Verify(ctx)
+	if _, err := port.SetLoad(ctx, false); err != nil {
+		return nil, err
+	}
+	v, err := port.Verify(ctx)
+	if err != nil {
+		return nil, err
+	}
+	_, err = port.SetLoad(ctx, true)
+	return v, err
 }
