@@ -4,12 +4,14 @@
 # 'make unit PKG=./pkg/uffd/...':
 #
 #   COMPARE=1   demo: also run QEMU's own post-copy and compare; chaos: nothing but that
-#   ARGS=...    demo, bench, chaos, microbench: further arguments
-#   BENCH=full  bench: an hour instead of eight minutes
-#   CASE=...    bench: only cases whose NETWORK/GUEST matches, of all there are; 'devices' are those with disks and cards
+#   ARGS=...    demo, bench, memorybench, downtime, soak, chaos, microbench: further arguments
+#   BENCH=...   bench: full, an hour instead of eight minutes, or devices, VMs with disks and network cards
+#   CASE=...    bench, downtime: only cases whose NETWORK/GUEST matches, of all there are
+#   QEMU=...    bench, memorybench, downtime, soak: which version of QEMU, of those that lab.QEMUVersions names
 #   PKG=...     unit, e2e, kernel: which packages
 #   RUN=...     unit, e2e, kernel: only tests whose name matches
-#   N=500       chaos: how many cases (100)
+#   N=500       chaos: how many cases (100); soak: how many moves (200); downtime: how many of each case (5)
+#   DEVICES=... soak: how many disks and network cards, each (8)
 #   SEED=...    chaos: which sequence of cases (1); its cases are always the same
 #   FUZZTIME=   fuzz: how long each target (1m)
 #   ONLY=...    chaos: only the case with this index
@@ -40,7 +42,27 @@ demo: ## move a running virtual machine between two daemons on this machine, and
 bench: ## compare with QEMU's own post-copy, in turns: build/bench/report.html
 	@scripts/setup demo
 	@$(MAKE) build
-	@MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/bench --size $(or $(BENCH),short) $(if $(CASE),--case '$(CASE)') $(ARGS)
+	@$(RUN_BENCH) --size $(or $(BENCH),short) $(if $(CASE),--case '$(CASE)') $(ARGS)
+
+RUN_BENCH = MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/bench $(if $(QEMU),--qemu '$(QEMU)')
+
+.PHONY: memorybench
+memorybench: ## compare private memory with shared memory, in turns: build/bench/memory.json
+	@scripts/setup demo
+	@$(MAKE) build
+	@$(RUN_BENCH) --memory $(ARGS)
+
+.PHONY: downtime
+downtime: ## say where the downtime goes, step by step, for VMs with devices: build/bench/steps.json (docs/downtime.md)
+	@scripts/setup demo
+	@$(MAKE) build
+	@$(RUN_BENCH) --steps $(if $(CASE),--case '$(CASE)') $(if $(N),--rounds $(N)) $(ARGS)
+
+.PHONY: soak
+soak: ## move a VM with many busy devices there and back N times and count what goes wrong: build/bench/soak.json
+	@scripts/setup demo
+	@$(MAKE) build
+	@$(RUN_BENCH) --soak $(or $(N),200) $(if $(DEVICES),--devices $(DEVICES)) $(ARGS)
 
 .PHONY: test
 test: ## everything CI runs

@@ -22,7 +22,8 @@ func TestChoose(t *testing.T) {
 		size, match string
 		want        int
 	}{
-		{"short", "", 5}, {"full", "", 26}, {"short", "^loopback/", 11}, {"full", "random$", 4},
+		{"short", "", 5}, {"full", "", 26}, {"devices", "", 6}, {"short", "^loopback/", 13}, {"full", "random$", 4},
+		{"short", "devices-8", 8},
 	} {
 		chosen, err := choose(c.size, c.match)
 		if err != nil || len(chosen) != c.want {

@@ -29,7 +29,10 @@ type guestLoad struct {
 	idle bool // visits no memory, so nothing of it can stall
 	// real is a VM as most are (lab.RealVM), with private memory, a screen, and so many disks and network cards each; nil:
 	// one with a serial port and memory in a file.
-	real *int
+	real    *int
+	backend lab.Backend // of a real one's memory, if it is not to be the default
+	pinged  bool        // has its network cards on, so that a client can ping them
+	named   bool        // is of no size: only who names it gets it
 }
 
 // Every guest but the idle one has room to be faster than its rate, so that after a stall it can be itself again.
@@ -42,22 +45,48 @@ var guests = []guestLoad{
 }
 
 // deviceGuests are VMs with disks and network cards, whose guest leaves them alone or has them at work. What they
-// differ in is how long QEMU takes to save and load the devices. Only on the cable: the state of sixteen devices is a
-// megabyte.
+// differ in is how long QEMU takes to save and load the devices.
 func deviceGuests() (guests []guestLoad) {
-	for _, n := range []int{0, 1, 8} {
-		args := []string{"migrated.pattern=idle"}
-		guests = append(guests, guestLoad{
-			name: fmt.Sprintf("devices-%d", n), args: append(args, "migrated.disks=0", "migrated.nets=0"), idle: true, real: &n,
-		})
+	for _, n := range []int{0, 1, 8, 16} {
+		idle := deviceGuest(n, false)
+		idle.named = n > 8
+		guests = append(guests, idle)
 		if n > 0 {
-			guests = append(guests, guestLoad{name: fmt.Sprintf("devices-%d-busy", n), args: args, idle: true, real: &n})
+			busy := deviceGuest(n, true)
+			busy.named = n > 8
+			guests = append(guests, busy)
 		}
 	}
+	return append(guests, memoryGuest("random-private", lab.BackendDefault))
+}
+
+// What a busy guest asks of all its disks and sends by all its network cards, a second; up to four of each have a quarter
+// of it. More devices do not have more to do, because emulated CPUs could not.
+const (
+	diskRequests = 800
+	cardMessages = 400
+)
+
+// deviceGuest is a VM with n disks and n network cards.
+func deviceGuest(n int, busy bool) guestLoad {
+	g := guestLoad{name: fmt.Sprintf("devices-%d", n), args: []string{"migrated.pattern=idle"}, idle: true, real: &n}
+	if busy {
+		g.name += "-busy"
+		g.pinged = n > 0
+		g.args = append(g.args, fmt.Sprintf("migrated.disk-rate=%d", diskRequests/max(4, n)),
+			fmt.Sprintf("migrated.net-rate=%d", cardMessages/max(4, n)))
+	} else {
+		g.args = append(g.args, "migrated.disks=0", "migrated.nets=0")
+	}
+	return g
+}
+
+// memoryGuest is a VM without disks and network cards that visits its memory.
+func memoryGuest(name string, backend lab.Backend) guestLoad {
 	none := 0
-	return append(guests, guestLoad{
-		name: "random-private", args: []string{"migrated.pattern=random", "migrated.rate=2000"}, real: &none,
-	})
+	return guestLoad{
+		name: name, args: []string{"migrated.pattern=random", "migrated.rate=2000"}, real: &none, backend: backend,
+	}
 }
 
 // What every VM has, in MiB: the guest stamps stampMiB of its memory and works in all of it.
@@ -66,13 +95,18 @@ const (
 	stampMiB  = 320
 )
 
-// window is how often the guest reports, so how exactly its way back to speed is seen.
-const window = 25 * time.Millisecond
+// window is how often the guest reports, so how exactly its way back to speed is seen. A guest with many devices says
+// much of each, byte by byte through a serial port, and has no such way: it reports each deviceWindow.
+const (
+	window       = 25 * time.Millisecond
+	deviceWindow = 200 * time.Millisecond
+)
 
 type benchCase struct {
 	network network
 	guest   guestLoad
 	short   bool // one of the short run
+	devices bool // one of the run of VMs with devices
 }
 
 func (c benchCase) name() string { return c.network.name + "/" + c.guest.name }
@@ -90,8 +124,11 @@ func cases() []benchCase {
 			all = append(all, c)
 		}
 	}
-	for _, g := range deviceGuests() {
-		all = append(all, benchCase{network: networks[0], guest: g})
+	for i, n := range networks {
+		for _, g := range deviceGuests() {
+			g.named = g.named || i > 0
+			all = append(all, benchCase{network: n, guest: g, devices: true})
+		}
 	}
 	return all
 }
@@ -108,12 +145,20 @@ func (c benchCase) after() time.Duration {
 }
 
 func (c benchCase) vm(kernel, initrd string) lab.VMConfig {
+	every := window
+	if c.guest.real != nil && c.guest.idle {
+		every = deviceWindow
+	}
 	args := append([]string{
-		fmt.Sprintf("migrated.mem=%d", stampMiB), "migrated.workers=2", "migrated.write=50", fmt.Sprintf("migrated.window=%v", window),
+		fmt.Sprintf("migrated.mem=%d", stampMiB), fmt.Sprintf("migrated.window=%v", every),
+		"migrated.workers=2", "migrated.write=50",
 	}, c.guest.args...)
 	if n := c.guest.real; n != nil {
 		vm := lab.RealVM(kernel, initrd, memoryMiB, *n, *n, args...)
 		vm.Extra = lab.EventsArgs()
+		if c.guest.backend != "" {
+			vm.Backend = c.guest.backend
+		}
 		return vm
 	}
 	return lab.VMConfig{

@@ -39,12 +39,15 @@ func order(round int) []contender {
 	return []contender{contenders[2], contenders[0], contenders[1]}
 }
 
+// id is what the newest move is called where migrated does it.
+func (s *scene) id() string { return fmt.Sprintf("bench-%d", s.moves) }
+
 func migrated(ctx context.Context, s *scene, from, to *lab.Host) error {
 	binary, err := lab.Binary()
 	if err != nil {
 		return err
 	}
-	_, err = from.Run(ctx, binary, "migrate", "--id", fmt.Sprintf("bench-%d", s.moves), "--vm", lab.QMPPath, "--to", to.DaemonAddr(), "--keep-source")
+	_, err = from.Run(ctx, binary, "migrate", "--id", s.id(), "--vm", lab.QMPPath, "--to", to.DaemonAddr(), "--keep-source")
 	return err
 }
 

@@ -22,12 +22,25 @@ type figures struct {
 	StallP50, StallP99, StallP999, StallMax time.Duration
 	TimeTo90                                time.Duration // see timeTo90
 	Speed                                   []float64     // of each window from RESUME on, in parts of the speed before
+
+	// Of the client that pings the first network card, from before the move until benchCase.after after it.
+	Pings, PingsLost int
+	PingGap          time.Duration // the longest time without an answer
+	Announced        time.Duration // from the source's STOP event to the first announcement of the card's new place
 }
 
 func (f figures) String() string {
-	return fmt.Sprintf("downtime %6.2f ms, stalls p50 %v p99 %v max %v, at 90 %% after %v, resident after %v, %.1f MB, CPU %v, of it daemons %v",
-		ms(f.Downtime), f.StallP50.Round(time.Microsecond), f.StallP99.Round(10*time.Microsecond), f.StallMax.Round(10*time.Microsecond),
-		f.TimeTo90.Round(time.Millisecond), f.Residency.Round(time.Millisecond), float64(f.Bytes)/1e6, f.CPU, f.CPUDaemons)
+	text := fmt.Sprintf("downtime %6.2f ms, resident after %v, %.1f MB, CPU %v, of it daemons %v",
+		ms(f.Downtime), f.Residency.Round(time.Millisecond), float64(f.Bytes)/1e6, f.CPU, f.CPUDaemons)
+	if f.StallMax > 0 {
+		text += fmt.Sprintf(", stalls p50 %v p99 %v max %v, at 90 %% after %v", f.StallP50.Round(time.Microsecond),
+			f.StallP99.Round(10*time.Microsecond), f.StallMax.Round(10*time.Microsecond), f.TimeTo90.Round(time.Millisecond))
+	}
+	if f.Pings > 0 {
+		text += fmt.Sprintf(", %d of %d pings lost, none answered for %v, announced after %v",
+			f.PingsLost, f.Pings, f.PingGap.Round(time.Millisecond), f.Announced.Round(time.Millisecond))
+	}
+	return text
 }
 
 func ms(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e6 }

@@ -5,7 +5,6 @@ package main
 import (
 	"bytes"
 	_ "embed"
-	"fmt"
 	"html/template"
 	"image/color"
 	"os"
@@ -23,7 +22,8 @@ var pageText string
 var page = template.Must(template.New("report").Funcs(template.FuncMap{
 	"speed":  (*caseReport).speedPlot,
 	"spread": (*caseReport).spreadPlot,
-	"cell":   func(s *spread) string { return fmt.Sprintf("%.2f (%.2f–%.2f)", s.Median, s.Min, s.Max) },
+	"cell":   (*spread).String,
+	"ratio":  ratio,
 }).Parse(pageText))
 
 // writeHTML writes a page that needs nothing beside it.
@@ -35,9 +35,9 @@ func (r *benchReport) writeHTML(path string) error {
 	return os.WriteFile(path, out.Bytes(), 0o644)
 }
 
-// Name and Unit are for the page.
-func (m measure) Name() string { return m.name }
-func (m measure) Unit() string { return m.unit }
+// Name and Label are for the page.
+func (m measure) Name() string  { return m.name }
+func (m measure) Label() string { return m.label() }
 
 // colours of the contenders, told apart by those who see red and green alike.
 var colours = map[string]color.Color{

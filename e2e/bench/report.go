@@ -15,11 +15,12 @@ import (
 
 // benchReport is report.json.
 type benchReport struct {
+	QEMU   string        `json:"qemu"` // its version
 	Rounds int           `json:"rounds"`
 	Cases  []*caseReport `json:"cases"`
 }
 
-func newReport(o options) *benchReport { return &benchReport{Rounds: o.rounds} }
+func newReport(o options) *benchReport { return &benchReport{QEMU: o.qemu, Rounds: o.rounds} }
 
 // caseReport has a spread for each contender and measure. Ratio is ours / qemu_preempt, of the medians; a measure that
 // one of them has not is left out.
@@ -42,23 +43,44 @@ type spread struct {
 	All    []float64 `json:"all"`
 }
 
+// finish computes the median and the rest.
+func (s *spread) finish() {
+	s.Median, s.Min, s.Max = median(s.All), slices.Min(s.All), slices.Max(s.All)
+}
+
+func (s *spread) String() string { return fmt.Sprintf("%.2f (%.2f–%.2f)", s.Median, s.Min, s.Max) }
+
 // A measure is a figure that is compared. Less is better for all of them.
 type measure struct {
 	name, unit string
 	of         func(figures) float64
-	guest      bool // the guest says it: an idle one does not
+	has        func(guestLoad) bool // nil: every guest has it
 }
 
+func visits(g guestLoad) bool   { return !g.idle }
+func isPinged(g guestLoad) bool { return g.pinged }
+
 var measures = []measure{
-	{"downtime", "ms", func(f figures) float64 { return ms(f.Downtime) }, false},
-	{"stall_p50", "ms", func(f figures) float64 { return ms(f.StallP50) }, true},
-	{"stall_p99", "ms", func(f figures) float64 { return ms(f.StallP99) }, true},
-	{"stall_p999", "ms", func(f figures) float64 { return ms(f.StallP999) }, true},
-	{"stall_max", "ms", func(f figures) float64 { return ms(f.StallMax) }, true},
-	{"time_to_90", "ms", func(f figures) float64 { return ms(f.TimeTo90) }, true},
-	{"residency", "ms", func(f figures) float64 { return ms(f.Residency) }, false},
-	{"bytes", "MB", func(f figures) float64 { return float64(f.Bytes) / 1e6 }, false},
-	{"cpu", "s", func(f figures) float64 { return f.CPU.Seconds() }, false},
+	{"downtime", "ms", func(f figures) float64 { return ms(f.Downtime) }, nil},
+	{"ping_gap", "ms", func(f figures) float64 { return ms(f.PingGap) }, isPinged},
+	{"pings_lost", "", func(f figures) float64 { return float64(f.PingsLost) }, isPinged},
+	{"announced", "ms", func(f figures) float64 { return ms(f.Announced) }, isPinged},
+	{"stall_p50", "ms", func(f figures) float64 { return ms(f.StallP50) }, visits},
+	{"stall_p99", "ms", func(f figures) float64 { return ms(f.StallP99) }, visits},
+	{"stall_p999", "ms", func(f figures) float64 { return ms(f.StallP999) }, visits},
+	{"stall_max", "ms", func(f figures) float64 { return ms(f.StallMax) }, visits},
+	{"time_to_90", "ms", func(f figures) float64 { return ms(f.TimeTo90) }, visits},
+	{"residency", "ms", func(f figures) float64 { return ms(f.Residency) }, nil},
+	{"bytes", "MB", func(f figures) float64 { return float64(f.Bytes) / 1e6 }, nil},
+	{"cpu", "s", func(f figures) float64 { return f.CPU.Seconds() }, nil},
+}
+
+// label is the name and the unit, as tables have it.
+func (m measure) label() string {
+	if m.unit == "" {
+		return m.name
+	}
+	return m.name + ", " + m.unit
 }
 
 func newCaseReport(c benchCase) *caseReport {
@@ -67,7 +89,7 @@ func newCaseReport(c benchCase) *caseReport {
 		Ours: map[string]*spread{}, QEMU: map[string]*spread{}, Preempt: map[string]*spread{},
 	}
 	for _, m := range measures {
-		if m.guest && c.guest.idle {
+		if m.has != nil && !m.has(c.guest) {
 			continue
 		}
 		for _, who := range contenders {
@@ -101,7 +123,7 @@ func (r *caseReport) add(who contender, f figures) {
 func (r *caseReport) finish() {
 	for _, who := range contenders {
 		for s := range maps.Values(r.of(who.name)) {
-			s.Median, s.Min, s.Max = median(s.All), slices.Min(s.All), slices.Max(s.All)
+			s.finish()
 		}
 	}
 	for name, s := range r.Ours {
@@ -123,14 +145,22 @@ func (r *caseReport) print(out io.Writer) {
 		if r.Ours[m.name] == nil {
 			continue
 		}
-		fmt.Fprintf(w, "%s, %s", m.name, m.unit)
+		fmt.Fprint(w, m.label())
 		for _, who := range contenders {
-			s := r.of(who.name)[m.name]
-			fmt.Fprintf(w, "\t%.2f (%.2f–%.2f)", s.Median, s.Min, s.Max)
+			fmt.Fprintf(w, "\t%v", r.of(who.name)[m.name])
 		}
-		fmt.Fprintf(w, "\t%.2f\n", r.Ratio[m.name])
+		fmt.Fprintf(w, "\t%s\n", ratio(r.Ratio, m))
 	}
 	_ = w.Flush() // standard output; there is nobody else to tell
+}
+
+// ratio is that of a measure as tables have it; what is divided by nothing has none.
+func ratio(ratios map[string]float64, m measure) string {
+	r, ok := ratios[m.name]
+	if !ok {
+		return "–"
+	}
+	return fmt.Sprintf("%.2f", r)
 }
 
 // write writes report.json and report.html.

@@ -19,6 +19,7 @@ import (
 // other and back.
 type scene struct {
 	bench   benchCase
+	dir     string // of its logs
 	lab     *lab.Lab
 	vm      lab.VMConfig
 	at      *lab.Host // where the VM is
@@ -32,16 +33,11 @@ type scene struct {
 func (c benchCase) measure(ctx context.Context, o options) (_ *caseReport, err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	s, err := c.stage(ctx, o.dir)
+	s, err := c.stage(ctx, o)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.keepConsoles(o.dir))
-		}
-		err = errors.Join(err, s.lab.Close())
-	}()
+	defer func() { err = s.close(err) }()
 	result := newCaseReport(c)
 	for round := range o.rounds {
 		for _, who := range order(round) {
@@ -61,7 +57,7 @@ func (c benchCase) measure(ctx context.Context, o options) (_ *caseReport, err e
 }
 
 // stage makes the hosts, starts the daemons and boots the VM on host a.
-func (c benchCase) stage(ctx context.Context, dir string) (_ *scene, err error) {
+func (c benchCase) stage(ctx context.Context, o options) (_ *scene, err error) {
 	boots := image.Linux
 	if c.guest.real != nil {
 		boots = image.LinuxWithVirtio
@@ -70,7 +66,7 @@ func (c benchCase) stage(ctx context.Context, dir string) (_ *scene, err error) 
 	if err != nil {
 		return nil, err
 	}
-	s := &scene{bench: c, vm: c.vm(kernel, initrd), daemons: map[*lab.Host]*lab.Process{}}
+	s := &scene{bench: c, dir: o.dir, vm: c.vm(kernel, initrd), daemons: map[*lab.Host]*lab.Process{}}
 	if c.network.link == nil {
 		s.lab, err = lab.New(ctx)
 	} else {
@@ -85,10 +81,10 @@ func (c benchCase) stage(ctx context.Context, dir string) (_ *scene, err error) 
 		}
 	}()
 	for _, h := range s.hosts() {
-		if err := h.MakeVMDir(); err != nil {
+		if err := errors.Join(h.UseQEMU(ctx, o.qemu), h.MakeVMDir()); err != nil {
 			return nil, err
 		}
-		log, err := os.Create(filepath.Join(dir, "migrated-"+h.Name+".log"))
+		log, err := os.Create(s.daemonLog(h))
 		if err != nil {
 			return nil, err
 		}
@@ -110,15 +106,26 @@ func (c benchCase) stage(ctx context.Context, dir string) (_ *scene, err error) 
 	return s, nil
 }
 
+// daemonLog is the log of a host's daemon.
+func (s *scene) daemonLog(h *lab.Host) string { return filepath.Join(s.dir, "migrated-"+h.Name+".log") }
+
+// close ends it all, for a reason or for none, and returns that and what went wrong with it.
+func (s *scene) close(reason error) error {
+	if reason != nil {
+		reason = errors.Join(reason, s.keepConsoles())
+	}
+	return errors.Join(reason, s.lab.Close())
+}
+
 // keepConsoles saves what the guest's kernel said, which goes with the hosts.
-func (s *scene) keepConsoles(dir string) error {
+func (s *scene) keepConsoles() error {
 	var errs []error
 	for _, h := range s.hosts() {
 		text, err := os.ReadFile(h.Path(lab.ConsoleLog))
 		if errors.Is(err, os.ErrNotExist) {
 			continue // the VM was never there
 		}
-		errs = append(errs, err, os.WriteFile(filepath.Join(dir, "console-"+h.Name+".log"), text, 0o644))
+		errs = append(errs, err, os.WriteFile(filepath.Join(s.dir, "console-"+h.Name+".log"), text, 0o644))
 	}
 	return errors.Join(errs...)
 }
@@ -137,50 +144,72 @@ const before = 1500 * time.Millisecond
 
 // move lets a contender move the VM to the other host, and waits until all that is counted has happened.
 func (s *scene) move(ctx context.Context, who contender) (figures, error) {
-	if err := s.guestWorks(ctx, before); err != nil {
+	pinger, err := s.ping()
+	if err != nil {
 		return figures{}, err
+	}
+	f, sw, err := s.moveUnpinged(ctx, who)
+	if pinger == nil {
+		return f, err
+	}
+	pings, stopErr := pinger.Stop()
+	if err := errors.Join(err, stopErr); err != nil {
+		return f, err
+	}
+	f.ofClient(pings, sw, s.bench)
+	return f, nil
+}
+
+func (s *scene) moveUnpinged(ctx context.Context, who contender) (f figures, sw lab.Switch, err error) {
+	if err := s.guestWorks(ctx, before); err != nil {
+		return f, sw, err
 	}
 	s.moves++
 	from, to := s.at, s.other()
 	meter, err := s.startMeter(ctx, from, to)
 	if err != nil {
-		return figures{}, err
+		return f, sw, err
 	}
 	began := time.Now()
-	switched := make(chan result[lab.Switch], 1)
 	watch, err := s.lab.WatchSwitch(ctx, from, to)
 	if err != nil {
-		return figures{}, err
+		return f, sw, err
 	}
+	// Who fails to move the VM leaves nobody waiting for the switch.
+	watching, cancel := context.WithCancel(ctx)
+	switched := make(chan result[lab.Switch], 1)
 	go func() {
-		sw, err := watch.Wait(ctx)
-		s.serial.follow(to)
+		sw, err := watch.Wait(watching)
+		if err == nil {
+			s.serial.follow(to)
+		}
 		switched <- result[lab.Switch]{sw, err}
 	}()
+	defer cancel()
 	if err := who.move(ctx, s, from, to); err != nil {
-		return figures{}, err
+		cancel()
+		<-switched
+		return f, sw, err
 	}
 	ended := time.Now()
-	sw := <-switched
-	if sw.err != nil {
-		return figures{}, sw.err
+	r := <-switched
+	if r.err != nil {
+		return f, sw, r.err
 	}
+	sw = r.value
 	s.at = to
-	f := figures{
-		Downtime:  sw.value.Downtime(),
-		Residency: ended.Sub(sw.value.Resumed),
-	}
+	f.Downtime, f.Residency = sw.Downtime(), ended.Sub(sw.Resumed)
 	if err := meter.stop(ctx, &f); err != nil {
-		return f, err
+		return f, sw, err
 	}
 	if err := who.end(ctx, from); err != nil {
-		return f, err
+		return f, sw, err
 	}
-	if err := s.guestWorks(ctx, time.Until(sw.value.Resumed.Add(s.bench.after()))); err != nil {
-		return f, err
+	if err := s.guestWorks(ctx, time.Until(sw.Resumed.Add(s.bench.after()))); err != nil {
+		return f, sw, err
 	}
-	f.ofGuest(s.guest.Lines(0), began, sw.value.Resumed, s.bench)
-	return f, s.guest.Err()
+	f.ofGuest(s.guest.Lines(0), began, sw.Resumed, s.bench)
+	return f, sw, s.guest.Err()
 }
 
 type result[T any] struct {
@@ -199,15 +228,9 @@ func (s *scene) guestWorks(ctx context.Context, d time.Duration) error {
 	return err
 }
 
-// verify lets the guest check all its memory. No figure is worth anything if one page is wrong.
-func (s *scene) verify(ctx context.Context) (err error) {
-	var answers report.Log
-	port, err := s.at.Guest(ctx, &answers)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, port.Close()) }()
-	v, err := port.Verify(ctx)
+// verify lets the guest check all its memory and its disks. No figure is worth anything if one page is wrong.
+func (s *scene) verify(ctx context.Context) error {
+	v, err := s.check(ctx)
 	if err != nil {
 		return err
 	}
@@ -216,4 +239,24 @@ func (s *scene) verify(ctx context.Context) (err error) {
 			report.ErrDamaged, v.Corruptions, v.Found, v.BlocksFound)
 	}
 	return nil
+}
+
+// check is what the guest finds in its memory and on its disks. It rests meanwhile: what it reads would have to wait for
+// what it does.
+func (s *scene) check(ctx context.Context) (_ *report.Verified, err error) {
+	var answers report.Log
+	port, err := s.at.Guest(ctx, &answers)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, port.Close()) }()
+	if _, err := port.SetLoad(ctx, false); err != nil {
+		return nil, err
+	}
+	v, err := port.Verify(ctx)
+	if err != nil {
+		return nil, err
+	}
+	_, err = port.SetLoad(ctx, true)
+	return v, err
 }

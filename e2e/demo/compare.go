@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -21,13 +22,12 @@ func compare(ctx context.Context, o options, l *lab.Lab, vm lab.VMConfig, guest 
 	r.QEMU = &qemuReport{}
 	for round := 1; ; round++ {
 		say("Back by QEMU's own post-copy, round %d of %d", round, o.rounds)
-		moved, err := rival.Migrate(ctx, l.B, l.A, vm, rival.Options{})
+		moved, v, seen, err := back(ctx, l, vm, guest)
 		if err != nil {
 			return fmt.Errorf("QEMU's own post-copy: %w", err)
 		}
-		v, err := watchGuest(ctx, l.A, guest)
-		if err != nil {
-			return fmt.Errorf("after QEMU's own post-copy: %w", err)
+		if round == 1 {
+			r.QEMU.client = seen
 		}
 		theirs, theirsResidency = append(theirs, milliseconds(moved.Downtime)), append(theirsResidency, milliseconds(moved.Residency))
 		r.QEMU.Bytes, r.QEMU.GuestCorruptions = moved.Bytes, v.corruptions
@@ -46,6 +46,22 @@ func compare(ctx context.Context, o options, l *lab.Lab, vm lab.VMConfig, guest 
 	r.QEMUDowntimeMS = &r.QEMU.DowntimeMS
 	r.DowntimesMS, r.QEMU.DowntimesMS = ours, theirs
 	return nil
+}
+
+// back moves the VM from host b to host a by QEMU's own post-copy, as migrate moves it there.
+func back(ctx context.Context, l *lab.Lab, vm lab.VMConfig, guest *report.Log) (
+	moved rival.Result, v *verdict, seen client, err error,
+) {
+	pinger, err := l.Ping(vm, 0, pingEvery)
+	if err != nil {
+		return moved, nil, seen, err
+	}
+	moved, err = rival.Migrate(ctx, l.B, l.A, vm, rival.Options{})
+	if err == nil {
+		v, err = watchGuest(ctx, l.A, guest)
+	}
+	pings, stopErr := pinger.Stop()
+	return moved, v, newClient(pings, moved.Switch), errors.Join(err, stopErr)
 }
 
 func median(values []float64) float64 {

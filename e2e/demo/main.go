@@ -128,7 +128,7 @@ func migrate(ctx context.Context, l *lab.Lab, id string, vm lab.VMConfig, guest 
 	if err := errors.Join(err, stopErr); err != nil {
 		return nil, err
 	}
-	r.addPings(pings, switched)
+	r.client = newClient(pings, switched)
 	return r, nil
 }
 

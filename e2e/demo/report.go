@@ -11,7 +11,6 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/migrated-vm/migrated/e2e/lab"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -30,11 +29,7 @@ type demoReport struct {
 	GuestOpsAfter    uint64  `json:"guest_ops_after"`
 	DiskBlocks       uint64  `json:"disk_blocks"`     // checked: all that were ever written
 	DiskBlocksBad    uint64  `json:"disk_blocks_bad"` // of these
-	PingsSent        int     `json:"pings_sent"`
-	PingsLost        int     `json:"pings_lost"`
-	PingGapMS        float64 `json:"ping_gap_ms"` // the longest without an answer
-	// AnnouncedMS is from the RESUME event until the VM's client had its first announcement; nil: there was none.
-	AnnouncedMS *float64 `json:"announced_ms"`
+	client
 
 	// With --compare downtime_ms and residency_ms are medians over the rounds,
 	// and the other figures those of the first.
@@ -54,6 +49,7 @@ type qemuReport struct {
 	ResidencyMS      float64   `json:"residency_ms"`
 	Bytes            uint64    `json:"bytes"`
 	GuestCorruptions uint64    `json:"guest_corruptions"`
+	client
 }
 
 func newReport(m *migratedv1.Migration, downtime time.Duration, v *verdict) *demoReport {
@@ -68,23 +64,6 @@ func newReport(m *migratedv1.Migration, downtime time.Duration, v *verdict) *dem
 		DiskBlocks: v.blocks, DiskBlocksBad: v.badBlocks,
 		reported: p.GetDowntime().AsDuration(), worked: v.workedFor, guestErr: v.err,
 	}
-}
-
-// addPings adds what the VM's client has seen.
-func (r *demoReport) addPings(p lab.Pings, s lab.Switch) {
-	r.PingsSent, r.PingsLost, r.PingGapMS = p.Sent, p.Lost, milliseconds(p.LongestGap)
-	if a, ok := p.FirstAnnouncement(s.Stopped); ok {
-		after := milliseconds(a.At.Sub(s.Resumed))
-		r.AnnouncedMS = &after
-	}
-}
-
-// announced says when the VM's new place was known.
-func (r *demoReport) announced() string {
-	if r.AnnouncedMS == nil {
-		return "never"
-	}
-	return fmt.Sprintf("%.2f ms after it ran", *r.AnnouncedMS)
 }
 
 // verdict is an error unless the demo showed what it is there to show.
@@ -138,9 +117,9 @@ func (r *demoReport) print(out io.Writer, path string) {
 	row("bytes on the wire", fmt.Sprintf("%.1f MB", float64(r.BytesOnWire)/1e6), fmt.Sprintf("%.1f MB", float64(q.Bytes)/1e6))
 	row("guest's verdict", fmt.Sprintf("%d corruptions", r.GuestCorruptions), fmt.Sprintf("%d corruptions", q.GuestCorruptions))
 	row("disk blocks checked, of them bad", fmt.Sprintf("%d, %d", r.DiskBlocks, r.DiskBlocksBad), "")
-	row("pings, of them lost", fmt.Sprintf("%d, %d", r.PingsSent, r.PingsLost), "")
-	row("longest time without an answer", fmt.Sprintf("%.0f ms", r.PingGapMS), "")
-	row("first announcement", r.announced(), "")
+	row("pings, of them lost", r.pings(), q.pings())
+	row("longest time without an answer", r.gap(), q.gap())
+	row("first announcement", r.announced(), q.announced())
 	row("guest's work after the switch", fmt.Sprintf("%d operations in %.1f s", r.GuestOpsAfter, r.worked.Seconds()), "")
 	if r.QEMU != nil && r.QEMU.DowntimeMS > 0 {
 		row("downtime, ours / QEMU's", fmt.Sprintf("%.2f", r.DowntimeMS/r.QEMU.DowntimeMS), "")

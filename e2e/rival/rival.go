@@ -30,7 +30,8 @@ type Options struct {
 
 // Result is what the migration did.
 type Result struct {
-	Downtime  time.Duration // from the source's STOP event to the destination's RESUME event
+	Switch    lab.Switch    // the source's STOP event, the destination's RESUME event
+	Downtime  time.Duration // from one to the other
 	Residency time.Duration // from RESUME to the end of the migration
 	Bytes     uint64        // as the source's query-migrate counts them
 }
@@ -98,8 +99,9 @@ func Migrate(ctx context.Context, from, to *lab.Host, c lab.VMConfig, o Options)
 			return Result{}, err
 		}
 	}
+	s := lab.Switch{Stopped: stopped.Time, Resumed: resumed.Time}
 	return Result{
-		Downtime: resumed.Time.Sub(stopped.Time), Residency: ended.Sub(resumed.Time), Bytes: figures.RAM.Transferred,
+		Switch: s, Downtime: s.Downtime(), Residency: ended.Sub(s.Resumed), Bytes: figures.RAM.Transferred,
 	}, nil
 }
 

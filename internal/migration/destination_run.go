@@ -80,7 +80,8 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	d.meter.switched(resumed, downtime)
 	d.kept.running(resumed, d.answer.GetResumeTime().AsDuration(), downtime)
 	d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE)
-	d.log.Info("the VM runs", "stopped_for", downtime)
+	early := d.engine.Stats() // little but what loading met: the VM has hardly begun
+	d.log.Info("the VM runs", "stopped_for", downtime, "faults", early.Faults, "slowest_fault", early.FaultMax)
 	reached("destination-running")
 	return d.answer, nil
 }

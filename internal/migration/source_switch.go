@@ -74,7 +74,8 @@ func (s *Source) handOver(ctx context.Context) error {
 			reached("source-answered")
 			network := max(0, time.Since(sent)-answer.GetServeTime().AsDuration())
 			downtime := stoppedFor + network/2 + answer.GetResumeTime().AsDuration()
-			s.log.Info("switched over", "downtime", downtime)
+			s.log.Info("switched over", "downtime", downtime, "stopped_for", stoppedFor, "network", network,
+				"cont", answer.GetResumeTime().AsDuration())
 			s.update(func(m *migratedv1.Migration) {
 				m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
 				m.Error = nil

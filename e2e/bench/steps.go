@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"text/tabwriter"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// stepsReport is steps.json.
+type stepsReport struct {
+	QEMU   string       `json:"qemu"` // its version
+	Rounds int          `json:"rounds"`
+	Cases  []*caseSteps `json:"cases"`
+}
+
+// caseSteps are the parts of the downtime of one case.
+type caseSteps struct {
+	Network string             `json:"network"`
+	Guest   string             `json:"guest"`
+	Steps   map[string]*spread `json:"steps"`
+}
+
+// A step is a part of the downtime, as daemons log it.
+type step struct {
+	name, unit string
+	of         func(e entries) (float64, error)
+}
+
+// entries are what the two daemons have logged about one move, and the downtime as QEMU's events have it.
+type entries struct {
+	loaded, switched entry // at the source
+	runs             entry // at the destination
+	downtime         float64
+}
+
+// What is indented is a part of the step before. The steps from save to cont add up to the whole. Most of stop comes
+// before the STOP event, where the whole begins; what comes after it is in commit.
+var steps = []step{
+	{"stop", "ms", func(e entries) (float64, error) { return e.loaded.duration("stop") }},
+	{"save", "ms", func(e entries) (float64, error) { return e.loaded.duration("save") }},
+	{"transfer", "ms", func(e entries) (float64, error) { return e.loaded.duration("transfer") }},
+	{"  load", "ms", func(e entries) (float64, error) { return e.loaded.duration("load") }},
+	{"commit", "ms", commitTime},
+	{"crossing", "ms", func(e entries) (float64, error) { d, err := e.switched.duration("network"); return d / 2, err }},
+	{"cont", "ms", func(e entries) (float64, error) { return e.switched.duration("cont") }},
+	{"whole", "ms", func(e entries) (float64, error) { return e.downtime, nil }},
+	{"state", "KB", func(e entries) (float64, error) { n, err := e.loaded.number("bytes"); return n / 1e3, err }},
+	{"faults until cont", "", func(e entries) (float64, error) { return e.runs.number("faults") }},
+	{"  slowest", "ms", func(e entries) (float64, error) { return e.runs.duration("slowest_fault") }},
+}
+
+// commitTime is what is left between the STOP event and the hand-over: the source hears of both, checks what was saved,
+// and writes down that the VM is the destination's.
+func commitTime(e entries) (float64, error) {
+	stopped, err := e.switched.duration("stopped_for")
+	if err != nil {
+		return 0, err
+	}
+	save, saveErr := e.loaded.duration("save")
+	transfer, transferErr := e.loaded.duration("transfer")
+	return stopped - save - transfer, errors.Join(saveErr, transferErr)
+}
+
+// showSteps moves the VM of each case by migrated and prints what the parts of the downtime took.
+func showSteps(ctx context.Context, o options, chosen []benchCase) error {
+	r := stepsReport{QEMU: o.qemu, Rounds: o.rounds}
+	for i, c := range chosen {
+		fmt.Printf("── case %d of %d: %s, %d moves, QEMU %s\n", i+1, len(chosen), c.name(), o.rounds, o.qemu)
+		of, err := c.steps(ctx, o)
+		if err != nil {
+			return fmt.Errorf("case %s: %w", c.name(), err)
+		}
+		r.Cases = append(r.Cases, of)
+		data, err := json.MarshalIndent(r, "", "  ")
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(o.dir, "steps.json"), append(data, '\n'), 0o644); err != nil {
+			return err
+		}
+	}
+	r.print(os.Stdout)
+	return nil
+}
+
+// steps runs one case on a scene of its own.
+func (c benchCase) steps(ctx context.Context, o options) (_ *caseSteps, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	s, err := c.stage(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = s.close(err) }()
+	r := &caseSteps{Network: c.network.name, Guest: c.guest.name, Steps: map[string]*spread{}}
+	for _, step := range steps {
+		r.Steps[step.name] = &spread{}
+	}
+	for round := range o.rounds {
+		from := s.at
+		f, err := s.move(ctx, contenders[0])
+		if err != nil {
+			return nil, fmt.Errorf("move %d: %w", round+1, err)
+		}
+		fmt.Printf("   move %d: %v\n", round+1, f)
+		e, err := s.entries(from, f)
+		if err != nil {
+			return nil, fmt.Errorf("move %d: %w", round+1, err)
+		}
+		for _, step := range steps {
+			value, err := step.of(e)
+			if err != nil {
+				return nil, fmt.Errorf("move %d: %w", round+1, err)
+			}
+			r.Steps[step.name].All = append(r.Steps[step.name].All, value)
+		}
+	}
+	for _, s := range r.Steps {
+		s.finish()
+	}
+	return r, s.verify(ctx)
+}
+
+// entries are what was logged about the newest move, which began at from.
+func (s *scene) entries(from *lab.Host, f figures) (e entries, err error) {
+	e.downtime = ms(f.Downtime)
+	for _, of := range []struct {
+		host    *lab.Host
+		message string
+		to      *entry
+	}{
+		{from, "the device state is loaded", &e.loaded},
+		{from, "switched over", &e.switched},
+		{s.at, "the VM runs", &e.runs},
+	} {
+		if *of.to, err = findEntry(s.daemonLog(of.host), s.id(), of.message); err != nil {
+			return e, err
+		}
+	}
+	return e, nil
+}
+
+// print prints medians, a column for each case.
+func (r stepsReport) print(out io.Writer) {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "QEMU %s, medians of %d", r.QEMU, r.Rounds)
+	for _, c := range r.Cases {
+		fmt.Fprintf(w, "\t%s/%s", c.Network, c.Guest)
+	}
+	fmt.Fprintln(w)
+	for _, step := range steps {
+		fmt.Fprint(w, measure{name: step.name, unit: step.unit}.label())
+		for _, c := range r.Cases {
+			fmt.Fprintf(w, "\t%.2f", c.Steps[step.name].Median)
+		}
+		fmt.Fprintln(w)
+	}
+	_ = w.Flush() // standard output; there is nobody else to tell
+}
