@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"sync"
 	"testing"
 	"time"
 
@@ -13,7 +14,7 @@ import (
 )
 
 // TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its
-// clients find it again, because it announces itself.
+// clients find it again, because it announces itself before it says anything else.
 func TestRealVM(t *testing.T) {
 	needRealVM(t)
 	l := newLab(t)
@@ -22,6 +23,7 @@ func TestRealVM(t *testing.T) {
 		t.Fatal(err)
 	}
 	vm := lab.RealVM(kernel, initrd, 256, 2, 2, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
+	vm.Extra = append(vm.Extra, lab.EventsArgs()...)
 	startVM(t, l.A, vm)
 	var guest report.Log
 	port := openGuest(t, l.A, &guest)
@@ -40,8 +42,18 @@ func TestRealVM(t *testing.T) {
 		}
 		pingers = append(pingers, p)
 	}
-	began := time.Now()
+	watch, err := l.WatchSwitch(testContext(t), l.A, l.B)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var switched lab.Switch
+	var watchErr error
+	var watching sync.WaitGroup
+	watching.Go(func() { switched, watchErr = watch.Wait(testContext(t)) })
 	migrate(t, l.A, l.B, "real")
+	if watching.Wait(); watchErr != nil {
+		t.Fatal(watchErr)
+	}
 	port = openGuest(t, l.B, &guest)
 	awaitBlocks(t, &guest, guest.Disks()[0].Writes+200)
 	for i, p := range pingers {
@@ -52,10 +64,14 @@ func TestRealVM(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-		if _, ok := pings.FirstAnnouncement(began); !ok {
-			t.Errorf("card %d was not announced", i)
+		announced, ok := pings.FirstAnnouncement(switched.Stopped)
+		answered, answers := pings.FirstAnswer(switched.Resumed)
+		if !ok || !answers || announced.At.After(answered) {
+			t.Errorf("card %d was announced at %v, and answered at %v", i, announced.At, answered)
 		}
-		t.Logf("card %d: %d pings, %d lost, longest gap %v", i, pings.Sent, pings.Lost, pings.LongestGap)
+		t.Logf("card %d: %d pings, %d lost, longest gap %v; the VM stopped for %v, was announced after %v and answered after %v",
+			i, pings.Sent, pings.Lost, pings.LongestGap, switched.Downtime(), announced.At.Sub(switched.Stopped),
+			answered.Sub(switched.Stopped))
 	}
 	verified, err := port.Verify(testContext(t))
 	if err != nil {

@@ -26,6 +26,8 @@ type Pings struct {
 	// the last of them.
 	LongestGap time.Duration
 	GapBegan   time.Time
+	// Answers is when the answers arrived, in that order.
+	Answers []time.Time
 	// Announcements are those of the card, in the order in which they reached the client.
 	Announcements []Announcement
 }
@@ -38,6 +40,16 @@ func (p Pings) FirstAnnouncement(after time.Time) (a Announcement, ok bool) {
 		}
 	}
 	return Announcement{}, false
+}
+
+// FirstAnswer is when the first answer arrived after a moment; ok is false where there is none.
+func (p Pings) FirstAnswer(after time.Time) (at time.Time, ok bool) {
+	for _, at := range p.Answers {
+		if at.After(after) {
+			return at, true
+		}
+	}
+	return time.Time{}, false
 }
 
 // A Pinger pings one network card of a VM from the client, wherever the VM is, and hears its announcements.

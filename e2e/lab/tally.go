@@ -22,6 +22,7 @@ func tally(sent, answered []time.Time) Pings {
 	p.Answered = len(arrivals)
 	p.Lost = p.Sent - p.Answered
 	slices.SortFunc(arrivals, time.Time.Compare)
+	p.Answers = arrivals
 	last := sent[0]
 	end := func(at time.Time) {
 		if gap := at.Sub(last); gap > p.LongestGap {

@@ -10,7 +10,6 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -61,18 +60,17 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	reached("destination-told")
 	resumed := time.Now()
 	if request.GetResume() {
+		announced := d.announce(ctx)
 		at, err := d.vm.Cont(ctx)
 		if err != nil {
 			return nil, d.contFailed(told, err)
 		}
 		resumed = at
+		go announced()
 	}
 	reached("destination-runs")
 	d.releaseGC()
 	d.engine.StartSweep()
-	if request.GetResume() {
-		go d.announce(d.vm)
-	}
 	d.answer = &migratedv1.RunResponse{
 		ResumeTime: durationpb.New(max(0, resumed.Sub(arrived))), ServeTime: durationpb.New(time.Since(arrived)),
 	}
@@ -86,14 +84,20 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	return d.answer, nil
 }
 
-// announce has the VM's network cards say where they are now. QEMU would do it when it has loaded, when the VM may yet
-// go on at the source: then switches would look for it here. Nobody waits for this: QEMU's main loop may be what waits
-// for a page.
-func (d *Destination) announce(vm *qemu.VM) {
-	ctx, cancel := context.WithTimeout(d.daemon, resumeTimeout)
-	defer cancel()
-	if err := vm.Announce(ctx); err != nil {
-		d.log.Warn("the VM's network cards were not announced; the network finds out when the VM sends", "error", err)
+// announce has the VM's network cards say where they are as soon as it runs. QEMU by itself would do it when it has loaded,
+// when the VM may yet go on at the source: then switches would look for it here. And when the VM runs, QEMU's main loop
+// may soon wait for a page, and not hear of it. answered waits for QEMU's answer; nobody else has to.
+func (d *Destination) announce(ctx context.Context) (answered func()) {
+	wait, err := d.vm.BeginAnnouncing(ctx)
+	return func() {
+		if err == nil {
+			ctx, cancel := context.WithTimeout(d.daemon, resumeTimeout)
+			defer cancel()
+			err = wait(ctx)
+		}
+		if err != nil {
+			d.log.Warn("the VM's network cards were not announced; the network finds out when the VM sends", "error", err)
+		}
 	}
 }
 

@@ -25,8 +25,8 @@
 //	        ◄─ loaded ────────────────────────       loaded: waits for Run
 //	  ───────── commit point ─────────
 //	  commit the record (rename, fsync)
-//	        ── Run, until answered ───────────►      mark 'told to run', cont (takes the disks)
-//	        ◄─ running ───────────────────────       announce the network cards
+//	        ── Run, until answered ───────────►      mark 'told to run', announce the network cards,
+//	        ◄─ running ───────────────────────       cont (takes the disks, sends the announcements)
 //	POSTCOPY_ACTIVE                                POSTCOPY_ACTIVE
 //	  page server answers faults and sweep           fault workers and sweep fill the RAM
 //	        ◄─ WatchIncoming: figures ────────       lanes lost: POSTCOPY_PAUSED, dial again,

@@ -77,10 +77,12 @@ func (vm *VM) TakeDisksWhenLoaded(ctx context.Context) error {
 	return vm.SetCapabilities(ctx, map[string]bool{capLateBlock: false})
 }
 
-// Announce makes the VM's network cards announce themselves, as QEMU does after a migration of its own: at once, and
-// four times more within half a second, by RARP, and by the guest itself where it can.
-func (vm *VM) Announce(ctx context.Context) error {
-	return vm.QMP.Do(ctx, "announce-self", map[string]int{"initial": 50, "max": 550, "rounds": 5, "step": 100}, nil)
+// BeginAnnouncing makes the VM's network cards announce themselves, as QEMU does after a migration of its own: at once,
+// and four times more within half a second, by RARP, and by the guest itself where it can. While the VM is stopped, QEMU
+// keeps what it would send (qemu_net_queue_send), and Cont sends it first of all (net_vm_change_state_handler). wait waits
+// for QEMU's answer.
+func (vm *VM) BeginAnnouncing(ctx context.Context) (wait func(context.Context) error, err error) {
+	return vm.QMP.Begin(ctx, "announce-self", map[string]int{"initial": 50, "max": 550, "rounds": 5, "step": 100})
 }
 
 // warmHeap makes QEMU touch memory that it will need to load the device state. Loading rebuilds the memory

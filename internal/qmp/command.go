@@ -38,13 +38,41 @@ func (c *Client) DoWithFD(ctx context.Context, execute string, args, result any,
 	return c.do(ctx, execute, args, result, f)
 }
 
+// Begin sends a command and does not wait for the reply: QEMU carries it out before all that is sent later. wait waits for
+// the reply, once, and returns what Do would.
+func (c *Client) Begin(ctx context.Context, execute string, args any) (wait func(context.Context) error, err error) {
+	waiting, err := c.begin(ctx, execute, args, nil)
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error { return c.finish(ctx, execute, nil, waiting) }, nil
+}
+
 func (c *Client) do(ctx context.Context, execute string, args, result any, f *os.File) error {
+	waiting, err := c.begin(ctx, execute, args, f)
+	if err != nil {
+		return err
+	}
+	return c.finish(ctx, execute, result, waiting)
+}
+
+// begin sends a command.
+func (c *Client) begin(ctx context.Context, execute string, args any, f *os.File) (*call, error) {
 	id := c.lastID.Add(1)
 	line, err := json.Marshal(command{Execute: execute, Arguments: args, ID: id})
 	if err != nil {
-		return fmt.Errorf("%s: encode the arguments: %w", execute, err)
+		return nil, fmt.Errorf("%s: encode the arguments: %w", execute, err)
 	}
-	r, err := c.roundTrip(ctx, id, line, f)
+	waiting, err := c.enter(ctx, id, line, f)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", execute, err)
+	}
+	return waiting, nil
+}
+
+// finish waits for the reply to a command that was sent, and decodes it.
+func (c *Client) finish(ctx context.Context, execute string, result any, waiting *call) error {
+	r, err := c.await(ctx, waiting)
 	if err != nil {
 		return fmt.Errorf("%s: %w", execute, err)
 	}
@@ -61,20 +89,25 @@ func (c *Client) do(ctx context.Context, execute string, args, result any, f *os
 	return nil
 }
 
-// roundTrip sends one command and waits for the reply with its id.
-func (c *Client) roundTrip(ctx context.Context, id uint64, line []byte, f *os.File) (reply, error) {
+// enter sends the line of a command with that id.
+func (c *Client) enter(ctx context.Context, id uint64, line []byte, f *os.File) (*call, error) {
 	waiting := &call{reply: make(chan reply, 1), passes: f != nil}
 	if waiting.passes {
 		if err := c.take(ctx, c.passing); err != nil {
-			return reply{}, err
+			return nil, err
 		}
 	}
 	if err := c.send(ctx, id, waiting, line, f); err != nil {
 		if waiting.passes {
 			<-c.passing
 		}
-		return reply{}, err
+		return nil, err
 	}
+	return waiting, nil
+}
+
+// await waits for the reply to a command that was sent.
+func (c *Client) await(ctx context.Context, waiting *call) (reply, error) {
 	select {
 	case r := <-waiting.reply:
 		return r, nil

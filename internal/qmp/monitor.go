@@ -42,7 +42,11 @@ func (c *Client) Run(command []byte) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: encode the command: %w", name, err)
 	}
-	r, err := c.roundTrip(context.Background(), id, line, nil)
+	waiting, err := c.enter(context.Background(), id, line, nil)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	r, err := c.await(context.Background(), waiting)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
