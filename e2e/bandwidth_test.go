@@ -29,7 +29,7 @@ func TestBandwidth(t *testing.T) {
 	l := linkedHosts(t, lab.Link{Rate: 1e9, Delay: 100 * time.Microsecond})
 	a := startDaemon(t, l.A)
 	startDaemon(t, l.B)
-	vm := linux(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 256, Nodes: 1}, "migrated.pattern=idle", "migrated.mem=64", "migrated.workers=1")
+	vm := plainLinux(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 256, Nodes: 1}, "migrated.pattern=idle", "migrated.mem=64", "migrated.workers=1")
 	startVM(t, l.A, vm)
 	var guest report.Log
 	port := openGuest(t, l.A, &guest)

@@ -134,8 +134,31 @@ func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Pr
 	return p
 }
 
-// linux makes c boot the Linux guest.
+// linux gives c a disk and a network card, which its Linux guest has at work.
 func linux(t *testing.T, c lab.VMConfig, args ...string) lab.VMConfig {
+	t.Helper()
+	needRealVM(t)
+	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c.Real(kernel, initrd, 1, 1, args...)
+}
+
+// verifyLinux has the guest check all of its memory and of its disk.
+func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) {
+	t.Helper()
+	v, err := port.Verify(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := guest.Err(); err != nil || v.Corruptions != 0 || v.Pages == 0 || v.Found != 0 || v.Blocks == 0 || v.BlocksFound != 0 {
+		t.Errorf("the guest found damage: %+v: %v", v, err)
+	}
+}
+
+// plainLinux makes c boot the Linux guest, which has neither a disk nor a network card.
+func plainLinux(t *testing.T, c lab.VMConfig, args ...string) lab.VMConfig {
 	t.Helper()
 	kernel, initrd, err := image.Linux(testContext(t))
 	if err != nil {

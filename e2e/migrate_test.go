@@ -15,7 +15,7 @@ import (
 const hugePagesFor512 = 512 // 2 hosts x 512 MiB / 2 MiB
 
 // TestLinuxGuest migrates a Linux guest under load, lets it work on the
-// destination and has it check every page; then back again where it says so.
+// destination and has it check every page and every block of its disk; then back again where it says so.
 func TestLinuxGuest(t *testing.T) {
 	idle := []string{"migrated.pattern=idle", "migrated.mem=300"}
 	busy := []string{"migrated.pattern=random", "migrated.write=80", "migrated.mem=300"}
@@ -67,13 +67,7 @@ func moveLinux(t *testing.T, guest *report.Log, port *report.Port, from, to *lab
 
 	port = openGuest(t, to, guest)
 	awaitWindows(t, guest, 3)
-	verified, err := port.Verify(testContext(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := guest.Err(); err != nil || verified.Corruptions != 0 || verified.Pages == 0 {
-		t.Errorf("the guest checked %d pages and found %d corruptions: %v", verified.Pages, verified.Corruptions, err)
-	}
+	verifyLinux(t, guest, port)
 	if after := guest.Last(); after.UptimeMS <= before.UptimeMS {
 		t.Errorf("the guest's clock stood still: %d ms before and %d ms after", before.UptimeMS, after.UptimeMS)
 	}

@@ -165,7 +165,8 @@ func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 			if huge {
 				uffdtest.ReserveHugePages(t, 2*c.MemoryMiB/2)
 			}
-			vm := linux(t, c, "migrated.mem=320", "migrated.ws=128", "migrated.workers=2", "migrated.rate=500", "migrated.write=50", "migrated.window=100ms")
+			vm := linux(t, c, "migrated.mem=320", "migrated.ws=128", "migrated.workers=2", "migrated.rate=500", "migrated.write=50",
+				"migrated.window=100ms")
 			startVM(t, l.A, vm)
 			var guest report.Log
 			port := openGuest(t, l.A, &guest)
@@ -194,13 +195,7 @@ func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 			port = openGuest(t, l.B, &guest)
 			defer port.Close()
 			awaitWindows(t, &guest, 3)
-			v, err := port.Verify(testContext(t))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if v.Corruptions != 0 || v.Pages == 0 || guest.Err() != nil {
-				t.Errorf("the guest finds %d corruptions: %v", v.Corruptions, guest.Err())
-			}
+			verifyLinux(t, &guest, port)
 		})
 	}
 }

@@ -22,7 +22,7 @@ var travellerLink = lab.Link{Rate: 400e6, Delay: 100 * time.Microsecond}
 // travellerWindow is how often it reports.
 const travellerWindow = 50 * time.Millisecond
 
-// A traveller is a VM with a busy Linux guest that goes from host to host, and finds each time that its memory is whole.
+// A traveller is a VM with a busy Linux guest that goes from host to host, and finds each time that its memory and its disk are whole.
 type traveller struct {
 	*testing.T
 	lab   *lab.Lab
@@ -33,7 +33,8 @@ type traveller struct {
 // newTraveller boots one on host A.
 func newTraveller(t *testing.T, l *lab.Lab) *traveller {
 	t.Helper()
-	vm := linux(t, lab.VMConfig{VCPUs: 2, MemoryMiB: 256, Nodes: 1}, "migrated.mem=128", "migrated.workers=2", "migrated.rate=500", "migrated.window="+travellerWindow.String())
+	vm := linux(t, lab.VMConfig{VCPUs: 2, MemoryMiB: 256, Nodes: 1}, "migrated.mem=128", "migrated.workers=2",
+		"migrated.rate=500", "migrated.window="+travellerWindow.String())
 	startVM(t, l.A, vm)
 	v := &traveller{T: t, lab: l, at: l.A}
 	var guest report.Log
@@ -80,13 +81,7 @@ func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	port := openGuest(v.T, to, &guest)
 	defer port.Close()
 	awaitWindows(v.T, &guest, 3)
-	verified, err := port.Verify(testContext(v.T))
-	if err != nil {
-		v.Fatal(err)
-	}
-	if verified.Corruptions != 0 || verified.Pages == 0 || guest.Err() != nil {
-		v.Errorf("after migration %s the guest finds %d corruptions: %v", id, verified.Corruptions, guest.Err())
-	}
+	verifyLinux(v.T, &guest, port)
 	onlyWordKept(v.T, v.lab.A, v.lab.B)
 	return v.longestStall(said)
 }

@@ -42,13 +42,14 @@ type entries struct {
 	downtime         float64
 }
 
-// What is indented is a part of the step before. The steps from save to cont add up to the whole. Most of stop comes
+// What is indented is no step of its own: loading begins while QEMU saves, and the slowest is one of the faults. The steps
+// from save to cont add up to the whole. Most of stop comes
 // before the STOP event, where the whole begins; what comes after it is in commit.
 var steps = []step{
 	{"stop", "ms", func(e entries) (float64, error) { return e.loaded.duration("stop") }},
 	{"save", "ms", func(e entries) (float64, error) { return e.loaded.duration("save") }},
 	{"transfer", "ms", func(e entries) (float64, error) { return e.loaded.duration("transfer") }},
-	{"  load", "ms", func(e entries) (float64, error) { return e.loaded.duration("load") }},
+	{"  load in all", "ms", func(e entries) (float64, error) { return e.loaded.duration("load") }},
 	{"commit", "ms", commitTime},
 	{"crossing", "ms", func(e entries) (float64, error) { d, err := e.switched.duration("network"); return d / 2, err }},
 	{"cont", "ms", func(e entries) (float64, error) { return e.switched.duration("cont") }},

@@ -64,13 +64,17 @@ func (c VMConfig) deviceParams() []string {
 	return params
 }
 
-// RealVM is a VM as most are: two vCPUs, memory that is QEMU's own, writable disks, network cards, a balloon, random
-// numbers and a screen. Its guest is Linux, of images that have virtio's drivers, and has its devices at work at a
-// moderate rate; args are further ones of its kernel command line.
+// RealVM is a VM as most are: two vCPUs, memory that is QEMU's own, and all that Real gives it.
 func RealVM(kernel, initrd string, memoryMiB, disks, nics int, args ...string) VMConfig {
-	return VMConfig{
-		VCPUs: 2, MemoryMiB: memoryMiB, Backend: BackendDefault, Kernel: kernel, Initrd: initrd,
-		Disks: disks, NICs: nics, RootPorts: true, Balloon: true, RNG: true, VGA: true,
-		KernelArgs: append([]string{"migrated.disk-rate=200", "migrated.net-rate=100"}, args...),
-	}
+	return VMConfig{VCPUs: 2, MemoryMiB: memoryMiB, Backend: BackendDefault}.Real(kernel, initrd, disks, nics, args...)
+}
+
+// Real is the VM with writable disks, network cards, a balloon, random numbers and a screen. Its guest is Linux, of images
+// that have virtio's drivers, and has its devices at work at a moderate rate; args are further ones of its kernel
+// command line.
+func (c VMConfig) Real(kernel, initrd string, disks, nics int, args ...string) VMConfig {
+	c.Kernel, c.Initrd = kernel, initrd
+	c.Disks, c.NICs, c.RootPorts, c.Balloon, c.RNG, c.VGA = disks, nics, true, true, true, true
+	c.KernelArgs = append([]string{"migrated.disk-rate=200", "migrated.net-rate=100"}, args...)
+	return c
 }
