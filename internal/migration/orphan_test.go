@@ -68,6 +68,25 @@ func TestSourceQEMUEndsAfterTheSwitch(t *testing.T) {
 	s.noRecord(t)
 }
 
+// TestSourceQEMUEndsBeforeTheAnswer: where the VM is is not said before the destination has said so.
+func TestSourceQEMUEndsBeforeTheAnswer(t *testing.T) {
+	asked, answer := make(chan struct{}), make(chan struct{})
+	s := newStage(t, t.Context(), func(int) (*migratedv1.RunResponse, error) {
+		close(asked)
+		<-answer
+		return runAtOnce(1)
+	})
+	s.peer.endless = true
+	s.source.Start()
+	<-asked
+	s.endQEMU(t)
+	s.shows(t, "QEMU has ended", "has not answered yet")
+	close(answer)
+	s.shows(t, "QEMU has ended", "the VM is on the destination")
+	s.source.cancel(errors.New("the daemon ends"))
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, endedStatus)
+}
+
 // TestBothQEMUsEnd: a destination that gives the VM back gives back one that is not there any more.
 func TestBothQEMUsEnd(t *testing.T) {
 	for _, code := range []codes.Code{codes.Aborted, codes.NotFound} {

@@ -87,8 +87,9 @@ type Source struct {
 	loaded      *migratedv1.LoadDeviceStateResponse
 	steps       steps
 
-	unwatch func()      // ends watchQEMU
-	gone    atomic.Bool // it has seen QEMU end
+	unwatch   func()      // ends watchQEMU
+	gone      atomic.Bool // it has seen QEMU end
+	runsThere atomic.Bool // the destination has said so
 }
 
 // NewSource begins a migration; it prepares at once and switches when Start is

@@ -23,7 +23,7 @@ const (
 // errOurQEMUGone says that this host's QEMU has ended, and no operator's command brings it back.
 var errOurQEMUGone = errors.New("the source's QEMU has ended before all of the VM's memory had left")
 
-// watchQEMU says so when QEMU ends while the VM, which runs at the destination, needs its memory. What is in files is
+// watchQEMU says so when QEMU ends while the VM, which was handed over, needs its memory. What is in files is
 // served yet. It watches until stop is called, which returns when it has ended.
 func (s *Source) watchQEMU(ctx context.Context) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -50,7 +50,11 @@ func (s *Source) watchQEMU(ctx context.Context) (stop func()) {
 // orphanError is what is shown while the destination says nothing of its own.
 func (s *Source) orphanError() *migratedv1.MigrationError {
 	shown := describe(withRemedy(errOurQEMUGone, fmt.Sprintf(endVM, s.cfg.ID)))
-	shown.VmStatus = "the VM is on the destination; " + lostStatus
+	where := "the destination was told to run the VM, and has not answered yet"
+	if s.runsThere.Load() {
+		where = "the VM is on the destination"
+	}
+	shown.VmStatus = where + "; " + lostStatus
 	return shown
 }
 

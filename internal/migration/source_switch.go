@@ -76,9 +76,12 @@ func (s *Source) handOver(ctx context.Context) error {
 			downtime := stoppedFor + network/2 + answer.GetResumeTime().AsDuration()
 			s.log.Info("switched over", "downtime", downtime, "stopped_for", stoppedFor, "network", network,
 				"cont", answer.GetResumeTime().AsDuration())
+			s.runsThere.Store(true)
 			s.update(func(m *migratedv1.Migration) {
 				m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
-				m.Error = nil
+				if m.Error = nil; s.gone.Load() {
+					m.Error = s.orphanError()
+				}
 				if !s.takenUp { // else the switch may have been long before this daemon
 					m.Progress.Downtime = durationpb.New(downtime)
 				}
