@@ -26,7 +26,7 @@ func rehearsalSummary(m *migratedv1.Migration) string {
 // printRehearsal prints what a rehearsal found, a fact a line.
 func printRehearsal(out io.Writer, r *migratedv1.Rehearsal) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(w, "It would stand still\t%s: stop %s, save %s, cross and load %s (%s of it QEMU's), "+
+	fmt.Fprintf(w, "It would stand still\t%s: stop %s, save %s, load %s (%s, begun while it is saved), "+
 		"hand over, continue %s\n",
 		durationText(r.GetDowntime()), durationText(r.GetStopTime()), durationText(r.GetSaveTime()),
 		durationText(r.GetTransferTime()), durationText(r.GetLoadTime()), durationText(r.GetContinueTime()))

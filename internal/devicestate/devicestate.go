@@ -63,11 +63,8 @@ type Section struct {
 // five bytes and a header with a name in it, which no device writes by chance. Machine types older than 2.4 have no
 // footers, and are refused.
 func Parse(saved []byte) ([]Section, error) {
-	if len(saved) <= preamble || string(saved[:len(magic)]) != magic {
-		return nil, fmt.Errorf("%w: it has %d bytes and does not begin with %q", ErrUnknown, len(saved), magic)
-	}
-	if v := binary.BigEndian.Uint32(saved[len(magic):]); v != version {
-		return nil, fmt.Errorf("%w: it is of version %d, not %d", ErrUnknown, v, version)
+	if err := checkPreamble(saved); err != nil {
+		return nil, err
 	}
 	var sections []Section
 	rest := saved[preamble:]
@@ -82,6 +79,16 @@ func Parse(saved []byte) ([]Section, error) {
 		return nil, fmt.Errorf("%w: it does not end with the end of a migration stream", ErrUnknown)
 	}
 	return sections, nil
+}
+
+func checkPreamble(saved []byte) error {
+	if len(saved) <= preamble || string(saved[:len(magic)]) != magic {
+		return fmt.Errorf("%w: it has %d bytes and does not begin with %q", ErrUnknown, len(saved), magic)
+	}
+	if v := binary.BigEndian.Uint32(saved[len(magic):]); v != version {
+		return fmt.Errorf("%w: it is of version %d, not %d", ErrUnknown, v, version)
+	}
+	return nil
 }
 
 // parseSection reads the first of some sections that end with sectionEnd.
@@ -145,6 +152,15 @@ var description = append(binary.BigEndian.AppendUint32([]byte{sectionDescription
 
 // Body is what follows the head of a migration stream: all that was saved, and the description.
 func Body(saved []byte) []byte { return append(bytes.Clone(saved[preamble:]), description...) }
+
+// Begun is the beginning of what Body will make of a state that QEMU is still writing, and has written so far. The last
+// byte is not in it: it may be the end, which nobody is to see before QEMU has said that the state is whole.
+func Begun(saved []byte) ([]byte, error) {
+	if len(saved) <= preamble {
+		return nil, nil
+	}
+	return saved[preamble : len(saved)-1], checkPreamble(saved)
+}
 
 // ParseBody takes apart what Body has made, as Parse does.
 func ParseBody(body []byte) ([]Section, error) {

@@ -128,3 +128,18 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// Nobody sees the end before it is the end.
+func TestBegun(t *testing.T) {
+	state := saved(section(2, "timer", 0, "abc"), section(5, "cpu", 1, "x"))
+	body := Body(state)
+	for n := range len(state) + 1 {
+		begun, err := Begun(state[:n])
+		if err != nil || !bytes.HasPrefix(body, begun) || len(begun) != max(0, n-preamble-1) {
+			t.Fatalf("of %d bytes %d are begun: %v", n, len(begun), err)
+		}
+	}
+	if _, err := Begun([]byte("not a state of devices")); !errors.Is(err, ErrUnknown) {
+		t.Errorf("%v", err)
+	}
+}

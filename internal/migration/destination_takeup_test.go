@@ -131,7 +131,7 @@ func load(t *testing.T, from, to *qemu.VM) {
 	if _, _, err := from.Stop(ctx); err != nil {
 		t.Fatal(err)
 	}
-	state, err := saver.Save(ctx, true)
+	state, err := saver.Save(ctx, true, nil)
 	if err := errors.Join(err, saver.Close(ctx)); err != nil {
 		t.Fatal(err)
 	}

@@ -19,7 +19,6 @@ var errRehearsed = errors.New("the rehearsal is over")
 
 // rehearsed ends a rehearsal whose destination has loaded everything: the VM goes on here.
 func (s *Source) rehearsed(ctx context.Context) {
-	network := max(0, s.steps.transfer-s.steps.load)
 	s.export.Withdraw()
 	began := time.Now()
 	vmStatus, err := s.continueVM()
@@ -36,7 +35,7 @@ func (s *Source) rehearsed(ctx context.Context) {
 		LoadTime:     durationpb.New(s.steps.load),
 		ContinueTime: durationpb.New(s.steps.cont),
 		// The hand-over crosses the network once more than the state did.
-		Downtime:    durationpb.New(s.steps.stop + s.steps.save + s.steps.transfer + network + s.steps.cont),
+		Downtime:    durationpb.New(s.steps.stop + s.steps.save + s.steps.transfer + s.steps.network + s.steps.cont),
 		Differences: s.loaded.GetDifferences(),
 	}
 	for _, b := range s.blocks {
@@ -55,7 +54,7 @@ func (d *Destination) saveAgain(ctx context.Context, loaded []byte) ([]*migrated
 	if err != nil {
 		return nil, err
 	}
-	again, saveErr := saver.Save(ctx, false)
+	again, saveErr := saver.Save(ctx, false, nil)
 	if err := errors.Join(saveErr, saver.Close(ctx)); err != nil {
 		return nil, err
 	}

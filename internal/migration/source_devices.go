@@ -22,11 +22,11 @@ type deviceStream = grpc.ClientStreamingClient[migratedv1.LoadDeviceStateRequest
 // stopped and the destination has loaded all of it.
 //
 // No wait in it can depend on a lock that a QEMU holds while it waits for us.
-// The source's QEMU stops, and saves into memory: both end by themselves. Not
-// before that is the first byte sent, so that its monitor, which the page server
-// may ask, is free while the destination loads. The destination's QEMU may wait
-// for a page in the middle of that, with its lock; the lanes that bring the page
-// need neither QEMU.
+// The source's QEMU stops, and saves into memory: both end by themselves. What it
+// has written is sent meanwhile, and the destination's QEMU begins to load it. It
+// may wait for a page in the middle of that, with its lock; the lanes that bring
+// the page need neither QEMU, but that the page server asks the source's monitor
+// once whether the VM stands still, which is answered when QEMU has saved.
 func (s *Source) moveDevices(ctx context.Context) error {
 	stream, cancel, err := s.openDeviceStream(ctx)
 	defer cancel()
@@ -63,9 +63,19 @@ func (s *Source) moveDevices(ctx context.Context) error {
 		return causeOf(ctx, fmt.Errorf("stop the VM: %w", err))
 	}
 	reached("source-stopped")
+	stop := context.AfterFunc(ctx, cancel) // the stream was opened before there was a limit
+	defer stop()
 	began := time.Now()
 	s.gaveUpDisks = giveUp
-	state, err := saver.Save(ctx, giveUp)
+	sender := newDeviceSender(stream)
+	state, err := saver.Save(ctx, giveUp, func(state []byte) error {
+		begun, err := devicestate.Begun(state)
+		if err == nil {
+			sender.offer(begun)
+		}
+		return err
+	})
+	close(sender.offers)
 	if err != nil {
 		return causeOf(ctx, fmt.Errorf("save the device state: %w", err))
 	}
@@ -74,9 +84,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	if _, err := devicestate.Parse(state); err != nil {
 		return withRemedy(err, "use a machine type of QEMU 2.4 or newer; if it is one, report this with the version of QEMU")
 	}
-	stop := context.AfterFunc(ctx, cancel) // the stream was opened before there was a limit
-	defer stop()
-	return s.sendDevices(ctx, stream, devicestate.Body(state))
+	return s.finishDevices(ctx, sender, devicestate.Body(state))
 }
 
 // openDeviceStream has the destination's QEMU read, up to the first device's state, while the VM still runs.
@@ -135,26 +143,73 @@ func (s *Source) stop(ctx context.Context) error {
 	return nil
 }
 
-// sendDevices sends what was saved, and waits until the destination has loaded it.
-func (s *Source) sendDevices(ctx context.Context, stream deviceStream, body []byte) error {
-	destination := s.cfg.Spec.GetDestination()
-	began := time.Now()
-	for rest := body; len(rest) > 0; {
-		n := min(deviceChunk, len(rest))
-		if err := stream.Send(&migratedv1.LoadDeviceStateRequest{Data: rest[:n]}); err != nil {
-			if !errors.Is(err, io.EOF) {
-				return causeOf(ctx, fmt.Errorf("send the device state: %w", err))
-			}
-			break // the destination ended the call, and says why
+// A deviceSender sends the state of the devices while it grows. Sending waits where the destination's QEMU does not read,
+// because it waits for a page, so that whoever saves only offers.
+type deviceSender struct {
+	stream deviceStream
+	offers chan []byte   // at most one, the newest
+	idle   chan struct{} // closed when all that was offered is sent, after offers was closed
+
+	// Owned by the sender's goroutine until it is idle.
+	sent  int       // bytes
+	began time.Time // when the first of them was sent
+	over  bool      // the destination has ended the call, and will say why
+	err   error
+}
+
+func newDeviceSender(stream deviceStream) *deviceSender {
+	d := &deviceSender{stream: stream, offers: make(chan []byte, 1), idle: make(chan struct{})}
+	go func() {
+		defer close(d.idle)
+		for body := range d.offers {
+			d.send(body)
 		}
-		rest = rest[n:]
+	}()
+	return d
+}
+
+// offer has the beginning of the body sent, in so far as it was not. One goroutine offers.
+func (d *deviceSender) offer(body []byte) {
+	select {
+	case <-d.offers: // this one has more
+	default:
 	}
-	answer, err := stream.CloseAndRecv()
+	d.offers <- body
+}
+
+// send sends what body has more than was sent.
+func (d *deviceSender) send(body []byte) {
+	if d.sent == 0 && len(body) > 0 {
+		d.began = time.Now()
+	}
+	for d.sent < len(body) && !d.over && d.err == nil {
+		n := min(deviceChunk, len(body)-d.sent)
+		switch err := d.stream.Send(&migratedv1.LoadDeviceStateRequest{Data: body[d.sent : d.sent+n]}); {
+		case err == nil:
+			d.sent += n
+		case errors.Is(err, io.EOF):
+			d.over = true
+		default:
+			d.err = fmt.Errorf("send the device state: %w", err)
+		}
+	}
+}
+
+// finishDevices sends what is left of the devices' state, and waits until the destination has loaded it.
+func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body []byte) error {
+	saved := time.Now()
+	<-sender.idle
+	if sender.send(body); sender.err != nil {
+		return causeOf(ctx, sender.err)
+	}
+	answer, err := sender.stream.CloseAndRecv()
 	if err != nil {
-		return causeOf(ctx, fromPeer("move the device state", destination, err))
+		return causeOf(ctx, fromPeer("move the device state", s.cfg.Spec.GetDestination(), err))
 	}
-	s.steps.transfer = time.Since(began) - answer.GetCompareTime().AsDuration()
+	compared := answer.GetCompareTime().AsDuration()
+	s.steps.transfer = time.Since(saved) - compared
 	s.steps.load = answer.GetLoadTime().AsDuration()
+	s.steps.network = max(0, time.Since(sender.began)-compared-s.steps.load)
 	s.log.Info("the device state is loaded", "bytes", len(body), "stop", s.steps.stop, "save", s.steps.save,
 		"transfer", s.steps.transfer, "load", s.steps.load)
 	s.loaded = answer
@@ -162,5 +217,6 @@ func (s *Source) sendDevices(ctx context.Context, stream deviceStream, body []by
 	return nil
 }
 
-// steps are what the parts of the downtime took, by this host's clock.
-type steps struct{ stop, save, transfer, load, cont time.Duration }
+// steps are what the parts of the downtime took, by this host's clock. The destination begins to load while the source
+// still saves; transfer is what comes after that, and network what the two crossings of the devices' state took.
+type steps struct{ stop, save, transfer, load, network, cont time.Duration }

@@ -3,6 +3,7 @@
 package qemu
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -39,7 +40,7 @@ func save(t *testing.T, vm *VM, giveUpDisks bool) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	state, err := saver.Save(ctx, giveUpDisks)
+	state, err := saver.Save(ctx, giveUpDisks, nil)
 	if err := errors.Join(err, saver.Close(ctx)); err != nil {
 		t.Fatal(err)
 	}
@@ -160,6 +161,65 @@ func TestVMWithoutDisksHasThem(t *testing.T) {
 	_, vm := start(t, ram(ramFile(t))...)
 	if active, err := vm.DisksActive(testContext(t)); err != nil || !active {
 		t.Errorf("%t, %v", active, err)
+	}
+}
+
+// TestSaveShowsWhatIsWritten: what is shown while QEMU saves is the beginning of what it has saved in the end.
+func TestSaveShowsWhatIsWritten(t *testing.T) {
+	_, vm := start(t, ram(ramFile(t))...)
+	ctx := testContext(t)
+	if _, _, err := vm.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	saveShowing := func(written func([]byte) error) ([]byte, error) {
+		t.Helper()
+		saver, err := vm.NewSaver(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		state, err := saver.Save(ctx, false, written)
+		if closeErr := saver.Close(ctx); closeErr != nil {
+			t.Error(closeErr)
+		}
+		return state, err
+	}
+	// It looks now and then: QEMU may have been faster.
+	const tries = 1000
+	try := 0
+	for early := false; !early; try++ {
+		if try == tries {
+			t.Fatal("nothing was ever shown before the end")
+		}
+		var shown [][]byte
+		state, err := saveShowing(func(state []byte) error {
+			shown = append(shown, state)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range shown {
+			if !bytes.HasPrefix(state, s) {
+				t.Fatalf("the %d bytes that were shown are not the beginning of %d", len(s), len(state))
+			}
+			early = early || len(s) > 0
+		}
+		if _, err := devicestate.Parse(state); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := errors.New("refused")
+	for called := 0; called == 0; try++ {
+		if try == tries {
+			t.Fatal("nobody was ever asked")
+		}
+		_, err := saveShowing(func([]byte) error {
+			called++
+			return refused
+		})
+		if errors.Is(err, refused) != (called == 1) || called > 1 {
+			t.Fatalf("it was called %d times: %v", called, err)
+		}
 	}
 }
 

@@ -8,14 +8,15 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
 )
 
-// A Saver takes the state of a VM's devices from its QEMU. Making it before the VM stops spares the downtime the
-// preparation. Close it when it is no longer needed.
+// A Saver takes the state of a VM's devices from its QEMU, once: QEMU would write a second one behind the first. Making it
+// before the VM stops spares the downtime the preparation. Close it when it is no longer needed.
 type Saver struct {
 	vm   *VM
 	file *os.File // a memfd(2): QEMU writes to it without waiting for a reader
@@ -46,23 +47,53 @@ func (vm *VM) NewSaver(ctx context.Context) (*Saver, error) {
 	return s, nil
 }
 
+// lookEvery is how often Save looks what QEMU has written: QEMU writes 32 KiB at a time, of which a state of 1 MB has one
+// in 0.6 ms.
+const lookEvery = 500 * time.Microsecond
+
 // Save returns the state of all devices of a stopped VM, as QEMU's savevm.c writes it: magic and version of a migration
 // stream, a section for each device that has state, and the end. RAM is not in it. The VM stays stopped.
 //
 // With giveUpDisks QEMU also gives the disks up, so that another QEMU can have them, until Cont or ActivateDisks. A
 // QEMU that has given them up must not be asked to do so again: it would abort (see DisksActive).
 //
-// QEMU holds its big lock until it has written the last byte, and waits for nobody: the file is memory.
-func (s *Saver) Save(ctx context.Context, giveUpDisks bool) ([]byte, error) {
-	if err := s.file.Truncate(0); err != nil {
-		return nil, fmt.Errorf("file for the device state: %w", err)
-	}
+// QEMU holds its big lock until it has written the last byte, and waits for nobody: the file is memory. Meanwhile written
+// gets what there is, unless it is nil, each time from the first byte on; it owns nothing of that. Its error is returned once
+// QEMU has answered.
+func (s *Saver) Save(ctx context.Context, giveUpDisks bool, written func(state []byte) error) ([]byte, error) {
 	// The name is Xen's, the command is everybody's (qmp_xen_save_devices_state in migration/savevm.c). "live" is what
 	// makes it give up the disks of a VM that was stopped before.
 	args := map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", s.set), "live": giveUpDisks}
-	if err := s.vm.QMP.Do(ctx, "xen-save-devices-state", args, nil); err != nil {
+	wait, err := s.vm.QMP.Begin(ctx, "xen-save-devices-state", args)
+	if err != nil {
 		return nil, err
 	}
+	answered := make(chan error, 1)
+	go func() { answered <- wait(ctx) }()
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	var state []byte
+	var failed error // of written, or of reading
+	for {
+		select {
+		case err := <-answered:
+			if err := errors.Join(err, failed); err != nil {
+				return nil, err
+			}
+			return s.read(state)
+		case <-look.C:
+		}
+		if failed != nil || written == nil {
+			continue
+		}
+		if state, failed = s.read(state); failed == nil {
+			failed = written(state)
+		}
+	}
+}
+
+// read appends to state what the file has more than that. QEMU only appends.
+func (s *Saver) read(state []byte) ([]byte, error) {
 	info, err := s.file.Stat()
 	if err != nil {
 		return nil, err
@@ -71,8 +102,9 @@ func (s *Saver) Save(ctx context.Context, giveUpDisks bool) ([]byte, error) {
 		return nil, fmt.Errorf("the state of the VM's devices has %d bytes, more than the %d that are moved",
 			info.Size(), devicestate.Most)
 	}
-	state := make([]byte, info.Size())
-	if _, err := s.file.ReadAt(state, 0); err != nil && !errors.Is(err, io.EOF) {
+	had := len(state)
+	state = append(state, make([]byte, int(info.Size())-had)...)
+	if _, err := s.file.ReadAt(state[had:], int64(had)); err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("read the device state: %w", err)
 	}
 	return state, nil

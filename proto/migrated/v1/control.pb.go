@@ -545,9 +545,9 @@ type Rehearsal struct {
 	Downtime *durationpb.Duration `protobuf:"bytes,1,opt,name=downtime,proto3" json:"downtime,omitempty"`
 	StopTime *durationpb.Duration `protobuf:"bytes,2,opt,name=stop_time,json=stopTime,proto3" json:"stop_time,omitempty"`
 	SaveTime *durationpb.Duration `protobuf:"bytes,3,opt,name=save_time,json=saveTime,proto3" json:"save_time,omitempty"`
-	// From the first byte of it sent to the last one loaded.
+	// From its end until the source knew that the destination had loaded it.
 	TransferTime *durationpb.Duration `protobuf:"bytes,4,opt,name=transfer_time,json=transferTime,proto3" json:"transfer_time,omitempty"`
-	// The part of transfer_time that the destination QEMU took.
+	// What the destination QEMU took to load it. It begins while the source saves.
 	LoadTime     *durationpb.Duration `protobuf:"bytes,5,opt,name=load_time,json=loadTime,proto3" json:"load_time,omitempty"`
 	ContinueTime *durationpb.Duration `protobuf:"bytes,6,opt,name=continue_time,json=continueTime,proto3" json:"continue_time,omitempty"`
 	// Of the devices' state.
