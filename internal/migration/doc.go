@@ -20,8 +20,10 @@
 //	  warm the connection up
 //	  write the record, not committed yet
 //	  stop; the memory is served now
-//	  save the devices' state, give the disks up
-//	        ── the devices' state ────────────►      QEMU loads, and waits for pages that it touches
+//	  save the devices' state
+//	        ── what there is of it ───────────►      QEMU loads, and waits for pages that it touches
+//	  give the disks up
+//	        ── its end ───────────────────────►
 //	        ◄─ loaded ────────────────────────       loaded: waits for Run
 //	  ───────── commit point ─────────
 //	  commit the record (rename, fsync)
