@@ -152,7 +152,8 @@ func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := guest.Err(); err != nil || v.Corruptions != 0 || v.Pages == 0 || v.Found != 0 || v.Blocks == 0 || v.BlocksFound != 0 {
+	if err := guest.Err(); err != nil ||
+		v.Corruptions != 0 || v.Pages == 0 || v.Found != 0 || v.Blocks == 0 || v.BlocksFound != 0 {
 		t.Errorf("the guest found damage: %+v: %v", v, err)
 	}
 }

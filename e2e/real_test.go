@@ -69,7 +69,8 @@ func TestRealVM(t *testing.T) {
 		if !ok || !answers || announced.At.After(answered) {
 			t.Errorf("card %d was announced at %v, and answered at %v", i, announced.At, answered)
 		}
-		t.Logf("card %d: %d pings, %d lost, longest gap %v; the VM stopped for %v, was announced after %v and answered after %v",
+		t.Logf("card %d: %d pings, %d lost, longest gap %v; "+
+			"the VM stopped for %v, was announced after %v and answered after %v",
 			i, pings.Sent, pings.Lost, pings.LongestGap, switched.Downtime(), announced.At.Sub(switched.Stopped),
 			answered.Sub(switched.Stopped))
 	}

@@ -22,7 +22,8 @@ var travellerLink = lab.Link{Rate: 400e6, Delay: 100 * time.Microsecond}
 // travellerWindow is how often it reports.
 const travellerWindow = 50 * time.Millisecond
 
-// A traveller is a VM with a busy Linux guest that goes from host to host, and finds each time that its memory and its disk are whole.
+// A traveller is a VM with a busy Linux guest that goes from host to host, and finds each time that its memory and its
+// disk are whole.
 type traveller struct {
 	*testing.T
 	lab   *lab.Lab
