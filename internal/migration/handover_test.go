@@ -346,6 +346,28 @@ func TestCancelWhileStopped(t *testing.T) {
 	}
 }
 
+// A VM that somebody continues before the commit point is not handed over: it would run twice.
+func TestContinuedVMIsNotHandedOver(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	loaded := make(chan struct{})
+	s.peer.load = func(ctx context.Context) error {
+		close(loaded)
+		<-ctx.Done() // it loads for as long as the source waits
+		return ctx.Err()
+	}
+	s.source.Start()
+	<-loaded
+	s.command(t, "cont")
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	view, _ := s.source.Snapshot()
+	if said := view.GetError(); !strings.Contains(said.GetMessage(), "somebody continued the VM") || said.GetRemedy() == "" {
+		t.Errorf("it says %v", said)
+	}
+	if s.peer.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {
+		t.Errorf("%d hand-overs", s.peer.runs)
+	}
+}
+
 // Whoever continues the source's VM after the switch ends the serving of its
 // pages: they are not those of the switch any more.
 func TestContinuedVMIsNotServed(t *testing.T) {

@@ -25,8 +25,7 @@ type deviceStream = grpc.ClientStreamingClient[migratedv1.LoadDeviceStateRequest
 // The source's QEMU stops, and saves into memory: both end by themselves. What it
 // has written is sent meanwhile, and the destination's QEMU begins to load it. It
 // may wait for a page in the middle of that, with its lock; the lanes that bring
-// the page need neither QEMU, but that the page server asks the source's monitor
-// once whether the VM stands still, which is answered when QEMU has saved.
+// the page need neither QEMU.
 func (s *Source) moveDevices(ctx context.Context) error {
 	stream, cancel, err := s.openDeviceStream(ctx)
 	defer cancel()

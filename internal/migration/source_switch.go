@@ -20,18 +20,13 @@ import (
 // destination that needs one early waits for the VM to stand still.
 //
 // QEMU has answered "stop" when the vCPUs stand and its disks and network cards have
-// written to memory what they had to (do_vm_stop in QEMU's cpus.c). It may save the
-// devices' state when it is asked here, and answers after that: it waits for nobody
-// meanwhile.
+// written to memory what they had to (do_vm_stop in QEMU's cpus.c). It is not asked
+// again: while it saves the devices' state it answers nobody, and nobody can continue
+// the VM. Before and after that guardStopped hears of it.
 func (s *Source) awaitStopped(ctx context.Context) error {
 	select {
 	case <-s.stopped:
 		return nil
-	default:
-	}
-	select {
-	case <-s.stopped:
-		return s.vm.VerifyStopped(ctx)
 	case <-s.done:
 		return errors.New("the migration is over")
 	case <-ctx.Done():
@@ -39,9 +34,10 @@ func (s *Source) awaitStopped(ctx context.Context) error {
 	}
 }
 
-// guardStopped stops serving pages at once when somebody continues the VM, by
-// another monitor or because QEMU's own migration failed: from then on they are
-// of another moment than those that were served.
+// guardStopped stops serving pages at once when somebody continues the VM by
+// another monitor: from then on they are of another moment than those that were
+// served. Before the commit point that is the end of the migration, or the VM
+// would run twice.
 func (s *Source) guardStopped(ctx context.Context) {
 	resumes := s.vm.QMP.Subscribe("RESUME")
 	go func() {
@@ -49,12 +45,22 @@ func (s *Source) guardStopped(ctx context.Context) {
 		select {
 		case _, open := <-resumes.Events():
 			if open {
-				s.export.Withdraw()
-				s.log.Warn("the VM was continued on the source, its pages are served no more")
+				s.continued()
 			}
 		case <-ctx.Done():
 		}
 	}()
+}
+
+// continued is what follows when the VM runs here. It may be this migration itself that had it continued: it is over then.
+func (s *Source) continued() {
+	s.export.Withdraw()
+	s.log.Warn("the VM was continued on the source, its pages are served no more")
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	if !s.committed {
+		s.cancel(errContinued)
+	}
 }
 
 // handOver repeats Run until the destination answers it. The commit point is
