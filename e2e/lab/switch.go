@@ -4,6 +4,7 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -41,24 +42,42 @@ type Switch struct{ Stopped, Resumed time.Time }
 // Downtime is the time from the source's STOP event to the destination's RESUME event.
 func (s Switch) Downtime() time.Duration { return s.Resumed.Sub(s.Stopped) }
 
-// Wait waits for the switch.
+// Wait waits for the switch. The source's VM may have stopped before, for a moment, and a destination's QEMU may have been
+// replaced.
 func (w *SwitchWatch) Wait(ctx context.Context) (Switch, error) {
 	defer w.client.Disconnect() //nolint:errcheck // it was only read from
-	destination, err := w.dialDestination(ctx)
-	if err != nil {
-		return Switch{}, err
-	}
-	defer destination.Disconnect() //nolint:errcheck // likewise
-	resumed, err := Next(ctx, destination.Subscribe("RESUME"))
+	resumed, err := w.awaitResume(ctx)
 	if err != nil {
 		return Switch{}, fmt.Errorf("RESUME on host %s: %w", w.to.Name, err)
 	}
-	stopped, err := Next(ctx, w.events)
-	if err != nil {
-		return Switch{}, fmt.Errorf("STOP on host %s: %w", w.from.Name, err)
+	var stopped time.Time
+	for {
+		stop, err := Next(ctx, w.events)
+		if err != nil {
+			return Switch{}, fmt.Errorf("STOP on host %s: %w", w.from.Name, err)
+		}
+		stopped = stop.Time
+		if len(w.events.Events()) == 0 {
+			return Switch{Stopped: stopped, Resumed: resumed}, nil
+		}
 	}
-	return Switch{Stopped: stopped.Time, Resumed: resumed.Time}, nil
 }
+
+func (w *SwitchWatch) awaitResume(ctx context.Context) (time.Time, error) {
+	for {
+		destination, err := w.dialDestination(ctx)
+		if err != nil {
+			return time.Time{}, err
+		}
+		resumed, err := Next(ctx, destination.Subscribe("RESUME"))
+		_ = destination.Disconnect() // it was only read from
+		if !errors.Is(err, errQEMUEnded) {
+			return resumed.Time, err
+		}
+	}
+}
+
+var errQEMUEnded = errors.New("QEMU ended")
 
 // dialDestination connects as soon as the destination QEMU was started.
 func (w *SwitchWatch) dialDestination(ctx context.Context) (*qmp.Client, error) {
@@ -80,7 +99,7 @@ func Next(ctx context.Context, s *qmp.Subscription) (qmp.Event, error) {
 	select {
 	case e, ok := <-s.Events():
 		if !ok {
-			return qmp.Event{}, fmt.Errorf("QEMU ended")
+			return qmp.Event{}, errQEMUEnded
 		}
 		return e, nil
 	case <-ctx.Done():

@@ -108,6 +108,18 @@ func absoluteAddresses(ctx context.Context, request *migratedv1.PrepareIncomingR
 	return nil
 }
 
+func (p *peerService) LoadEarlyState(stream grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse]) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	d, err := p.destination(stream.Context(), first.GetId())
+	if err != nil {
+		return err
+	}
+	return migration.ToStatus(codes.FailedPrecondition, d.LoadEarlyState(first, stream))
+}
+
 func (p *peerService) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
 	first, err := stream.Recv()
 	if err != nil {

@@ -112,6 +112,19 @@ func parseSection(from []byte) (s Section, size int, err error) {
 	}
 }
 
+// ParseSection takes one section, all of b.
+func ParseSection(b []byte) (Section, error) {
+	s, size, err := parseSection(append(b[:len(b):len(b)], sectionEnd))
+	if err == nil && size != len(b) {
+		err = fmt.Errorf("%d bytes follow section %q", len(b)-size, s.Name)
+	}
+	if err != nil {
+		return s, fmt.Errorf("%w: %w", ErrUnknown, err)
+	}
+	s.Bytes = b
+	return s, nil
+}
+
 func isHeader(b []byte) bool {
 	var s Section
 	_, err := s.parseHeader(b)
@@ -153,6 +166,17 @@ var description = append(binary.BigEndian.AppendUint32([]byte{sectionDescription
 // Body is what follows the head of a migration stream: all that was saved, and the description.
 func Body(saved []byte) []byte { return append(bytes.Clone(saved[preamble:]), description...) }
 
+// End is the end of a body with such sections.
+func End(sections []byte) []byte { return append(append(sections, sectionEnd), description...) }
+
+// Join are all sections one after the other.
+func Join(sections []Section) (joined []byte) {
+	for _, s := range sections {
+		joined = append(joined, s.Bytes...)
+	}
+	return joined
+}
+
 // Begun is the beginning of what Body will make of a state that QEMU is still writing, and has written so far. The last
 // byte is not in it: it may be the end, which nobody is to see before QEMU has said that the state is whole.
 func Begun(saved []byte) ([]byte, error) {
@@ -168,8 +192,32 @@ func ParseBody(body []byte) ([]Section, error) {
 	if !found {
 		return nil, fmt.Errorf("%w: it does not end with a description", ErrUnknown)
 	}
+	return Parse(append(binary.BigEndian.AppendUint32([]byte(magic), version), state...))
+}
+
+// Split takes apart what Join has made.
+func Split(joined []byte) ([]Section, error) {
 	saved := binary.BigEndian.AppendUint32([]byte(magic), version)
-	return Parse(append(saved, state...))
+	return Parse(append(append(saved, joined...), sectionEnd))
+}
+
+// A key tells the sections of a state apart, of which several may have one name and instance.
+type key struct {
+	name     string
+	instance uint32
+	nth      int
+}
+
+// keysOf are the keys of all sections of a state.
+func keysOf(sections []Section) []key {
+	seen := make(map[key]int, len(sections))
+	keys := make([]key, len(sections))
+	for i, s := range sections {
+		k := key{name: s.Name, instance: s.Instance}
+		keys[i] = key{s.Name, s.Instance, seen[k]}
+		seen[k]++
+	}
+	return keys
 }
 
 // A Difference is a device whose state is not the same in two device states.
@@ -181,27 +229,13 @@ type Difference struct {
 
 // Compare returns the devices whose state differs, in the order of a; those that only one has are counted whole.
 func Compare(a, b []Section) (differences []Difference) {
-	type key struct {
-		name     string
-		instance uint32
-		nth      int // several sections may have one name and instance
-	}
-	seen := map[key]int{}
-	keyOf := func(s Section) key {
-		k := key{name: s.Name, instance: s.Instance}
-		k.nth = seen[k]
-		seen[k]++
-		return k
-	}
 	other := map[key][]byte{}
-	for _, s := range b {
-		other[keyOf(s)] = s.Bytes
+	for i, k := range keysOf(b) {
+		other[k] = b[i].Bytes
 	}
-	clear(seen)
-	for _, s := range a {
-		k := keyOf(s)
-		if n := differ(s.Bytes, other[k]); n > 0 {
-			differences = append(differences, Difference{s.Name, s.Instance, n})
+	for i, k := range keysOf(a) {
+		if n := differ(a[i].Bytes, other[k]); n > 0 {
+			differences = append(differences, Difference{k.name, k.instance, n})
 		}
 		delete(other, k)
 	}

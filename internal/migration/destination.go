@@ -28,8 +28,9 @@ const loadedTimeout = 60 * time.Second
 // What a source that is not heard of keeps at most: a QEMU that is prepared, and one that loads. A source that goes on is
 // a hundred times faster (prepareTimeout and deviceTimeout are its own), but its operator may take time to say start.
 const (
-	preparedTimeout = 15 * time.Minute
-	loadTimeout     = 30 * time.Second
+	awaitingEarlyTimeout = 5 * time.Minute
+	preparedTimeout      = 15 * time.Minute
+	loadTimeout          = 30 * time.Second
 )
 
 // DestinationConfig is what one migration to this host needs.
@@ -70,17 +71,19 @@ type Destination struct {
 	loadCtx    context.Context //nolint:containedctx // see above
 	cancelLoad context.CancelCauseFunc
 
-	fate    atomic.Int32 // see decide
-	mu      sync.Mutex   // serializes the peer's calls; guards what follows
-	phase   phase
-	reason  error // why phase is givenUp
-	answer  *migratedv1.RunResponse
-	vm      *qemu.VM
-	process *qemu.Process // nil: somebody else started QEMU
-	left    qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
-	blocks  []qemu.RAMBlock
-	reserve *reserve // nil in a migration that was taken up
-	taken   *inject.Taken
+	fate     atomic.Int32 // see decide
+	mu       sync.Mutex   // serializes the peer's calls; guards what follows
+	phase    phase
+	reason   error // why phase is givenUp
+	answer   *migratedv1.RunResponse
+	vm       *qemu.VM
+	process  *qemu.Process // nil: somebody else started QEMU
+	left     qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
+	blocks   []qemu.RAMBlock
+	discards bool         // of its Facts
+	reserve  *reserve     // nil in a migration that was taken up
+	early    *earlyLoaded // nil: QEMU loads all of the devices' state when the VM has stopped
+	taken    *inject.Taken
 	// Of taken's userfaultfd.
 	supervision uffd.Supervision
 	label       string
@@ -109,7 +112,8 @@ type Destination struct {
 type phase int
 
 const (
-	preparing phase = iota
+	preparing     phase = iota
+	awaitingEarly       // LoadEarlyState comes first
 	prepared
 	loading
 	loaded

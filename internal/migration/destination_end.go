@@ -121,6 +121,7 @@ func (d *Destination) release() {
 	if err := d.reserve.release(); err != nil {
 		d.log.Warn("give back what was set aside for the VM", "error", err)
 	}
+	d.early.close()
 	if d.taken != nil {
 		if err := d.taken.UFFD.Close(); err != nil {
 			d.log.Warn("close the userfaultfd", "error", err)

@@ -12,8 +12,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
+
+// deviceRequests is the call that brings the state of the devices.
+type deviceRequests = grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]
 
 const (
 	// A PC has its option ROMs below 1 MiB, in the RAM that QEMU was given first. Among them is that of QEMU's virtual
@@ -30,8 +34,7 @@ const (
 // LoadDeviceState brings a prepared destination to loaded: QEMU has taken in
 // all of the stream, of which first is the first message. When it fails the destination has given up.
 func (d *Destination) LoadDeviceState(
-	first *migratedv1.LoadDeviceStateRequest,
-	stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse],
+	first *migratedv1.LoadDeviceStateRequest, stream deviceRequests,
 ) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -59,10 +62,15 @@ func (d *Destination) LoadDeviceState(
 }
 
 func (d *Destination) load(
-	first *migratedv1.LoadDeviceStateRequest,
-	stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse],
+	first *migratedv1.LoadDeviceStateRequest, stream deviceRequests,
 ) (*migratedv1.LoadDeviceStateResponse, error) {
-	carrier, err := newDeviceCarrier(first.GetRehearsal())
+	if first.GetChanges() != (d.early != nil) {
+		return nil, errors.New("the source and this host do not agree on whether an early state was loaded")
+	}
+	if first.GetChanges() && first.GetPaused() {
+		return nil, errPausedSince
+	}
+	carrier, err := d.carrier(first)
 	if err != nil {
 		return nil, err
 	}
@@ -80,19 +88,22 @@ func (d *Destination) load(
 	}
 
 	received := make(chan struct{})
-	go func() {
+	receive := func() {
 		defer close(received)
-		if err := carrier.receiveFrom(first, stream); err != nil {
+		if err := d.receive(ctx, carrier, first, stream); err != nil {
 			cancel(err)
 		}
-	}()
+	}
 	d.foresee()
-	// The source stops the VM when it sees this header: from then on nothing
-	// but the stream itself is between the VM's stop and its loading.
-	err = d.vm.LoadDevices(ctx, carrier.qemu, func() {
+	loading, err := d.beginLoading(ctx, carrier, first)
+	if err == nil {
 		reached("destination-loading")
+		go receive()
+		// The source stops the VM when it sees this header: from then on nothing
+		// but the stream itself is between the VM's stop and its loading.
 		_ = stream.SendHeader(nil)
-	})
+		err = loading.Wait(ctx)
+	}
 	ended := time.Now()
 	switch {
 	case err == nil:
@@ -124,15 +135,67 @@ func (d *Destination) load(
 	return answer, nil
 }
 
+// carrier is what the stream goes over: a new one, or the one over which QEMU has loaded the early state.
+func (d *Destination) carrier(first *migratedv1.LoadDeviceStateRequest) (*deviceCarrier, error) {
+	if d.early != nil {
+		return d.early.carrier, nil
+	}
+	return newDeviceCarrier(first.GetRehearsal())
+}
+
+// beginLoading has QEMU read the beginning of the stream, if it has not done so.
+func (d *Destination) beginLoading(
+	ctx context.Context, carrier *deviceCarrier, first *migratedv1.LoadDeviceStateRequest,
+) (*qemu.Loading, error) {
+	if d.early != nil {
+		return d.early.loading, nil
+	}
+	loading, err := d.vm.BeginLoading(ctx, carrier.qemu)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := carrier.ours.Write(first.GetData()); err != nil {
+		return nil, fmt.Errorf("pass the device state to QEMU: %w", err)
+	}
+	return loading, nil
+}
+
+// receive passes the stream to QEMU, all of it or the changes since the early state.
+func (d *Destination) receive(
+	ctx context.Context, carrier *deviceCarrier, first *migratedv1.LoadDeviceStateRequest, stream deviceRequests,
+) error {
+	if d.early == nil {
+		return carrier.receiveFrom(stream)
+	}
+	return carrier.receiveChanges(stream, d.early.sections, first.GetRehearsal(), func() error {
+		return d.vm.UnmapRootComplex(ctx)
+	})
+}
+
 // foresee asks for what QEMU will read, before it waits for it.
 func (d *Destination) foresee() {
+	if d.early != nil {
+		d.foreseeAgain()
+	}
 	for i, b := range d.blocks {
 		switch {
-		case b.HoldsFirstPage:
+		case b.HoldsFirstPage && d.early == nil:
 			d.engine.Foresee(i, legacyROMs, legacyROMBytes)
 		case strings.HasPrefix(b.ID, flashPrefix) && b.Size <= flashBytes:
 			d.engine.Foresee(i, 0, b.Size)
 		}
+	}
+}
+
+// foreseeAgain asks for what loading the early state has read.
+func (d *Destination) foreseeAgain() {
+	for pages := d.early.touched; len(pages) > 0; {
+		first, size, n := pages[0], d.blocks[pages[0].block].PageSize, 1
+		for n < len(pages) && pages[n] == (earlyPage{first.block, first.offset + uint64(n)*size}) {
+			n++
+		}
+		d.engine.Foresee(first.block, first.offset, uint64(n)*size)
+		pages = pages[n:]
 	}
 }
 

@@ -30,26 +30,31 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 		d.giveUp(err)
 		return nil, err
 	}
-	if err := d.prepare(ctx); err != nil {
+	err := d.prepareQEMU(ctx)
+	mayEarly := d.cfg.Request.GetEarly() && d.cfg.Request.GetDestinationQmp() == "" // else it could not be replaced
+	if err == nil && !mayEarly {
+		err = d.ready(ctx)
+	}
+	if err != nil {
 		err = causeOf(ctx, err)
 		d.giveUp(err)
 		return nil, err
 	}
-	d.phase = prepared
-	d.expire(prepared, preparedTimeout, "it was prepared and not started")
-	d.update(func(m *migratedv1.Migration) {
-		m.Prepared = true
-		m.Progress = d.meter.progress(d.engine.Stats())
-	})
-	d.log.Info("prepared", "pid", d.vm.Pid, "protocol", d.cfg.Request.GetProtocol(), "userfaultfd", d.taken.Method, "supervision", d.supervision, "label", d.label)
-	answer := &migratedv1.PrepareIncomingResponse{Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label, Protocol: d.cfg.Request.GetProtocol()}
+	if mayEarly {
+		d.phase = awaitingEarly
+		d.expire(awaitingEarly, awaitingEarlyTimeout, "the early state of the devices did not come")
+	}
+	answer := &migratedv1.PrepareIncomingResponse{
+		Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label, Protocol: d.cfg.Request.GetProtocol(), Early: mayEarly,
+	}
 	for _, b := range d.blocks {
 		answer.RamBlocks = append(answer.RamBlocks, &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize})
 	}
 	return answer, nil
 }
 
-func (d *Destination) prepare(ctx context.Context) error {
+// prepareQEMU starts the destination's QEMU, or attaches to it, empties its memory and takes a userfaultfd of it.
+func (d *Destination) prepareQEMU(ctx context.Context) error {
 	if err := d.openQEMU(ctx); err != nil {
 		return err
 	}
@@ -58,6 +63,7 @@ func (d *Destination) prepare(ctx context.Context) error {
 	if err != nil {
 		return askQEMU("destination", err)
 	}
+	d.discards = facts.Discards
 	d.blocks, err = matchMachine(d.cfg.Request.GetMachine(), facts)
 	if err != nil {
 		return err
@@ -75,7 +81,12 @@ func (d *Destination) prepare(ctx context.Context) error {
 		return err
 	}
 	reached("destination-taken")
-	keptFacts, err := d.keep(facts.Discards)
+	return nil
+}
+
+// ready is the rest of the preparation: all memory is registered, and the lanes are open.
+func (d *Destination) ready(ctx context.Context) error {
+	keptFacts, err := d.keep(d.discards)
 	if err != nil {
 		return err
 	}
@@ -94,6 +105,14 @@ func (d *Destination) prepare(ctx context.Context) error {
 	go d.pump(first)
 	go d.watchQEMU()
 	reached("destination-prepared")
+	d.phase = prepared
+	d.expire(prepared, preparedTimeout, "it was prepared and not started")
+	d.update(func(m *migratedv1.Migration) {
+		m.Prepared = true
+		m.Progress = d.meter.progress(d.engine.Stats())
+	})
+	d.log.Info("prepared", "pid", d.vm.Pid, "protocol", d.cfg.Request.GetProtocol(), "userfaultfd", d.taken.Method,
+		"supervision", d.supervision, "label", d.label)
 	return nil
 }
 

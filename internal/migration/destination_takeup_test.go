@@ -143,7 +143,11 @@ func load(t *testing.T, from, to *qemu.VM) {
 	go func() {
 		_, _ = carrier.ours.Write(append(devicestate.Head(facts.MachineType), devicestate.Body(state)...)) // QEMU says if it did not get all
 	}()
-	if err := to.LoadDevices(ctx, carrier.qemu, func() {}); err != nil {
+	loading, err := to.BeginLoading(ctx, carrier.qemu)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := loading.Wait(ctx); err != nil {
 		t.Fatal(err)
 	}
 }

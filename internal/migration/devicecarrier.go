@@ -11,10 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // A deviceCarrier is the pair of sockets between the daemon and a destination's QEMU that a migration stream runs over.
@@ -23,7 +21,7 @@ type deviceCarrier struct {
 	qemu *os.File // to be handed to QEMU
 	ours *os.File
 
-	// Owned by receiveFrom until QEMU has loaded.
+	// Owned by who receives, until QEMU has loaded.
 	received int       // bytes of devices' state
 	began    time.Time // when the first of them came
 	keep     bool
@@ -53,14 +51,46 @@ func (c *deviceCarrier) close() {
 	})
 }
 
-// receiveFrom passes a stream to QEMU until its end. first is its first message: the beginning of QEMU's stream.
-func (c *deviceCarrier) receiveFrom(
-	first *migratedv1.LoadDeviceStateRequest,
-	stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse],
-) error {
-	if _, err := c.ours.Write(first.GetData()); err != nil {
-		return fmt.Errorf("pass the device state to QEMU: %w", err)
+// receiveFrom passes a stream to QEMU until its end.
+func (c *deviceCarrier) receiveFrom(stream deviceRequests) error {
+	return c.each(stream, func(data []byte) error {
+		if c.keep {
+			c.kept = append(c.kept, data...)
+		}
+		return c.pass(data)
+	})
+}
+
+// receiveChanges passes what a stream brings of changes since an early state to QEMU, and the end of its stream. unmap is
+// called before, if QEMU has to unmap what it maps again.
+func (c *deviceCarrier) receiveChanges(stream deviceRequests, early []devicestate.Section, keep bool, unmap func() error) error {
+	var changes []byte
+	if err := c.each(stream, func(data []byte) error { changes = append(changes, data...); return nil }); err != nil {
+		return err
 	}
+	list, err := devicestate.ParseChanges(early, changes)
+	if err != nil {
+		return err
+	}
+	all := devicestate.Merge(early, list)
+	if keep {
+		c.kept = devicestate.End(devicestate.Join(all))
+	}
+	var sections []byte
+	if devicestate.Remaps(list) {
+		if err := unmap(); err != nil {
+			return err
+		}
+		sections = devicestate.Join(devicestate.Hosts(all))
+	}
+	for _, change := range list {
+		sections = append(sections, change.Bytes...)
+	}
+	return c.pass(devicestate.End(sections))
+}
+
+// each calls take with all that a stream brings.
+func (c *deviceCarrier) each(stream deviceRequests, take func(data []byte) error) error {
 	for {
 		message, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
@@ -79,11 +109,15 @@ func (c *deviceCarrier) receiveFrom(
 		if c.received += len(data); c.received > devicestate.Most {
 			return fmt.Errorf("the source sends more than %d bytes of device state", devicestate.Most)
 		}
-		if c.keep {
-			c.kept = append(c.kept, data...)
-		}
-		if _, err := c.ours.Write(data); err != nil {
-			return fmt.Errorf("pass the device state to QEMU: %w", err)
+		if err := take(data); err != nil {
+			return err
 		}
 	}
+}
+
+func (c *deviceCarrier) pass(data []byte) error {
+	if _, err := c.ours.Write(data); err != nil {
+		return fmt.Errorf("pass the device state to QEMU: %w", err)
+	}
+	return nil
 }

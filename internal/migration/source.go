@@ -84,6 +84,7 @@ type Source struct {
 	takenUp    bool          // by TakeUpSource
 	// gaveUpDisks says that QEMU was asked to give the disks up.
 	gaveUpDisks bool
+	early       *snapshot // that the destination has loaded; nil: none
 	loaded      *migratedv1.LoadDeviceStateResponse
 	steps       steps
 
@@ -263,6 +264,7 @@ func (s *Source) handedOver(ctx context.Context) bool {
 
 // release lets go of everything; the VM itself is not touched.
 func (s *Source) release() {
+	s.early.close()
 	if s.export != nil {
 		s.export.Withdraw()
 	}

@@ -67,23 +67,39 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	began := time.Now()
 	s.gaveUpDisks = giveUp
 	sender := newDeviceSender(stream)
-	state, err := saver.Save(ctx, giveUp, func(state []byte) error {
-		begun, err := devicestate.Begun(state)
-		if err == nil {
-			sender.offer(begun)
-		}
-		return err
-	})
+	state, err := saver.Save(ctx, giveUp, s.whileSaving(sender))
 	close(sender.offers)
 	if err != nil {
 		return causeOf(ctx, fmt.Errorf("save the device state: %w", err))
 	}
 	s.steps.save = time.Since(began)
 	reached("source-saved")
-	if _, err := devicestate.Parse(state); err != nil {
+	sections, err := devicestate.Parse(state)
+	if err != nil {
 		return withRemedy(err, "use a machine type of QEMU 2.4 or newer; if it is one, report this with the version of QEMU")
 	}
-	return s.finishDevices(ctx, sender, devicestate.Body(state))
+	body := devicestate.Body(state)
+	if s.early != nil {
+		body, err = devicestate.AppendChanges(nil, s.early.sections, sections, s.readsOther)
+		if err != nil {
+			return withRemedy(fmt.Errorf("the VM is another than when it was prepared: %w", err), "migrate it again")
+		}
+	}
+	return s.finishDevices(ctx, sender, body)
+}
+
+// whileSaving has what QEMU has saved sent while it saves. Changes are known when all is saved.
+func (s *Source) whileSaving(sender *deviceSender) func(state []byte) error {
+	if s.early != nil {
+		return nil
+	}
+	return func(state []byte) error {
+		begun, err := devicestate.Begun(state)
+		if err == nil {
+			sender.offer(begun)
+		}
+		return err
+	}
 }
 
 // openDeviceStream has the destination's QEMU read, up to the first device's state, while the VM still runs.
@@ -96,14 +112,21 @@ func (s *Source) openDeviceStream(ctx context.Context) (_ deviceStream, cancel c
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return nil, cancel, causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
 	}
+	if s.early != nil && !s.wasRunning {
+		return nil, cancel, errPausedSince
+	}
 	stream, err := s.peer.LoadDeviceState(ctx)
 	if err != nil {
 		return nil, cancel, failed(err)
 	}
 	asked := time.Now()
-	if err := stream.Send(&migratedv1.LoadDeviceStateRequest{
-		Id: s.cfg.ID, Paused: !s.wasRunning, Rehearsal: s.cfg.Spec.GetRehearse(), Data: devicestate.Head(s.facts.MachineType),
-	}); err != nil {
+	first := &migratedv1.LoadDeviceStateRequest{
+		Id: s.cfg.ID, Paused: !s.wasRunning, Rehearsal: s.cfg.Spec.GetRehearse(), Changes: s.early != nil,
+	}
+	if s.early == nil {
+		first.Data = devicestate.Head(s.facts.MachineType)
+	}
+	if err := stream.Send(first); err != nil {
 		_, err = stream.CloseAndRecv()
 		return nil, cancel, failed(err)
 	}

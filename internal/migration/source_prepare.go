@@ -5,6 +5,7 @@ package migration
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -30,7 +31,8 @@ func (s *Source) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, timeToPrepare(machine))
+	notEarly := s.whyNotEarly()
+	ctx, cancel := context.WithTimeout(ctx, timeToPrepare(machine)+earlyTries*earlyTimeout)
 	defer cancel()
 	reached("source-offered")
 	answer, err := s.peer.PrepareIncoming(ctx, &migratedv1.PrepareIncomingRequest{
@@ -44,6 +46,7 @@ func (s *Source) prepare(ctx context.Context) error {
 		DestinationTemplate: s.cfg.Spec.GetDestinationTemplate(),
 		Spec:                s.cfg.Spec,
 		Bandwidth:           bandwidth.Lower(s.cfg.Spec.GetBandwidth(), s.cfg.Bandwidth),
+		Early:               notEarly == nil,
 	})
 	if err != nil {
 		return causeOf(ctx, fromPeer("prepare", destination, err))
@@ -58,7 +61,17 @@ func (s *Source) prepare(ctx context.Context) error {
 	s.update(func(m *migratedv1.Migration) {
 		m.Supervision, m.UserfaultfdLabel = answer.GetSupervision(), answer.GetUserfaultfdLabel()
 	})
-	return confirmSupervised(s.cfg.Spec, answer)
+	if err := confirmSupervised(s.cfg.Spec, answer); err != nil {
+		return err
+	}
+	if answer.GetEarly() {
+		return s.prepareEarly(ctx)
+	}
+	if notEarly == nil {
+		notEarly = errors.New("the destination's daemon is of a version that does not")
+	}
+	s.update(func(m *migratedv1.Migration) { m.EarlyLoad = &migratedv1.EarlyLoad{Reason: notEarly.Error()} })
+	return nil
 }
 
 // offer lets the destination fetch pages, once the VM stands still, and calls it.
@@ -90,6 +103,9 @@ func (s *Source) open(ctx context.Context) error {
 		return err
 	}
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
+		return askQEMU("source", err)
+	}
+	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return askQEMU("source", err)
 	}
 	s.update(func(m *migratedv1.Migration) { m.VmName = s.facts.Name })

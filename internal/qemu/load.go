@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,35 +22,69 @@ const cancelTimeout = 5 * time.Second
 // fdName is under what name QEMU keeps the stream's descriptor between getfd and its use.
 const fdName = "migrated-device-state"
 
-// LoadDevices makes a QEMU that was started with -incoming defer read a migration stream from f, which
-// stays the caller's, and returns when QEMU has loaded all of it. PrepareIncoming must have been called. begun
-// is called when QEMU is about to read. The stream may come in parts, at any time: QEMU waits for the next without its
+// A Loading is a migration stream that QEMU reads.
+type Loading struct {
+	vm     *VM
+	stream *os.File
+	events *qmp.Subscription
+}
+
+// BeginLoading makes a QEMU that was started with -incoming defer read a migration stream from f, which stays the caller's.
+// PrepareIncoming must have been called. The stream may come in parts, at any time: QEMU waits for the next without its
 // big lock (qemu_loadvm_state in migration/savevm.c runs as a coroutine), and its monitor answers.
-//
-// A QEMU that fails to load exits: the error is then a *qmp.DisconnectedError, and QEMU's own words are in
-// Process.ExitReason. When ctx ends, the socket f is shut down, which is a failed load to QEMU.
-func (vm *VM) LoadDevices(ctx context.Context, f *os.File, begun func()) error {
-	events := vm.QMP.Subscribe("MIGRATION")
-	defer events.Close()
+func (vm *VM) BeginLoading(ctx context.Context, f *os.File) (_ *Loading, err error) {
+	l := &Loading{vm: vm, stream: f, events: vm.QMP.Subscribe("MIGRATION")}
+	defer func() {
+		if err != nil {
+			l.events.Close()
+		}
+	}()
 	name := map[string]string{"fdname": fdName}
 	if err := vm.QMP.DoWithFD(ctx, "getfd", name, nil, f); err != nil {
-		return err
+		return nil, err
 	}
 	if err := vm.QMP.Do(ctx, "migrate-incoming", map[string]string{"uri": "fd:" + fdName}, nil); err != nil {
 		var refused *qmp.Error
 		if errors.As(err, &refused) {
 			// It may have taken the descriptor before it refused: closefd then fails.
 			_ = vm.QMP.Do(ctx, "closefd", name, nil)
-			return err
+			return nil, err
 		}
-		return abandon(f, err)
+		return nil, abandon(f, err)
 	}
-	begun()
-	err := vm.awaitMigration(ctx, events)
+	return l, nil
+}
+
+// Wait returns when QEMU has loaded all of the stream. Nobody else may wait.
+//
+// A QEMU that fails to load exits: the error is then a *qmp.DisconnectedError, and QEMU's own words are in
+// Process.ExitReason. When ctx ends, the stream's socket is shut down, which is a failed load to QEMU.
+func (l *Loading) Wait(ctx context.Context) error {
+	defer l.events.Close()
+	err := l.vm.awaitMigration(ctx, l.events)
 	if err != nil && ctx.Err() != nil {
-		return abandon(f, err)
+		return abandon(l.stream, err)
 	}
 	return err
+}
+
+// UnmapRootComplex makes a stopped q35 unmap the registers of its root complex (RCBA, at 0xf0 of the LPC bridge, 0:1f.0), as
+// the guest could: loading the bridge's state a second time ends QEMU while they are mapped. What the guest has left in the
+// PCI host's address register is lost: load the host's state again, too.
+func (vm *VM) UnmapRootComplex(ctx context.Context) error {
+	const address, data, register = 0xcf8, 0xcfc, 1<<31 | 0x1f<<11 | 0xf0 // PCI's configuration mechanism #1
+	for _, line := range []string{
+		fmt.Sprintf("o /w %#x %#x", address, register), fmt.Sprintf("o /w %#x 0", data), // w: a word of 32 bits
+	} {
+		said, err := vm.hmp(ctx, line)
+		if err == nil && said != "" {
+			err = errors.New(strings.TrimSpace(said))
+		}
+		if err != nil {
+			return fmt.Errorf("unmap the root complex registers: %w", err)
+		}
+	}
+	return nil
 }
 
 // abandon makes sure that QEMU does not go on with what nobody waits for any more.

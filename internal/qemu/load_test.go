@@ -62,7 +62,11 @@ func load(t *testing.T, vm *VM, stream []byte) error {
 		_, _ = feed.Write(stream) // a QEMU that fails does not read it
 		feed.Close()
 	}()
-	return vm.LoadDevices(testContext(t), in, func() {})
+	loading, err := vm.BeginLoading(testContext(t), in)
+	if err != nil {
+		return err
+	}
+	return loading.Wait(testContext(t))
 }
 
 func TestDeviceStateMoves(t *testing.T) {
@@ -244,9 +248,11 @@ func TestDestinationKilledWhileLoading(t *testing.T) {
 	stream := save(t, source, true)
 	in, feed := socketPair(t)
 	loaded := make(chan error, 1)
-	begun := make(chan struct{})
-	go func() { loaded <- destination.LoadDevices(testContext(t), in, func() { close(begun) }) }()
-	<-begun
+	loading, err := destination.BeginLoading(testContext(t), in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { loaded <- loading.Wait(testContext(t)) }()
 	if _, err := feed.Write(stream[:len(stream)/2]); err != nil { // it waits for more
 		t.Fatal(err)
 	}
@@ -270,9 +276,11 @@ func TestCancelledWhileLoading(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(testContext(t))
 	gaveUp := errors.New("gave up")
 	loaded := make(chan error, 1)
-	begun := make(chan struct{})
-	go func() { loaded <- destination.LoadDevices(ctx, in, func() { close(begun) }) }()
-	<-begun
+	loading, err := destination.BeginLoading(ctx, in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { loaded <- loading.Wait(ctx) }()
 	if _, err := feed.Write(stream[:len(stream)/2]); err != nil {
 		t.Fatal(err)
 	}

@@ -109,20 +109,29 @@ func (vm *VM) RAMBlocks(ctx context.Context) ([]RAMBlock, error) {
 // firstPage returns where QEMU has the guest's address 0, which is RAM on each PC, and holds the list against that; 0:
 // nothing is there.
 func (vm *VM) firstPage(ctx context.Context, listed []listedBlock) (addr uint64, err error) {
-	text, err := vm.hmp(ctx, "gpa2hva 0")
+	addr, err = vm.hostAddress(ctx, 0)
+	if addr == 0 || err != nil { // another kind of machine, or a guest that has mapped something else there
+		return 0, err
+	}
+	if !slices.ContainsFunc(listed, func(b listedBlock) bool { return addr >= b.addr && addr < b.addr+b.max }) {
+		return 0, fmt.Errorf("QEMU has the guest's first page at %#x, where no RAM block was found", addr)
+	}
+	return addr, nil
+}
+
+// hostAddress returns where QEMU has a byte of guest memory, by its guest-physical address; 0: no RAM is there.
+func (vm *VM) hostAddress(ctx context.Context, physical uint64) (addr uint64, err error) {
+	text, err := vm.hmp(ctx, fmt.Sprintf("gpa2hva %#x", physical))
 	if err != nil {
 		return 0, err
 	}
 	// "Host virtual address for 0x0 (pc.ram) is 0x7f..." (hmp_gpa2hva in QEMU's monitor). The name is the memory region's.
 	_, at, found := strings.Cut(strings.TrimSpace(text), ") is 0x")
 	if !found {
-		return 0, nil // another kind of machine, or a guest that has mapped something else there
+		return 0, nil
 	}
 	if _, err := fmt.Sscanf(at, "%x", &addr); err != nil {
 		return 0, fmt.Errorf("QEMU's gpa2hva says %q: %w", text, err)
-	}
-	if !slices.ContainsFunc(listed, func(b listedBlock) bool { return addr >= b.addr && addr < b.addr+b.max }) {
-		return 0, fmt.Errorf("QEMU has the guest's first page at %#x, where no RAM block was found", addr)
 	}
 	return addr, nil
 }

@@ -28,7 +28,7 @@ const madvDontneedLocked = 24
 // QEMU itself is made to do it, by system calls that its main thread runs for us, so that nothing is dropped but what
 // this process has mapped: a file is never opened by its name, which may lead to another VM's. A file that others map
 // as well is refused.
-func (vm *VM) DropRAM(ctx context.Context, blocks []RAMBlock) (err error) {
+func (vm *VM) DropRAM(ctx context.Context, blocks []RAMBlock) error {
 	neighbours, err := vm.neighbours(blocks)
 	if err != nil {
 		return err
@@ -38,6 +38,39 @@ func (vm *VM) DropRAM(ctx context.Context, blocks []RAMBlock) (err error) {
 			return err
 		}
 	}
+	return vm.inject(ctx, func(p *inject.Process) error {
+		for _, b := range blocks {
+			if b.ReadOnly {
+				continue
+			}
+			if err := vm.dropBlock(ctx, p, b); err != nil {
+				return fmt.Errorf("RAM %q: have QEMU drop what is in it: %w", b.ID, err)
+			}
+		}
+		return nil
+	})
+}
+
+// A RAMRange is a part of a block.
+type RAMRange struct {
+	Block        RAMBlock
+	Offset, Size uint64 // bytes, whole pages
+}
+
+// DropRanges empties parts of memory that DropRAM has emptied before.
+func (vm *VM) DropRanges(ctx context.Context, ranges []RAMRange) error {
+	return vm.inject(ctx, func(p *inject.Process) error {
+		for _, r := range ranges {
+			if err := vm.drop(ctx, p, r.Block, r.Offset, r.Size); err != nil {
+				return fmt.Errorf("RAM %q: have QEMU drop what is at %#x: %w", r.Block.ID, r.Offset, err)
+			}
+		}
+		return nil
+	})
+}
+
+// inject calls f with a hold on QEMU's main thread, for system calls.
+func (vm *VM) inject(ctx context.Context, f func(p *inject.Process) error) (err error) {
 	p, err := inject.Seize(ctx, vm.Pid)
 	if err != nil {
 		return fmt.Errorf("have QEMU drop what is in its memory: %w", err)
@@ -46,26 +79,23 @@ func (vm *VM) DropRAM(ctx context.Context, blocks []RAMBlock) (err error) {
 	if err := vm.Alive(); err != nil { // the number might be another's
 		return err
 	}
-	for _, b := range blocks {
-		if b.ReadOnly {
-			continue
-		}
-		if err := vm.drop(ctx, p, b); err != nil {
-			return fmt.Errorf("RAM %q: have QEMU drop what is in it: %w", b.ID, err)
-		}
-	}
-	return nil
+	return f(p)
 }
 
-// drop makes QEMU drop all of a block.
-func (vm *VM) drop(ctx context.Context, p *inject.Process, b RAMBlock) error {
-	start, size := uintptr(b.Addr), uintptr(b.Size)
-	switch {
-	case b.Private && b.behind:
+// dropBlock makes QEMU drop all of a block.
+func (vm *VM) dropBlock(ctx context.Context, p *inject.Process, b RAMBlock) error {
+	if b.Private && b.behind {
 		// Of a file on a disk userfaultfd knows nothing; one on tmpfs may have content, which would be found in pages that
 		// have not come. Nothing of the file is wanted: all content comes from the source.
 		return vm.replace(ctx, p, b)
-	case b.Private:
+	}
+	return vm.drop(ctx, p, b, 0, b.Size)
+}
+
+// drop makes QEMU drop a part of a block, behind which there is no file.
+func (vm *VM) drop(ctx context.Context, p *inject.Process, b RAMBlock, offset, bytes uint64) error {
+	start, size := uintptr(b.Addr+offset), uintptr(bytes)
+	if b.Private {
 		_, err := p.Syscall(ctx, unix.SYS_MADVISE, start, size, unix.MADV_DONTNEED)
 		if errors.Is(err, unix.EINVAL) {
 			_, err = p.Syscall(ctx, unix.SYS_MADVISE, start, size, madvDontneedLocked)
@@ -78,7 +108,7 @@ func (vm *VM) drop(ctx context.Context, p *inject.Process, b RAMBlock) error {
 		return err
 	}
 	const mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
-	_, err := p.Syscall(ctx, unix.SYS_FALLOCATE, uintptr(fd), mode, uintptr(b.FileOffset), size)
+	_, err := p.Syscall(ctx, unix.SYS_FALLOCATE, uintptr(fd), mode, uintptr(b.FileOffset)+uintptr(offset), size)
 	return err
 }
 

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
+	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
 // A Saver takes the state of a VM's devices from its QEMU, once: QEMU would write a second one behind the first. Making it
@@ -90,6 +91,42 @@ func (s *Saver) Save(ctx context.Context, giveUpDisks bool, written func(state [
 			failed = written(state)
 		}
 	}
+}
+
+// ErrTooShort says that a VM stood still for too short a time.
+var ErrTooShort = errors.New("the VM went on before its memory was looked at")
+
+// SaveRunning saves the state of all devices of a VM that runs, and returns for how long that stood still: QEMU stops it,
+// saves, and continues it by itself, whatever becomes of this process. look is called while it stands still, once QEMU has
+// written something; its devices have written to memory what they had to. The error is ErrTooShort where it returned after
+// the VM went on, or where somebody else stopped or continued the VM.
+func (s *Saver) SaveRunning(ctx context.Context, look func() error) (state []byte, pause time.Duration, err error) {
+	events := s.vm.QMP.Subscribe("STOP", "RESUME")
+	defer events.Close()
+	var looked time.Time
+	state, err = s.Save(ctx, false, func(begun []byte) error {
+		if len(begun) == 0 || !looked.IsZero() {
+			return nil
+		}
+		err := look()
+		looked = time.Now()
+		return err
+	})
+	if err != nil {
+		return nil, 0, err
+	}
+	var happened []qmp.Event
+	for len(events.Events()) > 0 {
+		happened = append(happened, <-events.Events())
+	}
+	if len(happened) != 2 || happened[0].Name != "STOP" || happened[1].Name != "RESUME" {
+		return nil, 0, fmt.Errorf("%w: somebody else stops and continues it, too", ErrTooShort)
+	}
+	stopped, resumed := happened[0].Time, happened[1].Time
+	if looked.IsZero() || looked.After(resumed) {
+		return nil, resumed.Sub(stopped), ErrTooShort
+	}
+	return state, resumed.Sub(stopped), nil
 }
 
 // read appends to state what the file has more than that. QEMU only appends.

@@ -169,6 +169,18 @@ func (r *RAM) Close() error {
 	return errors.Join(errs...)
 }
 
+// Read fills dst with what a block has from offset on, now.
+func (r *RAM) Read(block int, offset uint64, dst []byte) error {
+	if block >= len(r.blocks) {
+		return fmt.Errorf("there is no RAM block %d", block)
+	}
+	b := &r.blocks[block]
+	if n := uint64(len(dst)); offset > b.Size || n > b.Size-offset {
+		return fmt.Errorf("RAM block %q: %d bytes at %#x, it has %d", b.ID, n, offset, b.Size)
+	}
+	return b.read(dst, offset)
+}
+
 // read fills dst from offset of the block.
 func (b *openBlock) read(dst []byte, offset uint64) error {
 	_, err := b.file.ReadAt(dst, b.base+int64(offset))

@@ -25,8 +25,10 @@ const (
 	// together (option ROMs, on a PC), and the VM stands still for each of these faults.
 	loadAhead = 64 << 10
 
-	// foreseenMost is how many stretches Foresee takes.
-	foreseenMost = 8
+	// foreseenMost is how many stretches Foresee takes: the rings of a few dozen devices.
+	foreseenMost = 512
+	// foreseenBytes is after how many bytes no further stretch is asked for by the same message.
+	foreseenBytes = 1 << 20
 
 	// predictBytes is what a guess asks for at most: a millisecond of 1 Gbit/s, so that the next fault does not wait longer
 	// behind it than a guess is worth.

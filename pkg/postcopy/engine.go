@@ -218,8 +218,8 @@ func (e *Engine) StartSweep() {
 type stretch struct{ page, bytes uint64 }
 
 // Foresee says that loading the device state will touch that many bytes from offset on of the block with that index, so that Run
-// asks for them before a thread waits there. Call it before QEMU loads, a few times at most; the source answers as soon
-// as it has stopped the VM.
+// asks for them before a thread waits there. Call it before QEMU loads, in the order in which that will touch them; the source
+// answers as soon as it has stopped the VM.
 func (e *Engine) Foresee(block int, offset, bytes uint64) {
 	if b := &e.blocks[block]; offset < b.Size {
 		select {

@@ -92,15 +92,28 @@ func (s *session) awaitStart(l *lane, request *pagewire.Request) bool {
 	}
 }
 
-// early asks for a stretch of what is missing and takes the answers, before the sweep.
+// early asks for a stretch of what is missing, and for others that are foreseen by now, and takes the answers, before the
+// sweep.
 func (s *session) early(l *lane, request *pagewire.Request, f stretch) bool {
 	request.Ranges = request.Ranges[:0]
-	bytes, _ := s.claim(request, f.page, f.bytes)
-	if bytes == 0 {
+	asked := uint64(0)
+	for more := true; more; {
+		bytes, _ := s.claim(request, f.page, f.bytes)
+		asked += bytes
+		if asked >= foreseenBytes || len(request.Ranges) == sweepRanges {
+			break
+		}
+		select {
+		case f = <-s.e.foreseen:
+		default:
+			more = false
+		}
+	}
+	if asked == 0 {
 		return true
 	}
-	s.pace.sent += int64(bytes) // and measures nothing: how long the VM still runs says nothing of the network
-	if !s.ask(l, request, bytes) {
+	s.pace.sent += int64(asked) // and measures nothing: how long the VM still runs says nothing of the network
+	if !s.ask(l, request, asked) {
 		return false
 	}
 	for l.asked.Load() > 0 {

@@ -297,7 +297,11 @@ type MigrationSpec struct {
 	// Do all but the commit: the VM stops for about as long as it would, the
 	// destination loads the state of its devices, and the VM goes on at the
 	// source. Migration.rehearsal says what was found.
-	Rehearse      bool `protobuf:"varint,8,opt,name=rehearse,proto3" json:"rehearse,omitempty"`
+	Rehearse bool `protobuf:"varint,8,opt,name=rehearse,proto3" json:"rehearse,omitempty"`
+	// Do not stop the VM for some milliseconds while it is prepared. Else the state
+	// of its devices is saved then, and loaded by the destination, so that only what
+	// has changed has to be loaded while the VM stands still.
+	NoEarlyLoad   bool `protobuf:"varint,9,opt,name=no_early_load,json=noEarlyLoad,proto3" json:"no_early_load,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -388,6 +392,13 @@ func (x *MigrationSpec) GetRehearse() bool {
 	return false
 }
 
+func (x *MigrationSpec) GetNoEarlyLoad() bool {
+	if x != nil {
+		return x.NoEarlyLoad
+	}
+	return false
+}
+
 // Migration is one migration as one of its two daemons sees it.
 type Migration struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -410,7 +421,9 @@ type Migration struct {
 	// The userfaultfd's security label; empty where it has none.
 	UserfaultfdLabel string `protobuf:"bytes,12,opt,name=userfaultfd_label,json=userfaultfdLabel,proto3" json:"userfaultfd_label,omitempty"`
 	// Of a rehearsal that is over.
-	Rehearsal     *Rehearsal `protobuf:"bytes,13,opt,name=rehearsal,proto3" json:"rehearsal,omitempty"`
+	Rehearsal *Rehearsal `protobuf:"bytes,13,opt,name=rehearsal,proto3" json:"rehearsal,omitempty"`
+	// What was done before the VM stops, at its source.
+	EarlyLoad     *EarlyLoad `protobuf:"bytes,14,opt,name=early_load,json=earlyLoad,proto3" json:"early_load,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -536,6 +549,96 @@ func (x *Migration) GetRehearsal() *Rehearsal {
 	return nil
 }
 
+func (x *Migration) GetEarlyLoad() *EarlyLoad {
+	if x != nil {
+		return x.EarlyLoad
+	}
+	return nil
+}
+
+// EarlyLoad is the state of the VM's devices that the destination has loaded
+// while the VM runs.
+type EarlyLoad struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// It was loaded: only what has changed since is loaded while the VM stands still.
+	Loaded bool `protobuf:"varint,1,opt,name=loaded,proto3" json:"loaded,omitempty"`
+	// Why not.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// How long the VM stood still for it, in all.
+	Pause *durationpb.Duration `protobuf:"bytes,3,opt,name=pause,proto3" json:"pause,omitempty"`
+	// What the destination QEMU took to load it.
+	LoadTime *durationpb.Duration `protobuf:"bytes,4,opt,name=load_time,json=loadTime,proto3" json:"load_time,omitempty"`
+	// Of the devices' state.
+	Bytes         uint64 `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EarlyLoad) Reset() {
+	*x = EarlyLoad{}
+	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EarlyLoad) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EarlyLoad) ProtoMessage() {}
+
+func (x *EarlyLoad) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EarlyLoad.ProtoReflect.Descriptor instead.
+func (*EarlyLoad) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *EarlyLoad) GetLoaded() bool {
+	if x != nil {
+		return x.Loaded
+	}
+	return false
+}
+
+func (x *EarlyLoad) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *EarlyLoad) GetPause() *durationpb.Duration {
+	if x != nil {
+		return x.Pause
+	}
+	return nil
+}
+
+func (x *EarlyLoad) GetLoadTime() *durationpb.Duration {
+	if x != nil {
+		return x.LoadTime
+	}
+	return nil
+}
+
+func (x *EarlyLoad) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 // Rehearsal is what a migration would cost, as a rehearsal of it found.
 type Rehearsal struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -563,7 +666,7 @@ type Rehearsal struct {
 
 func (x *Rehearsal) Reset() {
 	*x = Rehearsal{}
-	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	mi := &file_migrated_v1_control_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -575,7 +678,7 @@ func (x *Rehearsal) String() string {
 func (*Rehearsal) ProtoMessage() {}
 
 func (x *Rehearsal) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	mi := &file_migrated_v1_control_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -588,7 +691,7 @@ func (x *Rehearsal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rehearsal.ProtoReflect.Descriptor instead.
 func (*Rehearsal) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Rehearsal) GetDowntime() *durationpb.Duration {
@@ -668,7 +771,7 @@ type DeviceDifference struct {
 
 func (x *DeviceDifference) Reset() {
 	*x = DeviceDifference{}
-	mi := &file_migrated_v1_control_proto_msgTypes[3]
+	mi := &file_migrated_v1_control_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -680,7 +783,7 @@ func (x *DeviceDifference) String() string {
 func (*DeviceDifference) ProtoMessage() {}
 
 func (x *DeviceDifference) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[3]
+	mi := &file_migrated_v1_control_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -693,7 +796,7 @@ func (x *DeviceDifference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceDifference.ProtoReflect.Descriptor instead.
 func (*DeviceDifference) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{3}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *DeviceDifference) GetDevice() string {
@@ -732,7 +835,7 @@ type MigrationError struct {
 
 func (x *MigrationError) Reset() {
 	*x = MigrationError{}
-	mi := &file_migrated_v1_control_proto_msgTypes[4]
+	mi := &file_migrated_v1_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -744,7 +847,7 @@ func (x *MigrationError) String() string {
 func (*MigrationError) ProtoMessage() {}
 
 func (x *MigrationError) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[4]
+	mi := &file_migrated_v1_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -757,7 +860,7 @@ func (x *MigrationError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrationError.ProtoReflect.Descriptor instead.
 func (*MigrationError) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{4}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *MigrationError) GetMessage() string {
@@ -829,7 +932,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_migrated_v1_control_proto_msgTypes[5]
+	mi := &file_migrated_v1_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +944,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[5]
+	mi := &file_migrated_v1_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +957,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{5}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Progress) GetPagesTotal() uint64 {
@@ -1001,7 +1104,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[6]
+	mi := &file_migrated_v1_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1013,7 +1116,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[6]
+	mi := &file_migrated_v1_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1026,7 +1129,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{6}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -1052,7 +1155,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	mi := &file_migrated_v1_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1064,7 +1167,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	mi := &file_migrated_v1_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1077,7 +1180,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PrepareResponse) GetMigration() *Migration {
@@ -1099,7 +1202,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	mi := &file_migrated_v1_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1111,7 +1214,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	mi := &file_migrated_v1_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1124,7 +1227,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1150,7 +1253,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	mi := &file_migrated_v1_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1162,7 +1265,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	mi := &file_migrated_v1_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1175,7 +1278,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *StartResponse) GetMigration() *Migration {
@@ -1194,7 +1297,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	mi := &file_migrated_v1_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1206,7 +1309,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	mi := &file_migrated_v1_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1219,7 +1322,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetRequest) GetId() string {
@@ -1238,7 +1341,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	mi := &file_migrated_v1_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1353,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	mi := &file_migrated_v1_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1366,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GetResponse) GetMigration() *Migration {
@@ -1281,7 +1384,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	mi := &file_migrated_v1_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1293,7 +1396,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	mi := &file_migrated_v1_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1306,7 +1409,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{12}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{13}
 }
 
 type ListResponse struct {
@@ -1318,7 +1421,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	mi := &file_migrated_v1_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1330,7 +1433,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	mi := &file_migrated_v1_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1343,7 +1446,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListResponse) GetMigrations() []*Migration {
@@ -1364,7 +1467,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	mi := &file_migrated_v1_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1479,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	mi := &file_migrated_v1_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1389,7 +1492,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{14}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchRequest) GetId() string {
@@ -1415,7 +1518,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1427,7 +1530,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1440,7 +1543,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{15}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WatchResponse) GetMigration() *Migration {
@@ -1459,7 +1562,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +1574,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +1587,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -1503,7 +1606,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1515,7 +1618,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1528,7 +1631,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CancelResponse) GetMigration() *Migration {
@@ -1550,7 +1653,7 @@ type RecoverRequest struct {
 
 func (x *RecoverRequest) Reset() {
 	*x = RecoverRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1665,7 @@ func (x *RecoverRequest) String() string {
 func (*RecoverRequest) ProtoMessage() {}
 
 func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1678,7 @@ func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
 func (*RecoverRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RecoverRequest) GetId() string {
@@ -1601,7 +1704,7 @@ type RecoverResponse struct {
 
 func (x *RecoverResponse) Reset() {
 	*x = RecoverResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1613,7 +1716,7 @@ func (x *RecoverResponse) String() string {
 func (*RecoverResponse) ProtoMessage() {}
 
 func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1626,7 +1729,7 @@ func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverResponse.ProtoReflect.Descriptor instead.
 func (*RecoverResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RecoverResponse) GetMigration() *Migration {
@@ -1648,7 +1751,7 @@ type FallBackRequest struct {
 
 func (x *FallBackRequest) Reset() {
 	*x = FallBackRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1763,7 @@ func (x *FallBackRequest) String() string {
 func (*FallBackRequest) ProtoMessage() {}
 
 func (x *FallBackRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1776,7 @@ func (x *FallBackRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FallBackRequest.ProtoReflect.Descriptor instead.
 func (*FallBackRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *FallBackRequest) GetId() string {
@@ -1699,7 +1802,7 @@ type FallBackResponse struct {
 
 func (x *FallBackResponse) Reset() {
 	*x = FallBackResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1711,7 +1814,7 @@ func (x *FallBackResponse) String() string {
 func (*FallBackResponse) ProtoMessage() {}
 
 func (x *FallBackResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1724,7 +1827,7 @@ func (x *FallBackResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FallBackResponse.ProtoReflect.Descriptor instead.
 func (*FallBackResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *FallBackResponse) GetMigration() *Migration {
@@ -1745,7 +1848,7 @@ type SetBandwidthRequest struct {
 
 func (x *SetBandwidthRequest) Reset() {
 	*x = SetBandwidthRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1757,7 +1860,7 @@ func (x *SetBandwidthRequest) String() string {
 func (*SetBandwidthRequest) ProtoMessage() {}
 
 func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1770,7 +1873,7 @@ func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthRequest.ProtoReflect.Descriptor instead.
 func (*SetBandwidthRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SetBandwidthRequest) GetId() string {
@@ -1797,7 +1900,7 @@ type SetBandwidthResponse struct {
 
 func (x *SetBandwidthResponse) Reset() {
 	*x = SetBandwidthResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1809,7 +1912,7 @@ func (x *SetBandwidthResponse) String() string {
 func (*SetBandwidthResponse) ProtoMessage() {}
 
 func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1822,7 +1925,7 @@ func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthResponse.ProtoReflect.Descriptor instead.
 func (*SetBandwidthResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetBandwidthResponse) GetBandwidth() uint64 {
@@ -1845,7 +1948,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1857,7 +1960,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1870,7 +1973,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CheckRequest) GetVm() string {
@@ -1896,7 +1999,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1908,7 +2011,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1921,7 +2024,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CheckResponse) GetResults() []*CheckResult {
@@ -1949,7 +2052,7 @@ type CheckResult struct {
 
 func (x *CheckResult) Reset() {
 	*x = CheckResult{}
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1961,7 +2064,7 @@ func (x *CheckResult) String() string {
 func (*CheckResult) ProtoMessage() {}
 
 func (x *CheckResult) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1974,7 +2077,7 @@ func (x *CheckResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
 func (*CheckResult) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CheckResult) GetSubject() string {
@@ -2020,7 +2123,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[27]
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2032,7 +2135,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[27]
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2045,7 +2148,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{27}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{28}
 }
 
 type GetVersionResponse struct {
@@ -2060,7 +2163,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	mi := &file_migrated_v1_control_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2072,7 +2175,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	mi := &file_migrated_v1_control_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2085,7 +2188,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{28}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -2106,7 +2209,7 @@ var File_migrated_v1_control_proto protoreflect.FileDescriptor
 
 const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9f\x02\n" +
+	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc3\x02\n" +
 	"\rMigrationSpec\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
@@ -2116,7 +2219,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"keepSource\x12%\n" +
 	"\x0erequire_secure\x18\x06 \x01(\bR\rrequireSecure\x12\x1c\n" +
 	"\tbandwidth\x18\a \x01(\x04R\tbandwidth\x12\x1a\n" +
-	"\brehearse\x18\b \x01(\bR\brehearse\"\xe2\x04\n" +
+	"\brehearse\x18\b \x01(\bR\brehearse\x12\"\n" +
+	"\rno_early_load\x18\t \x01(\bR\vnoEarlyLoad\"\x99\x05\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -2133,7 +2237,15 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	" \x01(\tR\x06vmName\x12:\n" +
 	"\vsupervision\x18\v \x01(\x0e2\x18.migrated.v1.SupervisionR\vsupervision\x12+\n" +
 	"\x11userfaultfd_label\x18\f \x01(\tR\x10userfaultfdLabel\x124\n" +
-	"\trehearsal\x18\r \x01(\v2\x16.migrated.v1.RehearsalR\trehearsal\"\xfc\x03\n" +
+	"\trehearsal\x18\r \x01(\v2\x16.migrated.v1.RehearsalR\trehearsal\x125\n" +
+	"\n" +
+	"early_load\x18\x0e \x01(\v2\x16.migrated.v1.EarlyLoadR\tearlyLoad\"\xba\x01\n" +
+	"\tEarlyLoad\x12\x16\n" +
+	"\x06loaded\x18\x01 \x01(\bR\x06loaded\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12/\n" +
+	"\x05pause\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05pause\x126\n" +
+	"\tload_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x04R\x05bytes\"\xfc\x03\n" +
 	"\tRehearsal\x125\n" +
 	"\bdowntime\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\bdowntime\x126\n" +
 	"\tstop_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bstopTime\x126\n" +
@@ -2288,7 +2400,7 @@ func file_migrated_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_migrated_v1_control_proto_goTypes = []any{
 	(MigrationState)(0),           // 0: migrated.v1.MigrationState
 	(MigrationRole)(0),            // 1: migrated.v1.MigrationRole
@@ -2296,100 +2408,104 @@ var file_migrated_v1_control_proto_goTypes = []any{
 	(CheckStatus)(0),              // 3: migrated.v1.CheckStatus
 	(*MigrationSpec)(nil),         // 4: migrated.v1.MigrationSpec
 	(*Migration)(nil),             // 5: migrated.v1.Migration
-	(*Rehearsal)(nil),             // 6: migrated.v1.Rehearsal
-	(*DeviceDifference)(nil),      // 7: migrated.v1.DeviceDifference
-	(*MigrationError)(nil),        // 8: migrated.v1.MigrationError
-	(*Progress)(nil),              // 9: migrated.v1.Progress
-	(*PrepareRequest)(nil),        // 10: migrated.v1.PrepareRequest
-	(*PrepareResponse)(nil),       // 11: migrated.v1.PrepareResponse
-	(*StartRequest)(nil),          // 12: migrated.v1.StartRequest
-	(*StartResponse)(nil),         // 13: migrated.v1.StartResponse
-	(*GetRequest)(nil),            // 14: migrated.v1.GetRequest
-	(*GetResponse)(nil),           // 15: migrated.v1.GetResponse
-	(*ListRequest)(nil),           // 16: migrated.v1.ListRequest
-	(*ListResponse)(nil),          // 17: migrated.v1.ListResponse
-	(*WatchRequest)(nil),          // 18: migrated.v1.WatchRequest
-	(*WatchResponse)(nil),         // 19: migrated.v1.WatchResponse
-	(*CancelRequest)(nil),         // 20: migrated.v1.CancelRequest
-	(*CancelResponse)(nil),        // 21: migrated.v1.CancelResponse
-	(*RecoverRequest)(nil),        // 22: migrated.v1.RecoverRequest
-	(*RecoverResponse)(nil),       // 23: migrated.v1.RecoverResponse
-	(*FallBackRequest)(nil),       // 24: migrated.v1.FallBackRequest
-	(*FallBackResponse)(nil),      // 25: migrated.v1.FallBackResponse
-	(*SetBandwidthRequest)(nil),   // 26: migrated.v1.SetBandwidthRequest
-	(*SetBandwidthResponse)(nil),  // 27: migrated.v1.SetBandwidthResponse
-	(*CheckRequest)(nil),          // 28: migrated.v1.CheckRequest
-	(*CheckResponse)(nil),         // 29: migrated.v1.CheckResponse
-	(*CheckResult)(nil),           // 30: migrated.v1.CheckResult
-	(*GetVersionRequest)(nil),     // 31: migrated.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),    // 32: migrated.v1.GetVersionResponse
-	(*timestamppb.Timestamp)(nil), // 33: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 34: google.protobuf.Duration
+	(*EarlyLoad)(nil),             // 6: migrated.v1.EarlyLoad
+	(*Rehearsal)(nil),             // 7: migrated.v1.Rehearsal
+	(*DeviceDifference)(nil),      // 8: migrated.v1.DeviceDifference
+	(*MigrationError)(nil),        // 9: migrated.v1.MigrationError
+	(*Progress)(nil),              // 10: migrated.v1.Progress
+	(*PrepareRequest)(nil),        // 11: migrated.v1.PrepareRequest
+	(*PrepareResponse)(nil),       // 12: migrated.v1.PrepareResponse
+	(*StartRequest)(nil),          // 13: migrated.v1.StartRequest
+	(*StartResponse)(nil),         // 14: migrated.v1.StartResponse
+	(*GetRequest)(nil),            // 15: migrated.v1.GetRequest
+	(*GetResponse)(nil),           // 16: migrated.v1.GetResponse
+	(*ListRequest)(nil),           // 17: migrated.v1.ListRequest
+	(*ListResponse)(nil),          // 18: migrated.v1.ListResponse
+	(*WatchRequest)(nil),          // 19: migrated.v1.WatchRequest
+	(*WatchResponse)(nil),         // 20: migrated.v1.WatchResponse
+	(*CancelRequest)(nil),         // 21: migrated.v1.CancelRequest
+	(*CancelResponse)(nil),        // 22: migrated.v1.CancelResponse
+	(*RecoverRequest)(nil),        // 23: migrated.v1.RecoverRequest
+	(*RecoverResponse)(nil),       // 24: migrated.v1.RecoverResponse
+	(*FallBackRequest)(nil),       // 25: migrated.v1.FallBackRequest
+	(*FallBackResponse)(nil),      // 26: migrated.v1.FallBackResponse
+	(*SetBandwidthRequest)(nil),   // 27: migrated.v1.SetBandwidthRequest
+	(*SetBandwidthResponse)(nil),  // 28: migrated.v1.SetBandwidthResponse
+	(*CheckRequest)(nil),          // 29: migrated.v1.CheckRequest
+	(*CheckResponse)(nil),         // 30: migrated.v1.CheckResponse
+	(*CheckResult)(nil),           // 31: migrated.v1.CheckResult
+	(*GetVersionRequest)(nil),     // 32: migrated.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),    // 33: migrated.v1.GetVersionResponse
+	(*timestamppb.Timestamp)(nil), // 34: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 35: google.protobuf.Duration
 }
 var file_migrated_v1_control_proto_depIdxs = []int32{
 	1,  // 0: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
 	0,  // 1: migrated.v1.Migration.state:type_name -> migrated.v1.MigrationState
 	4,  // 2: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
-	8,  // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
-	9,  // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
-	33, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
-	33, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
+	9,  // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
+	10, // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
+	34, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
+	34, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
 	2,  // 7: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
-	6,  // 8: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
-	34, // 9: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
-	34, // 10: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
-	34, // 11: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
-	34, // 12: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
-	34, // 13: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
-	34, // 14: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
-	7,  // 15: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
-	34, // 16: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
-	34, // 17: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
-	34, // 18: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
-	34, // 19: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
-	34, // 20: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
-	34, // 21: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
-	4,  // 22: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
-	5,  // 23: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
-	4,  // 24: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
-	5,  // 25: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 26: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 27: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
-	34, // 28: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
-	5,  // 29: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 30: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 31: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 32: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
-	30, // 33: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
-	3,  // 34: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
-	1,  // 35: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
-	10, // 36: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
-	12, // 37: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
-	14, // 38: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
-	16, // 39: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
-	18, // 40: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
-	20, // 41: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
-	22, // 42: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
-	24, // 43: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
-	26, // 44: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
-	28, // 45: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
-	31, // 46: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
-	11, // 47: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
-	13, // 48: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
-	15, // 49: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
-	17, // 50: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
-	19, // 51: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
-	21, // 52: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
-	23, // 53: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
-	25, // 54: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
-	27, // 55: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
-	29, // 56: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
-	32, // 57: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
-	47, // [47:58] is the sub-list for method output_type
-	36, // [36:47] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	7,  // 8: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
+	6,  // 9: migrated.v1.Migration.early_load:type_name -> migrated.v1.EarlyLoad
+	35, // 10: migrated.v1.EarlyLoad.pause:type_name -> google.protobuf.Duration
+	35, // 11: migrated.v1.EarlyLoad.load_time:type_name -> google.protobuf.Duration
+	35, // 12: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
+	35, // 13: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
+	35, // 14: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
+	35, // 15: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
+	35, // 16: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
+	35, // 17: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
+	8,  // 18: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
+	35, // 19: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
+	35, // 20: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
+	35, // 21: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
+	35, // 22: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
+	35, // 23: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
+	35, // 24: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
+	4,  // 25: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
+	5,  // 26: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
+	4,  // 27: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
+	5,  // 28: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 29: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 30: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
+	35, // 31: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
+	5,  // 32: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 33: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 34: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
+	5,  // 35: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
+	31, // 36: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
+	3,  // 37: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
+	1,  // 38: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
+	11, // 39: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
+	13, // 40: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
+	15, // 41: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
+	17, // 42: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
+	19, // 43: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
+	21, // 44: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
+	23, // 45: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
+	25, // 46: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
+	27, // 47: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
+	29, // 48: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
+	32, // 49: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
+	12, // 50: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
+	14, // 51: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
+	16, // 52: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
+	18, // 53: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
+	20, // 54: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
+	22, // 55: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
+	24, // 56: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
+	26, // 57: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
+	28, // 58: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
+	30, // 59: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
+	33, // 60: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
+	50, // [50:61] is the sub-list for method output_type
+	39, // [39:50] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_control_proto_init() }
@@ -2403,7 +2519,7 @@ func file_migrated_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_control_proto_rawDesc), len(file_migrated_v1_control_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -123,8 +123,10 @@ type PrepareIncomingRequest struct {
 	// The lower of spec's and the source daemon's limit, as in MigrationSpec.
 	Bandwidth      uint64 `protobuf:"varint,10,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
 	OldestProtocol uint32 `protobuf:"varint,9,opt,name=oldest_protocol,json=oldestProtocol,proto3" json:"oldest_protocol,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// LoadEarlyState will follow, if the destination says early, too.
+	Early         bool `protobuf:"varint,11,opt,name=early,proto3" json:"early,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PrepareIncomingRequest) Reset() {
@@ -225,6 +227,13 @@ func (x *PrepareIncomingRequest) GetOldestProtocol() uint32 {
 		return x.OldestProtocol
 	}
 	return 0
+}
+
+func (x *PrepareIncomingRequest) GetEarly() bool {
+	if x != nil {
+		return x.Early
+	}
+	return false
 }
 
 // SourceMachine is what the destination has to match.
@@ -457,7 +466,9 @@ type PrepareIncomingResponse struct {
 	Supervision      Supervision `protobuf:"varint,2,opt,name=supervision,proto3,enum=migrated.v1.Supervision" json:"supervision,omitempty"`
 	UserfaultfdLabel string      `protobuf:"bytes,3,opt,name=userfaultfd_label,json=userfaultfdLabel,proto3" json:"userfaultfd_label,omitempty"`
 	// The version that both keep to for this migration: the newest that both speak.
-	Protocol      uint32 `protobuf:"varint,4,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Protocol uint32 `protobuf:"varint,4,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	// It waits for LoadEarlyState, and is prepared when that says so.
+	Early         bool `protobuf:"varint,5,opt,name=early,proto3" json:"early,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -520,10 +531,290 @@ func (x *PrepareIncomingResponse) GetProtocol() uint32 {
 	return 0
 }
 
+func (x *PrepareIncomingResponse) GetEarly() bool {
+	if x != nil {
+		return x.Early
+	}
+	return false
+}
+
+type LoadEarlyStateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Set in the first message alone, as is the beginning of a migration stream.
+	Id   string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Head []byte `protobuf:"bytes,2,opt,name=head,proto3" json:"head,omitempty"`
+	// A part of what QEMU has saved, of the sections that are to be loaded.
+	Sections []byte `protobuf:"bytes,3,opt,name=sections,proto3" json:"sections,omitempty"`
+	// What loading may read, as it was when the sections were saved: whole pages, in
+	// parts one after the other.
+	Memory        []*Memory `protobuf:"bytes,4,rep,name=memory,proto3" json:"memory,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadEarlyStateRequest) Reset() {
+	*x = LoadEarlyStateRequest{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadEarlyStateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadEarlyStateRequest) ProtoMessage() {}
+
+func (x *LoadEarlyStateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadEarlyStateRequest.ProtoReflect.Descriptor instead.
+func (*LoadEarlyStateRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *LoadEarlyStateRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *LoadEarlyStateRequest) GetHead() []byte {
+	if x != nil {
+		return x.Head
+	}
+	return nil
+}
+
+func (x *LoadEarlyStateRequest) GetSections() []byte {
+	if x != nil {
+		return x.Sections
+	}
+	return nil
+}
+
+func (x *LoadEarlyStateRequest) GetMemory() []*Memory {
+	if x != nil {
+		return x.Memory
+	}
+	return nil
+}
+
+// Memory is a piece of one of the VM's RAM blocks.
+type Memory struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Block         uint32                 `protobuf:"varint,1,opt,name=block,proto3" json:"block,omitempty"`
+	Offset        uint64                 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
+	Data          []byte                 `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Memory) Reset() {
+	*x = Memory{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Memory) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Memory) ProtoMessage() {}
+
+func (x *Memory) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Memory.ProtoReflect.Descriptor instead.
+func (*Memory) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Memory) GetBlock() uint32 {
+	if x != nil {
+		return x.Block
+	}
+	return 0
+}
+
+func (x *Memory) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *Memory) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type LoadEarlyStateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// QEMU has loaded all sections, and waits for the rest of them. The memory that
+	// it read for that is gone again.
+	Loaded bool `protobuf:"varint,1,opt,name=loaded,proto3" json:"loaded,omitempty"`
+	// Why it has not. What was loaded ended with its QEMU, and there is another.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Pages, without data, that loading wanted and that were not there. If there are any,
+	// LoadEarlyState is to be called once more, with or without them.
+	Missed []*Memory `protobuf:"bytes,3,rep,name=missed,proto3" json:"missed,omitempty"`
+	// The sections that read memory: they are to be loaded again when that has
+	// changed, too.
+	Readers       []*Reader            `protobuf:"bytes,4,rep,name=readers,proto3" json:"readers,omitempty"`
+	LoadTime      *durationpb.Duration `protobuf:"bytes,5,opt,name=load_time,json=loadTime,proto3" json:"load_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadEarlyStateResponse) Reset() {
+	*x = LoadEarlyStateResponse{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadEarlyStateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadEarlyStateResponse) ProtoMessage() {}
+
+func (x *LoadEarlyStateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadEarlyStateResponse.ProtoReflect.Descriptor instead.
+func (*LoadEarlyStateResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *LoadEarlyStateResponse) GetLoaded() bool {
+	if x != nil {
+		return x.Loaded
+	}
+	return false
+}
+
+func (x *LoadEarlyStateResponse) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *LoadEarlyStateResponse) GetMissed() []*Memory {
+	if x != nil {
+		return x.Missed
+	}
+	return nil
+}
+
+func (x *LoadEarlyStateResponse) GetReaders() []*Reader {
+	if x != nil {
+		return x.Readers
+	}
+	return nil
+}
+
+func (x *LoadEarlyStateResponse) GetLoadTime() *durationpb.Duration {
+	if x != nil {
+		return x.LoadTime
+	}
+	return nil
+}
+
+// Reader is a section that reads memory when it is loaded.
+type Reader struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its index.
+	Section uint32 `protobuf:"varint,1,opt,name=section,proto3" json:"section,omitempty"`
+	// Pages, without data.
+	Pages         []*Memory `protobuf:"bytes,2,rep,name=pages,proto3" json:"pages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Reader) Reset() {
+	*x = Reader{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Reader) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Reader) ProtoMessage() {}
+
+func (x *Reader) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Reader.ProtoReflect.Descriptor instead.
+func (*Reader) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Reader) GetSection() uint32 {
+	if x != nil {
+		return x.Section
+	}
+	return 0
+}
+
+func (x *Reader) GetPages() []*Memory {
+	if x != nil {
+		return x.Pages
+	}
+	return nil
+}
+
 type LoadDeviceStateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Set in the first message alone, as are paused and rehearsal.
-	Id   string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Set in the first message alone, as are paused, rehearsal and changes.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The stream, or what has changed since LoadEarlyState, as
+	// internal/devicestate/changes.go describes.
 	Data []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
 	// The VM does not run, and is not to be run: QEMU takes its disks as soon as
 	// it has loaded.
@@ -533,14 +824,16 @@ type LoadDeviceStateRequest struct {
 	Rehearsal bool `protobuf:"varint,4,opt,name=rehearsal,proto3" json:"rehearsal,omitempty"`
 	// Bytes that mean nothing. They come before the VM stops and make the
 	// connection ready for as much at once.
-	Padding       []byte `protobuf:"bytes,5,opt,name=padding,proto3" json:"padding,omitempty"`
+	Padding []byte `protobuf:"bytes,5,opt,name=padding,proto3" json:"padding,omitempty"`
+	// data are changes.
+	Changes       bool `protobuf:"varint,6,opt,name=changes,proto3" json:"changes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LoadDeviceStateRequest) Reset() {
 	*x = LoadDeviceStateRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	mi := &file_migrated_v1_peer_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -552,7 +845,7 @@ func (x *LoadDeviceStateRequest) String() string {
 func (*LoadDeviceStateRequest) ProtoMessage() {}
 
 func (x *LoadDeviceStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	mi := &file_migrated_v1_peer_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -565,7 +858,7 @@ func (x *LoadDeviceStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadDeviceStateRequest.ProtoReflect.Descriptor instead.
 func (*LoadDeviceStateRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{6}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LoadDeviceStateRequest) GetId() string {
@@ -603,6 +896,13 @@ func (x *LoadDeviceStateRequest) GetPadding() []byte {
 	return nil
 }
 
+func (x *LoadDeviceStateRequest) GetChanges() bool {
+	if x != nil {
+		return x.Changes
+	}
+	return false
+}
+
 type LoadDeviceStateResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Bytes uint64                 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
@@ -617,7 +917,7 @@ type LoadDeviceStateResponse struct {
 
 func (x *LoadDeviceStateResponse) Reset() {
 	*x = LoadDeviceStateResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	mi := &file_migrated_v1_peer_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -629,7 +929,7 @@ func (x *LoadDeviceStateResponse) String() string {
 func (*LoadDeviceStateResponse) ProtoMessage() {}
 
 func (x *LoadDeviceStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	mi := &file_migrated_v1_peer_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -642,7 +942,7 @@ func (x *LoadDeviceStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadDeviceStateResponse.ProtoReflect.Descriptor instead.
 func (*LoadDeviceStateResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{7}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *LoadDeviceStateResponse) GetBytes() uint64 {
@@ -686,7 +986,7 @@ type RunRequest struct {
 
 func (x *RunRequest) Reset() {
 	*x = RunRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -698,7 +998,7 @@ func (x *RunRequest) String() string {
 func (*RunRequest) ProtoMessage() {}
 
 func (x *RunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -711,7 +1011,7 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{8}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RunRequest) GetId() string {
@@ -748,7 +1048,7 @@ type RunResponse struct {
 
 func (x *RunResponse) Reset() {
 	*x = RunResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -760,7 +1060,7 @@ func (x *RunResponse) String() string {
 func (*RunResponse) ProtoMessage() {}
 
 func (x *RunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -773,7 +1073,7 @@ func (x *RunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
 func (*RunResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{9}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RunResponse) GetResumeTime() *durationpb.Duration {
@@ -799,7 +1099,7 @@ type WatchIncomingRequest struct {
 
 func (x *WatchIncomingRequest) Reset() {
 	*x = WatchIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -811,7 +1111,7 @@ func (x *WatchIncomingRequest) String() string {
 func (*WatchIncomingRequest) ProtoMessage() {}
 
 func (x *WatchIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -824,7 +1124,7 @@ func (x *WatchIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchIncomingRequest.ProtoReflect.Descriptor instead.
 func (*WatchIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{10}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchIncomingRequest) GetId() string {
@@ -845,7 +1145,7 @@ type WatchIncomingResponse struct {
 
 func (x *WatchIncomingResponse) Reset() {
 	*x = WatchIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +1157,7 @@ func (x *WatchIncomingResponse) String() string {
 func (*WatchIncomingResponse) ProtoMessage() {}
 
 func (x *WatchIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +1170,7 @@ func (x *WatchIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchIncomingResponse.ProtoReflect.Descriptor instead.
 func (*WatchIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{11}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchIncomingResponse) GetState() MigrationState {
@@ -905,7 +1205,7 @@ type LimitIncomingRequest struct {
 
 func (x *LimitIncomingRequest) Reset() {
 	*x = LimitIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -917,7 +1217,7 @@ func (x *LimitIncomingRequest) String() string {
 func (*LimitIncomingRequest) ProtoMessage() {}
 
 func (x *LimitIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -930,7 +1230,7 @@ func (x *LimitIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitIncomingRequest.ProtoReflect.Descriptor instead.
 func (*LimitIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *LimitIncomingRequest) GetId() string {
@@ -957,7 +1257,7 @@ type LimitIncomingResponse struct {
 
 func (x *LimitIncomingResponse) Reset() {
 	*x = LimitIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1269,7 @@ func (x *LimitIncomingResponse) String() string {
 func (*LimitIncomingResponse) ProtoMessage() {}
 
 func (x *LimitIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1282,7 @@ func (x *LimitIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitIncomingResponse.ProtoReflect.Descriptor instead.
 func (*LimitIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *LimitIncomingResponse) GetBandwidth() uint64 {
@@ -1002,7 +1302,7 @@ type AbortIncomingRequest struct {
 
 func (x *AbortIncomingRequest) Reset() {
 	*x = AbortIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[14]
+	mi := &file_migrated_v1_peer_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1014,7 +1314,7 @@ func (x *AbortIncomingRequest) String() string {
 func (*AbortIncomingRequest) ProtoMessage() {}
 
 func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[14]
+	mi := &file_migrated_v1_peer_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1027,7 +1327,7 @@ func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingRequest.ProtoReflect.Descriptor instead.
 func (*AbortIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{14}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AbortIncomingRequest) GetId() string {
@@ -1052,7 +1352,7 @@ type AbortIncomingResponse struct {
 
 func (x *AbortIncomingResponse) Reset() {
 	*x = AbortIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[15]
+	mi := &file_migrated_v1_peer_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1064,7 +1364,7 @@ func (x *AbortIncomingResponse) String() string {
 func (*AbortIncomingResponse) ProtoMessage() {}
 
 func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[15]
+	mi := &file_migrated_v1_peer_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1077,7 +1377,7 @@ func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingResponse.ProtoReflect.Descriptor instead.
 func (*AbortIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{15}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{19}
 }
 
 var File_migrated_v1_peer_proto protoreflect.FileDescriptor
@@ -1087,7 +1387,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x16migrated/v1/peer.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19migrated/v1/control.proto\"\x12\n" +
 	"\x10CheckHostRequest\"G\n" +
 	"\x11CheckHostResponse\x122\n" +
-	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\x8a\x03\n" +
+	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xa0\x03\n" +
 	"\x16PrepareIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\rR\bprotocol\x12\x14\n" +
@@ -1099,7 +1399,8 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x04spec\x18\b \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\x12\x1c\n" +
 	"\tbandwidth\x18\n" +
 	" \x01(\x04R\tbandwidth\x12'\n" +
-	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\"\x87\x03\n" +
+	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\x12\x14\n" +
+	"\x05early\x18\v \x01(\bR\x05early\"\x87\x03\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
@@ -1120,19 +1421,39 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\tpage_size\x18\x03 \x01(\x04R\bpageSize\x12\x12\n" +
 	"\x04file\x18\x04 \x01(\tR\x04file\x12\x16\n" +
 	"\x06digest\x18\x05 \x01(\fR\x06digest\x12\x1c\n" +
-	"\tpopulated\x18\x06 \x01(\bR\tpopulated\"\xd4\x01\n" +
+	"\tpopulated\x18\x06 \x01(\bR\tpopulated\"\xea\x01\n" +
 	"\x17PrepareIncomingResponse\x124\n" +
 	"\n" +
 	"ram_blocks\x18\x01 \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12:\n" +
 	"\vsupervision\x18\x02 \x01(\x0e2\x18.migrated.v1.SupervisionR\vsupervision\x12+\n" +
 	"\x11userfaultfd_label\x18\x03 \x01(\tR\x10userfaultfdLabel\x12\x1a\n" +
-	"\bprotocol\x18\x04 \x01(\rR\bprotocol\"\x8c\x01\n" +
+	"\bprotocol\x18\x04 \x01(\rR\bprotocol\x12\x14\n" +
+	"\x05early\x18\x05 \x01(\bR\x05early\"\x84\x01\n" +
+	"\x15LoadEarlyStateRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04head\x18\x02 \x01(\fR\x04head\x12\x1a\n" +
+	"\bsections\x18\x03 \x01(\fR\bsections\x12+\n" +
+	"\x06memory\x18\x04 \x03(\v2\x13.migrated.v1.MemoryR\x06memory\"J\n" +
+	"\x06Memory\x12\x14\n" +
+	"\x05block\x18\x01 \x01(\rR\x05block\x12\x16\n" +
+	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"\xdc\x01\n" +
+	"\x16LoadEarlyStateResponse\x12\x16\n" +
+	"\x06loaded\x18\x01 \x01(\bR\x06loaded\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12+\n" +
+	"\x06missed\x18\x03 \x03(\v2\x13.migrated.v1.MemoryR\x06missed\x12-\n" +
+	"\areaders\x18\x04 \x03(\v2\x13.migrated.v1.ReaderR\areaders\x126\n" +
+	"\tload_time\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\"M\n" +
+	"\x06Reader\x12\x18\n" +
+	"\asection\x18\x01 \x01(\rR\asection\x12)\n" +
+	"\x05pages\x18\x02 \x03(\v2\x13.migrated.v1.MemoryR\x05pages\"\xa6\x01\n" +
 	"\x16LoadDeviceStateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x16\n" +
 	"\x06paused\x18\x03 \x01(\bR\x06paused\x12\x1c\n" +
 	"\trehearsal\x18\x04 \x01(\bR\trehearsal\x12\x18\n" +
-	"\apadding\x18\x05 \x01(\fR\apadding\"\xe6\x01\n" +
+	"\apadding\x18\x05 \x01(\fR\apadding\x12\x18\n" +
+	"\achanges\x18\x06 \x01(\bR\achanges\"\xe6\x01\n" +
 	"\x17LoadDeviceStateResponse\x12\x14\n" +
 	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\x126\n" +
 	"\tload_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\x12?\n" +
@@ -1163,10 +1484,11 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x14AbortIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x17\n" +
-	"\x15AbortIncomingResponse2\xdb\x04\n" +
+	"\x15AbortIncomingResponse2\xb8\x05\n" +
 	"\vPeerService\x12J\n" +
 	"\tCheckHost\x12\x1d.migrated.v1.CheckHostRequest\x1a\x1e.migrated.v1.CheckHostResponse\x12\\\n" +
-	"\x0fPrepareIncoming\x12#.migrated.v1.PrepareIncomingRequest\x1a$.migrated.v1.PrepareIncomingResponse\x12^\n" +
+	"\x0fPrepareIncoming\x12#.migrated.v1.PrepareIncomingRequest\x1a$.migrated.v1.PrepareIncomingResponse\x12[\n" +
+	"\x0eLoadEarlyState\x12\".migrated.v1.LoadEarlyStateRequest\x1a#.migrated.v1.LoadEarlyStateResponse(\x01\x12^\n" +
 	"\x0fLoadDeviceState\x12#.migrated.v1.LoadDeviceStateRequest\x1a$.migrated.v1.LoadDeviceStateResponse(\x01\x128\n" +
 	"\x03Run\x12\x17.migrated.v1.RunRequest\x1a\x18.migrated.v1.RunResponse\x12X\n" +
 	"\rWatchIncoming\x12!.migrated.v1.WatchIncomingRequest\x1a\".migrated.v1.WatchIncomingResponse0\x01\x12V\n" +
@@ -1185,7 +1507,7 @@ func file_migrated_v1_peer_proto_rawDescGZIP() []byte {
 	return file_migrated_v1_peer_proto_rawDescData
 }
 
-var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_migrated_v1_peer_proto_goTypes = []any{
 	(*CheckHostRequest)(nil),        // 0: migrated.v1.CheckHostRequest
 	(*CheckHostResponse)(nil),       // 1: migrated.v1.CheckHostResponse
@@ -1193,61 +1515,72 @@ var file_migrated_v1_peer_proto_goTypes = []any{
 	(*SourceMachine)(nil),           // 3: migrated.v1.SourceMachine
 	(*RamBlock)(nil),                // 4: migrated.v1.RamBlock
 	(*PrepareIncomingResponse)(nil), // 5: migrated.v1.PrepareIncomingResponse
-	(*LoadDeviceStateRequest)(nil),  // 6: migrated.v1.LoadDeviceStateRequest
-	(*LoadDeviceStateResponse)(nil), // 7: migrated.v1.LoadDeviceStateResponse
-	(*RunRequest)(nil),              // 8: migrated.v1.RunRequest
-	(*RunResponse)(nil),             // 9: migrated.v1.RunResponse
-	(*WatchIncomingRequest)(nil),    // 10: migrated.v1.WatchIncomingRequest
-	(*WatchIncomingResponse)(nil),   // 11: migrated.v1.WatchIncomingResponse
-	(*LimitIncomingRequest)(nil),    // 12: migrated.v1.LimitIncomingRequest
-	(*LimitIncomingResponse)(nil),   // 13: migrated.v1.LimitIncomingResponse
-	(*AbortIncomingRequest)(nil),    // 14: migrated.v1.AbortIncomingRequest
-	(*AbortIncomingResponse)(nil),   // 15: migrated.v1.AbortIncomingResponse
-	(*CheckResult)(nil),             // 16: migrated.v1.CheckResult
-	(*MigrationSpec)(nil),           // 17: migrated.v1.MigrationSpec
-	(Supervision)(0),                // 18: migrated.v1.Supervision
-	(*durationpb.Duration)(nil),     // 19: google.protobuf.Duration
-	(*DeviceDifference)(nil),        // 20: migrated.v1.DeviceDifference
-	(MigrationState)(0),             // 21: migrated.v1.MigrationState
-	(*Progress)(nil),                // 22: migrated.v1.Progress
-	(*MigrationError)(nil),          // 23: migrated.v1.MigrationError
+	(*LoadEarlyStateRequest)(nil),   // 6: migrated.v1.LoadEarlyStateRequest
+	(*Memory)(nil),                  // 7: migrated.v1.Memory
+	(*LoadEarlyStateResponse)(nil),  // 8: migrated.v1.LoadEarlyStateResponse
+	(*Reader)(nil),                  // 9: migrated.v1.Reader
+	(*LoadDeviceStateRequest)(nil),  // 10: migrated.v1.LoadDeviceStateRequest
+	(*LoadDeviceStateResponse)(nil), // 11: migrated.v1.LoadDeviceStateResponse
+	(*RunRequest)(nil),              // 12: migrated.v1.RunRequest
+	(*RunResponse)(nil),             // 13: migrated.v1.RunResponse
+	(*WatchIncomingRequest)(nil),    // 14: migrated.v1.WatchIncomingRequest
+	(*WatchIncomingResponse)(nil),   // 15: migrated.v1.WatchIncomingResponse
+	(*LimitIncomingRequest)(nil),    // 16: migrated.v1.LimitIncomingRequest
+	(*LimitIncomingResponse)(nil),   // 17: migrated.v1.LimitIncomingResponse
+	(*AbortIncomingRequest)(nil),    // 18: migrated.v1.AbortIncomingRequest
+	(*AbortIncomingResponse)(nil),   // 19: migrated.v1.AbortIncomingResponse
+	(*CheckResult)(nil),             // 20: migrated.v1.CheckResult
+	(*MigrationSpec)(nil),           // 21: migrated.v1.MigrationSpec
+	(Supervision)(0),                // 22: migrated.v1.Supervision
+	(*durationpb.Duration)(nil),     // 23: google.protobuf.Duration
+	(*DeviceDifference)(nil),        // 24: migrated.v1.DeviceDifference
+	(MigrationState)(0),             // 25: migrated.v1.MigrationState
+	(*Progress)(nil),                // 26: migrated.v1.Progress
+	(*MigrationError)(nil),          // 27: migrated.v1.MigrationError
 }
 var file_migrated_v1_peer_proto_depIdxs = []int32{
-	16, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
+	20, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
 	3,  // 1: migrated.v1.PrepareIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
-	17, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
+	21, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
 	4,  // 3: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
 	4,  // 4: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
 	4,  // 5: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
-	18, // 6: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
-	19, // 7: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
-	20, // 8: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
-	19, // 9: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
-	19, // 10: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
-	19, // 11: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	19, // 12: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	21, // 13: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	22, // 14: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	23, // 15: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	0,  // 16: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 17: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	6,  // 18: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	8,  // 19: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	10, // 20: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	12, // 21: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
-	14, // 22: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 23: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	5,  // 24: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	7,  // 25: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	9,  // 26: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	11, // 27: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	13, // 28: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
-	15, // 29: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	23, // [23:30] is the sub-list for method output_type
-	16, // [16:23] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	22, // 6: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
+	7,  // 7: migrated.v1.LoadEarlyStateRequest.memory:type_name -> migrated.v1.Memory
+	7,  // 8: migrated.v1.LoadEarlyStateResponse.missed:type_name -> migrated.v1.Memory
+	9,  // 9: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
+	23, // 10: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
+	7,  // 11: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
+	23, // 12: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
+	24, // 13: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
+	23, // 14: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
+	23, // 15: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	23, // 16: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	23, // 17: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	25, // 18: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	26, // 19: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	27, // 20: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	0,  // 21: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	2,  // 22: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	6,  // 23: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
+	10, // 24: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	12, // 25: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	14, // 26: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	16, // 27: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
+	18, // 28: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 29: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	5,  // 30: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	8,  // 31: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
+	11, // 32: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	13, // 33: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	15, // 34: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	17, // 35: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
+	19, // 36: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	29, // [29:37] is the sub-list for method output_type
+	21, // [21:29] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }
@@ -1262,7 +1595,7 @@ func file_migrated_v1_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_peer_proto_rawDesc), len(file_migrated_v1_peer_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	PeerService_CheckHost_FullMethodName       = "/migrated.v1.PeerService/CheckHost"
 	PeerService_PrepareIncoming_FullMethodName = "/migrated.v1.PeerService/PrepareIncoming"
+	PeerService_LoadEarlyState_FullMethodName  = "/migrated.v1.PeerService/LoadEarlyState"
 	PeerService_LoadDeviceState_FullMethodName = "/migrated.v1.PeerService/LoadDeviceState"
 	PeerService_Run_FullMethodName             = "/migrated.v1.PeerService/Run"
 	PeerService_WatchIncoming_FullMethodName   = "/migrated.v1.PeerService/WatchIncoming"
@@ -43,6 +44,11 @@ type PeerServiceClient interface {
 	// PrepareIncoming starts the destination QEMU or attaches to one, registers
 	// its RAM with userfaultfd and connects the page lanes to the source.
 	PrepareIncoming(ctx context.Context, in *PrepareIncomingRequest, opts ...grpc.CallOption) (*PrepareIncomingResponse, error)
+	// LoadEarlyState has a destination that said early load the state that the
+	// VM's devices had a moment ago, while the VM runs, so that LoadDeviceState
+	// need only bring what has changed. Without sections, and where the destination
+	// does not want it again, it ends the preparation.
+	LoadEarlyState(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LoadEarlyStateRequest, LoadEarlyStateResponse], error)
 	// LoadDeviceState carries a migration stream for the destination QEMU, made of
 	// the state of the VM's devices, and answers when that has loaded all of it:
 	// the first step of the commit. The stream's beginning, up to the first device,
@@ -90,9 +96,22 @@ func (c *peerServiceClient) PrepareIncoming(ctx context.Context, in *PrepareInco
 	return out, nil
 }
 
+func (c *peerServiceClient) LoadEarlyState(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LoadEarlyStateRequest, LoadEarlyStateResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[0], PeerService_LoadEarlyState_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[LoadEarlyStateRequest, LoadEarlyStateResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type PeerService_LoadEarlyStateClient = grpc.ClientStreamingClient[LoadEarlyStateRequest, LoadEarlyStateResponse]
+
 func (c *peerServiceClient) LoadDeviceState(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LoadDeviceStateRequest, LoadDeviceStateResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[0], PeerService_LoadDeviceState_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[1], PeerService_LoadDeviceState_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -115,7 +134,7 @@ func (c *peerServiceClient) Run(ctx context.Context, in *RunRequest, opts ...grp
 
 func (c *peerServiceClient) WatchIncoming(ctx context.Context, in *WatchIncomingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchIncomingResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[1], PeerService_WatchIncoming_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[2], PeerService_WatchIncoming_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -165,6 +184,11 @@ type PeerServiceServer interface {
 	// PrepareIncoming starts the destination QEMU or attaches to one, registers
 	// its RAM with userfaultfd and connects the page lanes to the source.
 	PrepareIncoming(context.Context, *PrepareIncomingRequest) (*PrepareIncomingResponse, error)
+	// LoadEarlyState has a destination that said early load the state that the
+	// VM's devices had a moment ago, while the VM runs, so that LoadDeviceState
+	// need only bring what has changed. Without sections, and where the destination
+	// does not want it again, it ends the preparation.
+	LoadEarlyState(grpc.ClientStreamingServer[LoadEarlyStateRequest, LoadEarlyStateResponse]) error
 	// LoadDeviceState carries a migration stream for the destination QEMU, made of
 	// the state of the VM's devices, and answers when that has loaded all of it:
 	// the first step of the commit. The stream's beginning, up to the first device,
@@ -197,6 +221,9 @@ func (UnimplementedPeerServiceServer) CheckHost(context.Context, *CheckHostReque
 }
 func (UnimplementedPeerServiceServer) PrepareIncoming(context.Context, *PrepareIncomingRequest) (*PrepareIncomingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PrepareIncoming not implemented")
+}
+func (UnimplementedPeerServiceServer) LoadEarlyState(grpc.ClientStreamingServer[LoadEarlyStateRequest, LoadEarlyStateResponse]) error {
+	return status.Error(codes.Unimplemented, "method LoadEarlyState not implemented")
 }
 func (UnimplementedPeerServiceServer) LoadDeviceState(grpc.ClientStreamingServer[LoadDeviceStateRequest, LoadDeviceStateResponse]) error {
 	return status.Error(codes.Unimplemented, "method LoadDeviceState not implemented")
@@ -269,6 +296,13 @@ func _PeerService_PrepareIncoming_Handler(srv interface{}, ctx context.Context, 
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _PeerService_LoadEarlyState_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(PeerServiceServer).LoadEarlyState(&grpc.GenericServerStream[LoadEarlyStateRequest, LoadEarlyStateResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type PeerService_LoadEarlyStateServer = grpc.ClientStreamingServer[LoadEarlyStateRequest, LoadEarlyStateResponse]
 
 func _PeerService_LoadDeviceState_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(PeerServiceServer).LoadDeviceState(&grpc.GenericServerStream[LoadDeviceStateRequest, LoadDeviceStateResponse]{ServerStream: stream})
@@ -371,6 +405,11 @@ var PeerService_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "LoadEarlyState",
+			Handler:       _PeerService_LoadEarlyState_Handler,
+			ClientStreams: true,
+		},
 		{
 			StreamName:    "LoadDeviceState",
 			Handler:       _PeerService_LoadDeviceState_Handler,

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package devicestate
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+)
+
+// Changes are what a state has become since an earlier one, of which the reader has all sections. They are a few KB
+// where the state is a megabyte: of the 50 KB that a virtio device writes a handful change while it works.
+//
+//	for each section that is sent, numbers as in encoding/binary's Uvarint:
+//	  0  length  bytes                                           a section that the earlier state did not have
+//	  1 + index  0  length  bytes                                that section, of another length now
+//	  1 + index  1 + pieces, and for each: gap  length  bytes    that section, with these pieces of it replaced;
+//	                                                             a gap counts from the end of the piece before
+
+// join is how many equal bytes between two pieces cost less as part of one.
+const join = 4
+
+// ErrChanges says that changes do not fit the earlier state.
+var ErrChanges = errors.New("the changes of the device state have a form that is not known")
+
+// AppendChanges appends to b what makes now of early: the sections that early does not have, those that differ, and
+// those for whose index in early always is true. The error is of a section that now does not have any more.
+func AppendChanges(b []byte, early, now []Section, always func(index int) bool) ([]byte, error) {
+	index := make(map[key]int, len(early))
+	for i, k := range keysOf(early) {
+		index[k] = i
+	}
+	for n, k := range keysOf(now) {
+		i, known := index[k]
+		if !known {
+			b = appendBytes(binary.AppendUvarint(b, 0), now[n].Bytes)
+			continue
+		}
+		delete(index, k)
+		same := string(early[i].Bytes) == string(now[n].Bytes)
+		if same && !always(i) {
+			continue
+		}
+		b = binary.AppendUvarint(b, uint64(1+i))
+		b = appendDifference(b, early[i].Bytes, now[n].Bytes)
+	}
+	for k := range index {
+		return nil, fmt.Errorf("the VM has no %q any more", k.name)
+	}
+	return b, nil
+}
+
+func appendBytes(b, what []byte) []byte {
+	return append(binary.AppendUvarint(b, uint64(len(what))), what...)
+}
+
+func appendDifference(b, was, is []byte) []byte {
+	if len(was) != len(is) {
+		return appendBytes(append(b, 0), is)
+	}
+	type piece struct{ from, to int }
+	var pieces []piece
+	for i := range is {
+		if was[i] == is[i] {
+			continue
+		}
+		if n := len(pieces); n > 0 && i-pieces[n-1].to < join {
+			pieces[n-1].to = i + 1
+			continue
+		}
+		pieces = append(pieces, piece{i, i + 1})
+	}
+	b = binary.AppendUvarint(b, uint64(1+len(pieces)))
+	end := 0
+	for _, p := range pieces {
+		b = appendBytes(binary.AppendUvarint(b, uint64(p.from-end)), is[p.from:p.to])
+		end = p.to
+	}
+	return b
+}
+
+// A Change is a section that is not what it was.
+type Change struct {
+	Of int // its index in the earlier state; -1: that did not have it
+	Section
+}
+
+// ParseChanges are the sections that changes speak of, in the order in which they are to be loaded; early is not changed.
+// The result has at most Most bytes.
+func ParseChanges(early []Section, changes []byte) ([]Change, error) {
+	r := changesReader{rest: changes}
+	var list []Change
+	total := 0
+	for len(r.rest) > 0 {
+		c := Change{Of: -1}
+		var state []byte
+		switch i := r.number(); {
+		case i == 0:
+			state = r.bytes()
+		case i > uint64(len(early)):
+			r.fail("section %d of %d", i-1, len(early))
+		default:
+			c.Of = int(i - 1)
+			state = r.replaced(early[c.Of].Bytes)
+		}
+		if total += len(state); total > Most {
+			r.fail("more than %d bytes", Most)
+		}
+		if r.err != nil {
+			return nil, r.err
+		}
+		var err error
+		if c.Section, err = ParseSection(state); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrChanges, err)
+		}
+		list = append(list, c)
+	}
+	return list, nil
+}
+
+type changesReader struct {
+	rest []byte
+	err  error
+}
+
+func (r *changesReader) fail(format string, args ...any) {
+	if r.err == nil {
+		r.err = fmt.Errorf("%w: "+format, append([]any{ErrChanges}, args...)...)
+	}
+}
+
+func (r *changesReader) number() uint64 {
+	v, n := binary.Uvarint(r.rest)
+	if n <= 0 {
+		r.fail("half a number")
+		return 0
+	}
+	r.rest = r.rest[n:]
+	return v
+}
+
+func (r *changesReader) bytes() []byte {
+	n := r.number()
+	if n > uint64(len(r.rest)) {
+		r.fail("%d bytes of %d", n, len(r.rest))
+		return nil
+	}
+	b := r.rest[:n]
+	r.rest = r.rest[n:]
+	return b
+}
+
+// replaced is a copy of was in which pieces are replaced, or what has come in its place.
+func (r *changesReader) replaced(was []byte) []byte {
+	pieces := r.number()
+	if pieces == 0 {
+		return r.bytes()
+	}
+	is := append([]byte(nil), was...)
+	at := uint64(0)
+	for ; pieces > 1 && r.err == nil; pieces-- {
+		gap, b := r.number(), r.bytes()
+		if left := uint64(len(is)) - at; gap > left || uint64(len(b)) > left-gap {
+			r.fail("a piece that ends behind the section")
+			break
+		}
+		at += gap
+		at += uint64(copy(is[at:], b))
+	}
+	return is
+}
+
+// Merge is what early has become by changes, those that early does not have at the end.
+func Merge(early []Section, changes []Change) []Section {
+	merged := append([]Section(nil), early...)
+	for _, c := range changes {
+		if c.Of < 0 {
+			merged = append(merged, c.Section)
+		} else {
+			merged[c.Of] = c.Section
+		}
+	}
+	return merged
+}

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package devicestate
+
+import (
+	"bytes"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func parsed(t testing.TB, sections ...[]byte) []Section {
+	t.Helper()
+	s, err := Parse(saved(sections...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func never(int) bool { return false }
+
+func TestChanges(t *testing.T) {
+	long := strings.Repeat("0123456789", 5000)
+	early := parsed(t, section(1, "same", 0, long), section(2, "twin", 0, long), section(2, "twin", 0, long),
+		section(3, "longer", 1, "abc"), section(4, "reader", 0, long))
+	busy := []byte(long)
+	busy[0], busy[3], busy[9], busy[len(busy)-1] = 'a', 'b', 'c', 'd'
+	now := parsed(t, section(1, "same", 0, long), section(2, "twin", 0, long), section(2, "twin", 0, string(busy)),
+		section(3, "longer", 1, "abcd"), section(4, "reader", 0, long), section(9, "plugged", 0, "in"))
+	changes, err := AppendChanges(nil, early, now, func(i int) bool { return early[i].Name == "reader" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(changes) > 150 {
+		t.Errorf("a few bytes and two small sections have become %d bytes", len(changes))
+	}
+	untouched := slices.Clone(early)
+	got, err := ParseChanges(early, changes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Change{{2, now[2]}, {3, now[3]}, {4, now[4]}, {-1, now[5]}}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("changed (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(now, Merge(early, got)); diff != "" {
+		t.Errorf("merged (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(untouched, early); diff != "" {
+		t.Errorf("the earlier state has become another:\n%s", diff)
+	}
+}
+
+// A device that was unplugged would be left at the destination.
+func TestChangesOfADeviceThatIsGone(t *testing.T) {
+	early := parsed(t, section(1, "here", 0, ""), section(2, "unplugged", 0, ""))
+	if _, err := AppendChanges(nil, early, early[:1], never); err == nil || !strings.Contains(err.Error(), "unplugged") {
+		t.Error(err)
+	}
+}
+
+func FuzzParseChanges(f *testing.F) {
+	early := parsed(f, section(1, "a", 0, strings.Repeat("x", 99)), section(2, "b", 1, "12345678"))
+	now := parsed(f, section(1, "a", 0, strings.Repeat("x", 50)+"y"+strings.Repeat("x", 48)), section(2, "b", 1, "123456789"),
+		section(3, "c", 0, "new"))
+	changes, err := AppendChanges(nil, early, now, never)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(changes)
+	f.Add([]byte{1, 3, 90, 20})
+	f.Fuzz(func(t *testing.T, changes []byte) {
+		list, err := ParseChanges(early, changes)
+		if err != nil {
+			if !errors.Is(err, ErrChanges) {
+				t.Fatal(err)
+			}
+			return
+		}
+		for _, c := range list {
+			if s, err := ParseSection(c.Bytes); err != nil || s.Name != c.Name {
+				t.Fatalf("%+v: %v", c, err)
+			}
+		}
+		if len(Merge(early, list)) < len(early) {
+			t.Fatal("sections were lost")
+		}
+	})
+}
+
+// Any two states of the same length: what comes out is the newer one.
+func FuzzDifference(f *testing.F) {
+	f.Add([]byte("abcdefgh"), []byte("abXdefgY"))
+	f.Add([]byte("a"), []byte("bc"))
+	f.Fuzz(func(t *testing.T, was, is []byte) {
+		r := changesReader{rest: appendDifference(nil, was, is)}
+		if got := r.replaced(was); r.err != nil || !bytes.Equal(got, is) || len(r.rest) != 0 {
+			t.Fatalf("%q became %q, read as %q: %v", was, is, got, r.err)
+		}
+	})
+}
+
+func TestCheckTwice(t *testing.T) {
+	all := parsed(t, section(1, "0000:00:02.0:00.0/virtio-net", 0, ""), section(2, "0000:00:1f.0/ICH9LPC", 0, ""), section(3, "PCIHost", 0, ""))
+	if err := CheckTwice(all); err != nil {
+		t.Error(err)
+	}
+	if err := CheckTwice(append(all, Section{Name: "0000:00:03.0/flux-capacitor"})); err == nil ||
+		!strings.Contains(err.Error(), "flux-capacitor") {
+		t.Error(err)
+	}
+	if Remaps([]Change{{0, all[0]}, {2, all[2]}}) || !Remaps([]Change{{0, all[0]}, {1, all[1]}}) || Remaps([]Change{{-1, all[1]}}) {
+		t.Error("only an LPC bridge that was loaded before is mapped again")
+	}
+	if hosts := Hosts(all); len(hosts) != 1 || hosts[0].Name != "PCIHost" {
+		t.Errorf("hosts %v", hosts)
+	}
+}

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/migrated-vm/migrated/internal/devicestate"
+	"github.com/migrated-vm/migrated/internal/qemu"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// earlyLoaded is what a destination's QEMU has loaded before the VM stops. It waits for the rest of the stream.
+type earlyLoaded struct {
+	carrier  *deviceCarrier
+	loading  *qemu.Loading
+	sections []devicestate.Section
+	touched  []earlyPage // memory that loading them read
+	size     int         // of earlyRoom
+}
+
+func (e *earlyLoaded) close() {
+	if e != nil {
+		e.carrier.close()
+		earlyRoom.give(e.size)
+	}
+}
+
+// earlyStream is the call that brings an early state.
+type earlyStream = grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse]
+
+// LoadEarlyState has QEMU load the state that the devices had a moment ago. Unless it is wanted once more, the destination
+// is prepared then, with it or without. When it fails the destination has given up.
+func (d *Destination) LoadEarlyState(first *migratedv1.LoadEarlyStateRequest, stream earlyStream) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.expect(awaitingEarly); err != nil {
+		return err
+	}
+	limit := earlyTimeout + timeToPrepare(d.cfg.Request.GetMachine()) // of another QEMU
+	ctx, expire := context.WithTimeoutCause(d.loadCtx, limit, fmt.Errorf("the early state was not loaded within %v", limit))
+	defer expire()
+	stop := context.AfterFunc(stream.Context(), expire)
+	defer stop()
+	answer, err := d.loadEarlyState(ctx, first, stream)
+	if err != nil {
+		err = causeOf(ctx, err)
+		d.giveUp(err)
+		return err
+	}
+	return stream.SendAndClose(answer)
+}
+
+func (d *Destination) loadEarlyState(
+	ctx context.Context, first *migratedv1.LoadEarlyStateRequest, stream earlyStream,
+) (*migratedv1.LoadEarlyStateResponse, error) {
+	answer := &migratedv1.LoadEarlyStateResponse{}
+	state, err := receiveEarly(first, stream, d.blocks)
+	if err != nil {
+		return nil, fmt.Errorf("receive the early state of the devices: %w", err)
+	}
+	if len(state.sections) > 0 {
+		began := time.Now()
+		reached("destination-early")
+		memory, err := d.tryEarly(ctx, state)
+		answer.LoadTime = durationpb.New(time.Since(began))
+		if memory != nil {
+			for _, p := range memory.missed {
+				answer.Missed = append(answer.Missed, &migratedv1.Memory{Block: uint32(p.block), Offset: p.offset})
+			}
+			for _, i := range memory.readers() {
+				reader := &migratedv1.Reader{Section: uint32(i)}
+				for _, p := range memory.reads[i] {
+					reader.Pages = append(reader.Pages, &migratedv1.Memory{Block: uint32(p.block), Offset: p.offset})
+				}
+				answer.Readers = append(answer.Readers, reader)
+			}
+		}
+		switch {
+		case err == nil && len(answer.Missed) == 0:
+			answer.Loaded = true
+		case err == nil:
+			p := memory.missed[0]
+			answer.Reason = fmt.Sprintf("loading it reads %d pages of the VM's memory that did not come with it, first that at %#x of %q",
+				len(answer.Missed), p.offset, d.blocks[p.block].ID)
+		default:
+			answer.Reason = d.explain(err).Error()
+		}
+		d.log.Info("loaded the early state of the devices", "loaded", answer.Loaded, "reason", answer.Reason,
+			"sections", len(state.sections), "pages", len(state.pages), "readers", len(answer.Readers), "time", time.Since(began))
+	}
+	if !answer.Loaded && len(state.sections) > 0 {
+		if err := d.replaceQEMU(ctx); err != nil {
+			return nil, fmt.Errorf("start another QEMU, as the early state of the devices was not loaded (%s): %w", answer.Reason, err)
+		}
+		if len(answer.Missed) > 0 {
+			return answer, nil
+		}
+	}
+	return answer, d.ready(ctx)
+}
+
+// An earlyState is what came of a source.
+type earlyState struct {
+	head     []byte
+	sections []devicestate.Section
+	pages    map[earlyPage][]byte
+	size     int // of the sections
+}
+
+// receiveEarly takes all messages of a source, which may send what it likes.
+func receiveEarly(first *migratedv1.LoadEarlyStateRequest, stream earlyStream, blocks []qemu.RAMBlock) (*earlyState, error) {
+	state := &earlyState{head: first.GetHead(), pages: map[earlyPage][]byte{}}
+	var sections []byte
+	memory := 0
+	for message := first; ; {
+		sections = append(sections, message.GetSections()...)
+		for _, piece := range message.GetMemory() {
+			if err := state.addMemory(piece, blocks); err != nil {
+				return nil, err
+			}
+			memory += len(piece.GetData())
+		}
+		if len(sections) > earlyStateMost || memory > earlyPagesMost {
+			return nil, fmt.Errorf("more than %d bytes of devices' state or %d of memory", earlyStateMost, earlyPagesMost)
+		}
+		var err error
+		if message, err = stream.Recv(); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return nil, err
+		}
+	}
+	for page, content := range state.pages {
+		if uint64(len(content)) != blocks[page.block].PageSize {
+			return nil, fmt.Errorf("RAM block %q: half a page at %#x", blocks[page.block].ID, page.offset)
+		}
+	}
+	var err error
+	state.size = len(sections)
+	if len(sections) > 0 {
+		state.sections, err = devicestate.Split(sections)
+	}
+	return state, err
+}
+
+// addMemory adds the next part of a page.
+func (e *earlyState) addMemory(piece *migratedv1.Memory, blocks []qemu.RAMBlock) error {
+	if int(piece.GetBlock()) >= len(blocks) {
+		return fmt.Errorf("memory of RAM block %d of %d", piece.GetBlock(), len(blocks))
+	}
+	b := blocks[piece.GetBlock()]
+	page := earlyPage{int(piece.GetBlock()), piece.GetOffset() &^ (b.PageSize - 1)}
+	content := e.pages[page]
+	at, size := piece.GetOffset()-page.offset, uint64(len(piece.GetData()))
+	if piece.GetOffset() >= b.Size || at != uint64(len(content)) || size == 0 || size > b.PageSize-at {
+		return fmt.Errorf("RAM block %q: %d bytes at %#x are not the next part of a page", b.ID, size, piece.GetOffset())
+	}
+	e.pages[page] = append(content, piece.GetData()...)
+	return nil
+}
+
+// tryEarly has QEMU load that. The memory that it was given for it is gone when it returns; what is known of it is returned, also
+// with an error, unless there is none. When all went well, and nothing was missed, d.early is what QEMU has loaded.
+func (d *Destination) tryEarly(ctx context.Context, state *earlyState) (memory *earlyMemory, err error) {
+	if err := earlyRoom.take(state.size); err != nil {
+		return nil, err
+	}
+	loaded := &earlyLoaded{sections: state.sections, size: state.size}
+	if loaded.carrier, err = newDeviceCarrier(false); err != nil {
+		earlyRoom.give(state.size)
+		return nil, err
+	}
+	defer func() {
+		if err != nil || len(memory.missed) > 0 {
+			loaded.close()
+		} else {
+			d.early = loaded
+		}
+	}()
+	if memory, err = newEarlyMemory(ctx, d.vm, d.blocks, state.pages); err != nil {
+		return nil, err
+	}
+	loaded.loading, err = feedEarly(ctx, d.vm, loaded.carrier, state, memory)
+	closeErr := memory.close(ctx)
+	if err != nil {
+		return memory, err // perhaps QEMU has ended, and nothing can be closed in it
+	}
+	if closeErr != nil {
+		return memory, fmt.Errorf("memory of the early load: %w", closeErr)
+	}
+	loaded.touched = memory.touched()
+	if len(memory.missed) > 0 {
+		return memory, nil
+	}
+	if err := d.vm.DropRAM(ctx, d.blocks); err != nil {
+		return memory, fmt.Errorf("drop what loading has read: %w", err)
+	}
+	return memory, nil
+}
+
+// feedEarly writes the beginning of a stream, section by section, each when the one before is loaded: so it is known which of
+// them reads memory.
+func feedEarly(
+	ctx context.Context, vm *qemu.VM, carrier *deviceCarrier, state *earlyState, memory *earlyMemory,
+) (*qemu.Loading, error) {
+	loading, err := vm.BeginLoading(ctx, carrier.qemu)
+	if err != nil {
+		return nil, err
+	}
+	// A QEMU that cannot load ends. That is not seen on the socket, of which this process has both ends.
+	deadline, cancel := context.WithTimeout(ctx, earlyTimeout)
+	defer cancel()
+	go func() {
+		select {
+		case <-vm.QMP.Done():
+			cancel()
+		case <-deadline.Done():
+		}
+	}()
+	stop := context.AfterFunc(deadline, func() { _ = carrier.ours.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	message := slices.Concat(state.head, devicestate.ReturnPath)
+	pong := make([]byte, len(devicestate.Pong(0)))
+	for i, s := range state.sections {
+		memory.loads(i)
+		n := uint32(i)
+		message = append(append(message, s.Bytes...), devicestate.Ping(n)...)
+		_, err := carrier.ours.Write(message)
+		if err == nil {
+			_, err = io.ReadFull(carrier.ours, pong)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("QEMU did not load the early state of %q: %w", s.Name, err)
+		}
+		if !bytes.Equal(pong, devicestate.Pong(n)) {
+			return nil, fmt.Errorf("QEMU answered %x when it had loaded the early state of %q", pong, s.Name)
+		}
+		if err := memory.loaded(ctx, vm, i); err != nil {
+			return nil, err
+		}
+		message = message[:0]
+	}
+	return loading, nil
+}
+
+// replaceQEMU ends the destination's QEMU, which may have loaded what is not to be used, and prepares another.
+func (d *Destination) replaceQEMU(ctx context.Context) error {
+	d.endQEMU()
+	err := errors.Join(d.taken.UFFD.Close(), d.vm.Close(), d.reserve.release())
+	if err != nil {
+		d.log.Warn("let go of a destination QEMU that was ended", "error", err)
+	}
+	d.taken, d.vm, d.process, d.reserve, d.blocks = nil, nil, nil, nil, nil
+	return d.prepareQEMU(ctx)
+}
