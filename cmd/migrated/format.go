@@ -72,6 +72,21 @@ func supervisionText(m *migratedv1.Migration) string {
 	}
 }
 
+// earlyLoadText returns what was done with the devices' state before the VM stops; nothing while nothing was.
+func earlyLoadText(e *migratedv1.EarlyLoad) string {
+	switch {
+	case e == nil:
+		return ""
+	case e.GetLoaded():
+		return fmt.Sprintf("%s of device state in %s, for which the VM stood still for %s",
+			bytesText(e.GetBytes()), durationText(e.GetLoadTime()), durationText(e.GetPause()))
+	case e.GetPause().AsDuration() > 0:
+		return fmt.Sprintf("no: %s; the VM stood still for %s", e.GetReason(), durationText(e.GetPause()))
+	default:
+		return "no: " + e.GetReason()
+	}
+}
+
 // isTerminal reports whether a state is a migration's last.
 func isTerminal(s migratedv1.MigrationState) bool {
 	switch s {

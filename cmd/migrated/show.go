@@ -110,6 +110,9 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	if text := supervisionText(m); text != "" {
 		fact("Userfaultfd", "%s", text)
 	}
+	if text := earlyLoadText(m.GetEarlyLoad()); text != "" {
+		fact("Early load", "%s", text)
+	}
 	switch {
 	case p.GetPagesPresent() == 0 && p.GetPagesTotal() > 0:
 		fact("Memory", "%s in %s, all at the source", bytesText(p.GetBytesTotal()), plural(p.GetPagesTotal(), "page"))

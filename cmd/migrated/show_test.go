@@ -6,6 +6,9 @@ import (
 	"bytes"
 	"strings"
 	"testing"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -35,6 +38,36 @@ func TestStatusOfUserfaultfd(t *testing.T) {
 		}
 		if got := facts["Userfaultfd"]; got != test.want || facts["Required"] != "a supervised userfaultfd" {
 			t.Errorf("status of %v, %q: %q; want %q\n%s", test.supervision, test.label, got, test.want, out.String())
+		}
+	}
+}
+
+func TestStatusOfEarlyLoad(t *testing.T) {
+	ms := func(n int) *durationpb.Duration { return durationpb.New(time.Duration(n) * time.Millisecond) }
+	for _, test := range []struct {
+		early *migratedv1.EarlyLoad
+		want  string
+	}{
+		{nil, ""},
+		{&migratedv1.EarlyLoad{Loaded: true, Bytes: 1 << 20, Pause: ms(12), LoadTime: ms(180)},
+			"Early load 1.0 MiB of device state in 180.0 ms, for which the VM stood still for 12.0 ms"},
+		{&migratedv1.EarlyLoad{Reason: "it was switched off"}, "Early load no: it was switched off"},
+		{&migratedv1.EarlyLoad{Reason: "QEMU ended", Pause: ms(9)}, "Early load no: QEMU ended; the VM stood still for 9.0 ms"},
+	} {
+		m := at("db-1", 0, active, 64)
+		m.EarlyLoad = test.early
+		var out bytes.Buffer
+		if err := printStatus(&out, m); err != nil {
+			t.Fatal(err)
+		}
+		got := ""
+		for line := range strings.Lines(out.String()) {
+			if strings.HasPrefix(line, "Early load") {
+				got = strings.Join(strings.Fields(line), " ")
+			}
+		}
+		if got != test.want {
+			t.Errorf("status says %q, want %q", got, test.want)
 		}
 	}
 }
