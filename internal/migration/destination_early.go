@@ -72,6 +72,7 @@ func (d *Destination) loadEarlyState(
 		began := time.Now()
 		reached("destination-early")
 		memory, err := d.tryEarly(ctx, state)
+		reached("destination-early-loaded")
 		answer.LoadTime = durationpb.New(time.Since(began))
 		if memory != nil {
 			for _, p := range memory.missed {

@@ -147,8 +147,8 @@ func (d *Destination) carrier(first *migratedv1.LoadDeviceStateRequest) (*device
 func (d *Destination) beginLoading(
 	ctx context.Context, carrier *deviceCarrier, first *migratedv1.LoadDeviceStateRequest,
 ) (*qemu.Loading, error) {
-	if d.early != nil {
-		return d.early.loading, nil
+	if d.early != nil { // it reads already; a QEMU that does not answer is no reason to stop the VM
+		return d.early.loading, checkIncoming(ctx, d.vm)
 	}
 	loading, err := d.vm.BeginLoading(ctx, carrier.qemu)
 	if err != nil {

@@ -198,6 +198,7 @@ func (s *Source) saveBriefly(ctx context.Context, pages []*migratedv1.Memory, sh
 		}
 		return nil
 	})
+	reached("source-early-saved")
 	shown.Pause = durationpb.New(shown.GetPause().AsDuration() + pause)
 	if closeErr := saver.Close(ctx); closeErr != nil {
 		s.log.Warn("QEMU keeps a descriptor that the device state was saved to", "error", closeErr)

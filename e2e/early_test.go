@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// loadedEarly wants a migration whose destination has loaded the devices' state before the VM stopped, and what has changed
+// since to be little of it.
+func loadedEarly(t *testing.T, m *migratedv1.Migration) {
+	t.Helper()
+	early := m.GetEarlyLoad()
+	if !early.GetLoaded() || early.GetPause().AsDuration() <= 0 || early.GetLoadTime().AsDuration() <= 0 {
+		t.Fatalf("the devices' state was not loaded early: %v", early)
+	}
+	if changes := m.GetProgress().GetBytesDeviceState(); changes == 0 || changes > early.GetBytes()/4 {
+		t.Errorf("%d bytes of %d were loaded when the VM had stopped", changes, early.GetBytes())
+	}
+	t.Logf("early load: %v; then %d bytes, downtime %v", early, m.GetProgress().GetBytesDeviceState(),
+		m.GetProgress().GetDowntime().AsDuration())
+}
+
+// prepared prepares a migration of the scene's VM.
+func (s *scene) prepared(id string, spec *migratedv1.MigrationSpec) *migratedv1.Migration {
+	s.Helper()
+	client := control(s.T, s.lab.A)
+	if _, err := client.Prepare(testContext(s.T), &migratedv1.PrepareRequest{Id: id, Spec: spec}); err != nil {
+		s.Fatal(err)
+	}
+	m := await(s.T, client, id, func(m *migratedv1.Migration) bool { return m.GetPrepared() })
+	if !m.GetPrepared() {
+		s.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	return m
+}
+
+// begun starts a migration that was prepared, and returns how it ended.
+func (s *scene) begun(id string) *migratedv1.Migration {
+	s.Helper()
+	client := control(s.T, s.lab.A)
+	if _, err := client.Start(testContext(s.T), &migratedv1.StartRequest{Id: id}); err != nil {
+		s.Fatal(err)
+	}
+	return await(s.T, client, id, func(*migratedv1.Migration) bool { return false })
+}
+
+// TestEarlyLoad: devices that change between the early load and the stop arrive as they are then. Pressing the power button is
+// such a change, in the one device of a q35 that QEMU does not load twice by itself.
+func TestEarlyLoad(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	for _, rehearse := range []bool{true, false} {
+		spec, id := s.spec(), "move"
+		if spec.Rehearse = rehearse; rehearse {
+			id = "dress"
+		}
+		s.prepared(id, spec)
+		s.countsOn()
+		command(t, l.A, "system_powerdown")
+		m := s.begun(id)
+		loadedEarly(t, m)
+		for _, d := range m.GetRehearsal().GetDifferences() {
+			if !slices.Contains(another, d.GetDevice()) {
+				t.Errorf("the state of %s is another when it is saved again: %d bytes", d.GetDevice(), d.GetBytes())
+			}
+		}
+		want := migratedv1.MigrationState_MIGRATION_STATE_COMPLETED
+		if rehearse {
+			want = migratedv1.MigrationState_MIGRATION_STATE_REHEARSED
+		}
+		if m.GetState() != want {
+			t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+		}
+	}
+	s.arrived()
+}
+
+// TestEarlyLoadOff: it can be switched off, and is not done where the destination's QEMU could not be replaced.
+func TestEarlyLoadOff(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "there", "--no-early-load")
+	if code != 0 {
+		t.Fatalf("exit code %d:\n%s", code, out)
+	}
+	if early := get(t, l.A, "there").GetEarlyLoad(); early.GetLoaded() || early.GetPause().AsDuration() != 0 || early.GetReason() != "it was switched off" {
+		t.Errorf("early load %v", early)
+	}
+	s.arrived()
+	startVM(t, l.A, s.vm, "-S", "-incoming", "defer")
+	m := migrateSpec(t, l.B, "back", &migratedv1.MigrationSpec{
+		Vm: lab.QMPPath, Destination: l.A.DaemonAddr(), DestinationQmp: lab.QMPPath,
+	})
+	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	if early := m.GetEarlyLoad(); early.GetLoaded() || !strings.Contains(early.GetReason(), "could not be replaced") {
+		t.Errorf("early load %v", early)
+	}
+}
+
+// TestPausedSinceEarlyLoad: QEMU was told that the VM will run, and would leave its disks to that.
+func TestPausedSinceEarlyLoad(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	s.prepared("paused", s.spec())
+	command(t, l.A, "stop")
+	m := s.begun("paused")
+	said := m.GetError()
+	if m.GetState() != stateFailed || !strings.Contains(said.GetMessage(), "was paused after") ||
+		said.GetRemedy() != "migrate it again" || said.GetVmStatus() != "the VM was not touched" {
+		t.Errorf("migration is %v: %v", m.GetState(), said)
+	}
+	if m := migrateSpec(t, l.A, "again", s.spec()); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	command(t, l.B, "cont")
+	s.arrived()
+}
+
+// TestEarlyLoadThatFails: a destination whose QEMU cannot load what it is given is replaced, and the VM stops only for the
+// save. One without a device does not load at the stop either, and then the VM goes on.
+func TestEarlyLoadThatFails(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	s.template("{{range .Args}}{{if eq . \"virtio-rng-pci,id=rng,rng=random,bus=rp1\"}}virtio-serial-pci,bus=rp1{{else}}{{.}}{{end}}\n{{end}}")
+	spec := s.spec()
+	spec.DestinationTemplate = templatePath
+	early := s.prepared("other", spec).GetEarlyLoad()
+	if early.GetLoaded() || !strings.Contains(early.GetReason(), "virtio-rng") {
+		t.Errorf("early load %v", early)
+	}
+	s.countsOn()
+	s.failed(s.begun("other"), stateFailed, "could not load the device state", "virtio-rng", "the VM runs on the source")
+	if err := os.Remove(l.B.Path(templatePath)); err != nil {
+		t.Error(err)
+	}
+}
