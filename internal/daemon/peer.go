@@ -129,7 +129,11 @@ func (p *peerService) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 	if err != nil {
 		return err
 	}
-	return migration.ToStatus(codes.FailedPrecondition, d.LoadDeviceState(first, stream))
+	err = d.LoadDeviceState(first, stream)
+	if errors.Is(err, migration.ErrNotRun) {
+		return migration.ToStatus(codes.Aborted, err)
+	}
+	return migration.ToStatus(codes.FailedPrecondition, err)
 }
 
 func (p *peerService) Run(ctx context.Context, request *migratedv1.RunRequest) (*migratedv1.RunResponse, error) {

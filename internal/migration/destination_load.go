@@ -44,9 +44,12 @@ func (d *Destination) LoadDeviceState(
 	d.phase = loading
 	d.releaseGC = garbage.hold()
 	d.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
-	answer, err := d.load(first, stream)
+	carrier, answer, err := d.load(first, stream)
 	if err != nil {
 		d.giveUp(err)
+		if carrier != nil && carrier.run.Load() != nil { // the source does not continue the VM by itself any more
+			return fmt.Errorf("%w: %w", ErrNotRun, err)
+		}
 		return err
 	}
 	reached("destination-took")
@@ -58,21 +61,25 @@ func (d *Destination) LoadDeviceState(
 	d.kept.header().loaded.Store(1)
 	d.expire(loaded, loadedTimeout, "the source did not say go")
 	reached("destination-loaded")
+	if run := carrier.run.Load(); run != nil {
+		if answer.Run, err = d.run(context.WithoutCancel(stream.Context()), run, carrier.began); err != nil {
+			return err
+		}
+	}
 	return stream.SendAndClose(answer)
 }
 
 func (d *Destination) load(
 	first *migratedv1.LoadDeviceStateRequest, stream deviceRequests,
-) (*migratedv1.LoadDeviceStateResponse, error) {
+) (carrier *deviceCarrier, _ *migratedv1.LoadDeviceStateResponse, err error) {
 	if first.GetChanges() != (d.early != nil) {
-		return nil, errors.New("the source and this host do not agree on whether an early state was loaded")
+		return nil, nil, errors.New("the source and this host do not agree on whether an early state was loaded")
 	}
 	if first.GetChanges() && first.GetPaused() {
-		return nil, errPausedSince
+		return nil, nil, errPausedSince
 	}
-	carrier, err := d.carrier(first)
-	if err != nil {
-		return nil, err
+	if carrier, err = d.carrier(first); err != nil {
+		return nil, nil, err
 	}
 	defer carrier.close()
 	bounded, expire := context.WithTimeoutCause(d.loadCtx, loadTimeout, fmt.Errorf("it did not come within %v", loadTimeout))
@@ -83,7 +90,7 @@ func (d *Destination) load(
 	defer stop()
 	if first.GetPaused() && !first.GetRehearsal() {
 		if err := d.vm.TakeDisksWhenLoaded(ctx); err != nil {
-			return nil, fmt.Errorf("prepare the destination QEMU: %w", err)
+			return carrier, nil, fmt.Errorf("prepare the destination QEMU: %w", err)
 		}
 	}
 
@@ -108,18 +115,18 @@ func (d *Destination) load(
 	switch {
 	case err == nil:
 	case ctx.Err() != nil:
-		return nil, fmt.Errorf("the destination QEMU did not load the device state: %w", causeOf(ctx, d.explain(err)))
+		return carrier, nil, fmt.Errorf("the destination QEMU did not load the device state: %w", causeOf(ctx, d.explain(err)))
 	default:
-		return nil, withRemedy(fmt.Errorf("the destination QEMU could not load the device state: %w", d.explain(err)),
+		return carrier, nil, withRemedy(fmt.Errorf("the destination QEMU could not load the device state: %w", d.explain(err)),
 			"compare machine type, devices and QEMU versions of both sides")
 	}
 	if first.GetPaused() && !first.GetRehearsal() {
 		// QEMU before 10.0 has taken them by itself, and only logs that it could not have them.
 		if _, err := d.vm.ActivateDisks(ctx); err != nil {
-			return nil, fmt.Errorf("take the VM's disks: %w", err)
+			return carrier, nil, fmt.Errorf("take the VM's disks: %w", err)
 		}
 		if active, err := d.vm.DisksActive(ctx); err != nil || !active {
-			return nil, errors.Join(fmt.Errorf("the destination QEMU did not get the VM's disks: %s", d.said()), err)
+			return carrier, nil, errors.Join(fmt.Errorf("the destination QEMU did not get the VM's disks: %s", d.said()), err)
 		}
 	}
 	<-received // all has been sent: the source waits for the answer
@@ -128,11 +135,11 @@ func (d *Destination) load(
 	}
 	if first.GetRehearsal() {
 		if answer.Differences, err = d.saveAgain(ctx, carrier.kept); err != nil {
-			return nil, fmt.Errorf("save the device state again: %w", err)
+			return carrier, nil, fmt.Errorf("save the device state again: %w", err)
 		}
 		answer.CompareTime = durationpb.New(time.Since(ended))
 	}
-	return answer, nil
+	return carrier, answer, nil
 }
 
 // carrier is what the stream goes over: a new one, or the one over which QEMU has loaded the early state.

@@ -20,6 +20,11 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	arrived := time.Now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	return d.run(ctx, request, arrived)
+}
+
+// run is Run of a caller that holds the lock.
+func (d *Destination) run(ctx context.Context, request *migratedv1.RunRequest, arrived time.Time) (*migratedv1.RunResponse, error) {
 	switch {
 	case d.phase == running && d.answer != nil:
 		return d.answer, nil

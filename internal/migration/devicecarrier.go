@@ -8,11 +8,13 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // A deviceCarrier is the pair of sockets between the daemon and a destination's QEMU that a migration stream runs over.
@@ -20,6 +22,8 @@ import (
 type deviceCarrier struct {
 	qemu *os.File // to be handed to QEMU
 	ours *os.File
+
+	run atomic.Pointer[migratedv1.RunRequest] // that came with the last of it; nil: Run follows
 
 	// Owned by who receives, until QEMU has loaded.
 	received int       // bytes of devices' state
@@ -99,12 +103,15 @@ func (c *deviceCarrier) each(stream deviceRequests, take func(data []byte) error
 		if err != nil {
 			return fmt.Errorf("receive the device state: %w", err)
 		}
-		data := message.GetData()
-		if len(data) == 0 {
+		data, run := message.GetData(), message.GetRun()
+		if len(data) == 0 && run == nil {
 			continue // padding
 		}
-		if c.received == 0 {
+		if c.began.IsZero() {
 			c.began = time.Now()
+		}
+		if run != nil {
+			c.run.Store(run)
 		}
 		if c.received += len(data); c.received > devicestate.Most {
 			return fmt.Errorf("the source sends more than %d bytes of device state", devicestate.Most)

@@ -85,8 +85,13 @@ type Source struct {
 	// gaveUpDisks says that QEMU was asked to give the disks up.
 	gaveUpDisks bool
 	early       *snapshot // that the destination has loaded; nil: none
-	loaded      *migratedv1.LoadDeviceStateResponse
-	steps       steps
+	// toldToRun says that the destination may have been told to run the VM, with the last of the devices' state.
+	toldToRun      bool
+	told, answered time.Time                           // when the last was sent, and answered
+	loaded         *migratedv1.LoadDeviceStateResponse // nil: it was told to run, and has not answered
+	steps          steps
+
+	isContinued atomic.Bool // by somebody else, after it was stopped
 
 	unwatch   func()      // ends watchQEMU
 	gone      atomic.Bool // it has seen QEMU end
@@ -161,6 +166,14 @@ func (s *Source) writeDown() error {
 
 // commit passes the commit point unless the migration was cancelled first.
 func (s *Source) commit(ctx context.Context) error {
+	err := s.commitRecord(ctx)
+	if err == nil {
+		reached("source-committed")
+	}
+	return err
+}
+
+func (s *Source) commitRecord(ctx context.Context) error {
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
 	if err := context.Cause(ctx); err != nil {
@@ -173,7 +186,7 @@ func (s *Source) commit(ctx context.Context) error {
 	return nil
 }
 
-// giveBack undoes commit after the destination promised ErrNotRun.
+// giveBack undoes commit after the destination promised ErrNotRun, and where it was never told to run the VM.
 func (s *Source) giveBack() {
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
@@ -229,6 +242,7 @@ func (s *Source) switchOver(ctx context.Context) bool {
 	s.guardStopped(ctx)
 	s.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
 	if err := s.moveDevices(ctx); err != nil {
+		s.giveBack() // it may be committed: the destination was not told, or has promised not to run the VM
 		s.backOut(ctx, err)
 		return false
 	}
@@ -237,11 +251,12 @@ func (s *Source) switchOver(ctx context.Context) bool {
 		s.rehearsed(ctx)
 		return false
 	}
-	if err := s.commit(ctx); err != nil {
-		s.backOut(ctx, err)
-		return false
+	if !s.toldToRun {
+		if err := s.commit(ctx); err != nil {
+			s.backOut(ctx, err)
+			return false
+		}
 	}
-	reached("source-committed")
 	return s.handedOver(ctx)
 }
 

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -67,10 +69,14 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	began := time.Now()
 	s.gaveUpDisks = giveUp
 	sender := newDeviceSender(stream)
+	committed := s.commitWhileSaving(ctx)
 	state, err := saver.Save(ctx, giveUp, s.whileSaving(sender))
 	close(sender.offers)
 	if err != nil {
-		return causeOf(ctx, fmt.Errorf("save the device state: %w", err))
+		err = fmt.Errorf("save the device state: %w", err)
+	}
+	if err := errors.Join(err, <-committed); err != nil {
+		return causeOf(ctx, err)
 	}
 	s.steps.save = time.Since(began)
 	reached("source-saved")
@@ -86,6 +92,22 @@ func (s *Source) moveDevices(ctx context.Context) error {
 		}
 	}
 	return s.finishDevices(ctx, sender, body)
+}
+
+// endsInOne says that the destination runs the VM as soon as it has loaded: it has loaded nearly everything already, so that
+// little is left that could fail.
+func (s *Source) endsInOne() bool { return s.early != nil && !s.cfg.Spec.GetRehearse() }
+
+// commitWhileSaving passes the commit point before the destination is told anything, if that is the way. The channel has the
+// outcome.
+func (s *Source) commitWhileSaving(ctx context.Context) <-chan error {
+	committed := make(chan error, 1)
+	if !s.endsInOne() {
+		committed <- nil
+		return committed
+	}
+	go func() { committed <- s.commit(ctx) }()
+	return committed
 }
 
 // whileSaving has what QEMU has saved sent while it saves. Changes are known when all is saved.
@@ -224,9 +246,29 @@ func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body [
 	if sender.send(body); sender.err != nil {
 		return causeOf(ctx, sender.err)
 	}
+	s.update(func(m *migratedv1.Migration) { m.Progress.BytesDeviceState = uint64(len(body)) })
+	if s.endsInOne() && !sender.over {
+		if s.isContinued.Load() {
+			return errContinued
+		}
+		s.toldToRun, s.told = true, time.Now()
+		// An error of it is one of the call, which is asked next.
+		_ = sender.stream.Send(&migratedv1.LoadDeviceStateRequest{Run: s.runRequest(s.told)})
+	}
 	answer, err := sender.stream.CloseAndRecv()
+	s.answered = time.Now()
 	if err != nil {
-		return causeOf(ctx, fromPeer("move the device state", s.cfg.Spec.GetDestination(), err))
+		err = fromPeer("move the device state", s.cfg.Spec.GetDestination(), err)
+	}
+	switch {
+	case err == nil:
+	case !s.toldToRun:
+		return causeOf(ctx, err)
+	case status.Code(err) == codes.Aborted:
+		return fmt.Errorf("%w: %w", ErrNotRun, err)
+	default:
+		s.log.Warn("the hand-over is not answered", "error", err)
+		return nil // Run asks for the outcome
 	}
 	compared := answer.GetCompareTime().AsDuration()
 	s.steps.transfer = time.Since(saved) - compared
@@ -235,7 +277,6 @@ func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body [
 	s.log.Info("the device state is loaded", "bytes", len(body), "stop", s.steps.stop, "save", s.steps.save,
 		"transfer", s.steps.transfer, "load", s.steps.load)
 	s.loaded = answer
-	s.update(func(m *migratedv1.Migration) { m.Progress.BytesDeviceState = uint64(len(body)) })
 	return nil
 }
 

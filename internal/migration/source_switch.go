@@ -54,6 +54,7 @@ func (s *Source) guardStopped(ctx context.Context) {
 
 // continued is what follows when the VM runs here. It may be this migration itself that had it continued: it is over then.
 func (s *Source) continued() {
+	s.isContinued.Store(true)
 	s.export.Withdraw()
 	s.log.Warn("the VM was continued on the source, its pages are served no more")
 	s.commitMu.Lock()
@@ -63,35 +64,22 @@ func (s *Source) continued() {
 	}
 }
 
-// handOver repeats Run until the destination answers it. The commit point is
+// handOver repeats Run until the destination answers it, unless it has answered already. The commit point is
 // behind us: a cancellation no longer counts, only the daemon's own end does.
 func (s *Source) handOver(ctx context.Context) error {
+	if answer := s.loaded.GetRun(); answer != nil {
+		s.switched(answer, s.told, s.answered)
+		return nil
+	}
 	destination := s.cfg.Spec.GetDestination()
 	for delay := 10 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
 		sent := time.Now()
-		stoppedFor := sent.Sub(s.stoppedAt)
 		callCtx, cancel := context.WithTimeout(ctx, resumeTimeout)
-		answer, err := s.peer.Run(callCtx, &migratedv1.RunRequest{
-			Id: s.cfg.ID, Resume: s.wasRunning, StoppedFor: durationpb.New(stoppedFor),
-		})
+		answer, err := s.peer.Run(callCtx, s.runRequest(sent))
 		cancel()
 		switch status.Code(err) {
 		case codes.OK:
-			reached("source-answered")
-			network := max(0, time.Since(sent)-answer.GetServeTime().AsDuration())
-			downtime := stoppedFor + network/2 + answer.GetResumeTime().AsDuration()
-			s.log.Info("switched over", "downtime", downtime, "stopped_for", stoppedFor, "network", network,
-				"cont", answer.GetResumeTime().AsDuration())
-			s.runsThere.Store(true)
-			s.update(func(m *migratedv1.Migration) {
-				m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
-				if m.Error = nil; s.gone.Load() {
-					m.Error = s.orphanError()
-				}
-				if !s.takenUp { // else the switch may have been long before this daemon
-					m.Progress.Downtime = durationpb.New(downtime)
-				}
-			})
+			s.switched(answer, sent, time.Now())
 			return nil
 		case codes.Aborted:
 			return fmt.Errorf("%w: %w", ErrNotRun, fromPeer("run the VM", destination, err))
@@ -110,6 +98,31 @@ func (s *Source) handOver(ctx context.Context) error {
 			return fmt.Errorf("the daemon ended before the destination answered the hand-over: %w", err)
 		}
 	}
+}
+
+// runRequest has the destination run the VM.
+func (s *Source) runRequest(sent time.Time) *migratedv1.RunRequest {
+	return &migratedv1.RunRequest{Id: s.cfg.ID, Resume: s.wasRunning, StoppedFor: durationpb.New(sent.Sub(s.stoppedAt))}
+}
+
+// switched is what follows when the destination has answered, at answered, what was sent at sent: the VM runs there.
+func (s *Source) switched(answer *migratedv1.RunResponse, sent, answered time.Time) {
+	reached("source-answered")
+	stoppedFor := sent.Sub(s.stoppedAt)
+	network := max(0, answered.Sub(sent)-answer.GetServeTime().AsDuration())
+	downtime := stoppedFor + network/2 + answer.GetResumeTime().AsDuration()
+	s.log.Info("switched over", "downtime", downtime, "stopped_for", stoppedFor, "network", network,
+		"cont", answer.GetResumeTime().AsDuration())
+	s.runsThere.Store(true)
+	s.update(func(m *migratedv1.Migration) {
+		m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+		if m.Error = nil; s.gone.Load() {
+			m.Error = s.orphanError()
+		}
+		if !s.takenUp { // else the switch may have been long before this daemon
+			m.Progress.Downtime = durationpb.New(downtime)
+		}
+	})
 }
 
 // follow shows the destination's figures until the last page has arrived. A

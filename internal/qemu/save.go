@@ -52,6 +52,9 @@ func (vm *VM) NewSaver(ctx context.Context) (*Saver, error) {
 // in 0.6 ms.
 const lookEvery = 500 * time.Microsecond
 
+// lookSoon is the same for SaveRunning: of a VM without devices QEMU saves all within a millisecond.
+const lookSoon = 50 * time.Microsecond
+
 // Save returns the state of all devices of a stopped VM, as QEMU's savevm.c writes it: magic and version of a migration
 // stream, a section for each device that has state, and the end. RAM is not in it. The VM stays stopped.
 //
@@ -62,6 +65,12 @@ const lookEvery = 500 * time.Microsecond
 // gets what there is, unless it is nil, each time from the first byte on; it owns nothing of that. Its error is returned once
 // QEMU has answered.
 func (s *Saver) Save(ctx context.Context, giveUpDisks bool, written func(state []byte) error) ([]byte, error) {
+	return s.save(ctx, giveUpDisks, written, lookEvery)
+}
+
+func (s *Saver) save(
+	ctx context.Context, giveUpDisks bool, written func(state []byte) error, every time.Duration,
+) ([]byte, error) {
 	// The name is Xen's, the command is everybody's (qmp_xen_save_devices_state in migration/savevm.c). "live" is what
 	// makes it give up the disks of a VM that was stopped before.
 	args := map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", s.set), "live": giveUpDisks}
@@ -71,7 +80,7 @@ func (s *Saver) Save(ctx context.Context, giveUpDisks bool, written func(state [
 	}
 	answered := make(chan error, 1)
 	go func() { answered <- wait(ctx) }()
-	look := time.NewTicker(lookEvery)
+	look := time.NewTicker(every)
 	defer look.Stop()
 	var state []byte
 	var failed error // of written, or of reading
@@ -104,14 +113,14 @@ func (s *Saver) SaveRunning(ctx context.Context, look func() error) (state []byt
 	events := s.vm.QMP.Subscribe("STOP", "RESUME")
 	defer events.Close()
 	var looked time.Time
-	state, err = s.Save(ctx, false, func(begun []byte) error {
+	state, err = s.save(ctx, false, func(begun []byte) error {
 		if len(begun) == 0 || !looked.IsZero() {
 			return nil
 		}
 		err := look()
 		looked = time.Now()
 		return err
-	})
+	}, lookSoon)
 	if err != nil {
 		return nil, 0, err
 	}

@@ -826,7 +826,11 @@ type LoadDeviceStateRequest struct {
 	// connection ready for as much at once.
 	Padding []byte `protobuf:"bytes,5,opt,name=padding,proto3" json:"padding,omitempty"`
 	// data are changes.
-	Changes       bool `protobuf:"varint,6,opt,name=changes,proto3" json:"changes,omitempty"`
+	Changes bool `protobuf:"varint,6,opt,name=changes,proto3" json:"changes,omitempty"`
+	// In the last message: the source has written down that it handed the VM over,
+	// and the destination runs it as soon as it has loaded everything. Run follows
+	// where this is not answered.
+	Run           *RunRequest `protobuf:"bytes,7,opt,name=run,proto3" json:"run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -903,14 +907,23 @@ func (x *LoadDeviceStateRequest) GetChanges() bool {
 	return false
 }
 
+func (x *LoadDeviceStateRequest) GetRun() *RunRequest {
+	if x != nil {
+		return x.Run
+	}
+	return nil
+}
+
 type LoadDeviceStateResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Bytes uint64                 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	// From the arrival of the first device's state to QEMU's having loaded all.
 	LoadTime *durationpb.Duration `protobuf:"bytes,2,opt,name=load_time,json=loadTime,proto3" json:"load_time,omitempty"`
 	// Of a rehearsal, and what it took to find that out.
-	Differences   []*DeviceDifference  `protobuf:"bytes,3,rep,name=differences,proto3" json:"differences,omitempty"`
-	CompareTime   *durationpb.Duration `protobuf:"bytes,4,opt,name=compare_time,json=compareTime,proto3" json:"compare_time,omitempty"`
+	Differences []*DeviceDifference  `protobuf:"bytes,3,rep,name=differences,proto3" json:"differences,omitempty"`
+	CompareTime *durationpb.Duration `protobuf:"bytes,4,opt,name=compare_time,json=compareTime,proto3" json:"compare_time,omitempty"`
+	// The answer to run.
+	Run           *RunResponse `protobuf:"bytes,5,opt,name=run,proto3" json:"run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -969,6 +982,13 @@ func (x *LoadDeviceStateResponse) GetDifferences() []*DeviceDifference {
 func (x *LoadDeviceStateResponse) GetCompareTime() *durationpb.Duration {
 	if x != nil {
 		return x.CompareTime
+	}
+	return nil
+}
+
+func (x *LoadDeviceStateResponse) GetRun() *RunResponse {
+	if x != nil {
+		return x.Run
 	}
 	return nil
 }
@@ -1037,7 +1057,8 @@ func (x *RunRequest) GetStoppedFor() *durationpb.Duration {
 
 type RunResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// From this call's arrival to the destination QEMU's running.
+	// From this call's arrival to the destination QEMU's running. Of a
+	// LoadDeviceState, from the arrival of the first device's state.
 	ResumeTime *durationpb.Duration `protobuf:"bytes,1,opt,name=resume_time,json=resumeTime,proto3" json:"resume_time,omitempty"`
 	// From this call's arrival to its answer, so that the caller can tell how
 	// long the network took.
@@ -1446,19 +1467,21 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\tload_time\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\"M\n" +
 	"\x06Reader\x12\x18\n" +
 	"\asection\x18\x01 \x01(\rR\asection\x12)\n" +
-	"\x05pages\x18\x02 \x03(\v2\x13.migrated.v1.MemoryR\x05pages\"\xa6\x01\n" +
+	"\x05pages\x18\x02 \x03(\v2\x13.migrated.v1.MemoryR\x05pages\"\xd1\x01\n" +
 	"\x16LoadDeviceStateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x16\n" +
 	"\x06paused\x18\x03 \x01(\bR\x06paused\x12\x1c\n" +
 	"\trehearsal\x18\x04 \x01(\bR\trehearsal\x12\x18\n" +
 	"\apadding\x18\x05 \x01(\fR\apadding\x12\x18\n" +
-	"\achanges\x18\x06 \x01(\bR\achanges\"\xe6\x01\n" +
+	"\achanges\x18\x06 \x01(\bR\achanges\x12)\n" +
+	"\x03run\x18\a \x01(\v2\x17.migrated.v1.RunRequestR\x03run\"\x92\x02\n" +
 	"\x17LoadDeviceStateResponse\x12\x14\n" +
 	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\x126\n" +
 	"\tload_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\x12?\n" +
 	"\vdifferences\x18\x03 \x03(\v2\x1d.migrated.v1.DeviceDifferenceR\vdifferences\x12<\n" +
-	"\fcompare_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vcompareTime\"p\n" +
+	"\fcompare_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vcompareTime\x12*\n" +
+	"\x03run\x18\x05 \x01(\v2\x18.migrated.v1.RunResponseR\x03run\"p\n" +
 	"\n" +
 	"RunRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
@@ -1551,36 +1574,38 @@ var file_migrated_v1_peer_proto_depIdxs = []int32{
 	9,  // 9: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
 	23, // 10: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
 	7,  // 11: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
-	23, // 12: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
-	24, // 13: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
-	23, // 14: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
-	23, // 15: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
-	23, // 16: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	23, // 17: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	25, // 18: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	26, // 19: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	27, // 20: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	0,  // 21: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 22: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	6,  // 23: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
-	10, // 24: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	12, // 25: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	14, // 26: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	16, // 27: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
-	18, // 28: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 29: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	5,  // 30: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	8,  // 31: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
-	11, // 32: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	13, // 33: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	15, // 34: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	17, // 35: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
-	19, // 36: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	29, // [29:37] is the sub-list for method output_type
-	21, // [21:29] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	12, // 12: migrated.v1.LoadDeviceStateRequest.run:type_name -> migrated.v1.RunRequest
+	23, // 13: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
+	24, // 14: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
+	23, // 15: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
+	13, // 16: migrated.v1.LoadDeviceStateResponse.run:type_name -> migrated.v1.RunResponse
+	23, // 17: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	23, // 18: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	23, // 19: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	25, // 20: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	26, // 21: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	27, // 22: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	0,  // 23: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	2,  // 24: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	6,  // 25: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
+	10, // 26: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	12, // 27: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	14, // 28: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	16, // 29: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
+	18, // 30: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 31: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	5,  // 32: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	8,  // 33: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
+	11, // 34: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	13, // 35: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	15, // 36: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	17, // 37: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
+	19, // 38: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	31, // [31:39] is the sub-list for method output_type
+	23, // [23:31] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }

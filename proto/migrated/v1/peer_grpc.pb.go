@@ -53,6 +53,7 @@ type PeerServiceClient interface {
 	// the state of the VM's devices, and answers when that has loaded all of it:
 	// the first step of the commit. The stream's beginning, up to the first device,
 	// comes before the VM stops; the header of the answer says that QEMU reads.
+	// With run it is the second step as well, and the status ABORTED is Run's.
 	LoadDeviceState(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LoadDeviceStateRequest, LoadDeviceStateResponse], error)
 	// Run is the second step of the commit: the source has written down that it
 	// handed the VM over and the destination runs it. Idempotent: repeated until
@@ -193,6 +194,7 @@ type PeerServiceServer interface {
 	// the state of the VM's devices, and answers when that has loaded all of it:
 	// the first step of the commit. The stream's beginning, up to the first device,
 	// comes before the VM stops; the header of the answer says that QEMU reads.
+	// With run it is the second step as well, and the status ABORTED is Run's.
 	LoadDeviceState(grpc.ClientStreamingServer[LoadDeviceStateRequest, LoadDeviceStateResponse]) error
 	// Run is the second step of the commit: the source has written down that it
 	// handed the VM over and the destination runs it. Idempotent: repeated until
