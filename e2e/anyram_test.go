@@ -143,13 +143,7 @@ func goThrough(t *testing.T, version string, kinds []lab.Backend, huge bool) {
 		checkVersion(t, to, version)
 		port = openGuest(t, to, &guest)
 		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
-		verified, err := port.Verify(testContext(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if verified.Pages == 0 || verified.Found != 0 || verified.Blocks == 0 || verified.BlocksFound != 0 || guest.Err() != nil {
-			t.Fatalf("%s: the guest found damage: %+v, %v", id, verified, guest.Err())
-		}
+		verified := verifyLinux(t, &guest, port)
 		t.Logf("%s: downtime %v, %d faults, p50 %v, %d blocks checked", id, m.GetProgress().GetDowntime().AsDuration(),
 			m.GetProgress().GetFaults(), m.GetProgress().GetFaultP50().AsDuration(), verified.Blocks)
 		from, to = to, from

@@ -165,13 +165,7 @@ func TestManyDevices(t *testing.T) {
 		m := migrate(t, from, to, fmt.Sprintf("hop-%d", hop))
 		port = openGuest(t, to, &guest)
 		awaitBlocks(t, &guest, writesOf(guest.Disks())+20)
-		verified, err := port.Verify(testContext(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if verified.Found != 0 || verified.BlocksFound != 0 || verified.Blocks == 0 || guest.Err() != nil {
-			t.Fatalf("the guest found damage: %+v, %v", verified, guest.Err())
-		}
+		verifyLinux(t, &guest, port)
 		t.Logf("downtime %v, %d bytes of device state", m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetBytesDeviceState())
 		from, to = to, from
 	}

@@ -145,8 +145,8 @@ func linux(t *testing.T, c lab.VMConfig, args ...string) lab.VMConfig {
 	return c.Real(kernel, initrd, 1, 1, args...)
 }
 
-// verifyLinux has the guest check all of its memory and of its disk.
-func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) {
+// verifyLinux has the guest check all of its memory and of its disks, and returns what it says.
+func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) *report.Verified {
 	t.Helper()
 	v, err := port.Verify(testContext(t))
 	if err != nil {
@@ -154,8 +154,9 @@ func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) {
 	}
 	if err := guest.Err(); err != nil ||
 		v.Corruptions != 0 || v.Pages == 0 || v.Found != 0 || v.Blocks == 0 || v.BlocksFound != 0 {
-		t.Errorf("the guest found damage: %+v: %v", v, err)
+		t.Fatalf("the guest found damage: %+v: %v", v, err)
 	}
+	return v
 }
 
 // plainLinux makes c boot the Linux guest, which has neither a disk nor a network card.

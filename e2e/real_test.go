@@ -74,16 +74,7 @@ func TestRealVM(t *testing.T) {
 			i, pings.Sent, pings.Lost, pings.LongestGap, switched.Downtime(), announced.At.Sub(switched.Stopped),
 			answered.Sub(switched.Stopped))
 	}
-	verified, err := port.Verify(testContext(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if verified.Pages == 0 || verified.Found != 0 || verified.Blocks == 0 || verified.BlocksFound != 0 {
-		t.Errorf("the guest found damage: %+v", verified)
-	}
-	if err := guest.Err(); err != nil {
-		t.Error(err)
-	}
+	verified := verifyLinux(t, &guest, port)
 	t.Logf("%d blocks checked; %+v; %+v", verified.Blocks, verified.Disks, verified.Cards)
 	if err := port.Close(); err != nil {
 		t.Error(err)
