@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"fmt"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -91,7 +90,6 @@ func reserveGiganticPages(t *testing.T, n int) {
 // goThrough boots a VM with the first kind of memory and moves it to each of the others in turn.
 func goThrough(t *testing.T, version string, kinds []lab.Backend, huge bool) {
 	t.Helper()
-	needRealVM(t)
 	l := newHosts(t)
 	for _, h := range []*lab.Host{l.A, l.B} {
 		if version != lab.InstalledQEMU {
@@ -161,15 +159,4 @@ func writesOf(disks []report.Disk) (least uint64) {
 		}
 	}
 	return least
-}
-
-// needRealVM is for tests whose VM has disks and network cards.
-func needRealVM(t *testing.T) {
-	t.Helper()
-	if _, err := exec.LookPath("qemu-img"); err != nil {
-		cannot.Run(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
-	}
-	if _, err := os.Stat("/dev/net/tun"); err != nil {
-		cannot.Run(t, "network cards are taps: %v", err)
-	}
 }

@@ -58,7 +58,6 @@ func ask(t *testing.T, h *lab.Host, command string, args, result any) {
 // TestPausedVMWithDiskGoesOn moves a VM that is paused and has a writable disk from host to host, and on: a QEMU that
 // has not got its disks would abort when it is asked to give them up.
 func TestPausedVMWithDiskGoesOn(t *testing.T) {
-	needRealVM(t)
 	for _, version := range lab.QEMUVersions {
 		t.Run(version, func(t *testing.T) {
 			l := newHosts(t)
@@ -85,7 +84,6 @@ func TestPausedVMWithDiskGoesOn(t *testing.T) {
 
 // TestPausedVMThatDoesNotLoad: it stays what it was, paused, and can be moved.
 func TestPausedVMThatDoesNotLoad(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Disks: 1, RNG: true})
 	command(t, l.A, "stop")
@@ -121,7 +119,6 @@ func useQEMU(t *testing.T, h *lab.Host, version string) {
 
 // TestNewerQEMU moves a VM of an old machine type to a newer QEMU, and that one's to the newest.
 func TestNewerQEMU(t *testing.T) {
-	needRealVM(t)
 	for _, versions := range [][2]string{{"7.2", "10.0"}, {"7.2", "11.1"}, {"10.0", "11.1"}} {
 		t.Run(versions[0]+" to "+versions[1], func(t *testing.T) {
 			l := newHosts(t)
@@ -144,7 +141,6 @@ func TestNewerQEMU(t *testing.T) {
 // TestManyDevices moves a VM with eight disks and eight network cards, each behind a port of its own, that its guest
 // drives.
 func TestManyDevices(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
@@ -184,7 +180,6 @@ func TestFreePageHints(t *testing.T) {
 
 // TestSnapshotMeanwhile: a snapshot that is made while a migration is prepared has the VM's memory in it.
 func TestSnapshotMeanwhile(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Disks: 1})
 	client := s.prepare("prepared")
@@ -232,7 +227,6 @@ func TestUnmovableDevices(t *testing.T) {
 
 // TestBitmapsAreNamed: a dirty bitmap that is in memory alone stays behind, which check says.
 func TestBitmapsAreNamed(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
 	sceneOf(t, l, lab.VMConfig{Disks: 1})
 	ask(t, l.A, "block-dirty-bitmap-add", map[string]any{"node": "disk0", "name": "nightly"}, nil)

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -121,6 +122,9 @@ func closeConn(t *testing.T, conn *grpc.ClientConn) {
 // startVM starts a VM, its QEMU's output shown when the test fails.
 func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Process {
 	t.Helper()
+	if c.Disks > 0 || c.NICs > 0 {
+		needRealVM(t)
+	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			text, _ := os.ReadFile(h.Path(lab.VMDir + "/qemu.log"))
@@ -134,10 +138,20 @@ func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Pr
 	return p
 }
 
+// needRealVM is for VMs with disks or network cards.
+func needRealVM(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		cannot.Run(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
+	}
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		cannot.Run(t, "network cards are taps: %v", err)
+	}
+}
+
 // linux gives c a disk and a network card, which its Linux guest has at work.
 func linux(t *testing.T, c lab.VMConfig, args ...string) lab.VMConfig {
 	t.Helper()
-	needRealVM(t)
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
 		t.Fatal(err)

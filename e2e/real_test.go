@@ -16,7 +16,6 @@ import (
 // TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its
 // clients find it again, because it announces itself before it says anything else.
 func TestRealVM(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
