@@ -19,7 +19,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// sceneOf boots the bare-metal guest with private memory and what else a VM may have.
+// sceneOf boots the bare-metal guest in a VM with one vCPU and what else vm has.
 func sceneOf(t *testing.T, l *lab.Lab, vm lab.VMConfig) *scene {
 	t.Helper()
 	vm.VCPUs, vm.MemoryMiB = 1, max(32, vm.MemoryMiB)
@@ -127,9 +127,8 @@ func TestNewerQEMU(t *testing.T) {
 				startDaemon(t, h)
 			}
 			s := sceneOf(t, l, lab.VMConfig{
-				Backend: lab.BackendDefault, Disks: 2, NICs: 2, RootPorts: true, VGA: true, RNG: true, Balloon: true,
-				Extra: []string{"-machine", "pc-q35-7.2"},
-			})
+				Backend: lab.BackendDefault, Extra: []string{"-machine", "pc-q35-7.2"},
+			}.WithDevices(2, 2))
 			checkVersion(t, l.A, versions[0])
 			migrate(t, l.A, l.B, "newer")
 			checkVersion(t, l.B, versions[1])
@@ -181,7 +180,7 @@ func TestFreePageHints(t *testing.T) {
 // TestSnapshotMeanwhile: a snapshot that is made while a migration is prepared has the VM's memory in it.
 func TestSnapshotMeanwhile(t *testing.T) {
 	l := newLab(t)
-	s := sceneOf(t, l, lab.VMConfig{Disks: 1})
+	s := newScene(t, l)
 	client := s.prepare("prepared")
 	var said string
 	ask(t, l.A, "human-monitor-command", map[string]string{"command-line": "savevm snap"}, &said)
@@ -228,7 +227,7 @@ func TestUnmovableDevices(t *testing.T) {
 // TestBitmapsAreNamed: a dirty bitmap that is in memory alone stays behind, which check says.
 func TestBitmapsAreNamed(t *testing.T) {
 	l := newLab(t)
-	sceneOf(t, l, lab.VMConfig{Disks: 1})
+	newScene(t, l)
 	ask(t, l.A, "block-dirty-bitmap-add", map[string]any{"node": "disk0", "name": "nightly"}, nil)
 	out, code := operate(t, l.A, "check", "--vm", lab.QMPPath, "--json")
 	var answer struct {

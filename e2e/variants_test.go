@@ -35,7 +35,9 @@ func TestAttachToWaitingQEMU(t *testing.T) {
 func TestAttachToRunningVMIsRefused(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
-	startVM(t, l.B, s.vm)
+	occupant := s.vm
+	occupant.Disks, occupant.NICs = 0, 0 // the VM's own are in use
+	startVM(t, l.B, occupant)
 	pass := metalPass(t, l.B, func(pass uint64) bool { return pass >= 2 })
 	spec := s.spec()
 	spec.DestinationQmp = lab.QMPPath

@@ -222,7 +222,7 @@ func TestNeighbourIsLeftAlone(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
 	neighbour := s.vm
-	neighbour.Extra = nil
+	neighbour.Disks, neighbour.NICs = 0, 0 // the VM's own are in use
 	args := neighbour.Args()
 	for i := range args { // its own sockets, the VM's RAM file
 		args[i] = strings.NewReplacer("qmp.sock", "neighbour.sock", "serial.", "neighbour-serial.").Replace(args[i])
