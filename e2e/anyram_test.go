@@ -52,7 +52,7 @@ func TestGiganticRAM(t *testing.T) {
 			l := newLab(t)
 			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, MemoryMiB: 1024, Extra: []string{
 				"-object", backend + ",id=ram0,size=1G,hugetlb=on,hugetlbsize=1G", "-machine", "memory-backend=ram0",
-			}})
+			}}.WithDevices(1, 1))
 			from, to := l.A, l.B
 			for hop := range 2 {
 				m := migrate(t, from, to, fmt.Sprintf("hop-%d", hop))

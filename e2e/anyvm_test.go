@@ -55,7 +55,7 @@ func ask(t *testing.T, h *lab.Host, command string, args, result any) {
 	}
 }
 
-// TestPausedVMWithDiskGoesOn moves a VM that is paused and has a writable disk from host to host, and on: a QEMU that
+// TestPausedVMWithDiskGoesOn moves a VM that is paused and has writable disks from host to host, and on: a QEMU that
 // has not got its disks would abort when it is asked to give them up.
 func TestPausedVMWithDiskGoesOn(t *testing.T) {
 	for _, version := range lab.QEMUVersions {
@@ -65,7 +65,7 @@ func TestPausedVMWithDiskGoesOn(t *testing.T) {
 				useQEMU(t, h, version)
 				startDaemon(t, h)
 			}
-			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Disks: 2})
+			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault}.WithDevices(2, 1))
 			command(t, l.A, "stop")
 			from, to := l.A, l.B
 			for hop := range 4 {
@@ -85,9 +85,9 @@ func TestPausedVMWithDiskGoesOn(t *testing.T) {
 // TestPausedVMThatDoesNotLoad: it stays what it was, paused, and can be moved.
 func TestPausedVMThatDoesNotLoad(t *testing.T) {
 	l := newLab(t)
-	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Disks: 1, RNG: true})
+	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault}.WithDevices(1, 1))
 	command(t, l.A, "stop")
-	s.template("{{range .Args}}{{replace \"virtio-rng-pci,id=rng,rng=random\" \"virtio-balloon-pci\" .}}\n{{end}}")
+	s.template(templateWithoutRNG)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
 	for _, id := range []string{"first", "second"} { // it has given its disks up by then
@@ -172,7 +172,11 @@ func TestManyDevices(t *testing.T) {
 // TestFreePageHints: a balloon with free-page-hint made QEMU's own migration, without RAM in it, end in a crash.
 func TestFreePageHints(t *testing.T) {
 	l := newLab(t)
-	s := sceneOf(t, l, lab.VMConfig{Extra: []string{"-object", "iothread,id=io", "-device", "virtio-balloon-pci,free-page-hint=on,iothread=io"}})
+	vm := lab.VMConfig{Extra: []string{
+		"-object", "iothread,id=io", "-device", "virtio-balloon-pci,free-page-hint=on,iothread=io",
+	}}.WithDevices(1, 1)
+	vm.Balloon = false // it has this one
+	s := sceneOf(t, l, vm)
 	migrate(t, l.A, l.B, "hints")
 	s.arrived()
 }
@@ -220,7 +224,7 @@ func TestUnmovableDevices(t *testing.T) {
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{
 		"-drive", "if=none,id=nvm,file=null-co://,format=raw,file.size=64M", "-device", "nvme,drive=nvm,serial=1",
-	}})
+	}}.WithDevices(1, 1))
 	s.failed(migrateSpec(t, l.A, "nvme", s.spec()), stateFailed, "nvme", "unplug the device", "the VM was not touched")
 }
 

@@ -101,7 +101,7 @@ func awaitBlocks(t *testing.T, guest *report.Log, writes uint64) {
 // TestPrivateRAMIsChecked has QEMU's own migration move a guest whose memory is in no file, and reads it all the same.
 func TestPrivateRAMIsChecked(t *testing.T) {
 	l := newHosts(t)
-	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 64, Backend: lab.BackendDefault})
+	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 64, Backend: lab.BackendDefault}.WithDevices(1, 1))
 	startVM(t, l.A, vm)
 	began := metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })
 	checkMetal(t, vm, l.A)
