@@ -176,7 +176,7 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 			s.Fatal(err)
 		}
 		s.destinationGone("cut-device")
-		s.failed(m, stateFailed, "the VM was not touched")
+		s.failed(m, stateFailed, "did not begin to load within", "can be reached", "the VM was not touched")
 	})
 
 	// After all of that the same VM still moves.
