@@ -14,7 +14,7 @@ import (
 // TestGuestGivesMemoryBack: while its memory comes, a guest frees pages and reports them, a balloon takes more, and both are
 // used again. Nothing that the guest uses is lost, or is what it was before.
 func TestGuestGivesMemoryBack(t *testing.T) {
-	g := newGiver(t, lab.VMConfig{MemoryMiB: 512, FreePageReporting: true}, "3M", func(*lab.Host) {}, "migrated.churn=64")
+	g := newGiver(t, lab.VMConfig{MemoryMiB: 512, FreePageReporting: true}, "1M", func(*lab.Host) {}, "migrated.churn=64")
 	client, err := qmp.Dial(testContext(t), g.lab.B.Path(lab.EventsPath))
 	if err != nil {
 		t.Fatal(err)
