@@ -19,7 +19,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// sceneOf boots the bare-metal guest with private memory and what else a VM may have.
+// sceneOf boots the bare-metal guest in a VM with one vCPU and what else vm has.
 func sceneOf(t *testing.T, l *lab.Lab, vm lab.VMConfig) *scene {
 	t.Helper()
 	vm.VCPUs, vm.MemoryMiB = 1, max(32, vm.MemoryMiB)
@@ -55,10 +55,9 @@ func ask(t *testing.T, h *lab.Host, command string, args, result any) {
 	}
 }
 
-// TestPausedVMWithDiskGoesOn moves a VM that is paused and has a writable disk from host to host, and on: a QEMU that
+// TestPausedVMWithDiskGoesOn moves a VM that is paused and has writable disks from host to host, and on: a QEMU that
 // has not got its disks would abort when it is asked to give them up.
 func TestPausedVMWithDiskGoesOn(t *testing.T) {
-	needRealVM(t)
 	for _, version := range lab.QEMUVersions {
 		t.Run(version, func(t *testing.T) {
 			l := newHosts(t)
@@ -66,7 +65,7 @@ func TestPausedVMWithDiskGoesOn(t *testing.T) {
 				useQEMU(t, h, version)
 				startDaemon(t, h)
 			}
-			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Disks: 2})
+			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault}.WithDevices(2, 1))
 			command(t, l.A, "stop")
 			from, to := l.A, l.B
 			for hop := range 4 {
@@ -85,11 +84,10 @@ func TestPausedVMWithDiskGoesOn(t *testing.T) {
 
 // TestPausedVMThatDoesNotLoad: it stays what it was, paused, and can be moved.
 func TestPausedVMThatDoesNotLoad(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
-	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Disks: 1, RNG: true})
+	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault}.WithDevices(1, 1))
 	command(t, l.A, "stop")
-	s.template("{{range .Args}}{{replace \"virtio-rng-pci,id=rng,rng=random\" \"virtio-balloon-pci\" .}}\n{{end}}")
+	s.template(templateWithoutRNG)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
 	for _, id := range []string{"first", "second"} { // it has given its disks up by then
@@ -121,7 +119,6 @@ func useQEMU(t *testing.T, h *lab.Host, version string) {
 
 // TestNewerQEMU moves a VM of an old machine type to a newer QEMU, and that one's to the newest.
 func TestNewerQEMU(t *testing.T) {
-	needRealVM(t)
 	for _, versions := range [][2]string{{"7.2", "10.0"}, {"7.2", "11.1"}, {"10.0", "11.1"}} {
 		t.Run(versions[0]+" to "+versions[1], func(t *testing.T) {
 			l := newHosts(t)
@@ -130,9 +127,8 @@ func TestNewerQEMU(t *testing.T) {
 				startDaemon(t, h)
 			}
 			s := sceneOf(t, l, lab.VMConfig{
-				Backend: lab.BackendDefault, Disks: 2, NICs: 2, RootPorts: true, VGA: true, RNG: true, Balloon: true,
-				Extra: []string{"-machine", "pc-q35-7.2"},
-			})
+				Backend: lab.BackendDefault, Extra: []string{"-machine", "pc-q35-7.2"},
+			}.WithDevices(2, 2))
 			checkVersion(t, l.A, versions[0])
 			migrate(t, l.A, l.B, "newer")
 			checkVersion(t, l.B, versions[1])
@@ -144,7 +140,6 @@ func TestNewerQEMU(t *testing.T) {
 // TestManyDevices moves a VM with eight disks and eight network cards, each behind a port of its own, that its guest
 // drives.
 func TestManyDevices(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
@@ -165,13 +160,7 @@ func TestManyDevices(t *testing.T) {
 		m := migrate(t, from, to, fmt.Sprintf("hop-%d", hop))
 		port = openGuest(t, to, &guest)
 		awaitBlocks(t, &guest, writesOf(guest.Disks())+20)
-		verified, err := port.Verify(testContext(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if verified.Found != 0 || verified.BlocksFound != 0 || verified.Blocks == 0 || guest.Err() != nil {
-			t.Fatalf("the guest found damage: %+v, %v", verified, guest.Err())
-		}
+		verifyLinux(t, &guest, port)
 		t.Logf("downtime %v, %d bytes of device state", m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetBytesDeviceState())
 		from, to = to, from
 	}
@@ -183,16 +172,19 @@ func TestManyDevices(t *testing.T) {
 // TestFreePageHints: a balloon with free-page-hint made QEMU's own migration, without RAM in it, end in a crash.
 func TestFreePageHints(t *testing.T) {
 	l := newLab(t)
-	s := sceneOf(t, l, lab.VMConfig{Extra: []string{"-object", "iothread,id=io", "-device", "virtio-balloon-pci,free-page-hint=on,iothread=io"}})
+	vm := lab.VMConfig{Extra: []string{
+		"-object", "iothread,id=io", "-device", "virtio-balloon-pci,free-page-hint=on,iothread=io",
+	}}.WithDevices(1, 1)
+	vm.Balloon = false // it has this one
+	s := sceneOf(t, l, vm)
 	migrate(t, l.A, l.B, "hints")
 	s.arrived()
 }
 
 // TestSnapshotMeanwhile: a snapshot that is made while a migration is prepared has the VM's memory in it.
 func TestSnapshotMeanwhile(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
-	s := sceneOf(t, l, lab.VMConfig{Disks: 1})
+	s := newScene(t, l)
 	client := s.prepare("prepared")
 	var said string
 	ask(t, l.A, "human-monitor-command", map[string]string{"command-line": "savevm snap"}, &said)
@@ -232,15 +224,14 @@ func TestUnmovableDevices(t *testing.T) {
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{
 		"-drive", "if=none,id=nvm,file=null-co://,format=raw,file.size=64M", "-device", "nvme,drive=nvm,serial=1",
-	}})
+	}}.WithDevices(1, 1))
 	s.failed(migrateSpec(t, l.A, "nvme", s.spec()), stateFailed, "nvme", "unplug the device", "the VM was not touched")
 }
 
 // TestBitmapsAreNamed: a dirty bitmap that is in memory alone stays behind, which check says.
 func TestBitmapsAreNamed(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
-	sceneOf(t, l, lab.VMConfig{Disks: 1})
+	newScene(t, l)
 	ask(t, l.A, "block-dirty-bitmap-add", map[string]any{"node": "disk0", "name": "nightly"}, nil)
 	out, code := operate(t, l.A, "check", "--vm", lab.QMPPath, "--json")
 	var answer struct {

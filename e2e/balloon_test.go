@@ -6,7 +6,6 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
-	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -15,8 +14,7 @@ import (
 // TestGuestGivesMemoryBack: while its memory comes, a guest frees pages and reports them, a balloon takes more, and both are
 // used again. Nothing that the guest uses is lost, or is what it was before.
 func TestGuestGivesMemoryBack(t *testing.T) {
-	g := newGiver(t, 512, "3M", func(*lab.Host) {},
-		[]string{"migrated.churn=64"}, "-device", "virtio-balloon-pci,free-page-reporting=on")
+	g := newGiver(t, lab.VMConfig{MemoryMiB: 512, FreePageReporting: true}, "1M", func(*lab.Host) {}, "migrated.churn=64")
 	client, err := qmp.Dial(testContext(t), g.lab.B.Path(lab.EventsPath))
 	if err != nil {
 		t.Fatal(err)
@@ -44,21 +42,16 @@ type giver struct {
 	began uint64 // how often it had given memory back when it was switched over
 }
 
-// newGiver boots a guest with so much memory, has it at work, and ready, and returns when it runs at the destination with
+// newGiver boots a guest in a VM like vm, has it at work, and ready, and returns when it runs at the destination with
 // little of its memory. The bandwidth is what keeps it there for as long as a test needs.
-func newGiver(t *testing.T, memoryMiB int, bandwidth string, ready func(*lab.Host), kernelArgs []string, extra ...string) *giver {
+func newGiver(t *testing.T, vm lab.VMConfig, bandwidth string, ready func(*lab.Host), args ...string) *giver {
 	t.Helper()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	startDaemon(t, l.B)
-	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	startVM(t, l.A, lab.VMConfig{
-		VCPUs: 2, MemoryMiB: memoryMiB, Nodes: 1, Kernel: kernel, Initrd: initrd,
-		KernelArgs: append(kernelArgs, "migrated.mem=96", "migrated.workers=1", "migrated.rate=500"), Extra: extra,
-	}, lab.EventsArgs()...)
+	vm.VCPUs = 2
+	vm = linux(t, vm, append(args, "migrated.mem=96", "migrated.workers=1", "migrated.rate=500")...)
+	startVM(t, l.A, vm, lab.EventsArgs()...)
 	g := &giver{T: t, lab: l}
 	port := openGuest(t, l.A, &g.guest)
 	churned(t, &g.guest, 1)
@@ -90,10 +83,7 @@ func (g *giver) finish(times uint64) (discarded uint64) {
 		g.Fatalf("the migration is %v: %v", m.GetState(), m.GetError())
 	}
 	churned(g.T, &g.guest, g.began+times)
-	verified, err := g.port.Verify(testContext(g.T))
-	if err != nil || verified.Corruptions != 0 || verified.Pages == 0 {
-		g.Errorf("the guest checked %+v: %v", verified, err)
-	}
+	verifyLinux(g.T, &g.guest, g.port)
 	if err := g.port.Close(); err != nil {
 		g.Error(err)
 	}

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"strings"
 	"syscall"
@@ -24,14 +25,11 @@ type scene struct {
 }
 
 // newScene uses the bare-metal guest under TCG: it boots at once and counts
-// through all of its memory, so that nothing can be lost unseen.
+// through all of its memory, so that nothing can be lost unseen. It drives none of its devices, but they move with it,
+// and its disk must be given up at one host before the other has it.
 func newScene(t *testing.T, l *lab.Lab) *scene {
 	t.Helper()
-	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 32, Nodes: 1, Extra: []string{"-device", "virtio-rng-pci"}})
-	startVM(t, l.A, vm)
-	s := &scene{T: t, lab: l, vm: vm}
-	s.began = metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })
-	return s
+	return sceneOf(t, l, lab.VMConfig{}.WithDevices(1, 1))
 }
 
 func (s *scene) spec() *migratedv1.MigrationSpec {
@@ -121,11 +119,11 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 	run("wrong machine type", func(s *scene) {
 		spec := s.spec()
 		spec.DestinationTemplate = templatePath
-		// The disk's controller is on q35 alone, so QEMU itself refuses first
-		// unless it goes, too.
-		s.template("{{range .Args}}{{if eq . \"q35\"}}pc{{else if eq . \"ide-hd,drive=boot,bus=ide.0\"}}ide-hd,drive=boot{{else}}{{.}}{{end}}\n{{end}}")
+		// Another chipset has no place for the VM's devices, and QEMU itself would refuse it first.
+		const another = "pc-q35-7.1"
+		s.template(fmt.Sprintf("{{range .Args}}{{if eq . \"q35\"}}%s{{else}}{{.}}{{end}}\n{{end}}", another))
 		s.failed(migrateSpec(s.T, l.A, "machine", spec), stateFailed,
-			"machine types differ", "pc-q35-", "pc-i440fx-", "the VM was not touched")
+			"machine types differ", another, "the VM was not touched")
 		s.destinationSays("machine", "machine types differ")
 	})
 	run("mismatching RAM size", func(s *scene) {
@@ -138,7 +136,7 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 		s.destinationSays("ram", "RAM sizes differ")
 	})
 	run("device load error", func(s *scene) {
-		s.template("{{range .Args}}{{if eq . \"virtio-rng-pci\"}}virtio-balloon-pci{{else}}{{.}}{{end}}\n{{end}}")
+		s.template(templateWithoutRNG)
 		spec := s.spec()
 		spec.DestinationTemplate = templatePath
 		s.failed(migrateSpec(s.T, l.A, "devices", spec), stateFailed, "could not load the device state", "the VM runs on the source")
@@ -178,7 +176,7 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 			s.Fatal(err)
 		}
 		s.destinationGone("cut-device")
-		s.failed(m, stateFailed, "the VM was not touched")
+		s.failed(m, stateFailed, "did not begin to load within", "can be reached", "the VM was not touched")
 	})
 
 	// After all of that the same VM still moves.
@@ -225,6 +223,11 @@ func TestSourceDaemonStoppedBeforeTheSwitch(t *testing.T) {
 }
 
 const templatePath = lab.VMDir + "/template"
+
+// templateWithoutRNG puts another device in the place of the RNG that VMConfig.WithDevices gives, so that the
+// destination cannot load the RNG's state.
+const templateWithoutRNG = `{{range .Args}}{{replace "virtio-rng-pci,id=rng,rng=random" "virtio-serial-pci" .}}
+{{end}}`
 
 func (s *scene) template(text string) {
 	s.Helper()

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -121,6 +122,9 @@ func closeConn(t *testing.T, conn *grpc.ClientConn) {
 // startVM starts a VM, its QEMU's output shown when the test fails.
 func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Process {
 	t.Helper()
+	if c.Disks > 0 || c.NICs > 0 {
+		needRealVM(t)
+	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			text, _ := os.ReadFile(h.Path(lab.VMDir + "/qemu.log"))
@@ -134,10 +138,20 @@ func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Pr
 	return p
 }
 
+// needRealVM is for VMs with disks or network cards.
+func needRealVM(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		cannot.Run(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
+	}
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		cannot.Run(t, "network cards are taps: %v", err)
+	}
+}
+
 // linux gives c a disk and a network card, which its Linux guest has at work.
 func linux(t *testing.T, c lab.VMConfig, args ...string) lab.VMConfig {
 	t.Helper()
-	needRealVM(t)
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
 		t.Fatal(err)
@@ -145,8 +159,8 @@ func linux(t *testing.T, c lab.VMConfig, args ...string) lab.VMConfig {
 	return c.Real(kernel, initrd, 1, 1, args...)
 }
 
-// verifyLinux has the guest check all of its memory and of its disk.
-func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) {
+// verifyLinux has the guest check all of its memory and of its disks, and returns what it says.
+func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) *report.Verified {
 	t.Helper()
 	v, err := port.Verify(testContext(t))
 	if err != nil {
@@ -154,8 +168,9 @@ func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) {
 	}
 	if err := guest.Err(); err != nil ||
 		v.Corruptions != 0 || v.Pages == 0 || v.Found != 0 || v.Blocks == 0 || v.BlocksFound != 0 {
-		t.Errorf("the guest found damage: %+v: %v", v, err)
+		t.Fatalf("the guest found damage: %+v: %v", v, err)
 	}
+	return v
 }
 
 // plainLinux makes c boot the Linux guest, which has neither a disk nor a network card.

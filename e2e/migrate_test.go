@@ -118,14 +118,14 @@ func TestMetalGuest(t *testing.T) {
 		{"4KiB 1 block", lab.VMConfig{Nodes: 1}},
 		{"4KiB 2 blocks unprivileged", lab.VMConfig{Nodes: 2, Unprivileged: true}},
 		{"2MiB 1 block", lab.VMConfig{Nodes: 1, HugePages: true}},
-		{"private", lab.VMConfig{Backend: lab.BackendDefault, VGA: true, RNG: true}},
+		{"private", lab.VMConfig{Backend: lab.BackendDefault}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.vm.KVM, c.vm.VCPUs, c.vm.MemoryMiB = true, 1, 64
 			if c.vm.HugePages {
 				uffdtest.ReserveHugePages(t, 64)
 			}
-			vm := metal(t, c.vm)
+			vm := metal(t, c.vm.WithDevices(1, 1))
 			l := newLab(t)
 			startVM(t, l.A, vm)
 			moveMetal(t, vm, l.A, l.B)

@@ -16,7 +16,6 @@ import (
 // TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its
 // clients find it again, because it announces itself before it says anything else.
 func TestRealVM(t *testing.T) {
-	needRealVM(t)
 	l := newLab(t)
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
@@ -74,16 +73,7 @@ func TestRealVM(t *testing.T) {
 			i, pings.Sent, pings.Lost, pings.LongestGap, switched.Downtime(), announced.At.Sub(switched.Stopped),
 			answered.Sub(switched.Stopped))
 	}
-	verified, err := port.Verify(testContext(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if verified.Pages == 0 || verified.Found != 0 || verified.Blocks == 0 || verified.BlocksFound != 0 {
-		t.Errorf("the guest found damage: %+v", verified)
-	}
-	if err := guest.Err(); err != nil {
-		t.Error(err)
-	}
+	verified := verifyLinux(t, &guest, port)
 	t.Logf("%d blocks checked; %+v; %+v", verified.Blocks, verified.Disks, verified.Cards)
 	if err := port.Close(); err != nil {
 		t.Error(err)
@@ -111,7 +101,7 @@ func awaitBlocks(t *testing.T, guest *report.Log, writes uint64) {
 // TestPrivateRAMIsChecked has QEMU's own migration move a guest whose memory is in no file, and reads it all the same.
 func TestPrivateRAMIsChecked(t *testing.T) {
 	l := newHosts(t)
-	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 64, Backend: lab.BackendDefault})
+	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 64, Backend: lab.BackendDefault}.WithDevices(1, 1))
 	startVM(t, l.A, vm)
 	began := metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })
 	checkMetal(t, vm, l.A)

@@ -27,6 +27,12 @@ const (
 	stateRecover = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER
 )
 
+// largeScene is a scene with so much memory, in so many NUMA nodes, that its migrations have a middle.
+func largeScene(t *testing.T, l *lab.Lab, nodes int) *scene {
+	t.Helper()
+	return sceneOf(t, l, lab.VMConfig{MemoryMiB: 1024, Nodes: nodes}.WithDevices(1, 1))
+}
+
 // halfway brings a migration to where the VM runs at the destination with a part
 // of its memory, and keeps it there: the cable is pulled.
 func (s *scene) halfway(id string) *migratedv1.Migration {
@@ -63,19 +69,17 @@ func mustKill(t *testing.T, p *lab.Process) {
 func TestDaemonsKilledAfterTheSwitch(t *testing.T) {
 	for name, c := range map[string]struct {
 		source, destination bool
-		vm                  lab.VMConfig
+		nodes               int
 	}{
-		"destination":            {destination: true, vm: lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1}},
-		"destination, two nodes": {destination: true, vm: lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 2}},
-		"source":                 {source: true, vm: lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1}},
-		"both":                   {source: true, destination: true, vm: lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1}},
+		"destination":            {destination: true, nodes: 1},
+		"destination, two nodes": {destination: true, nodes: 2},
+		"source":                 {source: true, nodes: 1},
+		"both":                   {source: true, destination: true, nodes: 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := newHosts(t)
 			a, b := startDaemon(t, l.A), startDaemon(t, l.B)
-			vm := metal(t, c.vm)
-			startVM(t, l.A, vm)
-			s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
+			s := largeScene(t, l, c.nodes)
 			had := s.halfway("restart").GetProgress()
 			if c.destination {
 				mustKill(t, b)
@@ -244,9 +248,7 @@ func TestDaemonStoppedAfterTheSwitch(t *testing.T) {
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	b := startDaemon(t, l.B)
-	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1})
-	startVM(t, l.A, vm)
-	s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
+	s := largeScene(t, l, 1)
 	s.halfway("upgrade")
 	if err := b.Stop(testContext(t)); err != nil {
 		t.Fatal(err)
@@ -265,10 +267,8 @@ func TestRecoverAtAnotherAddress(t *testing.T) {
 	l := newHosts(t)
 	startDaemon(t, l.A, "--listen", ":"+lab.DaemonPort)
 	startDaemon(t, l.B)
-	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1})
-	startVM(t, l.A, vm)
-	s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
-	const otherA, otherB = "10.78.0.1", "10.78.0.2"
+	s := largeScene(t, l, 1)
+	const otherA, otherB = "10.79.0.1", "10.79.0.2" // 10.78 is of the VM's cards
 	s.ip(l.A, "addr", "add", otherA+"/24", "dev", "cable")
 	s.ip(l.B, "addr", "add", otherB+"/24", "dev", "cable")
 	client := control(t, l.A)
@@ -306,9 +306,7 @@ func TestFallBackWhenTheDestinationIsLost(t *testing.T) {
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	startDaemon(t, l.B)
-	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1})
-	startVM(t, l.A, vm)
-	s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
+	s := largeScene(t, l, 1)
 	s.halfway("lost")
 	kill(t, qemuOn(t, l.B), syscall.SIGKILL)
 	s.cable(true)

@@ -35,7 +35,9 @@ func TestAttachToWaitingQEMU(t *testing.T) {
 func TestAttachToRunningVMIsRefused(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
-	startVM(t, l.B, s.vm)
+	occupant := s.vm
+	occupant.Disks, occupant.NICs = 0, 0 // the VM's own are in use
+	startVM(t, l.B, occupant)
 	pass := metalPass(t, l.B, func(pass uint64) bool { return pass >= 2 })
 	spec := s.spec()
 	spec.DestinationQmp = lab.QMPPath
@@ -162,9 +164,7 @@ func TestSparseGuestStaysSparse(t *testing.T) {
 // page waits, nothing is lost, and the migration goes on by itself.
 func TestCutAfterTheSwitch(t *testing.T) {
 	l := newLab(t)
-	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1})
-	startVM(t, l.A, vm)
-	s := &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 1 })}
+	s := largeScene(t, l, 1)
 	client := control(t, l.A)
 	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "cut", Spec: s.spec()}); err != nil {
 		t.Fatal(err)

@@ -14,9 +14,10 @@ import (
 // memory is taken from it and given again.
 func TestVirtioMemShrinksAndGrows(t *testing.T) {
 	whole := func(h *lab.Host) { awaitPlugged(t, h, func(mib uint64) bool { return mib == 384 }) }
-	g := newGiver(t, 320, "2M", whole, []string{"memhp_default_state=online_movable", "migrated.churn=96"},
+	g := newGiver(t, lab.VMConfig{MemoryMiB: 320, Extra: []string{
 		"-m", "320M,maxmem=1G", "-object", "memory-backend-file,id=mem1,size=512M,mem-path=/dev/shm/mem1,share=on",
-		"-device", "virtio-mem-pci,id=vmem0,memdev=mem1,requested-size=384M")
+		"-device", "virtio-mem-pci,id=vmem0,memdev=mem1,requested-size=384M",
+	}}, "1M", whole, "memhp_default_state=online_movable", "migrated.churn=96")
 	resize(t, g.lab.B, 128)
 	awaitPlugged(t, g.lab.B, func(mib uint64) bool { return mib < 384 })
 	resize(t, g.lab.B, 512)

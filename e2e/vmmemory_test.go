@@ -53,7 +53,11 @@ func TestVideoMemoryFollows(t *testing.T) {
 	l := linkedHosts(t, lab.Link{Rate: 50e6, Delay: 100 * time.Microsecond})
 	startDaemon(t, l.A)
 	startDaemon(t, l.B)
-	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{"-device", "VGA,vgamem_mb=64,id=screen"}})
+	vm := lab.VMConfig{
+		Backend: lab.BackendDefault, Extra: []string{"-device", "VGA,vgamem_mb=64,id=screen"},
+	}.WithDevices(1, 1)
+	vm.VGA = false // it has this one
+	s := sceneOf(t, l, vm)
 	source := inspect(t, l.A)
 	vram := block(t, source, "/vga.vram")
 	if vram.Size != 64<<20 {
@@ -115,7 +119,7 @@ func TestMemoryThatWasPromised(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t)
-			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, MemoryMiB: 64, Extra: args})
+			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, MemoryMiB: 64, Extra: args}.WithDevices(1, 1))
 			from, to := l.A, l.B
 			for hop := range 2 {
 				migrate(t, from, to, fmt.Sprintf("hop-%d", hop))
@@ -161,7 +165,9 @@ func unpopulated(t *testing.T, vm *qemu.VM, name string) (bytes uint64) {
 // lacks it is refused before the VM is touched, and one that was given it is not.
 func TestPluggedMemoryMoves(t *testing.T) {
 	l := newLab(t)
-	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{"-m", "32M,slots=2,maxmem=1G"}})
+	s := sceneOf(t, l, lab.VMConfig{
+		Backend: lab.BackendDefault, Extra: []string{"-m", "32M,slots=2,maxmem=1G"},
+	}.WithDevices(1, 1))
 	ask(t, l.A, "object-add", map[string]any{"qom-type": "memory-backend-ram", "id": "extra", "size": 128 << 20}, nil)
 	ask(t, l.A, "device_add", map[string]any{"driver": "pc-dimm", "id": "dimm1", "memdev": "extra"}, nil)
 	source := inspect(t, l.A)
@@ -200,7 +206,7 @@ func TestReadOnlyImageIsLeftAlone(t *testing.T) {
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{
 		"-m", "32M,slots=2,maxmem=1G", "-machine", "nvdimm=on", "-object", "memory-backend-file,id=nv,size=8M,share=on,readonly=on,mem-path=/run/vm/image",
 		"-device", "nvdimm,id=nv1,memdev=nv,unarmed=on",
-	}})
+	}}.WithDevices(1, 1))
 	if err := os.WriteFile(l.B.Path("/run/vm/image"), bytes.ToUpper(content), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +228,7 @@ func TestNeighbourIsLeftAlone(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
 	neighbour := s.vm
-	neighbour.Extra = nil
+	neighbour.Disks, neighbour.NICs = 0, 0 // the VM's own are in use
 	args := neighbour.Args()
 	for i := range args { // its own sockets, the VM's RAM file
 		args[i] = strings.NewReplacer("qmp.sock", "neighbour.sock", "serial.", "neighbour-serial.").Replace(args[i])

@@ -69,12 +69,18 @@ func RealVM(kernel, initrd string, memoryMiB, disks, nics int, args ...string) V
 	return VMConfig{VCPUs: 2, MemoryMiB: memoryMiB, Backend: BackendDefault}.Real(kernel, initrd, disks, nics, args...)
 }
 
-// Real is the VM with writable disks, network cards, a balloon, random numbers and a screen. Its guest is Linux, of images
-// that have virtio's drivers, and has its devices at work at a moderate rate; args are further ones of its kernel
-// command line.
+// Real is the VM with the devices of WithDevices. Its guest is Linux, of images that have virtio's drivers, and has
+// them at work at a moderate rate; args are further ones of its kernel command line.
 func (c VMConfig) Real(kernel, initrd string, disks, nics int, args ...string) VMConfig {
+	c = c.WithDevices(disks, nics)
 	c.Kernel, c.Initrd = kernel, initrd
-	c.Disks, c.NICs, c.RootPorts, c.Balloon, c.RNG, c.VGA = disks, nics, true, true, true, true
 	c.KernelArgs = append([]string{"migrated.disk-rate=200", "migrated.net-rate=100"}, args...)
+	return c
+}
+
+// WithDevices is the VM with what most have, whatever its guest: writable disks, network cards, a balloon, random
+// numbers and a screen, each that can be behind a port of its own.
+func (c VMConfig) WithDevices(disks, nics int) VMConfig {
+	c.Disks, c.NICs, c.RootPorts, c.Balloon, c.RNG, c.VGA = disks, nics, true, true, true, true
 	return c
 }

@@ -127,8 +127,12 @@ func (s *Source) whileSaving(sender *deviceSender) func(state []byte) error {
 // openDeviceStream has the destination's QEMU read, up to the first device's state, while the VM still runs.
 func (s *Source) openDeviceStream(ctx context.Context) (_ deviceStream, cancel context.CancelFunc, err error) {
 	destination := s.cfg.Spec.GetDestination()
-	ctx, cancel = context.WithCancel(ctx)
-	opening := time.AfterFunc(deviceTimeout, cancel)
+	ctx, end := context.WithCancelCause(ctx)
+	cancel = func() { end(nil) }
+	opening := time.AfterFunc(deviceTimeout, func() {
+		end(withRemedy(fmt.Errorf("the destination QEMU did not begin to load within %v", deviceTimeout),
+			"see that the destination's host can be reached, and why its QEMU does not answer"))
+	})
 	defer opening.Stop()
 	failed := func(err error) error { return causeOf(ctx, fromPeer("move the device state", destination, err)) }
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
