@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -51,19 +52,26 @@ func (s *scene) begun(id string) *migratedv1.Migration {
 	return await(s.T, client, id, func(*migratedv1.Migration) bool { return false })
 }
 
-// TestEarlyLoad: devices that change between the early load and the stop arrive as they are then. Pressing the power button is
-// such a change, in the one device of a q35 that QEMU does not load twice by itself.
+// writes waits for the guest to have written passes at the source, where the daemon has its monitor.
+func (s *scene) writes() {
+	s.Helper()
+	now := metalPass(s.T, s.lab.A, func(uint64) bool { return true })
+	metalPass(s.T, s.lab.A, func(pass uint64) bool { return pass > now+1 })
+}
+
+// TestEarlyLoad: devices that change between the early load and the stop arrive as they are then: also the one of a
+// q35 that QEMU does not load twice by itself, the LPC bridge, which has the APM status port.
 func TestEarlyLoad(t *testing.T) {
 	l := newLab(t)
-	s := newScene(t, l)
+	s := sceneOf(t, l, lab.VMConfig{Extra: lab.EventsArgs()}.WithDevices(2, 2))
 	for _, rehearse := range []bool{true, false} {
 		spec, id := s.spec(), "move"
 		if spec.Rehearse = rehearse; rehearse {
 			id = "dress"
 		}
 		s.prepared(id, spec)
-		s.countsOn()
-		command(t, l.A, "system_powerdown")
+		s.writes()
+		ask(t, l.A, "human-monitor-command", map[string]string{"command-line": fmt.Sprintf("o /b 0xb3 %d", 66+len(id))}, nil)
 		m := s.begun(id)
 		loadedEarly(t, m)
 		for _, d := range m.GetRehearsal().GetDifferences() {
@@ -80,6 +88,11 @@ func TestEarlyLoad(t *testing.T) {
 		}
 	}
 	s.arrived()
+	var port string
+	ask(t, l.B, "human-monitor-command", map[string]string{"command-line": "i /b 0xb3"}, &port)
+	if want := fmt.Sprintf("= %#x", 66+len("move")); !strings.Contains(port, want) {
+		t.Errorf("the APM status port has %q, want %q", port, want)
+	}
 }
 
 // TestEarlyLoadOff: it can be switched off, and is not done where the destination's QEMU could not be replaced.
@@ -109,9 +122,11 @@ func TestEarlyLoadOff(t *testing.T) {
 // TestPausedSinceEarlyLoad: QEMU was told that the VM will run, and would leave its disks to that.
 func TestPausedSinceEarlyLoad(t *testing.T) {
 	l := newLab(t)
-	s := newScene(t, l)
-	s.prepared("paused", s.spec())
-	command(t, l.A, "stop")
+	s := sceneOf(t, l, lab.VMConfig{Extra: lab.EventsArgs()}.WithDevices(1, 1))
+	if early := s.prepared("paused", s.spec()).GetEarlyLoad(); !early.GetLoaded() {
+		t.Fatalf("early load %v", early)
+	}
+	ask(t, l.A, "stop", nil, nil)
 	m := s.begun("paused")
 	said := m.GetError()
 	if m.GetState() != stateFailed || !strings.Contains(said.GetMessage(), "was paused after") ||
@@ -137,7 +152,7 @@ func TestEarlyLoadThatFails(t *testing.T) {
 	if early.GetLoaded() || !strings.Contains(early.GetReason(), "virtio-rng") {
 		t.Errorf("early load %v", early)
 	}
-	s.countsOn()
+	s.writes()
 	s.failed(s.begun("other"), stateFailed, "could not load the device state", "virtio-rng", "the VM runs on the source")
 	if err := os.Remove(l.B.Path(templatePath)); err != nil {
 		t.Error(err)

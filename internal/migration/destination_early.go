@@ -240,6 +240,9 @@ func feedEarly(
 		if err == nil {
 			_, err = io.ReadFull(carrier.ours, pong)
 		}
+		if gone := vm.QMP.Err(); err != nil && gone != nil {
+			err = gone
+		}
 		if err != nil {
 			return nil, fmt.Errorf("QEMU did not load the early state of %q: %w", s.Name, err)
 		}

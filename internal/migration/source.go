@@ -91,7 +91,8 @@ type Source struct {
 	loaded         *migratedv1.LoadDeviceStateResponse // nil: it was told to run, and has not answered
 	steps          steps
 
-	isContinued atomic.Bool // by somebody else, after it was stopped
+	unguard     context.CancelFunc // ends guardStopped; nil: it did not begin
+	isContinued atomic.Bool        // by somebody else, after it was stopped
 
 	unwatch   func()      // ends watchQEMU
 	gone      atomic.Bool // it has seen QEMU end

@@ -85,6 +85,9 @@ func (s *Source) tellToGiveUp(ctx context.Context, reason error) {
 func (s *Source) continueVM() (vmStatus string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
 	defer cancel()
+	if s.unguard != nil {
+		s.unguard()
+	}
 	reached("source-backing-out")
 	if s.takenUp && s.protocol < savesDevices {
 		if err := s.vm.CancelMigrate(ctx); err != nil {

@@ -37,9 +37,10 @@ func (s *Source) awaitStopped(ctx context.Context) error {
 // guardStopped stops serving pages at once when somebody continues the VM by
 // another monitor: from then on they are of another moment than those that were
 // served. Before the commit point that is the end of the migration, or the VM
-// would run twice.
+// would run twice. unguard ends it, before the migration itself continues the VM.
 func (s *Source) guardStopped(ctx context.Context) {
 	resumes := s.vm.QMP.Subscribe("RESUME")
+	ctx, s.unguard = context.WithCancel(ctx)
 	go func() {
 		defer resumes.Close()
 		select {
@@ -52,7 +53,7 @@ func (s *Source) guardStopped(ctx context.Context) {
 	}()
 }
 
-// continued is what follows when the VM runs here. It may be this migration itself that had it continued: it is over then.
+// continued is what follows when the VM runs here.
 func (s *Source) continued() {
 	s.isContinued.Store(true)
 	s.export.Withdraw()
