@@ -49,19 +49,21 @@ func (vm *VM) disksPermitted(ctx context.Context) (bool, error) {
 	for _, n := range graph.Nodes {
 		backend[n.ID] = n.Type == "block-backend"
 	}
-	drives, permitted := 0, 0
+	written := false
 	for _, e := range graph.Edges {
-		switch {
-		case !backend[e.Parent]:
-		case slices.Contains(e.Perm, "write"):
-			return true, nil
-		default:
-			drives++
-			permitted += min(1, len(e.Perm))
+		if !backend[e.Parent] {
+			continue
 		}
+		if len(e.Perm) == 0 {
+			return false, nil // QEMU may have got others: it takes them one by one
+		}
+		written = written || slices.Contains(e.Perm, "write")
+	}
+	if written {
+		return true, nil
 	}
 	writable, err := vm.writableDrives(ctx)
-	return !writable && permitted == drives, err
+	return !writable, err
 }
 
 // writableDrives says whether a device has a drive that it may write to when it is active.
