@@ -36,7 +36,7 @@ func TestSteps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []float64{36.85, 105.8, 253.4, 252.1, 41, 0.25, 8.2, 410, 1007.867, 39, 14.1}
+	want := []float64{36.85, 105.8, 253.4, 252.1, 41.85, 0.25, 8.2, 410, 1007.867, 39, 14.1}
 	if len(want) != len(steps) {
 		t.Fatalf("there are %d steps", len(steps))
 	}
@@ -49,7 +49,7 @@ func TestSteps(t *testing.T) {
 	if _, err := s.entries(a, figures{}); err == nil {
 		t.Error("a move that nobody logged has steps")
 	}
-	delete(e.switched, "stopped_for")
+	delete(e.switched, "downtime")
 	if _, err := commitTime(e); err == nil {
 		t.Error("a log that does not say when the hand-over began has a time of it")
 	}

@@ -59,16 +59,15 @@ var steps = []step{
 	{"  slowest", "ms", func(e entries) (float64, error) { return e.runs.duration("slowest_fault") }},
 }
 
-// commitTime is what is left between the STOP event and the hand-over: the source hears of both, checks what was saved,
-// and writes down that the VM is the destination's.
+// commitTime is what is left of the downtime: the source hears of STOP, checks what was saved, and writes down that the VM
+// is the destination's, unless it has done so meanwhile.
 func commitTime(e entries) (float64, error) {
-	stopped, err := e.switched.duration("stopped_for")
-	if err != nil {
-		return 0, err
-	}
+	downtime, err := e.switched.duration("downtime")
 	save, saveErr := e.loaded.duration("save")
 	transfer, transferErr := e.loaded.duration("transfer")
-	return stopped - save - transfer, errors.Join(saveErr, transferErr)
+	network, networkErr := e.switched.duration("network")
+	cont, contErr := e.switched.duration("cont")
+	return downtime - save - transfer - network/2 - cont, errors.Join(err, saveErr, transferErr, networkErr, contErr)
 }
 
 // showSteps moves the VM of each case by migrated and prints what the parts of the downtime took.

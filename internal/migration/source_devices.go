@@ -274,14 +274,23 @@ func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body [
 		s.log.Warn("the hand-over is not answered", "error", err)
 		return nil // Run asks for the outcome
 	}
-	compared := answer.GetCompareTime().AsDuration()
-	s.steps.transfer = time.Since(saved) - compared
-	s.steps.load = answer.GetLoadTime().AsDuration()
-	s.steps.network = max(0, time.Since(sender.began)-compared-s.steps.load)
+	s.countSteps(sender, answer, saved)
 	s.log.Info("the device state is loaded", "bytes", len(body), "stop", s.steps.stop, "save", s.steps.save,
 		"transfer", s.steps.transfer, "load", s.steps.load)
 	s.loaded = answer
 	return nil
+}
+
+// countSteps says what the steps took between saved, when the state was saved, and the answer.
+func (s *Source) countSteps(sender *deviceSender, answer *migratedv1.LoadDeviceStateResponse, saved time.Time) {
+	s.steps.load = answer.GetLoadTime().AsDuration()
+	if run := answer.GetRun(); run != nil { // which the way back is no part of
+		s.steps.transfer = s.told.Sub(saved) + max(0, s.answered.Sub(s.told)-run.GetServeTime().AsDuration())/2 + s.steps.load
+		return
+	}
+	compared := answer.GetCompareTime().AsDuration()
+	s.steps.transfer = s.answered.Sub(saved) - compared
+	s.steps.network = max(0, s.answered.Sub(sender.began)-compared-s.steps.load)
 }
 
 // steps are what the parts of the downtime took, by this host's clock. The destination begins to load while the source
