@@ -9,11 +9,43 @@
 //	SETUP                                          SETUP
 //	  check the VM, open its memory                  start QEMU -S -incoming defer, or attach
 //	  offer the memory (not served yet)              have QEMU drop what it put into its memory
-//	        ── PrepareIncoming ──────────────►       take a userfaultfd, register all memory
+//	        ── PrepareIncoming ──────────────►       take a userfaultfd
+//	        ◄─ early ─────────────────────────
+//	  have QEMU save the devices' state as it is now:
+//	    it stops the VM and continues it by itself
+//	  copy the memory that loading reads meanwhile
+//	        ── LoadEarlyState ────────────────►      migrate-incoming; QEMU loads it, reads that memory and no
+//	                                                 other, and waits for the rest of the stream
+//	                                                 drop all of its memory again
+//	                                                 register all memory
 //	        ◄─ page lanes (Fetch) ────────────       open the lanes, start the fault workers
-//	        ◄─ prepared ──────────────────────
+//	        ◄─ loaded; prepared ──────────────
 //	  prepared: waits for Start                      prepared: waits for the device state
 //	                                                 (kept: facts, page states)
+//	DEVICE                                         DEVICE
+//	        ── LoadDeviceState ───────────────►      QEMU answers
+//	        ◄─ it reads ──────────────────────
+//	  warm the connection up
+//	  write the record, not committed yet
+//	  stop; the memory is served now
+//	  save the devices' state, give the disks up;
+//	  ───────── commit point ───────── meanwhile
+//	  commit the record (rename, fsync)
+//	        ── what has changed, and Run ─────►      QEMU loads it
+//	                                                 mark 'told to run', announce the network cards,
+//	        ◄─ running ───────────────────────       cont (takes the disks, sends the announcements)
+//	POSTCOPY_ACTIVE                                POSTCOPY_ACTIVE
+//	  page server answers faults and sweep           fault workers and sweep fill the RAM
+//	        ◄─ WatchIncoming: figures ────────       lanes lost: POSTCOPY_PAUSED, dial again,
+//	                                                 POSTCOPY_RECOVER, POSTCOPY_ACTIVE
+//	COMPLETED                                      COMPLETED
+//	  quit QEMU, remove the record                   unregister, close QEMU's descriptor,
+//	                                                 remove what was kept
+//
+// Without an early load (it is switched off, the VM is paused, a device of it is not known to be loaded twice, loading read
+// what was not copied four times) nearly all of the state is loaded when the VM has stopped, which may fail, and so the source
+// commits only when it knows that it did not:
+//
 //	DEVICE                                         DEVICE
 //	        ── LoadDeviceState: the head ─────►      migrate-incoming; QEMU reads the head and waits
 //	        ◄─ it reads ──────────────────────       for the first device
@@ -29,13 +61,6 @@
 //	  commit the record (rename, fsync)
 //	        ── Run, until answered ───────────►      mark 'told to run', announce the network cards,
 //	        ◄─ running ───────────────────────       cont (takes the disks, sends the announcements)
-//	POSTCOPY_ACTIVE                                POSTCOPY_ACTIVE
-//	  page server answers faults and sweep           fault workers and sweep fill the RAM
-//	        ◄─ WatchIncoming: figures ────────       lanes lost: POSTCOPY_PAUSED, dial again,
-//	                                                 POSTCOPY_RECOVER, POSTCOPY_ACTIVE
-//	COMPLETED                                      COMPLETED
-//	  quit QEMU, remove the record                   unregister, close QEMU's descriptor,
-//	                                                 remove what was kept
 //
 // A rehearsal goes on where it has loaded: the destination saves what it has loaded and compares, the source
 // continues the VM (which has not given its disks up) and tells the destination to give up. It is REHEARSED.
@@ -52,11 +77,16 @@
 //     the VM (if it ran) and tells the destination to give up. The destination
 //     runs it only when told by Run, which was never sent, so that the source
 //     need not wait for an answer before it continues.
-//   - From the commit point on the source does not continue the VM by itself.
-//     It repeats Run until the destination answers. One answer gives the VM
+//   - From the commit point on the source does not continue the VM by itself,
+//     but where what has changed could not be sent, so that the destination was
+//     not told to run. Else it repeats Run until the destination answers. One answer gives the VM
 //     back: ABORTED, the destination's promise that it has not run the VM and
-//     never will (its QEMU died after loading, say). No answer, or any other,
+//     never will (its QEMU could not load what has changed, or died, say). No answer, or any other,
 //     leaves the VM stopped at the source with its memory intact.
+//   - After an early load the commit point comes before the destination has
+//     loaded what has changed. A network that is cut in these milliseconds
+//     leaves the VM stopped until it is mended, as one that is cut a moment
+//     later always did. That is all that is given up: it never runs twice.
 //   - The destination may give up by itself until Run arrives, and then
 //     answers Run with ABORTED for as long as it lives. Where it gives up because its
 //     daemon is stopped, the files stay and the next daemon answers so. Once it has asked its
@@ -81,7 +111,8 @@
 //	source: record, committed           serves its pages again and repeats Run
 //	  somebody continued the VM         serves nothing, removes the record
 //	source: record, completed           ends QEMU, removes the record
-//	destination: not loaded             ends QEMU; the source has continued the VM
+//	destination: not loaded             ends QEMU; the source has continued the VM, or does so when Run was answered
+//	                                    with ABORTED
 //	destination: loaded                 goes on waiting for Run; if its QEMU is gone (a stopped daemon
 //	                                    gives up), answers it with ABORTED
 //	destination: told to run            fetches what is missing; tells QEMU again if Run comes

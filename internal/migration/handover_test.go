@@ -36,17 +36,38 @@ type peer struct {
 	load func(context.Context) error // when the whole device state has come; nil: all is well
 	run  func(attempt int) (*migratedv1.RunResponse, error)
 
+	early   bool   // it loads the devices' state early
 	endless bool   // the last page never comes
 	limit   uint64 // that it was told last
 
 	mu      sync.Mutex
 	runs    int
+	told    *migratedv1.RunRequest // with the devices' state
+	ran     bool                   // so it answered
 	aborted bool
 	bytes   uint64
 }
 
 func (p *peer) PrepareIncoming(_ context.Context, r *migratedv1.PrepareIncomingRequest) (*migratedv1.PrepareIncomingResponse, error) {
-	return &migratedv1.PrepareIncomingResponse{Protocol: r.GetProtocol(), RamBlocks: r.GetMachine().GetRamBlocks()}, nil
+	return &migratedv1.PrepareIncomingResponse{
+		Protocol: r.GetProtocol(), RamBlocks: r.GetMachine().GetRamBlocks(), Early: p.early && r.GetEarly(),
+	}, nil
+}
+
+func (p *peer) LoadEarlyState(stream grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse]) error {
+	answer := &migratedv1.LoadEarlyStateResponse{}
+	for {
+		m, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return stream.SendAndClose(answer)
+		}
+		if err != nil {
+			return err
+		}
+		if len(m.GetSections()) > 0 {
+			answer.Loaded = true
+		}
+	}
 }
 
 func (p *peer) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
@@ -61,12 +82,22 @@ func (p *peer) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.Load
 					return err
 				}
 			}
-			return stream.SendAndClose(&migratedv1.LoadDeviceStateResponse{Bytes: p.bytes})
+			answer := &migratedv1.LoadDeviceStateResponse{Bytes: p.bytes}
+			p.mu.Lock()
+			if p.told != nil {
+				answer.Run, _ = runAtOnce(0)
+				p.ran = true
+			}
+			p.mu.Unlock()
+			return stream.SendAndClose(answer)
 		}
 		if err != nil {
 			return err
 		}
 		p.mu.Lock()
+		if run := m.GetRun(); run != nil {
+			p.told = run
+		}
 		p.bytes += uint64(len(m.GetData()))
 		p.mu.Unlock()
 	}
@@ -82,7 +113,7 @@ func (p *peer) Run(context.Context, *migratedv1.RunRequest) (*migratedv1.RunResp
 
 func (p *peer) WatchIncoming(_ *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
 	p.mu.Lock()
-	wait := p.runs == 0 || p.endless
+	wait := p.runs == 0 && !p.ran || p.endless
 	p.mu.Unlock()
 	if wait { // prepared, or after the switch, and stays so
 		<-stream.Context().Done()
@@ -117,16 +148,23 @@ type stage struct {
 
 func newStage(t *testing.T, ctx context.Context, run func(attempt int) (*migratedv1.RunResponse, error)) *stage { //nolint:revive // t first, as everywhere
 	t.Helper()
+	return newStageWith(t, ctx, &peer{run: run})
+}
+
+func newStageWith(t *testing.T, ctx context.Context, p *peer, devices ...string) *stage { //nolint:revive // t first, as everywhere
+	t.Helper()
 	dir := t.TempDir()
 	ram, err := os.CreateTemp("/dev/shm", "handover-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.Remove(ram.Name()) })
-	s := &stage{peer: &peer{run: run}, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"), pages: pagesrv.NewServer()}
-	s.qemu = exec.Command("qemu-system-x86_64", "-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
-		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path="+ram.Name(),
-		"-nodefaults", "-display", "none", "-qmp", "unix:"+s.other+",server=on,wait=off", "-qmp", "unix:"+s.vm+",server=on,wait=off")
+	s := &stage{peer: p, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"), pages: pagesrv.NewServer()}
+	s.qemu = exec.Command("qemu-system-x86_64", append([]string{
+		"-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
+		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path=" + ram.Name(),
+		"-nodefaults", "-display", "none", "-qmp", "unix:" + s.other + ",server=on,wait=off", "-qmp", "unix:" + s.vm + ",server=on,wait=off",
+	}, devices...)...)
 	s.qemu.Stderr = os.Stderr
 	if err := s.qemu.Start(); err != nil {
 		if os.Getenv("CI") == "true" {

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// newEarlyStage is a stage whose peer has loaded the devices' state before the VM stops. The VM has so many devices that
+// saving them takes long enough to look at its memory meanwhile.
+func newEarlyStage(t *testing.T, p *peer) *stage {
+	t.Helper()
+	p.early = true
+	var devices []string
+	for range 8 {
+		devices = append(devices, "-device", "virtio-rng-pci")
+	}
+	s := newStageWith(t, t.Context(), p, devices...)
+	for view, changed := s.source.Snapshot(); !view.GetPrepared(); view, changed = s.source.Snapshot() {
+		if Terminal(view.GetState()) {
+			t.Fatal(view.GetError())
+		}
+		<-changed
+	}
+	if view, _ := s.source.Snapshot(); !view.GetEarlyLoad().GetLoaded() || view.GetEarlyLoad().GetPause().AsDuration() <= 0 {
+		t.Fatalf("early load %v", view.GetEarlyLoad())
+	}
+	return s
+}
+
+// After an early load the destination is told to run the VM with the last of what has changed, and not before that the VM is its
+// own is written down.
+func TestHandOverInHalfARoundTrip(t *testing.T) {
+	p := &peer{run: runAtOnce}
+	s := newEarlyStage(t, p)
+	recorded := false
+	p.load = func(context.Context) error { recorded = s.handedOver(t); return nil }
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	view, _ := s.source.Snapshot()
+	if p.runs != 0 || !p.told.GetResume() || p.told.GetStoppedFor().AsDuration() <= 0 || !recorded || p.aborted {
+		t.Errorf("told %v, which was written down: %t; asked again %d times; aborted %t", p.told, recorded, p.runs, p.aborted)
+	}
+	if early := view.GetEarlyLoad(); p.bytes == 0 || p.bytes > early.GetBytes()/4 {
+		t.Errorf("%d bytes have changed of %d", p.bytes, early.GetBytes())
+	}
+}
+
+// What is not answered is asked for until it is, and the VM stays stopped meanwhile: it may run at the destination.
+func TestHandOverWithoutAnAnswer(t *testing.T) {
+	for name, outcome := range map[string]struct {
+		of    codes.Code // of the load, after the destination was told to run
+		run   error      // then, of Run
+		runs  bool       // at the source in the end
+		asked int
+	}{
+		"cut":                         {codes.Unavailable, nil, false, 1},
+		"late":                        {codes.DeadlineExceeded, nil, false, 1},
+		"given up before":             {codes.FailedPrecondition, status.Error(codes.Aborted, "QEMU died"), true, 1},
+		"promises not to run":         {codes.Aborted, nil, true, 0},
+		"cut and promises not to run": {codes.Unavailable, status.Error(codes.Aborted, "QEMU died"), true, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &peer{run: func(attempt int) (*migratedv1.RunResponse, error) {
+				if outcome.run != nil {
+					return nil, outcome.run
+				}
+				return runAtOnce(attempt)
+			}}
+			s := newEarlyStage(t, p)
+			p.load = func(context.Context) error { return status.Error(outcome.of, "so it is") }
+			s.source.Start()
+			want, words := migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, ""
+			if outcome.runs {
+				want, words = migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source"
+			}
+			s.expect(t, want, words)
+			if p.told == nil || p.runs != outcome.asked || p.aborted != outcome.runs || s.handedOver(t) {
+				t.Errorf("told %v, asked %d times, aborted %t", p.told, p.runs, p.aborted)
+			}
+			if outcome.runs && !s.vmRuns(t) {
+				t.Error("the VM does not run")
+			}
+		})
+	}
+}
+
+// A VM that somebody continues while its state is saved is not handed over, although that is written down already.
+func TestContinuedWhileSaved(t *testing.T) {
+	p := &peer{run: runAtOnce}
+	s := newEarlyStage(t, p)
+	s.source.isContinued.Store(true) // as guardStopped finds out
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if p.told != nil || p.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {
+		t.Errorf("told %v, asked %d times", p.told, p.runs)
+	}
+}
+
+// A room has no more than it has.
+func TestRoom(t *testing.T) {
+	r := room{most: 10}
+	if err := r.take(7); err != nil {
+		t.Error(err)
+	}
+	if err := r.take(4); err == nil {
+		t.Error("11 of 10 bytes were taken")
+	}
+	r.give(7)
+	if err := r.take(10); err != nil {
+		t.Error(err)
+	}
+}
