@@ -17,6 +17,7 @@ import (
 // What the daemons log of a move, as they write it.
 const (
 	sourceLog = "level=INFO msg=prepared migration=bench-2 role=source\n" +
+		`level=INFO msg="the early state of the devices" migration=bench-2 pause=2.5ms load=60ms` + "\n" +
 		`level=INFO msg="the device state is loaded" migration=bench-1 bytes=1 stop=9s save=9s transfer=9s load=9s` + "\n" +
 		`level=INFO msg="the device state is loaded" migration=bench-2 bytes=1007867 stop=36.85ms save=105.8ms ` +
 		"transfer=253.4ms load=252.1ms\n" +
@@ -36,7 +37,7 @@ func TestSteps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []float64{36.85, 105.8, 253.4, 252.1, 41.85, 0.25, 8.2, 410, 1007.867, 39, 14.1}
+	want := []float64{2.5, 36.85, 105.8, 253.4, 252.1, 41.85, 0.25, 8.2, 410, 1007.867, 39, 14.1}
 	if len(want) != len(steps) {
 		t.Fatalf("there are %d steps", len(steps))
 	}

@@ -37,15 +37,16 @@ type step struct {
 
 // entries are what the two daemons have logged about one move, and the downtime as QEMU's events have it.
 type entries struct {
-	loaded, switched entry // at the source
-	runs             entry // at the destination
-	downtime         float64
+	early, loaded, switched entry // at the source
+	runs                    entry // at the destination
+	downtime                float64
 }
 
-// What is indented is no step of its own: loading begins while QEMU saves, and the slowest is one of the faults. The steps
+// The first is the pause of the early load, while the VM is prepared. What is indented is no step of its own: loading begins while QEMU saves, and the slowest is one of the faults. The steps
 // from save to cont add up to the whole. Most of stop comes
 // before the STOP event, where the whole begins; what comes after it is in commit.
 var steps = []step{
+	{"pause before", "ms", func(e entries) (float64, error) { return e.early.duration("pause") }},
 	{"stop", "ms", func(e entries) (float64, error) { return e.loaded.duration("stop") }},
 	{"save", "ms", func(e entries) (float64, error) { return e.loaded.duration("save") }},
 	{"transfer", "ms", func(e entries) (float64, error) { return e.loaded.duration("transfer") }},
@@ -138,6 +139,7 @@ func (s *scene) entries(from *lab.Host, f figures) (e entries, err error) {
 		message string
 		to      *entry
 	}{
+		{from, "the early state of the devices", &e.early},
 		{from, "the device state is loaded", &e.loaded},
 		{from, "switched over", &e.switched},
 		{s.at, "the VM runs", &e.runs},

@@ -13,8 +13,7 @@ import (
 //
 //	for each section that is sent, numbers as in encoding/binary's Uvarint:
 //	  0  length  bytes                                           a section that the earlier state did not have
-//	  1 + index  0  length  bytes                                that section, of another length now
-//	  1 + index  1 + pieces, and for each: gap  length  bytes    that section, with these pieces of it replaced;
+//	  1 + index  pieces, and for each: gap  length  bytes        that section, with these pieces of it replaced;
 //	                                                             a gap counts from the end of the piece before
 
 // join is how many equal bytes between two pieces cost less as part of one.
@@ -24,7 +23,8 @@ const join = 4
 var ErrChanges = errors.New("the changes of the device state have a form that is not known")
 
 // AppendChanges appends to b what makes now of early: the sections that early does not have, those that differ, and
-// those for whose index in early always is true. The error is of a section that now does not have any more.
+// those for whose index in early always is true. The error is ErrOtherForm of a section that cannot be loaded again, also one
+// that now does not have any more.
 func AppendChanges(b []byte, early, now []Section, always func(index int) bool) ([]byte, error) {
 	index := make(map[key]int, len(early))
 	for i, k := range keysOf(early) {
@@ -41,11 +41,14 @@ func AppendChanges(b []byte, early, now []Section, always func(index int) bool) 
 		if same && !always(i) {
 			continue
 		}
+		if err := checkForm(early[i], now[n]); err != nil {
+			return nil, err
+		}
 		b = binary.AppendUvarint(b, uint64(1+i))
 		b = appendDifference(b, early[i].Bytes, now[n].Bytes)
 	}
 	for k := range index {
-		return nil, fmt.Errorf("the VM has no %q any more", k.name)
+		return nil, fmt.Errorf("%w: the VM has no %q any more", ErrOtherForm, k.name)
 	}
 	return b, nil
 }
@@ -54,10 +57,8 @@ func appendBytes(b, what []byte) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(what))), what...)
 }
 
+// appendDifference appends what makes is of was, which is as long.
 func appendDifference(b, was, is []byte) []byte {
-	if len(was) != len(is) {
-		return appendBytes(append(b, 0), is)
-	}
 	type piece struct{ from, to int }
 	var pieces []piece
 	for i := range is {
@@ -70,7 +71,7 @@ func appendDifference(b, was, is []byte) []byte {
 		}
 		pieces = append(pieces, piece{i, i + 1})
 	}
-	b = binary.AppendUvarint(b, uint64(1+len(pieces)))
+	b = binary.AppendUvarint(b, uint64(len(pieces)))
 	end := 0
 	for _, p := range pieces {
 		b = appendBytes(binary.AppendUvarint(b, uint64(p.from-end)), is[p.from:p.to])
@@ -150,15 +151,12 @@ func (r *changesReader) bytes() []byte {
 	return b
 }
 
-// replaced is a copy of was in which pieces are replaced, or what has come in its place.
+// replaced is a copy of was in which pieces are replaced.
 func (r *changesReader) replaced(was []byte) []byte {
 	pieces := r.number()
-	if pieces == 0 {
-		return r.bytes()
-	}
 	is := append([]byte(nil), was...)
 	at := uint64(0)
-	for ; pieces > 1 && r.err == nil; pieces-- {
+	for ; pieces > 0 && r.err == nil; pieces-- {
 		gap, b := r.number(), r.bytes()
 		if left := uint64(len(is)) - at; gap > left || uint64(len(b)) > left-gap {
 			r.fail("a piece that ends behind the section")

@@ -25,6 +25,9 @@ import (
 // then told that the VM never ran here.
 const loadedTimeout = 60 * time.Second
 
+// endTimeout is how long Abort waits for all to be let go.
+const endTimeout = 5 * time.Second
+
 // What a source that is not heard of keeps at most: a QEMU that is prepared, and one that loads. A source that goes on is
 // a hundred times faster (prepareTimeout and deviceTimeout are its own), but its operator may take time to say start.
 const (
@@ -194,6 +197,17 @@ func (d *Destination) explain(err error) error {
 // Abort gives up a migration that Run was not obeyed for.
 func (d *Destination) Abort(reason string) error {
 	d.cancelLoad(fmt.Errorf("the source gave up: %s", reason)) // it holds the lock
+	if err := d.abort(reason); err != nil {
+		return err
+	}
+	select { // the source may begin another of the same id
+	case <-d.done:
+	case <-time.After(endTimeout):
+	}
+	return nil
+}
+
+func (d *Destination) abort(reason string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.phase == running {

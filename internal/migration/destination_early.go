@@ -64,7 +64,7 @@ func (d *Destination) loadEarlyState(
 	ctx context.Context, first *migratedv1.LoadEarlyStateRequest, stream earlyStream,
 ) (*migratedv1.LoadEarlyStateResponse, error) {
 	answer := &migratedv1.LoadEarlyStateResponse{}
-	state, err := receiveEarly(first, stream, d.blocks)
+	state, err := awaitEarly(ctx, first, stream, d.blocks)
 	if err != nil {
 		return nil, fmt.Errorf("receive the early state of the devices: %w", err)
 	}
@@ -116,6 +116,26 @@ type earlyState struct {
 	sections []devicestate.Section
 	pages    map[earlyPage][]byte
 	size     int // of the sections
+}
+
+// awaitEarly receives until ctx ends, which is also when somebody waits for the lock to give up. The stream ends when its call
+// returns, and with it the goroutine.
+func awaitEarly(
+	ctx context.Context, first *migratedv1.LoadEarlyStateRequest, stream earlyStream, blocks []qemu.RAMBlock,
+) (state *earlyState, err error) {
+	received := make(chan struct{})
+	var came *earlyState
+	var cameErr error
+	go func() {
+		defer close(received)
+		came, cameErr = receiveEarly(first, stream, blocks)
+	}()
+	select {
+	case <-received:
+		return came, cameErr
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 // receiveEarly takes all messages of a source, which may send what it likes.

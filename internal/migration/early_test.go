@@ -4,7 +4,9 @@ package migration
 
 import (
 	"context"
+	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -115,5 +117,27 @@ func TestRoom(t *testing.T) {
 	r.give(7)
 	if err := r.take(10); err != nil {
 		t.Error(err)
+	}
+}
+
+// A VM whose devices have changed too much since the early load goes on, and is moved without one, by the same migration.
+func TestStartOver(t *testing.T) {
+	p := &peer{run: runAtOnce}
+	s := newEarlyStage(t, p)
+	first := &s.source.early.sections[0]
+	first.Bytes = first.Bytes[1:] // owned by the source again when it is started
+	paused := func() time.Duration {
+		view, _ := s.source.Snapshot()
+		return view.GetEarlyLoad().GetPause().AsDuration()
+	}
+	before := paused()
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	view, _ := s.source.Snapshot()
+	if early := view.GetEarlyLoad(); early.GetLoaded() || !strings.Contains(early.GetReason(), first.Name) || paused() <= before {
+		t.Errorf("early load %v, a pause of %v before", early, before)
+	}
+	if p.told != nil || p.runs != 1 || !p.aborted || view.GetProgress().GetBytesDeviceState() < 100_000 {
+		t.Errorf("told %v, asked %d times, aborted %t, %d bytes loaded", p.told, p.runs, p.aborted, view.GetProgress().GetBytesDeviceState())
 	}
 }

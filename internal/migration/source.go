@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -85,6 +86,7 @@ type Source struct {
 	// gaveUpDisks says that QEMU was asked to give the disks up.
 	gaveUpDisks bool
 	early       *snapshot // that the destination has loaded; nil: none
+	notEarly    error     // why there is to be none
 	// toldToRun says that the destination may have been told to run the VM, with the last of the devices' state.
 	toldToRun      bool
 	told, answered time.Time                           // when the last was sent, and answered
@@ -244,6 +246,9 @@ func (s *Source) switchOver(ctx context.Context) bool {
 	s.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
 	if err := s.moveDevices(ctx); err != nil {
 		s.giveBack() // it may be committed: the destination was not told, or has promised not to run the VM
+		if errors.Is(err, devicestate.ErrOtherForm) {
+			return s.startOver(ctx, err)
+		}
 		s.backOut(ctx, err)
 		return false
 	}

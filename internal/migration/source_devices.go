@@ -88,7 +88,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	if s.early != nil {
 		body, err = devicestate.AppendChanges(nil, s.early.sections, sections, s.readsOther)
 		if err != nil {
-			return withRemedy(fmt.Errorf("the VM is another than when it was prepared: %w", err), "migrate it again")
+			return err
 		}
 	}
 	return s.finishDevices(ctx, sender, body)

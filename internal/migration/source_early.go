@@ -36,6 +36,8 @@ func (e *snapshot) close() {
 // whyNotEarly says why the devices' state is loaded only when the VM has stopped; nil: it may be loaded before.
 func (s *Source) whyNotEarly() error {
 	switch {
+	case s.notEarly != nil:
+		return s.notEarly
 	case s.cfg.Spec.GetNoEarlyLoad():
 		return errors.New("it was switched off")
 	case s.cfg.Spec.GetDestinationQmp() != "":
@@ -163,13 +165,13 @@ func (s *Source) takeSnapshot(
 }
 
 func newSnapshot(saved []byte, pages []*migratedv1.Memory) (*snapshot, error) {
-	state := &snapshot{pages: pages, size: len(saved)}
-	var err error
-	if state.sections, err = devicestate.Parse(saved); err != nil {
+	all, err := devicestate.Parse(saved)
+	if err != nil {
 		return nil, err
 	}
-	if err := devicestate.CheckTwice(state.sections); err != nil {
-		return nil, err
+	state := &snapshot{sections: devicestate.Early(all), pages: pages, size: len(saved)}
+	if len(state.sections) == 0 {
+		return nil, errors.New("no device is known to take long to load")
 	}
 	if state.size > earlyStateMost {
 		return nil, fmt.Errorf("the devices' state has %d MiB, at most %d are loaded early", state.size>>20, earlyStateMost>>20)
@@ -200,7 +202,9 @@ func (s *Source) saveBriefly(ctx context.Context, pages []*migratedv1.Memory, sh
 	})
 	reached("source-early-saved")
 	shown.Pause = durationpb.New(shown.GetPause().AsDuration() + pause)
-	if closeErr := saver.Close(ctx); closeErr != nil {
+	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), attachTimeout)
+	defer cancel()
+	if closeErr := saver.Close(closing); closeErr != nil {
 		s.log.Warn("QEMU keeps a descriptor that the device state was saved to", "error", closeErr)
 	}
 	if err != nil {
@@ -270,4 +274,34 @@ func (s *Source) sendEarly(ctx context.Context, state *snapshot) (*migratedv1.Lo
 	}
 	s.log.Debug("sent the early state", "sections", len(state.sections), "pages", len(state.pages), "took", time.Since(began))
 	return answer, err
+}
+
+// startOver moves a VM after all whose devices have changed too much since the early load: it goes on, a fresh QEMU is
+// prepared at the destination, and loads everything when the VM has stopped again.
+func (s *Source) startOver(ctx context.Context, reason error) bool {
+	s.export.Withdraw()
+	vmStatus, err := s.continueVM()
+	pause := time.Since(s.stoppedAt)
+	s.tellToGiveUp(ctx, reason)
+	if err != nil {
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("start over: %w: %w", reason, err), vmStatus)
+		return false
+	}
+	s.log.Warn("starting over without an early load", "reason", reason, "pause", pause)
+	s.release()
+	s.notEarly = reason
+	s.vm, s.ram, s.export, s.conn, s.early, s.loaded, s.unguard = nil, nil, nil, nil, nil, nil, nil
+	s.stopped, s.stopTried, s.gaveUpDisks, s.toldToRun = make(chan struct{}), false, false, false
+	s.isContinued.Store(false)
+	var before time.Duration // the pauses until now
+	s.update(func(m *migratedv1.Migration) {
+		before = m.GetEarlyLoad().GetPause().AsDuration()
+		m.State = migratedv1.MigrationState_MIGRATION_STATE_SETUP
+	})
+	if err := s.prepare(ctx); err != nil {
+		s.backOut(ctx, err)
+		return false
+	}
+	s.update(func(m *migratedv1.Migration) { m.EarlyLoad.Pause = durationpb.New(before + pause) })
+	return s.switchOver(ctx)
 }

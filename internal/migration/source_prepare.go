@@ -76,7 +76,10 @@ func (s *Source) prepare(ctx context.Context) error {
 
 // offer lets the destination fetch pages, once the VM stands still, and calls it.
 func (s *Source) offer() (err error) {
-	s.export, err = s.cfg.Pages.Offer(s.cfg.ID, s.token, s.ram, s.awaitStopped)
+	stopped := s.stopped // startOver makes another
+	s.export, err = s.cfg.Pages.Offer(s.cfg.ID, s.token, s.ram, func(ctx context.Context) error {
+		return s.awaitStopped(ctx, stopped)
+	})
 	if err != nil {
 		return fmt.Errorf("offer the RAM of the VM: %w", err)
 	}

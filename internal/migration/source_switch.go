@@ -23,9 +23,9 @@ import (
 // written to memory what they had to (do_vm_stop in QEMU's cpus.c). It is not asked
 // again: while it saves the devices' state it answers nobody, and nobody can continue
 // the VM. Before and after that guardStopped hears of it.
-func (s *Source) awaitStopped(ctx context.Context) error {
+func (s *Source) awaitStopped(ctx context.Context, stopped <-chan struct{}) error {
 	select {
-	case <-s.stopped:
+	case <-stopped:
 		return nil
 	case <-s.done:
 		return errors.New("the migration is over")
