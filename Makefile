@@ -10,7 +10,7 @@
 #   QEMU=...    bench, memorybench, downtime, soak: which version of QEMU, of those that lab.QEMUVersions names
 #   PKG=...     unit, e2e, kernel: which packages
 #   RUN=...     unit, e2e, kernel: only tests whose name matches
-#   N=500       chaos: how many cases (100); soak: how many moves (200); downtime: how many of each case (5)
+#   N=500       chaos: how many cases (100); soak: how many moves (200); downtime, figure: how many of each case (5)
 #   DEVICES=... soak: how many disks and network cards, each (8)
 #   SEED=...    chaos: which sequence of cases (1); its cases are always the same
 #   FUZZTIME=   fuzz: how long each target (1m)
@@ -51,6 +51,12 @@ memorybench: ## compare private memory with shared memory, in turns: build/bench
 	@scripts/setup demo
 	@$(MAKE) build
 	@$(RUN_BENCH) --memory $(ARGS)
+
+.PHONY: figure
+figure: ## draw the downtime by the number of devices, with QEMU 7.2, 10.0 and 11.1: build/bench/figure.svg (docs/downtime.md)
+	@scripts/setup demo
+	@$(MAKE) build
+	@$(RUN_BENCH) --figure $(if $(N),--rounds $(N)) $(ARGS)
 
 .PHONY: downtime
 downtime: ## say where the downtime goes, step by step, for VMs with devices: build/bench/steps.json (docs/downtime.md)

@@ -63,7 +63,9 @@ func (s *scene) writes() {
 // q35 that QEMU does not load twice by itself, the LPC bridge, which has the APM status port.
 func TestEarlyLoad(t *testing.T) {
 	l := newLab(t)
-	s := sceneOf(t, l, lab.VMConfig{Extra: lab.EventsArgs()}.WithDevices(2, 2))
+	// QEMU redraws a screen that somebody may look at, and reads video memory for it.
+	shown := append(lab.EventsArgs(), "-vnc", "unix:"+lab.VMDir+"/vnc.sock")
+	s := sceneOf(t, l, lab.VMConfig{Extra: shown}.WithDevices(2, 2))
 	for _, rehearse := range []bool{true, false} {
 		spec, id := s.spec(), "move"
 		if spec.Rehearse = rehearse; rehearse {

@@ -41,6 +41,7 @@ type options struct {
 
 	steps   bool
 	memory  bool
+	figure  bool
 	soak    int // moves; 0: none
 	devices int // of the soak's VM, disks and network cards each
 }
@@ -56,6 +57,7 @@ func main() {
 		fmt.Sprintf("`version` of QEMU on both hosts: %s", strings.Join(lab.QEMUVersions, ", ")))
 	flag.BoolVar(&o.steps, "steps", false, "say where the downtime goes: migrated alone, --rounds moves of each case")
 	flag.BoolVar(&o.memory, "memory", false, "compare moves of private memory with those of shared memory")
+	flag.BoolVar(&o.figure, "figure", false, "draw the downtime by the number of devices, with each version of QEMU")
 	flag.IntVar(&o.soak, "soak", 0, "move one VM so many times, and count what goes wrong")
 	flag.IntVar(&o.devices, "devices", 8, "with --soak: how many disks and network cards, each, the VM has")
 	flag.Parse()
@@ -88,6 +90,9 @@ func run(ctx context.Context, o options) error {
 	if o.memory {
 		return compareMemory(ctx, o)
 	}
+	if o.figure {
+		return drawFigure(ctx, o)
+	}
 	if o.size == "" {
 		o.size = map[bool]string{false: "short", true: "devices"}[o.steps]
 	}
@@ -98,26 +103,27 @@ func run(ctx context.Context, o options) error {
 	if o.steps {
 		return showSteps(ctx, o, chosen)
 	}
-	return compare(ctx, o, chosen)
+	_, err = compareAll(ctx, o, chosen)
+	return err
 }
 
-// compare moves the VM of each case by all contenders.
-func compare(ctx context.Context, o options, chosen []benchCase) error {
+// compareAll moves the VM of each case by all contenders.
+func compareAll(ctx context.Context, o options, chosen []benchCase) (*benchReport, error) {
 	r := newReport(o)
 	for i, c := range chosen {
 		fmt.Printf("── case %d of %d: %s, %d rounds\n", i+1, len(chosen), c.name(), o.rounds)
 		result, err := c.measure(ctx, o)
 		if err != nil {
-			return fmt.Errorf("case %s: %w", c.name(), err)
+			return nil, fmt.Errorf("case %s: %w", c.name(), err)
 		}
 		r.Cases = append(r.Cases, result)
 		result.print(os.Stdout)
 		// After each case: an hour's figures are not to be lost with its last one.
 		if err := r.write(o.dir); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	return r, nil
 }
 
 // choose returns the cases of the size, or those of all sizes, and of none, that match.

@@ -31,7 +31,7 @@ const endTimeout = 5 * time.Second
 // What a source that is not heard of keeps at most: a QEMU that is prepared, and one that loads. A source that goes on is
 // a hundred times faster (prepareTimeout and deviceTimeout are its own), but its operator may take time to say start.
 const (
-	awaitingEarlyTimeout = 5 * time.Minute
+	awaitingEarlyTimeout = 30 * time.Second // for the call to begin
 	preparedTimeout      = 15 * time.Minute
 	loadTimeout          = 30 * time.Second
 )
@@ -74,19 +74,20 @@ type Destination struct {
 	loadCtx    context.Context //nolint:containedctx // see above
 	cancelLoad context.CancelCauseFunc
 
-	fate     atomic.Int32 // see decide
-	mu       sync.Mutex   // serializes the peer's calls; guards what follows
-	phase    phase
-	reason   error // why phase is givenUp
-	answer   *migratedv1.RunResponse
-	vm       *qemu.VM
-	process  *qemu.Process // nil: somebody else started QEMU
-	left     qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
-	blocks   []qemu.RAMBlock
-	discards bool         // of its Facts
-	reserve  *reserve     // nil in a migration that was taken up
-	early    *earlyLoaded // nil: QEMU loads all of the devices' state when the VM has stopped
-	taken    *inject.Taken
+	fate       atomic.Int32 // see decide
+	mu         sync.Mutex   // serializes the peer's calls; guards what follows
+	phase      phase
+	reason     error // why phase is givenUp
+	answer     *migratedv1.RunResponse
+	vm         *qemu.VM
+	process    *qemu.Process // nil: somebody else started QEMU
+	left       qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
+	blocks     []qemu.RAMBlock
+	discards   bool         // of its Facts
+	reserve    *reserve     // nil in a migration that was taken up
+	early      *earlyLoaded // nil: QEMU loads all of the devices' state when the VM has stopped
+	earlyCalls int          // of LoadEarlyState
+	taken      *inject.Taken
 	// Of taken's userfaultfd.
 	supervision uffd.Supervision
 	label       string

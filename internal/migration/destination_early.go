@@ -38,6 +38,19 @@ func (e *earlyLoaded) close() {
 // earlyStream is the call that brings an early state.
 type earlyStream = grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse]
 
+// expectEarly waits for the source to begin LoadEarlyState. While that call lasts, its end says that the source has ended.
+func (d *Destination) expectEarly() {
+	d.phase = awaitingEarly
+	calls := d.earlyCalls
+	time.AfterFunc(awaitingEarlyTimeout, func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.phase == awaitingEarly && d.earlyCalls == calls {
+			d.giveUp(fmt.Errorf("the early state of the devices did not come within %v", awaitingEarlyTimeout))
+		}
+	})
+}
+
 // LoadEarlyState has QEMU load the state that the devices had a moment ago. Unless it is wanted once more, the destination
 // is prepared then, with it or without. When it fails the destination has given up.
 func (d *Destination) LoadEarlyState(first *migratedv1.LoadEarlyStateRequest, stream earlyStream) error {
@@ -46,12 +59,16 @@ func (d *Destination) LoadEarlyState(first *migratedv1.LoadEarlyStateRequest, st
 	if err := d.expect(awaitingEarly); err != nil {
 		return err
 	}
+	d.earlyCalls++
 	limit := earlyTimeout + timeToPrepare(d.cfg.Request.GetMachine()) // of another QEMU
 	ctx, expire := context.WithTimeoutCause(d.loadCtx, limit, fmt.Errorf("the early state was not loaded within %v", limit))
 	defer expire()
 	stop := context.AfterFunc(stream.Context(), expire)
 	defer stop()
 	answer, err := d.loadEarlyState(ctx, first, stream)
+	if err == nil && d.phase == awaitingEarly {
+		d.expectEarly()
+	}
 	if err != nil {
 		err = causeOf(ctx, err)
 		d.giveUp(err)

@@ -31,6 +31,9 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 		return nil, err
 	}
 	err := d.prepareQEMU(ctx)
+	if err == nil { // nobody else notices that the source has ended
+		err = context.Cause(ctx)
+	}
 	mayEarly := d.cfg.Request.GetEarly() && d.cfg.Request.GetDestinationQmp() == "" // else it could not be replaced
 	if err == nil && !mayEarly {
 		err = d.ready(ctx)
@@ -41,8 +44,7 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 		return nil, err
 	}
 	if mayEarly {
-		d.phase = awaitingEarly
-		d.expire(awaitingEarly, awaitingEarlyTimeout, "the early state of the devices did not come")
+		d.expectEarly()
 	}
 	answer := &migratedv1.PrepareIncomingResponse{
 		Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label, Protocol: d.cfg.Request.GetProtocol(), Early: mayEarly,

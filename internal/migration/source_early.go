@@ -61,10 +61,13 @@ func (s *Source) prepareEarly(ctx context.Context) error {
 	var failed error
 	for try := 0; ; try++ {
 		var state *snapshot
-		if failed == nil {
-			state, failed = s.takeSnapshot(ctx, missed, shown)
-		}
-		answer, err := s.sendEarly(ctx, state)
+		// The call is begun before the VM stops: its end tells the destination that this daemon has ended.
+		answer, err := s.callEarly(ctx, func() *snapshot {
+			if failed == nil {
+				state, failed = s.takeSnapshot(ctx, missed, shown)
+			}
+			return state
+		})
 		if err != nil {
 			state.close()
 			return causeOf(ctx, fromPeer("load the early state of the devices", s.cfg.Spec.GetDestination(), err))
@@ -240,17 +243,17 @@ const smallPage = 4096
 // earlyChunk is how much one message carries.
 const earlyChunk = 128 << 10
 
-// sendEarly sends a snapshot, nil: none, and returns what the destination says of it.
-func (s *Source) sendEarly(ctx context.Context, state *snapshot) (*migratedv1.LoadEarlyStateResponse, error) {
-	if state == nil {
-		state = &snapshot{}
-	}
-	began := time.Now()
+// callEarly sends what take returns, nil: nothing, and returns what the destination says of it.
+func (s *Source) callEarly(ctx context.Context, take func() *snapshot) (*migratedv1.LoadEarlyStateResponse, error) {
 	stream, err := s.peer.LoadEarlyState(ctx)
 	if err != nil {
 		return nil, err
 	}
 	err = stream.Send(&migratedv1.LoadEarlyStateRequest{Id: s.cfg.ID, Head: devicestate.Head(s.facts.MachineType)})
+	state := take()
+	if state == nil {
+		state = &snapshot{}
+	}
 	for part := range slices.Chunk(devicestate.Join(state.sections), earlyChunk) {
 		if err == nil {
 			err = stream.Send(&migratedv1.LoadEarlyStateRequest{Sections: part})
@@ -272,7 +275,6 @@ func (s *Source) sendEarly(ctx context.Context, state *snapshot) (*migratedv1.Lo
 	if recvErr != nil {
 		return nil, recvErr
 	}
-	s.log.Debug("sent the early state", "sections", len(state.sections), "pages", len(state.pages), "took", time.Since(began))
 	return answer, err
 }
 
