@@ -176,7 +176,8 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 			s.Fatal(err)
 		}
 		s.destinationGone("cut-device")
-		s.failed(m, stateFailed, "did not begin to load within", "can be reached", "the VM was not touched")
+		// The kernel may find out before the time is over.
+		s.failed(m, stateFailed, "be reached", "the VM was not touched")
 	})
 
 	// After all of that the same VM still moves.

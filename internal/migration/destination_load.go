@@ -114,7 +114,7 @@ func (d *Destination) load(
 	ended := time.Now()
 	switch {
 	case err == nil:
-	case ctx.Err() != nil:
+	case ctx.Err() != nil && d.vm.QMP.Err() == nil: // a QEMU that has ended ends ctx, too
 		return carrier, nil, fmt.Errorf("the destination QEMU did not load the device state: %w", causeOf(ctx, d.explain(err)))
 	default:
 		return carrier, nil, withRemedy(fmt.Errorf("the destination QEMU could not load the device state: %w", d.explain(err)),
