@@ -96,15 +96,16 @@ var memories = []lab.Backend{lab.BackendDefault, lab.BackendDefault, lab.Backend
 // crowdFaults are those that many migrations can meet together.
 var crowdFaults = []string{killSource, killDestination, killBoth, cutBoth, cutOne, badLink}
 
-// newCase is case index of the seed's sequence.
-func newCase(seed uint64, index int) chaosCase {
+// newCase is case index of the seed's sequence. Its point is one of at; where that is not all of them, the fault comes at one,
+// if it is of a kind that can.
+func newCase(seed uint64, index int, at []point) chaosCase {
 	r := rand.New(rand.NewPCG(seed, uint64(index)))
 	c := chaosCase{
 		Seed: seed, Index: index, Kind: deal(seed, index, 1, deck), Pick: r.Uint64(),
 		For: lasting(r), Link: network(r), Memory: deal(seed, index, 3, memories),
 	}
 	c.Link.Seed = c.Pick
-	c.At = c.when(r)
+	c.At = c.when(r, at)
 	switch c.Kind {
 	case fullTmpfs, flipBits, lyingSource: // it takes a while until one of them bites
 		c.For += time.Second
@@ -132,10 +133,13 @@ func deal[T any](seed uint64, index int, purpose uint64, cards []T) T {
 }
 
 // when chooses the moment: mostly a point, and most of the times after the switch, where most of a migration is.
-func (c chaosCase) when(r *rand.Rand) moment {
-	point := deal(c.Seed, c.Index, 2, points)
+func (c chaosCase) when(r *rand.Rand, at []point) moment {
+	point := deal(c.Seed, c.Index, 2, at)
 	early, late := upTo(r, 1200*time.Millisecond), upTo(r, c.transfer())
 	dice := r.IntN(10)
+	if len(at) < len(points) {
+		dice = 0
+	}
 	switch c.Kind {
 	case killTheirQEMU, killTheirHost:
 		if slices.Contains(tooLate, point.name) {

@@ -71,11 +71,11 @@ func TestPointsAreThoseOfTheSource(t *testing.T) {
 func TestSequence(t *testing.T) {
 	kinds, at := map[string]int{}, map[string]bool{}
 	for i := range 40 * len(deck) {
-		c := newCase(7, i)
-		if c != newCase(7, i) {
+		c := newCase(7, i, points)
+		if c != newCase(7, i, points) {
 			t.Fatalf("case %d is not always the same", i)
 		}
-		if c == newCase(8, i) {
+		if c == newCase(8, i, points) {
 			t.Errorf("case %d does not depend on the seed", i)
 		}
 		kinds[c.Kind]++

@@ -29,7 +29,8 @@ import (
 type options struct {
 	n    int
 	seed uint64
-	only int // -1: all of n
+	only int    // -1: all of n
+	at   string // matches the points' names
 	// compare: instead of the cases, some faults that QEMU's own post-copy can meet, too.
 	compare bool
 	dir     string
@@ -40,6 +41,7 @@ func main() {
 	flag.IntVar(&o.n, "n", 100, "how many cases")
 	flag.Uint64Var(&o.seed, "seed", 1, "of the sequence of cases")
 	flag.IntVar(&o.only, "only", -1, "play only the case with this `index`")
+	flag.StringVar(&o.at, "at", "", "only points whose name matches this regular `expression`")
 	flag.BoolVar(&o.compare, "compare", false, "instead of the cases: strike migrated and QEMU's own post-copy with the same faults at the same moment")
 	flag.StringVar(&o.dir, "dir", "build/chaos", "`directory` of the report and the logs")
 	flag.Parse()
@@ -81,6 +83,10 @@ func run(ctx context.Context, o options) (*chaosReport, error) {
 		return nil, err
 	}
 	defer remove()
+	at, err := pointsLike(o.at)
+	if err != nil {
+		return nil, err
+	}
 	indices := []int{o.only}
 	if o.only < 0 {
 		indices = nil
@@ -89,7 +95,7 @@ func run(ctx context.Context, o options) (*chaosReport, error) {
 		}
 	}
 	r := newReport(o.seed)
-	if err := r.play(ctx, o, indices); err != nil {
+	if err := r.play(ctx, o, indices, at); err != nil {
 		return r, err
 	}
 	if failed := r.failed(); len(failed) > 0 {
@@ -99,7 +105,7 @@ func run(ctx context.Context, o options) (*chaosReport, error) {
 }
 
 // play plays the cases in turn on a stage, and those after one that failed on a new one.
-func (r *chaosReport) play(ctx context.Context, o options, indices []int) (err error) {
+func (r *chaosReport) play(ctx context.Context, o options, indices []int, at []point) (err error) {
 	var s *stage
 	defer func() {
 		if s != nil {
@@ -119,7 +125,7 @@ func (r *chaosReport) play(ctx context.Context, o options, indices []int) (err e
 				return fmt.Errorf("set the stage: %w", err)
 			}
 		}
-		c := newCase(o.seed, index)
+		c := newCase(o.seed, index, at)
 		res := s.bounded(ctx, c)
 		if err := ctx.Err(); err != nil {
 			return err // it was cut off: of its VM nothing is known

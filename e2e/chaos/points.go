@@ -5,9 +5,12 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -40,6 +43,19 @@ var points = []point{
 	{name: "destination-told"}, {name: "destination-runs"}, {name: "destination-running"}, {name: "destination-filled"},
 	{name: "destination-completed"},
 	{name: "destination-giving-up", by: byCancel}, {name: "destination-taken-up", by: byRestart},
+}
+
+// pointsLike are the points whose name matches a regular expression.
+func pointsLike(match string) ([]point, error) {
+	like, err := regexp.Compile(match)
+	if err != nil {
+		return nil, fmt.Errorf("--at: %w", err)
+	}
+	found := slices.DeleteFunc(slices.Clone(points), func(p point) bool { return !like.MatchString(p.name) })
+	if len(found) == 0 {
+		return nil, fmt.Errorf("--at %s: no point is called so", match)
+	}
+	return found, nil
 }
 
 // find returns the point of that name.

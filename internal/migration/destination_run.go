@@ -122,8 +122,9 @@ func (d *Destination) contFailed(told bool, cause error) error {
 		}
 	}
 	err := fmt.Errorf("continue the destination VM: %w", d.explain(cause))
-	if refusal == nil && d.vm.QMP.Err() == nil {
-		return fmt.Errorf("%w: %w", err, errAskAgain) // QEMU hangs, and may do later what it was told
+	if refusal == nil && (d.vm.QMP.Err() == nil || d.daemon.Err() != nil) {
+		// QEMU hangs, and may do later what it was told; or this daemon ends, and the next one knows more.
+		return fmt.Errorf("%w: %w", err, errAskAgain)
 	}
 	return err
 }
