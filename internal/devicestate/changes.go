@@ -3,6 +3,7 @@
 package devicestate
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -37,7 +38,7 @@ func AppendChanges(b []byte, early, now []Section, always func(index int) bool) 
 			continue
 		}
 		delete(index, k)
-		same := string(early[i].Bytes) == string(now[n].Bytes)
+		same := bytes.Equal(early[i].Bytes, now[n].Bytes)
 		if same && !always(i) {
 			continue
 		}
