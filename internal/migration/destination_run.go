@@ -45,6 +45,9 @@ func (d *Destination) run(ctx context.Context, request *migratedv1.RunRequest, a
 	}
 	select {
 	case <-d.vm.QMP.Done():
+		if d.daemon.Err() != nil { // it was this daemon that hung up
+			return nil, fmt.Errorf("the destination's daemon ends: %w", errAskAgain)
+		}
 		if told {
 			return nil, fmt.Errorf("the destination QEMU was told to run the VM, and is gone: %w", d.explain(d.vm.QMP.Err()))
 		}

@@ -112,3 +112,37 @@ func TestPagesLostBeforeRun(t *testing.T) {
 		t.Errorf("Run: %v, want ErrNotRun; the VM runs: %v", err, l.runs(t))
 	}
 }
+
+// A daemon that is stopped while QEMU is told to run the VM does not know whether it heard, nor does it when it is asked again:
+// the next one does.
+func TestStoppedWhileRunWaits(t *testing.T) {
+	l := leaveDestination(t, true)
+	daemon, stop := context.WithCancelCause(t.Context())
+	d := l.takeUpBy(t, daemon, noSource)
+	<-d.attaching
+	if err := unix.Kill(l.pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	told := make(chan error, 1)
+	go func() {
+		_, err := run(t, d)
+		told <- err
+	}()
+	for d.kept.header().toldToRun.Load() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	stop(errors.New("the daemon was stopped"))
+	if err := d.vm.QMP.Disconnect(); err != nil { // as when it is let go of
+		t.Error(err)
+	}
+	_, again := run(t, d)
+	for _, err := range []error{<-told, again} {
+		if code := status.Code(ToStatus(codes.FailedPrecondition, err)); code != codes.Unknown {
+			t.Errorf("Run: %v, which is %v to the source; want one that it asks again after", err, code)
+		}
+	}
+	if err := unix.Kill(l.pid, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	<-d.Done()
+}
