@@ -135,7 +135,7 @@ func (s *Source) takeSnapshot(
 ) (state *snapshot, err error) {
 	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 	defer cancel()
-	pages, err := s.readPages(ctx)
+	pages, err := s.pagesToRead(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("ask QEMU for the rings of virtio devices: %w", err)
 	}
@@ -187,22 +187,25 @@ func newSnapshot(saved []byte, pages []*migratedv1.Memory) (*snapshot, error) {
 
 // saveBriefly has QEMU save once, and fills the pages meanwhile.
 func (s *Source) saveBriefly(ctx context.Context, pages []*migratedv1.Memory, shown *migratedv1.EarlyLoad) ([]byte, error) {
+	for _, p := range pages { // not in the pause
+		p.Data = make([]byte, s.blocks[p.GetBlock()].PageSize)
+	}
+	if err := s.readPages(pages); err != nil {
+		return nil, err
+	}
+	before := make([][]byte, len(pages))
+	for i, p := range pages {
+		before[i] = bytes.Clone(p.GetData())
+	}
 	saver, err := s.vm.NewSaver(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("prepare to save the device state: %w", err)
 	}
-	for _, p := range pages { // not in the pause
-		p.Data = make([]byte, s.blocks[p.GetBlock()].PageSize)
-	}
 	reached("source-early")
-	saved, pause, err := saver.SaveRunning(ctx, func() error {
-		for _, p := range pages {
-			if err := s.ram.Read(int(p.GetBlock()), p.GetOffset(), p.GetData()); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	saved, pause, err := saver.SaveRunning(ctx, func() error { return s.readPages(pages) })
+	if errors.Is(err, qemu.ErrTooShort) && saved != nil {
+		err = s.sameStill(pages, before, err)
+	}
 	reached("source-early-saved")
 	shown.Pause = durationpb.New(shown.GetPause().AsDuration() + pause)
 	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), attachTimeout)
@@ -216,8 +219,33 @@ func (s *Source) saveBriefly(ctx context.Context, pages []*migratedv1.Memory, sh
 	return saved, nil
 }
 
-// readPages are the pages that loading is known to read, without data: the rings of virtio devices, and the option ROMs.
-func (s *Source) readPages(ctx context.Context) (pages []*migratedv1.Memory, err error) {
+// readPages fills pages with what the VM has there now.
+func (s *Source) readPages(pages []*migratedv1.Memory) error {
+	for _, p := range pages {
+		if err := s.ram.Read(int(p.GetBlock()), p.GetOffset(), p.GetData()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sameStill is nil if pages have what they had before a pause that was too short to look, and tooShort if not. Were it another
+// in between, no harm is done: what is loaded early is kept only if its section, and what it has read, are the same when the VM
+// has stopped.
+func (s *Source) sameStill(pages []*migratedv1.Memory, before [][]byte, tooShort error) error {
+	if err := s.readPages(pages); err != nil {
+		return err
+	}
+	for i, p := range pages {
+		if !bytes.Equal(p.GetData(), before[i]) {
+			return tooShort
+		}
+	}
+	return nil
+}
+
+// pagesToRead are the pages that loading is known to read, without data: the rings of virtio devices, and the option ROMs.
+func (s *Source) pagesToRead(ctx context.Context) (pages []*migratedv1.Memory, err error) {
 	addresses, err := s.vm.RingPages(ctx)
 	if err != nil {
 		return nil, err
