@@ -32,7 +32,7 @@ func drawFigure(ctx context.Context, o options) error {
 	if match == "" {
 		match = figureMatch
 	}
-	chosen, err := choose("", match)
+	chosen, err := choose("devices", match)
 	if err != nil {
 		return err
 	}
