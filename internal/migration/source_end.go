@@ -51,6 +51,9 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 		s.export.Withdraw() // no page is read from here on
 	}
 	vmStatus := "the VM was not touched"
+	if s.notEarly != nil { // startOver
+		vmStatus = "the VM was continued on the source after its first stop, and was not touched since"
+	}
 	switch {
 	case s.ended():
 		s.forgetRecord()
