@@ -53,7 +53,7 @@ memorybench: ## compare private memory with shared memory, in turns: build/bench
 	@$(RUN_BENCH) --memory $(ARGS)
 
 .PHONY: figure
-figure: ## draw the downtime by the number of devices, with QEMU 7.2, 10.0 and 11.1: build/bench/figure.svg (docs/downtime.md)
+figure: ## draw the downtime by the number of devices, with each version of QEMU: build/bench/figure.svg (docs/downtime.md)
 	@scripts/setup demo
 	@$(MAKE) build
 	@$(RUN_BENCH) --figure $(if $(N),--rounds $(N)) $(ARGS)

@@ -13,8 +13,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// loadedEarly wants a migration whose destination has loaded the devices' state before the VM stopped, and what has changed
-// since to be little of it.
+// loadedEarly wants a migration whose destination has loaded the devices' state before the VM stopped, and what has
+// changed since to be little of it.
 func loadedEarly(t *testing.T, m *migratedv1.Migration) {
 	t.Helper()
 	early := m.GetEarlyLoad()
@@ -28,20 +28,6 @@ func loadedEarly(t *testing.T, m *migratedv1.Migration) {
 		m.GetProgress().GetDowntime().AsDuration())
 }
 
-// prepared prepares a migration of the scene's VM.
-func (s *scene) prepared(id string, spec *migratedv1.MigrationSpec) *migratedv1.Migration {
-	s.Helper()
-	client := control(s.T, s.lab.A)
-	if _, err := client.Prepare(testContext(s.T), &migratedv1.PrepareRequest{Id: id, Spec: spec}); err != nil {
-		s.Fatal(err)
-	}
-	m := await(s.T, client, id, func(m *migratedv1.Migration) bool { return m.GetPrepared() })
-	if !m.GetPrepared() {
-		s.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
-	return m
-}
-
 // begun starts a migration that was prepared, and returns how it ended.
 func (s *scene) begun(id string) *migratedv1.Migration {
 	s.Helper()
@@ -50,13 +36,6 @@ func (s *scene) begun(id string) *migratedv1.Migration {
 		s.Fatal(err)
 	}
 	return await(s.T, client, id, func(*migratedv1.Migration) bool { return false })
-}
-
-// writes waits for the guest to have written passes at the source, where the daemon has its monitor.
-func (s *scene) writes() {
-	s.Helper()
-	now := metalPass(s.T, s.lab.A, func(uint64) bool { return true })
-	metalPass(s.T, s.lab.A, func(pass uint64) bool { return pass > now+1 })
 }
 
 // TestEarlyLoad: devices that change between the early load and the stop arrive as they are then: also the one of a
@@ -72,7 +51,7 @@ func TestEarlyLoad(t *testing.T) {
 			id = "dress"
 		}
 		s.prepared(id, spec)
-		s.writes()
+		goesOn(t, l.A)
 		ask(t, l.A, "human-monitor-command", map[string]string{"command-line": fmt.Sprintf("o /b 0xb3 %d", 66+len(id))}, nil)
 		m := s.begun(id)
 		loadedEarly(t, m)
@@ -101,11 +80,13 @@ func TestEarlyLoad(t *testing.T) {
 func TestEarlyLoadOff(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
-	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "there", "--no-early-load")
+	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "there",
+		"--no-early-load")
 	if code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
-	if early := get(t, l.A, "there").GetEarlyLoad(); early.GetLoaded() || early.GetPause().AsDuration() != 0 || early.GetReason() != "it was switched off" {
+	early := get(t, l.A, "there").GetEarlyLoad()
+	if early.GetLoaded() || early.GetPause().AsDuration() != 0 || early.GetReason() != "it was switched off" {
 		t.Errorf("early load %v", early)
 	}
 	s.arrived()
@@ -142,19 +123,19 @@ func TestPausedSinceEarlyLoad(t *testing.T) {
 	s.arrived()
 }
 
-// TestEarlyLoadThatFails: a destination whose QEMU cannot load what it is given is replaced, and the VM stops only for the
-// save. One without a device does not load at the stop either, and then the VM goes on.
+// TestEarlyLoadThatFails: a destination whose QEMU cannot load what it is given is replaced, and the VM stops only for
+// the save. One without a device does not load at the stop either, and then the VM goes on.
 func TestEarlyLoadThatFails(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
-	s.template("{{range .Args}}{{if eq . \"virtio-rng-pci,id=rng,rng=random,bus=rp1\"}}virtio-serial-pci,bus=rp1{{else}}{{.}}{{end}}\n{{end}}")
+	s.template(templateWithoutRNG)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
 	early := s.prepared("other", spec).GetEarlyLoad()
 	if early.GetLoaded() || !strings.Contains(early.GetReason(), "virtio-rng") {
 		t.Errorf("early load %v", early)
 	}
-	s.writes()
+	goesOn(t, l.A)
 	s.failed(s.begun("other"), stateFailed, "could not load the device state", "virtio-rng", "the VM runs on the source")
 	if err := os.Remove(l.B.Path(templatePath)); err != nil {
 		t.Error(err)

@@ -237,18 +237,25 @@ func (s *scene) template(text string) {
 	}
 }
 
-// prepare brings a migration to where it waits for Start.
-func (s *scene) prepare(id string) migratedv1.ControlServiceClient {
+// prepared brings a migration to where it waits for Start.
+func (s *scene) prepared(id string, spec *migratedv1.MigrationSpec) *migratedv1.Migration {
 	s.Helper()
 	client := control(s.T, s.lab.A)
-	if _, err := client.Prepare(testContext(s.T), &migratedv1.PrepareRequest{Id: id, Spec: s.spec()}); err != nil {
+	if _, err := client.Prepare(testContext(s.T), &migratedv1.PrepareRequest{Id: id, Spec: spec}); err != nil {
 		s.Fatal(err)
 	}
 	m := await(s.T, client, id, func(m *migratedv1.Migration) bool { return m.GetPrepared() })
 	if !m.GetPrepared() {
 		s.Fatalf("not prepared: %v", m)
 	}
-	return client
+	return m
+}
+
+// prepare does so with a migration to host b, and returns what it can be started by.
+func (s *scene) prepare(id string) migratedv1.ControlServiceClient {
+	s.Helper()
+	s.prepared(id, s.spec())
+	return control(s.T, s.lab.A)
 }
 
 // freezeInDevice brings a migration to where the destination's QEMU, which is

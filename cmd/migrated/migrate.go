@@ -108,7 +108,8 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 		switch {
 		case c.ID == "":
 			return nil, wrong("--vm and --to are needed; or --id alone, for a migration that was prepared")
-		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource || c.RequireSecure || c.Bandwidth != "" || c.Rehearse || c.NoEarlyLoad:
+		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource || c.RequireSecure ||
+			c.Bandwidth != "" || c.Rehearse || c.NoEarlyLoad:
 			return nil, wrong("a prepared migration is started as it was prepared, with --id alone")
 		}
 		return nil, nil

@@ -52,7 +52,8 @@ func TestStatusOfEarlyLoad(t *testing.T) {
 		{&migratedv1.EarlyLoad{Loaded: true, Bytes: 1 << 20, Pause: ms(12), LoadTime: ms(180)},
 			"Early load 1.0 MiB of device state in 180.0 ms, for which the VM stood still for 12.0 ms"},
 		{&migratedv1.EarlyLoad{Reason: "it was switched off"}, "Early load no: it was switched off"},
-		{&migratedv1.EarlyLoad{Reason: "QEMU ended", Pause: ms(9)}, "Early load no: QEMU ended; the VM stood still for 9.0 ms"},
+		{&migratedv1.EarlyLoad{Reason: "QEMU ended", Pause: ms(9)},
+			"Early load no: QEMU ended; the VM stood still for 9.0 ms"},
 	} {
 		m := at("db-1", 0, active, 64)
 		m.EarlyLoad = test.early

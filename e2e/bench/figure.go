@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -17,7 +16,6 @@ import (
 	"gonum.org/v1/plot/plotter"
 	"gonum.org/v1/plot/vg"
 	"gonum.org/v1/plot/vg/draw"
-	"gonum.org/v1/plot/vg/vgsvg"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
@@ -25,8 +23,8 @@ import (
 // figureMatch are the cases of the figure, unless others are chosen.
 const figureMatch = `^loopback/devices-(0|1|8|16)$`
 
-// drawFigure measures the downtime by number of devices with each version of QEMU, and draws it: figure.svg, and figure.json
-// with the reports.
+// drawFigure measures the downtime by number of devices with each version of QEMU, and draws it: figure.svg. The report
+// of each version is in a directory of its own.
 func drawFigure(ctx context.Context, o options) error {
 	match := o.match
 	if match == "" {
@@ -87,11 +85,7 @@ func downtimePlot(reports []*benchReport) ([]byte, error) {
 			p.Legend.Add(map[string]string{ours: "migrated", qemuPreempt: "QEMU, preempt"}[who]+", QEMU "+r.QEMU, line)
 		}
 	}
-	canvas := vgsvg.New(18*vg.Centimeter, 11*vg.Centimeter)
-	p.Draw(draw.New(canvas))
-	var out bytes.Buffer
-	_, err := canvas.WriteTo(&out)
-	return out.Bytes(), err
+	return svgFile(p, 18*vg.Centimeter, 11*vg.Centimeter)
 }
 
 // ranged are points with what plotter.YErrorer wants.
@@ -114,7 +108,8 @@ func downtimePoints(r *benchReport, who string) (points ranged, err error) {
 			return points, err
 		}
 		points.XYs = append(points.XYs, plotter.XY{X: float64(n), Y: downtime.Median})
-		points.YErrors = append(points.YErrors, struct{ Low, High float64 }{downtime.Median - downtime.Min, downtime.Max - downtime.Median})
+		points.YErrors = append(points.YErrors,
+			struct{ Low, High float64 }{downtime.Median - downtime.Min, downtime.Max - downtime.Median})
 	}
 	return points, nil
 }

@@ -130,14 +130,22 @@ func (r *caseReport) spreadPlot() (template.HTML, error) {
 	return svg(p, 22*vg.Centimeter)
 }
 
+// svg is a picture within a page.
 func svg(p *plot.Plot, width vg.Length) (template.HTML, error) {
-	canvas := vgsvg.New(width, 9*vg.Centimeter)
-	p.Draw(draw.New(canvas))
-	var out bytes.Buffer
-	if _, err := canvas.WriteTo(&out); err != nil {
+	whole, err := svgFile(p, width, 9*vg.Centimeter)
+	if err != nil {
 		return "", err
 	}
 	// Within a page there is no XML declaration.
-	_, picture, _ := bytes.Cut(out.Bytes(), []byte("<svg"))
+	_, picture, _ := bytes.Cut(whole, []byte("<svg"))
 	return template.HTML(append([]byte("<svg"), picture...)), nil //nolint:gosec // it is ours
+}
+
+// svgFile is a picture as a file of its own.
+func svgFile(p *plot.Plot, width, height vg.Length) ([]byte, error) {
+	canvas := vgsvg.New(width, height)
+	p.Draw(draw.New(canvas))
+	var out bytes.Buffer
+	_, err := canvas.WriteTo(&out)
+	return out.Bytes(), err
 }

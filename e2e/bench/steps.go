@@ -42,9 +42,9 @@ type entries struct {
 	downtime                float64
 }
 
-// The first is the pause of the early load, while the VM is prepared. What is indented is no step of its own: loading begins while QEMU saves, and the slowest is one of the faults. The steps
-// from save to cont add up to the whole. Most of stop comes
-// before the STOP event, where the whole begins; what comes after it is in commit.
+// The first is the pause of the early load, while the VM is prepared. What is indented is no step of its own: loading
+// begins while QEMU saves, and the slowest is one of the faults. The steps from save to cont add up to the whole. Most
+// of stop comes before the STOP event, where the whole begins; what comes after it is in commit.
 var steps = []step{
 	{"pause before", "ms", func(e entries) (float64, error) { return e.early.duration("pause") }},
 	{"stop", "ms", func(e entries) (float64, error) { return e.loaded.duration("stop") }},
@@ -60,8 +60,8 @@ var steps = []step{
 	{"  slowest", "ms", func(e entries) (float64, error) { return e.runs.duration("slowest_fault") }},
 }
 
-// commitTime is what is left of the downtime: the source hears of STOP, checks what was saved, and writes down that the VM
-// is the destination's, unless it has done so meanwhile.
+// commitTime is what is left of the downtime: the source hears of STOP, checks what was saved, and writes down that the
+// VM is the destination's, unless it has done so meanwhile.
 func commitTime(e entries) (float64, error) {
 	downtime, err := e.switched.duration("downtime")
 	save, saveErr := e.loaded.duration("save")

@@ -96,8 +96,8 @@ var memories = []lab.Backend{lab.BackendDefault, lab.BackendDefault, lab.Backend
 // crowdFaults are those that many migrations can meet together.
 var crowdFaults = []string{killSource, killDestination, killBoth, cutBoth, cutOne, badLink}
 
-// newCase is case index of the seed's sequence. Its point is one of at; where that is not all of them, the fault comes at one,
-// if it is of a kind that can.
+// newCase is case index of the seed's sequence. Its point is one of at; where that is not all of them, the fault comes
+// at one, if it is of a kind that can.
 func newCase(seed uint64, index int, at []point) chaosCase {
 	r := rand.New(rand.NewPCG(seed, uint64(index)))
 	c := chaosCase{

@@ -33,11 +33,13 @@ const (
 
 // points are all there are; a test compares them with the source.
 var points = []point{
-	{name: "source-offered"}, {name: "source-early"}, {name: "source-early-saved"}, {name: "source-prepared"}, {name: "source-asked"}, {name: "source-recorded"},
+	{name: "source-offered"}, {name: "source-early"}, {name: "source-early-saved"}, {name: "source-prepared"},
+	{name: "source-asked"}, {name: "source-recorded"},
 	{name: "source-stopped"}, {name: "source-saved"}, {name: "source-loaded"}, {name: "source-committed"}, {name: "source-answered"},
 	{name: "source-last-page"}, {name: "source-completing"}, {name: "source-quit"}, {name: "source-forgotten"},
 	{name: "source-backing-out", by: byCancel}, {name: "source-continued", by: byCancel}, {name: "source-taken-up", by: byRestart},
-	{name: "destination-started"}, {name: "destination-taken"}, {name: "destination-early"}, {name: "destination-early-loaded"},
+	{name: "destination-started"}, {name: "destination-taken"},
+	{name: "destination-early"}, {name: "destination-early-loaded"},
 	{name: "destination-kept"}, {name: "destination-prepared"},
 	{name: "destination-loading"}, {name: "destination-took"}, {name: "destination-loaded"}, {name: "destination-go"},
 	{name: "destination-told"}, {name: "destination-runs"}, {name: "destination-running"}, {name: "destination-filled"},

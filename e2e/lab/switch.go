@@ -42,8 +42,8 @@ type Switch struct{ Stopped, Resumed time.Time }
 // Downtime is the time from the source's STOP event to the destination's RESUME event.
 func (s Switch) Downtime() time.Duration { return s.Resumed.Sub(s.Stopped) }
 
-// Wait waits for the switch. The source's VM may have stopped before, for a moment, and a destination's QEMU may have been
-// replaced.
+// Wait waits for the switch. The source's VM may have stopped before, for a moment, and a destination's QEMU may have
+// been replaced.
 func (w *SwitchWatch) Wait(ctx context.Context) (Switch, error) {
 	defer w.client.Disconnect() //nolint:errcheck // it was only read from
 	resumed, err := w.awaitResume(ctx)

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package twice has QEMU load the state of devices twice, each kind that this project loads early, in each version of QEMU.
+// Package twice has QEMU load the state of devices twice, each kind that this project loads early, in each version of
+// QEMU.
 package twice
 
 import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,135 +23,14 @@ import (
 	"github.com/migrated-vm/migrated/internal/qemu"
 )
 
-// machines have each device of devicestate.Twice, and more, between them.
-var machines = []struct {
-	name, machine string
-	kvm           bool
-	devices       func(*devices)
-}{
-	{"q35", "q35", false, func(d *devices) {
-		d.network("virtio-net-pci", d.port())
-		d.network("virtio-net-pci", d.port())
-		d.add("virtio-blk-pci,drive="+d.image(), d.port())
-		d.add("virtio-scsi-pci,id=scsi", d.port())
-		d.add("scsi-hd,drive="+d.image(), "scsi.0")
-		d.add("scsi-cd", "scsi.0")
-		d.add("virtio-serial-pci", d.port())
-		d.add("virtio-balloon-pci", d.port())
-		d.add("virtio-rng-pci", d.port())
-		d.add("virtio-keyboard-pci", "")
-		d.add("virtio-gpu-pci", "")
-		d.network("e1000e", d.port())
-		d.network("e1000", "")
-		d.network("rtl8139", "")
-		d.network("vmxnet3", "")
-		d.add("ide-hd,drive="+d.image(), "ide.0")
-		d.add("lsi53c895a,id=lsi", "")
-		d.add("scsi-hd,drive="+d.image(), "lsi.0")
-		d.add("megasas,id=megasas", "")
-		d.add("scsi-hd,drive="+d.image(), "megasas.0")
-		d.add("pvscsi,id=pvscsi", "")
-		d.add("scsi-hd,drive="+d.image(), "pvscsi.0")
-		d.add("VGA", "")
-		d.add("qemu-xhci,id=xhci", d.port())
-		d.add("usb-tablet", "xhci.0")
-		d.add("usb-kbd", "xhci.0")
-		d.add("usb-hub", "xhci.0")
-		d.add("usb-storage,drive="+d.image(), "xhci.0")
-		d.add("ich9-usb-ehci1", "")
-		d.add("ich9-usb-uhci1", "")
-		d.args = append(d.args, "-audiodev", "none,id=sound", "-serial", "null")
-		d.add("intel-hda", "")
-		d.add("hda-output,audiodev=sound", "")
-		d.add("AC97,audiodev=sound", "")
-		d.add("i6300esb", "")
-		d.add("pcie-pci-bridge", d.port())
-		d.flash()
-	}},
-	{"pc", "pc", false, func(d *devices) {
-		d.add("ide-hd,drive="+d.image(), "ide.0")
-		d.add("virtio-blk-pci,drive="+d.image(), "")
-		d.network("virtio-net-pci", "")
-		d.add("cirrus-vga", "")
-		d.add("piix3-usb-uhci", "")
-	}},
-	{"q35-kvm", "q35", true, func(d *devices) {
-		d.network("virtio-net-pci", d.port())
-		d.add("virtio-blk-pci,drive="+d.image(), d.port())
-		d.add("virtio-vga", "")
-	}},
-}
-
-// devices are arguments for QEMU.
-type devices struct {
-	t             *testing.T
-	dir           string
-	args          []string
-	ports, others int
-}
-
-func (d *devices) add(device, bus string) {
-	if bus != "" {
-		device += ",bus=" + bus
-	}
-	d.args = append(d.args, "-device", device)
-}
-
-// port adds a PCI Express port and returns its name.
-func (d *devices) port() string {
-	name := fmt.Sprintf("port%d", d.ports)
-	device := fmt.Sprintf("pcie-root-port,id=%s,chassis=%d,slot=%d,addr=%#x.%d", name, d.ports+1, d.ports+1, 0x18+d.ports/8, d.ports%8)
-	if d.ports%8 == 0 {
-		device += ",multifunction=on"
-	}
-	d.ports++
-	d.args = append(d.args, "-device", device)
-	return name
-}
-
-func (d *devices) network(card, bus string) {
-	name := fmt.Sprintf("net%d", d.others)
-	d.others++
-	d.args = append(d.args, "-netdev", "hubport,hubid=1,id="+name)
-	d.add(card+",netdev="+name, bus)
-}
-
-// image adds an image and returns its name.
-func (d *devices) image() string {
-	name := fmt.Sprintf("image%d", d.others)
-	d.others++
-	path := filepath.Join(d.dir, name)
-	if err := os.WriteFile(path, nil, 0o600); err != nil {
-		d.t.Fatal(err)
-	}
-	if err := os.Truncate(path, 1<<20); err != nil {
-		d.t.Fatal(err)
-	}
-	d.args = append(d.args, "-blockdev", "driver=raw,node-name="+name+",file.driver=file,file.filename="+path)
-	return name
-}
-
-// flash puts the firmware into a flash that the guest can write.
-func (d *devices) flash() {
-	bios, err := os.ReadFile("/usr/share/seabios/bios-256k.bin")
-	if err != nil {
-		cannot.Run(d.t, "the firmware, of package seabios: %v", err)
-	}
-	path := filepath.Join(d.dir, "flash")
-	if err := os.WriteFile(path, bios, 0o600); err != nil {
-		d.t.Fatal(err)
-	}
-	d.args = append(d.args, "-drive", "if=pflash,format=raw,file="+path)
-}
-
 // restless are sections that are not the same when they are saved twice, for a reason that is none of loading.
 var restless = map[string]string{
 	"mc146818rtc": "has the time of day",
 	"e1000e":      "has timers that are armed when it is loaded, from the clock of then",
 }
 
-// TestLoadedTwice: a QEMU that has loaded the state of a VM which runs, and then all of it again as it has become, has the
-// VM's state.
+// TestLoadedTwice: a QEMU that has loaded the state of a VM which runs, and then all of it again as it has become, has
+// the VM's state.
 func TestLoadedTwice(t *testing.T) {
 	for _, version := range lab.QEMUVersions {
 		seen := map[string]bool{}
@@ -167,7 +45,9 @@ func TestLoadedTwice(t *testing.T) {
 				}
 				d := &devices{t: t, dir: shared(t)}
 				m.devices(d)
-				args := append([]string{command(t, version), "-machine", m.machine + ",memory-backend=ram", "-accel", accelerator}, d.args...)
+				args := append([]string{
+					command(t, version), "-machine", m.machine + ",memory-backend=ram", "-accel", accelerator,
+				}, d.args...)
 				source := start(t, d.dir, args...)
 				for _, s := range loadTwice(t, source, func() *qemu.VM {
 					return start(t, d.dir, append(args, "-S", "-incoming", "defer")...)
@@ -207,7 +87,7 @@ func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) 
 			t.Fatal(err)
 		}
 		now := parse(t, save(t, source))
-		changes, err := devicestate.AppendChanges(nil, early, now, func(int) bool { return true })
+		changes, err := devicestate.Changes(early, now, func(int) bool { return true })
 		if errors.Is(err, devicestate.ErrOtherForm) && try < 5 {
 			t.Logf("try %d: %v", try, err)
 			if _, err := source.Cont(ctx); err != nil {
@@ -252,7 +132,8 @@ func compareLoads(t *testing.T, saved, twice, once []devicestate.Section) {
 	}
 	for _, d := range devicestate.Compare(saved, twice) {
 		if restless[devicestate.Section{Name: d.Name}.Device()] == "" && d.Bytes != changed[d.Name] {
-			t.Errorf("%d bytes of %q are others when they are saved again; of what was loaded once %d", d.Bytes, d.Name, changed[d.Name])
+			t.Errorf("%d bytes of %q are others when they are saved again; of what was loaded once %d",
+				d.Bytes, d.Name, changed[d.Name])
 		}
 	}
 }
@@ -289,23 +170,11 @@ func (l *loader) saveAgain(t *testing.T) []devicestate.Section {
 	return parse(t, save(t, l.VM))
 }
 
-// feed writes sections and waits for each to be loaded.
+// feed has it load sections, one by one.
 func (l *loader) feed(t *testing.T, head []byte, sections []devicestate.Section) {
 	t.Helper()
-	for i, s := range sections {
-		head = append(append(head, s.Bytes...), devicestate.Ping(uint32(i))...)
-		if err := l.stream.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := l.stream.Write(head); err != nil {
-			t.Fatalf("%s: %v", s.Name, err)
-		}
-		head = nil
-		pong := devicestate.Pong(uint32(i))
-		got := make([]byte, len(pong))
-		if _, err := io.ReadFull(l.stream, got); err != nil || !bytes.Equal(got, pong) {
-			t.Fatalf("QEMU did not load %q: it answered %x, %v", s.Name, got, err)
-		}
+	if err := l.loading.Feed(testContext(t), l.stream, head, sections, func(int) error { return nil }); err != nil {
+		t.Fatal(err)
 	}
 }
 

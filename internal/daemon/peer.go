@@ -108,7 +108,9 @@ func absoluteAddresses(ctx context.Context, request *migratedv1.PrepareIncomingR
 	return nil
 }
 
-func (p *peerService) LoadEarlyState(stream grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse]) error {
+func (p *peerService) LoadEarlyState(
+	stream grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse],
+) error {
 	first, err := stream.Recv()
 	if err != nil {
 		return err
@@ -129,7 +131,11 @@ func (p *peerService) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 	if err != nil {
 		return err
 	}
-	err = d.LoadDeviceState(first, stream)
+	return handedOver(d.LoadDeviceState(first, stream))
+}
+
+// handedOver is the status of a call that may have run the VM.
+func handedOver(err error) error {
 	if errors.Is(err, migration.ErrNotRun) {
 		return migration.ToStatus(codes.Aborted, err)
 	}
@@ -143,10 +149,7 @@ func (p *peerService) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	}
 	// A source that hangs up does not stop what it asked for half way.
 	answer, err := d.Run(context.WithoutCancel(ctx), request)
-	if errors.Is(err, migration.ErrNotRun) {
-		return nil, migration.ToStatus(codes.Aborted, err)
-	}
-	return answer, migration.ToStatus(codes.FailedPrecondition, err)
+	return answer, handedOver(err)
 }
 
 func (p *peerService) WatchIncoming(request *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {

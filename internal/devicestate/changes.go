@@ -9,8 +9,8 @@ import (
 	"fmt"
 )
 
-// Changes are what a state has become since an earlier one, of which the reader has all sections. They are a few KB
-// where the state is a megabyte: of the 50 KB that a virtio device writes a handful change while it works.
+// What a state has become since an earlier one, of which the reader has all sections, is a few KB where the state is a
+// megabyte: of the 50 KB that a virtio device writes a handful change while it works. Changes has this form:
 //
 //	for each section that is sent, numbers as in encoding/binary's Uvarint:
 //	  0  length  bytes                                           a section that the earlier state did not have
@@ -23,10 +23,10 @@ const join = 4
 // ErrChanges says that changes do not fit the earlier state.
 var ErrChanges = errors.New("the changes of the device state have a form that is not known")
 
-// AppendChanges appends to b what makes now of early: the sections that early does not have, those that differ, and
-// those for whose index in early always is true. The error is ErrOtherForm of a section that cannot be loaded again, also one
-// that now does not have any more.
-func AppendChanges(b []byte, early, now []Section, always func(index int) bool) ([]byte, error) {
+// Changes are what makes now of early: the sections that early does not have, those that differ, and those for whose
+// index in early always is true. The error is ErrOtherForm of a section that cannot be loaded again, also one that now
+// does not have any more.
+func Changes(early, now []Section, always func(index int) bool) (b []byte, err error) {
 	index := make(map[key]int, len(early))
 	for i, k := range keysOf(early) {
 		index[k] = i
@@ -38,8 +38,7 @@ func AppendChanges(b []byte, early, now []Section, always func(index int) bool) 
 			continue
 		}
 		delete(index, k)
-		same := bytes.Equal(early[i].Bytes, now[n].Bytes)
-		if same && !always(i) {
+		if bytes.Equal(early[i].Bytes, now[n].Bytes) && !always(i) {
 			continue
 		}
 		if err := checkForm(early[i], now[n]); err != nil {
@@ -87,8 +86,8 @@ type Change struct {
 	Section
 }
 
-// ParseChanges are the sections that changes speak of, in the order in which they are to be loaded; early is not changed.
-// The result has at most Most bytes.
+// ParseChanges are the sections that Changes speak of, in the order in which they are to be loaded; early is not
+// changed. The result has at most Most bytes.
 func ParseChanges(early []Section, changes []byte) ([]Change, error) {
 	r := changesReader{rest: changes}
 	var list []Change
@@ -112,7 +111,7 @@ func ParseChanges(early []Section, changes []byte) ([]Change, error) {
 			return nil, r.err
 		}
 		var err error
-		if c.Section, err = ParseSection(state); err != nil {
+		if c.Section, err = parseWhole(state); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrChanges, err)
 		}
 		list = append(list, c)

@@ -31,7 +31,7 @@ func TestChanges(t *testing.T) {
 	busy[0], busy[3], busy[9], busy[len(busy)-1] = 'a', 'b', 'c', 'd'
 	now := parsed(t, section(1, "same", 0, long), section(2, "twin", 0, long), section(2, "twin", 0, string(busy)),
 		section(4, "reader", 0, long), section(9, "plugged", 0, "in"))
-	changes, err := AppendChanges(nil, early, now, func(i int) bool { return early[i].Name == "reader" })
+	changes, err := Changes(early, now, func(i int) bool { return early[i].Name == "reader" })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,21 +65,21 @@ func TestChangesOfForm(t *testing.T) {
 		"another part":  section(1, "serial", 0, "fixed"+part("serial/rsr")),
 		"another place": section(1, "serial", 1, "fixed"+part("serial/tsr")),
 	} {
-		if _, err := AppendChanges(nil, parsed(t, was), parsed(t, now), never); !errors.Is(err, ErrOtherForm) {
+		if _, err := Changes(parsed(t, was), parsed(t, now), never); !errors.Is(err, ErrOtherForm) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	now := parsed(t, section(1, "serial", 0, "FIXED"+part("serial/tsr")))
-	if _, err := AppendChanges(nil, parsed(t, was), now, never); err != nil {
+	if _, err := Changes(parsed(t, was), now, never); err != nil {
 		t.Error(err)
 	}
 }
 
 func FuzzParseChanges(f *testing.F) {
 	early := parsed(f, section(1, "a", 0, strings.Repeat("x", 99)), section(2, "b", 1, "12345678"))
-	now := parsed(f, section(1, "a", 0, strings.Repeat("x", 50)+"y"+strings.Repeat("x", 48)), section(2, "b", 1, "12X45678"),
-		section(3, "c", 0, "new"))
-	changes, err := AppendChanges(nil, early, now, never)
+	now := parsed(f, section(1, "a", 0, strings.Repeat("x", 50)+"y"+strings.Repeat("x", 48)),
+		section(2, "b", 1, "12X45678"), section(3, "c", 0, "new"))
+	changes, err := Changes(early, now, never)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -94,7 +94,7 @@ func FuzzParseChanges(f *testing.F) {
 			return
 		}
 		for _, c := range list {
-			if s, err := ParseSection(c.Bytes); err != nil || s.Name != c.Name {
+			if s, err := parseWhole(c.Bytes); err != nil || s.Name != c.Name {
 				t.Fatalf("%+v: %v", c, err)
 			}
 		}
@@ -120,12 +120,13 @@ func FuzzDifference(f *testing.F) {
 }
 
 func TestEarly(t *testing.T) {
-	all := parsed(t, section(1, "0000:00:02.0:00.0/virtio-net", 0, ""), section(2, "0000:00:1f.0/ICH9LPC", 0, ""), section(3, "PCIHost", 0, ""),
-		section(4, "pflash_cfi01", 0, ""), section(5, "0000:00:03.0/flux-capacitor", 0, ""))
+	all := parsed(t, section(1, "0000:00:02.0:00.0/virtio-net", 0, ""), section(2, "0000:00:1f.0/ICH9LPC", 0, ""),
+		section(3, "PCIHost", 0, ""), section(4, "pflash_cfi01", 0, ""), section(5, "0000:00:03.0/flux-capacitor", 0, ""))
 	if early := Early(all); len(early) != 3 || early[2].Name != "PCIHost" {
 		t.Error(early)
 	}
-	if Remaps([]Change{{0, all[0]}, {2, all[2]}}) || !Remaps([]Change{{0, all[0]}, {1, all[1]}}) || Remaps([]Change{{-1, all[1]}}) {
+	if Remaps([]Change{{0, all[0]}, {2, all[2]}}) || !Remaps([]Change{{0, all[0]}, {1, all[1]}}) ||
+		Remaps([]Change{{-1, all[1]}}) {
 		t.Error("only an LPC bridge that was loaded before is mapped again")
 	}
 	if hosts := Hosts(all); len(hosts) != 1 || hosts[0].Name != "PCIHost" {

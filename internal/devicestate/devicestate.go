@@ -112,8 +112,8 @@ func parseSection(from []byte) (s Section, size int, err error) {
 	}
 }
 
-// ParseSection takes one section, all of b.
-func ParseSection(b []byte) (Section, error) {
+// parseWhole takes one section, all of b.
+func parseWhole(b []byte) (Section, error) {
 	s, size, err := parseSection(append(b[:len(b):len(b)], sectionEnd))
 	if err == nil && size != len(b) {
 		err = fmt.Errorf("%d bytes follow section %q", len(b)-size, s.Name)
@@ -153,10 +153,12 @@ func (s *Section) parseHeader(b []byte) (size int, err error) {
 	return size, nil
 }
 
+// beginning is that of whatever QEMU saves or loads.
+func beginning() []byte { return binary.BigEndian.AppendUint32([]byte(magic), version) }
+
 // Head is the beginning of a migration stream for a machine of that type, up to the first section.
 func Head(machineType string) []byte {
-	head := binary.BigEndian.AppendUint32([]byte(magic), version)
-	head = binary.BigEndian.AppendUint32(append(head, sectionConfig), uint32(len(machineType)))
+	head := binary.BigEndian.AppendUint32(append(beginning(), sectionConfig), uint32(len(machineType)))
 	return append(head, machineType...)
 }
 
@@ -192,13 +194,12 @@ func ParseBody(body []byte) ([]Section, error) {
 	if !found {
 		return nil, fmt.Errorf("%w: it does not end with a description", ErrUnknown)
 	}
-	return Parse(append(binary.BigEndian.AppendUint32([]byte(magic), version), state...))
+	return Parse(append(beginning(), state...))
 }
 
 // Split takes apart what Join has made.
 func Split(joined []byte) ([]Section, error) {
-	saved := binary.BigEndian.AppendUint32([]byte(magic), version)
-	return Parse(append(append(saved, joined...), sectionEnd))
+	return Parse(append(append(beginning(), joined...), sectionEnd))
 }
 
 // A key tells the sections of a state apart, of which several may have one name and instance.

@@ -10,11 +10,12 @@ import (
 	"strings"
 )
 
-// twice are the devices whose state is loaded while the VM runs, and again if it has changed when the VM has stopped: those
-// whose loading takes QEMU long, as it maps them into the guest, and which QEMU 7.2, 10.0 and 11.1 load a second time. QEMU
-// loads sections as they come, and few devices mind, as COLO loads all of them again and again. TestLoadedTwice (e2e/twice)
-// holds this list against each of the three. All others are loaded once, when the VM has stopped. Of these some must not be
-// loaded twice: QEMU keeps the resources of virtio-gpu and the slots of xhci that it had, and of pflash_cfi01 a second handler.
+// twice are the devices whose state is loaded while the VM runs, and again if it has changed when the VM has stopped:
+// those whose loading takes QEMU long, as it maps them into the guest, and which QEMU 7.2, 10.0 and 11.1 load a second
+// time. QEMU loads sections as they come, and few devices mind, as COLO loads all of them again and again.
+// TestLoadedTwice (e2e/twice) holds this list against each of the three. All others are loaded once, when the VM has
+// stopped. Of these some must not be loaded twice: QEMU keeps the resources of virtio-gpu and the slots of xhci that it
+// had, and of pflash_cfi01 a second handler.
 var twice = []string{
 	"PCIHost", "PCIBUS", "fw_cfg", "kvm-tpr-opt", "acpi_build",
 	"mch", lpcBridge, "ich9_ahci", "ich9_smb", // q35
@@ -57,8 +58,8 @@ func checkForm(was, is Section) error {
 	return fmt.Errorf("%w: %q had %d bytes and has %d", ErrOtherForm, is.Name, len(was.Bytes), len(is.Bytes))
 }
 
-// parts are the names of what may be subsections: each begins with 05, its length, and a name with a slash in it (vmstate_subsection_save in
-// migration/vmstate.c).
+// parts are the names of what may be subsections: each begins with 05, its length, and a name with a slash in it
+// (vmstate_subsection_save in migration/vmstate.c).
 func parts(state []byte) (names []string) {
 	const begin, shortest = 0x05, 4
 	for i := 0; i+2 < len(state); i++ {
@@ -74,8 +75,8 @@ func parts(state []byte) (names []string) {
 	return names
 }
 
-// Remaps says whether changes map again what QEMU has mapped: it has to be unmapped before, which is done by way of what
-// Hosts are the state of.
+// Remaps says whether changes map again what QEMU has mapped: it has to be unmapped before, which is done by way of
+// what Hosts are the state of.
 func Remaps(changes []Change) bool {
 	return slices.ContainsFunc(changes, func(c Change) bool { return c.Of >= 0 && c.Device() == lpcBridge })
 }
@@ -85,8 +86,8 @@ func Hosts(sections []Section) []Section {
 	return slices.DeleteFunc(slices.Clone(sections), func(s Section) bool { return s.Device() != pciHost })
 }
 
-// Commands of a migration stream (enum qemu_vm_cmd in migration/savevm.c), and what QEMU answers (enum mig_rp_message_type
-// in migration/migration.h). Both are a type and a length of 16 bits each, then so many bytes.
+// Commands of a migration stream (enum qemu_vm_cmd in migration/savevm.c), and what QEMU answers (enum
+// mig_rp_message_type in migration/migration.h). Both are a type and a length of 16 bits each, then so many bytes.
 const (
 	sectionCommand = 0x08
 

@@ -3,7 +3,6 @@
 package migration
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -38,7 +37,8 @@ func (e *earlyLoaded) close() {
 // earlyStream is the call that brings an early state.
 type earlyStream = grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse]
 
-// expectEarly waits for the source to begin LoadEarlyState. While that call lasts, its end says that the source has ended.
+// expectEarly waits for the source to begin LoadEarlyState. While that call lasts, its end says that the source has
+// ended.
 func (d *Destination) expectEarly() {
 	d.phase = awaitingEarly
 	calls := d.earlyCalls
@@ -51,8 +51,8 @@ func (d *Destination) expectEarly() {
 	})
 }
 
-// LoadEarlyState has QEMU load the state that the devices had a moment ago. Unless it is wanted once more, the destination
-// is prepared then, with it or without. When it fails the destination has given up.
+// LoadEarlyState has QEMU load the state that the devices had a moment ago. Unless it is wanted once more, the
+// destination is prepared then, with it or without. When it fails the destination has given up.
 func (d *Destination) LoadEarlyState(first *migratedv1.LoadEarlyStateRequest, stream earlyStream) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -61,18 +61,19 @@ func (d *Destination) LoadEarlyState(first *migratedv1.LoadEarlyStateRequest, st
 	}
 	d.earlyCalls++
 	limit := earlyTimeout + timeToPrepare(d.cfg.Request.GetMachine()) // of another QEMU
-	ctx, expire := context.WithTimeoutCause(d.loadCtx, limit, fmt.Errorf("the early state was not loaded within %v", limit))
+	late := fmt.Errorf("the early state was not loaded within %v", limit)
+	ctx, expire := context.WithTimeoutCause(d.loadCtx, limit, late)
 	defer expire()
 	stop := context.AfterFunc(stream.Context(), expire)
 	defer stop()
 	answer, err := d.loadEarlyState(ctx, first, stream)
-	if err == nil && d.phase == awaitingEarly {
-		d.expectEarly()
-	}
 	if err != nil {
 		err = causeOf(ctx, err)
 		d.giveUp(err)
 		return err
+	}
+	if d.phase == awaitingEarly {
+		d.expectEarly()
 	}
 	return stream.SendAndClose(answer)
 }
@@ -85,44 +86,38 @@ func (d *Destination) loadEarlyState(
 	if err != nil {
 		return nil, fmt.Errorf("receive the early state of the devices: %w", err)
 	}
-	if len(state.sections) > 0 {
-		began := time.Now()
-		reached("destination-early")
-		memory, err := d.tryEarly(ctx, state)
-		reached("destination-early-loaded")
-		answer.LoadTime = durationpb.New(time.Since(began))
-		if memory != nil {
-			for _, p := range memory.missed {
-				answer.Missed = append(answer.Missed, &migratedv1.Memory{Block: uint32(p.block), Offset: p.offset})
-			}
-			for _, i := range memory.readers() {
-				reader := &migratedv1.Reader{Section: uint32(i)}
-				for _, p := range memory.reads[i] {
-					reader.Pages = append(reader.Pages, &migratedv1.Memory{Block: uint32(p.block), Offset: p.offset})
-				}
-				answer.Readers = append(answer.Readers, reader)
-			}
-		}
-		switch {
-		case err == nil && len(answer.Missed) == 0:
-			answer.Loaded = true
-		case err == nil:
-			p := memory.missed[0]
-			answer.Reason = fmt.Sprintf("loading it reads %d pages of the VM's memory that did not come with it, first that at %#x of %q",
-				len(answer.Missed), p.offset, d.blocks[p.block].ID)
-		default:
-			answer.Reason = d.explain(err).Error()
-		}
-		d.log.Info("loaded the early state of the devices", "loaded", answer.Loaded, "reason", answer.Reason,
-			"sections", len(state.sections), "pages", len(state.pages), "readers", len(answer.Readers), "time", time.Since(began))
+	if len(state.sections) == 0 { // the source has none for us
+		return answer, d.ready(ctx)
 	}
-	if !answer.Loaded && len(state.sections) > 0 {
-		if err := d.replaceQEMU(ctx); err != nil {
-			return nil, fmt.Errorf("start another QEMU, as the early state of the devices was not loaded (%s): %w", answer.Reason, err)
-		}
-		if len(answer.Missed) > 0 {
-			return answer, nil
-		}
+	began := time.Now()
+	reached("destination-early")
+	memory, err := d.tryEarly(ctx, state)
+	reached("destination-early-loaded")
+	answer.LoadTime = durationpb.New(time.Since(began))
+	if memory != nil {
+		answer.Missed, answer.Readers = memory.shownMissed(), memory.shownReaders()
+	}
+	switch {
+	case err == nil && len(answer.Missed) == 0:
+		answer.Loaded = true
+	case err == nil:
+		p := memory.missed[0]
+		answer.Reason = fmt.Sprintf("loading it reads %d pages of the VM's memory that did not come with it, "+
+			"first that at %#x of %q", len(answer.Missed), p.offset, d.blocks[p.block].ID)
+	default:
+		answer.Reason = d.explain(err).Error()
+	}
+	d.log.Info("loaded the early state of the devices", "loaded", answer.Loaded, "reason", answer.Reason,
+		"sections", len(state.sections), "pages", len(state.pages), "readers", len(answer.Readers), "time", time.Since(began))
+	if answer.Loaded {
+		return answer, d.ready(ctx)
+	}
+	if err := d.replaceQEMU(ctx); err != nil {
+		return nil, fmt.Errorf("start another QEMU, as the early state of the devices was not loaded (%s): %w",
+			answer.Reason, err)
+	}
+	if len(answer.Missed) > 0 {
+		return answer, nil
 	}
 	return answer, d.ready(ctx)
 }
@@ -135,8 +130,8 @@ type earlyState struct {
 	size     int // of the sections
 }
 
-// awaitEarly receives until ctx ends, which is also when somebody waits for the lock to give up. The stream ends when its call
-// returns, and with it the goroutine.
+// awaitEarly receives until ctx ends, which is also when somebody waits for the lock to give up. The stream ends when
+// its call returns, and with it the goroutine.
 func awaitEarly(
 	ctx context.Context, first *migratedv1.LoadEarlyStateRequest, stream earlyStream, blocks []qemu.RAMBlock,
 ) (state *earlyState, err error) {
@@ -156,7 +151,9 @@ func awaitEarly(
 }
 
 // receiveEarly takes all messages of a source, which may send what it likes.
-func receiveEarly(first *migratedv1.LoadEarlyStateRequest, stream earlyStream, blocks []qemu.RAMBlock) (*earlyState, error) {
+func receiveEarly(
+	first *migratedv1.LoadEarlyStateRequest, stream earlyStream, blocks []qemu.RAMBlock,
+) (*earlyState, error) {
 	state := &earlyState{head: first.GetHead(), pages: map[earlyPage][]byte{}}
 	var sections []byte
 	memory := 0
@@ -207,14 +204,15 @@ func (e *earlyState) addMemory(piece *migratedv1.Memory, blocks []qemu.RAMBlock)
 	return nil
 }
 
-// tryEarly has QEMU load that. The memory that it was given for it is gone when it returns; what is known of it is returned, also
-// with an error, unless there is none. When all went well, and nothing was missed, d.early is what QEMU has loaded.
+// tryEarly has QEMU load that. The memory that it was given for it is gone when it returns; what is known of it is
+// returned, also with an error, unless there is none. When all went well, and nothing was missed, d.early is what QEMU
+// has loaded.
 func (d *Destination) tryEarly(ctx context.Context, state *earlyState) (memory *earlyMemory, err error) {
 	if err := earlyRoom.take(state.size); err != nil {
 		return nil, err
 	}
 	loaded := &earlyLoaded{sections: state.sections, size: state.size}
-	if loaded.carrier, err = newDeviceCarrier(false); err != nil {
+	if loaded.carrier, err = newDeviceCarrier(); err != nil {
 		earlyRoom.give(state.size)
 		return nil, err
 	}
@@ -246,8 +244,7 @@ func (d *Destination) tryEarly(ctx context.Context, state *earlyState) (memory *
 	return memory, nil
 }
 
-// feedEarly writes the beginning of a stream, section by section, each when the one before is loaded: so it is known which of
-// them reads memory.
+// feedEarly has QEMU load the early state, section by section: so it is known which of them reads memory.
 func feedEarly(
 	ctx context.Context, vm *qemu.VM, carrier *deviceCarrier, state *earlyState, memory *earlyMemory,
 ) (*qemu.Loading, error) {
@@ -255,43 +252,10 @@ func feedEarly(
 	if err != nil {
 		return nil, err
 	}
-	// A QEMU that cannot load ends. That is not seen on the socket, of which this process has both ends.
-	deadline, cancel := context.WithTimeout(ctx, earlyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, earlyTimeout)
 	defer cancel()
-	go func() {
-		select {
-		case <-vm.QMP.Done():
-			cancel()
-		case <-deadline.Done():
-		}
-	}()
-	stop := context.AfterFunc(deadline, func() { _ = carrier.ours.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	message := slices.Concat(state.head, devicestate.ReturnPath)
-	pong := make([]byte, len(devicestate.Pong(0)))
-	for i, s := range state.sections {
-		memory.loads(i)
-		n := uint32(i)
-		message = append(append(message, s.Bytes...), devicestate.Ping(n)...)
-		_, err := carrier.ours.Write(message)
-		if err == nil {
-			_, err = io.ReadFull(carrier.ours, pong)
-		}
-		if gone := vm.QMP.Err(); err != nil && gone != nil {
-			err = gone
-		}
-		if err != nil {
-			return nil, fmt.Errorf("QEMU did not load the early state of %q: %w", s.Name, err)
-		}
-		if !bytes.Equal(pong, devicestate.Pong(n)) {
-			return nil, fmt.Errorf("QEMU answered %x when it had loaded the early state of %q", pong, s.Name)
-		}
-		if err := memory.loaded(ctx, vm, i); err != nil {
-			return nil, err
-		}
-		message = message[:0]
-	}
-	return loading, nil
+	head := slices.Concat(state.head, devicestate.ReturnPath)
+	return loading, loading.Feed(ctx, carrier.ours, head, state.sections, func(int) error { return memory.next(ctx, vm) })
 }
 
 // replaceQEMU ends the destination's QEMU, which may have loaded what is not to be used, and prepares another.

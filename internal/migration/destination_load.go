@@ -44,10 +44,15 @@ func (d *Destination) LoadDeviceState(
 	d.phase = loading
 	d.releaseGC = garbage.hold()
 	d.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
-	carrier, answer, err := d.load(first, stream)
+	carrier, err := d.carrier(first)
 	if err != nil {
 		d.giveUp(err)
-		if carrier != nil && carrier.run.Load() != nil { // the source does not continue the VM by itself any more
+		return err
+	}
+	answer, err := d.load(carrier, first, stream)
+	if err != nil {
+		d.giveUp(err)
+		if carrier.run.Load() != nil { // the source does not continue the VM by itself any more
 			return fmt.Errorf("%w: %w", ErrNotRun, err)
 		}
 		return err
@@ -70,17 +75,8 @@ func (d *Destination) LoadDeviceState(
 }
 
 func (d *Destination) load(
-	first *migratedv1.LoadDeviceStateRequest, stream deviceRequests,
-) (carrier *deviceCarrier, _ *migratedv1.LoadDeviceStateResponse, err error) {
-	if first.GetChanges() != (d.early != nil) {
-		return nil, nil, errors.New("the source and this host do not agree on whether an early state was loaded")
-	}
-	if first.GetChanges() && first.GetPaused() {
-		return nil, nil, errPausedSince
-	}
-	if carrier, err = d.carrier(first); err != nil {
-		return nil, nil, err
-	}
+	carrier *deviceCarrier, first *migratedv1.LoadDeviceStateRequest, stream deviceRequests,
+) (*migratedv1.LoadDeviceStateResponse, error) {
 	defer carrier.close()
 	bounded, expire := context.WithTimeoutCause(d.loadCtx, loadTimeout, fmt.Errorf("it did not come within %v", loadTimeout))
 	defer expire()
@@ -90,14 +86,14 @@ func (d *Destination) load(
 	defer stop()
 	if first.GetPaused() && !first.GetRehearsal() {
 		if err := d.vm.TakeDisksWhenLoaded(ctx); err != nil {
-			return carrier, nil, fmt.Errorf("prepare the destination QEMU: %w", err)
+			return nil, fmt.Errorf("prepare the destination QEMU: %w", err)
 		}
 	}
 
 	received := make(chan struct{})
 	receive := func() {
 		defer close(received)
-		if err := d.receive(ctx, carrier, first, stream); err != nil {
+		if err := d.receive(ctx, carrier, stream); err != nil {
 			cancel(err)
 		}
 	}
@@ -115,18 +111,18 @@ func (d *Destination) load(
 	switch {
 	case err == nil:
 	case ctx.Err() != nil && d.vm.QMP.Err() == nil: // a QEMU that has ended ends ctx, too
-		return carrier, nil, fmt.Errorf("the destination QEMU did not load the device state: %w", causeOf(ctx, d.explain(err)))
+		return nil, fmt.Errorf("the destination QEMU did not load the device state: %w", causeOf(ctx, d.explain(err)))
 	default:
-		return carrier, nil, withRemedy(fmt.Errorf("the destination QEMU could not load the device state: %w", d.explain(err)),
+		return nil, withRemedy(fmt.Errorf("the destination QEMU could not load the device state: %w", d.explain(err)),
 			"compare machine type, devices and QEMU versions of both sides")
 	}
 	if first.GetPaused() && !first.GetRehearsal() {
 		// QEMU before 10.0 has taken them by itself, and only logs that it could not have them.
 		if _, err := d.vm.ActivateDisks(ctx); err != nil {
-			return carrier, nil, fmt.Errorf("take the VM's disks: %w", err)
+			return nil, fmt.Errorf("take the VM's disks: %w", err)
 		}
 		if active, err := d.vm.DisksActive(ctx); err != nil || !active {
-			return carrier, nil, errors.Join(fmt.Errorf("the destination QEMU did not get the VM's disks: %s", d.said()), err)
+			return nil, errors.Join(fmt.Errorf("the destination QEMU did not get the VM's disks: %s", d.said()), err)
 		}
 	}
 	<-received // all has been sent: the source waits for the answer
@@ -135,19 +131,29 @@ func (d *Destination) load(
 	}
 	if first.GetRehearsal() {
 		if answer.Differences, err = d.saveAgain(ctx, carrier.kept); err != nil {
-			return carrier, nil, fmt.Errorf("save the device state again: %w", err)
+			return nil, fmt.Errorf("save the device state again: %w", err)
 		}
 		answer.CompareTime = durationpb.New(time.Since(ended))
 	}
-	return carrier, answer, nil
+	return answer, nil
 }
 
 // carrier is what the stream goes over: a new one, or the one over which QEMU has loaded the early state.
-func (d *Destination) carrier(first *migratedv1.LoadDeviceStateRequest) (*deviceCarrier, error) {
-	if d.early != nil {
-		return d.early.carrier, nil
+func (d *Destination) carrier(first *migratedv1.LoadDeviceStateRequest) (carrier *deviceCarrier, err error) {
+	switch {
+	case first.GetChanges() != (d.early != nil):
+		return nil, errors.New("the source and this host do not agree on whether an early state was loaded")
+	case d.early == nil:
+		if carrier, err = newDeviceCarrier(); err != nil {
+			return nil, err
+		}
+	case first.GetPaused():
+		return nil, errPausedSince
+	default:
+		carrier = d.early.carrier
 	}
-	return newDeviceCarrier(first.GetRehearsal())
+	carrier.keep = first.GetRehearsal()
+	return carrier, nil
 }
 
 // beginLoading has QEMU read the beginning of the stream, if it has not done so.
@@ -168,15 +174,11 @@ func (d *Destination) beginLoading(
 }
 
 // receive passes the stream to QEMU, all of it or the changes since the early state.
-func (d *Destination) receive(
-	ctx context.Context, carrier *deviceCarrier, first *migratedv1.LoadDeviceStateRequest, stream deviceRequests,
-) error {
+func (d *Destination) receive(ctx context.Context, carrier *deviceCarrier, stream deviceRequests) error {
 	if d.early == nil {
 		return carrier.receiveFrom(stream)
 	}
-	return carrier.receiveChanges(stream, d.early.sections, first.GetRehearsal(), func() error {
-		return d.vm.UnmapRootComplex(ctx)
-	})
+	return carrier.receiveChanges(stream, d.early.sections, func() error { return d.vm.UnmapRootComplex(ctx) })
 }
 
 // foresee asks for what QEMU will read, before it waits for it.

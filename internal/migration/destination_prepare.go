@@ -47,7 +47,8 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 		d.expectEarly()
 	}
 	answer := &migratedv1.PrepareIncomingResponse{
-		Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label, Protocol: d.cfg.Request.GetProtocol(), Early: mayEarly,
+		Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label,
+		Protocol: d.cfg.Request.GetProtocol(), Early: mayEarly,
 	}
 	for _, b := range d.blocks {
 		answer.RamBlocks = append(answer.RamBlocks, &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize})

@@ -24,7 +24,9 @@ func (d *Destination) Run(ctx context.Context, request *migratedv1.RunRequest) (
 }
 
 // run is Run of a caller that holds the lock.
-func (d *Destination) run(ctx context.Context, request *migratedv1.RunRequest, arrived time.Time) (*migratedv1.RunResponse, error) {
+func (d *Destination) run(
+	ctx context.Context, request *migratedv1.RunRequest, arrived time.Time,
+) (*migratedv1.RunResponse, error) {
 	switch {
 	case d.phase == running && d.answer != nil:
 		return d.answer, nil

@@ -113,8 +113,8 @@ func TestPagesLostBeforeRun(t *testing.T) {
 	}
 }
 
-// A daemon that is stopped while QEMU is told to run the VM does not know whether it heard, nor does it when it is asked again:
-// the next one does.
+// A daemon that is stopped while QEMU is told to run the VM does not know whether it heard, nor does it when it is
+// asked again: the next one does.
 func TestStoppedWhileRunWaits(t *testing.T) {
 	l := leaveDestination(t, true)
 	daemon, stop := context.WithCancelCause(t.Context())

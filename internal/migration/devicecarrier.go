@@ -34,7 +34,7 @@ type deviceCarrier struct {
 	once sync.Once
 }
 
-func newDeviceCarrier(keep bool) (*deviceCarrier, error) {
+func newDeviceCarrier() (*deviceCarrier, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("sockets for the device state: %w", err)
@@ -44,7 +44,7 @@ func newDeviceCarrier(keep bool) (*deviceCarrier, error) {
 		return nil, errors.Join(fmt.Errorf("sockets for the device state: %w", err), unix.Close(fds[0]), unix.Close(fds[1]))
 	}
 	return &deviceCarrier{
-		qemu: os.NewFile(uintptr(fds[0]), "device-state-qemu"), ours: os.NewFile(uintptr(fds[1]), "device-state"), keep: keep,
+		qemu: os.NewFile(uintptr(fds[0]), "device-state-qemu"), ours: os.NewFile(uintptr(fds[1]), "device-state"),
 	}, nil
 }
 
@@ -65,9 +65,9 @@ func (c *deviceCarrier) receiveFrom(stream deviceRequests) error {
 	})
 }
 
-// receiveChanges passes what a stream brings of changes since an early state to QEMU, and the end of its stream. unmap is
-// called before, if QEMU has to unmap what it maps again.
-func (c *deviceCarrier) receiveChanges(stream deviceRequests, early []devicestate.Section, keep bool, unmap func() error) error {
+// receiveChanges passes what a stream brings of changes since an early state to QEMU, and the end of its stream. unmap
+// is called before, if QEMU has to unmap what it maps again.
+func (c *deviceCarrier) receiveChanges(stream deviceRequests, early []devicestate.Section, unmap func() error) error {
 	var changes []byte
 	if err := c.each(stream, func(data []byte) error { changes = append(changes, data...); return nil }); err != nil {
 		return err
@@ -77,7 +77,7 @@ func (c *deviceCarrier) receiveChanges(stream deviceRequests, early []devicestat
 		return err
 	}
 	all := devicestate.Merge(early, list)
-	if keep {
+	if c.keep {
 		c.kept = devicestate.End(devicestate.Join(all))
 	}
 	var sections []byte

@@ -42,11 +42,13 @@
 //	  quit QEMU, remove the record                   unregister, close QEMU's descriptor,
 //	                                                 remove what was kept
 //
-// Where a device's state has another form when the VM has stopped than it had early, and cannot be loaded over that, the source
-// continues the VM, tells the destination to give up, and goes through all of it again, without an early load (startOver).
+// Where a device's state has another form when the VM has stopped than it had early, and cannot be loaded over that,
+// the source continues the VM, tells the destination to give up, and goes through all of it again, without an early
+// load (startOver).
 //
-// Without an early load (it is switched off, the VM is paused, loading read what was not copied four times) all of the state is
-// loaded when the VM has stopped, which may fail, and so the source commits only when it knows that it did not:
+// Without an early load (it is switched off, the VM is paused, loading read what was not copied four times) all of the
+// state is loaded when the VM has stopped, which may fail, and so the source commits only when it knows that it did
+// not:
 //
 //	DEVICE                                         DEVICE
 //	        ── LoadDeviceState: the head ─────►      migrate-incoming; QEMU reads the head and waits

@@ -21,11 +21,11 @@ const (
 var errNoRoom = errors.New("the early states of other migrations take all the memory that is meant for them")
 
 // errPausedSince says that QEMU would not take the disks of a VM that is paused: it was told to leave them to cont.
-var errPausedSince = withRemedy(errors.New("the VM was paused after the destination had loaded the state of its devices"),
-	"migrate it again")
+var errPausedSince = withRemedy(
+	errors.New("the VM was paused after the destination had loaded the state of its devices"), "migrate it again")
 
-// earlyRoom bounds what all migrations of this process keep of early states. They are as secret as the VM's memory, and are
-// nowhere but in memory.
+// earlyRoom bounds what all migrations of this process keep of early states. They are as secret as the VM's memory, and
+// are nowhere but in memory.
 var earlyRoom = room{most: 512 << 20}
 
 // A room is memory of which there is only so much.

@@ -14,8 +14,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// newEarlyStage is a stage whose peer has loaded the devices' state before the VM stops. The VM has so many devices that
-// saving them takes long enough to look at its memory meanwhile.
+// newEarlyStage is a stage whose peer has loaded the devices' state before the VM stops. The VM has so many devices
+// that saving them takes long enough to look at its memory meanwhile.
 func newEarlyStage(t *testing.T, p *peer) *stage {
 	t.Helper()
 	p.early = true
@@ -30,14 +30,15 @@ func newEarlyStage(t *testing.T, p *peer) *stage {
 		}
 		<-changed
 	}
-	if view, _ := s.source.Snapshot(); !view.GetEarlyLoad().GetLoaded() || view.GetEarlyLoad().GetPause().AsDuration() <= 0 {
-		t.Fatalf("early load %v", view.GetEarlyLoad())
+	view, _ := s.source.Snapshot()
+	if early := view.GetEarlyLoad(); !early.GetLoaded() || early.GetPause().AsDuration() <= 0 {
+		t.Fatalf("early load %v", early)
 	}
 	return s
 }
 
-// After an early load the destination is told to run the VM with the last of what has changed, and not before that the VM is its
-// own is written down.
+// After an early load the destination is told to run the VM with the last of what has changed, and not before that the
+// VM is its own is written down.
 func TestHandOverInHalfARoundTrip(t *testing.T) {
 	p := &peer{run: runAtOnce}
 	s := newEarlyStage(t, p)
@@ -120,7 +121,8 @@ func TestRoom(t *testing.T) {
 	}
 }
 
-// A VM whose devices have changed too much since the early load goes on, and is moved without one, by the same migration.
+// A VM whose devices have changed too much since the early load goes on, and is moved without one, by the same
+// migration.
 func TestStartOver(t *testing.T) {
 	p := &peer{run: runAtOnce}
 	s := newEarlyStage(t, p)
@@ -134,10 +136,11 @@ func TestStartOver(t *testing.T) {
 	s.source.Start()
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
 	view, _ := s.source.Snapshot()
-	if early := view.GetEarlyLoad(); early.GetLoaded() || !strings.Contains(early.GetReason(), first.Name) || paused() <= before {
+	early := view.GetEarlyLoad()
+	if early.GetLoaded() || !strings.Contains(early.GetReason(), first.Name) || paused() <= before {
 		t.Errorf("early load %v, a pause of %v before", early, before)
 	}
-	if p.told != nil || p.runs != 1 || !p.aborted || view.GetProgress().GetBytesDeviceState() < 100_000 {
-		t.Errorf("told %v, asked %d times, aborted %t, %d bytes loaded", p.told, p.runs, p.aborted, view.GetProgress().GetBytesDeviceState())
+	if size := view.GetProgress().GetBytesDeviceState(); p.told != nil || p.runs != 1 || !p.aborted || size < 100_000 {
+		t.Errorf("told %v, asked %d times, aborted %t, %d bytes loaded", p.told, p.runs, p.aborted, size)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // An earlyPage is the place of a page of the VM's memory.
@@ -22,9 +23,9 @@ type earlyPage struct {
 	offset uint64
 }
 
-// An earlyMemory is what a destination QEMU finds in the VM's memory while it loads the early state: the pages that came
-// with it, of the moment at which it was saved. It has a userfaultfd of its own, which is gone before the memory is
-// dropped and the engine registers it: nothing of it can be taken for the VM's.
+// An earlyMemory is what a destination QEMU finds in the VM's memory while it loads the early state: the pages that
+// came with it, of the moment at which it was saved. It has a userfaultfd of its own, which is gone before the memory
+// is dropped and the engine registers it: nothing of it can be taken for the VM's.
 type earlyMemory struct {
 	taken  *inject.Taken
 	waiter *uffd.Waiter
@@ -40,7 +41,9 @@ type earlyMemory struct {
 }
 
 // newEarlyMemory registers all memory of the destination's QEMU. pages must be of the size of their block's.
-func newEarlyMemory(ctx context.Context, vm *qemu.VM, blocks []qemu.RAMBlock, pages map[earlyPage][]byte) (*earlyMemory, error) {
+func newEarlyMemory(
+	ctx context.Context, vm *qemu.VM, blocks []qemu.RAMBlock, pages map[earlyPage][]byte,
+) (*earlyMemory, error) {
 	taken, err := inject.Take(ctx, vm.Pid, inject.TakeOptions{HandDevice: vm.HandFD})
 	if err != nil {
 		return nil, fmt.Errorf("take a userfaultfd for the early load: %w", err)
@@ -73,13 +76,6 @@ func (m *earlyMemory) register() (err error) {
 	}
 	m.waiter, err = uffd.NewWaiter(m.taken.UFFD)
 	return err
-}
-
-// loads says which section is loaded from now on.
-func (m *earlyMemory) loads(section int) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.section = section
 }
 
 // serve answers faults until it is interrupted.
@@ -133,8 +129,8 @@ func (m *earlyMemory) answer(addr uint64) error {
 	return err
 }
 
-// close ends the serving; a thread that waits for a page then finds what is there. What loading has wanted is known from then
-// on.
+// close ends the serving; a thread that waits for a page then finds what is there. What loading has wanted is known
+// from then on.
 func (m *earlyMemory) close(ctx context.Context) error {
 	err := m.waiter.Interrupt()
 	<-m.served
@@ -146,10 +142,12 @@ func (m *earlyMemory) closeDescriptors(ctx context.Context) error {
 	return errors.Join(m.taken.CloseRemote(ctx), m.taken.UFFD.Close())
 }
 
-// loaded has what a section has touched taken away again, so that it is known of each what it reads.
-func (m *earlyMemory) loaded(ctx context.Context, vm *qemu.VM, section int) error {
+// next is called when a section is loaded. What that has touched is taken away again, so that it is known of the next
+// what it reads, too.
+func (m *earlyMemory) next(ctx context.Context, vm *qemu.VM) error {
 	m.mu.Lock()
-	pages := m.reads[section]
+	pages := m.reads[m.section]
+	m.section++
 	m.mu.Unlock()
 	if len(pages) == 0 {
 		return nil
@@ -164,6 +162,24 @@ func (m *earlyMemory) loaded(ctx context.Context, vm *qemu.VM, section int) erro
 
 // readers are the sections that touched memory, sorted.
 func (m *earlyMemory) readers() []int { return slices.Sorted(maps.Keys(m.reads)) }
+
+// shownReaders are they with what they touched, as the source is told.
+func (m *earlyMemory) shownReaders() (shown []*migratedv1.Reader) {
+	for _, i := range m.readers() {
+		shown = append(shown, &migratedv1.Reader{Section: uint32(i), Pages: places(m.reads[i])})
+	}
+	return shown
+}
+
+// shownMissed is what was missed, as the source is told.
+func (m *earlyMemory) shownMissed() []*migratedv1.Memory { return places(m.missed) }
+
+func places(pages []earlyPage) (shown []*migratedv1.Memory) {
+	for _, p := range pages {
+		shown = append(shown, &migratedv1.Memory{Block: uint32(p.block), Offset: p.offset})
+	}
+	return shown
+}
 
 // touched are all pages that were, in order.
 func (m *earlyMemory) touched() []earlyPage {

@@ -71,7 +71,9 @@ func newEarlyQEMUs(t *testing.T) *earlyQEMUs {
 	}
 	var blocks []pagesrv.Block
 	for _, b := range facts.RAMBlocks {
-		blocks = append(blocks, pagesrv.Block{ID: b.ID, Size: b.Size, PageSize: b.PageSize, PID: vm.Pid, Addr: b.Addr, Shared: !b.Private})
+		blocks = append(blocks, pagesrv.Block{
+			ID: b.ID, Size: b.Size, PageSize: b.PageSize, PID: vm.Pid, Addr: b.Addr, Shared: !b.Private,
+		})
 	}
 	ram, err := pagesrv.OpenRAM(blocks)
 	if err != nil {
@@ -99,7 +101,7 @@ func (e *earlyQEMUs) load() (vm *qemu.VM, blocks []qemu.RAMBlock, memory *earlyM
 	if memory, err = newEarlyMemory(ctx, vm, blocks, e.state.pages); err != nil {
 		e.t.Fatal(err)
 	}
-	carrier, err := newDeviceCarrier(false)
+	carrier, err := newDeviceCarrier()
 	if err != nil {
 		e.t.Fatal(err)
 	}
@@ -111,8 +113,8 @@ func (e *earlyQEMUs) load() (vm *qemu.VM, blocks []qemu.RAMBlock, memory *earlyM
 	return vm, blocks, memory, err
 }
 
-// TestEarlyMemory: what loading reads and is not there is told, and comes along the next time. Then QEMU loads, each section that
-// reads memory is known, and not a page of it is left.
+// TestEarlyMemory: what loading reads and is not there is told, and comes along the next time. Then QEMU loads, each
+// section that reads memory is known, and not a page of it is left.
 func TestEarlyMemory(t *testing.T) {
 	e := newEarlyQEMUs(t)
 	for try := 0; ; try++ {

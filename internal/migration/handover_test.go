@@ -5,255 +5,18 @@ package migration
 import (
 	"context"
 	"errors"
-	"io"
-	"log/slog"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
-
-// A peer stands in for the destination daemon where a real one cannot be made
-// to answer as the test needs: around the commit point. The source and its QEMU
-// are real.
-type peer struct {
-	migratedv1.UnimplementedPeerServiceServer
-
-	load func(context.Context) error // when the whole device state has come; nil: all is well
-	run  func(attempt int) (*migratedv1.RunResponse, error)
-
-	early   bool   // it loads the devices' state early
-	endless bool   // the last page never comes
-	limit   uint64 // that it was told last
-
-	mu      sync.Mutex
-	runs    int
-	told    *migratedv1.RunRequest // with the devices' state
-	ran     bool                   // so it answered
-	aborted bool
-	bytes   uint64
-}
-
-func (p *peer) PrepareIncoming(_ context.Context, r *migratedv1.PrepareIncomingRequest) (*migratedv1.PrepareIncomingResponse, error) {
-	return &migratedv1.PrepareIncomingResponse{
-		Protocol: r.GetProtocol(), RamBlocks: r.GetMachine().GetRamBlocks(), Early: p.early && r.GetEarly(),
-	}, nil
-}
-
-func (p *peer) LoadEarlyState(stream grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse]) error {
-	answer := &migratedv1.LoadEarlyStateResponse{}
-	for {
-		m, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return stream.SendAndClose(answer)
-		}
-		if err != nil {
-			return err
-		}
-		if len(m.GetSections()) > 0 {
-			answer.Loaded = true
-		}
-	}
-}
-
-func (p *peer) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
-	if err := stream.SendHeader(nil); err != nil {
-		return err
-	}
-	for {
-		m, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			if p.load != nil {
-				if err := p.load(stream.Context()); err != nil {
-					return err
-				}
-			}
-			answer := &migratedv1.LoadDeviceStateResponse{Bytes: p.bytes}
-			p.mu.Lock()
-			if p.told != nil {
-				answer.Run, _ = runAtOnce(0)
-				p.ran = true
-			}
-			p.mu.Unlock()
-			return stream.SendAndClose(answer)
-		}
-		if err != nil {
-			return err
-		}
-		p.mu.Lock()
-		if run := m.GetRun(); run != nil {
-			p.told = run
-		}
-		p.bytes += uint64(len(m.GetData()))
-		p.mu.Unlock()
-	}
-}
-
-func (p *peer) Run(context.Context, *migratedv1.RunRequest) (*migratedv1.RunResponse, error) {
-	p.mu.Lock()
-	p.runs++
-	attempt := p.runs
-	p.mu.Unlock()
-	return p.run(attempt)
-}
-
-func (p *peer) WatchIncoming(_ *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
-	p.mu.Lock()
-	wait := p.runs == 0 && !p.ran || p.endless
-	p.mu.Unlock()
-	if wait { // prepared, or after the switch, and stays so
-		<-stream.Context().Done()
-		return stream.Context().Err()
-	}
-	return stream.Send(&migratedv1.WatchIncomingResponse{
-		State: migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, Progress: &migratedv1.Progress{PagesTotal: 1, PagesPresent: 1},
-	})
-}
-
-func (p *peer) AbortIncoming(context.Context, *migratedv1.AbortIncomingRequest) (*migratedv1.AbortIncomingResponse, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.aborted = true
-	return &migratedv1.AbortIncomingResponse{}, nil
-}
-
-func runAtOnce(int) (*migratedv1.RunResponse, error) {
-	return &migratedv1.RunResponse{ResumeTime: durationpb.New(time.Millisecond), ServeTime: durationpb.New(time.Millisecond)}, nil
-}
-
-// A stage is a source with a real QEMU and a peer.
-type stage struct {
-	source  *Source
-	peer    *peer
-	records *Records
-	vm      string // QMP socket
-	other   string // another one, for whoever interferes
-	pages   *pagesrv.Server
-	qemu    *exec.Cmd
-}
-
-func newStage(t *testing.T, ctx context.Context, run func(attempt int) (*migratedv1.RunResponse, error)) *stage { //nolint:revive // t first, as everywhere
-	t.Helper()
-	return newStageWith(t, ctx, &peer{run: run})
-}
-
-func newStageWith(t *testing.T, ctx context.Context, p *peer, devices ...string) *stage { //nolint:revive // t first, as everywhere
-	t.Helper()
-	dir := t.TempDir()
-	ram, err := os.CreateTemp("/dev/shm", "handover-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.Remove(ram.Name()) })
-	s := &stage{peer: p, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"), pages: pagesrv.NewServer()}
-	s.qemu = exec.Command("qemu-system-x86_64", append([]string{
-		"-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
-		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path=" + ram.Name(),
-		"-nodefaults", "-display", "none", "-qmp", "unix:" + s.other + ",server=on,wait=off", "-qmp", "unix:" + s.vm + ",server=on,wait=off",
-	}, devices...)...)
-	s.qemu.Stderr = os.Stderr
-	if err := s.qemu.Start(); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	t.Cleanup(func() {
-		_ = s.qemu.Process.Kill()
-		_ = s.qemu.Wait() // it was killed, or quit
-	})
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if conn, err := net.Dial("unix", s.vm); err == nil { // bound is not yet listening
-			_ = conn.Close()
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("QEMU does not come up")
-		}
-	}
-
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := grpc.NewServer()
-	migratedv1.RegisterPeerServiceServer(server, s.peer)
-	go func() { _ = server.Serve(listener) }()
-	t.Cleanup(server.Stop)
-
-	if s.records, err = OpenRecords(filepath.Join(dir, "records")); err != nil {
-		t.Fatal(err)
-	}
-	s.source = NewSource(ctx, SourceConfig{
-		ID: "m1", Spec: &migratedv1.MigrationSpec{Vm: s.vm, Destination: listener.Addr().String()},
-		Pages: s.pages, Records: s.records,
-		Dial: dialPlain,
-		Log:  slog.New(slog.DiscardHandler),
-	})
-	t.Cleanup(func() {
-		s.source.cancel(errors.New("the test is over"))
-		<-s.source.Done()
-	})
-	return s
-}
-
-func dialPlain(address string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
-	options = append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	return grpc.NewClient(address, options...)
-}
-
-// vmRuns asks QEMU, once the source has let go of the monitor.
-func (s *stage) vmRuns(t *testing.T) bool {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	client, err := qmp.Dial(ctx, s.vm)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Disconnect() //nolint:errcheck // only asked
-	var state struct {
-		Running bool `json:"running"`
-	}
-	if err := client.Do(ctx, "query-status", nil, &state); err != nil {
-		t.Fatal(err)
-	}
-	return state.Running
-}
-
-// handedOver says whether the source has written down that it gave the VM away.
-func (s *stage) handedOver(t *testing.T) bool {
-	t.Helper()
-	_, found, err := s.records.ForVM(s.vm, s.qemu.Process.Pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return found
-}
-
-func (s *stage) expect(t *testing.T, want migratedv1.MigrationState, words string) {
-	t.Helper()
-	<-s.source.Done()
-	view, _ := s.source.Snapshot()
-	e := view.GetError()
-	if view.GetState() != want || !strings.Contains(e.GetMessage()+e.GetRemedy()+e.GetVmStatus(), words) {
-		t.Fatalf("migration is %v, %v; want %v and %q", view.GetState(), e, want, words)
-	}
-}
 
 // The hand-over is repeated until it is answered, and the record lasts until
 // the last page has left.
@@ -398,7 +161,8 @@ func TestContinuedVMIsNotHandedOver(t *testing.T) {
 	s.command(t, "cont")
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
 	view, _ := s.source.Snapshot()
-	if said := view.GetError(); !strings.Contains(said.GetMessage(), "somebody continued the VM") || said.GetRemedy() == "" {
+	said := view.GetError()
+	if !strings.Contains(said.GetMessage(), "somebody continued the VM") || said.GetRemedy() == "" {
 		t.Errorf("it says %v", said)
 	}
 	if s.peer.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {

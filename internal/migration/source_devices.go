@@ -86,7 +86,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	}
 	body := devicestate.Body(state)
 	if s.early != nil {
-		body, err = devicestate.AppendChanges(nil, s.early.sections, sections, s.readsOther)
+		body, err = devicestate.Changes(s.early.sections, sections, s.readsOther)
 		if err != nil {
 			return err
 		}
@@ -94,12 +94,12 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	return s.finishDevices(ctx, sender, body)
 }
 
-// endsInOne says that the destination runs the VM as soon as it has loaded: it has loaded nearly everything already, so that
-// little is left that could fail.
+// endsInOne says that the destination runs the VM as soon as it has loaded: it has loaded nearly everything already, so
+// that little is left that could fail.
 func (s *Source) endsInOne() bool { return s.early != nil && !s.cfg.Spec.GetRehearse() }
 
-// commitWhileSaving passes the commit point before the destination is told anything, if that is the way. The channel has the
-// outcome.
+// commitWhileSaving passes the commit point before the destination is told anything, if that is the way. The channel
+// has the outcome.
 func (s *Source) commitWhileSaving(ctx context.Context) <-chan error {
 	committed := make(chan error, 1)
 	if !s.endsInOne() {

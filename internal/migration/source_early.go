@@ -22,7 +22,7 @@ import (
 type snapshot struct {
 	sections []devicestate.Section
 	pages    []*migratedv1.Memory
-	size     int                          // bytes of the sections, and of the memory that readers read, of earlyRoom
+	size     int                          // bytes of what QEMU saved, taken of earlyRoom
 	reads    map[int][]*migratedv1.Memory // of the sections: what loading them reads
 }
 
@@ -53,8 +53,8 @@ func (s *Source) whyNotEarly() error {
 	return nil
 }
 
-// prepareEarly has a destination that waits for it load the devices' state as it is now. Where that does not work, all is
-// loaded when the VM has stopped. When it returns nil, the destination is prepared.
+// prepareEarly has a destination that waits for it load the devices' state as it is now. Where that does not work, all
+// is loaded when the VM has stopped. When it returns nil, the destination is prepared.
 func (s *Source) prepareEarly(ctx context.Context) error {
 	shown := &migratedv1.EarlyLoad{}
 	var missed []*migratedv1.Memory
@@ -115,13 +115,14 @@ func (s *Source) useEarly(state *snapshot, answer *migratedv1.LoadEarlyStateResp
 	s.early = state
 }
 
-// readsOther says whether loading a section of the early state reads something else in the stopped VM's memory than it did.
-// What has not changed, and reads what it read, need not be loaded again.
+// readsOther says whether loading a section of the early state reads something else in the stopped VM's memory than it
+// did. What has not changed, and reads what it read, need not be loaded again.
 func (s *Source) readsOther(section int) bool {
 	var now [smallPage]byte
 	for _, p := range s.early.reads[section] {
 		// A large page is not compared: that takes longer than loading.
-		if len(p.GetData()) != len(now) || s.ram.Read(int(p.GetBlock()), p.GetOffset(), now[:]) != nil || !bytes.Equal(now[:], p.GetData()) {
+		if len(p.GetData()) != len(now) || s.ram.Read(int(p.GetBlock()), p.GetOffset(), now[:]) != nil ||
+			!bytes.Equal(now[:], p.GetData()) {
 			return true
 		}
 	}
@@ -177,7 +178,8 @@ func newSnapshot(saved []byte, pages []*migratedv1.Memory) (*snapshot, error) {
 		return nil, errors.New("no device is known to take long to load")
 	}
 	if state.size > earlyStateMost {
-		return nil, fmt.Errorf("the devices' state has %d MiB, at most %d are loaded early", state.size>>20, earlyStateMost>>20)
+		return nil, fmt.Errorf("the devices' state has %d MiB, at most %d are loaded early",
+			state.size>>20, earlyStateMost>>20)
 	}
 	if err := earlyRoom.take(state.size); err != nil {
 		return nil, err
@@ -186,7 +188,9 @@ func newSnapshot(saved []byte, pages []*migratedv1.Memory) (*snapshot, error) {
 }
 
 // saveBriefly has QEMU save once, and fills the pages meanwhile.
-func (s *Source) saveBriefly(ctx context.Context, pages []*migratedv1.Memory, shown *migratedv1.EarlyLoad) ([]byte, error) {
+func (s *Source) saveBriefly(
+	ctx context.Context, pages []*migratedv1.Memory, shown *migratedv1.EarlyLoad,
+) ([]byte, error) {
 	for _, p := range pages { // not in the pause
 		p.Data = make([]byte, s.blocks[p.GetBlock()].PageSize)
 	}
@@ -229,9 +233,9 @@ func (s *Source) readPages(pages []*migratedv1.Memory) error {
 	return nil
 }
 
-// sameStill is nil if pages have what they had before a pause that was too short to look, and tooShort if not. Were it another
-// in between, no harm is done: what is loaded early is kept only if its section, and what it has read, are the same when the VM
-// has stopped.
+// sameStill is nil if pages have what they had before a pause that was too short to look, and tooShort if not. Were it
+// another in between, no harm is done: what is loaded early is kept only if its section, and what it has read, are the
+// same when the VM has stopped.
 func (s *Source) sameStill(pages []*migratedv1.Memory, before [][]byte, tooShort error) error {
 	if err := s.readPages(pages); err != nil {
 		return err
@@ -244,7 +248,8 @@ func (s *Source) sameStill(pages []*migratedv1.Memory, before [][]byte, tooShort
 	return nil
 }
 
-// pagesToRead are the pages that loading is known to read, without data: the rings of virtio devices, and the option ROMs.
+// pagesToRead are the pages that loading is known to read, without data: the rings of virtio devices, and the option
+// ROMs.
 func (s *Source) pagesToRead(ctx context.Context) (pages []*migratedv1.Memory, err error) {
 	addresses, err := s.vm.RingPages(ctx)
 	if err != nil {
@@ -320,7 +325,8 @@ func (s *Source) startOver(ctx context.Context, reason error) bool {
 	s.log.Warn("starting over without an early load", "reason", reason, "pause", pause)
 	s.release()
 	s.notEarly = reason
-	s.vm, s.ram, s.export, s.conn, s.early, s.loaded, s.unguard = nil, nil, nil, nil, nil, nil, nil
+	s.vm, s.ram, s.export, s.conn, s.peer = nil, nil, nil, nil, nil
+	s.early, s.loaded, s.unguard = nil, nil, nil
 	s.stopped, s.stopTried, s.gaveUpDisks, s.toldToRun = make(chan struct{}), false, false, false
 	s.isContinued.Store(false)
 	var before time.Duration // the pauses until now

@@ -113,7 +113,8 @@ func (s *Source) switched(answer *migratedv1.RunResponse, sent, answered time.Ti
 	network := max(0, answered.Sub(sent)-answer.GetServeTime().AsDuration())
 	downtime := stoppedFor + network/2 + answer.GetResumeTime().AsDuration()
 	cont := answer.GetResumeTime().AsDuration()
-	if s.loaded.GetRun() != nil { // it begins when the destination's QEMU begins to load, and nothing more crossed the network
+	if s.loaded.GetRun() != nil {
+		// It begins when the destination's QEMU begins to load, and nothing more crossed the network.
 		cont, network = cont-s.loaded.GetLoadTime().AsDuration(), 0
 	}
 	s.log.Info("switched over", "downtime", downtime, "stopped_for", stoppedFor, "network", network, "cont", cont)

@@ -3,16 +3,20 @@
 package qemu
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
@@ -29,9 +33,9 @@ type Loading struct {
 	events *qmp.Subscription
 }
 
-// BeginLoading makes a QEMU that was started with -incoming defer read a migration stream from f, which stays the caller's.
-// PrepareIncoming must have been called. The stream may come in parts, at any time: QEMU waits for the next without its
-// big lock (qemu_loadvm_state in migration/savevm.c runs as a coroutine), and its monitor answers.
+// BeginLoading makes a QEMU that was started with -incoming defer read a migration stream from f, which stays the
+// caller's. PrepareIncoming must have been called. The stream may come in parts, at any time: QEMU waits for the next
+// without its big lock (qemu_loadvm_state in migration/savevm.c runs as a coroutine), and its monitor answers.
 func (vm *VM) BeginLoading(ctx context.Context, f *os.File) (_ *Loading, err error) {
 	l := &Loading{vm: vm, stream: f, events: vm.QMP.Subscribe("MIGRATION")}
 	defer func() {
@@ -55,6 +59,49 @@ func (vm *VM) BeginLoading(ctx context.Context, f *os.File) (_ *Loading, err err
 	return l, nil
 }
 
+// Feed writes head, then sections one by one to the other end of the stream, each when QEMU has loaded the one before,
+// and returns when it has loaded the last. loaded is called after each, with its index. The stream must have made QEMU
+// answer (devicestate.ReturnPath), by head at the latest; it stays open. The caller bounds the time by ctx, after which
+// the stream is of no use. QEMU's end is then a *qmp.DisconnectedError.
+func (l *Loading) Feed(
+	ctx context.Context, stream *os.File, head []byte, sections []devicestate.Section, loaded func(index int) error,
+) error {
+	// A QEMU that cannot load ends. That is not seen on a socket of which this process has both ends.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-l.vm.QMP.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	stop := context.AfterFunc(ctx, func() { _ = stream.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	for i, s := range sections {
+		want := devicestate.Pong(uint32(i))
+		_, err := stream.Write(slices.Concat(head, s.Bytes, devicestate.Ping(uint32(i))))
+		head = nil
+		got := make([]byte, len(want))
+		if err == nil {
+			_, err = io.ReadFull(stream, got)
+		}
+		if gone := l.vm.QMP.Err(); err != nil && gone != nil {
+			err = gone
+		}
+		if err != nil {
+			return fmt.Errorf("QEMU did not load the state of %q: %w", s.Name, err)
+		}
+		if !bytes.Equal(got, want) {
+			return fmt.Errorf("QEMU answered %x when it had loaded the state of %q", got, s.Name)
+		}
+		if err := loaded(i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Wait returns when QEMU has loaded all of the stream. Nobody else may wait.
 //
 // A QEMU that fails to load exits: the error is then a *qmp.DisconnectedError, and QEMU's own words are in
@@ -68,9 +115,9 @@ func (l *Loading) Wait(ctx context.Context) error {
 	return err
 }
 
-// UnmapRootComplex makes a stopped q35 unmap the registers of its root complex (RCBA, at 0xf0 of the LPC bridge, 0:1f.0), as
-// the guest could: loading the bridge's state a second time ends QEMU while they are mapped. What the guest has left in the
-// PCI host's address register is lost: load the host's state again, too.
+// UnmapRootComplex makes a stopped q35 unmap the registers of its root complex (RCBA, at 0xf0 of the LPC bridge,
+// 0:1f.0), as the guest could: loading the bridge's state a second time ends QEMU while they are mapped. What the guest
+// has left in the PCI host's address register is lost: load the host's state again, too.
 func (vm *VM) UnmapRootComplex(ctx context.Context) error {
 	const address, data, register = 0xcf8, 0xcfc, 1<<31 | 0x1f<<11 | 0xf0 // PCI's configuration mechanism #1
 	for _, line := range []string{

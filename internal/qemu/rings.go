@@ -11,8 +11,8 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// Sizes of a split virtqueue (virtio 1.2, 2.7): a descriptor, what is before and behind the entries of the other two rings,
-// and their entries. Those of a packed one are in the same places, and smaller.
+// Sizes of a split virtqueue (virtio 1.2, 2.7): a descriptor, what is before and behind the entries of the other two
+// rings, and their entries. Those of a packed one are in the same places, and smaller.
 const (
 	descriptorBytes = 16
 	availableEntry  = 2
@@ -31,9 +31,9 @@ type virtqueue struct {
 	Used  uint64 `json:"vring-used"`
 }
 
-// RingPages returns where in QEMU's address space the rings of the VM's virtio devices are: the addresses of their pages, of
-// 4 KiB each, sorted. QEMU reads them when it loads those devices' state. A guest whose driver starts anew has them
-// elsewhere.
+// RingPages returns where in QEMU's address space the rings of the VM's virtio devices are: the addresses of their
+// pages, of 4 KiB each, sorted. QEMU reads them when it loads those devices' state. A guest whose driver starts anew
+// has them elsewhere.
 func (vm *VM) RingPages(ctx context.Context) ([]uint64, error) {
 	var devices []struct {
 		Path string `json:"path"`

@@ -105,11 +105,11 @@ func (s *Saver) save(
 // ErrTooShort says that a VM stood still for too short a time.
 var ErrTooShort = errors.New("the VM went on before its memory was looked at")
 
-// SaveRunning saves the state of all devices of a VM that runs, and returns for how long that stood still: QEMU stops it,
-// saves, and continues it by itself, whatever becomes of this process. look is called while it stands still, once QEMU has
-// written something; its devices have written to memory what they had to. The error is ErrTooShort, with the state, where look
-// returned after the VM went on or was not called: of a small state QEMU shows nothing before it is whole. Without the state,
-// somebody else stopped or continued the VM.
+// SaveRunning saves the state of all devices of a VM that runs, and returns for how long that stood still: QEMU stops
+// it, saves, and continues it by itself, whatever becomes of this process. look is called while it stands still, once
+// QEMU has written something; its devices have written to memory what they had to. The error is ErrTooShort, with the
+// state, where look returned after the VM went on or was not called: of a small state QEMU shows nothing before it is
+// whole. Without the state, somebody else stopped or continued the VM.
 func (s *Saver) SaveRunning(ctx context.Context, look func() error) (state []byte, pause time.Duration, err error) {
 	events := s.vm.QMP.Subscribe("STOP", "RESUME")
 	defer events.Close()

@@ -217,9 +217,9 @@ func (e *Engine) StartSweep() {
 // A stretch is memory that is missing: so many bytes of it, from a page on.
 type stretch struct{ page, bytes uint64 }
 
-// Foresee says that loading the device state will touch that many bytes from offset on of the block with that index, so that Run
-// asks for them before a thread waits there. Call it before QEMU loads, in the order in which that will touch them; the source
-// answers as soon as it has stopped the VM.
+// Foresee says that loading the device state will touch that many bytes from offset on of the block with that index, so
+// that Run asks for them before a thread waits there. Call it before QEMU loads, in the order in which that will touch
+// them; the source answers as soon as it has stopped the VM.
 func (e *Engine) Foresee(block int, offset, bytes uint64) {
 	if b := &e.blocks[block]; offset < b.Size {
 		select {

@@ -92,15 +92,14 @@ func (s *session) awaitStart(l *lane, request *pagewire.Request) bool {
 	}
 }
 
-// early asks for a stretch of what is missing, and for others that are foreseen by now, and takes the answers, before the
-// sweep.
+// early asks for a stretch of what is missing, and for others that are foreseen by now, and takes the answers, before
+// the sweep.
 func (s *session) early(l *lane, request *pagewire.Request, f stretch) bool {
 	request.Ranges = request.Ranges[:0]
 	asked := uint64(0)
 	for more := true; more; {
 		bytes, _ := s.claim(request, f.page, f.bytes)
-		asked += bytes
-		if asked >= foreseenBytes || len(request.Ranges) == sweepRanges {
+		if asked += bytes; asked >= foreseenBytes || len(request.Ranges) == sweepRanges {
 			break
 		}
 		select {
