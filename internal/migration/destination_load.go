@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/pkg/postcopy"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -183,29 +184,26 @@ func (d *Destination) receive(ctx context.Context, carrier *deviceCarrier, strea
 
 // foresee asks for what QEMU will read, before it waits for it.
 func (d *Destination) foresee() {
-	if d.early != nil {
-		d.foreseeAgain()
+	var all []postcopy.Stretch
+	if d.early != nil { // what loading the early state has read
+		for _, p := range d.early.touched {
+			size := d.blocks[p.block].PageSize
+			if n := len(all); n > 0 && all[n-1].Block == p.block && all[n-1].Offset+all[n-1].Bytes == p.offset {
+				all[n-1].Bytes += size
+				continue
+			}
+			all = append(all, postcopy.Stretch{Block: p.block, Offset: p.offset, Bytes: size})
+		}
 	}
 	for i, b := range d.blocks {
 		switch {
 		case b.HoldsFirstPage && d.early == nil:
-			d.engine.Foresee(i, legacyROMs, legacyROMBytes)
+			all = append(all, postcopy.Stretch{Block: i, Offset: legacyROMs, Bytes: legacyROMBytes})
 		case strings.HasPrefix(b.ID, flashPrefix) && b.Size <= flashBytes:
-			d.engine.Foresee(i, 0, b.Size)
+			all = append(all, postcopy.Stretch{Block: i, Bytes: b.Size})
 		}
 	}
-}
-
-// foreseeAgain asks for what loading the early state has read.
-func (d *Destination) foreseeAgain() {
-	for pages := d.early.touched; len(pages) > 0; {
-		first, size, n := pages[0], d.blocks[pages[0].block].PageSize, 1
-		for n < len(pages) && pages[n] == (earlyPage{first.block, first.offset + uint64(n)*size}) {
-			n++
-		}
-		d.engine.Foresee(first.block, first.offset, uint64(n)*size)
-		pages = pages[n:]
-	}
+	d.engine.Foresee(all)
 }
 
 // said is what the destination QEMU has written.

@@ -27,7 +27,7 @@ const (
 
 	// foreseenMost is how many stretches Foresee takes: the rings of a few dozen devices.
 	foreseenMost = 512
-	// foreseenBytes is after how many bytes no further stretch is asked for by the same message.
+	// foreseenBytes is what one message asks for of them at most, unless a page is larger.
 	foreseenBytes = 1 << 20
 
 	// predictBytes is what a guess asks for at most: a millisecond of 1 Gbit/s, so that the next fault does not wait longer

@@ -105,8 +105,8 @@ type Engine struct {
 	hints     hints
 
 	started  atomic.Bool
-	sweeping chan struct{} // closed by StartSweep
-	foreseen chan stretch  // from Foresee
+	sweeping chan struct{}  // closed by StartSweep
+	foreseen chan []Stretch // from Foresee
 	running  atomic.Bool
 	done     chan struct{} // closed when Run has succeeded
 
@@ -127,7 +127,7 @@ func New(o Options) (*Engine, error) {
 	}
 	e := &Engine{
 		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(), budget: newBudget(o.Bandwidth),
-		sweeping: make(chan struct{}), foreseen: make(chan stretch, foreseenMost), done: make(chan struct{}),
+		sweeping: make(chan struct{}), foreseen: make(chan []Stretch, 1), done: make(chan struct{}),
 		ahead: loadAhead,
 	}
 	if e.workers <= 0 {
@@ -214,18 +214,19 @@ func (e *Engine) StartSweep() {
 	}
 }
 
-// A stretch is memory that is missing: so many bytes of it, from a page on.
-type stretch struct{ page, bytes uint64 }
+// A Stretch is memory of the block with that index: so many bytes from Offset on.
+type Stretch struct {
+	Block         int
+	Offset, Bytes uint64
+}
 
-// Foresee says that loading the device state will touch that many bytes from offset on of the block with that index, so
-// that Run asks for them before a thread waits there. Call it before QEMU loads, in the order in which that will touch
-// them; the source answers as soon as it has stopped the VM.
-func (e *Engine) Foresee(block int, offset, bytes uint64) {
-	if b := &e.blocks[block]; offset < b.Size {
-		select {
-		case e.foreseen <- stretch{b.first + offset>>b.shift, bytes}:
-		default: // so many are no help: a fault brings it
-		}
+// Foresee says that loading the device state will touch these stretches, so that Run asks for them before a thread waits
+// there. Call it once, before QEMU loads, with the stretches in the order in which that will touch them; the source answers
+// as soon as it has stopped the VM. What is beyond a block, or beyond foreseenMost stretches, is left to faults.
+func (e *Engine) Foresee(all []Stretch) {
+	select {
+	case e.foreseen <- all[:min(len(all), foreseenMost)]:
+	default: // the first call's are not asked for yet: faults bring these
 	}
 }
 

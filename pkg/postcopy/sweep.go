@@ -92,27 +92,30 @@ func (s *session) awaitStart(l *lane, request *pagewire.Request) bool {
 	}
 }
 
-// early asks for a stretch of what is missing, and for others that are foreseen by now, and takes the answers, before
-// the sweep.
-func (s *session) early(l *lane, request *pagewire.Request, f stretch) bool {
+// early asks for all that is foreseen and missing, and takes the answers, before the sweep. The source answers nothing
+// until it has stopped the VM: a message that waited for the answer to the one before would cost a round trip of the
+// downtime.
+func (s *session) early(l *lane, request *pagewire.Request, foreseen []Stretch) bool {
 	request.Ranges = request.Ranges[:0]
 	asked := uint64(0)
-	for more := true; more; {
-		bytes, _ := s.claim(request, f.page, f.bytes)
-		if asked += bytes; asked >= foreseenBytes || len(request.Ranges) == sweepRanges {
-			break
-		}
-		select {
-		case f = <-s.e.foreseen:
-		default:
-			more = false
+	send := func() bool {
+		s.pace.sent += int64(asked) // and measures nothing: how long the VM still runs says nothing of the network
+		ok := asked == 0 || s.ask(l, request, asked)
+		request.Ranges, asked = request.Ranges[:0], 0
+		return ok
+	}
+	for _, f := range foreseen {
+		b := &s.e.blocks[f.Block]
+		p := b.first + f.Offset>>b.shift
+		for end := min(b.end(), p+(f.Bytes+b.PageSize-1)>>b.shift); p < end; {
+			n := s.want(request, b, p, min(end-p, max(1, (foreseenBytes-asked)>>b.shift)))
+			asked, p = asked+n<<b.shift, p+max(1, n) // 0: a fault was faster
+			if (asked >= foreseenBytes || len(request.Ranges) == sweepRanges) && !send() {
+				return false
+			}
 		}
 	}
-	if asked == 0 {
-		return true
-	}
-	s.pace.sent += int64(asked) // and measures nothing: how long the VM still runs says nothing of the network
-	if !s.ask(l, request, asked) {
+	if !send() {
 		return false
 	}
 	for l.asked.Load() > 0 {
@@ -202,16 +205,24 @@ func (s *session) claim(request *pagewire.Request, cursor, room uint64) (bytes, 
 		if most == 0 {
 			break
 		}
-		n := s.e.pages.claimSweep(p, min(most, b.end()-p))
+		n := s.want(request, b, p, min(most, b.end()-p))
 		cursor = p + max(1, n) // a fault may have been faster
-		if n == 0 {
-			continue
-		}
-		s.e.at("swept", p)
-		request.Ranges = append(request.Ranges, pagewire.Range{Block: uint32(b.index), Offset: (p - b.first) << b.shift, Length: uint32(n << b.shift)})
 		bytes += n << b.shift
 	}
 	return bytes, cursor
+}
+
+// want claims pages of b from p on for the sweep, most at most, as far as they are missing, and puts them into the request.
+// It returns how many they are.
+func (s *session) want(request *pagewire.Request, b *block, p, most uint64) uint64 {
+	n := s.e.pages.claimSweep(p, most)
+	if n == 0 {
+		return 0
+	}
+	s.e.at("swept", p)
+	request.Ranges = append(request.Ranges,
+		pagewire.Range{Block: uint32(b.index), Offset: (p - b.first) << b.shift, Length: uint32(n << b.shift)})
+	return n
 }
 
 // faultsWait says whether threads wait for pages that are on their way.

@@ -55,20 +55,20 @@ func TestSweepAsksForNoMoreThanItMay(t *testing.T) {
 func TestForesee(t *testing.T) {
 	const pages = 64
 	g, demand, bulk, run := start(t, pages, Options{})
-	g.Foresee(0, pages*pageSize, pageSize) // there is no such memory
-	g.Foresee(0, 16*pageSize+1, 8*pageSize)
-	g.Foresee(0, 40*pageSize, 2*pageSize)
+	g.Foresee([]Stretch{
+		{Offset: pages * pageSize, Bytes: pageSize}, // there is no such memory
+		{Offset: 16*pageSize + 1, Bytes: 8 * pageSize}, {Offset: 40 * pageSize, Bytes: 2 * pageSize},
+	})
 	result := run()
 	if r := bulk.asked(t); r != (pagewire.Range{Offset: 16 * pageSize, Length: 8 * pageSize}) {
 		t.Fatalf("asked for %v ahead", r)
 	}
-	bulk.sendPages(t, 16, 8)
-	until(t, "installed", func() bool { return g.pages.get(23) == present })
 	if r := bulk.asked(t); r != (pagewire.Range{Offset: 40 * pageSize, Length: 2 * pageSize}) {
 		t.Fatalf("asked for %v ahead, in the second place", r)
 	}
+	bulk.sendPages(t, 16, 8)
 	bulk.sendPages(t, 40, 2)
-	until(t, "installed", func() bool { return g.pages.get(41) == present })
+	until(t, "installed", func() bool { return g.pages.get(23) == present && g.pages.get(41) == present })
 	expect(t, g.read(0, 20, 8), word(0, 20, 8))
 	if g.Stats().Faults != 0 {
 		t.Error("a thread had to wait for it")
@@ -88,6 +88,34 @@ func TestForesee(t *testing.T) {
 		}
 		bulk.sendPages(t, r.Offset/pageSize, uint64(r.Length)/pageSize)
 		asked += uint64(r.Length) / pageSize
+	}
+	mustEnd(t, result)
+	g.verify()
+}
+
+// TestForeseeWaitsForNoAnswer: the source answers nothing until it has stopped the VM, so all that is foreseen is asked for
+// before, in however many messages.
+func TestForeseeWaitsForNoAnswer(t *testing.T) {
+	const pages = 3*2*sweepRanges + 2
+	g, _, bulk, run := start(t, pages, Options{})
+	var all []Stretch
+	for p := uint64(0); p+1 < pages; p += 2 {
+		all = append(all, Stretch{Offset: p * pageSize, Bytes: pageSize})
+	}
+	g.Foresee(all)
+	result := run()
+	for _, f := range all {
+		if r := bulk.asked(t); r != (pagewire.Range{Offset: f.Offset, Length: pageSize}) {
+			t.Fatalf("asked for %v instead of %v", r, f)
+		}
+	}
+	for _, f := range all {
+		bulk.sendPages(t, f.Offset/pageSize, 1)
+	}
+	g.StartSweep()
+	for range all {
+		r := bulk.asked(t)
+		bulk.sendPages(t, r.Offset/pageSize, uint64(r.Length)/pageSize)
 	}
 	mustEnd(t, result)
 	g.verify()
