@@ -25,6 +25,10 @@ const (
 	// APIC, which it reads while it loads (hw/i386/kvmvapic.c). To any other machine this is memory like any.
 	legacyROMs     = 0xc0000
 	legacyROMBytes = 128 << 10
+	// loadAhead is what a fault of loading all of the state asks for, in bytes: what loading reads lies together. After an
+	// early load what is read is known, and a page that comes with 15 others takes a connection that was idle three round
+	// trips.
+	loadAhead = 64 << 10
 	// QEMU reads all of a flash that the guest can write when it runs the VM (postload_update_cb in
 	// hw/block/pflash_cfi01.c): it writes it to the flash's image. Firmware of a PC keeps its variables in one of half a
 	// MiB.

@@ -229,9 +229,13 @@ func (d *Destination) qmpPath() string {
 func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
 	blocks := facts.engineBlocks(d.taken.UFFD)
 	soonest(blocks, d.cfg.Request.GetMachine().GetRamBlocks())
+	var ahead uint64
+	if d.early == nil {
+		ahead = loadAhead
+	}
 	d.engine, err = postcopy.New(postcopy.Options{
 		Blocks: blocks, Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
-		Copies: d.kept.copies(), Bandwidth: d.limit(),
+		Copies: d.kept.copies(), Bandwidth: d.limit(), LoadAhead: ahead,
 	})
 	if err != nil {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)

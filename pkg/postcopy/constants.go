@@ -21,10 +21,6 @@ const (
 	// lock of the address space meanwhile, which page faults in QEMU need too.
 	copyBytes = 512 << 10
 
-	// loadAhead is what a fault asks for, in bytes, before StartSweep: what loading the device state touches lies
-	// together (option ROMs, on a PC), and the VM stands still for each of these faults.
-	loadAhead = 64 << 10
-
 	// foreseenMost is how many stretches Foresee takes: the rings of a few dozen devices.
 	foreseenMost = 512
 	// foreseenBytes is what one message asks for of them at most, unless a page is larger.

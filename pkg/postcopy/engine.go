@@ -45,6 +45,9 @@ type Options struct {
 	// Copies is where the kernel answers the engine's copies: CopiesSize bytes at least, aligned to 8. It goes with State,
 	// and says of pages that were being installed when a process ended whether they are there. nil: memory of the engine's own.
 	Copies []byte
+	// LoadAhead is what a fault asks for, in bytes, before StartSweep: what loading all of the device state touches lies
+	// together (option ROMs, on a PC), and the VM stands still for each of these faults. 0: its page alone.
+	LoadAhead uint64
 	// Bandwidth is the limit that SetBandwidth changes, in bytes a second. 0: none.
 	Bandwidth uint64
 }
@@ -110,7 +113,7 @@ type Engine struct {
 	running  atomic.Bool
 	done     chan struct{} // closed when Run has succeeded
 
-	ahead uint64 // loadAhead, except in tests that count requests
+	ahead uint64 // Options.LoadAhead
 
 	// park is nil except in tests, which stop a goroutine at the point that is named.
 	park func(point string, page uint64)
@@ -128,7 +131,7 @@ func New(o Options) (*Engine, error) {
 	e := &Engine{
 		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(), budget: newBudget(o.Bandwidth),
 		sweeping: make(chan struct{}), foreseen: make(chan []Stretch, 1), done: make(chan struct{}),
-		ahead: loadAhead,
+		ahead: o.LoadAhead,
 	}
 	if e.workers <= 0 {
 		e.workers = defaultWorkers

@@ -356,8 +356,7 @@ func TestUnmap(t *testing.T) {
 
 // Before the sweep a fault brings its neighbours along; they are there when they are needed.
 func TestFaultAsksAhead(t *testing.T) {
-	g := newTarget(t, layout{{kind: uffdtest.Shmem, pages: 20}}, Options{Workers: 1})
-	g.ahead = 8 * pageSize
+	g := newTarget(t, layout{{kind: uffdtest.Shmem, pages: 20}}, Options{Workers: 1, LoadAhead: 8 * pageSize})
 	lanes, theirs := scripted(t, 1)
 	demand := theirs[0]
 	ctx, cancel := context.WithCancel(context.Background())

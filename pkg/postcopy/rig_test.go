@@ -104,7 +104,6 @@ func newTarget(t testing.TB, l layout, o Options) *target {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.ahead = 0
 	return &target{Engine: e, t: t, child: c, uffd: u}
 }
 
