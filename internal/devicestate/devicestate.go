@@ -179,13 +179,14 @@ func Join(sections []Section) (joined []byte) {
 	return joined
 }
 
-// Begun is the beginning of what Body will make of a state that QEMU is still writing, and has written so far. The last
-// byte is not in it: it may be the end, which nobody is to see before QEMU has said that the state is whole.
+// Begun is the beginning of what Body will make of a state that QEMU is still writing, and has written so far, after
+// Pause. The last bytes are not in it: they may be the end, which nobody is to see before QEMU has said that the state is
+// whole, or a part of what Pause changes when it has all of it.
 func Begun(saved []byte) ([]byte, error) {
 	if len(saved) <= preamble {
 		return nil, nil
 	}
-	return saved[preamble : len(saved)-1], checkPreamble(saved)
+	return saved[preamble:max(preamble, len(saved)-RunStateSize)], checkPreamble(saved)
 }
 
 // ParseBody takes apart what Body has made, as Parse does.

@@ -129,15 +129,31 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// Nobody sees the end before it is the end.
+// runState is the section with the VM's run state.
+func runState(state string) []byte {
+	content := make([]byte, 4+100)
+	binary.BigEndian.PutUint32(content, uint32(len(state)+1))
+	copy(content[4:], state)
+	return section(3, "globalstate", 0, string(content))
+}
+
+// Nobody sees the end before it is the end, nor a run state before it is the one that is to be loaded.
 func TestBegun(t *testing.T) {
-	state := saved(section(2, "timer", 0, "abc"), section(5, "cpu", 1, "x"))
-	body := Body(state)
+	whole := func(state string) []byte {
+		return saved(section(2, "timer", 0, "abc"), runState(state), section(5, "cpu", 1, string(make([]byte, 200))))
+	}
+	state, body := whole("running"), Body(whole("paused"))
 	for n := range len(state) + 1 {
-		begun, err := Begun(state[:n])
-		if err != nil || !bytes.HasPrefix(body, begun) || len(begun) != max(0, n-preamble-1) {
+		so := bytes.Clone(state[:n])
+		Pause(so)
+		begun, err := Begun(so)
+		if err != nil || !bytes.HasPrefix(body, begun) || len(begun) != max(0, n-preamble-RunStateSize) {
 			t.Fatalf("of %d bytes %d are begun: %v", n, len(begun), err)
 		}
+	}
+	Pause(state)
+	if !bytes.Equal(Body(state), body) {
+		t.Error("the run state is another in the end")
 	}
 	if _, err := Begun([]byte("not a state of devices")); !errors.Is(err, ErrUnknown) {
 		t.Errorf("%v", err)

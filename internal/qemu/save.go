@@ -56,7 +56,8 @@ const lookEvery = 500 * time.Microsecond
 const lookSoon = 50 * time.Microsecond
 
 // Save returns the state of all devices of a stopped VM, as QEMU's savevm.c writes it: magic and version of a migration
-// stream, a section for each device that has state, and the end. RAM is not in it. The VM stays stopped.
+// stream, a section for each device that has state, and the end; the run state in it is "paused" (devicestate.Pause). RAM
+// is not in it. The VM stays stopped.
 //
 // With giveUpDisks QEMU also gives the disks up, so that another QEMU can have them, until Cont or ActivateDisks. A
 // QEMU that has given them up must not be asked to do so again: it would abort (see DisksActive).
@@ -154,6 +155,7 @@ func (s *Saver) read(state []byte) ([]byte, error) {
 	if _, err := s.file.ReadAt(state[had:], int64(had)); err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("read the device state: %w", err)
 	}
+	devicestate.Pause(state[max(0, had-devicestate.RunStateSize):]) // it may have come in two parts
 	return state, nil
 }
 
