@@ -113,7 +113,7 @@ func TestPausedSinceEarlyLoad(t *testing.T) {
 	m := s.begun("paused")
 	said := m.GetError()
 	if m.GetState() != stateFailed || !strings.Contains(said.GetMessage(), "was paused after") ||
-		said.GetRemedy() != "migrate it again" || said.GetVmStatus() != "the VM was not touched" {
+		said.GetRemedy() != "migrate it again" || said.GetVmStatus() != "the VM was not touched; the VM is paused on the source" {
 		t.Errorf("migration is %v: %v", m.GetState(), said)
 	}
 	if m := migrateSpec(t, l.A, "again", s.spec()); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {

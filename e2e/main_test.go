@@ -172,7 +172,8 @@ func await(t *testing.T, client migratedv1.ControlServiceClient, id string, want
 			}
 			switch last.GetState() {
 			case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-				migratedv1.MigrationState_MIGRATION_STATE_CANCELLED, migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
+				migratedv1.MigrationState_MIGRATION_STATE_CANCELLED, migratedv1.MigrationState_MIGRATION_STATE_REHEARSED,
+				migratedv1.MigrationState_MIGRATION_STATE_ENDED:
 				return last
 			}
 			t.Fatalf("watch ended in state %v: %v", last.GetState(), err)

@@ -26,7 +26,7 @@ func TestFrame(t *testing.T) {
 		{"nothing yet", nil, 80, [2]string{"", ""}},
 		{"setup", at("db-1", 0, setup, 0), 60, [2]string{
 			"db-1 setup [----------------------------------------]   0.0%",
-			"  both sides get ready; the VM runs at the source"}},
+			"  both sides get ready; the VM is at the source"}},
 		{"active", half, 80, [2]string{
 			"db-1 postcopy-active [=====================>----------------------------]  43.1%",
 			"  113000/262144 pages  812.4 MB/s  1.5 s left  downtime 2.4 ms"}},
@@ -45,7 +45,7 @@ func TestFrame(t *testing.T) {
 		{"no width", half, 0, [2]string{"", ""}},
 		{"paused", at("db-1", 0, paused, 113_000), 80, [2]string{
 			"db-1 postcopy-paused [=====================>----------------------------]  43.1%",
-			"  the VM runs at the destination; the connection to its memory is lost"}},
+			"  the VM is at the destination; the connection to its memory is lost"}},
 		{"completed", at("db-1", 0, completed, 262144), 60, [2]string{
 			"db-1 completed [====================================] 100.0%",
 			"  the VM and all its memory are at the destination"}},

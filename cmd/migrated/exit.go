@@ -17,6 +17,7 @@ const (
 	exitCheck       = 4
 	exitCancelled   = 5
 	exitUnknownID   = 6
+	exitEnded       = 7
 	exitInterrupted = 130 // 128 + SIGINT, as a shell reports it
 )
 
@@ -30,8 +31,9 @@ var exitCodes = []struct {
 	{exitUsage, "the command line or the configuration file is wrong; nothing was done"},
 	{exitUnreachable, "the daemon cannot be reached or did not answer in time"},
 	{exitCheck, "check found a reason why a migration is not possible"},
-	{exitCancelled, "the migration was cancelled; the VM runs at the source"},
+	{exitCancelled, "the migration was cancelled; the VM goes on at the source"},
 	{exitUnknownID, "the daemon knows no migration of that id"},
+	{exitEnded, "the VM ended by itself while it moved: its guest powered off, or its QEMU was told to quit; nothing failed"},
 	{exitInterrupted, "interrupted while watching; the migration goes on"},
 }
 

@@ -127,7 +127,10 @@ func outcome(m *migratedv1.Migration) error {
 			vm: e.GetVmStatus(), remedy: e.GetRemedy()}
 	case migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
 		return &failure{exit: exitCancelled, message: fmt.Sprintf("migration %s was cancelled", m.GetId()),
-			vm: "it runs at the source"}
+			vm: orText(m.GetError().GetVmStatus(), locationText(m))}
+	case migratedv1.MigrationState_MIGRATION_STATE_ENDED:
+		return &failure{exit: exitEnded, message: fmt.Sprintf("migration %s is over: %s", m.GetId(), m.GetError().GetMessage()),
+			vm: m.GetError().GetVmStatus(), remedy: m.GetError().GetRemedy()}
 	default:
 		return nil
 	}

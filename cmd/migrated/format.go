@@ -27,30 +27,67 @@ func enumName(name, prefix string) string {
 	return strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, prefix), "_", "-"))
 }
 
-// stateMeaning says what a state means for the VM.
+// locationName returns where the VM is, in a word: "destination"; "-" of a daemon that does not say.
+func locationName(l migratedv1.Location) string {
+	if l == migratedv1.Location_LOCATION_UNSPECIFIED {
+		return "-"
+	}
+	return enumName(l.String(), "LOCATION_")
+}
+
+// locationText says the same in a sentence.
+func locationText(m *migratedv1.Migration) string {
+	switch m.GetLocation() {
+	case migratedv1.Location_LOCATION_SOURCE:
+		return "the VM is at the source"
+	case migratedv1.Location_LOCATION_DESTINATION:
+		return "the VM is at the destination"
+	case migratedv1.Location_LOCATION_NOWHERE:
+		return "the VM runs nowhere"
+	case migratedv1.Location_LOCATION_ENDED:
+		return "the VM has ended"
+	default:
+		if m.GetRole() == migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION {
+			return "it is not known here where the VM is, the source may know"
+		}
+		return "it is not known where the VM is"
+	}
+}
+
+// reasonName returns a reason as a program spells it: "guest-shutdown".
+func reasonName(r migratedv1.Reason) string { return enumName(r.String(), "REASON_") }
+
+// stateMeaning says what a state means for the VM. Where that is, the daemon has found out.
 func stateMeaning(m *migratedv1.Migration) string {
 	switch m.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_SETUP:
-		if m.GetPrepared() {
-			return "both sides are ready; the VM runs at the source"
+		switch {
+		case m.GetPrepared():
+			return "both sides are ready; " + locationText(m)
+		case m.GetLocation() == migratedv1.Location_LOCATION_UNKNOWN: // nobody has looked yet
+			return "both sides get ready"
 		}
-		return "both sides get ready; the VM runs at the source"
+		return "both sides get ready; " + locationText(m)
 	case migratedv1.MigrationState_MIGRATION_STATE_DEVICE:
-		return "the VM is stopped and its device state moves"
+		return "the state of the devices moves; " + locationText(m)
+	case migratedv1.MigrationState_MIGRATION_STATE_HANDOVER:
+		return "the destination was told to run the VM, and has not answered; " + locationText(m)
 	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE:
-		return "the VM runs at the destination and its memory follows"
+		return locationText(m) + " and its memory follows"
 	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED:
-		return "the VM runs at the destination; the connection to its memory is lost"
+		return locationText(m) + "; the connection to its memory is lost"
 	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER:
-		return "the VM runs at the destination; the connection to its memory is made again"
+		return locationText(m) + "; the connection to its memory is made again"
+	case migratedv1.MigrationState_MIGRATION_STATE_ENDED:
+		return "the VM ended by itself at the destination"
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
 		return "the VM and all its memory are at the destination"
 	case migratedv1.MigrationState_MIGRATION_STATE_FAILED:
 		return "it ended with an error"
 	case migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
-		return "the migration was cancelled; the VM runs at the source"
+		return "the migration was cancelled; " + locationText(m)
 	case migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
-		return "the rehearsal is over; it left the VM at the source"
+		return "the rehearsal is over; " + locationText(m)
 	default:
 		return "a state that this program does not know"
 	}
@@ -93,7 +130,8 @@ func isTerminal(s migratedv1.MigrationState) bool {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
 		migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 		migratedv1.MigrationState_MIGRATION_STATE_CANCELLED,
-		migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
+		migratedv1.MigrationState_MIGRATION_STATE_REHEARSED,
+		migratedv1.MigrationState_MIGRATION_STATE_ENDED:
 		return true
 	default:
 		return false
@@ -108,12 +146,7 @@ func vmName(m *migratedv1.Migration) string {
 	return orDash(m.GetSpec().GetVm())
 }
 
-func orDash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
-}
+func orDash(s string) string { return orText(s, "-") }
 
 // fraction returns how much of the memory is at the destination, 0 to 1.
 func fraction(p *migratedv1.Progress) float64 {
@@ -207,6 +240,14 @@ func summary(m *migratedv1.Migration) string {
 	s += fmt.Sprintf(", %s (%s on the wire), %s", bytesText(p.GetBytesTotal()), bytesText(p.GetBytesOnWire()), plural(p.GetFaults(), "fault"))
 	if p.GetFaults() > 0 && p.GetFaultP99() != nil {
 		s += " (p99 " + durationText(p.GetFaultP99()) + ", max " + durationText(p.GetFaultMax()) + ")"
+	}
+	return s
+}
+
+// orText returns s, or what stands in its place.
+func orText(s, instead string) string {
+	if s == "" {
+		return instead
 	}
 	return s
 }

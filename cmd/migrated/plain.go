@@ -26,6 +26,7 @@ func (t *throttled) show(m *migratedv1.Migration) {
 	// A clock that was put back, by hours perhaps, must not silence it for as long.
 	passed := m.GetUpdateTime().AsTime().Sub(t.printed.GetUpdateTime().AsTime())
 	if t.printed != nil && t.printed.GetState() == m.GetState() && t.printed.GetPrepared() == m.GetPrepared() &&
+		t.printed.GetLocation() == m.GetLocation() &&
 		passed >= 0 && passed < t.interval {
 		return
 	}
@@ -46,7 +47,7 @@ func plainLine(m *migratedv1.Migration) string {
 		return prefix + summary(m)
 	case migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
 		return prefix + rehearsalSummary(m)
-	case migratedv1.MigrationState_MIGRATION_STATE_FAILED:
+	case migratedv1.MigrationState_MIGRATION_STATE_FAILED, migratedv1.MigrationState_MIGRATION_STATE_ENDED:
 		return prefix + name + ": " + m.GetError().GetMessage()
 	default:
 		return prefix + name + ": " + stateMeaning(m)

@@ -28,6 +28,7 @@ const (
 	completed = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED
 	failed    = migratedv1.MigrationState_MIGRATION_STATE_FAILED
 	cancelled = migratedv1.MigrationState_MIGRATION_STATE_CANCELLED
+	ended     = migratedv1.MigrationState_MIGRATION_STATE_ENDED
 )
 
 // played is a daemon that plays migrations by their id: a real gRPC server at a
@@ -64,6 +65,13 @@ func at(id string, after time.Duration, state migratedv1.MigrationState, present
 		Prepared:   state != setup,
 		Progress:   &migratedv1.Progress{PagesTotal: 262144, BytesTotal: 1 << 30},
 		CreateTime: timestamppb.New(noon), UpdateTime: timestamppb.New(noon.Add(after)),
+		Location: migratedv1.Location_LOCATION_SOURCE,
+	}
+	switch state {
+	case device:
+		m.Location = migratedv1.Location_LOCATION_NOWHERE
+	case active, paused, resumed, completed:
+		m.Location = migratedv1.Location_LOCATION_DESTINATION
 	}
 	if m.GetPrepared() {
 		m.Supervision, m.UserfaultfdLabel = migratedv1.Supervision_SUPERVISION_LABELLED, "u:object_r:uffd_t:s0"
@@ -84,6 +92,15 @@ func at(id string, after time.Duration, state migratedv1.MigrationState, present
 			Message:  "loading the device state at the destination: qemu: missing device 0000:00:05.0/virtio-net",
 			Remedy:   "start both QEMUs with the same devices, or migrate without --template",
 			VmStatus: "it runs at the source",
+			Reason:   migratedv1.Reason_REASON_LOAD_FAILED,
+		}
+	}
+	if state == ended {
+		m.Location = migratedv1.Location_LOCATION_ENDED
+		m.Error = &migratedv1.MigrationError{
+			Message:  "the VM ended by itself on the destination: its guest powered off",
+			VmStatus: "the VM has ended",
+			Reason:   migratedv1.Reason_REASON_GUEST_SHUTDOWN,
 		}
 	}
 	return m
@@ -103,6 +120,7 @@ var scenes = map[string][]*migratedv1.Migration{
 	"old-4":    {at("old-4", 0, setup, 0), at("old-4", 90*ms, cancelled, 0)},
 	"paused-5": {at("paused-5", 0, active, 9000), at("paused-5", 10*ms, paused, 9000), at("paused-5", 20*ms, resumed, 9000), at("paused-5", 30*ms, active, 9000), at("paused-5", 40*ms, completed, 262144)},
 	"lost-7":   {at("lost-7", 0, active, 9000), nil},
+	"off-10":   {at("off-10", 0, active, 9000), at("off-10", 700*ms, ended, 9000)},
 	"slow-8":   {limited("slow-8", 1310*ms), at("slow-8", 2150*ms, completed, 262144)},
 	"cut-6":    {at("cut-6", 0, active, 9000), nil, at("cut-6", 500*ms, active, 99_000), at("cut-6", 600*ms, completed, 262144)},
 }

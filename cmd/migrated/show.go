@@ -22,7 +22,7 @@ Examples:
     migrated list
 
     # The ids of those that are not over
-    migrated list --json | jq -r '.migrations[] | select(.state | test("COMPLETED|FAILED|CANCELLED|REHEARSED") | not) | .id'`
+    migrated list --json | jq -r '.migrations[] | select(.state | test("COMPLETED|FAILED|CANCELLED|REHEARSED|ENDED") | not) | .id'`
 }
 
 func (listCmd) Run(a *app) error {
@@ -39,9 +39,10 @@ func (listCmd) Run(a *app) error {
 			return nil
 		}
 		w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(w, "ID\tVM\tROLE\tSTATE\tMEMORY\tDOWNTIME\tDESTINATION\tSTARTED")
+		fmt.Fprintln(w, "ID\tVM\tROLE\tSTATE\tLOCATION\tMEMORY\tDOWNTIME\tDESTINATION\tSTARTED")
 		for _, m := range answer.GetMigrations() {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.GetId(), vmName(m), roleName(m.GetRole()), stateName(m.GetState()),
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.GetId(), vmName(m), roleName(m.GetRole()), stateName(m.GetState()),
+				locationName(m.GetLocation()),
 				percent(m.GetProgress()), durationText(m.GetProgress().GetDowntime()), orDash(m.GetSpec().GetDestination()), timeText(m.GetCreateTime()))
 		}
 		return w.Flush()
@@ -58,7 +59,10 @@ func (statusCmd) Help() string {
 Examples:
 
     migrated status db-1
-    migrated status db-1 --json | jq -r .state`
+    migrated status db-1 --json | jq -r .state
+
+    # In a script: where the VM is, and why something is wrong
+    migrated status db-1 --json | jq -r '.location, .error.reason'`
 }
 
 func (s *statusCmd) Run(a *app) error {
@@ -83,8 +87,12 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	p, spec := m.GetProgress(), m.GetSpec()
 	fact("Migration", "%s", m.GetId())
 	fact("State", "%s: %s", stateName(m.GetState()), stateMeaning(m))
+	fact("Location", "%s", locationName(m.GetLocation()))
 	if e := m.GetError(); e != nil {
 		fact("Error", "%s", e.GetMessage())
+		if e.GetReason() != migratedv1.Reason_REASON_UNSPECIFIED {
+			fact("Reason", "%s", reasonName(e.GetReason()))
+		}
 		fact("Where it is", "%s", orDash(e.GetVmStatus()))
 		fact("What to do", "%s", orDash(e.GetRemedy()))
 	}

@@ -158,8 +158,12 @@ func (p *peerService) WatchIncoming(request *migratedv1.WatchIncomingRequest, st
 		return err
 	}
 	return p.daemon.watch(stream.Context(), d, incomingInterval, func(view *migratedv1.Migration) error {
+		state := view.GetState()
+		if state == migratedv1.MigrationState_MIGRATION_STATE_ENDED { // the location says so, to sources that know it
+			state = migratedv1.MigrationState_MIGRATION_STATE_FAILED
+		}
 		return stream.Send(&migratedv1.WatchIncomingResponse{
-			State: view.GetState(), Progress: view.GetProgress(), Error: view.GetError(),
+			State: state, Progress: view.GetProgress(), Error: view.GetError(), Location: view.GetLocation(),
 		})
 	})
 }

@@ -42,11 +42,7 @@ func (d *Destination) end(err error) {
 		// nothing ever reads a zero in its place.
 		d.log.Error("failed after the switch", "error", err)
 		d.leave = true
-		vmStatus := "the source keeps the stopped VM with its memory as it was at the switch"
-		if d.orphan {
-			vmStatus = "the VM has ended; the source's QEMU has, too"
-		}
-		d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, d.explain(err), vmStatus)
+		d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, d.explain(err), d.whereFailed())
 	default:
 		d.giveUp(err)
 	}
@@ -57,7 +53,7 @@ func (d *Destination) complete() {
 	d.kept.header().filled.Store(1)
 	d.closeRemote(d.taken.Pid, d.taken.RemoteFD)
 	d.update(func(m *migratedv1.Migration) {
-		m.State = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED
+		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.Location_LOCATION_DESTINATION
 		m.Error = nil
 		m.Progress = d.meter.progress(d.engine.Stats())
 	})
@@ -88,7 +84,7 @@ func (d *Destination) giveUp(reason error) {
 	reached("destination-giving-up")
 	d.cancel(reason)
 	d.endQEMU()
-	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, reason, "the VM was never run on the destination")
+	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, reason, neverRun)
 	if !d.pumping { // else pump does, when the engine has returned
 		d.release()
 		close(d.done)

@@ -52,5 +52,5 @@ func (d *Destination) orphaned(err error) {
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
 		withRemedy(fmt.Errorf("%w (%w)", errOrphan, err),
 			fmt.Sprintf("end the VM, which is process %d on the destination, and start it anew from its disks", d.taken.Pid)),
-		lostStatus)
+		whereabouts{migratedv1.Location_LOCATION_DESTINATION, lostStatus})
 }

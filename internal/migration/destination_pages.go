@@ -171,8 +171,7 @@ func (d *Destination) Recover(via string) error {
 }
 
 func (d *Destination) paused(reason error) {
-	d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, reason,
-		"the VM runs on the destination; what needs a missing page waits")
+	d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, reason, d.whereWaiting())
 }
 
 func (d *Destination) showProgress(ctx context.Context) {

@@ -87,7 +87,9 @@ func (d *Destination) run(
 	downtime := request.GetStoppedFor().AsDuration() + d.answer.GetResumeTime().AsDuration()
 	d.meter.switched(resumed, downtime)
 	d.kept.running(resumed, d.answer.GetResumeTime().AsDuration(), downtime)
-	d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE)
+	d.update(func(m *migratedv1.Migration) {
+		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE, migratedv1.Location_LOCATION_DESTINATION
+	})
 	early := d.engine.Stats() // little but what loading met: the VM has hardly begun
 	d.log.Info("the VM runs", "stopped_for", downtime, "faults", early.Faults, "slowest_fault", early.FaultMax)
 	reached("destination-running")

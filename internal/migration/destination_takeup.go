@@ -130,6 +130,7 @@ func (d *Destination) takeUpFilled(facts *keptFactsV1) {
 	progress.PagesPresent = progress.GetPagesTotal()
 	d.update(func(m *migratedv1.Migration) {
 		m.State, m.Prepared, m.Progress = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, true, progress
+		m.Location = migratedv1.Location_LOCATION_DESTINATION
 	})
 	if d.kept.header().settled.Load() != 0 {
 		d.cancel(nil)
@@ -224,7 +225,7 @@ func (d *Destination) notTakenUp(facts *keptFactsV1, err error) {
 	d.log.Error("cannot take up the migration", "error", err)
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 		withRemedy(err, "remove the cause and restart this daemon; what needs a missing page waits until then"),
-		"the source keeps the stopped VM with its memory as it was at the switch")
+		d.whereFailed())
 	d.cancel(err)
 	d.release()
 	close(d.done)

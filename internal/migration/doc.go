@@ -66,6 +66,8 @@
 //	        ── Run, until answered ───────────►      mark 'told to run', announce the network cards,
 //	        ◄─ running ───────────────────────       cont (takes the disks, sends the announcements)
 //
+// While Run, or what stands for it, is not answered, the source is in HANDOVER: nobody there knows where the VM is.
+//
 // A rehearsal goes on where it has loaded: the destination saves what it has loaded and compares, the source
 // continues the VM (which has not given its disks up) and tells the destination to give up. It is REHEARSED.
 //

@@ -65,7 +65,7 @@ func askQEMU(which string, err error) error {
 
 // describe turns err into what the API shows.
 func describe(err error) *migratedv1.MigrationError {
-	shown := &migratedv1.MigrationError{Message: err.Error()}
+	shown := &migratedv1.MigrationError{Message: err.Error(), Reason: reasonOf(err)}
 	var remedied *remediedError
 	if errors.As(err, &remedied) {
 		shown.Remedy = remedied.remedy
@@ -95,10 +95,18 @@ func ToStatus(code codes.Code, err error) error {
 func fromPeer(step, peer string, err error) error {
 	st := status.Convert(err)
 	wrapped := fmt.Errorf("%s: destination %s: %w", step, peer, &peerError{st})
+	reason, remedy := reasonOfStatus(st.Code()), ""
 	for _, detail := range st.Details() {
-		if shown, ok := detail.(*migratedv1.MigrationError); ok && shown.GetRemedy() != "" {
-			return withRemedy(wrapped, shown.GetRemedy())
+		if shown, ok := detail.(*migratedv1.MigrationError); ok {
+			remedy = shown.GetRemedy()
+			if shown.GetReason() != migratedv1.Reason_REASON_UNSPECIFIED {
+				reason = shown.GetReason()
+			}
 		}
+	}
+	wrapped = withReason(wrapped, reason)
+	if remedy != "" {
+		return withRemedy(wrapped, remedy)
 	}
 	switch st.Code() {
 	case codes.Unavailable:

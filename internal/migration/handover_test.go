@@ -106,7 +106,7 @@ func TestCommittedVMStaysStopped(t *testing.T) {
 	if err := s.source.Cancel(); !errors.Is(err, ErrCommitted) {
 		t.Errorf("Cancel: %v", err)
 	}
-	if view, _ := s.source.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED {
+	if view, _ := s.source.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_HANDOVER {
 		t.Errorf("state is %v while the hand-over is not answered", view.GetState())
 	}
 	stop(errors.New("the daemon was stopped"))

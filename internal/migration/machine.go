@@ -141,5 +141,6 @@ func checkVM(ctx context.Context, vm *qemu.VM) error {
 	if len(reasons) == 0 {
 		return nil
 	}
-	return withRemedy(fmt.Errorf("this VM cannot migrate: %w", errors.Join(reasons...)), remedy)
+	refused := fmt.Errorf("this VM cannot migrate: %w", errors.Join(reasons...))
+	return withRemedy(withReason(refused, migratedv1.Reason_REASON_VM_REFUSED), remedy)
 }

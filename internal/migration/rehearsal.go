@@ -21,11 +21,13 @@ var errRehearsed = errors.New("the rehearsal is over")
 func (s *Source) rehearsed(ctx context.Context) {
 	s.export.Withdraw()
 	began := time.Now()
-	vmStatus, err := s.continueVM()
+	note, err := s.continueVM()
 	s.steps.cont = time.Since(began)
 	s.tellToGiveUp(ctx, errRehearsed)
+	where := s.whereNow()
+	where.words += note
 	if err != nil {
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("after a rehearsal: %w", err), vmStatus)
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("after a rehearsal: %w", err), where)
 		return
 	}
 	result := &migratedv1.Rehearsal{
@@ -41,10 +43,10 @@ func (s *Source) rehearsed(ctx context.Context) {
 	for _, b := range s.blocks {
 		result.BytesMemory += b.Size
 	}
-	s.log.Info("rehearsed", "downtime", result.GetDowntime().AsDuration(), "vm", vmStatus)
+	s.log.Info("rehearsed", "downtime", result.GetDowntime().AsDuration(), "vm", where.words)
 	s.update(func(m *migratedv1.Migration) {
 		result.BytesDeviceState = m.GetProgress().GetBytesDeviceState()
-		m.State, m.Rehearsal = migratedv1.MigrationState_MIGRATION_STATE_REHEARSED, result
+		m.State, m.Location, m.Rehearsal = migratedv1.MigrationState_MIGRATION_STATE_REHEARSED, where.location, result
 	})
 }
 

@@ -232,7 +232,7 @@ func (s *Source) seeThrough(ctx context.Context) {
 func (s *Source) failAfterCommit(err error) {
 	s.unwatch()
 	s.log.Error("failed after the commit point", "error", err)
-	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.stoppedStatus())
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.whereHandedOver())
 	if s.ended() {
 		s.forgetRecord() // of a VM that cannot be continued
 	}

@@ -187,6 +187,7 @@ func (s *Source) stop(ctx context.Context) error {
 	}
 	s.steps.stop = time.Since(began)
 	s.stoppedAt = at
+	s.setLocation(migratedv1.Location_LOCATION_NOWHERE)
 	close(s.stopped)
 	return nil
 }
@@ -258,6 +259,7 @@ func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body [
 		s.toldToRun, s.told = true, time.Now()
 		// An error of it is one of the call, which is asked next.
 		_ = sender.stream.Send(&migratedv1.LoadDeviceStateRequest{Run: s.runRequest(s.told)})
+		s.setLocation(migratedv1.Location_LOCATION_UNKNOWN)
 	}
 	answer, err := sender.stream.CloseAndRecv()
 	s.answered = time.Now()

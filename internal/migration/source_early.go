@@ -315,11 +315,13 @@ func (s *Source) callEarly(ctx context.Context, take func() *snapshot) (*migrate
 // prepared at the destination, and loads everything when the VM has stopped again.
 func (s *Source) startOver(ctx context.Context, reason error) bool {
 	s.export.Withdraw()
-	vmStatus, err := s.continueVM()
+	note, err := s.continueVM()
 	pause := time.Since(s.stoppedAt)
 	s.tellToGiveUp(ctx, reason)
 	if err != nil {
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("start over: %w: %w", reason, err), vmStatus)
+		where := s.whereNow()
+		where.words += note
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("start over: %w: %w", reason, err), where)
 		return false
 	}
 	s.log.Warn("starting over without an early load", "reason", reason, "pause", pause)
@@ -332,7 +334,7 @@ func (s *Source) startOver(ctx context.Context, reason error) bool {
 	var before time.Duration // the pauses until now
 	s.update(func(m *migratedv1.Migration) {
 		before = m.GetEarlyLoad().GetPause().AsDuration()
-		m.State = migratedv1.MigrationState_MIGRATION_STATE_SETUP
+		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_SETUP, migratedv1.Location_LOCATION_SOURCE
 	})
 	if err := s.prepare(ctx); err != nil {
 		s.backOut(ctx, err)

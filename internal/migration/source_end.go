@@ -50,24 +50,22 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 	if s.export != nil {
 		s.export.Withdraw() // no page is read from here on
 	}
-	vmStatus := "the VM was not touched"
-	if s.notEarly != nil { // startOver
-		vmStatus = "the VM was continued on the source after its first stop, and was not touched since"
-	}
+	note := ""
 	switch {
 	case s.ended():
 		s.forgetRecord()
-		vmStatus = endedStatus
 	case s.stopTried:
-		vmStatus, _ = s.continueVM()
+		note, _ = s.continueVM()
 	}
 	s.tellToGiveUp(ctx, reason) // the VM runs again, or never stopped: this has time
 	state := migratedv1.MigrationState_MIGRATION_STATE_FAILED
 	if errors.Is(reason, ErrCancelled) {
 		state = migratedv1.MigrationState_MIGRATION_STATE_CANCELLED
 	}
-	s.log.Warn("gave up", "state", state, "reason", reason, "vm", vmStatus)
-	s.fail(state, reason, vmStatus)
+	where := s.whereNow()
+	where.words += note
+	s.log.Warn("gave up", "state", state, "reason", reason, "vm", where.words)
+	s.fail(state, reason, where)
 }
 
 // tellToGiveUp has the destination end its QEMU. It does so by itself where this does not arrive.
@@ -83,9 +81,9 @@ func (s *Source) tellToGiveUp(ctx context.Context, reason error) {
 	}
 }
 
-// continueVM puts the VM back to what it was before it was stopped, and says
-// what became of it. The error is why it is not what it was.
-func (s *Source) continueVM() (vmStatus string, err error) {
+// continueVM puts the VM back to what it was before it was stopped. What its operator has to know besides is to be
+// added to where the VM is. The error is why it is not what it was.
+func (s *Source) continueVM() (note string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
 	defer cancel()
 	if s.unguard != nil {
@@ -103,37 +101,28 @@ func (s *Source) continueVM() (vmStatus string, err error) {
 	if _, err = s.vm.Cont(ctx); err != nil {
 		s.log.Error("cannot continue the VM", "error", err)
 		// The record stays, for a daemon that is started again to try.
-		return fmt.Sprintf("the VM is stopped on the source with its memory intact; continue it with QMP 'cont' on %s (%v)",
-			s.cfg.Spec.GetVm(), err), fmt.Errorf("continue the VM: %w", err)
+		return fmt.Sprintf("; it could not be continued (%v): continue it with QMP 'cont' on %s", err, s.cfg.Spec.GetVm()),
+			fmt.Errorf("continue the VM: %w", err)
 	}
 	reached("source-continued")
 	s.forgetRecord()
-	return "the VM runs on the source", nil
+	return "", nil
 }
 
 // leavePaused takes the disks of a VM back that was paused before, and stays so.
-func (s *Source) leavePaused(ctx context.Context) (vmStatus string, err error) {
-	const paused = "the VM is paused on the source, as it was before"
+func (s *Source) leavePaused(ctx context.Context) (note string, err error) {
 	if s.gaveUpDisks || s.takenUp {
 		able, err := s.vm.ActivateDisks(ctx)
 		switch {
 		case err != nil:
 			s.log.Error("cannot take the VM's disks back", "error", err)
-			vmStatus = fmt.Sprintf("%s, but QEMU could not take its disks back (%v); it tries again when it is continued",
-				paused, err)
-			return vmStatus, fmt.Errorf("take the VM's disks back: %w", err)
+			return fmt.Sprintf(", but QEMU could not take its disks back (%v); it tries again when it is continued", err),
+				fmt.Errorf("take the VM's disks back: %w", err)
 		case !able:
 			s.forgetRecord()
-			return paused + "; this QEMU takes its disks back when the VM is continued", nil
+			return "; this QEMU takes its disks back when the VM is continued", nil
 		}
 	}
 	s.forgetRecord()
-	return paused, nil
-}
-
-func (s *Source) stoppedStatus() string {
-	if s.ended() {
-		return endedStatus
-	}
-	return "the VM is stopped on the source with its memory as it was at the switch"
+	return "", nil
 }

@@ -36,13 +36,14 @@ func (s *Source) FallBack(ctx context.Context) error {
 	if view, _ := s.Snapshot(); view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
 		return errors.New("the migration completed at this moment")
 	}
-	if err := s.continueHandedOver(ctx); err != nil {
+	where, err := s.continueHandedOver(ctx)
+	if err != nil {
 		return fmt.Errorf("continue the VM here: %w", err)
 	}
 	s.giveBack()
 	s.forgetRecord()
-	s.log.Warn("fell back: the VM runs here as it was at the switch")
-	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errFallBack, "the VM runs on the source")
+	s.log.Warn("fell back: the VM is here as it was at the switch", "vm", where.words)
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errFallBack, where)
 	return nil
 }
 
@@ -50,11 +51,11 @@ func (s *Source) fallBackCommand() string {
 	return "migrated fallback " + s.cfg.ID + " --destination-is-gone"
 }
 
-// continueHandedOver continues the VM of the record.
-func (s *Source) continueHandedOver(ctx context.Context) error {
+// continueHandedOver continues the VM of the record, and says what it is then.
+func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err error) {
 	vm, err := qemu.Attach(ctx, s.cfg.Spec.GetVm())
 	if err != nil {
-		return fmt.Errorf("attach to the VM: %w", err)
+		return where, fmt.Errorf("attach to the VM: %w", err)
 	}
 	_, found, err := s.cfg.Records.ForVM(s.cfg.Spec.GetVm(), vm.Pid)
 	if err == nil && !found {
@@ -63,5 +64,8 @@ func (s *Source) continueHandedOver(ctx context.Context) error {
 	if err == nil && s.wasRunning {
 		_, err = vm.Cont(ctx)
 	}
-	return errors.Join(err, vm.Close())
+	if err == nil {
+		where.location, _, where.words = look(vm)
+	}
+	return where, errors.Join(err, vm.Close())
 }

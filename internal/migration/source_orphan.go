@@ -63,8 +63,7 @@ func (s *Source) ended() bool {
 	if s.vm == nil {
 		return false
 	}
-	_, err := s.vm.Identity() // it tells a process that only waits for its parent from one that lives
-	return s.gone.Load() || err != nil || s.vm.Alive() != nil
+	return s.gone.Load() || hasEnded(s.vm)
 }
 
 // unless is the remedy for a VM that was handed over and may run nowhere, unless QEMU has ended here, too.

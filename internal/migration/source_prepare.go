@@ -111,7 +111,9 @@ func (s *Source) open(ctx context.Context) error {
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return askQEMU("source", err)
 	}
-	s.update(func(m *migratedv1.Migration) { m.VmName = s.facts.Name })
+	s.update(func(m *migratedv1.Migration) {
+		m.VmName, m.Location = s.facts.Name, migratedv1.Location_LOCATION_SOURCE
+	})
 	return s.openRAM(movable(s.facts.RAMBlocks))
 }
 

@@ -73,6 +73,12 @@ func (s *Source) handOver(ctx context.Context) error {
 		return nil
 	}
 	destination := s.cfg.Spec.GetDestination()
+	s.update(func(m *migratedv1.Migration) {
+		m.Location = migratedv1.Location_LOCATION_UNKNOWN
+		if s.toldToRun || s.takenUp { // it was sent once, and not answered
+			m.State = migratedv1.MigrationState_MIGRATION_STATE_HANDOVER
+		}
+	})
 	for delay := 10 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
 		sent := time.Now()
 		callCtx, cancel := context.WithTimeout(ctx, resumeTimeout)
@@ -94,7 +100,8 @@ func (s *Source) handOver(ctx context.Context) error {
 		if status.Code(err) != codes.Unknown { // that is the destination's own word
 			failure = withRemedy(failure, "restore the network between the two hosts; the hand-over is repeated until it is answered")
 		}
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, failure, s.stoppedStatus())
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER,
+			withReason(failure, migratedv1.Reason_REASON_HANDOVER_UNANSWERED), s.whereHandedOver())
 		if err := sleep(ctx, jitter(delay)); err != nil {
 			return fmt.Errorf("the daemon ended before the destination answered the hand-over: %w", err)
 		}
@@ -120,7 +127,7 @@ func (s *Source) switched(answer *migratedv1.RunResponse, sent, answered time.Ti
 	s.log.Info("switched over", "downtime", downtime, "stopped_for", stoppedFor, "network", network, "cont", cont)
 	s.runsThere.Store(true)
 	s.update(func(m *migratedv1.Migration) {
-		m.State = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE, migratedv1.Location_LOCATION_DESTINATION
 		if m.Error = nil; s.gone.Load() {
 			m.Error = s.orphanError()
 		}
@@ -174,6 +181,9 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 			}
 			if !Terminal(state) { // complete says so once the source has let go
 				m.State = state
+			}
+			if answer.GetLocation() != migratedv1.Location_LOCATION_UNSPECIFIED { // of a daemon that says
+				m.Location = answer.GetLocation()
 			}
 		})
 		if Terminal(state) {

@@ -57,7 +57,9 @@ func (s *Source) finish(rec Record) {
 	if !rec.Alive() || !s.cfg.Spec.GetKeepSource() {
 		s.forgetRecord()
 	}
-	s.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
+	s.update(func(m *migratedv1.Migration) {
+		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.Location_LOCATION_DESTINATION
+	})
 }
 
 // quitLeft ends the QEMU of the record, unless somebody continued the VM: that may be at work.
@@ -147,18 +149,18 @@ func (s *Source) runTakenUp(ctx context.Context, err error) {
 	case err != nil && (s.committed || s.vm == nil):
 		s.log.Error("cannot take up the migration", "error", err)
 		remedy := "look where the VM runs; only if it certainly runs nowhere: " + s.fallBackCommand()
-		vmStatus := "this daemon did not touch the VM"
+		where := whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "this daemon did not touch the VM"}
 		if errors.Is(err, errOurQEMUGone) {
-			remedy, vmStatus = fmt.Sprintf(endVM, s.cfg.ID), endedStatus
+			remedy, where.words = fmt.Sprintf(endVM, s.cfg.ID), endedStatus
 		}
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-			withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err), remedy), vmStatus)
+			withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err), remedy), where)
 	case !s.committed:
 		// Run was never sent: the destination has not run the VM.
 		s.backOut(ctx, errors.Join(errDaemonEnded, err))
 	default:
 		s.guardStopped(ctx)
-		s.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
+		s.setState(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER)
 		if s.handedOver(ctx) {
 			s.seeThrough(ctx)
 		}

@@ -23,6 +23,7 @@ type Tracker struct {
 func newTracker(view *migratedv1.Migration) *Tracker {
 	view.CreateTime = timestamppb.Now()
 	view.UpdateTime = view.CreateTime
+	view.Location = migratedv1.Location_LOCATION_UNKNOWN // nobody has looked yet
 	if view.Progress == nil {
 		view.Progress = &migratedv1.Progress{}
 	}
@@ -50,12 +51,17 @@ func (t *Tracker) setState(state migratedv1.MigrationState) {
 	t.update(func(m *migratedv1.Migration) { m.State = state })
 }
 
-// fail ends the migration in state with what err says.
-func (t *Tracker) fail(state migratedv1.MigrationState, err error, vmStatus string) {
+// setLocation says where the VM is.
+func (t *Tracker) setLocation(location migratedv1.Location) {
+	t.update(func(m *migratedv1.Migration) { m.Location = location })
+}
+
+// fail brings the migration into state with what err says.
+func (t *Tracker) fail(state migratedv1.MigrationState, err error, where whereabouts) {
 	t.update(func(m *migratedv1.Migration) {
-		m.State = state
+		m.State, m.Location = state, where.location
 		m.Error = describe(err)
-		m.Error.VmStatus = vmStatus
+		m.Error.VmStatus = where.words
 	})
 }
 
@@ -65,7 +71,8 @@ func Terminal(state migratedv1.MigrationState) bool {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
 		migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 		migratedv1.MigrationState_MIGRATION_STATE_CANCELLED,
-		migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
+		migratedv1.MigrationState_MIGRATION_STATE_REHEARSED,
+		migratedv1.MigrationState_MIGRATION_STATE_ENDED:
 		return true
 	default:
 		return false

@@ -35,9 +35,9 @@ const (
 	MigrationState_MIGRATION_STATE_SETUP MigrationState = 1
 	// The VM is stopped at the source and its device state moves.
 	MigrationState_MIGRATION_STATE_DEVICE MigrationState = 2
-	// The VM runs at the destination and its memory follows.
+	// The VM is at the destination and its memory follows.
 	MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE MigrationState = 3
-	// The VM runs at the destination, the connection to its memory is lost.
+	// The VM is at the destination, the connection to its memory is lost.
 	MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED MigrationState = 4
 	// The connection is being made again.
 	MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER MigrationState = 5
@@ -49,21 +49,31 @@ const (
 	MigrationState_MIGRATION_STATE_CANCELLED MigrationState = 8
 	// It was a rehearsal and is over; the VM is at the source, as it was.
 	MigrationState_MIGRATION_STATE_REHEARSED MigrationState = 9
+	// The source has given the VM up and told the destination to run it, and the
+	// destination has not answered. It is asked again; until then nobody knows
+	// whether the VM runs there.
+	MigrationState_MIGRATION_STATE_HANDOVER MigrationState = 10
+	// The VM ended by itself at the destination before all of its memory was there:
+	// its guest powered off, or somebody had its QEMU quit. error.reason says who.
+	// Nothing failed, and nothing is left to be moved.
+	MigrationState_MIGRATION_STATE_ENDED MigrationState = 11
 )
 
 // Enum value maps for MigrationState.
 var (
 	MigrationState_name = map[int32]string{
-		0: "MIGRATION_STATE_UNSPECIFIED",
-		1: "MIGRATION_STATE_SETUP",
-		2: "MIGRATION_STATE_DEVICE",
-		3: "MIGRATION_STATE_POSTCOPY_ACTIVE",
-		4: "MIGRATION_STATE_POSTCOPY_PAUSED",
-		5: "MIGRATION_STATE_POSTCOPY_RECOVER",
-		6: "MIGRATION_STATE_COMPLETED",
-		7: "MIGRATION_STATE_FAILED",
-		8: "MIGRATION_STATE_CANCELLED",
-		9: "MIGRATION_STATE_REHEARSED",
+		0:  "MIGRATION_STATE_UNSPECIFIED",
+		1:  "MIGRATION_STATE_SETUP",
+		2:  "MIGRATION_STATE_DEVICE",
+		3:  "MIGRATION_STATE_POSTCOPY_ACTIVE",
+		4:  "MIGRATION_STATE_POSTCOPY_PAUSED",
+		5:  "MIGRATION_STATE_POSTCOPY_RECOVER",
+		6:  "MIGRATION_STATE_COMPLETED",
+		7:  "MIGRATION_STATE_FAILED",
+		8:  "MIGRATION_STATE_CANCELLED",
+		9:  "MIGRATION_STATE_REHEARSED",
+		10: "MIGRATION_STATE_HANDOVER",
+		11: "MIGRATION_STATE_ENDED",
 	}
 	MigrationState_value = map[string]int32{
 		"MIGRATION_STATE_UNSPECIFIED":      0,
@@ -76,6 +86,8 @@ var (
 		"MIGRATION_STATE_FAILED":           7,
 		"MIGRATION_STATE_CANCELLED":        8,
 		"MIGRATION_STATE_REHEARSED":        9,
+		"MIGRATION_STATE_HANDOVER":         10,
+		"MIGRATION_STATE_ENDED":            11,
 	}
 )
 
@@ -104,6 +116,225 @@ func (x MigrationState) Number() protoreflect.EnumNumber {
 // Deprecated: Use MigrationState.Descriptor instead.
 func (MigrationState) EnumDescriptor() ([]byte, []int) {
 	return file_migrated_v1_control_proto_rawDescGZIP(), []int{0}
+}
+
+// Location is where a VM is, as its daemon has just found out from QEMU, or been
+// told by the other daemon.
+type Location int32
+
+const (
+	// Said by a daemon of a version that does not say.
+	Location_LOCATION_UNSPECIFIED Location = 0
+	Location_LOCATION_SOURCE      Location = 1
+	Location_LOCATION_DESTINATION Location = 2
+	// It runs nowhere: it is stopped at the source for the switch, and nobody has
+	// been told to run it; or its QEMU at the destination died, and the source still
+	// has the VM as it was at the switch.
+	Location_LOCATION_NOWHERE Location = 3
+	// This daemon cannot tell. The other may.
+	Location_LOCATION_UNKNOWN Location = 4
+	// It exists no more, on either host.
+	Location_LOCATION_ENDED Location = 5
+)
+
+// Enum value maps for Location.
+var (
+	Location_name = map[int32]string{
+		0: "LOCATION_UNSPECIFIED",
+		1: "LOCATION_SOURCE",
+		2: "LOCATION_DESTINATION",
+		3: "LOCATION_NOWHERE",
+		4: "LOCATION_UNKNOWN",
+		5: "LOCATION_ENDED",
+	}
+	Location_value = map[string]int32{
+		"LOCATION_UNSPECIFIED": 0,
+		"LOCATION_SOURCE":      1,
+		"LOCATION_DESTINATION": 2,
+		"LOCATION_NOWHERE":     3,
+		"LOCATION_UNKNOWN":     4,
+		"LOCATION_ENDED":       5,
+	}
+)
+
+func (x Location) Enum() *Location {
+	p := new(Location)
+	*p = x
+	return p
+}
+
+func (x Location) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Location) Descriptor() protoreflect.EnumDescriptor {
+	return file_migrated_v1_control_proto_enumTypes[1].Descriptor()
+}
+
+func (Location) Type() protoreflect.EnumType {
+	return &file_migrated_v1_control_proto_enumTypes[1]
+}
+
+func (x Location) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Location.Descriptor instead.
+func (Location) EnumDescriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{1}
+}
+
+// Reason is why a migration is not what it should be, for programs. More will be
+// added: what a program does not know is to be shown with the prose.
+type Reason int32
+
+const (
+	Reason_REASON_UNSPECIFIED Reason = 0
+	// Somebody cancelled it.
+	Reason_REASON_CANCELLED Reason = 1
+	// A daemon was stopped, or ended, in the middle of it.
+	Reason_REASON_DAEMON_ENDED Reason = 2
+	// The VM, as it is, cannot be moved.
+	Reason_REASON_VM_REFUSED Reason = 3
+	// The destination cannot have the VM: it differs, lacks room, or may not.
+	Reason_REASON_DESTINATION_REFUSED Reason = 4
+	// The other host cannot be reached, or did not answer in time.
+	Reason_REASON_UNREACHABLE Reason = 5
+	// The two daemons are of versions that do not know each other.
+	Reason_REASON_VERSION Reason = 6
+	// The destination QEMU could not load the state of the devices.
+	Reason_REASON_LOAD_FAILED Reason = 7
+	// Somebody continued or paused the source's VM in the middle.
+	Reason_REASON_INTERFERED Reason = 8
+	// The VM stopped by itself: a disk error, a panic, a guest that sleeps.
+	Reason_REASON_VM_STOPPED_ITSELF Reason = 9
+	// The source's QEMU has ended.
+	Reason_REASON_SOURCE_QEMU_ENDED Reason = 10
+	// The destination's QEMU has ended, and not as one does whose VM ends.
+	Reason_REASON_DESTINATION_QEMU_ENDED Reason = 11
+	// The destination was told to run the VM, and has not answered.
+	Reason_REASON_HANDOVER_UNANSWERED Reason = 12
+	// The destination has no connection to the VM's memory.
+	Reason_REASON_PAGES_UNREACHABLE Reason = 13
+	// The source answers, and has no memory of this VM to give.
+	Reason_REASON_PAGES_REFUSED Reason = 14
+	// The destination's host has no memory for a page.
+	Reason_REASON_NO_MEMORY Reason = 15
+	// The other daemon broke the protocol.
+	Reason_REASON_PROTOCOL Reason = 16
+	// The destination's daemon answers, and knows nothing of the migration.
+	Reason_REASON_MIGRATION_UNKNOWN Reason = 17
+	// What an earlier run of a daemon left cannot be read.
+	Reason_REASON_STATE_UNREADABLE Reason = 18
+	// An operator said that the destination is gone (FallBack).
+	Reason_REASON_FELL_BACK Reason = 19
+	// An operator said that the VM is at the destination (Release).
+	Reason_REASON_RELEASED Reason = 20
+	// An operator said that the source is gone (Abandon).
+	Reason_REASON_ABANDONED Reason = 21
+	// Of ENDED, as QEMU's event SHUTDOWN says it: the guest powered off,
+	Reason_REASON_GUEST_SHUTDOWN Reason = 30
+	// it reset, of a QEMU that ends then (-no-reboot),
+	Reason_REASON_GUEST_RESET Reason = 31
+	// it panicked,
+	Reason_REASON_GUEST_PANIC Reason = 32
+	// somebody had QEMU quit by a monitor,
+	Reason_REASON_QEMU_QUIT Reason = 33
+	// by a signal that QEMU obeys (SIGTERM, SIGINT, SIGHUP),
+	Reason_REASON_QEMU_SIGNALLED Reason = 34
+	// or in some other way; the prose has QEMU's word for it.
+	Reason_REASON_QEMU_SHUTDOWN Reason = 35
+)
+
+// Enum value maps for Reason.
+var (
+	Reason_name = map[int32]string{
+		0:  "REASON_UNSPECIFIED",
+		1:  "REASON_CANCELLED",
+		2:  "REASON_DAEMON_ENDED",
+		3:  "REASON_VM_REFUSED",
+		4:  "REASON_DESTINATION_REFUSED",
+		5:  "REASON_UNREACHABLE",
+		6:  "REASON_VERSION",
+		7:  "REASON_LOAD_FAILED",
+		8:  "REASON_INTERFERED",
+		9:  "REASON_VM_STOPPED_ITSELF",
+		10: "REASON_SOURCE_QEMU_ENDED",
+		11: "REASON_DESTINATION_QEMU_ENDED",
+		12: "REASON_HANDOVER_UNANSWERED",
+		13: "REASON_PAGES_UNREACHABLE",
+		14: "REASON_PAGES_REFUSED",
+		15: "REASON_NO_MEMORY",
+		16: "REASON_PROTOCOL",
+		17: "REASON_MIGRATION_UNKNOWN",
+		18: "REASON_STATE_UNREADABLE",
+		19: "REASON_FELL_BACK",
+		20: "REASON_RELEASED",
+		21: "REASON_ABANDONED",
+		30: "REASON_GUEST_SHUTDOWN",
+		31: "REASON_GUEST_RESET",
+		32: "REASON_GUEST_PANIC",
+		33: "REASON_QEMU_QUIT",
+		34: "REASON_QEMU_SIGNALLED",
+		35: "REASON_QEMU_SHUTDOWN",
+	}
+	Reason_value = map[string]int32{
+		"REASON_UNSPECIFIED":            0,
+		"REASON_CANCELLED":              1,
+		"REASON_DAEMON_ENDED":           2,
+		"REASON_VM_REFUSED":             3,
+		"REASON_DESTINATION_REFUSED":    4,
+		"REASON_UNREACHABLE":            5,
+		"REASON_VERSION":                6,
+		"REASON_LOAD_FAILED":            7,
+		"REASON_INTERFERED":             8,
+		"REASON_VM_STOPPED_ITSELF":      9,
+		"REASON_SOURCE_QEMU_ENDED":      10,
+		"REASON_DESTINATION_QEMU_ENDED": 11,
+		"REASON_HANDOVER_UNANSWERED":    12,
+		"REASON_PAGES_UNREACHABLE":      13,
+		"REASON_PAGES_REFUSED":          14,
+		"REASON_NO_MEMORY":              15,
+		"REASON_PROTOCOL":               16,
+		"REASON_MIGRATION_UNKNOWN":      17,
+		"REASON_STATE_UNREADABLE":       18,
+		"REASON_FELL_BACK":              19,
+		"REASON_RELEASED":               20,
+		"REASON_ABANDONED":              21,
+		"REASON_GUEST_SHUTDOWN":         30,
+		"REASON_GUEST_RESET":            31,
+		"REASON_GUEST_PANIC":            32,
+		"REASON_QEMU_QUIT":              33,
+		"REASON_QEMU_SIGNALLED":         34,
+		"REASON_QEMU_SHUTDOWN":          35,
+	}
+)
+
+func (x Reason) Enum() *Reason {
+	p := new(Reason)
+	*p = x
+	return p
+}
+
+func (x Reason) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Reason) Descriptor() protoreflect.EnumDescriptor {
+	return file_migrated_v1_control_proto_enumTypes[2].Descriptor()
+}
+
+func (Reason) Type() protoreflect.EnumType {
+	return &file_migrated_v1_control_proto_enumTypes[2]
+}
+
+func (x Reason) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Reason.Descriptor instead.
+func (Reason) EnumDescriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
 }
 
 // MigrationRole is the side of a migration that a daemon plays.
@@ -140,11 +371,11 @@ func (x MigrationRole) String() string {
 }
 
 func (MigrationRole) Descriptor() protoreflect.EnumDescriptor {
-	return file_migrated_v1_control_proto_enumTypes[1].Descriptor()
+	return file_migrated_v1_control_proto_enumTypes[3].Descriptor()
 }
 
 func (MigrationRole) Type() protoreflect.EnumType {
-	return &file_migrated_v1_control_proto_enumTypes[1]
+	return &file_migrated_v1_control_proto_enumTypes[3]
 }
 
 func (x MigrationRole) Number() protoreflect.EnumNumber {
@@ -153,7 +384,7 @@ func (x MigrationRole) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use MigrationRole.Descriptor instead.
 func (MigrationRole) EnumDescriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{1}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{3}
 }
 
 // Supervision is how a security module can watch over the userfaultfd through
@@ -198,11 +429,11 @@ func (x Supervision) String() string {
 }
 
 func (Supervision) Descriptor() protoreflect.EnumDescriptor {
-	return file_migrated_v1_control_proto_enumTypes[2].Descriptor()
+	return file_migrated_v1_control_proto_enumTypes[4].Descriptor()
 }
 
 func (Supervision) Type() protoreflect.EnumType {
-	return &file_migrated_v1_control_proto_enumTypes[2]
+	return &file_migrated_v1_control_proto_enumTypes[4]
 }
 
 func (x Supervision) Number() protoreflect.EnumNumber {
@@ -211,7 +442,7 @@ func (x Supervision) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Supervision.Descriptor instead.
 func (Supervision) EnumDescriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{4}
 }
 
 // CheckStatus is the outcome of one check.
@@ -253,11 +484,11 @@ func (x CheckStatus) String() string {
 }
 
 func (CheckStatus) Descriptor() protoreflect.EnumDescriptor {
-	return file_migrated_v1_control_proto_enumTypes[3].Descriptor()
+	return file_migrated_v1_control_proto_enumTypes[5].Descriptor()
 }
 
 func (CheckStatus) Type() protoreflect.EnumType {
-	return &file_migrated_v1_control_proto_enumTypes[3]
+	return &file_migrated_v1_control_proto_enumTypes[5]
 }
 
 func (x CheckStatus) Number() protoreflect.EnumNumber {
@@ -266,7 +497,7 @@ func (x CheckStatus) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CheckStatus.Descriptor instead.
 func (CheckStatus) EnumDescriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{3}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{5}
 }
 
 // MigrationSpec says what to migrate and how.
@@ -423,7 +654,9 @@ type Migration struct {
 	// Of a rehearsal that is over.
 	Rehearsal *Rehearsal `protobuf:"bytes,13,opt,name=rehearsal,proto3" json:"rehearsal,omitempty"`
 	// What was done before the VM stops, at its source.
-	EarlyLoad     *EarlyLoad `protobuf:"bytes,14,opt,name=early_load,json=earlyLoad,proto3" json:"early_load,omitempty"`
+	EarlyLoad *EarlyLoad `protobuf:"bytes,14,opt,name=early_load,json=earlyLoad,proto3" json:"early_load,omitempty"`
+	// Where the VM is. At a destination that was not told to run it: UNKNOWN.
+	Location      Location `protobuf:"varint,15,opt,name=location,proto3,enum=migrated.v1.Location" json:"location,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -554,6 +787,13 @@ func (x *Migration) GetEarlyLoad() *EarlyLoad {
 		return x.EarlyLoad
 	}
 	return nil
+}
+
+func (x *Migration) GetLocation() Location {
+	if x != nil {
+		return x.Location
+	}
+	return Location_LOCATION_UNSPECIFIED
 }
 
 // EarlyLoad is the state of the VM's devices that the destination has loaded
@@ -828,7 +1068,9 @@ type MigrationError struct {
 	// What to do next.
 	Remedy string `protobuf:"bytes,2,opt,name=remedy,proto3" json:"remedy,omitempty"`
 	// Where the VM is now.
-	VmStatus      string `protobuf:"bytes,3,opt,name=vm_status,json=vmStatus,proto3" json:"vm_status,omitempty"`
+	VmStatus string `protobuf:"bytes,3,opt,name=vm_status,json=vmStatus,proto3" json:"vm_status,omitempty"`
+	// What went wrong, for programs.
+	Reason        Reason `protobuf:"varint,4,opt,name=reason,proto3,enum=migrated.v1.Reason" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -882,6 +1124,13 @@ func (x *MigrationError) GetVmStatus() string {
 		return x.VmStatus
 	}
 	return ""
+}
+
+func (x *MigrationError) GetReason() Reason {
+	if x != nil {
+		return x.Reason
+	}
+	return Reason_REASON_UNSPECIFIED
 }
 
 // Progress is the figures of one migration.
@@ -1837,6 +2086,201 @@ func (x *FallBackResponse) GetMigration() *Migration {
 	return nil
 }
 
+type ReleaseRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Has to be true: the VM is at the destination with all of its memory, or ended
+	// there.
+	VmIsAtDestination bool `protobuf:"varint,2,opt,name=vm_is_at_destination,json=vmIsAtDestination,proto3" json:"vm_is_at_destination,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *ReleaseRequest) Reset() {
+	*x = ReleaseRequest{}
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseRequest) ProtoMessage() {}
+
+func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ReleaseRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ReleaseRequest) GetVmIsAtDestination() bool {
+	if x != nil {
+		return x.VmIsAtDestination
+	}
+	return false
+}
+
+type ReleaseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Migration     *Migration             `protobuf:"bytes,1,opt,name=migration,proto3" json:"migration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseResponse) Reset() {
+	*x = ReleaseResponse{}
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseResponse) ProtoMessage() {}
+
+func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
+func (*ReleaseResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ReleaseResponse) GetMigration() *Migration {
+	if x != nil {
+		return x.Migration
+	}
+	return nil
+}
+
+type AbandonRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Has to be true: the source host, or its QEMU, will not come back.
+	SourceIsGone  bool `protobuf:"varint,2,opt,name=source_is_gone,json=sourceIsGone,proto3" json:"source_is_gone,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AbandonRequest) Reset() {
+	*x = AbandonRequest{}
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AbandonRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AbandonRequest) ProtoMessage() {}
+
+func (x *AbandonRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AbandonRequest.ProtoReflect.Descriptor instead.
+func (*AbandonRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *AbandonRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AbandonRequest) GetSourceIsGone() bool {
+	if x != nil {
+		return x.SourceIsGone
+	}
+	return false
+}
+
+type AbandonResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Migration     *Migration             `protobuf:"bytes,1,opt,name=migration,proto3" json:"migration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AbandonResponse) Reset() {
+	*x = AbandonResponse{}
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AbandonResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AbandonResponse) ProtoMessage() {}
+
+func (x *AbandonResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AbandonResponse.ProtoReflect.Descriptor instead.
+func (*AbandonResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *AbandonResponse) GetMigration() *Migration {
+	if x != nil {
+		return x.Migration
+	}
+	return nil
+}
+
 type SetBandwidthRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1848,7 +2292,7 @@ type SetBandwidthRequest struct {
 
 func (x *SetBandwidthRequest) Reset() {
 	*x = SetBandwidthRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +2304,7 @@ func (x *SetBandwidthRequest) String() string {
 func (*SetBandwidthRequest) ProtoMessage() {}
 
 func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +2317,7 @@ func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthRequest.ProtoReflect.Descriptor instead.
 func (*SetBandwidthRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SetBandwidthRequest) GetId() string {
@@ -1900,7 +2344,7 @@ type SetBandwidthResponse struct {
 
 func (x *SetBandwidthResponse) Reset() {
 	*x = SetBandwidthResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1912,7 +2356,7 @@ func (x *SetBandwidthResponse) String() string {
 func (*SetBandwidthResponse) ProtoMessage() {}
 
 func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1925,7 +2369,7 @@ func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthResponse.ProtoReflect.Descriptor instead.
 func (*SetBandwidthResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SetBandwidthResponse) GetBandwidth() uint64 {
@@ -1948,7 +2392,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1960,7 +2404,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1973,7 +2417,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CheckRequest) GetVm() string {
@@ -1999,7 +2443,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2011,7 +2455,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2024,7 +2468,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CheckResponse) GetResults() []*CheckResult {
@@ -2052,7 +2496,7 @@ type CheckResult struct {
 
 func (x *CheckResult) Reset() {
 	*x = CheckResult{}
-	mi := &file_migrated_v1_control_proto_msgTypes[27]
+	mi := &file_migrated_v1_control_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2064,7 +2508,7 @@ func (x *CheckResult) String() string {
 func (*CheckResult) ProtoMessage() {}
 
 func (x *CheckResult) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[27]
+	mi := &file_migrated_v1_control_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2077,7 +2521,7 @@ func (x *CheckResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
 func (*CheckResult) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{27}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CheckResult) GetSubject() string {
@@ -2123,7 +2567,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	mi := &file_migrated_v1_control_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2135,7 +2579,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	mi := &file_migrated_v1_control_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2148,7 +2592,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{28}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{32}
 }
 
 type GetVersionResponse struct {
@@ -2163,7 +2607,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	mi := &file_migrated_v1_control_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2175,7 +2619,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	mi := &file_migrated_v1_control_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2188,7 +2632,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{29}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -2220,7 +2664,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x0erequire_secure\x18\x06 \x01(\bR\rrequireSecure\x12\x1c\n" +
 	"\tbandwidth\x18\a \x01(\x04R\tbandwidth\x12\x1a\n" +
 	"\brehearse\x18\b \x01(\bR\brehearse\x12\"\n" +
-	"\rno_early_load\x18\t \x01(\bR\vnoEarlyLoad\"\x99\x05\n" +
+	"\rno_early_load\x18\t \x01(\bR\vnoEarlyLoad\"\xcc\x05\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -2239,7 +2683,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x11userfaultfd_label\x18\f \x01(\tR\x10userfaultfdLabel\x124\n" +
 	"\trehearsal\x18\r \x01(\v2\x16.migrated.v1.RehearsalR\trehearsal\x125\n" +
 	"\n" +
-	"early_load\x18\x0e \x01(\v2\x16.migrated.v1.EarlyLoadR\tearlyLoad\"\xba\x01\n" +
+	"early_load\x18\x0e \x01(\v2\x16.migrated.v1.EarlyLoadR\tearlyLoad\x121\n" +
+	"\blocation\x18\x0f \x01(\x0e2\x15.migrated.v1.LocationR\blocation\"\xba\x01\n" +
 	"\tEarlyLoad\x12\x16\n" +
 	"\x06loaded\x18\x01 \x01(\bR\x06loaded\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12/\n" +
@@ -2259,11 +2704,12 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x10DeviceDifference\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\rR\binstance\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\"_\n" +
+	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\"\x8c\x01\n" +
 	"\x0eMigrationError\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\tR\amessage\x12\x16\n" +
 	"\x06remedy\x18\x02 \x01(\tR\x06remedy\x12\x1b\n" +
-	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\"\xb4\x06\n" +
+	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\x12+\n" +
+	"\x06reason\x18\x04 \x01(\x0e2\x13.migrated.v1.ReasonR\x06reason\"\xb4\x06\n" +
 	"\bProgress\x12\x1f\n" +
 	"\vpages_total\x18\x01 \x01(\x04R\n" +
 	"pagesTotal\x12#\n" +
@@ -2327,6 +2773,16 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x13destination_is_gone\x18\x02 \x01(\bR\x11destinationIsGone\"H\n" +
 	"\x10FallBackResponse\x124\n" +
+	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"Q\n" +
+	"\x0eReleaseRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
+	"\x14vm_is_at_destination\x18\x02 \x01(\bR\x11vmIsAtDestination\"G\n" +
+	"\x0fReleaseResponse\x124\n" +
+	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"F\n" +
+	"\x0eAbandonRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12$\n" +
+	"\x0esource_is_gone\x18\x02 \x01(\bR\fsourceIsGone\"G\n" +
+	"\x0fAbandonResponse\x124\n" +
 	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"C\n" +
 	"\x13SetBandwidthRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
@@ -2347,7 +2803,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x11GetVersionRequest\"J\n" +
 	"\x12GetVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1a\n" +
-	"\bprotocol\x18\x02 \x01(\rR\bprotocol*\xd1\x02\n" +
+	"\bprotocol\x18\x02 \x01(\rR\bprotocol*\x8a\x03\n" +
 	"\x0eMigrationState\x12\x1f\n" +
 	"\x1bMIGRATION_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15MIGRATION_STATE_SETUP\x10\x01\x12\x1a\n" +
@@ -2358,7 +2814,47 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x19MIGRATION_STATE_COMPLETED\x10\x06\x12\x1a\n" +
 	"\x16MIGRATION_STATE_FAILED\x10\a\x12\x1d\n" +
 	"\x19MIGRATION_STATE_CANCELLED\x10\b\x12\x1d\n" +
-	"\x19MIGRATION_STATE_REHEARSED\x10\t*j\n" +
+	"\x19MIGRATION_STATE_REHEARSED\x10\t\x12\x1c\n" +
+	"\x18MIGRATION_STATE_HANDOVER\x10\n" +
+	"\x12\x19\n" +
+	"\x15MIGRATION_STATE_ENDED\x10\v*\x93\x01\n" +
+	"\bLocation\x12\x18\n" +
+	"\x14LOCATION_UNSPECIFIED\x10\x00\x12\x13\n" +
+	"\x0fLOCATION_SOURCE\x10\x01\x12\x18\n" +
+	"\x14LOCATION_DESTINATION\x10\x02\x12\x14\n" +
+	"\x10LOCATION_NOWHERE\x10\x03\x12\x14\n" +
+	"\x10LOCATION_UNKNOWN\x10\x04\x12\x12\n" +
+	"\x0eLOCATION_ENDED\x10\x05*\xd5\x05\n" +
+	"\x06Reason\x12\x16\n" +
+	"\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10REASON_CANCELLED\x10\x01\x12\x17\n" +
+	"\x13REASON_DAEMON_ENDED\x10\x02\x12\x15\n" +
+	"\x11REASON_VM_REFUSED\x10\x03\x12\x1e\n" +
+	"\x1aREASON_DESTINATION_REFUSED\x10\x04\x12\x16\n" +
+	"\x12REASON_UNREACHABLE\x10\x05\x12\x12\n" +
+	"\x0eREASON_VERSION\x10\x06\x12\x16\n" +
+	"\x12REASON_LOAD_FAILED\x10\a\x12\x15\n" +
+	"\x11REASON_INTERFERED\x10\b\x12\x1c\n" +
+	"\x18REASON_VM_STOPPED_ITSELF\x10\t\x12\x1c\n" +
+	"\x18REASON_SOURCE_QEMU_ENDED\x10\n" +
+	"\x12!\n" +
+	"\x1dREASON_DESTINATION_QEMU_ENDED\x10\v\x12\x1e\n" +
+	"\x1aREASON_HANDOVER_UNANSWERED\x10\f\x12\x1c\n" +
+	"\x18REASON_PAGES_UNREACHABLE\x10\r\x12\x18\n" +
+	"\x14REASON_PAGES_REFUSED\x10\x0e\x12\x14\n" +
+	"\x10REASON_NO_MEMORY\x10\x0f\x12\x13\n" +
+	"\x0fREASON_PROTOCOL\x10\x10\x12\x1c\n" +
+	"\x18REASON_MIGRATION_UNKNOWN\x10\x11\x12\x1b\n" +
+	"\x17REASON_STATE_UNREADABLE\x10\x12\x12\x14\n" +
+	"\x10REASON_FELL_BACK\x10\x13\x12\x13\n" +
+	"\x0fREASON_RELEASED\x10\x14\x12\x14\n" +
+	"\x10REASON_ABANDONED\x10\x15\x12\x19\n" +
+	"\x15REASON_GUEST_SHUTDOWN\x10\x1e\x12\x16\n" +
+	"\x12REASON_GUEST_RESET\x10\x1f\x12\x16\n" +
+	"\x12REASON_GUEST_PANIC\x10 \x12\x14\n" +
+	"\x10REASON_QEMU_QUIT\x10!\x12\x19\n" +
+	"\x15REASON_QEMU_SIGNALLED\x10\"\x12\x18\n" +
+	"\x14REASON_QEMU_SHUTDOWN\x10#*j\n" +
 	"\rMigrationRole\x12\x1e\n" +
 	"\x1aMIGRATION_ROLE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15MIGRATION_ROLE_SOURCE\x10\x01\x12\x1e\n" +
@@ -2372,7 +2868,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x18CHECK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fCHECK_STATUS_OK\x10\x01\x12\x18\n" +
 	"\x14CHECK_STATUS_WARNING\x10\x02\x12\x17\n" +
-	"\x13CHECK_STATUS_FAILED\x10\x032\x85\x06\n" +
+	"\x13CHECK_STATUS_FAILED\x10\x032\x91\a\n" +
 	"\x0eControlService\x12D\n" +
 	"\aPrepare\x12\x1b.migrated.v1.PrepareRequest\x1a\x1c.migrated.v1.PrepareResponse\x12>\n" +
 	"\x05Start\x12\x19.migrated.v1.StartRequest\x1a\x1a.migrated.v1.StartResponse\x128\n" +
@@ -2381,7 +2877,9 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x05Watch\x12\x19.migrated.v1.WatchRequest\x1a\x1a.migrated.v1.WatchResponse0\x01\x12A\n" +
 	"\x06Cancel\x12\x1a.migrated.v1.CancelRequest\x1a\x1b.migrated.v1.CancelResponse\x12D\n" +
 	"\aRecover\x12\x1b.migrated.v1.RecoverRequest\x1a\x1c.migrated.v1.RecoverResponse\x12G\n" +
-	"\bFallBack\x12\x1c.migrated.v1.FallBackRequest\x1a\x1d.migrated.v1.FallBackResponse\x12S\n" +
+	"\bFallBack\x12\x1c.migrated.v1.FallBackRequest\x1a\x1d.migrated.v1.FallBackResponse\x12D\n" +
+	"\aRelease\x12\x1b.migrated.v1.ReleaseRequest\x1a\x1c.migrated.v1.ReleaseResponse\x12D\n" +
+	"\aAbandon\x12\x1b.migrated.v1.AbandonRequest\x1a\x1c.migrated.v1.AbandonResponse\x12S\n" +
 	"\fSetBandwidth\x12 .migrated.v1.SetBandwidthRequest\x1a!.migrated.v1.SetBandwidthResponse\x12>\n" +
 	"\x05Check\x12\x19.migrated.v1.CheckRequest\x1a\x1a.migrated.v1.CheckResponse\x12M\n" +
 	"\n" +
@@ -2399,113 +2897,127 @@ func file_migrated_v1_control_proto_rawDescGZIP() []byte {
 	return file_migrated_v1_control_proto_rawDescData
 }
 
-var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_migrated_v1_control_proto_goTypes = []any{
 	(MigrationState)(0),           // 0: migrated.v1.MigrationState
-	(MigrationRole)(0),            // 1: migrated.v1.MigrationRole
-	(Supervision)(0),              // 2: migrated.v1.Supervision
-	(CheckStatus)(0),              // 3: migrated.v1.CheckStatus
-	(*MigrationSpec)(nil),         // 4: migrated.v1.MigrationSpec
-	(*Migration)(nil),             // 5: migrated.v1.Migration
-	(*EarlyLoad)(nil),             // 6: migrated.v1.EarlyLoad
-	(*Rehearsal)(nil),             // 7: migrated.v1.Rehearsal
-	(*DeviceDifference)(nil),      // 8: migrated.v1.DeviceDifference
-	(*MigrationError)(nil),        // 9: migrated.v1.MigrationError
-	(*Progress)(nil),              // 10: migrated.v1.Progress
-	(*PrepareRequest)(nil),        // 11: migrated.v1.PrepareRequest
-	(*PrepareResponse)(nil),       // 12: migrated.v1.PrepareResponse
-	(*StartRequest)(nil),          // 13: migrated.v1.StartRequest
-	(*StartResponse)(nil),         // 14: migrated.v1.StartResponse
-	(*GetRequest)(nil),            // 15: migrated.v1.GetRequest
-	(*GetResponse)(nil),           // 16: migrated.v1.GetResponse
-	(*ListRequest)(nil),           // 17: migrated.v1.ListRequest
-	(*ListResponse)(nil),          // 18: migrated.v1.ListResponse
-	(*WatchRequest)(nil),          // 19: migrated.v1.WatchRequest
-	(*WatchResponse)(nil),         // 20: migrated.v1.WatchResponse
-	(*CancelRequest)(nil),         // 21: migrated.v1.CancelRequest
-	(*CancelResponse)(nil),        // 22: migrated.v1.CancelResponse
-	(*RecoverRequest)(nil),        // 23: migrated.v1.RecoverRequest
-	(*RecoverResponse)(nil),       // 24: migrated.v1.RecoverResponse
-	(*FallBackRequest)(nil),       // 25: migrated.v1.FallBackRequest
-	(*FallBackResponse)(nil),      // 26: migrated.v1.FallBackResponse
-	(*SetBandwidthRequest)(nil),   // 27: migrated.v1.SetBandwidthRequest
-	(*SetBandwidthResponse)(nil),  // 28: migrated.v1.SetBandwidthResponse
-	(*CheckRequest)(nil),          // 29: migrated.v1.CheckRequest
-	(*CheckResponse)(nil),         // 30: migrated.v1.CheckResponse
-	(*CheckResult)(nil),           // 31: migrated.v1.CheckResult
-	(*GetVersionRequest)(nil),     // 32: migrated.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),    // 33: migrated.v1.GetVersionResponse
-	(*timestamppb.Timestamp)(nil), // 34: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 35: google.protobuf.Duration
+	(Location)(0),                 // 1: migrated.v1.Location
+	(Reason)(0),                   // 2: migrated.v1.Reason
+	(MigrationRole)(0),            // 3: migrated.v1.MigrationRole
+	(Supervision)(0),              // 4: migrated.v1.Supervision
+	(CheckStatus)(0),              // 5: migrated.v1.CheckStatus
+	(*MigrationSpec)(nil),         // 6: migrated.v1.MigrationSpec
+	(*Migration)(nil),             // 7: migrated.v1.Migration
+	(*EarlyLoad)(nil),             // 8: migrated.v1.EarlyLoad
+	(*Rehearsal)(nil),             // 9: migrated.v1.Rehearsal
+	(*DeviceDifference)(nil),      // 10: migrated.v1.DeviceDifference
+	(*MigrationError)(nil),        // 11: migrated.v1.MigrationError
+	(*Progress)(nil),              // 12: migrated.v1.Progress
+	(*PrepareRequest)(nil),        // 13: migrated.v1.PrepareRequest
+	(*PrepareResponse)(nil),       // 14: migrated.v1.PrepareResponse
+	(*StartRequest)(nil),          // 15: migrated.v1.StartRequest
+	(*StartResponse)(nil),         // 16: migrated.v1.StartResponse
+	(*GetRequest)(nil),            // 17: migrated.v1.GetRequest
+	(*GetResponse)(nil),           // 18: migrated.v1.GetResponse
+	(*ListRequest)(nil),           // 19: migrated.v1.ListRequest
+	(*ListResponse)(nil),          // 20: migrated.v1.ListResponse
+	(*WatchRequest)(nil),          // 21: migrated.v1.WatchRequest
+	(*WatchResponse)(nil),         // 22: migrated.v1.WatchResponse
+	(*CancelRequest)(nil),         // 23: migrated.v1.CancelRequest
+	(*CancelResponse)(nil),        // 24: migrated.v1.CancelResponse
+	(*RecoverRequest)(nil),        // 25: migrated.v1.RecoverRequest
+	(*RecoverResponse)(nil),       // 26: migrated.v1.RecoverResponse
+	(*FallBackRequest)(nil),       // 27: migrated.v1.FallBackRequest
+	(*FallBackResponse)(nil),      // 28: migrated.v1.FallBackResponse
+	(*ReleaseRequest)(nil),        // 29: migrated.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),       // 30: migrated.v1.ReleaseResponse
+	(*AbandonRequest)(nil),        // 31: migrated.v1.AbandonRequest
+	(*AbandonResponse)(nil),       // 32: migrated.v1.AbandonResponse
+	(*SetBandwidthRequest)(nil),   // 33: migrated.v1.SetBandwidthRequest
+	(*SetBandwidthResponse)(nil),  // 34: migrated.v1.SetBandwidthResponse
+	(*CheckRequest)(nil),          // 35: migrated.v1.CheckRequest
+	(*CheckResponse)(nil),         // 36: migrated.v1.CheckResponse
+	(*CheckResult)(nil),           // 37: migrated.v1.CheckResult
+	(*GetVersionRequest)(nil),     // 38: migrated.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),    // 39: migrated.v1.GetVersionResponse
+	(*timestamppb.Timestamp)(nil), // 40: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 41: google.protobuf.Duration
 }
 var file_migrated_v1_control_proto_depIdxs = []int32{
-	1,  // 0: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
+	3,  // 0: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
 	0,  // 1: migrated.v1.Migration.state:type_name -> migrated.v1.MigrationState
-	4,  // 2: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
-	9,  // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
-	10, // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
-	34, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
-	34, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
-	2,  // 7: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
-	7,  // 8: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
-	6,  // 9: migrated.v1.Migration.early_load:type_name -> migrated.v1.EarlyLoad
-	35, // 10: migrated.v1.EarlyLoad.pause:type_name -> google.protobuf.Duration
-	35, // 11: migrated.v1.EarlyLoad.load_time:type_name -> google.protobuf.Duration
-	35, // 12: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
-	35, // 13: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
-	35, // 14: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
-	35, // 15: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
-	35, // 16: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
-	35, // 17: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
-	8,  // 18: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
-	35, // 19: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
-	35, // 20: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
-	35, // 21: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
-	35, // 22: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
-	35, // 23: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
-	35, // 24: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
-	4,  // 25: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
-	5,  // 26: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
-	4,  // 27: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
-	5,  // 28: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 29: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 30: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
-	35, // 31: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
-	5,  // 32: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 33: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 34: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
-	5,  // 35: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
-	31, // 36: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
-	3,  // 37: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
-	1,  // 38: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
-	11, // 39: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
-	13, // 40: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
-	15, // 41: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
-	17, // 42: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
-	19, // 43: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
-	21, // 44: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
-	23, // 45: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
-	25, // 46: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
-	27, // 47: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
-	29, // 48: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
-	32, // 49: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
-	12, // 50: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
-	14, // 51: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
-	16, // 52: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
-	18, // 53: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
-	20, // 54: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
-	22, // 55: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
-	24, // 56: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
-	26, // 57: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
-	28, // 58: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
-	30, // 59: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
-	33, // 60: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
-	50, // [50:61] is the sub-list for method output_type
-	39, // [39:50] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	6,  // 2: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
+	11, // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
+	12, // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
+	40, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
+	40, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
+	4,  // 7: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
+	9,  // 8: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
+	8,  // 9: migrated.v1.Migration.early_load:type_name -> migrated.v1.EarlyLoad
+	1,  // 10: migrated.v1.Migration.location:type_name -> migrated.v1.Location
+	41, // 11: migrated.v1.EarlyLoad.pause:type_name -> google.protobuf.Duration
+	41, // 12: migrated.v1.EarlyLoad.load_time:type_name -> google.protobuf.Duration
+	41, // 13: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
+	41, // 14: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
+	41, // 15: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
+	41, // 16: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
+	41, // 17: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
+	41, // 18: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
+	10, // 19: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
+	2,  // 20: migrated.v1.MigrationError.reason:type_name -> migrated.v1.Reason
+	41, // 21: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
+	41, // 22: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
+	41, // 23: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
+	41, // 24: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
+	41, // 25: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
+	41, // 26: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
+	6,  // 27: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
+	7,  // 28: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
+	6,  // 29: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
+	7,  // 30: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 31: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 32: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
+	41, // 33: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
+	7,  // 34: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 35: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 36: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 37: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 38: migrated.v1.ReleaseResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 39: migrated.v1.AbandonResponse.migration:type_name -> migrated.v1.Migration
+	37, // 40: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
+	5,  // 41: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
+	3,  // 42: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
+	13, // 43: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
+	15, // 44: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
+	17, // 45: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
+	19, // 46: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
+	21, // 47: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
+	23, // 48: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
+	25, // 49: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
+	27, // 50: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
+	29, // 51: migrated.v1.ControlService.Release:input_type -> migrated.v1.ReleaseRequest
+	31, // 52: migrated.v1.ControlService.Abandon:input_type -> migrated.v1.AbandonRequest
+	33, // 53: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
+	35, // 54: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
+	38, // 55: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
+	14, // 56: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
+	16, // 57: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
+	18, // 58: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
+	20, // 59: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
+	22, // 60: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
+	24, // 61: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
+	26, // 62: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
+	28, // 63: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
+	30, // 64: migrated.v1.ControlService.Release:output_type -> migrated.v1.ReleaseResponse
+	32, // 65: migrated.v1.ControlService.Abandon:output_type -> migrated.v1.AbandonResponse
+	34, // 66: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
+	36, // 67: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
+	39, // 68: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
+	56, // [56:69] is the sub-list for method output_type
+	43, // [43:56] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_control_proto_init() }
@@ -2518,8 +3030,8 @@ func file_migrated_v1_control_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_control_proto_rawDesc), len(file_migrated_v1_control_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   30,
+			NumEnums:      6,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -29,6 +29,8 @@ const (
 	ControlService_Cancel_FullMethodName       = "/migrated.v1.ControlService/Cancel"
 	ControlService_Recover_FullMethodName      = "/migrated.v1.ControlService/Recover"
 	ControlService_FallBack_FullMethodName     = "/migrated.v1.ControlService/FallBack"
+	ControlService_Release_FullMethodName      = "/migrated.v1.ControlService/Release"
+	ControlService_Abandon_FullMethodName      = "/migrated.v1.ControlService/Abandon"
 	ControlService_SetBandwidth_FullMethodName = "/migrated.v1.ControlService/SetBandwidth"
 	ControlService_Check_FullMethodName        = "/migrated.v1.ControlService/Check"
 	ControlService_GetVersion_FullMethodName   = "/migrated.v1.ControlService/GetVersion"
@@ -69,6 +71,14 @@ type ControlServiceClient interface {
 	// good after the switch: the VM goes on here as it was at the switch, and what
 	// it did since is lost. Only the operator can know that it runs nowhere else.
 	FallBack(ctx context.Context, in *FallBackRequest, opts ...grpc.CallOption) (*FallBackResponse, error)
+	// Release, at the source, ends a migration past the commit point whose VM is at
+	// the destination with all of its memory, or has ended there, and whose
+	// destination cannot say so: what is left of the VM here is ended. It is refused
+	// where the destination answers that it needs the source yet.
+	Release(ctx context.Context, in *ReleaseRequest, opts ...grpc.CallOption) (*ReleaseResponse, error)
+	// Abandon, at the destination, ends a VM whose source is lost for good, and with
+	// it memory that the VM waits for. What it did there is on its disks alone.
+	Abandon(ctx context.Context, in *AbandonRequest, opts ...grpc.CallOption) (*AbandonResponse, error)
 	// SetBandwidth changes the limit of a migration that is prepared and not over,
 	// at either of its hosts.
 	SetBandwidth(ctx context.Context, in *SetBandwidthRequest, opts ...grpc.CallOption) (*SetBandwidthResponse, error)
@@ -175,6 +185,26 @@ func (c *controlServiceClient) FallBack(ctx context.Context, in *FallBackRequest
 	return out, nil
 }
 
+func (c *controlServiceClient) Release(ctx context.Context, in *ReleaseRequest, opts ...grpc.CallOption) (*ReleaseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReleaseResponse)
+	err := c.cc.Invoke(ctx, ControlService_Release_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) Abandon(ctx context.Context, in *AbandonRequest, opts ...grpc.CallOption) (*AbandonResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AbandonResponse)
+	err := c.cc.Invoke(ctx, ControlService_Abandon_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *controlServiceClient) SetBandwidth(ctx context.Context, in *SetBandwidthRequest, opts ...grpc.CallOption) (*SetBandwidthResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(SetBandwidthResponse)
@@ -240,6 +270,14 @@ type ControlServiceServer interface {
 	// good after the switch: the VM goes on here as it was at the switch, and what
 	// it did since is lost. Only the operator can know that it runs nowhere else.
 	FallBack(context.Context, *FallBackRequest) (*FallBackResponse, error)
+	// Release, at the source, ends a migration past the commit point whose VM is at
+	// the destination with all of its memory, or has ended there, and whose
+	// destination cannot say so: what is left of the VM here is ended. It is refused
+	// where the destination answers that it needs the source yet.
+	Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error)
+	// Abandon, at the destination, ends a VM whose source is lost for good, and with
+	// it memory that the VM waits for. What it did there is on its disks alone.
+	Abandon(context.Context, *AbandonRequest) (*AbandonResponse, error)
 	// SetBandwidth changes the limit of a migration that is prepared and not over,
 	// at either of its hosts.
 	SetBandwidth(context.Context, *SetBandwidthRequest) (*SetBandwidthResponse, error)
@@ -280,6 +318,12 @@ func (UnimplementedControlServiceServer) Recover(context.Context, *RecoverReques
 }
 func (UnimplementedControlServiceServer) FallBack(context.Context, *FallBackRequest) (*FallBackResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method FallBack not implemented")
+}
+func (UnimplementedControlServiceServer) Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Release not implemented")
+}
+func (UnimplementedControlServiceServer) Abandon(context.Context, *AbandonRequest) (*AbandonResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Abandon not implemented")
 }
 func (UnimplementedControlServiceServer) SetBandwidth(context.Context, *SetBandwidthRequest) (*SetBandwidthResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SetBandwidth not implemented")
@@ -448,6 +492,42 @@ func _ControlService_FallBack_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_Release_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReleaseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).Release(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_Release_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).Release(ctx, req.(*ReleaseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_Abandon_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AbandonRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).Abandon(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_Abandon_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).Abandon(ctx, req.(*AbandonRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ControlService_SetBandwidth_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(SetBandwidthRequest)
 	if err := dec(in); err != nil {
@@ -536,6 +616,14 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "FallBack",
 			Handler:    _ControlService_FallBack_Handler,
+		},
+		{
+			MethodName: "Release",
+			Handler:    _ControlService_Release_Handler,
+		},
+		{
+			MethodName: "Abandon",
+			Handler:    _ControlService_Abandon_Handler,
 		},
 		{
 			MethodName: "SetBandwidth",

@@ -1156,10 +1156,13 @@ func (x *WatchIncomingRequest) GetId() string {
 }
 
 type WatchIncomingResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	State         MigrationState         `protobuf:"varint,1,opt,name=state,proto3,enum=migrated.v1.MigrationState" json:"state,omitempty"`
-	Progress      *Progress              `protobuf:"bytes,2,opt,name=progress,proto3" json:"progress,omitempty"`
-	Error         *MigrationError        `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of a VM that ended by itself: FAILED, which daemons know that do not know
+	// ENDED, and location is LOCATION_ENDED.
+	State         MigrationState  `protobuf:"varint,1,opt,name=state,proto3,enum=migrated.v1.MigrationState" json:"state,omitempty"`
+	Progress      *Progress       `protobuf:"bytes,2,opt,name=progress,proto3" json:"progress,omitempty"`
+	Error         *MigrationError `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	Location      Location        `protobuf:"varint,4,opt,name=location,proto3,enum=migrated.v1.Location" json:"location,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1213,6 +1216,13 @@ func (x *WatchIncomingResponse) GetError() *MigrationError {
 		return x.Error
 	}
 	return nil
+}
+
+func (x *WatchIncomingResponse) GetLocation() Location {
+	if x != nil {
+		return x.Location
+	}
+	return Location_LOCATION_UNSPECIFIED
 }
 
 type LimitIncomingRequest struct {
@@ -1494,11 +1504,12 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\n" +
 	"serve_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tserveTime\"&\n" +
 	"\x14WatchIncomingRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xb0\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xe3\x01\n" +
 	"\x15WatchIncomingResponse\x121\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1b.migrated.v1.MigrationStateR\x05state\x121\n" +
 	"\bprogress\x18\x02 \x01(\v2\x15.migrated.v1.ProgressR\bprogress\x121\n" +
-	"\x05error\x18\x03 \x01(\v2\x1b.migrated.v1.MigrationErrorR\x05error\"D\n" +
+	"\x05error\x18\x03 \x01(\v2\x1b.migrated.v1.MigrationErrorR\x05error\x121\n" +
+	"\blocation\x18\x04 \x01(\x0e2\x15.migrated.v1.LocationR\blocation\"D\n" +
 	"\x14LimitIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tbandwidth\x18\x02 \x01(\x04R\tbandwidth\"5\n" +
@@ -1560,6 +1571,7 @@ var file_migrated_v1_peer_proto_goTypes = []any{
 	(MigrationState)(0),             // 25: migrated.v1.MigrationState
 	(*Progress)(nil),                // 26: migrated.v1.Progress
 	(*MigrationError)(nil),          // 27: migrated.v1.MigrationError
+	(Location)(0),                   // 28: migrated.v1.Location
 }
 var file_migrated_v1_peer_proto_depIdxs = []int32{
 	20, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
@@ -1585,27 +1597,28 @@ var file_migrated_v1_peer_proto_depIdxs = []int32{
 	25, // 20: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
 	26, // 21: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
 	27, // 22: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	0,  // 23: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 24: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	6,  // 25: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
-	10, // 26: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	12, // 27: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	14, // 28: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	16, // 29: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
-	18, // 30: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 31: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	5,  // 32: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	8,  // 33: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
-	11, // 34: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	13, // 35: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	15, // 36: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	17, // 37: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
-	19, // 38: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	31, // [31:39] is the sub-list for method output_type
-	23, // [23:31] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	28, // 23: migrated.v1.WatchIncomingResponse.location:type_name -> migrated.v1.Location
+	0,  // 24: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	2,  // 25: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	6,  // 26: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
+	10, // 27: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	12, // 28: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	14, // 29: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	16, // 30: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
+	18, // 31: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 32: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	5,  // 33: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	8,  // 34: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
+	11, // 35: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	13, // 36: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	15, // 37: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	17, // 38: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
+	19, // 39: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	32, // [32:40] is the sub-list for method output_type
+	24, // [24:32] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }
