@@ -66,6 +66,9 @@ func (d *Destination) prepareQEMU(ctx context.Context) error {
 	if err != nil {
 		return askQEMU("destination", err)
 	}
+	if err := d.checkUser(facts); err != nil {
+		return err
+	}
 	d.discards = facts.Discards
 	d.blocks, err = matchMachine(d.cfg.Request.GetMachine(), facts)
 	if err != nil {
@@ -153,16 +156,36 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.log.Info("starting QEMU", "argv", argv, "uid", machine.GetUid())
+	startsAs, err := qemu.StartsAs(argv, userOf(machine))
+	if err != nil {
+		return err
+	}
+	d.log.Info("starting QEMU", "argv", argv, "uid", startsAs.UID)
 	d.process, d.vm, err = d.cfg.Starter.Start(ctx, qemu.StartOptions{
-		Args: argv,
-		Credentials: qemu.Credentials{
-			UID: machine.GetUid(), GID: machine.GetGid(), Groups: machine.GetGroups(),
-		},
+		Args: argv, Credentials: startsAs,
 		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(), LogPath: d.cfg.Dir + "/qemu.log",
 	})
 	if err != nil {
 		return fmt.Errorf("start the destination QEMU: %w", err)
+	}
+	return nil
+}
+
+// userOf is the user that the source's QEMU runs as.
+func userOf(machine *migratedv1.SourceMachine) qemu.Credentials {
+	return qemu.Credentials{UID: machine.GetUid(), GID: machine.GetGid(), Groups: machine.GetGroups()}
+}
+
+// checkUser refuses a QEMU, started as the source's was, that runs as somebody else. One that an operator started, or gave
+// a template for, is as the operator wants it.
+func (d *Destination) checkUser(facts *qemu.Facts) error {
+	request := d.cfg.Request
+	if request.GetDestinationQmp() != "" || request.GetDestinationTemplate() != "" {
+		return nil
+	}
+	if err := facts.CheckUser(userOf(request.GetMachine())); err != nil {
+		return withRemedy(err, "give the user of -runas (-run-with user=) the same number and group on both hosts, "+
+			"or say with --template which user it is to be")
 	}
 	return nil
 }

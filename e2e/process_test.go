@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/emulator"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/cannot"
+)
+
+// jail is where a QEMU with -chroot is locked up.
+const jail = lab.VMDir + "/jail"
+
+// makeJails makes it on both hosts. Only the VM's directory is in it, where the test has QEMU save the VM's RAM.
+func makeJails(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	for _, h := range []*lab.Host{l.A, l.B} {
+		const script = "mkdir -p " + jail + lab.VMDir + " && mount --bind " + lab.VMDir + " " + jail + lab.VMDir
+		if _, err := h.Run(testContext(t), "sh", "-c", script); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestRunAsAndChroot moves VMs there and back whose QEMU is started by root and gives that up by itself, as those of LXD
+// and Incus: in each QEMU that the daemons start it has the same user, the same groups and the same root directory.
+func TestRunAsAndChroot(t *testing.T) {
+	sandbox := []string{"-sandbox", "on,obsolete=deny,elevateprivileges=allow,spawn=allow,resourcecontrol=deny"}
+	for _, c := range []struct {
+		name, version string
+		backend       lab.Backend
+		user          string // 65534: nobody
+		args          []string
+	}{
+		{"runas and chroot", lab.InstalledQEMU, lab.BackendDefault, "65534", []string{"-runas", "nobody", "-chroot", jail}},
+		{"numbers, and a sandbox", lab.InstalledQEMU, lab.BackendFile, "65534", slices.Concat([]string{"-runas", "65534:65534"}, sandbox)},
+		{"chroot alone", lab.InstalledQEMU, lab.BackendDefault, "0", []string{"-chroot", jail}},
+		{"run-with", emulator.V11, lab.BackendDefault, "65534", slices.Concat([]string{"-run-with", "user=nobody,chroot=" + jail}, sandbox)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l := newHosts(t)
+			for _, h := range []*lab.Host{l.A, l.B} {
+				if err := h.UseQEMU(testContext(t), c.version); err != nil {
+					cannot.Run(t, "%v", err)
+				}
+				startDaemon(t, h)
+			}
+			makeJails(t, l)
+			s := sceneOf(t, l, lab.VMConfig{Backend: c.backend, Extra: c.args}.WithDevices(1, 1))
+			before := privilegesOf(t, qemuOn(t, l.A))
+			if u := c.user; !strings.Contains(before, strings.Join([]string{"Uid:", u, u, u, u}, "\t")) {
+				t.Fatalf("at the source, where nothing is tested yet: %s", before)
+			}
+			moveMetal(t, s.vm, l.A, l.B)
+			if got := privilegesOf(t, qemuOn(t, l.B)); got != before {
+				t.Errorf("at the source QEMU had\n%s\nand at the destination\n%s", before, got)
+			}
+			moveMetal(t, s.vm, l.B, l.A)
+			if got := privilegesOf(t, qemuOn(t, l.A)); got != before {
+				t.Errorf("at the source QEMU had\n%s\nand when it was back\n%s", before, got)
+			}
+		})
+	}
+}
+
+// privilegesOf is what the kernel says of a process' user, groups and root directory.
+func privilegesOf(t *testing.T, pid int) string {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := os.Readlink(fmt.Sprintf("/proc/%d/root", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := []string{"root " + root}
+	for line := range strings.Lines(string(status)) {
+		if key, _, _ := strings.Cut(line, ":"); slices.Contains([]string{"Uid", "Gid", "Groups"}, key) {
+			lines = append(lines, strings.TrimRight(line, " \n"))
+		}
+	}
+	return strings.Join(lines, "\n")
+}
