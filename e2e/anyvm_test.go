@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -226,23 +225,4 @@ func TestUnmovableDevices(t *testing.T) {
 		"-drive", "if=none,id=nvm,file=null-co://,format=raw,file.size=64M", "-device", "nvme,drive=nvm,serial=1",
 	}}.WithDevices(1, 1))
 	s.failed(migrateSpec(t, l.A, "nvme", s.spec()), stateFailed, "nvme", "unplug the device", "the VM was not touched")
-}
-
-// TestBitmapsAreNamed: a dirty bitmap that is in memory alone stays behind, which check says.
-func TestBitmapsAreNamed(t *testing.T) {
-	l := newLab(t)
-	newScene(t, l)
-	ask(t, l.A, "block-dirty-bitmap-add", map[string]any{"node": "disk0", "name": "nightly"}, nil)
-	out, code := operate(t, l.A, "check", "--vm", lab.QMPPath, "--json")
-	var answer struct {
-		Results []struct {
-			Detail string `json:"detail"`
-		} `json:"results"`
-	}
-	if err := json.Unmarshal([]byte(out), &answer); err != nil {
-		t.Fatalf("%v: exit code %d: %s", err, code, out)
-	}
-	if !strings.Contains(out, "nightly") || !strings.Contains(out, "stays behind") {
-		t.Errorf("exit code %d: %s", code, out)
-	}
 }

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -127,20 +126,5 @@ func matchBlock(want *migratedv1.RamBlock, here map[string]qemu.RAMBlock, readOn
 
 // checkVM refuses a VM that cannot migrate, with every reason.
 func checkVM(ctx context.Context, vm *qemu.VM) error {
-	var reasons []error
-	remedy := ""
-	for _, result := range qemu.CheckVM(ctx, vm) {
-		if result.Status != qemu.Failed {
-			continue
-		}
-		reasons = append(reasons, fmt.Errorf("%s: %s", result.Subject, result.Detail))
-		if remedy == "" {
-			remedy = result.Remedy
-		}
-	}
-	if len(reasons) == 0 {
-		return nil
-	}
-	refused := fmt.Errorf("this VM cannot migrate: %w", errors.Join(reasons...))
-	return withRemedy(withReason(refused, migratedv1.Reason_REASON_VM_REFUSED), remedy)
+	return refuse("this VM cannot migrate", qemu.CheckVM(ctx, vm))
 }

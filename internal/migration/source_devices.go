@@ -52,6 +52,11 @@ func (s *Source) moveDevices(ctx context.Context) error {
 			return fmt.Errorf("ask QEMU whether it has the VM's disks: %w", err)
 		}
 	}
+	jobs := s.vm.QMP.Subscribe("JOB_STATUS_CHANGE")
+	defer jobs.Close()
+	if err := s.askAgain(ctx); err != nil {
+		return err
+	}
 	if err := s.writeDown(); err != nil {
 		return err
 	}
@@ -75,7 +80,8 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	if err != nil {
 		err = fmt.Errorf("save the device state: %w", err)
 	}
-	if err := errors.Join(err, <-committed); err != nil {
+	// A job that has begun may be why it was not saved, and comes first.
+	if err := errors.Join(newJob(jobs), err, <-committed); err != nil {
 		return causeOf(ctx, err)
 	}
 	s.steps.save = time.Since(began)

@@ -14,7 +14,7 @@ import (
 func CheckVM(ctx context.Context, vm *VM) []Result {
 	var results []Result
 	for _, check := range []func(context.Context, *VM) ([]Result, error){
-		checkState, checkVersion, checkRAM, checkBlockers, checkDisks, checkBitmaps,
+		checkState, checkVersion, checkRAM, checkBlockers, checkDisks, CheckTasks,
 	} {
 		found, err := check(ctx, vm)
 		if err != nil {
@@ -199,33 +199,6 @@ func (vm *VM) assignedDevices(ctx context.Context) (paths []string, err error) {
 		}
 	}
 	return paths, nil
-}
-
-// checkBitmaps names the dirty bitmaps that stay behind. The persistent ones are in the images.
-func checkBitmaps(ctx context.Context, vm *VM) ([]Result, error) {
-	var nodes []struct {
-		Name    string `json:"node-name"`
-		Bitmaps []struct {
-			Name       string `json:"name"`
-			Persistent bool   `json:"persistent"`
-		} `json:"dirty-bitmaps"`
-	}
-	if err := vm.QMP.Do(ctx, "query-named-block-nodes", map[string]bool{"flat": true}, &nodes); err != nil {
-		return nil, err
-	}
-	var results []Result
-	for _, n := range nodes {
-		for _, b := range n.Bitmaps {
-			if !b.Persistent {
-				results = append(results, Result{
-					Subject: "disks", Status: Warning,
-					Detail: fmt.Sprintf("the dirty bitmap %q of %s is in memory alone and stays behind", b.Name, n.Name),
-					Remedy: "make it persistent, or take a full backup after the migration",
-				})
-			}
-		}
-	}
-	return results, nil
 }
 
 func checkDisks(ctx context.Context, vm *VM) ([]Result, error) {

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"fmt"
+)
+
+// CheckTasks says what QEMU does for somebody besides running the VM, and would end in silence with it: the QEMU at the
+// destination is told nothing of it.
+func CheckTasks(ctx context.Context, vm *VM) ([]Result, error) {
+	var results []Result
+	for _, check := range []func(context.Context, *VM) ([]Result, error){checkJobs, checkExports, checkBitmaps} {
+		found, err := check(ctx, vm)
+		if err != nil {
+			return nil, err
+		}
+		results = append(results, found...)
+	}
+	return results, nil
+}
+
+// checkJobs names the jobs that have not ended. One that is concluded only waits for somebody to read how it ended.
+func checkJobs(ctx context.Context, vm *VM) ([]Result, error) {
+	var jobs []struct {
+		ID     string `json:"id"`
+		Type   string `json:"type"`
+		Status string `json:"status"`
+	}
+	if err := vm.QMP.Do(ctx, "query-jobs", nil, &jobs); err != nil {
+		return nil, err
+	}
+	var results []Result
+	for _, j := range jobs {
+		if j.Status == "concluded" || j.Status == "null" {
+			continue
+		}
+		remedy := "wait until it has ended, or end it with QMP job-cancel, then try again"
+		if j.Type == "mirror" {
+			remedy = "complete it with QMP job-complete, or end it with job-cancel, then try again"
+		}
+		results = append(results, Result{
+			Subject: "block jobs", Status: Failed,
+			Detail: fmt.Sprintf("the job %q (%s, %s) is this QEMU's alone and would be lost", j.ID, j.Type, j.Status),
+			Remedy: remedy,
+		})
+	}
+	return results, nil
+}
+
+// checkExports names what others read or write of the VM's disks through its QEMU.
+func checkExports(ctx context.Context, vm *VM) ([]Result, error) {
+	var exports []struct {
+		ID   string `json:"id"`
+		Type string `json:"type"`
+		Node string `json:"node-name"`
+	}
+	if err := vm.QMP.Do(ctx, "query-block-exports", nil, &exports); err != nil {
+		return nil, err
+	}
+	results := make([]Result, 0, len(exports))
+	for _, e := range exports {
+		results = append(results, Result{
+			Subject: "exports", Status: Failed,
+			Detail: fmt.Sprintf("QEMU serves the block node %q to others by the export %q (%s), which would be lost, "+
+				"and which keeps QEMU from giving its disks up", e.Node, e.ID, e.Type),
+			Remedy: "let its clients end, and remove it with QMP block-export-del, or nbd-server-stop",
+		})
+	}
+	return results, nil
+}
+
+// checkBitmaps names the dirty bitmaps that would be lost. The persistent ones are in the images. One without a name is a
+// job's.
+func checkBitmaps(ctx context.Context, vm *VM) ([]Result, error) {
+	var nodes []struct {
+		Name    string `json:"node-name"`
+		Bitmaps []struct {
+			Name       string `json:"name"`
+			Persistent bool   `json:"persistent"`
+		} `json:"dirty-bitmaps"`
+	}
+	if err := vm.QMP.Do(ctx, "query-named-block-nodes", map[string]bool{"flat": true}, &nodes); err != nil {
+		return nil, err
+	}
+	var results []Result
+	for _, n := range nodes {
+		for _, b := range n.Bitmaps {
+			if b.Persistent || b.Name == "" {
+				continue
+			}
+			results = append(results, Result{
+				Subject: "dirty bitmaps", Status: Failed,
+				Detail: fmt.Sprintf("the dirty bitmap %q of the block node %q is in memory alone and would be lost, "+
+					"and with it what the next incremental backup has to copy", b.Name, n.Name),
+				Remedy: "remove it with QMP block-dirty-bitmap-remove, and take a full backup after the migration; " +
+					"one that was made with persistent=true moves with its image",
+			})
+		}
+	}
+	return results, nil
+}
