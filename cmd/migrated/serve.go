@@ -32,6 +32,7 @@ type serveCmd struct {
 	Advertise     []string `group:"settings" placeholder:"HOST:PORT" help:"Address under which other daemons reach this one's page server; may be repeated."`
 	Peers         []string `group:"settings" placeholder:"NAME" help:"Name in the certificate of a daemon that may connect, and patterns of the VMs it may send; may be repeated."`
 	Operators     []string `group:"settings" placeholder:"NAME" help:"Name in a certificate that may use --control-listen; may be repeated."`
+	LogDir        *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what started QEMUs write."`
 	StateDir      *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
 	QEMUBinaries  []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
 	FaultWorkers  *int     `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
@@ -137,6 +138,7 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 		cfg.Plaintext = true
 	}
 	set(&cfg.StateDir, s.StateDir)
+	set(&cfg.LogDir, s.LogDir)
 	if s.QEMUBinaries != nil {
 		cfg.QEMUBinaries = s.QEMUBinaries
 	}

@@ -38,6 +38,7 @@ const becomeHost = `
 set -e
 mount -t tmpfs -o mode=0755 tmpfs /run
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mount -t tmpfs -o mode=0755 tmpfs /var/log
 mkdir -p /dev/hugepages
 mount -t hugetlbfs -o mode=1777 hugetlbfs /dev/hugepages
 mkdir /run/shared /run/local

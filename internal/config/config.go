@@ -56,6 +56,9 @@ type Config struct {
 	// StateDir is the directory of what must outlive the daemon, above all
 	// which VMs have been handed over.
 	StateDir string `yaml:"state_dir"`
+	// LogDir is the directory of what the QEMUs write that this daemon starts, a
+	// log of at most 2 MiB each.
+	LogDir string `yaml:"log_dir"`
 	// QEMUBinaries are the absolute paths of the programs that this daemon may
 	// start as a destination QEMU. A source names its QEMU's program in the
 	// command line it sends; this list is what keeps it from naming any other.
@@ -89,6 +92,7 @@ func Default() Config {
 		Peers:        []string{},
 		Operators:    []string{},
 		StateDir:     "/run/migrated",
+		LogDir:       "/var/log/migrated",
 		QEMUBinaries: []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"},
 		MaxIncoming:  16,
 		Bandwidth:    "none",

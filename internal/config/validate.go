@@ -64,6 +64,9 @@ func (c Config) Validate() error {
 	if !filepath.IsAbs(c.StateDir) {
 		refuse("state_dir", c.StateDir, "an absolute path")
 	}
+	if !filepath.IsAbs(c.LogDir) {
+		refuse("log_dir", c.LogDir, "an absolute path")
+	}
 	for _, program := range c.QEMUBinaries {
 		if !filepath.IsAbs(program) {
 			refuse("qemu_binaries", program, "the absolute path of a program, as in /usr/bin/qemu-system-x86_64")

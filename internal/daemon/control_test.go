@@ -36,6 +36,7 @@ func startConfigured(t *testing.T, cfg config.Config) (*Daemon, *grpc.ClientConn
 	if cfg.StateDir == config.Default().StateDir {
 		cfg.StateDir = filepath.Join(t.TempDir(), "state")
 	}
+	cfg.LogDir = filepath.Join(t.TempDir(), "log")
 	cfg.Socket = filepath.Join(t.TempDir(), "control.sock")
 	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -234,6 +235,7 @@ func TestSecondDaemonIsRefused(t *testing.T) {
 	defer closeQuietly(first)
 	cfg := config.Default()
 	cfg.StateDir, cfg.Socket, cfg.Listen = filepath.Join(t.TempDir(), "state"), socket, "127.0.0.1:0"
+	cfg.LogDir = filepath.Join(t.TempDir(), "log")
 	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)

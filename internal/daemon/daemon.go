@@ -83,6 +83,9 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 	if err := os.MkdirAll(cfg.StateDir, 0o755); err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
+	if err := os.MkdirAll(cfg.LogDir, 0o750); err != nil { // VMs that are here need the daemon all the same
+		log.Warn("no QEMU can be started here: there is no directory for its log", "error", err)
+	}
 	if files, encrypted := cfg.TLS(); encrypted {
 		if err := files.Check(); err != nil {
 			return nil, err

@@ -10,10 +10,24 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/qemu"
 )
 
 // incomingDir has a directory for each migration to this host.
 func (d *Daemon) incomingDir() string { return filepath.Join(d.cfg.StateDir, "incoming") }
+
+// pipeDir has a pipe for each QEMU that this daemon, or an earlier one, has started, by the migrations' ids.
+func (d *Daemon) pipeDir() string { return filepath.Join(d.cfg.StateDir, "output") }
+
+// maxLogs is how many logs of QEMUs are kept; a peer can make as many migrations as it likes.
+const maxLogs = 256
+
+// limitLogs removes logs of QEMUs that ended long ago.
+func (d *Daemon) limitLogs() {
+	if err := qemu.LimitLogs(d.pipeDir(), d.cfg.LogDir, maxLogs); err != nil {
+		d.log.Warn("old logs of QEMUs stay", "error", err)
+	}
+}
 
 func (d *Daemon) sourceConfig() migration.SourceConfig {
 	addresses := d.cfg.Advertise
@@ -27,7 +41,7 @@ func (d *Daemon) sourceConfig() migration.SourceConfig {
 
 func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 	return migration.DestinationConfig{
-		Dir: dir, Binaries: d.cfg.QEMUBinaries, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
+		Dir: dir, PipeDir: d.pipeDir(), LogDir: d.cfg.LogDir, Binaries: d.cfg.QEMUBinaries, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
 		Bandwidth: d.cfg.BandwidthLimit(), Dial: d.dialLane, Log: d.log,
 	}
 }
@@ -44,6 +58,10 @@ func (d *Daemon) takeUp() error {
 	if err := migration.RemoveEnded(d.incomingDir()); err != nil {
 		d.log.Warn("directories of migrations that are over stay", "error", err)
 	}
+	if err := qemu.FollowOutputs(d.pipeDir(), d.cfg.LogDir); err != nil {
+		d.log.Warn("what QEMUs write that were started before is not logged", "error", err)
+	}
+	d.limitLogs()
 	dirs, err := migration.KeptDirs(d.incomingDir())
 	if err != nil {
 		return fmt.Errorf("migrations to this host: %w", err)

@@ -43,6 +43,7 @@ func isUntouched(t *testing.T, name, content string) {
 func TestNewerHandOver(t *testing.T) {
 	cfg := config.Default()
 	cfg.Listen, cfg.StateDir, cfg.Socket = "127.0.0.1:0", t.TempDir(), filepath.Join(t.TempDir(), "control.sock")
+	cfg.LogDir = t.TempDir()
 	name, content := newerFile(t, cfg.StateDir, "handed-over", "m1.json")
 	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -62,6 +63,7 @@ func TestNewerHandOver(t *testing.T) {
 func TestNewerIncoming(t *testing.T) {
 	cfg := config.Default()
 	cfg.Listen, cfg.StateDir = "127.0.0.1:0", t.TempDir()
+	cfg.LogDir = t.TempDir()
 	name, content := newerFile(t, cfg.StateDir, "incoming", "m1", "migration.json")
 	d, _ := startConfigured(t, cfg)
 	conn, err := grpc.NewClient(net.JoinHostPort("127.0.0.1", d.pagePort), grpc.WithTransportCredentials(insecure.NewCredentials()))

@@ -40,8 +40,10 @@ const (
 type DestinationConfig struct {
 	// Request is the source's, its page addresses made absolute. Its protocol is the one that was agreed on.
 	Request *migratedv1.PrepareIncomingRequest
-	// Dir is a directory of this migration's own, for logs; Prepare makes it.
+	// Dir is a directory of this migration's own; Prepare makes it.
 	Dir string
+	// PipeDir and LogDir have what QEMUs write: see qemu.FollowOutputs.
+	PipeDir, LogDir string
 	// Binaries are patterns of QEMU binaries that a source may have started.
 	Binaries []string
 	// Starter starts QEMU; nil: this process does.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
@@ -163,7 +164,8 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	d.log.Info("starting QEMU", "argv", argv, "uid", startsAs.UID)
 	d.process, d.vm, err = d.cfg.Starter.Start(ctx, qemu.StartOptions{
 		Args: argv, Credentials: startsAs,
-		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(), LogPath: d.cfg.Dir + "/qemu.log",
+		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(),
+		PipePath: filepath.Join(d.cfg.PipeDir, request.GetId()), LogPath: qemu.LogPath(d.cfg.LogDir, request.GetId()),
 	})
 	if err != nil {
 		return fmt.Errorf("start the destination QEMU: %w", err)

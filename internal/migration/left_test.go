@@ -102,7 +102,7 @@ func startLeft(t *testing.T, ram, socket, second string, args ...string) *qemu.V
 	if second != "" {
 		all = append(all, "-qmp", "unix:"+second+",server=on,wait=off")
 	}
-	process, vm, err := qemu.Start(t.Context(), qemu.StartOptions{Args: all, Dir: "/", QMPPath: socket, LogPath: socket + ".log"})
+	process, vm, err := qemu.Start(t.Context(), qemu.StartOptions{Args: all, Dir: "/", QMPPath: socket, PipePath: socket + ".pipe", LogPath: socket + ".log"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -100,7 +100,7 @@ func startOptions(t *testing.T, c Credentials, args ...string) StartOptions {
 	qmpPath := filepath.Join(dir, "qmp")
 	argv := append([]string{qemuBinary(t), "-M", "q35", "-accel", "tcg", "-nodefaults", "-display", "none",
 		"-qmp", "unix:" + qmpPath + ",server=on,wait=off"}, args...)
-	return StartOptions{Args: argv, Credentials: c, Dir: dir, QMPPath: qmpPath, LogPath: filepath.Join(dir, "log")}
+	return StartOptions{Args: argv, Credentials: c, Dir: dir, QMPPath: qmpPath, PipePath: filepath.Join(dir, "pipe"), LogPath: filepath.Join(dir, "log")}
 }
 
 // socketPair returns two connected sockets, as files.

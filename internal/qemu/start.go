@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -28,7 +27,8 @@ type StartOptions struct {
 	Credentials Credentials
 	Dir         string // working directory; "/" where it does not exist
 	QMPPath     string // where QEMU will listen; its directory must be writable for that user
-	LogPath     string // takes what QEMU writes; what the file held is lost
+	PipePath    string // where the pipe is made that QEMU's standard output and error are; it stays for as long as QEMU runs
+	LogPath     string // of bounded size, takes what QEMU writes
 }
 
 // Process is a QEMU that Start started. It is in a session of its own and without a parent-death signal: it
@@ -36,7 +36,7 @@ type StartOptions struct {
 type Process struct {
 	child
 	pidfd   *os.File // open for as long as p is: Kill may come at any time
-	logPath string
+	output  *output
 	exited  chan struct{}
 	exitErr error // valid once exited is closed
 }
@@ -88,15 +88,23 @@ func checkUnused(path string) error {
 }
 
 func (s *Starter) process(opts StartOptions) (*Process, error) {
-	start := launch
+	start, pipe := launch, makePipe
 	if s != nil {
-		start = s.launch
+		start, pipe = s.launch, s.makePipe
+	}
+	if err := pipe(opts.PipePath); err != nil {
+		return nil, err
+	}
+	out, err := openOutput(opts.PipePath, opts.LogPath)
+	if err != nil {
+		return nil, errors.Join(err, os.Remove(opts.PipePath))
 	}
 	c, err := start(opts)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, out.discard())
 	}
-	p := &Process{child: c, logPath: opts.LogPath, exited: make(chan struct{})}
+	go out.follow()
+	p := &Process{child: c, output: out, exited: make(chan struct{})}
 	if p.pidfd, err = openPidfd(c.pid); err != nil { // no descriptors left, say
 		return nil, errors.Join(err, syscall.Kill(c.pid, syscall.SIGKILL), c.wait())
 	}
@@ -106,17 +114,17 @@ func (s *Starter) process(opts StartOptions) (*Process, error) {
 
 // launch starts QEMU as a child of this process.
 func launch(opts StartOptions) (child, error) {
-	log, err := os.OpenFile(opts.LogPath, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	pipe, err := writingEnd(opts.PipePath)
 	if err != nil {
-		return child{}, fmt.Errorf("log of QEMU: %w", err)
+		return child{}, err
 	}
-	defer log.Close()
+	defer pipe.Close()
 	cmd := exec.Command(opts.Args[0], opts.Args[1:]...)
 	cmd.Dir = opts.Dir
 	if info, err := os.Stat(opts.Dir); err != nil || !info.IsDir() {
 		cmd.Dir = "/"
 	}
-	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Stdout, cmd.Stderr = pipe, pipe
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	c := opts.Credentials
 	if int(c.UID) != os.Geteuid() || int(c.GID) != os.Getegid() || os.Geteuid() == 0 {
@@ -171,7 +179,7 @@ func (p *Process) Exited() <-chan struct{} { return p.exited }
 // enough to ask.
 func (p *Process) ExitReason() string {
 	var parts []string
-	if lines := tail(p.logPath); lines != "" {
+	if lines := p.output.lastLines(); lines != "" {
 		parts = append(parts, lines)
 	}
 	select {
@@ -187,7 +195,7 @@ func (p *Process) ExitReason() string {
 }
 
 func (p *Process) said() string {
-	if lines := tail(p.logPath); lines != "" {
+	if lines := p.output.lastLines(); lines != "" {
 		return "; QEMU says: " + lines
 	}
 	return ""
@@ -204,22 +212,4 @@ func (p *Process) Kill(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("QEMU, process %d, was killed but has not ended: %w", p.Pid(), context.Cause(ctx))
 	}
-}
-
-// tail returns the last lines of a log in one line; empty if there is none.
-func tail(path string) string {
-	const bytes, lines = 4096, 5
-	f, err := os.Open(path)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	if size, err := f.Seek(0, io.SeekEnd); err != nil || size > bytes {
-		_, _ = f.Seek(-bytes, io.SeekEnd) // if it fails, there is nothing to read
-	} else {
-		_, _ = f.Seek(0, io.SeekStart)
-	}
-	text, _ := io.ReadAll(f) // what could be read is better than nothing
-	all := strings.Split(strings.TrimSpace(string(text)), "\n")
-	return strings.Join(all[max(0, len(all)-lines):], "; ")
 }

@@ -83,6 +83,9 @@ func (s *Starter) launch(opts StartOptions) (child, error) {
 	}}, nil
 }
 
+// makePipe has the pipe of a QEMU's output made.
+func (s *Starter) makePipe(path string) error { return s.call("Starts.MakePipe", path, new(bool)) }
+
 func (s *Starter) call(method string, args, reply any) error {
 	err := s.client.Call(method, args, reply)
 	var told rpc.ServerError
@@ -115,6 +118,13 @@ type starts struct {
 
 	mu       sync.Mutex
 	children map[int]child // that nobody waits for yet, by their numbers
+}
+
+// MakePipe makes the pipe of a QEMU's output, which the daemon may not: it opens its reading end before QEMU starts.
+func (*starts) MakePipe(path string, made *bool) error {
+	err := makePipe(path)
+	*made = err == nil
+	return err
 }
 
 // Start starts QEMU. What may be started is asked once more: who asks is on a network.
