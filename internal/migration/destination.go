@@ -82,6 +82,7 @@ type Destination struct {
 	reason     error // why phase is givenUp
 	answer     *migratedv1.RunResponse
 	vm         *qemu.VM
+	claim      qemu.Identity // of claimed; zero: none
 	process    *qemu.Process // nil: somebody else started QEMU
 	left       qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
 	blocks     []qemu.RAMBlock

@@ -261,10 +261,11 @@ func feedEarly(
 // replaceQEMU ends the destination's QEMU, which may have loaded what is not to be used, and prepares another.
 func (d *Destination) replaceQEMU(ctx context.Context) error {
 	d.endQEMU()
+	claimed.give(d.claim)
 	err := errors.Join(d.taken.UFFD.Close(), d.vm.Close(), d.reserve.release())
 	if err != nil {
 		d.log.Warn("let go of a destination QEMU that was ended", "error", err)
 	}
-	d.taken, d.vm, d.process, d.reserve, d.blocks = nil, nil, nil, nil, nil
+	d.taken, d.vm, d.process, d.reserve, d.blocks, d.claim = nil, nil, nil, nil, nil, qemu.Identity{}
 	return d.prepareQEMU(ctx)
 }

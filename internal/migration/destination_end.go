@@ -118,6 +118,9 @@ func (d *Destination) release() {
 		d.log.Warn("give back what was set aside for the VM", "error", err)
 	}
 	d.early.close()
+	if !d.leave { // else that QEMU is no whole VM
+		claimed.give(d.claim)
+	}
 	if d.taken != nil {
 		if err := d.taken.UFFD.Close(); err != nil {
 			d.log.Warn("close the userfaultfd", "error", err)

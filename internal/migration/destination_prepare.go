@@ -135,6 +135,9 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		if err := checkIncoming(ctx, vm); err != nil {
 			return errors.Join(err, vm.Close())
 		}
+		if err := d.claimVM(vm); err != nil {
+			return errors.Join(err, vm.Close())
+		}
 		d.vm = vm
 		return nil
 	}
@@ -170,7 +173,19 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("start the destination QEMU: %w", err)
 	}
-	return nil
+	return d.claimVM(d.vm)
+}
+
+// claimVM keeps other migrations from having to do with the QEMU, by whatever monitor.
+func (d *Destination) claimVM(vm *qemu.VM) error {
+	identity, err := vm.Identity()
+	if err == nil {
+		err = claimed.take(identity, d.cfg.Request.GetId())
+	}
+	if err == nil {
+		d.claim = identity
+	}
+	return err
 }
 
 // userOf is the user that the source's QEMU runs as.

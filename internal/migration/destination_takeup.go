@@ -110,6 +110,10 @@ func (d *Destination) takeUp(facts *keptFactsV1) (err error) {
 	if !facts.QEMU.Alive() {
 		return errQEMUGone
 	}
+	if err := claimed.take(facts.QEMU, d.cfg.Request.GetId()); err != nil {
+		return err
+	}
+	d.claim = facts.QEMU
 	if d.phase != running && d.kept.header().loaded.Load() == 0 {
 		return errors.New("the device state had not arrived")
 	}

@@ -31,6 +31,7 @@
 //	  save the devices' state, give the disks up;
 //	  ───────── commit point ───────── meanwhile
 //	  commit the record (rename, fsync)
+//	  QEMU says that the VM still stands
 //	        ── what has changed, and Run ─────►      QEMU loads it
 //	                                                 mark 'told to run', announce the network cards,
 //	        ◄─ running ───────────────────────       cont (takes the disks, sends the announcements)
@@ -61,6 +62,7 @@
 //	  give the disks up
 //	        ── its end ───────────────────────►
 //	        ◄─ loaded ────────────────────────       loaded: waits for Run
+//	  QEMU says that the VM still stands, and before each Run again
 //	  ───────── commit point ─────────
 //	  commit the record (rename, fsync)
 //	        ── Run, until answered ───────────►      mark 'told to run', announce the network cards,
@@ -89,6 +91,9 @@
 //     back: ABORTED, the destination's promise that it has not run the VM and
 //     never will (its QEMU could not load what has changed, or died, say). No answer, or any other,
 //     leaves the VM stopped at the source with its memory intact.
+//   - Somebody else may continue the VM at the source (QEMU's event RESUME, and its answer when it is asked): then the
+//     destination has an older one, and is never told to run it, or told again. If it may have been told, it is asked
+//     to give up until it answers (takeBack): its answer alone says whether the VM runs twice. The VM is left as it is.
 //   - After an early load the commit point comes before the destination has
 //     loaded what has changed. A network that is cut in these milliseconds
 //     leaves the VM stopped until it is mended, as one that is cut a moment
@@ -115,7 +120,7 @@
 //	what the files say                  what it does
 //	source: record, not committed       continues the VM (if it ran), removes the record
 //	source: record, committed           serves its pages again and repeats Run
-//	  somebody continued the VM         serves nothing, removes the record
+//	  somebody continued the VM         serves nothing, asks the destination to give up, removes the record
 //	source: record, completed           ends QEMU, removes the record
 //	destination: not loaded             ends QEMU; the source has continued the VM, or does so when Run was answered
 //	                                    with ABORTED

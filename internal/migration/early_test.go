@@ -98,7 +98,7 @@ func TestHandOverWithoutAnAnswer(t *testing.T) {
 func TestContinuedWhileSaved(t *testing.T) {
 	p := &peer{run: runAtOnce}
 	s := newEarlyStage(t, p)
-	s.source.isContinued.Store(true) // as guardStopped finds out
+	close(s.source.resumed) // as guardStopped finds out
 	s.source.Start()
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
 	if p.told != nil || p.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {

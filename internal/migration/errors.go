@@ -24,9 +24,6 @@ var (
 	// ErrNotRun is the destination's promise that it has not run the VM and
 	// never will.
 	ErrNotRun = errors.New("the destination has not run the VM and never will")
-	// errContinued ends a migration before the commit point.
-	errContinued = withRemedy(errors.New("somebody continued the VM on the source while it was being moved"),
-		"migrate it again, and leave its monitors alone meanwhile")
 	// errAskAgain says that a destination does not know yet whether it runs the VM.
 	errAskAgain = errors.New("it is not known yet whether the VM runs")
 )

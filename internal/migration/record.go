@@ -194,15 +194,15 @@ func damagedRecord(path string, err error) error {
 	return withRemedy(fmt.Errorf("hand-over record %s is damaged: %w", path, err), "look where the VM that it is about runs before you remove it")
 }
 
-// ForVM returns the record of a VM that was handed over and is still stopped
-// here: same socket, same QEMU process.
-func (r *Records) ForVM(vm string, pid int) (Record, bool, error) {
+// ForVM returns the record of a VM that was handed over and is still stopped here, by its QEMU's process: it may have
+// several monitors.
+func (r *Records) ForVM(pid int) (Record, bool, error) {
 	records, err := r.All()
 	if err != nil {
 		return Record{}, false, err
 	}
 	for _, rec := range records {
-		if rec.Committed && rec.VM == vm && rec.PID == pid && rec.Alive() {
+		if rec.Committed && rec.PID == pid && rec.Alive() {
 			return rec, true, nil
 		}
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -70,6 +71,7 @@ type Source struct {
 
 	// Owned by the goroutine of run.
 	vm         *qemu.VM
+	claim      qemu.Identity // of claimed; zero: none
 	facts      *qemu.Facts
 	ram        *pagesrv.RAM
 	export     *pagesrv.Export
@@ -93,8 +95,9 @@ type Source struct {
 	loaded         *migratedv1.LoadDeviceStateResponse // nil: it was told to run, and has not answered
 	steps          steps
 
-	unguard     context.CancelFunc // ends guardStopped; nil: it did not begin
-	isContinued atomic.Bool        // by somebody else, after it was stopped
+	unguard context.CancelFunc // ends guardStopped; nil: it did not begin
+	resumed chan struct{}      // closed when somebody else has continued the VM, after it was stopped
+	resumes *qmp.Subscription  // what QEMU has reported of that; nil: it was not asked to
 
 	unwatch   func()      // ends watchQEMU
 	gone      atomic.Bool // it has seen QEMU end
@@ -123,6 +126,7 @@ func newSource(ctx context.Context, cfg SourceConfig) (*Source, context.Context)
 		started: make(chan struct{}),
 		done:    make(chan struct{}),
 		stopped: make(chan struct{}),
+		resumed: make(chan struct{}),
 	}
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	return s, ctx
@@ -258,7 +262,11 @@ func (s *Source) switchOver(ctx context.Context) bool {
 		return false
 	}
 	if !s.toldToRun {
-		if err := s.commit(ctx); err != nil {
+		err := s.stands(ctx)
+		if err == nil {
+			err = s.commit(ctx)
+		}
+		if err != nil {
 			s.backOut(ctx, err)
 			return false
 		}
@@ -273,10 +281,13 @@ func (s *Source) handedOver(ctx context.Context) bool {
 	switch {
 	case err == nil:
 		return true
-	case errors.Is(err, ErrNotRun):
+	case errors.Is(err, ErrNotRun), !s.toldToRun:
 		s.unwatch()
 		s.giveBack()
 		s.backOut(ctx, err)
+	case errors.Is(err, errContinued):
+		s.unwatch()
+		s.takeBack(ctx)
 	default:
 		s.failAfterCommit(err)
 	}
@@ -286,6 +297,7 @@ func (s *Source) handedOver(ctx context.Context) bool {
 // release lets go of everything; the VM itself is not touched.
 func (s *Source) release() {
 	s.early.close()
+	claimed.give(s.claim)
 	if s.export != nil {
 		s.export.Withdraw()
 	}

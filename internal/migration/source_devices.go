@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -86,6 +87,11 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	}
 	s.steps.save = time.Since(began)
 	reached("source-saved")
+	// Asked after the save, which answers of a VM that runs as well, and meanwhile nothing waits for it.
+	stands := make(chan error, 1)
+	var asking sync.WaitGroup
+	asking.Go(func() { stands <- s.stands(ctx) })
+	defer asking.Wait()
 	sections, err := devicestate.Parse(state)
 	if err != nil {
 		return withRemedy(err, "use a machine type of QEMU 2.4 or newer; if it is one, report this with the version of QEMU")
@@ -97,7 +103,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 			return err
 		}
 	}
-	return s.finishDevices(ctx, sender, body)
+	return s.finishDevices(ctx, sender, body, stands)
 }
 
 // endsInOne says that the destination runs the VM as soon as it has loaded: it has loaded nearly everything already, so
@@ -250,16 +256,20 @@ func (d *deviceSender) send(body []byte) {
 	}
 }
 
-// finishDevices sends what is left of the devices' state, and waits until the destination has loaded it.
-func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body []byte) error {
+// finishDevices sends what is left of the devices' state, and waits until the destination has loaded it. stands gets
+// the answer of stands, without which the destination is not told to run the VM.
+func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body []byte, stands <-chan error) error {
 	saved := time.Now()
 	<-sender.idle
 	if sender.send(body); sender.err != nil {
 		return causeOf(ctx, sender.err)
 	}
 	s.update(func(m *migratedv1.Migration) { m.Progress.BytesDeviceState = uint64(len(body)) })
+	if err := <-stands; err != nil {
+		return err
+	}
 	if s.endsInOne() && !sender.over {
-		if s.isContinued.Load() {
+		if s.heardResume() {
 			return errContinued
 		}
 		s.toldToRun, s.told = true, time.Now()

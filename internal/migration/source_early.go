@@ -327,10 +327,10 @@ func (s *Source) startOver(ctx context.Context, reason error) bool {
 	s.log.Warn("starting over without an early load", "reason", reason, "pause", pause)
 	s.release()
 	s.notEarly = reason
-	s.vm, s.ram, s.export, s.conn, s.peer = nil, nil, nil, nil, nil
+	s.vm, s.ram, s.export, s.conn, s.peer, s.claim = nil, nil, nil, nil, nil, qemu.Identity{}
 	s.early, s.loaded, s.unguard = nil, nil, nil
 	s.stopped, s.stopTried, s.gaveUpDisks, s.toldToRun = make(chan struct{}), false, false, false
-	s.isContinued.Store(false)
+	s.resumed, s.resumes = make(chan struct{}), nil
 	var before time.Duration // the pauses until now
 	s.update(func(m *migratedv1.Migration) {
 		before = m.GetEarlyLoad().GetPause().AsDuration()

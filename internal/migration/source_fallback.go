@@ -57,7 +57,7 @@ func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err
 	if err != nil {
 		return where, fmt.Errorf("attach to the VM: %w", err)
 	}
-	_, found, err := s.cfg.Records.ForVM(s.cfg.Spec.GetVm(), vm.Pid)
+	_, found, err := s.cfg.Records.ForVM(vm.Pid)
 	if err == nil && !found {
 		err = fmt.Errorf("%s is not the QEMU that the VM was handed over from", s.cfg.Spec.GetVm())
 	}

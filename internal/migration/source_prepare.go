@@ -83,6 +83,11 @@ func (s *Source) offer() (err error) {
 	if err != nil {
 		return fmt.Errorf("offer the RAM of the VM: %w", err)
 	}
+	return s.connect()
+}
+
+// connect makes the connection to the destination's daemon, which is dialled when it is used.
+func (s *Source) connect() (err error) {
 	destination := s.cfg.Spec.GetDestination()
 	if s.conn, err = s.cfg.Dial(destination, withToken(s.cfg.ID, s.token)); err != nil {
 		return withRemedy(fmt.Errorf("destination %s: %w", destination, err), "give the destination as HOST:PORT")
@@ -98,6 +103,9 @@ func (s *Source) open(ctx context.Context) error {
 	var err error
 	if s.vm, err = qemu.Attach(ctx, s.cfg.Spec.GetVm()); err != nil {
 		return fmt.Errorf("attach to the VM: %w", err)
+	}
+	if err := s.claimVM(); err != nil {
+		return err
 	}
 	if err := s.refuseHandedOver(ctx); err != nil {
 		return err
@@ -153,10 +161,22 @@ func (s *Source) openRAM(blocks []qemu.RAMBlock) (err error) {
 	return s.vm.Alive() // or what was opened might be of another process, by the same number
 }
 
+// claimVM keeps other migrations from having to do with the VM, by whatever monitor.
+func (s *Source) claimVM() error {
+	identity, err := s.vm.Identity()
+	if err == nil {
+		err = claimed.take(identity, s.cfg.ID)
+	}
+	if err == nil {
+		s.claim = identity
+	}
+	return err
+}
+
 // refuseHandedOver keeps a QEMU that was left for its memory from being taken
 // for the VM. One that runs was continued by its operator, and is the VM again.
 func (s *Source) refuseHandedOver(ctx context.Context) error {
-	rec, handedOver, err := s.cfg.Records.ForVM(s.cfg.Spec.GetVm(), s.vm.Pid)
+	rec, handedOver, err := s.cfg.Records.ForVM(s.vm.Pid)
 	if err != nil || !handedOver {
 		return err
 	}

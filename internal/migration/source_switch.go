@@ -34,44 +34,16 @@ func (s *Source) awaitStopped(ctx context.Context, stopped <-chan struct{}) erro
 	}
 }
 
-// guardStopped stops serving pages at once when somebody continues the VM by
-// another monitor: from then on they are of another moment than those that were
-// served. Before the commit point that is the end of the migration, or the VM
-// would run twice. unguard ends it, before the migration itself continues the VM.
-func (s *Source) guardStopped(ctx context.Context) {
-	resumes := s.vm.QMP.Subscribe("RESUME")
-	ctx, s.unguard = context.WithCancel(ctx)
-	go func() {
-		defer resumes.Close()
-		select {
-		case _, open := <-resumes.Events():
-			if open {
-				s.continued()
-			}
-		case <-ctx.Done():
-		}
-	}()
-}
-
-// continued is what follows when the VM runs here.
-func (s *Source) continued() {
-	s.isContinued.Store(true)
-	s.export.Withdraw()
-	s.log.Warn("the VM was continued on the source, its pages are served no more")
-	s.commitMu.Lock()
-	defer s.commitMu.Unlock()
-	if !s.committed {
-		s.cancel(errContinued)
-	}
-}
-
 // handOver repeats Run until the destination answers it, unless it has answered already. The commit point is
-// behind us: a cancellation no longer counts, only the daemon's own end does.
+// behind us: a cancellation no longer counts, only the daemon's own end does, and that somebody continues the VM here.
+// Each time QEMU says before that it stands still.
 func (s *Source) handOver(ctx context.Context) error {
 	if answer := s.loaded.GetRun(); answer != nil {
 		s.switched(answer, s.told, s.answered)
 		return nil
 	}
+	ctx, done := s.untilContinued(ctx)
+	defer done()
 	destination := s.cfg.Spec.GetDestination()
 	s.update(func(m *migratedv1.Migration) {
 		m.Location = migratedv1.Location_LOCATION_UNKNOWN
@@ -80,10 +52,27 @@ func (s *Source) handOver(ctx context.Context) error {
 		}
 	})
 	for delay := 10 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
+		if err := s.stands(ctx); err != nil {
+			if !s.toldToRun || errors.Is(err, errContinued) {
+				return err
+			}
+			s.log.Warn("the destination is not asked again", "error", err)
+			err = withRemedy(err, "see why the source's QEMU does not answer; the hand-over is repeated when it does")
+			s.fail(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER,
+				withReason(err, migratedv1.Reason_REASON_HANDOVER_UNANSWERED), s.whereHandedOver())
+			if err := sleep(ctx, jitter(delay)); err != nil {
+				return err
+			}
+			continue
+		}
+		s.toldToRun = true
 		sent := time.Now()
 		callCtx, cancel := context.WithTimeout(ctx, resumeTimeout)
 		answer, err := s.peer.Run(callCtx, s.runRequest(sent))
 		cancel()
+		if err != nil && errors.Is(context.Cause(ctx), errContinued) {
+			return errContinued
+		}
 		switch status.Code(err) {
 		case codes.OK:
 			s.switched(answer, sent, time.Now())
@@ -103,6 +92,9 @@ func (s *Source) handOver(ctx context.Context) error {
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER,
 			withReason(failure, migratedv1.Reason_REASON_HANDOVER_UNANSWERED), s.whereHandedOver())
 		if err := sleep(ctx, jitter(delay)); err != nil {
+			if errors.Is(err, errContinued) {
+				return err
+			}
 			return fmt.Errorf("the daemon ended before the destination answered the hand-over: %w", err)
 		}
 	}
@@ -176,7 +168,11 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 			if !s.takenUp { // else the destination alone knows
 				m.Progress.Downtime = downtime
 			}
-			if m.Error = answer.GetError(); m.Error == nil && s.gone.Load() && !Terminal(state) {
+			switch m.Error = answer.GetError(); {
+			case Terminal(state):
+			case s.heardResume():
+				m.Error = runsTwiceError()
+			case m.Error == nil && s.gone.Load():
 				m.Error = s.orphanError()
 			}
 			if !Terminal(state) { // complete says so once the source has let go

@@ -31,7 +31,7 @@ func TakeUpSource(ctx context.Context, cfg SourceConfig, rec Record) (*Source, e
 	s.takenUp = true
 	s.protocol = rec.Protocol
 	s.token, s.wasRunning, s.stopTried, s.stoppedAt = rec.Token, rec.WasRunning, true, rec.HandedOver
-	s.committed = rec.Committed
+	s.committed, s.toldToRun = rec.Committed, rec.Committed // which the daemon before did as it committed
 	close(s.stopped)
 	s.log.Warn("taking up a migration that an earlier run of this daemon left", "vm", rec.VM, "committed", rec.Committed)
 	reached("source-taken-up")
@@ -93,14 +93,16 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	if identity, err := s.vm.Identity(); err != nil || identity != rec.Identity {
 		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", rec.VM, s.vm.Pid), err)
 	}
+	if err := s.claimVM(); err != nil {
+		return err
+	}
 	s.vm.PutBack(rec.Settings)
 	if !rec.Committed {
 		return nil
 	}
 	// Serving pages of a VM that runs would be serving what never was.
-	if err := s.vm.VerifyStopped(ctx); err != nil {
-		s.forgetRecord()
-		return fmt.Errorf("somebody continued the VM here: %w", err)
+	if err := s.stands(ctx); err != nil {
+		return errors.Join(err, s.connect())
 	}
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
 		return askQEMU("source", err)
@@ -146,6 +148,8 @@ func (s *Source) runTakenUp(ctx context.Context, err error) {
 	defer s.cancel(nil)
 	defer s.release()
 	switch {
+	case errors.Is(err, errContinued) && s.committed && s.peer != nil:
+		s.takeBack(ctx)
 	case err != nil && (s.committed || s.vm == nil):
 		s.log.Error("cannot take up the migration", "error", err)
 		remedy := "look where the VM runs; only if it certainly runs nowhere: " + s.fallBackCommand()

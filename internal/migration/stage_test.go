@@ -33,6 +33,8 @@ type peer struct {
 
 	load func(context.Context) error // when the whole device state has come; nil: all is well
 	run  func(attempt int) (*migratedv1.RunResponse, error)
+	// abort answers AbortIncoming; nil: it gives up.
+	abort func(attempt int) error
 
 	early   bool   // it loads the devices' state early
 	endless bool   // the last page never comes
@@ -42,7 +44,8 @@ type peer struct {
 	runs    int
 	told    *migratedv1.RunRequest // with the devices' state
 	ran     bool                   // so it answered
-	aborted bool
+	aborts  int
+	aborted bool // it has said that it has given up
 	bytes   uint64
 }
 
@@ -127,6 +130,12 @@ func (p *peer) WatchIncoming(_ *migratedv1.WatchIncomingRequest, stream grpc.Ser
 func (p *peer) AbortIncoming(context.Context, *migratedv1.AbortIncomingRequest) (*migratedv1.AbortIncomingResponse, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.aborts++
+	if p.abort != nil {
+		if err := p.abort(p.aborts); err != nil {
+			return nil, err
+		}
+	}
 	p.aborted = true
 	return &migratedv1.AbortIncomingResponse{}, nil
 }
@@ -239,7 +248,7 @@ func (s *stage) vmRuns(t *testing.T) bool {
 // handedOver says whether the source has written down that it gave the VM away.
 func (s *stage) handedOver(t *testing.T) bool {
 	t.Helper()
-	_, found, err := s.records.ForVM(s.vm, s.qemu.Process.Pid)
+	_, found, err := s.records.ForVM(s.qemu.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
 	}
