@@ -40,6 +40,8 @@ type cli struct {
 	Bandwidth  bandwidthCmd  `cmd:"" help:"Change how much of the network a migration may take."`
 	Recover    recoverCmd    `cmd:"" help:"Connect to a migration's source again, also at another address."`
 	Fallback   fallbackCmd   `cmd:"" help:"Continue a VM at the source whose destination is lost."`
+	Release    releaseCmd    `cmd:"" help:"End what is left at the source of a VM that is at the destination."`
+	Abandon    abandonCmd    `cmd:"" help:"End a VM at the destination whose source is lost."`
 	Ver        versionCmd    `cmd:"" name:"version" help:"Print the versions of this program and of the daemon."`
 	Completion completionCmd `cmd:"" help:"Print a script that completes this command line in a shell."`
 	Starter    starterCmd    `cmd:"" name:"start-qemus" hidden:""`

@@ -230,6 +230,44 @@ func (c *controlService) FallBack(ctx context.Context, request *migratedv1.FallB
 	return &migratedv1.FallBackResponse{Migration: view}, nil
 }
 
+func (c *controlService) Release(ctx context.Context, request *migratedv1.ReleaseRequest) (*migratedv1.ReleaseResponse, error) {
+	s := c.daemon.migrations.source(request.GetId())
+	if s == nil {
+		if c.daemon.migrations.destination(request.GetId()) != nil {
+			return nil, status.Errorf(codes.FailedPrecondition, "migration %s comes to this host; release it at its source", request.GetId())
+		}
+		return nil, notFound(request.GetId())
+	}
+	if !request.GetVmIsAtDestination() {
+		return nil, status.Error(codes.InvalidArgument,
+			"vm_is_at_destination is not set: memory that the VM still needs would be lost; make sure that it is whole there, then say so")
+	}
+	if err := s.Release(ctx); err != nil {
+		return nil, migration.ToStatus(codes.FailedPrecondition, err)
+	}
+	view, _ := s.Snapshot()
+	return &migratedv1.ReleaseResponse{Migration: view}, nil
+}
+
+func (c *controlService) Abandon(ctx context.Context, request *migratedv1.AbandonRequest) (*migratedv1.AbandonResponse, error) {
+	d := c.daemon.migrations.destination(request.GetId())
+	if d == nil {
+		if c.daemon.migrations.source(request.GetId()) != nil {
+			return nil, status.Errorf(codes.FailedPrecondition, "migration %s goes away from this host; abandon it at its destination", request.GetId())
+		}
+		return nil, notFound(request.GetId())
+	}
+	if !request.GetSourceIsGone() {
+		return nil, status.Error(codes.InvalidArgument,
+			"source_is_gone is not set: a VM whose memory may come yet would be ended; make sure that it cannot, then say so")
+	}
+	if err := d.Abandon(ctx); err != nil {
+		return nil, migration.ToStatus(codes.FailedPrecondition, err)
+	}
+	view, _ := d.Snapshot()
+	return &migratedv1.AbandonResponse{Migration: view}, nil
+}
+
 func (c *controlService) SetBandwidth(ctx context.Context, request *migratedv1.SetBandwidthRequest) (*migratedv1.SetBandwidthResponse, error) {
 	limit := request.GetBandwidth()
 	if err := bandwidth.Check(limit); err != nil {

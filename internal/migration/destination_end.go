@@ -4,6 +4,7 @@ package migration
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -23,15 +24,18 @@ const (
 func (d *Destination) end(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err == nil && d.vm != nil {
+	if err == nil && d.vm != nil && d.vm.QMP.Err() != nil && d.exits() {
 		// A VM that ended with its last page is not yet told to the source, which still has its memory.
-		if gone := d.vm.QMP.Err(); gone != nil {
-			err = fmt.Errorf("the destination QEMU is gone: %w", d.explain(gone))
-		}
+		err = d.qemuEnded()
 	}
+	how := d.endingHere(err)
 	switch {
+	case err != nil && how != nil:
+		d.ended(how)
 	case err == nil:
 		d.complete()
+	case d.phase == running && errors.Is(err, errAbandoned):
+		d.abandoned()
 	case d.phase == running && d.daemon.Err() != nil:
 		// No failure, and the source must not take it for one: the VM runs here.
 		d.log.Warn("left for the next start of this daemon", "reason", err)
@@ -141,7 +145,7 @@ func (d *Destination) release() {
 	switch {
 	case d.leave:
 		end = d.kept.close
-	case d.kept.header().filled.Load() != 0:
+	case d.kept.header().filled.Load() != 0, d.kept.header().ended.Load() != 0:
 		d.kept.header().settled.Store(1)
 		end = d.kept.close
 		d.word.keep(d.Forget)
@@ -183,13 +187,38 @@ func (d *Destination) Forget() {
 	}
 }
 
-// watchQEMU ends the migration at once when QEMU dies.
+// watchQEMU ends the migration at once when QEMU dies. After the switch a QEMU that only closes its monitor has not: its
+// VM goes on, and so do its pages.
 func (d *Destination) watchQEMU() {
 	select {
 	case <-d.ctx.Done():
+		return
 	case <-d.vm.QMP.Done():
-		if d.ctx.Err() == nil {
-			d.cancel(fmt.Errorf("the destination QEMU is gone: %w", d.explain(d.vm.QMP.Err())))
+	}
+	if d.ctx.Err() == nil && d.fate.Load() == toldToRun && !d.exits() {
+		d.log.Warn("QEMU has closed its monitor, and lives", "error", d.vm.QMP.Err())
+		if d.vm.WaitExit(d.ctx) != nil {
+			return
 		}
 	}
+	if d.ctx.Err() == nil {
+		d.cancel(d.qemuEnded())
+	}
+}
+
+// exits waits for a QEMU that has closed its monitor, and says whether its process has ended.
+func (d *Destination) exits() bool {
+	ctx, cancel := context.WithTimeout(d.ctx, exitTimeout)
+	defer cancel()
+	return d.vm.WaitExit(ctx) == nil
+}
+
+// qemuEnded says that QEMU has, in its own words.
+func (d *Destination) qemuEnded() error {
+	gone := d.vm.QMP.Err()
+	if gone == nil { // it was connected to at its last moment
+		gone = errors.New("its process has ended")
+	}
+	return withReason(fmt.Errorf("the destination QEMU is gone: %w", d.explain(gone)),
+		migratedv1.Reason_REASON_DESTINATION_QEMU_ENDED)
 }

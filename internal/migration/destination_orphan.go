@@ -51,6 +51,7 @@ func (d *Destination) orphaned(err error) {
 	d.orphan = true
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
 		withRemedy(fmt.Errorf("%w (%w)", errOrphan, err),
-			fmt.Sprintf("end the VM, which is process %d on the destination, and start it anew from its disks", d.taken.Pid)),
+			fmt.Sprintf("end the VM, which is process %d on the destination (%s does), and start it anew from its disks",
+				d.taken.Pid, d.abandonCommand())),
 		whereabouts{migratedv1.Location_LOCATION_DESTINATION, lostStatus})
 }

@@ -19,7 +19,16 @@ const (
 	// firstPause and longestPause bound what is waited between two attempts to have pages again: each time twice as long.
 	firstPause   = 20 * time.Millisecond
 	longestPause = time.Second
+	// What waits for hours may wait a little longer: a pause grows to this share of the time since pages came last, and to
+	// lastingPause. An operator may hurry it (Recover).
+	pauseShare   = 16
+	lastingPause = 30 * time.Second
 )
+
+// pauseAfter is the longest pause between two attempts when it is so long that nothing came.
+func pauseAfter(vain time.Duration) time.Duration {
+	return min(max(longestPause, vain/pauseShare), lastingPause)
+}
 
 // pump drives the engine over lanes until the last page is in, opening new
 // lanes when they are lost after the switch. It ends the destination's life.
@@ -42,6 +51,7 @@ func (d *Destination) pump(first *lanes) {
 // pumpLanes does so. A session that brought pages is followed by the next one at once: where bits flip on the way, it does
 // not last. A pause comes after one that was in vain.
 func (d *Destination) pumpLanes(l *lanes) error {
+	came := time.Now() // pages
 	for pause := time.Duration(0); ; {
 		if l == nil {
 			var err error
@@ -70,15 +80,15 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		case sourceQEMUGone(err):
 			d.orphaned(err)
 		case !d.orphan: // else that is shown still
-			d.paused(withRemedy(err, remedy))
+			d.paused(d.orAbandon(withRemedy(err, remedy)))
 		}
 		switch inVain := d.engine.Stats().PagesPresent == before; {
 		case !inVain:
-			pause = 0
+			pause, came = 0, time.Now()
 		case !d.orphan && errors.Is(err, postcopy.ErrLaneLost):
 			pause = firstPause // the network mends itself, and dialAgain has pauses of its own
 		default:
-			pause = min(max(firstPause, 2*pause), longestPause)
+			pause = min(max(firstPause, 2*pause), pauseAfter(time.Since(came)))
 		}
 		if err := d.sleep(pause); err != nil {
 			return err
@@ -119,7 +129,8 @@ func (d *Destination) sleep(pause time.Duration) error {
 
 // dialAgain tries to open lanes until it has some.
 func (d *Destination) dialAgain() (*lanes, error) {
-	for pause := firstPause; ; pause = min(2*pause, longestPause) {
+	began := time.Now()
+	for pause := firstPause; ; pause = min(2*pause, pauseAfter(time.Since(began))) {
 		if !d.orphan { // else what is shown stays true, here and below
 			d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
 		}
@@ -137,7 +148,7 @@ func (d *Destination) dialAgain() (*lanes, error) {
 		}
 		d.log.Warn("the page lanes cannot be opened again", "error", err)
 		if !d.orphan {
-			d.paused(err)
+			d.paused(d.orAbandon(err))
 		}
 		if err := d.sleep(pause); err != nil {
 			return nil, err

@@ -51,7 +51,8 @@ func (d *Destination) run(
 			return nil, fmt.Errorf("the destination's daemon ends: %w", errAskAgain)
 		}
 		if told {
-			return nil, fmt.Errorf("the destination QEMU was told to run the VM, and is gone: %w", d.explain(d.vm.QMP.Err()))
+			gone := fmt.Errorf("the destination QEMU was told to run the VM, and is gone: %w", d.explain(d.vm.QMP.Err()))
+			return nil, withReason(gone, migratedv1.Reason_REASON_DESTINATION_QEMU_ENDED)
 		}
 		// It can't be told any more to run, and never was.
 		d.giveUp(fmt.Errorf("the destination QEMU died before it ran the VM: %w", d.explain(d.vm.QMP.Err())))
@@ -86,6 +87,9 @@ func (d *Destination) run(
 	}
 	downtime := request.GetStoppedFor().AsDuration() + d.answer.GetResumeTime().AsDuration()
 	d.meter.switched(resumed, downtime)
+	if !request.GetResume() {
+		d.kept.header().paused.Store(1)
+	}
 	d.kept.running(resumed, d.answer.GetResumeTime().AsDuration(), downtime)
 	d.update(func(m *migratedv1.Migration) {
 		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE, migratedv1.Location_LOCATION_DESTINATION

@@ -70,6 +70,13 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 		d.decide(toldToRun)
 	}
 	reached("destination-taken-up")
+	if reason := k.header().ended.Load(); reason != 0 { // its source may ask how it ended
+		d.showEnded(endingKept(migratedv1.Reason(reason)))
+		d.cancel(nil)
+		d.release()
+		close(d.done)
+		return d, nil
+	}
 	if k.header().filled.Load() != 0 { // nothing waits for it; its source may ask how it ended
 		d.log.Info("taking up a migration of which all memory is here", "switched", d.phase == running)
 		d.takeUpFilled(facts)

@@ -42,6 +42,8 @@
 //	COMPLETED                                      COMPLETED
 //	  quit QEMU, remove the record                   unregister, close QEMU's descriptor,
 //	                                                 remove what was kept
+//	or ENDED, where the VM ended by itself         ENDED, where QEMU said SHUTDOWN and its process has ended
+//	  quit QEMU, remove the record                   remove what was kept
 //
 // Where a device's state has another form when the VM has stopped than it had early, and cannot be loaded over that,
 // the source continues the VM, tells the destination to give up, and goes through all of it again, without an early
@@ -108,12 +110,21 @@
 //     what needs it waits at the destination, and nothing else can be done but to end the VM there. Both hosts say so,
 //     and neither ends it: the VM may not need what is lost, and what is in files of the source's still comes. Of a VM
 //     whose RAM is such a file, all that is not is brought first.
+//   - Words about where the VM is come from its process and its QEMU, when they are said, or from the other daemon; else
+//     they say that it is not known (where.go). A QEMU that closes its monitor has not ended.
+//   - A VM that ended by itself after it ran at the destination is no VM to be continued: its memory at the source is older
+//     than its disks. A QEMU that died is another thing: its operator may fall back.
+//   - Three commands of operators end what neither daemon can: FallBack continues the VM at the source (the destination is
+//     gone), Release ends what is left there (the VM is at the destination, whole), Abandon ends the VM at the destination
+//     (the source is gone). Each needs the operator's word for what the daemon cannot know, and is refused where it knows
+//     better.
 //   - After the switch a page that cannot be fetched stalls the vCPU that needs
 //     it. It is never read as zero: the destination's QEMU keeps its copy of the
 //     userfaultfd open until the last page is in. So the destination gives up
 //     nothing that can come right again: a lost lane, a host without memory, a
 //     source that breaks the protocol.
 //
+// A daemon that is stopped after the commit point leaves the migration as it is, on either host: that is no failure.
 // A daemon that ended in the middle, in whatever way, and is started again takes
 // up what it left (TakeUpSource, TakeUpDestination):
 //
@@ -121,7 +132,7 @@
 //	source: record, not committed       continues the VM (if it ran), removes the record
 //	source: record, committed           serves its pages again and repeats Run
 //	  somebody continued the VM         serves nothing, asks the destination to give up, removes the record
-//	source: record, completed           ends QEMU, removes the record
+//	source: record, completed           ends QEMU, removes the record; COMPLETED, or ENDED if it says so
 //	destination: not loaded             ends QEMU; the source has continued the VM, or does so when Run was answered
 //	                                    with ABORTED
 //	destination: loaded                 goes on waiting for Run; if its QEMU is gone (a stopped daemon
@@ -130,6 +141,7 @@
 //	                                    again and nobody knows whether QEMU heard it
 //	destination: all memory is here     closes QEMU's descriptor, if that was not done, and is COMPLETED
 //	                                    (files that say so stay for wordKept: the source may not know yet)
+//	destination: the VM ended           is ENDED, for as long
 //
 // Everything that a decision needs is in the files: QEMU is not asked, because
 // its main loop may be what waits for a page.

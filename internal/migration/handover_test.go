@@ -110,7 +110,7 @@ func TestCommittedVMStaysStopped(t *testing.T) {
 		t.Errorf("state is %v while the hand-over is not answered", view.GetState())
 	}
 	stop(errors.New("the daemon was stopped"))
-	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "stopped on the source")
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_HANDOVER, "stopped on the source")
 	if s.vmRuns(t) || !s.handedOver(t) {
 		t.Error("the VM was given away and kept")
 	}

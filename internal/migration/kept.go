@@ -80,6 +80,10 @@ type keptHeader struct {
 	bandwidth atomic.Uint64
 	// settled is set when nothing but the word of a completed migration is left: QEMU is nobody's of ours any more.
 	settled atomic.Uint64
+	// ended is the Reason of a VM that ended by itself; 0: it has not.
+	ended atomic.Uint64
+	// paused is set of a VM that was paused, and was not run here.
+	paused atomic.Uint64
 }
 
 const (
@@ -159,6 +163,17 @@ func takeUpKept(dir string) (*kept, *keptFactsV1, *migratedv1.PrepareIncomingReq
 		return nil, nil, nil, err
 	}
 	return k, facts, request, nil
+}
+
+// readKept reads the facts alone that are kept in dir.
+func readKept(dir string) (*keptFactsV1, error) {
+	path := filepath.Join(dir, keptFacts)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	facts, _, err := readFacts(data, path)
+	return facts, err
 }
 
 // readFacts reads facts of any version that this daemon knows.

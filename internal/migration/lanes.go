@@ -19,6 +19,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // laneTimeout bounds opening the lanes through one address.
@@ -74,10 +75,11 @@ func noLanes(id string, failures []error) error {
 		return withRemedy(err, "correct the clocks of both hosts, or renew the certificates; it is tried again by itself, "+
 			"with the files as they are then")
 	case slices.ContainsFunc(failures, refused): // it was started again, and has not taken the VM up
-		return withRemedy(err, fmt.Sprintf("ask the source's daemon what became of the VM's memory: migrated status %s; "+
-			"where its QEMU has ended, end the VM here and start it anew from its disks", id))
+		return withRemedy(withReason(err, migratedv1.Reason_REASON_PAGES_REFUSED), fmt.Sprintf("ask the source's daemon, which answers, "+
+			"what became of the VM's memory: migrated status %s; where it knows nothing of it, or its QEMU has ended, "+
+			"the VM's memory is lost", id))
 	default:
-		return withRemedy(err, "make the source daemon's listen address reachable from this host, or name one that is "+
+		return withRemedy(withReason(err, migratedv1.Reason_REASON_PAGES_UNREACHABLE), "make the source daemon's listen address reachable from this host, or name one that is "+
 			"with its 'advertise' setting")
 	}
 }

@@ -33,6 +33,8 @@ var reasons = []struct {
 }{
 	{ErrCancelled, migratedv1.Reason_REASON_CANCELLED},
 	{errFallBack, migratedv1.Reason_REASON_FELL_BACK},
+	{errReleased, migratedv1.Reason_REASON_RELEASED},
+	{errAbandoned, migratedv1.Reason_REASON_ABANDONED},
 	{errContinued, migratedv1.Reason_REASON_INTERFERED},
 	{errPausedSince, migratedv1.Reason_REASON_INTERFERED},
 	{errOurQEMUGone, migratedv1.Reason_REASON_SOURCE_QEMU_ENDED},

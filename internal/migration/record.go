@@ -14,6 +14,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/version"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // A Record says that this host is handing a VM over, or has done so. While a
@@ -28,7 +29,9 @@ type Record struct {
 	// serves to continue a VM whose daemon died while it was stopped.
 	Committed bool `json:"committed"`
 	// Completed: all memory has left, and nothing of the VM is needed here.
-	Completed  bool      `json:"completed,omitempty"`
+	Completed bool `json:"completed,omitempty"`
+	// Ended is why, of a VM that ended by itself at the destination; 0: it did not.
+	Ended      int32     `json:"ended,omitempty"`
 	HandedOver time.Time `json:"handed_over"` // when the VM was about to stop
 
 	// What a restarted daemon needs to go on.
@@ -87,15 +90,15 @@ func (r *Records) Commit(id string) error {
 	return nil
 }
 
-// Complete notes, durably, that nothing of the VM is needed here any more.
-func (r *Records) Complete(id string) error {
+// Complete notes, durably, that nothing of the VM is needed here any more; ended is the reason of a VM that ended.
+func (r *Records) Complete(id string, ended migratedv1.Reason) error {
 	var rec Record
 	data, err := os.ReadFile(r.path(id))
 	if err == nil {
 		err = json.Unmarshal(data, &rec)
 	}
 	if err == nil {
-		rec.Completed = true
+		rec.Completed, rec.Ended = true, int32(ended)
 		err = writeJSON(r.path(id), rec)
 	}
 	if err != nil {
@@ -169,6 +172,18 @@ func (r *Records) All() ([]Record, error) {
 		records = append(records, rec)
 	}
 	return records, nil
+}
+
+// of returns the record of a migration.
+func (r *Records) of(id string) (rec Record, found bool, err error) {
+	data, err := os.ReadFile(r.path(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return rec, false, nil
+	}
+	if err == nil {
+		rec, err = readRecord(data, r.path(id))
+	}
+	return rec, err == nil, err
 }
 
 // readRecord reads a record of any version that this daemon knows. The error has a remedy.

@@ -61,6 +61,7 @@ type Source struct {
 
 	cfg       SourceConfig
 	log       *slog.Logger
+	daemon    context.Context //nolint:containedctx // the daemon's life, longer than the migration's
 	startOnce sync.Once
 	started   chan struct{}
 	done      chan struct{}
@@ -128,6 +129,7 @@ func newSource(ctx context.Context, cfg SourceConfig) (*Source, context.Context)
 		stopped: make(chan struct{}),
 		resumed: make(chan struct{}),
 	}
+	s.daemon = ctx
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	return s, ctx
 }
@@ -235,8 +237,17 @@ func (s *Source) seeThrough(ctx context.Context) {
 // failAfterCommit ends a migration of which the destination alone could tell where the VM is.
 func (s *Source) failAfterCommit(err error) {
 	s.unwatch()
+	var how *endedError
+	switch {
+	case errors.As(err, &how):
+		s.followEnding(how)
+		return
+	case s.daemon.Err() != nil && errors.Is(err, context.Cause(s.daemon)):
+		s.handedOn(err)
+		return
+	}
 	s.log.Error("failed after the commit point", "error", err)
-	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.whereHandedOver())
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.whereFailedThere())
 	if s.ended() {
 		s.forgetRecord() // of a VM that cannot be continued
 	}

@@ -16,9 +16,19 @@ import (
 // complete lets the source's QEMU go: its memory is at the destination.
 func (s *Source) complete() {
 	reached("source-last-page")
+	s.letGoOf(migratedv1.Reason_REASON_UNSPECIFIED)
+	s.update(func(m *migratedv1.Migration) {
+		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.Location_LOCATION_DESTINATION
+	})
+	s.log.Info("completed")
+}
+
+// letGoOf ends what is left of the VM here, which nobody needs any more: all of it is at the destination, or it ended
+// there, for that reason.
+func (s *Source) letGoOf(ended migratedv1.Reason) {
 	s.export.Withdraw()
 	// A daemon that is started again could not tell a QEMU that quit from one that died with memory still needed.
-	if err := s.cfg.Records.Complete(s.cfg.ID); err != nil {
+	if err := s.cfg.Records.Complete(s.cfg.ID, ended); err != nil {
 		s.log.Warn("that all memory has left is not written down", "error", err)
 	}
 	reached("source-completing")
@@ -34,8 +44,6 @@ func (s *Source) complete() {
 		s.forgetRecord()
 	}
 	reached("source-forgotten")
-	s.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
-	s.log.Info("completed")
 }
 
 func (s *Source) forgetRecord() {

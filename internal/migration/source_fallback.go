@@ -21,8 +21,11 @@ func (s *Source) FallBack(ctx context.Context) error {
 	s.commitMu.Lock()
 	committed := s.committed
 	s.commitMu.Unlock()
-	if view, _ := s.Snapshot(); view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+	switch view, _ := s.Snapshot(); view.GetState() {
+	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
 		return errors.New("all of the VM is at the destination, and nothing of it here any more")
+	case migratedv1.MigrationState_MIGRATION_STATE_ENDED:
+		return withRemedy(errors.New("the VM has ended at the destination, and its disks are newer than what was here of it"), afterEnding)
 	}
 	if !committed {
 		return withRemedy(errors.New("the VM has not been handed over"), "cancel the migration")

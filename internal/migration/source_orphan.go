@@ -63,7 +63,7 @@ func (s *Source) ended() bool {
 	if s.vm == nil {
 		return false
 	}
-	return s.gone.Load() || hasEnded(s.vm)
+	return s.gone.Load() || s.vm.Ended()
 }
 
 // unless is the remedy for a VM that was handed over and may run nowhere, unless QEMU has ended here, too.

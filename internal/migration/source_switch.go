@@ -82,7 +82,8 @@ func (s *Source) handOver(ctx context.Context) error {
 		case codes.NotFound, codes.FailedPrecondition:
 			// The destination answers, but cannot tell: asking again is no use.
 			return withRemedy(fromPeer("run the VM", destination, err),
-				s.unless("look on the destination whether the VM runs there; only if it certainly does not: "+s.fallBackCommand()))
+				s.unless("look on the destination whether the VM runs there; if it does, and needs nothing of the source: "+
+					s.releaseCommand()+"; only if it certainly does not: "+s.fallBackCommand()))
 		}
 		s.log.Warn("the hand-over is not answered, asking again", "error", err)
 		failure := fromPeer("run the VM", destination, err)
@@ -138,10 +139,24 @@ func (s *Source) follow(ctx context.Context) error {
 			return err
 		}
 		s.log.Warn("lost sight of the destination, asking again", "error", err)
+		if status.Code(err) == codes.NotFound {
+			s.unheardOf(err)
+		}
 		if err := sleep(ctx, jitter(delay)); err != nil {
 			return fmt.Errorf("the daemon ended before the last page had left: %w", err)
 		}
 	}
+}
+
+// unheardOf shows that the destination's daemon answers, and knows nothing of the migration: what it kept is lost, or it
+// was over for long. Pages are served on: the VM may be there, and a daemon may find what was kept.
+func (s *Source) unheardOf(err error) {
+	destination := s.cfg.Spec.GetDestination()
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, withRemedy(
+		fromPeer("follow the migration", destination, err),
+		s.unless("look on the destination whether the VM runs there, with all of its memory; if it does, or has ended: "+
+			s.releaseCommand()+"; only if it certainly never will: "+s.fallBackCommand())),
+		whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the destination said that it runs the VM, and knows nothing of it any more"})
 }
 
 func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
@@ -156,10 +171,7 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 		}
 		state := answer.GetState()
 		if state == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
-			shown := answer.GetError()
-			return true, withRemedy(fmt.Errorf("the destination failed after the switch: %s", shown.GetMessage()),
-				s.unless("once you are certain that the VM does not run on the destination, continue it here, "+
-					"as it was at the switch: "+s.fallBackCommand()))
+			return true, s.failedThere(answer)
 		}
 		s.update(func(m *migratedv1.Migration) {
 			downtime, deviceState := m.Progress.GetDowntime(), m.Progress.GetBytesDeviceState()
@@ -186,6 +198,22 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 			return true, nil
 		}
 	}
+}
+
+// failedThere is what the destination says that has failed after the switch. Its VM may have ended.
+func (s *Source) failedThere(answer *migratedv1.WatchIncomingResponse) error {
+	shown := answer.GetError()
+	if how := toldEnding(shown); how != nil {
+		return how
+	}
+	s.update(func(m *migratedv1.Migration) {
+		if answer.GetLocation() != migratedv1.Location_LOCATION_UNSPECIFIED {
+			m.Location = answer.GetLocation()
+		}
+	})
+	err := withReason(fmt.Errorf("the destination failed after the switch: %s", shown.GetMessage()), shown.GetReason())
+	return withRemedy(err, s.unless("start the VM anew from its disks, once you are certain that it does not run on the destination; "+
+		"or, only where its disks are as they were at the switch, continue it here as it was then: "+s.fallBackCommand()))
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

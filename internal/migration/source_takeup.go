@@ -57,6 +57,11 @@ func (s *Source) finish(rec Record) {
 	if !rec.Alive() || !s.cfg.Spec.GetKeepSource() {
 		s.forgetRecord()
 	}
+	if rec.Ended != 0 {
+		how := endingKept(migratedv1.Reason(rec.Ended))
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED, withRemedy(withReason(how, how.reason), afterEnding), whereEnded)
+		return
+	}
 	s.update(func(m *migratedv1.Migration) {
 		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.Location_LOCATION_DESTINATION
 	})

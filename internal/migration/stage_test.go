@@ -36,9 +36,10 @@ type peer struct {
 	// abort answers AbortIncoming; nil: it gives up.
 	abort func(attempt int) error
 
-	early   bool   // it loads the devices' state early
-	endless bool   // the last page never comes
-	limit   uint64 // that it was told last
+	early   bool                                                                     // it loads the devices' state early
+	endless bool                                                                     // the last page never comes
+	watch   func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error // once it was told to run
+	limit   uint64                                                                   // that it was told last
 
 	mu      sync.Mutex
 	runs    int
@@ -116,8 +117,12 @@ func (p *peer) Run(context.Context, *migratedv1.RunRequest) (*migratedv1.RunResp
 
 func (p *peer) WatchIncoming(_ *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
 	p.mu.Lock()
-	wait := p.runs == 0 && !p.ran || p.endless
+	told := p.runs > 0 || p.ran
+	wait, watch := !told || p.endless, p.watch
 	p.mu.Unlock()
+	if told && watch != nil {
+		return watch(stream)
+	}
 	if wait { // prepared, or after the switch, and stays so
 		<-stream.Context().Done()
 		return stream.Context().Err()

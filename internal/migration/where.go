@@ -23,14 +23,14 @@ type whereabouts struct {
 // look asks the process and its QEMU, now, what has become of the VM on this host, which is its source.
 func look(vm *qemu.VM) (location migratedv1.Location, runState, words string) {
 	const here = migratedv1.Location_LOCATION_SOURCE
-	if hasEnded(vm) {
+	if vm.Ended() {
 		return migratedv1.Location_LOCATION_ENDED, "", endedStatus
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), lookTimeout, fmt.Errorf("not within %v", lookTimeout))
 	defer cancel()
 	runState, err := vm.Status(ctx)
 	switch {
-	case err != nil && hasEnded(vm):
+	case err != nil && vm.Ended():
 		return migratedv1.Location_LOCATION_ENDED, "", endedStatus
 	case err != nil:
 		return here, "", fmt.Sprintf("whether the VM runs on the source is not known: its QEMU, process %d, lives and does not answer (%v)",
@@ -49,12 +49,6 @@ func look(vm *qemu.VM) (location migratedv1.Location, runState, words string) {
 		words = fmt.Sprintf("the VM is on the source, and does not run: QEMU says %q", runState)
 	}
 	return here, runState, words
-}
-
-// hasEnded says whether a QEMU of this host has. One that is only waited for by its parent has.
-func hasEnded(vm *qemu.VM) bool {
-	_, err := vm.Identity()
-	return err != nil || vm.Alive() != nil
 }
 
 // whereNow is where the VM is before the commit point. It is asked when all that this daemon did is done.
@@ -107,7 +101,7 @@ func (d *Destination) livesHere() bool {
 	if d.vm == nil {
 		return d.left.Alive() // an earlier run of the daemon left it, if there is one
 	}
-	return !hasEnded(d.vm)
+	return !d.vm.Ended()
 }
 
 // whereWaiting is where the VM is whose pages do not come.
@@ -140,4 +134,16 @@ func (d *Destination) whereFailed() whereabouts {
 		migratedv1.Location_LOCATION_NOWHERE,
 		"the VM's QEMU on the destination has ended; its memory as it was at the switch is with the source, if that has it still",
 	}
+}
+
+// whereFailedThere is where the VM is when the destination, or the way to it, has failed for good: what it said last,
+// beside what is found here.
+func (s *Source) whereFailedThere() whereabouts {
+	where := s.whereHandedOver()
+	view, _ := s.Snapshot()
+	if view.GetLocation() == migratedv1.Location_LOCATION_NOWHERE && where.location == migratedv1.Location_LOCATION_DESTINATION {
+		where.location = view.GetLocation()
+		where.words = "the destination says that the VM's QEMU there has ended; " + where.words
+	}
+	return where
 }

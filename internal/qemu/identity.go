@@ -5,6 +5,7 @@ package qemu
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -17,6 +18,9 @@ type Identity struct {
 	StartTime uint64 `json:"start_time"` // clock ticks since boot, field 22 of /proc/pid/stat (proc(5))
 	BootID    string `json:"boot_id"`    // /proc/sys/kernel/random/boot_id
 }
+
+// errEnded says that a process has ended, and its parent has not waited for it.
+var errEnded = errors.New("it has ended")
 
 // Identity is that of the QEMU process.
 func (vm *VM) Identity() (Identity, error) { return identify(vm.Pid) }
@@ -58,7 +62,7 @@ func identify(pid int) (Identity, error) {
 		return Identity{}, fmt.Errorf("identify QEMU: /proc/%d/stat is %q", pid, stat)
 	}
 	if fields[0][0] == 'Z' { // it has ended, and its memory is gone
-		return Identity{}, fmt.Errorf("identify QEMU: process %d has ended", pid)
+		return Identity{}, fmt.Errorf("identify QEMU: process %d: %w", pid, errEnded)
 	}
 	start, err := strconv.ParseUint(string(fields[startTime]), 10, 64)
 	if err != nil {

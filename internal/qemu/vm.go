@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,8 +27,13 @@ type VM struct {
 	QMP *qmp.Client
 	Pid int // in our PID namespace
 
-	pidfd   *os.File // refers to that process even when its number is used again
-	heap    heapSearch
+	pidfd *os.File // refers to that process even when its number is used again
+	heap  heapSearch
+
+	shutdowns *qmp.Subscription
+	endingMu  sync.Mutex // guards ending
+	ending    *Ending    // the last that shutdowns had
+
 	restore *Settings // what PrepareIncoming changed; nil: nothing
 }
 
@@ -46,7 +52,7 @@ func Attach(ctx context.Context, path string) (*VM, error) {
 }
 
 func attach(ctx context.Context, client *qmp.Client) (*VM, error) {
-	vm := &VM{QMP: client}
+	vm := &VM{QMP: client, shutdowns: client.Subscribe("SHUTDOWN")}
 	var err error
 	if vm.Pid, err = findPid(ctx, client); err != nil {
 		return nil, err
@@ -102,6 +108,26 @@ func (vm *VM) Alive() error {
 	return nil
 }
 
+// Ended says whether the process has, also where its parent has not waited for it yet. Of a VM that was closed it is not
+// known, and false.
+func (vm *VM) Ended() bool {
+	raw, err := vm.pidfd.SyscallConn()
+	if err != nil {
+		return false
+	}
+	ended := false
+	_ = raw.Control(func(fd uintptr) { // else it is closed
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, 0) // readable when all of its threads have ended (pidfd_open(2))
+		ended = err == nil && n > 0
+		if !ended { // its number is its own yet, and its memory gone when its first thread has ended
+			_, err := vm.Identity()
+			ended = errors.Is(err, errEnded)
+		}
+	})
+	return ended
+}
+
 // openPidfd refers to a process in a way that waitExit can wait for.
 func openPidfd(pid int) (*os.File, error) {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
@@ -111,13 +137,32 @@ func openPidfd(pid int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), fmt.Sprintf("pidfd of %d", pid)), nil
 }
 
+// duplicate is another descriptor of the same file.
+func duplicate(f *os.File) (*os.File, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var fd int
+	var dupErr error
+	if err := raw.Control(func(old uintptr) { fd, dupErr = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+		return nil, err
+	}
+	if dupErr != nil {
+		return nil, fmt.Errorf("duplicate %s: %w", f.Name(), dupErr)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
+
 // waitExit returns when the process of a pidfd has ended, or with ctx's error.
 func waitExit(ctx context.Context, pidfd *os.File) error {
-	conn, err := pidfd.SyscallConn()
+	pidfd, err := duplicate(pidfd) // with a deadline of its own: others may wait, too
 	if err != nil {
 		return err
 	}
-	if err := pidfd.SetReadDeadline(time.Time{}); err != nil {
+	defer pidfd.Close()
+	conn, err := pidfd.SyscallConn()
+	if err != nil {
 		return err
 	}
 	expired := make(chan struct{})

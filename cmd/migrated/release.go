@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+type releaseCmd struct {
+	ID    string `arg:"" predictor:"migration" help:"The migration."`
+	There bool   `name:"vm-is-at-destination" required:"" help:"You are certain that the VM is at the destination with all of its memory, or has ended there."`
+}
+
+func (releaseCmd) Help() string {
+	return `At the source, after the switch, where the destination cannot say any more how the migration went, because what its daemon had kept is lost, say: the migration is over, and the stopped QEMU here is ended. Memory that the VM needed yet would be lost with it, so a destination that answers is asked first.
+
+Example:
+
+    migrated release db-1 --vm-is-at-destination`
+}
+
+func (r *releaseCmd) Run(a *app) error {
+	return a.withClient(func(ctx context.Context, c *client) error {
+		answer, err := c.Release(ctx, &migratedv1.ReleaseRequest{Id: r.ID, VmIsAtDestination: r.There})
+		if err != nil {
+			return c.explain(r.ID, err)
+		}
+		return a.told(answer.GetMigration())
+	})
+}
+
+type abandonCmd struct {
+	ID   string `arg:"" predictor:"migration" help:"The migration."`
+	Gone bool   `name:"source-is-gone" required:"" help:"You are certain that the source, its host or its QEMU, will not come back with the VM's memory."`
+}
+
+func (abandonCmd) Help() string {
+	return `At the destination, after the switch, when the source is lost for good: the VM is ended. It could not have the rest of its memory, and stands still where it needs it. What it wrote to its disks is there; start it anew from them.
+
+Example:
+
+    migrated abandon db-1 --source-is-gone`
+}
+
+func (r *abandonCmd) Run(a *app) error {
+	return a.withClient(func(ctx context.Context, c *client) error {
+		answer, err := c.Abandon(ctx, &migratedv1.AbandonRequest{Id: r.ID, SourceIsGone: r.Gone})
+		if err != nil {
+			return c.explain(r.ID, err)
+		}
+		return a.told(answer.GetMigration())
+	})
+}
+
+// told says where the VM of a migration is that its operator has ended.
+func (a *app) told(m *migratedv1.Migration) error {
+	if a.json {
+		return a.printJSON(m)
+	}
+	a.printf("%s: %s\n", m.GetId(), m.GetError().GetVmStatus())
+	return nil
+}

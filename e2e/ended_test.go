@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"strings"
+	"syscall"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+const stateEnded = migratedv1.MigrationState_MIGRATION_STATE_ENDED
+
+// slowly moves a VM until it is at the destination. The sweep is slow, so that most of its memory is not.
+func (s *scene) slowly(id string) migratedv1.ControlServiceClient {
+	s.Helper()
+	client := control(s.T, s.lab.A)
+	spec := s.spec()
+	spec.Bandwidth = 4 << 20
+	if _, err := client.Start(testContext(s.T), &migratedv1.StartRequest{Id: id, Spec: spec}); err != nil {
+		s.Fatal(err)
+	}
+	m := await(s.T, client, id, func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
+	if m.GetState() != stateActive || m.GetLocation() != migratedv1.Location_LOCATION_DESTINATION {
+		s.Fatalf("migration is %v, the VM %v: %v", m.GetState(), m.GetLocation(), m.GetError())
+	}
+	return client
+}
+
+// monitor runs a line of QEMU's monitor for people on a host: what the guest could do, its devices are told by it.
+func monitor(t *testing.T, h *lab.Host, line string) {
+	t.Helper()
+	ask(t, h, "human-monitor-command", map[string]string{"command-line": line}, nil)
+}
+
+// TestVMEndsAfterTheSwitch: a VM that ends by itself while its memory follows is no failure, and nobody is told to run
+// the memory that is left of it, which is older than its disks.
+func TestVMEndsAfterTheSwitch(t *testing.T) {
+	const powerOff, resetNow = "o /h 0x604 0x2000", "o /b 0xcf9 6" // SLP_EN and S5 in PM1a_CNT; the chipset's reset register
+	for name, c := range map[string]struct {
+		extra  []string
+		end    func(t *testing.T, l *lab.Lab)
+		reason migratedv1.Reason
+		words  string
+	}{
+		"the guest powers off": {
+			end:    func(t *testing.T, l *lab.Lab) { monitor(t, l.B, powerOff) },
+			reason: migratedv1.Reason_REASON_GUEST_SHUTDOWN, words: "powered off",
+		},
+		"the guest resets, and QEMU ends then": {
+			extra:  []string{"-no-reboot"},
+			end:    func(t *testing.T, l *lab.Lab) { monitor(t, l.B, resetNow) },
+			reason: migratedv1.Reason_REASON_GUEST_RESET, words: "reset",
+		},
+		"the guest panics": {
+			extra:  []string{"-device", "pvpanic"},
+			end:    func(t *testing.T, l *lab.Lab) { monitor(t, l.B, "o /b 0x505 1") },
+			reason: migratedv1.Reason_REASON_GUEST_PANIC, words: "panicked",
+		},
+		"somebody has QEMU quit": {
+			end:    func(t *testing.T, l *lab.Lab) { ask(t, l.B, "quit", nil, nil) },
+			reason: migratedv1.Reason_REASON_QEMU_QUIT, words: "quit",
+		},
+		"somebody ends QEMU by a signal": {
+			end:    func(t *testing.T, l *lab.Lab) { kill(t, qemuOn(t, l.B), syscall.SIGTERM) },
+			reason: migratedv1.Reason_REASON_QEMU_SIGNALLED, words: "signal",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newHosts(t)
+			startDaemon(t, l.A)
+			there := startDaemon(t, l.B)
+			s := sceneOf(t, l, lab.VMConfig{MemoryMiB: 1024, Extra: c.extra}.WithDevices(1, 1))
+			client := s.slowly("ended")
+			c.end(t, l)
+			ended := func(h *lab.Host) {
+				t.Helper()
+				m := await(t, control(t, h), "ended", func(*migratedv1.Migration) bool { return false })
+				says := m.GetError()
+				if m.GetState() != stateEnded || says.GetReason() != c.reason || m.GetLocation() != migratedv1.Location_LOCATION_ENDED ||
+					!strings.Contains(says.GetMessage(), c.words) || strings.Contains(says.GetRemedy(), "fallback") {
+					t.Errorf("on host %s it is %v, the VM %v: %v", h.Name, m.GetState(), m.GetLocation(), says)
+				}
+			}
+			ended(l.A)
+			ended(l.B)
+			for _, h := range []*lab.Host{l.A, l.B} {
+				if pid := qemuOn(t, h); pid != 0 {
+					t.Errorf("QEMU process %d is left on host %s", pid, h.Name)
+				}
+			}
+			nothingKept(t, l.A)
+			_, err := client.FallBack(testContext(t), &migratedv1.FallBackRequest{Id: "ended", DestinationIsGone: true})
+			if status.Code(err) != codes.FailedPrecondition {
+				t.Errorf("falling back to older memory: %v", err)
+			}
+			if out, code := operate(t, l.A, "watch", "ended"); code != 7 || !strings.Contains(out, c.words) {
+				t.Errorf("watch: exit code %d: %s", code, out)
+			}
+			if err := there.Stop(testContext(t)); err != nil { // its source may not have heard
+				t.Error(err)
+			}
+			startDaemon(t, l.B)
+			ended(l.B)
+		})
+	}
+}
+
+// TestGuestResetsAfterTheSwitch: its QEMU goes on, and so does the move.
+func TestGuestResetsAfterTheSwitch(t *testing.T) {
+	l := newLab(t)
+	s := largeScene(t, l, 1)
+	client := s.slowly("reset")
+	ask(t, l.B, "system_reset", nil, nil)
+	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: "reset"}); err != nil {
+		t.Fatal(err)
+	}
+	m := await(t, client, "reset", func(*migratedv1.Migration) bool { return false })
+	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+	}
+	goesOn(t, l.B)
+}

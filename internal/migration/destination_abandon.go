@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// errAbandoned is why a migration ended whose source does not come back.
+var errAbandoned = errors.New("its operator declared the source gone: the VM could not have the rest of its memory, and was ended")
+
+// Abandon ends a VM that waits for memory of a source that is gone for good. The caller knows that it is; as long as
+// pages come it is not. It returns when QEMU has ended.
+func (d *Destination) Abandon(ctx context.Context) error {
+	if err := d.mayAbandon(); err != nil {
+		return err
+	}
+	d.cancel(errAbandoned)
+	select { // pump ends QEMU
+	case <-d.done:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	view, _ := d.Snapshot()
+	switch {
+	case view.GetError().GetReason() == migratedv1.Reason_REASON_ABANDONED:
+		return nil
+	case view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED:
+		return errors.New("the migration ended at this moment: see what became of it")
+	}
+	// It had failed before, and was left for its operator.
+	facts, err := readKept(d.cfg.Dir)
+	if err != nil {
+		return fmt.Errorf("which QEMU it is that the VM was moved to: %w", err)
+	}
+	d.left, d.vm = facts.QEMU, nil // that connection is closed
+	d.abandoned()
+	return d.kept.forget()
+}
+
+// mayAbandon refuses what is not lost.
+func (d *Destination) mayAbandon() error {
+	if d.fate.Load() != toldToRun {
+		return withRemedy(errors.New("the VM was not run here"), "cancel the migration at its source; it is given up here by itself, too")
+	}
+	view, _ := d.Snapshot()
+	switch view.GetState() {
+	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER,
+		migratedv1.MigrationState_MIGRATION_STATE_FAILED:
+		return nil
+	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.MigrationState_MIGRATION_STATE_ENDED:
+		return errOver
+	}
+	return withRemedy(errors.New("the connection to the source is not lost: the VM's memory comes"), "wait for the migration to complete")
+}
+
+// abandoned ends the VM. The caller holds mu.
+func (d *Destination) abandoned() {
+	d.log.Warn("abandoned: the VM ends", "reason", errAbandoned)
+	if d.vm != nil { // it may have something to write to its disks yet
+		ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
+		defer cancel()
+		if err := d.vm.Quit(ctx); err != nil {
+			d.log.Error("cannot end the destination QEMU", "error", err)
+		}
+	} else {
+		d.endQEMU()
+	}
+	where := whereabouts{migratedv1.Location_LOCATION_ENDED, "the VM was ended on the destination; its disks are as it left them there"}
+	if d.livesHere() {
+		where = whereabouts{migratedv1.Location_LOCATION_DESTINATION, "the VM's QEMU on the destination was told to end, and lives"}
+	}
+	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+		withRemedy(withReason(errAbandoned, migratedv1.Reason_REASON_ABANDONED), "start the VM anew from its disks"), where)
+}
+
+// orAbandon adds to the remedy of an error of pages that do not come what to do where they never will.
+func (d *Destination) orAbandon(err error) error {
+	if d.fate.Load() != toldToRun {
+		return err
+	}
+	return withRemedy(err, Remedy(err)+"; if the source is lost for good, and the memory of the VM with it: "+d.abandonCommand())
+}
+
+func (d *Destination) abandonCommand() string {
+	return "migrated abandon " + d.cfg.Request.GetId() + " --source-is-gone"
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// watched makes a peer that answers WatchIncoming like this once the VM was handed over.
+func (p *peer) watched(watch func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.watch = watch
+}
+
+// TestReleaseWhereTheDestinationKnowsNothing: a destination that has forgotten the migration is no reason to end it, and
+// its operator may.
+func TestReleaseWhereTheDestinationKnowsNothing(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	s.peer.watched(func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+		return status.Error(codes.NotFound, "unheard of")
+	})
+	s.source.Start()
+	view := s.shows(t, "knows nothing of it any more", "migrated release m1 --vm-is-at-destination", "migrated fallback m1")
+	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED ||
+		view.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN ||
+		view.GetError().GetReason() != migratedv1.Reason_REASON_MIGRATION_UNKNOWN {
+		t.Errorf("it is %v, the VM %v: %v", view.GetState(), view.GetLocation(), view.GetError())
+	}
+	if err := s.source.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "its operator declared")
+	if view, _ := s.source.Snapshot(); view.GetLocation() != migratedv1.Location_LOCATION_DESTINATION ||
+		view.GetError().GetReason() != migratedv1.Reason_REASON_RELEASED {
+		t.Errorf("the VM is %v: %v", view.GetLocation(), view.GetError())
+	}
+	if err := s.qemu.Wait(); err != nil {
+		t.Errorf("the source's QEMU: %v", err)
+	}
+	s.noRecord(t)
+}
+
+// TestReleaseIsRefused where the destination answers that it has not got all of the VM, and before the commit point.
+func TestReleaseIsRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer *migratedv1.WatchIncomingResponse
+		words  string
+	}{
+		"memory is missing": {&migratedv1.WatchIncomingResponse{
+			State:    migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE,
+			Location: migratedv1.Location_LOCATION_DESTINATION,
+		}, "needs memory"},
+		"its QEMU has ended": {&migratedv1.WatchIncomingResponse{
+			State:    migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+			Location: migratedv1.Location_LOCATION_NOWHERE,
+		}, "has not got the VM"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			asked := make(chan struct{})
+			s := newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
+				if attempt == 1 {
+					close(asked)
+				}
+				return nil, status.Error(codes.Unavailable, "a broken wire")
+			})
+			s.peer.watched(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+				return stream.Send(c.answer)
+			})
+			if err := s.source.Release(t.Context()); err == nil || Remedy(err) == "" {
+				t.Errorf("before the commit point: %v", err)
+			}
+			s.source.Start()
+			<-asked
+			if err := s.source.Release(t.Context()); err == nil || !strings.Contains(err.Error(), c.words) || Remedy(err) == "" {
+				t.Errorf("it is released: %v", err)
+			}
+			if !s.handedOver(t) {
+				t.Error("the record is gone")
+			}
+		})
+	}
+}
+
+// TestEndedVMIsNotContinued: a destination that says that the VM ended by itself, to a source of any version, says that
+// it failed, and why.
+func TestEndedVMIsNotContinued(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	s.peer.watched(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+		return stream.Send(&migratedv1.WatchIncomingResponse{
+			State:    migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+			Location: migratedv1.Location_LOCATION_ENDED,
+			Error:    &migratedv1.MigrationError{Message: "it powered off", Reason: migratedv1.Reason_REASON_GUEST_SHUTDOWN},
+		})
+	})
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_ENDED, "its guest powered off")
+	if err := s.source.FallBack(t.Context()); err == nil {
+		t.Error("its old memory is run")
+	}
+	if err := s.qemu.Wait(); err != nil {
+		t.Errorf("the source's QEMU: %v", err)
+	}
+	s.noRecord(t)
+}
+
+// TestDaemonThatEndsHasNotFailed: after the commit point the next daemon goes on, and nobody is told otherwise.
+func TestDaemonThatEndsHasNotFailed(t *testing.T) {
+	ctx, stop := context.WithCancelCause(t.Context())
+	s := newStage(t, ctx, runAtOnce)
+	s.peer.endless = true
+	s.source.Start()
+	for view, changed := s.source.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE; view, changed = s.source.Snapshot() {
+		if Terminal(view.GetState()) {
+			t.Fatal(view.GetError())
+		}
+		<-changed
+	}
+	stop(errors.New("the daemon was stopped"))
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE, "start the source's daemon again")
+	if view, _ := s.source.Snapshot(); view.GetLocation() != migratedv1.Location_LOCATION_DESTINATION ||
+		view.GetError().GetReason() != migratedv1.Reason_REASON_DAEMON_ENDED {
+		t.Errorf("the VM is %v: %v", view.GetLocation(), view.GetError())
+	}
+	if !s.handedOver(t) {
+		t.Error("the record is gone")
+	}
+}
+
+// TestReasonsCrossTheNetwork: what a destination says of an error is what its source says.
+func TestReasonsCrossTheNetwork(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		code codes.Code
+		want migratedv1.Reason
+	}{
+		{errQEMUGone, codes.FailedPrecondition, migratedv1.Reason_REASON_DESTINATION_QEMU_ENDED},
+		{errors.New("no room"), codes.ResourceExhausted, migratedv1.Reason_REASON_DESTINATION_REFUSED},
+		{errors.New("no route"), codes.Unavailable, migratedv1.Reason_REASON_UNREACHABLE},
+		{errPausedSince, codes.FailedPrecondition, migratedv1.Reason_REASON_INTERFERED},
+	} {
+		if got := reasonOf(fromPeer("do it", "there", ToStatus(c.code, c.err))); got != c.want {
+			t.Errorf("%v: %v instead of %v", c.err, got, c.want)
+		}
+	}
+}
