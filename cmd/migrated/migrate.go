@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
 	"github.com/migrated-vm/migrated/internal/config"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -24,6 +26,8 @@ type migrateCmd struct {
 	RequireSecure bool          `help:"Fail, before the VM is touched, where no security module can watch over the destination's userfaultfd (\"unsupervised\" in \"migrated status\")."`
 	Bandwidth     string        `placeholder:"BYTES/S" help:"Most that may cross the network of memory that the VM does not wait for, in bytes a second as QEMU writes them: 500M are 500 MiB. Pages that the VM waits for are neither held up nor counted. \"migrated bandwidth\" changes it later."`
 	Rehearse      bool          `help:"Do all but the commit, and say what the migration would cost: the VM stops for about as long as it would, and goes on here."`
+	FreezeLimit   time.Duration `placeholder:"DURATION" help:"How long the VM may stand still for the switch until it is given back to the source, as in 500ms; 10s where nothing is said."`
+	EarlyPause    time.Duration `name:"early-pause-limit" placeholder:"DURATION" help:"How long the VM may stand still for loading its devices early until that is not tried again; 1s where nothing is said."`
 	NoEarlyLoad   bool          `help:"Do not stop the VM for some milliseconds while it is prepared. By default the state of its devices is saved then and loaded by the destination, so that only what has changed is loaded while the VM stands still for the switch."`
 	PrepareOnly   bool          `xor:"mode" help:"Do all that can be done while the VM runs, then stop: \"migrated migrate --id ID\" switches over later."`
 	Detach        bool          `xor:"mode" help:"Return once the daemon has taken the migration on."`
@@ -109,7 +113,7 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 		case c.ID == "":
 			return nil, wrong("--vm and --to are needed; or --id alone, for a migration that was prepared")
 		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource || c.RequireSecure ||
-			c.Bandwidth != "" || c.Rehearse || c.NoEarlyLoad:
+			c.Bandwidth != "" || c.Rehearse || c.NoEarlyLoad || c.FreezeLimit != 0 || c.EarlyPause != 0:
 			return nil, wrong("a prepared migration is started as it was prepared, with --id alone")
 		}
 		return nil, nil
@@ -133,9 +137,16 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 	if err != nil {
 		return nil, wrong("--to %s: %v", c.To, err)
 	}
-	return &migratedv1.MigrationSpec{Vm: localPath(daemon, c.VM), Destination: to,
+	spec := &migratedv1.MigrationSpec{Vm: localPath(daemon, c.VM), Destination: to,
 		DestinationQmp: c.ToQMP, DestinationTemplate: c.Template, KeepSource: c.KeepSource, RequireSecure: c.RequireSecure,
-		Bandwidth: limit, Rehearse: c.Rehearse, NoEarlyLoad: c.NoEarlyLoad}, nil
+		Bandwidth: limit, Rehearse: c.Rehearse, NoEarlyLoad: c.NoEarlyLoad}
+	if c.FreezeLimit != 0 {
+		spec.FreezeLimit = durationpb.New(c.FreezeLimit)
+	}
+	if c.EarlyPause != 0 {
+		spec.EarlyPauseLimit = durationpb.New(c.EarlyPause)
+	}
+	return spec, nil
 }
 
 // withPort returns HOST:PORT, with the default port where host has none.

@@ -115,7 +115,7 @@ func validateSpec(spec *migratedv1.MigrationSpec) error {
 	if err := bandwidth.Check(spec.GetBandwidth()); err != nil {
 		return fmt.Errorf("bandwidth: %d: %w", spec.GetBandwidth(), err)
 	}
-	return nil
+	return migration.CheckBudgets(spec)
 }
 
 func (c *controlService) Get(_ context.Context, request *migratedv1.GetRequest) (*migratedv1.GetResponse, error) {

@@ -76,21 +76,22 @@ type Destination struct {
 	loadCtx    context.Context //nolint:containedctx // see above
 	cancelLoad context.CancelCauseFunc
 
-	fate       atomic.Int32 // see decide
-	mu         sync.Mutex   // serializes the peer's calls; guards what follows
-	phase      phase
-	reason     error // why phase is givenUp
-	answer     *migratedv1.RunResponse
-	vm         *qemu.VM
-	claim      qemu.Identity // of claimed; zero: none
-	process    *qemu.Process // nil: somebody else started QEMU
-	left       qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
-	blocks     []qemu.RAMBlock
-	discards   bool         // of its Facts
-	reserve    *reserve     // nil in a migration that was taken up
-	early      *earlyLoaded // nil: QEMU loads all of the devices' state when the VM has stopped
-	earlyCalls int          // of LoadEarlyState
-	taken      *inject.Taken
+	fate     atomic.Int32 // see decide
+	mu       sync.Mutex   // serializes the peer's calls; guards what follows
+	phase    phase
+	reason   error // why phase is givenUp
+	answer   *migratedv1.RunResponse
+	vm       *qemu.VM
+	claim    qemu.Identity // of claimed; zero: none
+	process  *qemu.Process // nil: somebody else started QEMU
+	facts    *keptFactsV1  // of a migration that was taken up
+	left     qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
+	blocks   []qemu.RAMBlock
+	discards bool         // of its Facts
+	reserve  *reserve     // nil in a migration that was taken up
+	early    *earlyLoaded // nil: QEMU loads all of the devices' state when the VM has stopped
+	steps    int          // that were expected, see expire
+	taken    *inject.Taken
 	// Of taken's userfaultfd.
 	supervision uffd.Supervision
 	label       string
@@ -176,12 +177,15 @@ func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 // Done is closed when the migration is over and everything it held released.
 func (d *Destination) Done() <-chan struct{} { return d.done }
 
-// expire gives up a destination that is still in that phase when the time has passed. The clock is the monotonic one.
+// expire gives up a destination that is still in that phase when the time has passed, and has not gone on since, to
+// come back to it perhaps. The clock is the monotonic one. The caller holds mu.
 func (d *Destination) expire(in phase, after time.Duration, why string) {
+	d.steps++
+	step := d.steps
 	time.AfterFunc(after, func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		if d.phase == in {
+		if d.phase == in && d.steps == step {
 			d.giveUp(fmt.Errorf("%s within %v", why, after))
 		}
 	})

@@ -27,10 +27,12 @@ type earlyLoaded struct {
 	size     int         // of earlyRoom
 }
 
+// close lets go of what was kept, once. QEMU has what it has loaded.
 func (e *earlyLoaded) close() {
 	if e != nil {
 		e.carrier.close()
 		earlyRoom.give(e.size)
+		e.sections, e.touched, e.size = nil, nil, 0
 	}
 }
 
@@ -41,14 +43,7 @@ type earlyStream = grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, 
 // ended.
 func (d *Destination) expectEarly() {
 	d.phase = awaitingEarly
-	calls := d.earlyCalls
-	time.AfterFunc(awaitingEarlyTimeout, func() {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		if d.phase == awaitingEarly && d.earlyCalls == calls {
-			d.giveUp(fmt.Errorf("the early state of the devices did not come within %v", awaitingEarlyTimeout))
-		}
-	})
+	d.expire(awaitingEarly, awaitingEarlyTimeout, "the early state of the devices did not come")
 }
 
 // LoadEarlyState has QEMU load the state that the devices had a moment ago. Unless it is wanted once more, the
@@ -59,7 +54,7 @@ func (d *Destination) LoadEarlyState(first *migratedv1.LoadEarlyStateRequest, st
 	if err := d.expect(awaitingEarly); err != nil {
 		return err
 	}
-	d.earlyCalls++
+	d.steps++
 	limit := earlyTimeout + timeToPrepare(d.cfg.Request.GetMachine()) // of another QEMU
 	late := fmt.Errorf("the early state was not loaded within %v", limit)
 	ctx, expire := context.WithTimeoutCause(d.loadCtx, limit, late)

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -83,7 +84,8 @@ func (d *Destination) load(
 	carrier *deviceCarrier, first *migratedv1.LoadDeviceStateRequest, stream deviceRequests,
 ) (*migratedv1.LoadDeviceStateResponse, error) {
 	defer carrier.close()
-	bounded, expire := context.WithTimeoutCause(d.loadCtx, loadTimeout, fmt.Errorf("it did not come within %v", loadTimeout))
+	limit := max(loadTimeout, 2*freezeLimit(d.cfg.Request.GetSpec()))
+	bounded, expire := context.WithTimeoutCause(d.loadCtx, limit, fmt.Errorf("it did not come within %v", limit))
 	defer expire()
 	ctx, cancel := context.WithCancelCause(bounded)
 	defer cancel(nil)
@@ -95,10 +97,14 @@ func (d *Destination) load(
 		}
 	}
 
+	var early []devicestate.Section // which release forgets
+	if d.early != nil {
+		early = d.early.sections
+	}
 	received := make(chan struct{})
 	receive := func() {
 		defer close(received)
-		if err := d.receive(ctx, carrier, stream); err != nil {
+		if err := d.receive(ctx, carrier, stream, early); err != nil {
 			cancel(err)
 		}
 	}
@@ -131,6 +137,7 @@ func (d *Destination) load(
 		}
 	}
 	<-received // all has been sent: the source waits for the answer
+	d.early.close()
 	answer := &migratedv1.LoadDeviceStateResponse{
 		Bytes: uint64(carrier.received), LoadTime: durationpb.New(ended.Sub(carrier.began)),
 	}
@@ -179,11 +186,13 @@ func (d *Destination) beginLoading(
 }
 
 // receive passes the stream to QEMU, all of it or the changes since the early state.
-func (d *Destination) receive(ctx context.Context, carrier *deviceCarrier, stream deviceRequests) error {
+func (d *Destination) receive(
+	ctx context.Context, carrier *deviceCarrier, stream deviceRequests, early []devicestate.Section,
+) error {
 	if d.early == nil {
 		return carrier.receiveFrom(stream)
 	}
-	return carrier.receiveChanges(stream, d.early.sections, func() error { return d.vm.UnmapRootComplex(ctx) })
+	return carrier.receiveChanges(stream, early, func() error { return d.vm.UnmapRootComplex(ctx) })
 }
 
 // foresee asks for what QEMU will read, before it waits for it.

@@ -70,15 +70,15 @@ func (d *Destination) run(
 	d.phase = running
 	reached("destination-told")
 	resumed := time.Now()
+	announced := d.announce(ctx)
 	if request.GetResume() {
-		announced := d.announce(ctx)
 		at, err := d.vm.Cont(ctx)
 		if err != nil {
 			return nil, d.contFailed(told, err)
 		}
 		resumed = at
-		go announced()
 	}
+	go announced() // of a paused VM when somebody continues it
 	reached("destination-runs")
 	d.releaseGC()
 	d.engine.StartSweep()
@@ -102,7 +102,8 @@ func (d *Destination) run(
 
 // announce has the VM's network cards say where they are as soon as it runs. QEMU by itself would do it when it has loaded,
 // when the VM may yet go on at the source: then switches would look for it here. And when the VM runs, QEMU's main loop
-// may soon wait for a page, and not hear of it. answered waits for QEMU's answer; nobody else has to.
+// may soon wait for a page, and not hear of it. Of a paused VM QEMU keeps it until somebody continues that. answered
+// waits for QEMU's answer; nobody else has to.
 func (d *Destination) announce(ctx context.Context) (answered func()) {
 	wait, err := d.vm.BeginAnnouncing(ctx)
 	return func() {

@@ -22,6 +22,8 @@
 //	        ◄─ loaded; prepared ──────────────
 //	  prepared: waits for Start                      prepared: waits for the device state
 //	                                                 (kept: facts, page states)
+//	  renew: all of that once more, where the early
+//	  state is old or the VM has other devices
 //	DEVICE                                         DEVICE
 //	        ── LoadDeviceState ───────────────►      QEMU answers
 //	        ◄─ it reads ──────────────────────
@@ -86,7 +88,7 @@
 //     either side or between them, and a cancellation too, the source continues
 //     the VM (if it ran) and tells the destination to give up. The destination
 //     runs it only when told by Run, which was never sent, so that the source
-//     need not wait for an answer before it continues.
+//     need not wait for an answer before it continues. A freeze is such a failure when it has lasted for freezeLimit.
 //   - From the commit point on the source does not continue the VM by itself,
 //     but where what has changed could not be sent, so that the destination was
 //     not told to run. Else it repeats Run until the destination answers. One answer gives the VM
@@ -142,6 +144,9 @@
 //	destination: all memory is here     closes QEMU's descriptor, if that was not done, and is COMPLETED
 //	                                    (files that say so stay for wordKept: the source may not know yet)
 //	destination: the VM ended           is ENDED, for as long
+//
+// Where somebody else has QEMU's monitor by then, which serves one client, both wait for it: a source whose VM stands
+// still continues it then, and a destination puts QEMU's settings back, also when its migration is over (putBackLater).
 //
 // Everything that a decision needs is in the files: QEMU is not asked, because
 // its main loop may be what waits for a page.

@@ -23,6 +23,7 @@ func newEarlyStage(t *testing.T, p *peer) *stage {
 	for range 8 {
 		devices = append(devices, "-device", "virtio-rng-pci")
 	}
+	devices = append(devices, "-device", "qemu-xhci,id=usb")
 	s := newStageWith(t, t.Context(), p, devices...)
 	for view, changed := s.source.Snapshot(); !view.GetPrepared(); view, changed = s.source.Snapshot() {
 		if Terminal(view.GetState()) {

@@ -37,13 +37,22 @@ func TestForgottenDestinationGivesUp(t *testing.T) {
 		t.Errorf("Run is answered with %v", err)
 	}
 
-	goesOn, over := fresh(loading), fresh(prepared)
+	goesOn, again, over := fresh(loading), fresh(awaitingEarly), fresh(prepared)
 	goesOn.expire(prepared, 0, "it was prepared and not started")
+	again.mu.Lock()
+	again.expire(awaitingEarly, 0, "the early state of the devices did not come")
+	again.steps++ // it came
+	again.mu.Unlock()
 	over.expire(prepared, 0, "it was prepared and not started") // after it, on the same clock
 	<-over.Done()
 	goesOn.mu.Lock()
 	defer goesOn.mu.Unlock()
 	if goesOn.phase != loading {
 		t.Errorf("one that loads was given up: %v", goesOn.reason)
+	}
+	again.mu.Lock()
+	defer again.mu.Unlock()
+	if again.phase != awaitingEarly {
+		t.Errorf("one that waits for the next try was given up: %v", again.reason)
 	}
 }

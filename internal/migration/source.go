@@ -28,11 +28,8 @@ const (
 	openTimeout    = 30 * time.Second // the VM runs meanwhile
 	prepareTimeout = 60 * time.Second
 	longestPrepare = 20 * time.Minute // of a VM that is preallocated
-	// deviceTimeout bounds how long the VM may stand still before the source
-	// continues it. The step takes milliseconds; QEMU 11.1 takes a second to load
-	// the state of sixteen devices behind ports of their own, and more for each
-	// that is added.
-	deviceTimeout = 10 * time.Second
+	// beginTimeout bounds the destination QEMU's beginning to load; the VM runs.
+	beginTimeout  = 10 * time.Second
 	resumeTimeout = 30 * time.Second
 	abortTimeout  = 10 * time.Second
 	quitTimeout   = 10 * time.Second
@@ -89,6 +86,8 @@ type Source struct {
 	// gaveUpDisks says that QEMU was asked to give the disks up.
 	gaveUpDisks bool
 	early       *snapshot // that the destination has loaded; nil: none
+	earlyAt     time.Time // when it was saved
+	devices     []string  // that the VM had when it was prepared
 	notEarly    error     // why there is to be none
 	// toldToRun says that the destination may have been told to run the VM, with the last of the devices' state.
 	toldToRun      bool
@@ -215,7 +214,11 @@ func (s *Source) run(ctx context.Context) {
 	s.log.Info("prepared", "vm", s.cfg.Spec.GetVm(), "destination", s.cfg.Spec.GetDestination(), "protocol", s.protocol)
 	reached("source-prepared")
 
-	if err := s.awaitStart(ctx); err != nil {
+	err := s.awaitStart(ctx)
+	if err == nil {
+		err = s.renew(ctx)
+	}
+	if err != nil {
 		s.backOut(ctx, err)
 		return
 	}

@@ -63,8 +63,9 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	}
 	reached("source-recorded")
 
-	ctx, expire := context.WithTimeoutCause(ctx, deviceTimeout,
-		fmt.Errorf("the device state did not move within %v", deviceTimeout))
+	limit := freezeLimit(s.cfg.Spec)
+	ctx, expire := context.WithTimeoutCause(ctx, limit, withRemedy(fmt.Errorf("the device state did not move within %v", limit),
+		"migrate it again; if it always takes that long, let the VM stand still for longer (--freeze-limit)"))
 	defer expire()
 	if err := s.stop(ctx); err != nil {
 		return causeOf(ctx, fmt.Errorf("stop the VM: %w", err))
@@ -99,6 +100,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	body := devicestate.Body(state)
 	if s.early != nil {
 		body, err = devicestate.Changes(s.early.sections, sections, s.readsOther)
+		s.early.close()
 		if err != nil {
 			return err
 		}
@@ -141,8 +143,8 @@ func (s *Source) openDeviceStream(ctx context.Context) (_ deviceStream, cancel c
 	destination := s.cfg.Spec.GetDestination()
 	ctx, end := context.WithCancelCause(ctx)
 	cancel = func() { end(nil) }
-	opening := time.AfterFunc(deviceTimeout, func() {
-		end(withRemedy(fmt.Errorf("the destination QEMU did not begin to load within %v", deviceTimeout),
+	opening := time.AfterFunc(beginTimeout, func() {
+		end(withRemedy(fmt.Errorf("the destination QEMU did not begin to load within %v", beginTimeout),
 			"see that the destination's host can be reached, and why its QEMU does not answer"))
 	})
 	defer opening.Stop()

@@ -26,10 +26,11 @@ type snapshot struct {
 	reads    map[int][]*migratedv1.Memory // of the sections: what loading them reads
 }
 
-// close gives back what it has of the process' memory.
+// close gives back what it has of the process' memory, once.
 func (e *snapshot) close() {
 	if e != nil {
 		earlyRoom.give(e.size)
+		*e = snapshot{}
 	}
 }
 
@@ -85,7 +86,10 @@ func (s *Source) prepareEarly(ctx context.Context) error {
 		if len(answer.GetMissed()) == 0 {
 			break // it is prepared
 		}
-		if missed = append(missed, answer.GetMissed()...); try+1 < earlyTries {
+		missed = append(missed, answer.GetMissed()...)
+		if err := s.mayPauseAgain(shown); err != nil {
+			failed = fmt.Errorf("%w; %w", failed, err)
+		} else if try+1 < earlyTries {
 			failed = nil
 		}
 	}
@@ -104,6 +108,7 @@ func (s *Source) useEarly(state *snapshot, answer *migratedv1.LoadEarlyStateResp
 	for _, p := range state.pages {
 		copied[earlyPage{int(p.GetBlock()), p.GetOffset()}] = p
 	}
+	s.earlyAt = time.Now()
 	state.pages, state.reads = nil, make(map[int][]*migratedv1.Memory, len(answer.GetReaders()))
 	for _, r := range answer.GetReaders() {
 		var pages []*migratedv1.Memory
@@ -127,6 +132,15 @@ func (s *Source) readsOther(section int) bool {
 		}
 	}
 	return false
+}
+
+// mayPauseAgain is nil if the VM has not stood still for too long already. A save under way cannot be bounded: QEMU
+// answers nobody until it has ended.
+func (s *Source) mayPauseAgain(shown *migratedv1.EarlyLoad) error {
+	if pause, limit := shown.GetPause().AsDuration(), earlyPauseLimit(s.cfg.Spec); pause > limit {
+		return fmt.Errorf("the VM has stood still for %v for it, and may for %v", pause, limit)
+	}
+	return nil
 }
 
 // takeSnapshot saves the devices' state of the running VM, and copies in the same pause what loading is known to read:
@@ -159,6 +173,9 @@ func (s *Source) takeSnapshot(
 	for try := 1; ; try++ {
 		saved, err := s.saveBriefly(ctx, wanted, shown)
 		if errors.Is(err, qemu.ErrTooShort) && try < tries {
+			if err := s.mayPauseAgain(shown); err != nil {
+				return nil, err
+			}
 			continue
 		}
 		if err != nil {
@@ -325,12 +342,8 @@ func (s *Source) startOver(ctx context.Context, reason error) bool {
 		return false
 	}
 	s.log.Warn("starting over without an early load", "reason", reason, "pause", pause)
-	s.release()
+	s.reset()
 	s.notEarly = reason
-	s.vm, s.ram, s.export, s.conn, s.peer, s.claim = nil, nil, nil, nil, nil, qemu.Identity{}
-	s.early, s.loaded, s.unguard = nil, nil, nil
-	s.stopped, s.stopTried, s.gaveUpDisks, s.toldToRun = make(chan struct{}), false, false, false
-	s.resumed, s.resumes = make(chan struct{}), nil
 	var before time.Duration // the pauses until now
 	s.update(func(m *migratedv1.Migration) {
 		before = m.GetEarlyLoad().GetPause().AsDuration()

@@ -50,6 +50,17 @@ func (s *Source) FallBack(ctx context.Context) error {
 	return nil
 }
 
+// announce has the VM's network cards say that they are here again: the destination may have said that they are there.
+func (s *Source) announce(ctx context.Context, vm *qemu.VM) {
+	wait, err := vm.BeginAnnouncing(ctx)
+	if err == nil {
+		err = wait(ctx)
+	}
+	if err != nil {
+		s.log.Warn("the VM's network cards were not announced; the network finds out when the VM sends", "error", err)
+	}
+}
+
 func (s *Source) fallBackCommand() string {
 	return "migrated fallback " + s.cfg.ID + " --destination-is-gone"
 }
@@ -64,8 +75,14 @@ func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err
 	if err == nil && !found {
 		err = fmt.Errorf("%s is not the QEMU that the VM was handed over from", s.cfg.Spec.GetVm())
 	}
-	if err == nil && s.wasRunning {
-		_, err = vm.Cont(ctx)
+	switch {
+	case err != nil:
+	case s.wasRunning:
+		if _, err = vm.Cont(ctx); err == nil {
+			s.announce(ctx, vm)
+		}
+	default: // it stays paused, and may be moved again: before 10.0 it has its disks when it is continued
+		_, err = vm.ActivateDisks(ctx)
 	}
 	if err == nil {
 		where.location, _, where.words = look(vm)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
@@ -119,6 +120,9 @@ func (s *Source) open(ctx context.Context) error {
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return askQEMU("source", err)
 	}
+	if s.devices, err = s.vm.UserDevices(ctx); err != nil {
+		return askQEMU("source", err)
+	}
 	s.update(func(m *migratedv1.Migration) {
 		m.VmName, m.Location = s.facts.Name, migratedv1.Location_LOCATION_SOURCE
 	})
@@ -203,8 +207,10 @@ func (s *Source) awaitStart(ctx context.Context) error {
 	}
 	// The destination ends the stream with a reason when it gives up.
 	ctx, cancel := context.WithCancelCause(ctx)
+	var watching sync.WaitGroup
+	defer watching.Wait() // it uses what renew makes anew
 	defer cancel(nil)
-	go func() { cancel(s.watchIdlePeer(ctx)) }()
+	watching.Go(func() { cancel(s.watchIdlePeer(ctx)) })
 	select {
 	case <-s.started:
 		return nil

@@ -40,6 +40,10 @@ type peer struct {
 	endless bool                                                                     // the last page never comes
 	watch   func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error // once it was told to run
 	limit   uint64                                                                   // that it was told last
+	misses  bool                                                                     // it never loads early, for want of a page
+	asked   int                                                                      // LoadEarlyState
+	spec    *migratedv1.MigrationSpec                                                // of the migration, without its ends; nil: nothing special
+	prepare int                                                                      // PrepareIncoming
 
 	mu      sync.Mutex
 	runs    int
@@ -51,6 +55,9 @@ type peer struct {
 }
 
 func (p *peer) PrepareIncoming(_ context.Context, r *migratedv1.PrepareIncomingRequest) (*migratedv1.PrepareIncomingResponse, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.prepare++
 	return &migratedv1.PrepareIncomingResponse{
 		Protocol: r.GetProtocol(), RamBlocks: r.GetMachine().GetRamBlocks(), Early: p.early && r.GetEarly(),
 	}, nil
@@ -60,6 +67,9 @@ func (p *peer) LoadEarlyState(
 	stream grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse],
 ) error {
 	answer := &migratedv1.LoadEarlyStateResponse{}
+	p.mu.Lock()
+	p.asked++
+	p.mu.Unlock()
 	for {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
@@ -68,7 +78,11 @@ func (p *peer) LoadEarlyState(
 		if err != nil {
 			return err
 		}
-		if len(m.GetSections()) > 0 {
+		switch {
+		case len(m.GetSections()) == 0:
+		case p.misses:
+			answer.Reason, answer.Missed = "a page is missing", []*migratedv1.Memory{{}}
+		default:
 			answer.Loaded = true
 		}
 	}
@@ -213,8 +227,13 @@ func newStageWith(t *testing.T, ctx context.Context, p *peer, devices ...string)
 	if s.records, err = OpenRecords(filepath.Join(dir, "records")); err != nil {
 		t.Fatal(err)
 	}
+	spec := &migratedv1.MigrationSpec{}
+	if p.spec != nil {
+		spec = p.spec
+	}
+	spec.Vm, spec.Destination = s.vm, listener.Addr().String()
 	s.source = NewSource(ctx, SourceConfig{
-		ID: "m1", Spec: &migratedv1.MigrationSpec{Vm: s.vm, Destination: listener.Addr().String()},
+		ID: "m1", Spec: spec,
 		Pages: s.pages, Records: s.records,
 		Dial: dialPlain,
 		Log:  slog.New(slog.DiscardHandler),

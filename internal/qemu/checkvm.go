@@ -182,23 +182,15 @@ func checkBlockers(ctx context.Context, vm *VM) ([]Result, error) {
 	return results, nil
 }
 
-// assignedDevices are the VM's VFIO devices. Users make them, so they are children of these two.
+// assignedDevices are the VM's VFIO devices.
 func (vm *VM) assignedDevices(ctx context.Context) (paths []string, err error) {
-	for _, parent := range []string{"/machine/peripheral", "/machine/peripheral-anon"} {
-		var children []struct {
-			Name string `json:"name"`
-			Type string `json:"type"`
-		}
-		if err := vm.QMP.Do(ctx, "qom-list", map[string]string{"path": parent}, &children); err != nil {
-			return nil, err
-		}
-		for _, c := range children {
-			if strings.HasPrefix(c.Type, "child<vfio") {
-				paths = append(paths, parent+"/"+c.Name)
-			}
+	devices, err := vm.UserDevices(ctx)
+	for _, d := range devices {
+		if path, kind, _ := strings.Cut(d, " "); strings.HasPrefix(kind, "child<vfio") {
+			paths = append(paths, path)
 		}
 	}
-	return paths, nil
+	return paths, err
 }
 
 func checkDisks(ctx context.Context, vm *VM) ([]Result, error) {

@@ -532,9 +532,16 @@ type MigrationSpec struct {
 	// Do not stop the VM for some milliseconds while it is prepared. Else the state
 	// of its devices is saved then, and loaded by the destination, so that only what
 	// has changed has to be loaded while the VM stands still.
-	NoEarlyLoad   bool `protobuf:"varint,9,opt,name=no_early_load,json=noEarlyLoad,proto3" json:"no_early_load,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	NoEarlyLoad bool `protobuf:"varint,9,opt,name=no_early_load,json=noEarlyLoad,proto3" json:"no_early_load,omitempty"`
+	// How long the VM may stand still for the switch until it is given back to the
+	// source, as long as the destination was not told to run it; unset: 10 s.
+	// 100 ms to 2 minutes.
+	FreezeLimit *durationpb.Duration `protobuf:"bytes,10,opt,name=freeze_limit,json=freezeLimit,proto3" json:"freeze_limit,omitempty"`
+	// How long the VM may have stood still for the early load until that is not
+	// tried again; unset: 1 s, at most a minute. A save under way ends by itself.
+	EarlyPauseLimit *durationpb.Duration `protobuf:"bytes,11,opt,name=early_pause_limit,json=earlyPauseLimit,proto3" json:"early_pause_limit,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *MigrationSpec) Reset() {
@@ -628,6 +635,20 @@ func (x *MigrationSpec) GetNoEarlyLoad() bool {
 		return x.NoEarlyLoad
 	}
 	return false
+}
+
+func (x *MigrationSpec) GetFreezeLimit() *durationpb.Duration {
+	if x != nil {
+		return x.FreezeLimit
+	}
+	return nil
+}
+
+func (x *MigrationSpec) GetEarlyPauseLimit() *durationpb.Duration {
+	if x != nil {
+		return x.EarlyPauseLimit
+	}
+	return nil
 }
 
 // Migration is one migration as one of its two daemons sees it.
@@ -2653,7 +2674,7 @@ var File_migrated_v1_control_proto protoreflect.FileDescriptor
 
 const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc3\x02\n" +
+	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x03\n" +
 	"\rMigrationSpec\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
@@ -2664,7 +2685,10 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x0erequire_secure\x18\x06 \x01(\bR\rrequireSecure\x12\x1c\n" +
 	"\tbandwidth\x18\a \x01(\x04R\tbandwidth\x12\x1a\n" +
 	"\brehearse\x18\b \x01(\bR\brehearse\x12\"\n" +
-	"\rno_early_load\x18\t \x01(\bR\vnoEarlyLoad\"\xcc\x05\n" +
+	"\rno_early_load\x18\t \x01(\bR\vnoEarlyLoad\x12<\n" +
+	"\ffreeze_limit\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\vfreezeLimit\x12E\n" +
+	"\x11early_pause_limit\x18\v \x01(\v2\x19.google.protobuf.DurationR\x0fearlyPauseLimit\"\xcc\x05\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -2940,84 +2964,86 @@ var file_migrated_v1_control_proto_goTypes = []any{
 	(*CheckResult)(nil),           // 37: migrated.v1.CheckResult
 	(*GetVersionRequest)(nil),     // 38: migrated.v1.GetVersionRequest
 	(*GetVersionResponse)(nil),    // 39: migrated.v1.GetVersionResponse
-	(*timestamppb.Timestamp)(nil), // 40: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 41: google.protobuf.Duration
+	(*durationpb.Duration)(nil),   // 40: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 41: google.protobuf.Timestamp
 }
 var file_migrated_v1_control_proto_depIdxs = []int32{
-	3,  // 0: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
-	0,  // 1: migrated.v1.Migration.state:type_name -> migrated.v1.MigrationState
-	6,  // 2: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
-	11, // 3: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
-	12, // 4: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
-	40, // 5: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
-	40, // 6: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
-	4,  // 7: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
-	9,  // 8: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
-	8,  // 9: migrated.v1.Migration.early_load:type_name -> migrated.v1.EarlyLoad
-	1,  // 10: migrated.v1.Migration.location:type_name -> migrated.v1.Location
-	41, // 11: migrated.v1.EarlyLoad.pause:type_name -> google.protobuf.Duration
-	41, // 12: migrated.v1.EarlyLoad.load_time:type_name -> google.protobuf.Duration
-	41, // 13: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
-	41, // 14: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
-	41, // 15: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
-	41, // 16: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
-	41, // 17: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
-	41, // 18: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
-	10, // 19: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
-	2,  // 20: migrated.v1.MigrationError.reason:type_name -> migrated.v1.Reason
-	41, // 21: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
-	41, // 22: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
-	41, // 23: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
-	41, // 24: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
-	41, // 25: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
-	41, // 26: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
-	6,  // 27: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
-	7,  // 28: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
-	6,  // 29: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
-	7,  // 30: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 31: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 32: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
-	41, // 33: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
-	7,  // 34: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 35: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 36: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 37: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 38: migrated.v1.ReleaseResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 39: migrated.v1.AbandonResponse.migration:type_name -> migrated.v1.Migration
-	37, // 40: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
-	5,  // 41: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
-	3,  // 42: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
-	13, // 43: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
-	15, // 44: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
-	17, // 45: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
-	19, // 46: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
-	21, // 47: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
-	23, // 48: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
-	25, // 49: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
-	27, // 50: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
-	29, // 51: migrated.v1.ControlService.Release:input_type -> migrated.v1.ReleaseRequest
-	31, // 52: migrated.v1.ControlService.Abandon:input_type -> migrated.v1.AbandonRequest
-	33, // 53: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
-	35, // 54: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
-	38, // 55: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
-	14, // 56: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
-	16, // 57: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
-	18, // 58: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
-	20, // 59: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
-	22, // 60: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
-	24, // 61: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
-	26, // 62: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
-	28, // 63: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
-	30, // 64: migrated.v1.ControlService.Release:output_type -> migrated.v1.ReleaseResponse
-	32, // 65: migrated.v1.ControlService.Abandon:output_type -> migrated.v1.AbandonResponse
-	34, // 66: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
-	36, // 67: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
-	39, // 68: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
-	56, // [56:69] is the sub-list for method output_type
-	43, // [43:56] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	40, // 0: migrated.v1.MigrationSpec.freeze_limit:type_name -> google.protobuf.Duration
+	40, // 1: migrated.v1.MigrationSpec.early_pause_limit:type_name -> google.protobuf.Duration
+	3,  // 2: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
+	0,  // 3: migrated.v1.Migration.state:type_name -> migrated.v1.MigrationState
+	6,  // 4: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
+	11, // 5: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
+	12, // 6: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
+	41, // 7: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
+	41, // 8: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
+	4,  // 9: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
+	9,  // 10: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
+	8,  // 11: migrated.v1.Migration.early_load:type_name -> migrated.v1.EarlyLoad
+	1,  // 12: migrated.v1.Migration.location:type_name -> migrated.v1.Location
+	40, // 13: migrated.v1.EarlyLoad.pause:type_name -> google.protobuf.Duration
+	40, // 14: migrated.v1.EarlyLoad.load_time:type_name -> google.protobuf.Duration
+	40, // 15: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
+	40, // 16: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
+	40, // 17: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
+	40, // 18: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
+	40, // 19: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
+	40, // 20: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
+	10, // 21: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
+	2,  // 22: migrated.v1.MigrationError.reason:type_name -> migrated.v1.Reason
+	40, // 23: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
+	40, // 24: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
+	40, // 25: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
+	40, // 26: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
+	40, // 27: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
+	40, // 28: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
+	6,  // 29: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
+	7,  // 30: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
+	6,  // 31: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
+	7,  // 32: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 33: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 34: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
+	40, // 35: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
+	7,  // 36: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 37: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 38: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 39: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 40: migrated.v1.ReleaseResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 41: migrated.v1.AbandonResponse.migration:type_name -> migrated.v1.Migration
+	37, // 42: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
+	5,  // 43: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
+	3,  // 44: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
+	13, // 45: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
+	15, // 46: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
+	17, // 47: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
+	19, // 48: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
+	21, // 49: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
+	23, // 50: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
+	25, // 51: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
+	27, // 52: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
+	29, // 53: migrated.v1.ControlService.Release:input_type -> migrated.v1.ReleaseRequest
+	31, // 54: migrated.v1.ControlService.Abandon:input_type -> migrated.v1.AbandonRequest
+	33, // 55: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
+	35, // 56: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
+	38, // 57: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
+	14, // 58: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
+	16, // 59: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
+	18, // 60: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
+	20, // 61: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
+	22, // 62: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
+	24, // 63: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
+	26, // 64: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
+	28, // 65: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
+	30, // 66: migrated.v1.ControlService.Release:output_type -> migrated.v1.ReleaseResponse
+	32, // 67: migrated.v1.ControlService.Abandon:output_type -> migrated.v1.AbandonResponse
+	34, // 68: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
+	36, // 69: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
+	39, // 70: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
+	58, // [58:71] is the sub-list for method output_type
+	45, // [45:58] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_control_proto_init() }

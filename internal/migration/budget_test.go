@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+func TestCheckBudgets(t *testing.T) {
+	for _, c := range []struct {
+		freeze, pause *durationpb.Duration
+		wrong         string
+	}{
+		{nil, nil, ""},
+		{durationpb.New(100 * time.Millisecond), durationpb.New(0), ""},
+		{durationpb.New(2 * time.Minute), durationpb.New(time.Minute), ""},
+		{durationpb.New(0), nil, "freeze_limit"},
+		{durationpb.New(3 * time.Minute), nil, "freeze_limit"},
+		{nil, durationpb.New(-1), "early_pause_limit"},
+		{nil, durationpb.New(time.Hour), "early_pause_limit"},
+		{&durationpb.Duration{Seconds: 1, Nanos: -1}, nil, "freeze_limit"},
+	} {
+		err := CheckBudgets(&migratedv1.MigrationSpec{FreezeLimit: c.freeze, EarlyPauseLimit: c.pause})
+		if (err != nil) != (c.wrong != "") || err != nil && !strings.HasPrefix(err.Error(), c.wrong) {
+			t.Errorf("freeze %v, pause %v: %v", c.freeze, c.pause, err)
+		}
+	}
+	far := &migratedv1.MigrationSpec{FreezeLimit: durationpb.New(time.Hour)} // of a peer, which is not checked
+	if got := freezeLimit(far); got != longestFreeze {
+		t.Errorf("a peer's limit is %v", got)
+	}
+}
+
+// A VM that has stood still for as long as it may is given back.
+func TestFreezeLimit(t *testing.T) {
+	p := &peer{run: runAtOnce, spec: &migratedv1.MigrationSpec{FreezeLimit: durationpb.New(shortestFreeze)}}
+	p.load = func(ctx context.Context) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	s := newStageWith(t, t.Context(), p)
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "did not move within "+shortestFreeze.String())
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if p.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {
+		t.Errorf("%d hand-overs", p.runs)
+	}
+}
+
+// An early load is not tried again once the VM has stood still for it as long as it may.
+func TestEarlyPauseLimit(t *testing.T) {
+	for name, c := range map[string]struct {
+		limit *durationpb.Duration
+		asked int
+		says  string
+	}{
+		"none": {durationpb.New(0), 2, "and may for 0s"}, // the second without a state
+		"long": {durationpb.New(time.Minute), earlyTries, "a page is missing"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &peer{run: runAtOnce, early: true, misses: true, spec: &migratedv1.MigrationSpec{EarlyPauseLimit: c.limit}}
+			var devices []string
+			for range 8 {
+				devices = append(devices, "-device", "virtio-rng-pci")
+			}
+			s := newStageWith(t, t.Context(), p, devices...)
+			s.source.Start()
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+			view, _ := s.source.Snapshot()
+			early := view.GetEarlyLoad()
+			if p.asked < c.asked || early.GetLoaded() || !strings.Contains(early.GetReason(), c.says) || early.GetPause().AsDuration() <= 0 {
+				t.Errorf("asked %d times: %v", p.asked, early)
+			}
+			if name == "none" && p.asked != c.asked {
+				t.Errorf("it was tried again: asked %d times", p.asked)
+			}
+		})
+	}
+}

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// What was prepared of another VM than there is when it is started is prepared afresh, while the VM runs.
+func TestRenew(t *testing.T) {
+	for name, c := range map[string]struct {
+		change   func(t *testing.T, s *stage)
+		prepares int
+	}{
+		"all as it was":      {func(*testing.T, *stage) {}, 1},
+		"an old early state": {func(_ *testing.T, s *stage) { s.source.earlyAt = time.Now().Add(-time.Hour) }, 2},
+		"a device was plugged": {func(t *testing.T, s *stage) {
+			client, err := qmp.Dial(t.Context(), s.other)
+			if err != nil {
+				t.Fatal(err)
+			}
+			plug := map[string]string{"driver": "usb-tablet", "id": "late", "bus": "usb.0"}
+			if err := errors.Join(client.Do(t.Context(), "device_add", plug, nil), client.Disconnect()); err != nil {
+				t.Fatal(err)
+			}
+		}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &peer{run: runAtOnce}
+			s := newEarlyStage(t, p)
+			before, _ := s.source.Snapshot()
+			c.change(t, s)
+			p.load = func(context.Context) error {
+				if kept := earlyRoom.taken.Load(); kept != 0 {
+					t.Errorf("%d bytes of early states are kept after the last that needed them", kept)
+				}
+				return nil
+			}
+			s.source.Start()
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+			view, _ := s.source.Snapshot()
+			if early := view.GetEarlyLoad(); p.prepare != c.prepares || !early.GetLoaded() || p.told == nil || p.runs != 0 {
+				t.Errorf("prepared %d times: %v", p.prepare, early)
+			}
+			if again := view.GetEarlyLoad().GetPause().AsDuration() > before.GetEarlyLoad().GetPause().AsDuration(); again != (c.prepares > 1) {
+				t.Errorf("pauses of %v, then %v", before.GetEarlyLoad().GetPause(), view.GetEarlyLoad().GetPause())
+			}
+		})
+	}
+}
