@@ -145,6 +145,9 @@ func (d *Destination) release() {
 	switch {
 	case d.leave:
 		end = d.kept.close
+	case d.kept.header().filled.Load() != 0 && d.kept.header().settled.Load() == 0 && d.owesSettings():
+		end = d.kept.close
+		defer d.putBackLater()
 	case d.kept.header().filled.Load() != 0, d.kept.header().ended.Load() != 0:
 		d.kept.header().settled.Store(1)
 		end = d.kept.close

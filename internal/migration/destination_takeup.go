@@ -13,7 +13,6 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -64,7 +63,7 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	d := NewDestination(ctx, cfg)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.kept, d.left = k, facts.QEMU
+	d.kept, d.facts, d.left = k, facts, facts.QEMU
 	if k.header().toldToRun.Load() != 0 {
 		d.phase = running
 		d.decide(toldToRun)
@@ -153,9 +152,9 @@ func (d *Destination) takeUpFilled(facts *keptFactsV1) {
 		defer close(d.done)
 		defer d.release()
 		defer d.cancel(nil)
-		vm, err := d.attachOnce(facts)
-		if err != nil { // it may have ended since, as any VM may
-			d.log.Warn("QEMU's settings are not put back", "error", err)
+		vm, err := attachTo(d.ctx, facts)
+		if err != nil { // it may have ended since, as any VM may; else see putBackLater
+			d.log.Warn("QEMU's settings are not put back yet", "error", err)
 			return
 		}
 		d.closeRemote(facts.QEMU.PID, facts.RemoteFD)
@@ -170,7 +169,7 @@ func (d *Destination) takeUpFilled(facts *keptFactsV1) {
 func (d *Destination) attachAgain(facts *keptFactsV1) {
 	defer close(d.attaching)
 	for {
-		vm, err := d.attachOnce(facts)
+		vm, err := attachTo(d.ctx, facts)
 		if err == nil {
 			vm.PutBack(facts.Settings)
 			d.mu.Lock()
@@ -206,19 +205,6 @@ func (d *Destination) awaitAttached(failure error) {
 	}
 	d.cancel(failure)
 	<-d.attaching
-}
-
-func (d *Destination) attachOnce(facts *keptFactsV1) (*qemu.VM, error) {
-	ctx, cancel := context.WithTimeout(d.ctx, attachTimeout)
-	defer cancel()
-	vm, err := qemu.Attach(ctx, facts.QMP)
-	if err != nil {
-		return nil, fmt.Errorf("attach to the destination QEMU: %w", err)
-	}
-	if identity, err := vm.Identity(); err != nil || identity != facts.QEMU {
-		return nil, errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", facts.QMP, vm.Pid), err, vm.Close())
-	}
-	return vm, nil
 }
 
 // errQEMUGone is why a migration that was left is over.

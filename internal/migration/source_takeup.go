@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
 
@@ -40,7 +41,7 @@ func TakeUpSource(ctx context.Context, cfg SourceConfig, rec Record) (*Source, e
 		return s, nil
 	}
 	err := s.takeUp(ctx, rec)
-	go s.runTakenUp(ctx, err)
+	go s.runTakenUp(ctx, rec, err)
 	return s, nil
 }
 
@@ -148,10 +149,31 @@ func inOrder(rec Record, now []qemu.RAMBlock) ([]qemu.RAMBlock, error) {
 	return blocks, nil
 }
 
-func (s *Source) runTakenUp(ctx context.Context, err error) {
+// takeUpAgain takes up what could not be when the daemon started, because QEMU's monitor was somebody else's: the VM
+// stands still until then.
+func (s *Source) takeUpAgain(ctx context.Context, rec Record, err error) error {
+	for err != nil && s.vm == nil && rec.Alive() {
+		s.log.Warn("the VM's QEMU does not answer yet", "error", err)
+		state := migratedv1.MigrationState_MIGRATION_STATE_DEVICE
+		where := whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was about to stop on the source"}
+		if rec.Committed {
+			state, where = migratedv1.MigrationState_MIGRATION_STATE_HANDOVER, s.whereHandedOver()
+		}
+		s.fail(state, withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err),
+			"have whoever is connected to "+rec.VM+" leave it: QEMU serves one client there, and the VM waits for this daemon"), where)
+		if sleep(ctx, time.Second) != nil {
+			return err
+		}
+		err = s.takeUp(ctx, rec)
+	}
+	return err
+}
+
+func (s *Source) runTakenUp(ctx context.Context, rec Record, err error) {
 	defer close(s.done)
 	defer s.cancel(nil)
 	defer s.release()
+	err = s.takeUpAgain(ctx, rec, err)
 	switch {
 	case errors.Is(err, errContinued) && s.committed && s.peer != nil:
 		s.takeBack(ctx)

@@ -181,6 +181,44 @@ func TestTakenUpSourceContinuesItsVM(t *testing.T) {
 	s.noRecord(t)
 }
 
+// Somebody else has QEMU's monitor when the daemon is started again: the VM is continued when it is free.
+func TestTakenUpSourceWaitsForItsMonitor(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	if err := s.source.Cancel(); err != nil {
+		t.Fatal(err)
+	}
+	<-s.source.Done()
+	s.command(t, "stop")
+	vm, err := qemu.Attach(t.Context(), s.vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	identity, err := vm.Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec, err := protojson.Marshal(s.source.cfg.Spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec := Record{Protocol: 2, ID: "m1", VM: s.vm, Identity: identity, Spec: spec, Token: "token", WasRunning: true, HandedOver: time.Now()}
+	if err := s.records.Prepare(rec); err != nil {
+		t.Fatal(err)
+	}
+	s.takeUp(t) // vm has the monitor
+	if view, _ := s.source.Snapshot(); Terminal(view.GetState()) {
+		t.Errorf("it gave up: %v", view)
+	}
+	if err := vm.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	s.noRecord(t)
+}
+
 // command is what somebody else at QEMU's other monitor says.
 func (s *stage) command(t *testing.T, name string) {
 	t.Helper()

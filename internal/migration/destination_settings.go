@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+)
+
+// owesSettings says whether the VM's QEMU still has the settings that Prepare gave it: this daemon took the migration up,
+// and has not got QEMU's monitor, which somebody else holds.
+func (d *Destination) owesSettings() bool {
+	return d.vm == nil && d.facts != nil && d.facts.Settings != nil && d.facts.QEMU.Alive()
+}
+
+// putBackLater puts QEMU's settings back when its monitor is free. The migration is over; its files stay until then, for
+// a daemon that is started before.
+func (d *Destination) putBackLater() {
+	facts := d.facts
+	d.log.Warn("QEMU's monitor is somebody else's: its settings are put back when it is free", "monitor", facts.QMP)
+	go func() {
+		const longest = 30 * time.Second
+		for pause := time.Second / 2; ; pause = min(2*pause, longest) {
+			if sleep(d.daemon, pause) != nil {
+				return
+			}
+			vm, err := attachTo(d.daemon, facts)
+			if err != nil && facts.QEMU.Alive() {
+				continue
+			}
+			if err == nil {
+				vm.PutBack(facts.Settings)
+				err = vm.Close()
+			}
+			d.log.Info("QEMU's settings are put back", "error", err)
+			d.word.keep(d.Forget)
+			d.Forget()
+			return
+		}
+	}()
+}
+
+// attachTo connects to the QEMU of a migration that was kept, once.
+func attachTo(ctx context.Context, facts *keptFactsV1) (*qemu.VM, error) {
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
+	vm, err := qemu.Attach(ctx, facts.QMP)
+	if err != nil {
+		return nil, fmt.Errorf("attach to the destination QEMU: %w", err)
+	}
+	if identity, err := vm.Identity(); err != nil || identity != facts.QEMU {
+		return nil, errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", facts.QMP, vm.Pid), err, vm.Close())
+	}
+	return vm, nil
+}
