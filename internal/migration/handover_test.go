@@ -207,6 +207,13 @@ func TestContinuedVMIsNotServed(t *testing.T) {
 			t.Fatal("the pages of a running VM are served")
 		}
 	}
+	for view, changed := s.source.Snapshot(); !strings.Contains(view.GetError().GetRemedy(), "both write to the same disks"); {
+		if Terminal(view.GetState()) {
+			t.Fatal(view)
+		}
+		<-changed
+		view, changed = s.source.Snapshot()
+	}
 }
 
 // A cancellation before the commit point wins.

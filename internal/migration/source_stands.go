@@ -109,6 +109,13 @@ func (s *Source) continued() {
 	close(s.resumed)
 	s.export.Withdraw()
 	s.log.Warn("the VM was continued on the source, its pages are served no more")
+	if s.runsThere.Load() {
+		s.update(func(m *migratedv1.Migration) {
+			if !Terminal(m.GetState()) {
+				m.Error = runsTwiceError()
+			}
+		})
+	}
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
 	if !s.committed {
