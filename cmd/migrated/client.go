@@ -41,6 +41,8 @@ func (a *app) connect() (*client, error) {
 		return nil, err
 	}
 	conn, err := grpc.NewClient("passthrough:///"+t.address,
+		grpc.WithUnaryInterceptor(a.readAnswer),
+		grpc.WithStreamInterceptor(a.readStream),
 		grpc.WithTransportCredentials(creds),
 		grpc.WithAuthority("localhost"), // a socket's path is none
 		grpc.WithNoProxy(),

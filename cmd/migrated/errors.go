@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/printable"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -60,8 +61,8 @@ func (a *app) report(err error) int {
 	return f.exit
 }
 
-// indent sets the further lines of a text of several lines off.
-func indent(text string) string { return strings.ReplaceAll(text, "\n", "\n    ") }
+// indent sets the further lines of a text of several lines off. Errors of calls come this way alone, and may quote others.
+func indent(text string) string { return strings.ReplaceAll(printable.Text(text), "\n", "\n    ") }
 
 // explain turns the error of a call into a failure. id is the migration that
 // the call was about, empty where it was about none.

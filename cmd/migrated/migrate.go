@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/migrated-vm/migrated/internal/config"
@@ -86,12 +88,19 @@ func (c *migrateCmd) Run(a *app) error {
 
 // begin has the daemon prepare or start the migration.
 func (c *migrateCmd) begin(ctx context.Context, cl *client, spec *migratedv1.MigrationSpec) (*migratedv1.Migration, error) {
+	id := c.ID
+	explain := func(err error) error {
+		if status.Code(err) == codes.FailedPrecondition && spec != nil {
+			id = "" // there is no such migration
+		}
+		return cl.explain(id, err)
+	}
 	if c.PrepareOnly {
 		answer, err := cl.Prepare(ctx, &migratedv1.PrepareRequest{Id: c.ID, Spec: spec})
-		return answer.GetMigration(), cl.explain(c.ID, err)
+		return answer.GetMigration(), explain(err)
 	}
 	answer, err := cl.Start(ctx, &migratedv1.StartRequest{Id: c.ID, Spec: spec})
-	return answer.GetMigration(), cl.explain(c.ID, err)
+	return answer.GetMigration(), explain(err)
 }
 
 // detached says what was begun and how to see more of it.

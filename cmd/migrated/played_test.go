@@ -108,6 +108,13 @@ func at(id string, after time.Duration, state migratedv1.MigrationState, present
 
 const ms = time.Millisecond
 
+// loud is a migration of a VM whose name and QEMU would repaint a terminal.
+func loud(id string) *migratedv1.Migration {
+	m := at(id, 0, failed, 0)
+	m.VmName, m.Error = "db\x1b[2J", &migratedv1.MigrationError{Message: "QEMU says \u009b1m\nand \u202emore"}
+	return m
+}
+
 // scenes are what Watch plays, by id. A nil message ends the stream with
 // UNAVAILABLE; what follows it is for the next Watch of the id.
 var scenes = map[string][]*migratedv1.Migration{
@@ -116,7 +123,10 @@ var scenes = map[string][]*migratedv1.Migration{
 		at("db-1", 310*ms, active, 64), at("db-1", 800*ms, active, 60_000), // left out: less than 1 s after
 		at("db-1", 1310*ms, active, 113_000), at("db-1", 2150*ms, completed, 262144),
 	},
-	"bad-3":    {at("bad-3", 0, setup, 0), at("bad-3", 100*ms, device, 0), at("bad-3", 150*ms, failed, 0)},
+	"bad-3": {at("bad-3", 0, setup, 0), at("bad-3", 100*ms, device, 0), at("bad-3", 150*ms, failed, 0)},
+	// Ends while it is watched; see Cancel.
+	"ends-11":  {prepared("ends-11", 0), at("ends-11", 90*ms, cancelled, 0)},
+	"loud-12":  {loud("loud-12"), loud("loud-12")},
 	"old-4":    {at("old-4", 0, setup, 0), at("old-4", 90*ms, cancelled, 0)},
 	"paused-5": {at("paused-5", 0, active, 9000), at("paused-5", 10*ms, paused, 9000), at("paused-5", 20*ms, resumed, 9000), at("paused-5", 30*ms, active, 9000), at("paused-5", 40*ms, completed, 262144)},
 	"lost-7":   {at("lost-7", 0, active, 9000), nil},
@@ -249,6 +259,8 @@ func refusal(code codes.Code, message, remedy string) error {
 
 func (p *played) Cancel(_ context.Context, r *migratedv1.CancelRequest) (*migratedv1.CancelResponse, error) {
 	switch r.GetId() {
+	case "ends-11":
+		return &migratedv1.CancelResponse{Migration: prepared("ends-11", 0)}, nil
 	case "old-4":
 		return &migratedv1.CancelResponse{Migration: at("old-4", 90*ms, cancelled, 0)}, nil
 	case "db-1":

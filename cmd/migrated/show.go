@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -82,7 +83,7 @@ func (s *statusCmd) Run(a *app) error {
 func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fact := func(name, format string, args ...any) {
-		fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...))
+		fmt.Fprintf(w, "%s\t%s\n", name, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "\n\t"))
 	}
 	p, spec := m.GetProgress(), m.GetSpec()
 	fact("Migration", "%s", m.GetId())
@@ -200,6 +201,12 @@ func (cc *cancelCmd) Run(a *app) error {
 			return c.explain(cc.ID, err)
 		}
 		m := answer.GetMigration()
+		if !isTerminal(m.GetState()) { // the VM is given back meanwhile
+			unseen := &throttled{print: func(*migratedv1.Migration) {}}
+			if m, err = c.follow(cc.ID, unseen, toTheEnd); err != nil {
+				return err
+			}
+		}
 		if a.json {
 			return a.printJSON(m)
 		}

@@ -80,7 +80,8 @@ func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*mig
 		s, busy = c.daemon.migrations.addSource(id, spec.GetVm(), create)
 	}
 	if busy != "" {
-		return nil, status.Errorf(codes.FailedPrecondition, "this VM is being migrated already, by migration %s; follow it with 'migrated watch %s'", busy, busy)
+		return nil, migration.ToStatus(codes.FailedPrecondition, migration.WithRemedy(
+			fmt.Errorf("this VM is being migrated already, by migration %s", busy), fmt.Sprintf("follow it with 'migrated watch %s'", busy)))
 	}
 	if view, _ := s.Snapshot(); !proto.Equal(view.GetSpec(), spec) {
 		return nil, status.Errorf(codes.AlreadyExists, "migration %s exists with another specification; choose another id", id)

@@ -45,6 +45,11 @@ func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.P
 	if err := p.daemon.maySend(ctx, request.GetMachine().GetName()); err != nil {
 		return nil, err
 	}
+	if p.daemon.migrations.source(request.GetId()) != nil && request.GetDestinationQmp() == "" {
+		return nil, migration.ToStatus(codes.FailedPrecondition, migration.WithRemedy(
+			errors.New("the destination is the VM's own host: a QEMU that is started like the VM's would have its files and sockets"),
+			"name another host; or start a QEMU here yourself, with files and sockets of its own, and name it with --to-qmp"))
+	}
 	if err := absoluteAddresses(ctx, request); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/version"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
@@ -161,7 +162,7 @@ func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 			Role:   migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION,
 			State:  migratedv1.MigrationState_MIGRATION_STATE_SETUP,
 			Spec:   request.GetSpec(),
-			VmName: request.GetMachine().GetName(),
+			VmName: printable.Line(request.GetMachine().GetName()),
 		}),
 		cfg:  cfg,
 		log:  cfg.Log.With("migration", request.GetId(), "role", "destination"),

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/printable"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -48,6 +49,9 @@ func withRemedy(err error, remedy string) error {
 	return &remediedError{err: err, remedy: remedy}
 }
 
+// WithRemedy adds to err what an operator can do about it.
+func WithRemedy(err error, remedy string) error { return withRemedy(err, remedy) }
+
 // Remedy is what an operator can do about err; empty where that is not known.
 func Remedy(err error) string { return describe(err).GetRemedy() }
 
@@ -63,6 +67,7 @@ func askQEMU(which string, err error) error {
 // describe turns err into what the API shows.
 func describe(err error) *migratedv1.MigrationError {
 	shown := &migratedv1.MigrationError{Message: err.Error(), Reason: reasonOf(err)}
+	defer printable.Valid(shown)
 	var remedied *remediedError
 	if errors.As(err, &remedied) {
 		shown.Remedy = remedied.remedy

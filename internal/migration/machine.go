@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"unicode/utf8"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -20,6 +22,13 @@ func machineOf(facts *qemu.Facts, qmpPath string) (*migratedv1.SourceMachine, er
 		Name: facts.Name, QemuVersion: facts.Version.String(), MachineType: facts.MachineType,
 		CommandLine: facts.CommandLine, WorkingDirectory: facts.WorkingDirectory,
 		Uid: facts.UID, Gid: facts.GID, Groups: facts.Groups, QmpPath: qmpPath,
+	}
+	for _, text := range slices.Concat([]string{machine.Name, machine.WorkingDirectory, qmpPath}, machine.CommandLine) {
+		if !utf8.ValidString(text) {
+			return nil, withRemedy(withReason(
+				fmt.Errorf("%q, of the VM's command line, is no UTF-8, and cannot be told to the destination", text),
+				migratedv1.Reason_REASON_VM_REFUSED), "start the VM with names and paths in UTF-8")
+		}
 	}
 	for _, b := range facts.RAMBlocks {
 		block := &migratedv1.RamBlock{

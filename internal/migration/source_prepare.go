@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
+	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/version"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
@@ -124,7 +125,7 @@ func (s *Source) open(ctx context.Context) error {
 		return askQEMU("source", err)
 	}
 	s.update(func(m *migratedv1.Migration) {
-		m.VmName, m.Location = s.facts.Name, migratedv1.Location_LOCATION_SOURCE
+		m.VmName, m.Location = printable.Line(s.facts.Name), migratedv1.Location_LOCATION_SOURCE
 	})
 	return s.openRAM(movable(s.facts.RAMBlocks))
 }

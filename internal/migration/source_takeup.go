@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -123,7 +124,7 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	if err := s.offer(); err != nil {
 		return err
 	}
-	s.update(func(m *migratedv1.Migration) { m.VmName, m.Prepared = s.facts.Name, true })
+	s.update(func(m *migratedv1.Migration) { m.VmName, m.Prepared = printable.Line(s.facts.Name), true })
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/migrated-vm/migrated/internal/printable"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -42,6 +43,7 @@ func (t *Tracker) update(change func(*migratedv1.Migration)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	change(t.view)
+	printable.Valid(t.view) // QEMU's words are in it, and what others have named so
 	t.view.UpdateTime = timestamppb.New(time.Now())
 	close(t.changed)
 	t.changed = make(chan struct{})

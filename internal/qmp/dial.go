@@ -22,11 +22,18 @@ import (
 // it as soon as its main loop turns.
 const greetingTimeout = 5 * time.Second
 
+// maxSocketPath is the longest path of a socket, which ends with a zero (sun_path, unix(7)).
+const maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
+
 // Dial connects to the QMP Unix socket at path and negotiates. The greeting decides whether it is one: a
 // *NotQMPError says that it is not, a *BusyError that another client holds it. Errors of connect(2), such as
 // fs.ErrNotExist, can be found with errors.Is.
 func Dial(ctx context.Context, path string) (*Client, error) {
 	var dialer net.Dialer
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("connect to the QMP socket: its path %s has %d bytes, and a socket's may have %d: "+
+			"give it by a shorter one, a symbolic link to its directory say", path, len(path), maxSocketPath)
+	}
 	plain, err := dialer.DialContext(ctx, "unix", path)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the QMP socket: %w%s", err, connectRemedy(err))
