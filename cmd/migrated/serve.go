@@ -32,6 +32,7 @@ type serveCmd struct {
 	Advertise     []string `group:"settings" placeholder:"HOST:PORT" help:"Address under which other daemons reach this one's page server; may be repeated."`
 	Peers         []string `group:"settings" placeholder:"NAME" help:"Name in the certificate of a daemon that may connect, and patterns of the VMs it may send; may be repeated."`
 	Operators     []string `group:"settings" placeholder:"NAME" help:"Name in a certificate that may use --control-listen; may be repeated."`
+	QEMUCgroup    *string  `group:"settings" name:"qemu-cgroup" placeholder:"PATH" help:"Control group below which each QEMU is in one of its own; empty: in the daemon's."`
 	LogDir        *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what started QEMUs write."`
 	StateDir      *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
 	QEMUBinaries  []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
@@ -139,6 +140,7 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 	}
 	set(&cfg.StateDir, s.StateDir)
 	set(&cfg.LogDir, s.LogDir)
+	set(&cfg.QEMUCgroup, s.QEMUCgroup)
 	if s.QEMUBinaries != nil {
 		cfg.QEMUBinaries = s.QEMUBinaries
 	}

@@ -64,6 +64,9 @@ type Config struct {
 	// command line it sends; this list is what keeps it from naming any other.
 	// Empty: this daemon starts none, it only attaches to running ones.
 	QEMUBinaries []string `yaml:"qemu_binaries"`
+	// QEMUCgroup is the control group below which this daemon starts each QEMU in
+	// one of its own; empty: QEMUs are in the daemon's.
+	QEMUCgroup string `yaml:"qemu_cgroup"`
 	// FaultWorkers is how many goroutines answer page faults of one migration;
 	// 0: the daemon chooses by the number of CPUs.
 	FaultWorkers int `yaml:"fault_workers"`

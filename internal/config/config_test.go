@@ -48,7 +48,7 @@ func TestExampleEqualsDefaults(t *testing.T) {
 func TestLoad(t *testing.T) {
 	all := Config{
 		Listen: "[::]:7600", Socket: "/tmp/m.sock", ControlListen: "127.0.0.1:7601",
-		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated", LogDir: "/var/log/vms",
+		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated", LogDir: "/var/log/vms", QEMUCgroup: "/vms",
 		TLSCertificate: "/etc/migrated/tls/cert.pem", TLSKey: "/etc/migrated/tls/key.pem", TLSCA: "/etc/migrated/tls/ca.pem",
 		Peers: []string{"spiffe://example/host/a web-*", "b.example"}, Operators: []string{"admin.example"}, Plaintext: true,
 		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, MaxIncoming: 5, RequireSecure: true, Bandwidth: "500M", LogLevel: "debug",
@@ -74,6 +74,7 @@ control_listen: 127.0.0.1:7601
 advertise: [10.0.0.1:7600, host.example:7600]
 state_dir: /var/lib/migrated
 log_dir: /var/log/vms
+qemu_cgroup: /vms
 tls_certificate: /etc/migrated/tls/cert.pem
 tls_key: /etc/migrated/tls/key.pem
 tls_ca: /etc/migrated/tls/ca.pem
@@ -110,7 +111,7 @@ func TestLoadMistakes(t *testing.T) {
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
 		{"far from any", "colour: 3\n", []string{`1: unknown key "colour"; valid keys are advertise, bandwidth, control_listen, ` +
-			`fault_workers, listen, log_dir, log_level, max_incoming, operators, peers, plaintext, qemu_binaries, require_secure, socket, state_dir, tls_ca, tls_certificate, tls_key`}},
+			`fault_workers, listen, log_dir, log_level, max_incoming, operators, peers, plaintext, qemu_binaries, qemu_cgroup, require_secure, socket, state_dir, tls_ca, tls_certificate, tls_key`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
 		{"text for a yes or no", "require_secure: maybe\n", []string{`1: require_secure: "maybe" is not true or false (written without quotes)`}},
@@ -182,6 +183,7 @@ func TestValidate(t *testing.T) {
 		{"advertised any port", func(c *Config) { c.Advertise = []string{"10.0.0.1:7600", "10.0.0.1:0"} }, "advertise", "10.0.0.1:0"},
 		{"advertised no host", func(c *Config) { c.Advertise = []string{":7600"} }, "advertise", ":7600"},
 		{"advertised any host", func(c *Config) { c.Advertise = []string{"[::]:7600"} }, "advertise", "[::]:7600"},
+		{"control group", func(c *Config) { c.QEMUCgroup = "/vms/../x" }, "qemu_cgroup", "/vms/../x"},
 		{"relative logs", func(c *Config) { c.LogDir = "log" }, "log_dir", "log"},
 		{"relative state", func(c *Config) { c.StateDir = "state" }, "state_dir", "state"},
 		{"no QEMU", func(c *Config) { c.QEMUBinaries = nil }, "", ""},

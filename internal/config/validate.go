@@ -72,6 +72,9 @@ func (c Config) Validate() error {
 			refuse("qemu_binaries", program, "the absolute path of a program, as in /usr/bin/qemu-system-x86_64")
 		}
 	}
+	if c.QEMUCgroup != "" && (!filepath.IsAbs(c.QEMUCgroup) || filepath.Clean(c.QEMUCgroup) != c.QEMUCgroup) {
+		refuse("qemu_cgroup", c.QEMUCgroup, "the path of a control group below its mount, as in /vms, or empty for the daemon's own")
+	}
 	if c.FaultWorkers < 0 || c.FaultWorkers > maxFaultWorkers {
 		refuse("fault_workers", strconv.Itoa(c.FaultWorkers),
 			fmt.Sprintf("0 (the daemon chooses) to %d", maxFaultWorkers))

@@ -41,7 +41,7 @@ func (d *Daemon) sourceConfig() migration.SourceConfig {
 
 func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 	return migration.DestinationConfig{
-		Dir: dir, PipeDir: d.pipeDir(), LogDir: d.cfg.LogDir, Binaries: d.cfg.QEMUBinaries, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
+		Dir: dir, PipeDir: d.pipeDir(), LogDir: d.cfg.LogDir, Cgroup: d.cfg.QEMUCgroup, Binaries: d.cfg.QEMUBinaries, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
 		Bandwidth: d.cfg.BandwidthLimit(), Dial: d.dialLane, Log: d.log,
 	}
 }

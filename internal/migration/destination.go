@@ -49,6 +49,8 @@ type DestinationConfig struct {
 	Binaries []string
 	// Starter starts QEMU; nil: this process does.
 	Starter *qemu.Starter
+	// Cgroup is the control group below which each QEMU is started in one of its own, as "/vms"; empty: it is in the daemon's.
+	Cgroup string
 	// FaultWorkers is the number of fault workers and demand lanes.
 	FaultWorkers int
 	// RequireSecure refuses an unsupervised userfaultfd, whatever the source asks.

@@ -81,6 +81,9 @@ func (d *Destination) prepareQEMU(ctx context.Context) error {
 	if err := d.vm.DropRAM(ctx, d.blocks); err != nil {
 		return withRemedy(fmt.Errorf("empty the RAM of the destination VM: %w", err), remedyOfRAM(err))
 	}
+	if err := d.checkRoomNow(); err != nil {
+		return err
+	}
 	if d.reserve, err = reserveFor(d.blocks, availableMemory); err != nil {
 		return err
 	}
@@ -149,6 +152,9 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	if err := checkPromise(machine, availableMemory); err != nil {
 		return err
 	}
+	if err := d.checkFutureRoom(); err != nil {
+		return err
+	}
 	argv, err := qemu.DestinationCommand(
 		qemu.SourceCommand{
 			Name: machine.GetName(), Args: machine.GetCommandLine(), QMPPath: machine.GetQmpPath(),
@@ -166,7 +172,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	}
 	d.log.Info("starting QEMU", "argv", argv, "uid", startsAs.UID)
 	d.process, d.vm, err = d.cfg.Starter.Start(ctx, qemu.StartOptions{
-		Args: argv, Credentials: startsAs,
+		Args: argv, Credentials: startsAs, Cgroup: d.cfg.Cgroup, Name: request.GetId(),
 		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(),
 		PipePath: filepath.Join(d.cfg.PipeDir, request.GetId()), LogPath: qemu.LogPath(d.cfg.LogDir, request.GetId()),
 	})

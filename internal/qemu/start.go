@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/migrated-vm/migrated/internal/cgroup"
 )
 
 // Credentials are the user and groups that QEMU runs as.
@@ -25,6 +27,8 @@ type Credentials struct {
 type StartOptions struct {
 	Args        []string // argv, the binary's path first
 	Credentials Credentials
+	Cgroup      string // below which it is in a control group of its own, as cgroup.NewPlace takes it; empty: in its parent's
+	Name        string // of that group
 	Dir         string // working directory; "/" where it does not exist
 	QMPPath     string // where QEMU will listen; its directory must be writable for that user
 	PipePath    string // where the pipe is made that QEMU's standard output and error are; it stays for as long as QEMU runs
@@ -130,10 +134,28 @@ func launch(opts StartOptions) (child, error) {
 	if int(c.UID) != os.Geteuid() || int(c.GID) != os.Getegid() || os.Geteuid() == 0 {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: c.UID, Gid: c.GID, Groups: c.Groups}
 	}
-	if err := cmd.Start(); err != nil {
+	start, wait := cmd.Start, cmd.Wait
+	if opts.Cgroup != "" {
+		place, err := cgroup.NewPlace(opts.Cgroup, opts.Name)
+		if err != nil {
+			return child{}, err
+		}
+		start = func() error { return place.Start(cmd) }
+		wait = func() error {
+			err := cmd.Wait()
+			_ = place.Remove() // or the next one does
+			return err
+		}
+		defer func() {
+			if cmd.Process == nil {
+				_ = place.Remove()
+			}
+		}()
+	}
+	if err := start(); err != nil {
 		return child{}, fmt.Errorf("start QEMU as user %d, group %d: %w", c.UID, c.GID, err)
 	}
-	return child{cmd.Process.Pid, cmd.Wait}, nil
+	return child{cmd.Process.Pid, wait}, nil
 }
 
 // reap waits for QEMU to end. Not with wait alone: that returns too early when

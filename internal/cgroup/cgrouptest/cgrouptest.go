@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package cgrouptest makes control groups for tests.
+package cgrouptest
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/cannot"
+)
+
+// mounts are where the control groups of memory may be, and the file that has the limit.
+var mounts = map[string]string{
+	"/sys/fs/cgroup": "memory.max", "/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup/unified": "memory.max",
+}
+
+// Limited makes a group that may have so many bytes of memory, and returns its directory. The test has to leave it
+// empty.
+func Limited(t *testing.T, name string, bytes int) (dir string) {
+	t.Helper()
+	for mount, file := range mounts {
+		made := filepath.Join(mount, name)
+		if !isCgroup(mount) || os.Mkdir(made, 0o755) != nil {
+			continue
+		}
+		t.Cleanup(func() { Remove(t, made) })
+		if os.WriteFile(filepath.Join(made, file), []byte(strconv.Itoa(bytes)), 0) == nil {
+			return made
+		}
+	}
+	cannot.Run(t, "no control group can be made here that limits memory")
+	return ""
+}
+
+// isCgroup says whether groups can be made in a directory: where version 1 is used, the highest is a tmpfs.
+func isCgroup(dir string) bool {
+	var fs unix.Statfs_t
+	return unix.Statfs(dir, &fs) == nil && (fs.Type == unix.CGROUP_SUPER_MAGIC || fs.Type == unix.CGROUP2_SUPER_MAGIC)
+}
+
+// RemoveAll removes the groups of that name, and those below them, wherever they are.
+func RemoveAll(t *testing.T, name string) {
+	t.Helper()
+	for mount := range mounts {
+		below, _ := filepath.Glob(filepath.Join(mount, name, "*", "cgroup.procs")) // the pattern is well-formed
+		for _, procs := range append(below, filepath.Join(mount, name, "cgroup.procs")) {
+			if _, err := os.Stat(procs); err == nil {
+				Remove(t, filepath.Dir(procs))
+			}
+		}
+	}
+}
+
+// Remove removes one group, whose last processes may be about to end.
+func Remove(t *testing.T, dir string) {
+	t.Helper()
+	err := unix.Rmdir(dir)
+	for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(end); err = unix.Rmdir(dir) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err != nil {
+		t.Errorf("control group %s: %v", dir, err)
+	}
+}

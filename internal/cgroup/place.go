@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cgroup
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// At returns the groups of that path, as "/vms", below what is mounted. Where they do not exist, those above count.
+func At(path string) (Groups, error) {
+	mounted, err := hierarchies()
+	if err != nil {
+		return nil, err
+	}
+	var groups Groups
+	for _, h := range mounted {
+		if h.has(Memory) {
+			groups = append(groups, groupDir{h, filepath.Join(h.dir, filepath.Clean("/"+path))})
+		}
+	}
+	return groups, nil
+}
+
+// A Place is groups of one process and what it starts.
+type Place struct {
+	groups Groups
+}
+
+// prefix is what the names of all Places' groups begin with.
+const prefix = "migrated-"
+
+// NewPlace makes groups below those at the path parent, which are made where they are missing. It removes those of
+// processes that have ended.
+func NewPlace(parent, name string) (*Place, error) {
+	groups, err := At(parent)
+	if err != nil {
+		return nil, err
+	}
+	if len(groups) == 0 {
+		return nil, errors.New("no control groups are mounted here")
+	}
+	p := &Place{}
+	for _, g := range groups {
+		left, err := filepath.Glob(filepath.Join(g.path, prefix+"*"))
+		if err != nil {
+			return nil, err
+		}
+		for _, dir := range left {
+			_ = unix.Rmdir(dir) // those with processes stay
+		}
+		g.path = filepath.Join(g.path, prefix+name)
+		if err := os.MkdirAll(g.path, 0o755); err != nil {
+			return nil, errors.Join(fmt.Errorf("control group for QEMU: %w", err), p.Remove())
+		}
+		p.groups = append(p.groups, g)
+	}
+	return p, nil
+}
+
+// Start starts cmd in the groups: no memory of its is charged to those of this process.
+func (p *Place) Start(cmd *exec.Cmd) error {
+	// Of version 1 a new process is in the groups of the thread that made it.
+	ours, err := Of(os.Getpid())
+	if err != nil {
+		return err
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	err = p.start(cmd)
+	for _, g := range ours {
+		if g.controllers != nil && g.has(Memory) {
+			if back := enter(g); back != nil {
+				err = errors.Join(err, fmt.Errorf("back into this process' own control group: %w", back))
+			}
+		}
+	}
+	return err
+}
+
+// enter puts this thread into a group of version 1.
+func enter(g groupDir) error {
+	return os.WriteFile(filepath.Join(g.path, "tasks"), []byte(strconv.Itoa(unix.Gettid())), 0)
+}
+
+func (p *Place) start(cmd *exec.Cmd) error {
+	for _, g := range p.groups {
+		if g.controllers == nil {
+			dir, err := os.Open(g.path)
+			if err != nil {
+				return fmt.Errorf("control group for QEMU: %w", err)
+			}
+			defer dir.Close()
+			if cmd.SysProcAttr == nil {
+				cmd.SysProcAttr = &syscall.SysProcAttr{}
+			}
+			cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
+			continue
+		}
+		if err := enter(g); err != nil {
+			return fmt.Errorf("control group for QEMU: %w", err)
+		}
+	}
+	return cmd.Start()
+}
+
+// Remove removes the groups. Those that still have a process stay, for the next NewPlace to remove.
+func (p *Place) Remove() error {
+	var errs []error
+	for _, g := range p.groups {
+		if err := unix.Rmdir(g.path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) {
+			errs = append(errs, fmt.Errorf("remove the control group %s: %w", g.path, err))
+		}
+	}
+	return errors.Join(errs...)
+}
