@@ -3,11 +3,14 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/migrated-vm/migrated/e2e/emulator"
 	"github.com/migrated-vm/migrated/e2e/lab"
@@ -87,4 +90,64 @@ func privilegesOf(t *testing.T, pid int) string {
 		}
 	}
 	return strings.Join(lines, "\n")
+}
+
+// TestRAMFileGoes: a host that a VM has left has its memory back, of a VM of another user's, too, unless somebody else
+// has the file open. `status` says which.
+func TestRAMFileGoes(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		vm   lab.VMConfig
+		open bool
+		want string
+	}{
+		{"unprivileged", lab.VMConfig{Unprivileged: true}, false, "removed"},
+		{"open elsewhere", lab.VMConfig{}, true, "it was not removed: another process has it open or mapped"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l := newLab(t)
+			s := sceneOf(t, l, c.vm)
+			files := s.vm.RAMFiles()
+			if len(files) != 1 {
+				t.Fatalf("RAM is in %v", files)
+			}
+			if c.open {
+				if _, err := l.A.Start(os.Stderr, "sh", "-c", "exec sleep infinity <"+files[0]); err != nil {
+					t.Fatal(err)
+				}
+				eventually(t, func() bool { return holds(t, l.A, files[0]) })
+			}
+			moveMetal(t, s.vm, l.A, l.B)
+			_, err := os.Stat(l.A.Path(files[0]))
+			if gone := errors.Is(err, fs.ErrNotExist); gone == c.open {
+				t.Errorf("the file is gone: %v (%v)", gone, err)
+			}
+			out, code := operate(t, l.A, "status", "there-b")
+			if code != 0 || !strings.Contains(out, files[0]+": "+c.want) {
+				t.Errorf("status, exit code %d:\n%s", code, out)
+			}
+		})
+	}
+}
+
+// holds says whether a sleep of the host has a file open.
+func holds(t *testing.T, h *lab.Host, path string) bool {
+	t.Helper()
+	pids, err := h.Processes("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(pids, func(pid int) bool {
+		file, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/0", pid))
+		return err == nil && file == path
+	})
+}
+
+func eventually(t *testing.T, ok func() bool) {
+	t.Helper()
+	for ctx := testContext(t); !ok(); time.Sleep(10 * time.Millisecond) {
+		if ctx.Err() != nil {
+			t.Fatal("it did not come about")
+		}
+	}
 }

@@ -122,6 +122,9 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	if text := earlyLoadText(m.GetEarlyLoad()); text != "" {
 		fact("Early load", "%s", text)
 	}
+	for _, line := range m.GetRamFiles() {
+		fact("RAM file", "%s", line)
+	}
 	switch {
 	case p.GetPagesPresent() == 0 && p.GetPagesTotal() > 0:
 		fact("Memory", "%s in %s, all at the source", bytesText(p.GetBytesTotal()), plural(p.GetPagesTotal(), "page"))

@@ -57,6 +57,14 @@ var needs = map[cap.Value]func(pid int, dir string) error{
 		}
 		return errors.Join(conn.Close(), f.Close())
 	},
+	cap.LEASE: func(_ int, dir string) error {
+		f, err := os.Open(filepath.Join(dir, "ram"))
+		if err != nil {
+			return err
+		}
+		_, err = unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
+		return errors.Join(err, f.Close())
+	},
 	cap.KILL: func(pid int, _ string) error {
 		pidfd, err := unix.PidfdOpen(pid, 0)
 		if err != nil {

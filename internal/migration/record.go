@@ -40,6 +40,8 @@ type Record struct {
 	Token      string          `json:"token"`
 	WasRunning bool            `json:"was_running"`
 	Settings   *qemu.Settings  `json:"settings"` // to be put back in QEMU; of protocol 1 alone
+	// RAMFiles are to be removed when the QEMU of a completed migration has ended.
+	RAMFiles []qemu.RAMFile `json:"ram_files,omitempty"`
 	// Blocks is the VM's memory, in the order that was agreed on; none: of protocol 1.
 	Blocks []keptBlock `json:"ram_blocks,omitempty"`
 }
@@ -90,15 +92,16 @@ func (r *Records) Commit(id string) error {
 	return nil
 }
 
-// Complete notes, durably, that nothing of the VM is needed here any more; ended is the reason of a VM that ended.
-func (r *Records) Complete(id string, ended migratedv1.Reason) error {
+// Complete notes, durably, that nothing of the VM is needed here any more, and files of its memory that QEMU leaves; ended
+// is the reason of a VM that ended.
+func (r *Records) Complete(id string, ended migratedv1.Reason, files []qemu.RAMFile) error {
 	var rec Record
 	data, err := os.ReadFile(r.path(id))
 	if err == nil {
 		err = json.Unmarshal(data, &rec)
 	}
 	if err == nil {
-		rec.Completed, rec.Ended = true, int32(ended)
+		rec.Completed, rec.Ended, rec.RAMFiles = true, int32(ended), files
 		err = writeJSON(r.path(id), rec)
 	}
 	if err != nil {

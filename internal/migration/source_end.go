@@ -28,7 +28,8 @@ func (s *Source) complete() {
 func (s *Source) letGoOf(ended migratedv1.Reason) {
 	s.export.Withdraw()
 	// A daemon that is started again could not tell a QEMU that quit from one that died with memory still needed.
-	if err := s.cfg.Records.Complete(s.cfg.ID, ended); err != nil {
+	files := s.ramFiles()
+	if err := s.cfg.Records.Complete(s.cfg.ID, ended, files); err != nil {
 		s.log.Warn("that all memory has left is not written down", "error", err)
 	}
 	reached("source-completing")
@@ -37,6 +38,8 @@ func (s *Source) letGoOf(ended migratedv1.Reason) {
 		defer cancel()
 		if err := s.vm.Quit(ctx); err != nil {
 			s.log.Warn("the source's QEMU did not quit; it is stopped and no longer needed", "error", err)
+		} else {
+			s.freeRAM(files)
 		}
 	}
 	reached("source-quit")

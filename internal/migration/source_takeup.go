@@ -56,6 +56,9 @@ func (s *Source) finish(rec Record) {
 			s.log.Warn("the source's QEMU is left; it is no longer needed", "error", err)
 		}
 	}
+	if !rec.Alive() {
+		s.freeRAM(rec.RAMFiles)
+	}
 	if !rec.Alive() || !s.cfg.Spec.GetKeepSource() {
 		s.forgetRecord()
 	}

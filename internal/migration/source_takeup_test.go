@@ -75,7 +75,7 @@ func TestTakenUpSourceWasComplete(t *testing.T) {
 	for name, quit := range map[string]bool{"QEMU has quit": true, "QEMU is left": false} {
 		t.Run(name, func(t *testing.T) {
 			s := committed(t)
-			if err := s.records.Complete("m1", migratedv1.Reason_REASON_UNSPECIFIED); err != nil {
+			if err := s.records.Complete("m1", migratedv1.Reason_REASON_UNSPECIFIED, nil); err != nil {
 				t.Fatal(err)
 			}
 			if quit {
@@ -99,7 +99,7 @@ func TestTakenUpSourceWasComplete(t *testing.T) {
 // What runs again is the VM, whatever the record says.
 func TestTakenUpSourceWasCompleteAndContinued(t *testing.T) {
 	s := committed(t)
-	if err := s.records.Complete("m1", migratedv1.Reason_REASON_UNSPECIFIED); err != nil {
+	if err := s.records.Complete("m1", migratedv1.Reason_REASON_UNSPECIFIED, nil); err != nil {
 		t.Fatal(err)
 	}
 	s.command(t, "cont")

@@ -677,7 +677,10 @@ type Migration struct {
 	// What was done before the VM stops, at its source.
 	EarlyLoad *EarlyLoad `protobuf:"bytes,14,opt,name=early_load,json=earlyLoad,proto3" json:"early_load,omitempty"`
 	// Where the VM is. At a destination that was not told to run it: UNKNOWN.
-	Location      Location `protobuf:"varint,15,opt,name=location,proto3,enum=migrated.v1.Location" json:"location,omitempty"`
+	Location Location `protobuf:"varint,15,opt,name=location,proto3,enum=migrated.v1.Location" json:"location,omitempty"`
+	// What became of the files that the VM's memory was in at its source, a line
+	// each, when all of it has left.
+	RamFiles      []string `protobuf:"bytes,16,rep,name=ram_files,json=ramFiles,proto3" json:"ram_files,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -815,6 +818,13 @@ func (x *Migration) GetLocation() Location {
 		return x.Location
 	}
 	return Location_LOCATION_UNSPECIFIED
+}
+
+func (x *Migration) GetRamFiles() []string {
+	if x != nil {
+		return x.RamFiles
+	}
+	return nil
 }
 
 // EarlyLoad is the state of the VM's devices that the destination has loaded
@@ -2688,7 +2698,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\rno_early_load\x18\t \x01(\bR\vnoEarlyLoad\x12<\n" +
 	"\ffreeze_limit\x18\n" +
 	" \x01(\v2\x19.google.protobuf.DurationR\vfreezeLimit\x12E\n" +
-	"\x11early_pause_limit\x18\v \x01(\v2\x19.google.protobuf.DurationR\x0fearlyPauseLimit\"\xcc\x05\n" +
+	"\x11early_pause_limit\x18\v \x01(\v2\x19.google.protobuf.DurationR\x0fearlyPauseLimit\"\xe9\x05\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -2708,7 +2718,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\trehearsal\x18\r \x01(\v2\x16.migrated.v1.RehearsalR\trehearsal\x125\n" +
 	"\n" +
 	"early_load\x18\x0e \x01(\v2\x16.migrated.v1.EarlyLoadR\tearlyLoad\x121\n" +
-	"\blocation\x18\x0f \x01(\x0e2\x15.migrated.v1.LocationR\blocation\"\xba\x01\n" +
+	"\blocation\x18\x0f \x01(\x0e2\x15.migrated.v1.LocationR\blocation\x12\x1b\n" +
+	"\tram_files\x18\x10 \x03(\tR\bramFiles\"\xba\x01\n" +
 	"\tEarlyLoad\x12\x16\n" +
 	"\x06loaded\x18\x01 \x01(\bR\x06loaded\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12/\n" +

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// A RAMFile is a file in memory that a VM's RAM is in and that QEMU leaves when it ends: -object
+// memory-backend-file,share=on whose mem-path names a file. Where it names a directory, QEMU has unlinked its file already.
+type RAMFile struct {
+	Path   string `json:"path"`
+	Device uint64 `json:"device"`
+	Inode  uint64 `json:"inode"`
+	// Why it is to stay, whatever becomes of QEMU; empty: nobody else is known to want it.
+	Keep string `json:"keep,omitempty"`
+}
+
+// RAMFiles returns those of the VM's blocks.
+func (vm *VM) RAMFiles(ctx context.Context, blocks []RAMBlock) ([]RAMFile, error) {
+	blocks = slices.DeleteFunc(slices.Clone(blocks), func(b RAMBlock) bool {
+		return b.Private || b.ReadOnly || b.Path == "" || !b.IsBackend() || strings.HasSuffix(b.File, " (deleted)") || !filepath.IsAbs(b.File)
+	})
+	if len(blocks) == 0 {
+		return nil, nil
+	}
+	stores, err := vm.stores(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var files []RAMFile
+	for _, b := range blocks {
+		var st unix.Stat_t
+		if err := unix.Stat(b.Path, &st); err != nil {
+			return nil, fmt.Errorf("RAM %q: its file %s: %w", b.ID, b.File, err)
+		}
+		f := RAMFile{Path: b.File, Device: st.Dev, Inode: st.Ino}
+		switch {
+		case stores[b.backend] != "":
+			f.Keep = stores[b.backend]
+		case b.FileOffset != 0 || uint64(st.Size) > b.maxSize:
+			f.Keep = "it holds more than this memory"
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+// stores are the memory backends, by their ids, that hold more than a VM's RAM, and what that is.
+func (vm *VM) stores(ctx context.Context) (map[string]string, error) {
+	stores := map[string]string{}
+	var devices []struct {
+		Type string `json:"type"`
+		Data struct {
+			Memdev string `json:"memdev"`
+		} `json:"data"`
+	}
+	if err := vm.QMP.Do(ctx, "query-memory-devices", nil, &devices); err != nil {
+		return nil, err
+	}
+	for _, d := range devices {
+		if d.Type != "dimm" && d.Type != virtioMem {
+			stores[strings.TrimPrefix(d.Data.Memdev, "/objects/")] = "it is the image of a device of type " + d.Type
+		}
+	}
+	for _, parent := range []string{"/machine/peripheral", "/machine/peripheral-anon"} {
+		var children []struct {
+			Name string `json:"name"`
+			Type string `json:"type"`
+		}
+		if err := vm.QMP.Do(ctx, "qom-list", map[string]string{"path": parent}, &children); err != nil {
+			return nil, err
+		}
+		for _, c := range children {
+			if !strings.HasPrefix(c.Type, "child<ivshmem") {
+				continue
+			}
+			var memdev string
+			if err := vm.property(ctx, parent+"/"+c.Name, "memdev", &memdev); err != nil {
+				return nil, err
+			}
+			stores[strings.TrimPrefix(memdev, "/objects/")] = "it is shared by an ivshmem device"
+		}
+	}
+	return stores, nil
+}
+
+// errNotRemoved is why a file stays.
+var errNotRemoved = errors.New("it was not removed")
+
+// Remove removes the file once its QEMU has ended, or says why it stays. Only a file in memory goes that is certainly the
+// one that QEMU had, has no other name, and that nobody else has open or mapped. The kernel says so with a lease on it
+// (F_SETLEASE in fcntl(2)), which keeps everybody from opening it until it is gone.
+func (r RAMFile) Remove() error {
+	if r.Keep != "" {
+		return fmt.Errorf("%w: %s", errNotRemoved, r.Keep)
+	}
+	fd, err := unix.Open(r.Path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil // somebody else did
+	}
+	if err != nil {
+		return fmt.Errorf("%w: open it: %w", errNotRemoved, err)
+	}
+	f := os.NewFile(uintptr(fd), r.Path)
+	defer f.Close()
+	if err := r.check(f); err != nil {
+		return fmt.Errorf("%w: %w", errNotRemoved, err)
+	}
+	if err := lease(f); err != nil {
+		return fmt.Errorf("%w: %w", errNotRemoved, err)
+	}
+	if err := r.checkName(f); err != nil {
+		return fmt.Errorf("%w: %w", errNotRemoved, err)
+	}
+	if err := unix.Unlink(r.Path); err != nil {
+		return fmt.Errorf("%w: %w", errNotRemoved, err)
+	}
+	return nil
+}
+
+// check refuses a file that is not the VM's RAM alone.
+func (r RAMFile) check(f *os.File) error {
+	var st unix.Stat_t
+	var system unix.Statfs_t
+	if err := errors.Join(unix.Fstat(int(f.Fd()), &st), unix.Fstatfs(int(f.Fd()), &system)); err != nil {
+		return err
+	}
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFREG || st.Dev != r.Device || st.Ino != r.Inode:
+		return errors.New("it is another file than the VM's by now")
+	case st.Nlink != 1:
+		return errors.New("it has other names, too")
+	case system.Type != unix.TMPFS_MAGIC && system.Type != unix.HUGETLBFS_MAGIC:
+		return errors.New("it is on a disk, and takes no memory")
+	}
+	return nil
+}
+
+// checkName holds the name against the open file.
+func (r RAMFile) checkName(f *os.File) error {
+	ours, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	named, err := os.Lstat(r.Path)
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(ours, named) {
+		return errors.New("it is another file than the VM's by now")
+	}
+	return nil
+}
+
+// lease makes sure that nobody but f has its file open or mapped.
+func lease(f *os.File) error {
+	_, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
+	switch {
+	case errors.Is(err, unix.EAGAIN):
+		if who := holders(f); len(who) > 0 {
+			return fmt.Errorf("process %s has it open or mapped", strings.Join(who, ", "))
+		}
+		return errors.New("another process has it open or mapped")
+	case err != nil:
+		return fmt.Errorf("whether another process uses it cannot be told (fcntl F_SETLEASE: %w)", err)
+	}
+	return nil
+}
+
+// holders names processes that map a file, of those that can be seen; not all that have it open.
+func holders(f *os.File) (pids []string) {
+	var st unix.Stat_t
+	if unix.Fstat(int(f.Fd()), &st) != nil {
+		return nil
+	}
+	processes, _ := filepath.Glob("/proc/[0-9]*") // the pattern is well-formed
+	for _, dir := range processes {
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			continue
+		}
+		maps, err := readMaps(pid)
+		if err != nil { // it has ended, or may not be seen
+			continue
+		}
+		if slices.ContainsFunc(maps, func(m vma) bool {
+			return m.inode == st.Ino && m.major == unix.Major(st.Dev) && m.minor == unix.Minor(st.Dev)
+		}) {
+			pids = append(pids, strconv.Itoa(pid))
+		}
+	}
+	return pids
+}
