@@ -51,10 +51,10 @@ func TestDestinationCommand(t *testing.T) {
 			"-chardev socket,id=m,path=/a,,b,server=on -mon m,mode=control -qmp " + ourQMP},
 		{"no monitor", "-m 64", "-m 64 -qmp " + ourQMP},
 
-		{"dropped", "-S -daemonize -pidfile /p -incoming tcp:0:4444 -loadvm s --daemonize --incoming defer -qmp unix:/run/vm/qmp.sock",
+		{"dropped", "-S -daemonize -incoming tcp:0:4444 -loadvm s --daemonize --incoming defer -qmp unix:/run/vm/qmp.sock",
 			"-qmp " + ourQMP},
-		{"kept", "-sandbox on,spawn=deny -runas nobody -D /log -usb disk.img -nographic -name a,process=b",
-			"-sandbox on,spawn=deny -runas nobody -D /log -usb disk.img -nographic -name a,process=b -qmp " + ourQMP},
+		{"kept", "-pidfile /p -sandbox on,spawn=deny -runas nobody -D /log -usb disk.img -nographic -name a,process=b",
+			"-pidfile /p -sandbox on,spawn=deny -runas nobody -D /log -usb disk.img -nographic -name a,process=b -qmp " + ourQMP},
 		{"values that look like options", "-append -S -name -daemonize -kernel -incoming",
 			"-append -S -name -daemonize -kernel -incoming -qmp " + ourQMP},
 

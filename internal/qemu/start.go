@@ -41,6 +41,7 @@ type Process struct {
 	child
 	pidfd   *os.File // open for as long as p is: Kill may come at any time
 	output  *output
+	pidFile string // that QEMU writes; empty: none
 	exited  chan struct{}
 	exitErr error // valid once exited is closed
 }
@@ -108,7 +109,7 @@ func (s *Starter) process(opts StartOptions) (*Process, error) {
 		return nil, errors.Join(err, out.discard())
 	}
 	go out.follow()
-	p := &Process{child: c, output: out, exited: make(chan struct{})}
+	p := &Process{child: c, output: out, pidFile: pidFile(opts.Args, opts.Dir), exited: make(chan struct{})}
 	if p.pidfd, err = openPidfd(c.pid); err != nil { // no descriptors left, say
 		return nil, errors.Join(err, syscall.Kill(c.pid, syscall.SIGKILL), c.wait())
 	}
@@ -230,7 +231,7 @@ func (p *Process) Kill(ctx context.Context) error {
 	}
 	select {
 	case <-p.exited:
-		return nil
+		return removePIDFile(p.pidFile, p.Pid())
 	case <-ctx.Done():
 		return fmt.Errorf("QEMU, process %d, was killed but has not ended: %w", p.Pid(), context.Cause(ctx))
 	}
