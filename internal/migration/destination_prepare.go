@@ -172,7 +172,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	}
 	d.log.Info("starting QEMU", "argv", argv, "uid", startsAs.UID)
 	d.process, d.vm, err = d.cfg.Starter.Start(ctx, qemu.StartOptions{
-		Args: argv, Credentials: startsAs, Cgroup: d.cfg.Cgroup, Name: request.GetId(),
+		Args: argv, Credentials: startsAs, Attributes: attributesOf(machine.GetAttributes()), Cgroup: d.cfg.Cgroup, Name: request.GetId(),
 		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(),
 		PipePath: filepath.Join(d.cfg.PipeDir, request.GetId()), LogPath: qemu.LogPath(d.cfg.LogDir, request.GetId()),
 	})

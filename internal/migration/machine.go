@@ -22,6 +22,7 @@ func machineOf(facts *qemu.Facts, qmpPath string) (*migratedv1.SourceMachine, er
 		Name: facts.Name, QemuVersion: facts.Version.String(), MachineType: facts.MachineType,
 		CommandLine: facts.CommandLine, WorkingDirectory: facts.WorkingDirectory,
 		Uid: facts.UID, Gid: facts.GID, Groups: facts.Groups, QmpPath: qmpPath,
+		Attributes: attributesTo(facts.Attributes),
 	}
 	for _, text := range slices.Concat([]string{machine.Name, machine.WorkingDirectory, qmpPath}, machine.CommandLine) {
 		if !utf8.ValidString(text) {

@@ -25,6 +25,7 @@ type Facts struct {
 	WorkingDirectory string
 	UID, GID         uint32 // effective
 	Groups           []uint32
+	Attributes       Attributes
 
 	RAMBlocks []RAMBlock
 }
@@ -102,5 +103,6 @@ func (vm *VM) processFacts(f *Facts) error {
 			vm.Pid, status["Uid"], status["Gid"], status["Groups"])
 	}
 	f.UID, f.GID, f.Groups = uids[1], gids[1], groups
-	return nil
+	f.Attributes, err = vm.attributes(status)
+	return err
 }

@@ -180,7 +180,7 @@ func (o *output) lastLines() string {
 
 // discard ends an output whose QEMU was not started.
 func (o *output) discard() error {
-	return errors.Join(o.pipe.Close(), o.log.Close(), o.remove())
+	return errors.Join(o.remove(), o.pipe.Close(), o.log.Close())
 }
 
 // remove removes the pipe's name, unless another has it by now.

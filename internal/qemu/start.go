@@ -27,12 +27,14 @@ type Credentials struct {
 type StartOptions struct {
 	Args        []string // argv, the binary's path first
 	Credentials Credentials
-	Cgroup      string // below which it is in a control group of its own, as cgroup.NewPlace takes it; empty: in its parent's
-	Name        string // of that group
-	Dir         string // working directory; "/" where it does not exist
-	QMPPath     string // where QEMU will listen; its directory must be writable for that user
-	PipePath    string // where the pipe is made that QEMU's standard output and error are; it stays for as long as QEMU runs
-	LogPath     string // of bounded size, takes what QEMU writes
+	// Attributes are given to it, a nil one's are those of its parent.
+	Attributes *Attributes
+	Cgroup     string // below which it is in a control group of its own, as cgroup.NewPlace takes it; empty: in its parent's
+	Name       string // of that group
+	Dir        string // working directory; "/" where it does not exist
+	QMPPath    string // where QEMU will listen; its directory must be writable for that user
+	PipePath   string // where the pipe is made that QEMU's standard output and error are; it stays for as long as QEMU runs
+	LogPath    string // of bounded size, takes what QEMU writes
 }
 
 // Process is a QEMU that Start started. It is in a session of its own and without a parent-death signal: it
@@ -153,8 +155,13 @@ func launch(opts StartOptions) (child, error) {
 			}
 		}()
 	}
-	if err := start(); err != nil {
+	if err := opts.Attributes.withUmask(start); err != nil {
 		return child{}, fmt.Errorf("start QEMU as user %d, group %d: %w", c.UID, c.GID, err)
+	}
+	if err := opts.Attributes.give(cmd.Process.Pid); err != nil {
+		killed := cmd.Process.Kill()
+		_ = wait() // it was killed
+		return child{}, errors.Join(err, killed)
 	}
 	return child{cmd.Process.Pid, wait}, nil
 }

@@ -257,8 +257,10 @@ type SourceMachine struct {
 	// Memory that QEMU cannot write to, as the image of a read-only nvdimm. It is
 	// not moved, but has to be the same at both ends.
 	ReadOnlyBlocks []*RamBlock `protobuf:"bytes,11,rep,name=read_only_blocks,json=readOnlyBlocks,proto3" json:"read_only_blocks,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What its process has from whoever started it; unset by older sources.
+	Attributes    *ProcessAttributes `protobuf:"bytes,12,opt,name=attributes,proto3" json:"attributes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SourceMachine) Reset() {
@@ -368,6 +370,66 @@ func (x *SourceMachine) GetReadOnlyBlocks() []*RamBlock {
 	return nil
 }
 
+func (x *SourceMachine) GetAttributes() *ProcessAttributes {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+// ProcessAttributes are given to the destination's QEMU process.
+type ProcessAttributes struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OomScoreAdj   int32                  `protobuf:"zigzag32,1,opt,name=oom_score_adj,json=oomScoreAdj,proto3" json:"oom_score_adj,omitempty"`
+	Umask         uint32                 `protobuf:"varint,2,opt,name=umask,proto3" json:"umask,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProcessAttributes) Reset() {
+	*x = ProcessAttributes{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProcessAttributes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProcessAttributes) ProtoMessage() {}
+
+func (x *ProcessAttributes) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProcessAttributes.ProtoReflect.Descriptor instead.
+func (*ProcessAttributes) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ProcessAttributes) GetOomScoreAdj() int32 {
+	if x != nil {
+		return x.OomScoreAdj
+	}
+	return 0
+}
+
+func (x *ProcessAttributes) GetUmask() uint32 {
+	if x != nil {
+		return x.Umask
+	}
+	return 0
+}
+
 // RamBlock is a piece of the VM's memory; its place in the list is its index.
 type RamBlock struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -388,7 +450,7 @@ type RamBlock struct {
 
 func (x *RamBlock) Reset() {
 	*x = RamBlock{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	mi := &file_migrated_v1_peer_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -400,7 +462,7 @@ func (x *RamBlock) String() string {
 func (*RamBlock) ProtoMessage() {}
 
 func (x *RamBlock) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	mi := &file_migrated_v1_peer_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -413,7 +475,7 @@ func (x *RamBlock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RamBlock.ProtoReflect.Descriptor instead.
 func (*RamBlock) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{4}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RamBlock) GetId() string {
@@ -475,7 +537,7 @@ type PrepareIncomingResponse struct {
 
 func (x *PrepareIncomingResponse) Reset() {
 	*x = PrepareIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[5]
+	mi := &file_migrated_v1_peer_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -487,7 +549,7 @@ func (x *PrepareIncomingResponse) String() string {
 func (*PrepareIncomingResponse) ProtoMessage() {}
 
 func (x *PrepareIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[5]
+	mi := &file_migrated_v1_peer_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -500,7 +562,7 @@ func (x *PrepareIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareIncomingResponse.ProtoReflect.Descriptor instead.
 func (*PrepareIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{5}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PrepareIncomingResponse) GetRamBlocks() []*RamBlock {
@@ -554,7 +616,7 @@ type LoadEarlyStateRequest struct {
 
 func (x *LoadEarlyStateRequest) Reset() {
 	*x = LoadEarlyStateRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	mi := &file_migrated_v1_peer_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -566,7 +628,7 @@ func (x *LoadEarlyStateRequest) String() string {
 func (*LoadEarlyStateRequest) ProtoMessage() {}
 
 func (x *LoadEarlyStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	mi := &file_migrated_v1_peer_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -579,7 +641,7 @@ func (x *LoadEarlyStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadEarlyStateRequest.ProtoReflect.Descriptor instead.
 func (*LoadEarlyStateRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{6}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *LoadEarlyStateRequest) GetId() string {
@@ -622,7 +684,7 @@ type Memory struct {
 
 func (x *Memory) Reset() {
 	*x = Memory{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	mi := &file_migrated_v1_peer_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -634,7 +696,7 @@ func (x *Memory) String() string {
 func (*Memory) ProtoMessage() {}
 
 func (x *Memory) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	mi := &file_migrated_v1_peer_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -647,7 +709,7 @@ func (x *Memory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Memory.ProtoReflect.Descriptor instead.
 func (*Memory) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{7}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Memory) GetBlock() uint32 {
@@ -691,7 +753,7 @@ type LoadEarlyStateResponse struct {
 
 func (x *LoadEarlyStateResponse) Reset() {
 	*x = LoadEarlyStateResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	mi := &file_migrated_v1_peer_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -703,7 +765,7 @@ func (x *LoadEarlyStateResponse) String() string {
 func (*LoadEarlyStateResponse) ProtoMessage() {}
 
 func (x *LoadEarlyStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	mi := &file_migrated_v1_peer_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -716,7 +778,7 @@ func (x *LoadEarlyStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadEarlyStateResponse.ProtoReflect.Descriptor instead.
 func (*LoadEarlyStateResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{8}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LoadEarlyStateResponse) GetLoaded() bool {
@@ -767,7 +829,7 @@ type Reader struct {
 
 func (x *Reader) Reset() {
 	*x = Reader{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	mi := &file_migrated_v1_peer_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -779,7 +841,7 @@ func (x *Reader) String() string {
 func (*Reader) ProtoMessage() {}
 
 func (x *Reader) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	mi := &file_migrated_v1_peer_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -792,7 +854,7 @@ func (x *Reader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reader.ProtoReflect.Descriptor instead.
 func (*Reader) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{9}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Reader) GetSection() uint32 {
@@ -837,7 +899,7 @@ type LoadDeviceStateRequest struct {
 
 func (x *LoadDeviceStateRequest) Reset() {
 	*x = LoadDeviceStateRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	mi := &file_migrated_v1_peer_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -849,7 +911,7 @@ func (x *LoadDeviceStateRequest) String() string {
 func (*LoadDeviceStateRequest) ProtoMessage() {}
 
 func (x *LoadDeviceStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	mi := &file_migrated_v1_peer_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -862,7 +924,7 @@ func (x *LoadDeviceStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadDeviceStateRequest.ProtoReflect.Descriptor instead.
 func (*LoadDeviceStateRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{10}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *LoadDeviceStateRequest) GetId() string {
@@ -930,7 +992,7 @@ type LoadDeviceStateResponse struct {
 
 func (x *LoadDeviceStateResponse) Reset() {
 	*x = LoadDeviceStateResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1004,7 @@ func (x *LoadDeviceStateResponse) String() string {
 func (*LoadDeviceStateResponse) ProtoMessage() {}
 
 func (x *LoadDeviceStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1017,7 @@ func (x *LoadDeviceStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadDeviceStateResponse.ProtoReflect.Descriptor instead.
 func (*LoadDeviceStateResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{11}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *LoadDeviceStateResponse) GetBytes() uint64 {
@@ -1006,7 +1068,7 @@ type RunRequest struct {
 
 func (x *RunRequest) Reset() {
 	*x = RunRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1018,7 +1080,7 @@ func (x *RunRequest) String() string {
 func (*RunRequest) ProtoMessage() {}
 
 func (x *RunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1031,7 +1093,7 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RunRequest) GetId() string {
@@ -1069,7 +1131,7 @@ type RunResponse struct {
 
 func (x *RunResponse) Reset() {
 	*x = RunResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1143,7 @@ func (x *RunResponse) String() string {
 func (*RunResponse) ProtoMessage() {}
 
 func (x *RunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1156,7 @@ func (x *RunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
 func (*RunResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RunResponse) GetResumeTime() *durationpb.Duration {
@@ -1120,7 +1182,7 @@ type WatchIncomingRequest struct {
 
 func (x *WatchIncomingRequest) Reset() {
 	*x = WatchIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[14]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1132,7 +1194,7 @@ func (x *WatchIncomingRequest) String() string {
 func (*WatchIncomingRequest) ProtoMessage() {}
 
 func (x *WatchIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[14]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1145,7 +1207,7 @@ func (x *WatchIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchIncomingRequest.ProtoReflect.Descriptor instead.
 func (*WatchIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{14}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchIncomingRequest) GetId() string {
@@ -1169,7 +1231,7 @@ type WatchIncomingResponse struct {
 
 func (x *WatchIncomingResponse) Reset() {
 	*x = WatchIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[15]
+	mi := &file_migrated_v1_peer_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1181,7 +1243,7 @@ func (x *WatchIncomingResponse) String() string {
 func (*WatchIncomingResponse) ProtoMessage() {}
 
 func (x *WatchIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[15]
+	mi := &file_migrated_v1_peer_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1194,7 +1256,7 @@ func (x *WatchIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchIncomingResponse.ProtoReflect.Descriptor instead.
 func (*WatchIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{15}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WatchIncomingResponse) GetState() MigrationState {
@@ -1236,7 +1298,7 @@ type LimitIncomingRequest struct {
 
 func (x *LimitIncomingRequest) Reset() {
 	*x = LimitIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[16]
+	mi := &file_migrated_v1_peer_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1248,7 +1310,7 @@ func (x *LimitIncomingRequest) String() string {
 func (*LimitIncomingRequest) ProtoMessage() {}
 
 func (x *LimitIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[16]
+	mi := &file_migrated_v1_peer_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1261,7 +1323,7 @@ func (x *LimitIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitIncomingRequest.ProtoReflect.Descriptor instead.
 func (*LimitIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{16}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *LimitIncomingRequest) GetId() string {
@@ -1288,7 +1350,7 @@ type LimitIncomingResponse struct {
 
 func (x *LimitIncomingResponse) Reset() {
 	*x = LimitIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[17]
+	mi := &file_migrated_v1_peer_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1300,7 +1362,7 @@ func (x *LimitIncomingResponse) String() string {
 func (*LimitIncomingResponse) ProtoMessage() {}
 
 func (x *LimitIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[17]
+	mi := &file_migrated_v1_peer_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1313,7 +1375,7 @@ func (x *LimitIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitIncomingResponse.ProtoReflect.Descriptor instead.
 func (*LimitIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{17}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *LimitIncomingResponse) GetBandwidth() uint64 {
@@ -1333,7 +1395,7 @@ type AbortIncomingRequest struct {
 
 func (x *AbortIncomingRequest) Reset() {
 	*x = AbortIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[18]
+	mi := &file_migrated_v1_peer_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1345,7 +1407,7 @@ func (x *AbortIncomingRequest) String() string {
 func (*AbortIncomingRequest) ProtoMessage() {}
 
 func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[18]
+	mi := &file_migrated_v1_peer_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1358,7 +1420,7 @@ func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingRequest.ProtoReflect.Descriptor instead.
 func (*AbortIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{18}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AbortIncomingRequest) GetId() string {
@@ -1383,7 +1445,7 @@ type AbortIncomingResponse struct {
 
 func (x *AbortIncomingResponse) Reset() {
 	*x = AbortIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[19]
+	mi := &file_migrated_v1_peer_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1457,7 @@ func (x *AbortIncomingResponse) String() string {
 func (*AbortIncomingResponse) ProtoMessage() {}
 
 func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[19]
+	mi := &file_migrated_v1_peer_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1470,7 @@ func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingResponse.ProtoReflect.Descriptor instead.
 func (*AbortIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{19}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{20}
 }
 
 var File_migrated_v1_peer_proto protoreflect.FileDescriptor
@@ -1431,7 +1493,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\tbandwidth\x18\n" +
 	" \x01(\x04R\tbandwidth\x12'\n" +
 	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\x12\x14\n" +
-	"\x05early\x18\v \x01(\bR\x05early\"\x87\x03\n" +
+	"\x05early\x18\v \x01(\bR\x05early\"\xc7\x03\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
@@ -1445,7 +1507,13 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"ram_blocks\x18\t \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12\x19\n" +
 	"\bqmp_path\x18\n" +
 	" \x01(\tR\aqmpPath\x12?\n" +
-	"\x10read_only_blocks\x18\v \x03(\v2\x15.migrated.v1.RamBlockR\x0ereadOnlyBlocks\"\x95\x01\n" +
+	"\x10read_only_blocks\x18\v \x03(\v2\x15.migrated.v1.RamBlockR\x0ereadOnlyBlocks\x12>\n" +
+	"\n" +
+	"attributes\x18\f \x01(\v2\x1e.migrated.v1.ProcessAttributesR\n" +
+	"attributes\"M\n" +
+	"\x11ProcessAttributes\x12\"\n" +
+	"\room_score_adj\x18\x01 \x01(\x11R\voomScoreAdj\x12\x14\n" +
+	"\x05umask\x18\x02 \x01(\rR\x05umask\"\x95\x01\n" +
 	"\bRamBlock\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x1b\n" +
@@ -1541,84 +1609,86 @@ func file_migrated_v1_peer_proto_rawDescGZIP() []byte {
 	return file_migrated_v1_peer_proto_rawDescData
 }
 
-var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_migrated_v1_peer_proto_goTypes = []any{
 	(*CheckHostRequest)(nil),        // 0: migrated.v1.CheckHostRequest
 	(*CheckHostResponse)(nil),       // 1: migrated.v1.CheckHostResponse
 	(*PrepareIncomingRequest)(nil),  // 2: migrated.v1.PrepareIncomingRequest
 	(*SourceMachine)(nil),           // 3: migrated.v1.SourceMachine
-	(*RamBlock)(nil),                // 4: migrated.v1.RamBlock
-	(*PrepareIncomingResponse)(nil), // 5: migrated.v1.PrepareIncomingResponse
-	(*LoadEarlyStateRequest)(nil),   // 6: migrated.v1.LoadEarlyStateRequest
-	(*Memory)(nil),                  // 7: migrated.v1.Memory
-	(*LoadEarlyStateResponse)(nil),  // 8: migrated.v1.LoadEarlyStateResponse
-	(*Reader)(nil),                  // 9: migrated.v1.Reader
-	(*LoadDeviceStateRequest)(nil),  // 10: migrated.v1.LoadDeviceStateRequest
-	(*LoadDeviceStateResponse)(nil), // 11: migrated.v1.LoadDeviceStateResponse
-	(*RunRequest)(nil),              // 12: migrated.v1.RunRequest
-	(*RunResponse)(nil),             // 13: migrated.v1.RunResponse
-	(*WatchIncomingRequest)(nil),    // 14: migrated.v1.WatchIncomingRequest
-	(*WatchIncomingResponse)(nil),   // 15: migrated.v1.WatchIncomingResponse
-	(*LimitIncomingRequest)(nil),    // 16: migrated.v1.LimitIncomingRequest
-	(*LimitIncomingResponse)(nil),   // 17: migrated.v1.LimitIncomingResponse
-	(*AbortIncomingRequest)(nil),    // 18: migrated.v1.AbortIncomingRequest
-	(*AbortIncomingResponse)(nil),   // 19: migrated.v1.AbortIncomingResponse
-	(*CheckResult)(nil),             // 20: migrated.v1.CheckResult
-	(*MigrationSpec)(nil),           // 21: migrated.v1.MigrationSpec
-	(Supervision)(0),                // 22: migrated.v1.Supervision
-	(*durationpb.Duration)(nil),     // 23: google.protobuf.Duration
-	(*DeviceDifference)(nil),        // 24: migrated.v1.DeviceDifference
-	(MigrationState)(0),             // 25: migrated.v1.MigrationState
-	(*Progress)(nil),                // 26: migrated.v1.Progress
-	(*MigrationError)(nil),          // 27: migrated.v1.MigrationError
-	(Location)(0),                   // 28: migrated.v1.Location
+	(*ProcessAttributes)(nil),       // 4: migrated.v1.ProcessAttributes
+	(*RamBlock)(nil),                // 5: migrated.v1.RamBlock
+	(*PrepareIncomingResponse)(nil), // 6: migrated.v1.PrepareIncomingResponse
+	(*LoadEarlyStateRequest)(nil),   // 7: migrated.v1.LoadEarlyStateRequest
+	(*Memory)(nil),                  // 8: migrated.v1.Memory
+	(*LoadEarlyStateResponse)(nil),  // 9: migrated.v1.LoadEarlyStateResponse
+	(*Reader)(nil),                  // 10: migrated.v1.Reader
+	(*LoadDeviceStateRequest)(nil),  // 11: migrated.v1.LoadDeviceStateRequest
+	(*LoadDeviceStateResponse)(nil), // 12: migrated.v1.LoadDeviceStateResponse
+	(*RunRequest)(nil),              // 13: migrated.v1.RunRequest
+	(*RunResponse)(nil),             // 14: migrated.v1.RunResponse
+	(*WatchIncomingRequest)(nil),    // 15: migrated.v1.WatchIncomingRequest
+	(*WatchIncomingResponse)(nil),   // 16: migrated.v1.WatchIncomingResponse
+	(*LimitIncomingRequest)(nil),    // 17: migrated.v1.LimitIncomingRequest
+	(*LimitIncomingResponse)(nil),   // 18: migrated.v1.LimitIncomingResponse
+	(*AbortIncomingRequest)(nil),    // 19: migrated.v1.AbortIncomingRequest
+	(*AbortIncomingResponse)(nil),   // 20: migrated.v1.AbortIncomingResponse
+	(*CheckResult)(nil),             // 21: migrated.v1.CheckResult
+	(*MigrationSpec)(nil),           // 22: migrated.v1.MigrationSpec
+	(Supervision)(0),                // 23: migrated.v1.Supervision
+	(*durationpb.Duration)(nil),     // 24: google.protobuf.Duration
+	(*DeviceDifference)(nil),        // 25: migrated.v1.DeviceDifference
+	(MigrationState)(0),             // 26: migrated.v1.MigrationState
+	(*Progress)(nil),                // 27: migrated.v1.Progress
+	(*MigrationError)(nil),          // 28: migrated.v1.MigrationError
+	(Location)(0),                   // 29: migrated.v1.Location
 }
 var file_migrated_v1_peer_proto_depIdxs = []int32{
-	20, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
+	21, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
 	3,  // 1: migrated.v1.PrepareIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
-	21, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
-	4,  // 3: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
-	4,  // 4: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
-	4,  // 5: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
-	22, // 6: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
-	7,  // 7: migrated.v1.LoadEarlyStateRequest.memory:type_name -> migrated.v1.Memory
-	7,  // 8: migrated.v1.LoadEarlyStateResponse.missed:type_name -> migrated.v1.Memory
-	9,  // 9: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
-	23, // 10: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
-	7,  // 11: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
-	12, // 12: migrated.v1.LoadDeviceStateRequest.run:type_name -> migrated.v1.RunRequest
-	23, // 13: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
-	24, // 14: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
-	23, // 15: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
-	13, // 16: migrated.v1.LoadDeviceStateResponse.run:type_name -> migrated.v1.RunResponse
-	23, // 17: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
-	23, // 18: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	23, // 19: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	25, // 20: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	26, // 21: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	27, // 22: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	28, // 23: migrated.v1.WatchIncomingResponse.location:type_name -> migrated.v1.Location
-	0,  // 24: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 25: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	6,  // 26: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
-	10, // 27: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	12, // 28: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	14, // 29: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	16, // 30: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
-	18, // 31: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 32: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	5,  // 33: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	8,  // 34: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
-	11, // 35: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	13, // 36: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	15, // 37: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	17, // 38: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
-	19, // 39: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	32, // [32:40] is the sub-list for method output_type
-	24, // [24:32] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	22, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
+	5,  // 3: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
+	5,  // 4: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
+	4,  // 5: migrated.v1.SourceMachine.attributes:type_name -> migrated.v1.ProcessAttributes
+	5,  // 6: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
+	23, // 7: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
+	8,  // 8: migrated.v1.LoadEarlyStateRequest.memory:type_name -> migrated.v1.Memory
+	8,  // 9: migrated.v1.LoadEarlyStateResponse.missed:type_name -> migrated.v1.Memory
+	10, // 10: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
+	24, // 11: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
+	8,  // 12: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
+	13, // 13: migrated.v1.LoadDeviceStateRequest.run:type_name -> migrated.v1.RunRequest
+	24, // 14: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
+	25, // 15: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
+	24, // 16: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
+	14, // 17: migrated.v1.LoadDeviceStateResponse.run:type_name -> migrated.v1.RunResponse
+	24, // 18: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	24, // 19: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	24, // 20: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	26, // 21: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	27, // 22: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	28, // 23: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	29, // 24: migrated.v1.WatchIncomingResponse.location:type_name -> migrated.v1.Location
+	0,  // 25: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	2,  // 26: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	7,  // 27: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
+	11, // 28: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	13, // 29: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	15, // 30: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	17, // 31: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
+	19, // 32: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 33: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	6,  // 34: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	9,  // 35: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
+	12, // 36: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	14, // 37: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	16, // 38: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	18, // 39: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
+	20, // 40: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	33, // [33:41] is the sub-list for method output_type
+	25, // [25:33] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }
@@ -1633,7 +1703,7 @@ func file_migrated_v1_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_peer_proto_rawDesc), len(file_migrated_v1_peer_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
