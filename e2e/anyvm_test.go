@@ -97,6 +97,10 @@ func TestPausedVMThatDoesNotLoad(t *testing.T) {
 		if status := vmStatus(t, l.A); status != "paused" {
 			t.Errorf("the VM is %q", status)
 		}
+		// It is the only copy.
+		if out, _ := operate(t, l.A, "check", "--vm", lab.QMPPath); strings.Contains(out, "from the host on which it runs") {
+			t.Errorf("check sends its operator to another host:\n%s", out)
+		}
 	}
 	migrate(t, l.A, l.B, "third")
 	command(t, l.B, "cont")

@@ -74,6 +74,9 @@ func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*mig
 		return nil, status.Errorf(codes.InvalidArgument,
 			"id %q cannot be used: 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit", id)
 	}
+	if c.daemon.migrations.leftover(id) != nil {
+		return nil, status.Errorf(codes.AlreadyExists, "an earlier run of this daemon left a migration %s that it cannot take up; choose another id", id)
+	}
 	create := func() *migration.Source { return c.daemon.newSource(id, spec) }
 	s, busy := c.daemon.migrations.addSource(id, spec.GetVm(), create)
 	if busy != "" && c.daemon.migrations.letGo(busy) {

@@ -23,8 +23,9 @@ type registry struct {
 	mu           sync.Mutex
 	sources      map[string]*migration.Source
 	destinations map[string]*migration.Destination
-	senders      map[string]string // of the destinations' sources; none of those that were taken up
-	left         map[string]error  // migrations to this host that could not be taken up, and why
+	senders      map[string]string              // of the destinations' sources; none of those that were taken up
+	left         map[string]error               // migrations to this host that could not be taken up, and why
+	leftovers    map[string]*migration.Leftover // these, and those away from it
 }
 
 func newRegistry() *registry {
@@ -68,7 +69,17 @@ func (r *registry) find(id string) tracked {
 	if d := r.destination(id); d != nil {
 		return d
 	}
+	if l := r.leftover(id); l != nil {
+		return l
+	}
 	return nil
+}
+
+// leftover is what an earlier run of this daemon left of that id, and could not be taken up.
+func (r *registry) leftover(id string) *migration.Leftover {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.leftovers[id]
 }
 
 // addSource returns the source with that id, made by create where there is none.
@@ -166,11 +177,21 @@ func (r *registry) addDestination(id, sender string, most int, create func() *mi
 	return d, forgotten, nil
 }
 
-// takeUp adds migrations that an earlier run of the daemon left; left are those to this host that could not be taken up.
-func (r *registry) takeUp(sources []*migration.Source, destinations []*migration.Destination, left map[string]error) {
+// takeUp adds migrations that an earlier run of the daemon left; left are those to this host that could not be taken up,
+// records those away from it.
+func (r *registry) takeUp(
+	sources []*migration.Source, destinations []*migration.Destination, left, records map[string]error,
+) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.left = left
+	r.leftovers = make(map[string]*migration.Leftover)
+	for id, why := range left {
+		r.leftovers[id] = migration.NewLeftover(id, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION, why)
+	}
+	for id, why := range records { // the source's, where a host is both: it is about a VM of this host
+		r.leftovers[id] = migration.NewLeftover(id, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, why)
+	}
 	for _, s := range sources {
 		view, _ := s.Snapshot()
 		r.sources[view.GetId()] = s
@@ -192,6 +213,10 @@ func (r *registry) list() []*migratedv1.Migration {
 	}
 	for _, d := range r.destinations {
 		view, _ := d.Snapshot()
+		views = append(views, view)
+	}
+	for _, l := range r.leftovers {
+		view, _ := l.Snapshot()
 		views = append(views, view)
 	}
 	slices.SortFunc(views, func(a, b *migratedv1.Migration) int {

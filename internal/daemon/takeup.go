@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
-
-	"golang.org/x/sync/errgroup"
+	"slices"
+	"sync"
 
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/qemu"
@@ -47,11 +47,19 @@ func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 }
 
 // takeUp goes on with what an earlier run of this daemon left when it ended, in
-// whatever way. A record that cannot be read keeps the daemon from serving: it
-// may be about a VM that runs elsewhere. A migration to this host that cannot
-// be taken up is one that waits, and no reason to keep others waiting.
+// whatever way. A record of a newer version keeps the daemon from serving: the
+// daemon that wrote it goes on with it. What is damaged is named, and no reason to
+// keep others waiting: a migration to this host waits, and a VM of this host that
+// stands still is not moved, for it may be one that was handed over.
 func (d *Daemon) takeUp() error {
+	if err := d.records.Sweep(); err != nil {
+		d.log.Warn("what a daemon left that ended while it wrote stays", "error", err)
+	}
 	records, err := d.records.All()
+	if err != nil {
+		return err
+	}
+	unread, err := d.records.Damaged()
 	if err != nil {
 		return err
 	}
@@ -79,17 +87,22 @@ func (d *Daemon) takeUp() error {
 		destinations = append(destinations, destination)
 	}
 	// A source asks its QEMU, which takes its time where it hangs. VMs that came here wait meanwhile no longer.
-	sources := make([]*migration.Source, len(records))
-	var all errgroup.Group
+	sources, failures := make([]*migration.Source, len(records)), make([]error, len(records))
+	var all sync.WaitGroup
 	for i, rec := range records {
-		all.Go(func() (err error) {
-			sources[i], err = migration.TakeUpSource(d.ctx, d.sourceConfig(), rec)
-			return err
-		})
+		all.Go(func() { sources[i], failures[i] = migration.TakeUpSource(d.ctx, d.sourceConfig(), rec) })
 	}
-	if err := all.Wait(); err != nil {
-		return err
+	all.Wait()
+	for i, rec := range records {
+		if failures[i] != nil {
+			unread[rec.ID] = failures[i]
+		}
 	}
-	d.migrations.takeUp(sources, destinations, left)
+	for id, err := range unread {
+		d.log.Error("a migration away from this host that an earlier run of this daemon left cannot be taken up",
+			"migration", id, "error", err, "remedy", migration.Remedy(err))
+	}
+	sources = slices.DeleteFunc(sources, func(s *migration.Source) bool { return s == nil })
+	d.migrations.takeUp(sources, destinations, left, unread)
 	return nil
 }

@@ -81,3 +81,53 @@ func TestNewerIncoming(t *testing.T) {
 	}
 	isUntouched(t, name, content)
 }
+
+// TestDamagedFilesAreNamed: none of them keeps the daemon from serving.
+func TestDamagedFilesAreNamed(t *testing.T) {
+	cfg := config.Default()
+	cfg.Listen, cfg.StateDir = "127.0.0.1:0", t.TempDir()
+	cfg.LogDir = t.TempDir()
+	files := map[string]string{ // by what is in them
+		filepath.Join(cfg.StateDir, "handed-over", "away.json"):             `{"id":"aw`,
+		filepath.Join(cfg.StateDir, "handed-over", "spec.json"):             `{"version":1,"id":"spec","protocol":2,"spec":7}`,
+		filepath.Join(cfg.StateDir, "incoming", "here", "migration.json"):   `{"version":1,"requ`,
+		filepath.Join(cfg.StateDir, "incoming", "states", "migration.json"): `{"version":1,"request":{"id":"states","protocol":2}}`,
+	}
+	orphans := []string{"gone.commit", "gone.json.77.tmp"}
+	for _, name := range orphans {
+		files[filepath.Join(cfg.StateDir, "handed-over", name)] = "{}"
+	}
+	for name, content := range files {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(content), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d, conn := startConfigured(t, cfg)
+	client := migratedv1.NewControlServiceClient(conn)
+	answer, err := client.List(t.Context(), &migratedv1.ListRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := map[string]bool{}
+	for _, m := range answer.GetMigrations() {
+		named[m.GetId()] = m.GetState() == migratedv1.MigrationState_MIGRATION_STATE_FAILED &&
+			m.GetLocation() == migratedv1.Location_LOCATION_UNKNOWN &&
+			m.GetError().GetReason() == migratedv1.Reason_REASON_STATE_UNREADABLE
+	}
+	for _, id := range []string{"away", "spec", "here", "states"} {
+		if !named[id] {
+			t.Errorf("%s is not named: %v", id, answer)
+		}
+	}
+	for _, name := range orphans {
+		if _, err := os.Lstat(filepath.Join(d.cfg.StateDir, "handed-over", name)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", name, err)
+		}
+	}
+	_, err = client.Prepare(t.Context(), &migratedv1.PrepareRequest{
+		Id: "away", Spec: &migratedv1.MigrationSpec{Vm: "/q", Destination: "192.0.2.1:1"},
+	})
+	if status.Code(err) != codes.AlreadyExists {
+		t.Errorf("another one of that id: %v", err)
+	}
+}

@@ -16,7 +16,7 @@ var errAbandoned = errors.New("its operator declared the source gone: the VM cou
 // Abandon ends a VM that waits for memory of a source that is gone for good. The caller knows that it is; as long as
 // pages come it is not. It returns when QEMU has ended.
 func (d *Destination) Abandon(ctx context.Context) error {
-	if err := d.mayAbandon(); err != nil {
+	if err := d.mayAbandon(ctx); err != nil {
 		return err
 	}
 	d.cancel(errAbandoned)
@@ -44,8 +44,8 @@ func (d *Destination) Abandon(ctx context.Context) error {
 	return d.kept.forget()
 }
 
-// mayAbandon refuses what is not lost.
-func (d *Destination) mayAbandon() error {
+// mayAbandon refuses what is not lost: a source that serves the VM's memory at this moment is not gone.
+func (d *Destination) mayAbandon(ctx context.Context) error {
 	if d.fate.Load() != toldToRun {
 		return withRemedy(errors.New("the VM was not run here"), "cancel the migration at its source; it is given up here by itself, too")
 	}
@@ -53,6 +53,16 @@ func (d *Destination) mayAbandon() error {
 	switch view.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER,
 		migratedv1.MigrationState_MIGRATION_STATE_FAILED:
+		if view.GetError().GetReason() == migratedv1.Reason_REASON_SOURCE_QEMU_ENDED {
+			return nil // it serves what was in files
+		}
+		ctx, cancel := context.WithTimeout(ctx, askTimeout)
+		defer cancel()
+		if l, err := openLanes(ctx, d.laneConfig()); err == nil {
+			l.close()
+			return withRemedy(errors.New("the source serves the memory of the VM"),
+				"have it come: migrated recover "+d.cfg.Request.GetId())
+		}
 		return nil
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.MigrationState_MIGRATION_STATE_ENDED:
 		return errOver

@@ -135,6 +135,7 @@
 //	source: record, committed           serves its pages again and repeats Run
 //	  somebody continued the VM         serves nothing, asks the destination to give up, removes the record
 //	source: record, completed           ends QEMU, removes the record; COMPLETED, or ENDED if it says so
+//	source: a damaged record            names it (Leftover); VMs that stand still are not moved while it is there
 //	destination: not loaded             ends QEMU; the source has continued the VM, or does so when Run was answered
 //	                                    with ABORTED
 //	destination: loaded                 goes on waiting for Run; if its QEMU is gone (a stopped daemon

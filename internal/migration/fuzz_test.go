@@ -3,6 +3,7 @@
 package migration
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -52,7 +53,7 @@ func FuzzRecords(f *testing.F) {
 			t.Fatal(err)
 		}
 		all, err := r.All()
-		if err != nil {
+		if damaged, damagedErr := r.Damaged(); err != nil || damagedErr != nil || len(damaged) > 0 {
 			return
 		}
 		if len(all) != 1 || all[0].Version != version.State {
@@ -62,7 +63,7 @@ func FuzzRecords(f *testing.F) {
 		if rec.ID = "m1"; len(rec.Spec) == 0 {
 			rec.Spec = []byte("{}")
 		}
-		if err := r.Prepare(rec); err != nil {
+		if err := errors.Join(r.Remove("m1"), r.Prepare(rec)); err != nil {
 			t.Errorf("%+v cannot be written: %v", rec, err)
 		}
 	})

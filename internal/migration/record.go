@@ -67,6 +67,10 @@ func (r *Records) path(id string) string { return filepath.Join(r.dir, id+".json
 // Prepare writes down, durably, that the VM of rec is about to stop, and all but
 // the commitment itself: Commit then costs the downtime a rename and no more.
 func (r *Records) Prepare(rec Record) error {
+	if _, err := os.Lstat(r.path(rec.ID)); err == nil {
+		return withRemedy(fmt.Errorf("%s is the hand-over record of another migration of that id", r.path(rec.ID)),
+			"choose another id; see what the record is about with 'migrated list'")
+	}
 	rec.Version = version.State
 	rec.Committed = true
 	err := writeJSON(r.committed(rec.ID), rec)
@@ -152,29 +156,72 @@ func (r *Records) Remove(id string) error {
 	return nil
 }
 
-// All reads every record, also those that an earlier daemon left.
+// All reads every record, also those that an earlier daemon left, but for the damaged ones. One of a newer version is an
+// error.
 func (r *Records) All() ([]Record, error) {
+	records, _, err := r.readAll()
+	return records, err
+}
+
+// Damaged are the records that nobody can read, and why; the errors have remedies. Which VMs they are about is not known.
+func (r *Records) Damaged() (map[string]error, error) {
+	_, damaged, err := r.readAll()
+	return damaged, err
+}
+
+func (r *Records) readAll() (records []Record, damaged map[string]error, err error) {
 	entries, err := os.ReadDir(r.dir)
 	if err != nil {
-		return nil, fmt.Errorf("read the hand-over records: %w", err)
+		return nil, nil, fmt.Errorf("read the hand-over records: %w", err)
 	}
-	var records []Record
+	damaged = make(map[string]error)
 	for _, entry := range entries {
 		id, isRecord := strings.CutSuffix(entry.Name(), ".json")
 		if !isRecord {
 			continue
 		}
 		data, err := os.ReadFile(filepath.Join(r.dir, entry.Name()))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it was removed just now
+		}
 		if err != nil {
-			return nil, fmt.Errorf("read the hand-over record of %s: %w", id, err)
+			damaged[id] = damagedRecord(r.path(id), err)
+			continue
 		}
 		rec, err := readRecord(data, r.path(id))
+		var newer *version.Error
+		switch {
+		case errors.As(err, &newer):
+			return nil, nil, err
+		case err == nil && rec.ID != id:
+			err = damagedRecord(r.path(id), fmt.Errorf("it is about migration %q", rec.ID))
+		}
 		if err != nil {
-			return nil, err
+			damaged[id] = err
+			continue
 		}
 		records = append(records, rec)
 	}
-	return records, nil
+	return records, damaged, nil
+}
+
+// Sweep removes what a daemon left that ended while it wrote: files that were not whole, and commitments of VMs that it
+// had not begun to stop.
+func (r *Records) Sweep() error {
+	entries, err := os.ReadDir(r.dir)
+	errs := []error{err}
+	for _, entry := range entries {
+		name := entry.Name()
+		id, isCommit := strings.CutSuffix(name, ".commit")
+		if isCommit {
+			_, err := os.Lstat(r.path(id))
+			isCommit = errors.Is(err, fs.ErrNotExist)
+		}
+		if isCommit || strings.HasSuffix(name, ".tmp") {
+			errs = append(errs, os.Remove(filepath.Join(r.dir, name)))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // of returns the record of a migration.
@@ -209,7 +256,8 @@ func readRecord(data []byte, path string) (rec Record, err error) {
 }
 
 func damagedRecord(path string, err error) error {
-	return withRemedy(fmt.Errorf("hand-over record %s is damaged: %w", path, err), "look where the VM that it is about runs before you remove it")
+	err = withReason(fmt.Errorf("hand-over record %s is damaged: %w", path, err), migratedv1.Reason_REASON_STATE_UNREADABLE)
+	return withRemedy(err, "look where the VM that it is about runs, then remove the file")
 }
 
 // ForVM returns the record of a VM that was handed over and is still stopped here, by its QEMU's process: it may have

@@ -5,6 +5,7 @@ package migration
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -78,19 +79,57 @@ func TestRecordsOutliveTheDaemon(t *testing.T) {
 	}
 }
 
-// A record that can't be read must stop the daemon: it may be about a VM that
-// runs elsewhere.
-func TestDamagedRecordIsAnError(t *testing.T) {
-	dir := t.TempDir()
-	records, err := OpenRecords(dir)
+// A record that can't be read is named: it may be about a VM that runs elsewhere. It is no reason to do nothing for others.
+func TestDamagedRecordIsNamed(t *testing.T) {
+	records, err := OpenRecords(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "m1.json"), []byte(`{"id":"m1"`), 0o600); err != nil {
+	if err := records.Prepare(Record{ID: "good", Protocol: version.Protocol, Spec: []byte("{}")}); err != nil {
 		t.Fatal(err)
 	}
-	if all, err := records.All(); err == nil {
-		t.Errorf("a damaged record is taken for %v", all)
+	for name, content := range map[string]string{"m1.json": `{"id":"m1"`, "m2.json": "", "m3.json": `{"version":1,"id":"good","protocol":2}`} {
+		if err := os.WriteFile(filepath.Join(records.dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, err := records.All(); err != nil || len(all) != 1 || all[0].ID != "good" {
+		t.Errorf("All() = %v, %v", all, err)
+	}
+	damaged, err := records.Damaged()
+	if err != nil || len(damaged) != 3 {
+		t.Errorf("Damaged() = %v, %v", damaged, err)
+	}
+	for id, why := range damaged {
+		if Remedy(why) == "" || !strings.Contains(why.Error(), records.path(id)) {
+			t.Errorf("of %s it says %v; %s", id, why, Remedy(why))
+		}
+		if err := records.Prepare(Record{ID: id, Protocol: version.Protocol}); err == nil {
+			t.Errorf("the damaged record of %s is overwritten", id)
+		}
+	}
+}
+
+// TestSweep: what a daemon left that ended while it wrote is removed, and nothing else.
+func TestSweep(t *testing.T) {
+	records, err := OpenRecords(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := records.Prepare(Record{ID: "good", Protocol: version.Protocol, Spec: []byte("{}")}); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"m1.json.123.tmp", "m2.commit"} {
+		if err := os.WriteFile(filepath.Join(records.dir, name), []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := records.Sweep(); err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.ReadDir(records.dir)
+	if err != nil || len(left) != 2 || left[0].Name() != "good.commit" || left[1].Name() != "good.json" {
+		t.Errorf("it left %v, %v", left, err)
 	}
 }
 

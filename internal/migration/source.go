@@ -98,6 +98,7 @@ type Source struct {
 	unguard context.CancelFunc // ends guardStopped; nil: it did not begin
 	resumed chan struct{}      // closed when somebody else has continued the VM, after it was stopped
 	resumes *qmp.Subscription  // what QEMU has reported of that; nil: it was not asked to
+	sleeps  *qmp.Subscription  // and of a guest that goes to sleep, since it was last looked at
 
 	unwatch   func()      // ends watchQEMU
 	gone      atomic.Bool // it has seen QEMU end

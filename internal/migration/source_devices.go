@@ -149,6 +149,10 @@ func (s *Source) openDeviceStream(ctx context.Context) (_ deviceStream, cancel c
 	})
 	defer opening.Stop()
 	failed := func(err error) error { return causeOf(ctx, fromPeer("move the device state", destination, err)) }
+	s.sleeps = s.vm.QMP.Subscribe("SUSPEND", "WAKEUP")
+	if err := s.verifyState(ctx); err != nil {
+		return nil, cancel, causeOf(ctx, err)
+	}
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return nil, cancel, causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
 	}
@@ -192,12 +196,8 @@ func (s *Source) stop(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if ran != s.wasRunning {
-		was := s.wasRunning
-		s.wasRunning = ran // what it has to be put back to
-		return withRemedy(
-			fmt.Errorf("somebody else paused or continued it at this moment (running: %t, then %t)", was, ran),
-			"migrate it again")
+	if err := s.verifyStopped(ctx, ran); err != nil {
+		return err
 	}
 	s.steps.stop = time.Since(began)
 	s.stoppedAt = at

@@ -182,12 +182,15 @@ func (s *Source) claimVM() error {
 // for the VM. One that runs was continued by its operator, and is the VM again.
 func (s *Source) refuseHandedOver(ctx context.Context) error {
 	rec, handedOver, err := s.cfg.Records.ForVM(s.vm.Pid)
-	if err != nil || !handedOver {
+	if err != nil {
 		return err
 	}
 	running, err := s.vm.Running(ctx)
 	if err != nil {
 		return askQEMU("source", err)
+	}
+	if !handedOver {
+		return s.refuseUnknown(running)
 	}
 	if running {
 		s.log.Warn("a VM that was handed over runs here again", "record", rec.ID, "destination", rec.Destination)
@@ -197,6 +200,18 @@ func (s *Source) refuseHandedOver(ctx context.Context) error {
 		fmt.Errorf("this VM was handed over to %s by migration %s at %s and is only kept for its memory",
 			rec.Destination, rec.ID, rec.HandedOver.Format(time.RFC3339)),
 		"migrate the VM from the host on which it runs now")
+}
+
+// refuseUnknown keeps a VM that stands still from being moved where a damaged record may say that it was handed over.
+func (s *Source) refuseUnknown(running bool) error {
+	damaged, err := s.cfg.Records.Damaged()
+	if err != nil || running {
+		return err
+	}
+	for _, why := range damaged {
+		return withRemedy(fmt.Errorf("this VM does not run, and may have been handed over to another host: %w", why), Remedy(why))
+	}
+	return nil
 }
 
 // awaitStart waits for Start while both ends stay alive.

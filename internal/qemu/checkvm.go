@@ -14,7 +14,7 @@ import (
 func CheckVM(ctx context.Context, vm *VM) []Result {
 	var results []Result
 	for _, check := range []func(context.Context, *VM) ([]Result, error){
-		checkState, checkVersion, checkRAM, checkBlockers, checkDisks, CheckTasks,
+		CheckState, checkVersion, checkRAM, checkBlockers, checkDisks, CheckTasks,
 	} {
 		found, err := check(ctx, vm)
 		if err != nil {
@@ -27,7 +27,8 @@ func CheckVM(ctx context.Context, vm *VM) []Result {
 	return results
 }
 
-func checkState(ctx context.Context, vm *VM) ([]Result, error) {
+// CheckState says whether a VM can be moved in the state that it is in now.
+func CheckState(ctx context.Context, vm *VM) ([]Result, error) {
 	s, err := vm.runState(ctx)
 	if err != nil {
 		return nil, err
@@ -44,7 +45,10 @@ func checkState(ctx context.Context, vm *VM) ([]Result, error) {
 	case "inmigrate":
 		r.Status, r.Remedy = Failed, "name the VM's source: this QEMU waits for a migration"
 	case "postmigrate":
-		r.Status, r.Remedy = Failed, "migrate the VM from the host on which it runs: it has left this one"
+		// By a migration of QEMU's own, to a host or into a file. Nobody here knows which.
+		r.Status = Failed
+		r.Remedy = "migrate the VM from the host on which it runs, if it runs on another; if this is all that there is of it, " +
+			"continue it here (QMP cont), then try again"
 	default:
 		// shutdown, guest-panicked, io-error, internal-error, watchdog, save-vm, restore-vm, ...
 		r.Status, r.Remedy = Failed, "bring the VM to run or pause it, then try again"

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// TestVMThatStopsByItself, after it was prepared, is none that somebody paused: it is not moved, which would hide what
+// is wrong with it, and a guest that sleeps could not be woken there.
+func TestVMThatStopsByItself(t *testing.T) {
+	for name, c := range map[string]struct {
+		extra  []string
+		stop   string // a line of the monitor
+		status string
+		words  []string
+	}{
+		"its guest panicked": {
+			[]string{"-device", "pvpanic", "-action", "panic=pause"}, "o /b 0x505 1", "guest-panicked",
+			[]string{"guest-panicked", "has stopped by itself"},
+		},
+		"its guest sleeps": { // SLP_EN and S3 in PM1a_CNT
+			nil, "o /h 0x604 0x2400", "suspended", []string{"system_wakeup", "its guest sleeps"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t)
+			s := sceneOf(t, l, lab.VMConfig{Extra: c.extra}.WithDevices(1, 1))
+			s.prepared("stops", s.spec())
+			monitor(t, l.A, c.stop)
+			for vmStatusBy(t, l.A) != c.status { // QEMU's main loop gets to it
+				if testContext(t).Err() != nil {
+					t.Fatalf("it is %q", vmStatusBy(t, l.A))
+				}
+			}
+			m := s.begun("stops")
+			says := m.GetError()
+			all := says.GetMessage() + "\n" + says.GetRemedy() + "\n" + says.GetVmStatus()
+			if m.GetState() != stateFailed || says.GetReason() != migratedv1.Reason_REASON_VM_STOPPED_ITSELF ||
+				m.GetLocation() != migratedv1.Location_LOCATION_SOURCE {
+				t.Errorf("migration is %v, the VM %v: %v", m.GetState(), m.GetLocation(), says)
+			}
+			for _, word := range c.words {
+				if !strings.Contains(all, word) {
+					t.Errorf("it does not say %q: %s", word, all)
+				}
+			}
+			if status := vmStatusBy(t, l.A); status != c.status {
+				t.Errorf("the VM is %q", status)
+			}
+			if pid := qemuOn(t, l.B); pid != 0 {
+				t.Errorf("QEMU process %d is left on the destination", pid)
+			}
+		})
+	}
+}
+
+// vmStatusBy asks the VM's second monitor: the first is the daemon's.
+func vmStatusBy(t *testing.T, h *lab.Host) string {
+	t.Helper()
+	var state struct {
+		Status string `json:"status"`
+	}
+	ask(t, h, "query-status", nil, &state)
+	return state.Status
+}
