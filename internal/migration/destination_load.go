@@ -91,6 +91,9 @@ func (d *Destination) load(
 	defer cancel(nil)
 	stop := context.AfterFunc(stream.Context(), func() { cancel(context.Cause(stream.Context())) })
 	defer stop()
+	if err := checkAlone(d.vm, d.blocks, "destination"); err != nil {
+		return nil, err
+	}
 	if first.GetPaused() && !first.GetRehearsal() {
 		if err := d.vm.TakeDisksWhenLoaded(ctx); err != nil {
 			return nil, fmt.Errorf("prepare the destination QEMU: %w", err)

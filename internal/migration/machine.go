@@ -138,3 +138,11 @@ func matchBlock(want *migratedv1.RamBlock, here map[string]qemu.RAMBlock, readOn
 func checkVM(ctx context.Context, vm *qemu.VM) error {
 	return refuse("this VM cannot migrate", qemu.CheckVM(ctx, vm))
 }
+
+// checkAlone refuses, right before the VM is stopped, memory of it that another process maps by now.
+func checkAlone(vm *qemu.VM, blocks []qemu.RAMBlock, host string) error {
+	if err := vm.CheckAlone(blocks); err != nil {
+		return withRemedy(fmt.Errorf("look who maps the RAM of the %s VM: %w", host, err), remedyOfRAM(err))
+	}
+	return nil
+}

@@ -53,6 +53,9 @@ func (s *Source) moveDevices(ctx context.Context) error {
 			return fmt.Errorf("ask QEMU whether it has the VM's disks: %w", err)
 		}
 	}
+	if err := checkAlone(s.vm, s.facts.RAMBlocks, "source"); err != nil {
+		return err
+	}
 	jobs := s.vm.QMP.Subscribe("JOB_STATUS_CHANGE")
 	defer jobs.Close()
 	if err := s.askAgain(ctx); err != nil {

@@ -108,23 +108,32 @@ func checkRAM(ctx context.Context, vm *VM) ([]Result, error) {
 		}
 		return results, nil
 	}
-	neighbours, err := vm.neighbours(blocks)
+	mapped, unseen, err := vm.mappers(blocks)
 	if err != nil {
 		return nil, err
 	}
 	results := make([]Result, 0, len(blocks))
 	for _, b := range blocks {
-		switch other := neighbours[b.ID]; {
-		case other != 0:
-			results = append(results, Result{
-				Subject: fmt.Sprintf("RAM %q", b.ID), Status: Failed,
-				Detail: fmt.Sprintf("process %d uses it as well, as the back end of a vhost-user device does: "+
-					"nothing makes that wait for pages that have not come", other),
-				Remedy: "unplug the device, or end that process",
-			})
-		case b.Size >= 1<<20:
+		shared := false
+		for _, m := range mapped {
+			if m.block.ID == b.ID {
+				shared = true
+				refused := m.refusal()
+				results = append(results, Result{
+					Subject: fmt.Sprintf("RAM %q", b.ID), Status: Failed, Detail: refused.Reason, Remedy: refused.Remedy,
+				})
+			}
+		}
+		if !shared && b.Size >= 1<<20 {
 			results = append(results, Result{Subject: fmt.Sprintf("RAM %q", b.ID), Detail: b.describe()})
 		}
+	}
+	if unseen > 0 {
+		results = append(results, Result{
+			Subject: "who maps the RAM", Status: Warning,
+			Detail: fmt.Sprintf("this daemon may not look into %d processes: whether one of them maps it is not known", unseen),
+			Remedy: "run the daemon as root or with CAP_SYS_PTRACE, or see that no other process uses the VM's memory",
+		})
 	}
 	if slices.ContainsFunc(blocks, func(b RAMBlock) bool { return b.Private && !b.ReadOnly }) {
 		results = append(results, Result{
@@ -169,32 +178,15 @@ func checkBlockers(ctx context.Context, vm *VM) ([]Result, error) {
 			Subject: "devices", Status: Failed, Detail: oneLine(reason), Remedy: "unplug the device, or start the VM without it",
 		})
 	}
-	assigned, err := vm.assignedDevices(ctx)
+	outside, err := vm.checkOutside(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for _, path := range assigned {
-		results = append(results, Result{
-			Subject: "devices", Status: Failed,
-			Detail: path + " is a device of this host (VFIO), whose state migrated cannot move",
-			Remedy: "unplug the device, or start the VM without it",
-		})
-	}
+	results = append(results, outside...)
 	if len(results) == 0 {
 		results = append(results, Result{Subject: "devices", Detail: "none of them blocks migration"})
 	}
 	return results, nil
-}
-
-// assignedDevices are the VM's VFIO devices.
-func (vm *VM) assignedDevices(ctx context.Context) (paths []string, err error) {
-	devices, err := vm.UserDevices(ctx)
-	for _, d := range devices {
-		if path, kind, _ := strings.Cut(d, " "); strings.HasPrefix(kind, "child<vfio") {
-			paths = append(paths, path)
-		}
-	}
-	return paths, err
 }
 
 func checkDisks(ctx context.Context, vm *VM) ([]Result, error) {

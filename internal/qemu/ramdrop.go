@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -29,12 +28,11 @@ const madvDontneedLocked = 24
 // this process has mapped: a file is never opened by its name, which may lead to another VM's. A file that others map
 // as well is refused.
 func (vm *VM) DropRAM(ctx context.Context, blocks []RAMBlock) error {
-	neighbours, err := vm.neighbours(blocks)
-	if err != nil {
+	if err := vm.CheckAlone(blocks); err != nil {
 		return err
 	}
 	for _, b := range blocks {
-		if err := checkAlone(b, neighbours[b.ID]); err != nil {
+		if err := checkContent(b); err != nil {
 			return err
 		}
 	}
@@ -178,73 +176,20 @@ func (vm *VM) descriptorOf(b RAMBlock) (fd int, known bool) {
 	return fd, err == nil
 }
 
-// checkAlone refuses a shared file that another process maps, because what is in it may be that one's; and one that
-// shows through a private mapping wherever a page is missing. other is that process, 0: there is none.
-func checkAlone(b RAMBlock, other int) error {
-	if b.ReadOnly || b.File == "" || b.behind {
+// checkContent refuses a file with content that shows through a private mapping wherever a page is missing.
+func checkContent(b RAMBlock) error {
+	if !b.Private || b.ReadOnly || b.File == "" || b.behind {
 		return nil
 	}
-	if b.Private {
-		var st unix.Stat_t
-		if err := unix.Stat(b.Path, &st); err != nil {
-			return fmt.Errorf("RAM %q: its file %s: %w", b.ID, b.File, err)
-		}
-		if st.Blocks != 0 {
-			return &RAMError{b.ID, fmt.Sprintf("the file %s, which the destination QEMU maps privately (share=off), has content, "+
-				"and the VM would find that in pages that have not come", b.File), "remove the file, or give its mem-path as a directory"}
-		}
-		return nil
+	var st unix.Stat_t
+	if err := unix.Stat(b.Path, &st); err != nil {
+		return fmt.Errorf("RAM %q: its file %s: %w", b.ID, b.File, err)
 	}
-	if other != 0 {
-		return &RAMError{b.ID,
-			fmt.Sprintf("process %d maps its file %s as well, which may be another VM's memory", other, b.File),
-			"give the destination another mem-path with --template, or end that process"}
+	if st.Blocks != 0 {
+		return &RAMError{b.ID, fmt.Sprintf("the file %s, which the destination QEMU maps privately (share=off), has content, "+
+			"and the VM would find that in pages that have not come", b.File), "remove the file, or give its mem-path as a directory"}
 	}
 	return nil
-}
-
-// neighbours finds other processes that have files of shared blocks mapped: one for each such block, by the blocks'
-// IDs. There may be some that this daemon cannot see.
-func (vm *VM) neighbours(blocks []RAMBlock) (map[string]int, error) {
-	blocks = slices.DeleteFunc(slices.Clone(blocks), func(b RAMBlock) bool {
-		return b.Private || b.ReadOnly || b.File == ""
-	})
-	if len(blocks) == 0 {
-		return nil, nil
-	}
-	ours, err := readMaps(vm.Pid)
-	if err != nil {
-		return nil, err
-	}
-	files := make(map[string]vma, len(blocks))
-	for _, b := range blocks {
-		at := slices.IndexFunc(ours, func(m vma) bool { return m.start <= b.Addr && b.Addr < m.end })
-		if at < 0 {
-			return nil, fmt.Errorf("RAM %q is not mapped at %#x any more", b.ID, b.Addr)
-		}
-		files[b.ID] = ours[at]
-	}
-	processes, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		return nil, err
-	}
-	found := make(map[string]int)
-	for _, dir := range processes {
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil || pid == vm.Pid {
-			continue
-		}
-		maps, err := readMaps(pid)
-		if err != nil {
-			continue // it has ended, or is a thread of the kernel
-		}
-		for id, file := range files {
-			if slices.ContainsFunc(maps, func(m vma) bool { return m.inode != 0 && sameFile(m, file) }) {
-				found[id] = pid
-			}
-		}
-	}
-	return found, nil
 }
 
 // CheckEmpty says whether QEMU has touched a block since DropRAM: what is there would not be fetched.

@@ -125,7 +125,7 @@ func TestDropRAMOfOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	var bad *RAMError
-	if err := vm.DropRAM(testContext(t), blocks); !errors.As(err, &bad) || !strings.Contains(bad.Reason, fmt.Sprintf("process %d maps", neighbour.Pid)) {
+	if err := vm.DropRAM(testContext(t), blocks); !errors.As(err, &bad) || !strings.Contains(bad.Reason, fmt.Sprintf("process %d (qemu-system-x86) maps", neighbour.Pid)) {
 		t.Errorf("error %v", err)
 	}
 	if blocks, err = neighbour.RAMBlocks(testContext(t)); err != nil || present(t, neighbour, blocks[at]) != before {

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/cannot"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// mapRAM maps the file with the VM's RAM on h, as a process that is not QEMU. The caller unmaps it.
+func mapRAM(t *testing.T, vm lab.VMConfig, h *lab.Host) []byte {
+	t.Helper()
+	file, err := os.Open(h.Path(vm.RAMFiles()[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	mapped, err := unix.Mmap(int(file.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return mapped
+}
+
+func unmap(t *testing.T, mapped []byte) {
+	t.Helper()
+	if err := unix.Munmap(mapped); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestMapperIsRefused: a process that maps the VM's RAM is named, with the file, whenever it begins: before the VM is
+// touched.
+func TestMapperIsRefused(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	words := []string{fmt.Sprintf("process %d (e2e.test) maps its file", os.Getpid()), s.vm.RAMFiles()[0], "end that process"}
+	mapped := mapRAM(t, s.vm, l.A)
+	s.refusedByBoth(nil, words)
+	unmap(t, mapped)
+	s.acceptedByCheck(nil)
+	for id, host := range map[string]*lab.Host{"at-the-source": l.A, "at-the-destination": l.B} {
+		t.Run(id, func(t *testing.T) {
+			s := *s
+			s.T = t
+			client := s.prepare(id)
+			mapped := mapRAM(t, s.vm, host)
+			defer unmap(t, mapped)
+			if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: id}); err != nil {
+				t.Fatal(err)
+			}
+			m := await(t, client, id, func(*migratedv1.Migration) bool { return false })
+			s.failed(m, stateFailed, append(words, "the VM was not touched")...)
+			s.countsOn()
+			s.destinationGone(id)
+		})
+	}
+	migrate(t, l.A, l.B, "then")
+	s.arrived()
+}
+
+// TestVhostUserIsRefused: a disk that another process serves is refused by the device's name.
+func TestVhostUserIsRefused(t *testing.T) {
+	if _, err := exec.LookPath("qemu-storage-daemon"); err != nil {
+		cannot.Run(t, "%v", err)
+	}
+	l := newLab(t)
+	log, err := os.Create(l.A.Path(lab.VMDir + "/backend.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	const socket = lab.VMDir + "/disk.sock"
+	if _, err := l.A.Start(log, "qemu-storage-daemon", "--blockdev", "null-co,node-name=disk,size=1048576,read-zeroes=on",
+		"--export", "vhost-user-blk,id=e,node-name=disk,writable=on,addr.type=unix,addr.path="+socket); err != nil {
+		t.Fatal(err)
+	}
+	awaitFile(t, l.A.Path(socket))
+	s := sceneOf(t, l, lab.VMConfig{Extra: []string{
+		"-chardev", "socket,id=served,path=" + socket, "-device", "vhost-user-blk-pci,id=blk,chardev=served",
+	}}.WithDevices(1, 1))
+	s.refusedByBoth(nil, []string{"/machine/peripheral/blk (vhost-user-blk-pci)", "another process", "unplug the device"})
+}
