@@ -156,8 +156,20 @@ func migrateSpec(t *testing.T, from *lab.Host, id string, spec *migratedv1.Migra
 	return await(t, client, id, func(m *migratedv1.Migration) bool { return false })
 }
 
-// await watches a migration until it is over or as wanted.
+// await watches a migration until it is over or as wanted. No test has a process that touches the VM's memory, but
+// those that follow.
 func await(t *testing.T, client migratedv1.ControlServiceClient, id string, wanted func(*migratedv1.Migration) bool) *migratedv1.Migration {
+	t.Helper()
+	m := follow(t, client, id, wanted)
+	if p := m.GetProgress(); p.GetPagesTouched() != 0 || p.GetPagesUnexplained() != 0 {
+		t.Errorf("%d pages were there before they came, and %d more could not be written again",
+			p.GetPagesTouched(), p.GetPagesUnexplained())
+	}
+	return m
+}
+
+// follow is await whatever other processes do.
+func follow(t *testing.T, client migratedv1.ControlServiceClient, id string, wanted func(*migratedv1.Migration) bool) *migratedv1.Migration {
 	t.Helper()
 	stream, err := client.Watch(testContext(t), &migratedv1.WatchRequest{Id: id})
 	if err != nil {

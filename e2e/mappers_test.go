@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -70,6 +71,48 @@ func TestMapperIsRefused(t *testing.T) {
 	migrate(t, l.A, l.B, "then")
 	s.arrived()
 }
+
+// TestForeignReader: a process that begins to map the VM's RAM after the last look reads all of it until the last page has
+// come. It gets zeros; the VM has its memory.
+func TestForeignReader(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	client := control(t, l.A)
+	spec := s.spec()
+	spec.Bandwidth = 8 << 20
+	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "read", Spec: spec}); err != nil {
+		t.Fatal(err)
+	}
+	follow(t, client, "read", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
+	mapped := mapRAM(t, s.vm, l.B)
+	defer unmap(t, mapped)
+	var over atomic.Bool
+	passes := make(chan int)
+	go func() {
+		sum, n := byte(0), 0
+		for ; !over.Load(); n++ {
+			for at := 0; at < len(mapped); at += os.Getpagesize() {
+				sum += mapped[at]
+			}
+		}
+		read.Store(uint32(sum)) // or nothing would have to be read
+		passes <- n
+	}()
+	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: "read", Bandwidth: 64 << 20}); err != nil {
+		t.Error(err)
+	}
+	m := follow(t, client, "read", func(*migratedv1.Migration) bool { return false })
+	over.Store(true)
+	p := m.GetProgress()
+	t.Logf("%d passes; %d pages were touched, of %d; %d faults", <-passes, p.GetPagesTouched(), p.GetPagesTotal(), p.GetFaults())
+	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED || p.GetPagesTouched() == 0 || p.GetPagesUnexplained() != 0 {
+		t.Errorf("migration is %v, %d pages were touched, %d are unexplained: %v", m.GetState(), p.GetPagesTouched(),
+			p.GetPagesUnexplained(), m.GetError())
+	}
+	s.arrived()
+}
+
+var read atomic.Uint32
 
 // TestVhostUserIsRefused: a disk that another process serves is refused by the device's name.
 func TestVhostUserIsRefused(t *testing.T) {

@@ -138,6 +138,12 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 		if n := p.GetBytesDiscarded(); n > 0 {
 			fact("Given up", "%s by the VM itself, which are not fetched", bytesText(n))
 		}
+		if n := p.GetPagesTouched(); n > 0 {
+			fact("Touched", "%s by another process before they came: written again, the VM has what it should", plural(n, "page"))
+		}
+		if n := p.GetPagesUnexplained(); n > 0 {
+			fact("UNEXPLAINED", "%s there before they came: the VM's memory may be corrupt", plural(n, "page"))
+		}
 		fact("Downtime", "%s", durationText(p.GetDowntime()))
 	}
 	if p.GetTimeLeft() != nil {

@@ -135,14 +135,14 @@ func (j *journey) look(ctx context.Context) (end string, err error) {
 			return endStayed, nil
 		}
 		if there && !j.machine.exists(j.from) && complete(destination) {
-			return endMoved, nil
+			return endMoved, foreign(destination)
 		}
 		return "", nil
 	case j.orphaned && bereft(destination):
 		return j.bury(ctx)
 	case complete(source):
 		if there && complete(destination) {
-			return endMoved, nil
+			return endMoved, foreign(source, destination)
 		}
 		return "", nil
 	case !migration.Terminal(state):

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/version"
+	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
@@ -99,12 +101,16 @@ type Destination struct {
 	supervision uffd.Supervision
 	label       string
 
-	engine  *postcopy.Engine
-	kept    *kept
-	leave   bool // kept for a later daemon
-	word    word
-	pumping bool // pump was started; it releases what is held
-	orphan  bool // the pump's: the source's QEMU has ended
+	engine *postcopy.Engine
+	// What the engine needs where another process touches the VM's memory, see openFiles.
+	pagemap                      *pagemap.Map
+	files                        []*os.File
+	warnTouched, warnUnexplained sync.Once
+	kept                         *kept
+	leave                        bool // kept for a later daemon
+	word                         word
+	pumping                      bool // pump was started; it releases what is held
+	orphan                       bool // the pump's: the source's QEMU has ended
 	// attaching is closed when attachAgain has ended; nil where it was not needed.
 	attaching chan struct{}
 	// releaseGC ends the hold on the garbage collector during the switch.

@@ -61,6 +61,7 @@ func (d *Destination) complete() {
 		m.Error = nil
 		m.Progress = d.meter.progress(d.engine.Stats())
 	})
+	d.warnOfOthers(d.engine.Stats())
 	d.log.Info("completed", "residency", d.meter.residency(d.engine.Stats()))
 	reached("destination-completed")
 }
@@ -130,6 +131,7 @@ func (d *Destination) release() {
 			d.log.Warn("close the userfaultfd", "error", err)
 		}
 	}
+	d.closeFiles()
 	if d.vm != nil {
 		if err := d.vm.Close(); err != nil {
 			d.log.Warn("disconnect from QEMU", "error", err)

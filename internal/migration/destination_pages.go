@@ -196,6 +196,7 @@ func (d *Destination) showProgress(ctx context.Context) {
 		}
 		stats := d.engine.Stats()
 		d.shrinkReserve(stats)
+		d.warnOfOthers(stats)
 		d.update(func(m *migratedv1.Migration) { m.Progress = d.meter.progress(stats) })
 	}
 }

@@ -279,9 +279,10 @@ func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
 	if d.early == nil {
 		ahead = loadAhead
 	}
+	d.openFiles(facts, blocks)
 	d.engine, err = postcopy.New(postcopy.Options{
 		Blocks: blocks, Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
-		Copies: d.kept.copies(), Bandwidth: d.limit(), LoadAhead: ahead,
+		Copies: d.kept.copies(), Pagemap: d.pagemap, Bandwidth: d.limit(), LoadAhead: ahead,
 	})
 	if err != nil {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)

@@ -60,7 +60,7 @@ func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 		BytesTotal: s.BytesTotal, BytesOnWire: s.BytesReceived, Faults: s.Faults,
 		FaultP50: durationpb.New(s.FaultP50), FaultP99: durationpb.New(s.FaultP99), FaultMax: durationpb.New(s.FaultMax),
 		PagesGuessed: s.Guessed, GuessHits: s.GuessHits, Bandwidth: s.Bandwidth,
-		BytesDiscarded: s.Discarded,
+		BytesDiscarded: s.Discarded, PagesTouched: s.PagesTouched, PagesUnexplained: s.PagesUnexplained,
 	}
 	if m.started.IsZero() {
 		return p

@@ -51,20 +51,8 @@ func anonymous(m vma) bool { return m.shared && strings.HasPrefix(m.path, "/dev/
 // openablePath finds a path that leads to the file of a mapping whether it has a name or not: QEMU's own
 // descriptor, or, had it closed that, the mapping itself.
 func (vm *VM) openablePath(m vma) (string, error) {
-	dir := fmt.Sprintf("/proc/%d/fd", vm.Pid)
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return "", fmt.Errorf("descriptors of QEMU: %w", err)
-	}
-	for _, e := range entries {
-		path := filepath.Join(dir, e.Name())
-		var st unix.Stat_t
-		if unix.Stat(path, &st) != nil {
-			continue // closed meanwhile
-		}
-		if st.Ino == m.inode && unix.Major(st.Dev) == m.major && unix.Minor(st.Dev) == m.minor {
-			return path, nil
-		}
+	if path, err := descriptorPath(vm.Pid, m); path != "" || err != nil {
+		return path, err
 	}
 	// Needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN (proc_pid_map_files(5)).
 	path := fmt.Sprintf("/proc/%d/map_files/%s-%s", vm.Pid, strconv.FormatUint(m.start, 16), strconv.FormatUint(m.end, 16))
@@ -72,4 +60,25 @@ func (vm *VM) openablePath(m vma) (string, error) {
 		return "", fmt.Errorf("its file has neither a descriptor nor can the mapping be opened: %w", err)
 	}
 	return path, nil
+}
+
+// descriptorPath is a descriptor of a process that is of the mapping's file, in /proc; empty: it has none.
+func descriptorPath(pid int, m vma) (string, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return "", fmt.Errorf("descriptors of QEMU: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		var st unix.Stat_t
+		if unix.Stat(path, &st) == nil && isFileOf(st, m) { // else it was closed meanwhile
+			return path, nil
+		}
+	}
+	return "", nil
+}
+
+func isFileOf(st unix.Stat_t, m vma) bool {
+	return st.Ino == m.inode && unix.Major(st.Dev) == m.major && unix.Minor(st.Dev) == m.minor
 }

@@ -26,6 +26,10 @@ const (
 	// foreseenBytes is what one message asks for of them at most, unless a page is larger.
 	foreseenBytes = 1 << 20
 
+	// remapBytes is what is mapped at once of pages that are there and that the kernel took away: what it makes one huge
+	// page of.
+	remapBytes = 2 << 20
+
 	// predictBytes is what a guess asks for at most: a millisecond of 1 Gbit/s, so that the next fault does not wait longer
 	// behind it than a guess is worth.
 	predictBytes = 128 << 10

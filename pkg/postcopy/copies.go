@@ -29,6 +29,9 @@ func (e *Engine) takeUpCopies(memory []byte) error {
 		if b == nil {
 			continue // no answer, or another VM's
 		}
+		if exists && b.minor {
+			continue // it is another process', and its content was to be written, see others.go
+		}
 		n = min(n, b.Addr+b.Size-dst) >> b.shift
 		if exists {
 			n = b.PageSize >> b.shift

@@ -76,6 +76,11 @@
 //	a page that was there     present: its hole, by whichever call, reads as zero. The fault on it is answered by a
 //	                          zero page (refill), which is refused as long as an event is not read, and then comes again
 //
+// # Pages that another process touches
+//
+// A process that maps the RAM file as well gets pages of zeros where the VM's have not come, and the kernel would let the
+// VM find these. See others.go for what keeps it from that.
+//
 // # When it cannot go on
 //
 // Whatever fails, missing pages stay registered: threads that need one wait, none reads a zero in its place. The next

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"os"
 	"sync/atomic"
 	"time"
 
+	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -24,6 +26,11 @@ type Block struct {
 	// Populated says that all of it is to be there in the end, pages of zeros as well: the VM was promised its memory.
 	// Others leave those as holes.
 	Populated bool
+	// File is what Addr maps, shared and from FileOffset on, open for reading and writing: with it a page that another
+	// process touches before it has come does no harm to the VM, see others.go. It stays the caller's, as UFFD does. nil:
+	// the memory is private, or the file is not known.
+	File       *os.File
+	FileOffset int64
 	// First says that the sweep is to bring it before all blocks that are not First: the source may lose it soonest.
 	First bool
 }
@@ -45,6 +52,8 @@ type Options struct {
 	// Copies is where the kernel answers the engine's copies: CopiesSize bytes at least, aligned to 8. It goes with State,
 	// and says of pages that were being installed when a process ended whether they are there. nil: memory of the engine's own.
 	Copies []byte
+	// Pagemap is the process', for as long as UFFD; without it no Block's File is of use.
+	Pagemap *pagemap.Map
 	// LoadAhead is what a fault asks for, in bytes, before StartSweep: what loading all of the device state touches lies
 	// together (option ROMs, on a PC), and the VM stands still for each of these faults. 0: its page alone.
 	LoadAhead uint64
@@ -73,6 +82,7 @@ type block struct {
 	pages    uint64
 	shift    int  // log2 of a page's size: of PageSize, or of a part of it
 	zeropage bool // UFFDIO_ZEROPAGE works; hugetlbfs has none
+	minor    bool // registered for minor faults, see others.go
 
 	gigantic []gigantic // one for each of the kernel's pages, where those cross the network in parts; else nil
 }
@@ -97,6 +107,7 @@ type Engine struct {
 	gate    gate
 
 	pages     *pages
+	pagemap   *pagemap.Map      // Options.Pagemap
 	copies    []uffd.CopyRecord // of each worker's lane, then the bulk lane's
 	pending   pending
 	fastest   fastest // answer to a fault that was the first to ask
@@ -131,7 +142,7 @@ func New(o Options) (*Engine, error) {
 	e := &Engine{
 		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(), budget: newBudget(o.Bandwidth),
 		sweeping: make(chan struct{}), foreseen: make(chan []Stretch, 1), done: make(chan struct{}),
-		ahead: o.LoadAhead,
+		ahead: o.LoadAhead, pagemap: o.Pagemap,
 	}
 	if e.workers <= 0 {
 		e.workers = defaultWorkers
@@ -192,7 +203,15 @@ func (e *Engine) register(b *block) error {
 		}
 		e.uffds = append(e.uffds, b.UFFD)
 	}
-	ioctls, err := b.UFFD.Register(b.all(), uffd.ModeMissing)
+	mode := uffd.ModeMissing
+	if b.minor = b.File != nil && e.pagemap != nil; b.minor {
+		mode |= uffd.ModeMinor
+	}
+	ioctls, err := b.UFFD.Register(b.all(), mode)
+	if b.minor && errors.Is(err, uffd.ErrInvalid) { // Linux before 5.14 (hugetlbfs: 5.13)
+		b.minor = false
+		ioctls, err = b.UFFD.Register(b.all(), uffd.ModeMissing)
+	}
 	if err != nil {
 		return err
 	}

@@ -169,7 +169,7 @@ func (w *worker) batch(u *uffd.UFFD) error {
 func (w *worker) handle(u *uffd.UFFD, ev uffd.Event, now int64) error {
 	switch ev.Kind {
 	case uffd.EventPagefault:
-		return w.fault(u, ev.Pagefault.Addr, ev.Pagefault.ThreadID, now)
+		return w.fault(u, &ev, now)
 	case uffd.EventRemove:
 		return w.s.e.wake(u, ev.Remove.Start, ev.Remove.End)
 	case uffd.EventUnmap:
@@ -183,8 +183,8 @@ func (w *worker) handle(u *uffd.UFFD, ev uffd.Event, now int64) error {
 }
 
 // fault is step 2: it claims the page and, if it is this worker's to ask for, puts it into the request.
-func (w *worker) fault(u *uffd.UFFD, addr uint64, thread uint32, now int64) error {
-	e := w.s.e
+func (w *worker) fault(u *uffd.UFFD, ev *uffd.Event, now int64) error {
+	e, addr, thread := w.s.e, ev.Pagefault.Addr, ev.Pagefault.ThreadID
 	e.counters.faults.Add(1)
 	b := e.find(u, addr)
 	if b == nil {
@@ -204,6 +204,9 @@ func (w *worker) fault(u *uffd.UFFD, addr uint64, thread uint32, now int64) erro
 		e.latency.add(time.Duration(e.now() - now))
 		return err
 	case claimPresent:
+		if ev.Pagefault.Flags&uffd.FaultMinor != 0 {
+			return e.remap(b, p)
+		}
 		return e.refill(b, p)
 	}
 	e.pending.start(p, now, claim == claimRequest)

@@ -180,7 +180,7 @@ func (e *Engine) assemble(record *uffd.CopyRecord, b *block, first uint64) error
 	if there && !g.waited {
 		return nil
 	}
-	if err := e.installWhole(record, b, g, first); err != nil {
+	if err := e.installWhole(record, b, g, first, there); err != nil {
 		return err
 	}
 	e.pages.finish(first, b.parts())
@@ -197,8 +197,8 @@ func (e *Engine) assemble(record *uffd.CopyRecord, b *block, first uint64) error
 	return unix.Munmap(memory)
 }
 
-// installWhole puts a page in, or zeros where nothing else has come. That there is a page already is as good.
-func (e *Engine) installWhole(record *uffd.CopyRecord, b *block, g *gigantic, first uint64) (err error) {
+// installWhole puts a page in, or zeros where nothing else has come. there: it has been there before.
+func (e *Engine) installWhole(record *uffd.CopyRecord, b *block, g *gigantic, first uint64, there bool) (err error) {
 	memory := g.memory
 	if memory == nil { // reading it makes no page
 		const flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE
@@ -209,8 +209,10 @@ func (e *Engine) installWhole(record *uffd.CopyRecord, b *block, g *gigantic, fi
 	}
 	_, err = b.UFFD.CopyRecorded(record, b.addr(first), memory, 0)
 	switch {
+	case errors.Is(err, uffd.ErrExist) && there:
+		return e.keep(b, b.wholeRange(first))
 	case errors.Is(err, uffd.ErrExist):
-		return b.UFFD.Wake(b.wholeRange(first))
+		return e.occupied(record, b, b.addr(first), memory)
 	case err == nil || errors.Is(err, uffd.ErrAgain):
 		return err
 	case e.pages.left.Load() == 0 && errors.Is(err, uffd.ErrNotRegistered):

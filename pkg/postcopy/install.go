@@ -149,13 +149,13 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 		}
 		e.at("copy", p)
 		done, err := b.UFFD.CopyRecorded(record, b.addr(p), data[:k<<b.shift], 0)
-		e.at("copied", p)
 		k = uint64(done) >> b.shift
-		if errors.Is(err, uffd.ErrExist) { // somebody else put it there; its content stays
-			if err = b.UFFD.Wake(b.page(p)); err == nil {
+		if errors.Is(err, uffd.ErrExist) { // somebody else put it there
+			if err = e.occupied(record, b, b.addr(p), data[:b.unit()]); err == nil {
 				k = 1
 			}
 		}
+		e.at("copied", p)
 		e.pages.finish(p, k)
 		e.gate.leave()
 		for q := range k {
@@ -199,8 +199,11 @@ var zeros [pagewire.MaxData]byte
 
 // zero puts a page of zeros in where a thread waits; the page is the caller's (zeroing).
 func (e *Engine) zero(b *block, p uint64) error {
-	err := e.fillZero(b, p)
+	existed, err := e.fillZero(b, p)
 	if err == nil {
+		if existed && !b.minor && e.counters.discarded.Load() == 0 { // else it may have come before it was given up
+			e.unexplained()
+		}
 		e.pages.finishZero(p)
 		return nil
 	}
@@ -219,24 +222,24 @@ func (e *Engine) zero(b *block, p uint64) error {
 // refill answers a fault on a page that was there. Mostly its message is only read late. But if the page was
 // discarded without an event (fallocate(2) on the file), it reads as zero.
 func (e *Engine) refill(b *block, p uint64) error {
-	err := e.fillZero(b, p)
+	_, err := e.fillZero(b, p)
 	if err == nil || errors.Is(err, uffd.ErrAgain) {
 		return b.UFFD.Wake(b.page(p))
 	}
 	return explain(b, b.addr(p), err)
 }
 
-// fillZero makes one page of zeros; that there is a page already is as good.
-func (e *Engine) fillZero(b *block, p uint64) (err error) {
+// fillZero makes one page of zeros; that there is a page already (existed) is as good.
+func (e *Engine) fillZero(b *block, p uint64) (existed bool, err error) {
 	if b.zeropage {
 		_, err = b.UFFD.Zeropage(b.page(p), 0)
 	} else {
 		_, err = b.UFFD.Copy(b.addr(p), zeros[:b.unit()], 0)
 	}
-	if errors.Is(err, uffd.ErrExist) {
-		err = b.UFFD.Wake(b.page(p))
+	if existed = errors.Is(err, uffd.ErrExist); existed {
+		err = e.keep(b, b.page(p))
 	}
-	return err
+	return existed, err
 }
 
 // explain makes an error of the engine of what the kernel said about the page at addr.

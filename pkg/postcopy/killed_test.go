@@ -46,7 +46,9 @@ func (l life) asKilled() life {
 func (g *target) next(left life, kind uffdtest.Kind) <-chan error {
 	g.t.Helper()
 	b := g.blocks[0]
-	second, err := New(Options{Blocks: []Block{b.Block}, Workers: 1, Discards: true, State: left.state, Copies: left.copies})
+	second, err := New(Options{
+		Blocks: []Block{b.Block}, Workers: 1, Discards: true, State: left.state, Copies: left.copies, Pagemap: g.pagemap,
+	})
 	if err != nil {
 		g.t.Fatal(err)
 	}

@@ -38,7 +38,7 @@ const (
 	swept            // asked for on the bulk lane
 	demanded         // asked for on a demand lane, and a thread waits for it
 	installing       // its bytes are being installed
-	present          // it is there, installed by us (or, EEXIST, by somebody else)
+	present          // it is there, installed by us (or, EEXIST, by somebody else: others.go)
 	zero             // it reads as zero when unregistered: a hole, left as one so that a sparse VM stays sparse
 	zeroing          // a zero page is being installed, because a thread waits in the hole
 	ahead            // asked for on a demand lane before a thread waits for it
@@ -60,6 +60,8 @@ type pages struct {
 	left atomic.Int64
 	// zeros counts the pages that came as zero.
 	zeros atomic.Int64
+	// unsure is how many pages an earlier process may have installed without saying so, less those that turned out so.
+	unsure atomic.Int64
 	// full is closed when left reaches zero.
 	full chan struct{}
 }
@@ -103,9 +105,13 @@ func (t *pages) takeUp(p, n uint64) error {
 		case swept, ahead, demanded, installing:
 			t.swap(i, s, missing)
 			t.left.Add(1)
+			if s == installing {
+				t.unsure.Add(1)
+			}
 		case zeroing:
 			t.swap(i, zeroing, zero)
 			t.zeros.Add(1)
+			t.unsure.Add(1)
 		case zero:
 			t.zeros.Add(1)
 		case present:
@@ -128,6 +134,7 @@ func (t *pages) landed(p, n uint64) {
 			done++
 		}
 	}
+	t.unsure.Add(-done)
 	t.known(done)
 }
 

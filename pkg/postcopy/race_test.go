@@ -322,23 +322,37 @@ func TestLateFaults(t *testing.T) {
 	expect(t, unread, 0)
 }
 
-// TestExist: a page that somebody else put there stays, who waits for it goes on, and the pages around it come in.
+// TestExist: a page that somebody else put there stays where the file is not known, and is counted; where it is, the VM's
+// content is written over it. Who waits for it goes on, and the pages around it come in.
 func TestExist(t *testing.T) {
-	g, demand, bulk, run := start(t, 8, Options{})
-	alias := g.child.Alias(g.blocks[0].all())
-	g.StartSweep()
-	result := run()
-	bulk.asked(t)
-	thread := g.read(0, 5, 8)
-	demand.asked(t)
-	g.child.Do(uffdtest.Write(alias+5*pageSize+8, 42))
-	bulk.send(t, pageSize, pagesOf(4, 3), pagesOf(0, 3), zerosOf(3, 1), pagesOf(7, 1))
-	expect(t, thread, 42)
-	mustEnd(t, result)
-	for p := range uint64(8) {
-		if p != 5 {
-			expect(t, g.read(0, p, 16), word(0, p, 16))
-		}
+	for _, unknown := range []bool{false, true} {
+		t.Run(fmt.Sprintf("unknown file %v", unknown), func(t *testing.T) {
+			g := newTarget(t, layout{{kind: uffdtest.Shmem, pages: 8, unknown: unknown}}, Options{Workers: 1})
+			l, theirs := scripted(t, 1)
+			demand, bulk := theirs[0], theirs[1]
+			alias := g.child.Alias(g.blocks[0].all())
+			g.StartSweep()
+			result := g.run(context.Background(), l)
+			bulk.asked(t)
+			thread := g.read(0, 5, 8)
+			demand.asked(t)
+			g.child.Do(uffdtest.Write(alias+5*pageSize+8, 42))
+			bulk.send(t, pageSize, pagesOf(4, 3), pagesOf(0, 3), zerosOf(3, 1), pagesOf(7, 1))
+			want, stats := word(0, 5, 8), Stats{PagesTouched: 1}
+			if unknown {
+				want, stats = 42, Stats{PagesUnexplained: 1}
+			}
+			expect(t, thread, want)
+			mustEnd(t, result)
+			for p := range uint64(8) {
+				if p != 5 {
+					expect(t, g.read(0, p, 16), word(0, p, 16))
+				}
+			}
+			if s := g.Stats(); s.PagesTouched != stats.PagesTouched || s.PagesUnexplained != stats.PagesUnexplained {
+				t.Errorf("counted %+v, want %+v", s, stats)
+			}
+		})
 	}
 }
 

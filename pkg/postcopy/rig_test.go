@@ -21,9 +21,11 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
+	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
@@ -78,6 +80,8 @@ type ram struct {
 	kind  uffdtest.Kind
 	pages uint64
 	own   bool // a userfaultfd of its own, not that of the blocks before
+	// unknown: the engine does not have its file, as of private memory.
+	unknown bool
 }
 
 func newTarget(t testing.TB, l layout, o Options) *target {
@@ -92,19 +96,39 @@ func newTarget(t testing.TB, l layout, o Options) *target {
 		uffdtest.ReserveHugePages(t, 2*huge) // the source has its own
 	}
 	c := uffdtest.Start(t)
+	var err error
 	u := c.NewUFFD(uffd.OpenSyscall)
 	for i, b := range l {
 		if b.own {
 			u = c.NewUFFD(uffd.OpenSyscall)
 		}
 		r := c.Map(b.kind, b.pages)
-		o.Blocks = append(o.Blocks, Block{ID: fmt.Sprint("ram", i), Addr: r.Start, Size: r.Len, PageSize: b.kind.PageSize(), UFFD: u})
+		block := Block{ID: fmt.Sprint("ram", i), Addr: r.Start, Size: r.Len, PageSize: b.kind.PageSize(), UFFD: u}
+		if b.kind != uffdtest.Anon && !b.unknown {
+			block.File = fileOf(t, c.Pid, r)
+		}
+		o.Blocks = append(o.Blocks, block)
 	}
+	if o.Pagemap, err = pagemap.Open(c.Pid); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { o.Pagemap.Close() })
 	e, err := New(o)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return &target{Engine: e, t: t, child: c, uffd: u}
+}
+
+// fileOf opens the file that a process has mapped there.
+func fileOf(t testing.TB, pid int, r uffd.Range) *os.File {
+	t.Helper()
+	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/map_files/%x-%x", pid, r.Start, r.Start+r.Len), os.O_RDWR, 0)
+	if err != nil {
+		cannot.Run(t, "%v", err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
 }
 
 // word reads a word of the process' memory as a thread of it does.

@@ -32,6 +32,10 @@ type Stats struct {
 
 	Discarded uint64 // bytes that the process gave up meanwhile (balloon, unmapping)
 
+	// PagesTouched is how many pages another process had touched before their content came. They were written again, so
+	// that the VM has what it should. PagesUnexplained is the same where that cannot be done: the VM may have zeros there.
+	PagesTouched, PagesUnexplained uint64
+
 	LastPage time.Time // when the last page was in; zero until then
 }
 
@@ -43,6 +47,7 @@ type counters struct {
 	faults                 atomic.Uint64
 	discarded              atomic.Uint64
 	guessed                atomic.Uint64
+	touched, unexplained   atomic.Uint64
 	lastPage               atomic.Int64 // ns since the engine's epoch, 0 before
 }
 
@@ -57,7 +62,8 @@ func (e *Engine) Stats() Stats {
 		Faults:   c.faults.Load(),
 		FaultP50: e.latency.quantile(0.50), FaultP99: e.latency.quantile(0.99), FaultMax: time.Duration(e.latency.max.Load()),
 		Guessed: c.guessed.Load(), GuessHits: e.predictor.hits(),
-		Discarded: c.discarded.Load(),
+		Discarded:    c.discarded.Load(),
+		PagesTouched: c.touched.Load(), PagesUnexplained: c.unexplained.Load(),
 	}
 	s.BytesReceived = s.DemandBytes + c.bulkBytes.Load()
 	for i := range e.blocks {

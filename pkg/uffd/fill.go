@@ -62,6 +62,10 @@ func (r *CopyRecord) Answer() (dst, n uint64, exists bool) {
 	return atomic.LoadUint64(&r.arg.Dst), uint64(max(0, answer)), answer == -int64(unix.EEXIST)
 }
 
+// Landed makes the record say that n bytes are in place where its last copy found a page. Whoever writes that page by
+// other means calls it before anybody can use what is there.
+func (r *CopyRecord) Landed(n uint64) { atomic.StoreInt64(&r.arg.Copy, int64(n)) }
+
 // CopyRecorded is Copy with the kernel's answer in r.
 func (u *UFFD) CopyRecorded(r *CopyRecord, dst uint64, src []byte, mode CopyMode) (n int, err error) {
 	if !u.acquire() {

@@ -1206,8 +1206,15 @@ type Progress struct {
 	// Memory that the VM gave up while it moved: to its balloon, by reporting
 	// free pages, or by unmapping it. It is not fetched, and reads as zero.
 	BytesDiscarded uint64 `protobuf:"varint,19,opt,name=bytes_discarded,json=bytesDiscarded,proto3" json:"bytes_discarded,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Pages that another process, which maps the VM's memory, had touched before
+	// they came. They were written again: the VM has what it should, that process
+	// may have read zeros.
+	PagesTouched uint64 `protobuf:"varint,20,opt,name=pages_touched,json=pagesTouched,proto3" json:"pages_touched,omitempty"`
+	// Pages that were there before they came, and that could not be written
+	// again: the VM may have zeros in their place.
+	PagesUnexplained uint64 `protobuf:"varint,21,opt,name=pages_unexplained,json=pagesUnexplained,proto3" json:"pages_unexplained,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Progress) Reset() {
@@ -1369,6 +1376,20 @@ func (x *Progress) GetSweepBytesPerSecond() float64 {
 func (x *Progress) GetBytesDiscarded() uint64 {
 	if x != nil {
 		return x.BytesDiscarded
+	}
+	return 0
+}
+
+func (x *Progress) GetPagesTouched() uint64 {
+	if x != nil {
+		return x.PagesTouched
+	}
+	return 0
+}
+
+func (x *Progress) GetPagesUnexplained() uint64 {
+	if x != nil {
+		return x.PagesUnexplained
 	}
 	return 0
 }
@@ -2744,7 +2765,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\amessage\x18\x01 \x01(\tR\amessage\x12\x16\n" +
 	"\x06remedy\x18\x02 \x01(\tR\x06remedy\x12\x1b\n" +
 	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\x12+\n" +
-	"\x06reason\x18\x04 \x01(\x0e2\x13.migrated.v1.ReasonR\x06reason\"\xb4\x06\n" +
+	"\x06reason\x18\x04 \x01(\x0e2\x13.migrated.v1.ReasonR\x06reason\"\x86\a\n" +
 	"\bProgress\x12\x1f\n" +
 	"\vpages_total\x18\x01 \x01(\x04R\n" +
 	"pagesTotal\x12#\n" +
@@ -2769,7 +2790,9 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"guess_hits\x18\x10 \x01(\x01R\tguessHits\x12\x1c\n" +
 	"\tbandwidth\x18\x11 \x01(\x04R\tbandwidth\x123\n" +
 	"\x16sweep_bytes_per_second\x18\x12 \x01(\x01R\x13sweepBytesPerSecond\x12'\n" +
-	"\x0fbytes_discarded\x18\x13 \x01(\x04R\x0ebytesDiscarded\"P\n" +
+	"\x0fbytes_discarded\x18\x13 \x01(\x04R\x0ebytesDiscarded\x12#\n" +
+	"\rpages_touched\x18\x14 \x01(\x04R\fpagesTouched\x12+\n" +
+	"\x11pages_unexplained\x18\x15 \x01(\x04R\x10pagesUnexplained\"P\n" +
 	"\x0ePrepareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\"G\n" +

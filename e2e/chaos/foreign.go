@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// foreign is an error if a daemon shows pages that were there before they came: no process but QEMU maps the VM's
+// memory, so the engine has lost count of what it did.
+func foreign(shown ...*migratedv1.Migration) error {
+	for _, m := range shown {
+		if p := m.GetProgress(); p.GetPagesTouched() != 0 || p.GetPagesUnexplained() != 0 {
+			return fmt.Errorf("migration %s: %d pages were there before they came, and %d more could not be written again",
+				m.GetId(), p.GetPagesTouched(), p.GetPagesUnexplained())
+		}
+	}
+	return nil
+}

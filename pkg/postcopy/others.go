@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package postcopy
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
+
+// A page that has not come may be there all the same, when UFFDIO_COPY says EEXIST: another process has the RAM file
+// mapped and has touched it. That one gets a page of zeros, at once: no userfaultfd of QEMU's sees it. The page is in the
+// file from then on, and the VM would find it.
+//
+// So shared memory whose file is known is registered for minor faults, too (UFFD_FEATURE_MINOR_SHMEM, of Linux 5.14): the
+// kernel maps nothing into the VM but what the engine lets it, by UFFDIO_COPY, which does so at once and costs no minor
+// fault, or UFFDIO_CONTINUE:
+//
+//	page in the file   mapped in the process   state        a touch raises
+//	no                 no                      not present  a fault on a missing page, as ever
+//	by another         no                      not present  a minor fault, dealt with as the one above; when the content
+//	                                                        comes: EEXIST, it is written to the file, UFFDIO_CONTINUE
+//	by another         no                      zero         a minor fault; UFFDIO_ZEROPAGE: EEXIST, UFFDIO_CONTINUE
+//	ours               yes                     present      nothing
+//	ours               no, the kernel took it  present      a minor fault: UFFDIO_CONTINUE, for what is around it as well
+//	                   away (it swaps, or made
+//	                   a huge page of it)
+//
+// The VM so never reads what the other process made. That one may read zeros: it looks at memory that has not come. What
+// it writes there is overwritten; where the VM's page is zero it stays, as it would in memory that has come.
+//
+// What no kernel can make so (private memory, a file that is not known, Linux before 5.14) keeps what is there: it is
+// counted in Stats.PagesUnexplained, and the VM may be corrupt.
+
+// occupied deals with EEXIST for pages at addr that have never been there, as far as the engine knows, and whose content
+// is the caller's to install. When it returns nil, the content is there, or what was there stays.
+//
+// Its caller holds the gate: a page that the process gives up in this moment would be written after that. Without
+// Options.Discards no process does so.
+func (e *Engine) occupied(record *uffd.CopyRecord, b *block, addr uint64, content []byte) error {
+	there := uffd.Range{Start: addr, Len: uint64(len(content))}
+	e.at("exists", b.first+(addr-b.Addr)>>b.shift)
+	if b.minor {
+		at, err := e.pagemap.Next(addr, addr+there.Len)
+		if err != nil {
+			return fmt.Errorf("page at %#x of RAM block %s: ask whether it is mapped: %w", addr-b.Addr, b.ID, err)
+		}
+		if at >= addr+there.Len { // nothing of it: the VM has not seen it
+			return e.replace(record, b, there, content)
+		}
+	}
+	e.unexplained()
+	return b.UFFD.Wake(there)
+}
+
+// replace writes a page that another process has made, and maps it.
+func (e *Engine) replace(record *uffd.CopyRecord, b *block, there uffd.Range, content []byte) error {
+	if err := writeFile(b, there.Start, content); err != nil {
+		return fmt.Errorf("page at %#x of RAM block %s, which another process has touched: write it: %w", there.Start-b.Addr, b.ID, err)
+	}
+	// From here on it is there, also for the next daemon: the VM may write to it as soon as it is mapped.
+	record.Landed(there.Len)
+	e.at("written", b.first+(there.Start-b.Addr)>>b.shift)
+	err := e.keep(b, there)
+	if err == nil {
+		e.counters.touched.Add(1)
+	}
+	return err
+}
+
+// keep lets threads find what is there. Where it is in the file alone, it has to be mapped, or they would come back.
+// uffd.ErrAgain: try again.
+func (e *Engine) keep(b *block, there uffd.Range) error {
+	if !b.minor {
+		return b.UFFD.Wake(there)
+	}
+	_, err := b.UFFD.Continue(there, 0)
+	switch {
+	case errors.Is(err, uffd.ErrExist): // it is mapped
+		return b.UFFD.Wake(there)
+	case errors.Is(err, uffd.ErrFault): // the other process has taken it away again
+		return uffd.ErrAgain
+	}
+	return err
+}
+
+// remap maps a page that is there and that the kernel took away, and those behind it, as far as they are there: it takes
+// away many at a time.
+func (e *Engine) remap(b *block, p uint64) error {
+	n, most := uint64(1), max(1, uint64(remapBytes)>>b.shift)
+	for n < most && p+n < b.end() && e.pages.get(p+n) == present {
+		n++
+	}
+	done, err := b.UFFD.Continue(uffd.Range{Start: b.addr(p), Len: n << b.shift}, 0)
+	if err == nil || done > 0 {
+		return nil
+	}
+	return e.refill(b, p)
+}
+
+// unexplained counts a page that was there before its content came, unless it may be one of which an earlier engine could
+// not say that it had installed it.
+func (e *Engine) unexplained() {
+	if e.pages.unsure.Add(-1) < 0 {
+		e.counters.unexplained.Add(1)
+	}
+}
+
+// writeFile writes to the file behind addr. Not through the process: its mapping would fault.
+func writeFile(b *block, addr uint64, content []byte) error {
+	fd, offset := int(b.File.Fd()), b.FileOffset+int64(addr-b.Addr)
+	for done := 0; done < len(content); {
+		n, err := unix.Pwrite(fd, content[done:], offset+int64(done))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EINVAL) && done == 0: // hugetlbfs has no write(2)
+			return writeMapped(fd, offset, content)
+		case err != nil:
+			return err
+		}
+		done += max(0, n)
+	}
+	return nil
+}
+
+func writeMapped(fd int, offset int64, content []byte) error {
+	memory, err := unix.Mmap(fd, offset, len(content), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	copy(memory, content)
+	return unix.Munmap(memory)
+}
