@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -141,8 +142,13 @@ func checkVM(ctx context.Context, vm *qemu.VM) error {
 
 // checkAlone refuses, right before the VM is stopped, memory of it that another process maps by now.
 func checkAlone(vm *qemu.VM, blocks []qemu.RAMBlock, host string) error {
-	if err := vm.CheckAlone(blocks); err != nil {
-		return withRemedy(fmt.Errorf("look who maps the RAM of the %s VM: %w", host, err), remedyOfRAM(err))
+	err := vm.CheckAlone(blocks)
+	var bad *qemu.RAMError
+	switch {
+	case errors.As(err, &bad):
+		return withRemedy(fmt.Errorf("RAM %q of the %s: %s", bad.ID, host, bad.Reason), bad.Remedy)
+	case err != nil:
+		return fmt.Errorf("look who maps the RAM of the %s: %w", host, err)
 	}
 	return nil
 }
