@@ -84,18 +84,15 @@ func (s *session) acceptParts(record *uffd.CopyRecord, b *block, p, n uint64, da
 		if len(data) > 0 {
 			part, data = data[:b.unit()], data[b.unit():]
 		}
-		switch s.e.pages.arrive(p) {
-		case arrivalUnasked:
-			return unasked(b, p)
-		case arrivalDrop:
-			continue
-		}
-		if err := b.put(p, part); err != nil {
-			s.e.pages.giveUp(p, 1)
+		claimed, err := s.e.arrivePart(b, p, part)
+		if err != nil {
 			return err
 		}
+		if !claimed {
+			continue
+		}
 		_, first := b.whole(p)
-		err := s.e.assemble(record, b, first)
+		err = s.e.assemble(record, b, first)
 		for tries := 0; errors.Is(err, uffd.ErrAgain) && s.again(tries); tries++ {
 			err = s.e.assemble(record, b, first)
 		}
@@ -129,11 +126,27 @@ func (e *Engine) resume() error {
 	return nil
 }
 
-// put puts a part where its page is put together; nil: zeros.
-func (b *block) put(p uint64, part []byte) (err error) {
+// arrivePart claims a part that came, and puts it where its page is put together; nil: zeros. That is one step: another
+// lane, which has brought the rest of the page, takes a part that is installing for one that is there.
+func (e *Engine) arrivePart(b *block, p uint64, part []byte) (claimed bool, err error) {
 	g, first := b.whole(p)
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	switch e.pages.arrive(p) {
+	case arrivalUnasked:
+		return false, unasked(b, p)
+	case arrivalDrop:
+		return false, nil
+	}
+	if err := b.put(g, first, p, part); err != nil {
+		e.pages.giveUp(p, 1)
+		return false, err
+	}
+	return true, nil
+}
+
+// put does the second half of it.
+func (b *block) put(g *gigantic, first, p uint64, part []byte) (err error) {
 	if g.memory == nil && part == nil {
 		return nil
 	}
