@@ -54,7 +54,7 @@ func TestAnnouncements(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
 	awaitOne, none := s.listen()
-	s.template(templateWithoutRNG)
+	s.template(templateWithoutMSIX)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
 	s.failed(migrateSpec(t, l.A, "other", spec), stateFailed, "could not load the device state")

@@ -86,7 +86,7 @@ func TestPausedVMThatDoesNotLoad(t *testing.T) {
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault}.WithDevices(1, 1))
 	command(t, l.A, "stop")
-	s.template(templateWithoutRNG)
+	s.template(templateWithoutMSIX)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
 	for _, id := range []string{"first", "second"} { // it has given its disks up by then

@@ -128,7 +128,7 @@ func TestPausedSinceEarlyLoad(t *testing.T) {
 func TestEarlyLoadThatFails(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
-	s.template(templateWithoutRNG)
+	s.template(templateWithoutMSIX)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
 	early := s.prepared("other", spec).GetEarlyLoad()

@@ -136,7 +136,7 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 		s.destinationSays("ram", "RAM sizes differ")
 	})
 	run("device load error", func(s *scene) {
-		s.template(templateWithoutRNG)
+		s.template(templateWithoutMSIX)
 		spec := s.spec()
 		spec.DestinationTemplate = templatePath
 		s.failed(migrateSpec(s.T, l.A, "devices", spec), stateFailed, "could not load the device state", "the VM runs on the source")
@@ -225,9 +225,9 @@ func TestSourceDaemonStoppedBeforeTheSwitch(t *testing.T) {
 
 const templatePath = lab.VMDir + "/template"
 
-// templateWithoutRNG puts another device in the place of the RNG that VMConfig.WithDevices gives, so that the
-// destination cannot load the RNG's state.
-const templateWithoutRNG = `{{range .Args}}{{replace "virtio-rng-pci,id=rng,rng=random" "virtio-serial-pci" .}}
+// templateWithoutMSIX gives the RNG of VMConfig.WithDevices no MSI-X, so that the destination cannot load its state. A
+// device with another property is not among what is compared before.
+const templateWithoutMSIX = `{{range .Args}}{{replace "virtio-rng-pci,id=rng,rng=random" "virtio-rng-pci,id=rng,rng=random,vectors=0" .}}
 {{end}}`
 
 func (s *scene) template(text string) {

@@ -3,13 +3,17 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -58,16 +62,30 @@ func (s *scene) acceptedByCheck(args []string) {
 // goneJobs waits until no job is left.
 func (s *scene) goneJobs() {
 	s.Helper()
+	s.until("query-jobs", nil, func(answer string) bool { return answer == "[]" })
+}
+
+// until asks the source's QEMU until the answer is as wanted, on one connection: a new one may begin with an event that was
+// meant for the one before.
+func (s *scene) until(command string, args any, wanted func(answer string) bool) {
+	s.Helper()
 	ctx := testContext(s.T)
+	client, err := qmp.Dial(ctx, s.lab.A.Path(lab.EventsPath))
+	if err != nil {
+		s.Fatal(err)
+	}
+	defer client.Disconnect() //nolint:errcheck // only asked
 	for {
-		var jobs []struct{}
-		ask(s.T, s.lab.A, "query-jobs", nil, &jobs)
-		if len(jobs) == 0 {
+		var answer json.RawMessage
+		if err := client.Do(ctx, command, args, &answer); err != nil {
+			s.Fatal(err)
+		}
+		if wanted(string(answer)) {
 			return
 		}
 		select {
 		case <-ctx.Done():
-			s.Fatal("the job does not end")
+			s.Fatalf("%s still says %s", command, answer)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -125,12 +143,127 @@ var tasks = []refusal{
 	},
 }
 
+// usbAndSCSI are buses that a guest has no part in: what is unplugged from them is gone at once.
+var usbAndSCSI = []string{
+	"-device", "qemu-xhci,id=usb,addr=0x1c", "-device", "virtio-scsi-pci,id=scsi,addr=0x1d",
+	"-device", "usb-tablet,id=tablet,bus=usb.0,port=1",
+	"-blockdev", "driver=raw,node-name=disc1,read-only=on,file.driver=file,file.filename=" + lab.SharedDir + "/disc1.iso",
+	"-device", "scsi-cd,id=cd,bus=scsi.0,drive=disc1",
+}
+
+// makeDiscs makes two images of CDs on the hosts' storage.
+func makeDiscs(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	for _, name := range []string{"disc1.iso", "disc2.iso"} {
+		if err := os.WriteFile(l.Shared(lab.SharedDir+"/"+name), make([]byte, 1<<20), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// snapshot makes the VM write to an overlay of its disk from now on.
+func (s *scene) snapshot() {
+	s.Helper()
+	ask(s.T, s.lab.A, "blockdev-snapshot-sync", map[string]string{
+		"node-name": "disk0", "snapshot-node-name": "overlay", "snapshot-file": lab.SharedDir + "/overlay.qcow2",
+	}, nil)
+}
+
+// merge puts an overlay back into the image below.
+func (s *scene) merge() {
+	s.Helper()
+	ask(s.T, s.lab.A, "block-commit", map[string]string{"job-id": "copy", "device": "overlay"}, nil)
+	s.completeJob()
+}
+
+// completeJob ends a job that goes on until it is told to.
+func (s *scene) completeJob() {
+	s.Helper()
+	s.until("query-jobs", nil, func(answer string) bool { return strings.Contains(answer, `"ready"`) })
+	ask(s.T, s.lab.A, "job-complete", map[string]string{"id": "copy"}, nil)
+	s.goneJobs()
+}
+
+// unplug unplugs a device from a bus that its guest has no part in.
+func (s *scene) unplug(id string) {
+	s.Helper()
+	ask(s.T, s.lab.A, "device_del", map[string]string{"id": id}, nil)
+	s.until("qom-list", map[string]string{"path": "/machine/peripheral"}, func(answer string) bool {
+		return !strings.Contains(answer, `"`+id+`"`)
+	})
+}
+
+// others are what makes a VM another one than its command line says.
+var others = []refusal{
+	{
+		name:  "snapshot",
+		bring: (*scene).snapshot,
+		mend:  (*scene).merge,
+		words: []string{`the drive "disk0"`, "overlay.qcow2", "guest-disk0.qcow2", "--template"},
+	},
+	{
+		name: "mirror that was completed",
+		bring: func(s *scene) {
+			ask(s.T, s.lab.A, "drive-mirror", map[string]any{
+				"job-id": "copy", "device": "disk0", "target": lab.SharedDir + "/moved.qcow2", "node-name": "moved",
+				"sync": "full", "format": "qcow2",
+			}, nil)
+			s.completeJob()
+		},
+		mend: func(s *scene) {
+			ask(s.T, s.lab.A, "blockdev-del", map[string]string{"node-name": "disk0"}, nil) // no device has it any more
+			ask(s.T, s.lab.A, "drive-mirror", map[string]any{
+				"job-id": "copy", "device": "moved", "target": lab.SharedDir + "/guest-disk0.qcow2", "node-name": "disk0",
+				"sync": "full", "format": "qcow2", "mode": "existing",
+			}, nil)
+			s.completeJob()
+		},
+		words: []string{`the drive "disk0"`, "moved.qcow2", "guest-disk0.qcow2", "--template"},
+	},
+	{
+		name: "changed CD",
+		bring: func(s *scene) {
+			ask(s.T, s.lab.A, "blockdev-change-medium", map[string]string{"id": "cd", "filename": lab.SharedDir + "/disc2.iso"}, nil)
+		},
+		mend: func(s *scene) {
+			ask(s.T, s.lab.A, "blockdev-change-medium", map[string]string{"id": "cd", "filename": lab.SharedDir + "/disc1.iso"}, nil)
+		},
+		words: []string{`the drive "cd"`, "disc2.iso", "disc1.iso", "--template"},
+	},
+	{
+		name:  "ejected CD",
+		bring: func(s *scene) { ask(s.T, s.lab.A, "eject", map[string]any{"id": "cd", "force": true}, nil) },
+		mend: func(s *scene) {
+			ask(s.T, s.lab.A, "blockdev-change-medium", map[string]string{"id": "cd", "filename": lab.SharedDir + "/disc1.iso"}, nil)
+		},
+		words: []string{`the drive "cd" has no medium at the source`, "disc1.iso", "--template"},
+	},
+	{
+		name: "disk that was plugged in",
+		bring: func(s *scene) {
+			ask(s.T, s.lab.A, "blockdev-add", map[string]any{"driver": "null-co", "node-name": "hot", "size": 1 << 20}, nil)
+			ask(s.T, s.lab.A, "device_add", map[string]any{"driver": "scsi-hd", "id": "hot", "bus": "scsi.0", "drive": "hot", "lun": 5}, nil)
+		},
+		mend:  func(s *scene) { s.unplug("hot") },
+		words: []string{`the destination lacks "hot" (scsi-hd scsi.0 0:0:5)`, "--template", "unplug"},
+	},
+	{
+		name:  "device that was unplugged",
+		bring: func(s *scene) { s.unplug("tablet") },
+		mend: func(s *scene) {
+			ask(s.T, s.lab.A, "device_add", map[string]any{"driver": "usb-tablet", "id": "tablet", "bus": "usb.0", "port": "1"}, nil)
+		},
+		words: []string{`the destination has "tablet" (usb-tablet usb.0 1)`, "--template"},
+	},
+}
+
 // TestRefusals: what cannot be moved as it is, check and migrate refuse in the same words, before the VM is touched; what
 // the remedy says helps, and the VM moves in the end.
 func TestRefusals(t *testing.T) {
 	l := newLab(t)
-	outer := newScene(t, l)
-	for _, c := range tasks {
+	makeDiscs(t, l)
+	outer := sceneOf(t, l, lab.VMConfig{Extra: usbAndSCSI}.WithDevices(1, 1))
+	for _, c := range append(tasks, others...) {
 		t.Run(c.name, func(t *testing.T) {
 			s := *outer
 			s.T = t
@@ -144,12 +277,21 @@ func TestRefusals(t *testing.T) {
 	outer.arrived()
 }
 
-// TestTaskThatBeginsLater: between Prepare and Start the VM is its operator's. What was begun then is refused while the
-// VM runs.
-func TestTaskThatBeginsLater(t *testing.T) {
+// later are the words of what is found when the destination was prepared already.
+func (r refusal) later() []string {
+	if slices.ContainsFunc(others, func(o refusal) bool { return o.name == r.name }) {
+		return []string{"after the destination was prepared", "migrate the VM again"}
+	}
+	return r.words
+}
+
+// TestRefusedLater: between Prepare and Start the VM is its operator's. What is brought about then is refused while the VM
+// runs.
+func TestRefusedLater(t *testing.T) {
 	l := newLab(t)
-	outer := newScene(t, l)
-	for _, c := range tasks {
+	makeDiscs(t, l)
+	outer := sceneOf(t, l, lab.VMConfig{Extra: usbAndSCSI}.WithDevices(1, 1))
+	for _, c := range append(tasks, others...) {
 		t.Run(c.name, func(t *testing.T) {
 			s := *outer
 			s.T = t
@@ -160,9 +302,28 @@ func TestTaskThatBeginsLater(t *testing.T) {
 				t.Fatal(err)
 			}
 			m := await(t, client, id, func(*migratedv1.Migration) bool { return false })
-			s.failed(m, stateFailed, append(c.words, "the VM was not touched")...)
+			s.failed(m, stateFailed, append(c.later(), "the VM was not touched")...)
 			c.mend(&s)
 		})
+	}
+}
+
+// TestSnapshotMoves with a template that names the overlay: what the destination opens is what the source had open.
+func TestSnapshotMoves(t *testing.T) {
+	l := newLab(t)
+	s := newScene(t, l)
+	s.snapshot()
+	s.template(`{{range .Args}}{{replace "guest-disk0.qcow2" "overlay.qcow2" .}}
+{{end}}`)
+	args := []string{"--to", l.B.DaemonAddr(), "--vm", lab.QMPPath, "--template", templatePath}
+	for _, name := range []string{"check", "migrate"} {
+		if out, code := operate(t, l.A, append([]string{name}, args...)...); code != 0 {
+			t.Fatalf("%s: exit code %d:\n%s", name, code, out)
+		}
+	}
+	s.arrived()
+	if drives := fmt.Sprintf("%s", command(t, l.B, "query-block")); !strings.Contains(drives, `"file": "`+lab.SharedDir+"/overlay.qcow2") {
+		t.Errorf("the destination has %s", drives)
 	}
 }
 

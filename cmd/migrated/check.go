@@ -8,6 +8,7 @@ import (
 	"io"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -15,15 +16,22 @@ import (
 type checkCmd struct {
 	VM string `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of a VM to check as well."`
 	To string `placeholder:"HOST[:PORT]" help:"Daemon of a destination host to check as well (default port: ${port})."`
+
+	ToQMP    string `name:"to-qmp" placeholder:"PATH" xor:"qemu" help:"As of migrate: the QEMU there that would take the VM."`
+	Template string `placeholder:"PATH" xor:"qemu" help:"As of migrate: a template there of the command line of its QEMU."`
 }
 
+// longCheck is the least time that a check has which starts a QEMU.
+const longCheck = 2 * time.Minute
+
 func (checkCmd) Help() string {
-	return `Says whether this host can migrate VMs and, where asked, whether a certain VM can be migrated and a certain host can take it. It changes nothing. Each thing that was looked at is a line: ok, warning (a migration is possible) or FAILED (it is not), with what to do below.
+	return `Says whether this host can migrate VMs and, where asked, whether a certain VM can be migrated and a certain host can take it. It changes nothing. With --vm and --to, the destination starts a QEMU as for the migration, compares its VM with the one that runs here, and ends it again: what migrate would refuse, check refuses, in the same words; --timeout is 2m at the least then. Each thing that was looked at is a line: ok, warning (a migration is possible) or FAILED (it is not), with what to do below.
 
 Examples:
 
     migrated check
     migrated check --vm /run/qemu/db.qmp --to host-b
+    migrated check --vm /run/qemu/db.qmp --to host-b --template /etc/migrated/db.template
 
     # In a script: what stands in the way
     migrated check --json | jq -r '.results[] | select(.status == "CHECK_STATUS_FAILED") | .remedy'`
@@ -37,8 +45,13 @@ func (cc *checkCmd) Run(a *app) error {
 			return &failure{exit: exitUsage, message: fmt.Sprintf("--to %s: %v", cc.To, err), remedy: `see "migrated check --help" for examples`}
 		}
 	}
+	if cc.VM != "" && to != "" { // a QEMU is started, which may take as long as that of a migration
+		a.timeout = max(a.timeout, longCheck)
+	}
 	return a.withClient(func(ctx context.Context, c *client) error {
-		answer, err := c.Check(ctx, &migratedv1.CheckRequest{Vm: localPath(a.daemon, cc.VM), Destination: to})
+		answer, err := c.Check(ctx, &migratedv1.CheckRequest{
+			Vm: localPath(a.daemon, cc.VM), Destination: to, DestinationQmp: cc.ToQMP, DestinationTemplate: cc.Template,
+		})
 		if err != nil {
 			return c.explain("", err)
 		}

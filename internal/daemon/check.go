@@ -4,12 +4,15 @@ package daemon
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"path/filepath"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -17,56 +20,96 @@ import (
 func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckRequest) (*migratedv1.CheckResponse, error) {
 	// What leaves this host needs no userfaultfd here.
 	results := shown(append(qemu.CheckHost(ctx, false), checkConfinement()), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
+	var machine *migratedv1.SourceMachine
 	if vm := request.GetVm(); vm != "" {
 		if !filepath.IsAbs(vm) {
 			return nil, status.Errorf(codes.InvalidArgument, "vm: %q is no absolute path of a QMP socket", vm)
 		}
-		results = append(results, checkVM(ctx, vm)...)
+		cfg := c.daemon.sourceConfig()
+		cfg.Spec = &migratedv1.MigrationSpec{Vm: vm}
+		var found []qemu.Result
+		found, machine = migration.CheckSource(ctx, cfg)
+		results = append(results, shown(found, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)...)
 	}
 	if destination := request.GetDestination(); destination != "" {
-		results = append(results, c.daemon.checkDestination(ctx, destination)...)
+		results = append(results, c.daemon.checkDestination(ctx, request, machine)...)
 	}
 	return &migratedv1.CheckResponse{Results: results}, nil
 }
 
-func checkVM(ctx context.Context, path string) []*migratedv1.CheckResult {
-	vm, err := qemu.Attach(ctx, path)
-	if err != nil {
-		return []*migratedv1.CheckResult{{
-			Subject: "QMP socket", Status: migratedv1.CheckStatus_CHECK_STATUS_FAILED, Detail: err.Error(),
-			Remedy: "give the path of a QMP Unix socket of the VM that no other client is connected to",
-			Host:   migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE,
-		}}
-	}
-	defer func() { _ = vm.Close() }() // nothing was changed
-	return shown(qemu.CheckVM(ctx, vm), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
-}
-
-func (d *Daemon) checkDestination(ctx context.Context, address string) []*migratedv1.CheckResult {
+// checkDestination asks a host whether it can be a destination, and where machine is not nil, whether it can be that
+// VM's.
+func (d *Daemon) checkDestination(
+	ctx context.Context, request *migratedv1.CheckRequest, machine *migratedv1.SourceMachine,
+) []*migratedv1.CheckResult {
+	address := request.GetDestination()
 	result := &migratedv1.CheckResult{
 		Subject: "destination daemon", Status: migratedv1.CheckStatus_CHECK_STATUS_OK,
 		Detail: address + " answers", Host: migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION,
 	}
-	answer, err := d.askDestination(ctx, address)
-	if err != nil {
+	failed := func(err error) []*migratedv1.CheckResult {
 		result.Status = migratedv1.CheckStatus_CHECK_STATUS_FAILED
-		result.Detail = err.Error()
+		result.Detail = fmt.Sprintf("%s: %s", address, status.Convert(err).Message())
 		result.Remedy = "start 'migrated serve' on the destination with a --listen address that this host reaches"
+		return []*migratedv1.CheckResult{result}
 	}
-	return append([]*migratedv1.CheckResult{result}, answer.GetResults()...)
-}
-
-func (d *Daemon) askDestination(ctx context.Context, address string) (*migratedv1.CheckHostResponse, error) {
 	conn, err := d.dial(address)
 	if err != nil {
-		return nil, err
+		return failed(err)
 	}
 	defer func() { _ = conn.Close() }() // the answer is all we want
-	answer, err := migratedv1.NewPeerServiceClient(conn).CheckHost(ctx, &migratedv1.CheckHostRequest{})
+	peer := migratedv1.NewPeerServiceClient(conn)
+	host, err := peer.CheckHost(ctx, &migratedv1.CheckHostRequest{})
 	if err != nil {
-		return nil, fmt.Errorf("%s: %s", address, status.Convert(err).Message())
+		return failed(err)
 	}
-	return answer, nil
+	results := append([]*migratedv1.CheckResult{result}, host.GetResults()...)
+	if machine == nil {
+		return results
+	}
+	answer, err := peer.CheckIncoming(ctx, &migratedv1.CheckIncomingRequest{
+		Machine: machine, DestinationQmp: request.GetDestinationQmp(), DestinationTemplate: request.GetDestinationTemplate(),
+	})
+	if err == nil {
+		return append(results, answer.GetResults()...)
+	}
+	refused := &migratedv1.CheckResult{
+		Subject: "destination QEMU", Status: migratedv1.CheckStatus_CHECK_STATUS_FAILED,
+		Detail: status.Convert(err).Message(), Host: migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION,
+		Remedy: "look at the destination's log",
+	}
+	if status.Code(err) == codes.Unimplemented {
+		refused.Status = migratedv1.CheckStatus_CHECK_STATUS_WARNING
+		refused.Detail = "the destination's daemon is of a version that cannot tell what it would have another than the source"
+		refused.Remedy = "run the same version of migrated on both hosts"
+	}
+	return append(results, refused)
+}
+
+// mostChecks is how many QEMUs checks have at a time.
+const mostChecks = 4
+
+// CheckIncoming has the host start the QEMU of a VM that may come, and end it.
+func (p *peerService) CheckIncoming(
+	ctx context.Context, request *migratedv1.CheckIncomingRequest,
+) (*migratedv1.CheckIncomingResponse, error) {
+	if err := p.daemon.maySend(ctx, request.GetMachine().GetName()); err != nil {
+		return nil, err
+	}
+	select {
+	case p.daemon.checks <- struct{}{}:
+		defer func() { <-p.daemon.checks }()
+	case <-ctx.Done():
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+	id := "check-" + strings.ToLower(rand.Text()[:12])
+	cfg := p.daemon.destinationConfig(filepath.Join(p.daemon.incomingDir(), id))
+	cfg.Request = &migratedv1.PrepareIncomingRequest{
+		Id: id, Machine: request.GetMachine(), DestinationQmp: request.GetDestinationQmp(),
+		DestinationTemplate: request.GetDestinationTemplate(),
+	}
+	found := migration.CheckDestination(ctx, cfg)
+	return &migratedv1.CheckIncomingResponse{Results: shown(found, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)}, nil
 }
 
 func shown(results []qemu.Result, host migratedv1.MigrationRole) []*migratedv1.CheckResult {

@@ -71,6 +71,7 @@ type Daemon struct {
 	// sockets are those that the service manager kept from an earlier run of this daemon, or opened for it.
 	sockets *systemd.Listeners
 	starter *qemu.Starter // nil: this process starts QEMUs
+	checks  chan struct{} // a place for each QEMU that a check has started
 	confine func() error
 }
 
@@ -96,7 +97,7 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 		return nil, err
 	}
 	d := &Daemon{
-		cfg: cfg, version: version, log: log, refusals: limits.NewRefusals(log),
+		cfg: cfg, version: version, log: log, refusals: limits.NewRefusals(log), checks: make(chan struct{}, mostChecks),
 		pages: pagesrv.NewServer(), records: records, migrations: newRegistry(),
 		ready: func() {}, stopping: make(chan struct{}), sockets: systemd.Inherited(), confine: func() error { return nil },
 	}

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -200,12 +201,12 @@ func (d *Destination) expire(in phase, after time.Duration, why string) {
 	})
 }
 
-// explain adds what QEMU itself wrote to an error that its death caused.
+// explain adds what QEMU itself wrote to an error that its death caused, once.
 func (d *Destination) explain(err error) error {
 	if d.process == nil {
 		return err
 	}
-	if said := d.process.ExitReason(); said != "" {
+	if said := d.process.ExitReason(); said != "" && !strings.Contains(err.Error(), said) {
 		return fmt.Errorf("%w; QEMU says: %s", err, said)
 	}
 	return err

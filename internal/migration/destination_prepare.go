@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/migrated-vm/migrated/internal/machine"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
@@ -63,16 +64,7 @@ func (d *Destination) prepareQEMU(ctx context.Context) error {
 		return err
 	}
 	reached("destination-started")
-	facts, err := d.vm.Facts(ctx)
-	if err != nil {
-		return askQEMU("destination", err)
-	}
-	if err := d.checkUser(facts); err != nil {
-		return err
-	}
-	d.discards = facts.Discards
-	d.blocks, err = matchMachine(d.cfg.Request.GetMachine(), facts)
-	if err != nil {
+	if err := d.compare(ctx); err != nil {
 		return err
 	}
 	if err := d.vm.PrepareIncoming(ctx); err != nil {
@@ -84,6 +76,7 @@ func (d *Destination) prepareQEMU(ctx context.Context) error {
 	if err := d.checkRoomNow(); err != nil {
 		return err
 	}
+	var err error
 	if d.reserve, err = reserveFor(d.blocks, availableMemory); err != nil {
 		return err
 	}
@@ -92,6 +85,30 @@ func (d *Destination) prepareQEMU(ctx context.Context) error {
 	}
 	reached("destination-taken")
 	return nil
+}
+
+// compare refuses a QEMU that would make another VM of the source's, before anything is loaded.
+func (d *Destination) compare(ctx context.Context) error {
+	facts, err := d.vm.Facts(ctx)
+	if err != nil {
+		return askQEMU("destination", err)
+	}
+	if err := d.checkUser(facts); err != nil {
+		return err
+	}
+	waits, err := machine.Describe(ctx, d.vm)
+	if err != nil {
+		return askQEMU("destination", err)
+	}
+	d.discards = facts.Discards
+	source := d.cfg.Request.GetMachine()
+	differs := refuse("the destination QEMU has another VM than the source", machine.Compare(source.GetDescription(), waits,
+		machine.Destination{
+			Chosen: d.cfg.Request.GetDestinationQmp() != "" || d.cfg.Request.GetDestinationTemplate() != "",
+			Has:    func(file string) bool { return machine.HasFile(d.vm, file) },
+		}))
+	d.blocks, err = matchMachine(source, facts)
+	return errors.Join(err, differs)
 }
 
 // ready is the rest of the preparation: all memory is registered, and the lanes are open.
@@ -174,7 +191,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	d.process, d.vm, err = d.cfg.Starter.Start(ctx, qemu.StartOptions{
 		Args: argv, Credentials: startsAs, Attributes: attributesOf(machine.GetAttributes()), Cgroup: d.cfg.Cgroup, Name: request.GetId(),
 		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(),
-		PipePath: filepath.Join(d.cfg.PipeDir, request.GetId()), LogPath: qemu.LogPath(d.cfg.LogDir, request.GetId()),
+		PipePath: d.pipePath(), LogPath: d.logPath(),
 	})
 	if err != nil {
 		return fmt.Errorf("start the destination QEMU: %w", err)
@@ -212,6 +229,9 @@ func (d *Destination) checkUser(facts *qemu.Facts) error {
 	}
 	return nil
 }
+
+func (d *Destination) pipePath() string { return filepath.Join(d.cfg.PipeDir, d.cfg.Request.GetId()) }
+func (d *Destination) logPath() string  { return qemu.LogPath(d.cfg.LogDir, d.cfg.Request.GetId()) }
 
 // checkIncoming refuses a QEMU that runs a VM, or holds one, already.
 func checkIncoming(ctx context.Context, vm *qemu.VM) error {

@@ -160,10 +160,15 @@ func (e *peerError) Error() string {
 // GRPCStatus lets status.Code see through the wrapping.
 func (e *peerError) GRPCStatus() *status.Status { return e.st }
 
-// causeOf prefers why ctx ended over the bare fact that it did.
+// causeOf prefers why ctx ended over the bare fact that it did. That it was cancelled, by who hung up, is no reason of its
+// own.
 func causeOf(ctx context.Context, err error) error {
-	if cause := context.Cause(ctx); cause != nil && err != nil && !errors.Is(err, cause) {
-		return fmt.Errorf("%w (%w)", cause, err)
+	cause := context.Cause(ctx)
+	switch {
+	case cause == nil || err == nil || errors.Is(err, cause):
+		return err
+	case errors.Is(cause, context.Canceled):
+		return fmt.Errorf("%w (%w)", err, cause)
 	}
-	return err
+	return fmt.Errorf("%w (%w)", cause, err)
 }

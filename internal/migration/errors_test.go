@@ -59,6 +59,11 @@ func TestCauseOf(t *testing.T) {
 	if again := causeOf(ctx, got); again.Error() != got.Error() {
 		t.Errorf("said twice: %v", again)
 	}
+	hungUp, hangUp := context.WithCancel(context.Background())
+	hangUp()
+	if got := causeOf(hungUp, failed); !strings.HasPrefix(got.Error(), "failed") || !errors.Is(got, context.Canceled) {
+		t.Errorf("that it was cancelled comes before the reason: %v", got)
+	}
 }
 
 // A certificate that is of another time is told from one of another authority.

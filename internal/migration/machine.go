@@ -18,9 +18,12 @@ import (
 )
 
 // machineOf says to the destination what it has to match.
-func machineOf(facts *qemu.Facts, qmpPath string) (*migratedv1.SourceMachine, error) {
+func machineOf(
+	facts *qemu.Facts, description *migratedv1.MachineDescription, qmpPath string,
+) (*migratedv1.SourceMachine, error) {
 	machine := &migratedv1.SourceMachine{
-		Name: facts.Name, QemuVersion: facts.Version.String(), MachineType: facts.MachineType,
+		Description: description,
+		Name:        facts.Name, QemuVersion: facts.Version.String(), MachineType: facts.MachineType,
 		CommandLine: facts.CommandLine, WorkingDirectory: facts.WorkingDirectory,
 		Uid: facts.UID, Gid: facts.GID, Groups: facts.Groups, QmpPath: qmpPath,
 		Attributes: attributesTo(facts.Attributes),

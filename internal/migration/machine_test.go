@@ -81,7 +81,7 @@ func TestMatchReadOnlyImage(t *testing.T) {
 		return qemu.RAMBlock{ID: "nv", Size: uint64(len(content)), PageSize: 4096, ReadOnly: true, Path: path, FileOffset: 4, File: path}
 	}
 	ram := qemu.RAMBlock{ID: "ram0", Size: 4096, PageSize: 4096}
-	source, err := machineOf(&qemu.Facts{RAMBlocks: []qemu.RAMBlock{block("image"), ram}}, "/qmp")
+	source, err := machineOf(&qemu.Facts{RAMBlocks: []qemu.RAMBlock{block("image"), ram}}, nil, "/qmp")
 	if err != nil {
 		t.Fatal(err)
 	}

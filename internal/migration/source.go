@@ -83,6 +83,8 @@ type Source struct {
 	stoppedAt  time.Time
 	stopped    chan struct{} // closed when QEMU has said that the VM is stopped
 	takenUp    bool          // by TakeUpSource
+	// description is what the destination was compared with.
+	description *migratedv1.MachineDescription
 	// gaveUpDisks says that QEMU was asked to give the disks up.
 	gaveUpDisks bool
 	early       *snapshot // that the destination has loaded; nil: none

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/migrated-vm/migrated/internal/machine"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -21,7 +22,11 @@ func (s *Source) askAgain(ctx context.Context) error {
 	if err != nil {
 		return askQEMU("source", err)
 	}
-	return refuse("this VM cannot migrate any more", tasks)
+	now, err := machine.Describe(ctx, s.vm)
+	if err != nil {
+		return askQEMU("source", err)
+	}
+	return refuse("the VM is another than when it was prepared", append(tasks, machine.Changed(s.description, now)...))
 }
 
 // newJob is an error if one of these events, JOB_STATUS_CHANGE, says that a job has begun.

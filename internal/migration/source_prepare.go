@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
+	"github.com/migrated-vm/migrated/internal/machine"
 	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/version"
@@ -29,7 +30,7 @@ func (s *Source) prepare(ctx context.Context) error {
 		return err
 	}
 	destination := s.cfg.Spec.GetDestination()
-	machine, err := machineOf(s.facts, s.cfg.Spec.GetVm())
+	machine, err := machineOf(s.facts, s.description, s.cfg.Spec.GetVm())
 	if err != nil {
 		return err
 	}
@@ -109,13 +110,28 @@ func (s *Source) open(ctx context.Context) error {
 	if err := s.claimVM(); err != nil {
 		return err
 	}
-	if err := s.refuseHandedOver(ctx); err != nil {
+	stale, err := s.refuseHandedOver(ctx)
+	if err != nil {
 		return err
+	}
+	if stale != nil {
+		s.log.Warn("a VM that was handed over runs here again", "record", stale.ID, "destination", stale.Destination)
+		if err := s.cfg.Records.Remove(stale.ID); err != nil {
+			return err
+		}
 	}
 	if err := checkVM(ctx, s.vm); err != nil {
 		return err
 	}
+	return s.openVM(ctx)
+}
+
+// openVM asks for all that a destination has to match, and opens the RAM.
+func (s *Source) openVM(ctx context.Context) (err error) {
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
+		return askQEMU("source", err)
+	}
+	if s.description, err = machine.Describe(ctx, s.vm); err != nil {
 		return askQEMU("source", err)
 	}
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
@@ -180,23 +196,22 @@ func (s *Source) claimVM() error {
 
 // refuseHandedOver keeps a QEMU that was left for its memory from being taken
 // for the VM. One that runs was continued by its operator, and is the VM again.
-func (s *Source) refuseHandedOver(ctx context.Context) error {
+func (s *Source) refuseHandedOver(ctx context.Context) (stale *Record, err error) {
 	rec, handedOver, err := s.cfg.Records.ForVM(s.vm.Pid)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	running, err := s.vm.Running(ctx)
 	if err != nil {
-		return askQEMU("source", err)
+		return nil, askQEMU("source", err)
 	}
 	if !handedOver {
-		return s.refuseUnknown(running)
+		return nil, s.refuseUnknown(running)
 	}
 	if running {
-		s.log.Warn("a VM that was handed over runs here again", "record", rec.ID, "destination", rec.Destination)
-		return s.cfg.Records.Remove(rec.ID)
+		return &rec, nil
 	}
-	return withRemedy(
+	return nil, withRemedy(
 		fmt.Errorf("this VM was handed over to %s by migration %s at %s and is only kept for its memory",
 			rec.Destination, rec.ID, rec.HandedOver.Format(time.RFC3339)),
 		"migrate the VM from the host on which it runs now")

@@ -75,7 +75,7 @@ func (vm *VM) isLocal(file string) bool {
 	if strings.HasPrefix(file, "json:") {
 		return strings.Contains(file, `"driver": "file"`) || strings.Contains(file, `"driver": "host_device"`)
 	}
-	if file == "" || protocol.MatchString(file) {
+	if file == "" || HasProtocol(file) {
 		return false
 	}
 	// QEMU may see other mounts than we.
@@ -89,3 +89,6 @@ func (vm *VM) isLocal(file string) bool {
 	}
 	return !networkFileSystems[fs.Type]
 }
+
+// HasProtocol says whether the name of an image begins with a protocol, so that it is no path.
+func HasProtocol(name string) bool { return protocol.MatchString(name) }

@@ -2437,9 +2437,12 @@ type CheckRequest struct {
 	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
 	// HOST:PORT of a destination daemon whose host is checked as well; empty:
 	// this host alone.
-	Destination   string `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Destination string `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"`
+	// As in MigrationSpec, where both are named.
+	DestinationQmp      string `protobuf:"bytes,3,opt,name=destination_qmp,json=destinationQmp,proto3" json:"destination_qmp,omitempty"`
+	DestinationTemplate string `protobuf:"bytes,4,opt,name=destination_template,json=destinationTemplate,proto3" json:"destination_template,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *CheckRequest) Reset() {
@@ -2482,6 +2485,20 @@ func (x *CheckRequest) GetVm() string {
 func (x *CheckRequest) GetDestination() string {
 	if x != nil {
 		return x.Destination
+	}
+	return ""
+}
+
+func (x *CheckRequest) GetDestinationQmp() string {
+	if x != nil {
+		return x.DestinationQmp
+	}
+	return ""
+}
+
+func (x *CheckRequest) GetDestinationTemplate() string {
+	if x != nil {
+		return x.DestinationTemplate
 	}
 	return ""
 }
@@ -2846,10 +2863,12 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tbandwidth\x18\x02 \x01(\x04R\tbandwidth\"4\n" +
 	"\x14SetBandwidthResponse\x12\x1c\n" +
-	"\tbandwidth\x18\x01 \x01(\x04R\tbandwidth\"@\n" +
+	"\tbandwidth\x18\x01 \x01(\x04R\tbandwidth\"\x9c\x01\n" +
 	"\fCheckRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
-	"\vdestination\x18\x02 \x01(\tR\vdestination\"C\n" +
+	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
+	"\x0fdestination_qmp\x18\x03 \x01(\tR\x0edestinationQmp\x121\n" +
+	"\x14destination_template\x18\x04 \x01(\tR\x13destinationTemplate\"C\n" +
 	"\rCheckResponse\x122\n" +
 	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xb9\x01\n" +
 	"\vCheckResult\x12\x18\n" +

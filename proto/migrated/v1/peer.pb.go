@@ -104,6 +104,111 @@ func (x *CheckHostResponse) GetResults() []*CheckResult {
 	return nil
 }
 
+type CheckIncomingRequest struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Machine *SourceMachine         `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	// As in PrepareIncomingRequest.
+	DestinationQmp      string `protobuf:"bytes,2,opt,name=destination_qmp,json=destinationQmp,proto3" json:"destination_qmp,omitempty"`
+	DestinationTemplate string `protobuf:"bytes,3,opt,name=destination_template,json=destinationTemplate,proto3" json:"destination_template,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *CheckIncomingRequest) Reset() {
+	*x = CheckIncomingRequest{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckIncomingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckIncomingRequest) ProtoMessage() {}
+
+func (x *CheckIncomingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckIncomingRequest.ProtoReflect.Descriptor instead.
+func (*CheckIncomingRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *CheckIncomingRequest) GetMachine() *SourceMachine {
+	if x != nil {
+		return x.Machine
+	}
+	return nil
+}
+
+func (x *CheckIncomingRequest) GetDestinationQmp() string {
+	if x != nil {
+		return x.DestinationQmp
+	}
+	return ""
+}
+
+func (x *CheckIncomingRequest) GetDestinationTemplate() string {
+	if x != nil {
+		return x.DestinationTemplate
+	}
+	return ""
+}
+
+type CheckIncomingResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*CheckResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckIncomingResponse) Reset() {
+	*x = CheckIncomingResponse{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckIncomingResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckIncomingResponse) ProtoMessage() {}
+
+func (x *CheckIncomingResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckIncomingResponse.ProtoReflect.Descriptor instead.
+func (*CheckIncomingResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CheckIncomingResponse) GetResults() []*CheckResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
 type PrepareIncomingRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -131,7 +236,7 @@ type PrepareIncomingRequest struct {
 
 func (x *PrepareIncomingRequest) Reset() {
 	*x = PrepareIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[2]
+	mi := &file_migrated_v1_peer_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -143,7 +248,7 @@ func (x *PrepareIncomingRequest) String() string {
 func (*PrepareIncomingRequest) ProtoMessage() {}
 
 func (x *PrepareIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[2]
+	mi := &file_migrated_v1_peer_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -156,7 +261,7 @@ func (x *PrepareIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareIncomingRequest.ProtoReflect.Descriptor instead.
 func (*PrepareIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{2}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *PrepareIncomingRequest) GetId() string {
@@ -258,14 +363,16 @@ type SourceMachine struct {
 	// not moved, but has to be the same at both ends.
 	ReadOnlyBlocks []*RamBlock `protobuf:"bytes,11,rep,name=read_only_blocks,json=readOnlyBlocks,proto3" json:"read_only_blocks,omitempty"`
 	// What its process has from whoever started it; unset by older sources.
-	Attributes    *ProcessAttributes `protobuf:"bytes,12,opt,name=attributes,proto3" json:"attributes,omitempty"`
+	Attributes *ProcessAttributes `protobuf:"bytes,12,opt,name=attributes,proto3" json:"attributes,omitempty"`
+	// Unset: the source's daemon is of a version that describes nothing.
+	Description   *MachineDescription `protobuf:"bytes,13,opt,name=description,proto3" json:"description,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SourceMachine) Reset() {
 	*x = SourceMachine{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[3]
+	mi := &file_migrated_v1_peer_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -277,7 +384,7 @@ func (x *SourceMachine) String() string {
 func (*SourceMachine) ProtoMessage() {}
 
 func (x *SourceMachine) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[3]
+	mi := &file_migrated_v1_peer_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -290,7 +397,7 @@ func (x *SourceMachine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceMachine.ProtoReflect.Descriptor instead.
 func (*SourceMachine) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{3}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SourceMachine) GetName() string {
@@ -377,6 +484,13 @@ func (x *SourceMachine) GetAttributes() *ProcessAttributes {
 	return nil
 }
 
+func (x *SourceMachine) GetDescription() *MachineDescription {
+	if x != nil {
+		return x.Description
+	}
+	return nil
+}
+
 // ProcessAttributes are given to the destination's QEMU process.
 type ProcessAttributes struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -388,7 +502,7 @@ type ProcessAttributes struct {
 
 func (x *ProcessAttributes) Reset() {
 	*x = ProcessAttributes{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	mi := &file_migrated_v1_peer_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -400,7 +514,7 @@ func (x *ProcessAttributes) String() string {
 func (*ProcessAttributes) ProtoMessage() {}
 
 func (x *ProcessAttributes) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	mi := &file_migrated_v1_peer_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -413,7 +527,7 @@ func (x *ProcessAttributes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessAttributes.ProtoReflect.Descriptor instead.
 func (*ProcessAttributes) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{4}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ProcessAttributes) GetOomScoreAdj() int32 {
@@ -428,6 +542,435 @@ func (x *ProcessAttributes) GetUmask() uint32 {
 		return x.Umask
 	}
 	return 0
+}
+
+// MachineDescription is a VM as its QEMU has it now, whatever its command line said.
+type MachineDescription struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// It runs on KVM.
+	Kvm bool `protobuf:"varint,1,opt,name=kvm,proto3" json:"kvm,omitempty"`
+	// "7.2.22"
+	QemuVersion string `protobuf:"bytes,2,opt,name=qemu_version,json=qemuVersion,proto3" json:"qemu_version,omitempty"`
+	Cpus        []*Cpu `protobuf:"bytes,3,rep,name=cpus,proto3" json:"cpus,omitempty"`
+	// What the CPUs show to their guest; empty where QEMU does not say.
+	Features []*CpuidWord `protobuf:"bytes,4,rep,name=features,proto3" json:"features,omitempty"`
+	// What its user has given to it.
+	Devices []*Device `protobuf:"bytes,5,rep,name=devices,proto3" json:"devices,omitempty"`
+	// The classes of the devices that came with the machine, one for each.
+	BuiltIn       []string `protobuf:"bytes,6,rep,name=built_in,json=builtIn,proto3" json:"built_in,omitempty"`
+	Drives        []*Drive `protobuf:"bytes,7,rep,name=drives,proto3" json:"drives,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MachineDescription) Reset() {
+	*x = MachineDescription{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MachineDescription) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MachineDescription) ProtoMessage() {}
+
+func (x *MachineDescription) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MachineDescription.ProtoReflect.Descriptor instead.
+func (*MachineDescription) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *MachineDescription) GetKvm() bool {
+	if x != nil {
+		return x.Kvm
+	}
+	return false
+}
+
+func (x *MachineDescription) GetQemuVersion() string {
+	if x != nil {
+		return x.QemuVersion
+	}
+	return ""
+}
+
+func (x *MachineDescription) GetCpus() []*Cpu {
+	if x != nil {
+		return x.Cpus
+	}
+	return nil
+}
+
+func (x *MachineDescription) GetFeatures() []*CpuidWord {
+	if x != nil {
+		return x.Features
+	}
+	return nil
+}
+
+func (x *MachineDescription) GetDevices() []*Device {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+func (x *MachineDescription) GetBuiltIn() []string {
+	if x != nil {
+		return x.BuiltIn
+	}
+	return nil
+}
+
+func (x *MachineDescription) GetDrives() []*Drive {
+	if x != nil {
+		return x.Drives
+	}
+	return nil
+}
+
+type Cpu struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "max-x86_64-cpu"; empty where QEMU does not say.
+	Class string `protobuf:"bytes,1,opt,name=class,proto3" json:"class,omitempty"`
+	// "socket-id 0, core-id 1, thread-id 0"
+	Place         string `protobuf:"bytes,2,opt,name=place,proto3" json:"place,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Cpu) Reset() {
+	*x = Cpu{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Cpu) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Cpu) ProtoMessage() {}
+
+func (x *Cpu) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Cpu.ProtoReflect.Descriptor instead.
+func (*Cpu) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Cpu) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
+}
+
+func (x *Cpu) GetPlace() string {
+	if x != nil {
+		return x.Place
+	}
+	return ""
+}
+
+// CpuidWord is a register of CPUID.
+type CpuidWord struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Leaf    uint32                 `protobuf:"varint,1,opt,name=leaf,proto3" json:"leaf,omitempty"`
+	Subleaf uint32                 `protobuf:"varint,2,opt,name=subleaf,proto3" json:"subleaf,omitempty"`
+	// "EAX"
+	Register string `protobuf:"bytes,3,opt,name=register,proto3" json:"register,omitempty"`
+	// As it is after that.
+	Bits          uint32 `protobuf:"varint,4,opt,name=bits,proto3" json:"bits,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CpuidWord) Reset() {
+	*x = CpuidWord{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CpuidWord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CpuidWord) ProtoMessage() {}
+
+func (x *CpuidWord) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CpuidWord.ProtoReflect.Descriptor instead.
+func (*CpuidWord) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CpuidWord) GetLeaf() uint32 {
+	if x != nil {
+		return x.Leaf
+	}
+	return 0
+}
+
+func (x *CpuidWord) GetSubleaf() uint32 {
+	if x != nil {
+		return x.Subleaf
+	}
+	return 0
+}
+
+func (x *CpuidWord) GetRegister() string {
+	if x != nil {
+		return x.Register
+	}
+	return ""
+}
+
+func (x *CpuidWord) GetBits() uint32 {
+	if x != nil {
+		return x.Bits
+	}
+	return 0
+}
+
+type Device struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty: it was given none.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// "virtio-blk-pci"
+	Class string `protobuf:"bytes,2,opt,name=class,proto3" json:"class,omitempty"`
+	// Its bus and its place there, "pcie.0 02.0"; empty where it has none.
+	Place         string `protobuf:"bytes,3,opt,name=place,proto3" json:"place,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Device) Reset() {
+	*x = Device{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Device) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Device) ProtoMessage() {}
+
+func (x *Device) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Device.ProtoReflect.Descriptor instead.
+func (*Device) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Device) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Device) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
+}
+
+func (x *Device) GetPlace() string {
+	if x != nil {
+		return x.Place
+	}
+	return ""
+}
+
+// Drive is what a device has its data in, or may have: a CD-ROM drive can be empty.
+type Drive struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names the drive, by its device where that has an id.
+	Name     string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	ReadOnly bool   `protobuf:"varint,2,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	// The image that is written to, and the ones behind it. None: it is empty.
+	Images        []*Image `protobuf:"bytes,3,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Drive) Reset() {
+	*x = Drive{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Drive) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Drive) ProtoMessage() {}
+
+func (x *Drive) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Drive.ProtoReflect.Descriptor instead.
+func (*Drive) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Drive) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Drive) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *Drive) GetImages() []*Image {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+type Image struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// An absolute path, or what QEMU calls it.
+	File   string `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
+	Format string `protobuf:"bytes,2,opt,name=format,proto3" json:"format,omitempty"`
+	// As the VM sees it, in bytes.
+	Size uint64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// A temporary file (snapshot=on), of which no other QEMU has what is in it; and
+	// whether anything is.
+	Temporary     bool `protobuf:"varint,4,opt,name=temporary,proto3" json:"temporary,omitempty"`
+	Written       bool `protobuf:"varint,5,opt,name=written,proto3" json:"written,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Image) Reset() {
+	*x = Image{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Image) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Image) ProtoMessage() {}
+
+func (x *Image) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Image.ProtoReflect.Descriptor instead.
+func (*Image) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Image) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+func (x *Image) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *Image) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *Image) GetTemporary() bool {
+	if x != nil {
+		return x.Temporary
+	}
+	return false
+}
+
+func (x *Image) GetWritten() bool {
+	if x != nil {
+		return x.Written
+	}
+	return false
 }
 
 // RamBlock is a piece of the VM's memory; its place in the list is its index.
@@ -450,7 +993,7 @@ type RamBlock struct {
 
 func (x *RamBlock) Reset() {
 	*x = RamBlock{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[5]
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -462,7 +1005,7 @@ func (x *RamBlock) String() string {
 func (*RamBlock) ProtoMessage() {}
 
 func (x *RamBlock) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[5]
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -475,7 +1018,7 @@ func (x *RamBlock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RamBlock.ProtoReflect.Descriptor instead.
 func (*RamBlock) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{5}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RamBlock) GetId() string {
@@ -537,7 +1080,7 @@ type PrepareIncomingResponse struct {
 
 func (x *PrepareIncomingResponse) Reset() {
 	*x = PrepareIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -549,7 +1092,7 @@ func (x *PrepareIncomingResponse) String() string {
 func (*PrepareIncomingResponse) ProtoMessage() {}
 
 func (x *PrepareIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -562,7 +1105,7 @@ func (x *PrepareIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareIncomingResponse.ProtoReflect.Descriptor instead.
 func (*PrepareIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{6}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PrepareIncomingResponse) GetRamBlocks() []*RamBlock {
@@ -616,7 +1159,7 @@ type LoadEarlyStateRequest struct {
 
 func (x *LoadEarlyStateRequest) Reset() {
 	*x = LoadEarlyStateRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -628,7 +1171,7 @@ func (x *LoadEarlyStateRequest) String() string {
 func (*LoadEarlyStateRequest) ProtoMessage() {}
 
 func (x *LoadEarlyStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -641,7 +1184,7 @@ func (x *LoadEarlyStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadEarlyStateRequest.ProtoReflect.Descriptor instead.
 func (*LoadEarlyStateRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{7}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *LoadEarlyStateRequest) GetId() string {
@@ -684,7 +1227,7 @@ type Memory struct {
 
 func (x *Memory) Reset() {
 	*x = Memory{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	mi := &file_migrated_v1_peer_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -696,7 +1239,7 @@ func (x *Memory) String() string {
 func (*Memory) ProtoMessage() {}
 
 func (x *Memory) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	mi := &file_migrated_v1_peer_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -709,7 +1252,7 @@ func (x *Memory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Memory.ProtoReflect.Descriptor instead.
 func (*Memory) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{8}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Memory) GetBlock() uint32 {
@@ -753,7 +1296,7 @@ type LoadEarlyStateResponse struct {
 
 func (x *LoadEarlyStateResponse) Reset() {
 	*x = LoadEarlyStateResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	mi := &file_migrated_v1_peer_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -765,7 +1308,7 @@ func (x *LoadEarlyStateResponse) String() string {
 func (*LoadEarlyStateResponse) ProtoMessage() {}
 
 func (x *LoadEarlyStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	mi := &file_migrated_v1_peer_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -778,7 +1321,7 @@ func (x *LoadEarlyStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadEarlyStateResponse.ProtoReflect.Descriptor instead.
 func (*LoadEarlyStateResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{9}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *LoadEarlyStateResponse) GetLoaded() bool {
@@ -829,7 +1372,7 @@ type Reader struct {
 
 func (x *Reader) Reset() {
 	*x = Reader{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	mi := &file_migrated_v1_peer_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +1384,7 @@ func (x *Reader) String() string {
 func (*Reader) ProtoMessage() {}
 
 func (x *Reader) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	mi := &file_migrated_v1_peer_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +1397,7 @@ func (x *Reader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reader.ProtoReflect.Descriptor instead.
 func (*Reader) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{10}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Reader) GetSection() uint32 {
@@ -899,7 +1442,7 @@ type LoadDeviceStateRequest struct {
 
 func (x *LoadDeviceStateRequest) Reset() {
 	*x = LoadDeviceStateRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	mi := &file_migrated_v1_peer_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -911,7 +1454,7 @@ func (x *LoadDeviceStateRequest) String() string {
 func (*LoadDeviceStateRequest) ProtoMessage() {}
 
 func (x *LoadDeviceStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	mi := &file_migrated_v1_peer_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -924,7 +1467,7 @@ func (x *LoadDeviceStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadDeviceStateRequest.ProtoReflect.Descriptor instead.
 func (*LoadDeviceStateRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{11}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LoadDeviceStateRequest) GetId() string {
@@ -992,7 +1535,7 @@ type LoadDeviceStateResponse struct {
 
 func (x *LoadDeviceStateResponse) Reset() {
 	*x = LoadDeviceStateResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1004,7 +1547,7 @@ func (x *LoadDeviceStateResponse) String() string {
 func (*LoadDeviceStateResponse) ProtoMessage() {}
 
 func (x *LoadDeviceStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1017,7 +1560,7 @@ func (x *LoadDeviceStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadDeviceStateResponse.ProtoReflect.Descriptor instead.
 func (*LoadDeviceStateResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LoadDeviceStateResponse) GetBytes() uint64 {
@@ -1068,7 +1611,7 @@ type RunRequest struct {
 
 func (x *RunRequest) Reset() {
 	*x = RunRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1623,7 @@ func (x *RunRequest) String() string {
 func (*RunRequest) ProtoMessage() {}
 
 func (x *RunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1636,7 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RunRequest) GetId() string {
@@ -1131,7 +1674,7 @@ type RunResponse struct {
 
 func (x *RunResponse) Reset() {
 	*x = RunResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[14]
+	mi := &file_migrated_v1_peer_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1143,7 +1686,7 @@ func (x *RunResponse) String() string {
 func (*RunResponse) ProtoMessage() {}
 
 func (x *RunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[14]
+	mi := &file_migrated_v1_peer_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1156,7 +1699,7 @@ func (x *RunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
 func (*RunResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{14}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RunResponse) GetResumeTime() *durationpb.Duration {
@@ -1182,7 +1725,7 @@ type WatchIncomingRequest struct {
 
 func (x *WatchIncomingRequest) Reset() {
 	*x = WatchIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[15]
+	mi := &file_migrated_v1_peer_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1737,7 @@ func (x *WatchIncomingRequest) String() string {
 func (*WatchIncomingRequest) ProtoMessage() {}
 
 func (x *WatchIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[15]
+	mi := &file_migrated_v1_peer_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1750,7 @@ func (x *WatchIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchIncomingRequest.ProtoReflect.Descriptor instead.
 func (*WatchIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{15}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *WatchIncomingRequest) GetId() string {
@@ -1231,7 +1774,7 @@ type WatchIncomingResponse struct {
 
 func (x *WatchIncomingResponse) Reset() {
 	*x = WatchIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[16]
+	mi := &file_migrated_v1_peer_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1243,7 +1786,7 @@ func (x *WatchIncomingResponse) String() string {
 func (*WatchIncomingResponse) ProtoMessage() {}
 
 func (x *WatchIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[16]
+	mi := &file_migrated_v1_peer_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1256,7 +1799,7 @@ func (x *WatchIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchIncomingResponse.ProtoReflect.Descriptor instead.
 func (*WatchIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{16}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *WatchIncomingResponse) GetState() MigrationState {
@@ -1298,7 +1841,7 @@ type LimitIncomingRequest struct {
 
 func (x *LimitIncomingRequest) Reset() {
 	*x = LimitIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[17]
+	mi := &file_migrated_v1_peer_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1853,7 @@ func (x *LimitIncomingRequest) String() string {
 func (*LimitIncomingRequest) ProtoMessage() {}
 
 func (x *LimitIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[17]
+	mi := &file_migrated_v1_peer_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1866,7 @@ func (x *LimitIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitIncomingRequest.ProtoReflect.Descriptor instead.
 func (*LimitIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{17}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *LimitIncomingRequest) GetId() string {
@@ -1350,7 +1893,7 @@ type LimitIncomingResponse struct {
 
 func (x *LimitIncomingResponse) Reset() {
 	*x = LimitIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[18]
+	mi := &file_migrated_v1_peer_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1905,7 @@ func (x *LimitIncomingResponse) String() string {
 func (*LimitIncomingResponse) ProtoMessage() {}
 
 func (x *LimitIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[18]
+	mi := &file_migrated_v1_peer_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1918,7 @@ func (x *LimitIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitIncomingResponse.ProtoReflect.Descriptor instead.
 func (*LimitIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{18}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *LimitIncomingResponse) GetBandwidth() uint64 {
@@ -1395,7 +1938,7 @@ type AbortIncomingRequest struct {
 
 func (x *AbortIncomingRequest) Reset() {
 	*x = AbortIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[19]
+	mi := &file_migrated_v1_peer_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1407,7 +1950,7 @@ func (x *AbortIncomingRequest) String() string {
 func (*AbortIncomingRequest) ProtoMessage() {}
 
 func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[19]
+	mi := &file_migrated_v1_peer_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1420,7 +1963,7 @@ func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingRequest.ProtoReflect.Descriptor instead.
 func (*AbortIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{19}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AbortIncomingRequest) GetId() string {
@@ -1445,7 +1988,7 @@ type AbortIncomingResponse struct {
 
 func (x *AbortIncomingResponse) Reset() {
 	*x = AbortIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[20]
+	mi := &file_migrated_v1_peer_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1457,7 +2000,7 @@ func (x *AbortIncomingResponse) String() string {
 func (*AbortIncomingResponse) ProtoMessage() {}
 
 func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[20]
+	mi := &file_migrated_v1_peer_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1470,7 +2013,7 @@ func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingResponse.ProtoReflect.Descriptor instead.
 func (*AbortIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{20}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{28}
 }
 
 var File_migrated_v1_peer_proto protoreflect.FileDescriptor
@@ -1480,6 +2023,12 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x16migrated/v1/peer.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19migrated/v1/control.proto\"\x12\n" +
 	"\x10CheckHostRequest\"G\n" +
 	"\x11CheckHostResponse\x122\n" +
+	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xa8\x01\n" +
+	"\x14CheckIncomingRequest\x124\n" +
+	"\amachine\x18\x01 \x01(\v2\x1a.migrated.v1.SourceMachineR\amachine\x12'\n" +
+	"\x0fdestination_qmp\x18\x02 \x01(\tR\x0edestinationQmp\x121\n" +
+	"\x14destination_template\x18\x03 \x01(\tR\x13destinationTemplate\"K\n" +
+	"\x15CheckIncomingResponse\x122\n" +
 	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xa0\x03\n" +
 	"\x16PrepareIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
@@ -1493,7 +2042,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\tbandwidth\x18\n" +
 	" \x01(\x04R\tbandwidth\x12'\n" +
 	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\x12\x14\n" +
-	"\x05early\x18\v \x01(\bR\x05early\"\xc7\x03\n" +
+	"\x05early\x18\v \x01(\bR\x05early\"\x8a\x04\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
@@ -1510,10 +2059,41 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x10read_only_blocks\x18\v \x03(\v2\x15.migrated.v1.RamBlockR\x0ereadOnlyBlocks\x12>\n" +
 	"\n" +
 	"attributes\x18\f \x01(\v2\x1e.migrated.v1.ProcessAttributesR\n" +
-	"attributes\"M\n" +
+	"attributes\x12A\n" +
+	"\vdescription\x18\r \x01(\v2\x1f.migrated.v1.MachineDescriptionR\vdescription\"M\n" +
 	"\x11ProcessAttributes\x12\"\n" +
 	"\room_score_adj\x18\x01 \x01(\x11R\voomScoreAdj\x12\x14\n" +
-	"\x05umask\x18\x02 \x01(\rR\x05umask\"\x95\x01\n" +
+	"\x05umask\x18\x02 \x01(\rR\x05umask\"\x99\x02\n" +
+	"\x12MachineDescription\x12\x10\n" +
+	"\x03kvm\x18\x01 \x01(\bR\x03kvm\x12!\n" +
+	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12$\n" +
+	"\x04cpus\x18\x03 \x03(\v2\x10.migrated.v1.CpuR\x04cpus\x122\n" +
+	"\bfeatures\x18\x04 \x03(\v2\x16.migrated.v1.CpuidWordR\bfeatures\x12-\n" +
+	"\adevices\x18\x05 \x03(\v2\x13.migrated.v1.DeviceR\adevices\x12\x19\n" +
+	"\bbuilt_in\x18\x06 \x03(\tR\abuiltIn\x12*\n" +
+	"\x06drives\x18\a \x03(\v2\x12.migrated.v1.DriveR\x06drives\"1\n" +
+	"\x03Cpu\x12\x14\n" +
+	"\x05class\x18\x01 \x01(\tR\x05class\x12\x14\n" +
+	"\x05place\x18\x02 \x01(\tR\x05place\"i\n" +
+	"\tCpuidWord\x12\x12\n" +
+	"\x04leaf\x18\x01 \x01(\rR\x04leaf\x12\x18\n" +
+	"\asubleaf\x18\x02 \x01(\rR\asubleaf\x12\x1a\n" +
+	"\bregister\x18\x03 \x01(\tR\bregister\x12\x12\n" +
+	"\x04bits\x18\x04 \x01(\rR\x04bits\"D\n" +
+	"\x06Device\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05class\x18\x02 \x01(\tR\x05class\x12\x14\n" +
+	"\x05place\x18\x03 \x01(\tR\x05place\"d\n" +
+	"\x05Drive\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
+	"\tread_only\x18\x02 \x01(\bR\breadOnly\x12*\n" +
+	"\x06images\x18\x03 \x03(\v2\x12.migrated.v1.ImageR\x06images\"\x7f\n" +
+	"\x05Image\x12\x12\n" +
+	"\x04file\x18\x01 \x01(\tR\x04file\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\tR\x06format\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x1c\n" +
+	"\ttemporary\x18\x04 \x01(\bR\ttemporary\x12\x18\n" +
+	"\awritten\x18\x05 \x01(\bR\awritten\"\x95\x01\n" +
 	"\bRamBlock\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x1b\n" +
@@ -1586,9 +2166,10 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x14AbortIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x17\n" +
-	"\x15AbortIncomingResponse2\xb8\x05\n" +
+	"\x15AbortIncomingResponse2\x90\x06\n" +
 	"\vPeerService\x12J\n" +
-	"\tCheckHost\x12\x1d.migrated.v1.CheckHostRequest\x1a\x1e.migrated.v1.CheckHostResponse\x12\\\n" +
+	"\tCheckHost\x12\x1d.migrated.v1.CheckHostRequest\x1a\x1e.migrated.v1.CheckHostResponse\x12V\n" +
+	"\rCheckIncoming\x12!.migrated.v1.CheckIncomingRequest\x1a\".migrated.v1.CheckIncomingResponse\x12\\\n" +
 	"\x0fPrepareIncoming\x12#.migrated.v1.PrepareIncomingRequest\x1a$.migrated.v1.PrepareIncomingResponse\x12[\n" +
 	"\x0eLoadEarlyState\x12\".migrated.v1.LoadEarlyStateRequest\x1a#.migrated.v1.LoadEarlyStateResponse(\x01\x12^\n" +
 	"\x0fLoadDeviceState\x12#.migrated.v1.LoadDeviceStateRequest\x1a$.migrated.v1.LoadDeviceStateResponse(\x01\x128\n" +
@@ -1609,86 +2190,104 @@ func file_migrated_v1_peer_proto_rawDescGZIP() []byte {
 	return file_migrated_v1_peer_proto_rawDescData
 }
 
-var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_migrated_v1_peer_proto_goTypes = []any{
 	(*CheckHostRequest)(nil),        // 0: migrated.v1.CheckHostRequest
 	(*CheckHostResponse)(nil),       // 1: migrated.v1.CheckHostResponse
-	(*PrepareIncomingRequest)(nil),  // 2: migrated.v1.PrepareIncomingRequest
-	(*SourceMachine)(nil),           // 3: migrated.v1.SourceMachine
-	(*ProcessAttributes)(nil),       // 4: migrated.v1.ProcessAttributes
-	(*RamBlock)(nil),                // 5: migrated.v1.RamBlock
-	(*PrepareIncomingResponse)(nil), // 6: migrated.v1.PrepareIncomingResponse
-	(*LoadEarlyStateRequest)(nil),   // 7: migrated.v1.LoadEarlyStateRequest
-	(*Memory)(nil),                  // 8: migrated.v1.Memory
-	(*LoadEarlyStateResponse)(nil),  // 9: migrated.v1.LoadEarlyStateResponse
-	(*Reader)(nil),                  // 10: migrated.v1.Reader
-	(*LoadDeviceStateRequest)(nil),  // 11: migrated.v1.LoadDeviceStateRequest
-	(*LoadDeviceStateResponse)(nil), // 12: migrated.v1.LoadDeviceStateResponse
-	(*RunRequest)(nil),              // 13: migrated.v1.RunRequest
-	(*RunResponse)(nil),             // 14: migrated.v1.RunResponse
-	(*WatchIncomingRequest)(nil),    // 15: migrated.v1.WatchIncomingRequest
-	(*WatchIncomingResponse)(nil),   // 16: migrated.v1.WatchIncomingResponse
-	(*LimitIncomingRequest)(nil),    // 17: migrated.v1.LimitIncomingRequest
-	(*LimitIncomingResponse)(nil),   // 18: migrated.v1.LimitIncomingResponse
-	(*AbortIncomingRequest)(nil),    // 19: migrated.v1.AbortIncomingRequest
-	(*AbortIncomingResponse)(nil),   // 20: migrated.v1.AbortIncomingResponse
-	(*CheckResult)(nil),             // 21: migrated.v1.CheckResult
-	(*MigrationSpec)(nil),           // 22: migrated.v1.MigrationSpec
-	(Supervision)(0),                // 23: migrated.v1.Supervision
-	(*durationpb.Duration)(nil),     // 24: google.protobuf.Duration
-	(*DeviceDifference)(nil),        // 25: migrated.v1.DeviceDifference
-	(MigrationState)(0),             // 26: migrated.v1.MigrationState
-	(*Progress)(nil),                // 27: migrated.v1.Progress
-	(*MigrationError)(nil),          // 28: migrated.v1.MigrationError
-	(Location)(0),                   // 29: migrated.v1.Location
+	(*CheckIncomingRequest)(nil),    // 2: migrated.v1.CheckIncomingRequest
+	(*CheckIncomingResponse)(nil),   // 3: migrated.v1.CheckIncomingResponse
+	(*PrepareIncomingRequest)(nil),  // 4: migrated.v1.PrepareIncomingRequest
+	(*SourceMachine)(nil),           // 5: migrated.v1.SourceMachine
+	(*ProcessAttributes)(nil),       // 6: migrated.v1.ProcessAttributes
+	(*MachineDescription)(nil),      // 7: migrated.v1.MachineDescription
+	(*Cpu)(nil),                     // 8: migrated.v1.Cpu
+	(*CpuidWord)(nil),               // 9: migrated.v1.CpuidWord
+	(*Device)(nil),                  // 10: migrated.v1.Device
+	(*Drive)(nil),                   // 11: migrated.v1.Drive
+	(*Image)(nil),                   // 12: migrated.v1.Image
+	(*RamBlock)(nil),                // 13: migrated.v1.RamBlock
+	(*PrepareIncomingResponse)(nil), // 14: migrated.v1.PrepareIncomingResponse
+	(*LoadEarlyStateRequest)(nil),   // 15: migrated.v1.LoadEarlyStateRequest
+	(*Memory)(nil),                  // 16: migrated.v1.Memory
+	(*LoadEarlyStateResponse)(nil),  // 17: migrated.v1.LoadEarlyStateResponse
+	(*Reader)(nil),                  // 18: migrated.v1.Reader
+	(*LoadDeviceStateRequest)(nil),  // 19: migrated.v1.LoadDeviceStateRequest
+	(*LoadDeviceStateResponse)(nil), // 20: migrated.v1.LoadDeviceStateResponse
+	(*RunRequest)(nil),              // 21: migrated.v1.RunRequest
+	(*RunResponse)(nil),             // 22: migrated.v1.RunResponse
+	(*WatchIncomingRequest)(nil),    // 23: migrated.v1.WatchIncomingRequest
+	(*WatchIncomingResponse)(nil),   // 24: migrated.v1.WatchIncomingResponse
+	(*LimitIncomingRequest)(nil),    // 25: migrated.v1.LimitIncomingRequest
+	(*LimitIncomingResponse)(nil),   // 26: migrated.v1.LimitIncomingResponse
+	(*AbortIncomingRequest)(nil),    // 27: migrated.v1.AbortIncomingRequest
+	(*AbortIncomingResponse)(nil),   // 28: migrated.v1.AbortIncomingResponse
+	(*CheckResult)(nil),             // 29: migrated.v1.CheckResult
+	(*MigrationSpec)(nil),           // 30: migrated.v1.MigrationSpec
+	(Supervision)(0),                // 31: migrated.v1.Supervision
+	(*durationpb.Duration)(nil),     // 32: google.protobuf.Duration
+	(*DeviceDifference)(nil),        // 33: migrated.v1.DeviceDifference
+	(MigrationState)(0),             // 34: migrated.v1.MigrationState
+	(*Progress)(nil),                // 35: migrated.v1.Progress
+	(*MigrationError)(nil),          // 36: migrated.v1.MigrationError
+	(Location)(0),                   // 37: migrated.v1.Location
 }
 var file_migrated_v1_peer_proto_depIdxs = []int32{
-	21, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
-	3,  // 1: migrated.v1.PrepareIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
-	22, // 2: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
-	5,  // 3: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
-	5,  // 4: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
-	4,  // 5: migrated.v1.SourceMachine.attributes:type_name -> migrated.v1.ProcessAttributes
-	5,  // 6: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
-	23, // 7: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
-	8,  // 8: migrated.v1.LoadEarlyStateRequest.memory:type_name -> migrated.v1.Memory
-	8,  // 9: migrated.v1.LoadEarlyStateResponse.missed:type_name -> migrated.v1.Memory
-	10, // 10: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
-	24, // 11: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
-	8,  // 12: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
-	13, // 13: migrated.v1.LoadDeviceStateRequest.run:type_name -> migrated.v1.RunRequest
-	24, // 14: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
-	25, // 15: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
-	24, // 16: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
-	14, // 17: migrated.v1.LoadDeviceStateResponse.run:type_name -> migrated.v1.RunResponse
-	24, // 18: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
-	24, // 19: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	24, // 20: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	26, // 21: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	27, // 22: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	28, // 23: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	29, // 24: migrated.v1.WatchIncomingResponse.location:type_name -> migrated.v1.Location
-	0,  // 25: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 26: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	7,  // 27: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
-	11, // 28: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	13, // 29: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	15, // 30: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	17, // 31: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
-	19, // 32: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 33: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	6,  // 34: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	9,  // 35: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
-	12, // 36: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	14, // 37: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	16, // 38: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	18, // 39: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
-	20, // 40: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	33, // [33:41] is the sub-list for method output_type
-	25, // [25:33] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	29, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
+	5,  // 1: migrated.v1.CheckIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
+	29, // 2: migrated.v1.CheckIncomingResponse.results:type_name -> migrated.v1.CheckResult
+	5,  // 3: migrated.v1.PrepareIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
+	30, // 4: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
+	13, // 5: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
+	13, // 6: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
+	6,  // 7: migrated.v1.SourceMachine.attributes:type_name -> migrated.v1.ProcessAttributes
+	7,  // 8: migrated.v1.SourceMachine.description:type_name -> migrated.v1.MachineDescription
+	8,  // 9: migrated.v1.MachineDescription.cpus:type_name -> migrated.v1.Cpu
+	9,  // 10: migrated.v1.MachineDescription.features:type_name -> migrated.v1.CpuidWord
+	10, // 11: migrated.v1.MachineDescription.devices:type_name -> migrated.v1.Device
+	11, // 12: migrated.v1.MachineDescription.drives:type_name -> migrated.v1.Drive
+	12, // 13: migrated.v1.Drive.images:type_name -> migrated.v1.Image
+	13, // 14: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
+	31, // 15: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
+	16, // 16: migrated.v1.LoadEarlyStateRequest.memory:type_name -> migrated.v1.Memory
+	16, // 17: migrated.v1.LoadEarlyStateResponse.missed:type_name -> migrated.v1.Memory
+	18, // 18: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
+	32, // 19: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
+	16, // 20: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
+	21, // 21: migrated.v1.LoadDeviceStateRequest.run:type_name -> migrated.v1.RunRequest
+	32, // 22: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
+	33, // 23: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
+	32, // 24: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
+	22, // 25: migrated.v1.LoadDeviceStateResponse.run:type_name -> migrated.v1.RunResponse
+	32, // 26: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	32, // 27: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	32, // 28: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	34, // 29: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	35, // 30: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	36, // 31: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	37, // 32: migrated.v1.WatchIncomingResponse.location:type_name -> migrated.v1.Location
+	0,  // 33: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	2,  // 34: migrated.v1.PeerService.CheckIncoming:input_type -> migrated.v1.CheckIncomingRequest
+	4,  // 35: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	15, // 36: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
+	19, // 37: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	21, // 38: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	23, // 39: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	25, // 40: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
+	27, // 41: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 42: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	3,  // 43: migrated.v1.PeerService.CheckIncoming:output_type -> migrated.v1.CheckIncomingResponse
+	14, // 44: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	17, // 45: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
+	20, // 46: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	22, // 47: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	24, // 48: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	26, // 49: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
+	28, // 50: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	42, // [42:51] is the sub-list for method output_type
+	33, // [33:42] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }
@@ -1703,7 +2302,7 @@ func file_migrated_v1_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_peer_proto_rawDesc), len(file_migrated_v1_peer_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

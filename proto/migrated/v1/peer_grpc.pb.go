@@ -22,6 +22,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	PeerService_CheckHost_FullMethodName       = "/migrated.v1.PeerService/CheckHost"
+	PeerService_CheckIncoming_FullMethodName   = "/migrated.v1.PeerService/CheckIncoming"
 	PeerService_PrepareIncoming_FullMethodName = "/migrated.v1.PeerService/PrepareIncoming"
 	PeerService_LoadEarlyState_FullMethodName  = "/migrated.v1.PeerService/LoadEarlyState"
 	PeerService_LoadDeviceState_FullMethodName = "/migrated.v1.PeerService/LoadDeviceState"
@@ -41,6 +42,10 @@ const (
 type PeerServiceClient interface {
 	// CheckHost says whether this host can be a destination.
 	CheckHost(ctx context.Context, in *CheckHostRequest, opts ...grpc.CallOption) (*CheckHostResponse, error)
+	// CheckIncoming says whether this host could take a VM: it does what
+	// PrepareIncoming does before it connects to the source, and ends the QEMU that
+	// it has started for that. One that somebody else started is compared alone.
+	CheckIncoming(ctx context.Context, in *CheckIncomingRequest, opts ...grpc.CallOption) (*CheckIncomingResponse, error)
 	// PrepareIncoming starts the destination QEMU or attaches to one, registers
 	// its RAM with userfaultfd and connects the page lanes to the source.
 	PrepareIncoming(ctx context.Context, in *PrepareIncomingRequest, opts ...grpc.CallOption) (*PrepareIncomingResponse, error)
@@ -81,6 +86,16 @@ func (c *peerServiceClient) CheckHost(ctx context.Context, in *CheckHostRequest,
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CheckHostResponse)
 	err := c.cc.Invoke(ctx, PeerService_CheckHost_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peerServiceClient) CheckIncoming(ctx context.Context, in *CheckIncomingRequest, opts ...grpc.CallOption) (*CheckIncomingResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckIncomingResponse)
+	err := c.cc.Invoke(ctx, PeerService_CheckIncoming_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -182,6 +197,10 @@ func (c *peerServiceClient) AbortIncoming(ctx context.Context, in *AbortIncoming
 type PeerServiceServer interface {
 	// CheckHost says whether this host can be a destination.
 	CheckHost(context.Context, *CheckHostRequest) (*CheckHostResponse, error)
+	// CheckIncoming says whether this host could take a VM: it does what
+	// PrepareIncoming does before it connects to the source, and ends the QEMU that
+	// it has started for that. One that somebody else started is compared alone.
+	CheckIncoming(context.Context, *CheckIncomingRequest) (*CheckIncomingResponse, error)
 	// PrepareIncoming starts the destination QEMU or attaches to one, registers
 	// its RAM with userfaultfd and connects the page lanes to the source.
 	PrepareIncoming(context.Context, *PrepareIncomingRequest) (*PrepareIncomingResponse, error)
@@ -220,6 +239,9 @@ type UnimplementedPeerServiceServer struct{}
 
 func (UnimplementedPeerServiceServer) CheckHost(context.Context, *CheckHostRequest) (*CheckHostResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CheckHost not implemented")
+}
+func (UnimplementedPeerServiceServer) CheckIncoming(context.Context, *CheckIncomingRequest) (*CheckIncomingResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CheckIncoming not implemented")
 }
 func (UnimplementedPeerServiceServer) PrepareIncoming(context.Context, *PrepareIncomingRequest) (*PrepareIncomingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PrepareIncoming not implemented")
@@ -277,6 +299,24 @@ func _PeerService_CheckHost_Handler(srv interface{}, ctx context.Context, dec fu
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(PeerServiceServer).CheckHost(ctx, req.(*CheckHostRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _PeerService_CheckIncoming_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckIncomingRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServiceServer).CheckIncoming(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PeerService_CheckIncoming_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServiceServer).CheckIncoming(ctx, req.(*CheckIncomingRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -388,6 +428,10 @@ var PeerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CheckHost",
 			Handler:    _PeerService_CheckHost_Handler,
+		},
+		{
+			MethodName: "CheckIncoming",
+			Handler:    _PeerService_CheckIncoming_Handler,
 		},
 		{
 			MethodName: "PrepareIncoming",

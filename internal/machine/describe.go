@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package machine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qmp"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// Describe asks a VM's QEMU for all that Compare looks at, in some commands and a few more for each device.
+func Describe(ctx context.Context, vm *qemu.VM) (*migratedv1.MachineDescription, error) {
+	d := &migratedv1.MachineDescription{QemuVersion: vm.QMP.Version().String()}
+	anonymous := map[string]string{} // the paths of devices without an id, and how they are called instead
+	err := describeDevices(ctx, vm, d, anonymous)
+	if err == nil {
+		err = describeCPUs(ctx, vm, d)
+	}
+	if err == nil {
+		err = describeDrives(ctx, vm, d, anonymous)
+	}
+	var kvm struct {
+		Enabled bool `json:"enabled"`
+	}
+	if err == nil {
+		err = vm.QMP.Do(ctx, "query-kvm", nil, &kvm)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("describe the VM: %w", err)
+	}
+	d.Kvm = kvm.Enabled
+	return d, nil
+}
+
+// A child is one of an object's in QEMU's tree of objects.
+type child struct {
+	Name string `json:"name"`
+	Type string `json:"type"` // "child<virtio-blk-pci>"
+}
+
+func (c child) class() string { return strings.TrimSuffix(strings.TrimPrefix(c.Type, "child<"), ">") }
+
+func children(ctx context.Context, vm *qemu.VM, path string) (list []child, err error) {
+	if err := vm.QMP.Do(ctx, "qom-list", map[string]string{"path": path}, &list); err != nil {
+		return nil, err
+	}
+	list = slices.DeleteFunc(list, func(c child) bool { return !strings.HasPrefix(c.Type, "child<") })
+	slices.SortFunc(list, func(a, b child) int { return strings.Compare(a.Name, b.Name) })
+	return list, nil
+}
+
+// What QEMU has the devices under that a user has given to a VM, with an id and without, and those that came with the
+// machine.
+const (
+	named   = "/machine/peripheral"
+	unnamed = "/machine/peripheral-anon"
+	builtIn = "/machine/unattached"
+)
+
+func describeDevices(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription, anonymous map[string]string) error {
+	for _, parent := range []string{named, unnamed} {
+		list, err := children(ctx, vm, parent)
+		if err != nil {
+			return err
+		}
+		for _, c := range list {
+			path := parent + "/" + c.Name
+			device := &migratedv1.Device{Class: c.class()}
+			if device.Place, err = placeOf(ctx, vm, path, c.class()); err != nil {
+				return err
+			}
+			if parent == named {
+				device.Id = c.Name
+			} else {
+				anonymous[path] = strings.TrimSpace(device.GetClass() + " " + device.GetPlace())
+			}
+			d.Devices = append(d.Devices, device)
+		}
+	}
+	list, err := children(ctx, vm, builtIn)
+	for _, c := range list {
+		if strings.HasPrefix(c.Name, "device[") {
+			d.BuiltIn = append(d.BuiltIn, c.class())
+		}
+	}
+	slices.Sort(d.BuiltIn)
+	return err
+}
+
+// placeOf is the bus of a device, and where it is there.
+func placeOf(ctx context.Context, vm *qemu.VM, path, class string) (string, error) {
+	var bus string
+	if found, err := property(ctx, vm, path, "parent_bus", &bus); err != nil || !found || bus == "" {
+		return "", err
+	}
+	bus = bus[strings.LastIndexByte(bus, '/')+1:] // where it hangs in the tree is another in other versions
+	switch {
+	case strings.HasPrefix(class, "scsi-"):
+		var at [3]int
+		for i, name := range []string{"channel", "scsi-id", "lun"} {
+			if _, err := property(ctx, vm, path, name, &at[i]); err != nil {
+				return "", err
+			}
+		}
+		return fmt.Sprintf("%s %d:%d:%d", bus, at[0], at[1], at[2]), nil
+	case strings.HasPrefix(class, "usb-"):
+		var port string
+		_, err := property(ctx, vm, path, "port", &port)
+		return strings.TrimSpace(bus + " " + port), err
+	}
+	var slot int
+	found, err := property(ctx, vm, path, "addr", &slot)
+	if err != nil || !found || slot < 0 {
+		return bus, err
+	}
+	return fmt.Sprintf("%s %02x.%x", bus, slot>>3, slot&7), nil // PCI_SLOT and PCI_FUNC of QEMU's devfn
+}
+
+// property reads one of an object's, if it has that, and if it is of that type.
+func property(ctx context.Context, vm *qemu.VM, path, name string, value any) (found bool, err error) {
+	var raw json.RawMessage
+	err = vm.QMP.Do(ctx, "qom-get", map[string]string{"path": path, "property": name}, &raw)
+	if errors.Is(err, qmp.ErrGeneric) {
+		return false, nil
+	}
+	return err == nil && json.Unmarshal(raw, value) == nil, err
+}
+
+func describeCPUs(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription) error {
+	var cpus []struct {
+		Path  string         `json:"qom-path"`
+		Props map[string]int `json:"props"`
+	}
+	if err := vm.QMP.Do(ctx, "query-cpus-fast", nil, &cpus); err != nil {
+		return err
+	}
+	var slots []struct {
+		Path string `json:"qom-path"`
+		Type string `json:"type"`
+	}
+	// A machine that has no slots for CPUs says nothing of their class.
+	if err := vm.QMP.Do(ctx, "query-hotpluggable-cpus", nil, &slots); err != nil && !errors.Is(err, qmp.ErrGeneric) {
+		return err
+	}
+	classes := map[string]string{}
+	for _, s := range slots {
+		classes[s.Path] = s.Type
+	}
+	for _, c := range cpus {
+		var place []string
+		for _, name := range slices.Backward(slices.Sorted(maps.Keys(c.Props))) {
+			place = append(place, fmt.Sprintf("%s %d", name, c.Props[name]))
+		}
+		d.Cpus = append(d.Cpus, &migratedv1.Cpu{Class: classes[c.Path], Place: strings.Join(place, ", ")})
+	}
+	slices.SortFunc(d.Cpus, func(a, b *migratedv1.Cpu) int { return strings.Compare(a.GetPlace(), b.GetPlace()) })
+	if len(cpus) == 0 {
+		return nil
+	}
+	var words []struct {
+		Leaf     uint32 `json:"cpuid-input-eax"`
+		Subleaf  uint32 `json:"cpuid-input-ecx"`
+		Register string `json:"cpuid-register"`
+		Bits     uint32 `json:"features"`
+	}
+	_, err := property(ctx, vm, cpus[0].Path, "feature-words", &words)
+	for _, w := range words {
+		if w.Bits != 0 {
+			d.Features = append(d.Features,
+				&migratedv1.CpuidWord{Leaf: w.Leaf, Subleaf: w.Subleaf, Register: w.Register, Bits: w.Bits})
+		}
+	}
+	return err
+}

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package machine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/migrated-vm/migrated/internal/qemu"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// image is the part of ImageInfo (qapi/block-core.json) that is looked at.
+type image struct {
+	Filename string `json:"filename"`
+	Format   string `json:"format"`
+	Size     uint64 `json:"virtual-size"`
+	Backing  *image `json:"backing-image"`
+}
+
+// describeDrives asks for the drives of all devices, and for those that no device has.
+func describeDrives(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription, anonymous map[string]string) error {
+	var drives []struct {
+		Name     string `json:"device"` // may be empty
+		Device   string `json:"qdev"`   // its id, or a path; may be empty
+		Inserted *struct {
+			ReadOnly bool  `json:"ro"`
+			Image    image `json:"image"`
+		} `json:"inserted"`
+	}
+	if err := vm.QMP.Do(ctx, "query-block", nil, &drives); err != nil {
+		return err
+	}
+	dir, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", vm.Pid))
+	if err != nil {
+		return fmt.Errorf("working directory of QEMU: %w", err)
+	}
+	for _, drive := range drives {
+		described := &migratedv1.Drive{Name: driveName(drive.Name, drive.Device, anonymous)}
+		if drive.Inserted != nil {
+			described.ReadOnly = drive.Inserted.ReadOnly
+			for i := &drive.Inserted.Image; i != nil; i = i.Backing {
+				file := fileName(i.Filename, dir)
+				described.Images = append(described.Images, &migratedv1.Image{File: file, Format: i.Format, Size: i.Size})
+			}
+			if top := described.GetImages()[0]; isTemporary(vm, top.GetFile()) {
+				top.Temporary = true
+				if top.Written, err = written(ctx, vm, drive.Name, drive.Device); err != nil {
+					return err
+				}
+			}
+		}
+		d.Drives = append(d.Drives, described)
+	}
+	slices.SortFunc(d.Drives, func(a, b *migratedv1.Drive) int { return strings.Compare(a.GetName(), b.GetName()) })
+	return nil
+}
+
+// driveName is what a drive is called at both ends: by its device, where that has a name of its own. The number of a device
+// that came with the machine is another in other versions of QEMU.
+func driveName(name, device string, anonymous map[string]string) string {
+	path, _ := strings.CutSuffix(device, "/virtio-backend")
+	if called, found := anonymous[path]; found {
+		return called
+	}
+	if strings.HasPrefix(path, builtIn) && name != "" {
+		return name
+	}
+	for _, prefix := range []string{named + "/", "/machine/"} {
+		if rest, found := strings.CutPrefix(path, prefix); found {
+			return rest
+		}
+	}
+	if path == "" {
+		return name
+	}
+	return path
+}
+
+// fileName is what an image is called, whatever its working directory and the options that it was opened with.
+func fileName(name, dir string) string {
+	if text, is := strings.CutPrefix(name, "json:"); is {
+		var options map[string]any
+		if json.Unmarshal([]byte(text), &options) == nil {
+			if parts := locations(options); len(parts) > 0 {
+				name = strings.Join(parts, " ")
+			}
+		}
+	}
+	name = strings.TrimPrefix(name, "file:")
+	switch {
+	case filepath.IsAbs(name):
+		return filepath.Clean(name)
+	case name == "" || qemu.HasProtocol(name) || strings.Contains(name, " "):
+		return name
+	}
+	return filepath.Join(dir, name)
+}
+
+// locations are the options that say where an image is (BlockdevOptions in qapi/block-core.json), sorted. What is behind
+// it has a name of its own.
+func locations(options map[string]any) []string {
+	var found []string
+	for key, value := range options {
+		switch value := value.(type) {
+		case map[string]any:
+			if key != "backing" {
+				found = append(found, locations(value)...)
+			}
+		case string:
+			switch key {
+			case "filename", "path", "host", "port", "export", "pool", "namespace", "image", "snapshot", "url", "volume",
+				"server", "portal", "target", "lun", "cluster", "vdi", "dir":
+				found = append(found, value)
+			}
+		}
+	}
+	slices.Sort(found)
+	return found
+}
+
+// isTemporary says whether an image is one that QEMU has made for itself: it has taken its name away
+// (bdrv_append_temp_snapshot in QEMU's block.c).
+func isTemporary(vm *qemu.VM, file string) bool {
+	return strings.HasPrefix(filepath.Base(file), "vl.") && !HasFile(vm, file)
+}
+
+// HasFile says whether a QEMU finds a file of that name; one that cannot be looked for may be there.
+func HasFile(vm *qemu.VM, file string) bool {
+	_, err := os.Stat(fmt.Sprintf("/proc/%d/root%s", vm.Pid, file))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// written says whether a drive was written to since this QEMU has it.
+func written(ctx context.Context, vm *qemu.VM, name, device string) (bool, error) {
+	var drives []struct {
+		Name   string `json:"device"`
+		Device string `json:"qdev"`
+		Stats  struct {
+			Writes uint64 `json:"wr_operations"`
+		} `json:"stats"`
+	}
+	if err := vm.QMP.Do(ctx, "query-blockstats", nil, &drives); err != nil {
+		return false, err
+	}
+	for _, d := range drives {
+		if d.Name == name && d.Device == device && d.Stats.Writes > 0 {
+			return true, nil
+		}
+	}
+	return false, nil
+}
