@@ -326,7 +326,7 @@ func TestSnapshotMoves(t *testing.T) {
 		}
 	}
 	s.arrived()
-	if drives := fmt.Sprintf("%s", command(t, l.B, "query-block")); !strings.Contains(drives, `"file": "`+lab.SharedDir+"/overlay.qcow2") {
+	if drives := string(command(t, l.B, "query-block")); !strings.Contains(drives, `"file": "`+lab.SharedDir+"/overlay.qcow2") {
 		t.Errorf("the destination has %s", drives)
 	}
 }
