@@ -53,13 +53,7 @@ func killed(t *testing.T, h *lab.Host) {
 	t.Helper()
 	before := property(t, h, "NRestarts")
 	systemctl(t, h, "kill", "--signal=KILL", "--kill-whom=main", "migrated")
-	for property(t, h, "NRestarts") == before || property(t, h, "ActiveState") != "active" {
-		select {
-		case <-testContext(t).Done():
-			t.Fatal("systemd does not start the daemon again")
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
+	awaitRestart(t, h, before)
 }
 
 // restarted is the planned way, that of an upgrade.

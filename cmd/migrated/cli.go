@@ -113,14 +113,17 @@ func run(ctx context.Context, args []string) int {
 
 // usageError describes a command line that kong refused.
 func usageError(err error) error {
-	command := "migrated"
+	command, exit := "migrated", exitUsage
 	var parse *kong.ParseError
 	if errors.As(err, &parse) && parse.Context != nil {
 		if node := parse.Context.Selected(); node != nil {
 			command = node.FullPath()
+			if node.Name == "serve" {
+				exit = exitConfig
+			}
 		}
 	}
-	return &failure{exit: exitUsage, message: err.Error(),
+	return &failure{exit: exit, message: err.Error(),
 		remedy: "see " + strconv.Quote(command+" --help") + " for what is right, with examples"}
 }
 

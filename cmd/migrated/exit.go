@@ -18,6 +18,7 @@ const (
 	exitCancelled   = 5
 	exitUnknownID   = 6
 	exitEnded       = 7
+	exitConfig      = 78  // EX_CONFIG of sysexits(3); 2 is how a Go program ends that panics
 	exitInterrupted = 130 // 128 + SIGINT, as a shell reports it
 )
 
@@ -28,12 +29,13 @@ var exitCodes = []struct {
 }{
 	{exitOK, "done; for migrate and watch: the migration completed"},
 	{exitFailed, "the operation or the migration failed; the message says where the VM is"},
-	{exitUsage, "the command line or the configuration file is wrong; nothing was done"},
+	{exitUsage, "the command line is wrong; nothing was done"},
 	{exitUnreachable, "the daemon cannot be reached or did not answer in time"},
 	{exitCheck, "check found a reason why a migration is not possible"},
 	{exitCancelled, "the migration was cancelled; the VM goes on at the source"},
 	{exitUnknownID, "the daemon knows no migration of that id"},
 	{exitEnded, "the VM ended by itself while it moved: its guest powered off, or its QEMU was told to quit; nothing failed"},
+	{exitConfig, "serve: the command line or the configuration file is wrong, and starting it again does not help"},
 	{exitInterrupted, "interrupted while watching; the migration goes on"},
 }
 

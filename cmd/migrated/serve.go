@@ -10,6 +10,8 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/config"
@@ -44,7 +46,7 @@ type serveCmd struct {
 }
 
 func (serveCmd) Help() string {
-	return `Runs the daemon until SIGINT or SIGTERM. It needs root, or the capabilities that deploy/migrated.service gives it. Once it listens it keeps four of them, gains none, and makes no system calls but its own; QEMUs are started by a second process, which is not on the network. "migrated check" shows what confines it.
+	return `Runs the daemon until SIGINT or SIGTERM. SIGHUP has it read its configuration again: peers, operators and bandwidth change at once, all else at the next start. It needs root, or the capabilities that deploy/migrated.service gives it. Once it listens it keeps four of them, gains none, and makes no system calls but its own; QEMUs are started by a second process, which is not on the network. "migrated check" shows what confines it.
 
 Look at "migrated list" before stopping it. Migrations that have not switched over are given up and their VMs go on at the source; a VM that has switched over waits for the pages it lacks. The log names each.
 
@@ -60,9 +62,10 @@ Examples:
 }
 
 func (s *serveCmd) Run(a *app) error {
+	hangups := catchSignals()
 	cfg, err := s.load(a)
 	if err != nil {
-		return &failure{exit: exitUsage, message: err.Error(), remedy: "correct the configuration; deploy/migrated.yaml explains every key"}
+		return &failure{exit: exitConfig, message: err.Error(), remedy: "correct the configuration; deploy/migrated.yaml explains every key"}
 	}
 	lines := newLogQueue(os.Stderr)
 	defer lines.Close()
@@ -86,18 +89,45 @@ func (s *serveCmd) Run(a *app) error {
 	defer stop()
 	ended := make(chan error, 1)
 	go func() { ended <- d.Run(ctx) }()
-	select {
-	case err = <-ended:
-	case <-a.ctx.Done():
-		tellManager(log, "STOPPING=1")
-		logInFlight(cfg.Socket, log)
-		stop()
-		err = <-ended
+	for {
+		select {
+		case <-hangups:
+			s.reload(a, d, log)
+			continue
+		case err = <-ended:
+		case <-a.ctx.Done():
+			tellManager(log, "STOPPING=1")
+			logInFlight(cfg.Socket, log)
+			stop()
+			err = <-ended
+		}
+		if err != nil {
+			return &failure{exit: exitFailed, message: fmt.Sprintf("the daemon failed: %v", err), remedy: migration.Remedy(err)}
+		}
+		return nil
+	}
+}
+
+// catchSignals keeps a terminal that is closed, and a log that nobody reads any more, from ending the daemon, for which VMs
+// may be waiting. Unlike signals that are ignored, these are as ever in the programs that it starts.
+func catchSignals() (hangups <-chan os.Signal) {
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGHUP)
+	return c
+}
+
+// reload reads the configuration again. With a wrong one the daemon goes on as before.
+func (s *serveCmd) reload(a *app, d *daemon.Daemon, log *slog.Logger) {
+	tellManager(log, "RELOADING=1")
+	defer tellManager(log, "READY=1")
+	cfg, err := s.load(a)
+	if err == nil {
+		err = d.Reload(cfg)
 	}
 	if err != nil {
-		return &failure{exit: exitFailed, message: fmt.Sprintf("the daemon failed: %v", err), remedy: migration.Remedy(err)}
+		log.Error("the configuration was not reloaded, all stays as it was", "error", err)
 	}
-	return nil
 }
 
 // tellManager tells the service manager the daemon's state. One that cannot be told is no reason not to serve.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
 	"io"
@@ -109,6 +110,65 @@ func TestServe(t *testing.T) {
 	told("STOPPING=1")
 	if err := serve.Wait(); err != nil {
 		t.Errorf("after SIGTERM: %v\n%s", err, log.String())
+	}
+}
+
+// TestServeOutlivesItsTerminal: a daemon whose terminal is closed, and whose log nobody reads, goes on, with its
+// configuration read again.
+func TestServeOutlivesItsTerminal(t *testing.T) {
+	dir := t.TempDir()
+	socket, file := filepath.Join(dir, "d.sock"), filepath.Join(dir, "m.yaml")
+	if err := os.WriteFile(file, []byte("bandwidth: none\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	serve := exec.Command("migrated", "serve", "--config", file, "--socket", socket, "--listen", "127.0.0.1:0", "--state-dir", filepath.Join(dir, "state"))
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve.Stderr = write
+	if err := serve.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = serve.Process.Kill() }() // where the test ends before the daemon
+	_ = write.Close()
+	log := bufio.NewScanner(read)
+	awaitLine := func(want string) {
+		t.Helper()
+		for log.Scan() {
+			if strings.Contains(log.Text(), want) {
+				return
+			}
+		}
+		t.Fatalf("the log ends without %q: %v", want, log.Err())
+	}
+	awaitLine("serving")
+	for _, step := range []struct{ file, want string }{
+		{"bandwidth: 500M\nmax_incoming: 3\n", `"reloaded the configuration" peers=0 operators=0 bandwidth=500M`},
+		{"bandwidth: fast\n", "the configuration was not reloaded"},
+	} {
+		if err := os.WriteFile(file, []byte(step.file), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := serve.Process.Signal(syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		awaitLine(step.want)
+	}
+	_ = read.Close()
+	for range 2 { // each is a line that nobody takes
+		if err := serve.Process.Signal(syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command("migrated", "list", "--daemon", "unix://"+socket).CombinedOutput(); err != nil {
+			t.Errorf("list: %v\n%s", err, out)
+		}
+	}
+	if err := serve.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := serve.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v", err)
 	}
 }
 
@@ -219,10 +279,11 @@ func TestServeRefusesBadConfiguration(t *testing.T) {
 		{[]string{"--config", file}, file + `:2: unknown key "listn"; did you mean "listen"?`},
 		{[]string{"--config", file + ".none"}, "no such file or directory"},
 		{[]string{"--log-level", "loud"}, `log_level: "loud" cannot be used: it must be debug, info, warn or error`},
+		{[]string{"--no-such-flag"}, "unknown flag --no-such-flag"},
 	} {
 		out, err := exec.Command("migrated", append([]string{"serve"}, test.args...)...).CombinedOutput()
-		if code := exitCode(err); code != "2" {
-			t.Errorf("%v: exit code %s, want 2", test.args, code)
+		if code := exitCode(err); code != "78" {
+			t.Errorf("%v: exit code %s, want 78, which a panic does not have", test.args, code)
 		}
 		if !strings.Contains(string(out), test.want) {
 			t.Errorf("%v printed\n%s\nwant %s in it", test.args, out, test.want)

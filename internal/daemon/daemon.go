@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -31,7 +32,6 @@ import (
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/migration"
-	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/internal/qemu"
@@ -55,6 +55,7 @@ var reconnect = grpc.ConnectParams{
 // A Daemon is one host's daemon.
 type Daemon struct {
 	cfg        config.Config
+	reloaded   atomic.Pointer[config.Config] // nil: never, see settings
 	version    string
 	log        *slog.Logger
 	refusals   *limits.Refusals
@@ -101,10 +102,16 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 		pages: pagesrv.NewServer(), records: records, migrations: newRegistry(),
 		ready: func() {}, stopping: make(chan struct{}), sockets: systemd.Inherited(), confine: func() error { return nil },
 	}
-	if d.cfg.FaultWorkers == 0 {
-		d.cfg.FaultWorkers = max(2, min(runtime.NumCPU()/2, 8))
-	}
+	d.cfg.FaultWorkers = orChosen(d.cfg.FaultWorkers)
 	return d, nil
+}
+
+// orChosen is how many workers answer a VM's page faults where the configuration leaves it to the daemon.
+func orChosen(workers int) int {
+	if workers == 0 {
+		return max(2, min(runtime.NumCPU()/2, 8))
+	}
+	return workers
 }
 
 // OnReady makes Run call ready once every listener accepts.
@@ -167,7 +174,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 // newPeerServer makes the server for other daemons, what it is to serve of the listener, and the server that takes lanes from
 // among those connections.
 func (d *Daemon) newPeerServer(listener net.Listener) (*grpc.Server, net.Listener, *pagelane.Server) {
-	n := d.network(listener, d.cfg.PeerList().Allow)
+	n := d.network(listener, d.allowPeer)
 	lanes := pagelane.NewServer(func(stream *pagelane.Stream) error {
 		if err := n.refuse(stream.Context()); err != nil {
 			return err
@@ -184,7 +191,7 @@ func (d *Daemon) newPeerServer(listener net.Listener) (*grpc.Server, net.Listene
 func (d *Daemon) newControlServer(listener net.Listener) (*grpc.Server, net.Listener) {
 	var options []grpc.ServerOption
 	if listener.Addr().Network() != "unix" { // there the socket's mode decides
-		n := d.network(listener, mtls.AnyOf(d.cfg.Operators))
+		n := d.network(listener, d.allowOperator)
 		options, listener = append([]grpc.ServerOption{grpc.Creds(n.creds)}, n.options...), n
 	}
 	server := grpc.NewServer(options...)

@@ -110,11 +110,16 @@ func (d *Daemon) dialCredentials(address string) (credentials.TransportCredentia
 	files, encrypted := d.cfg.TLS()
 	switch {
 	case encrypted:
-		peers := d.cfg.PeerList()
+		peers := d.settings().PeerList()
 		if len(peers) == 0 {
 			return files.Client(address, nil)
 		}
-		return files.Client(address, peers.Allow)
+		return files.Client(address, func(names []string) error {
+			if now := d.settings().PeerList(); len(now) > 0 {
+				return now.Allow(names)
+			}
+			return peers.Allow(names) // without a list the certificate has to be for the host, which is not asked here
+		})
 	case d.cfg.Plaintext || mtls.Loopback(address):
 		return insecure.NewCredentials(), nil
 	}
@@ -124,7 +129,7 @@ func (d *Daemon) dialCredentials(address string) (credentials.TransportCredentia
 
 // maySend refuses a caller who may not send that VM here.
 func (d *Daemon) maySend(ctx context.Context, vm string) error {
-	if err := d.cfg.PeerList().MaySend(callerNames(ctx), vm); err != nil {
+	if err := d.settings().PeerList().MaySend(callerNames(ctx), vm); err != nil {
 		d.refusals.Refused("VM", callerNetwork(ctx), "error", err)
 		return status.Errorf(codes.PermissionDenied, "%v; its entry among the destination's peers says which it may", err)
 	}

@@ -125,6 +125,50 @@ func TestPeersSendOnlyTheirVMs(t *testing.T) {
 	}
 }
 
+// TestReload changes who may connect while the connections exist.
+func TestReload(t *testing.T) {
+	s := startSecured(t)
+	peer := func(name string) func() error {
+		client := migratedv1.NewPeerServiceClient(s.as(t, name, s.peers))
+		return func() error {
+			_, err := client.CheckHost(t.Context(), &migratedv1.CheckHostRequest{})
+			return err
+		}
+	}
+	operator := func(name string) func() error {
+		client := migratedv1.NewControlServiceClient(s.as(t, name, s.operators))
+		return func() error {
+			_, err := client.List(t.Context(), &migratedv1.ListRequest{})
+			return err
+		}
+	}
+	a := peer("a.example") // which connects, by its certificate, before there is another one
+	wantCode(t, "listed peer", a(), codes.OK)
+	b := peer("b.example")
+	wantCode(t, "other peer", b(), codes.PermissionDenied)
+	o := operator("operator.example")
+	wantCode(t, "listed operator", o(), codes.OK)
+	p := operator("other.example")
+	wantCode(t, "other operator", p(), codes.PermissionDenied)
+	next := s.daemon.cfg
+	next.Peers, next.Operators, next.Bandwidth = []string{"b.example"}, []string{"other.example"}, "1M"
+	if err := s.daemon.Reload(next); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, "peer that was listed", a(), codes.PermissionDenied)
+	wantCode(t, "listed peer", b(), codes.OK)
+	wantCode(t, "operator that was listed", o(), codes.PermissionDenied)
+	wantCode(t, "listed operator", p(), codes.OK)
+	if source, destination := s.daemon.sourceConfig().Bandwidth, s.daemon.destinationConfig("").Bandwidth; source != 1<<20 || destination != 1<<20 {
+		t.Errorf("bandwidth %d of sources and %d of destinations, want 1 MiB", source, destination)
+	}
+	next.Operators = nil // nobody could use what is served
+	if err := s.daemon.Reload(next); err == nil {
+		t.Error("a wrong configuration is taken")
+	}
+	wantCode(t, "listed operator", p(), codes.OK)
+}
+
 func TestNoPlaintextToOtherHosts(t *testing.T) {
 	for address, c := range map[string]struct {
 		plaintext, ok bool

@@ -35,14 +35,14 @@ func (d *Daemon) sourceConfig() migration.SourceConfig {
 		addresses = []string{net.JoinHostPort("", d.pagePort)}
 	}
 	return migration.SourceConfig{
-		Pages: d.pages, Records: d.records, PageAddresses: addresses, Bandwidth: d.cfg.BandwidthLimit(), Dial: d.dial, Log: d.log,
+		Pages: d.pages, Records: d.records, PageAddresses: addresses, Bandwidth: d.settings().BandwidthLimit(), Dial: d.dial, Log: d.log,
 	}
 }
 
 func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 	return migration.DestinationConfig{
 		Dir: dir, PipeDir: d.pipeDir(), LogDir: d.cfg.LogDir, Cgroup: d.cfg.QEMUCgroup, Binaries: d.cfg.QEMUBinaries, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
-		Bandwidth: d.cfg.BandwidthLimit(), Dial: d.dialLane, Log: d.log,
+		Bandwidth: d.settings().BandwidthLimit(), Dial: d.dialLane, Log: d.log,
 	}
 }
 

@@ -23,6 +23,7 @@ const heldLongest = time.Minute
 // the name with ".reached" at its end, and is then the sign that it was read.
 //
 //	kill    this daemon kills itself
+//	panic   it ends as by a mistake in its program
 //	freeze  it stops itself, as by SIGSTOP
 //	hold    the caller waits until the renamed file is removed
 func reached(point string) {
@@ -39,6 +40,8 @@ func reached(point string) {
 	case "kill":
 		_ = syscall.Kill(syscall.Getpid(), syscall.SIGKILL)
 		select {} // it ends
+	case "panic":
+		panic("told to at " + point)
 	case "freeze":
 		_ = syscall.Kill(syscall.Getpid(), syscall.SIGSTOP)
 	case "hold":

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// brokenAtPoints builds the daemon that obeys at points (internal/migration/point_chaos.go).
+func brokenAtPoints(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "migrated-chaos")
+	out, err := exec.CommandContext(testContext(t), "go", "build", "-tags", "chaos", "-o", path, "../cmd/migrated").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return path
+}
+
+// TestPanicUnderSystemd has the destination's daemon panic when the VM runs there and most of its memory does not: systemd
+// starts another, and the VM goes on. A wrong configuration, however, is not tried again.
+func TestPanicUnderSystemd(t *testing.T) {
+	l := managedHosts(t, travellerLink)
+	l.B.Daemon = brokenAtPoints(t)
+	if err := l.B.InstallUnit(testContext(t), "../deploy/migrated.service"); err != nil {
+		t.Fatal(err)
+	}
+	systemctl(t, l.B, "restart", "migrated")
+	const point = "destination-running"
+	if err := os.MkdirAll(l.B.Path("/run/chaos"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(l.B.Path("/run/chaos/"+point), []byte("panic"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	v := newTraveller(t, l)
+	stall := v.move(func(id string) {
+		awaitRestart(t, l.B, "0")
+		v.inFlight(id, l.B)
+	})
+	t.Logf("the guest's longest stall: %v", stall.Round(time.Millisecond))
+	log, err := os.ReadFile(l.B.Path("/run/migrated.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(log), "panic: told to at "+point) {
+		t.Errorf("the daemon did not panic:\n%s", log)
+	}
+	if restarts := property(t, l.B, "NRestarts"); restarts != "1" {
+		t.Errorf("systemd started the daemon %s times again, want once", restarts)
+	}
+
+	// The configuration is read again on SIGHUP; a wrong one is not taken, and ends only a daemon that is started with it.
+	pid := property(t, l.A, "MainPID")
+	conf := l.A.Path("/run/migrated.yaml")
+	if err := os.WriteFile(conf, []byte("bandwidth: 500M\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.A.InstallUnit(testContext(t), "../deploy/migrated.service", "--config", "/run/migrated.yaml"); err != nil {
+		t.Fatal(err)
+	}
+	systemctl(t, l.A, "restart", "migrated")
+	if now := property(t, l.A, "MainPID"); now == pid {
+		t.Fatal("the daemon was not restarted")
+	} else {
+		pid = now
+	}
+	if err := os.WriteFile(conf, []byte("bandwidth: fast\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	systemctl(t, l.A, "reload", "migrated")
+	awaitLogged(t, l.A, "the configuration was not reloaded")
+	if now := property(t, l.A, "MainPID"); now != pid {
+		t.Errorf("after a reload the daemon is process %s, before it %s", now, pid)
+	}
+	if err := l.A.Systemctl(testContext(t), "restart", "migrated"); err == nil {
+		t.Error("a daemon with a wrong configuration starts")
+	}
+	if state, status := property(t, l.A, "ActiveState"), property(t, l.A, "ExecMainStatus"); state != "failed" || status != "78" {
+		t.Errorf("with a wrong configuration the unit is %s after exit code %s, want failed after 78", state, status)
+	}
+}
+
+// awaitRestart waits until systemd has started a host's daemon again, which it had done that often before.
+func awaitRestart(t *testing.T, h *lab.Host, before string) {
+	t.Helper()
+	for property(t, h, "NRestarts") == before || property(t, h, "ActiveState") != "active" {
+		if property(t, h, "ActiveState") == "failed" {
+			t.Fatalf("systemd does not start the daemon again: it ended with exit code %s", property(t, h, "ExecMainStatus"))
+		}
+		select {
+		case <-testContext(t).Done():
+			t.Fatal("systemd does not start the daemon again")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// awaitLogged waits until a managed host's daemon has logged a text.
+func awaitLogged(t *testing.T, h *lab.Host, text string) {
+	t.Helper()
+	for ctx := testContext(t); ; {
+		log, err := os.ReadFile(h.Path("/run/migrated.log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(log), text) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("the daemon of host %s does not log %q:\n%s", h.Name, text, log)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"reflect"
+	"slices"
+)
+
+// reloaded are the keys that can change while the daemon runs.
+var reloaded = []string{"peers", "operators", "bandwidth"}
+
+// Reload returns c with what next has for the keys that can change while the daemon runs, and the keys of next that
+// differ and have to wait until the daemon is started again. It refuses a result that is not valid.
+func (c Config) Reload(next Config) (changed Config, waiting []string, err error) {
+	changed = c
+	to, from := reflect.ValueOf(&changed).Elem(), reflect.ValueOf(next)
+	for i := range to.NumField() {
+		key := to.Type().Field(i).Tag.Get("yaml")
+		switch {
+		case reflect.DeepEqual(to.Field(i).Interface(), from.Field(i).Interface()):
+		case slices.Contains(reloaded, key):
+			to.Field(i).Set(from.Field(i))
+		default:
+			waiting = append(waiting, key)
+		}
+	}
+	if err := changed.Validate(); err != nil {
+		return Config{}, nil, err
+	}
+	return changed, waiting, nil
+}
