@@ -159,7 +159,7 @@ func startLimitedDaemon(t *testing.T, h *lab.Host, caps string) {
 		t.Fatal(err)
 	}
 	if _, err := h.Start(os.Stderr, "setpriv", "--bounding-set="+caps, "--inh-caps="+caps, "--",
-		binary, "serve", "--plaintext", "--listen", h.DaemonAddr()); err != nil {
+		binary, "serve", "--plaintext", "--min-uid", "0", "--listen", h.DaemonAddr()); err != nil {
 		t.Fatal(err)
 	}
 	awaitFile(t, h.Path(lab.DaemonSocket))

@@ -23,7 +23,7 @@ type migrateCmd struct {
 	To            string        `placeholder:"HOST[:PORT]" help:"Daemon of the destination host (default port: ${port})."`
 	ID            string        `name:"id" placeholder:"ID" predictor:"migration" help:"Name of the migration, by which it can be watched, cancelled and safely started twice; without one the daemon makes one up. With --vm and --to left out: the prepared migration to start."`
 	ToQMP         string        `name:"to-qmp" placeholder:"PATH" help:"QMP socket, on the destination host, of a QEMU started with \"-S -incoming defer\". Without it the destination daemon starts one like the source's."`
-	Template      string        `placeholder:"PATH" help:"Template, on the destination host, of the command line that QEMU is started with there."`
+	Template      string        `placeholder:"NAME" help:"Template, in the template_dir of the destination host, of the command line that QEMU is started with there."`
 	KeepSource    bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
 	RequireSecure bool          `help:"Fail, before the VM is touched, where no security module can watch over the destination's userfaultfd (\"unsupervised\" in \"migrated status\")."`
 	Bandwidth     string        `placeholder:"BYTES/S" help:"Most that may cross the network of memory that the VM does not wait for, in bytes a second as QEMU writes them: 500M are 500 MiB. Pages that the VM waits for are neither held up nor counted. \"migrated bandwidth\" changes it later."`
@@ -133,10 +133,11 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 	if c.ToQMP != "" && c.Template != "" {
 		return nil, wrong("--to-qmp names a QEMU that runs, --template is for one that is started: give one of them")
 	}
-	for _, path := range []struct{ flag, value string }{{"--to-qmp", c.ToQMP}, {"--template", c.Template}} {
-		if path.value != "" && !filepath.IsAbs(path.value) {
-			return nil, wrong("%s %s: a path on the destination host must be absolute", path.flag, path.value)
-		}
+	if c.ToQMP != "" && !filepath.IsAbs(c.ToQMP) {
+		return nil, wrong("--to-qmp %s: a path on the destination host must be absolute", c.ToQMP)
+	}
+	if !filepath.IsAbs(c.Template) && strings.Contains(c.Template, "/") {
+		return nil, wrong("--template %s: give the name of a file in the destination's template_dir", c.Template)
 	}
 	limit, err := parseBandwidth(c.Bandwidth)
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/redact"
 	"github.com/migrated-vm/migrated/internal/systemd"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -38,6 +39,10 @@ type serveCmd struct {
 	LogDir        *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what started QEMUs write."`
 	StateDir      *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
 	QEMUBinaries  []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
+	TemplateDir   *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of the templates that a source may name with --template."`
+	MinUID        *int     `group:"settings" name:"min-uid" placeholder:"N" help:"Least user id that a QEMU is started as here; 0 allows root."`
+	RunAs         *string  `group:"settings" placeholder:"USER" help:"User that QEMUs are started as here, whoever runs them at their sources."`
+	Forbidden     []string `group:"settings" name:"forbidden-options" placeholder:"OPTION" help:"Option that no QEMU is started with here, or an option and one of its settings; may be repeated."`
 	FaultWorkers  *int     `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
 	MaxIncoming   *int     `group:"settings" placeholder:"N" help:"Migrations to this host at once."`
 	RequireSecure *bool    `group:"settings" help:"Refuse VMs that arrive where no security module can watch over the userfaultfd."`
@@ -174,6 +179,12 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 	if s.QEMUBinaries != nil {
 		cfg.QEMUBinaries = s.QEMUBinaries
 	}
+	set(&cfg.TemplateDir, s.TemplateDir)
+	set(&cfg.MinUID, s.MinUID)
+	set(&cfg.RunAs, s.RunAs)
+	if s.Forbidden != nil {
+		cfg.ForbiddenOptions = s.Forbidden
+	}
 	set(&cfg.FaultWorkers, s.FaultWorkers)
 	set(&cfg.MaxIncoming, s.MaxIncoming)
 	set(&cfg.RequireSecure, s.RequireSecure)
@@ -191,11 +202,24 @@ func set[T any](value *T, flag *T) {
 
 // logger logs to a writer, as JSON with --json.
 func (a *app) logger(cfg config.Config, to io.Writer) *slog.Logger {
-	options := &slog.HandlerOptions{Level: cfg.Level()}
+	options := &slog.HandlerOptions{Level: cfg.Level(), ReplaceAttr: redacted}
 	if a.json {
 		return slog.New(slog.NewJSONHandler(to, options))
 	}
 	return slog.New(slog.NewTextHandler(to, options))
+}
+
+// redacted keeps secrets out of the log: whoever wrote a line may not have known that the text had one.
+func redacted(_ []string, a slog.Attr) slog.Attr {
+	switch v := a.Value.Resolve().Any().(type) {
+	case string:
+		a.Value = slog.StringValue(redact.Text(v))
+	case []string:
+		a.Value = slog.AnyValue(redact.Texts(v))
+	case error:
+		a.Value = slog.StringValue(redact.Text(v.Error()))
+	}
+	return a
 }
 
 // logInFlight says which migrations a daemon that is about to stop leaves

@@ -67,6 +67,15 @@ type Config struct {
 	// QEMUCgroup is the control group below which this daemon starts each QEMU in
 	// one of its own; empty: QEMUs are in the daemon's.
 	QEMUCgroup string `yaml:"qemu_cgroup"`
+	// TemplateDir is the directory of the templates of command lines that a source may name (migrate --template).
+	TemplateDir string `yaml:"template_dir"`
+	// MinUID is the least user id that a QEMU is started as here: its source names the user.
+	MinUID int `yaml:"min_uid"`
+	// RunAs is the user, by name or number, that every QEMU is started as here; empty: the one its source names.
+	RunAs string `yaml:"run_as"`
+	// ForbiddenOptions are what no command line of a QEMU that is started here may have: names of options, or of an
+	// option and a setting of it.
+	ForbiddenOptions []string `yaml:"forbidden_options"`
 	// FaultWorkers is how many goroutines answer page faults of one migration;
 	// 0: the daemon chooses by the number of CPUs.
 	FaultWorkers int `yaml:"fault_workers"`
@@ -97,9 +106,16 @@ func Default() Config {
 		StateDir:     "/run/migrated",
 		LogDir:       "/var/log/migrated",
 		QEMUBinaries: []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"},
-		MaxIncoming:  16,
-		Bandwidth:    "none",
-		LogLevel:     "info",
+		TemplateDir:  "/etc/migrated/templates",
+		MinUID:       1,
+		ForbiddenOptions: []string{
+			"plugin", "readconfig", "writeconfig", "netdev script", "netdev downscript", "netdev helper",
+			"nic script", "nic downscript", "nic helper",
+			"net script", "net downscript", "net helper",
+		},
+		MaxIncoming: 16,
+		Bandwidth:   "none",
+		LogLevel:    "info",
 	}
 }
 

@@ -5,6 +5,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/internal/qemu"
 )
 
 // A ValueError says that the value of a key cannot be used.
@@ -74,6 +76,17 @@ func (c Config) Validate() error {
 	}
 	if c.QEMUCgroup != "" && (!filepath.IsAbs(c.QEMUCgroup) || filepath.Clean(c.QEMUCgroup) != c.QEMUCgroup) {
 		refuse("qemu_cgroup", c.QEMUCgroup, "the path of a control group below its mount, as in /vms, or empty for the daemon's own")
+	}
+	if c.TemplateDir != "" && !filepath.IsAbs(c.TemplateDir) {
+		refuse("template_dir", c.TemplateDir, "an absolute path, or empty for no templates")
+	}
+	if c.MinUID < 0 || int64(c.MinUID) > math.MaxUint32 {
+		refuse("min_uid", strconv.Itoa(c.MinUID), "the number of a user; 0 allows root")
+	}
+	for _, text := range c.ForbiddenOptions {
+		if err := qemu.ParseForbidden(text); err != nil {
+			refuse("forbidden_options", text, "the name of a QEMU option, then perhaps of one of its settings, as in \"netdev script\"")
+		}
 	}
 	if c.FaultWorkers < 0 || c.FaultWorkers > maxFaultWorkers {
 		refuse("fault_workers", strconv.Itoa(c.FaultWorkers),

@@ -14,6 +14,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/redact"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -121,7 +122,7 @@ func shown(results []qemu.Result, host migratedv1.MigrationRole) []*migratedv1.C
 	var all []*migratedv1.CheckResult
 	for _, r := range results {
 		all = append(all, &migratedv1.CheckResult{
-			Subject: r.Subject, Status: statuses[r.Status], Detail: r.Detail, Remedy: r.Remedy, Host: host,
+			Subject: r.Subject, Status: statuses[r.Status], Detail: redact.Text(r.Detail), Remedy: r.Remedy, Host: host,
 		})
 	}
 	return all

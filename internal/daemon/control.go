@@ -106,12 +106,11 @@ func validateSpec(spec *migratedv1.MigrationSpec) error {
 	if err != nil || host == "" || port == "" {
 		return fmt.Errorf("destination: %q is no HOST:PORT", spec.GetDestination())
 	}
-	for name, path := range map[string]string{
-		"destination_qmp": spec.GetDestinationQmp(), "destination_template": spec.GetDestinationTemplate(),
-	} {
-		if path != "" && !filepath.IsAbs(path) {
-			return fmt.Errorf("%s: %q is no absolute path", name, path)
-		}
+	if path := spec.GetDestinationQmp(); path != "" && !filepath.IsAbs(path) {
+		return fmt.Errorf("destination_qmp: %q is no absolute path", path)
+	}
+	if template := spec.GetDestinationTemplate(); !filepath.IsAbs(template) && strings.Contains(template, "/") {
+		return fmt.Errorf("destination_template: %q is neither a name nor an absolute path", template)
 	}
 	if spec.GetDestinationQmp() != "" && spec.GetDestinationTemplate() != "" {
 		return errors.New("destination_qmp and destination_template exclude each other: QEMU is either running there or started from a template")

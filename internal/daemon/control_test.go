@@ -82,7 +82,7 @@ func TestControlRefusesBadRequests(t *testing.T) {
 		{"no socket", "m", func(s *migratedv1.MigrationSpec) { s.Vm = "" }},
 		{"no port", "m", func(s *migratedv1.MigrationSpec) { s.Destination = "host" }},
 		{"no host", "m", func(s *migratedv1.MigrationSpec) { s.Destination = ":7600" }},
-		{"relative template", "m", func(s *migratedv1.MigrationSpec) { s.DestinationTemplate = "x" }},
+		{"relative template", "m", func(s *migratedv1.MigrationSpec) { s.DestinationTemplate = "x/y" }},
 		{"template and socket", "m", func(s *migratedv1.MigrationSpec) { s.DestinationTemplate, s.DestinationQmp = "/x", "/y" }},
 		{"a bandwidth in megabytes", "m", func(s *migratedv1.MigrationSpec) { s.Bandwidth = 500 }},
 		{"an id that names a file elsewhere", "../m", func(*migratedv1.MigrationSpec) {}},

@@ -74,6 +74,7 @@ type Daemon struct {
 	starter *qemu.Starter // nil: this process starts QEMUs
 	checks  chan struct{} // a place for each QEMU that a check has started
 	confine func() error
+	runAs   *qemu.Credentials // nil: QEMUs run as at their sources
 }
 
 // New makes a daemon of a valid configuration. It serves when it is run. It takes what a service manager handed to this
@@ -93,6 +94,14 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 			return nil, err
 		}
 	}
+	var runAs *qemu.Credentials
+	if cfg.RunAs != "" {
+		user, err := qemu.LookupUser(cfg.RunAs)
+		if err != nil {
+			return nil, fmt.Errorf("run_as: %w", err)
+		}
+		runAs = &user
+	}
 	records, err := migration.OpenRecords(filepath.Join(cfg.StateDir, "handed-over"))
 	if err != nil {
 		return nil, err
@@ -100,7 +109,7 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 	d := &Daemon{
 		cfg: cfg, version: version, log: log, refusals: limits.NewRefusals(log), checks: make(chan struct{}, mostChecks),
 		pages: pagesrv.NewServer(), records: records, migrations: newRegistry(),
-		ready: func() {}, stopping: make(chan struct{}), sockets: systemd.Inherited(), confine: func() error { return nil },
+		ready: func() {}, stopping: make(chan struct{}), sockets: systemd.Inherited(), confine: func() error { return nil }, runAs: runAs,
 	}
 	d.cfg.FaultWorkers = orChosen(d.cfg.FaultWorkers)
 	return d, nil

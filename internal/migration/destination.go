@@ -50,6 +50,14 @@ type DestinationConfig struct {
 	PipeDir, LogDir string
 	// Binaries are patterns of QEMU binaries that a source may have started.
 	Binaries []string
+	// TemplateDir has the templates of command lines that a source may name.
+	TemplateDir string
+	// ForbiddenOptions are those that no QEMU is started with; see qemu.ParseForbidden.
+	ForbiddenOptions []string
+	// MinUID is the least user that a QEMU is started as.
+	MinUID int
+	// RunAs is the user that QEMUs are started as, whoever runs them at their sources; nil: as at the source.
+	RunAs *qemu.Credentials
 	// Starter starts QEMU; nil: this process does.
 	Starter *qemu.Starter
 	// Cgroup is the control group below which each QEMU is started in one of its own, as "/vms"; empty: it is in the daemon's.

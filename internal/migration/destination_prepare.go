@@ -11,6 +11,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/machine"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/redact"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -96,6 +97,9 @@ func (d *Destination) compare(ctx context.Context) error {
 	if err := d.checkUser(facts); err != nil {
 		return err
 	}
+	if err := d.checkName(facts); err != nil {
+		return err
+	}
 	waits, err := machine.Describe(ctx, d.vm)
 	if err != nil {
 		return askQEMU("destination", err)
@@ -178,16 +182,24 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 			Dir: machine.GetWorkingDirectory(),
 		},
 		qemu.CommandOptions{
-			QMPPath: machine.GetQmpPath(), Binaries: d.cfg.Binaries, TemplatePath: request.GetDestinationTemplate(),
+			QMPPath: machine.GetQmpPath(), Binaries: d.cfg.Binaries, Template: request.GetDestinationTemplate(),
+			TemplateDir: d.cfg.TemplateDir, Forbidden: d.cfg.ForbiddenOptions,
 		})
+	var forbidden *qemu.ForbiddenError
+	if errors.As(err, &forbidden) {
+		return withRemedy(err, "take the option out with --template, or off forbidden_options in the destination's configuration")
+	}
 	if err != nil {
 		return err
 	}
-	startsAs, err := qemu.StartsAs(argv, userOf(machine))
+	startsAs, err := qemu.StartsAs(argv, d.user())
 	if err != nil {
 		return err
 	}
-	d.log.Info("starting QEMU", "argv", argv, "uid", startsAs.UID)
+	if err := d.mayStartAs(argv, startsAs); err != nil {
+		return err
+	}
+	d.log.Info("starting QEMU", "argv", redact.Texts(argv), "uid", startsAs.UID)
 	d.process, d.vm, err = d.cfg.Starter.Start(ctx, qemu.StartOptions{
 		Args: argv, Credentials: startsAs, Attributes: attributesOf(machine.GetAttributes()), Cgroup: d.cfg.Cgroup, Name: request.GetId(),
 		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(),
@@ -211,11 +223,6 @@ func (d *Destination) claimVM(vm *qemu.VM) error {
 	return err
 }
 
-// userOf is the user that the source's QEMU runs as.
-func userOf(machine *migratedv1.SourceMachine) qemu.Credentials {
-	return qemu.Credentials{UID: machine.GetUid(), GID: machine.GetGid(), Groups: machine.GetGroups()}
-}
-
 // checkUser refuses a QEMU, started as the source's was, that runs as somebody else. One that an operator started, or gave
 // a template for, is as the operator wants it.
 func (d *Destination) checkUser(facts *qemu.Facts) error {
@@ -223,7 +230,7 @@ func (d *Destination) checkUser(facts *qemu.Facts) error {
 	if request.GetDestinationQmp() != "" || request.GetDestinationTemplate() != "" {
 		return nil
 	}
-	if err := facts.CheckUser(userOf(request.GetMachine())); err != nil {
+	if err := facts.CheckUser(d.user()); err != nil {
 		return withRemedy(err, "give the user of -runas (-run-with user=) the same number and group on both hosts, "+
 			"or say with --template which user it is to be")
 	}

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/printable"
+	"github.com/migrated-vm/migrated/internal/redact"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -66,11 +67,11 @@ func askQEMU(which string, err error) error {
 
 // describe turns err into what the API shows.
 func describe(err error) *migratedv1.MigrationError {
-	shown := &migratedv1.MigrationError{Message: err.Error(), Reason: reasonOf(err)}
+	shown := &migratedv1.MigrationError{Message: redact.Text(err.Error()), Reason: reasonOf(err)}
 	defer printable.Valid(shown)
 	var remedied *remediedError
 	if errors.As(err, &remedied) {
-		shown.Remedy = remedied.remedy
+		shown.Remedy = redact.Text(remedied.remedy)
 	}
 	return shown
 }
@@ -85,9 +86,10 @@ func ToStatus(code codes.Code, err error) error {
 	if errors.Is(err, errAskAgain) {
 		code = codes.Unknown
 	}
-	st, detailErr := status.New(code, err.Error()).WithDetails(describe(err))
+	shown := describe(err)
+	st, detailErr := status.New(code, shown.GetMessage()).WithDetails(shown)
 	if detailErr != nil {
-		return status.Error(code, err.Error())
+		return status.Error(code, shown.GetMessage())
 	}
 	return st.Err()
 }

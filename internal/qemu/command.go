@@ -26,8 +26,10 @@ type CommandOptions struct {
 	// Binaries are patterns (path.Match) of what may be started, because the command line comes from
 	// another host. One without a slash is for the base name. Empty: DefaultBinaries.
 	Binaries []string
-	// TemplatePath is a text/template of the command line to use instead of the source's; see expand.
-	TemplatePath string
+	// Template is the name of a text/template in TemplateDir of the command line to use instead of the source's; see expand.
+	Template, TemplateDir string
+	// Forbidden are the options that no command line may have; see ParseForbidden.
+	Forbidden []string
 }
 
 // DestinationCommand makes the argv of a QEMU that waits for the source's VM: the source's argv, with what
@@ -43,9 +45,9 @@ type CommandOptions struct {
 // The result is for exec: no shell is involved.
 func DestinationCommand(source SourceCommand, opts CommandOptions) ([]string, error) {
 	args := source.Args
-	if opts.TemplatePath != "" {
+	if opts.Template != "" {
 		var err error
-		if args, err = expand(opts.TemplatePath, source, opts); err != nil {
+		if args, err = expand(source, opts); err != nil {
 			return nil, err
 		}
 	}
@@ -58,6 +60,9 @@ func DestinationCommand(source SourceCommand, opts CommandOptions) ([]string, er
 	}
 	options, err := parseOptions(args[1:])
 	if err != nil {
+		return nil, err
+	}
+	if err := checkForbidden(options, opts.Forbidden); err != nil {
 		return nil, err
 	}
 	if err := checkRepeatable(options); err != nil {

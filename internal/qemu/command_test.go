@@ -149,7 +149,7 @@ func TestTemplate(t *testing.T) {
 			if err := os.WriteFile(path, []byte(test.text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			got, err := DestinationCommand(source, CommandOptions{QMPPath: destinationQMP, TemplatePath: path})
+			got, err := DestinationCommand(source, CommandOptions{QMPPath: destinationQMP, Template: "template", TemplateDir: filepath.Dir(path)})
 			if text, fails := strings.CutPrefix(test.want[0], "!"); fails {
 				if err == nil || !strings.Contains(err.Error(), text) {
 					t.Errorf("error %v, want %q in it", err, text)

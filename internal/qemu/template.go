@@ -3,12 +3,60 @@
 package qemu
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"syscall"
 	"text/template"
 )
+
+// maxTemplate is far longer than a command line with comments.
+const maxTemplate = 256 << 10
+
+// templateName is what a template may be called.
+var templateName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+
+// readTemplate reads a template that another host has named: a file of this host's directory of templates, and no other
+// file. name is the file's, or its path, which older sources send.
+func readTemplate(dir, name string) (string, error) {
+	if dir == "" {
+		return "", errors.New("this host has no templates: its template_dir is empty")
+	}
+	if filepath.IsAbs(name) && filepath.Dir(filepath.Clean(name)) == filepath.Clean(dir) {
+		name = filepath.Base(name)
+	}
+	if !templateName.MatchString(name) {
+		return "", fmt.Errorf("%.100q is no name of a file in %s, where the templates of this host are (template_dir): "+
+			"letters, digits, '.', '_' and '-', at most 64", name, dir)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return "", err
+	}
+	defer root.Close()
+	// Opening a FIFO would wait for its writer.
+	file, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() {
+		return "", fmt.Errorf("%s in %s is no regular file", name, dir)
+	}
+	text, err := io.ReadAll(io.LimitReader(file, maxTemplate+1))
+	if err == nil && len(text) > maxTemplate {
+		err = fmt.Errorf("%s in %s is longer than %d bytes", name, dir, maxTemplate)
+	}
+	return string(text), err
+}
 
 // templateData is what a template of a command line sees.
 type templateData struct {
@@ -25,13 +73,13 @@ type templateData struct {
 //	{{end}}
 //
 // What DestinationCommand replaces, it replaces in the output too, so the template need not care.
-func expand(path string, source SourceCommand, opts CommandOptions) ([]string, error) {
-	text, err := os.ReadFile(path)
+func expand(source SourceCommand, opts CommandOptions) ([]string, error) {
+	text, err := readTemplate(opts.TemplateDir, opts.Template)
 	if err != nil {
 		return nil, fmt.Errorf("template of the destination's command line: %w", err)
 	}
 	functions := template.FuncMap{"replace": func(old, by, text string) string { return strings.ReplaceAll(text, old, by) }}
-	t, err := template.New(filepath.Base(path)).Funcs(functions).Option("missingkey=error").Parse(string(text))
+	t, err := template.New(filepath.Base(opts.Template)).Funcs(functions).Option("missingkey=error").Parse(text)
 	if err != nil {
 		return nil, fmt.Errorf("template of the destination's command line: %w", err)
 	}
@@ -52,7 +100,7 @@ func expand(path string, source SourceCommand, opts CommandOptions) ([]string, e
 		}
 	}
 	if len(args) == 0 {
-		return nil, fmt.Errorf("template of the destination's command line: %s made no argument", path)
+		return nil, fmt.Errorf("template of the destination's command line: %s made no argument", opts.Template)
 	}
 	return args, nil
 }

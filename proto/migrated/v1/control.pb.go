@@ -511,8 +511,9 @@ type MigrationSpec struct {
 	// started with "-S -incoming defer". Empty: the destination daemon starts
 	// QEMU itself.
 	DestinationQmp string `protobuf:"bytes,3,opt,name=destination_qmp,json=destinationQmp,proto3" json:"destination_qmp,omitempty"`
-	// Path, on the destination host, of a template of the command line that the
-	// destination daemon starts QEMU with. Empty: the source's command line.
+	// Name of a file in the destination's template_dir, or its path: a template of
+	// the command line that the destination daemon starts QEMU with. Empty: the
+	// source's command line.
 	DestinationTemplate string `protobuf:"bytes,4,opt,name=destination_template,json=destinationTemplate,proto3" json:"destination_template,omitempty"`
 	// Leave the stopped source QEMU in place when all memory has left it.
 	KeepSource bool `protobuf:"varint,5,opt,name=keep_source,json=keepSource,proto3" json:"keep_source,omitempty"`

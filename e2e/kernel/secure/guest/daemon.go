@@ -20,7 +20,7 @@ func (h *host) daemonAddr() string { return net.JoinHostPort(h.addr, "7600") }
 
 // startDaemon starts the host's daemon and waits until it answers.
 func (h *host) startDaemon(ctx context.Context, extra ...string) (*process, error) {
-	p, err := h.start(daemonDomain, 0, nil, append([]string{migrated, "serve",
+	p, err := h.start(daemonDomain, 0, nil, append([]string{migrated, "serve", "--min-uid", "0",
 		"--listen", h.daemonAddr(), "--advertise", h.daemonAddr()}, extra...)...)
 	if err != nil {
 		return nil, err
