@@ -29,7 +29,7 @@ func brokenAtPoints(t *testing.T) string {
 func TestPanicUnderSystemd(t *testing.T) {
 	l := managedHosts(t, travellerLink)
 	l.B.Daemon = brokenAtPoints(t)
-	if err := l.B.InstallUnit(testContext(t), "../deploy/migrated.service", "--min-uid", "0"); err != nil {
+	if err := l.B.InstallUnit(testContext(t), "../deploy/migrated.service"); err != nil {
 		t.Fatal(err)
 	}
 	systemctl(t, l.B, "restart", "migrated")

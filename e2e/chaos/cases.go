@@ -79,6 +79,16 @@ const (
 	lyingSource       = "lying-source"
 	crowd             = "crowd"
 
+	// What others than migrated do; others.go.
+	quitVM              = "quit-vm"
+	powerOff            = "guest-powers-off"
+	resetGuest          = "guest-resets"
+	panicGuest          = "guest-panics"
+	continueSource      = "continue-source"
+	continueDestination = "continue-destination"
+	snapshotDisk        = "snapshot-disk"
+	foreignMapper       = "foreign-mapper"
+
 	// noFault is what the others are compared with.
 	noFault = "nothing"
 )
@@ -88,6 +98,7 @@ var deck = []string{
 	killSource, killSource, killSource, killDestination, killDestination, killDestination, killBoth, killBoth,
 	stopSource, stopDestination, killTheirQEMU, killTheirHost, killOurQEMU, pullCable, cutBoth, cutOne, badLink,
 	freezeSource, freezeDestination, freezeTheirQEMU, fullTmpfs, fullHugePages, flipBits, lyingSource, crowd,
+	quitVM, powerOff, resetGuest, panicGuest, continueSource, continueDestination, snapshotDisk, foreignMapper,
 }
 
 // memories are the kinds of RAM, as often as they come: most VMs have what QEMU takes without being told.
@@ -110,8 +121,9 @@ func newCase(seed uint64, index int, at []point) chaosCase {
 	case fullTmpfs, flipBits, lyingSource: // it takes a while until one of them bites
 		c.For += time.Second
 	}
-	if c.Kind == fullTmpfs || c.Kind == fullHugePages {
-		c.Memory = lab.BackendFile // only files can fill a file system
+	switch c.Kind {
+	case fullTmpfs, fullHugePages, foreignMapper:
+		c.Memory = lab.BackendFile // only files can fill a file system, or be mapped
 	}
 	if c.Kind == crowd {
 		c.VMs = 2
@@ -149,8 +161,12 @@ func (c chaosCase) when(r *rand.Rand, at []point) moment {
 		return moment{After: late, Switched: true}
 	case fullHugePages: // from the beginning
 		return moment{}
-	case flipBits, lyingSource, badLink, fullTmpfs:
-		dice = 6 + dice%4 // they are about what flows
+	case flipBits, lyingSource, badLink, fullTmpfs, powerOff, panicGuest:
+		dice = 6 + dice%4 // they are about what flows, or a guest that hears
+	case continueSource:
+		return moment{Point: deal(c.Seed, c.Index, 4, stands)}
+	case continueDestination:
+		return moment{Point: deal(c.Seed, c.Index, 4, waits)}
 	}
 	switch {
 	case dice < 6:
@@ -167,6 +183,15 @@ func (c chaosCase) transfer() time.Duration {
 	const bits = 90e6 * 8
 	return time.Duration(bits / float64(c.Link.Rate) * float64(time.Second))
 }
+
+// At stands the source keeps the VM stopped, and has told nobody yet to run it; at waits the destination's QEMU waits for it.
+var (
+	stands = []string{"source-stopped", "source-saved"}
+	waits  = []string{
+		"destination-started", "destination-taken", "destination-early", "destination-early-loaded", "destination-kept",
+		"destination-prepared", "destination-loading",
+	}
+)
 
 // tooLate are the points at which the VM is all at the destination: to kill it there is no matter of migrations.
 var tooLate = []string{"source-last-page", "source-completing", "source-quit", "source-forgotten", "destination-completed"}

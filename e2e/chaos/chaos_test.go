@@ -17,7 +17,7 @@ import (
 
 // short is how many cases are part of "make test": all kinds of faults once.
 const (
-	short     = 25
+	short     = 33
 	shortSeed = 1
 )
 

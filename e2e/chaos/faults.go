@@ -79,6 +79,20 @@ func (s *stage) faultOf(c chaosCase, kind string, j *journey) (*fault, error) {
 		return f, s.damage(f, j, r)
 	case lyingSource:
 		return f, s.lie(f, j, r)
+	case quitVM:
+		s.quit(f, j)
+	case powerOff:
+		s.powerOff(f, j)
+	case resetGuest, panicGuest:
+		s.restart(f, j, kind)
+	case continueSource:
+		s.continueVM(f, j, j.from)
+	case continueDestination:
+		s.continueVM(f, j, j.to)
+	case snapshotDisk:
+		s.snapshot(f, c, j)
+	case foreignMapper:
+		s.mapRAM(f, j, r)
 	case noFault:
 	default:
 		return nil, fmt.Errorf("no fault is called %q", kind)

@@ -8,11 +8,11 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// foreign is an error if a daemon shows pages that were there before they came: no process but QEMU maps the VM's
-// memory, so the engine has lost count of what it did.
-func foreign(shown ...*migratedv1.Migration) error {
+// foreign is an error if a daemon shows pages that were there before they came: where no process but QEMU maps the VM's
+// memory, the engine has lost count of what it did. Where one does, they must have been written again.
+func (j *journey) foreign(shown ...*migratedv1.Migration) error {
 	for _, m := range shown {
-		if p := m.GetProgress(); p.GetPagesTouched() != 0 || p.GetPagesUnexplained() != 0 {
+		if p := m.GetProgress(); p.GetPagesTouched() != 0 && !j.mapped || p.GetPagesUnexplained() != 0 {
 			return fmt.Errorf("migration %s: %d pages were there before they came, and %d more could not be written again",
 				m.GetId(), p.GetPagesTouched(), p.GetPagesUnexplained())
 		}

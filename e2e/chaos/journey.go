@@ -30,6 +30,10 @@ type journey struct {
 	settled  time.Time
 	notes    []string // what its operator did
 	orphaned bool     // its source QEMU was killed after the switch
+	ended    bool     // its guest, or its operator, has ended it
+	mapped   bool     // a process that has nothing to do with it maps its RAM
+	// restarted: its guest has begun anew, and knows nothing of what was before.
+	restarted bool
 }
 
 // The ends of a journey.
@@ -135,14 +139,20 @@ func (j *journey) look(ctx context.Context) (end string, err error) {
 			return endStayed, nil
 		}
 		if there && !j.machine.exists(j.from) && complete(destination) {
-			return endMoved, foreign(destination)
+			return endMoved, j.foreign(destination)
 		}
 		return "", nil
+	case j.ended && !here && !there && !j.machine.exists(j.to):
+		// What the source has kept is of before, and goes, too.
+		if ended, err := j.isEnded(ctx); err != nil || !ended || j.machine.exists(j.from) {
+			return "", err
+		}
+		return endEnded, nil
 	case j.orphaned && bereft(destination):
 		return j.bury(ctx)
 	case complete(source):
 		if there && complete(destination) {
-			return endMoved, foreign(source, destination)
+			return endMoved, j.foreign(source, destination)
 		}
 		return "", nil
 	case !migration.Terminal(state):
@@ -267,10 +277,10 @@ func (j *journey) judge(ctx context.Context, end string) (damage, error) {
 	if err := overlap(j.machine.copies.since(j.began, time.Now())); err != nil {
 		return damage{}, err
 	}
-	if end == endOrphaned {
+	if end == endOrphaned || end == endEnded {
 		return j.machine.judge.said()
 	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute+bootTime)
 	defer cancel()
 	client := j.machine.copies.client(j.machine.at)
 	if client == nil {
@@ -278,6 +288,11 @@ func (j *journey) judge(ctx context.Context, end string) (damage, error) {
 	}
 	if runs, err := queryRunning(ctx, client); err != nil || !runs {
 		return damage{}, fmt.Errorf("the VM does not run where it has to be (%w); %s", err, j.situation(ctx))
+	}
+	if j.restarted {
+		if err := j.machine.judge.forget(ctx, j.machine); err != nil {
+			return damage{}, err
+		}
 	}
 	return j.machine.judge.verify(ctx, j.machine)
 }

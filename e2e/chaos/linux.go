@@ -69,13 +69,27 @@ func (e *ear) close() {
 }
 
 // verify has the guest check its memory; socket is its serial port.
-func (e *ear) verify(ctx context.Context, socket string) (v *report.Verified, err error) {
-	if e.port == nil {
-		if e.port, err = report.Open(ctx, socket, &e.answers); err != nil {
-			return nil, err
-		}
+func (e *ear) verify(ctx context.Context, socket string) (*report.Verified, error) {
+	if err := e.open(ctx, socket); err != nil {
+		return nil, err
 	}
 	return e.port.Verify(ctx)
+}
+
+func (e *ear) open(ctx context.Context, socket string) (err error) {
+	if e.port == nil {
+		e.port, err = report.Open(ctx, socket, &e.answers)
+	}
+	return err
+}
+
+// awake returns nil if the guest answers.
+func (e *ear) awake(ctx context.Context, socket string) error {
+	if err := e.open(ctx, socket); err != nil {
+		return err
+	}
+	_, err := e.port.SetLoad(ctx, true)
+	return err
 }
 
 // left begins to listen anew: a line may have begun on one host and ended on the other, and a VM that fell back says
@@ -198,6 +212,25 @@ func (j *linuxJudge) stall(since time.Time) time.Duration {
 		}
 	}
 	return longest
+}
+
+func (j *linuxJudge) forget(ctx context.Context, m *machine) error {
+	j.before = report.Counters{}
+	if err := j.left(m.at); err != nil {
+		return err
+	}
+	here, socket := j.ears[m.at], m.at.Path(m.path(lab.SerialPath))
+	var err error
+	if !await(ctx, bootTime, func() bool {
+		// A guest that boots loses what it was told.
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		err = here.awake(ctx, socket)
+		return err == nil
+	}) {
+		return fmt.Errorf("the guest has not booted within %v: %w", bootTime, err)
+	}
+	return nil
 }
 
 func (j *linuxJudge) close() {

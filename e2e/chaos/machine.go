@@ -49,6 +49,9 @@ type judge interface {
 	stall(since time.Time) time.Duration
 	// left is called when the VM has gone from h, or what ran there is no more: what comes from there is another's.
 	left(h *lab.Host) error
+	// forget is called when the guest of the machine begins anew: what it said before is no measure any more. It returns
+	// when the guest is there again.
+	forget(ctx context.Context, m *machine) error
 	close()
 }
 

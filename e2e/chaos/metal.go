@@ -119,4 +119,9 @@ func (j *metalJudge) stall(time.Time) time.Duration { return 0 } // it has no cl
 
 func (j *metalJudge) left(*lab.Host) error { return nil }
 
+func (j *metalJudge) forget(context.Context, *machine) error {
+	j.pass = 0
+	return nil
+}
+
 func (j *metalJudge) close() {}

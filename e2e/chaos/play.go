@@ -103,7 +103,7 @@ func (s *stage) conclude(ctx context.Context, j *journey, res *result) {
 	}
 	res.Stall = max(res.Stall, j.stall())
 	res.fail(j.end())
-	if res.Failure == "" && (end == endOrphaned || j.disksAreLater(end)) {
+	if res.Failure == "" && (end == endOrphaned || end == endEnded || j.restarted || j.disksAreLater(end)) {
 		res.fail(s.retire(ctx, j.machine))
 	}
 }

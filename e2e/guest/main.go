@@ -11,6 +11,7 @@
 //	load [ID]          load on, answer "state"
 //	stop|idle [ID]     load off, answer "state"
 //	poweroff
+//	panic              have the kernel panic
 //
 // Its parameters are on the kernel command line, see params.go.
 package main
@@ -143,6 +144,8 @@ func (w *work) obey(command string, out *report.Encoder) error {
 		})
 	case "poweroff":
 		powerOff()
+	case "panic":
+		return os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
 	}
 	return out.Encode(report.Error{Type: report.TypeError, Message: fmt.Sprintf("unknown command %q", command)})
 }

@@ -40,14 +40,8 @@ func (h *Host) program() (string, error) {
 	return Binary()
 }
 
-// labSettings let the lab's VMs in: they run as root, and their templates are beside them. A version of before these
-// flags is a program of its own (Daemon).
-func (h *Host) labSettings() []string {
-	if h.Daemon != "" {
-		return nil
-	}
-	return []string{"--min-uid", "0", "--template-dir", VMDir}
-}
+// labSettings let the lab's VMs in: they run as root, and their templates are beside them.
+func labSettings() []string { return []string{"--min-uid", "0", "--template-dir", VMDir} }
 
 // DaemonAddr is where the host's daemon listens for other daemons.
 func (h *Host) DaemonAddr() string { return net.JoinHostPort(h.Addr, DaemonPort) }
@@ -58,7 +52,7 @@ func (h *Host) StartDaemon(ctx context.Context, log io.Writer, extra ...string) 
 	if err != nil {
 		return nil, err
 	}
-	args := append([]string{binary, "serve", "--listen", h.DaemonAddr()}, append(h.labSettings(), extra...)...)
+	args := append([]string{binary, "serve", "--listen", h.DaemonAddr()}, append(labSettings(), extra...)...)
 	if !slices.Contains(extra, "--tls-ca") {
 		args = append(args, "--plaintext") // the cable has two ends and both are ours
 	}

@@ -156,7 +156,7 @@ func (h *Host) InstallUnit(ctx context.Context, unit string, extra ...string) er
 		switch {
 		case strings.HasPrefix(line, "Wants="), strings.HasPrefix(line, "After="):
 		case strings.HasPrefix(line, start):
-			lines = append(lines, "ExecStart="+strings.Join(append([]string{program, "serve", "--plaintext", "--listen", h.DaemonAddr()}, append(h.labSettings(), extra...)...), " ")+"\n",
+			lines = append(lines, "ExecStart="+strings.Join(append([]string{program, "serve", "--plaintext", "--listen", h.DaemonAddr()}, append(labSettings(), extra...)...), " ")+"\n",
 				"StandardOutput=append:/run/migrated.log\n", "StandardError=append:/run/migrated.log\n")
 		case strings.HasPrefix(line, "[Unit]"):
 			lines = append(lines, line, "DefaultDependencies=no\n")

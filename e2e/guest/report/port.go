@@ -84,6 +84,12 @@ func (p *Port) PowerOff() error {
 	return err
 }
 
+// Panic asks the guest for a panic of its kernel; it boots anew then.
+func (p *Port) Panic() error {
+	_, err := io.WriteString(p.conn, "panic\n")
+	return err
+}
+
 func (p *Port) command(ctx context.Context, command string, match func(Line) bool) (Line, error) {
 	from := p.log.Len()
 	if _, err := io.WriteString(p.conn, command+"\n"); err != nil {

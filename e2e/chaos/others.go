@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/qmp"
+)
+
+// What others than migrated do to a VM while it moves: its guest, its operator, and processes that have nothing to do
+// with it.
+
+// endEnded: the VM has ended by itself, or by its operator's word.
+const endEnded = "ended by itself"
+
+// client is the connection to the QEMU of the machine that runs the VM, or else to that on the host it came from.
+func (j *journey) client() (*lab.Host, *qmp.Client) {
+	h := j.from
+	if j.machine.copies.runs(j.to) {
+		h = j.to
+	}
+	return h, j.machine.copies.client(h)
+}
+
+// tell gives that QEMU a command. One that is not there, or ends of it, is no error.
+func (j *journey) tell(ctx context.Context, command string, args any) error {
+	_, client := j.client()
+	if client == nil {
+		return errTooLate
+	}
+	var gone *qmp.DisconnectedError
+	if err := client.Do(ctx, command, args, nil); err != nil && !errors.As(err, &gone) {
+		return fmt.Errorf("%s: %w", command, err)
+	}
+	return nil
+}
+
+// quit ends the VM as an operator does who takes the wrong one.
+func (s *stage) quit(f *fault, j *journey) {
+	f.begin = func(ctx context.Context) error {
+		j.ended = true
+		return j.tell(ctx, "quit", nil)
+	}
+}
+
+// powerOff has the guest end the VM. A VM that stops at this moment does not hear it, and is told again.
+func (s *stage) powerOff(f *fault, j *journey) {
+	say := func(ctx context.Context) error {
+		h, _ := j.client()
+		return unlessTooLate(j.say(ctx, h, (*report.Port).PowerOff))
+	}
+	f.begin = func(ctx context.Context) error {
+		j.ended = true
+		return say(ctx)
+	}
+	f.end = func(ctx context.Context) error {
+		runs := func() bool { return j.machine.copies.runs(j.from) || j.machine.copies.runs(j.to) }
+		const tries = 5
+		for range tries {
+			if await(ctx, 10*time.Second, func() bool { return !runs() && !await(ctx, time.Second, runs) }) {
+				return nil
+			}
+			if err := say(ctx); err != nil {
+				return err
+			}
+		}
+		return errors.New("the guest does not power off")
+	}
+}
+
+// say gives the guest a command by its serial port on h.
+func (j *journey) say(ctx context.Context, h *lab.Host, command func(*report.Port) error) error {
+	if !j.machine.exists(h) {
+		return errNoQEMU
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var log report.Log
+	port, err := report.Open(ctx, h.Path(j.machine.path(lab.SerialPath)), &log)
+	if err != nil {
+		return fmt.Errorf("%w: the guest's serial port: %w", errTooLate, err)
+	}
+	defer port.Close() //nolint:errcheck // QEMU may end before
+	if err := command(port); err != nil {
+		return err
+	}
+	// A client that hangs up at once takes what QEMU has not read along.
+	select {
+	case <-port.Done():
+	case <-time.After(2 * time.Second):
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+// restart makes the guest begin anew: by the machine's reset, or because its kernel has panicked.
+func (s *stage) restart(f *fault, j *journey, kind string) {
+	f.begin = func(ctx context.Context) error {
+		j.restarted = true
+		if kind == panicGuest {
+			h, _ := j.client()
+			return j.say(ctx, h, (*report.Port).Panic)
+		}
+		return j.tell(ctx, "system_reset", nil)
+	}
+}
+
+// continueVM gives cont to a QEMU that migrated keeps from running: the source's, which has stopped for the switch, or
+// the destination's, which waits.
+func (s *stage) continueVM(f *fault, j *journey, h *lab.Host) {
+	f.begin = func(ctx context.Context) error {
+		client := j.machine.copies.client(h)
+		if client == nil {
+			return errTooLate
+		}
+		// It may be refused: the other one has the disks.
+		var refused *qmp.Error
+		var gone *qmp.DisconnectedError
+		if err := client.Do(ctx, "cont", nil, nil); err != nil && !errors.As(err, &refused) && !errors.As(err, &gone) {
+			return err
+		}
+		return nil
+	}
+}
+
+// snapshot gives the VM's first disk a new image on top of the present one. The machine is of no use afterwards: its
+// command line names the old one.
+func (s *stage) snapshot(f *fault, c chaosCase, j *journey) {
+	overlay := j.machine.path(fmt.Sprintf("%s/guest-overlay%d.qcow2", lab.SharedDir, c.Index))
+	taken := false
+	f.begin = func(ctx context.Context) error {
+		err := j.tell(ctx, "blockdev-snapshot-sync",
+			map[string]string{"node-name": "disk0", "snapshot-node-name": "overlay", "snapshot-file": overlay, "format": "qcow2"})
+		var refused *qmp.Error
+		if errors.As(err, &refused) { // the disk is nobody's at this moment, or no longer this host's
+			return errTooLate
+		}
+		taken = err == nil
+		return err
+	}
+	f.disarm = func(ctx context.Context) error {
+		if !taken {
+			return nil
+		}
+		return errors.Join(s.retire(ctx, j.machine), os.Remove(s.lab.Shared(overlay)))
+	}
+}
+
+// mapRAM has a process that has nothing to do with the VM map its RAM, and read it over and over: on the host that it
+// leaves, from before the migration, or on the one that it comes to.
+func (s *stage) mapRAM(f *fault, j *journey, r *rand.Rand) {
+	h := j.to
+	f.detail = "at the destination"
+	if r.IntN(3) == 0 {
+		h, f.detail = j.from, "at the source"
+	}
+	over, done := make(chan struct{}), make(chan struct{})
+	begun := false
+	f.begin = func(context.Context) error {
+		memory, err := mapFile(h.Path(j.machine.path(j.machine.config.RAMFiles()[0])))
+		if err != nil {
+			return fmt.Errorf("%w: %w", errTooLate, err)
+		}
+		begun, j.mapped = true, true
+		go func() {
+			defer close(done)
+			defer unix.Munmap(memory) //nolint:errcheck // it was mapped
+			var sum byte
+			for {
+				for at := 0; at < len(memory); at += os.Getpagesize() {
+					sum += memory[at]
+				}
+				select {
+				case <-over:
+					_ = sum
+					return
+				case <-time.After(100 * time.Millisecond):
+				}
+			}
+		}()
+		return nil
+	}
+	f.disarm = func(context.Context) error {
+		if begun {
+			close(over)
+			<-done
+		}
+		return nil
+	}
+}
+
+func mapFile(path string) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() // the mapping stays
+	info, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() == 0 {
+		return nil, syscall.ENODATA
+	}
+	return unix.Mmap(int(file.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_SHARED)
+}
+
+// isEnded says whether both daemons have seen that the VM ended, and neither says that it could go on.
+func (j *journey) isEnded(ctx context.Context) (bool, error) {
+	for _, h := range []*lab.Host{j.from, j.to} {
+		m, err := j.view(ctx, h)
+		if err != nil || m != nil && !migration.Terminal(m.GetState()) {
+			return false, nil //nolint:nilerr // a daemon that is about to end, or has just been started
+		}
+		if m == nil {
+			continue
+		}
+		said, err := j.command(ctx, h, "status", j.id)
+		if err != nil {
+			return false, err
+		}
+		if printed.MatchString(said) {
+			return false, fmt.Errorf("the VM has ended, and yet host %s says:\n%s", h.Name, said)
+		}
+	}
+	return true, nil
+}
