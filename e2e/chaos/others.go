@@ -92,7 +92,7 @@ func (j *journey) say(ctx context.Context, h *lab.Host, command func(*report.Por
 	if err != nil {
 		return fmt.Errorf("%w: the guest's serial port: %w", errTooLate, err)
 	}
-	defer port.Close() //nolint:errcheck // QEMU may end before
+	defer port.Close() // or QEMU has ended before
 	if err := command(port); err != nil {
 		return err
 	}
