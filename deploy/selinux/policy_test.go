@@ -27,7 +27,7 @@ func TestOnDebian(t *testing.T) {
 			[]string{
 				"allow migrated_qemu_domain migrated_uffd_t:anon_inode create;",
 				"allow migrated_t migrated_uffd_t:anon_inode { create getattr ioctl read };",
-				"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa3f };",
+				"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa07 0xaa3f };",
 			},
 		},
 		{
@@ -99,7 +99,7 @@ func TestOnDebian(t *testing.T) {
 			"what the daemon has of root's powers",
 			[]string{"-A", "-s", "migrated_t", "-c", "capability,capability2"},
 			[]string{
-				"allow migrated_t migrated_t:capability { dac_override dac_read_search kill setgid setpcap setuid sys_ptrace };",
+				"allow migrated_t migrated_t:capability { dac_override dac_read_search kill lease setgid setpcap setuid sys_ptrace };",
 				"allow migrated_t migrated_t:capability2 checkpoint_restore;",
 			},
 		},
@@ -107,7 +107,7 @@ func TestOnDebian(t *testing.T) {
 			"which files the daemon writes",
 			[]string{"-A", "-s", "migrated_t", "-c", "file", "-p", "write,append,create,unlink,rename"},
 			[]string{
-				"allow migrated_t migrated_log_t:file { append create getattr open read setattr unlink write };",
+				"allow migrated_t migrated_log_t:file { append create getattr open read rename setattr unlink write };",
 				"allow migrated_t migrated_record_t:file { create getattr map open read rename setattr unlink write };",
 				"allow migrated_t migrated_state_t:file { getattr open read write };",
 				"allow migrated_t migrated_t:file { append getattr ioctl lock open read write };", // its own /proc/PID
@@ -173,7 +173,7 @@ func TestOnBase(t *testing.T) {
 	want := []string{
 		"allow migrated_qemu_domain migrated_uffd_t:anon_inode create;",
 		"allow migrated_t migrated_uffd_t:anon_inode { create getattr ioctl read };",
-		"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa3f };",
+		"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa07 0xaa3f };",
 	}
 	if diff := cmp.Diff(want, search(t, policy, "-A", "-t", "migrated_uffd_t")); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
