@@ -76,8 +76,10 @@ type groupDir struct {
 // Of returns the groups that a process is in.
 func Of(pid int) (Groups, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if errors.Is(err, fs.ErrNotExist) && pid == os.Getpid() {
-		return nil, nil // the kernel has none
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, ours := os.Stat("/proc/self/cgroup"); errors.Is(ours, fs.ErrNotExist) {
+			return nil, nil // the kernel has none
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("control groups of process %d: %w", pid, err)
