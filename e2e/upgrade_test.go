@@ -11,9 +11,6 @@ import (
 	"strings"
 	"testing"
 
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/version"
@@ -112,11 +109,12 @@ func TestUpgrade(t *testing.T) {
 	})
 }
 
-// unknownIncoming checks that the daemon of a host serves, knows nothing of a migration that a newer one left, and leaves it.
+// unknownIncoming checks that the daemon of a host serves, names a migration that a newer one left, and leaves it.
 func (u *upgrade) unknownIncoming(h *lab.Host, id string) {
 	u.Helper()
-	if _, err := control(u.T, h).Get(testContext(u.T), &migratedv1.GetRequest{Id: id}); status.Code(err) != codes.NotFound {
-		u.Errorf("an older daemon knows migration %s: %v", id, err)
+	answer, err := control(u.T, h).Get(testContext(u.T), &migratedv1.GetRequest{Id: id})
+	if answer.GetMigration().GetError().GetReason() != migratedv1.Reason_REASON_STATE_UNREADABLE {
+		u.Errorf("an older daemon does not say that it cannot read migration %s: %v, %v", id, answer, err)
 	}
 	if _, err := os.Stat(h.Path("/run/migrated/incoming/" + id + "/migration.json")); err != nil {
 		u.Error(err)
