@@ -40,44 +40,29 @@ func Describe(ctx context.Context, vm *qemu.VM) (*migratedv1.MachineDescription,
 	return d, nil
 }
 
-// A child is one of an object's in QEMU's tree of objects.
-type child struct {
-	Name string `json:"name"`
-	Type string `json:"type"` // "child<virtio-blk-pci>"
+// children are those of an object in QEMU's tree of objects, by their names.
+func children(ctx context.Context, vm *qemu.VM, path string) ([]qemu.Child, error) {
+	list, err := vm.Children(ctx, path)
+	slices.SortFunc(list, func(a, b qemu.Child) int { return strings.Compare(a.Name, b.Name) })
+	return list, err
 }
 
-func (c child) class() string { return strings.TrimSuffix(strings.TrimPrefix(c.Type, "child<"), ">") }
-
-func children(ctx context.Context, vm *qemu.VM, path string) (list []child, err error) {
-	if err := vm.QMP.Do(ctx, "qom-list", map[string]string{"path": path}, &list); err != nil {
-		return nil, err
-	}
-	list = slices.DeleteFunc(list, func(c child) bool { return !strings.HasPrefix(c.Type, "child<") })
-	slices.SortFunc(list, func(a, b child) int { return strings.Compare(a.Name, b.Name) })
-	return list, nil
-}
-
-// What QEMU has the devices under that a user has given to a VM, with an id and without, and those that came with the
-// machine.
-const (
-	named   = "/machine/peripheral"
-	unnamed = "/machine/peripheral-anon"
-	builtIn = "/machine/unattached"
-)
+// builtIn is what QEMU has the devices under that came with the machine.
+const builtIn = "/machine/unattached"
 
 func describeDevices(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription, anonymous map[string]string) error {
-	for _, parent := range []string{named, unnamed} {
+	for _, parent := range []string{qemu.NamedDevices, qemu.UnnamedDevices} {
 		list, err := children(ctx, vm, parent)
 		if err != nil {
 			return err
 		}
 		for _, c := range list {
 			path := parent + "/" + c.Name
-			device := &migratedv1.Device{Class: c.class()}
-			if device.Place, err = placeOf(ctx, vm, path, c.class()); err != nil {
+			device := &migratedv1.Device{Class: c.Class()}
+			if device.Place, err = placeOf(ctx, vm, path, c.Class()); err != nil {
 				return err
 			}
-			if parent == named {
+			if parent == qemu.NamedDevices {
 				device.Id = c.Name
 			} else {
 				anonymous[path] = strings.TrimSpace(device.GetClass() + " " + device.GetPlace())
@@ -88,7 +73,7 @@ func describeDevices(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDesc
 	list, err := children(ctx, vm, builtIn)
 	for _, c := range list {
 		if strings.HasPrefix(c.Name, "device[") {
-			d.BuiltIn = append(d.BuiltIn, c.class())
+			d.BuiltIn = append(d.BuiltIn, c.Class())
 		}
 	}
 	slices.Sort(d.BuiltIn)

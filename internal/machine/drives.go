@@ -73,7 +73,7 @@ func driveName(name, device string, anonymous map[string]string) string {
 	if strings.HasPrefix(path, builtIn) && name != "" {
 		return name
 	}
-	for _, prefix := range []string{named + "/", "/machine/"} {
+	for _, prefix := range []string{qemu.NamedDevices + "/", "/machine/"} {
 		if rest, found := strings.CutPrefix(path, prefix); found {
 			return rest
 		}

@@ -14,6 +14,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/printable"
 )
 
 // A Mapper is another process that has a file of the VM's memory mapped: the back end of a vhost-user device, another
@@ -25,13 +27,7 @@ type Mapper struct {
 }
 
 // String names it for operators.
-func (m Mapper) String() string { return fmt.Sprintf("process %d (%s)", m.PID, printable(m.Name)) }
-
-// printable keeps what a process calls itself from reaching a terminal as more than text.
-func printable(name string) string {
-	quoted := strconv.Quote(name)
-	return quoted[1 : len(quoted)-1]
-}
+func (m Mapper) String() string { return fmt.Sprintf("process %d (%s)", m.PID, printable.Line(m.Name)) }
 
 // A mapping is who else maps which block.
 type mapping struct {
@@ -79,30 +75,41 @@ func (vm *VM) mappers(blocks []RAMBlock) (found []mapping, unseen int, err error
 	if err != nil {
 		return nil, 0, err
 	}
-	processes, err := filepath.Glob("/proc/[0-9]*")
+	unseen, err = eachMaps(func(pid int, text []byte) {
+		for i, b := range blocks {
+			if pid != vm.Pid && mapsFile(text, keys[i]) && !sharesMemory(pid, vm.Pid) {
+				found = append(found, mapping{b, Mapper{pid, nameOf(pid)}})
+			}
+		}
+	})
 	if err != nil {
 		return nil, 0, err
 	}
+	return found, unseen, vm.Alive() // or it was another's memory, by the same number
+}
+
+// eachMaps calls look with the maps of each process. unseen is how many it could not look into, but for those that have
+// ended.
+func eachMaps(look func(pid int, text []byte)) (unseen int, err error) {
+	processes, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return 0, err
+	}
 	for _, dir := range processes {
 		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil || pid == vm.Pid {
+		if err != nil {
 			continue
 		}
 		text, err := os.ReadFile(dir + "/maps")
 		switch {
-		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH):
-			continue // it has ended
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH): // it has ended
 		case err != nil:
 			unseen++
-			continue
-		}
-		for i, b := range blocks {
-			if mapsFile(text, keys[i]) && !sharesMemory(pid, vm.Pid) {
-				found = append(found, mapping{b, Mapper{pid, nameOf(dir)}})
-			}
+		default:
+			look(pid, text)
 		}
 	}
-	return found, unseen, vm.Alive() // or it was another's memory, by the same number
+	return unseen, nil
 }
 
 // mapKeys are the device and the inode of each block's file, as maps has them.
@@ -113,14 +120,18 @@ func (vm *VM) mapKeys(blocks []RAMBlock) ([][]byte, error) {
 	}
 	keys := make([][]byte, 0, len(blocks))
 	for _, b := range blocks {
-		at := slices.IndexFunc(ours, func(m vma) bool { return m.start <= b.Addr && b.Addr < m.end })
-		if at < 0 {
+		m, found := mappedAt(ours, b.Addr)
+		if !found {
 			return nil, fmt.Errorf("RAM %q is not mapped at %#x any more", b.ID, b.Addr)
 		}
-		m := ours[at]
-		keys = append(keys, fmt.Appendf(nil, " %02x:%02x %d ", m.major, m.minor, m.inode))
+		keys = append(keys, mapKey(m.major, m.minor, m.inode))
 	}
 	return keys, nil
+}
+
+// mapKey is a file as a line of maps has it.
+func mapKey(major, minor uint32, inode uint64) []byte {
+	return fmt.Appendf(nil, " %02x:%02x %d ", major, minor, inode)
 }
 
 // mapsFile says whether the text of a maps file has a mapping of the file with that key. Most have none, and a host has
@@ -148,8 +159,8 @@ func sharesMemory(a, b int) bool {
 }
 
 // nameOf is what a process calls itself (proc_pid_comm(5)); "?": it has ended.
-func nameOf(dir string) string {
-	text, err := os.ReadFile(dir + "/comm")
+func nameOf(pid int) string {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
 	if err != nil {
 		return "?"
 	}

@@ -55,7 +55,7 @@ func TestCheckAlone(t *testing.T) {
 				}
 				var bad *RAMError
 				err = vm.CheckAlone(blocks)
-				self := Mapper{os.Getpid(), nameOf("/proc/self")}
+				self := Mapper{os.Getpid(), nameOf(os.Getpid())}
 				if !errors.As(err, &bad) || bad.ID != "ram0" || bad.Remedy == "" ||
 					!strings.Contains(bad.Reason, fmt.Sprintf("process %d (qemu.test)", self.PID)) || !strings.Contains(bad.Reason, blocks[at].File) {
 					t.Errorf("error %v, of %v", err, self)

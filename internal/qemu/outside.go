@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -49,27 +50,22 @@ func (vm *VM) checkOutside(ctx context.Context) (results []Result, err error) {
 	refuse := func(name string, o *outside) {
 		results = append(results, Result{Subject: "devices", Status: Failed, Detail: name + " is " + o.is, Remedy: o.remedy})
 	}
-	// Users make devices, so they are children of these two.
-	for _, parent := range []string{"/machine/peripheral", "/machine/peripheral-anon"} {
-		children, err := vm.children(ctx, parent)
-		if err != nil {
-			return nil, err
-		}
-		for _, c := range children {
-			if o := outsideType(c.kind); o != nil {
-				refuse(fmt.Sprintf("%s/%s (%s)", parent, c.name, c.kind), o)
-			}
+	devices, err := vm.userDevices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range devices {
+		if o := outsideType(d.Class()); o != nil {
+			refuse(fmt.Sprintf("%s (%s)", d.path, d.Class()), o)
 		}
 	}
-	objects, err := vm.children(ctx, "/objects")
+	objects, err := vm.Children(ctx, "/objects")
 	if err != nil {
 		return nil, err
 	}
 	for _, c := range objects {
-		for _, kind := range outsideObjects {
-			if c.kind == kind {
-				refuse(fmt.Sprintf("-object %s,id=%s", c.kind, c.name), outsideType("vhost-user"))
-			}
+		if slices.Contains(outsideObjects, c.Class()) {
+			refuse(fmt.Sprintf("-object %s,id=%s", c.Class(), c.Name), outsideType("vhost-user"))
 		}
 	}
 	text, err := vm.hmp(ctx, "info network")
@@ -85,22 +81,3 @@ func (vm *VM) checkOutside(ctx context.Context) (results []Result, err error) {
 // outsideNetdev finds the back ends of network cards in HMP's "info network": "net0: index=0,type=vhost-user,...", after
 // a backslash where the card is plugged in (print_net_client in QEMU's net/net.c). No QMP command lists them.
 var outsideNetdev = regexp.MustCompile(`(?m)^[ \\]*(.*): index=\d+,type=(vhost-user|vhost-vdpa),`)
-
-// A qomChild is a child of a QOM object: its name and what type it is of.
-type qomChild struct{ name, kind string }
-
-func (vm *VM) children(ctx context.Context, path string) (children []qomChild, err error) {
-	var properties []struct {
-		Name string `json:"name"`
-		Type string `json:"type"`
-	}
-	if err := vm.QMP.Do(ctx, "qom-list", map[string]string{"path": path}, &properties); err != nil {
-		return nil, err
-	}
-	for _, p := range properties {
-		if kind, found := strings.CutPrefix(p.Type, "child<"); found {
-			children = append(children, qomChild{p.Name, strings.TrimSuffix(kind, ">")})
-		}
-	}
-	return children, nil
-}

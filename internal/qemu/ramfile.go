@@ -72,24 +72,19 @@ func (vm *VM) stores(ctx context.Context) (map[string]string, error) {
 			stores[strings.TrimPrefix(d.Data.Memdev, "/objects/")] = "it is the image of a device of type " + d.Type
 		}
 	}
-	for _, parent := range []string{"/machine/peripheral", "/machine/peripheral-anon"} {
-		var children []struct {
-			Name string `json:"name"`
-			Type string `json:"type"`
+	given, err := vm.userDevices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range given {
+		if !strings.HasPrefix(d.Class(), "ivshmem") {
+			continue
 		}
-		if err := vm.QMP.Do(ctx, "qom-list", map[string]string{"path": parent}, &children); err != nil {
+		var memdev string
+		if err := vm.property(ctx, d.path, "memdev", &memdev); err != nil {
 			return nil, err
 		}
-		for _, c := range children {
-			if !strings.HasPrefix(c.Type, "child<ivshmem") {
-				continue
-			}
-			var memdev string
-			if err := vm.property(ctx, parent+"/"+c.Name, "memdev", &memdev); err != nil {
-				return nil, err
-			}
-			stores[strings.TrimPrefix(memdev, "/objects/")] = "it is shared by an ivshmem device"
-		}
+		stores[strings.TrimPrefix(memdev, "/objects/")] = "it is shared by an ivshmem device"
 	}
 	return stores, nil
 }
@@ -183,21 +178,11 @@ func holders(f *os.File) (pids []string) {
 	if unix.Fstat(int(f.Fd()), &st) != nil {
 		return nil
 	}
-	processes, _ := filepath.Glob("/proc/[0-9]*") // the pattern is well-formed
-	for _, dir := range processes {
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil {
-			continue
-		}
-		maps, err := readMaps(pid)
-		if err != nil { // it has ended, or may not be seen
-			continue
-		}
-		if slices.ContainsFunc(maps, func(m vma) bool {
-			return m.inode == st.Ino && m.major == unix.Major(st.Dev) && m.minor == unix.Minor(st.Dev)
-		}) {
+	key := mapKey(unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	_, _ = eachMaps(func(pid int, text []byte) { // of those that cannot be seen there is nothing to say
+		if mapsFile(text, key) {
 			pids = append(pids, strconv.Itoa(pid))
 		}
-	}
+	})
 	return pids
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -34,6 +35,15 @@ func covering(maps []vma, addr, size uint64) []vma {
 		}
 	}
 	return nil
+}
+
+// mappedAt returns the mapping that an address is in.
+func mappedAt(maps []vma, addr uint64) (m vma, found bool) {
+	at := slices.IndexFunc(maps, func(m vma) bool { return m.start <= addr && addr < m.end })
+	if at < 0 {
+		return m, false
+	}
+	return maps[at], true
 }
 
 // goesOn says that b goes on with what a maps.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -20,11 +19,10 @@ func OpenRAMFile(qemu Identity, addr uint64) (f *os.File, offset int64, err erro
 	if err != nil {
 		return nil, 0, err
 	}
-	at := slices.IndexFunc(maps, func(m vma) bool { return m.start <= addr && addr < m.end })
-	if at < 0 {
+	m, found := mappedAt(maps, addr)
+	if !found {
 		return nil, 0, fmt.Errorf("QEMU, process %d, has nothing mapped at %#x", qemu.PID, addr)
 	}
-	m := maps[at]
 	if !m.shared || !m.writable || m.inode == 0 {
 		return nil, 0, nil
 	}
