@@ -4,7 +4,6 @@ package migration
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 
@@ -77,10 +76,5 @@ func CheckDestination(ctx context.Context, cfg DestinationConfig) (results []qem
 
 // resultOf is an error as a check shows it.
 func resultOf(subject string, err error) qemu.Result {
-	result := qemu.Result{Subject: subject, Status: qemu.Failed, Detail: err.Error()}
-	var remedied *remediedError
-	if errors.As(err, &remedied) {
-		result.Remedy = remedied.remedy
-	}
-	return result
+	return qemu.Result{Subject: subject, Status: qemu.Failed, Detail: err.Error(), Remedy: Remedy(err)}
 }

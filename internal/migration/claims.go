@@ -19,6 +19,18 @@ type claims struct {
 	by map[qemu.Identity]string // ids
 }
 
+// takeVM has the QEMU that vm is connected to be that migration's, and returns what to give back.
+func (c *claims) takeVM(vm *qemu.VM, id string) (qemu.Identity, error) {
+	identity, err := vm.Identity()
+	if err == nil {
+		err = c.take(identity, id)
+	}
+	if err != nil {
+		return qemu.Identity{}, err
+	}
+	return identity, nil
+}
+
 // take has the QEMU be that migration's, unless it is another's. give it back.
 func (c *claims) take(vm qemu.Identity, id string) error {
 	c.mu.Lock()

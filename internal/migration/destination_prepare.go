@@ -159,7 +159,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		if err := checkIncoming(ctx, vm); err != nil {
 			return errors.Join(err, vm.Close())
 		}
-		if err := d.claimVM(vm); err != nil {
+		if d.claim, err = claimed.takeVM(vm, request.GetId()); err != nil {
 			return errors.Join(err, vm.Close())
 		}
 		d.vm = vm
@@ -208,18 +208,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("start the destination QEMU: %w", err)
 	}
-	return d.claimVM(d.vm)
-}
-
-// claimVM keeps other migrations from having to do with the QEMU, by whatever monitor.
-func (d *Destination) claimVM(vm *qemu.VM) error {
-	identity, err := vm.Identity()
-	if err == nil {
-		err = claimed.take(identity, d.cfg.Request.GetId())
-	}
-	if err == nil {
-		d.claim = identity
-	}
+	d.claim, err = claimed.takeVM(d.vm, request.GetId())
 	return err
 }
 

@@ -101,8 +101,9 @@ func (d *Destination) ended(how *endedError) {
 	reached("destination-ended")
 }
 
-func (d *Destination) showEnded(how *endedError) {
-	d.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED, withRemedy(withReason(how, how.reason), afterEnding), whereEnded)
+// showEnded is shown of a VM that ended so, at either end.
+func (t *Tracker) showEnded(how *endedError) {
+	t.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED, withRemedy(withReason(how, how.reason), afterEnding), whereEnded)
 }
 
 // followEnding ends a migration whose VM ended by itself: what is left of it here is ended, too.
@@ -110,7 +111,7 @@ func (s *Source) followEnding(how *endedError) {
 	s.unwatch()
 	s.log.Info("the VM ended by itself on the destination", "reason", how.reason)
 	s.letGoOf(how.reason)
-	s.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED, withRemedy(withReason(how, how.reason), afterEnding), whereEnded)
+	s.showEnded(how)
 }
 
 // toldEnding is the ending that a destination tells of; nil: none.

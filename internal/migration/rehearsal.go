@@ -24,8 +24,7 @@ func (s *Source) rehearsed(ctx context.Context) {
 	note, err := s.continueVM()
 	s.steps.cont = time.Since(began)
 	s.tellToGiveUp(ctx, errRehearsed)
-	where := s.whereNow()
-	where.words += note
+	where := s.whereNow(note)
 	if err != nil {
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("after a rehearsal: %w", err), where)
 		return

@@ -336,23 +336,14 @@ func (s *Source) startOver(ctx context.Context, reason error) bool {
 	pause := time.Since(s.stoppedAt)
 	s.tellToGiveUp(ctx, reason)
 	if err != nil {
-		where := s.whereNow()
-		where.words += note
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("start over: %w: %w", reason, err), where)
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("start over: %w: %w", reason, err), s.whereNow(note))
 		return false
 	}
 	s.log.Warn("starting over without an early load", "reason", reason, "pause", pause)
-	s.reset()
 	s.notEarly = reason
-	var before time.Duration // the pauses until now
-	s.update(func(m *migratedv1.Migration) {
-		before = m.GetEarlyLoad().GetPause().AsDuration()
-		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_SETUP, migratedv1.Location_LOCATION_SOURCE
-	})
-	if err := s.prepare(ctx); err != nil {
+	if err := s.prepareAfresh(ctx, pause); err != nil {
 		s.backOut(ctx, err)
 		return false
 	}
-	s.update(func(m *migratedv1.Migration) { m.EarlyLoad.Pause = durationpb.New(before + pause) })
 	return s.switchOver(ctx)
 }

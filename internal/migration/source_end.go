@@ -73,8 +73,7 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 	if errors.Is(reason, ErrCancelled) {
 		state = migratedv1.MigrationState_MIGRATION_STATE_CANCELLED
 	}
-	where := s.whereNow()
-	where.words += note
+	where := s.whereNow(note)
 	s.log.Warn("gave up", "state", state, "reason", reason, "vm", where.words)
 	s.fail(state, reason, where)
 }

@@ -65,18 +65,29 @@ func (s *Source) fallBackCommand() string {
 	return "migrated fallback " + s.cfg.ID + " --destination-is-gone"
 }
 
-// continueHandedOver continues the VM of the record, and says what it is then.
-func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err error) {
+// attachHandedOver connects to the QEMU that the VM was handed over from.
+func (s *Source) attachHandedOver(ctx context.Context) (*qemu.VM, error) {
 	vm, err := qemu.Attach(ctx, s.cfg.Spec.GetVm())
 	if err != nil {
-		return where, fmt.Errorf("attach to the VM: %w", err)
+		return nil, fmt.Errorf("attach to the VM: %w", err)
 	}
 	_, found, err := s.cfg.Records.ForVM(vm.Pid)
 	if err == nil && !found {
 		err = fmt.Errorf("%s is not the QEMU that the VM was handed over from", s.cfg.Spec.GetVm())
 	}
+	if err != nil {
+		return nil, errors.Join(err, vm.Close())
+	}
+	return vm, nil
+}
+
+// continueHandedOver continues the VM of the record, and says what it is then.
+func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err error) {
+	vm, err := s.attachHandedOver(ctx)
+	if err != nil {
+		return where, err
+	}
 	switch {
-	case err != nil:
 	case s.wasRunning:
 		if _, err = vm.Cont(ctx); err == nil {
 			s.announce(ctx, vm)

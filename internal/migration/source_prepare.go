@@ -107,7 +107,7 @@ func (s *Source) open(ctx context.Context) error {
 	if s.vm, err = qemu.Attach(ctx, s.cfg.Spec.GetVm()); err != nil {
 		return fmt.Errorf("attach to the VM: %w", err)
 	}
-	if err := s.claimVM(); err != nil {
+	if s.claim, err = claimed.takeVM(s.vm, s.cfg.ID); err != nil {
 		return err
 	}
 	stale, err := s.refuseHandedOver(ctx)
@@ -180,18 +180,6 @@ func (s *Source) openRAM(blocks []qemu.RAMBlock) (err error) {
 		return fmt.Errorf("open the RAM of the VM: %w", err)
 	}
 	return s.vm.Alive() // or what was opened might be of another process, by the same number
-}
-
-// claimVM keeps other migrations from having to do with the VM, by whatever monitor.
-func (s *Source) claimVM() error {
-	identity, err := s.vm.Identity()
-	if err == nil {
-		err = claimed.take(identity, s.cfg.ID)
-	}
-	if err == nil {
-		s.claim = identity
-	}
-	return err
 }
 
 // refuseHandedOver keeps a QEMU that was left for its memory from being taken

@@ -11,7 +11,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -98,18 +97,11 @@ func (s *Source) endHandedOver(ctx context.Context) error {
 	if rec, found, err := s.cfg.Records.of(s.cfg.ID); err != nil || !found || !rec.Alive() || s.cfg.Spec.GetKeepSource() {
 		return err
 	}
-	vm, err := qemu.Attach(ctx, s.cfg.Spec.GetVm())
+	vm, err := s.attachHandedOver(ctx)
 	if err != nil {
-		return fmt.Errorf("attach to the VM: %w", err)
+		return err
 	}
-	_, found, err := s.cfg.Records.ForVM(vm.Pid)
-	if err == nil && !found {
-		err = fmt.Errorf("%s is not the QEMU that the VM was handed over from", s.cfg.Spec.GetVm())
-	}
-	if err == nil {
-		err = vm.VerifyStopped(ctx)
-	}
-	if err == nil {
+	if err = vm.VerifyStopped(ctx); err == nil {
 		err = vm.Quit(ctx)
 	}
 	return errors.Join(err, vm.Close())

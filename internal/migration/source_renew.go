@@ -31,24 +31,34 @@ func (s *Source) renew(ctx context.Context) error {
 		}
 		s.log.Info("preparing afresh", "reason", why)
 		s.tellToGiveUp(ctx, why)
-		s.reset()
-		var before time.Duration // the pauses until now
-		s.update(func(m *migratedv1.Migration) {
-			before, m.Prepared = m.GetEarlyLoad().GetPause().AsDuration(), false
-		})
-		if err := s.prepare(ctx); err != nil {
+		s.update(func(m *migratedv1.Migration) { m.Prepared = false })
+		if err := s.prepareAfresh(ctx, 0); err != nil {
 			return fmt.Errorf("prepare afresh, as %w: %w", why, err)
 		}
-		s.update(func(m *migratedv1.Migration) {
-			m.Prepared = true
-			m.EarlyLoad.Pause = durationpb.New(before + m.EarlyLoad.GetPause().AsDuration())
-		})
+		s.update(func(m *migratedv1.Migration) { m.Prepared = true })
 	}
 	why, err := s.outdated(ctx)
 	if why != nil {
 		err = withRemedy(why, "leave the VM's devices alone while it is migrated")
 	}
 	return err
+}
+
+// prepareAfresh prepares the migration once more, while the VM runs, after the destination was told to give up. pause is for
+// how long the VM stood still for what was in vain; it is shown with all other pauses.
+func (s *Source) prepareAfresh(ctx context.Context, pause time.Duration) error {
+	s.reset()
+	s.update(func(m *migratedv1.Migration) {
+		pause += m.GetEarlyLoad().GetPause().AsDuration()
+		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_SETUP, migratedv1.Location_LOCATION_SOURCE
+	})
+	if err := s.prepare(ctx); err != nil {
+		return err
+	}
+	s.update(func(m *migratedv1.Migration) {
+		m.EarlyLoad.Pause = durationpb.New(pause + m.EarlyLoad.GetPause().AsDuration())
+	})
+	return nil
 }
 
 // outdated says why what was prepared is not of the VM as it is now.

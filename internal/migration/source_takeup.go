@@ -63,8 +63,7 @@ func (s *Source) finish(rec Record) {
 		s.forgetRecord()
 	}
 	if rec.Ended != 0 {
-		how := endingKept(migratedv1.Reason(rec.Ended))
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED, withRemedy(withReason(how, how.reason), afterEnding), whereEnded)
+		s.showEnded(endingKept(migratedv1.Reason(rec.Ended)))
 		return
 	}
 	s.update(func(m *migratedv1.Migration) {
@@ -103,7 +102,7 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	if identity, err := s.vm.Identity(); err != nil || identity != rec.Identity {
 		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", rec.VM, s.vm.Pid), err)
 	}
-	if err := s.claimVM(); err != nil {
+	if s.claim, err = claimed.takeVM(s.vm, s.cfg.ID); err != nil {
 		return err
 	}
 	s.vm.PutBack(rec.Settings)

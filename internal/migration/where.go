@@ -51,10 +51,11 @@ func look(vm *qemu.VM) (location migratedv1.Location, runState, words string) {
 	return here, runState, words
 }
 
-// whereNow is where the VM is before the commit point. It is asked when all that this daemon did is done.
-func (s *Source) whereNow() whereabouts {
+// whereNow is where the VM is before the commit point, with the note that continueVM has left. It is asked when all that
+// this daemon did is done.
+func (s *Source) whereNow(note string) whereabouts {
 	if s.vm == nil {
-		return whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was not touched"}
+		return whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was not touched" + note}
 	}
 	location, runState, words := look(s.vm)
 	switch {
@@ -67,7 +68,7 @@ func (s *Source) whereNow() whereabouts {
 	default:
 		words = "the VM was not touched; " + words
 	}
-	return whereabouts{location, words}
+	return whereabouts{location, words + note}
 }
 
 // whereHandedOver is where the VM is after the commit point, as far as this host can tell without the destination.
