@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"errors"
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
@@ -20,17 +21,18 @@ func TestLinuxGuest(t *testing.T) {
 	idle := []string{"migrated.pattern=idle", "migrated.mem=300"}
 	busy := []string{"migrated.pattern=random", "migrated.write=80", "migrated.mem=300"}
 	for _, c := range []struct {
-		name string
-		vm   lab.VMConfig
-		args []string
-		back bool
+		name  string
+		vm    lab.VMConfig
+		args  []string
+		back  bool
+		reset bool // afterwards, where it is
 	}{
-		{"idle 4KiB 1 block 1 vCPU", lab.VMConfig{VCPUs: 1, Nodes: 1}, idle, false},
-		{"busy 4KiB 1 block 4 vCPUs and back", lab.VMConfig{VCPUs: 4, Nodes: 1}, busy, true},
-		{"busy 4KiB 2 blocks 4 vCPUs", lab.VMConfig{VCPUs: 4, Nodes: 2}, busy, false},
-		{"busy 2MiB 1 block 4 vCPUs and back", lab.VMConfig{VCPUs: 4, Nodes: 1, HugePages: true}, busy, true},
-		{"idle 2MiB 2 blocks 1 vCPU", lab.VMConfig{VCPUs: 1, Nodes: 2, HugePages: true}, idle, false},
-		{"busy 4KiB 2 blocks 1 vCPU unprivileged and back", lab.VMConfig{VCPUs: 1, Nodes: 2, Unprivileged: true}, busy, true},
+		{"idle 4KiB 1 block 1 vCPU", lab.VMConfig{VCPUs: 1, Nodes: 1}, idle, false, true},
+		{"busy 4KiB 1 block 4 vCPUs and back", lab.VMConfig{VCPUs: 4, Nodes: 1}, busy, true, false},
+		{"busy 4KiB 2 blocks 4 vCPUs", lab.VMConfig{VCPUs: 4, Nodes: 2}, busy, false, false},
+		{"busy 2MiB 1 block 4 vCPUs and back", lab.VMConfig{VCPUs: 4, Nodes: 1, HugePages: true}, busy, true, false},
+		{"idle 2MiB 2 blocks 1 vCPU", lab.VMConfig{VCPUs: 1, Nodes: 2, HugePages: true}, idle, false, false},
+		{"busy 4KiB 2 blocks 1 vCPU unprivileged and back", lab.VMConfig{VCPUs: 1, Nodes: 2, Unprivileged: true}, busy, true, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.vm.MemoryMiB = 512
@@ -46,11 +48,39 @@ func TestLinuxGuest(t *testing.T) {
 				t.Fatal(err)
 			}
 			moveLinux(t, &guest, port, l.A, l.B)
+			at := l.B
 			if c.back {
 				port = openGuest(t, l.B, &guest)
 				moveLinux(t, &guest, port, l.B, l.A)
+				at = l.A
+			}
+			if c.reset {
+				resets(t, at)
 			}
 		})
+	}
+}
+
+// resets resets a VM that was moved, which resets its devices one by one: QEMU goes on, and the VM boots anew.
+func resets(t *testing.T, h *lab.Host) {
+	t.Helper()
+	ctx := testContext(t)
+	client, err := h.QMP(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	events := client.Subscribe("RESET")
+	if err := client.Do(ctx, "system_reset", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, open := <-events.Events(); !open {
+		t.Fatalf("QEMU ended of a reset: %v", client.Err())
+	}
+	var afresh report.Log
+	port := openGuest(t, h, &afresh)
+	_, err = afresh.WaitReady(ctx)
+	if err := errors.Join(err, port.Close(), client.Disconnect()); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -26,7 +26,7 @@ func loadsLate(t *testing.T, h *lab.Host) bool {
 		AnnounceRounds int `json:"announce-rounds"`
 	}
 	ask(t, h, "query-migrate-parameters", nil, &parameters)
-	if changed := parameters.AnnounceRounds == 0; changed != late {
+	if changed := parameters.AnnounceRounds == 1; changed != late {
 		t.Fatalf("half of QEMU's settings are put back: late-block-activate %t, %d rounds", late, parameters.AnnounceRounds)
 	}
 	return late

@@ -63,11 +63,10 @@ func (vm *VM) PrepareIncoming(ctx context.Context) error {
 	if vm.restore == nil { // else this is a second try, and before is not what we found
 		vm.restore = &Settings{Capabilities: changed, AnnounceRounds: &parameters.AnnounceRounds}
 	}
-	// That the VM runs here is not certain when it is loaded. Announce says so when it is.
-	if err := vm.apply(ctx, Settings{Capabilities: now, AnnounceRounds: new(uint64)}); err != nil {
-		return err
-	}
-	return vm.warmHeap(ctx)
+	// That the VM runs here is not certain when it is loaded: BeginAnnouncing says so when it is. The one round that
+	// is left stays in QEMU until the VM runs. With none, virtio-net has no timer once it is loaded
+	// (virtio_net_post_load_device), and QEMU ends of it when the guest resets the device (virtio_net_reset).
+	return vm.apply(ctx, Settings{Capabilities: now, AnnounceRounds: new(uint64(1))})
 }
 
 // TakeDisksWhenLoaded makes LoadDevices take the VM's disks from the source as soon as all is loaded, not when Cont
@@ -83,15 +82,6 @@ func (vm *VM) TakeDisksWhenLoaded(ctx context.Context) error {
 // for QEMU's answer.
 func (vm *VM) BeginAnnouncing(ctx context.Context) (wait func(context.Context) error, err error) {
 	return vm.QMP.Begin(ctx, "announce-self", map[string]int{"initial": 50, "max": 550, "rounds": 5, "step": 100})
-}
-
-// warmHeap makes QEMU touch memory that it will need to load the device state. Loading rebuilds the memory
-// map for one device after the other: some 500 pages of fresh heap, every one of them a page fault while the
-// VM stands still. The answer to query-qmp-schema, the largest that QEMU has, is built of small objects in
-// the same thread and freed; malloc keeps them, as its trim threshold follows the largest string freed
-// (mallopt(3), M_TRIM_THRESHOLD).
-func (vm *VM) warmHeap(ctx context.Context) error {
-	return vm.QMP.Do(ctx, "query-qmp-schema", nil, nil)
 }
 
 // capabilities are those that this QEMU knows, and whether they are on.
