@@ -25,13 +25,14 @@ type endedError struct {
 
 func (e *endedError) Error() string { return "the VM ended by itself on the destination: " + e.said }
 
-// endings are what QEMU's event SHUTDOWN says of the end of a VM.
+// endings are what QEMU's event SHUTDOWN says of the end of a VM. A reason has the same words wherever it stands: it is
+// all that is kept, and told to the source.
 var endings = map[string]endedError{
 	"guest-shutdown": {migratedv1.Reason_REASON_GUEST_SHUTDOWN, "its guest powered off"},
 	"guest-reset":    {migratedv1.Reason_REASON_GUEST_RESET, "its guest reset, and QEMU was told to end then"},
 	"guest-panic":    {migratedv1.Reason_REASON_GUEST_PANIC, "its guest panicked"},
-	"host-qmp-quit":  {migratedv1.Reason_REASON_QEMU_QUIT, "somebody told its QEMU to quit"},
-	"host-ui":        {migratedv1.Reason_REASON_QEMU_QUIT, "somebody closed its window"},
+	"host-qmp-quit":  {migratedv1.Reason_REASON_QEMU_QUIT, "somebody had its QEMU quit"},
+	"host-ui":        {migratedv1.Reason_REASON_QEMU_QUIT, "somebody had its QEMU quit"},
 	"host-signal":    {migratedv1.Reason_REASON_QEMU_SIGNALLED, "somebody ended its QEMU by a signal"},
 }
 
