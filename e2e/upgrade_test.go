@@ -113,7 +113,7 @@ func TestUpgrade(t *testing.T) {
 func (u *upgrade) unknownIncoming(h *lab.Host, id string) {
 	u.Helper()
 	answer, err := control(u.T, h).Get(testContext(u.T), &migratedv1.GetRequest{Id: id})
-	if answer.GetMigration().GetError().GetReason() != migratedv1.Reason_REASON_STATE_UNREADABLE {
+	if answer.GetMigration().GetError().GetReason() != migratedv1.Reason_REASON_VERSION {
 		u.Errorf("an older daemon does not say that it cannot read migration %s: %v, %v", id, answer, err)
 	}
 	if _, err := os.Stat(h.Path("/run/migrated/incoming/" + id + "/migration.json")); err != nil {

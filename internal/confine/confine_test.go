@@ -298,7 +298,8 @@ func converse(network, address string) error {
 }
 
 func TestDaemonsWork(t *testing.T) {
-	const want = "capabilities dac_override, kill, sys_ptrace, checkpoint_restore; no new privileges; system calls filtered"
+	const want = "capabilities dac_override, kill, sys_ptrace, lease, checkpoint_restore; no new privileges; " +
+		"system calls filtered"
 	if report := play(t, "daemon"); report["shown"] != want {
 		t.Errorf("it is shown as %q, want %q", report["shown"], want)
 	}
