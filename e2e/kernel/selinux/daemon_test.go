@@ -3,6 +3,7 @@
 package selinux_test
 
 import (
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,6 +30,7 @@ func TestDaemonOnDebian(t *testing.T) {
 		{Name: "sbin/init", Mode: 0o755, Path: program},
 		{Name: "usr/bin/migrated", Mode: 0o755, Path: migrated(t)},
 		{Name: "etc/hosts", Data: []byte("127.0.0.1 localhost\n")},
+		{Name: "var", Mode: fs.ModeDir | 0o755},
 	})
 	want := map[string]string{
 		"init":         "system_u:system_r:init_t:s0",

@@ -61,6 +61,7 @@ static void boot(void)
 	static const struct { const char *path, *type; } labels[] = {
 		{"/sbin/init", "init_exec_t"}, {MIGRATED, "migrated_exec_t"}, {"/sbin", "bin_t"}, {"/usr", "usr_t"},
 		{"/usr/bin", "bin_t"}, {"/etc", "etc_t"}, {"/run", "var_run_t"}, {"/run/systemd", "init_runtime_t"},
+		{"/var", "var_t"}, {"/var/log", "var_log_t"},
 		{"/dev/userfaultfd", "migrated_uffd_device_t"}, {"/dev/null", "null_device_t"},
 		{"/dev/console", "console_device_t"}, {"/dev/urandom", "urandom_device_t"},
 	};
@@ -72,6 +73,8 @@ static void boot(void)
 	must("devtmpfs", mount("devtmpfs", "/dev", "devtmpfs", 0, NULL));
 	must("run", mount("tmpfs", "/run", "tmpfs", 0, "mode=0755"));
 	must("run", mkdir("/run/systemd", 0755));
+	must("var", mount("tmpfs", "/var", "tmpfs", 0, "mode=0755"));
+	must("var", mkdir("/var/log", 0755));
 
 	int fd = open("/policy", O_RDONLY | O_CLOEXEC);
 	must("/policy", fd);
