@@ -194,7 +194,8 @@ var (
 )
 
 // tooLate are the points at which the VM is all at the destination: to kill it there is no matter of migrations.
-var tooLate = []string{"source-last-page", "source-completing", "source-quit", "source-forgotten", "destination-completed"}
+var tooLate = []string{"source-last-page", "source-completing", "source-quit", "source-forgotten", "destination-completed",
+	"destination-ended"}
 
 func upTo(r *rand.Rand, most time.Duration) time.Duration {
 	return time.Duration(r.Int64N(int64(most))).Round(time.Millisecond)

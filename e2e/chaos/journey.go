@@ -34,6 +34,8 @@ type journey struct {
 	mapped   bool     // a process that has nothing to do with it maps its RAM
 	// restarted: its guest has begun anew, and knows nothing of what was before.
 	restarted bool
+	// stopped is a daemon that the case told to stop, and that is to be started again; nil: none.
+	stopped *lab.Process
 }
 
 // The ends of a journey.

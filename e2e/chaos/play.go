@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -73,6 +74,9 @@ func (s *stage) playOne(ctx context.Context, c chaosCase, res *result) error {
 		return err
 	}
 	if res.Struck, err = s.strike(ctx, c, f, j); err != nil {
+		return err
+	}
+	if err := s.restartStopped(ctx, j); err != nil {
 		return err
 	}
 	s.conclude(ctx, j, res)
@@ -252,9 +256,22 @@ func (s *stage) provoke(ctx context.Context, at moment, j *journey) error {
 			err = nil
 		}
 		return errors.Join(err, release(j.from, find(cancelAt)))
+	case byStop:
+		if err := awaitSwitch(ctx, j); err != nil {
+			return err
+		}
+		h := p.at(j.from, j.to)
+		j.stopped = s.daemon(h)
+		return s.signalDaemon(h, syscall.SIGTERM)
+	case byEnd:
+		if err := awaitSwitch(ctx, j); err != nil {
+			return err
+		}
+		j.ended = true
+		return unlessTooLate(j.tell(ctx, "quit", nil))
 	case byRestart:
-		if !await(ctx, longestSetup, func() bool { return j.switched() || j.over(ctx) }) {
-			return errors.New("the VM does not come to run at the destination")
+		if err := awaitSwitch(ctx, j); err != nil {
+			return err
 		}
 		h := p.at(j.from, j.to)
 		if err := s.killDaemon(h); err != nil {
@@ -266,4 +283,26 @@ func (s *stage) provoke(ctx context.Context, at moment, j *journey) error {
 		}
 	}
 	return nil
+}
+
+func awaitSwitch(ctx context.Context, j *journey) error {
+	if !await(ctx, longestSetup, func() bool { return j.switched() || j.over(ctx) }) {
+		return errors.New("the VM does not come to run at the destination")
+	}
+	return nil
+}
+
+// restartStopped starts a daemon again that provoke told to stop, when it has ended.
+func (s *stage) restartStopped(ctx context.Context, j *journey) error {
+	if j.stopped == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, stopping)
+	defer cancel()
+	select {
+	case <-j.stopped.Exited():
+		return s.reviveDaemons(ctx)
+	case <-ctx.Done():
+		return fmt.Errorf("the daemon of host %s does not end within %v after SIGTERM", j.from.Name, stopping)
+	}
 }

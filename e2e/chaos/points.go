@@ -29,6 +29,8 @@ type point struct {
 const (
 	byCancel  = "cancel"  // somebody cancels it when the VM has stopped
 	byRestart = "restart" // the point's daemon is killed after the switch and started again
+	byStop    = "stop"    // the point's daemon is told to stop after the switch
+	byEnd     = "end"     // somebody has the VM's QEMU quit after the switch
 )
 
 // points are all there are; a test compares them with the source.
@@ -38,6 +40,7 @@ var points = []point{
 	{name: "source-stopped"}, {name: "source-saved"}, {name: "source-loaded"}, {name: "source-committed"}, {name: "source-answered"},
 	{name: "source-last-page"}, {name: "source-completing"}, {name: "source-quit"}, {name: "source-forgotten"},
 	{name: "source-backing-out", by: byCancel}, {name: "source-continued", by: byCancel}, {name: "source-taken-up", by: byRestart},
+	{name: "source-leaving", by: byStop},
 	{name: "destination-started"}, {name: "destination-taken"},
 	{name: "destination-early"}, {name: "destination-early-loaded"},
 	{name: "destination-kept"}, {name: "destination-prepared"},
@@ -45,6 +48,7 @@ var points = []point{
 	{name: "destination-told"}, {name: "destination-runs"}, {name: "destination-running"}, {name: "destination-filled"},
 	{name: "destination-completed"},
 	{name: "destination-giving-up", by: byCancel}, {name: "destination-taken-up", by: byRestart},
+	{name: "destination-ended", by: byEnd},
 }
 
 // pointsLike are the points whose name matches a regular expression.
