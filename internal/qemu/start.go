@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -63,8 +61,10 @@ func Start(ctx context.Context, opts StartOptions) (*Process, *VM, error) {
 
 // Start is the function Start; s, unless it is nil, becomes QEMU's parent.
 func (s *Starter) Start(ctx context.Context, opts StartOptions) (*Process, *VM, error) {
-	if err := checkUnused(opts.QMPPath); err != nil {
-		return nil, nil, err
+	for _, path := range append(listensAt(opts.Args, opts.Dir), opts.QMPPath) {
+		if err := checkUnused(path); err != nil {
+			return nil, nil, err
+		}
 	}
 	p, err := s.process(opts)
 	if err != nil {
@@ -78,20 +78,6 @@ func (s *Starter) Start(ctx context.Context, opts StartOptions) (*Process, *VM, 
 		return nil, nil, errors.Join(err, p.Kill(killCtx))
 	}
 	return p, vm, nil
-}
-
-// checkUnused refuses a socket at which somebody listens: QEMU would take the name away from a QEMU that runs.
-func checkUnused(path string) error {
-	conn, err := net.Dial("unix", path)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-		return nil // nobody listens; a socket file that was left behind is replaced by QEMU
-	}
-	if err != nil {
-		return fmt.Errorf("where the destination's QMP socket is to be: %w", err)
-	}
-	conn.Close()
-	return fmt.Errorf("another process listens at %s, where the destination's QMP socket is to be: "+
-		"end it, or give the destination another path with a template", path)
 }
 
 func (s *Starter) process(opts StartOptions) (*Process, error) {
