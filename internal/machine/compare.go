@@ -57,6 +57,10 @@ func (d *differences) hosts(source, waits *migratedv1.MachineDescription) {
 		d.add("accelerator", "have both QEMUs use the same accelerator: load the module kvm at both hosts, and see -accel",
 			"the source's is %s, the destination's %s", called[source.GetKvm()], called[waits.GetKvm()])
 	}
+	if source.GetUuid() != "" && source.GetUuid() != waits.GetUuid() {
+		d.add("UUID", "give the destination's QEMU the option -uuid "+source.GetUuid()+", if it is to have this VM",
+			"the source's is %s, the destination's %s", source.GetUuid(), waits.GetUuid())
+	}
 }
 
 func (d *differences) cpus(source, waits *migratedv1.MachineDescription) {

@@ -42,6 +42,10 @@ func TestCompare(t *testing.T) {
 	}{
 		{"equal", func(_, _ *migratedv1.MachineDescription) {}, nil},
 		{"accelerator", func(s, _ *migratedv1.MachineDescription) { s.Kvm = true }, []string{"the source's is KVM"}},
+		{"UUID", func(s, w *migratedv1.MachineDescription) {
+			s.Uuid, w.Uuid = "9fe3ea4e-0c0c-4d3f-9a37-5a0c6e1f8d11", "00000000-0000-0000-0000-000000000000"
+		}, []string{"the source's is 9fe3ea4e-0c0c-4d3f-9a37-5a0c6e1f8d11, the destination's 00000000"}},
+		{"UUID that an older source does not tell", func(_, w *migratedv1.MachineDescription) { w.Uuid = "00000000" }, nil},
 		{"CPU plugged in", func(s, _ *migratedv1.MachineDescription) {
 			s.Cpus = append(s.Cpus, &migratedv1.Cpu{Class: "max-x86_64-cpu", Place: "socket-id 1"})
 		}, []string{"the source has 2, the destination 1; the source alone has max-x86_64-cpu socket-id 1"}},

@@ -33,10 +33,16 @@ func Describe(ctx context.Context, vm *qemu.VM) (*migratedv1.MachineDescription,
 	if err == nil {
 		err = vm.QMP.Do(ctx, "query-kvm", nil, &kvm)
 	}
+	var uuid struct {
+		UUID string `json:"UUID"`
+	}
+	if err == nil {
+		err = vm.QMP.Do(ctx, "query-uuid", nil, &uuid)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("describe the VM: %w", err)
 	}
-	d.Kvm = kvm.Enabled
+	d.Kvm, d.Uuid = kvm.Enabled, uuid.UUID
 	return d, nil
 }
 

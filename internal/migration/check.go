@@ -23,6 +23,9 @@ func CheckSource(ctx context.Context, cfg SourceConfig) (results []qemu.Result, 
 		result.Remedy = "give the path of a QMP Unix socket of the VM that no other client is connected to"
 		return []qemu.Result{result}, nil
 	}
+	if err := claimed.refuse(s.vm); err != nil {
+		return []qemu.Result{resultOf("VM", err)}, nil
+	}
 	if _, err := s.refuseHandedOver(ctx); err != nil {
 		return []qemu.Result{resultOf("VM", err)}, nil
 	}

@@ -40,12 +40,32 @@ func (c *claims) take(vm qemu.Identity, id string) error {
 			delete(c.by, known)
 		}
 	}
-	if other, exists := c.by[vm]; exists && other != id { // its own was an earlier run's
-		return withRemedy(fmt.Errorf("this VM, process %d, is being migrated already, by migration %s", vm.PID, other),
-			fmt.Sprintf("follow that one with 'migrated watch %s', and migrate the VM when it is over", other))
+	if err := c.check(vm, id); err != nil {
+		return err
 	}
 	c.by[vm] = id
 	return nil
+}
+
+// refuse fails where the QEMU that vm is connected to is a migration's.
+func (c *claims) refuse(vm *qemu.VM) error {
+	identity, err := vm.Identity()
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.check(identity, "")
+}
+
+// check fails where the QEMU is another migration's. The caller holds mu.
+func (c *claims) check(vm qemu.Identity, id string) error {
+	other, exists := c.by[vm]
+	if !exists || other == id { // its own was an earlier run's
+		return nil
+	}
+	return withRemedy(fmt.Errorf("this VM, process %d, is being migrated already, by migration %s", vm.PID, other),
+		fmt.Sprintf("follow that one with 'migrated watch %s', and migrate the VM when it is over", other))
 }
 
 func (c *claims) give(vm qemu.Identity) {

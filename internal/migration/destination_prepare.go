@@ -206,7 +206,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		PipePath: d.pipePath(), LogPath: d.logPath(),
 	})
 	if err != nil {
-		return fmt.Errorf("start the destination QEMU: %w", err)
+		return thisHost.explainStart(fmt.Errorf("start the destination QEMU: %w", err), machine)
 	}
 	d.claim, err = claimed.takeVM(d.vm, request.GetId())
 	return err

@@ -26,7 +26,7 @@ func machineOf(
 		Name:        facts.Name, QemuVersion: facts.Version.String(), MachineType: facts.MachineType,
 		CommandLine: facts.CommandLine, WorkingDirectory: facts.WorkingDirectory,
 		Uid: facts.UID, Gid: facts.GID, Groups: facts.Groups, QmpPath: qmpPath,
-		Attributes: attributesTo(facts.Attributes),
+		Attributes: attributesTo(facts.Attributes), PrivateMemory: facts.PrivateMemory, HugeMemory: facts.HugeMemory,
 	}
 	for _, text := range slices.Concat([]string{machine.Name, machine.WorkingDirectory, qmpPath}, machine.CommandLine) {
 		if !utf8.ValidString(text) {
@@ -38,6 +38,7 @@ func machineOf(
 	for _, b := range facts.RAMBlocks {
 		block := &migratedv1.RamBlock{
 			Id: b.ID, Size: b.Size, PageSize: b.PageSize, File: b.FileIdentity, Populated: b.Populated,
+			Present: b.Present,
 		}
 		if !b.ReadOnly {
 			machine.RamBlocks = append(machine.RamBlocks, block)

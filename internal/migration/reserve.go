@@ -85,18 +85,21 @@ func tooLittle(err error) error {
 
 // availableMemory is what the kernel estimates that it can give without taking from others (MemAvailable in
 // proc_meminfo(5)).
-func availableMemory() (uint64, error) {
+func availableMemory() (uint64, error) { return meminfo("MemAvailable") }
+
+// meminfo is a figure of proc_meminfo(5), in bytes.
+func meminfo(name string) (uint64, error) {
 	text, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
 		return 0, err
 	}
 	for line := range strings.Lines(string(text)) {
 		var kib uint64
-		if n, _ := fmt.Sscanf(line, "MemAvailable: %d kB", &kib); n == 1 {
+		if n, _ := fmt.Sscanf(line, name+": %d kB", &kib); n == 1 {
 			return kib << 10, nil
 		}
 	}
-	return 0, errors.New("/proc/meminfo does not say what is available")
+	return 0, fmt.Errorf("/proc/meminfo does not say %s", name)
 }
 
 // checkPromise refuses a VM whose memory this host cannot have, before a QEMU is started that takes it.

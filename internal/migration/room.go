@@ -56,11 +56,15 @@ func (d *Destination) checkFutureRoom() error {
 	return checkRoom(d.cfg.Request.GetMachine(), groups, qemuNeeds)
 }
 
-// checkRoomNow asks for the groups that QEMU is in by now. Its memory has been dropped.
+// checkRoomNow asks for the groups that QEMU is in by now, and for the host. Its memory has been dropped.
 func (d *Destination) checkRoomNow() error {
 	groups, err := cgroup.Of(d.vm.Pid)
 	if err != nil {
 		return err
 	}
-	return checkRoom(d.cfg.Request.GetMachine(), groups, 0)
+	machine := d.cfg.Request.GetMachine()
+	if err := checkRoom(machine, groups, 0); err != nil {
+		return err
+	}
+	return thisHost.checkHolds(machine, d.blocks)
 }

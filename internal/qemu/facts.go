@@ -26,6 +26,9 @@ type Facts struct {
 	UID, GID         uint32 // effective
 	Groups           []uint32
 	Attributes       Attributes
+	// PrivateMemory is what QEMU alone holds in small pages, in memory or swapped out; HugeMemory what it holds in huge
+	// pages, those of files included. Bytes, at this moment.
+	PrivateMemory, HugeMemory uint64
 
 	RAMBlocks []RAMBlock
 }
@@ -103,6 +106,15 @@ func (vm *VM) processFacts(f *Facts) error {
 			vm.Pid, status["Uid"], status["Gid"], status["Groups"])
 	}
 	f.UID, f.GID, f.Groups = uids[1], gids[1], groups
-	f.Attributes, err = vm.attributes(status)
-	return err
+	if f.Attributes, err = vm.attributes(status); err != nil {
+		return err
+	}
+	anonymous, anonymousErr := parseKiB(status["RssAnon"])
+	swapped, swappedErr := parseKiB(status["VmSwap"])
+	huge, hugeErr := parseKiB(status["HugetlbPages"])
+	f.PrivateMemory, f.HugeMemory = anonymous+swapped, huge
+	if err := errors.Join(anonymousErr, swappedErr, hugeErr); err != nil {
+		return fmt.Errorf("memory of QEMU: /proc/%d/status: %w", vm.Pid, err)
+	}
+	return nil
 }

@@ -102,3 +102,13 @@ func parseIDs(text string) ([]uint32, error) {
 	}
 	return ids, nil
 }
+
+// parseKiB reads "2048 kB".
+func parseKiB(text string) (bytes uint64, err error) {
+	number, isKiB := strings.CutSuffix(text, " kB")
+	kib, err := strconv.ParseUint(number, 10, 54)
+	if err != nil || !isKiB {
+		return 0, fmt.Errorf("%q is no size", text)
+	}
+	return kib << 10, nil
+}

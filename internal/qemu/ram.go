@@ -39,6 +39,8 @@ type RAMBlock struct {
 	FileOffset int64 // of the first byte, in the file
 	// FileIdentity names the file of a shared mapping among all files of all hosts; empty for others.
 	FileIdentity string
+	// Present is how many bytes of that file are there, in memory or swapped out; 0 for others.
+	Present uint64
 
 	backend string // id of its -object memory-backend-*; empty: it has none
 	maxSize uint64 // of the mapping
@@ -211,8 +213,22 @@ func (vm *VM) locate(l listedBlock, maps []vma) (RAMBlock, error) {
 			"so userfaultfd cannot fill it", first.path), "put its mem-path on /dev/shm or on a mount of hugetlbfs, or give its memory backend share=off"}
 	default:
 		b.FileIdentity = fmt.Sprintf("%s:%x:%x:%d", bootID(), first.major, first.minor, first.inode)
+		b.Present, err = b.presentInFile()
 	}
-	return b, nil
+	return b, err
+}
+
+// presentInFile is at most the block's size: one file may hold others, too.
+func (b *RAMBlock) presentInFile() (uint64, error) {
+	if b.Path == "" { // shared and anonymous
+		return 0, nil
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(b.Path, &st); err != nil {
+		return 0, fmt.Errorf("RAM %q: %w", b.ID, err)
+	}
+	const statUnit = 512 // stat(2), st_blocks
+	return min(b.Size, uint64(st.Blocks)*statUnit), nil
 }
 
 // fileSystem returns the type of the file system that a mapped file is on.

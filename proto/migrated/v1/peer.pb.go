@@ -110,8 +110,12 @@ type CheckIncomingRequest struct {
 	// As in PrepareIncomingRequest.
 	DestinationQmp      string `protobuf:"bytes,2,opt,name=destination_qmp,json=destinationQmp,proto3" json:"destination_qmp,omitempty"`
 	DestinationTemplate string `protobuf:"bytes,3,opt,name=destination_template,json=destinationTemplate,proto3" json:"destination_template,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Names the check among those of its daemon, which may be asked itself.
+	Id string `protobuf:"bytes,4,opt,name=id,proto3" json:"id,omitempty"`
+	// As in MigrationSpec.
+	RequireSecure bool `protobuf:"varint,5,opt,name=require_secure,json=requireSecure,proto3" json:"require_secure,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CheckIncomingRequest) Reset() {
@@ -163,6 +167,20 @@ func (x *CheckIncomingRequest) GetDestinationTemplate() string {
 		return x.DestinationTemplate
 	}
 	return ""
+}
+
+func (x *CheckIncomingRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *CheckIncomingRequest) GetRequireSecure() bool {
+	if x != nil {
+		return x.RequireSecure
+	}
+	return false
 }
 
 type CheckIncomingResponse struct {
@@ -365,7 +383,12 @@ type SourceMachine struct {
 	// What its process has from whoever started it; unset by older sources.
 	Attributes *ProcessAttributes `protobuf:"bytes,12,opt,name=attributes,proto3" json:"attributes,omitempty"`
 	// Unset: the source's daemon is of a version that describes nothing.
-	Description   *MachineDescription `protobuf:"bytes,13,opt,name=description,proto3" json:"description,omitempty"`
+	Description *MachineDescription `protobuf:"bytes,13,opt,name=description,proto3" json:"description,omitempty"`
+	// What the VM holds at this moment that no file of a RAM block's has, bytes:
+	// small pages, in memory or swapped out; and huge pages, those of files too.
+	// 0 from older sources, which do not say.
+	PrivateMemory uint64 `protobuf:"varint,14,opt,name=private_memory,json=privateMemory,proto3" json:"private_memory,omitempty"`
+	HugeMemory    uint64 `protobuf:"varint,15,opt,name=huge_memory,json=hugeMemory,proto3" json:"huge_memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -491,6 +514,20 @@ func (x *SourceMachine) GetDescription() *MachineDescription {
 	return nil
 }
 
+func (x *SourceMachine) GetPrivateMemory() uint64 {
+	if x != nil {
+		return x.PrivateMemory
+	}
+	return 0
+}
+
+func (x *SourceMachine) GetHugeMemory() uint64 {
+	if x != nil {
+		return x.HugeMemory
+	}
+	return 0
+}
+
 // ProcessAttributes are given to the destination's QEMU process.
 type ProcessAttributes struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -557,8 +594,10 @@ type MachineDescription struct {
 	// What its user has given to it.
 	Devices []*Device `protobuf:"bytes,5,rep,name=devices,proto3" json:"devices,omitempty"`
 	// The classes of the devices that came with the machine, one for each.
-	BuiltIn       []string `protobuf:"bytes,6,rep,name=built_in,json=builtIn,proto3" json:"built_in,omitempty"`
-	Drives        []*Drive `protobuf:"bytes,7,rep,name=drives,proto3" json:"drives,omitempty"`
+	BuiltIn []string `protobuf:"bytes,6,rep,name=built_in,json=builtIn,proto3" json:"built_in,omitempty"`
+	Drives  []*Drive `protobuf:"bytes,7,rep,name=drives,proto3" json:"drives,omitempty"`
+	// All zeros where it was given none; empty from older sources.
+	Uuid          string `protobuf:"bytes,8,opt,name=uuid,proto3" json:"uuid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -640,6 +679,13 @@ func (x *MachineDescription) GetDrives() []*Drive {
 		return x.Drives
 	}
 	return nil
+}
+
+func (x *MachineDescription) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
 }
 
 type Cpu struct {
@@ -986,7 +1032,10 @@ type RamBlock struct {
 	// SHA-256 of what is in it, where it is one of read_only_blocks.
 	Digest []byte `protobuf:"bytes,5,opt,name=digest,proto3" json:"digest,omitempty"`
 	// All of it was promised to the VM from the beginning (prealloc=on).
-	Populated     bool `protobuf:"varint,6,opt,name=populated,proto3" json:"populated,omitempty"`
+	Populated bool `protobuf:"varint,6,opt,name=populated,proto3" json:"populated,omitempty"`
+	// The bytes of its file that are there, in memory or swapped out; 0 where it
+	// has no file, and from older sources.
+	Present       uint64 `protobuf:"varint,7,opt,name=present,proto3" json:"present,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1061,6 +1110,13 @@ func (x *RamBlock) GetPopulated() bool {
 		return x.Populated
 	}
 	return false
+}
+
+func (x *RamBlock) GetPresent() uint64 {
+	if x != nil {
+		return x.Present
+	}
+	return 0
 }
 
 type PrepareIncomingResponse struct {
@@ -2023,11 +2079,13 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x16migrated/v1/peer.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19migrated/v1/control.proto\"\x12\n" +
 	"\x10CheckHostRequest\"G\n" +
 	"\x11CheckHostResponse\x122\n" +
-	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xa8\x01\n" +
+	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xdf\x01\n" +
 	"\x14CheckIncomingRequest\x124\n" +
 	"\amachine\x18\x01 \x01(\v2\x1a.migrated.v1.SourceMachineR\amachine\x12'\n" +
 	"\x0fdestination_qmp\x18\x02 \x01(\tR\x0edestinationQmp\x121\n" +
-	"\x14destination_template\x18\x03 \x01(\tR\x13destinationTemplate\"K\n" +
+	"\x14destination_template\x18\x03 \x01(\tR\x13destinationTemplate\x12\x0e\n" +
+	"\x02id\x18\x04 \x01(\tR\x02id\x12%\n" +
+	"\x0erequire_secure\x18\x05 \x01(\bR\rrequireSecure\"K\n" +
 	"\x15CheckIncomingResponse\x122\n" +
 	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xa0\x03\n" +
 	"\x16PrepareIncomingRequest\x12\x0e\n" +
@@ -2042,7 +2100,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\tbandwidth\x18\n" +
 	" \x01(\x04R\tbandwidth\x12'\n" +
 	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\x12\x14\n" +
-	"\x05early\x18\v \x01(\bR\x05early\"\x8a\x04\n" +
+	"\x05early\x18\v \x01(\bR\x05early\"\xd2\x04\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
@@ -2060,10 +2118,13 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\n" +
 	"attributes\x18\f \x01(\v2\x1e.migrated.v1.ProcessAttributesR\n" +
 	"attributes\x12A\n" +
-	"\vdescription\x18\r \x01(\v2\x1f.migrated.v1.MachineDescriptionR\vdescription\"M\n" +
+	"\vdescription\x18\r \x01(\v2\x1f.migrated.v1.MachineDescriptionR\vdescription\x12%\n" +
+	"\x0eprivate_memory\x18\x0e \x01(\x04R\rprivateMemory\x12\x1f\n" +
+	"\vhuge_memory\x18\x0f \x01(\x04R\n" +
+	"hugeMemory\"M\n" +
 	"\x11ProcessAttributes\x12\"\n" +
 	"\room_score_adj\x18\x01 \x01(\x11R\voomScoreAdj\x12\x14\n" +
-	"\x05umask\x18\x02 \x01(\rR\x05umask\"\x99\x02\n" +
+	"\x05umask\x18\x02 \x01(\rR\x05umask\"\xad\x02\n" +
 	"\x12MachineDescription\x12\x10\n" +
 	"\x03kvm\x18\x01 \x01(\bR\x03kvm\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12$\n" +
@@ -2071,7 +2132,8 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\bfeatures\x18\x04 \x03(\v2\x16.migrated.v1.CpuidWordR\bfeatures\x12-\n" +
 	"\adevices\x18\x05 \x03(\v2\x13.migrated.v1.DeviceR\adevices\x12\x19\n" +
 	"\bbuilt_in\x18\x06 \x03(\tR\abuiltIn\x12*\n" +
-	"\x06drives\x18\a \x03(\v2\x12.migrated.v1.DriveR\x06drives\"1\n" +
+	"\x06drives\x18\a \x03(\v2\x12.migrated.v1.DriveR\x06drives\x12\x12\n" +
+	"\x04uuid\x18\b \x01(\tR\x04uuid\"1\n" +
 	"\x03Cpu\x12\x14\n" +
 	"\x05class\x18\x01 \x01(\tR\x05class\x12\x14\n" +
 	"\x05place\x18\x02 \x01(\tR\x05place\"i\n" +
@@ -2093,14 +2155,15 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x06format\x18\x02 \x01(\tR\x06format\x12\x12\n" +
 	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x1c\n" +
 	"\ttemporary\x18\x04 \x01(\bR\ttemporary\x12\x18\n" +
-	"\awritten\x18\x05 \x01(\bR\awritten\"\x95\x01\n" +
+	"\awritten\x18\x05 \x01(\bR\awritten\"\xaf\x01\n" +
 	"\bRamBlock\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x1b\n" +
 	"\tpage_size\x18\x03 \x01(\x04R\bpageSize\x12\x12\n" +
 	"\x04file\x18\x04 \x01(\tR\x04file\x12\x16\n" +
 	"\x06digest\x18\x05 \x01(\fR\x06digest\x12\x1c\n" +
-	"\tpopulated\x18\x06 \x01(\bR\tpopulated\"\xea\x01\n" +
+	"\tpopulated\x18\x06 \x01(\bR\tpopulated\x12\x18\n" +
+	"\apresent\x18\a \x01(\x04R\apresent\"\xea\x01\n" +
 	"\x17PrepareIncomingResponse\x124\n" +
 	"\n" +
 	"ram_blocks\x18\x01 \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12:\n" +
