@@ -19,6 +19,8 @@ type checkCmd struct {
 
 	ToQMP    string `name:"to-qmp" placeholder:"PATH" xor:"qemu" help:"As of migrate: the QEMU there that would take the VM."`
 	Template string `placeholder:"PATH" xor:"qemu" help:"As of migrate: a template there of the command line of its QEMU."`
+
+	RequireSecure bool `help:"As of migrate: refuse a destination whose userfaultfds SELinux does not supervise."`
 }
 
 // longCheck is the least time that a check has which starts a QEMU.
@@ -51,6 +53,7 @@ func (cc *checkCmd) Run(a *app) error {
 	return a.withClient(func(ctx context.Context, c *client) error {
 		answer, err := c.Check(ctx, &migratedv1.CheckRequest{
 			Vm: localPath(a.daemon, cc.VM), Destination: to, DestinationQmp: cc.ToQMP, DestinationTemplate: cc.Template,
+			RequireSecure: cc.RequireSecure,
 		})
 		if err != nil {
 			return c.explain("", err)

@@ -26,10 +26,15 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 		if !filepath.IsAbs(vm) {
 			return nil, status.Errorf(codes.InvalidArgument, "vm: %q is no absolute path of a QMP socket", vm)
 		}
-		cfg := c.daemon.sourceConfig()
-		cfg.Spec = &migratedv1.MigrationSpec{Vm: vm}
 		var found []qemu.Result
-		found, machine = migration.CheckSource(ctx, cfg)
+		if id := c.daemon.migrations.under(vm); id != "" { // which has the VM's socket
+			err := underWay(id)
+			found = []qemu.Result{{Subject: "VM", Status: qemu.Failed, Detail: err.Error(), Remedy: migration.Remedy(err)}}
+		} else {
+			cfg := c.daemon.sourceConfig()
+			cfg.Spec = &migratedv1.MigrationSpec{Vm: vm}
+			found, machine = migration.CheckSource(ctx, cfg)
+		}
 		results = append(results, shown(found, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)...)
 	}
 	if destination := request.GetDestination(); destination != "" {
@@ -68,8 +73,12 @@ func (d *Daemon) checkDestination(
 	if machine == nil {
 		return results
 	}
+	id := "check-" + strings.ToLower(rand.Text()[:12])
+	d.checking.Store(id, nil)
+	defer d.checking.Delete(id)
 	answer, err := peer.CheckIncoming(ctx, &migratedv1.CheckIncomingRequest{
 		Machine: machine, DestinationQmp: request.GetDestinationQmp(), DestinationTemplate: request.GetDestinationTemplate(),
+		Id: id, RequireSecure: request.GetRequireSecure(),
 	})
 	if err == nil {
 		return append(results, answer.GetResults()...)
@@ -97,6 +106,11 @@ func (p *peerService) CheckIncoming(
 	if err := p.daemon.maySend(ctx, request.GetMachine().GetName()); err != nil {
 		return nil, err
 	}
+	if err := p.mayComeNow(ctx, request); err != nil {
+		return &migratedv1.CheckIncomingResponse{Results: shown([]qemu.Result{{
+			Subject: "destination daemon", Status: qemu.Failed, Detail: err.Error(), Remedy: migration.Remedy(err),
+		}}, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)}, nil
+	}
 	select {
 	case p.daemon.checks <- struct{}{}:
 		defer func() { <-p.daemon.checks }()
@@ -108,9 +122,21 @@ func (p *peerService) CheckIncoming(
 	cfg.Request = &migratedv1.PrepareIncomingRequest{
 		Id: id, Machine: request.GetMachine(), DestinationQmp: request.GetDestinationQmp(),
 		DestinationTemplate: request.GetDestinationTemplate(),
+		Spec:                &migratedv1.MigrationSpec{RequireSecure: request.GetRequireSecure()},
 	}
 	found := migration.CheckDestination(ctx, cfg)
 	return &migratedv1.CheckIncomingResponse{Results: shown(found, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)}, nil
+}
+
+// mayComeNow is what PrepareIncoming refuses before it starts a QEMU.
+func (p *peerService) mayComeNow(ctx context.Context, request *migratedv1.CheckIncomingRequest) error {
+	if _, own := p.daemon.checking.Load(request.GetId()); own && request.GetDestinationQmp() == "" {
+		return errOwnHost
+	}
+	if err := p.daemon.migrations.hasRoom(callerID(ctx), p.daemon.cfg.MaxIncoming); err != nil {
+		return migration.WithRemedy(err, remedyCrowded)
+	}
+	return nil
 }
 
 func shown(results []qemu.Result, host migratedv1.MigrationRole) []*migratedv1.CheckResult {

@@ -83,13 +83,18 @@ func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*mig
 		s, busy = c.daemon.migrations.addSource(id, spec.GetVm(), create)
 	}
 	if busy != "" {
-		return nil, migration.ToStatus(codes.FailedPrecondition, migration.WithRemedy(
-			fmt.Errorf("this VM is being migrated already, by migration %s", busy), fmt.Sprintf("follow it with 'migrated watch %s'", busy)))
+		return nil, migration.ToStatus(codes.FailedPrecondition, underWay(busy))
 	}
 	if view, _ := s.Snapshot(); !proto.Equal(view.GetSpec(), spec) {
 		return nil, status.Errorf(codes.AlreadyExists, "migration %s exists with another specification; choose another id", id)
 	}
 	return s, nil
+}
+
+// underWay refuses a VM that a migration has already.
+func underWay(id string) error {
+	return migration.WithRemedy(fmt.Errorf("this VM is being migrated already, by migration %s", id),
+		fmt.Sprintf("follow it with 'migrated watch %s'", id))
 }
 
 func (d *Daemon) newSource(id string, spec *migratedv1.MigrationSpec) *migration.Source {

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -73,8 +74,10 @@ type Daemon struct {
 	sockets *systemd.Listeners
 	starter *qemu.Starter // nil: this process starts QEMUs
 	checks  chan struct{} // a place for each QEMU that a check has started
-	confine func() error
-	runAs   *qemu.Credentials // nil: QEMUs run as at their sources
+	// checking has the ids of the checks by which this daemon asks a destination, which may be itself.
+	checking sync.Map
+	confine  func() error
+	runAs    *qemu.Credentials // nil: QEMUs run as at their sources
 }
 
 // New makes a daemon of a valid configuration. It serves when it is run. It takes what a service manager handed to this

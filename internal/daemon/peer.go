@@ -46,9 +46,7 @@ func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.P
 		return nil, err
 	}
 	if p.daemon.migrations.source(request.GetId()) != nil && request.GetDestinationQmp() == "" {
-		return nil, migration.ToStatus(codes.FailedPrecondition, migration.WithRemedy(
-			errors.New("the destination is the VM's own host: a QEMU that is started like the VM's would have its files and sockets"),
-			"name another host; or start a QEMU here yourself, with files and sockets of its own, and name it with --to-qmp"))
+		return nil, migration.ToStatus(codes.FailedPrecondition, errOwnHost)
 	}
 	if err := absoluteAddresses(ctx, request); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
@@ -60,6 +58,11 @@ func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.P
 	answer, err := d.Prepare(ctx)
 	return answer, migration.ToStatus(codes.FailedPrecondition, err)
 }
+
+// errOwnHost says that a daemon is to start a QEMU for a VM of its own host.
+var errOwnHost = migration.WithRemedy(
+	errors.New("the destination is the VM's own host: a QEMU that is started like the VM's would have its files and sockets"),
+	"name another host; or start a QEMU here yourself, with files and sockets of its own, and name it with --to-qmp")
 
 // expectIncoming makes the destination of a new migration, if there is room for it.
 func (d *Daemon) expectIncoming(ctx context.Context, request *migratedv1.PrepareIncomingRequest) (*migration.Destination, error) {
@@ -73,7 +76,7 @@ func (d *Daemon) expectIncoming(ctx context.Context, request *migratedv1.Prepare
 	switch {
 	case errors.As(err, &crowded):
 		d.refusals.Refused("migration: too many are under way", callerNetwork(ctx), "id", request.GetId())
-		return nil, status.Error(codes.ResourceExhausted, crowded.Error())
+		return nil, migration.ToStatus(codes.ResourceExhausted, migration.WithRemedy(crowded, remedyCrowded))
 	case err != nil:
 		return nil, status.Errorf(codes.AlreadyExists, "a migration %s to this host is under way; choose another id", request.GetId())
 	}

@@ -90,15 +90,30 @@ func (r *registry) addSource(id, vm string, create func() *migration.Source) (s 
 	if s := r.sources[id]; s != nil {
 		return s, ""
 	}
-	for other, s := range r.sources {
-		if view, _ := s.Snapshot(); view.GetSpec().GetVm() == vm && !isDone(s) {
-			return nil, other
-		}
+	if busy := r.busy(vm); busy != "" {
+		return nil, busy
 	}
 	forgetOld(r.sources)
 	s = create()
 	r.sources[id] = s
 	return s, ""
+}
+
+// under says which migration of that VM is not over; empty: none.
+func (r *registry) under(vm string) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.busy(vm)
+}
+
+// busy is for who holds mu.
+func (r *registry) busy(vm string) string {
+	for id, s := range r.sources {
+		if view, _ := s.Snapshot(); view.GetSpec().GetVm() == vm && !isDone(s) {
+			return id
+		}
+	}
+	return ""
 }
 
 // letGoTime is what a source that has said how its migration ended may take to let go of its VM.
@@ -132,13 +147,14 @@ type crowdedError struct {
 }
 
 func (e *crowdedError) Error() string {
-	const remedy = "start this one when another is over, or raise max_incoming in the destination's configuration"
 	if e.sender == "" {
-		return fmt.Sprintf("%d migrations to this host are under way, as many as may be at once; %s", e.most, remedy)
+		return fmt.Sprintf("%d migrations to this host are under way, as many as may be at once", e.most)
 	}
-	return fmt.Sprintf("%d migrations from %s to this host are under way, half of what may be at once, and the rest is for others; %s",
-		e.most, e.sender, remedy)
+	return fmt.Sprintf("%d migrations from %s to this host are under way, half of what may be at once, and the rest is for others",
+		e.most, e.sender)
 }
+
+const remedyCrowded = "start this one when another is over, or raise max_incoming in the destination's configuration"
 
 // addDestination adds the one that create makes, where sender and all others have fewer than most under way: each sender
 // may have half of them. One that is over makes room, so that an id can be used again after a failure. forgotten are the
@@ -150,20 +166,8 @@ func (r *registry) addDestination(id, sender string, most int, create func() *mi
 	if old != nil && !isDone(old) {
 		return nil, nil, errIDTaken
 	}
-	all, theirs := 0, 0
-	for other, d := range r.destinations {
-		if isDone(d) {
-			continue
-		}
-		all++
-		if r.senders[other] == sender {
-			theirs++
-		}
-	}
-	if half := (most + 1) / 2; all >= most {
-		return nil, nil, &crowdedError{most: most}
-	} else if theirs >= half {
-		return nil, nil, &crowdedError{most: half, sender: sender}
+	if err := r.crowded(sender, most); err != nil {
+		return nil, nil, err
 	}
 	forgotten = forgetOld(r.destinations)
 	for _, over := range forgotten {
@@ -175,6 +179,33 @@ func (r *registry) addDestination(id, sender string, most int, create func() *mi
 	d = create()
 	r.destinations[id], r.senders[id] = d, sender
 	return d, forgotten, nil
+}
+
+// hasRoom fails with a *crowdedError where addDestination would.
+func (r *registry) hasRoom(sender string, most int) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.crowded(sender, most)
+}
+
+// crowded is for who holds mu.
+func (r *registry) crowded(sender string, most int) error {
+	all, theirs := 0, 0
+	for id, d := range r.destinations {
+		if isDone(d) {
+			continue
+		}
+		all++
+		if r.senders[id] == sender {
+			theirs++
+		}
+	}
+	if half := (most + 1) / 2; all >= most {
+		return &crowdedError{most: most}
+	} else if theirs >= half {
+		return &crowdedError{most: half, sender: sender}
+	}
+	return nil
 }
 
 // takeUp adds migrations that an earlier run of the daemon left; left are those to this host that could not be taken up,

@@ -2442,8 +2442,10 @@ type CheckRequest struct {
 	// As in MigrationSpec, where both are named.
 	DestinationQmp      string `protobuf:"bytes,3,opt,name=destination_qmp,json=destinationQmp,proto3" json:"destination_qmp,omitempty"`
 	DestinationTemplate string `protobuf:"bytes,4,opt,name=destination_template,json=destinationTemplate,proto3" json:"destination_template,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// As in MigrationSpec.
+	RequireSecure bool `protobuf:"varint,5,opt,name=require_secure,json=requireSecure,proto3" json:"require_secure,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CheckRequest) Reset() {
@@ -2502,6 +2504,13 @@ func (x *CheckRequest) GetDestinationTemplate() string {
 		return x.DestinationTemplate
 	}
 	return ""
+}
+
+func (x *CheckRequest) GetRequireSecure() bool {
+	if x != nil {
+		return x.RequireSecure
+	}
+	return false
 }
 
 type CheckResponse struct {
@@ -2864,12 +2873,13 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tbandwidth\x18\x02 \x01(\x04R\tbandwidth\"4\n" +
 	"\x14SetBandwidthResponse\x12\x1c\n" +
-	"\tbandwidth\x18\x01 \x01(\x04R\tbandwidth\"\x9c\x01\n" +
+	"\tbandwidth\x18\x01 \x01(\x04R\tbandwidth\"\xc3\x01\n" +
 	"\fCheckRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
 	"\x0fdestination_qmp\x18\x03 \x01(\tR\x0edestinationQmp\x121\n" +
-	"\x14destination_template\x18\x04 \x01(\tR\x13destinationTemplate\"C\n" +
+	"\x14destination_template\x18\x04 \x01(\tR\x13destinationTemplate\x12%\n" +
+	"\x0erequire_secure\x18\x05 \x01(\bR\rrequireSecure\"C\n" +
 	"\rCheckResponse\x122\n" +
 	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xb9\x01\n" +
 	"\vCheckResult\x12\x18\n" +
