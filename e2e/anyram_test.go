@@ -133,12 +133,8 @@ func goThrough(t *testing.T, version string, kinds []lab.Backend, huge bool) {
 	if kinds[0] == lab.BackendDefault {
 		rename = strings.NewReplacer("id=ram0", "id=pc.ram", "memory-backend=ram0", "memory-backend=pc.ram")
 	}
-	startVM(t, l.A, vm)
 	var guest report.Log
-	port := openGuest(t, l.A, &guest)
-	if _, err := guest.WaitReady(testContext(t)); err != nil {
-		t.Fatal(err)
-	}
+	port := bootLinux(t, l.A, vm, &guest)
 	from, to := l.A, l.B
 	for i, kind := range kinds[1:] {
 		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)

@@ -67,7 +67,7 @@ func TestPausedVMWithDiskGoesOn(t *testing.T) {
 			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault}.WithDevices(2, 1))
 			command(t, l.A, "stop")
 			from, to := l.A, l.B
-			for hop := range 4 {
+			for hop := range 2 {
 				migrate(t, from, to, fmt.Sprintf("hop-%d", hop))
 				if status := vmStatus(t, to); status != "paused" {
 					t.Fatalf("hop %d: the VM is %q", hop, status)
@@ -148,14 +148,10 @@ func TestManyDevices(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	startVM(t, l.A, lab.RealVM(kernel, initrd, 256, 8, 8, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500"))
 	var guest report.Log
-	port := openGuest(t, l.A, &guest)
-	if _, err := guest.WaitReady(testContext(t)); err != nil {
-		t.Fatal(err)
-	}
+	port := bootLinux(t, l.A, lab.RealVM(kernel, initrd, 256, 8, 8, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500"), &guest)
 	from, to := l.A, l.B
-	for hop := range 4 {
+	for hop := range 2 {
 		awaitBlocks(t, &guest, writesOf(guest.Disks())+20)
 		if err := port.Close(); err != nil {
 			t.Fatal(err)

@@ -30,12 +30,8 @@ func TestBandwidth(t *testing.T) {
 	a := startDaemon(t, l.A)
 	startDaemon(t, l.B)
 	vm := plainLinux(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 256, Nodes: 1}, "migrated.pattern=idle", "migrated.mem=64", "migrated.workers=1")
-	startVM(t, l.A, vm)
 	var guest report.Log
-	port := openGuest(t, l.A, &guest)
-	if _, err := guest.WaitReady(testContext(t)); err != nil {
-		t.Fatal(err)
-	}
+	port := bootLinux(t, l.A, vm, &guest)
 	if err := port.Close(); err != nil {
 		t.Fatal(err)
 	}

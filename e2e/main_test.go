@@ -120,6 +120,28 @@ func closeConn(t *testing.T, conn *grpc.ClientConn) {
 // startVM starts a VM, its QEMU's output shown when the test fails.
 func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Process {
 	t.Helper()
+	beforeVM(t, h, c)
+	p, err := h.StartVM(testContext(t), c, extra...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// bootLinux starts a VM with the Linux guest and returns its port when that is at work.
+func bootLinux(t *testing.T, h *lab.Host, c lab.VMConfig, log *report.Log) *report.Port {
+	t.Helper()
+	beforeVM(t, h, c)
+	port, err := h.Boot(testContext(t), c, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
+
+// beforeVM says what a VM needs that this machine lacks, and shows at the end of a test that failed what its QEMU said.
+func beforeVM(t *testing.T, h *lab.Host, c lab.VMConfig) {
+	t.Helper()
 	if c.Disks > 0 || c.NICs > 0 {
 		needRealVM(t)
 	}
@@ -129,11 +151,6 @@ func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Pr
 			t.Logf("QEMU on host %s: %s", h.Name, text)
 		}
 	})
-	p, err := h.StartVM(testContext(t), c, extra...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p
 }
 
 // migrate moves the VM and returns the migration as its source shows it.

@@ -23,12 +23,8 @@ func TestRealVM(t *testing.T) {
 	}
 	vm := lab.RealVM(kernel, initrd, 256, 2, 2, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
 	vm.Extra = append(vm.Extra, lab.EventsArgs()...)
-	startVM(t, l.A, vm)
 	var guest report.Log
-	port := openGuest(t, l.A, &guest)
-	if _, err := guest.WaitReady(testContext(t)); err != nil {
-		t.Fatal(err)
-	}
+	port := bootLinux(t, l.A, vm, &guest)
 	awaitBlocks(t, &guest, 200)
 	if err := port.Close(); err != nil {
 		t.Fatal(err)

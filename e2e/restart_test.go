@@ -171,12 +171,8 @@ func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 			}
 			vm := linux(t, c, "migrated.mem=320", "migrated.ws=128", "migrated.workers=2", "migrated.rate=500", "migrated.write=50",
 				"migrated.window=100ms")
-			startVM(t, l.A, vm)
 			var guest report.Log
-			port := openGuest(t, l.A, &guest)
-			if _, err := guest.WaitReady(testContext(t)); err != nil {
-				t.Fatal(err)
-			}
+			port := bootLinux(t, l.A, vm, &guest)
 			awaitWindows(t, &guest, 3)
 			if err := port.Close(); err != nil {
 				t.Fatal(err)

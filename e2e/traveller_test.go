@@ -36,13 +36,9 @@ func newTraveller(t *testing.T, l *lab.Lab) *traveller {
 	t.Helper()
 	vm := linux(t, lab.VMConfig{VCPUs: 2, MemoryMiB: 256, Nodes: 1}, "migrated.mem=128", "migrated.workers=2",
 		"migrated.rate=500", "migrated.window="+travellerWindow.String())
-	startVM(t, l.A, vm)
-	v := &traveller{T: t, lab: l, at: l.A}
 	var guest report.Log
-	port := openGuest(t, l.A, &guest)
-	if _, err := guest.WaitReady(testContext(t)); err != nil {
-		t.Fatal(err)
-	}
+	port := bootLinux(t, l.A, vm, &guest)
+	v := &traveller{T: t, lab: l, at: l.A}
 	awaitWindows(t, &guest, 3)
 	if err := port.Close(); err != nil {
 		t.Fatal(err)

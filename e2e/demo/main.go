@@ -171,10 +171,7 @@ type timed struct {
 func boot(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *report.Log) (err error) {
 	say("Booting a VM of %d MiB on host %s; its guest stamps its memory, then reads and writes it and its disk",
 		vm.MemoryMiB, h.Name)
-	if _, err := h.StartVM(ctx, vm); err != nil {
-		return err
-	}
-	port, err := h.Guest(ctx, guest)
+	port, err := h.Boot(ctx, vm, guest)
 	if err != nil {
 		return err
 	}

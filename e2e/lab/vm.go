@@ -174,6 +174,55 @@ func (h *Host) StartVM(ctx context.Context, c VMConfig, extra ...string) (*Proce
 	}
 }
 
+// A Linux guest is ready within seconds, or its emulator has lost its way: TCG of QEMU 7.2 does, once in some ten boots
+// with several vCPUs while the guest gives its devices their addresses. It ends of an assertion in msix_table_mmio_write,
+// or its guest says nothing any more. Then the VM is booted again.
+const (
+	bootTries    = 3
+	bootPatience = 75 * time.Second // a try's, but for the last
+)
+
+// Boot starts a VM whose guest reports, and returns when that is at work. What the guest says is in log from then on,
+// until the port is closed.
+func (h *Host) Boot(ctx context.Context, c VMConfig, log *report.Log, extra ...string) (*report.Port, error) {
+	for try := 1; ; try++ {
+		port, err := h.boot(ctx, try < bootTries, c, log, extra...)
+		if err == nil || try == bootTries || ctx.Err() != nil || log.Len() > 0 { // a guest that says what is wrong is right
+			return port, err
+		}
+	}
+}
+
+func (h *Host) boot(ctx context.Context, bounded bool, c VMConfig, log *report.Log, extra ...string) (*report.Port, error) {
+	p, err := h.StartVM(ctx, c, extra...)
+	if err != nil {
+		return nil, err
+	}
+	if bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, bootPatience)
+		defer cancel()
+	}
+	ctx, ended := context.WithCancelCause(ctx)
+	defer ended(nil)
+	go func() {
+		select {
+		case <-p.Exited():
+			ended(fmt.Errorf("QEMU on host %s ended: %w", h.Name, p.err))
+		case <-ctx.Done():
+		}
+	}()
+	port, err := h.Guest(ctx, log)
+	if err != nil {
+		return nil, errors.Join(err, p.Kill())
+	}
+	if _, err := log.WaitReady(ctx); err != nil {
+		_ = port.Close() // QEMU may have ended
+		return nil, errors.Join(err, p.Kill())
+	}
+	return port, nil
+}
+
 // QMP connects to the VM on this host. QEMU serves one client at a time.
 func (h *Host) QMP(ctx context.Context) (*qmp.Client, error) { return qmp.Dial(ctx, h.Path(QMPPath)) }
 
