@@ -3,6 +3,7 @@
 package qemu
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -22,11 +23,7 @@ type Attributes struct {
 
 // attributes reads those of the QEMU process.
 func (vm *VM) attributes(status map[string]string) (a Attributes, err error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", vm.Pid))
-	if err == nil {
-		a.OOMScoreAdj, err = strconv.Atoi(strings.TrimSpace(string(text)))
-	}
-	if err != nil {
+	if a.OOMScoreAdj, err = oomScoreAdj(strconv.Itoa(vm.Pid)); err != nil {
 		return a, fmt.Errorf("OOM score of QEMU: %w", err)
 	}
 	umask, err := strconv.ParseUint(status["Umask"], 8, 32)
@@ -37,28 +34,40 @@ func (vm *VM) attributes(status map[string]string) (a Attributes, err error) {
 	return a, nil
 }
 
-// umaskLock is held while this process has another umask, which a child has from it.
-var umaskLock sync.Mutex
+// attributesLock is held while this process has other attributes, which a child has from it.
+var attributesLock sync.Mutex
 
-// withUmask calls start with another umask.
-func (a *Attributes) withUmask(start func() error) error {
+// during calls start while this process has them. It has no right to the process of a QEMU in a domain of SELinux's.
+func (a *Attributes) during(start func() error) (err error) {
 	if a == nil {
 		return start()
 	}
-	umaskLock.Lock()
-	defer umaskLock.Unlock()
+	attributesLock.Lock()
+	defer attributesLock.Unlock()
+	own, err := oomScoreAdj("self")
+	if err != nil {
+		return fmt.Errorf("this process' OOM score: %w", err)
+	}
+	if own != a.OOMScoreAdj {
+		defer func() { err = errors.Join(err, setOOMScoreAdj(own)) }()
+		if err := setOOMScoreAdj(a.OOMScoreAdj); err != nil {
+			return fmt.Errorf("give QEMU the source's OOM score: %w", err)
+		}
+	}
 	defer unix.Umask(unix.Umask(int(a.Umask)))
 	return start()
 }
 
-// give gives the others to a process that has just been started.
-func (a *Attributes) give(pid int) error {
-	if a == nil {
-		return nil
+const oomPath = "/proc/%s/oom_score_adj"
+
+func oomScoreAdj(process string) (int, error) {
+	text, err := os.ReadFile(fmt.Sprintf(oomPath, process))
+	if err != nil {
+		return 0, err
 	}
-	path := fmt.Sprintf("/proc/%d/oom_score_adj", pid)
-	if err := os.WriteFile(path, []byte(strconv.Itoa(a.OOMScoreAdj)), 0); err != nil {
-		return fmt.Errorf("give QEMU the source's OOM score %d: %w", a.OOMScoreAdj, err)
-	}
-	return nil
+	return strconv.Atoi(strings.TrimSpace(string(text)))
+}
+
+func setOOMScoreAdj(score int) error {
+	return os.WriteFile(fmt.Sprintf(oomPath, "self"), []byte(strconv.Itoa(score)), 0)
 }

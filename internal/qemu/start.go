@@ -141,13 +141,13 @@ func launch(opts StartOptions) (child, error) {
 			}
 		}()
 	}
-	if err := opts.Attributes.withUmask(start); err != nil {
-		return child{}, fmt.Errorf("start QEMU as user %d, group %d: %w", c.UID, c.GID, err)
-	}
-	if err := opts.Attributes.give(cmd.Process.Pid); err != nil {
-		killed := cmd.Process.Kill()
-		_ = wait() // it was killed
-		return child{}, errors.Join(err, killed)
+	if err := opts.Attributes.during(start); err != nil {
+		err = fmt.Errorf("start QEMU as user %d, group %d: %w", c.UID, c.GID, err)
+		if cmd.Process != nil {
+			err = errors.Join(err, cmd.Process.Kill())
+			_ = wait() // it was killed
+		}
+		return child{}, err
 	}
 	return child{cmd.Process.Pid, wait}, nil
 }
