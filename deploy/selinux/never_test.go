@@ -57,6 +57,7 @@ var mutations = []struct{ never, rule string }{
 	{"N14", "(allow migrated_t svirt_t (file (write)))"},
 	{"N14", "(allow migrated_t svirt_tmpfs_t (file (write)))"},
 	{"N14", "(allow migrated_t svirt_image_t (file (map)))"},
+	{"N14", "(allow migrated_t svirt_image_t (file (unlink)))"},
 	{"N14", "(allowx migrated_t svirt_t (ioctl file (0x6611)))"},
 }
 

@@ -108,6 +108,7 @@ func TestOnDebian(t *testing.T) {
 			[]string{"-A", "-s", "migrated_t", "-c", "file", "-p", "write,append,create,unlink,rename"},
 			[]string{
 				"allow migrated_t migrated_log_t:file { append create getattr open read rename setattr unlink write };",
+				"allow migrated_t migrated_qemu_tmpfs:file { lock unlink };",
 				"allow migrated_t migrated_record_t:file { create getattr map open read rename setattr unlink write };",
 				"allow migrated_t migrated_state_t:file { getattr open read write };",
 				"allow migrated_t migrated_t:file { append getattr ioctl lock open read write };", // its own /proc/PID
@@ -140,9 +141,12 @@ func TestOnDebian(t *testing.T) {
 			[]string{"allow migrated_t migrated_sharing_domain:file { getattr open read };"},
 		},
 		{
-			"memory in files: the daemon reads it",
+			"memory in files: the daemon reads it, and removes the file when nobody needs it any more",
 			[]string{"-A", "-s", "migrated_t", "-t", "svirt_tmpfs_t", "-c", "file"},
-			[]string{"allow migrated_t migrated_qemu_ram:file { getattr open read };"},
+			[]string{
+				"allow migrated_t migrated_qemu_ram:file { getattr open read };",
+				"allow migrated_t migrated_qemu_tmpfs:file { lock unlink };",
+			},
 		},
 		{
 			"which programs the daemon runs, all of them in another domain",

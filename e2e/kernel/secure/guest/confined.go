@@ -54,8 +54,18 @@ func (s *scene) starve(ctx context.Context, name, id string, args []string, mean
 	if _, err := s.from().operate(ctx, append(args, "--detach")...); err != nil {
 		return err
 	}
+	ctx, failed := context.WithCancelCause(ctx)
+	defer failed(nil)
+	watched := make(chan error, 1)
+	go func() {
+		_, err := s.from().operate(ctx, "watch", id)
+		if err != nil { // nothing is worth waiting for any more
+			failed(err)
+		}
+		watched <- err
+	}()
 	if err := s.to().resumed(ctx); err != nil {
-		return err
+		return errors.Join(err, context.Cause(ctx))
 	}
 	if err := daemon.Signal(unix.SIGSTOP); err != nil {
 		return err
@@ -64,7 +74,7 @@ func (s *scene) starve(ctx context.Context, name, id string, args []string, mean
 	if err := errors.Join(meanwhile(), daemon.Signal(unix.SIGCONT)); err != nil {
 		return err
 	}
-	if _, err := s.from().operate(ctx, "watch", id); err != nil {
+	if err := <-watched; err != nil {
 		return err
 	}
 	return s.moved(ctx, name, id, before)

@@ -59,7 +59,8 @@ func (h *host) unshare() error {
 	h.root = fmt.Sprintf("/proc/self/task/%d/root", unix.Gettid())
 	return errors.Join(
 		unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=0755"),
-		unix.Mount("tmpfs", "/dev/shm", "tmpfs", 0, "mode=1777"))
+		unix.Mount("tmpfs", "/dev/shm", "tmpfs", 0, "mode=1777"),
+		unix.Mount("tmpfs", "/var/log", "tmpfs", 0, "mode=0755"))
 }
 
 // furnish makes the directories of the daemon and of the VM.
@@ -79,6 +80,7 @@ func (h *host) furnish() error {
 	}
 	return errors.Join(
 		label(h.path("/run"), "object_r:var_run_t:s0"),
+		label(h.path("/var/log"), "object_r:var_log_t:s0"),
 		label(h.path(daemonDir), "object_r:migrated_runtime_t:s0"),
 		label(h.path(vmDir), "object_r:svirt_runtime_t:s0"),
 		label(h.path(vmDir+"/disk"), "object_r:svirt_image_t:"+categories))

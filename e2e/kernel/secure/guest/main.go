@@ -82,6 +82,7 @@ func prepare() error {
 		unix.Mount("tmpfs", "/dev/shm", "tmpfs", 0, "mode=1777"),
 		os.Chmod("/dev/kvm", 0o666), // as for the members of a group kvm
 		os.Symlink("/run", "/var/run"),
+		os.Mkdir("/var/log", 0o755),
 		// The programs of those who try: a file has one label.
 		os.WriteFile("/usr/bin/probe", program, 0o755),
 		os.WriteFile("/usr/bin/probe-qemu", program, 0o755),
