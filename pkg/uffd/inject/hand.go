@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package inject
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// Where Hand's page has what the injected calls read and write, bytes from its beginning.
+const (
+	pairAt    = 0   // int[2], of socketpair(2)
+	byteAt    = 16  // what comes along with the descriptor
+	vectorAt  = 32  // struct iovec
+	messageAt = 64  // struct msghdr
+	controlAt = 128 // struct cmsghdr with one int
+	pageSize  = 4096
+)
+
+// Hand gives process pid a duplicate of f, which stays the caller's, and returns its number there; it is close-on-exec.
+// No name, no permission on a file system and no namespace matter: the process makes a pair of sockets, this process takes
+// one end of it (pidfd_getfd(2)) and sends f through it (SCM_RIGHTS, unix(7)), and the process receives it. Nothing else is
+// left there. CloseHanded closes it. Errors are those of Seize, and of the process' calls.
+func Hand(ctx context.Context, pid int, f *os.File) (fd int, err error) {
+	wrap := func(err error) error { return fmt.Errorf("hand %s to process %d: %w", f.Name(), pid, err) }
+	pidfd, err := openPidfd(pid)
+	if err != nil {
+		return -1, wrap(err)
+	}
+	defer unix.Close(pidfd)
+	p, err := target{pid: pid, pidfd: pidfd}.seize(ctx)
+	if err != nil {
+		return -1, wrap(err)
+	}
+	fd, err = p.receive(ctx, pidfd, f)
+	if err = both(err, p.Detach()); err != nil {
+		return -1, wrap(err)
+	}
+	return fd, nil
+}
+
+// receive makes the process receive f. Whatever fails, the process is left as it was.
+func (p *Process) receive(ctx context.Context, pidfd int, f *os.File) (fd int, err error) {
+	undo := func(nr uintptr, args ...uintptr) { // not with ctx, which may be over
+		_, undoErr := p.Syscall(context.WithoutCancel(ctx), nr, args...)
+		err = both(err, undoErr)
+	}
+	none := ^uintptr(0)
+	page, err := p.Syscall(ctx, unix.SYS_MMAP, 0, pageSize, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, none, 0)
+	if err != nil {
+		return -1, fmt.Errorf("mmap: %w", err)
+	}
+	defer func() { undo(unix.SYS_MUNMAP, page, pageSize) }()
+	if _, err := p.Syscall(ctx, unix.SYS_SOCKETPAIR, unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0, page+pairAt); err != nil {
+		return -1, fmt.Errorf("socketpair: %w", err)
+	}
+	pair, err := p.peek(page+pairAt, 8)
+	if err != nil {
+		return -1, err
+	}
+	ours, theirs := uintptr(binary.NativeEndian.Uint32(pair)), uintptr(binary.NativeEndian.Uint32(pair[4:]))
+	defer func() { undo(unix.SYS_CLOSE, ours); undo(unix.SYS_CLOSE, theirs) }()
+	if err := send(pidfd, int(ours), f); err != nil {
+		return -1, err
+	}
+	if err := p.poke(page, messageOf(page)); err != nil {
+		return -1, err
+	}
+	if _, err := p.Syscall(ctx, unix.SYS_RECVMSG, theirs, page+messageAt, unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT); err != nil {
+		return -1, fmt.Errorf("recvmsg: %w", err)
+	}
+	control, err := p.peek(page+controlAt, unix.CmsgSpace(4))
+	if err != nil {
+		return -1, err
+	}
+	if size := binary.NativeEndian.Uint64(control); size != uint64(unix.CmsgLen(4)) { // a security module has taken it out
+		return -1, errors.New("the process may not have that file: its security module refuses")
+	}
+	return int(binary.NativeEndian.Uint32(control[unix.CmsgLen(0):])), nil
+}
+
+// send sends f through a socket of the process.
+func send(pidfd, socket int, f *os.File) error {
+	local, err := unix.PidfdGetfd(pidfd, socket, 0)
+	if err != nil {
+		return fmt.Errorf("pidfd_getfd: %w", err)
+	}
+	err = unix.Sendmsg(local, []byte{0}, unix.UnixRights(int(f.Fd())), nil, 0)
+	runtime.KeepAlive(f)
+	return errors.Join(err, unix.Close(local))
+}
+
+// messageOf is the page that recvmsg(2) works on, which is at that address: struct msghdr as linux/socket.h has it on 64 bits.
+func messageOf(page uintptr) []byte {
+	image := make([]byte, controlAt+unix.CmsgSpace(4))
+	put := func(at int, value uintptr) { binary.NativeEndian.PutUint64(image[at:], uint64(value)) }
+	put(vectorAt, page+byteAt)
+	put(vectorAt+8, 1)
+	put(messageAt+16, page+vectorAt) // msg_iov
+	put(messageAt+24, 1)
+	put(messageAt+32, page+controlAt) // msg_control
+	put(messageAt+40, uintptr(unix.CmsgSpace(4)))
+	return image
+}
+
+// peek reads the process' memory.
+func (p *Process) peek(at uintptr, size int) (data []byte, err error) {
+	data = make([]byte, size)
+	err = p.tracer.do(func() error {
+		_, err := unix.PtracePeekData(p.tid, at, data)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read memory of the process: %w", p.died(err))
+	}
+	return data, nil
+}
+
+// poke writes to it.
+func (p *Process) poke(at uintptr, data []byte) error {
+	err := p.tracer.do(func() error {
+		_, err := unix.PtracePokeData(p.tid, at, data)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("write memory of the process: %w", p.died(err))
+	}
+	return nil
+}
+
+// CloseHanded makes process pid close a descriptor that Hand gave it, after checking that it is still of the same file as
+// f.
+func CloseHanded(ctx context.Context, pid, fd int, f *os.File) (err error) {
+	p, err := Seize(ctx, pid)
+	if err != nil {
+		return fmt.Errorf("close descriptor %d of process %d: %w", fd, pid, err)
+	}
+	defer func() { err = both(err, p.Detach()) }()
+	if err := sameFile(pid, fd, int(f.Fd())); err != nil {
+		return err
+	}
+	if _, err := p.Syscall(ctx, unix.SYS_CLOSE, uintptr(fd)); err != nil {
+		return fmt.Errorf("close descriptor %d of process %d: %w", fd, pid, err)
+	}
+	return nil
+}
