@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
@@ -35,11 +36,16 @@ type VM struct {
 	ending    *Ending    // the last that shutdowns had
 
 	restore *Settings // what PrepareIncoming changed; nil: nothing
+
+	domain *libvirt.Domain // nil: it is none of libvirt's
 }
 
 // Attach connects to the QMP socket at path and finds the QEMU behind it. Errors of the connection are
-// those of qmp.Dial.
+// those of qmp.Dial. The path may be the address of a VM of libvirt's.
 func Attach(ctx context.Context, path string) (*VM, error) {
+	if libvirt.IsAddress(path) {
+		return attachDomain(ctx, path)
+	}
 	client, err := qmp.Dial(ctx, path)
 	if err != nil {
 		return nil, err
@@ -50,6 +56,26 @@ func Attach(ctx context.Context, path string) (*VM, error) {
 	}
 	return vm, nil
 }
+
+func attachDomain(ctx context.Context, address string) (*VM, error) {
+	domain, err := libvirt.Open(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	client, err := domain.Monitor(ctx)
+	if err != nil {
+		return nil, errors.Join(err, domain.Close())
+	}
+	vm, err := attach(ctx, client)
+	if err != nil {
+		return nil, errors.Join(err, client.Disconnect(), domain.Close())
+	}
+	vm.domain = domain
+	return vm, nil
+}
+
+// Domain is what libvirt has of the VM; nil: it is none of libvirt's. It is open for as long as vm is.
+func (vm *VM) Domain() *libvirt.Domain { return vm.domain }
 
 func attach(ctx context.Context, client *qmp.Client) (*VM, error) {
 	vm := &VM{QMP: client, shutdowns: client.Subscribe("SHUTDOWN")}
@@ -81,7 +107,11 @@ func (vm *VM) Close() error {
 			err = nil // QEMU ended, and its settings with it
 		}
 	}
-	return errors.Join(err, vm.QMP.Disconnect(), vm.pidfd.Close())
+	err = errors.Join(err, vm.QMP.Disconnect(), vm.pidfd.Close())
+	if vm.domain != nil {
+		err = errors.Join(err, vm.domain.Close())
+	}
+	return err
 }
 
 // WaitExit returns nil when the process has ended, child or not.
@@ -193,6 +223,11 @@ func waitExit(ctx context.Context, pidfd *os.File) error {
 // Quit ends QEMU and returns when its process is gone. One whose main loop hangs, on a page that will not
 // come for instance, is killed.
 func (vm *VM) Quit(ctx context.Context) error {
+	if vm.domain != nil {
+		if err := vm.domain.Destroy(); err == nil && vm.WaitExit(ctx) == nil {
+			return nil
+		}
+	}
 	polite, cancel := context.WithTimeoutCause(ctx, quitPatience, fmt.Errorf("QEMU did not obey quit within %v", quitPatience))
 	defer cancel()
 	err := vm.QMP.Do(polite, "quit", nil, nil)

@@ -43,7 +43,7 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 		plain.Close()
 		return nil, fmt.Errorf("connect to the QMP socket %s: got a %T", path, plain)
 	}
-	c, err := negotiate(ctx, conn, path)
+	c, err := New(ctx, conn, path)
 	if err != nil {
 		conn.Close()
 		return nil, err
@@ -65,7 +65,8 @@ func connectRemedy(err error) string {
 	return ""
 }
 
-func negotiate(ctx context.Context, conn *net.UnixConn, path string) (*Client, error) {
+// New negotiates on a connection that somebody has made, and calls it path. It owns conn unless it fails.
+func New(ctx context.Context, conn *net.UnixConn, path string) (*Client, error) {
 	peer, err := peerOf(conn)
 	if err != nil {
 		return nil, fmt.Errorf("who listens at %s: %w", path, err)

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package libvirt
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"strings"
+	"sync"
+
+	golibvirt "github.com/digitalocean/go-libvirt"
+	"github.com/digitalocean/go-libvirt/socket/dialers"
+)
+
+// scheme begins the address of a VM of libvirt's: "libvirt:NAME" or "libvirt:UUID".
+const scheme = "libvirt:"
+
+// IsAddress says whether a VM's address is one of libvirt's, rather than the path of a QMP socket.
+func IsAddress(vm string) bool { return strings.HasPrefix(vm, scheme) && len(vm) > len(scheme) }
+
+// Address is that of a VM.
+func Address(name string) string { return scheme + name }
+
+// ErrNoLibvirt says that no libvirtd answers on this host.
+var ErrNoLibvirt = errors.New("no libvirt daemon answers on this host; start libvirtd or virtqemud")
+
+// sockets are those of libvirt's daemon for QEMU, the newer one first (daemons.rst of libvirt).
+var sockets = []string{"/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock"}
+
+// uri is that of the VMs of the whole host.
+const uri = golibvirt.QEMUSystem
+
+// A Domain is one that is defined, or runs, on this host, and a connection of its own to libvirt. Close it.
+type Domain struct {
+	conn  *golibvirt.Libvirt
+	id    golibvirt.Domain
+	close sync.Once
+}
+
+// connect makes a connection to libvirt.
+func connect(ctx context.Context) (*golibvirt.Libvirt, error) {
+	var errs []error
+	for _, path := range sockets {
+		socket, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		conn := golibvirt.NewWithDialer(dialers.NewAlreadyConnected(&withDetails{Conn: socket}))
+		if err := conn.ConnectToURI(uri); err != nil {
+			return nil, errors.Join(fmt.Errorf("connect to libvirt at %s: %w", path, err), socket.Close())
+		}
+		return conn, nil
+	}
+	for _, err := range errs {
+		if !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("%w: %w", ErrNoLibvirt, err)
+		}
+	}
+	return nil, ErrNoLibvirt
+}
+
+// Open finds the domain of an address.
+func Open(ctx context.Context, vm string) (*Domain, error) {
+	conn, err := connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	d := &Domain{conn: conn}
+	name := strings.TrimPrefix(vm, scheme)
+	if uuid, isUUID := parseUUID(name); isUUID {
+		d.id, err = conn.DomainLookupByUUID(uuid)
+	} else {
+		d.id, err = conn.DomainLookupByName(name)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("libvirt has no domain %q: %w", name, err), d.Close())
+	}
+	return d, nil
+}
+
+// parseUUID reads "9fe3ea4e-0c0c-4d3f-9a37-5a0c6e1f8d11".
+func parseUUID(text string) (uuid golibvirt.UUID, ok bool) {
+	if len(text) != 36 {
+		return uuid, false
+	}
+	n, err := hex.Decode(uuid[:], []byte(strings.ReplaceAll(text, "-", "")))
+	return uuid, err == nil && n == len(uuid)
+}
+
+// Close ends the connection, and that of a Monitor. The domain goes on.
+func (d *Domain) Close() (err error) {
+	d.close.Do(func() { err = d.conn.Disconnect() })
+	return err
+}
+
+// Name is the domain's.
+func (d *Domain) Name() string { return d.id.Name }
+
+// isGone says whether libvirt refused a call because the domain does not run, or is none any more.
+func isGone(err error) bool {
+	var refused golibvirt.Error
+	return errors.As(err, &refused) && (refused.Code == uint32(golibvirt.ErrNoDomain) || refused.Code == uint32(golibvirt.ErrOperationInvalid))
+}
+
+// Destroy ends the domain's QEMU at once. One that has ended is no error. A transient domain is gone then.
+func (d *Domain) Destroy() error {
+	if err := d.conn.DomainDestroyFlags(d.id, golibvirt.DomainDestroyDefault); err != nil && !isGone(err) {
+		return fmt.Errorf("end libvirt's domain %s: %w", d.Name(), err)
+	}
+	return nil
+}
+
+// End ends the domain of an address.
+func End(ctx context.Context, vm string) error {
+	d, err := Open(ctx, vm)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Destroy(), d.Close())
+}
+
+// Definition is the domain's as it runs now, with what was plugged in and with its secrets, as libvirt's own migration
+// would send it.
+func (d *Domain) Definition() (string, error) {
+	text, err := d.conn.DomainGetXMLDesc(d.id, golibvirt.DomainXMLMigratable|golibvirt.DomainXMLSecure)
+	if err != nil {
+		return "", fmt.Errorf("definition of libvirt's domain %s: %w", d.Name(), err)
+	}
+	return withoutIncoming(text)
+}
+
+// IsPersistent says whether the domain is defined here, and stays when it ends.
+func (d *Domain) IsPersistent() (bool, error) {
+	persistent, err := d.conn.DomainIsPersistent(d.id)
+	if err != nil {
+		return false, fmt.Errorf("libvirt's domain %s: %w", d.Name(), err)
+	}
+	return persistent != 0, nil
+}
+
+// Names are those of the domains that run on this host.
+func Names(ctx context.Context) ([]string, error) {
+	conn, err := connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	domains, _, err := conn.ConnectListAllDomains(1, golibvirt.ConnectListDomainsActive)
+	var names []string
+	for _, d := range domains {
+		names = append(names, d.Name)
+	}
+	return names, errors.Join(err, conn.Disconnect())
+}

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package libvirt
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/beevik/etree"
+	golibvirt "github.com/digitalocean/go-libvirt"
+)
+
+// The part of a definition that goes to QEMU as it is (drvqemu.rst of libvirt).
+const (
+	passthrough  = "qemu:commandline"
+	argument     = "qemu:arg"
+	namespace    = "xmlns:qemu"
+	namespaceURI = "http://libvirt.org/schemas/domain/qemu/1.0"
+)
+
+// incoming are the arguments by which a QEMU waits for a migration, one an element.
+var incoming = []string{"-incoming", "defer"}
+
+// Start starts a domain of that definition, whose QEMU waits for a migration, and returns its address. The domain is
+// transient where it is not defined here.
+func Start(ctx context.Context, definition string) (vm string, err error) {
+	definition, err = withIncoming(definition)
+	if err != nil {
+		return "", err
+	}
+	conn, err := connect(ctx)
+	if err != nil {
+		return "", err
+	}
+	d, err := conn.DomainCreateXML(definition, golibvirt.DomainStartPaused)
+	if err != nil {
+		return "", errors.Join(fmt.Errorf("have libvirt start the domain: %w", err), conn.Disconnect())
+	}
+	return fmt.Sprintf("%s%x-%x-%x-%x-%x", scheme, d.UUID[:4], d.UUID[4:6], d.UUID[6:8], d.UUID[8:10], d.UUID[10:]), conn.Disconnect()
+}
+
+// withIncoming returns a definition whose QEMU waits for a migration.
+func withIncoming(definition string) (string, error) {
+	doc, root, err := parse(definition)
+	if err != nil {
+		return "", err
+	}
+	root.CreateAttr(namespace, namespaceURI)
+	line := root.SelectElement(passthrough)
+	if line == nil {
+		line = root.CreateElement(passthrough)
+	}
+	for _, value := range incoming {
+		line.CreateElement(argument).CreateAttr("value", value)
+	}
+	return doc.WriteToString()
+}
+
+// withoutIncoming returns a definition as it was before withIncoming: what the domain's next start uses, and its next
+// move.
+func withoutIncoming(definition string) (string, error) {
+	doc, root, err := parse(definition)
+	if err != nil {
+		return "", err
+	}
+	line := root.SelectElement(passthrough)
+	if line == nil {
+		return definition, nil
+	}
+	args := line.SelectElements(argument)
+	for i := 0; i+1 < len(args); i++ {
+		if args[i].SelectAttrValue("value", "") == incoming[0] && args[i+1].SelectAttrValue("value", "") == incoming[1] {
+			line.RemoveChild(args[i])
+			line.RemoveChild(args[i+1])
+			i++
+		}
+	}
+	if len(line.ChildElements()) == 0 {
+		root.RemoveChild(line)
+	}
+	return doc.WriteToString()
+}
+
+func parse(definition string) (*etree.Document, *etree.Element, error) {
+	doc := etree.NewDocument()
+	if err := doc.ReadFromString(definition); err != nil {
+		return nil, nil, fmt.Errorf("definition of a domain: %w", err)
+	}
+	root := doc.SelectElement("domain")
+	if root == nil {
+		return nil, nil, errors.New("definition of a domain: it is none of a domain")
+	}
+	return doc, root, nil
+}
+
+// A Limit says what a definition of somebody else's may not have.
+type Limit struct {
+	// MayRun says whether a QEMU binary may be started.
+	MayRun func(binary string) error
+	// Root: it may say whom QEMU runs as.
+	Root bool
+}
+
+// Check refuses a definition by which its sender would have more of this host than a VM.
+func (l Limit) Check(definition string) error {
+	_, root, err := parse(definition)
+	if err != nil {
+		return err
+	}
+	emulator := root.FindElement("devices/emulator")
+	if emulator == nil {
+		return errors.New("the domain's definition names no emulator")
+	}
+	if err := l.MayRun(strings.TrimSpace(emulator.Text())); err != nil {
+		return err
+	}
+	for _, child := range root.ChildElements() {
+		if child.Space != "" {
+			return fmt.Errorf("the domain's definition has <%s>, by which QEMU is started with anything", child.FullTag())
+		}
+	}
+	for _, script := range root.FindElements("devices/interface/*") {
+		if script.Tag == "script" || script.Tag == "downscript" {
+			return errors.New("the domain's definition has an interface with a script, which libvirt would run as root")
+		}
+	}
+	for _, label := range root.FindElements("seclabel") {
+		if label.SelectAttrValue("model", "") == "dac" && !l.Root {
+			return errors.New("the domain's definition says whom QEMU runs as (<seclabel model='dac'>)")
+		}
+	}
+	return nil
+}
+
+// Persist defines the domain here as it runs, so that it stays when it ends.
+func (d *Domain) Persist() error {
+	definition, err := d.Definition()
+	if err != nil {
+		return err
+	}
+	if _, err := d.conn.DomainDefineXMLFlags(definition, 0); err != nil {
+		return fmt.Errorf("define libvirt's domain %s: %w", d.Name(), err)
+	}
+	return nil
+}
+
+// Undefine removes the domain's definition. A transient one has none.
+func (d *Domain) Undefine() error {
+	persistent, err := d.IsPersistent()
+	if err != nil || !persistent {
+		return err
+	}
+	const keep = golibvirt.DomainUndefineKeepNvram | golibvirt.DomainUndefineManagedSave
+	if err := d.conn.DomainUndefineFlags(d.id, keep); err != nil {
+		return fmt.Errorf("undefine libvirt's domain %s: %w", d.Name(), err)
+	}
+	return nil
+}

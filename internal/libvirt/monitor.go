@@ -1,0 +1,495 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package libvirt
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	golibvirt "github.com/digitalocean/go-libvirt"
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/pkg/uffd/inject"
+)
+
+const (
+	// handTimeout bounds what is done in QEMU's process to hand a descriptor over.
+	handTimeout = 10 * time.Second
+	// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come another
+	// way.
+	eventTimeout = 50 * time.Millisecond
+)
+
+// Monitor connects to the domain's QEMU. The connection ends with that QEMU, with libvirt, and by Close.
+func (d *Domain) Monitor(ctx context.Context) (*qmp.Client, error) {
+	ours, theirs, err := pair()
+	if err != nil {
+		return nil, fmt.Errorf("sockets of a monitor: %w", err)
+	}
+	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	m := &monitor{domain: d, conn: theirs, cancel: cancel, handed: make(map[string]handed), changed: make(chan struct{}, 1)}
+	greeting, err := m.begin(life)
+	if err != nil {
+		cancel()
+		return nil, errors.Join(fmt.Errorf("monitor of libvirt's domain %s: %w", d.Name(), err), ours.Close(), theirs.Close())
+	}
+	go m.serve(greeting)
+	client, err := qmp.New(ctx, ours, Address(d.Name()))
+	if err != nil {
+		return nil, errors.Join(err, ours.Close())
+	}
+	return client, nil
+}
+
+// pair is a pair of connected sockets.
+func pair() (a, b *net.UnixConn, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	var conns [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "monitor")
+		conn, connErr := net.FileConn(f)
+		err = errors.Join(err, connErr, f.Close()) // FileConn duplicates it
+		conns[i], _ = conn.(*net.UnixConn)
+	}
+	return conns[0], conns[1], err
+}
+
+// A monitor serves one connection as QEMU would.
+type monitor struct {
+	domain *Domain
+	conn   *net.UnixConn
+	cancel context.CancelFunc
+	pid    int // of QEMU
+	sets   int // of descriptors, made so far
+
+	handed map[string]handed // by the name that getfd gave it, or the number of its set
+
+	writing sync.Mutex
+	mu      sync.Mutex // guards running
+	running bool
+	changed chan struct{} // running has
+}
+
+// handed is a descriptor in QEMU.
+type handed struct {
+	fd   int
+	file *os.File
+}
+
+// A command is one of the client's.
+type command struct {
+	Execute   string          `json:"execute"`
+	Arguments json.RawMessage `json:"arguments,omitempty"`
+	ID        json.RawMessage `json:"id,omitempty"`
+}
+
+// An answer is that to a command.
+type answer struct {
+	Return json.RawMessage `json:"return,omitempty"`
+	Error  json.RawMessage `json:"error,omitempty"`
+	ID     json.RawMessage `json:"id,omitempty"`
+}
+
+// begin asks for events, and returns QEMU's greeting.
+func (m *monitor) begin(life context.Context) (greeting []byte, err error) {
+	events, err := m.domain.conn.SubscribeQEMUEvents(life, m.domain.Name())
+	if err != nil {
+		return nil, err
+	}
+	if err := m.findQEMU(); err != nil {
+		return nil, err
+	}
+	ended, err := m.watch(life)
+	if err != nil {
+		return nil, err
+	}
+	var version json.RawMessage
+	if err := m.ask("query-version", &version); err != nil {
+		return nil, err
+	}
+	var status struct {
+		Running bool `json:"running"`
+	}
+	if err := m.ask("query-status", &status); err != nil {
+		return nil, err
+	}
+	m.running = status.Running
+	go m.follow(life, events, ended)
+	return json.Marshal(map[string]any{"QMP": map[string]any{"version": version, "capabilities": []string{}}})
+}
+
+// ask asks QEMU for something.
+func (m *monitor) ask(what string, result any) error {
+	a, err := m.pass(command{Execute: what})
+	if err == nil && a.Error != nil {
+		err = fmt.Errorf("%s: %s", what, a.Error)
+	}
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(a.Return, result)
+}
+
+// follow sends QEMU's events on, until QEMU has ended.
+func (m *monitor) follow(life context.Context, events <-chan golibvirt.DomainEvent, ended <-chan struct{}) {
+	defer m.conn.Close()
+	for {
+		select {
+		case e, open := <-events:
+			if !open {
+				return
+			}
+			m.forward(e)
+		case <-ended:
+			for { // what QEMU has said before
+				select {
+				case e, open := <-events:
+					if !open {
+						return
+					}
+					m.forward(e)
+				case <-time.After(eventTimeout):
+					return
+				}
+			}
+		case <-life.Done():
+			return
+		}
+	}
+}
+
+// watch returns a channel that is closed when QEMU has ended.
+func (m *monitor) watch(life context.Context) (<-chan struct{}, error) {
+	pidfd, err := unix.PidfdOpen(m.pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("process of QEMU: %w", err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer unix.Close(pidfd)
+		const turn = 200 // ms, in which an end of the connection is noticed
+		for life.Err() == nil {
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, turn)
+			if n > 0 || err != nil && err != unix.EINTR {
+				close(ended)
+				return
+			}
+		}
+	}()
+	return ended, nil
+}
+
+// forward sends an event.
+func (m *monitor) forward(e golibvirt.DomainEvent) {
+	message := map[string]any{
+		"event":     e.Event,
+		"timestamp": map[string]uint64{"seconds": e.Seconds, "microseconds": uint64(e.Microseconds)},
+	}
+	if data := json.RawMessage(bytes.TrimRight(e.Details, "\x00")); len(data) > 0 {
+		message["data"] = data
+	}
+	m.send(message)
+	if e.Event == "STOP" || e.Event == "RESUME" {
+		m.mu.Lock()
+		m.running = e.Event == "RESUME"
+		m.mu.Unlock()
+		select {
+		case m.changed <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// send writes a message. A client that is gone needs none.
+func (m *monitor) send(message any) {
+	text, err := json.Marshal(message)
+	if err != nil {
+		return
+	}
+	m.writing.Lock()
+	defer m.writing.Unlock()
+	_, _ = m.conn.Write(append(text, '\n'))
+}
+
+// serve answers commands until the client, or QEMU, is gone.
+func (m *monitor) serve(greeting []byte) {
+	defer m.end()
+	_, err := m.conn.Write(append(greeting, '\n'))
+	in := &passing{conn: m.conn}
+	defer in.drop()
+	decoder := json.NewDecoder(in)
+	for err == nil {
+		var c command
+		if err = decoder.Decode(&c); err != nil {
+			return
+		}
+		var a answer
+		if a, err = m.answer(c, in); err == nil {
+			a.ID = c.ID
+			m.send(a)
+		}
+	}
+}
+
+// end takes back what QEMU was handed.
+func (m *monitor) end() {
+	m.cancel()
+	m.conn.Close()
+	for _, h := range m.handed {
+		_ = m.takeBack(h) // QEMU may have ended
+	}
+}
+
+// refusal is an answer as QEMU gives it.
+func refusal(err error) answer {
+	text, _ := json.Marshal(map[string]string{"class": "GenericError", "desc": err.Error()}) // two strings
+	return answer{Error: text}
+}
+
+var done = answer{Return: json.RawMessage("{}")}
+
+// answer answers one command. The error ends the connection.
+func (m *monitor) answer(c command, in *passing) (answer, error) {
+	var args struct {
+		Name string `json:"fdname"`
+		Set  int    `json:"fdset-id"`
+	}
+	switch c.Execute {
+	case "qmp_capabilities":
+		return done, nil
+	case "getfd", "closefd", "add-fd", "remove-fd":
+		if err := json.Unmarshal(c.Arguments, &args); err != nil && c.Arguments != nil {
+			return refusal(err), nil
+		}
+	}
+	switch c.Execute {
+	case "getfd":
+		if err := m.hand("fd:"+args.Name, in); err != nil {
+			return refusal(err), nil
+		}
+		return done, nil
+	case "add-fd":
+		m.sets++
+		key := "/dev/fdset/" + strconv.Itoa(m.sets)
+		if err := m.hand(key, in); err != nil {
+			return refusal(err), nil
+		}
+		return answer{Return: fmt.Appendf(nil, `{"fdset-id": %d, "fd": %d}`, m.sets, m.handed[key].fd)}, nil
+	case "closefd":
+		return m.release("fd:" + args.Name), nil
+	case "remove-fd":
+		return m.release("/dev/fdset/" + strconv.Itoa(args.Set)), nil
+	}
+	m.translate(&c)
+	expected := m.expect(c.Execute)
+	a, err := m.pass(c)
+	if err == nil && a.Error == nil {
+		expected()
+	}
+	if c.Execute == "migrate-incoming" { // QEMU has closed them
+		for key, h := range m.handed {
+			if strings.HasPrefix(key, "fd:") {
+				h.file.Close()
+				delete(m.handed, key)
+			}
+		}
+	}
+	return a, err
+}
+
+// translate names a descriptor by what it is in QEMU's process.
+func (m *monitor) translate(c *command) {
+	var args map[string]any
+	if json.Unmarshal(c.Arguments, &args) != nil {
+		return
+	}
+	for name, value := range args {
+		text, _ := value.(string)
+		h, known := m.handed[text]
+		switch {
+		case !known:
+			continue
+		case strings.HasPrefix(text, "fd:"):
+			args[name] = "fd:" + strconv.Itoa(h.fd)
+		default:
+			args[name] = "/proc/self/fd/" + strconv.Itoa(h.fd)
+		}
+		c.Arguments, _ = json.Marshal(args) // it was JSON
+	}
+}
+
+// expect returns what waits for the events that a command which succeeded has led to: they come another way than its
+// answer, and QEMU sends them before it.
+func (m *monitor) expect(execute string) func() {
+	m.mu.Lock()
+	ran := m.running
+	m.mu.Unlock()
+	var changes int
+	switch {
+	case execute == "stop" && ran, execute == "cont" && !ran:
+		changes = 1
+	case execute == "xen-save-devices-state" && ran: // it is stopped, and goes on
+		changes = 2
+	}
+	select {
+	case <-m.changed: // of before
+	default:
+	}
+	return func() {
+		late := time.After(eventTimeout)
+		for range changes {
+			select {
+			case <-m.changed:
+			case <-late:
+				return
+			}
+		}
+	}
+}
+
+// pass has libvirt give QEMU a command. The error says that there is no QEMU, or no libvirt, any more.
+func (m *monitor) pass(c command) (answer, error) {
+	c.ID = nil
+	text, err := json.Marshal(c)
+	if err != nil {
+		return refusal(err), nil
+	}
+	var a answer
+	said, err := m.domain.conn.QEMUDomainMonitorCommand(m.domain.id, string(text), 0)
+	if err == nil {
+		err = json.Unmarshal([]byte(said), &a)
+	}
+	var refused golibvirt.Error
+	switch {
+	case err == nil:
+		return a, nil
+	case isGone(err) || !errors.As(err, &refused):
+		return answer{}, err
+	default:
+		return refusal(fmt.Errorf("libvirt: %w", err)), nil
+	}
+}
+
+// hand puts the descriptor that came with the last command into QEMU.
+func (m *monitor) hand(key string, in *passing) error {
+	file := in.take()
+	if file == nil {
+		return errors.New("no descriptor came with the command")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), handTimeout)
+	defer cancel()
+	fd, err := inject.Hand(ctx, m.pid, file)
+	if err != nil {
+		file.Close()
+		return err
+	}
+	if before, known := m.handed[key]; known { // as QEMU does
+		_ = m.takeBack(before)
+	}
+	m.handed[key] = handed{fd, file}
+	return nil
+}
+
+// release closes a descriptor in QEMU.
+func (m *monitor) release(key string) answer {
+	h, known := m.handed[key]
+	if !known {
+		return refusal(fmt.Errorf("QEMU has no descriptor %s", key))
+	}
+	delete(m.handed, key)
+	if err := m.takeBack(h); err != nil {
+		return refusal(err)
+	}
+	return done
+}
+
+func (m *monitor) takeBack(h handed) error {
+	ctx, cancel := context.WithTimeout(context.Background(), handTimeout)
+	defer cancel()
+	return errors.Join(inject.CloseHanded(ctx, m.pid, h.fd, h.file), h.file.Close())
+}
+
+// findQEMU finds its process by the thread of a vCPU.
+func (m *monitor) findQEMU() error {
+	var cpus []struct {
+		Thread int `json:"thread-id"`
+	}
+	if err := m.ask("query-cpus-fast", &cpus); err != nil {
+		return err
+	}
+	if len(cpus) == 0 {
+		return errors.New("QEMU names no vCPU's thread")
+	}
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cpus[0].Thread))
+	if err != nil {
+		return fmt.Errorf("process of QEMU: %w", err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if n, _ := fmt.Sscanf(line, "Tgid: %d", &m.pid); n == 1 {
+			return nil
+		}
+	}
+	return errors.New("process of QEMU: it is not known")
+}
+
+// passing reads from the client, and keeps the descriptors that come along.
+type passing struct {
+	conn  *net.UnixConn
+	files []*os.File
+}
+
+func (p *passing) Read(into []byte) (int, error) {
+	control := make([]byte, unix.CmsgSpace(4))
+	n, controls, _, _, err := p.conn.ReadMsgUnix(into, control)
+	if err != nil {
+		return 0, err
+	}
+	messages, parseErr := unix.ParseSocketControlMessage(control[:controls])
+	if parseErr != nil {
+		return n, parseErr
+	}
+	for _, message := range messages {
+		fds, err := unix.ParseUnixRights(&message)
+		if err != nil {
+			return n, err
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			p.files = append(p.files, os.NewFile(uintptr(fd), "handed to a VM of libvirt's"))
+		}
+	}
+	if n == 0 {
+		return 0, io.EOF
+	}
+	return n, nil
+}
+
+// take returns the descriptor that came first; nil: none.
+func (p *passing) take() *os.File {
+	if len(p.files) == 0 {
+		return nil
+	}
+	file := p.files[0]
+	p.files = p.files[1:]
+	return file
+}
+
+func (p *passing) drop() {
+	for _, file := range p.files {
+		file.Close()
+	}
+}
