@@ -19,21 +19,23 @@ import (
 )
 
 type migrateCmd struct {
-	VM            string        `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of the VM's QEMU, on this host."`
-	To            string        `placeholder:"HOST[:PORT]" help:"Daemon of the destination host (default port: ${port})."`
-	ID            string        `name:"id" placeholder:"ID" predictor:"migration" help:"Name of the migration, by which it can be watched, cancelled and safely started twice; without one the daemon makes one up. With --vm and --to left out: the prepared migration to start."`
-	ToQMP         string        `name:"to-qmp" placeholder:"PATH" help:"QMP socket, on the destination host, of a QEMU started with \"-S -incoming defer\". Without it the destination daemon starts one like the source's."`
-	Template      string        `placeholder:"NAME" help:"Template, in the template_dir of the destination host, of the command line that QEMU is started with there."`
-	KeepSource    bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
-	RequireSecure bool          `help:"Fail, before the VM is touched, where no security module can watch over the destination's userfaultfd (\"unsupervised\" in \"migrated status\")."`
-	Bandwidth     string        `placeholder:"BYTES/S" help:"Most that may cross the network of memory that the VM does not wait for, in bytes a second as QEMU writes them: 500M are 500 MiB. Pages that the VM waits for are neither held up nor counted. \"migrated bandwidth\" changes it later."`
-	Rehearse      bool          `help:"Do all but the commit, and say what the migration would cost: the VM stops for about as long as it would, and goes on here."`
-	FreezeLimit   time.Duration `placeholder:"DURATION" help:"How long the VM may stand still for the switch until it is given back to the source, as in 500ms; 10s where nothing is said."`
-	EarlyPause    time.Duration `name:"early-pause-limit" placeholder:"DURATION" help:"How long the VM may stand still for loading its devices early until that is not tried again; 1s where nothing is said."`
-	NoEarlyLoad   bool          `help:"Do not stop the VM for some milliseconds while it is prepared. By default the state of its devices is saved then and loaded by the destination, so that only what has changed is loaded while the VM stands still for the switch."`
-	PrepareOnly   bool          `xor:"mode" help:"Do all that can be done while the VM runs, then stop: \"migrated migrate --id ID\" switches over later."`
-	Detach        bool          `xor:"mode" help:"Return once the daemon has taken the migration on."`
-	Interval      time.Duration `default:"1s" help:"Least time between two lines where standard output is no terminal (default: ${default})."`
+	VM             string        `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of the VM's QEMU, on this host; or libvirt:NAME, a domain of libvirt's (or libvirt:UUID)."`
+	To             string        `placeholder:"HOST[:PORT]" help:"Daemon of the destination host (default port: ${port})."`
+	ID             string        `name:"id" placeholder:"ID" predictor:"migration" help:"Name of the migration, by which it can be watched, cancelled and safely started twice; without one the daemon makes one up. With --vm and --to left out: the prepared migration to start."`
+	ToQMP          string        `name:"to-qmp" placeholder:"PATH" help:"QMP socket, on the destination host, of a QEMU started with \"-S -incoming defer\". Without it the destination daemon starts one like the source's."`
+	Template       string        `placeholder:"NAME" help:"Template, in the template_dir of the destination host, of the command line that QEMU is started with there."`
+	KeepSource     bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
+	Persistent     bool          `help:"Of a domain of libvirt's: define it at the destination as well, so that it stays when it ends."`
+	UndefineSource bool          `help:"Of a domain of libvirt's: remove its definition here when all memory has left it."`
+	RequireSecure  bool          `help:"Fail, before the VM is touched, where no security module can watch over the destination's userfaultfd (\"unsupervised\" in \"migrated status\")."`
+	Bandwidth      string        `placeholder:"BYTES/S" help:"Most that may cross the network of memory that the VM does not wait for, in bytes a second as QEMU writes them: 500M are 500 MiB. Pages that the VM waits for are neither held up nor counted. \"migrated bandwidth\" changes it later."`
+	Rehearse       bool          `help:"Do all but the commit, and say what the migration would cost: the VM stops for about as long as it would, and goes on here."`
+	FreezeLimit    time.Duration `placeholder:"DURATION" help:"How long the VM may stand still for the switch until it is given back to the source, as in 500ms; 10s where nothing is said."`
+	EarlyPause     time.Duration `name:"early-pause-limit" placeholder:"DURATION" help:"How long the VM may stand still for loading its devices early until that is not tried again; 1s where nothing is said."`
+	NoEarlyLoad    bool          `help:"Do not stop the VM for some milliseconds while it is prepared. By default the state of its devices is saved then and loaded by the destination, so that only what has changed is loaded while the VM stands still for the switch."`
+	PrepareOnly    bool          `xor:"mode" help:"Do all that can be done while the VM runs, then stop: \"migrated migrate --id ID\" switches over later."`
+	Detach         bool          `xor:"mode" help:"Return once the daemon has taken the migration on."`
+	Interval       time.Duration `default:"1s" help:"Least time between two lines where standard output is no terminal (default: ${default})."`
 }
 
 func (migrateCmd) Help() string {
@@ -46,6 +48,9 @@ Examples:
 
     # Into a QEMU that a management system started over there
     migrated migrate --vm /run/qemu/db.qmp --to host-b --to-qmp /run/qemu/db-in.qmp
+
+    # Move a domain of libvirt's; the daemon of host-b has its own libvirt start it
+    migrated migrate --vm libvirt:db --to host-b --persistent --undefine-source
 
     # Leave room on the link for others
     migrated migrate --vm /run/qemu/db.qmp --to host-b --bandwidth 500M
@@ -121,7 +126,7 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 		switch {
 		case c.ID == "":
 			return nil, wrong("--vm and --to are needed; or --id alone, for a migration that was prepared")
-		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource || c.RequireSecure ||
+		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource || c.RequireSecure || c.Persistent || c.UndefineSource ||
 			c.Bandwidth != "" || c.Rehearse || c.NoEarlyLoad || c.FreezeLimit != 0 || c.EarlyPause != 0:
 			return nil, wrong("a prepared migration is started as it was prepared, with --id alone")
 		}
@@ -149,6 +154,7 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 	}
 	spec := &migratedv1.MigrationSpec{Vm: localPath(daemon, c.VM), Destination: to,
 		DestinationQmp: c.ToQMP, DestinationTemplate: c.Template, KeepSource: c.KeepSource, RequireSecure: c.RequireSecure,
+		Persistent: c.Persistent, UndefineSource: c.UndefineSource,
 		Bandwidth: limit, Rehearse: c.Rehearse, NoEarlyLoad: c.NoEarlyLoad}
 	if c.FreezeLimit != 0 {
 		spec.FreezeLimit = durationpb.New(c.FreezeLimit)
@@ -175,11 +181,17 @@ func withPort(host string) (string, error) {
 	return host, nil
 }
 
+// libvirtVM begins the name of a VM of libvirt's.
+const libvirtVM = "libvirt:"
+
 // localPath makes a path absolute for a daemon on this host, which has another
 // working directory. For a daemon elsewhere it means nothing here.
 func localPath(daemon, path string) string {
 	if t, err := parseTarget(daemon); err == nil && path != "" {
 		if _, local := t.unixPath(); local {
+			if strings.HasPrefix(path, libvirtVM) {
+				return path
+			}
 			if absolute, err := filepath.Abs(path); err == nil {
 				return absolute
 			}

@@ -23,8 +23,8 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 	results := shown(append(qemu.CheckHost(ctx, false), checkConfinement()), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
 	var machine *migratedv1.SourceMachine
 	if vm := request.GetVm(); vm != "" {
-		if !filepath.IsAbs(vm) {
-			return nil, status.Errorf(codes.InvalidArgument, "vm: %q is no absolute path of a QMP socket", vm)
+		if err := validateVM(vm); err != nil {
+			return nil, status.Error(codes.InvalidArgument, err.Error())
 		}
 		var found []qemu.Result
 		if id := c.daemon.migrations.under(vm); id != "" { // which has the VM's socket

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
+	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/version"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -103,9 +104,17 @@ func (d *Daemon) newSource(id string, spec *migratedv1.MigrationSpec) *migration
 	return migration.NewSource(d.ctx, cfg)
 }
 
+// validateVM refuses what is no VM's address.
+func validateVM(vm string) error {
+	if !filepath.IsAbs(vm) && !libvirt.IsAddress(vm) {
+		return fmt.Errorf("vm: %q is no absolute path of a QMP socket, and no libvirt:NAME", vm)
+	}
+	return nil
+}
+
 func validateSpec(spec *migratedv1.MigrationSpec) error {
-	if !filepath.IsAbs(spec.GetVm()) {
-		return fmt.Errorf("vm: %q is no absolute path of a QMP socket", spec.GetVm())
+	if err := validateVM(spec.GetVm()); err != nil {
+		return err
 	}
 	host, port, err := net.SplitHostPort(spec.GetDestination())
 	if err != nil || host == "" || port == "" {

@@ -98,6 +98,7 @@ type Destination struct {
 	vm       *qemu.VM
 	claim    qemu.Identity // of claimed; zero: none
 	process  *qemu.Process // nil: somebody else started QEMU
+	domain   string        // address of libvirt's domain that was started; empty: none
 	facts    *keptFactsV1  // of a migration that was taken up
 	left     qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
 	blocks   []qemu.RAMBlock

@@ -55,6 +55,7 @@ func (d *Destination) end(err error) {
 // complete closes QEMU's copy of the descriptor: all memory is here.
 func (d *Destination) complete() {
 	d.kept.header().filled.Store(1)
+	d.persist()
 	d.closeRemote(d.taken.Pid, d.taken.RemoteFD)
 	d.update(func(m *migratedv1.Migration) {
 		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.Location_LOCATION_DESTINATION

@@ -165,6 +165,9 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		d.vm = vm
 		return nil
 	}
+	if definition := request.GetMachine().GetLibvirtDefinition(); definition != "" {
+		return d.openDomain(ctx, definition)
+	}
 	if len(d.cfg.Binaries) == 0 {
 		return withRemedy(errors.New("the destination starts no QEMU: its list of QEMU binaries is empty"),
 			"start QEMU there with -S -incoming defer and name its socket with --to-qmp, or set qemu_binaries in the destination's configuration")
@@ -216,7 +219,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 // a template for, is as the operator wants it.
 func (d *Destination) checkUser(facts *qemu.Facts) error {
 	request := d.cfg.Request
-	if request.GetDestinationQmp() != "" || request.GetDestinationTemplate() != "" {
+	if request.GetDestinationQmp() != "" || request.GetDestinationTemplate() != "" || d.domain != "" {
 		return nil
 	}
 	if err := facts.CheckUser(d.user()); err != nil {
@@ -282,6 +285,9 @@ func (d *Destination) keep(discards bool) (*keptFactsV1, error) {
 func (d *Destination) qmpPath() string {
 	if path := d.cfg.Request.GetDestinationQmp(); path != "" {
 		return path
+	}
+	if d.domain != "" {
+		return d.domain
 	}
 	return d.cfg.Request.GetMachine().GetQmpPath()
 }

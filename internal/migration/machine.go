@@ -27,6 +27,7 @@ func machineOf(
 		CommandLine: facts.CommandLine, WorkingDirectory: facts.WorkingDirectory,
 		Uid: facts.UID, Gid: facts.GID, Groups: facts.Groups, QmpPath: qmpPath,
 		Attributes: attributesTo(facts.Attributes), PrivateMemory: facts.PrivateMemory, HugeMemory: facts.HugeMemory,
+		LibvirtDefinition: facts.Definition,
 	}
 	for _, text := range slices.Concat([]string{machine.Name, machine.WorkingDirectory, qmpPath}, machine.CommandLine) {
 		if !utf8.ValidString(text) {

@@ -36,6 +36,7 @@ func (s *Source) letGoOf(ended migratedv1.Reason) {
 	if !s.cfg.Spec.GetKeepSource() {
 		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 		defer cancel()
+		s.undefine()
 		if err := s.vm.Quit(ctx); err != nil {
 			s.log.Warn("the source's QEMU did not quit; it is stopped and no longer needed", "error", err)
 		} else {

@@ -15,6 +15,15 @@ import (
 // DefaultBinaries are the QEMU binaries that are started where nothing else was configured.
 var DefaultBinaries = []string{"qemu-system-*", "qemu-kvm", "kvm"}
 
+// MayRun fails where a QEMU binary is none that matches the patterns, or is not what its path says.
+func MayRun(binary string, patterns []string) error {
+	found, err := findBinary(binary, patterns)
+	if err == nil && found != binary {
+		err = fmt.Errorf("QEMU binary %q is not on this host, or not one that may be started", binary)
+	}
+	return err
+}
+
 // findBinary finds what a source calls name on this host: at the same path, or else in PATH.
 //
 // The name comes from another host, so it must match one of the patterns, and a file that an ordinary user

@@ -21,6 +21,9 @@ type Facts struct {
 	KVM         bool   // else TCG or another accelerator
 	Discards    bool   // has a device that gives memory back while the VM runs
 
+	// Definition is the VM's as libvirt has it; empty: it is none of libvirt's.
+	Definition string
+
 	CommandLine      []string // argv[0] first
 	WorkingDirectory string
 	UID, GID         uint32 // effective
@@ -58,6 +61,11 @@ func (vm *VM) Facts(ctx context.Context) (*Facts, error) {
 		return nil, err
 	}
 	var err error
+	if vm.domain != nil {
+		if f.Definition, err = vm.domain.Definition(); err != nil {
+			return nil, err
+		}
+	}
 	if f.Discards, err = vm.discards(ctx); err != nil {
 		return nil, err
 	}

@@ -503,7 +503,8 @@ func (CheckStatus) EnumDescriptor() ([]byte, []int) {
 // MigrationSpec says what to migrate and how.
 type MigrationSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Path of the QMP Unix socket of the VM's QEMU, on the source host.
+	// Path of the QMP Unix socket of the VM's QEMU, on the source host; or
+	// "libvirt:" and the name or UUID of a domain of libvirt's there.
 	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
 	// HOST:PORT of the daemon on the destination host.
 	Destination string `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"`
@@ -541,8 +542,14 @@ type MigrationSpec struct {
 	// How long the VM may have stood still for the early load until that is not
 	// tried again; unset: 1 s, at most a minute. A save under way ends by itself.
 	EarlyPauseLimit *durationpb.Duration `protobuf:"bytes,11,opt,name=early_pause_limit,json=earlyPauseLimit,proto3" json:"early_pause_limit,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Define the VM at the destination as well, where it is libvirt's: it stays when
+	// it ends. As virsh migrate --persistent.
+	Persistent bool `protobuf:"varint,12,opt,name=persistent,proto3" json:"persistent,omitempty"`
+	// Remove its definition from the source when all memory has left it. As virsh
+	// migrate --undefinesource.
+	UndefineSource bool `protobuf:"varint,13,opt,name=undefine_source,json=undefineSource,proto3" json:"undefine_source,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *MigrationSpec) Reset() {
@@ -650,6 +657,20 @@ func (x *MigrationSpec) GetEarlyPauseLimit() *durationpb.Duration {
 		return x.EarlyPauseLimit
 	}
 	return nil
+}
+
+func (x *MigrationSpec) GetPersistent() bool {
+	if x != nil {
+		return x.Persistent
+	}
+	return false
+}
+
+func (x *MigrationSpec) GetUndefineSource() bool {
+	if x != nil {
+		return x.UndefineSource
+	}
+	return false
 }
 
 // Migration is one migration as one of its two daemons sees it.
@@ -2732,7 +2753,7 @@ var File_migrated_v1_control_proto protoreflect.FileDescriptor
 
 const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x03\n" +
+	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x91\x04\n" +
 	"\rMigrationSpec\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
@@ -2746,7 +2767,11 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\rno_early_load\x18\t \x01(\bR\vnoEarlyLoad\x12<\n" +
 	"\ffreeze_limit\x18\n" +
 	" \x01(\v2\x19.google.protobuf.DurationR\vfreezeLimit\x12E\n" +
-	"\x11early_pause_limit\x18\v \x01(\v2\x19.google.protobuf.DurationR\x0fearlyPauseLimit\"\xe9\x05\n" +
+	"\x11early_pause_limit\x18\v \x01(\v2\x19.google.protobuf.DurationR\x0fearlyPauseLimit\x12\x1e\n" +
+	"\n" +
+	"persistent\x18\f \x01(\bR\n" +
+	"persistent\x12'\n" +
+	"\x0fundefine_source\x18\r \x01(\bR\x0eundefineSource\"\xe9\x05\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +

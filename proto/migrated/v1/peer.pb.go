@@ -389,8 +389,11 @@ type SourceMachine struct {
 	// 0 from older sources, which do not say.
 	PrivateMemory uint64 `protobuf:"varint,14,opt,name=private_memory,json=privateMemory,proto3" json:"private_memory,omitempty"`
 	HugeMemory    uint64 `protobuf:"varint,15,opt,name=huge_memory,json=hugeMemory,proto3" json:"huge_memory,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Its domain as libvirt has it now, in XML, with its secrets; empty: it is none
+	// of libvirt's.
+	LibvirtDefinition string `protobuf:"bytes,16,opt,name=libvirt_definition,json=libvirtDefinition,proto3" json:"libvirt_definition,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *SourceMachine) Reset() {
@@ -526,6 +529,13 @@ func (x *SourceMachine) GetHugeMemory() uint64 {
 		return x.HugeMemory
 	}
 	return 0
+}
+
+func (x *SourceMachine) GetLibvirtDefinition() string {
+	if x != nil {
+		return x.LibvirtDefinition
+	}
+	return ""
 }
 
 // ProcessAttributes are given to the destination's QEMU process.
@@ -2100,7 +2110,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\tbandwidth\x18\n" +
 	" \x01(\x04R\tbandwidth\x12'\n" +
 	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\x12\x14\n" +
-	"\x05early\x18\v \x01(\bR\x05early\"\xd2\x04\n" +
+	"\x05early\x18\v \x01(\bR\x05early\"\x81\x05\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
@@ -2121,7 +2131,8 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\vdescription\x18\r \x01(\v2\x1f.migrated.v1.MachineDescriptionR\vdescription\x12%\n" +
 	"\x0eprivate_memory\x18\x0e \x01(\x04R\rprivateMemory\x12\x1f\n" +
 	"\vhuge_memory\x18\x0f \x01(\x04R\n" +
-	"hugeMemory\"M\n" +
+	"hugeMemory\x12-\n" +
+	"\x12libvirt_definition\x18\x10 \x01(\tR\x11libvirtDefinition\"M\n" +
 	"\x11ProcessAttributes\x12\"\n" +
 	"\room_score_adj\x18\x01 \x01(\x11R\voomScoreAdj\x12\x14\n" +
 	"\x05umask\x18\x02 \x01(\rR\x05umask\"\xad\x02\n" +
