@@ -4,20 +4,23 @@ package e2e
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // startLibvirt starts the libvirtd of both hosts, whose logs are shown when the test fails.
-func startLibvirt(t *testing.T, l *lab.Lab, user string) {
+func startLibvirt(t *testing.T, l *lab.Lab, user string) (daemons []*lab.Libvirt) {
 	t.Helper()
 	for _, program := range []string{"libvirtd", "virsh"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -31,10 +34,32 @@ func startLibvirt(t *testing.T, l *lab.Lab, user string) {
 				t.Logf("libvirtd of host %s:\n%s", h.Name, &log)
 			}
 		})
-		if _, err := h.StartLibvirt(testContext(t), &log, user, user); err != nil {
+		daemon, err := h.StartLibvirt(testContext(t), &log, user, user)
+		if err != nil {
 			t.Fatal(err)
 		}
+		daemons = append(daemons, daemon)
 	}
+	return daemons
+}
+
+// startDomain starts the VM on host a, transient, and returns its port when its guest is at work.
+func startDomain(t *testing.T, l *lab.Lab, guest *report.Log) *report.Port {
+	t.Helper()
+	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm := lab.RealVM(kernel, initrd, 256, 1, 1, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
+	beforeVM(t, l.A, vm)
+	if err := l.A.StartDomain(testContext(t), vm, false); err != nil {
+		t.Fatal(err)
+	}
+	port := openGuest(t, l.A, guest)
+	if _, err := guest.WaitReady(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	return port
 }
 
 // domainState is what virsh says of the VM on a host; empty: it has none.
@@ -57,20 +82,9 @@ func TestLibvirt(t *testing.T) {
 		t.Run(user, func(t *testing.T) {
 			l := newLab(t)
 			startLibvirt(t, l, user)
-			kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
-			if err != nil {
-				t.Fatal(err)
-			}
-			vm := lab.RealVM(kernel, initrd, 256, 1, 1, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
-			beforeVM(t, l.A, vm)
-			if err := l.A.StartDomain(testContext(t), vm, false); err != nil {
-				t.Fatal(err)
-			}
 			var guest report.Log
-			port := openGuest(t, l.A, &guest)
-			if _, err := guest.WaitReady(testContext(t)); err != nil {
-				t.Fatal(err)
-			}
+			port := startDomain(t, l, &guest)
+			cancelled(t, l)
 			from, to := l.A, l.B
 			for hop := range 2 {
 				awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
@@ -99,5 +113,76 @@ func TestLibvirt(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// cancelled prepares a migration of the domain, and cancels it: nothing has changed.
+func cancelled(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	client := control(t, l.A)
+	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: l.B.DaemonAddr()}
+	if _, err := client.Prepare(testContext(t), &migratedv1.PrepareRequest{Id: "in-vain", Spec: spec}); err != nil {
+		t.Fatal(err)
+	}
+	m := await(t, client, "in-vain", func(m *migratedv1.Migration) bool { return m.GetPrepared() })
+	if state := domainState(t, l.B); !m.GetPrepared() || !strings.HasPrefix(state, "paused") {
+		t.Errorf("prepared: %v, %v; virsh on host b: %q", m.GetState(), m.GetError(), state)
+	}
+	if _, err := client.Cancel(testContext(t), &migratedv1.CancelRequest{Id: "in-vain"}); err != nil {
+		t.Fatal(err)
+	}
+	await(t, client, "in-vain", func(*migratedv1.Migration) bool { return false })
+	if here, there := domainState(t, l.A), domainState(t, l.B); !strings.HasPrefix(here, "running") || there != "" {
+		t.Errorf("virsh says %q on host a and %q on host b", here, there)
+	}
+}
+
+// TestLibvirtRestarts: the libvirtds of both hosts are killed while the VM's memory crosses, and started again. The
+// migration completes, and virsh tells the truth.
+func TestLibvirtRestarts(t *testing.T) {
+	l := newLab(t)
+	daemons := startLibvirt(t, l, "libvirt-qemu")
+	var guest report.Log
+	port := startDomain(t, l, &guest)
+	if err := port.Close(); err != nil {
+		t.Fatal(err)
+	}
+	client := control(t, l.A)
+	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: l.B.DaemonAddr(), Bandwidth: 1 << 20}
+	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "restarts", Spec: spec}); err != nil {
+		t.Fatal(err)
+	}
+	m := await(t, client, "restarts", func(m *migratedv1.Migration) bool {
+		return m.GetLocation() == migratedv1.Location_LOCATION_DESTINATION
+	})
+	if migration.Terminal(m.GetState()) {
+		t.Fatalf("it is %v: %v", m.GetState(), m.GetError())
+	}
+	for _, d := range daemons {
+		if err := errors.Join(d.Kill(), d.Restart(testContext(t))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: "restarts"}); err != nil {
+		t.Fatal(err)
+	}
+	m = await(t, client, "restarts", func(*migratedv1.Migration) bool { return false })
+	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Fatalf("it is %v: %v", m.GetState(), m.GetError())
+	}
+	if there := domainState(t, l.B); !strings.HasPrefix(there, "running") {
+		t.Errorf("virsh on host b: %q", there)
+	}
+	deadline := time.Now().Add(20 * time.Second) // libvirtd notices
+	for domainState(t, l.A) != "" && time.Now().Before(deadline) {
+		time.Sleep(100 * time.Millisecond)
+	}
+	if here := domainState(t, l.A); here != "" {
+		t.Errorf("virsh on host a: %q", here)
+	}
+	port = openGuest(t, l.B, &guest)
+	verifyLinux(t, &guest, port)
+	if err := port.Close(); err != nil {
+		t.Error(err)
 	}
 }

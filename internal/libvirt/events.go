@@ -11,8 +11,8 @@ import (
 	"slices"
 )
 
-// What libvirt's messages begin with (rpc.rst of libvirt): the length of all, then program, version, procedure, type, serial
-// and status, 32 bits each.
+// What libvirt's messages begin with (rpc.rst of libvirt): the length of all, then program, version, procedure, type,
+// serial and status, 32 bits each.
 const (
 	lengthSize = 4
 	headerSize = lengthSize + 6*4
@@ -23,8 +23,8 @@ const (
 	qemuMonitorEvent = 6          // QEMU_PROC_DOMAIN_MONITOR_EVENT
 )
 
-// withDetails is a connection to libvirt on which every event of QEMU's has details: go-libvirt drops those without, STOP and
-// RESUME among them, because it takes the string at their end, which may be missing, for one that never is.
+// withDetails is a connection to libvirt on which every event of QEMU's has details: go-libvirt drops those without,
+// STOP and RESUME among them, because it takes the string at their end, which may be missing, for one that never is.
 type withDetails struct {
 	net.Conn
 	rest bytes.Buffer // of a message that was begun
@@ -63,8 +63,8 @@ func (c *withDetails) next() error {
 	return nil
 }
 
-// lacksDetails walks through an event: a callback's number, a domain (name, UUID, number), the event's name, two words of
-// seconds, one of microseconds; then whether there are details.
+// lacksDetails walks through an event: a callback's number, a domain (name, UUID, number), the event's name, two words
+// of seconds, one of microseconds; then whether there are details.
 func lacksDetails(body []byte) bool {
 	at := 4
 	text := func() bool { // a string, padded to words

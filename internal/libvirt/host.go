@@ -104,7 +104,11 @@ func (d *Domain) Name() string { return d.id.Name }
 // isGone says whether libvirt refused a call because the domain does not run, or is none any more.
 func isGone(err error) bool {
 	var refused golibvirt.Error
-	return errors.As(err, &refused) && (refused.Code == uint32(golibvirt.ErrNoDomain) || refused.Code == uint32(golibvirt.ErrOperationInvalid))
+	if !errors.As(err, &refused) {
+		return false
+	}
+	code := golibvirt.ErrorNumber(refused.Code)
+	return code == golibvirt.ErrNoDomain || code == golibvirt.ErrOperationInvalid
 }
 
 // Destroy ends the domain's QEMU at once. One that has ended is no error. A transient domain is gone then.

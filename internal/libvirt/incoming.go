@@ -38,7 +38,8 @@ func Start(ctx context.Context, definition string) (vm string, err error) {
 	if err != nil {
 		return "", errors.Join(fmt.Errorf("have libvirt start the domain: %w", err), conn.Disconnect())
 	}
-	return fmt.Sprintf("%s%x-%x-%x-%x-%x", scheme, d.UUID[:4], d.UUID[4:6], d.UUID[6:8], d.UUID[8:10], d.UUID[10:]), conn.Disconnect()
+	id := d.UUID
+	return fmt.Sprintf("%s%x-%x-%x-%x-%x", scheme, id[:4], id[4:6], id[6:8], id[8:10], id[10:]), conn.Disconnect()
 }
 
 // withIncoming returns a definition whose QEMU waits for a migration.

@@ -27,8 +27,10 @@ const (
 	// handTimeout bounds what is done in QEMU's process to hand a descriptor over.
 	handTimeout = 10 * time.Second
 	// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come another
-	// way.
-	eventTimeout = 50 * time.Millisecond
+	// way: a VM that was stopped, and of which nobody says so, is taken for one that somebody else has stopped.
+	eventTimeout = 2 * time.Second
+	// lastEvents is for how long events of a QEMU that has ended may come.
+	lastEvents = 100 * time.Millisecond
 )
 
 // Monitor connects to the domain's QEMU. The connection ends with that QEMU, with libvirt, and by Close.
@@ -38,7 +40,9 @@ func (d *Domain) Monitor(ctx context.Context) (*qmp.Client, error) {
 		return nil, fmt.Errorf("sockets of a monitor: %w", err)
 	}
 	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	m := &monitor{domain: d, conn: theirs, cancel: cancel, handed: make(map[string]handed), changed: make(chan struct{}, 1)}
+	m := &monitor{
+		domain: d, conn: theirs, cancel: cancel, handed: make(map[string]handed), changed: make(chan struct{}, 64),
+	}
 	greeting, err := m.begin(life)
 	if err != nil {
 		cancel()
@@ -81,7 +85,7 @@ type monitor struct {
 	writing sync.Mutex
 	mu      sync.Mutex // guards running
 	running bool
-	changed chan struct{} // running has
+	changed chan struct{} // running has; of a client that stops and continues, one at a time
 }
 
 // handed is a descriptor in QEMU.
@@ -162,7 +166,7 @@ func (m *monitor) follow(life context.Context, events <-chan golibvirt.DomainEve
 						return
 					}
 					m.forward(e)
-				case <-time.After(eventTimeout):
+				case <-time.After(lastEvents):
 					return
 				}
 			}
@@ -345,9 +349,8 @@ func (m *monitor) expect(execute string) func() {
 	case execute == "xen-save-devices-state" && ran: // it is stopped, and goes on
 		changes = 2
 	}
-	select {
-	case <-m.changed: // of before
-	default:
+	for len(m.changed) > 0 { // of before
+		<-m.changed
 	}
 	return func() {
 		late := time.After(eventTimeout)

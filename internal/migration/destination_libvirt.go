@@ -14,7 +14,8 @@ import (
 // openDomain has this host's libvirt start a domain like the source's.
 func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	if d.cfg.Request.GetDestinationTemplate() != "" {
-		return withRemedy(errors.New("a template is of QEMU's command line, and this VM's is libvirt's"), "leave out --template")
+		return withRemedy(errors.New("a template is of QEMU's command line, and this VM's is libvirt's"),
+			"leave out --template")
 	}
 	machine := d.cfg.Request.GetMachine()
 	if err := checkPromise(machine, availableMemory); err != nil {
@@ -43,8 +44,8 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	return err
 }
 
-// persist has libvirt keep the domain's definition, where that was asked for. The VM runs: a failure changes nothing about
-// that.
+// persist has libvirt keep the domain's definition, where that was asked for. The VM runs: a failure changes nothing
+// about that.
 func (d *Destination) persist() {
 	domain := d.vm.Domain()
 	if domain == nil || !d.cfg.Request.GetSpec().GetPersistent() {

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package libvirt
+
+import (
+	"errors"
+	"strings"
+	"testing"
+)
+
+const plain = `<domain type="kvm"><name>db</name><devices><emulator>/usr/bin/qemu-system-x86_64</emulator></devices></domain>`
+
+// TestIncoming: what a domain is started with for a migration is gone from what its next move, or its owner, sees; what else
+// its owner has QEMU told stays.
+func TestIncoming(t *testing.T) {
+	own := strings.Replace(plain, `<domain `, `<domain xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0" `, 1)
+	own = strings.Replace(own, `</domain>`, `<qemu:commandline><qemu:arg value="-incoming"/><qemu:arg value="tcp:0:1"/></qemu:commandline></domain>`, 1)
+	for name, definition := range map[string]string{"plain": plain, "with arguments of its owner's": own} {
+		waits, err := withIncoming(definition)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(waits, `<qemu:arg value="-incoming"/><qemu:arg value="defer"/></qemu:commandline>`) ||
+			strings.Count(waits, "xmlns:qemu=") != 1 || strings.Count(waits, "<qemu:commandline>") != 1 {
+			t.Errorf("%s: %s", name, waits)
+		}
+		back, err := withoutIncoming(waits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(back, "defer") || strings.Contains(back, "tcp:0:1") != strings.Contains(definition, "tcp:0:1") ||
+			strings.Contains(back, "qemu:commandline") != strings.Contains(definition, "qemu:commandline") {
+			t.Errorf("%s: %s", name, back)
+		}
+	}
+	for _, bad := range []string{"", "<network/>", "<domain>"} {
+		if _, err := withIncoming(bad); err == nil {
+			t.Errorf("%q is taken for a domain", bad)
+		}
+	}
+}
+
+// TestLimit: a definition of another host's gives no more than a VM.
+func TestLimit(t *testing.T) {
+	refused := errors.New("that binary is not started here")
+	limit := Limit{MayRun: func(binary string) error {
+		if binary != "/usr/bin/qemu-system-x86_64" {
+			return refused
+		}
+		return nil
+	}}
+	insert := func(before, text string) string { return strings.Replace(plain, before, text+before, 1) }
+	for name, c := range map[string]struct{ definition, want string }{
+		"a VM":          {plain, ""},
+		"its own label": {insert("</domain>", `<seclabel type="dynamic" model="selinux"/>`), ""},
+		"another binary": {
+			strings.Replace(plain, "/usr/bin/qemu-system-x86_64", "/tmp/evil", 1), refused.Error(),
+		},
+		"no binary": {strings.Replace(plain, "emulator>", "nothing>", 2), "names no emulator"},
+		"arguments": {
+			insert("</domain>", `<qemu:commandline xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0"/>`), "<qemu:commandline>",
+		},
+		"a script":     {insert("</devices>", `<interface type="ethernet"><script path="/tmp/evil"/></interface>`), "as root"},
+		"another user": {insert("</domain>", `<seclabel model="dac" relabel="no"><label>+0:+0</label></seclabel>`), "whom QEMU runs as"},
+	} {
+		err := limit.Check(c.definition)
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
+	}
+	limit.Root = true
+	if err := limit.Check(insert("</domain>", `<seclabel model="dac"/>`)); err != nil {
+		t.Errorf("where every user is allowed: %v", err)
+	}
+}
+
+func TestAddress(t *testing.T) {
+	for vm, want := range map[string]bool{"libvirt:db": true, "libvirt:": false, "/run/libvirt:db": false, "": false} {
+		if IsAddress(vm) != want {
+			t.Errorf("%q: %v", vm, !want)
+		}
+	}
+	uuid, ok := parseUUID("9fe3ea4e-0c0c-4d3f-9a37-5a0c6e1f8d11")
+	if !ok || uuid[0] != 0x9f || uuid[15] != 0x11 {
+		t.Errorf("%x, %v", uuid, ok)
+	}
+	if _, ok := parseUUID("a name of thirty-six letters in all.."); ok {
+		t.Error("a name is taken for a UUID")
+	}
+}
