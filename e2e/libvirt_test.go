@@ -85,6 +85,10 @@ func TestLibvirt(t *testing.T) {
 			var guest report.Log
 			port := startDomain(t, l, &guest)
 			cancelled(t, l)
+			out, code := operate(t, l.A, "check", "--vm", lab.DomainVM, "--to", l.B.DaemonAddr())
+			if code != 0 || !strings.Contains(out, "domains that run here: "+lab.DomainName) {
+				t.Errorf("check: exit code %d:\n%s", code, out)
+			}
 			from, to := l.A, l.B
 			for hop := range 2 {
 				awaitBlocks(t, &guest, writesOf(guest.Disks())+50)

@@ -14,7 +14,7 @@ import (
 )
 
 type checkCmd struct {
-	VM string `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of a VM to check as well."`
+	VM string `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of a VM to check as well; or libvirt:NAME, a domain of libvirt's."`
 	To string `placeholder:"HOST[:PORT]" help:"Daemon of a destination host to check as well (default port: ${port})."`
 
 	ToQMP    string `name:"to-qmp" placeholder:"PATH" xor:"qemu" help:"As of migrate: the QEMU there that would take the VM."`

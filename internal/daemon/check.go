@@ -5,6 +5,7 @@ package daemon
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/redact"
@@ -21,6 +23,7 @@ import (
 func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckRequest) (*migratedv1.CheckResponse, error) {
 	// What leaves this host needs no userfaultfd here.
 	results := shown(append(qemu.CheckHost(ctx, false), checkConfinement()), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
+	results = append(results, shown(domains(ctx), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)...)
 	var machine *migratedv1.SourceMachine
 	if vm := request.GetVm(); vm != "" {
 		if err := validateVM(vm); err != nil {
@@ -41,6 +44,21 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 		results = append(results, c.daemon.checkDestination(ctx, request, machine)...)
 	}
 	return &migratedv1.CheckResponse{Results: results}, nil
+}
+
+// domains names the VMs of this host's libvirt, where there is one.
+func domains(ctx context.Context) []qemu.Result {
+	names, err := libvirt.Names(ctx)
+	result := qemu.Result{Subject: "libvirt", Detail: "no domain runs here"}
+	switch {
+	case errors.Is(err, libvirt.ErrNoLibvirt):
+		return nil
+	case err != nil:
+		result.Status, result.Detail, result.Remedy = qemu.Warning, err.Error(), "see whether virsh works on this host"
+	case len(names) > 0:
+		result.Detail = "domains that run here: " + strings.Join(names, ", ")
+	}
+	return []qemu.Result{result}
 }
 
 // checkDestination asks a host whether it can be a destination, and where machine is not nil, whether it can be that
