@@ -96,7 +96,7 @@ func TestLibvirt(t *testing.T) {
 					t.Fatal(err)
 				}
 				m := migrateSpec(t, from, fmt.Sprintf("hop-%d", hop), &migratedv1.MigrationSpec{
-					Vm: lab.DomainVM, Destination: to.DaemonAddr(), Persistent: hop == 0,
+					Vm: lab.DomainVM, Destination: to.DaemonAddr(), Persistent: hop == 0, UndefineSource: hop == 1,
 				})
 				if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
 					t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
@@ -105,8 +105,14 @@ func TestLibvirt(t *testing.T) {
 				if state := domainState(t, to); !strings.HasPrefix(state, "running") {
 					t.Errorf("virsh on host %s: %q", to.Name, state)
 				}
-				if state := domainState(t, from); state != "" && !strings.HasPrefix(state, "shut off") {
+				if state := domainState(t, from); state != "" {
 					t.Errorf("virsh on host %s: %q", from.Name, state)
+				}
+				if hop == 0 {
+					kept, err := to.Virsh(testContext(t), "dumpxml", "--inactive", lab.DomainName)
+					if err != nil || !strings.Contains(kept, "guest-disk0.qcow2") || strings.Contains(kept, "incoming") {
+						t.Errorf("%v; host %s has kept\n%s", err, to.Name, kept)
+					}
 				}
 				port = openGuest(t, to, &guest)
 				awaitBlocks(t, &guest, writesOf(guest.Disks())+50)

@@ -11,6 +11,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"time"
 
 	golibvirt "github.com/digitalocean/go-libvirt"
 	"github.com/digitalocean/go-libvirt/socket/dialers"
@@ -35,14 +36,44 @@ var sockets = []string{"/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock
 const uri = golibvirt.QEMUSystem
 
 // A Domain is one that is defined, or runs, on this host, and a connection of its own to libvirt. Close it.
+//
+// libvirt may take its time: when the context of a call is over, the connection is closed, and everything on it fails.
 type Domain struct {
-	conn  *golibvirt.Libvirt
-	id    golibvirt.Domain
-	close sync.Once
+	*connection
+	id golibvirt.Domain
+}
+
+// closeTimeout bounds Close.
+const closeTimeout = 2 * time.Second
+
+// A connection is one to libvirt.
+type connection struct {
+	*golibvirt.Libvirt
+	socket net.Conn
+	close  sync.Once
+}
+
+// within closes the connection when ctx is over, until release.
+func (c *connection) within(ctx context.Context) (release func() bool) {
+	return context.AfterFunc(ctx, func() { _ = c.socket.Close() }) // what is called says that it failed
+}
+
+// Close ends the connection, and that of a Monitor. The domain goes on.
+func (c *connection) Close() (err error) {
+	c.close.Do(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+		defer cancel()
+		defer c.within(ctx)() // it says goodbye, and waits for the answer
+		err = c.Disconnect()
+	})
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
 }
 
 // connect makes a connection to libvirt.
-func connect(ctx context.Context) (*golibvirt.Libvirt, error) {
+func connect(ctx context.Context) (*connection, error) {
 	var errs []error
 	for _, path := range sockets {
 		socket, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
@@ -50,11 +81,14 @@ func connect(ctx context.Context) (*golibvirt.Libvirt, error) {
 			errs = append(errs, err)
 			continue
 		}
-		conn := golibvirt.NewWithDialer(dialers.NewAlreadyConnected(&withDetails{Conn: socket}))
-		if err := conn.ConnectToURI(uri); err != nil {
+		c := &connection{
+			Libvirt: golibvirt.NewWithDialer(dialers.NewAlreadyConnected(&withDetails{Conn: socket})), socket: socket,
+		}
+		defer c.within(ctx)()
+		if err := c.ConnectToURI(uri); err != nil {
 			return nil, errors.Join(fmt.Errorf("connect to libvirt at %s: %w", path, err), socket.Close())
 		}
-		return conn, nil
+		return c, nil
 	}
 	for _, err := range errs {
 		if !errors.Is(err, fs.ErrNotExist) {
@@ -70,7 +104,8 @@ func Open(ctx context.Context, vm string) (*Domain, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Domain{conn: conn}
+	defer conn.within(ctx)()
+	d := &Domain{connection: conn}
 	name := strings.TrimPrefix(vm, scheme)
 	if uuid, isUUID := parseUUID(name); isUUID {
 		d.id, err = conn.DomainLookupByUUID(uuid)
@@ -92,12 +127,6 @@ func parseUUID(text string) (uuid golibvirt.UUID, ok bool) {
 	return uuid, err == nil && n == len(uuid)
 }
 
-// Close ends the connection, and that of a Monitor. The domain goes on.
-func (d *Domain) Close() (err error) {
-	d.close.Do(func() { err = d.conn.Disconnect() })
-	return err
-}
-
 // Name is the domain's.
 func (d *Domain) Name() string { return d.id.Name }
 
@@ -112,8 +141,9 @@ func isGone(err error) bool {
 }
 
 // Destroy ends the domain's QEMU at once. One that has ended is no error. A transient domain is gone then.
-func (d *Domain) Destroy() error {
-	if err := d.conn.DomainDestroyFlags(d.id, golibvirt.DomainDestroyDefault); err != nil && !isGone(err) {
+func (d *Domain) Destroy(ctx context.Context) error {
+	defer d.within(ctx)()
+	if err := d.DomainDestroyFlags(d.id, golibvirt.DomainDestroyDefault); err != nil && !isGone(err) {
 		return fmt.Errorf("end libvirt's domain %s: %w", d.Name(), err)
 	}
 	return nil
@@ -125,26 +155,18 @@ func End(ctx context.Context, vm string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Destroy(), d.Close())
+	return errors.Join(d.Destroy(ctx), d.Close())
 }
 
 // Definition is the domain's as it runs now, with what was plugged in and with its secrets, as libvirt's own migration
 // would send it.
-func (d *Domain) Definition() (string, error) {
-	text, err := d.conn.DomainGetXMLDesc(d.id, golibvirt.DomainXMLMigratable|golibvirt.DomainXMLSecure)
+func (d *Domain) Definition(ctx context.Context) (string, error) {
+	defer d.within(ctx)()
+	text, err := d.DomainGetXMLDesc(d.id, golibvirt.DomainXMLMigratable|golibvirt.DomainXMLSecure)
 	if err != nil {
 		return "", fmt.Errorf("definition of libvirt's domain %s: %w", d.Name(), err)
 	}
 	return withoutIncoming(text)
-}
-
-// IsPersistent says whether the domain is defined here, and stays when it ends.
-func (d *Domain) IsPersistent() (bool, error) {
-	persistent, err := d.conn.DomainIsPersistent(d.id)
-	if err != nil {
-		return false, fmt.Errorf("libvirt's domain %s: %w", d.Name(), err)
-	}
-	return persistent != 0, nil
 }
 
 // Names are those of the domains that run on this host.
@@ -153,10 +175,11 @@ func Names(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer conn.within(ctx)()
 	domains, _, err := conn.ConnectListAllDomains(1, golibvirt.ConnectListDomainsActive)
 	var names []string
 	for _, d := range domains {
 		names = append(names, d.Name)
 	}
-	return names, errors.Join(err, conn.Disconnect())
+	return names, errors.Join(err, conn.Close())
 }

@@ -34,12 +34,13 @@ func Start(ctx context.Context, definition string) (vm string, err error) {
 	if err != nil {
 		return "", err
 	}
+	defer conn.within(ctx)()
 	d, err := conn.DomainCreateXML(definition, golibvirt.DomainStartPaused)
 	if err != nil {
-		return "", errors.Join(fmt.Errorf("have libvirt start the domain: %w", err), conn.Disconnect())
+		return "", errors.Join(fmt.Errorf("have libvirt start the domain: %w", err), conn.Close())
 	}
 	id := d.UUID
-	return fmt.Sprintf("%s%x-%x-%x-%x-%x", scheme, id[:4], id[4:6], id[6:8], id[8:10], id[10:]), conn.Disconnect()
+	return fmt.Sprintf("%s%x-%x-%x-%x-%x", scheme, id[:4], id[4:6], id[6:8], id[8:10], id[10:]), conn.Close()
 }
 
 // withIncoming returns a definition whose QEMU waits for a migration.
@@ -136,25 +137,30 @@ func (l Limit) Check(definition string) error {
 }
 
 // Persist defines the domain here as it runs, so that it stays when it ends.
-func (d *Domain) Persist() error {
-	definition, err := d.Definition()
+func (d *Domain) Persist(ctx context.Context) error {
+	definition, err := d.Definition(ctx)
 	if err != nil {
 		return err
 	}
-	if _, err := d.conn.DomainDefineXMLFlags(definition, 0); err != nil {
+	defer d.within(ctx)()
+	if _, err := d.DomainDefineXMLFlags(definition, 0); err != nil {
 		return fmt.Errorf("define libvirt's domain %s: %w", d.Name(), err)
 	}
 	return nil
 }
 
 // Undefine removes the domain's definition. A transient one has none.
-func (d *Domain) Undefine() error {
-	persistent, err := d.IsPersistent()
-	if err != nil || !persistent {
-		return err
+func (d *Domain) Undefine(ctx context.Context) error {
+	defer d.within(ctx)()
+	persistent, err := d.DomainIsPersistent(d.id)
+	if err != nil {
+		return fmt.Errorf("libvirt's domain %s: %w", d.Name(), err)
+	}
+	if persistent == 0 {
+		return nil
 	}
 	const keep = golibvirt.DomainUndefineKeepNvram | golibvirt.DomainUndefineManagedSave
-	if err := d.conn.DomainUndefineFlags(d.id, keep); err != nil {
+	if err := d.DomainUndefineFlags(d.id, keep); err != nil {
 		return fmt.Errorf("undefine libvirt's domain %s: %w", d.Name(), err)
 	}
 	return nil

@@ -43,7 +43,9 @@ func (d *Domain) Monitor(ctx context.Context) (*qmp.Client, error) {
 	m := &monitor{
 		domain: d, conn: theirs, cancel: cancel, handed: make(map[string]handed), changed: make(chan struct{}, 64),
 	}
+	release := d.within(ctx)
 	greeting, err := m.begin(life)
+	release()
 	if err != nil {
 		cancel()
 		return nil, errors.Join(fmt.Errorf("monitor of libvirt's domain %s: %w", d.Name(), err), ours.Close(), theirs.Close())
@@ -110,7 +112,7 @@ type answer struct {
 
 // begin asks for events, and returns QEMU's greeting.
 func (m *monitor) begin(life context.Context) (greeting []byte, err error) {
-	events, err := m.domain.conn.SubscribeQEMUEvents(life, m.domain.Name())
+	events, err := m.domain.SubscribeQEMUEvents(life, m.domain.Name())
 	if err != nil {
 		return nil, err
 	}
@@ -372,7 +374,7 @@ func (m *monitor) pass(c command) (answer, error) {
 		return refusal(err), nil
 	}
 	var a answer
-	said, err := m.domain.conn.QEMUDomainMonitorCommand(m.domain.id, string(text), 0)
+	said, err := m.domain.QEMUDomainMonitorCommand(m.domain.id, string(text), 0)
 	if err == nil {
 		err = json.Unmarshal([]byte(said), &a)
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/qemu"
@@ -44,25 +45,36 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	return err
 }
 
+// libvirtTimeout is how long a migration that is over waits for what libvirt is to do then.
+const libvirtTimeout = 10 * time.Second
+
 // persist has libvirt keep the domain's definition, where that was asked for. The VM runs: a failure changes nothing
-// about that.
+// about that. The caller holds mu.
 func (d *Destination) persist() {
-	domain := d.vm.Domain()
-	if domain == nil || !d.cfg.Request.GetSpec().GetPersistent() {
+	if d.domain == "" || !d.cfg.Request.GetSpec().GetPersistent() {
 		return
 	}
-	if err := domain.Persist(); err != nil {
-		d.log.Error("the domain runs, and is not defined at the destination", "error", err)
+	if err := withLibvirt(d.domain, (*libvirt.Domain).Persist); err != nil {
+		d.log.Error("the domain runs, and is not known to be defined at the destination", "error", err)
 	}
 }
 
 // undefine has libvirt forget the source's domain, where that was asked for.
 func (s *Source) undefine() {
-	domain := s.vm.Domain()
-	if domain == nil || !s.cfg.Spec.GetUndefineSource() {
-		return
+	if vm := s.cfg.Spec.GetVm(); libvirt.IsAddress(vm) && s.cfg.Spec.GetUndefineSource() {
+		if err := withLibvirt(vm, (*libvirt.Domain).Undefine); err != nil {
+			s.log.Error("the domain's definition stays at the source", "error", err)
+		}
 	}
-	if err := domain.Undefine(); err != nil {
-		s.log.Error("the domain's definition stays at the source", "error", err)
+}
+
+// withLibvirt does something with a domain, for which libvirt may take its time: no longer than libvirtTimeout.
+func withLibvirt(vm string, do func(*libvirt.Domain, context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), libvirtTimeout)
+	defer cancel()
+	domain, err := libvirt.Open(ctx, vm)
+	if err != nil {
+		return err
 	}
+	return errors.Join(do(domain, ctx), domain.Close())
 }

@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -64,6 +65,9 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.kept, d.facts, d.left = k, facts, facts.QEMU
+	if libvirt.IsAddress(facts.QMP) {
+		d.domain = facts.QMP
+	}
 	if k.header().toldToRun.Load() != 0 {
 		d.phase = running
 		d.decide(toldToRun)

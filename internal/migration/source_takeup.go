@@ -84,6 +84,7 @@ func (s *Source) quitLeft(rec Record) (err error) {
 	if err := s.vm.VerifyStopped(ctx); err != nil {
 		return err
 	}
+	s.undefine()
 	return s.vm.Quit(ctx)
 }
 

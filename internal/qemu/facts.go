@@ -62,7 +62,7 @@ func (vm *VM) Facts(ctx context.Context) (*Facts, error) {
 	}
 	var err error
 	if vm.domain != nil {
-		if f.Definition, err = vm.domain.Definition(); err != nil {
+		if f.Definition, err = vm.domain.Definition(ctx); err != nil {
 			return nil, err
 		}
 	}

@@ -74,9 +74,6 @@ func attachDomain(ctx context.Context, address string) (*VM, error) {
 	return vm, nil
 }
 
-// Domain is what libvirt has of the VM; nil: it is none of libvirt's. It is open for as long as vm is.
-func (vm *VM) Domain() *libvirt.Domain { return vm.domain }
-
 func attach(ctx context.Context, client *qmp.Client) (*VM, error) {
 	vm := &VM{QMP: client, shutdowns: client.Subscribe("SHUTDOWN")}
 	var err error
@@ -224,7 +221,7 @@ func waitExit(ctx context.Context, pidfd *os.File) error {
 // come for instance, is killed.
 func (vm *VM) Quit(ctx context.Context) error {
 	if vm.domain != nil {
-		if err := vm.domain.Destroy(); err == nil && vm.WaitExit(ctx) == nil {
+		if err := vm.domain.Destroy(ctx); err == nil && vm.WaitExit(ctx) == nil {
 			return nil
 		}
 	}
