@@ -66,7 +66,7 @@ func startDomain(t *testing.T, l *lab.Lab, guest *report.Log) *report.Port {
 func domainState(t *testing.T, h *lab.Host) string {
 	t.Helper()
 	state, err := h.Virsh(testContext(t), "domstate", "--reason", lab.DomainName)
-	if err != nil && strings.Contains(err.Error(), "failed to get domain") {
+	if err != nil && (strings.Contains(err.Error(), "failed to get domain") || strings.Contains(err.Error(), "Domain not found")) {
 		return ""
 	}
 	if err != nil {
