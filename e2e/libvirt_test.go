@@ -75,8 +75,8 @@ func domainState(t *testing.T, h *lab.Host) string {
 	return state
 }
 
-// TestLibvirt moves a domain of libvirt's there and back: its guest works on, no byte of its memory and its disk is wrong,
-// and virsh says of both hosts what is so.
+// TestLibvirt moves a domain of libvirt's there and back: its guest works on, no byte of its memory and its disk is
+// wrong, and virsh says of both hosts what is so.
 func TestLibvirt(t *testing.T) {
 	for _, user := range []string{"root", "libvirt-qemu"} {
 		t.Run(user, func(t *testing.T) {

@@ -24,8 +24,8 @@ const (
 	DomainVM   = "libvirt:" + DomainName
 )
 
-// becomeLibvirtHost gives a host directories of libvirt's own, and the user that its package makes. The names of its settings are libvirt's; there are no
-// systemd, no control groups and no security module on it.
+// becomeLibvirtHost gives a host directories of libvirt's own, and the user that its package makes. The names of its
+// settings are libvirt's; there are no systemd, no control groups and no security module on it.
 const becomeLibvirtHost = `
 for dir in /etc/libvirt /var/lib/libvirt /var/cache/libvirt; do
 	mkdir -p "$dir"

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -46,8 +47,13 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 	return &migratedv1.CheckResponse{Results: results}, nil
 }
 
+// libvirtPatience is how long a check waits for libvirt.
+const libvirtPatience = 5 * time.Second
+
 // domains names the VMs of this host's libvirt, where there is one.
 func domains(ctx context.Context) []qemu.Result {
+	ctx, cancel := context.WithTimeout(ctx, libvirtPatience)
+	defer cancel()
 	names, err := libvirt.Names(ctx)
 	result := qemu.Result{Subject: "libvirt", Detail: "no domain runs here"}
 	switch {

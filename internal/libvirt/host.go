@@ -149,15 +149,6 @@ func (d *Domain) Destroy(ctx context.Context) error {
 	return nil
 }
 
-// End ends the domain of an address.
-func End(ctx context.Context, vm string) error {
-	d, err := Open(ctx, vm)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Destroy(ctx), d.Close())
-}
-
 // Definition is the domain's as it runs now, with what was plugged in and with its secrets, as libvirt's own migration
 // would send it.
 func (d *Domain) Definition(ctx context.Context) (string, error) {

@@ -73,7 +73,8 @@ func withoutIncoming(definition string) (string, error) {
 	}
 	args := line.SelectElements(argument)
 	for i := 0; i+1 < len(args); i++ {
-		if args[i].SelectAttrValue("value", "") == incoming[0] && args[i+1].SelectAttrValue("value", "") == incoming[1] {
+		first, second := args[i].SelectAttrValue("value", ""), args[i+1].SelectAttrValue("value", "")
+		if first == incoming[0] && second == incoming[1] {
 			line.RemoveChild(args[i])
 			line.RemoveChild(args[i+1])
 			i++
@@ -120,7 +121,8 @@ func (l Limit) Check(definition string) error {
 	}
 	for _, child := range root.ChildElements() {
 		if child.Space != "" {
-			return fmt.Errorf("the domain's definition has <%s>, by which QEMU is started with anything", child.FullTag())
+			return fmt.Errorf("the domain's definition has <%s>, by which QEMU is started with anything",
+				child.FullTag())
 		}
 	}
 	for _, script := range root.FindElements("devices/interface/*") {

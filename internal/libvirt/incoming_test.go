@@ -10,8 +10,8 @@ import (
 
 const plain = `<domain type="kvm"><name>db</name><devices><emulator>/usr/bin/qemu-system-x86_64</emulator></devices></domain>`
 
-// TestIncoming: what a domain is started with for a migration is gone from what its next move, or its owner, sees; what else
-// its owner has QEMU told stays.
+// TestIncoming: what a domain is started with for a migration is gone from what its next move, or its owner, sees; what
+// else its owner has QEMU told stays.
 func TestIncoming(t *testing.T) {
 	own := strings.Replace(plain, `<domain `, `<domain xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0" `, 1)
 	own = strings.Replace(own, `</domain>`, `<qemu:commandline><qemu:arg value="-incoming"/><qemu:arg value="tcp:0:1"/></qemu:commandline></domain>`, 1)

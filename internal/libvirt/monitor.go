@@ -26,8 +26,8 @@ import (
 const (
 	// handTimeout bounds what is done in QEMU's process to hand a descriptor over.
 	handTimeout = 10 * time.Second
-	// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come another
-	// way: a VM that was stopped, and of which nobody says so, is taken for one that somebody else has stopped.
+	// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come
+	// another way: a VM that was stopped, and of which nobody says so, is taken for one that somebody else has stopped.
 	eventTimeout = 2 * time.Second
 	// lastEvents is for how long events of a QEMU that has ended may come.
 	lastEvents = 100 * time.Millisecond
@@ -48,7 +48,8 @@ func (d *Domain) Monitor(ctx context.Context) (*qmp.Client, error) {
 	release()
 	if err != nil {
 		cancel()
-		return nil, errors.Join(fmt.Errorf("monitor of libvirt's domain %s: %w", d.Name(), err), ours.Close(), theirs.Close())
+		err = fmt.Errorf("monitor of libvirt's domain %s: %w", d.Name(), err)
+		return nil, errors.Join(err, ours.Close(), theirs.Close())
 	}
 	go m.serve(greeting)
 	client, err := qmp.New(ctx, ours, Address(d.Name()))

@@ -59,8 +59,8 @@ func hugePagesOf(size uint64) (free, promised uint64, err error) {
 	return (counts["free_hugepages"] + more) * size, counts["resv_hugepages"] * size, nil
 }
 
-// checkHolds refuses a VM that holds more than this host can give to its memory, which has been emptied here. A VM may be
-// larger than that: what it does not hold, it may never need.
+// checkHolds refuses a VM that holds more than this host can give to its memory, which has been emptied here. A VM may
+// be larger than that: what it does not hold, it may never need.
 func (h host) checkHolds(machine *migratedv1.SourceMachine, blocks []qemu.RAMBlock) error {
 	present := make(map[string]uint64, len(machine.GetRamBlocks()))
 	small, huge, hugeSize := machine.GetPrivateMemory(), uint64(0), uint64(0)
@@ -127,11 +127,13 @@ func checkFileSystems(blocks []qemu.RAMBlock, present map[string]uint64) error {
 
 // noRoom says what is needed and what there is, bytes.
 func noRoom(of string, needs uint64, are string, has uint64, remedy string) error {
-	return withRemedy(fmt.Errorf("%w: it holds %d MiB%s, and %d MiB %s", errNotOnHost, needs>>20, of, has>>20, are), remedy)
+	return withRemedy(
+		fmt.Errorf("%w: it holds %d MiB%s, and %d MiB %s", errNotOnHost, needs>>20, of, has>>20, are), remedy)
 }
 
 func remedyOfHugePages(size uint64) string {
-	return fmt.Sprintf("raise /sys/kernel/mm/hugepages/hugepages-%dkB/nr_hugepages at the destination, or end what has them", size>>10)
+	return fmt.Sprintf(
+		"raise /sys/kernel/mm/hugepages/hugepages-%dkB/nr_hugepages at the destination, or end what has them", size>>10)
 }
 
 // explainStart adds to the failure of a QEMU's start that this host has too few huge pages for it, where that is so: a
@@ -146,8 +148,9 @@ func (h host) explainStart(failure error, machine *migratedv1.SourceMachine) err
 	for size, bytes := range needs {
 		free, promised, err := h.hugePages(size)
 		if left := free - min(free, promised); err == nil && left < bytes {
-			return withRemedy(fmt.Errorf("%w: it needs %d MiB of huge pages, and %d MiB are free and not promised to others",
-				failure, bytes>>20, left>>20), remedyOfHugePages(size))
+			return withRemedy(
+				fmt.Errorf("%w: it needs %d MiB of huge pages, and %d MiB are free and not promised to others",
+					failure, bytes>>20, left>>20), remedyOfHugePages(size))
 		}
 	}
 	return failure

@@ -36,7 +36,8 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 		return thisHost.explainStart(err, machine)
 	}
 	if d.vm, err = qemu.Attach(ctx, d.domain); err != nil {
-		return errors.Join(fmt.Errorf("attach to the domain that libvirt has started: %w", err), libvirt.End(ctx, d.domain))
+		return errors.Join(fmt.Errorf("attach to the domain that libvirt has started: %w", err),
+			withLibvirt(d.domain, (*libvirt.Domain).Destroy))
 	}
 	if err := checkIncoming(ctx, d.vm); err != nil {
 		return err

@@ -15,11 +15,12 @@ import (
 
 // socketOptions are those of QEMU's options whose value may be a Unix socket of its own.
 var socketOptions = []string{
-	"qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "virtioconsole", "vnc", "chardev", "netdev", "nic", "gdb",
+	"qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "virtioconsole", "vnc", "chardev", "netdev", "nic",
+	"gdb",
 }
 
-// listensAt are the Unix sockets that a QEMU with that command line, argv[0] first, makes: of monitors, character devices,
-// VNC and networks. It removes what has such a name, whoever listens there.
+// listensAt are the Unix sockets that a QEMU with that command line, argv[0] first, makes: of monitors, character
+// devices, VNC and networks. It removes what has such a name, whoever listens there.
 func listensAt(argv []string, dir string) (paths []string) {
 	if len(argv) == 0 {
 		return nil
@@ -61,8 +62,8 @@ func isServer(settings []setting) bool {
 	return server
 }
 
-// checkUnused refuses a socket at which somebody listens: QEMU would take the name away from whom it belongs to, another
-// VM perhaps.
+// checkUnused refuses a socket at which somebody listens: QEMU would take the name away from whom it belongs to,
+// another VM perhaps.
 func checkUnused(path string) error {
 	conn, err := net.Dial("unix", path)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {

@@ -24,9 +24,9 @@ const (
 )
 
 // Hand gives process pid a duplicate of f, which stays the caller's, and returns its number there; it is close-on-exec.
-// No name, no permission on a file system and no namespace matter: the process makes a pair of sockets, this process takes
-// one end of it (pidfd_getfd(2)) and sends f through it (SCM_RIGHTS, unix(7)), and the process receives it. Nothing else is
-// left there. CloseHanded closes it. Errors are those of Seize, and of the process' calls.
+// No name, no permission on a file system and no namespace matter: the process makes a pair of sockets, this process
+// takes one end of it (pidfd_getfd(2)) and sends f through it (SCM_RIGHTS, unix(7)), and the process receives it.
+// Nothing else is left there. CloseHanded closes it. Errors are those of Seize, and of the process' calls.
 func Hand(ctx context.Context, pid int, f *os.File) (fd int, err error) {
 	wrap := func(err error) error { return fmt.Errorf("hand %s to process %d: %w", f.Name(), pid, err) }
 	pidfd, err := openPidfd(pid)
@@ -58,7 +58,8 @@ func (p *Process) receive(ctx context.Context, pidfd int, f *os.File) (fd int, e
 		return -1, fmt.Errorf("mmap: %w", err)
 	}
 	defer func() { undo(unix.SYS_MUNMAP, page, pageSize) }()
-	if _, err := p.Syscall(ctx, unix.SYS_SOCKETPAIR, unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0, page+pairAt); err != nil {
+	_, err = p.Syscall(ctx, unix.SYS_SOCKETPAIR, unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0, page+pairAt)
+	if err != nil {
 		return -1, fmt.Errorf("socketpair: %w", err)
 	}
 	pair, err := p.peek(page+pairAt, 8)
@@ -73,14 +74,16 @@ func (p *Process) receive(ctx context.Context, pidfd int, f *os.File) (fd int, e
 	if err := p.poke(page, messageOf(page)); err != nil {
 		return -1, err
 	}
-	if _, err := p.Syscall(ctx, unix.SYS_RECVMSG, theirs, page+messageAt, unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT); err != nil {
+	_, err = p.Syscall(ctx, unix.SYS_RECVMSG, theirs, page+messageAt, unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
+	if err != nil {
 		return -1, fmt.Errorf("recvmsg: %w", err)
 	}
 	control, err := p.peek(page+controlAt, unix.CmsgSpace(4))
 	if err != nil {
 		return -1, err
 	}
-	if size := binary.NativeEndian.Uint64(control); size != uint64(unix.CmsgLen(4)) { // a security module has taken it out
+	// A security module may have taken it out.
+	if size := binary.NativeEndian.Uint64(control); size != uint64(unix.CmsgLen(4)) {
 		return -1, errors.New("the process may not have that file: its security module refuses")
 	}
 	return int(binary.NativeEndian.Uint32(control[unix.CmsgLen(0):])), nil
@@ -97,7 +100,8 @@ func send(pidfd, socket int, f *os.File) error {
 	return errors.Join(err, unix.Close(local))
 }
 
-// messageOf is the page that recvmsg(2) works on, which is at that address: struct msghdr as linux/socket.h has it on 64 bits.
+// messageOf is the page that recvmsg(2) works on, which is at that address: struct msghdr as linux/socket.h has it on
+// 64 bits.
 func messageOf(page uintptr) []byte {
 	image := make([]byte, controlAt+unix.CmsgSpace(4))
 	put := func(at int, value uintptr) { binary.NativeEndian.PutUint64(image[at:], uint64(value)) }
@@ -135,8 +139,8 @@ func (p *Process) poke(at uintptr, data []byte) error {
 	return nil
 }
 
-// CloseHanded makes process pid close a descriptor that Hand gave it, after checking that it is still of the same file as
-// f.
+// CloseHanded makes process pid close a descriptor that Hand gave it, after checking that it is still of the same file
+// as f.
 func CloseHanded(ctx context.Context, pid, fd int, f *os.File) (err error) {
 	p, err := Seize(ctx, pid)
 	if err != nil {
