@@ -137,7 +137,7 @@ e2e: build $(if $(filter-out 0,$(E2E_RACE)),build-race) ## run the end-to-end te
 	@echo '== end-to-end tests'
 	@packages=$(or $(if $(PKG),'$(PKG)'),$$(scripts/test-packages e2e)); \
 	  MIGRATED_BINARY='$(CURDIR)/build/$(if $(filter-out 0,$(E2E_RACE)),race/)migrated' \
-	  go test -p 1 -timeout 40m $(TEST_FLAGS) $$packages
+	  go test -p 1 -timeout 50m $(TEST_FLAGS) $$packages
 
 .PHONY: kernel
 kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefile has more

@@ -19,8 +19,9 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// startLibvirt starts the libvirtd of both hosts, whose logs are shown when the test fails.
-func startLibvirt(t *testing.T, l *lab.Lab, user string) (daemons []*lab.Libvirt) {
+// startLibvirt starts the libvirtd of both hosts, whose QEMUs run as its package has it. Their logs are shown when the
+// test fails.
+func startLibvirt(t *testing.T, l *lab.Lab) (daemons []*lab.Libvirt) {
 	t.Helper()
 	for _, program := range []string{"libvirtd", "virsh"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -34,7 +35,7 @@ func startLibvirt(t *testing.T, l *lab.Lab, user string) (daemons []*lab.Libvirt
 				t.Logf("libvirtd of host %s:\n%s", h.Name, &log)
 			}
 		})
-		daemon, err := h.StartLibvirt(testContext(t), &log, user, user)
+		daemon, err := h.StartLibvirt(testContext(t), &log)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -78,51 +79,47 @@ func domainState(t *testing.T, h *lab.Host) string {
 // TestLibvirt moves a domain of libvirt's there and back: its guest works on, no byte of its memory and its disk is
 // wrong, and virsh says of both hosts what is so.
 func TestLibvirt(t *testing.T) {
-	for _, user := range []string{"root", "libvirt-qemu"} {
-		t.Run(user, func(t *testing.T) {
-			l := newLab(t)
-			startLibvirt(t, l, user)
-			var guest report.Log
-			port := startDomain(t, l, &guest)
-			cancelled(t, l)
-			out, code := operate(t, l.A, "check", "--vm", lab.DomainVM, "--to", l.B.DaemonAddr())
-			if code != 0 || !strings.Contains(out, "domains that run here: "+lab.DomainName) {
-				t.Errorf("check: exit code %d:\n%s", code, out)
-			}
-			from, to := l.A, l.B
-			for hop := range 2 {
-				awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
-				if err := port.Close(); err != nil {
-					t.Fatal(err)
-				}
-				m := migrateSpec(t, from, fmt.Sprintf("hop-%d", hop), &migratedv1.MigrationSpec{
-					Vm: lab.DomainVM, Destination: to.DaemonAddr(), Persistent: hop == 0, UndefineSource: hop == 1,
-				})
-				if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-					t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-				}
-				t.Logf("downtime %v, early load %v", m.GetProgress().GetDowntime().AsDuration(), m.GetEarlyLoad())
-				if state := domainState(t, to); !strings.HasPrefix(state, "running") {
-					t.Errorf("virsh on host %s: %q", to.Name, state)
-				}
-				if state := domainState(t, from); state != "" {
-					t.Errorf("virsh on host %s: %q", from.Name, state)
-				}
-				if hop == 0 {
-					kept, err := to.Virsh(testContext(t), "dumpxml", "--inactive", lab.DomainName)
-					if err != nil || !strings.Contains(kept, "guest-disk0.qcow2") || strings.Contains(kept, "incoming") {
-						t.Errorf("%v; host %s has kept\n%s", err, to.Name, kept)
-					}
-				}
-				port = openGuest(t, to, &guest)
-				awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
-				verifyLinux(t, &guest, port)
-				from, to = to, from
-			}
-			if err := port.Close(); err != nil {
-				t.Error(err)
-			}
+	l := newLab(t)
+	startLibvirt(t, l)
+	var guest report.Log
+	port := startDomain(t, l, &guest)
+	cancelled(t, l)
+	out, code := operate(t, l.A, "check", "--vm", lab.DomainVM, "--to", l.B.DaemonAddr())
+	if code != 0 || !strings.Contains(out, "domains that run here: "+lab.DomainName) {
+		t.Errorf("check: exit code %d:\n%s", code, out)
+	}
+	from, to := l.A, l.B
+	for hop := range 2 {
+		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
+		if err := port.Close(); err != nil {
+			t.Fatal(err)
+		}
+		m := migrateSpec(t, from, fmt.Sprintf("hop-%d", hop), &migratedv1.MigrationSpec{
+			Vm: lab.DomainVM, Destination: to.DaemonAddr(), Persistent: hop == 0, UndefineSource: hop == 1,
 		})
+		if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+			t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+		}
+		t.Logf("downtime %v, early load %v", m.GetProgress().GetDowntime().AsDuration(), m.GetEarlyLoad())
+		if state := domainState(t, to); !strings.HasPrefix(state, "running") {
+			t.Errorf("virsh on host %s: %q", to.Name, state)
+		}
+		if state := domainState(t, from); state != "" {
+			t.Errorf("virsh on host %s: %q", from.Name, state)
+		}
+		if hop == 0 {
+			kept, err := to.Virsh(testContext(t), "dumpxml", "--inactive", lab.DomainName)
+			if err != nil || !strings.Contains(kept, "guest-disk0.qcow2") || strings.Contains(kept, "incoming") {
+				t.Errorf("%v; host %s has kept\n%s", err, to.Name, kept)
+			}
+		}
+		port = openGuest(t, to, &guest)
+		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
+		verifyLinux(t, &guest, port)
+		from, to = to, from
+	}
+	if err := port.Close(); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -151,7 +148,7 @@ func cancelled(t *testing.T, l *lab.Lab) {
 // migration completes, and virsh tells the truth.
 func TestLibvirtRestarts(t *testing.T) {
 	l := newLab(t)
-	daemons := startLibvirt(t, l, "libvirt-qemu")
+	daemons := startLibvirt(t, l)
 	var guest report.Log
 	port := startDomain(t, l, &guest)
 	if err := port.Close(); err != nil {

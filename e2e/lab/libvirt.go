@@ -44,8 +44,8 @@ security_driver = "none"
 stdio_handler = "file"
 namespaces = []
 cgroup_controllers = []
-user = "$2"
-group = "$3"
+user = "$QEMU"
+group = "$QEMU"
 end
 cat >/etc/libvirt/libvirtd.conf <<end
 host_uuid = "$1"
@@ -60,10 +60,10 @@ type Libvirt struct {
 	log  io.Writer
 }
 
-// StartLibvirt starts a host's libvirtd, whose QEMUs run as that user and group.
-func (h *Host) StartLibvirt(ctx context.Context, log io.Writer, user, group string) (*Libvirt, error) {
+// StartLibvirt starts a host's libvirtd, whose QEMUs run as libvirt-qemu.
+func (h *Host) StartLibvirt(ctx context.Context, log io.Writer) (*Libvirt, error) {
 	uuid := fmt.Sprintf("00000000-0000-4000-8000-0000000000%02x", h.Name[0])
-	if _, err := h.Run(ctx, "sh", "-ec", becomeLibvirtHost, "sh", uuid, user, group); err != nil {
+	if _, err := h.Run(ctx, "sh", "-ec", becomeLibvirtHost, "sh", uuid); err != nil {
 		return nil, err
 	}
 	h.lab.onClose(h.killDomains) // they outlive it
