@@ -67,7 +67,7 @@ func TestPausedVMWithDiskGoesOn(t *testing.T) {
 			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault}.WithDevices(2, 1))
 			command(t, l.A, "stop")
 			from, to := l.A, l.B
-			for hop := range 2 {
+			for hop := range 4 {
 				migrate(t, from, to, fmt.Sprintf("hop-%d", hop))
 				if status := vmStatus(t, to); status != "paused" {
 					t.Fatalf("hop %d: the VM is %q", hop, status)
