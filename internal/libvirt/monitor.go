@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"strconv"
@@ -20,12 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/internal/qmp"
-	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
 
 const (
-	// handTimeout bounds what is done in QEMU's process to hand a descriptor over.
-	handTimeout = 10 * time.Second
 	// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come
 	// another way: a VM that was stopped, and of which nobody says so, is taken for one that somebody else has stopped.
 	eventTimeout = 2 * time.Second
@@ -33,8 +29,9 @@ const (
 	lastEvents = 100 * time.Millisecond
 )
 
-// Monitor connects to the domain's QEMU. The connection ends with that QEMU, with libvirt, and by Close.
-func (d *Domain) Monitor(ctx context.Context) (*qmp.Client, error) {
+// Monitor connects to the domain's QEMU. processOf finds the QEMU that has a thread. The connection ends with that QEMU,
+// with libvirt, and by Close.
+func (d *Domain) Monitor(ctx context.Context, processOf func(thread int) (pid int, found bool)) (*qmp.Client, error) {
 	ours, theirs, err := pair()
 	if err != nil {
 		return nil, fmt.Errorf("sockets of a monitor: %w", err)
@@ -44,7 +41,7 @@ func (d *Domain) Monitor(ctx context.Context) (*qmp.Client, error) {
 		domain: d, conn: theirs, cancel: cancel, handed: make(map[string]handed), changed: make(chan struct{}, 64),
 	}
 	release := d.within(ctx)
-	greeting, err := m.begin(life)
+	greeting, err := m.begin(life, processOf)
 	release()
 	if err != nil {
 		cancel()
@@ -91,12 +88,6 @@ type monitor struct {
 	changed chan struct{} // running has; of a client that stops and continues, one at a time
 }
 
-// handed is a descriptor in QEMU.
-type handed struct {
-	fd   int
-	file *os.File
-}
-
 // A command is one of the client's.
 type command struct {
 	Execute   string          `json:"execute"`
@@ -112,12 +103,14 @@ type answer struct {
 }
 
 // begin asks for events, and returns QEMU's greeting.
-func (m *monitor) begin(life context.Context) (greeting []byte, err error) {
+func (m *monitor) begin(
+	life context.Context, processOf func(thread int) (pid int, found bool),
+) (greeting []byte, err error) {
 	events, err := m.domain.SubscribeQEMUEvents(life, m.domain.Name())
 	if err != nil {
 		return nil, err
 	}
-	if err := m.findQEMU(); err != nil {
+	if err := m.findQEMU(processOf); err != nil {
 		return nil, err
 	}
 	ended, err := m.watch(life)
@@ -318,27 +311,6 @@ func (m *monitor) answer(c command, in *passing) (answer, error) {
 	return a, err
 }
 
-// translate names a descriptor by what it is in QEMU's process.
-func (m *monitor) translate(c *command) {
-	var args map[string]any
-	if json.Unmarshal(c.Arguments, &args) != nil {
-		return
-	}
-	for name, value := range args {
-		text, _ := value.(string)
-		h, known := m.handed[text]
-		switch {
-		case !known:
-			continue
-		case strings.HasPrefix(text, "fd:"):
-			args[name] = "fd:" + strconv.Itoa(h.fd)
-		default:
-			args[name] = "/proc/self/fd/" + strconv.Itoa(h.fd)
-		}
-		c.Arguments, _ = json.Marshal(args) // it was JSON
-	}
-}
-
 // expect returns what waits for the events that a command which succeeded has led to: they come another way than its
 // answer, and QEMU sends them before it.
 func (m *monitor) expect(execute string) func() {
@@ -390,47 +362,8 @@ func (m *monitor) pass(c command) (answer, error) {
 	}
 }
 
-// hand puts the descriptor that came with the last command into QEMU.
-func (m *monitor) hand(key string, in *passing) error {
-	file := in.take()
-	if file == nil {
-		return errors.New("no descriptor came with the command")
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), handTimeout)
-	defer cancel()
-	fd, err := inject.Hand(ctx, m.pid, file)
-	if err != nil {
-		file.Close()
-		return err
-	}
-	if before, known := m.handed[key]; known { // as QEMU does
-		_ = m.takeBack(before)
-	}
-	m.handed[key] = handed{fd, file}
-	return nil
-}
-
-// release closes a descriptor in QEMU.
-func (m *monitor) release(key string) answer {
-	h, known := m.handed[key]
-	if !known {
-		return refusal(fmt.Errorf("QEMU has no descriptor %s", key))
-	}
-	delete(m.handed, key)
-	if err := m.takeBack(h); err != nil {
-		return refusal(err)
-	}
-	return done
-}
-
-func (m *monitor) takeBack(h handed) error {
-	ctx, cancel := context.WithTimeout(context.Background(), handTimeout)
-	defer cancel()
-	return errors.Join(inject.CloseHanded(ctx, m.pid, h.fd, h.file), h.file.Close())
-}
-
 // findQEMU finds its process by the thread of a vCPU.
-func (m *monitor) findQEMU() error {
+func (m *monitor) findQEMU(processOf func(thread int) (pid int, found bool)) error {
 	var cpus []struct {
 		Thread int `json:"thread-id"`
 	}
@@ -440,62 +373,11 @@ func (m *monitor) findQEMU() error {
 	if len(cpus) == 0 {
 		return errors.New("QEMU names no vCPU's thread")
 	}
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cpus[0].Thread))
-	if err != nil {
-		return fmt.Errorf("process of QEMU: %w", err)
+	pid, found := processOf(cpus[0].Thread)
+	if !found {
+		return fmt.Errorf("process of QEMU: its thread %d is none that this daemon sees; run the daemon in the PID namespace of "+
+			"QEMU, or one above it", cpus[0].Thread)
 	}
-	for line := range strings.Lines(string(text)) {
-		if n, _ := fmt.Sscanf(line, "Tgid: %d", &m.pid); n == 1 {
-			return nil
-		}
-	}
-	return errors.New("process of QEMU: it is not known")
-}
-
-// passing reads from the client, and keeps the descriptors that come along.
-type passing struct {
-	conn  *net.UnixConn
-	files []*os.File
-}
-
-func (p *passing) Read(into []byte) (int, error) {
-	control := make([]byte, unix.CmsgSpace(4))
-	n, controls, _, _, err := p.conn.ReadMsgUnix(into, control)
-	if err != nil {
-		return 0, err
-	}
-	messages, parseErr := unix.ParseSocketControlMessage(control[:controls])
-	if parseErr != nil {
-		return n, parseErr
-	}
-	for _, message := range messages {
-		fds, err := unix.ParseUnixRights(&message)
-		if err != nil {
-			return n, err
-		}
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-			p.files = append(p.files, os.NewFile(uintptr(fd), "handed to a VM of libvirt's"))
-		}
-	}
-	if n == 0 {
-		return 0, io.EOF
-	}
-	return n, nil
-}
-
-// take returns the descriptor that came first; nil: none.
-func (p *passing) take() *os.File {
-	if len(p.files) == 0 {
-		return nil
-	}
-	file := p.files[0]
-	p.files = p.files[1:]
-	return file
-}
-
-func (p *passing) drop() {
-	for _, file := range p.files {
-		file.Close()
-	}
+	m.pid = pid
+	return nil
 }

@@ -29,14 +29,19 @@ func findPid(ctx context.Context, client *qmp.Client) (int, error) {
 		return listener, nil
 	}
 	if len(cpus) != 0 {
-		// Not the listener: the thread's own number, if QEMU counts processes as we do.
-		status, err := readStatus(cpus[0].Thread)
-		if pid, _ := strconv.Atoi(status["Tgid"]); err == nil && pid != 0 && pid != os.Getpid() && looksLikeQEMU(pid) {
+		if pid, found := processOf(cpus[0].Thread); found { // not the listener
 			return pid, nil
 		}
 	}
 	return 0, fmt.Errorf("cannot tell which process is the QEMU behind %s: its listener, process %d, has not QEMU's threads; "+
 		"run the daemon in the PID namespace of QEMU, or one above it", client.Path(), listener)
+}
+
+// processOf finds the QEMU that has the thread, if that counts processes as we do.
+func processOf(thread int) (pid int, found bool) {
+	status, err := readStatus(thread)
+	pid, _ = strconv.Atoi(status["Tgid"])
+	return pid, err == nil && pid != 0 && pid != os.Getpid() && looksLikeQEMU(pid)
 }
 
 // hasThread tells whether a thread of pid has the number tid in the PID namespace of that process.

@@ -62,7 +62,7 @@ func attachDomain(ctx context.Context, address string) (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	client, err := domain.Monitor(ctx)
+	client, err := domain.Monitor(ctx, processOf)
 	if err != nil {
 		return nil, errors.Join(err, domain.Close())
 	}

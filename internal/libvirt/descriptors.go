@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package libvirt
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/pkg/uffd/inject"
+)
+
+// handTimeout bounds what is done in QEMU's process to hand a descriptor over.
+const handTimeout = 10 * time.Second
+
+// handed is a descriptor in QEMU.
+type handed struct {
+	fd   int
+	file *os.File
+}
+
+// translate names a descriptor by what it is in QEMU's process.
+func (m *monitor) translate(c *command) {
+	var args map[string]any
+	if json.Unmarshal(c.Arguments, &args) != nil {
+		return
+	}
+	for name, value := range args {
+		text, _ := value.(string)
+		h, known := m.handed[text]
+		switch {
+		case !known:
+			continue
+		case strings.HasPrefix(text, "fd:"):
+			args[name] = "fd:" + strconv.Itoa(h.fd)
+		default:
+			args[name] = "/proc/self/fd/" + strconv.Itoa(h.fd)
+		}
+		c.Arguments, _ = json.Marshal(args) // it was JSON
+	}
+}
+
+// hand puts the descriptor that came with the last command into QEMU.
+func (m *monitor) hand(key string, in *passing) error {
+	file := in.take()
+	if file == nil {
+		return errors.New("no descriptor came with the command")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), handTimeout)
+	defer cancel()
+	fd, err := inject.Hand(ctx, m.pid, file)
+	if err != nil {
+		file.Close()
+		return err
+	}
+	if before, known := m.handed[key]; known { // as QEMU does
+		_ = m.takeBack(before)
+	}
+	m.handed[key] = handed{fd, file}
+	return nil
+}
+
+// release closes a descriptor in QEMU.
+func (m *monitor) release(key string) answer {
+	h, known := m.handed[key]
+	if !known {
+		return refusal(fmt.Errorf("QEMU has no descriptor %s", key))
+	}
+	delete(m.handed, key)
+	if err := m.takeBack(h); err != nil {
+		return refusal(err)
+	}
+	return done
+}
+
+func (m *monitor) takeBack(h handed) error {
+	ctx, cancel := context.WithTimeout(context.Background(), handTimeout)
+	defer cancel()
+	return errors.Join(inject.CloseHanded(ctx, m.pid, h.fd, h.file), h.file.Close())
+}
+
+// passing reads from the client, and keeps the descriptors that come along.
+type passing struct {
+	conn  *net.UnixConn
+	files []*os.File
+}
+
+func (p *passing) Read(into []byte) (int, error) {
+	control := make([]byte, unix.CmsgSpace(4))
+	n, controls, _, _, err := p.conn.ReadMsgUnix(into, control)
+	if err != nil {
+		return 0, err
+	}
+	messages, parseErr := unix.ParseSocketControlMessage(control[:controls])
+	if parseErr != nil {
+		return n, parseErr
+	}
+	for _, message := range messages {
+		fds, err := unix.ParseUnixRights(&message)
+		if err != nil {
+			return n, err
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			p.files = append(p.files, os.NewFile(uintptr(fd), "handed to a VM of libvirt's"))
+		}
+	}
+	if n == 0 {
+		return 0, io.EOF
+	}
+	return n, nil
+}
+
+// take returns the descriptor that came first; nil: none.
+func (p *passing) take() *os.File {
+	if len(p.files) == 0 {
+		return nil
+	}
+	file := p.files[0]
+	p.files = p.files[1:]
+	return file
+}
+
+func (p *passing) drop() {
+	for _, file := range p.files {
+		file.Close()
+	}
+}
