@@ -34,9 +34,9 @@ func (s *Source) letGoOf(ended migratedv1.Reason) {
 	}
 	reached("source-completing")
 	if !s.cfg.Spec.GetKeepSource() {
+		s.undefine() // it has a time of its own
 		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 		defer cancel()
-		s.undefine()
 		if err := s.vm.Quit(ctx); err != nil {
 			s.log.Warn("the source's QEMU did not quit; it is stopped and no longer needed", "error", err)
 		} else {
