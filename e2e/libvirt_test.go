@@ -53,7 +53,7 @@ func startDomain(t *testing.T, l *lab.Lab, guest *report.Log) *report.Port {
 	}
 	vm := lab.RealVM(kernel, initrd, 256, 1, 1, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
 	beforeVM(t, l.A, vm)
-	if err := l.A.StartDomain(testContext(t), vm, false); err != nil {
+	if err := l.A.StartDomain(testContext(t), vm); err != nil {
 		t.Fatal(err)
 	}
 	port := openGuest(t, l.A, guest)
@@ -67,7 +67,9 @@ func startDomain(t *testing.T, l *lab.Lab, guest *report.Log) *report.Port {
 func domainState(t *testing.T, h *lab.Host) string {
 	t.Helper()
 	state, err := h.Virsh(testContext(t), "domstate", "--reason", lab.DomainName)
-	if err != nil && (strings.Contains(err.Error(), "failed to get domain") || strings.Contains(err.Error(), "Domain not found")) {
+	gone := err != nil && (strings.Contains(err.Error(), "failed to get domain") ||
+		strings.Contains(err.Error(), "Domain not found"))
+	if gone {
 		return ""
 	}
 	if err != nil {

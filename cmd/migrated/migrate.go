@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/libvirt"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -181,17 +182,12 @@ func withPort(host string) (string, error) {
 	return host, nil
 }
 
-// libvirtVM begins the name of a VM of libvirt's.
-const libvirtVM = "libvirt:"
-
 // localPath makes a path absolute for a daemon on this host, which has another
-// working directory. For a daemon elsewhere it means nothing here.
+// working directory. For a daemon elsewhere it means nothing here, and a VM of
+// libvirt's has none.
 func localPath(daemon, path string) string {
-	if t, err := parseTarget(daemon); err == nil && path != "" {
+	if t, err := parseTarget(daemon); err == nil && path != "" && !libvirt.IsAddress(path) {
 		if _, local := t.unixPath(); local {
-			if strings.HasPrefix(path, libvirtVM) {
-				return path
-			}
 			if absolute, err := filepath.Abs(path); err == nil {
 				return absolute
 			}

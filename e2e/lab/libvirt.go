@@ -106,8 +106,8 @@ func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 	return strings.TrimSpace(out), err
 }
 
-// StartDomain has the host's libvirt start the VM, with a Linux guest.
-func (h *Host) StartDomain(ctx context.Context, c VMConfig, persistent bool) error {
+// StartDomain has the host's libvirt start the VM, with a Linux guest, as a transient domain.
+func (h *Host) StartDomain(ctx context.Context, c VMConfig) error {
 	if err := h.lab.install(ctx, c); err != nil {
 		return err
 	}
@@ -115,14 +115,7 @@ func (h *Host) StartDomain(ctx context.Context, c VMConfig, persistent bool) err
 	if err := os.WriteFile(h.Path(path), []byte(c.domain()), 0o644); err != nil {
 		return err
 	}
-	if !persistent {
-		_, err := h.Virsh(ctx, "create", path)
-		return err
-	}
-	if _, err := h.Virsh(ctx, "define", path); err != nil {
-		return err
-	}
-	_, err := h.Virsh(ctx, "start", DomainName)
+	_, err := h.Virsh(ctx, "create", path)
 	return err
 }
 
