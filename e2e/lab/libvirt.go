@@ -4,18 +4,13 @@ package lab
 
 import (
 	"context"
-	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/migrated-vm/migrated/e2e/guest/card"
-	"github.com/migrated-vm/migrated/e2e/image"
 )
 
 // DomainName is that of the VM where it is libvirt's, and DomainVM its address.
@@ -46,10 +41,15 @@ namespaces = []
 cgroup_controllers = []
 user = "$QEMU"
 group = "$QEMU"
+migration_host = "$2"
 end
 cat >/etc/libvirt/libvirtd.conf <<end
 host_uuid = "$1"
 auth_unix_rw = "none"
+listen_tls = 0
+listen_tcp = 1
+listen_addr = "$2"
+auth_tcp = "none"
 end
 `
 
@@ -63,7 +63,7 @@ type Libvirt struct {
 // StartLibvirt starts a host's libvirtd, whose QEMUs run as libvirt-qemu.
 func (h *Host) StartLibvirt(ctx context.Context, log io.Writer) (*Libvirt, error) {
 	uuid := fmt.Sprintf("00000000-0000-4000-8000-0000000000%02x", h.Name[0])
-	if _, err := h.Run(ctx, "sh", "-ec", becomeLibvirtHost, "sh", uuid); err != nil {
+	if _, err := h.Run(ctx, "sh", "-ec", becomeLibvirtHost, "sh", uuid, h.Addr); err != nil {
 		return nil, err
 	}
 	h.lab.onClose(h.killDomains) // they outlive it
@@ -73,7 +73,7 @@ func (h *Host) StartLibvirt(ctx context.Context, log io.Writer) (*Libvirt, error
 
 // Restart starts libvirtd once more. The one before has ended.
 func (l *Libvirt) Restart(ctx context.Context) (err error) {
-	if l.Process, err = l.host.Start(l.log, "libvirtd"); err != nil {
+	if l.Process, err = l.host.Start(l.log, "libvirtd", "--listen"); err != nil {
 		return err
 	}
 	for {
@@ -100,54 +100,12 @@ func (h *Host) killDomains() error {
 	return err
 }
 
+// LibvirtURI is the address of the host's libvirt for the other host's.
+func (h *Host) LibvirtURI() string { return "qemu+tcp://" + h.Addr + "/system" }
+
 // Virsh runs a command of virsh's and returns what it prints.
 func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 	out, err := h.Run(ctx, slices.Concat([]string{"virsh", "--quiet"}, args)...)
 	return strings.TrimSpace(out), err
 }
 
-// StartDomain has the host's libvirt start the VM, with a Linux guest, as a transient domain.
-func (h *Host) StartDomain(ctx context.Context, c VMConfig) error {
-	if err := h.lab.install(ctx, c); err != nil {
-		return err
-	}
-	const path = VMDir + "/domain.xml"
-	if err := os.WriteFile(h.Path(path), []byte(c.domain()), 0o644); err != nil {
-		return err
-	}
-	_, err := h.Virsh(ctx, "create", path)
-	return err
-}
-
-// domain is the definition of the VM as a user of libvirt would write it.
-func (c VMConfig) domain() string {
-	var devices strings.Builder
-	for i := range c.Disks {
-		fmt.Fprintf(&devices, `<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none'/>`+
-			`<source file='%s/guest-disk%d.qcow2'/><target dev='vd%c' bus='virtio'/><serial>disk%d</serial></disk>`,
-			SharedDir, i, 'a'+i, i)
-	}
-	for i := range c.NICs {
-		fmt.Fprintf(&devices, `<interface type='ethernet'><mac address='%v'/><target dev='%s' managed='no'/><model type='virtio'/></interface>`,
-			card.MAC(c.Number, i), c.tap(i))
-	}
-	var line strings.Builder
-	_ = xml.EscapeText(&line, []byte(strings.Join(slices.Concat([]string{image.CommandLine}, c.deviceParams(), c.KernelArgs), " "))) // to memory
-	return fmt.Sprintf(`<domain type='qemu'>
-<name>%s</name>
-<memory unit='MiB'>%d</memory>
-<vcpu>%d</vcpu>
-<os><type arch='x86_64' machine='q35'>hvm</type><kernel>%s</kernel><initrd>%s</initrd><cmdline>%s</cmdline></os>
-<features><acpi/><apic/></features>
-<cpu mode='custom' match='exact'><model>qemu64</model></cpu>
-<devices>
-<emulator>/usr/bin/qemu-system-x86_64</emulator>
-<serial type='file'><source path='%s' append='on'/></serial>
-<serial type='unix'><source mode='bind' path='%s'/><target port='1'/></serial>
-<video><model type='vga'/></video>
-<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
-%s
-</devices>
-</domain>
-`, DomainName, c.MemoryMiB, c.VCPUs, kernelPath, initrdPath, line.String(), ConsoleLog, SerialPath, devices.String())
-}

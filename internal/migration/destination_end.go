@@ -154,7 +154,7 @@ func (d *Destination) release() {
 	case d.kept.header().filled.Load() != 0, d.kept.header().ended.Load() != 0:
 		d.kept.header().settled.Store(1)
 		end = d.kept.close
-		d.word.keep(d.Forget)
+		defer d.word.keep(d.Forget) // when the mapping is gone
 	}
 	if err := end(); err != nil {
 		d.log.Warn("what was kept for a restarted daemon", "error", err)

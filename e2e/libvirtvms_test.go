@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// A domainCase is a VM as users of libvirt have it.
+type domainCase struct {
+	name       string
+	version    string // of QEMU; empty: the installed one
+	change     func(*lab.VMConfig)
+	persistent bool
+	run        func(*testing.T, *lab.Host) // while it runs
+	hugePages  int
+}
+
+var domainCases = []domainCase{
+	{name: "plugged", change: oneNode, run: plug},
+	{name: "plugged, newer QEMU", version: lab.QEMUVersions[1], change: oneNode, run: plug},
+	{name: "nodes on a memfd, persistent", persistent: true, change: func(c *lab.VMConfig) {
+		c.Nodes, c.Backend = 2, lab.BackendMemfd
+	}},
+	{name: "huge pages", hugePages: 2 * 256 / 2, change: func(c *lab.VMConfig) { c.Nodes, c.HugePages = 2, true }},
+	{name: "shared file", change: func(c *lab.VMConfig) { c.Backend = lab.BackendFile }},
+	{name: "paused, persistent", persistent: true, run: func(t *testing.T, h *lab.Host) {
+		virsh(t, h, "suspend", lab.DomainName)
+	}},
+}
+
+func oneNode(c *lab.VMConfig) {
+	c.Nodes = 1
+	c.KernelArgs = append(c.KernelArgs, "memhp_default_state=online")
+}
+
+// plug plugs a disk, a network card, memory and a vCPU into the domain.
+func plug(t *testing.T, h *lab.Host) {
+	t.Helper()
+	const image = lab.SharedDir + "/plugged.qcow2"
+	if _, err := h.Run(testContext(t), "qemu-img", "create", "-q", "-f", "qcow2", image, "16M"); err != nil {
+		t.Fatal(err)
+	}
+	for _, device := range []string{
+		`<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none'/><source file='` + image + `'/>` +
+			`<target dev='vdz' bus='virtio'/></disk>`,
+		`<interface type='user'><mac address='52:54:00:00:00:77'/><model type='virtio'/></interface>`,
+		`<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target></memory>`,
+	} {
+		if err := h.VirshXML(testContext(t), device, "attach-device", "--live", lab.DomainName); err != nil {
+			t.Fatal(err)
+		}
+	}
+	virsh(t, h, "setvcpus", "--live", lab.DomainName, "2")
+}
+
+// ofHost matches what differs in a domain's definition from host to host: its number, and what made QEMU wait.
+var ofHost = regexp.MustCompile(`<domain .*>|\s*<qemu:commandline>\s*<qemu:arg value='-incoming'/>\s*` +
+	`<qemu:arg value='defer'/>\s*</qemu:commandline>`)
+
+// definition is the domain's, as libvirt's own migration would send it.
+func definition(t *testing.T, h *lab.Host) string {
+	t.Helper()
+	return ofHost.ReplaceAllString(virsh(t, h, "dumpxml", "--migratable", lab.DomainName), "")
+}
+
+// TestLibvirtVMs moves domains of many kinds there and back. At each host the definition is that of the source, without
+// what made QEMU wait, the guest works on, and no byte of its memory and its disk is wrong.
+func TestLibvirtVMs(t *testing.T) {
+	for _, c := range domainCases {
+		t.Run(c.name, func(t *testing.T) { moveDomain(t, c) })
+	}
+}
+
+func moveDomain(t *testing.T, c domainCase) {
+	if c.hugePages > 0 {
+		uffdtest.ReserveHugePages(t, c.hugePages)
+	}
+	l := newHosts(t)
+	for _, h := range []*lab.Host{l.A, l.B} {
+		if c.version != "" {
+			useQEMU(t, h, c.version)
+		}
+		startDaemon(t, h)
+	}
+	startLibvirt(t, l)
+	vm := domainVM(t)
+	if c.change != nil {
+		c.change(&vm)
+	}
+	var guest report.Log
+	port := runDomain(t, l.A, vm, c.persistent, &guest)
+	if c.run != nil {
+		c.run(t, l.A)
+	}
+	wanted, state := definition(t, l.A), virsh(t, l.A, "domstate", lab.DomainName)
+	from, to := l.A, l.B
+	for hop := range 2 {
+		if err := port.Close(); err != nil {
+			t.Fatal(err)
+		}
+		m := migrateSpec(t, from, fmt.Sprintf("hop-%d", hop), &migratedv1.MigrationSpec{
+			Vm: lab.DomainVM, Destination: to.DaemonAddr(), Persistent: c.persistent, UndefineSource: c.persistent,
+		})
+		if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+			t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+		}
+		t.Logf("downtime %v, early load %v", m.GetProgress().GetDowntime().AsDuration(), m.GetEarlyLoad())
+		if diff := cmp.Diff(wanted, definition(t, to)); diff != "" {
+			t.Errorf("the domain on host %s is another one than before (+):\n%s", to.Name, diff)
+		}
+		if got := virsh(t, to, "domstate", lab.DomainName); got != state {
+			t.Errorf("virsh on host %s says %q, before it said %q", to.Name, got, state)
+		}
+		if here := domainState(t, from); here != "" {
+			t.Errorf("virsh on host %s: %q", from.Name, here)
+		}
+		port = openGuest(t, to, &guest)
+		if state == "running" {
+			awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
+			verifyLinux(t, &guest, port)
+		}
+		from, to = to, from
+	}
+	if state != "running" {
+		virsh(t, from, "resume", lab.DomainName)
+		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
+		verifyLinux(t, &guest, port)
+	}
+	if err := port.Close(); err != nil {
+		t.Error(err)
+	}
+	if c.persistent {
+		startAgain(t, from)
+	} else if info := virsh(t, from, "dominfo", lab.DomainName); !strings.Contains(info, "Persistent:     no") {
+		t.Errorf("the domain was transient:\n%s", info)
+	}
+}
+
+// startAgain ends the domain, and starts it as its host has kept it.
+func startAgain(t *testing.T, h *lab.Host) {
+	t.Helper()
+	virsh(t, h, "destroy", lab.DomainName)
+	virsh(t, h, "start", lab.DomainName)
+	var guest report.Log
+	port := openGuest(t, h, &guest)
+	if _, err := guest.WaitReady(testContext(t)); err != nil {
+		t.Error(err)
+	}
+	if err := port.Close(); err != nil {
+		t.Error(err)
+	}
+}
