@@ -59,10 +59,14 @@ func (c VMConfig) taps() (names []string) {
 }
 
 // DefineDomain defines the VM, with a Linux guest, on the host. It does not run.
-func (h *Host) DefineDomain(ctx context.Context, c VMConfig) error { return h.virshDomain(ctx, "define", c) }
+func (h *Host) DefineDomain(ctx context.Context, c VMConfig) error {
+	return h.virshDomain(ctx, "define", c)
+}
 
 // StartDomain has the host's libvirt start the VM, with a Linux guest, as a transient domain.
-func (h *Host) StartDomain(ctx context.Context, c VMConfig) error { return h.virshDomain(ctx, "create", c) }
+func (h *Host) StartDomain(ctx context.Context, c VMConfig) error {
+	return h.virshDomain(ctx, "create", c)
+}
 
 func (h *Host) virshDomain(ctx context.Context, command string, c VMConfig) error {
 	if err := h.lab.install(ctx, c); err != nil {

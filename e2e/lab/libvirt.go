@@ -108,4 +108,3 @@ func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 	out, err := h.Run(ctx, slices.Concat([]string{"virsh", "--quiet"}, args)...)
 	return strings.TrimSpace(out), err
 }
-
