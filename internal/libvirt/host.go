@@ -127,6 +127,11 @@ func parseUUID(text string) (uuid golibvirt.UUID, ok bool) {
 	return uuid, err == nil && n == len(uuid)
 }
 
+// formatUUID is the opposite of parseUUID.
+func formatUUID(id golibvirt.UUID) string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", id[:4], id[4:6], id[6:8], id[8:10], id[10:])
+}
+
 // Name is the domain's.
 func (d *Domain) Name() string { return d.id.Name }
 

@@ -39,8 +39,7 @@ func Start(ctx context.Context, definition string) (vm string, err error) {
 	if err != nil {
 		return "", errors.Join(fmt.Errorf("have libvirt start the domain: %w", err), conn.Close())
 	}
-	id := d.UUID
-	return fmt.Sprintf("%s%x-%x-%x-%x-%x", scheme, id[:4], id[4:6], id[6:8], id[8:10], id[10:]), conn.Close()
+	return Address(formatUUID(d.UUID)), conn.Close()
 }
 
 // withIncoming returns a definition whose QEMU waits for a migration.

@@ -29,9 +29,11 @@ const (
 	lastEvents = 100 * time.Millisecond
 )
 
-// Monitor connects to the domain's QEMU. processOf finds the QEMU that has a thread. The connection ends with that QEMU,
-// with libvirt, and by Close.
-func (d *Domain) Monitor(ctx context.Context, processOf func(thread int) (pid int, found bool)) (*qmp.Client, error) {
+// A Finder finds the process of a QEMU by the threads of its vCPUs and its UUID.
+type Finder func(threads []int, uuid string) (pid int, found bool)
+
+// Monitor connects to the domain's QEMU. The connection ends with that QEMU, with libvirt, and by Close.
+func (d *Domain) Monitor(ctx context.Context, processOf Finder) (*qmp.Client, error) {
 	ours, theirs, err := pair()
 	if err != nil {
 		return nil, fmt.Errorf("sockets of a monitor: %w", err)
@@ -103,9 +105,7 @@ type answer struct {
 }
 
 // begin asks for events, and returns QEMU's greeting.
-func (m *monitor) begin(
-	life context.Context, processOf func(thread int) (pid int, found bool),
-) (greeting []byte, err error) {
+func (m *monitor) begin(life context.Context, processOf Finder) (greeting []byte, err error) {
 	events, err := m.domain.SubscribeQEMUEvents(life, m.domain.Name())
 	if err != nil {
 		return nil, err
@@ -362,21 +362,22 @@ func (m *monitor) pass(c command) (answer, error) {
 	}
 }
 
-// findQEMU finds its process by the thread of a vCPU.
-func (m *monitor) findQEMU(processOf func(thread int) (pid int, found bool)) error {
+// findQEMU finds its process.
+func (m *monitor) findQEMU(processOf Finder) error {
 	var cpus []struct {
 		Thread int `json:"thread-id"`
 	}
 	if err := m.ask("query-cpus-fast", &cpus); err != nil {
 		return err
 	}
-	if len(cpus) == 0 {
-		return errors.New("QEMU names no vCPU's thread")
+	var threads []int
+	for _, cpu := range cpus {
+		threads = append(threads, cpu.Thread)
 	}
-	pid, found := processOf(cpus[0].Thread)
+	pid, found := processOf(threads, formatUUID(m.domain.id.UUID))
 	if !found {
-		return fmt.Errorf("process of QEMU: its thread %d is none that this daemon sees; run the daemon in the PID namespace of "+
-			"QEMU, or one above it", cpus[0].Thread)
+		return fmt.Errorf("no QEMU of this UUID has the threads %v, as this daemon counts them; "+
+			"run the daemon in the PID namespace of QEMU", threads)
 	}
 	m.pid = pid
 	return nil

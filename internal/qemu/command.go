@@ -35,8 +35,8 @@ type CommandOptions struct {
 // DestinationCommand makes the argv of a QEMU that waits for the source's VM: the source's argv, with what
 // cannot be the same replaced:
 //
-//   - -incoming, -S, -loadvm and -daemonize give way to -S -incoming defer, without a fork: the daemon watches its
-//     child, and a -pidfile has that one's number;
+//   - -incoming, -S, -loadvm, the -loadstate of Proxmox' QEMU and -daemonize give way to -S -incoming defer, without a
+//     fork: the daemon watches its child, and a -pidfile has that one's number;
 //   - our QMP socket becomes CommandOptions.QMPPath; all other monitors stay.
 //
 // RAM that is preallocated at the source is so here: QEMU finds out whether this host has the memory, before the VM is
@@ -111,7 +111,7 @@ func adapt(options []option, source SourceCommand, opts CommandOptions) ([]optio
 	var adapted []option
 	for _, o := range options {
 		switch o.name {
-		case "incoming", "S", "loadvm", "daemonize":
+		case "incoming", "S", "loadvm", "loadstate", "daemonize":
 			continue
 		case "qmp", "qmp-pretty":
 			settings := parseSettings(o.value)

@@ -51,7 +51,7 @@ func TestDestinationCommand(t *testing.T) {
 			"-chardev socket,id=m,path=/a,,b,server=on -mon m,mode=control -qmp " + ourQMP},
 		{"no monitor", "-m 64", "-m 64 -qmp " + ourQMP},
 
-		{"dropped", "-S -daemonize -incoming tcp:0:4444 -loadvm s --daemonize --incoming defer -qmp unix:/run/vm/qmp.sock",
+		{"dropped", "-S -daemonize -incoming tcp:0:4444 -loadvm s -loadstate f --daemonize --incoming defer -qmp unix:/run/vm/qmp.sock",
 			"-qmp " + ourQMP},
 		{"kept", "-pidfile /p -sandbox on,spawn=deny -runas nobody -D /log -usb disk.img -nographic -name a,process=b",
 			"-pidfile /p -sandbox on,spawn=deny -runas nobody -D /log -usb disk.img -nographic -name a,process=b -qmp " + ourQMP},

@@ -28,20 +28,49 @@ func findPid(ctx context.Context, client *qmp.Client) (int, error) {
 	if listener != 0 && (len(cpus) == 0 || hasThread(listener, cpus[0].Thread)) {
 		return listener, nil
 	}
-	if len(cpus) != 0 {
-		if pid, found := processOf(cpus[0].Thread); found { // not the listener
-			return pid, nil
-		}
+	var name struct {
+		UUID string `json:"UUID"`
+	}
+	if err := client.Do(ctx, "query-uuid", nil, &name); err != nil {
+		return 0, err
+	}
+	var threads []int
+	for _, cpu := range cpus {
+		threads = append(threads, cpu.Thread)
+	}
+	if pid, found := processOf(threads, name.UUID); found { // not the listener
+		return pid, nil
 	}
 	return 0, fmt.Errorf("cannot tell which process is the QEMU behind %s: its listener, process %d, has not QEMU's threads; "+
 		"run the daemon in the PID namespace of QEMU, or one above it", client.Path(), listener)
 }
 
-// processOf finds the QEMU that has the thread, if that counts processes as we do.
-func processOf(thread int) (pid int, found bool) {
-	status, err := readStatus(thread)
-	pid, _ = strconv.Atoi(status["Tgid"])
-	return pid, err == nil && pid != 0 && pid != os.Getpid() && looksLikeQEMU(pid)
+// noUUID is that of a VM which was given none.
+const noUUID = "00000000-0000-0000-0000-000000000000"
+
+// processOf finds the QEMU that has all these threads and was given that UUID, if it counts processes as we do: in
+// another PID namespace the same numbers may be those of another VM.
+func processOf(threads []int, uuid string) (pid int, found bool) {
+	for _, thread := range threads {
+		status, err := readStatus(thread)
+		process, _ := strconv.Atoi(status["Tgid"])
+		if err != nil || process == 0 || found && process != pid {
+			return 0, false
+		}
+		pid, found = process, true
+	}
+	return pid, found && pid != os.Getpid() && looksLikeQEMU(pid) && strings.EqualFold(uuidOf(pid), uuid)
+}
+
+// uuidOf is the UUID on the command line of a QEMU.
+func uuidOf(pid int) string {
+	args, _ := readArgs(pid) // a process that has ended has none
+	for i, arg := range args[:max(0, len(args)-1)] {
+		if arg == "-uuid" || arg == "--uuid" {
+			return args[i+1]
+		}
+	}
+	return noUUID
 }
 
 // hasThread tells whether a thread of pid has the number tid in the PID namespace of that process.
