@@ -16,8 +16,9 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
 
-// neededCapabilities are cap_dac_override, cap_kill, cap_sys_ptrace, cap_lease and cap_checkpoint_restore, as /proc shows them.
-const neededCapabilities = "0000010010080022"
+// neededCapabilities are cap_chown, cap_dac_override, cap_kill, cap_sys_ptrace, cap_lease and cap_checkpoint_restore, as
+// /proc shows them.
+const neededCapabilities = "0000010010080023"
 
 // TestDaemonIsConfined: a VM migrates there into a QEMU that the daemon starts and back; both daemons have given up
 // what they do not need, are refused what they do not do, and the QEMU is not confined with them.

@@ -21,7 +21,7 @@ import (
 
 // startLibvirt starts the libvirtd of both hosts, whose QEMUs run as its package has it. Their logs are shown when the
 // test fails.
-func startLibvirt(t *testing.T, l *lab.Lab) (daemons []*lab.Libvirt) {
+func startLibvirt(t *testing.T, l *lab.Lab, settings ...string) (daemons []*lab.Libvirt) {
 	t.Helper()
 	for _, program := range []string{"libvirtd", "virsh"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -35,7 +35,7 @@ func startLibvirt(t *testing.T, l *lab.Lab) (daemons []*lab.Libvirt) {
 				t.Logf("libvirtd of host %s:\n%s", h.Name, &log)
 			}
 		})
-		daemon, err := h.StartLibvirt(testContext(t), &log)
+		daemon, err := h.StartLibvirt(testContext(t), &log, settings...)
 		if err != nil {
 			t.Fatal(err)
 		}

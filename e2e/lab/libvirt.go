@@ -42,6 +42,7 @@ cgroup_controllers = []
 user = "$QEMU"
 group = "$QEMU"
 migration_host = "$2"
+$3
 end
 cat >/etc/libvirt/libvirtd.conf <<end
 host_uuid = "$1"
@@ -60,10 +61,10 @@ type Libvirt struct {
 	log  io.Writer
 }
 
-// StartLibvirt starts a host's libvirtd, whose QEMUs run as libvirt-qemu.
-func (h *Host) StartLibvirt(ctx context.Context, log io.Writer) (*Libvirt, error) {
+// StartLibvirt starts a host's libvirtd, whose QEMUs run as libvirt-qemu. settings are further ones of its qemu.conf.
+func (h *Host) StartLibvirt(ctx context.Context, log io.Writer, settings ...string) (*Libvirt, error) {
 	uuid := fmt.Sprintf("00000000-0000-4000-8000-0000000000%02x", h.Name[0])
-	if _, err := h.Run(ctx, "sh", "-ec", becomeLibvirtHost, "sh", uuid, h.Addr); err != nil {
+	if _, err := h.Run(ctx, "sh", "-ec", becomeLibvirtHost, "sh", uuid, h.Addr, strings.Join(settings, "\n")); err != nil {
 		return nil, err
 	}
 	h.lab.onClose(h.killDomains) // they outlive it

@@ -24,6 +24,8 @@ var Needed = []cap.Value{
 	cap.CHECKPOINT_RESTORE,
 	// Connect to QMP sockets, and open and empty memory files, of other users.
 	cap.DAC_OVERRIDE,
+	// Leave the images of a domain, which libvirt ends here, to the VM that uses them elsewhere.
+	cap.CHOWN,
 	// Know that nobody has the memory file of another user's VM that has left, before it is removed (fcntl(2), F_SETLEASE).
 	cap.LEASE,
 	// End a QEMU of another user whose VM has left or did not arrive.

@@ -57,6 +57,9 @@ var needs = map[cap.Value]func(pid int, dir string) error{
 		}
 		return errors.Join(conn.Close(), f.Close())
 	},
+	cap.CHOWN: func(_ int, dir string) error {
+		return unix.Fchownat(unix.AT_FDCWD, filepath.Join(dir, "ram"), nobody+1, nobody, 0)
+	},
 	cap.LEASE: func(_ int, dir string) error {
 		f, err := os.Open(filepath.Join(dir, "ram"))
 		if err != nil {

@@ -145,13 +145,30 @@ func isGone(err error) bool {
 	return code == golibvirt.ErrNoDomain || code == golibvirt.ErrOperationInvalid
 }
 
-// Destroy ends the domain's QEMU at once. One that has ended is no error. A transient domain is gone then.
+// Destroy ends the domain's QEMU at once. One that has ended is no error. A transient domain is gone then. Its images
+// stay whose they are: an ErrOwner says that it has ended, and that they do not.
 func (d *Domain) Destroy(ctx context.Context) error {
 	defer d.within(ctx)()
-	if err := d.DomainDestroyFlags(d.id, golibvirt.DomainDestroyDefault); err != nil && !isGone(err) {
+	definition, err := d.DomainGetXMLDesc(d.id, 0)
+	if err != nil && isGone(err) {
+		return nil
+	}
+	var kept []image
+	if err == nil {
+		kept, err = images(definition)
+	}
+	var notKept error
+	if err != nil { // it ends all the same
+		notKept = fmt.Errorf("%w, perhaps: %w", ErrOwner, err)
+	}
+	err = d.DomainDestroyFlags(d.id, golibvirt.DomainDestroyDefault)
+	for _, i := range kept {
+		notKept = errors.Join(notKept, i.giveBack())
+	}
+	if err != nil && !isGone(err) {
 		return fmt.Errorf("end libvirt's domain %s: %w", d.Name(), err)
 	}
-	return nil
+	return notKept
 }
 
 // Definition is the domain's as it runs now, with what was plugged in and with its secrets, as libvirt's own migration

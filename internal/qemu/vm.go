@@ -218,11 +218,12 @@ func waitExit(ctx context.Context, pidfd *os.File) error {
 }
 
 // Quit ends QEMU and returns when its process is gone. One whose main loop hangs, on a page that will not
-// come for instance, is killed.
+// come for instance, is killed. The error may be a libvirt.ErrOwner: then it has ended.
 func (vm *VM) Quit(ctx context.Context) error {
 	if vm.domain != nil {
-		if err := vm.domain.Destroy(ctx); err == nil && vm.WaitExit(ctx) == nil {
-			return nil
+		err := vm.domain.Destroy(ctx)
+		if (err == nil || errors.Is(err, libvirt.ErrOwner)) && vm.WaitExit(ctx) == nil {
+			return err
 		}
 	}
 	polite, cancel := context.WithTimeoutCause(ctx, quitPatience, fmt.Errorf("QEMU did not obey quit within %v", quitPatience))
