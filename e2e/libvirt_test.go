@@ -103,6 +103,19 @@ func domainState(t *testing.T, h *lab.Host) string {
 	return state
 }
 
+// awaitDomain waits until virsh says of the VM on a host what begins so; empty: nothing. libvirtd needs a moment to
+// notice what happens to a QEMU.
+func awaitDomain(t *testing.T, h *lab.Host, want string) {
+	t.Helper()
+	var state string
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+		if state = domainState(t, h); state == want || want != "" && strings.HasPrefix(state, want) {
+			return
+		}
+	}
+	t.Errorf("virsh on host %s says %q, not %q", h.Name, state, want)
+}
+
 // TestLibvirt moves a domain of libvirt's there and back: its guest works on, no byte of its memory and its disk is
 // wrong, and virsh says of both hosts what is so.
 func TestLibvirt(t *testing.T) {
@@ -207,13 +220,7 @@ func TestLibvirtRestarts(t *testing.T) {
 	if there := domainState(t, l.B); !strings.HasPrefix(there, "running") {
 		t.Errorf("virsh on host b: %q", there)
 	}
-	deadline := time.Now().Add(20 * time.Second) // libvirtd notices
-	for domainState(t, l.A) != "" && time.Now().Before(deadline) {
-		time.Sleep(100 * time.Millisecond)
-	}
-	if here := domainState(t, l.A); here != "" {
-		t.Errorf("virsh on host a: %q", here)
-	}
+	awaitDomain(t, l.A, "")
 	port = openGuest(t, l.B, &guest)
 	verifyLinux(t, &guest, port)
 	if err := port.Close(); err != nil {

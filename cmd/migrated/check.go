@@ -20,6 +20,8 @@ type checkCmd struct {
 	ToQMP    string `name:"to-qmp" placeholder:"PATH" xor:"qemu" help:"As of migrate: the QEMU there that would take the VM."`
 	Template string `placeholder:"PATH" xor:"qemu" help:"As of migrate: a template there of the command line of its QEMU."`
 
+	XML string `name:"xml" placeholder:"FILE" predictor:"file" help:"As of migrate: the definition of the domain there."`
+
 	RequireSecure bool `help:"As of migrate: refuse a destination whose userfaultfds SELinux does not supervise."`
 }
 
@@ -47,13 +49,17 @@ func (cc *checkCmd) Run(a *app) error {
 			return &failure{exit: exitUsage, message: fmt.Sprintf("--to %s: %v", cc.To, err), remedy: `see "migrated check --help" for examples`}
 		}
 	}
+	definition, err := readXML(cc.XML)
+	if err != nil {
+		return &failure{exit: exitUsage, message: fmt.Sprintf("--xml: %v", err), remedy: `see "migrated check --help" for examples`}
+	}
 	if cc.VM != "" && to != "" { // a QEMU is started, which may take as long as that of a migration
 		a.timeout = max(a.timeout, longCheck)
 	}
 	return a.withClient(func(ctx context.Context, c *client) error {
 		answer, err := c.Check(ctx, &migratedv1.CheckRequest{
 			Vm: localPath(a.daemon, cc.VM), Destination: to, DestinationQmp: cc.ToQMP, DestinationTemplate: cc.Template,
-			RequireSecure: cc.RequireSecure,
+			RequireSecure: cc.RequireSecure, DestinationXml: definition,
 		})
 		if err != nil {
 			return c.explain("", err)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -20,7 +21,7 @@ import (
 )
 
 type migrateCmd struct {
-	VM             string        `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of the VM's QEMU, on this host; or libvirt:NAME, a domain of libvirt's (or libvirt:UUID)."`
+	VM             string        `name:"vm" placeholder:"PATH" predictor:"file" help:"QMP Unix socket of the VM's QEMU, on this host; or libvirt:NAME, a domain of libvirt's (or libvirt:UUID, or libvirt+unix:///NAME?socket=PATH)."`
 	To             string        `placeholder:"HOST[:PORT]" help:"Daemon of the destination host (default port: ${port})."`
 	ID             string        `name:"id" placeholder:"ID" predictor:"migration" help:"Name of the migration, by which it can be watched, cancelled and safely started twice; without one the daemon makes one up. With --vm and --to left out: the prepared migration to start."`
 	ToQMP          string        `name:"to-qmp" placeholder:"PATH" help:"QMP socket, on the destination host, of a QEMU started with \"-S -incoming defer\". Without it the destination daemon starts one like the source's."`
@@ -28,6 +29,7 @@ type migrateCmd struct {
 	KeepSource     bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
 	Persistent     bool          `help:"Of a domain of libvirt's: define it at the destination as well, so that it stays when it ends."`
 	UndefineSource bool          `help:"Of a domain of libvirt's: remove its definition here when all memory has left it."`
+	XML            string        `name:"xml" placeholder:"FILE" predictor:"file" help:"Of a domain of libvirt's: the definition that it is started of at the destination, instead of the one that it has here."`
 	RequireSecure  bool          `help:"Fail, before the VM is touched, where no security module can watch over the destination's userfaultfd (\"unsupervised\" in \"migrated status\")."`
 	Bandwidth      string        `placeholder:"BYTES/S" help:"Most that may cross the network of memory that the VM does not wait for, in bytes a second as QEMU writes them: 500M are 500 MiB. Pages that the VM waits for are neither held up nor counted. \"migrated bandwidth\" changes it later."`
 	Rehearse       bool          `help:"Do all but the commit, and say what the migration would cost: the VM stops for about as long as it would, and goes on here."`
@@ -128,7 +130,7 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 		case c.ID == "":
 			return nil, wrong("--vm and --to are needed; or --id alone, for a migration that was prepared")
 		case c.PrepareOnly || c.ToQMP != "" || c.Template != "" || c.KeepSource || c.RequireSecure || c.Persistent || c.UndefineSource ||
-			c.Bandwidth != "" || c.Rehearse || c.NoEarlyLoad || c.FreezeLimit != 0 || c.EarlyPause != 0:
+			c.XML != "" || c.Bandwidth != "" || c.Rehearse || c.NoEarlyLoad || c.FreezeLimit != 0 || c.EarlyPause != 0:
 			return nil, wrong("a prepared migration is started as it was prepared, with --id alone")
 		}
 		return nil, nil
@@ -153,9 +155,13 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 	if err != nil {
 		return nil, wrong("--to %s: %v", c.To, err)
 	}
+	definition, err := readXML(c.XML)
+	if err != nil {
+		return nil, wrong("--xml: %v", err)
+	}
 	spec := &migratedv1.MigrationSpec{Vm: localPath(daemon, c.VM), Destination: to,
 		DestinationQmp: c.ToQMP, DestinationTemplate: c.Template, KeepSource: c.KeepSource, RequireSecure: c.RequireSecure,
-		Persistent: c.Persistent, UndefineSource: c.UndefineSource,
+		Persistent: c.Persistent, UndefineSource: c.UndefineSource, DestinationXml: definition,
 		Bandwidth: limit, Rehearse: c.Rehearse, NoEarlyLoad: c.NoEarlyLoad}
 	if c.FreezeLimit != 0 {
 		spec.FreezeLimit = durationpb.New(c.FreezeLimit)
@@ -164,6 +170,15 @@ func (c *migrateCmd) spec(daemon string) (*migratedv1.MigrationSpec, error) {
 		spec.EarlyPauseLimit = durationpb.New(c.EarlyPause)
 	}
 	return spec, nil
+}
+
+// readXML reads the file of --xml; none: there is no definition.
+func readXML(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	text, err := os.ReadFile(path)
+	return string(text), err
 }
 
 // withPort returns HOST:PORT, with the default port where host has none.

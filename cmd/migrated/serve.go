@@ -39,6 +39,8 @@ type serveCmd struct {
 	LogDir        *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what started QEMUs write."`
 	StateDir      *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
 	QEMUBinaries  []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
+	LibvirtSocket *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Where this host's libvirt listens; libvirt's usual places where nothing is said."`
+	LibvirtHook   *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Program that may change the definition of a domain of libvirt's that comes, called as libvirt's own hook for migrations; empty: none."`
 	TemplateDir   *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of the templates that a source may name with --template."`
 	MinUID        *int     `group:"settings" name:"min-uid" placeholder:"N" help:"Least user id that a QEMU is started as here; 0 allows root."`
 	RunAs         *string  `group:"settings" placeholder:"USER" help:"User that QEMUs are started as here, whoever runs them at their sources."`
@@ -82,7 +84,7 @@ func (s *serveCmd) Run(a *app) error {
 	d.OnReady(func() { tellManager(log, "READY=1") })
 	var starter *qemu.Starter // nil: none of its binaries is started
 	if len(cfg.QEMUBinaries) > 0 {
-		if starter, err = qemu.NewStarter(starterCommand, cfg.QEMUBinaries); err != nil {
+		if starter, err = qemu.NewStarter(starterCommand, cfg.LibvirtHook, cfg.QEMUBinaries); err != nil {
 			return err
 		}
 		defer starter.Close()
@@ -179,6 +181,8 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 	if s.QEMUBinaries != nil {
 		cfg.QEMUBinaries = s.QEMUBinaries
 	}
+	set(&cfg.LibvirtSocket, s.LibvirtSocket)
+	set(&cfg.LibvirtHook, s.LibvirtHook)
 	set(&cfg.TemplateDir, s.TemplateDir)
 	set(&cfg.MinUID, s.MinUID)
 	set(&cfg.RunAs, s.RunAs)

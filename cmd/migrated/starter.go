@@ -15,6 +15,7 @@ const starterCommand = "start-qemus"
 
 // starterCmd is not for operators: "migrated serve" starts it (qemu.Starter).
 type starterCmd struct {
+	LibvirtHook  string   `arg:"" name:"libvirt-hook" help:"Program that may change the definition of a domain; empty: none."`
 	QEMUBinaries []string `arg:"" name:"qemu-binaries" help:"Programs that may be started."`
 }
 
@@ -24,5 +25,5 @@ func (s *starterCmd) Run(a *app) error {
 		defer lines.Close()
 		a.logger(config.Default(), lines).Warn("the process that starts QEMUs keeps more of its privileges than they need", "error", err)
 	}
-	return qemu.ServeStarter(s.QEMUBinaries)
+	return qemu.ServeStarter(s.LibvirtHook, s.QEMUBinaries)
 }

@@ -76,6 +76,11 @@ type Config struct {
 	// ForbiddenOptions are what no command line of a QEMU that is started here may have: names of options, or of an
 	// option and a setting of it.
 	ForbiddenOptions []string `yaml:"forbidden_options"`
+	// LibvirtSocket is where this host's libvirt listens; empty: at one of its usual places.
+	LibvirtSocket string `yaml:"libvirt_socket"`
+	// LibvirtHook is a program that may change the definition of a domain that comes, called as libvirt calls its own
+	// for a migration; empty, or not there: none.
+	LibvirtHook string `yaml:"libvirt_hook"`
 	// FaultWorkers is how many goroutines answer page faults of one migration;
 	// 0: the daemon chooses by the number of CPUs.
 	FaultWorkers int `yaml:"fault_workers"`
@@ -113,6 +118,7 @@ func Default() Config {
 			"nic script", "nic downscript", "nic helper",
 			"net script", "net downscript", "net helper",
 		},
+		LibvirtHook: "/etc/libvirt/hooks/qemu",
 		MaxIncoming: 16,
 		Bandwidth:   "none",
 		LogLevel:    "info",

@@ -51,7 +51,7 @@ func TestLoad(t *testing.T) {
 		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated", LogDir: "/var/log/vms", QEMUCgroup: "/vms",
 		TLSCertificate: "/etc/migrated/tls/cert.pem", TLSKey: "/etc/migrated/tls/key.pem", TLSCA: "/etc/migrated/tls/ca.pem",
 		Peers: []string{"spiffe://example/host/a web-*", "b.example"}, Operators: []string{"admin.example"}, Plaintext: true,
-		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, MaxIncoming: 5, TemplateDir: "/t", MinUID: 7, RunAs: "vm",
+		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, MaxIncoming: 5, TemplateDir: "/t", LibvirtSocket: "/l", LibvirtHook: "/h", MinUID: 7, RunAs: "vm",
 		ForbiddenOptions: []string{"fsdev"}, RequireSecure: true, Bandwidth: "500M", LogLevel: "debug",
 	}
 	one := Default()
@@ -89,6 +89,8 @@ min_uid: 7
 run_as: vm
 forbidden_options: [fsdev]
 fault_workers: 4
+libvirt_socket: /l
+libvirt_hook: /h
 max_incoming: 5
 require_secure: true
 bandwidth: 500M
@@ -116,7 +118,7 @@ func TestLoadMistakes(t *testing.T) {
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
 		{"far from any", "colour: 3\n", []string{`1: unknown key "colour"; valid keys are advertise, bandwidth, control_listen, ` +
-			`fault_workers, forbidden_options, listen, log_dir, log_level, max_incoming, min_uid, operators, peers, plaintext, qemu_binaries, qemu_cgroup, require_secure, run_as, socket, state_dir, template_dir, tls_ca, tls_certificate, tls_key`}},
+			`fault_workers, forbidden_options, libvirt_hook, libvirt_socket, listen, log_dir, log_level, max_incoming, min_uid, operators, peers, plaintext, qemu_binaries, qemu_cgroup, require_secure, run_as, socket, state_dir, template_dir, tls_ca, tls_certificate, tls_key`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
 		{"text for a yes or no", "require_secure: maybe\n", []string{`1: require_secure: "maybe" is not true or false (written without quotes)`}},

@@ -80,6 +80,12 @@ func (c Config) Validate() error {
 	if c.TemplateDir != "" && !filepath.IsAbs(c.TemplateDir) {
 		refuse("template_dir", c.TemplateDir, "an absolute path, or empty for no templates")
 	}
+	if c.LibvirtSocket != "" && !filepath.IsAbs(c.LibvirtSocket) {
+		refuse("libvirt_socket", c.LibvirtSocket, "an absolute path, or empty for libvirt's usual ones")
+	}
+	if c.LibvirtHook != "" && !filepath.IsAbs(c.LibvirtHook) {
+		refuse("libvirt_hook", c.LibvirtHook, "the absolute path of a program, or empty for none")
+	}
 	if c.MinUID < 0 || int64(c.MinUID) > math.MaxUint32 {
 		refuse("min_uid", strconv.Itoa(c.MinUID), "the number of a user; 0 allows root")
 	}

@@ -24,10 +24,10 @@ import (
 func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckRequest) (*migratedv1.CheckResponse, error) {
 	// What leaves this host needs no userfaultfd here.
 	results := shown(append(qemu.CheckHost(ctx, false), checkConfinement()), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
-	results = append(results, shown(domains(ctx), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)...)
+	results = append(results, shown(domains(ctx, c.daemon.cfg.LibvirtSocket), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)...)
 	var machine *migratedv1.SourceMachine
-	if vm := request.GetVm(); vm != "" {
-		if err := validateVM(vm); err != nil {
+	if vm := libvirt.At(c.daemon.cfg.LibvirtSocket, request.GetVm()); vm != "" {
+		if err := errors.Join(validateVM(vm), validateXML(vm, request.GetDestinationXml())); err != nil {
 			return nil, status.Error(codes.InvalidArgument, err.Error())
 		}
 		var found []qemu.Result
@@ -36,7 +36,7 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 			found = []qemu.Result{{Subject: "VM", Status: qemu.Failed, Detail: err.Error(), Remedy: migration.Remedy(err)}}
 		} else {
 			cfg := c.daemon.sourceConfig()
-			cfg.Spec = &migratedv1.MigrationSpec{Vm: vm}
+			cfg.Spec, cfg.DestinationXML = &migratedv1.MigrationSpec{Vm: vm}, request.GetDestinationXml()
 			found, machine = migration.CheckSource(ctx, cfg)
 		}
 		results = append(results, shown(found, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)...)
@@ -51,10 +51,10 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 const libvirtPatience = 5 * time.Second
 
 // domains names the VMs of this host's libvirt, where there is one.
-func domains(ctx context.Context) []qemu.Result {
+func domains(ctx context.Context, socket string) []qemu.Result {
 	ctx, cancel := context.WithTimeout(ctx, libvirtPatience)
 	defer cancel()
-	names, err := libvirt.Names(ctx)
+	names, err := libvirt.Names(ctx, socket)
 	result := qemu.Result{Subject: "libvirt", Detail: "no domain runs here"}
 	switch {
 	case errors.Is(err, libvirt.ErrNoLibvirt):

@@ -68,6 +68,9 @@ func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*mig
 	if err := validateSpec(spec); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
+	spec, definition := proto.CloneOf(spec), spec.GetDestinationXml()
+	spec.DestinationXml = "" // it may have secrets: nothing shows it
+	spec.Vm = libvirt.At(c.daemon.cfg.LibvirtSocket, spec.GetVm())
 	if id == "" {
 		id = strings.ToLower(rand.Text()[:12])
 	}
@@ -78,7 +81,7 @@ func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*mig
 	if c.daemon.migrations.leftover(id) != nil {
 		return nil, status.Errorf(codes.AlreadyExists, "an earlier run of this daemon left a migration %s that it cannot take up; choose another id", id)
 	}
-	create := func() *migration.Source { return c.daemon.newSource(id, spec) }
+	create := func() *migration.Source { return c.daemon.newSource(id, spec, definition) }
 	s, busy := c.daemon.migrations.addSource(id, spec.GetVm(), create)
 	if busy != "" && c.daemon.migrations.letGo(busy) {
 		s, busy = c.daemon.migrations.addSource(id, spec.GetVm(), create)
@@ -98,22 +101,44 @@ func underWay(id string) error {
 		fmt.Sprintf("follow it with 'migrated watch %s'", id))
 }
 
-func (d *Daemon) newSource(id string, spec *migratedv1.MigrationSpec) *migration.Source {
+func (d *Daemon) newSource(id string, spec *migratedv1.MigrationSpec, definition string) *migration.Source {
 	cfg := d.sourceConfig()
-	cfg.ID, cfg.Spec = id, proto.CloneOf(spec)
+	cfg.ID, cfg.Spec, cfg.DestinationXML = id, proto.CloneOf(spec), definition
 	return migration.NewSource(d.ctx, cfg)
 }
 
 // validateVM refuses what is no VM's address.
 func validateVM(vm string) error {
-	if !filepath.IsAbs(vm) && !libvirt.IsAddress(vm) {
+	if libvirt.IsAddress(vm) {
+		if err := libvirt.CheckAddress(vm); err != nil {
+			return fmt.Errorf("vm: %w", err)
+		}
+		return nil
+	}
+	if !filepath.IsAbs(vm) {
 		return fmt.Errorf("vm: %q is no absolute path of a QMP socket, and no libvirt:NAME", vm)
 	}
 	return nil
 }
 
+// maxXML bounds a definition, in bytes. Those of libvirt have some 10 KB.
+const maxXML = 1 << 20
+
+// validateXML refuses a definition that cannot be the VM's at the destination.
+func validateXML(vm, definition string) error {
+	switch {
+	case definition == "":
+		return nil
+	case !libvirt.IsAddress(vm):
+		return errors.New("destination_xml is for a domain of libvirt's (vm: libvirt:NAME)")
+	case len(definition) > maxXML:
+		return fmt.Errorf("destination_xml has %d bytes, more than %d", len(definition), maxXML)
+	}
+	return nil
+}
+
 func validateSpec(spec *migratedv1.MigrationSpec) error {
-	if err := validateVM(spec.GetVm()); err != nil {
+	if err := errors.Join(validateVM(spec.GetVm()), validateXML(spec.GetVm(), spec.GetDestinationXml())); err != nil {
 		return err
 	}
 	host, port, err := net.SplitHostPort(spec.GetDestination())

@@ -42,7 +42,7 @@ func (d *Daemon) sourceConfig() migration.SourceConfig {
 func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 	return migration.DestinationConfig{
 		Dir: dir, PipeDir: d.pipeDir(), LogDir: d.cfg.LogDir, Cgroup: d.cfg.QEMUCgroup, Binaries: d.cfg.QEMUBinaries, TemplateDir: d.cfg.TemplateDir,
-		ForbiddenOptions: d.cfg.ForbiddenOptions, MinUID: d.cfg.MinUID, RunAs: d.runAs, Starter: d.starter, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
+		ForbiddenOptions: d.cfg.ForbiddenOptions, MinUID: d.cfg.MinUID, RunAs: d.runAs, Starter: d.starter, LibvirtSocket: d.cfg.LibvirtSocket, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
 		Bandwidth: d.settings().BandwidthLimit(), Dial: d.dialLane, Log: d.log,
 	}
 }

@@ -4,27 +4,16 @@ package libvirt
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
-	"strings"
 	"sync"
 	"time"
 
 	golibvirt "github.com/digitalocean/go-libvirt"
 	"github.com/digitalocean/go-libvirt/socket/dialers"
 )
-
-// scheme begins the address of a VM of libvirt's: "libvirt:NAME" or "libvirt:UUID".
-const scheme = "libvirt:"
-
-// IsAddress says whether a VM's address is one of libvirt's, rather than the path of a QMP socket.
-func IsAddress(vm string) bool { return strings.HasPrefix(vm, scheme) && len(vm) > len(scheme) }
-
-// Address is that of a VM.
-func Address(name string) string { return scheme + name }
 
 // ErrNoLibvirt says that no libvirtd answers on this host.
 var ErrNoLibvirt = errors.New("no libvirt daemon answers on this host; start libvirtd or virtqemud")
@@ -40,7 +29,8 @@ const uri = golibvirt.QEMUSystem
 // libvirt may take its time: when the context of a call is over, the connection is closed, and everything on it fails.
 type Domain struct {
 	*connection
-	id golibvirt.Domain
+	id      golibvirt.Domain
+	address string
 }
 
 // closeTimeout bounds Close.
@@ -72,10 +62,14 @@ func (c *connection) Close() (err error) {
 	return err
 }
 
-// connect makes a connection to libvirt.
-func connect(ctx context.Context) (*connection, error) {
+// connect makes a connection to the libvirt that listens at a path; empty: at one of sockets.
+func connect(ctx context.Context, at string) (*connection, error) {
+	paths := sockets
+	if at != "" {
+		paths = []string{at}
+	}
 	var errs []error
-	for _, path := range sockets {
+	for _, path := range paths {
 		socket, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 		if err != nil {
 			errs = append(errs, err)
@@ -91,7 +85,7 @@ func connect(ctx context.Context) (*connection, error) {
 		return c, nil
 	}
 	for _, err := range errs {
-		if !errors.Is(err, fs.ErrNotExist) {
+		if at != "" || !errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("%w: %w", ErrNoLibvirt, err)
 		}
 	}
@@ -100,13 +94,16 @@ func connect(ctx context.Context) (*connection, error) {
 
 // Open finds the domain of an address.
 func Open(ctx context.Context, vm string) (*Domain, error) {
-	conn, err := connect(ctx)
+	socket, name, err := parseAddress(vm)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := connect(ctx, socket)
 	if err != nil {
 		return nil, err
 	}
 	defer conn.within(ctx)()
-	d := &Domain{connection: conn}
-	name := strings.TrimPrefix(vm, scheme)
+	d := &Domain{connection: conn, address: vm}
 	if uuid, isUUID := parseUUID(name); isUUID {
 		d.id, err = conn.DomainLookupByUUID(uuid)
 	} else {
@@ -116,20 +113,6 @@ func Open(ctx context.Context, vm string) (*Domain, error) {
 		return nil, errors.Join(fmt.Errorf("libvirt has no domain %q: %w", name, err), d.Close())
 	}
 	return d, nil
-}
-
-// parseUUID reads "9fe3ea4e-0c0c-4d3f-9a37-5a0c6e1f8d11".
-func parseUUID(text string) (uuid golibvirt.UUID, ok bool) {
-	if len(text) != 36 {
-		return uuid, false
-	}
-	n, err := hex.Decode(uuid[:], []byte(strings.ReplaceAll(text, "-", "")))
-	return uuid, err == nil && n == len(uuid)
-}
-
-// formatUUID is the opposite of parseUUID.
-func formatUUID(id golibvirt.UUID) string {
-	return fmt.Sprintf("%x-%x-%x-%x-%x", id[:4], id[4:6], id[6:8], id[8:10], id[10:])
 }
 
 // Name is the domain's.
@@ -182,9 +165,9 @@ func (d *Domain) Definition(ctx context.Context) (string, error) {
 	return withoutIncoming(text)
 }
 
-// Names are those of the domains that run on this host.
-func Names(ctx context.Context) ([]string, error) {
-	conn, err := connect(ctx)
+// Names are those of the domains that run at the libvirt that listens at a socket; empty: this host's own.
+func Names(ctx context.Context, socket string) ([]string, error) {
+	conn, err := connect(ctx, socket)
 	if err != nil {
 		return nil, err
 	}

@@ -23,14 +23,14 @@ const (
 // incoming are the arguments by which a QEMU waits for a migration, one an element.
 var incoming = []string{"-incoming", "defer"}
 
-// Start starts a domain of that definition, whose QEMU waits for a migration, and returns its address. The domain is
-// transient where it is not defined here.
-func Start(ctx context.Context, definition string) (vm string, err error) {
+// Start has the libvirt that listens at a socket, empty: this host's own, start a domain of that definition, whose QEMU
+// waits for a migration, and returns its address. The domain is transient where it is not defined here.
+func Start(ctx context.Context, socket, definition string) (vm string, err error) {
 	definition, err = withIncoming(definition)
 	if err != nil {
 		return "", err
 	}
-	conn, err := connect(ctx)
+	conn, err := connect(ctx, socket)
 	if err != nil {
 		return "", err
 	}
@@ -39,7 +39,7 @@ func Start(ctx context.Context, definition string) (vm string, err error) {
 	if err != nil {
 		return "", errors.Join(fmt.Errorf("have libvirt start the domain: %w", err), conn.Close())
 	}
-	return Address(formatUUID(d.UUID)), conn.Close()
+	return Address(socket, formatUUID(d.UUID)), conn.Close()
 }
 
 // withIncoming returns a definition whose QEMU waits for a migration.
@@ -95,6 +95,43 @@ func parse(definition string) (*etree.Document, *etree.Element, error) {
 		return nil, nil, errors.New("definition of a domain: it is none of a domain")
 	}
 	return doc, root, nil
+}
+
+// SameDomain refuses a definition that is of another domain than the first.
+func SameDomain(first, other string) error {
+	_, want, err := parse(first)
+	if err != nil {
+		return err
+	}
+	_, got, err := parse(other)
+	if err != nil {
+		return err
+	}
+	for _, tag := range []string{"name", "uuid"} {
+		a, b := text(want, tag), text(got, tag)
+		if a != b {
+			return fmt.Errorf("it is of another domain: its <%s> is %q, and not %q", tag, b, a)
+		}
+	}
+	return nil
+}
+
+// text is that of a child; empty: there is none.
+func text(of *etree.Element, tag string) string {
+	child := of.SelectElement(tag)
+	if child == nil {
+		return ""
+	}
+	return strings.TrimSpace(child.Text())
+}
+
+// NameOf is the name of the domain that a definition is of.
+func NameOf(definition string) (string, error) {
+	_, root, err := parse(definition)
+	if err != nil {
+		return "", err
+	}
+	return text(root, "name"), nil
 }
 
 // A Limit says what a definition of somebody else's may not have.

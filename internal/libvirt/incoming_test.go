@@ -73,18 +73,3 @@ func TestLimit(t *testing.T) {
 		t.Errorf("where every user is allowed: %v", err)
 	}
 }
-
-func TestAddress(t *testing.T) {
-	for vm, want := range map[string]bool{"libvirt:db": true, "libvirt:": false, "/run/libvirt:db": false, "": false} {
-		if IsAddress(vm) != want {
-			t.Errorf("%q: %v", vm, !want)
-		}
-	}
-	uuid, ok := parseUUID("9fe3ea4e-0c0c-4d3f-9a37-5a0c6e1f8d11")
-	if !ok || uuid[0] != 0x9f || uuid[15] != 0x11 {
-		t.Errorf("%x, %v", uuid, ok)
-	}
-	if _, ok := parseUUID("a name of thirty-six letters in all.."); ok {
-		t.Error("a name is taken for a UUID")
-	}
-}

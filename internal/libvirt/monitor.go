@@ -51,7 +51,7 @@ func (d *Domain) Monitor(ctx context.Context, processOf Finder) (*qmp.Client, er
 		return nil, errors.Join(err, ours.Close(), theirs.Close())
 	}
 	go m.serve(greeting)
-	client, err := qmp.New(ctx, ours, Address(d.Name()))
+	client, err := qmp.New(ctx, ours, d.address, "libvirt's daemon")
 	if err != nil {
 		return nil, errors.Join(err, ours.Close())
 	}

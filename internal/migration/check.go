@@ -34,7 +34,7 @@ func CheckSource(ctx context.Context, cfg SourceConfig) (results []qemu.Result, 
 	}
 	err = s.openVM(ctx)
 	if err == nil {
-		machine, err = machineOf(s.facts, s.description, cfg.Spec.GetVm())
+		machine, err = s.machine()
 	}
 	if err != nil {
 		return append(results, resultOf("VM", err)), nil

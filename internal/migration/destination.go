@@ -58,6 +58,8 @@ type DestinationConfig struct {
 	MinUID int
 	// RunAs is the user that QEMUs are started as, whoever runs them at their sources; nil: as at the source.
 	RunAs *qemu.Credentials
+	// LibvirtSocket is where this host's libvirt listens; empty: at one of its usual places.
+	LibvirtSocket string
 	// Starter starts QEMU; nil: this process does.
 	Starter *qemu.Starter
 	// Cgroup is the control group below which each QEMU is started in one of its own, as "/vms"; empty: it is in the daemon's.

@@ -22,6 +22,10 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	if err := checkPromise(machine, availableMemory); err != nil {
 		return err
 	}
+	name, err := libvirt.NameOf(definition)
+	if err != nil {
+		return err
+	}
 	limit := libvirt.Limit{
 		MayRun: func(binary string) error { return qemu.MayRun(binary, d.cfg.Binaries) },
 		Root:   d.cfg.MinUID == 0,
@@ -30,9 +34,11 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 		return withRemedy(fmt.Errorf("the destination starts no such domain: %w", err),
 			"take that out of the domain's definition, or move it with virsh migrate")
 	}
-	d.log.Info("having libvirt start the domain", "name", machine.GetName())
-	var err error
-	if d.domain, err = libvirt.Start(ctx, definition); err != nil {
+	if definition, err = d.cfg.Starter.Hook(name, definition); err != nil { // this host's own may have what it likes
+		return err
+	}
+	d.log.Info("having libvirt start the domain", "name", name)
+	if d.domain, err = libvirt.Start(ctx, d.cfg.LibvirtSocket, definition); err != nil {
 		return thisHost.explainStart(err, machine)
 	}
 	if d.vm, err = qemu.Attach(ctx, d.domain); err != nil {

@@ -13,9 +13,24 @@ import (
 	"slices"
 	"unicode/utf8"
 
+	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
+
+// machine is what the destination has to match, with the definition of the VM there.
+func (s *Source) machine() (*migratedv1.SourceMachine, error) {
+	m, err := machineOf(s.facts, s.description, s.cfg.Spec.GetVm())
+	if err != nil || s.cfg.DestinationXML == "" {
+		return m, err
+	}
+	if err := libvirt.SameDomain(m.LibvirtDefinition, s.cfg.DestinationXML); err != nil {
+		return nil, withReason(withRemedy(fmt.Errorf("the definition that was given for the destination: %w", err),
+			"begin with what 'virsh dumpxml --migratable --security-info' says of the domain"), migratedv1.Reason_REASON_VM_REFUSED)
+	}
+	m.LibvirtDefinition = s.cfg.DestinationXML
+	return m, nil
+}
 
 // machineOf says to the destination what it has to match.
 func machineOf(

@@ -39,6 +39,8 @@ const (
 type SourceConfig struct {
 	ID   string
 	Spec *migratedv1.MigrationSpec
+	// DestinationXML is MigrationSpec.destination_xml, which is not in Spec: it may have secrets.
+	DestinationXML string
 	// Pages serves the VM's RAM once it is stopped.
 	Pages   *pagesrv.Server
 	Records *Records

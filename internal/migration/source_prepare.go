@@ -30,7 +30,7 @@ func (s *Source) prepare(ctx context.Context) error {
 		return err
 	}
 	destination := s.cfg.Spec.GetDestination()
-	machine, err := machineOf(s.facts, s.description, s.cfg.Spec.GetVm())
+	machine, err := s.machine()
 	if err != nil {
 		return err
 	}

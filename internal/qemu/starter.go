@@ -17,7 +17,7 @@ import (
 
 // A Starter is a process that starts QEMUs for this one: it is this program once more, begun while this process
 // may still start programs. It is their parent, has nothing to do with any network, starts no program but the
-// binaries it was given, and ends when this process does; the QEMUs do not.
+// binaries and the hook it was given, and ends when this process does; the QEMUs do not.
 type Starter struct {
 	client *rpc.Client
 }
@@ -25,15 +25,15 @@ type Starter struct {
 // starterFD is where the Starter's process finds its end of the connection: the first of exec.Cmd's ExtraFiles.
 const starterFD = 3
 
-// NewStarter starts the process, as command, an argument of this program which must call ServeStarter, with binaries
-// as arguments after it.
-func NewStarter(command string, binaries []string) (*Starter, error) {
+// NewStarter starts the process, as command, an argument of this program which must call ServeStarter, with hook and
+// binaries as arguments after it.
+func NewStarter(command, hook string, binaries []string) (*Starter, error) {
 	ours, theirs, err := connection()
 	if err != nil {
 		return nil, fmt.Errorf("connection to the process that starts QEMU: %w", err)
 	}
 	defer theirs.Close()
-	cmd := exec.Command("/proc/self/exe", append([]string{command}, binaries...)...)
+	cmd := exec.Command("/proc/self/exe", append([]string{command, hook}, binaries...)...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Stderr = os.Stderr
 	cmd.ExtraFiles = []*os.File{theirs}
@@ -99,13 +99,13 @@ func (s *Starter) call(method string, args, reply any) error {
 func (s *Starter) Close() error { return s.client.Close() }
 
 // ServeStarter is the Starter's process: it serves the one that started it, until that ends.
-func ServeStarter(binaries []string) error {
+func ServeStarter(hook string, binaries []string) error {
 	conn, err := connOf(starterFD)
 	if err != nil {
 		return fmt.Errorf("no connection to a daemon, which alone starts this: %w", err)
 	}
 	server := rpc.NewServer()
-	if err := server.RegisterName("Starts", &starts{binaries: binaries, children: make(map[int]child)}); err != nil {
+	if err := server.RegisterName("Starts", &starts{hook: hook, binaries: binaries, children: make(map[int]child)}); err != nil {
 		return err
 	}
 	server.ServeConn(conn)
@@ -114,6 +114,7 @@ func ServeStarter(binaries []string) error {
 
 // starts are the calls of a Starter.
 type starts struct {
+	hook     string // empty: none
 	binaries []string
 
 	mu       sync.Mutex

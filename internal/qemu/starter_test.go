@@ -22,7 +22,7 @@ const startCommand = "test-start-qemus"
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == startCommand {
-		if err := errors.Join(confine.ApplyToStarter(), ServeStarter(os.Args[2:])); err != nil {
+		if err := errors.Join(confine.ApplyToStarter(), ServeStarter(os.Args[2], os.Args[3:])); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 
 func newStarter(t *testing.T, binaries ...string) *Starter {
 	t.Helper()
-	s, err := NewStarter(startCommand, binaries)
+	s, err := NewStarter(startCommand, "", binaries)
 	if err != nil {
 		t.Fatal(err)
 	}

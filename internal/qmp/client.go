@@ -25,6 +25,7 @@ func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Min
 // the connection until Disconnect.
 type Client struct {
 	path    string
+	via     string // what passes on all that is said; empty: QEMU listens itself
 	conn    *net.UnixConn
 	peer    credentials
 	version Version
@@ -145,7 +146,7 @@ func (c *Client) publish(e Event) {
 func (c *Client) end(cause error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.err = &DisconnectedError{Path: c.path, Cause: cause}
+	c.err = &DisconnectedError{Path: c.path, Via: c.via, Cause: cause}
 	c.conn.Close()
 	for s := range c.subscriptions {
 		close(s.events)

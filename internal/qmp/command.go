@@ -177,7 +177,7 @@ func (c *Client) send(ctx context.Context, id uint64, waiting *call, line []byte
 	case <-c.done: // the reader knows better why
 		return c.Err()
 	default:
-		return &DisconnectedError{Path: c.path, Cause: err}
+		return &DisconnectedError{Path: c.path, Via: c.via, Cause: err}
 	}
 }
 

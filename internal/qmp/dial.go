@@ -43,7 +43,7 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 		plain.Close()
 		return nil, fmt.Errorf("connect to the QMP socket %s: got a %T", path, plain)
 	}
-	c, err := New(ctx, conn, path)
+	c, err := New(ctx, conn, path, "")
 	if err != nil {
 		conn.Close()
 		return nil, err
@@ -65,14 +65,16 @@ func connectRemedy(err error) string {
 	return ""
 }
 
-// New negotiates on a connection that somebody has made, and calls it path. It owns conn unless it fails.
-func New(ctx context.Context, conn *net.UnixConn, path string) (*Client, error) {
+// New negotiates on a connection that somebody has made, and calls it path. via is the program that passes on what is
+// said, if QEMU does not listen itself. New owns conn unless it fails.
+func New(ctx context.Context, conn *net.UnixConn, path, via string) (*Client, error) {
 	peer, err := peerOf(conn)
 	if err != nil {
 		return nil, fmt.Errorf("who listens at %s: %w", path, err)
 	}
 	c := &Client{
 		path:          path,
+		via:           via,
 		conn:          conn,
 		peer:          peer,
 		writing:       make(chan struct{}, 1),
@@ -141,7 +143,7 @@ func (c *Client) noGreeting(ctx context.Context, err error) error {
 	}
 	switch {
 	case errors.Is(err, unix.ECONNRESET), errors.Is(err, io.ErrUnexpectedEOF):
-		return &DisconnectedError{Path: c.path, Cause: err}
+		return &DisconnectedError{Path: c.path, Via: c.via, Cause: err}
 	case ctx.Err() != nil && !c.accepted():
 		return &BusyError{Path: c.path, Cause: err}
 	}

@@ -45,6 +45,7 @@ func (e *Error) Is(target error) bool {
 // have been carried out.
 type DisconnectedError struct {
 	Path  string // of the socket
+	Via   string // the program that passed on what was said; empty: none
 	Cause error  // io.EOF: QEMU closed it; net.ErrClosed: Disconnect was called
 }
 
@@ -53,6 +54,9 @@ func (e *DisconnectedError) Error() string {
 	case errors.Is(e.Cause, net.ErrClosed):
 		return fmt.Sprintf("the connection to QEMU at %s was closed on this side", e.Path)
 	case errors.Is(e.Cause, io.EOF), errors.Is(e.Cause, syscall.ECONNRESET), errors.Is(e.Cause, syscall.EPIPE):
+		if e.Via != "" {
+			return fmt.Sprintf("the connection to QEMU at %s has ended: %s or QEMU exited or was killed", e.Path, e.Via)
+		}
 		return fmt.Sprintf("QEMU closed the connection at %s: it exited or was killed", e.Path)
 	}
 	return fmt.Sprintf("the connection to QEMU at %s broke: %v", e.Path, e.Cause)

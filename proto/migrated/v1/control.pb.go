@@ -504,7 +504,8 @@ func (CheckStatus) EnumDescriptor() ([]byte, []int) {
 type MigrationSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Path of the QMP Unix socket of the VM's QEMU, on the source host; or
-	// "libvirt:" and the name or UUID of a domain of libvirt's there.
+	// "libvirt:" and the name or UUID of a domain of libvirt's there; or
+	// libvirt+unix:///NAME?socket=PATH, of a libvirt that listens elsewhere.
 	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
 	// HOST:PORT of the daemon on the destination host.
 	Destination string `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"`
@@ -548,6 +549,11 @@ type MigrationSpec struct {
 	// Remove its definition from the source when all memory has left it. As virsh
 	// migrate --undefinesource.
 	UndefineSource bool `protobuf:"varint,13,opt,name=undefine_source,json=undefineSource,proto3" json:"undefine_source,omitempty"`
+	// Definition, in XML, that the destination's libvirt starts the domain of,
+	// instead of the one that it has at the source: with other names of networks or
+	// paths of disks, say. The machine has to be the same. As virsh migrate --xml.
+	// It may have secrets: no Migration shows it.
+	DestinationXml string `protobuf:"bytes,14,opt,name=destination_xml,json=destinationXml,proto3" json:"destination_xml,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -671,6 +677,13 @@ func (x *MigrationSpec) GetUndefineSource() bool {
 		return x.UndefineSource
 	}
 	return false
+}
+
+func (x *MigrationSpec) GetDestinationXml() string {
+	if x != nil {
+		return x.DestinationXml
+	}
+	return ""
 }
 
 // Migration is one migration as one of its two daemons sees it.
@@ -2464,9 +2477,10 @@ type CheckRequest struct {
 	DestinationQmp      string `protobuf:"bytes,3,opt,name=destination_qmp,json=destinationQmp,proto3" json:"destination_qmp,omitempty"`
 	DestinationTemplate string `protobuf:"bytes,4,opt,name=destination_template,json=destinationTemplate,proto3" json:"destination_template,omitempty"`
 	// As in MigrationSpec.
-	RequireSecure bool `protobuf:"varint,5,opt,name=require_secure,json=requireSecure,proto3" json:"require_secure,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	RequireSecure  bool   `protobuf:"varint,5,opt,name=require_secure,json=requireSecure,proto3" json:"require_secure,omitempty"`
+	DestinationXml string `protobuf:"bytes,6,opt,name=destination_xml,json=destinationXml,proto3" json:"destination_xml,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *CheckRequest) Reset() {
@@ -2532,6 +2546,13 @@ func (x *CheckRequest) GetRequireSecure() bool {
 		return x.RequireSecure
 	}
 	return false
+}
+
+func (x *CheckRequest) GetDestinationXml() string {
+	if x != nil {
+		return x.DestinationXml
+	}
+	return ""
 }
 
 type CheckResponse struct {
@@ -2753,7 +2774,7 @@ var File_migrated_v1_control_proto protoreflect.FileDescriptor
 
 const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x91\x04\n" +
+	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xba\x04\n" +
 	"\rMigrationSpec\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
@@ -2771,7 +2792,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"persistent\x18\f \x01(\bR\n" +
 	"persistent\x12'\n" +
-	"\x0fundefine_source\x18\r \x01(\bR\x0eundefineSource\"\xe9\x05\n" +
+	"\x0fundefine_source\x18\r \x01(\bR\x0eundefineSource\x12'\n" +
+	"\x0fdestination_xml\x18\x0e \x01(\tR\x0edestinationXml\"\xe9\x05\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -2898,13 +2920,14 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tbandwidth\x18\x02 \x01(\x04R\tbandwidth\"4\n" +
 	"\x14SetBandwidthResponse\x12\x1c\n" +
-	"\tbandwidth\x18\x01 \x01(\x04R\tbandwidth\"\xc3\x01\n" +
+	"\tbandwidth\x18\x01 \x01(\x04R\tbandwidth\"\xec\x01\n" +
 	"\fCheckRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
 	"\x0fdestination_qmp\x18\x03 \x01(\tR\x0edestinationQmp\x121\n" +
 	"\x14destination_template\x18\x04 \x01(\tR\x13destinationTemplate\x12%\n" +
-	"\x0erequire_secure\x18\x05 \x01(\bR\rrequireSecure\"C\n" +
+	"\x0erequire_secure\x18\x05 \x01(\bR\rrequireSecure\x12'\n" +
+	"\x0fdestination_xml\x18\x06 \x01(\tR\x0edestinationXml\"C\n" +
 	"\rCheckResponse\x122\n" +
 	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xb9\x01\n" +
 	"\vCheckResult\x12\x18\n" +

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// A domainFailure is what keeps a domain from being moved.
+type domainFailure struct {
+	name string
+	// before happens before the migration, prepared when the destination is ready, and after at its end.
+	before, prepared, after func(*domainStage)
+	words                   string // in the error
+}
+
+// A domainStage is two hosts with libvirt, of which a runs the domain.
+type domainStage struct {
+	*testing.T
+	*lab.Lab
+	libvirts []*lab.Libvirt
+	daemonB  *lab.Process
+}
+
+var domainFailures = []domainFailure{
+	{
+		name:   "no libvirt at the destination",
+		before: func(s *domainStage) { s.must(s.libvirts[1].Kill()) },
+		after:  func(s *domainStage) { s.must(s.libvirts[1].Restart(testContext(s.T))) },
+		words:  "no libvirt daemon answers on this host; start libvirtd or virtqemud",
+	},
+	{
+		name: "another domain of its name", words: "already exists with uuid",
+		before: func(s *domainStage) {
+			s.must(s.B.VirshXML(testContext(s.T), `<domain type='qemu'><name>`+lab.DomainName+
+				`</name><memory unit='MiB'>32</memory><os><type>hvm</type></os></domain>`, "create"))
+		},
+		after: func(s *domainStage) { virsh(s.T, s.B, "destroy", lab.DomainName) },
+	},
+	{
+		name: "no such image there", words: "/run/vm/local.img",
+		before: func(s *domainStage) {
+			const path = lab.VMDir + "/local.img"
+			s.must(os.WriteFile(s.A.Path(path), make([]byte, 1<<20), 0o666))
+			s.must(s.A.VirshXML(testContext(s.T), `<disk type='file' device='disk'><driver name='qemu' type='raw'/>`+
+				`<source file='`+path+`'/><target dev='vdz' bus='virtio'/></disk>`, "attach-device", "--live", lab.DomainName))
+		},
+		after: func(s *domainStage) { virsh(s.T, s.A, "detach-disk", "--live", lab.DomainName, "vdz") },
+	},
+	{
+		name: "destroyed while it waits", words: "the destination QEMU is gone",
+		prepared: func(s *domainStage) { virsh(s.T, s.B, "destroy", lab.DomainName) },
+	},
+	{
+		name: "its QEMU is killed while it waits", words: "QEMU exited or was killed",
+		prepared: func(s *domainStage) { s.kill(s.B) },
+	},
+	{
+		name: "the daemon is killed while it waits", words: "cannot be reached",
+		prepared: func(s *domainStage) { s.must(s.daemonB.Kill()) },
+		after:    func(s *domainStage) { startDaemon(s.T, s.B) },
+	},
+	{
+		name: "libvirt is killed there while it waits", words: "libvirt's daemon or QEMU exited",
+		prepared: func(s *domainStage) { s.must(s.libvirts[1].Kill()) },
+		after:    func(s *domainStage) { s.must(s.libvirts[1].Restart(testContext(s.T))) },
+	},
+	{
+		name: "libvirt is killed here while it waits", words: "libvirt's daemon or QEMU exited",
+		prepared: func(s *domainStage) { s.must(s.libvirts[0].Kill()) },
+		after:    func(s *domainStage) { s.must(s.libvirts[0].Restart(testContext(s.T))) },
+	},
+}
+
+func (s *domainStage) must(err error) {
+	s.Helper()
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
+// kill kills the QEMU of a host.
+func (s *domainStage) kill(h *lab.Host) {
+	s.Helper()
+	pids, err := h.Processes("qemu-system-x86_64")
+	if err != nil || len(pids) != 1 {
+		s.Fatalf("QEMUs of host %s: %v, %v", h.Name, pids, err)
+	}
+	s.must(syscall.Kill(pids[0], syscall.SIGKILL))
+}
+
+// TestLibvirtFailures: whatever fails before the switch, the domain runs on at the source, in virsh and in fact, and
+// writes to its disk. Nothing is left of it at the destination.
+func TestLibvirtFailures(t *testing.T) {
+	l := newHosts(t)
+	startDaemon(t, l.A)
+	s := &domainStage{T: t, Lab: l, daemonB: startDaemon(t, l.B), libvirts: startLibvirt(t, l)}
+	var guest report.Log
+	port := runDomain(t, l.A, domainVM(t), false, &guest)
+	for i, f := range domainFailures {
+		t.Run(f.name, func(t *testing.T) {
+			s.T = t
+			if f.before != nil {
+				f.before(s)
+			}
+			m := s.fail(fmt.Sprintf("failure-%d", i), f.prepared)
+			t.Logf("%v: %v", m.GetState(), m.GetError())
+			if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED || m.GetLocation() != migratedv1.Location_LOCATION_SOURCE ||
+				!strings.Contains(fmt.Sprint(m.GetError()), f.words) {
+				t.Errorf("it is %v, at %v: %v", m.GetState(), m.GetLocation(), m.GetError())
+			}
+			if f.after != nil {
+				f.after(s)
+			}
+			awaitDomain(t, l.A, "running")
+			awaitDomain(t, l.B, "")
+			awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
+		})
+	}
+	verifyLinux(t, &guest, port)
+	if err := port.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// fail migrates the domain in vain.
+func (s *domainStage) fail(id string, prepared func(*domainStage)) *migratedv1.Migration {
+	s.Helper()
+	client := control(s.T, s.A)
+	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: s.B.DaemonAddr()}
+	if prepared == nil {
+		return migrateSpec(s.T, s.A, id, spec)
+	}
+	if _, err := client.Prepare(testContext(s.T), &migratedv1.PrepareRequest{Id: id, Spec: spec}); err != nil {
+		s.Fatal(err)
+	}
+	m := await(s.T, client, id, func(m *migratedv1.Migration) bool { return m.GetPrepared() })
+	if !m.GetPrepared() {
+		s.Fatalf("it is %v: %v", m.GetState(), m.GetError())
+	}
+	prepared(s)
+	_, _ = client.Start(testContext(s.T), &migratedv1.StartRequest{Id: id}) // it may have failed by now
+	return await(s.T, client, id, func(*migratedv1.Migration) bool { return false })
+}

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package libvirt
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/url"
+	"path/filepath"
+	"strings"
+
+	golibvirt "github.com/digitalocean/go-libvirt"
+)
+
+// An address of a VM of libvirt's is one of
+//
+//	libvirt:NAME                           at this host's libvirt
+//	libvirt+unix:///NAME?socket=PATH       at the libvirt that listens there
+//
+// where NAME is the domain's name or UUID. The second is a URL, as libvirt's own qemu+unix:///system?socket=PATH is.
+const (
+	scheme       = "libvirt:"
+	schemeSocket = "libvirt+unix"
+)
+
+// IsAddress says whether a VM's address is one of libvirt's, rather than the path of a QMP socket.
+func IsAddress(vm string) bool {
+	return strings.HasPrefix(vm, scheme) || strings.HasPrefix(vm, schemeSocket+":")
+}
+
+// CheckAddress says what is wrong with an address of libvirt's.
+func CheckAddress(vm string) error {
+	_, _, err := parseAddress(vm)
+	return err
+}
+
+// parseAddress returns what an address names; socket is empty for this host's own libvirt.
+func parseAddress(vm string) (socket, name string, err error) {
+	if name, short := strings.CutPrefix(vm, scheme); short {
+		if name == "" {
+			return "", "", fmt.Errorf("%q names no domain", vm)
+		}
+		return "", name, nil
+	}
+	u, err := url.Parse(vm)
+	if err != nil {
+		return "", "", fmt.Errorf("address of libvirt's domain: %w", err)
+	}
+	socket, name = u.Query().Get("socket"), strings.TrimPrefix(u.Path, "/")
+	if u.Scheme != schemeSocket || u.Host != "" || name == "" || !filepath.IsAbs(socket) || len(u.Query()) != 1 {
+		return "", "", errors.New("libvirt's domain behind a socket is " + schemeSocket + ":///NAME?socket=/PATH")
+	}
+	return socket, name, nil
+}
+
+// Address is that of a VM, by its name or UUID, at the libvirt that listens at a socket; empty: this host's own.
+func Address(socket, name string) string {
+	if socket == "" {
+		return scheme + name
+	}
+	u := url.URL{Scheme: schemeSocket, Path: "/" + name, RawQuery: url.Values{"socket": {socket}}.Encode()}
+	return schemeSocket + "://" + u.EscapedPath() + "?" + u.RawQuery
+}
+
+// At is the address of the same VM where a socket other than the usual ones is that of this host's libvirt.
+func At(socket, vm string) string {
+	if name, short := strings.CutPrefix(vm, scheme); short && socket != "" {
+		return Address(socket, name)
+	}
+	return vm
+}
+
+// parseUUID reads "9fe3ea4e-0c0c-4d3f-9a37-5a0c6e1f8d11".
+func parseUUID(text string) (uuid golibvirt.UUID, ok bool) {
+	if len(text) != 36 {
+		return uuid, false
+	}
+	n, err := hex.Decode(uuid[:], []byte(strings.ReplaceAll(text, "-", "")))
+	return uuid, err == nil && n == len(uuid)
+}
+
+// formatUUID is the opposite of parseUUID.
+func formatUUID(id golibvirt.UUID) string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", id[:4], id[4:6], id[6:8], id[8:10], id[10:])
+}
