@@ -96,7 +96,7 @@ func strikeRival(ctx context.Context, i int, result *comparison) (err error) {
 	if err != nil {
 		return err
 	}
-	s := &stage{lab: l, guests: map[lab.Backend]*machine{}}
+	s := &stage{lab: l, keeper: byHand{}, guests: map[lab.Backend]*machine{}}
 	defer func() { err = errors.Join(err, s.close(ctx)) }()
 	kernel, initrd, err := image.LinuxWithVirtio(ctx)
 	if err != nil {

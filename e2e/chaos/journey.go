@@ -56,7 +56,7 @@ func (s *stage) newJourney(m *machine, id string) *journey {
 }
 
 func (j *journey) spec() *migratedv1.MigrationSpec {
-	return &migratedv1.MigrationSpec{Vm: j.machine.path(lab.QMPPath), Destination: j.to.DaemonAddr()}
+	return &migratedv1.MigrationSpec{Vm: j.machine.keeper.address(j.machine), Destination: j.to.DaemonAddr()}
 }
 
 // start begins the migration. A daemon that dies of it is no error: that may be what is wanted.

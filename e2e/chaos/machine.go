@@ -27,7 +27,7 @@ type machine struct {
 	name   string
 	config lab.VMConfig
 	lab    *lab.Lab
-	argv   []string
+	keeper keeper
 	at     *lab.Host // where it runs
 	hosts  []*lab.Host
 
@@ -79,10 +79,7 @@ func moved(name, text string) string {
 // the lab's VM boots from, by their paths there.
 func (s *stage) newMachine(ctx context.Context, name string, c lab.VMConfig, at *lab.Host, files map[string]string, j judge) (*machine, error) {
 	c.Extra = append(c.Extra, lab.EventsArgs()...)
-	m := &machine{name: name, config: c, lab: s.lab, at: at, hosts: s.hosts(), judge: j}
-	for _, arg := range c.Args() {
-		m.argv = append(m.argv, moved(name, arg))
-	}
+	m := &machine{name: name, config: c, lab: s.lab, keeper: s.keeper, at: at, hosts: s.hosts(), judge: j}
 	for _, h := range m.hosts {
 		if err := os.MkdirAll(h.Path(m.dir()), 0o755); err != nil {
 			return nil, err
@@ -108,32 +105,7 @@ func (s *stage) newMachine(ctx context.Context, name string, c lab.VMConfig, at 
 			return m, err
 		}
 	}
-	return m, m.start(ctx)
-}
-
-func (m *machine) start(ctx context.Context) error {
-	log, err := os.OpenFile(m.at.Path(filepath.Join(m.dir(), "qemu.log")), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	defer log.Close() // QEMU has its own
-	p, err := m.at.Start(log, m.argv...)
-	if err != nil {
-		return err
-	}
-	ended := func() bool {
-		select {
-		case <-p.Exited():
-			return true
-		default:
-			return false
-		}
-	}
-	if !await(ctx, time.Minute, func() bool { return m.copies.runs(m.at) || ended() }) || ended() {
-		said, _ := os.ReadFile(log.Name())
-		return fmt.Errorf("VM %s does not start: %s", m.name, said)
-	}
-	return nil
+	return m, m.keeper.start(ctx, m)
 }
 
 // destroy ends the machine's QEMUs, wherever one is.
@@ -144,6 +116,7 @@ func (m *machine) destroy(ctx context.Context) error {
 			errs = append(errs, err)
 		}
 	}
+	errs = append(errs, m.keeper.forget(ctx, m))
 	m.end()
 	m.copies.end()
 	m.judge.close()
@@ -165,12 +138,11 @@ func (m *machine) setRunning(ctx context.Context, run bool) error {
 	if !await(ctx, 20*time.Second, func() bool { return m.copies.client(m.at) != nil }) {
 		return fmt.Errorf("nobody knows the QEMU of %s on host %s", m.name, m.at.Name)
 	}
-	command := map[bool]string{true: "cont", false: "stop"}[run]
-	if err := m.copies.client(m.at).Do(ctx, command, nil, nil); err != nil {
-		return fmt.Errorf("%s VM %s: %w", command, m.name, err)
+	if err := m.keeper.setRunning(ctx, m, m.at, run); err != nil {
+		return err
 	}
 	if !await(ctx, 20*time.Second, func() bool { return m.copies.runs(m.at) == run }) {
-		return fmt.Errorf("VM %s does not obey %s", m.name, command)
+		return fmt.Errorf("VM %s does not come to run: %v", m.name, run)
 	}
 	return nil
 }

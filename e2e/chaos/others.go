@@ -124,19 +124,7 @@ func (s *stage) restart(f *fault, j *journey, kind string) {
 // continueVM gives cont to a QEMU that migrated keeps from running: the source's, which has stopped for the switch, or
 // the destination's, which waits.
 func (s *stage) continueVM(f *fault, j *journey, h *lab.Host) {
-	f.begin = func(ctx context.Context) error {
-		client := j.machine.copies.client(h)
-		if client == nil {
-			return errTooLate
-		}
-		// It may be refused: the other one has the disks.
-		var refused *qmp.Error
-		var gone *qmp.DisconnectedError
-		if err := client.Do(ctx, "cont", nil, nil); err != nil && !errors.As(err, &refused) && !errors.As(err, &gone) {
-			return err
-		}
-		return nil
-	}
+	f.begin = func(ctx context.Context) error { return j.machine.keeper.setRunning(ctx, j.machine, h, true) }
 }
 
 // snapshot gives the VM's first disk a new image on top of the present one. The machine is of no use afterwards: its
@@ -145,12 +133,8 @@ func (s *stage) snapshot(f *fault, c chaosCase, j *journey) {
 	overlay := j.machine.path(fmt.Sprintf("%s/guest-overlay%d.qcow2", lab.SharedDir, c.Index))
 	taken := false
 	f.begin = func(ctx context.Context) error {
-		err := j.tell(ctx, "blockdev-snapshot-sync",
-			map[string]string{"node-name": "disk0", "snapshot-node-name": "overlay", "snapshot-file": overlay, "format": "qcow2"})
-		var refused *qmp.Error
-		if errors.As(err, &refused) { // the disk is nobody's at this moment, or no longer this host's
-			return errTooLate
-		}
+		h, _ := j.client()
+		err := j.machine.keeper.snapshot(ctx, j.machine, h, overlay)
 		taken = err == nil
 		return err
 	}

@@ -27,6 +27,7 @@ type stage struct {
 	tls    string // directory of certificates
 	issued time.Time
 	lab    *lab.Lab
+	keeper keeper
 	bare   bool                     // its VMs have no devices
 	guests map[lab.Backend]*machine // with the Linux guest, by their RAM; see linux
 
@@ -43,7 +44,7 @@ type stage struct {
 func newStage(ctx context.Context, dir string) (_ *stage, err error) {
 	s := &stage{
 		dir: dir, daemons: map[*lab.Host]*lab.Process{}, clients: map[*lab.Host]migratedv1.ControlServiceClient{}, advertised: map[*lab.Host]string{},
-		guests: map[lab.Backend]*machine{},
+		guests: map[lab.Backend]*machine{}, keeper: byHand{},
 	}
 	defer func() {
 		if err != nil {
