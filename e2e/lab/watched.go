@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"os"
+	"path/filepath"
+)
+
+// WatchedEmulator is QEMU on a host that has MakeWatchedEmulator.
+const WatchedEmulator = "/run/emulator/qemu-system-x86_64"
+
+// becomeWatched adds a second QMP socket, events.sock in the directory of the VM's name, to the QEMU of a domain. The one
+// that libvirt asks for what it can do has no name, and gets none.
+const becomeWatched = `#!/bin/sh
+for arg; do
+	case $arg in
+	guest=*)
+		name=${arg#guest=}
+		set -- "$@" -qmp "unix:/run/${name%%,*}/events.sock,server=on,wait=off"
+		;;
+	esac
+done
+exec /usr/bin/qemu-system-x86_64 "$@"
+`
+
+// MakeWatchedEmulator gives the host a QEMU by which a test can watch domains: a definition that names WatchedEmulator
+// has nothing else that others have not, and libvirt does not know of the second socket.
+func (h *Host) MakeWatchedEmulator() error {
+	path := h.Path(WatchedEmulator)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(path, []byte(becomeWatched), 0o755)
+}
+
+// Domain is the definition that DefineDomain and StartDomain use.
+func (c VMConfig) Domain() (string, error) { return c.domain() }
