@@ -15,6 +15,7 @@
 #   SEED=...    chaos: which sequence of cases (1); its cases are always the same
 #   FUZZTIME=   fuzz: how long each target (1m)
 #   ONLY=...    chaos: only the case with this index
+#   LIBVIRT=1   chaos: of VMs that are domains of libvirt's
 #   E2E_RACE=0  e2e: run the daemon without the race detector
 
 SHELL := bash
@@ -146,8 +147,8 @@ kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefi
 
 .PHONY: chaos
 chaos: ## break migrations in every way that is known and look for the VM: build/chaos/report.json (docs/faults.md)
-	@scripts/setup demo
-	@go run ./e2e/chaos $(if $(N),--n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
+	@scripts/setup $(if $(filter-out 0,$(LIBVIRT)),test,demo)
+	@go run ./e2e/chaos $(if $(filter-out 0,$(LIBVIRT)),--libvirt) $(if $(N),--n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
 
 .PHONY: fuzz
 fuzz: ## fuzz every decoder for FUZZTIME each, and keep the inputs that reached new code

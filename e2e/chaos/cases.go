@@ -107,13 +107,25 @@ var memories = []lab.Backend{lab.BackendDefault, lab.BackendDefault, lab.Backend
 // crowdFaults are those that many migrations can meet together.
 var crowdFaults = []string{killSource, killDestination, killBoth, cutBoth, cutOne, badLink}
 
+// A pack is what cases are dealt from.
+type pack struct {
+	deck     []string
+	memories []lab.Backend
+}
+
+// The packs of machines whose QEMU the suite starts, and of domains of libvirt's.
+var (
+	ofQEMUs   = pack{deck, memories}
+	ofDomains = pack{libvirtDeck, libvirtMemories}
+)
+
 // newCase is case index of the seed's sequence. Its point is one of at; where that is not all of them, the fault comes
 // at one, if it is of a kind that can.
-func newCase(seed uint64, index int, at []point) chaosCase {
+func newCase(seed uint64, index int, p pack, at []point) chaosCase {
 	r := rand.New(rand.NewPCG(seed, uint64(index)))
 	c := chaosCase{
-		Seed: seed, Index: index, Kind: deal(seed, index, 1, deck), Pick: r.Uint64(),
-		For: lasting(r), Link: network(r), Memory: deal(seed, index, 3, memories),
+		Seed: seed, Index: index, Kind: deal(seed, index, 1, p.deck), Pick: r.Uint64(),
+		For: lasting(r), Link: network(r), Memory: deal(seed, index, 3, p.memories),
 	}
 	c.Link.Seed = c.Pick
 	c.At = c.when(r, at)
@@ -165,7 +177,7 @@ func (c chaosCase) when(r *rand.Rand, at []point) moment {
 		dice = 6 + dice%4 // they are about what flows, or a guest that hears
 	case continueSource:
 		return moment{Point: deal(c.Seed, c.Index, 4, stands)}
-	case continueDestination:
+	case continueDestination, destroyWaiting:
 		return moment{Point: deal(c.Seed, c.Index, 4, waits)}
 	}
 	switch {

@@ -69,13 +69,19 @@ func TestPointsAreThoseOfTheSource(t *testing.T) {
 }
 
 func TestSequence(t *testing.T) {
+	for name, p := range map[string]pack{"QEMUs": ofQEMUs, "domains": ofDomains} {
+		t.Run(name, func(t *testing.T) { testSequence(t, p) })
+	}
+}
+
+func testSequence(t *testing.T, p pack) {
 	kinds, at := map[string]int{}, map[string]bool{}
-	for i := range 40 * len(deck) {
-		c := newCase(7, i, points)
-		if c != newCase(7, i, points) {
+	for i := range 40 * len(p.deck) {
+		c := newCase(7, i, p, points)
+		if c != newCase(7, i, p, points) {
 			t.Fatalf("case %d is not always the same", i)
 		}
-		if c == newCase(8, i, points) {
+		if c == newCase(8, i, p, points) {
 			t.Errorf("case %d does not depend on the seed", i)
 		}
 		kinds[c.Kind]++
@@ -87,7 +93,7 @@ func TestSequence(t *testing.T) {
 			t.Errorf("%v: that kills a VM that has arrived", c)
 		}
 	}
-	for _, kind := range deck {
+	for _, kind := range p.deck {
 		if kinds[kind]%40 != 0 || kinds[kind] == 0 {
 			t.Errorf("%s comes %d times in 40 deckfuls", kind, kinds[kind])
 		}

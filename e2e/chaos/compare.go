@@ -80,7 +80,7 @@ func compare(ctx context.Context, dir string) error {
 }
 
 func strikeOurs(ctx context.Context, dir string, i int) (_ result, err error) {
-	s, err := newStage(ctx, dir)
+	s, err := newStage(ctx, dir, false)
 	if err != nil {
 		return result{}, err
 	}

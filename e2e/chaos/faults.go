@@ -95,9 +95,33 @@ func (s *stage) faultOf(c chaosCase, kind string, j *journey) (*fault, error) {
 		s.mapRAM(f, j, r)
 	case noFault:
 	default:
-		return nil, fmt.Errorf("no fault is called %q", kind)
+		return f, s.libvirtFault(f, kind, j, r)
 	}
 	return f, nil
+}
+
+// meanwhile makes a fault of an order that may wait for a QEMU, which may wait for a daemon that is held at the fault's
+// point: it is given at the beginning, and carried out by the end.
+func (f *fault) meanwhile(order func(context.Context) error) {
+	done := make(chan struct{})
+	var result error
+	f.begin = func(ctx context.Context) error {
+		go func() {
+			defer close(done)
+			result = order(ctx)
+		}()
+		const prompt = time.Second
+		select {
+		case <-done:
+			return result
+		case <-time.After(prompt):
+			return nil
+		}
+	}
+	f.end = func(context.Context) error {
+		<-done
+		return unlessTooLate(result)
+	}
 }
 
 func (s *stage) killDaemons(f *fault, kind string, j *journey) {

@@ -38,7 +38,7 @@ func realLinux(kernel, initrd string, memory lab.Backend) lab.VMConfig {
 }
 
 // numbers tell the VMs of a stage from each other on networks.
-var numbers = map[lab.Backend]int{lab.BackendDefault: 0, lab.BackendFile: 1}
+var numbers = map[lab.Backend]int{lab.BackendDefault: 0, lab.BackendFile: 1, lab.BackendMemfd: 1}
 
 // bareLinux is a VM without devices, of the kind of memory that QEMU's own post-copy is compared with.
 func bareLinux(kernel, initrd string) lab.VMConfig {

@@ -6,11 +6,12 @@
 //
 // What case number i of a seed does follows from these two numbers alone, so that each can be had again. The VM is not
 // booted for each case: it goes on from where the last case left it. There are two of them, with disks and network
-// cards, one whose RAM is QEMU's own and one whose RAM is a file: a case says which.
+// cards, one whose RAM is QEMU's own and one whose RAM is a file: a case says which. With --libvirt they are domains, and
+// virsh must say of both hosts what is so.
 //
 // Reading order: cases.go (what is broken, and when), points.go (the points, and how a daemon dies there), play.go (one
 // case), journey.go (what becomes of a migration, and the verdict), orphan.go (a VM that is lost with its source QEMU),
-// guests.go, faults.go, liar.go, copies.go, report.go.
+// guests.go, faults.go, liar.go, copies.go, report.go. Of domains: libvirt.go, libvirtfaults.go, virsh.go.
 package main
 
 import (
@@ -33,6 +34,8 @@ type options struct {
 	at   string // matches the points' names
 	// compare: instead of the cases, some faults that QEMU's own post-copy can meet, too.
 	compare bool
+	// libvirt: the VMs are domains of libvirt's.
+	libvirt bool
 	dir     string
 }
 
@@ -43,6 +46,7 @@ func main() {
 	flag.IntVar(&o.only, "only", -1, "play only the case with this `index`")
 	flag.StringVar(&o.at, "at", "", "only points whose name matches this regular `expression`")
 	flag.BoolVar(&o.compare, "compare", false, "instead of the cases: strike migrated and QEMU's own post-copy with the same faults at the same moment")
+	flag.BoolVar(&o.libvirt, "libvirt", false, "the VMs are domains of libvirt's, and libvirt and its users are among what disturbs them")
 	flag.StringVar(&o.dir, "dir", "build/chaos", "`directory` of the report and the logs")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -94,7 +98,7 @@ func run(ctx context.Context, o options) (*chaosReport, error) {
 			indices = append(indices, i)
 		}
 	}
-	r := newReport(o.seed)
+	r := newReport(o.seed, o.libvirt)
 	if err := r.play(ctx, o, indices, at); err != nil {
 		return r, err
 	}
@@ -102,6 +106,13 @@ func run(ctx context.Context, o options) (*chaosReport, error) {
 		return r, fmt.Errorf("%d cases failed: %v", len(failed), failed)
 	}
 	return r, nil
+}
+
+func (o options) pack() pack {
+	if o.libvirt {
+		return ofDomains
+	}
+	return ofQEMUs
 }
 
 // play plays the cases in turn on a stage, and those after one that failed on a new one.
@@ -121,11 +132,11 @@ func (r *chaosReport) play(ctx context.Context, o options, indices []int, at []p
 			if err := os.Mkdir(dir, 0o755); err != nil {
 				return err
 			}
-			if s, err = newStage(ctx, dir); err != nil {
+			if s, err = newStage(ctx, dir, o.libvirt); err != nil {
 				return fmt.Errorf("set the stage: %w", err)
 			}
 		}
-		c := newCase(o.seed, index, at)
+		c := newCase(o.seed, index, o.pack(), at)
 		res := s.bounded(ctx, c)
 		if err := ctx.Err(); err != nil {
 			return err // it was cut off: of its VM nothing is known
@@ -138,7 +149,7 @@ func (r *chaosReport) play(ctx context.Context, o options, indices []int, at []p
 		if res.Failure == "" {
 			continue
 		}
-		fmt.Printf("   again: make chaos SEED=%d ONLY=%d   logs: %s\n", o.seed, index, s.dir)
+		fmt.Printf("   again: make chaos %sSEED=%d ONLY=%d   logs: %s\n", map[bool]string{true: "LIBVIRT=1 "}[o.libvirt], o.seed, index, s.dir)
 		err := s.close(ctx)
 		s = nil
 		if err != nil {

@@ -124,7 +124,7 @@ func (s *stage) restart(f *fault, j *journey, kind string) {
 // continueVM gives cont to a QEMU that migrated keeps from running: the source's, which has stopped for the switch, or
 // the destination's, which waits.
 func (s *stage) continueVM(f *fault, j *journey, h *lab.Host) {
-	f.begin = func(ctx context.Context) error { return j.machine.keeper.setRunning(ctx, j.machine, h, true) }
+	f.meanwhile(func(ctx context.Context) error { return j.machine.keeper.setRunning(ctx, j.machine, h, true) })
 }
 
 // snapshot gives the VM's first disk a new image on top of the present one. The machine is of no use afterwards: its

@@ -30,6 +30,8 @@ type result struct {
 	Lost        bool          `json:"lost"`        // the VM runs nowhere, and nothing that migrated prints helps
 	// DiskCorruptions are blocks that are not what the guest wrote, and requests that failed.
 	DiskCorruptions uint64 `json:"disk_corruptions"`
+	// VirshWrong: virsh, on either host, says something else than what is so, or said so for long.
+	VirshWrong bool `json:"virsh_wrong"`
 	// Orphaned: the VM ended because its source QEMU was killed while memory that was QEMU's alone had not crossed.
 	Orphaned bool   `json:"orphaned"`
 	Failure  string `json:"failure,omitempty"`
@@ -80,6 +82,7 @@ func (s *stage) playOne(ctx context.Context, c chaosCase, res *result) error {
 		return err
 	}
 	s.conclude(ctx, j, res)
+	s.checkVirsh(ctx, res)
 	return f.disarm(ctx)
 }
 

@@ -17,9 +17,10 @@ import (
 
 // chaosReport is report.json.
 type chaosReport struct {
-	Seed  uint64                 `json:"seed"`
-	Kinds map[string]*kindReport `json:"kinds"`
-	Cases []result               `json:"cases"`
+	Seed    uint64                 `json:"seed"`
+	Libvirt bool                   `json:"libvirt"` // the VMs are domains of libvirt's
+	Kinds   map[string]*kindReport `json:"kinds"`
+	Cases   []result               `json:"cases"`
 }
 
 // A kindReport is what became of the faults of one kind.
@@ -35,8 +36,8 @@ type kindReport struct {
 	stalls []float64 // ms
 }
 
-func newReport(seed uint64) *chaosReport {
-	return &chaosReport{Seed: seed, Kinds: map[string]*kindReport{}}
+func newReport(seed uint64, libvirt bool) *chaosReport {
+	return &chaosReport{Seed: seed, Libvirt: libvirt, Kinds: map[string]*kindReport{}}
 }
 
 func (r *chaosReport) add(res result) {
@@ -77,7 +78,7 @@ func (r *chaosReport) failed() (indices []int) {
 
 // summary is the last line.
 func (r *chaosReport) summary() string {
-	faults, corruptions, blocks, lost, twice, orphaned := 0, uint64(0), uint64(0), 0, 0, 0
+	faults, corruptions, blocks, lost, twice, orphaned, wrong := 0, uint64(0), uint64(0), 0, 0, 0, 0
 	for _, res := range r.Cases {
 		corruptions += res.Corruptions
 		blocks += res.DiskCorruptions
@@ -85,10 +86,14 @@ func (r *chaosReport) summary() string {
 		faults += count(res.Struck)
 		lost += count(res.Lost)
 		twice += count(res.Twice)
+		wrong += count(res.VirshWrong)
 	}
-	return fmt.Sprintf("chaos: %d faults, %d corruptions of memory, %d of disks, %d VMs lost, %d times two copies ran; "+
-		"%d VMs lost because their source QEMU was killed (seed %d)",
-		faults, corruptions, blocks, lost, twice, orphaned, r.Seed)
+	text := fmt.Sprintf("chaos: %d faults, %d corruptions of memory, %d of disks, %d VMs lost, %d times two copies ran; "+
+		"%d VMs lost because their source QEMU was killed", faults, corruptions, blocks, lost, twice, orphaned)
+	if r.Libvirt {
+		text += fmt.Sprintf("; libvirt: %d times virsh was wrong", wrong)
+	}
+	return fmt.Sprintf("%s (seed %d)", text, r.Seed)
 }
 
 func count(b bool) int {

@@ -31,6 +31,9 @@ type stage struct {
 	bare   bool                     // its VMs have no devices
 	guests map[lab.Backend]*machine // with the Linux guest, by their RAM; see linux
 
+	libvirtds map[*lab.Host]*lab.Libvirt // none where the machines are the suite's own
+	logs      []*os.File                 // of these
+
 	mu       sync.Mutex // of daemons
 	daemons  map[*lab.Host]*lab.Process
 	clients  map[*lab.Host]migratedv1.ControlServiceClient
@@ -40,11 +43,11 @@ type stage struct {
 	advertised map[*lab.Host]string
 }
 
-// newStage starts the daemons. Their logs are in dir.
-func newStage(ctx context.Context, dir string) (_ *stage, err error) {
+// newStage starts the daemons, and those of libvirt where the VMs are to be its. Their logs are in dir.
+func newStage(ctx context.Context, dir string, libvirt bool) (_ *stage, err error) {
 	s := &stage{
 		dir: dir, daemons: map[*lab.Host]*lab.Process{}, clients: map[*lab.Host]migratedv1.ControlServiceClient{}, advertised: map[*lab.Host]string{},
-		guests: map[lab.Backend]*machine{}, keeper: byHand{},
+		guests: map[lab.Backend]*machine{}, keeper: byHand{}, libvirtds: map[*lab.Host]*lab.Libvirt{},
 	}
 	defer func() {
 		if err != nil {
@@ -61,6 +64,11 @@ func newStage(ctx context.Context, dir string) (_ *stage, err error) {
 	s.lab = l
 	if err := s.issue(); err != nil {
 		return nil, err
+	}
+	if libvirt {
+		if err := s.startLibvirts(ctx); err != nil {
+			return nil, err
+		}
 	}
 	for _, h := range s.hosts() {
 		if err := s.startDaemon(ctx, h); err != nil {
@@ -89,6 +97,9 @@ func (s *stage) close(ctx context.Context) error {
 	}
 	if s.lab != nil {
 		errs = append(errs, s.lab.Close())
+	}
+	for _, log := range s.logs {
+		errs = append(errs, log.Close())
 	}
 	return errors.Join(append(errs, os.RemoveAll(s.tls))...)
 }
@@ -133,6 +144,9 @@ func (s *stage) startDaemon(ctx context.Context, h *lab.Host) error {
 	args := []string{"--tls-certificate", files.Certificate, "--tls-key", files.Key, "--tls-ca", files.CA}
 	if address := s.advertised[h]; address != "" {
 		args = append(args, "--advertise", address)
+	}
+	if len(s.libvirtds) > 0 {
+		args = append(args, "--qemu-binaries", lab.WatchedEmulator)
 	}
 	p, err := h.StartDaemon(ctx, log, args...)
 	s.mu.Lock()

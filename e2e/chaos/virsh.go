@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+)
+
+// noticedWithin is how long libvirt may take until it shows what QEMU does: it has just been started, or hears of QEMU
+// only when that has got its last pages.
+const noticedWithin = 20 * time.Second
+
+// domainState is what virsh says of a domain, or why it says nothing; empty: it knows none.
+func domainState(ctx context.Context, h *lab.Host, name string) string {
+	state, err := virsh(ctx, h, "domstate", name)
+	switch {
+	case err == nil:
+		return state
+	case strings.Contains(err.Error(), "failed to get domain"), strings.Contains(err.Error(), "Domain not found"):
+		return ""
+	default:
+		return err.Error()
+	}
+}
+
+// truth is what virsh has to say of the machine on a host: its domain is transient. It is found out without libvirt.
+func (m *machine) truth(ctx context.Context, h *lab.Host) string {
+	client := m.copies.client(h)
+	switch {
+	case !m.exists(h):
+		return ""
+	case client == nil:
+		return "a QEMU that does not speak"
+	}
+	runs, err := queryRunning(ctx, client)
+	switch {
+	case err != nil:
+		return err.Error()
+	case runs:
+		return "running"
+	default:
+		return "paused"
+	}
+}
+
+// checkVirsh compares what virsh says of all machines, on both hosts, with what is so. Nothing happens to them now.
+func (s *stage) checkVirsh(ctx context.Context, res *result) {
+	if len(s.libvirtds) == 0 {
+		return
+	}
+	for _, m := range s.guests {
+		for _, h := range m.hosts {
+			var says, is string
+			if !await(ctx, noticedWithin, func() bool {
+				says, is = domainState(ctx, h, m.name), m.truth(ctx, h)
+				return says == is
+			}) {
+				res.virshIsWrong(fmt.Errorf("virsh is wrong on host %s: it says %q of domain %s, which is %q",
+					h.Name, says, m.name, is))
+			}
+		}
+	}
+}
+
+func (r *result) virshIsWrong(err error) {
+	if err != nil {
+		r.VirshWrong = true
+		r.fail(err)
+	}
+}
