@@ -11,7 +11,8 @@
 //
 // Reading order: cases.go (what is broken, and when), points.go (the points, and how a daemon dies there), play.go (one
 // case), journey.go (what becomes of a migration, and the verdict), orphan.go (a VM that is lost with its source QEMU),
-// guests.go, faults.go, liar.go, copies.go, report.go. Of domains: libvirt.go, libvirtfaults.go, virsh.go.
+// guests.go, faults.go, liar.go, copies.go, report.go. Of domains: libvirt.go, libvirtfaults.go, virsh.go,
+// virshwatch.go.
 package main
 
 import (
@@ -46,7 +47,8 @@ func main() {
 	flag.IntVar(&o.only, "only", -1, "play only the case with this `index`")
 	flag.StringVar(&o.at, "at", "", "only points whose name matches this regular `expression`")
 	flag.BoolVar(&o.compare, "compare", false, "instead of the cases: strike migrated and QEMU's own post-copy with the same faults at the same moment")
-	flag.BoolVar(&o.libvirt, "libvirt", false, "the VMs are domains of libvirt's, and libvirt and its users are among what disturbs them")
+	flag.BoolVar(&o.libvirt, "libvirt", false,
+		"the VMs are domains of libvirt's, and libvirt and its users are among what disturbs them")
 	flag.StringVar(&o.dir, "dir", "build/chaos", "`directory` of the report and the logs")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -149,7 +151,8 @@ func (r *chaosReport) play(ctx context.Context, o options, indices []int, at []p
 		if res.Failure == "" {
 			continue
 		}
-		fmt.Printf("   again: make chaos %sSEED=%d ONLY=%d   logs: %s\n", map[bool]string{true: "LIBVIRT=1 "}[o.libvirt], o.seed, index, s.dir)
+		which := map[bool]string{true: "LIBVIRT=1 "}[o.libvirt]
+		fmt.Printf("   again: make chaos %sSEED=%d ONLY=%d   logs: %s\n", which, o.seed, index, s.dir)
 		err := s.close(ctx)
 		s = nil
 		if err != nil {

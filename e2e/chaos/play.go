@@ -75,6 +75,7 @@ func (s *stage) playOne(ctx context.Context, c chaosCase, res *result) error {
 	if err := f.arm(ctx); err != nil {
 		return err
 	}
+	defer s.watchVirsh(ctx, m, res)()
 	if res.Struck, err = s.strike(ctx, c, f, j); err != nil {
 		return err
 	}

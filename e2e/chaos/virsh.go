@@ -67,6 +67,15 @@ func (s *stage) checkVirsh(ctx context.Context, res *result) {
 	}
 }
 
+// watchVirsh watches what virsh says of a machine while a case goes on, until end.
+func (s *stage) watchVirsh(ctx context.Context, m *machine, res *result) (end func()) {
+	if len(s.libvirtds) == 0 {
+		return func() {}
+	}
+	w := watchVirsh(ctx, m)
+	return func() { res.virshIsWrong(w.stop()) }
+}
+
 func (r *result) virshIsWrong(err error) {
 	if err != nil {
 		r.VirshWrong = true
