@@ -63,7 +63,7 @@ figure: ## draw the downtime by the number of devices, with each version of QEMU
 downtime: ## say where the downtime goes, step by step, for VMs with devices: build/bench/steps.json (docs/downtime.md)
 	@scripts/setup demo
 	@$(MAKE) build
-	@$(RUN_BENCH) --steps $(if $(CASE),--case '$(CASE)') $(if $(N),--rounds $(N)) $(ARGS)
+	@$(RUN_BENCH) $(if $(filter-out 0,$(LIBVIRT)),--libvirt,--steps) $(if $(CASE),--case '$(CASE)') $(if $(N),--rounds $(N)) $(ARGS)
 
 .PHONY: soak
 soak: ## move a VM with many busy devices there and back N times and count what goes wrong: build/bench/soak.json

@@ -13,7 +13,7 @@
 // what goes wrong.
 //
 // Reading order: cases.go, scene.go (the stage and one move), figures.go (what a move has shown), report.go;
-// steps.go, memory.go and soak.go are the other things to run.
+// steps.go, memory.go, libvirt.go and soak.go are the other things to run.
 package main
 
 import (
@@ -42,6 +42,7 @@ type options struct {
 	steps   bool
 	memory  bool
 	figure  bool
+	libvirt bool
 	soak    int // moves; 0: none
 	devices int // of the soak's VM, disks and network cards each
 }
@@ -58,6 +59,7 @@ func main() {
 	flag.BoolVar(&o.steps, "steps", false, "say where the downtime goes: migrated alone, --rounds moves of each case")
 	flag.BoolVar(&o.memory, "memory", false, "compare moves of private memory with those of shared memory")
 	flag.BoolVar(&o.figure, "figure", false, "draw the downtime by the number of devices, with each version of QEMU")
+	flag.BoolVar(&o.libvirt, "libvirt", false, "compare the downtime of a domain of libvirt's with libvirt's own post-copy")
 	flag.IntVar(&o.soak, "soak", 0, "move one VM so many times, and count what goes wrong")
 	flag.IntVar(&o.devices, "devices", 8, "with --soak: how many disks and network cards, each, the VM has")
 	flag.Parse()
@@ -89,6 +91,9 @@ func run(ctx context.Context, o options) error {
 	}
 	if o.memory {
 		return compareMemory(ctx, o)
+	}
+	if o.libvirt {
+		return compareLibvirt(ctx, o)
 	}
 	if o.figure {
 		return drawFigure(ctx, o)

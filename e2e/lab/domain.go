@@ -69,7 +69,7 @@ func (h *Host) StartDomain(ctx context.Context, c VMConfig) error {
 }
 
 func (h *Host) virshDomain(ctx context.Context, command string, c VMConfig) error {
-	if err := h.lab.install(ctx, c); err != nil {
+	if err := h.lab.Install(ctx, c); err != nil {
 		return err
 	}
 	definition, err := c.domain()

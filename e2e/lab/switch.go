@@ -25,15 +25,21 @@ type SwitchWatch struct {
 	events *qmp.Subscription
 	from   *Host
 	to     *Host
+	path   string // of that socket, on both
 }
 
 // WatchSwitch begins to watch the VM that runs on from.
 func (l *Lab) WatchSwitch(ctx context.Context, from, to *Host) (*SwitchWatch, error) {
-	client, err := qmp.Dial(ctx, from.Path(EventsPath))
+	return l.WatchSwitchAt(ctx, from, to, EventsPath)
+}
+
+// WatchSwitchAt watches a VM whose second QMP socket is elsewhere.
+func (l *Lab) WatchSwitchAt(ctx context.Context, from, to *Host, path string) (*SwitchWatch, error) {
+	client, err := qmp.Dial(ctx, from.Path(path))
 	if err != nil {
 		return nil, err
 	}
-	return &SwitchWatch{client: client, events: client.Subscribe("STOP"), from: from, to: to}, nil
+	return &SwitchWatch{client: client, events: client.Subscribe("STOP"), from: from, to: to, path: path}, nil
 }
 
 // A Switch is when the VM stopped on one host and ran on the other.
@@ -82,7 +88,7 @@ var errQEMUEnded = errors.New("QEMU ended")
 // dialDestination connects as soon as the destination QEMU was started.
 func (w *SwitchWatch) dialDestination(ctx context.Context) (*qmp.Client, error) {
 	for {
-		client, err := qmp.Dial(ctx, w.to.Path(EventsPath))
+		client, err := qmp.Dial(ctx, w.to.Path(w.path))
 		if err == nil {
 			return client, nil
 		}

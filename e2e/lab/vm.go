@@ -115,8 +115,8 @@ func (h *Host) MakeVMDir() error {
 	return os.Chown(dir, nobody, nobody) // root writes there all the same
 }
 
-// install puts what the VM boots from on both hosts, and makes what else it needs there.
-func (l *Lab) install(ctx context.Context, c VMConfig) error {
+// Install puts what the VM boots from on both hosts, and makes what else it needs there.
+func (l *Lab) Install(ctx context.Context, c VMConfig) error {
 	if err := errors.Join(l.MakeStorage(ctx, c, nil), l.MakeNICs(ctx, c)); err != nil {
 		return err
 	}
@@ -142,7 +142,7 @@ func (l *Lab) install(ctx context.Context, c VMConfig) error {
 
 // StartVM starts QEMU on the host. It runs when its QMP socket exists.
 func (h *Host) StartVM(ctx context.Context, c VMConfig, extra ...string) (*Process, error) {
-	if err := h.lab.install(ctx, c); err != nil {
+	if err := h.lab.Install(ctx, c); err != nil {
 		return nil, err
 	}
 	argv := append(c.Args(), extra...)
