@@ -15,7 +15,7 @@
 #   SEED=...    chaos: which sequence of cases (1); its cases are always the same
 #   FUZZTIME=   fuzz: how long each target (1m)
 #   ONLY=...    chaos: only the case with this index
-#   LIBVIRT=1   chaos: of VMs that are domains of libvirt's
+#   LIBVIRT=1   demo, chaos: of VMs that are domains of libvirt's; downtime: of one, beside virsh migrate --postcopy
 #   E2E_RACE=0  e2e: run the daemon without the race detector
 
 SHELL := bash
@@ -27,6 +27,9 @@ MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
 
 E2E_RACE ?= 1
+# What demo, downtime and chaos do with LIBVIRT=1, and what they need.
+BY_LIBVIRT = $(filter-out 0,$(LIBVIRT))
+SETUP = scripts/setup $(if $(BY_LIBVIRT),libvirt,demo)
 TEST_FLAGS = -count=1 -shuffle=on $(if $(RUN),-run '$(RUN)')
 
 .PHONY: help
@@ -35,9 +38,9 @@ help: ## list the targets
 
 .PHONY: demo
 demo: ## move a running virtual machine between two daemons on this machine, and show it
-	@scripts/setup demo
+	@$(SETUP)
 	@$(MAKE) build
-	@MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/demo $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
+	@MIGRATED_BINARY='$(CURDIR)/build/migrated' go run ./e2e/demo $(if $(BY_LIBVIRT),--libvirt) $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
 
 .PHONY: bench
 bench: ## compare with QEMU's own post-copy, in turns: build/bench/report.html
@@ -61,9 +64,9 @@ figure: ## draw the downtime by the number of devices, with each version of QEMU
 
 .PHONY: downtime
 downtime: ## say where the downtime goes, step by step, for VMs with devices: build/bench/steps.json (docs/downtime.md)
-	@scripts/setup demo
+	@$(SETUP)
 	@$(MAKE) build
-	@$(RUN_BENCH) $(if $(filter-out 0,$(LIBVIRT)),--libvirt,--steps) $(if $(CASE),--case '$(CASE)') $(if $(N),--rounds $(N)) $(ARGS)
+	@$(RUN_BENCH) $(if $(BY_LIBVIRT),--libvirt,--steps) $(if $(CASE),--case '$(CASE)') $(if $(N),--rounds $(N)) $(ARGS)
 
 .PHONY: soak
 soak: ## move a VM with many busy devices there and back N times and count what goes wrong: build/bench/soak.json
@@ -147,8 +150,8 @@ kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefi
 
 .PHONY: chaos
 chaos: ## break migrations in every way that is known and look for the VM: build/chaos/report.json (docs/faults.md)
-	@scripts/setup $(if $(filter-out 0,$(LIBVIRT)),test,demo)
-	@go run ./e2e/chaos $(if $(filter-out 0,$(LIBVIRT)),--libvirt) $(if $(N),--n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
+	@$(SETUP)
+	@go run ./e2e/chaos $(if $(BY_LIBVIRT),--libvirt) $(if $(N),--n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(COMPARE)),--compare) $(ARGS)
 
 .PHONY: fuzz
 fuzz: ## fuzz every decoder for FUZZTIME each, and keep the inputs that reached new code

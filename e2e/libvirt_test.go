@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -120,9 +121,10 @@ func awaitDomain(t *testing.T, h *lab.Host, want string) {
 // wrong, and virsh says of both hosts what is so.
 func TestLibvirt(t *testing.T) {
 	l := newLab(t)
-	startLibvirt(t, l)
+	startLibvirt(t, l, lab.OwnCgroups)
 	var guest report.Log
 	port := runDomain(t, l.A, domainVM(t), false, &guest)
+	confinedByLibvirt(t, l.A)
 	cancelled(t, l)
 	out, code := operate(t, l.A, "check", "--vm", lab.DomainVM, "--to", l.B.DaemonAddr())
 	if code != 0 || !strings.Contains(out, "domains that run here: "+lab.DomainName) {
@@ -161,6 +163,35 @@ func TestLibvirt(t *testing.T) {
 	if err := port.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+// confinedByLibvirt wants the domain's QEMU on a host to be what libvirt makes of one: another user's, in a mount
+// namespace of its own, with a filter of system calls and, where the machine has them, in a control group of its own.
+func confinedByLibvirt(t *testing.T, h *lab.Host) {
+	t.Helper()
+	pids, err := h.Processes("qemu-system-x86_64")
+	if err != nil || len(pids) != 1 {
+		t.Fatalf("QEMUs of host %s: %v, %v", h.Name, pids, err)
+	}
+	proc := fmt.Sprintf("/proc/%d/", pids[0])
+	status, err := os.ReadFile(proc + "status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"Uid:\t64055\t64055\t64055\t64055\n", "CapEff:\t0000000000000000\n", "Seccomp:\t2\n"} {
+		if !strings.Contains(string(status), want) {
+			t.Errorf("QEMU has no %q:\n%s", want, status)
+		}
+	}
+	its, err := os.Readlink(proc + "ns/mnt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if host, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", h.PID())); err != nil || host == its {
+		t.Errorf("QEMU's mount namespace is %s, %v, its host's %s", its, err, host)
+	}
+	groups, err := os.ReadFile(proc + "cgroup")
+	t.Logf("its control groups, %v:\n%s", err, groups)
 }
 
 // cancelled prepares a migration of the domain, and cancels it: nothing has changed.

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
@@ -23,9 +22,6 @@ const (
 	domainByLibvirt = "libvirt's domain, by virsh migrate --postcopy"
 	plainByUs       = "the same VM without libvirt, by migrated"
 )
-
-// domainDir is where the emulator of lab.MakeWatchedEmulator puts the second QMP socket of lab.DomainName.
-const domainDir = "/run/" + lab.DomainName
 
 // libvirtReport is libvirt.json: downtimes in ms.
 type libvirtReport struct {
@@ -62,8 +58,8 @@ func compareLibvirt(ctx context.Context, o options) (err error) {
 		return err
 	}
 	for range o.rounds {
-		err := errors.Join(add(domainByUs, s.byUs(lab.DomainVM), domainDir+"/events.sock"),
-			add(domainByLibvirt, byVirsh, domainDir+"/events.sock"))
+		err := errors.Join(add(domainByUs, s.byUs(lab.DomainVM), lab.DomainEventsPath),
+			add(domainByLibvirt, byVirsh, lab.DomainEventsPath))
 		if err != nil {
 			return err
 		}
@@ -144,9 +140,6 @@ func stageLibvirt(ctx context.Context, o options) (_ *libvirtScene, err error) {
 		if _, err := h.StartLibvirt(ctx, log); err != nil {
 			return nil, err
 		}
-		if _, err := h.Run(ctx, "install", "-d", "-o", "libvirt-qemu", domainDir); err != nil {
-			return nil, err
-		}
 		binaries := "/usr/bin/qemu-system-x86_64," + lab.WatchedEmulator
 		if _, err := h.StartDaemon(ctx, log, "--qemu-binaries", binaries); err != nil {
 			return nil, fmt.Errorf("%w; see %s", err, log.Name())
@@ -157,15 +150,7 @@ func stageLibvirt(ctx context.Context, o options) (_ *libvirtScene, err error) {
 
 // startDomain has libvirt start the VM.
 func (s *libvirtScene) startDomain(ctx context.Context) error {
-	definition, err := s.vm.Domain()
-	if err != nil {
-		return err
-	}
-	if err := s.lab.Install(ctx, s.vm); err != nil {
-		return err
-	}
-	definition = strings.Replace(definition, "/usr/bin/qemu-system-x86_64", lab.WatchedEmulator, 1)
-	if err := s.at.VirshXML(ctx, definition, "create"); err != nil {
+	if err := s.at.StartWatchedDomain(ctx, s.vm); err != nil {
 		return err
 	}
 	return s.ready(ctx)

@@ -34,7 +34,7 @@ func compare(ctx context.Context, o options, l *lab.Lab, vm lab.VMConfig, guest 
 		if round == o.rounds {
 			break
 		}
-		again, err := migrate(ctx, l, fmt.Sprintf("demo-%d", round+1), vm, guest)
+		again, err := plain.migrate(ctx, l, fmt.Sprintf("demo-%d", round+1), vm, guest)
 		if err != nil {
 			return err
 		}

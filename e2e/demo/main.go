@@ -37,6 +37,7 @@ const timeout = 10 * time.Minute
 
 type options struct {
 	compare bool
+	libvirt bool
 	rounds  int
 	memory  int
 	dir     string
@@ -45,6 +46,7 @@ type options struct {
 func main() {
 	var o options
 	flag.BoolVar(&o.compare, "compare", false, "move the same VM by QEMU's own post-copy, too")
+	flag.BoolVar(&o.libvirt, "libvirt", false, "the VM is a domain of libvirt's, on both hosts")
 	flag.IntVar(&o.rounds, "rounds", 5, "with --compare: how often each moves the VM")
 	flag.IntVar(&o.memory, "memory", 1024, "memory of the VM in `MiB`, at least 1024")
 	flag.StringVar(&o.dir, "dir", "build/demo", "`directory` of the report and the logs")
@@ -63,6 +65,9 @@ func run(ctx context.Context, o options) error {
 	if o.memory < 1024 {
 		return fmt.Errorf("--memory %d: the demo's VM has at least 1024 MiB", o.memory)
 	}
+	if o.libvirt && o.compare {
+		return errors.New("--libvirt, --compare: give one of them; make downtime LIBVIRT=1 compares with virsh migrate")
+	}
 	if err := os.MkdirAll(o.dir, 0o755); err != nil {
 		return err
 	}
@@ -74,7 +79,6 @@ func run(ctx context.Context, o options) error {
 	vm := lab.RealVM(kernel, initrd, o.memory, 1, 1,
 		fmt.Sprintf("migrated.mem=%d", o.memory*7/10), fmt.Sprintf("migrated.ws=%d", o.memory/4),
 		"migrated.workers=2", "migrated.rate=2000", "migrated.write=50", "migrated.window=200ms")
-	vm.Extra = lab.EventsArgs()
 	r, err := show(ctx, o, vm)
 	if err != nil {
 		return err
@@ -94,6 +98,10 @@ func show(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, err e
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
+	as := plain
+	if o.libvirt {
+		as = domain
+	}
 	for _, h := range []*lab.Host{l.A, l.B} {
 		say("Starting the daemon of host %s on %s", h.Name, h.DaemonAddr())
 		log, err := os.Create(filepath.Join(o.dir, "migrated-"+h.Name+".log"))
@@ -101,15 +109,19 @@ func show(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, err e
 			return nil, err
 		}
 		defer log.Close() // the daemon has its own
-		if _, err := h.StartDaemon(ctx, log); err != nil {
+		args, err := as.stage(ctx, h, log)
+		if err != nil {
+			return nil, fmt.Errorf("%w; see %s", err, log.Name())
+		}
+		if _, err := h.StartDaemon(ctx, log, args...); err != nil {
 			return nil, fmt.Errorf("%w; see %s", err, log.Name())
 		}
 	}
 	var guest report.Log
-	if err := boot(ctx, l.A, vm, &guest); err != nil {
+	if err := as.begin(ctx, l.A, vm, &guest); err != nil {
 		return nil, err
 	}
-	r, err := migrate(ctx, l, "demo", vm, &guest)
+	r, err := as.migrate(ctx, l, "demo", vm, &guest)
 	if err != nil || !o.compare {
 		return r, err
 	}
@@ -118,12 +130,12 @@ func show(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, err e
 
 // migrate moves the VM from host a to host b by migrated, pings it meanwhile and
 // lets the guest check itself there.
-func migrate(ctx context.Context, l *lab.Lab, id string, vm lab.VMConfig, guest *report.Log) (*demoReport, error) {
+func (f form) migrate(ctx context.Context, l *lab.Lab, id string, vm lab.VMConfig, guest *report.Log) (*demoReport, error) {
 	pinger, err := l.Ping(vm, 0, pingEvery)
 	if err != nil {
 		return nil, err
 	}
-	r, switched, err := move(ctx, l, id, guest)
+	r, switched, err := f.move(ctx, l, id, guest)
 	pings, stopErr := pinger.Stop()
 	if err := errors.Join(err, stopErr); err != nil {
 		return nil, err
@@ -133,8 +145,8 @@ func migrate(ctx context.Context, l *lab.Lab, id string, vm lab.VMConfig, guest 
 }
 
 // move moves the VM and says when it was switched over.
-func move(ctx context.Context, l *lab.Lab, id string, guest *report.Log) (*demoReport, lab.Switch, error) {
-	watch, err := l.WatchSwitch(ctx, l.A, l.B)
+func (f form) move(ctx context.Context, l *lab.Lab, id string, guest *report.Log) (*demoReport, lab.Switch, error) {
+	watch, err := l.WatchSwitchAt(ctx, l.A, l.B, f.events)
 	if err != nil {
 		return nil, lab.Switch{}, err
 	}
@@ -143,8 +155,8 @@ func move(ctx context.Context, l *lab.Lab, id string, guest *report.Log) (*demoR
 		s, err := watch.Wait(ctx)
 		switched <- timed{s, err}
 	}()
-	say("Migrating: migrated migrate --id %s --vm %s --to %s", id, lab.QMPPath, l.B.DaemonAddr())
-	if err := runMigrated(ctx, l, id); err != nil {
+	say("Migrating: migrated migrate --id %s --vm %s --to %s", id, f.vm, l.B.DaemonAddr())
+	if err := f.run(ctx, l, id); err != nil {
 		return nil, lab.Switch{}, err
 	}
 	took := <-switched
@@ -153,6 +165,9 @@ func move(ctx context.Context, l *lab.Lab, id string, guest *report.Log) (*demoR
 	}
 	m, err := status(ctx, l.A, id)
 	if err != nil {
+		return nil, lab.Switch{}, err
+	}
+	if err := errors.Join(f.show(ctx, l.A), f.show(ctx, l.B)); err != nil {
 		return nil, lab.Switch{}, err
 	}
 	verdict, err := watchGuest(ctx, l.B, guest)
@@ -167,11 +182,11 @@ type timed struct {
 	err error
 }
 
-// boot starts the VM and waits until its guest is at work.
-func boot(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *report.Log) (err error) {
+// begin starts the VM and waits until its guest is at work.
+func (f form) begin(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *report.Log) (err error) {
 	say("Booting a VM of %d MiB on host %s; its guest stamps its memory, then reads and writes it and its disk",
 		vm.MemoryMiB, h.Name)
-	port, err := h.Boot(ctx, vm, guest)
+	port, err := f.boot(ctx, h, vm, guest)
 	if err != nil {
 		return err
 	}
@@ -186,13 +201,13 @@ func boot(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *report.Log) 
 	return err
 }
 
-// runMigrated runs the operator's command, its progress bar for all to see.
-func runMigrated(ctx context.Context, l *lab.Lab, id string) error {
+// run runs the operator's command, its progress bar for all to see.
+func (f form) run(ctx context.Context, l *lab.Lab, id string) error {
 	binary, err := lab.Binary()
 	if err != nil {
 		return err
 	}
-	cmd := l.A.Command(ctx, binary, "migrate", "--id", id, "--vm", lab.QMPPath, "--to", l.B.DaemonAddr())
+	cmd := l.A.Command(ctx, binary, "migrate", "--id", id, "--vm", f.vm, "--to", l.B.DaemonAddr())
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	err = cmd.Run()
 	var exit *exec.ExitError

@@ -20,7 +20,7 @@ const (
 )
 
 // becomeLibvirtHost gives a host directories of libvirt's own, and the user that its package makes. The names of its
-// settings are libvirt's; there are no systemd, no control groups and no security module on it.
+// settings are libvirt's; there are no systemd and no security module on it, and no control groups unless asked for.
 const becomeLibvirtHost = `
 for dir in /etc/libvirt /var/lib/libvirt /var/cache/libvirt; do
 	mkdir -p "$dir"
@@ -37,13 +37,12 @@ add group
 cat >/etc/libvirt/qemu.conf <<end
 security_driver = "none"
 stdio_handler = "file"
-namespaces = []
-cgroup_controllers = []
 user = "$QEMU"
 group = "$QEMU"
 migration_host = "$2"
 $3
 end
+grep -q cgroup_controllers /etc/libvirt/qemu.conf || echo 'cgroup_controllers = []' >>/etc/libvirt/qemu.conf
 cat >/etc/libvirt/libvirtd.conf <<end
 host_uuid = "$1"
 auth_unix_rw = "none"
@@ -53,6 +52,10 @@ listen_addr = "$2"
 auth_tcp = "none"
 end
 `
+
+// OwnCgroups, as a setting of qemu.conf, has libvirt use the control groups that the machine has. Those of both hosts'
+// domains are in one tree.
+const OwnCgroups = "# cgroup_controllers: as libvirt likes"
 
 // A Libvirt is the libvirtd of a host.
 type Libvirt struct {

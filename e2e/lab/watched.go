@@ -3,12 +3,17 @@
 package lab
 
 import (
+	"context"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // WatchedEmulator is QEMU on a host that has MakeWatchedEmulator.
 const WatchedEmulator = "/run/emulator/qemu-system-x86_64"
+
+// emulatorPath is QEMU on the hosts.
+const emulatorPath = "/usr/bin/qemu-system-x86_64"
 
 // becomeWatched adds a second QMP socket, events.sock in the directory of the VM's name, to the QEMU of a domain. The one
 // that libvirt asks for what it can do has no name, and gets none.
@@ -21,7 +26,7 @@ for arg; do
 		;;
 	esac
 done
-exec /usr/bin/qemu-system-x86_64 "$@"
+exec ` + emulatorPath + ` "$@"
 `
 
 // MakeWatchedEmulator gives the host a QEMU by which a test can watch domains: a definition that names WatchedEmulator
@@ -32,6 +37,26 @@ func (h *Host) MakeWatchedEmulator() error {
 		return err
 	}
 	return os.WriteFile(path, []byte(becomeWatched), 0o755)
+}
+
+// DomainEventsPath is the second QMP socket of a domain that StartWatchedDomain has started.
+const DomainEventsPath = "/run/" + DomainName + "/events.sock"
+
+// StartWatchedDomain is StartDomain, of hosts that both have MakeWatchedEmulator.
+func (h *Host) StartWatchedDomain(ctx context.Context, c VMConfig) error {
+	if err := h.lab.Install(ctx, c); err != nil {
+		return err
+	}
+	for _, h := range []*Host{h.lab.A, h.lab.B} { // QEMU makes the socket there
+		if _, err := h.Run(ctx, "install", "-d", "-o", "libvirt-qemu", filepath.Dir(DomainEventsPath)); err != nil {
+			return err
+		}
+	}
+	definition, err := c.domain()
+	if err != nil {
+		return err
+	}
+	return h.VirshXML(ctx, strings.Replace(definition, emulatorPath, WatchedEmulator, 1), "create")
 }
 
 // Domain is the definition that DefineDomain and StartDomain use.
