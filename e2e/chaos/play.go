@@ -90,7 +90,8 @@ func (s *stage) playOne(ctx context.Context, c chaosCase, res *result) error {
 // conclude brings a journey to its end and judges it.
 func (s *stage) conclude(ctx context.Context, j *journey, res *result) {
 	end, err := j.settle(ctx)
-	res.End, res.Notes = end, append(res.Notes, j.notes...)
+	res.End = end
+	defer func() { res.Notes = append(res.Notes, j.notes...) }()
 	if err != nil {
 		res.Lost = true // nothing that is printed makes it run, and nobody knows what more could
 		res.fail(err)
