@@ -16,8 +16,8 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
