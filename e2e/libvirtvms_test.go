@@ -27,21 +27,13 @@ type domainCase struct {
 }
 
 var domainCases = []domainCase{
-	{name: "plugged", change: oneNode, run: plug},
-	{name: "plugged, newer QEMU", version: lab.QEMUVersions[1], change: oneNode, run: plug},
-	{name: "nodes on a memfd, persistent", persistent: true, change: func(c *lab.VMConfig) {
-		c.Nodes, c.Backend = 2, lab.BackendMemfd
-	}},
+	{name: "plugged", change: func(c *lab.VMConfig) { c.Nodes = 1 }, run: plug},
+	{name: "newer QEMU, plugged, nodes on a memfd, persistent", version: lab.QEMUVersions[1], persistent: true, run: plug,
+		change: func(c *lab.VMConfig) { c.Nodes, c.Backend = 2, lab.BackendMemfd }},
 	{name: "huge pages", hugePages: 2 * 256 / 2, change: func(c *lab.VMConfig) { c.Nodes, c.HugePages = 2, true }},
-	{name: "shared file", change: func(c *lab.VMConfig) { c.Backend = lab.BackendFile }},
-	{name: "paused, persistent", persistent: true, run: func(t *testing.T, h *lab.Host) {
-		virsh(t, h, "suspend", lab.DomainName)
-	}},
-}
-
-func oneNode(c *lab.VMConfig) {
-	c.Nodes = 1
-	c.KernelArgs = append(c.KernelArgs, "memhp_default_state=online")
+	{name: "shared file, paused, persistent", persistent: true,
+		change: func(c *lab.VMConfig) { c.Backend = lab.BackendFile },
+		run:    func(t *testing.T, h *lab.Host) { virsh(t, h, "suspend", lab.DomainName) }},
 }
 
 // plug plugs a disk, a network card, memory and a vCPU into the domain.
@@ -95,6 +87,7 @@ func moveDomain(t *testing.T, c domainCase) {
 	}
 	startLibvirt(t, l)
 	vm := domainVM(t)
+	vm.KernelArgs = append(vm.KernelArgs, "memhp_default_state=online") // what is plugged in is used
 	if c.change != nil {
 		c.change(&vm)
 	}
