@@ -56,7 +56,7 @@ func (c *connection) Close() (err error) {
 		defer c.within(ctx)() // it says goodbye, and waits for the answer
 		err = c.Disconnect()
 	})
-	if errors.Is(err, net.ErrClosed) {
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, golibvirt.ErrInterrupted) { // it has ended either way
 		return nil
 	}
 	return err

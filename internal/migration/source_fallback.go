@@ -98,5 +98,8 @@ func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err
 	if err == nil {
 		where.location, _, where.words = look(vm)
 	}
-	return where, errors.Join(err, vm.Close())
+	if closeErr := vm.Close(); closeErr != nil { // what was done is done
+		s.log.Warn("disconnect from QEMU", "error", closeErr)
+	}
+	return where, err
 }
