@@ -102,6 +102,7 @@ type Destination struct {
 	process  *qemu.Process // nil: somebody else started QEMU
 	domain   string        // address of libvirt's domain that was started; empty: none
 	facts    *keptFactsV1  // of a migration that was taken up
+	replaced []*qemu.VM    // before vm, the same QEMU by monitors that were lost
 	left     qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
 	blocks   []qemu.RAMBlock
 	discards bool         // of its Facts
@@ -154,7 +155,7 @@ const (
 const (
 	undecided int32 = iota
 	toldToRun       // QEMU was told to run the VM, or will be
-	pagesLost       // before that the source's pages could not be had any more
+	cannotRun       // before that the source's pages could not be had any more, or QEMU not be told
 )
 
 // decide makes f the destination's fate, unless it has another. The peer's calls and the pump both ask, and the pump cannot

@@ -24,9 +24,9 @@ const (
 func (d *Destination) end(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err == nil && d.vm != nil && d.vm.QMP.Err() != nil && d.exits() {
+	if err == nil && d.vm != nil && d.vm.QMP.Err() != nil && d.exits(d.vm) {
 		// A VM that ended with its last page is not yet told to the source, which still has its memory.
-		err = d.qemuEnded()
+		err = d.qemuEnded(d.vm)
 	}
 	how := d.endingHere(err)
 	switch {
@@ -133,8 +133,11 @@ func (d *Destination) release() {
 		}
 	}
 	d.closeFiles()
-	if d.vm != nil {
-		if err := d.vm.Close(); err != nil {
+	for _, vm := range append(d.replaced, d.vm) {
+		if vm == nil {
+			continue
+		}
+		if err := vm.Close(); err != nil {
 			d.log.Warn("disconnect from QEMU", "error", err)
 		}
 	}
@@ -193,35 +196,35 @@ func (d *Destination) Forget() {
 	}
 }
 
-// watchQEMU ends the migration at once when QEMU dies. After the switch a QEMU that only closes its monitor has not: its
-// VM goes on, and so do its pages.
-func (d *Destination) watchQEMU() {
+// watchQEMU ends the migration at once when QEMU dies. After the switch a QEMU whose monitor is lost has not: libvirt's
+// daemon has, say. Its VM goes on, and so do its pages. Before the switch it cannot be told to run the VM any more.
+func (d *Destination) watchQEMU(vm *qemu.VM) {
 	select {
 	case <-d.ctx.Done():
 		return
-	case <-d.vm.QMP.Done():
+	case <-vm.QMP.Done():
 	}
-	if d.ctx.Err() == nil && d.fate.Load() == toldToRun && !d.exits() {
-		d.log.Warn("QEMU has closed its monitor, and lives", "error", d.vm.QMP.Err())
-		if d.vm.WaitExit(d.ctx) != nil {
+	if d.ctx.Err() == nil && !d.decide(cannotRun) && !d.exits(vm) {
+		d.log.Warn("QEMU's monitor is lost, and QEMU lives", "error", vm.QMP.Err())
+		if vm.WaitExit(d.ctx) != nil {
 			return
 		}
 	}
 	if d.ctx.Err() == nil {
-		d.cancel(d.qemuEnded())
+		d.cancel(d.qemuEnded(vm))
 	}
 }
 
-// exits waits for a QEMU that has closed its monitor, and says whether its process has ended.
-func (d *Destination) exits() bool {
+// exits waits for a QEMU whose monitor is lost, and says whether its process has ended.
+func (d *Destination) exits(vm *qemu.VM) bool {
 	ctx, cancel := context.WithTimeout(d.ctx, exitTimeout)
 	defer cancel()
-	return d.vm.WaitExit(ctx) == nil
+	return vm.WaitExit(ctx) == nil
 }
 
 // qemuEnded says that QEMU has, in its own words.
-func (d *Destination) qemuEnded() error {
-	gone := d.vm.QMP.Err()
+func (d *Destination) qemuEnded(vm *qemu.VM) error {
+	gone := vm.QMP.Err()
 	if gone == nil { // it was connected to at its last moment
 		gone = errors.New("its process has ended")
 	}

@@ -72,7 +72,7 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		if d.ctx.Err() != nil || !passes {
 			return err
 		}
-		if d.decide(pagesLost) {
+		if d.decide(cannotRun) {
 			return fmt.Errorf("the source's pages cannot be had any more, before the switch: %w", err)
 		}
 		d.log.Warn("no page comes any more, trying again", "error", err)

@@ -134,7 +134,7 @@ func (d *Destination) ready(ctx context.Context) error {
 	}
 	d.pumping = true
 	go d.pump(first)
-	go d.watchQEMU()
+	go d.watchQEMU(d.vm)
 	reached("destination-prepared")
 	d.phase = prepared
 	d.expire(prepared, preparedTimeout, "it was prepared and not started")
@@ -283,6 +283,9 @@ func (d *Destination) keep(discards bool) (*keptFactsV1, error) {
 }
 
 func (d *Destination) qmpPath() string {
+	if d.facts != nil {
+		return d.facts.QMP
+	}
 	if path := d.cfg.Request.GetDestinationQmp(); path != "" {
 		return path
 	}

@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -50,20 +51,27 @@ func (d *Destination) run(
 		if d.daemon.Err() != nil { // it was this daemon that hung up
 			return nil, fmt.Errorf("the destination's daemon ends: %w", errAskAgain)
 		}
-		if told {
+		switch {
+		case told && (d.ctx.Err() != nil || d.vm.Ended()): // it is over, or will be
 			gone := fmt.Errorf("the destination QEMU was told to run the VM, and is gone: %w", d.explain(d.vm.QMP.Err()))
 			return nil, withReason(gone, migratedv1.Reason_REASON_DESTINATION_QEMU_ENDED)
+		case told:
+			if err := d.attachAnew(ctx); err != nil {
+				return nil, fmt.Errorf("the destination QEMU was told to run the VM, and its monitor is lost: %w: %w",
+					err, errAskAgain)
+			}
+		default: // it can't be told any more to run, and never was
+			d.giveUp(fmt.Errorf("the destination QEMU's monitor was lost before it ran the VM: %w", d.explain(d.vm.QMP.Err())))
+			return nil, fmt.Errorf("%w: %w", ErrNotRun, d.reason)
 		}
-		// It can't be told any more to run, and never was.
-		d.giveUp(fmt.Errorf("the destination QEMU died before it ran the VM: %w", d.explain(d.vm.QMP.Err())))
-		return nil, fmt.Errorf("%w: %w", ErrNotRun, d.reason)
 	default:
 	}
 	ctx, cancel := context.WithTimeout(ctx, resumeTimeout/2) // the source hears before it asks again
 	defer cancel()
 	reached("destination-go")
 	if !d.decide(toldToRun) {
-		return nil, fmt.Errorf("%w: the source's pages cannot be had any more", ErrNotRun) // and the pump gives it up
+		// The pump gives it up.
+		return nil, fmt.Errorf("%w: the source's pages cannot be had any more, or QEMU not be told", ErrNotRun)
 	}
 	// From here on it may have run, whatever QEMU answers: nobody gives it up.
 	d.kept.header().toldToRun.Store(1)
@@ -118,6 +126,25 @@ func (d *Destination) announce(ctx context.Context) (answered func()) {
 	}
 }
 
+// attachAnew connects again to a QEMU that lives and whose monitor is lost, as libvirt's are with its daemon: whether it
+// heard what it was told, it alone knows. The caller holds mu.
+func (d *Destination) attachAnew(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
+	vm, err := qemu.Attach(ctx, d.qmpPath())
+	if err != nil {
+		return fmt.Errorf("attach to the destination QEMU: %w", err)
+	}
+	if vm.Pid != d.vm.Pid {
+		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", d.qmpPath(), vm.Pid), vm.Close())
+	}
+	vm.PutBack(d.vm.Changed())
+	d.replaced = append(d.replaced, d.vm) // others wait for its process
+	d.vm = vm
+	go d.watchQEMU(vm)
+	return nil
+}
+
 // contFailed finds out whether a VM that QEMU was told to continue may have
 // run. Only a QEMU that refused when it was told for the first time, and still
 // answers that the VM is stopped, proves that not one instruction did.
@@ -134,8 +161,9 @@ func (d *Destination) contFailed(told bool, cause error) error {
 		}
 	}
 	err := fmt.Errorf("continue the destination VM: %w", d.explain(cause))
-	if refusal == nil && (d.vm.QMP.Err() == nil || d.daemon.Err() != nil) {
-		// QEMU hangs, and may do later what it was told; or this daemon ends, and the next one knows more.
+	if refusal == nil && (d.vm.QMP.Err() == nil || d.daemon.Err() != nil || !d.vm.Ended()) {
+		// QEMU hangs, and may do later what it was told; or this daemon ends, and the next one knows more; or the monitor is
+		// lost alone, and QEMU says more by another one.
 		return fmt.Errorf("%w: %w", err, errAskAgain)
 	}
 	return err

@@ -105,7 +105,7 @@ func TestPagesLostBeforeRun(t *testing.T) {
 	l := leaveDestination(t, true)
 	d := l.takeUp(t)
 	<-d.attaching
-	if !d.decide(pagesLost) {
+	if !d.decide(cannotRun) {
 		t.Fatal("it is decided already")
 	}
 	if _, err := run(t, d); !errors.Is(err, ErrNotRun) || l.runs(t) {

@@ -179,7 +179,7 @@ func (d *Destination) attachAgain(facts *keptFactsV1) {
 			d.mu.Lock()
 			d.vm = vm
 			d.mu.Unlock()
-			go d.watchQEMU()
+			go d.watchQEMU(vm)
 			return
 		}
 		if !facts.QEMU.Alive() {
