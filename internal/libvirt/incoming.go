@@ -23,6 +23,9 @@ const (
 // incoming are the arguments by which a QEMU waits for a migration, one an element.
 var incoming = []string{"-incoming", "defer"}
 
+// ErrActive says that a domain of the name runs already, or waits.
+var ErrActive = errors.New("libvirt has a domain of that name already, which is not shut off")
+
 // Start has the libvirt that listens at a socket, empty: this host's own, start a domain of that definition, whose QEMU
 // waits for a migration, and returns its address. The domain is transient where it is not defined here.
 func Start(ctx context.Context, socket, definition string) (vm string, err error) {
@@ -37,9 +40,27 @@ func Start(ctx context.Context, socket, definition string) (vm string, err error
 	defer conn.within(ctx)()
 	d, err := conn.DomainCreateXML(definition, golibvirt.DomainStartPaused)
 	if err != nil {
-		return "", errors.Join(fmt.Errorf("have libvirt start the domain: %w", err), conn.Close())
+		err = fmt.Errorf("have libvirt start the domain: %w", err)
+		if isActive(conn, definition) {
+			err = fmt.Errorf("%w: %w", ErrActive, err)
+		}
+		return "", errors.Join(err, conn.Close())
 	}
 	return Address(socket, formatUUID(d.UUID)), conn.Close()
+}
+
+// isActive says whether a domain of a definition's name is there, and not shut off.
+func isActive(conn *connection, definition string) bool {
+	name, err := NameOf(definition)
+	if err != nil {
+		return false
+	}
+	d, err := conn.DomainLookupByName(name)
+	if err != nil {
+		return false
+	}
+	active, err := conn.DomainIsActive(d)
+	return err == nil && active != 0
 }
 
 // withIncoming returns a definition whose QEMU waits for a migration.

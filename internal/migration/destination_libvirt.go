@@ -38,7 +38,11 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 		return err
 	}
 	d.log.Info("having libvirt start the domain", "name", name)
-	if d.domain, err = libvirt.Start(ctx, d.cfg.LibvirtSocket, definition); err != nil {
+	if d.domain, err = libvirt.Start(ctx, d.cfg.LibvirtSocket, definition); errors.Is(err, libvirt.ErrActive) {
+		// A daemon that was killed as it had libvirt start the domain leaves it there, and does not know.
+		return withRemedy(err, fmt.Sprintf("look at it on the destination: virsh domstate --reason %[1]s; "+
+			"if it is paused since a migration that is over, end it there: virsh destroy %[1]s", name))
+	} else if err != nil {
 		return thisHost.explainStart(err, machine)
 	}
 	if d.vm, err = qemu.Attach(ctx, d.domain); err != nil {
