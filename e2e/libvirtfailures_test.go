@@ -38,12 +38,15 @@ var domainFailures = []domainFailure{
 		words:  "no libvirt daemon answers on this host; start libvirtd or virtqemud",
 	},
 	{
-		name: "another domain of its name", words: "already exists with uuid",
+		name: "another domain of its name, which stays", words: "virsh destroy " + lab.DomainName,
 		before: func(s *domainStage) {
 			s.must(s.B.VirshXML(testContext(s.T), `<domain type='qemu'><name>`+lab.DomainName+
 				`</name><memory unit='MiB'>32</memory><os><type>hvm</type></os></domain>`, "create"))
 		},
-		after: func(s *domainStage) { virsh(s.T, s.B, "destroy", lab.DomainName) },
+		after: func(s *domainStage) {
+			awaitDomain(s.T, s.B, "running")
+			virsh(s.T, s.B, "destroy", lab.DomainName)
+		},
 	},
 	{
 		name: "no such image there", words: "/run/vm/local.img",

@@ -47,10 +47,12 @@ func (j *journey) tell(ctx context.Context, command string, args any) error {
 	return nil
 }
 
-// quit ends the VM as an operator does who takes the wrong one.
+// quit ends the VM as an operator does who takes the wrong one. Where the VM stands still for the switch that is the
+// source's QEMU, and memory that is in no file ends with it.
 func (s *stage) quit(f *fault, j *journey) {
 	f.begin = func(ctx context.Context) error {
-		j.ended = true
+		h, _ := j.client()
+		j.ended, j.orphaned = true, h == j.from
 		return j.tell(ctx, "quit", nil)
 	}
 }
