@@ -3,7 +3,9 @@
 package e2e
 
 import (
+	"bytes"
 	"fmt"
+	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -30,7 +32,9 @@ var domainCases = []domainCase{
 	{name: "plugged", change: func(c *lab.VMConfig) { c.Nodes = 1 }, run: plug},
 	{name: "newer QEMU, plugged, nodes on a memfd, persistent", version: lab.QEMUVersions[1], persistent: true, run: plug,
 		change: func(c *lab.VMConfig) { c.Nodes, c.Backend = 2, lab.BackendMemfd }},
-	{name: "huge pages", hugePages: 2 * 256 / 2, change: func(c *lab.VMConfig) { c.Nodes, c.HugePages = 2, true }},
+	{name: "huge pages, UEFI", hugePages: 2 * 256 / 2, change: func(c *lab.VMConfig) {
+		c.Nodes, c.HugePages, c.UEFI = 2, true, true
+	}},
 	{name: "shared file, paused, persistent", persistent: true,
 		change: func(c *lab.VMConfig) { c.Backend = lab.BackendFile },
 		run:    func(t *testing.T, h *lab.Host) { virsh(t, h, "suspend", lab.DomainName) }},
@@ -118,6 +122,9 @@ func moveDomain(t *testing.T, c domainCase) {
 		if here := domainState(t, from); here != "" {
 			t.Errorf("virsh on host %s: %q", from.Name, here)
 		}
+		if vm.UEFI {
+			sameVars(t, from, to)
+		}
 		port = openGuest(t, to, &guest)
 		if state == "running" {
 			awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
@@ -137,6 +144,29 @@ func moveDomain(t *testing.T, c domainCase) {
 		startAgain(t, from)
 	} else if info := virsh(t, from, "dominfo", lab.DomainName); !strings.Contains(info, "Persistent:     no") {
 		t.Errorf("the domain was transient:\n%s", info)
+	}
+}
+
+// sameVars wants what the firmware has written to be in the file of the host that the domain has come to, as it is in the
+// other's: each has its own, and QEMU writes what it was sent.
+func sameVars(t *testing.T, from, to *lab.Host) {
+	t.Helper()
+	const path = "/var/lib/libvirt/qemu/nvram/" + lab.DomainName + "_VARS.fd"
+	here, err := os.ReadFile(from.Path(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	there, err := os.ReadFile(to.Path(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	template, err := os.ReadFile("/usr/share/OVMF/OVMF_VARS_4M.fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(here, there) || bytes.Equal(here, template) {
+		t.Errorf("of %d and %d bytes of the firmware's, they are the same: %v; the firmware has written none: %v",
+			len(here), len(there), bytes.Equal(here, there), bytes.Equal(here, template))
 	}
 }
 

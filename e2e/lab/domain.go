@@ -39,12 +39,12 @@ func (c VMConfig) domain() (string, error) {
 	var text strings.Builder
 	err := domainTemplate.Execute(&text, struct {
 		VMConfig
-		Name, Emulator, Kernel, Initrd, CommandLine, Console, Serial string
+		Name, Emulator, Firmware, Vars, Kernel, Initrd, CommandLine, Console, Serial string
 
 		DiskFiles, Taps   []string
 		MiBPerNode, Ports int
 	}{
-		VMConfig: c, MiBPerNode: c.MemoryMiB / max(1, c.Nodes), Ports: 12, Name: DomainName, Emulator: emulatorPath, Kernel: kernelPath, Initrd: initrdPath, Console: ConsoleLog, Serial: SerialPath,
+		VMConfig: c, MiBPerNode: c.MemoryMiB / max(1, c.Nodes), Ports: 12, Name: DomainName, Emulator: emulatorPath, Firmware: firmwareCode, Vars: firmwareVars, Kernel: kernelPath, Initrd: initrdPath, Console: ConsoleLog, Serial: SerialPath,
 		CommandLine: strings.Join(slices.Concat([]string{image.CommandLine}, c.deviceParams(), c.KernelArgs), " "),
 		DiskFiles:   c.DiskFiles(), Taps: c.taps(),
 	})

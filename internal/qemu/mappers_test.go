@@ -115,10 +115,16 @@ func TestOutsideDevicesAreRefused(t *testing.T) {
 		{"ivshmem", "(ivshmem-plain) is memory that the VM shares", []string{
 			"-object", "memory-backend-file,id=peer,size=1M,share=on,mem-path=" + path + ".peer", "-device", "ivshmem-plain,memdev=peer,master=on",
 		}},
+		{"tpm", "TPM chip is another process's (swtpm)", []string{
+			"-chardev", "socket,id=tpm,path=" + socket + ".tpm", "-tpmdev", "emulator,id=chip,chardev=tpm", "-device", "tpm-crb,tpmdev=chip",
+		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			if strings.HasPrefix(test.name, "vhost-user") {
+			switch {
+			case strings.HasPrefix(test.name, "vhost-user"):
 				startBackend(t, socket)
+			case test.name == "tpm":
+				startTPM(t, socket+".tpm")
 			}
 			_, vm := start(t, append(ram(path), test.args...)...)
 			found := find(CheckVM(testContext(t), vm), "devices")
@@ -129,6 +135,24 @@ func TestOutsideDevicesAreRefused(t *testing.T) {
 			}
 		})
 	}
+}
+
+// startTPM serves a TPM on a socket.
+func startTPM(t *testing.T, socket string) {
+	t.Helper()
+	binary, err := exec.LookPath("swtpm")
+	if err != nil {
+		cannot.Run(t, "%v: it is in package swtpm", err)
+	}
+	cmd := exec.Command(binary, "socket", "--tpm2", "--tpmstate", "dir="+t.TempDir(), "--ctrl", "type=unixio,path="+socket)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	awaitFile(testContext(t), socket)
 }
 
 // startBackend serves a disk of 1 MiB with vhost-user on a socket.

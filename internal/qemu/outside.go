@@ -4,10 +4,13 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
 // An outside is a kind of device that works in the VM's memory from outside of QEMU: no userfaultfd of QEMU's makes it
@@ -75,7 +78,31 @@ func (vm *VM) checkOutside(ctx context.Context) (results []Result, err error) {
 	for _, n := range outsideNetdev.FindAllStringSubmatch(text, -1) {
 		refuse(fmt.Sprintf("-netdev %s,id=%s", n[2], n[1]), outsideType(n[2]))
 	}
-	return results, nil
+	tpms, err := vm.tpms(ctx)
+	for _, id := range tpms {
+		refuse("TPM "+id, &tpm)
+	}
+	return results, err
+}
+
+// tpm is what a VM's TPM is: swtpm has its state in files, QEMU in a copy that moves with its devices, and both hosts' would
+// write to the files where these are shared.
+var tpm = outside{"", "another process's (swtpm) or a device of this host, which has a state of its own: how that is to follow was not tried",
+	"start the VM without it, or move it with virsh migrate"}
+
+// tpms are the names of the VM's TPMs. No QOM type tells what is behind them.
+func (vm *VM) tpms(ctx context.Context) (ids []string, err error) {
+	var found []struct {
+		ID string `json:"id"`
+	}
+	err = vm.QMP.Do(ctx, "query-tpm", nil, &found)
+	if errors.Is(err, qmp.ErrCommandNotFound) { // QEMU was built without them
+		return nil, nil
+	}
+	for _, t := range found {
+		ids = append(ids, t.ID)
+	}
+	return ids, err
 }
 
 // outsideNetdev finds the back ends of network cards in HMP's "info network": "net0: index=0,type=vhost-user,...", after
