@@ -258,3 +258,29 @@ func TestLibvirtRestarts(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestLibvirtDestroyed: somebody ends the domain at the destination while its memory crosses. That is no failure: both
+// hosts say that the VM has ended, and nothing is left of it at the source.
+func TestLibvirtDestroyed(t *testing.T) {
+	l := newLab(t)
+	startLibvirt(t, l)
+	var guest report.Log
+	if err := runDomain(t, l.A, domainVM(t), false, &guest).Close(); err != nil {
+		t.Fatal(err)
+	}
+	client := control(t, l.A)
+	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: l.B.DaemonAddr(), Bandwidth: 1 << 20}
+	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "destroyed", Spec: spec}); err != nil {
+		t.Fatal(err)
+	}
+	await(t, client, "destroyed", func(m *migratedv1.Migration) bool {
+		return m.GetLocation() == migratedv1.Location_LOCATION_DESTINATION
+	})
+	virsh(t, l.B, "destroy", lab.DomainName)
+	m := await(t, client, "destroyed", func(*migratedv1.Migration) bool { return false })
+	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_ENDED {
+		t.Errorf("it is %v: %v", m.GetState(), m.GetError())
+	}
+	awaitDomain(t, l.A, "")
+	awaitDomain(t, l.B, "")
+}

@@ -3,7 +3,6 @@
 package libvirt
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,13 +20,9 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-const (
-	// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come
-	// another way: a VM that was stopped, and of which nobody says so, is taken for one that somebody else has stopped.
-	eventTimeout = 2 * time.Second
-	// lastEvents is for how long events of a QEMU that has ended may come.
-	lastEvents = 100 * time.Millisecond
-)
+// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come another way:
+// a VM that was stopped, and of which nobody says so, is taken for one that somebody else has stopped.
+const eventTimeout = 2 * time.Second
 
 // A Finder finds the process of a QEMU by the threads of its vCPUs and its UUID.
 type Finder func(threads []int, uuid string) (pid int, found bool)
@@ -110,6 +105,10 @@ func (m *monitor) begin(life context.Context, processOf Finder) (greeting []byte
 	if err != nil {
 		return nil, err
 	}
+	endings, err := m.domain.LifecycleEvents(life)
+	if err != nil {
+		return nil, err
+	}
 	if err := m.findQEMU(processOf); err != nil {
 		return nil, err
 	}
@@ -128,7 +127,7 @@ func (m *monitor) begin(life context.Context, processOf Finder) (greeting []byte
 		return nil, err
 	}
 	m.running = status.Running
-	go m.follow(life, events, ended)
+	go m.follow(life, events, endings, ended)
 	return json.Marshal(map[string]any{"QMP": map[string]any{"version": version, "capabilities": []string{}}})
 }
 
@@ -142,76 +141,6 @@ func (m *monitor) ask(what string, result any) error {
 		return err
 	}
 	return json.Unmarshal(a.Return, result)
-}
-
-// follow sends QEMU's events on, until QEMU has ended.
-func (m *monitor) follow(life context.Context, events <-chan golibvirt.DomainEvent, ended <-chan struct{}) {
-	defer m.conn.Close()
-	for {
-		select {
-		case e, open := <-events:
-			if !open {
-				return
-			}
-			m.forward(e)
-		case <-ended:
-			for { // what QEMU has said before
-				select {
-				case e, open := <-events:
-					if !open {
-						return
-					}
-					m.forward(e)
-				case <-time.After(lastEvents):
-					return
-				}
-			}
-		case <-life.Done():
-			return
-		}
-	}
-}
-
-// watch returns a channel that is closed when QEMU has ended.
-func (m *monitor) watch(life context.Context) (<-chan struct{}, error) {
-	pidfd, err := unix.PidfdOpen(m.pid, 0)
-	if err != nil {
-		return nil, fmt.Errorf("process of QEMU: %w", err)
-	}
-	ended := make(chan struct{})
-	go func() {
-		defer unix.Close(pidfd)
-		const turn = 200 // ms, in which an end of the connection is noticed
-		for life.Err() == nil {
-			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, turn)
-			if n > 0 || err != nil && err != unix.EINTR {
-				close(ended)
-				return
-			}
-		}
-	}()
-	return ended, nil
-}
-
-// forward sends an event.
-func (m *monitor) forward(e golibvirt.DomainEvent) {
-	message := map[string]any{
-		"event":     e.Event,
-		"timestamp": map[string]uint64{"seconds": e.Seconds, "microseconds": uint64(e.Microseconds)},
-	}
-	if data := json.RawMessage(bytes.TrimRight(e.Details, "\x00")); len(data) > 0 {
-		message["data"] = data
-	}
-	m.send(message)
-	if e.Event == "STOP" || e.Event == "RESUME" {
-		m.mu.Lock()
-		m.running = e.Event == "RESUME"
-		m.mu.Unlock()
-		select {
-		case m.changed <- struct{}{}:
-		default:
-		}
-	}
 }
 
 // send writes a message. A client that is gone needs none.
