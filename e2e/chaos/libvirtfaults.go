@@ -138,8 +138,8 @@ func (s *stage) destroySource(f *fault, j *journey) {
 // destroyRunning ends the domain that runs the VM.
 func (s *stage) destroyRunning(f *fault, j *journey) {
 	f.meanwhile(func(ctx context.Context) error {
-		j.ended = true
 		h, _ := j.client()
+		j.ended, j.orphaned = true, h == j.from // as of quit
 		return j.destroy(ctx, h)
 	})
 }

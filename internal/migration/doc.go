@@ -86,7 +86,8 @@
 //
 //   - Before the commit point the VM belongs to the source. Whatever fails, on
 //     either side or between them, and a cancellation too, the source continues
-//     the VM (if it ran) and tells the destination to give up. The destination
+//     the VM (if it ran) and tells the destination to give up. Where its connection to QEMU was lost, as libvirt's are
+//     with its daemon, it waits for another one to do so (awaitMonitor). The destination
 //     runs it only when told by Run, which was never sent, so that the source
 //     need not wait for an answer before it continues. A freeze is such a failure when it has lasted for freezeLimit.
 //   - From the commit point on the source does not continue the VM by itself,

@@ -71,6 +71,7 @@ type Source struct {
 
 	// Owned by the goroutine of run.
 	vm         *qemu.VM
+	again      *qemu.VM      // the same, over another connection where that of vm was lost; nil: it was not
 	claim      qemu.Identity // of claimed; zero: none
 	facts      *qemu.Facts
 	ram        *pagesrv.RAM
@@ -330,8 +331,11 @@ func (s *Source) release() {
 			s.log.Warn("close the connection to the destination", "error", err)
 		}
 	}
-	if s.vm != nil {
-		if err := s.vm.Close(); err != nil {
+	for _, vm := range []*qemu.VM{s.again, s.vm} {
+		if vm == nil {
+			continue
+		}
+		if err := vm.Close(); err != nil {
 			s.log.Warn("disconnect from QEMU", "error", err)
 		}
 	}

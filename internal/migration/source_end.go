@@ -6,10 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -95,21 +97,23 @@ func (s *Source) tellToGiveUp(ctx context.Context, reason error) {
 // continueVM puts the VM back to what it was before it was stopped. What its operator has to know besides is to be
 // added to where the VM is. The error is why it is not what it was.
 func (s *Source) continueVM() (note string, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
-	defer cancel()
 	if s.unguard != nil {
 		s.unguard()
 	}
 	reached("source-backing-out")
+	s.awaitMonitor()
+	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
+	defer cancel()
+	vm := s.monitor()
 	if s.takenUp && s.protocol < savesDevices {
-		if err := s.vm.CancelMigrate(ctx); err != nil {
+		if err := vm.CancelMigrate(ctx); err != nil {
 			s.log.Warn("cancel QEMU's own migration", "error", err)
 		}
 	}
 	if !s.wasRunning {
 		return s.leavePaused(ctx)
 	}
-	if _, err = s.vm.Cont(ctx); err != nil {
+	if _, err = vm.Cont(ctx); err != nil {
 		s.log.Error("cannot continue the VM", "error", err)
 		// The record stays, for a daemon that is started again to try.
 		return fmt.Sprintf("; it could not be continued (%v): continue it with QMP 'cont' on %s", err, s.cfg.Spec.GetVm()),
@@ -123,7 +127,7 @@ func (s *Source) continueVM() (note string, err error) {
 // leavePaused takes the disks of a VM back that was paused before, and stays so.
 func (s *Source) leavePaused(ctx context.Context) (note string, err error) {
 	if s.gaveUpDisks || s.takenUp {
-		able, err := s.vm.ActivateDisks(ctx)
+		able, err := s.monitor().ActivateDisks(ctx)
 		switch {
 		case err != nil:
 			s.log.Error("cannot take the VM's disks back", "error", err)
@@ -136,4 +140,47 @@ func (s *Source) leavePaused(ctx context.Context) (note string, err error) {
 	}
 	s.forgetRecord()
 	return "", nil
+}
+
+// monitor is the connection to QEMU, the second where the first was lost.
+func (s *Source) monitor() *qemu.VM {
+	if s.again != nil {
+		return s.again
+	}
+	return s.vm
+}
+
+// awaitMonitor connects to a QEMU again that lives and whose monitor is lost, as libvirt's are with its daemon: the VM
+// stands still until then. It gives up with QEMU, and with this daemon, whose record the next one takes up.
+func (s *Source) awaitMonitor() {
+	for s.vm.QMP.Err() != nil && !s.ended() {
+		vm, err := s.attachAgain()
+		if err == nil {
+			s.again = vm
+			return
+		}
+		s.log.Warn("the VM's QEMU does not answer yet", "error", err)
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_DEVICE,
+			withRemedy(fmt.Errorf("the connection to the VM's QEMU was lost, and cannot be made again: %w", err),
+				"see that "+s.cfg.Spec.GetVm()+" can be connected to (start libvirt's daemon, if it is libvirt's): the VM goes on then"),
+			whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was stopped on the source"})
+		if sleep(s.daemon, time.Second) != nil {
+			return
+		}
+	}
+}
+
+// attachAgain connects to the VM's QEMU.
+func (s *Source) attachAgain() (*qemu.VM, error) {
+	ctx, cancel := context.WithTimeout(s.daemon, attachTimeout)
+	defer cancel()
+	vm, err := qemu.Attach(ctx, s.cfg.Spec.GetVm())
+	if err != nil {
+		return nil, err
+	}
+	if vm.Pid != s.vm.Pid {
+		return nil, errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", s.cfg.Spec.GetVm(), vm.Pid), vm.Close())
+	}
+	vm.PutBack(s.vm.Changed())
+	return vm, nil
 }

@@ -57,7 +57,7 @@ func (s *Source) whereNow(note string) whereabouts {
 	if s.vm == nil {
 		return whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was not touched" + note}
 	}
-	location, runState, words := look(s.vm)
+	location, runState, words := look(s.monitor())
 	switch {
 	case location == migratedv1.Location_LOCATION_ENDED:
 	case s.stopTried && !s.wasRunning && runState == "paused":
