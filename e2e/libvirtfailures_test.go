@@ -19,7 +19,7 @@ type domainFailure struct {
 	name string
 	// before happens before the migration, prepared when the destination is ready, and after at its end.
 	before, prepared, after func(*domainStage)
-	words                   string // in the error
+	words                   string // in the error, whoever notices first
 }
 
 // A domainStage is two hosts with libvirt, of which a runs the domain.
@@ -59,7 +59,7 @@ var domainFailures = []domainFailure{
 		after: func(s *domainStage) { virsh(s.T, s.A, "detach-disk", "--live", lab.DomainName, "vdz") },
 	},
 	{
-		name: "destroyed while it waits", words: "the destination QEMU is gone",
+		name: "destroyed while it waits", words: "the destination QEMU",
 		prepared: func(s *domainStage) { virsh(s.T, s.B, "destroy", lab.DomainName) },
 	},
 	{
