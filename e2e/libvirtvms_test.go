@@ -24,7 +24,7 @@ type domainCase struct {
 	version    string // of QEMU; empty: the installed one
 	change     func(*lab.VMConfig)
 	persistent bool
-	again      bool // it is started again afterwards; with one vCPU, see lab.Host.Boot
+	again      bool                        // it is started again afterwards; with one vCPU, see lab.Host.Boot
 	run        func(*testing.T, *lab.Host) // while it runs
 	hugePages  int
 }
