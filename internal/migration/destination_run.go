@@ -10,7 +10,6 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -129,14 +128,9 @@ func (d *Destination) announce(ctx context.Context) (answered func()) {
 // attachAnew connects again to a QEMU that lives and whose monitor is lost, as libvirt's are with its daemon: whether it
 // heard what it was told, it alone knows. The caller holds mu.
 func (d *Destination) attachAnew(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
-	defer cancel()
-	vm, err := qemu.Attach(ctx, d.qmpPath())
+	vm, err := attachSame(ctx, d.qmpPath(), d.vm)
 	if err != nil {
 		return fmt.Errorf("attach to the destination QEMU: %w", err)
-	}
-	if vm.Pid != d.vm.Pid {
-		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", d.qmpPath(), vm.Pid), vm.Close())
 	}
 	vm.PutBack(d.vm.Changed())
 	d.replaced = append(d.replaced, d.vm) // others wait for its process

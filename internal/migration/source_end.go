@@ -154,8 +154,9 @@ func (s *Source) monitor() *qemu.VM {
 // stands still until then. It gives up with QEMU, and with this daemon, whose record the next one takes up.
 func (s *Source) awaitMonitor() {
 	for s.vm.QMP.Err() != nil && !s.ended() {
-		vm, err := s.attachAgain()
+		vm, err := attachSame(s.daemon, s.cfg.Spec.GetVm(), s.vm)
 		if err == nil {
+			vm.PutBack(s.vm.Changed())
 			s.again = vm
 			return
 		}
@@ -163,24 +164,9 @@ func (s *Source) awaitMonitor() {
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_DEVICE,
 			withRemedy(fmt.Errorf("the connection to the VM's QEMU was lost, and cannot be made again: %w", err),
 				"see that "+s.cfg.Spec.GetVm()+" can be connected to (start libvirt's daemon, if it is libvirt's): the VM goes on then"),
-			whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was stopped on the source"})
+			whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was about to stop on the source"})
 		if sleep(s.daemon, time.Second) != nil {
 			return
 		}
 	}
-}
-
-// attachAgain connects to the VM's QEMU.
-func (s *Source) attachAgain() (*qemu.VM, error) {
-	ctx, cancel := context.WithTimeout(s.daemon, attachTimeout)
-	defer cancel()
-	vm, err := qemu.Attach(ctx, s.cfg.Spec.GetVm())
-	if err != nil {
-		return nil, err
-	}
-	if vm.Pid != s.vm.Pid {
-		return nil, errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", s.cfg.Spec.GetVm(), vm.Pid), vm.Close())
-	}
-	vm.PutBack(s.vm.Changed())
-	return vm, nil
 }

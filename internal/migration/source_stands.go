@@ -11,7 +11,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -58,14 +57,11 @@ func (s *Source) running(ctx context.Context) (bool, error) {
 	if s.vm.QMP.Err() == nil {
 		return s.vm.Running(ctx)
 	}
-	vm, err := qemu.Attach(ctx, s.cfg.Spec.GetVm())
+	vm, err := attachSame(ctx, s.cfg.Spec.GetVm(), s.vm)
 	if err != nil {
 		return false, err
 	}
 	running, err := vm.Running(ctx)
-	if err == nil && vm.Pid != s.vm.Pid {
-		err = fmt.Errorf("%s is another QEMU's by now, process %d", s.cfg.Spec.GetVm(), vm.Pid)
-	}
 	return running, errors.Join(err, vm.Close())
 }
 
