@@ -20,18 +20,19 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come another way:
-// a VM that was stopped, and of which nobody says so, is taken for one that somebody else has stopped.
+// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come another
+// way: a VM that was stopped, and of which nobody says so, is taken for one that somebody else has stopped.
 const eventTimeout = 2 * time.Second
 
 // A Finder finds the process of a QEMU by the threads of its vCPUs and its UUID.
 type Finder func(threads []int, uuid string) (pid int, found bool)
 
-// Monitor connects to the domain's QEMU. The connection ends with that QEMU, with libvirt, and by Close.
-func (d *Domain) Monitor(ctx context.Context, processOf Finder) (*qmp.Client, error) {
+// Monitor connects to the domain's QEMU, and returns its process as well. The connection ends with that QEMU, with
+// libvirt, and by Close.
+func (d *Domain) Monitor(ctx context.Context, processOf Finder) (client *qmp.Client, pid int, err error) {
 	ours, theirs, err := pair()
 	if err != nil {
-		return nil, fmt.Errorf("sockets of a monitor: %w", err)
+		return nil, 0, fmt.Errorf("sockets of a monitor: %w", err)
 	}
 	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	m := &monitor{
@@ -43,14 +44,13 @@ func (d *Domain) Monitor(ctx context.Context, processOf Finder) (*qmp.Client, er
 	if err != nil {
 		cancel()
 		err = fmt.Errorf("monitor of libvirt's domain %s: %w", d.Name(), err)
-		return nil, errors.Join(err, ours.Close(), theirs.Close())
+		return nil, 0, errors.Join(err, ours.Close(), theirs.Close())
 	}
 	go m.serve(greeting)
-	client, err := qmp.New(ctx, ours, d.address, "libvirt's daemon")
-	if err != nil {
-		return nil, errors.Join(err, ours.Close())
+	if client, err = qmp.New(ctx, ours, d.address, "libvirt's daemon"); err != nil {
+		return nil, 0, errors.Join(err, ours.Close())
 	}
-	return client, nil
+	return client, m.pid, nil
 }
 
 // pair is a pair of connected sockets.

@@ -50,7 +50,11 @@ func Attach(ctx context.Context, path string) (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	vm, err := attach(ctx, client)
+	pid, err := findPid(ctx, client)
+	if err != nil {
+		return nil, errors.Join(err, client.Disconnect())
+	}
+	vm, err := attach(client, pid)
 	if err != nil {
 		return nil, errors.Join(err, client.Disconnect())
 	}
@@ -62,11 +66,11 @@ func attachDomain(ctx context.Context, address string) (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	client, err := domain.Monitor(ctx, processOf)
+	client, pid, err := domain.Monitor(ctx, processOf)
 	if err != nil {
 		return nil, errors.Join(err, domain.Close())
 	}
-	vm, err := attach(ctx, client)
+	vm, err := attach(client, pid)
 	if err != nil {
 		return nil, errors.Join(err, client.Disconnect(), domain.Close())
 	}
@@ -74,12 +78,10 @@ func attachDomain(ctx context.Context, address string) (*VM, error) {
 	return vm, nil
 }
 
-func attach(ctx context.Context, client *qmp.Client) (*VM, error) {
-	vm := &VM{QMP: client, shutdowns: client.Subscribe("SHUTDOWN")}
+// attach takes over a connection to the QEMU that is a process, unless it fails.
+func attach(client *qmp.Client, pid int) (*VM, error) {
+	vm := &VM{QMP: client, Pid: pid, shutdowns: client.Subscribe("SHUTDOWN")}
 	var err error
-	if vm.Pid, err = findPid(ctx, client); err != nil {
-		return nil, err
-	}
 	if vm.pidfd, err = openPidfd(vm.Pid); err != nil {
 		return nil, err
 	}
