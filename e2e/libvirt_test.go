@@ -93,9 +93,7 @@ func virsh(t *testing.T, h *lab.Host, args ...string) string {
 func domainState(t *testing.T, h *lab.Host) string {
 	t.Helper()
 	state, err := h.Virsh(testContext(t), "domstate", "--reason", lab.DomainName)
-	gone := err != nil && (strings.Contains(err.Error(), "failed to get domain") ||
-		strings.Contains(err.Error(), "Domain not found"))
-	if gone {
+	if lab.IsNoDomain(err) {
 		return ""
 	}
 	if err != nil {
@@ -115,6 +113,44 @@ func awaitDomain(t *testing.T, h *lab.Host, want string) {
 		}
 	}
 	t.Errorf("virsh on host %s says %q, not %q", h.Name, state, want)
+}
+
+// crossing begins to move the domain, and returns when the VM runs at the destination and its memory crosses, slowly.
+func crossing(t *testing.T, from, to *lab.Host, id string) (migratedv1.ControlServiceClient, *migratedv1.Migration) {
+	t.Helper()
+	client := control(t, from)
+	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: to.DaemonAddr(), Bandwidth: 1 << 20}
+	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: id, Spec: spec}); err != nil {
+		t.Fatal(err)
+	}
+	m := await(t, client, id, func(m *migratedv1.Migration) bool {
+		return m.GetLocation() == migratedv1.Location_LOCATION_DESTINATION
+	})
+	if migration.Terminal(m.GetState()) {
+		t.Fatalf("it is %v: %v", m.GetState(), m.GetError())
+	}
+	return client, m
+}
+
+// cross lets memory that crosses slowly cross at once, and wants all of it to arrive.
+func cross(t *testing.T, client migratedv1.ControlServiceClient, id string) {
+	t.Helper()
+	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: id}); err != nil {
+		t.Fatal(err)
+	}
+	m := await(t, client, id, func(*migratedv1.Migration) bool { return false })
+	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Fatalf("it is %v: %v", m.GetState(), m.GetError())
+	}
+}
+
+// worksAt wants the guest to work on a host, and to find its memory and its disk whole. The port is the caller's.
+func worksAt(t *testing.T, h *lab.Host, guest *report.Log) *report.Port {
+	t.Helper()
+	port := openGuest(t, h, guest)
+	awaitBlocks(t, guest, writesOf(guest.Disks())+50)
+	verifyLinux(t, guest, port)
+	return port
 }
 
 // TestLibvirt moves a domain of libvirt's there and back: its guest works on, no byte of its memory and its disk is
@@ -155,9 +191,7 @@ func TestLibvirt(t *testing.T) {
 				t.Errorf("%v; host %s has kept\n%s", err, to.Name, kept)
 			}
 		}
-		port = openGuest(t, to, &guest)
-		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
-		verifyLinux(t, &guest, port)
+		port = worksAt(t, to, &guest)
 		from, to = to, from
 	}
 	if err := port.Close(); err != nil {
@@ -225,36 +259,18 @@ func TestLibvirtRestarts(t *testing.T) {
 	if err := port.Close(); err != nil {
 		t.Fatal(err)
 	}
-	client := control(t, l.A)
-	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: l.B.DaemonAddr(), Bandwidth: 1 << 20}
-	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "restarts", Spec: spec}); err != nil {
-		t.Fatal(err)
-	}
-	m := await(t, client, "restarts", func(m *migratedv1.Migration) bool {
-		return m.GetLocation() == migratedv1.Location_LOCATION_DESTINATION
-	})
-	if migration.Terminal(m.GetState()) {
-		t.Fatalf("it is %v: %v", m.GetState(), m.GetError())
-	}
+	client, _ := crossing(t, l.A, l.B, "restarts")
 	for _, d := range daemons {
 		if err := errors.Join(d.Kill(), d.Restart(testContext(t))); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: "restarts"}); err != nil {
-		t.Fatal(err)
-	}
-	m = await(t, client, "restarts", func(*migratedv1.Migration) bool { return false })
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("it is %v: %v", m.GetState(), m.GetError())
-	}
+	cross(t, client, "restarts")
 	if there := domainState(t, l.B); !strings.HasPrefix(there, "running") {
 		t.Errorf("virsh on host b: %q", there)
 	}
 	awaitDomain(t, l.A, "")
-	port = openGuest(t, l.B, &guest)
-	verifyLinux(t, &guest, port)
-	if err := port.Close(); err != nil {
+	if err := worksAt(t, l.B, &guest).Close(); err != nil {
 		t.Error(err)
 	}
 }
@@ -268,14 +284,7 @@ func TestLibvirtDestroyed(t *testing.T) {
 	if err := runDomain(t, l.A, domainVM(t), false, &guest).Close(); err != nil {
 		t.Fatal(err)
 	}
-	client := control(t, l.A)
-	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: l.B.DaemonAddr(), Bandwidth: 1 << 20}
-	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "destroyed", Spec: spec}); err != nil {
-		t.Fatal(err)
-	}
-	await(t, client, "destroyed", func(m *migratedv1.Migration) bool {
-		return m.GetLocation() == migratedv1.Location_LOCATION_DESTINATION
-	})
+	client, _ := crossing(t, l.A, l.B, "destroyed")
 	virsh(t, l.B, "destroy", lab.DomainName)
 	m := await(t, client, "destroyed", func(*migratedv1.Migration) bool { return false })
 	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_ENDED {

@@ -35,9 +35,7 @@ func TestLibvirtsOwnMigration(t *testing.T) {
 			virsh(t, from, "migrate", "--live", "--unsafe", "--p2p", "--persistent", "--undefinesource",
 				lab.DomainName, to.LibvirtURI())
 		}
-		port = openGuest(t, to, &guest)
-		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
-		verifyLinux(t, &guest, port)
+		port = worksAt(t, to, &guest)
 		from, to = to, from
 	}
 	if err := port.Close(); err != nil {

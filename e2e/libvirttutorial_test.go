@@ -36,7 +36,8 @@ chmod 755 /usr/local/bin/systemctl
 
 var tutorialCommand = regexp.MustCompile(`(?m)^host-([ab])# (.*)$`)
 
-// TestLibvirtTutorial runs the commands of docs/libvirt-tutorial.md on two hosts with libvirt, of which one runs a domain.
+// TestLibvirtTutorial runs the commands of docs/libvirt-tutorial.md on two hosts with libvirt, of which one runs a
+// domain.
 func TestLibvirtTutorial(t *testing.T) {
 	binary, err := lab.Binary()
 	if err != nil {
@@ -83,9 +84,7 @@ func TestLibvirtTutorial(t *testing.T) {
 			t.Errorf("%s says %q, want %q", c[2], out, want)
 		}
 	}
-	port = openGuest(t, l.A, &guest)
-	awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
-	verifyLinux(t, &guest, port)
+	port = worksAt(t, l.A, &guest)
 	if err := port.Close(); err != nil {
 		t.Error(err)
 	}
@@ -95,7 +94,9 @@ func TestLibvirtTutorial(t *testing.T) {
 func endDaemon(t *testing.T, h *lab.Host) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	const end = `[ ! -e /run/vm/migrated.pid ] || { p=$(cat /run/vm/migrated.pid); kill $p; while kill -0 $p 2>/dev/null; do sleep 0.1; done; }`
+	const end = `[ ! -e /run/vm/migrated.pid ] || {
+	p=$(cat /run/vm/migrated.pid); kill $p; while kill -0 $p 2>/dev/null; do sleep 0.1; done
+}`
 	if _, err := h.Run(ctx, "sh", "-c", end); err != nil {
 		t.Error(err)
 	}

@@ -148,8 +148,8 @@ func moveDomain(t *testing.T, c domainCase) {
 	}
 }
 
-// sameVars wants what the firmware has written to be in the file of the host that the domain has come to, as it is in the
-// other's: each has its own, and QEMU writes what it was sent.
+// sameVars wants what the firmware has written to be in the file of the host that the domain has come to, as it is in
+// the other's: each has its own, and QEMU writes what it was sent.
 func sameVars(t *testing.T, from, to *lab.Host) {
 	t.Helper()
 	const path = "/var/lib/libvirt/qemu/nvram/" + lab.DomainName + "_VARS.fd"

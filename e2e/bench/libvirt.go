@@ -29,8 +29,8 @@ type libvirtReport struct {
 	Downtime map[string]*spread `json:"downtime_ms"`
 }
 
-// compareLibvirt moves a domain by migrated and by libvirt's own post-copy, in turns, and then a VM with the same devices
-// without libvirt by migrated.
+// compareLibvirt moves a domain by migrated and by libvirt's own post-copy, in turns, and then a VM with the same
+// devices without libvirt by migrated.
 func compareLibvirt(ctx context.Context, o options) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -93,8 +93,8 @@ func (r libvirtReport) print() {
 		ours-r.Downtime[plainByUs].Median, ours/r.Downtime[domainByLibvirt].Median)
 }
 
-// allowUserfaultfd lets a QEMU that is not root's have a userfaultfd for the whole VM: libvirt's own post-copy needs that,
-// and the file of its package that sets it. The function that is returned takes it back.
+// allowUserfaultfd lets a QEMU that is not root's have a userfaultfd for the whole VM: libvirt's own post-copy needs
+// that, and the file of its package that sets it. The function that is returned takes it back.
 func allowUserfaultfd() (takeBack func() error, err error) {
 	const knob = "/proc/sys/vm/unprivileged_userfaultfd"
 	before, err := os.ReadFile(knob)
@@ -190,25 +190,13 @@ func (s *libvirtScene) move(
 	if err != nil {
 		return 0, err
 	}
-	watching, cancel := context.WithCancel(ctx) // who fails to move the VM leaves nobody waiting for the switch
-	defer cancel()
-	switched := make(chan result[lab.Switch], 1)
-	go func() {
-		sw, err := watch.Wait(watching)
-		switched <- result[lab.Switch]{sw, err}
-	}()
-	if err := move(ctx, from, to); err != nil {
-		cancel()
-		<-switched
+	switched, err := watch.During(ctx, func() error { return move(ctx, from, to) }, nil)
+	if err != nil {
 		return 0, err
-	}
-	r := <-switched
-	if r.err != nil {
-		return 0, r.err
 	}
 	s.at = to
 	time.Sleep(2 * time.Second) // the guest works, and both hosts come to rest
-	return ms(r.value.Downtime()), nil
+	return ms(switched.Downtime()), nil
 }
 
 // byUs moves the VM of an address by migrated.

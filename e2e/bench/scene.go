@@ -175,28 +175,15 @@ func (s *scene) moveUnpinged(ctx context.Context, who contender) (f figures, sw 
 	if err != nil {
 		return f, sw, err
 	}
-	// Who fails to move the VM leaves nobody waiting for the switch.
-	watching, cancel := context.WithCancel(ctx)
-	switched := make(chan result[lab.Switch], 1)
-	go func() {
-		sw, err := watch.Wait(watching)
-		if err == nil {
-			s.serial.follow(to)
-		}
-		switched <- result[lab.Switch]{sw, err}
-	}()
-	defer cancel()
-	if err := who.move(ctx, s, from, to); err != nil {
-		cancel()
-		<-switched
+	var ended time.Time
+	sw, err = watch.During(ctx, func() error {
+		err := who.move(ctx, s, from, to)
+		ended = time.Now()
+		return err
+	}, func() { s.serial.follow(to) })
+	if err != nil {
 		return f, sw, err
 	}
-	ended := time.Now()
-	r := <-switched
-	if r.err != nil {
-		return f, sw, r.err
-	}
-	sw = r.value
 	s.at = to
 	f.Downtime, f.Residency = sw.Downtime(), ended.Sub(sw.Resumed)
 	if err := meter.stop(ctx, &f); err != nil {
@@ -210,11 +197,6 @@ func (s *scene) moveUnpinged(ctx context.Context, who contender) (f figures, sw 
 	}
 	f.ofGuest(s.guest.Lines(0), began, sw.Resumed, s.bench)
 	return f, sw, s.guest.Err()
-}
-
-type result[T any] struct {
-	value T
-	err   error
 }
 
 // guestWorks waits so long, and then for the guest's next report.

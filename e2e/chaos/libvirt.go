@@ -67,10 +67,10 @@ func (byLibvirt) start(ctx context.Context, m *machine) error {
 	return nil
 }
 
-// domainOf is the definition of the lab's only domain, as that of a machine: its name, its paths, its emulator, and a
+// domainOf is the definition of the lab's only domain, as that of a machine: its name, its paths, and a
 // log of what its guest says.
 func domainOf(m *machine) (string, error) {
-	text, err := m.config.Domain()
+	text, err := m.config.Domain(lab.WatchedEmulator)
 	if err != nil {
 		return "", err
 	}
@@ -78,13 +78,12 @@ func domainOf(m *machine) (string, error) {
 	if err := doc.ReadFromString(moved(m.name, text)); err != nil {
 		return "", err
 	}
-	name, emulator := doc.FindElement("domain/name"), doc.FindElement("domain/devices/emulator")
+	name := doc.FindElement("domain/name")
 	port := doc.FindElement("domain/devices/serial[@type='unix']/source")
-	if name == nil || emulator == nil || port == nil {
-		return "", errors.New("the lab's domain has no name, no emulator or no serial port")
+	if name == nil || port == nil {
+		return "", errors.New("the lab's domain has no name or no serial port")
 	}
 	name.SetText(m.name)
-	emulator.SetText(lab.WatchedEmulator)
 	log := etree.NewElement("log")
 	log.CreateAttr("file", m.path(lab.SerialLog))
 	log.CreateAttr("append", "on")

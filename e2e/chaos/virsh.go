@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
@@ -21,7 +20,7 @@ func domainState(ctx context.Context, h *lab.Host, name string) string {
 	switch {
 	case err == nil:
 		return state
-	case strings.Contains(err.Error(), "failed to get domain"), strings.Contains(err.Error(), "Domain not found"):
+	case lab.IsNoDomain(err):
 		return ""
 	default:
 		return err.Error()

@@ -150,18 +150,10 @@ func (f form) move(ctx context.Context, l *lab.Lab, id string, guest *report.Log
 	if err != nil {
 		return nil, lab.Switch{}, err
 	}
-	switched := make(chan timed, 1)
-	go func() {
-		s, err := watch.Wait(ctx)
-		switched <- timed{s, err}
-	}()
 	say("Migrating: migrated migrate --id %s --vm %s --to %s", id, f.vm, l.B.DaemonAddr())
-	if err := f.run(ctx, l, id); err != nil {
+	switched, err := watch.During(ctx, func() error { return f.run(ctx, l, id) }, nil)
+	if err != nil {
 		return nil, lab.Switch{}, err
-	}
-	took := <-switched
-	if took.err != nil {
-		return nil, lab.Switch{}, took.err
 	}
 	m, err := status(ctx, l.A, id)
 	if err != nil {
@@ -174,12 +166,7 @@ func (f form) move(ctx context.Context, l *lab.Lab, id string, guest *report.Log
 	if err != nil {
 		return nil, lab.Switch{}, err
 	}
-	return newReport(m, took.s.Downtime(), verdict), took.s, nil
-}
-
-type timed struct {
-	s   lab.Switch
-	err error
+	return newReport(m, switched.Downtime(), verdict), switched, nil
 }
 
 // begin starts the VM and waits until its guest is at work.

@@ -33,9 +33,9 @@ func escaped(text string) (string, error) {
 	return b.String(), err
 }
 
-// domain is the definition of the VM as a user of libvirt would write it, with room for devices to be plugged in. Memory
-// can be plugged in where the VM has nodes: libvirt wants that.
-func (c VMConfig) domain() (string, error) {
+// Domain is the definition of the VM as a user of libvirt would write it, with room for devices to be plugged in.
+// Memory can be plugged in where the VM has nodes: libvirt wants that.
+func (c VMConfig) Domain(emulator string) (string, error) {
 	var text strings.Builder
 	err := domainTemplate.Execute(&text, struct {
 		VMConfig
@@ -44,7 +44,9 @@ func (c VMConfig) domain() (string, error) {
 		DiskFiles, Taps   []string
 		MiBPerNode, Ports int
 	}{
-		VMConfig: c, MiBPerNode: c.MemoryMiB / max(1, c.Nodes), Ports: 12, Name: DomainName, Emulator: emulatorPath, Firmware: firmwareCode, Vars: firmwareVars, Kernel: kernelPath, Initrd: initrdPath, Console: ConsoleLog, Serial: SerialPath,
+		VMConfig: c, MiBPerNode: c.MemoryMiB / max(1, c.Nodes), Ports: 12, Name: DomainName, Emulator: emulator,
+		Firmware: firmwareCode, Vars: firmwareVars, Kernel: kernelPath, Initrd: initrdPath,
+		Console: ConsoleLog, Serial: SerialPath,
 		CommandLine: strings.Join(slices.Concat([]string{image.CommandLine}, c.deviceParams(), c.KernelArgs), " "),
 		DiskFiles:   c.DiskFiles(), Taps: c.taps(),
 	})
@@ -60,19 +62,19 @@ func (c VMConfig) taps() (names []string) {
 
 // DefineDomain defines the VM, with a Linux guest, on the host. It does not run.
 func (h *Host) DefineDomain(ctx context.Context, c VMConfig) error {
-	return h.virshDomain(ctx, "define", c)
+	return h.virshDomain(ctx, "define", c, emulatorPath)
 }
 
 // StartDomain has the host's libvirt start the VM, with a Linux guest, as a transient domain.
 func (h *Host) StartDomain(ctx context.Context, c VMConfig) error {
-	return h.virshDomain(ctx, "create", c)
+	return h.virshDomain(ctx, "create", c, emulatorPath)
 }
 
-func (h *Host) virshDomain(ctx context.Context, command string, c VMConfig) error {
+func (h *Host) virshDomain(ctx context.Context, command string, c VMConfig, emulator string) error {
 	if err := h.lab.Install(ctx, c); err != nil {
 		return err
 	}
-	definition, err := c.domain()
+	definition, err := c.Domain(emulator)
 	if err != nil {
 		return err
 	}

@@ -112,3 +112,9 @@ func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 	out, err := h.Run(ctx, slices.Concat([]string{"virsh", "--quiet"}, args)...)
 	return strings.TrimSpace(out), err
 }
+
+// IsNoDomain says whether a command of virsh's failed because there is no domain of that name.
+func IsNoDomain(err error) bool {
+	return err != nil && (strings.Contains(err.Error(), "failed to get domain") ||
+		strings.Contains(err.Error(), "Domain not found"))
+}

@@ -69,6 +69,27 @@ func (w *SwitchWatch) Wait(ctx context.Context) (Switch, error) {
 	}
 }
 
+// During has the VM moved, and returns its switch when move has returned. switched is called as soon as the VM runs on the
+// other host; nil: nobody needs that.
+func (w *SwitchWatch) During(ctx context.Context, move func() error, switched func()) (s Switch, err error) {
+	watching, cancel := context.WithCancel(ctx) // who fails to move the VM leaves nobody waiting for the switch
+	defer cancel()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if s, err = w.Wait(watching); err == nil && switched != nil {
+			switched()
+		}
+	}()
+	if moveErr := move(); moveErr != nil {
+		cancel()
+		<-done
+		return Switch{}, moveErr
+	}
+	<-done
+	return s, err
+}
+
 func (w *SwitchWatch) awaitResume(ctx context.Context) (time.Time, error) {
 	for {
 		destination, err := w.dialDestination(ctx)

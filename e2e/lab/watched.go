@@ -6,7 +6,6 @@ import (
 	"context"
 	"os"
 	"path/filepath"
-	"strings"
 )
 
 // WatchedEmulator is QEMU on a host that has MakeWatchedEmulator.
@@ -15,8 +14,8 @@ const WatchedEmulator = "/run/emulator/qemu-system-x86_64"
 // emulatorPath is QEMU on the hosts.
 const emulatorPath = "/usr/bin/qemu-system-x86_64"
 
-// becomeWatched adds a second QMP socket, events.sock in the directory of the VM's name, to the QEMU of a domain. The one
-// that libvirt asks for what it can do has no name, and gets none.
+// becomeWatched adds a second QMP socket, events.sock in the directory of the VM's name, to the QEMU of a domain. The
+// one that libvirt asks for what it can do has no name, and gets none.
 const becomeWatched = `#!/bin/sh
 for arg; do
 	case $arg in
@@ -44,20 +43,10 @@ const DomainEventsPath = "/run/" + DomainName + "/events.sock"
 
 // StartWatchedDomain is StartDomain, of hosts that both have MakeWatchedEmulator.
 func (h *Host) StartWatchedDomain(ctx context.Context, c VMConfig) error {
-	if err := h.lab.Install(ctx, c); err != nil {
-		return err
-	}
 	for _, h := range []*Host{h.lab.A, h.lab.B} { // QEMU makes the socket there
 		if _, err := h.Run(ctx, "install", "-d", "-o", "libvirt-qemu", filepath.Dir(DomainEventsPath)); err != nil {
 			return err
 		}
 	}
-	definition, err := c.domain()
-	if err != nil {
-		return err
-	}
-	return h.VirshXML(ctx, strings.Replace(definition, emulatorPath, WatchedEmulator, 1), "create")
+	return h.virshDomain(ctx, "create", c, WatchedEmulator)
 }
-
-// Domain is the definition that DefineDomain and StartDomain use.
-func (c VMConfig) Domain() (string, error) { return c.domain() }
