@@ -16,8 +16,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
 
-// neededCapabilities are cap_chown, cap_dac_override, cap_kill, cap_sys_ptrace, cap_lease and cap_checkpoint_restore, as
-// /proc shows them.
+// neededCapabilities are cap_chown, cap_dac_override, cap_kill, cap_sys_ptrace, cap_lease and cap_checkpoint_restore,
+// as /proc shows them.
 const neededCapabilities = "0000010010080023"
 
 // TestDaemonIsConfined: a VM migrates there into a QEMU that the daemon starts and back; both daemons have given up

@@ -300,9 +300,9 @@ func (j *journey) judge(ctx context.Context, end string) (damage, error) {
 	return j.machine.judge.verify(ctx, j.machine)
 }
 
-// awaitBoot waits for a guest that was restarted. TCG of QEMU 7.2 sometimes loses its way while a guest with several vCPUs
-// boots (lab.Host.Boot), also where no migration was near; then the VM is reset once more, which does not mend a VM
-// that was damaged on its way.
+// awaitBoot waits for a guest that was restarted. TCG of QEMU 7.2 sometimes loses its way while a guest with several
+// vCPUs boots (lab.Host.Boot), also where no migration was near; then the VM is reset once more, which does not mend a
+// VM that was damaged on its way.
 func (j *journey) awaitBoot(ctx context.Context, client *qmp.Client) error {
 	err := j.machine.judge.forget(ctx, j.machine)
 	if err == nil || ctx.Err() != nil {

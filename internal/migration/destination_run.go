@@ -125,8 +125,8 @@ func (d *Destination) announce(ctx context.Context) (answered func()) {
 	}
 }
 
-// attachAnew connects again to a QEMU that lives and whose monitor is lost, as libvirt's are with its daemon: whether it
-// heard what it was told, it alone knows. The caller holds mu.
+// attachAnew connects again to a QEMU that lives and whose monitor is lost, as libvirt's are with its daemon: whether
+// it heard what it was told, it alone knows. The caller holds mu.
 func (d *Destination) attachAnew(ctx context.Context) error {
 	vm, err := attachSame(ctx, d.qmpPath(), d.vm)
 	if err != nil {

@@ -25,8 +25,8 @@ const (
 // A HookCall is what a hook is told: the domain's name, and its definition.
 type HookCall struct{ Name, Definition string }
 
-// Hook has the hook change the definition of a domain that comes, as libvirt calls its own for a migration (hooks.rst of
-// libvirt, /etc/libvirt/hooks/qemu). It returns the definition where there is no hook, or the hook says nothing.
+// Hook has the hook change the definition of a domain that comes, as libvirt calls its own for a migration (hooks.rst
+// of libvirt, /etc/libvirt/hooks/qemu). It returns the definition where there is no hook, or the hook says nothing.
 func (s *Starter) Hook(name, definition string) (string, error) {
 	if s == nil { // this process starts QEMUs, and has no hook
 		return definition, nil
@@ -81,8 +81,8 @@ func runHook(hook string, call HookCall) (string, error) {
 	return out.kept.String(), nil
 }
 
-// bounded keeps so many bytes of what is written, and takes all. The buffer is no embedded one, whose ReadFrom would take
-// more.
+// bounded keeps so many bytes of what is written, and takes all. The buffer is no embedded one, whose ReadFrom would
+// take more.
 type bounded struct {
 	kept bytes.Buffer
 	left int // negative: there was more

@@ -85,9 +85,10 @@ func (vm *VM) checkOutside(ctx context.Context) (results []Result, err error) {
 	return results, err
 }
 
-// tpm is what a VM's TPM is: swtpm has its state in files, QEMU in a copy that moves with its devices, and both hosts' would
-// write to the files where these are shared.
-var tpm = outside{"", "another process's (swtpm) or a device of this host, which has a state of its own: how that is to follow was not tried",
+// tpm is what a VM's TPM is: swtpm has its state in files, QEMU in a copy that moves with its devices, and both hosts'
+// would write to the files where these are shared.
+var tpm = outside{"", "another process's (swtpm) or a device of this host, which has a state of its own: " +
+	"how that is to follow was not tried",
 	"start the VM without it, or move it with virsh migrate"}
 
 // tpms are the names of the VM's TPMs. No QOM type tells what is behind them.
