@@ -65,8 +65,7 @@ func (s *scene) goneJobs() {
 	s.until("query-jobs", nil, func(answer string) bool { return answer == "[]" })
 }
 
-// until asks the source's QEMU until the answer is as wanted, on one connection: a new one may begin with an event that was
-// meant for the one before.
+// until asks the source's QEMU until the answer is as wanted.
 func (s *scene) until(command string, args any, wanted func(answer string) bool) {
 	s.Helper()
 	ctx := testContext(s.T)

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"strings"
@@ -83,6 +84,7 @@ func New(ctx context.Context, conn *net.UnixConn, path, via string) (*Client, er
 		subscriptions: make(map[*Subscription]struct{}),
 		done:          make(chan struct{}),
 	}
+	c.lastID.Store(uint64(rand.Uint32()) << 16) // a late reply to the client before is not taken for one of ours
 	limit := &io.LimitedReader{R: conn, N: maxMessage}
 	buffered := bufio.NewReaderSize(limit, 64<<10)
 	in := json.NewDecoder(buffered)
@@ -101,7 +103,25 @@ func New(ctx context.Context, conn *net.UnixConn, path, via string) (*Client, er
 	return c, nil
 }
 
-// greeting reads the first thing that QEMU sends: {"QMP": {"version": ..., "capabilities": [...]}}.
+// hello is a message before the greeting, or the greeting.
+type hello struct {
+	QMP *struct {
+		Version struct {
+			QEMU Version `json:"qemu"`
+		} `json:"version"`
+	} `json:"QMP"`
+	Event  json.RawMessage `json:"event"`
+	Return json.RawMessage `json:"return"`
+	Error  json.RawMessage `json:"error"`
+}
+
+// isForAnother says that QEMU meant the message for the client before. Its main thread still writes what it has for that
+// client when the monitor's own thread has taken the next connection, until that thread begins anew with the greeting
+// (QEMU's monitor/qmp.c, monitor_qmp_event and qmp_send_response).
+func (h hello) isForAnother() bool { return h.Event != nil || h.Return != nil || h.Error != nil }
+
+// greeting reads up to the greeting: {"QMP": {"version": ..., "capabilities": [...]}}. The limit of one message holds for
+// all that is before it.
 func (c *Client) greeting(ctx context.Context, buffered *bufio.Reader, in *json.Decoder) (Version, error) {
 	expired := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
@@ -113,15 +133,12 @@ func (c *Client) greeting(ctx context.Context, buffered *bufio.Reader, in *json.
 		start, _ := buffered.Peek(min(buffered.Buffered(), 60)) // what is buffered is there
 		return Version{}, &NotQMPError{Path: c.path, Got: strings.TrimSpace(string(start))}
 	}
-	var g struct {
-		QMP *struct {
-			Version struct {
-				QEMU Version `json:"qemu"`
-			} `json:"version"`
-		} `json:"QMP"`
-	}
-	if err == nil {
-		err = in.Decode(&g)
+	var h hello
+	for err == nil {
+		h = hello{}
+		if err = in.Decode(&h); !h.isForAnother() {
+			break
+		}
 	}
 	if !stop() {
 		<-expired
@@ -131,10 +148,10 @@ func (c *Client) greeting(ctx context.Context, buffered *bufio.Reader, in *json.
 		return Version{}, c.noGreeting(ctx, err)
 	case ctx.Err() != nil:
 		return Version{}, c.noGreeting(ctx, context.Cause(ctx))
-	case g.QMP == nil:
+	case h.QMP == nil:
 		return Version{}, &NotQMPError{Path: c.path, Got: "{...}, a JSON object without the member QMP"}
 	}
-	return g.QMP.Version.QEMU, nil
+	return h.QMP.Version.QEMU, nil
 }
 
 func (c *Client) noGreeting(ctx context.Context, err error) error {

@@ -43,13 +43,17 @@ type parked struct {
 	in   *json.Decoder
 }
 
-func dialParked(t *testing.T) (*Client, *parked) {
+// dialParked connects to a QEMU that says something before its greeting.
+func dialParked(t *testing.T, before ...string) (*Client, *parked) {
 	t.Helper()
 	path, conns := listen(t)
 	ready := make(chan *parked)
 	go func() {
 		conn := <-conns
 		p := &parked{t, conn, json.NewDecoder(conn)}
+		for _, line := range before {
+			p.say("%s", line)
+		}
 		p.say(`{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": []}}`)
 		p.say(`{"return": {}, "id": %d}`, p.command("qmp_capabilities"))
 		ready <- p
@@ -81,6 +85,26 @@ func (p *parked) command(want string) uint64 {
 func (p *parked) say(format string, args ...any) {
 	if _, err := fmt.Fprintf(p.conn, format+"\r\n", args...); err != nil {
 		p.t.Error(err)
+	}
+}
+
+// A new client may get, before the greeting, what was meant for the one before it.
+func TestGreetingAfterOthersMessages(t *testing.T) {
+	c, qemu := dialParked(t,
+		`{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "JOB_STATUS_CHANGE", "data": {"status": "null"}}`,
+		`{"return": {}, "id": 1}`,
+		`{"error": {"class": "GenericError", "desc": "late"}}`)
+	if got := c.Version(); got != (Version{7, 2, 22}) {
+		t.Errorf("version %v", got)
+	}
+	result := make(chan error)
+	var answer string
+	go func() { result <- c.Do(testContext(t), "first", nil, &answer) }()
+	id := qemu.command("first")
+	qemu.say(`{"return": "of the client before", "id": 2}`)
+	qemu.say(`{"return": "right", "id": %d}`, id)
+	if err := <-result; err != nil || answer != "right" {
+		t.Errorf("%q, %v", answer, err)
 	}
 }
 
