@@ -29,8 +29,7 @@ var ErrActive = errors.New("libvirt has a domain of that name already, which is 
 // Start has the libvirt that listens at a socket, empty: this host's own, start a domain of that definition, whose QEMU
 // waits for a migration, and returns its address. The domain is transient where it is not defined here.
 func Start(ctx context.Context, socket, definition string) (vm string, err error) {
-	definition, err = withIncoming(definition)
-	if err != nil {
+	if definition, err = withIncoming(definition); err != nil {
 		return "", err
 	}
 	conn, err := connect(ctx, socket)
@@ -38,6 +37,9 @@ func Start(ctx context.Context, socket, definition string) (vm string, err error
 		return "", err
 	}
 	defer conn.within(ctx)()
+	if definition, err = withLabel(definition, conn.mayLabel); err != nil {
+		return "", errors.Join(err, conn.Close())
+	}
 	d, err := conn.DomainCreateXML(definition, golibvirt.DomainStartPaused)
 	if err != nil {
 		err = fmt.Errorf("have libvirt start the domain: %w", err)
@@ -80,16 +82,17 @@ func withIncoming(definition string) (string, error) {
 	return doc.WriteToString()
 }
 
-// withoutIncoming returns a definition as it was before withIncoming: what the domain's next start uses, and its next
-// move.
+// withoutIncoming returns a definition as it was before withIncoming and withLabel: what the domain's next start uses, and
+// its next move.
 func withoutIncoming(definition string) (string, error) {
 	doc, root, err := parse(definition)
 	if err != nil {
 		return "", err
 	}
+	withoutLabel(root)
 	line := root.SelectElement(passthrough)
 	if line == nil {
-		return definition, nil
+		return doc.WriteToString()
 	}
 	args := line.SelectElements(argument)
 	for i := 0; i+1 < len(args); i++ {
@@ -159,7 +162,7 @@ func NameOf(definition string) (string, error) {
 type Limit struct {
 	// MayRun says whether a QEMU binary may be started.
 	MayRun func(binary string) error
-	// Root: it may say whom QEMU runs as.
+	// Root: it may say whom QEMU runs as, and what a security module lets it do.
 	Root bool
 }
 
@@ -190,6 +193,9 @@ func (l Limit) Check(definition string) error {
 	for _, label := range root.FindElements("seclabel") {
 		if label.SelectAttrValue("model", "") == "dac" && !l.Root {
 			return errors.New("the domain's definition says whom QEMU runs as (<seclabel model='dac'>)")
+		}
+		if kind := label.SelectAttrValue("type", ""); kind != "" && kind != "dynamic" && !l.Root {
+			return fmt.Errorf("the domain's definition says how QEMU is confined (<seclabel type='%s'>)", kind)
 		}
 	}
 	return nil

@@ -60,7 +60,11 @@ func TestLimit(t *testing.T) {
 		"arguments": {
 			insert("</domain>", `<qemu:commandline xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0"/>`), "<qemu:commandline>",
 		},
-		"a script":     {insert("</devices>", `<interface type="ethernet"><script path="/tmp/evil"/></interface>`), "as root"},
+		"a script":       {insert("</devices>", `<interface type="ethernet"><script path="/tmp/evil"/></interface>`), "as root"},
+		"no confinement": {insert("</domain>", `<seclabel type="none" model="selinux"/>`), "how QEMU is confined"},
+		"a label of its choice": {
+			insert("</domain>", `<seclabel type="static" model="selinux"><label>u:r:t:s0</label></seclabel>`), "how QEMU is confined",
+		},
 		"another user": {insert("</domain>", `<seclabel model="dac" relabel="no"><label>+0:+0</label></seclabel>`), "whom QEMU runs as"},
 	} {
 		err := limit.Check(c.definition)
