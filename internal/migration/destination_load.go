@@ -127,8 +127,7 @@ func (d *Destination) load(
 	case ctx.Err() != nil && d.vm.QMP.Err() == nil: // a QEMU that has ended ends ctx, too
 		return nil, fmt.Errorf("the destination QEMU did not load the device state: %w", causeOf(ctx, d.explain(err)))
 	default:
-		return nil, withRemedy(fmt.Errorf("the destination QEMU could not load the device state: %w", d.explain(err)),
-			"compare machine type, devices and QEMU versions of both sides")
+		return nil, withRemedy(fmt.Errorf("the destination QEMU could not load the device state: %w", d.explain(err)), d.loadRemedy())
 	}
 	if first.GetPaused() && !first.GetRehearsal() {
 		// QEMU before 10.0 has taken them by itself, and only logs that it could not have them.
@@ -230,4 +229,14 @@ func (d *Destination) said() string {
 		}
 	}
 	return "see what it has logged"
+}
+
+// loadRemedy says where to look when QEMU could not load. A domain's QEMU says why to libvirt, if it was not ended.
+func (d *Destination) loadRemedy() string {
+	const compare = "compare machine type, devices and QEMU versions of both sides"
+	if d.domain == "" || d.vm.QMP.Err() == nil {
+		return compare
+	}
+	return "see on the destination, in /var/log/libvirt/qemu, why the domain ended; if QEMU says nothing there, somebody ended it: " +
+		"migrate the VM again; else " + compare
 }
