@@ -7,7 +7,6 @@ package refpolicy
 import (
 	"compress/bzip2"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,6 +14,8 @@ import (
 	"strings"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/migrated-vm/migrated/e2e/debian"
 )
 
 const (
@@ -28,14 +29,13 @@ const (
 // Modules returns all modules of the policy as CIL files. The package is downloaded once, into the user's cache,
 // and never installed.
 func Modules(ctx context.Context) ([]string, error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return nil, fmt.Errorf("policy of Debian: %w", err)
-	}
-	dir := filepath.Join(cache, "migrated", pkg+"-"+strings.ReplaceAll(version, ":", "_"))
-	if _, err = os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		err = fetch(ctx, dir)
-	}
+	dir, err := debian.Keep("cil-"+pkg+"-"+version, func(made string) error {
+		root, err := debian.Extract(ctx, pkg, version)
+		if err != nil {
+			return err
+		}
+		return convert(ctx, filepath.Join(root, "usr/share/selinux/default"), made)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("policy of Debian: %w", err)
 	}
@@ -49,55 +49,10 @@ func Modules(ctx context.Context) ([]string, error) {
 	return modules, nil
 }
 
-// fetch makes dir appear whole.
-func fetch(ctx context.Context, dir string) error {
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
-		return err
-	}
-	work, err := os.MkdirTemp(filepath.Dir(dir), ".making-"+pkg+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(work)
-	if err := run(ctx, work, "apt-get", "download", "--quiet", pkg+"="+version); err != nil {
-		return err
-	}
-	packages, err := filepath.Glob(filepath.Join(work, "*.deb"))
-	if err == nil && len(packages) != 1 {
-		err = fmt.Errorf("apt-get downloaded %q", packages)
-	}
-	if err != nil {
-		return err
-	}
-	if err := run(ctx, work, "dpkg-deb", "--extract", packages[0], "root"); err != nil {
-		return err
-	}
-	made := filepath.Join(work, "cil")
-	if err := convert(ctx, filepath.Join(work, "root/usr/share/selinux/default"), made); err != nil {
-		return err
-	}
-	if err := os.Rename(made, dir); err != nil && !errors.Is(err, os.ErrExist) { // or somebody was faster
-		return err
-	}
-	return nil
-}
-
-func run(ctx context.Context, dir, name string, args ...string) error {
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Dir = dir
-	if said, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%v: %w\n%s", cmd, err, said)
-	}
-	return nil
-}
-
-// convert makes a CIL file in the new directory to of each compiled module in from.
+// convert makes a CIL file in the directory to of each compiled module in from.
 func convert(ctx context.Context, from, to string) error {
 	modules, err := filepath.Glob(filepath.Join(from, "*.pp.bz2"))
 	if err != nil {
-		return err
-	}
-	if err := os.Mkdir(to, 0o755); err != nil {
 		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
