@@ -23,7 +23,7 @@ var allowed = []string{
 	"access", "faccessat", "faccessat2", "open", "openat", "close", "close_range", "read", "readv", "pread64", "preadv", "preadv2",
 	"write", "writev", "pwrite64", "pwritev", "pwritev2", "lseek", "stat", "fstat", "lstat", "newfstatat", "statx", "statfs", "fstatfs",
 	"readlink", "readlinkat", "getdents64", "getcwd", "mkdir", "mkdirat", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir",
-	"chmod", "fchmod", "fchmodat", "fchownat", "fsync", "fdatasync", "ftruncate", "fallocate", "fgetxattr",
+	"chmod", "fchmod", "fchmodat", "fchownat", "fsync", "fdatasync", "ftruncate", "fallocate", "fgetxattr", "getxattr",
 	"fcntl", "flock", "ioctl", "dup", "dup3", "pipe2",
 
 	// Network, and sockets of QEMU. socket itself is below.

@@ -159,10 +159,17 @@ func (d *Domain) Destroy(ctx context.Context) error {
 func (d *Domain) Definition(ctx context.Context) (string, error) {
 	defer d.within(ctx)()
 	text, err := d.DomainGetXMLDesc(d.id, golibvirt.DomainXMLMigratable|golibvirt.DomainXMLSecure)
+	var live string
+	if err == nil {
+		live, err = d.DomainGetXMLDesc(d.id, 0)
+	}
+	if err == nil {
+		text, err = asItStarts(text, live)
+	}
 	if err != nil {
 		return "", fmt.Errorf("definition of libvirt's domain %s: %w", d.Name(), err)
 	}
-	return withoutIncoming(text)
+	return text, nil
 }
 
 // Names are those of the domains that run at the libvirt that listens at a socket; empty: this host's own.

@@ -32,14 +32,14 @@ func Start(ctx context.Context, socket, definition string) (vm string, err error
 	if definition, err = withIncoming(definition); err != nil {
 		return "", err
 	}
+	if definition, err = withLabel(definition, mayLabel); err != nil {
+		return "", err
+	}
 	conn, err := connect(ctx, socket)
 	if err != nil {
 		return "", err
 	}
 	defer conn.within(ctx)()
-	if definition, err = withLabel(definition, conn.mayLabel); err != nil {
-		return "", errors.Join(err, conn.Close())
-	}
 	d, err := conn.DomainCreateXML(definition, golibvirt.DomainStartPaused)
 	if err != nil {
 		err = fmt.Errorf("have libvirt start the domain: %w", err)
@@ -82,17 +82,26 @@ func withIncoming(definition string) (string, error) {
 	return doc.WriteToString()
 }
 
-// withoutIncoming returns a definition as it was before withIncoming and withLabel: what the domain's next start uses, and
-// its next move.
-func withoutIncoming(definition string) (string, error) {
+// asItStarts returns a domain's definition as it was before withIncoming and withLabel, with the label that it runs with:
+// what its next start uses, and its next move.
+func asItStarts(definition, live string) (string, error) {
 	doc, root, err := parse(definition)
 	if err != nil {
 		return "", err
 	}
+	withoutIncoming(root)
 	withoutLabel(root)
+	if err := copyLabel(root, live); err != nil {
+		return "", err
+	}
+	return doc.WriteToString()
+}
+
+// withoutIncoming undoes withIncoming.
+func withoutIncoming(root *etree.Element) {
 	line := root.SelectElement(passthrough)
 	if line == nil {
-		return doc.WriteToString()
+		return
 	}
 	args := line.SelectElements(argument)
 	for i := 0; i+1 < len(args); i++ {
@@ -106,7 +115,6 @@ func withoutIncoming(definition string) (string, error) {
 	if len(line.ChildElements()) == 0 {
 		root.RemoveChild(line)
 	}
-	return doc.WriteToString()
 }
 
 func parse(definition string) (*etree.Document, *etree.Element, error) {

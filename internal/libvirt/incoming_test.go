@@ -24,7 +24,7 @@ func TestIncoming(t *testing.T) {
 			strings.Count(waits, "xmlns:qemu=") != 1 || strings.Count(waits, "<qemu:commandline>") != 1 {
 			t.Errorf("%s: %s", name, waits)
 		}
-		back, err := withoutIncoming(waits)
+		back, err := asItStarts(waits, definition)
 		if err != nil {
 			t.Fatal(err)
 		}

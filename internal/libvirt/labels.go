@@ -5,6 +5,8 @@ package libvirt
 import (
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/beevik/etree"
@@ -57,6 +59,30 @@ func withLabel(definition string, may func(label string) error) (string, error) 
 	return doc.WriteToString()
 }
 
+// copyLabel adds the label of a domain that runs to its definition, which has it no more than what libvirt chose
+// otherwise.
+func copyLabel(root *etree.Element, live string) error {
+	_, running, err := parse(live)
+	if err != nil {
+		return err
+	}
+	label, given := running.FindElement("seclabel[@model='selinux']"), root.FindElement("seclabel[@model='selinux']")
+	switch {
+	case label == nil:
+		return nil
+	case given == nil && label.SelectAttrValue("type", "") != "dynamic":
+		return nil
+	case given != nil && given.SelectAttrValue("type", "") != "dynamic": // its operator chose it
+		return nil
+	case given != nil:
+		root.RemoveChild(given)
+	}
+	label = label.Copy() // static, if it had to be at the move before
+	label.CreateAttr("type", "dynamic")
+	root.AddChild(label)
+	return nil
+}
+
 // withoutLabel undoes withLabel: at its next start libvirt chooses the domain's label again.
 func withoutLabel(root *etree.Element) {
 	metadata := root.SelectElement("metadata")
@@ -72,18 +98,28 @@ func withoutLabel(root *etree.Element) {
 	}
 }
 
-// mayLabel refuses a label that this host's libvirt would not choose, but for its categories.
-func (c *connection) mayLabel(label string) error {
-	capabilities, err := c.ConnectGetCapabilities()
+// selinuxDir is libselinux's (selinux_config(5)).
+const selinuxDir = "/etc/selinux"
+
+// mayLabel refuses a label that this host's libvirt would not choose, but for its categories. It reads what libvirt
+// reads: the domains of QEMUs by KVM and by TCG, one a line (virtual_domain_context(5)).
+func mayLabel(label string) error {
+	config, err := os.ReadFile(filepath.Join(selinuxDir, "config"))
 	if err != nil {
 		return fmt.Errorf("the labels of libvirt's QEMUs: %w", err)
 	}
-	doc := etree.NewDocument()
-	if err := doc.ReadFromString(capabilities); err != nil {
+	var policy string
+	for line := range strings.Lines(string(config)) {
+		if name, is := strings.CutPrefix(strings.TrimSpace(line), "SELINUXTYPE="); is {
+			policy = name
+		}
+	}
+	contexts, err := os.ReadFile(filepath.Join(selinuxDir, policy, "contexts/virtual_domain_context"))
+	if err != nil {
 		return fmt.Errorf("the labels of libvirt's QEMUs: %w", err)
 	}
-	for _, base := range doc.FindElements("capabilities/host/secmodel/baselabel") {
-		if own := strings.TrimSpace(base.Text()); label == own || strings.HasPrefix(label, own+":") {
+	for _, own := range strings.Fields(string(contexts)) {
+		if label == own || strings.HasPrefix(label, own+":") {
 			return nil
 		}
 	}
@@ -94,8 +130,15 @@ func (c *connection) mayLabel(label string) error {
 func haveLabel(root *etree.Element, label string) (bool, error) {
 	for _, source := range root.FindElements("devices/disk[@type='file']/source") {
 		path := source.SelectAttrValue("file", "")
-		if path == "" || label == "" || labelOf(path) != label {
-			continue // also one that is not there: libvirt says so better
+		if path == "" || label == "" {
+			continue
+		}
+		got, err := labelOf(path)
+		if err != nil {
+			return false, err
+		}
+		if got != label {
+			continue
 		}
 		var fs unix.Statfs_t
 		if err := unix.Statfs(path, &fs); err != nil {
@@ -109,12 +152,15 @@ func haveLabel(root *etree.Element, label string) (bool, error) {
 	return false, nil
 }
 
-// labelOf is the label of a file; empty where it has none.
-func labelOf(path string) string {
+// labelOf is the label of a file; empty where it has none, or is not there, of which libvirt says more.
+func labelOf(path string) (string, error) {
 	value := make([]byte, 4096) // a page is the most that the kernel gives
 	n, err := unix.Getxattr(path, "security.selinux", value)
-	if err != nil {
-		return ""
+	switch {
+	case errors.Is(err, unix.ENODATA), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOENT):
+		return "", nil
+	case err != nil:
+		return "", fmt.Errorf("the label of the image %s: %w", path, err)
 	}
-	return strings.TrimRight(string(value[:n]), "\x00")
+	return strings.TrimRight(string(value[:n]), "\x00"), nil
 }

@@ -59,7 +59,7 @@ func TestWithLabel(t *testing.T) {
 			if !strings.Contains(got, "<label>system_u:system_r:svirt_t:s0:c1,c2</label>") {
 				t.Errorf("the label is gone: %s", got)
 			}
-			back, err := withoutIncoming(got)
+			back, err := asItStarts(got, got)
 			if err != nil || back != given {
 				t.Errorf("undone, it is\n%s, %v, and was\n%s", back, err, given)
 			}
@@ -70,5 +70,19 @@ func TestWithLabel(t *testing.T) {
 		`model="selinux"><label>a:b:c:s0:c1,c2</label><imagelabel>%s</imagelabel></seclabel></domain>`, labelled, imageLabel)
 	if _, err := withLabel(given, func(string) error { return foreign }); !errors.Is(err, foreign) {
 		t.Errorf("a label of another policy's: %v", err)
+	}
+}
+
+func TestCopyLabel(t *testing.T) {
+	const label = `<seclabel type="dynamic" model="selinux" relabel="yes"><label>a:b:c:s0:c1,c2</label></seclabel>`
+	const live = `<domain><seclabel type="dynamic" model="dac"><label>+1:+1</label></seclabel>` + label + `</domain>`
+	for given, want := range map[string]string{
+		`<domain/>`: `<domain>` + label + `</domain>`,
+		`<domain><seclabel type="dynamic" model="selinux" relabel="yes"/></domain>`: `<domain>` + label + `</domain>`,
+		`<domain><seclabel type="static" model="selinux"/></domain>`:                `<domain><seclabel type="static" model="selinux"/></domain>`,
+	} {
+		if got, err := asItStarts(given, live); err != nil || got != want {
+			t.Errorf("%s: %s, %v, want %s", given, got, err, want)
+		}
 	}
 }
