@@ -52,13 +52,15 @@ var mutations = []struct{ never, rule string }{
 	{"N13", "(allow init_t migrated_state_t (file (read)))"},
 	{"N13", "(allow other_t migrated_state_t (file (write)))"},
 	{"N13", "(allow svirt_t migrated_state_t (file (read)))"},
-	{"N13", "(allow svirt_t migrated_state_t (file (open)))"},
+	{"N13", "(allow svirt_t migrated_state_t (file (getattr)))"},
 	{"N13", "(allow migrated_t migrated_state_t (file (map)))"},
 	{"N14", "(allow migrated_t svirt_t (file (write)))"},
 	{"N14", "(allow migrated_t svirt_tmpfs_t (file (write)))"},
 	{"N14", "(allow migrated_t svirt_image_t (file (map)))"},
 	{"N14", "(allow migrated_t svirt_image_t (file (unlink)))"},
 	{"N14", "(allowx migrated_t svirt_t (ioctl file (0x6611)))"},
+	{"N15", "(allow migrated_t etc_t (file (setattr)))"},
+	{"N15", "(allow migrated_t virt_image_t (file (write)))"},
 }
 
 // TestNever: the compiler refuses each of them, by the very rule that is there for it.

@@ -99,7 +99,7 @@ func TestOnDebian(t *testing.T) {
 			"what the daemon has of root's powers",
 			[]string{"-A", "-s", "migrated_t", "-c", "capability,capability2"},
 			[]string{
-				"allow migrated_t migrated_t:capability { dac_override dac_read_search kill lease setgid setpcap setuid sys_ptrace };",
+				"allow migrated_t migrated_t:capability { chown dac_override dac_read_search kill lease setgid setpcap setuid sys_ptrace };",
 				"allow migrated_t migrated_t:capability2 checkpoint_restore;",
 			},
 		},
@@ -115,10 +115,29 @@ func TestOnDebian(t *testing.T) {
 			},
 		},
 		{
+			"whose files the daemon gives away",
+			[]string{"-A", "-s", "migrated_t", "-c", "file", "-p", "setattr"},
+			[]string{
+				"allow migrated_t migrated_image:file { getattr setattr };",
+				"allow migrated_t migrated_log_t:file { append create getattr open read rename setattr unlink write };",
+				"allow migrated_t migrated_record_t:file { create getattr map open read rename setattr unlink write };",
+			},
+		},
+		{
+			"what the daemon reads of the policy",
+			[]string{"-A", "-s", "migrated_t", "-t", "default_context_t", "-c", "file"},
+			[]string{"allow migrated_t default_context_t:file { getattr open read };"},
+		},
+		{
+			"how the daemon reaches libvirt",
+			[]string{"-A", "-s", "migrated_t", "-t", "virtd_t", "-c", "unix_stream_socket"},
+			[]string{"allow migrated_t virtd_t:unix_stream_socket connectto;"},
+		},
+		{
 			"the state of a VM's devices: the daemon reads it, QEMU writes it, nobody else anything",
 			[]string{"-A", "-t", "migrated_state_t"},
 			[]string{
-				"allow migrated_qemu_domain migrated_state_t:file write;",
+				"allow migrated_qemu_domain migrated_state_t:file { open write };",
 				"allow migrated_t migrated_state_t:file { getattr open read write };",
 			},
 		},

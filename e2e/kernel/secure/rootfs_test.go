@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/image"
@@ -33,8 +34,8 @@ var policies = map[string]string{
 }
 
 // rootfs makes the initramfs: the driver as /init, the daemon, QEMU with what
-// it needs, the VM's disk and the policies.
-func rootfs(t *testing.T) string {
+// it needs, the VM's disk, the policies, and more.
+func rootfs(t *testing.T, more ...kernel.File) string {
 	t.Helper()
 	dir := t.TempDir()
 	files := []kernel.File{
@@ -52,13 +53,19 @@ func rootfs(t *testing.T) string {
 		cannot.Run(t, "%v", err)
 	}
 	files = append(files, kernel.File{Name: "disk", Path: disk})
-	for _, name := range slices.Concat([]string{qemuBinary}, libraries(t), []string{
+	for _, name := range slices.Concat([]string{qemuBinary}, libraries(t, qemuBinary), []string{
 		"/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/kvmvapic.bin",
 	}) {
 		files = append(files, kernel.File{Name: name, Path: name})
 	}
 	for name, extra := range policies {
 		files = append(files, kernel.File{Name: "policy/" + name, Path: compile(t, dir, name, extra)})
+	}
+	for _, f := range more {
+		same := func(g kernel.File) bool { return strings.TrimPrefix(g.Name, "/") == strings.TrimPrefix(f.Name, "/") }
+		if !slices.ContainsFunc(files, same) { // programs share libraries
+			files = append(files, f)
+		}
 	}
 	path, err := kernel.Initramfs(dir, files)
 	if err != nil {
@@ -82,13 +89,13 @@ func build(t *testing.T, dir, pkg string) string {
 // loaded matches the files in what ldd says.
 var loaded = regexp.MustCompile(`(?:=> )?(/\S+) \(0x`)
 
-// libraries are what QEMU's loader loads, the loader included.
-func libraries(t *testing.T) []string {
+// libraries are what the loader loads for a program, the loader included.
+func libraries(t *testing.T, program string) []string {
 	t.Helper()
-	if _, err := os.Stat(qemuBinary); err != nil {
+	if _, err := os.Stat(program); err != nil {
 		cannot.Run(t, "%v: install the packages of scripts/setup", err)
 	}
-	out, err := exec.CommandContext(t.Context(), "ldd", qemuBinary).CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), "ldd", program).CombinedOutput()
 	if err != nil {
 		t.Fatalf("ldd: %v\n%s", err, out)
 	}
@@ -96,7 +103,7 @@ func libraries(t *testing.T) []string {
 	for _, match := range loaded.FindAllStringSubmatch(string(out), -1) {
 		files = append(files, match[1])
 	}
-	if len(files) < 10 {
+	if len(files) < 4 {
 		t.Fatalf("ldd names %d libraries:\n%s", len(files), out)
 	}
 	return files

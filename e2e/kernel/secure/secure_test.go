@@ -126,10 +126,10 @@ func TestSecureMigration(t *testing.T) {
 			if err != nil {
 				cannot.Run(t, "%v", err)
 			}
-			results, err := boot(t, tree.BzImage, initrd)
+			results, err := boot(t, tree.BzImage, initrd, "selinux")
 			for again := 1; again < attempts && emulators(results, err); again++ {
 				t.Logf("KNOWN: the emulator lost its way; see README.md, 'The emulator'; booting again, %d of %d: %v", again+1, attempts, err)
-				results, err = boot(t, tree.BzImage, initrd)
+				results, err = boot(t, tree.BzImage, initrd, "selinux")
 			}
 			if err != nil {
 				t.Error(err)
@@ -246,9 +246,9 @@ func TestLostLater(t *testing.T) {
 	}
 }
 
-// boot boots a kernel with the initramfs, gives args to its /init, and returns
+// boot boots a kernel with the initramfs and a security module, gives args to its /init, and returns
 // what the guest reported. The error says that it did not come to its end.
-func boot(t *testing.T, bzImage, initrd string, args ...string) (map[string]string, error) {
+func boot(t *testing.T, bzImage, initrd, module string, args ...string) (map[string]string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -260,7 +260,7 @@ func boot(t *testing.T, bzImage, initrd string, args ...string) (map[string]stri
 		// in between the guest's lines. It measures the emulated TSC's rate at its start,
 		// and on a busy machine so wrongly that its seconds become fractions of seconds. With nested page
 		// tables the emulator loses its way (README.md, "The emulator").
-		CommandLine: strings.Join(append([]string{"lsm=selinux loglevel=5 kvm_amd.npt=0 --"}, args...), " "),
+		CommandLine: strings.Join(append([]string{"lsm=" + module + " loglevel=5 kvm_amd.npt=0 --"}, args...), " "),
 	}, func(line string) error {
 		t.Log(line)
 		words := strings.Fields(line)

@@ -27,12 +27,7 @@ func confined(ctx context.Context, log *audit) error {
 			err = act(ctx, log)
 		}
 	}
-	if err != nil {
-		s.daemonLogs()
-		for _, line := range log.since(0) {
-			logf("%s", line)
-		}
-	}
+	s.explain(err, log, 0)
 	return err
 }
 

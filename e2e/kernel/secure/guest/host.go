@@ -28,6 +28,7 @@ type host struct {
 	root       string // the host's files, seen from outside
 	work       chan func()
 	labelled   bool // a policy is loaded
+	libvirt    bool // VMs are libvirt's
 	memory     memory
 	processes  []*process
 }

@@ -42,6 +42,7 @@ var labels = []struct{ path, short string }{
 	{"/usr/bin", "object_r:bin_t:s0"},
 	{"/usr/bin/migrated", "object_r:migrated_exec_t:s0"},
 	{"/usr/bin/qemu-system-x86_64", "object_r:qemu_exec_t:s0"},
+	{watchedQEMU, "object_r:qemu_exec_t:s0"},
 	{"/usr/bin/probe", "object_r:other_exec_t:s0"},
 	{"/usr/bin/probe-qemu", "object_r:qemu_exec_t:s0"},
 	{"/etc", "object_r:etc_t:s0"},
@@ -94,4 +95,14 @@ func domainOf(pid int) string {
 	}
 	_, short, _ := strings.Cut(strings.TrimRight(string(text), "\x00\n"), ":")
 	return short
+}
+
+// shown is what is reported of a descriptor's label: where libvirt chose the categories of the host's QEMU, whether they are
+// the descriptor's.
+func (h *host) shown(label string) string {
+	_, level, _ := strings.Cut(domainOf(h.qemu()), "svirt_t:")
+	if h.libvirt && label == fullContext("object_r:migrated_uffd_t:"+level) && strings.Contains(level, ":c") {
+		return "its-domain's"
+	}
+	return label
 }

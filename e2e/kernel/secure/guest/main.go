@@ -11,7 +11,8 @@
 // It runs the same on every kernel: first without a policy (bare.go), then
 // with it (confined.go) and with others who try to get at a VM's descriptor
 // (strangers.go), and with a VM whose memory is in no file (private.go). Told
-// to, it runs test binaries instead (tests.go).
+// to, it migrates a domain of libvirt's instead (libvirt.go, apparmor.go), or
+// runs test binaries (tests.go).
 package main
 
 import (
@@ -30,6 +31,10 @@ import (
 const patience = 600 * time.Second
 
 func main() {
+	if os.Args[0] == watchedQEMU {
+		fmt.Fprintln(os.Stderr, watch(os.Args[1:])) // it does not return otherwise
+		os.Exit(1)
+	}
 	if os.Getpid() != 1 {
 		probe(os.Args[1:])
 		return
@@ -53,8 +58,14 @@ func run(ctx context.Context) error {
 		return err
 	}
 	parts := []func(context.Context, *audit) error{bare, confined, private}
-	if len(os.Args) > 1 && os.Args[1] == "tests" {
-		parts = []func(context.Context, *audit) error{tests}
+	if len(os.Args) > 1 {
+		part, known := map[string]func(context.Context, *audit) error{
+			"tests": tests, "svirt": svirt, "apparmor": confinedByAppArmor,
+		}[os.Args[1]]
+		if !known {
+			return fmt.Errorf("there is no part %q", os.Args[1])
+		}
+		parts = []func(context.Context, *audit) error{part}
 	}
 	for _, part := range parts {
 		if err := part(ctx, log); err != nil {
@@ -69,7 +80,11 @@ func prepare() error {
 	for _, m := range []struct{ kind, at string }{
 		{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}, {"selinuxfs", "/sys/fs/selinux"},
 	} {
-		if err := unix.Mount(m.kind, m.at, m.kind, 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
+		err := unix.Mount(m.kind, m.at, m.kind, 0, "")
+		if m.kind == "selinuxfs" && (errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT)) {
+			continue // another security module
+		}
+		if err != nil && !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("mount %s: %w", m.at, err)
 		}
 	}
@@ -83,6 +98,8 @@ func prepare() error {
 		os.Chmod("/dev/kvm", 0o666), // as for the members of a group kvm
 		os.Symlink("/run", "/var/run"),
 		os.Mkdir("/var/log", 0o755),
+		os.Mkdir(filepath.Dir(watchedQEMU), 0o755),
+		os.WriteFile(watchedQEMU, program, 0o755),
 		// The programs of those who try: a file has one label.
 		os.WriteFile("/usr/bin/probe", program, 0o755),
 		os.WriteFile("/usr/bin/probe-qemu", program, 0o755),

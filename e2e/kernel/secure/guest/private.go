@@ -23,12 +23,7 @@ func private(ctx context.Context, log *audit) error {
 			err = act(ctx)
 		}
 	}
-	if err != nil {
-		s.daemonLogs()
-		for _, line := range log.since(mark) {
-			logf("%s", line)
-		}
-	}
+	s.explain(err, log, mark)
 	return err
 }
 

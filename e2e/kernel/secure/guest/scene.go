@@ -54,6 +54,17 @@ func (s *scene) daemonLogs() {
 	}
 }
 
+// explain logs what those who must find out why something failed want to know.
+func (s *scene) explain(err error, log *audit, mark int) {
+	if err == nil {
+		return
+	}
+	s.daemonLogs()
+	for _, line := range log.since(mark) {
+		logf("%s", line)
+	}
+}
+
 // id names the next migration.
 func (s *scene) id() string {
 	s.runs++
@@ -89,11 +100,10 @@ func (s *scene) moved(ctx context.Context, name, id string, before uint32) error
 		return fmt.Errorf("the two ends of migration %s do not agree", id)
 	}
 	result(name, source.Supervision)
-	if source.Label != "" {
-		result(name+"-label", source.Label)
-	}
-
 	h := s.from()
+	if source.Label != "" {
+		result(name+"-label", h.shown(source.Label))
+	}
 	err = h.countsBeyond(ctx, before)
 	check(name+"-guest", "counts", err)
 	memory, err := h.verify(ctx)

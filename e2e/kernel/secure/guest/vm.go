@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -29,14 +30,19 @@ const (
 // qemuArgs is the command line of the VM: one KVM vCPU, its memory, the
 // bare-metal guest's disk, a serial port that ends in a file.
 func qemuArgs(memory memory) []string {
-	return append([]string{
+	return slices.Concat([]string{
 		"/usr/bin/qemu-system-x86_64", "-name", "guest,debug-threads=on", "-nodefaults", "-no-user-config", "-display", "none",
 		"-accel", "kvm", "-cpu", "qemu64", "-smp", "1", "-m", fmt.Sprintf("%dM", ramMiB),
-		"-qmp", "unix:" + qmpPath + ",server=on,wait=off",
-		"-qmp", "unix:" + eventsPath + ",server=on,wait=off", // the daemon has the other
 		"-chardev", "file,id=serial,path=" + vmDir + "/serial.log,append=on", "-serial", "chardev:serial",
 		"-drive", "file=" + vmDir + "/disk,format=raw,if=none,id=boot", "-device", "ide-hd,drive=boot,bus=ide.0",
-	}, memory.args()...)
+	}, monitorArgs(), memory.args())
+}
+
+func monitorArgs() []string {
+	return []string{
+		"-qmp", "unix:" + qmpPath + ",server=on,wait=off",
+		"-qmp", "unix:" + eventsPath + ",server=on,wait=off", // the daemon has the other
+	}
 }
 
 // startQEMU starts the VM's QEMU on the host and waits for its QMP socket.

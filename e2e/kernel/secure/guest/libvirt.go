@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	libvirtDomain = "system_r:virtd_t:s0-s0:c0.c7" // QEMUs get two of its categories
+
+	domainName = "guest"
+	sharedDisk = "/shared/disk" // one file, which both hosts have
+)
+
+// svirt migrates a domain of libvirt's there and back, as libvirt runs QEMU where SELinux enforces: with two categories that
+// libvirt chose, another user, seccomp, and a /dev of its own. Nothing may be refused, on either host, to anybody.
+func svirt(ctx context.Context, log *audit) error {
+	err := enforce()
+	check("svirt-policy", "enforcing", err)
+	if err != nil {
+		return err
+	}
+	mark := log.mark()
+	s, err := newDomainScene(ctx, selinux)
+	defer s.close()
+	for _, act := range []func(context.Context) error{
+		func(ctx context.Context) error { return s.moveDomain(ctx, "svirt") },
+		func(ctx context.Context) error { return s.moveDomain(ctx, "svirt-back") },
+		func(ctx context.Context) error { return s.undisturbed(ctx, log, "svirt-log", mark) },
+	} {
+		if err == nil {
+			err = act(ctx)
+		}
+	}
+	s.explain(err, log, mark)
+	return err
+}
+
+// A module is a security module, by the name that libvirt has for it.
+type module string
+
+const (
+	selinux  module = "selinux"
+	apparmor module = "apparmor"
+)
+
+// newDomainScene makes hosts with libvirt and starts the domain on the first.
+func newDomainScene(ctx context.Context, by module) (*scene, error) {
+	s := &scene{}
+	if err := shareDisk(by); err != nil {
+		return s, err
+	}
+	for i, addr := range []string{"127.0.0.4", "127.0.0.5"} {
+		var err error
+		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, by == selinux, privateToVM); err != nil {
+			return s, err
+		}
+		if err := s.hosts[i].startLibvirt(ctx, i, by); err != nil {
+			return s, err
+		}
+		if s.daemons[i], err = s.hosts[i].startDaemon(ctx, "--require-secure", "--qemu-binaries", watchedQEMU); err != nil {
+			return s, err
+		}
+	}
+	path := "/run/domain.xml"
+	if err := os.WriteFile(s.from().path(path), []byte(domainXML), 0o600); err != nil {
+		return s, err
+	}
+	if _, err := s.from().virsh(ctx, "create", path); err != nil {
+		return s, err
+	}
+	return s, s.from().countsBeyond(ctx, 1)
+}
+
+// shareDisk puts the image where both hosts find it.
+func shareDisk(by module) error {
+	disk, err := os.ReadFile("/disk")
+	if err != nil {
+		return err
+	}
+	err = errors.Join(os.Mkdir(filepath.Dir(sharedDisk), 0o755), os.WriteFile(sharedDisk, disk, 0o600))
+	if err != nil || by != selinux {
+		return err
+	}
+	return errors.Join(
+		label(filepath.Dir(sharedDisk), "object_r:virt_image_t:s0"),
+		label(sharedDisk, "object_r:virt_image_t:s0"))
+}
+
+// watchedQEMU is QEMU with the sockets of qemuArgs, by which the driver watches a VM: a copy of this program, which a
+// definition may name as its emulator, where it may have no arguments of its own.
+const watchedQEMU = "/usr/bin/watched/qemu-system-x86_64"
+
+// watch becomes QEMU. The one that libvirt asks for what it can do has no name, and gets no sockets.
+func watch(args []string) error {
+	const qemu = "/usr/bin/qemu-system-x86_64"
+	args = append([]string{qemu}, args...)
+	if slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, "guest="+domainName) }) {
+		args = append(args, monitorArgs()...)
+	}
+	return unix.Exec(qemu, args, os.Environ())
+}
+
+// domainXML is the VM of qemuArgs as libvirt describes it.
+var domainXML = fmt.Sprintf(`
+<domain type='kvm'>
+  <name>%s</name>
+  <memory unit='MiB'>%d</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <features><acpi/></features>
+  <cpu mode='custom' match='exact' check='none'><model fallback='forbid'>qemu64</model></cpu>
+  <devices>
+    <emulator>%s</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source file='%s'/>
+      <target dev='sda' bus='sata'/>
+    </disk>
+    <controller type='usb' model='none'/>
+    <serial type='file'><source path='%s/serial.log' append='on'/></serial>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+`, domainName, ramMiB, watchedQEMU, sharedDisk, vmDir)
+
+// startLibvirt starts the host's libvirtd, with directories of its own, and waits until it answers.
+func (h *host) startLibvirt(ctx context.Context, number int, by module) error {
+	h.libvirt = true
+	dirs := []struct{ path, label string }{
+		{"/etc/libvirt", "object_r:etc_t:s0"},
+		{"/var/lib/libvirt", "object_r:virt_var_lib_t:s0"},
+		{"/var/cache/libvirt", "object_r:virt_var_lib_t:s0"},
+		{"/var/log/libvirt", "object_r:virt_log_t:s0"},
+	}
+	for _, d := range dirs {
+		err := h.do(func() error {
+			if err := os.MkdirAll(d.path, 0o755); err != nil {
+				return err
+			}
+			return unix.Mount("tmpfs", d.path, "tmpfs", 0, "mode=0755")
+		})
+		if err == nil && h.labelled {
+			err = label(h.path(d.path), d.label)
+		}
+		if err != nil {
+			return fmt.Errorf("libvirt's %s: %w", d.path, err)
+		}
+	}
+	if by == apparmor {
+		if err := h.ownProfiles(); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(
+		os.WriteFile(h.path("/etc/libvirt/qemu.conf"), fmt.Appendf(nil, `
+security_driver = "%[2]s"
+stdio_handler = "file"
+cgroup_controllers = []
+user = "+%[1]d"
+group = "+%[1]d"
+`, qemuUser, by), 0o600),
+		os.WriteFile(h.path("/etc/libvirt/libvirtd.conf"), fmt.Appendf(nil, `
+host_uuid = "00000000-0000-4000-8000-00000000000%d"
+auth_unix_rw = "none"
+`, number+1), 0o600),
+	); err != nil {
+		return err
+	}
+	p, err := h.start(libvirtDomain, 0, nil, "/usr/sbin/libvirtd")
+	if err != nil {
+		return err
+	}
+	err = until(ctx, "libvirtd", func() bool {
+		_, err := h.virsh(ctx, "list")
+		return err == nil || p.ended()
+	})
+	if err == nil && p.ended() {
+		err = fmt.Errorf("libvirtd ended: %w", p.err)
+	}
+	if err == nil { // it asks QEMU now, which takes long here, and not when a VM is to arrive
+		_, err = h.virsh(ctx, "domcapabilities", "--emulatorbin", watchedQEMU)
+	}
+	if err != nil {
+		return fmt.Errorf("host %s: %w: %s", h.name, err, p.said.String())
+	}
+	return nil
+}
+
+// virsh runs a command of virsh's on the host.
+func (h *host) virsh(ctx context.Context, args ...string) (string, error) {
+	p, err := h.start("", 0, nil, append([]string{"/usr/bin/virsh", "--quiet"}, args...)...)
+	if err != nil {
+		return "", err
+	}
+	said, err := p.wait(ctx)
+	if err != nil {
+		return said, fmt.Errorf("virsh %s: %w: %s", strings.Join(args, " "), err, said)
+	}
+	return said, nil
+}
+
+// moveDomain moves the domain, has its vCPU wait for a page meanwhile, and says what became of it.
+func (s *scene) moveDomain(ctx context.Context, name string) error {
+	logf("%s: QEMU runs in %s at the source", name, domainOf(s.from().qemu()))
+	id := s.id()
+	args := []string{"migrate", "--vm", "libvirt:" + domainName, "--to", s.to().daemonAddr(), "--id", id}
+	err := s.starve(ctx, name, id, args, func() error {
+		logf("%s: QEMU runs in %s at the destination", name, domainOf(s.to().qemu()))
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	there, err := s.from().virsh(ctx, "domstate", domainName)
+	if err == nil && there != "running" {
+		err = fmt.Errorf("virsh says %q at the destination", there)
+	}
+	if err == nil {
+		err = until(ctx, "the source's libvirt to forget the domain", func() bool {
+			_, err := s.to().virsh(ctx, "domstate", domainName)
+			return err != nil
+		})
+	}
+	check(name+"-virsh", "running", err)
+	return nil
+}
