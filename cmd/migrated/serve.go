@@ -28,32 +28,35 @@ import (
 // serveCmd has a flag for each key of the configuration file. A flag that was
 // not given is nil and leaves the file's value.
 type serveCmd struct {
-	Config        *string  `placeholder:"PATH" predictor:"file" help:"Configuration file (default: ${config_path} if there is one)."`
-	Listen        *string  `group:"settings" placeholder:"HOST:PORT" help:"Where other daemons reach this one."`
-	Socket        *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Unix socket of the control API."`
-	ControlListen *string  `group:"settings" placeholder:"HOST:PORT" help:"Serve the control API at this address as well."`
-	Advertise     []string `group:"settings" placeholder:"HOST:PORT" help:"Address under which other daemons reach this one's page server; may be repeated."`
-	Peers         []string `group:"settings" placeholder:"NAME" help:"Name in the certificate of a daemon that may connect, and patterns of the VMs it may send; may be repeated."`
-	Operators     []string `group:"settings" placeholder:"NAME" help:"Name in a certificate that may use --control-listen; may be repeated."`
-	QEMUCgroup    *string  `group:"settings" name:"qemu-cgroup" placeholder:"PATH" help:"Control group below which each QEMU is in one of its own; empty: in the daemon's."`
-	LogDir        *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what started QEMUs write."`
-	StateDir      *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
-	QEMUBinaries  []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
-	LibvirtSocket *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Where this host's libvirt listens; libvirt's usual places where nothing is said."`
-	LibvirtHook   *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Program that may change the definition of a domain of libvirt's that comes, called as libvirt's own hook for migrations; empty: none."`
-	TemplateDir   *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of the templates that a source may name with --template."`
-	MinUID        *int     `group:"settings" name:"min-uid" placeholder:"N" help:"Least user id that a QEMU is started as here; 0 allows root."`
-	RunAs         *string  `group:"settings" placeholder:"USER" help:"User that QEMUs are started as here, whoever runs them at their sources."`
-	Forbidden     []string `group:"settings" name:"forbidden-options" placeholder:"OPTION" help:"Option that no QEMU is started with here, or an option and one of its settings; may be repeated."`
-	FaultWorkers  *int     `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
-	MaxIncoming   *int     `group:"settings" placeholder:"N" help:"Migrations to this host at once."`
-	RequireSecure *bool    `group:"settings" help:"Refuse VMs that arrive where no security module can watch over the userfaultfd."`
-	Bandwidth     *string  `group:"settings" placeholder:"BYTES/S" help:"Most that may cross the network of one VM's memory that it does not wait for, as in 500M; none: no limit."`
-	LogLevel      *string  `group:"settings" placeholder:"LEVEL" help:"debug, info, warn or error."`
+	Config         *string  `placeholder:"PATH" predictor:"file" help:"Configuration file (default: ${config_path} if there is one)."`
+	Listen         *string  `group:"settings" placeholder:"HOST:PORT" help:"Where other daemons reach this one."`
+	Socket         *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Unix socket of the control API."`
+	ControlListen  *string  `group:"settings" placeholder:"HOST:PORT" help:"Serve the control API at this address as well."`
+	Advertise      []string `group:"settings" placeholder:"HOST:PORT" help:"Address under which other daemons reach this one's page server; may be repeated."`
+	Peers          []string `group:"settings" placeholder:"NAME" help:"Name in the certificate of a daemon that may connect, and patterns of the VMs it may send; may be repeated."`
+	Operators      []string `group:"settings" placeholder:"NAME" help:"Name in a certificate that may use --control-listen; may be repeated."`
+	MetricsListen  *string  `group:"settings" placeholder:"HOST:PORT|PATH" help:"Serve metrics to Prometheus at this address, or at this Unix socket."`
+	MetricsClients []string `group:"settings" placeholder:"NAME" help:"Name in a certificate that may read --metrics-listen; may be repeated."`
+	Pprof          *bool    `group:"settings" help:"Serve profiles of the daemon at --metrics-listen as well."`
+	QEMUCgroup     *string  `group:"settings" name:"qemu-cgroup" placeholder:"PATH" help:"Control group below which each QEMU is in one of its own; empty: in the daemon's."`
+	LogDir         *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what started QEMUs write."`
+	StateDir       *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
+	QEMUBinaries   []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
+	LibvirtSocket  *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Where this host's libvirt listens; libvirt's usual places where nothing is said."`
+	LibvirtHook    *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Program that may change the definition of a domain of libvirt's that comes, called as libvirt's own hook for migrations; empty: none."`
+	TemplateDir    *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of the templates that a source may name with --template."`
+	MinUID         *int     `group:"settings" name:"min-uid" placeholder:"N" help:"Least user id that a QEMU is started as here; 0 allows root."`
+	RunAs          *string  `group:"settings" placeholder:"USER" help:"User that QEMUs are started as here, whoever runs them at their sources."`
+	Forbidden      []string `group:"settings" name:"forbidden-options" placeholder:"OPTION" help:"Option that no QEMU is started with here, or an option and one of its settings; may be repeated."`
+	FaultWorkers   *int     `group:"settings" placeholder:"N" help:"Workers that answer the page faults of one VM; 0: by the number of CPUs."`
+	MaxIncoming    *int     `group:"settings" placeholder:"N" help:"Migrations to this host at once."`
+	RequireSecure  *bool    `group:"settings" help:"Refuse VMs that arrive where no security module can watch over the userfaultfd."`
+	Bandwidth      *string  `group:"settings" placeholder:"BYTES/S" help:"Most that may cross the network of one VM's memory that it does not wait for, as in 500M; none: no limit."`
+	LogLevel       *string  `group:"settings" placeholder:"LEVEL" help:"debug, info, warn or error."`
 }
 
 func (serveCmd) Help() string {
-	return `Runs the daemon until SIGINT or SIGTERM. SIGHUP has it read its configuration again: peers, operators and bandwidth change at once, all else at the next start. It needs root, or the capabilities that deploy/migrated.service gives it. Once it listens it keeps four of them, gains none, and makes no system calls but its own; QEMUs are started by a second process, which is not on the network. "migrated check" shows what confines it.
+	return `Runs the daemon until SIGINT or SIGTERM. SIGHUP has it read its configuration again: peers, operators, metrics clients and bandwidth change at once, all else at the next start. It needs root, or the capabilities that deploy/migrated.service gives it. Once it listens it keeps four of them, gains none, and makes no system calls but its own; QEMUs are started by a second process, which is not on the network. "migrated check" shows what confines it.
 
 Look at "migrated list" before stopping it. Migrations that have not switched over are given up and their VMs go on at the source; a VM that has switched over waits for the pages it lacks. The log names each.
 
@@ -169,6 +172,11 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 	if s.Operators != nil {
 		cfg.Operators = s.Operators
 	}
+	set(&cfg.MetricsListen, s.MetricsListen)
+	if s.MetricsClients != nil {
+		cfg.MetricsClients = s.MetricsClients
+	}
+	set(&cfg.Pprof, s.Pprof)
 	if files := a.tls; files != (mtls.Files{}) {
 		cfg.TLSCertificate, cfg.TLSKey, cfg.TLSCA = files.Certificate, files.Key, files.CA
 	}

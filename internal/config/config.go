@@ -50,6 +50,13 @@ type Config struct {
 	Peers []string `yaml:"peers"`
 	// Operators are the names in certificates that may use ControlListen.
 	Operators []string `yaml:"operators"`
+	// MetricsListen is where metrics are served to Prometheus: a HOST:PORT, or the absolute path of a Unix socket; empty:
+	// nowhere.
+	MetricsListen string `yaml:"metrics_listen"`
+	// MetricsClients are the names in certificates that may read what MetricsListen serves.
+	MetricsClients []string `yaml:"metrics_clients"`
+	// Pprof serves Go's profiles of the daemon at MetricsListen as well.
+	Pprof bool `yaml:"pprof"`
 	// Plaintext lets the daemon listen and connect without encryption beyond
 	// loopback.
 	Plaintext bool `yaml:"plaintext"`
@@ -103,11 +110,14 @@ type Config struct {
 // listens on loopback alone, because neither API authenticates its callers.
 func Default() Config {
 	return Config{
-		Listen:       "127.0.0.1:" + DefaultPort,
-		Socket:       "/run/migrated/migrated.sock",
-		Advertise:    []string{},
-		Peers:        []string{},
-		Operators:    []string{},
+		Listen:    "127.0.0.1:" + DefaultPort,
+		Socket:    "/run/migrated/migrated.sock",
+		Advertise: []string{},
+		Peers:     []string{},
+		Operators: []string{},
+
+		MetricsClients: []string{},
+
 		StateDir:     "/run/migrated",
 		LogDir:       "/var/log/migrated",
 		QEMUBinaries: []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"},

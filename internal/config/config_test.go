@@ -51,6 +51,7 @@ func TestLoad(t *testing.T) {
 		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated", LogDir: "/var/log/vms", QEMUCgroup: "/vms",
 		TLSCertificate: "/etc/migrated/tls/cert.pem", TLSKey: "/etc/migrated/tls/key.pem", TLSCA: "/etc/migrated/tls/ca.pem",
 		Peers: []string{"spiffe://example/host/a web-*", "b.example"}, Operators: []string{"admin.example"}, Plaintext: true,
+		MetricsListen: "/run/m/metrics.sock", MetricsClients: []string{"prometheus.example"}, Pprof: true,
 		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, MaxIncoming: 5, TemplateDir: "/t", LibvirtSocket: "/l", LibvirtHook: "/h", MinUID: 7, RunAs: "vm",
 		ForbiddenOptions: []string{"fsdev"}, RequireSecure: true, Bandwidth: "500M", LogLevel: "debug",
 	}
@@ -81,6 +82,9 @@ tls_key: /etc/migrated/tls/key.pem
 tls_ca: /etc/migrated/tls/ca.pem
 peers: ["spiffe://example/host/a web-*", b.example]
 operators: [admin.example]
+metrics_listen: /run/m/metrics.sock
+metrics_clients: [prometheus.example]
+pprof: true
 plaintext: true
 qemu_binaries:
   - /opt/qemu
@@ -118,7 +122,7 @@ func TestLoadMistakes(t *testing.T) {
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
 		{"far from any", "colour: 3\n", []string{`1: unknown key "colour"; valid keys are advertise, bandwidth, control_listen, ` +
-			`fault_workers, forbidden_options, libvirt_hook, libvirt_socket, listen, log_dir, log_level, max_incoming, min_uid, operators, peers, plaintext, qemu_binaries, qemu_cgroup, require_secure, run_as, socket, state_dir, template_dir, tls_ca, tls_certificate, tls_key`}},
+			`fault_workers, forbidden_options, libvirt_hook, libvirt_socket, listen, log_dir, log_level, max_incoming, metrics_clients, metrics_listen, min_uid, operators, peers, plaintext, pprof, qemu_binaries, qemu_cgroup, require_secure, run_as, socket, state_dir, template_dir, tls_ca, tls_certificate, tls_key`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
 		{"text for a yes or no", "require_secure: maybe\n", []string{`1: require_secure: "maybe" is not true or false (written without quotes)`}},
@@ -184,6 +188,13 @@ func TestValidate(t *testing.T) {
 		{"relative socket", func(c *Config) { c.Socket = "m.sock" }, "socket", "m.sock"},
 		{"longest socket", func(c *Config) { c.Socket = "/" + strings.Repeat("s", 106) }, "", ""},
 		{"socket too long", func(c *Config) { c.Socket = "/" + strings.Repeat("s", 107) }, "socket", "/" + strings.Repeat("s", 107)},
+		{"metrics unencrypted", func(c *Config) { c.MetricsListen = "10.0.0.1:7602" }, "metrics_listen", "10.0.0.1:7602"},
+		{"metrics for anybody with TLS", func(c *Config) { encrypt(c); c.MetricsListen = "10.0.0.1:7602" }, "metrics_clients", ""},
+		{"metrics for one", func(c *Config) { encrypt(c); c.MetricsListen, c.MetricsClients = "10.0.0.1:7602", []string{"p"} }, "", ""},
+		{"metrics at a socket", func(c *Config) { encrypt(c); c.MetricsListen = "/run/metrics.sock" }, "", ""},
+		{"metrics at a relative path", func(c *Config) { c.MetricsListen = "metrics.sock" }, "metrics_listen", "metrics.sock"},
+		{"metrics for names without TLS", func(c *Config) { c.MetricsClients = []string{"p"} }, "metrics_clients", "p"},
+		{"profiles nowhere", func(c *Config) { c.Pprof = true }, "pprof", "true"},
 		{"control", func(c *Config) { c.ControlListen = "localhost:1" }, "", ""},
 		{"control without port", func(c *Config) { c.ControlListen = "localhost" }, "control_listen", "localhost"},
 		{"advertised name", func(c *Config) { c.Advertise = []string{"h.example:7600"} }, "", ""},

@@ -8,7 +8,7 @@ import (
 )
 
 // reloaded are the keys that can change while the daemon runs.
-var reloaded = []string{"peers", "operators", "bandwidth"}
+var reloaded = []string{"peers", "operators", "metrics_clients", "bandwidth"}
 
 // Reload returns c with what next has for the keys that can change while the daemon runs, and the keys of next that
 // differ and have to wait until the daemon is started again. It refuses a result that is not valid.

@@ -14,7 +14,7 @@ func TestReload(t *testing.T) {
 	encrypt(&running)
 	running.Peers = []string{"a.example web-*"}
 	next := running
-	next.Peers, next.Operators, next.Bandwidth = []string{"b.example"}, []string{"o.example"}, "500M"
+	next.Peers, next.Operators, next.MetricsClients, next.Bandwidth = []string{"b.example"}, []string{"o.example"}, []string{"m.example"}, "500M"
 	want := next
 	next.Listen, next.MaxIncoming = "127.0.0.1:7700", 3
 	changed, waiting, err := running.Reload(next)

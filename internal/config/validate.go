@@ -57,6 +57,13 @@ func (c Config) Validate() error {
 	if c.ControlListen != "" && !validListen(c.ControlListen) {
 		refuse("control_listen", c.ControlListen, "HOST:PORT, as in 127.0.0.1:7601, or empty for none")
 	}
+	if !validMetrics(c.MetricsListen) {
+		refuse("metrics_listen", c.MetricsListen,
+			fmt.Sprintf("HOST:PORT, as in 127.0.0.1:7602, an absolute path of at most %d bytes, or empty for none", maxSocketPath))
+	}
+	if c.Pprof && c.MetricsListen == "" {
+		refuse("pprof", "true", "false where metrics_listen is empty: that is where profiles are served")
+	}
 	for _, address := range c.Advertise {
 		if !validRemote(address) {
 			refuse("advertise", address, "a HOST:PORT that other hosts can connect to, as in 10.0.0.1:7600")
@@ -143,11 +150,25 @@ func (c Config) validateTLS() (errs []error) {
 		if !c.Plaintext && validListen(c.ControlListen) && !mtls.Loopback(c.ControlListen) {
 			refuse("control_listen", c.ControlListen, encryption)
 		}
+		if len(c.MetricsClients) > 0 {
+			refuse("metrics_clients", c.MetricsClients[0], "empty without tls_certificate: nobody has a name there")
+		}
+		if !c.Plaintext && validListen(c.MetricsListen) && !mtls.Loopback(c.MetricsListen) {
+			refuse("metrics_listen", c.MetricsListen, encryption)
+		}
 	}
 	if encrypted && c.ControlListen != "" && len(c.Operators) == 0 {
 		refuse("operators", "", "the names in the certificates of those who may use control_listen: they control the VMs")
 	}
+	if encrypted && validListen(c.MetricsListen) && len(c.MetricsClients) == 0 {
+		refuse("metrics_clients", "", "the names in the certificates of those who may read metrics_listen")
+	}
 	return errs
+}
+
+// validMetrics says whether metrics can be served there, or nowhere.
+func validMetrics(at string) bool {
+	return at == "" || validListen(at) || filepath.IsAbs(at) && len(at) <= maxSocketPath
 }
 
 // validListen reports whether a socket can be bound to address.

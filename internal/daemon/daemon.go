@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -140,16 +141,16 @@ func (d *Daemon) Confine(starter *qemu.Starter, confine func() error) {
 func (d *Daemon) Run(ctx context.Context) error {
 	d.ctx, d.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	defer d.cancel(nil)
-	peers, controls, err := d.listen()
+	at, err := d.listen()
 	if err != nil {
 		return err
 	}
-	defer closeQuietly(peers)
+	defer closeQuietly(at.peers)
 	d.confineSelf()
 	// After listening, so that two daemons never do so at once, and before serving, so that a peer that calls
 	// finds its migration.
 	if err := d.takeUp(); err != nil {
-		return errors.Join(err, closeAll(append(controls, peers)))
+		return errors.Join(err, closeAll(at.all()))
 	}
 	var serving errgroup.Group
 	var servers []*grpc.Server
@@ -157,12 +158,22 @@ func (d *Daemon) Run(ctx context.Context) error {
 		servers = append(servers, server)
 		serving.Go(func() error { return server.Serve(listener) })
 	}
-	peerServer, listener, lanes := d.newPeerServer(peers)
+	peerServer, listener, lanes := d.newPeerServer(at.peers)
 	serve(peerServer, listener)
-	for _, listener := range controls {
+	for _, listener := range at.controls {
 		serve(d.newControlServer(listener))
 	}
-	d.log.Info("serving", "version", d.version, "peers", peers.Addr().String(), "control", d.cfg.Socket)
+	var scrapes *http.Server
+	if at.metrics != nil {
+		scrapes, listener = d.newMetricsServer(at.metrics)
+		serving.Go(func() error {
+			if err := scrapes.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+				return fmt.Errorf("metrics: %w", err)
+			}
+			return nil
+		})
+	}
+	d.log.Info("serving", "version", d.version, "peers", at.peers.Addr().String(), "control", d.cfg.Socket)
 	d.ready()
 
 	failed := make(chan error, 1)
@@ -177,6 +188,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.migrations.wait()
 	close(d.stopping)
 	lanes.Close()
+	if scrapes != nil {
+		_ = scrapes.Close() // a scrape under way is cut short: the next is of the daemon that follows
+	}
 	for _, server := range slices.Backward(servers) {
 		stop(server)
 	}

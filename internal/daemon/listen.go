@@ -21,19 +21,39 @@ type endpoint struct {
 	open                   func() (net.Listener, error)
 }
 
+// listeners are the daemon's.
+type listeners struct {
+	peers    net.Listener
+	controls []net.Listener
+	metrics  net.Listener // nil: none
+}
+
+func (l *listeners) all() []net.Listener {
+	return append([]net.Listener{l.peers, l.metrics}, l.controls...)
+}
+
 // listen opens the sockets, or takes those that the service manager hands over.
-func (d *Daemon) listen() (peers net.Listener, controls []net.Listener, err error) {
+func (d *Daemon) listen() (_ *listeners, err error) {
 	tcp := func(name, address string) endpoint {
 		return endpoint{name, "tcp", address, func() (net.Listener, error) { return net.Listen("tcp", address) }}
 	}
-	endpoints := []endpoint{tcp("peers", d.cfg.Listen), {"control", "unix", d.cfg.Socket, d.openControl}}
+	endpoints := []endpoint{tcp("peers", d.cfg.Listen), unixSocket("control", d.cfg.Socket)}
 	if d.cfg.ControlListen != "" {
 		endpoints = append(endpoints, tcp("operators", d.cfg.ControlListen))
 	}
+	metricsAt := -1
+	if at := d.cfg.MetricsListen; at != "" {
+		metricsAt = len(endpoints)
+		if filepath.IsAbs(at) {
+			endpoints = append(endpoints, unixSocket("metrics", at))
+		} else {
+			endpoints = append(endpoints, tcp("metrics", at))
+		}
+	}
 	// All that fit are taken before any is opened: the others are of another configuration, and may be in the way.
-	listeners := make([]net.Listener, len(endpoints))
+	opened := make([]net.Listener, len(endpoints))
 	for i, e := range endpoints {
-		if listeners[i] = d.sockets.Take(e.network, e.address); listeners[i] != nil {
+		if opened[i] = d.sockets.Take(e.network, e.address); opened[i] != nil {
 			d.log.Info("listening at a socket of the service manager", "at", e.address)
 		}
 	}
@@ -42,22 +62,31 @@ func (d *Daemon) listen() (peers net.Listener, controls []net.Listener, err erro
 		d.tellManager(systemd.Forget(name))
 	}
 	for i, e := range endpoints {
-		if listeners[i] != nil {
+		if opened[i] != nil {
 			continue
 		}
-		if listeners[i], err = e.open(); err != nil {
-			return nil, nil, errors.Join(fmt.Errorf("listen at %s (%s): %w", e.address, e.name, err), closeAll(listeners))
+		if opened[i], err = e.open(); err != nil {
+			return nil, errors.Join(fmt.Errorf("listen at %s (%s): %w", e.address, e.name, err), closeAll(opened))
 		}
-		d.keep(e.name, listeners[i])
+		d.keep(e.name, opened[i])
 	}
-	// Who may connect controls every VM of the host, also where another opened the socket.
-	if err := os.Chmod(d.cfg.Socket, 0o600); err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("control socket: %w", err), closeAll(listeners))
+	// Who may connect controls every VM of the host, or sees them, also where another opened the socket.
+	for _, e := range endpoints {
+		if e.network != "unix" {
+			continue
+		}
+		if err := os.Chmod(e.address, 0o600); err != nil {
+			return nil, errors.Join(fmt.Errorf("%s socket: %w", e.name, err), closeAll(opened))
+		}
 	}
-	if _, d.pagePort, err = net.SplitHostPort(listeners[0].Addr().String()); err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("listen for other daemons: %w", err), closeAll(listeners))
+	if _, d.pagePort, err = net.SplitHostPort(opened[0].Addr().String()); err != nil {
+		return nil, errors.Join(fmt.Errorf("listen for other daemons: %w", err), closeAll(opened))
 	}
-	return listeners[0], listeners[1:], nil
+	l := &listeners{peers: opened[0], controls: opened[1:]}
+	if metricsAt >= 0 {
+		l.controls, l.metrics = opened[1:metricsAt], opened[metricsAt]
+	}
+	return l, nil
 }
 
 // keep gives the service manager a socket. Its file then outlives this daemon too.
@@ -76,17 +105,22 @@ func (d *Daemon) tellManager(err error) {
 	}
 }
 
-func (d *Daemon) openControl() (net.Listener, error) {
+// unixSocket is an endpoint at a path.
+func unixSocket(name, path string) endpoint {
+	return endpoint{name, "unix", path, func() (net.Listener, error) { return openUnix(path) }}
+}
+
+func openUnix(path string) (net.Listener, error) {
 	// A socket left by a daemon that was killed is in the way; one that answers
 	// is another daemon's.
-	if conn, err := net.Dial("unix", d.cfg.Socket); err == nil {
-		return nil, errors.Join(fmt.Errorf("another daemon serves %s", d.cfg.Socket), conn.Close())
+	if conn, err := net.Dial("unix", path); err == nil {
+		return nil, errors.Join(fmt.Errorf("another daemon serves %s", path), conn.Close())
 	}
-	if err := os.Remove(d.cfg.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	if err := os.MkdirAll(filepath.Dir(d.cfg.Socket), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
-	return net.Listen("unix", d.cfg.Socket)
+	return net.Listen("unix", path)
 }

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/migrated-vm/migrated/internal/metrics"
 	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -26,6 +27,7 @@ type registry struct {
 	senders      map[string]string              // of the destinations' sources; none of those that were taken up
 	left         map[string]error               // migrations to this host that could not be taken up, and why
 	leftovers    map[string]*migration.Leftover // these, and those away from it
+	forgotten    metrics.Totals                 // of the migrations that are not here any more
 }
 
 func newRegistry() *registry {
@@ -40,6 +42,7 @@ func newRegistry() *registry {
 type tracked interface {
 	Snapshot() (*migratedv1.Migration, <-chan struct{})
 	Done() <-chan struct{}
+	Times() migration.Times
 }
 
 func (r *registry) source(id string) *migration.Source {
@@ -93,7 +96,7 @@ func (r *registry) addSource(id, vm string, create func() *migration.Source) (s 
 	if busy := r.busy(vm); busy != "" {
 		return nil, busy
 	}
-	forgetOld(r.sources)
+	forgetOld(r.sources, &r.forgotten)
 	s = create()
 	r.sources[id] = s
 	return s, ""
@@ -169,12 +172,13 @@ func (r *registry) addDestination(id, sender string, most int, create func() *mi
 	if err := r.crowded(sender, most); err != nil {
 		return nil, nil, err
 	}
-	forgotten = forgetOld(r.destinations)
+	forgotten = forgetOld(r.destinations, &r.forgotten)
 	for _, over := range forgotten {
 		delete(r.senders, over)
 	}
 	if old != nil {
 		old.Forget()
+		addTotals(&r.forgotten, old)
 	}
 	d = create()
 	r.destinations[id], r.senders[id] = d, sender
@@ -298,8 +302,8 @@ func isDone(t tracked) bool {
 	}
 }
 
-// forgetOld makes room for one more by dropping the oldest that are over, and says which.
-func forgetOld[T tracked](migrations map[string]T) (forgotten []string) {
+// forgetOld makes room for one more: it drops the oldest that are over, and says which. What was counted of them goes into totals.
+func forgetOld[T tracked](migrations map[string]T, totals *metrics.Totals) (forgotten []string) {
 	for len(migrations) >= keptMigrations {
 		oldest, found := "", false
 		var oldestView *migratedv1.Migration
@@ -312,6 +316,7 @@ func forgetOld[T tracked](migrations map[string]T) (forgotten []string) {
 		if !found {
 			break
 		}
+		addTotals(totals, migrations[oldest])
 		delete(migrations, oldest)
 		forgotten = append(forgotten, oldest)
 	}

@@ -34,9 +34,13 @@ func (d *Daemon) Reload(next config.Config) error {
 	return nil
 }
 
-// allowPeer and allowOperator decide by the configuration of the moment, also on connections that are older.
+// allowPeer, allowOperator and allowMetrics decide by the configuration of the moment, also on connections that are older.
 func (d *Daemon) allowPeer(names []string) error { return d.settings().PeerList().Allow(names) }
 
 func (d *Daemon) allowOperator(names []string) error {
 	return mtls.AnyOf(d.settings().Operators)(names)
+}
+
+func (d *Daemon) allowMetrics(names []string) error {
+	return mtls.AnyOf(d.settings().MetricsClients)(names)
 }

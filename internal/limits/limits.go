@@ -73,8 +73,11 @@ func NewPeers(refusals *Refusals) *Peers {
 }
 
 // Network is what an address counts as: an IPv4 address itself, and of IPv6 the 64 bits that a host does not choose.
-func Network(address net.Addr) netip.Prefix {
-	parsed, err := netip.ParseAddrPort(address.String())
+func Network(address net.Addr) netip.Prefix { return NetworkOf(address.String()) }
+
+// NetworkOf is Network of a HOST:PORT.
+func NetworkOf(address string) netip.Prefix {
+	parsed, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return netip.Prefix{} // all such are one
 	}

@@ -12,8 +12,8 @@ import (
 	"github.com/migrated-vm/migrated/internal/within"
 )
 
-// Listener accepts of l only connections that there is room for; others are closed at once. Its gRPC server must use
-// Handshake's credentials.
+// Listener accepts of l only connections that there is room for; others are closed at once. A gRPC server must use
+// Handshake's credentials, another one call Established.
 func (p *Peers) Listener(l net.Listener) net.Listener { return &listener{l, p} }
 
 type listener struct {
@@ -76,10 +76,17 @@ type handshake struct {
 // ServerHandshake is that of the credentials inside.
 func (h handshake) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	secure, info, err := h.TransportCredentials.ServerHandshake(raw)
-	if c, ok := within.Conn[*conn](raw); ok && err == nil {
-		c.established()
+	if err == nil {
+		Established(raw)
 	}
 	return secure, info, err
+}
+
+// Established says that the handshake of a Listener's connection is over, for servers that do not use Handshake.
+func Established(c net.Conn) {
+	if admitted, ok := within.Conn[*conn](c); ok {
+		admitted.established()
+	}
 }
 
 // Clone copies the credentials inside.

@@ -48,6 +48,17 @@ func (r *Refusals) Refused(what string, address netip.Prefix, more ...any) {
 	k.told, k.toldAt = k.total, now
 }
 
+// ByKind is how much was refused of each kind.
+func (r *Refusals) ByKind() map[string]uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	kinds := make(map[string]uint64, len(r.kinds))
+	for what, k := range r.kinds {
+		kinds[what] = k.total
+	}
+	return kinds
+}
+
 // Total is how much was refused, of all kinds.
 func (r *Refusals) Total() (n uint64) {
 	r.mu.Lock()

@@ -114,7 +114,8 @@ type Destination struct {
 	supervision uffd.Supervision
 	label       string
 
-	engine *postcopy.Engine
+	engine  *postcopy.Engine
+	counted counted
 	// What the engine needs where another process touches the VM's memory, see openFiles.
 	pagemap                      *pagemap.Map
 	files                        []*os.File
@@ -186,7 +187,7 @@ func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 			VmName: printable.Line(request.GetMachine().GetName()),
 		}),
 		cfg:  cfg,
-		log:  cfg.Log.With("migration", request.GetId(), "role", "destination"),
+		log:  cfg.Log.With("migration", request.GetId(), "role", "destination", "vm", printable.Line(request.GetMachine().GetName())),
 		done: make(chan struct{}),
 
 		releaseGC: func() {}, hurry: make(chan struct{}, 1), daemon: ctx,

@@ -135,6 +135,9 @@ func (d *Destination) dialAgain() (*lanes, error) {
 			d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
 		}
 		l, err := openLanes(d.ctx, d.laneConfig())
+		if err == nil {
+			d.counted.reconnects.Add(1)
+		}
 		if err == nil && d.orphan {
 			return l, nil
 		}

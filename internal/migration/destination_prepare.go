@@ -312,6 +312,7 @@ func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
 	if err != nil {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)
 	}
+	d.counted.add(d.engine)
 	return nil
 }
 

@@ -128,7 +128,7 @@ func newSource(ctx context.Context, cfg SourceConfig) (*Source, context.Context)
 			Spec:  cfg.Spec,
 		}),
 		cfg:     cfg,
-		log:     cfg.Log.With("migration", cfg.ID, "role", "source"),
+		log:     cfg.Log.With("migration", cfg.ID, "role", "source", "vm", cfg.Spec.GetVm()),
 		started: make(chan struct{}),
 		done:    make(chan struct{}),
 		stopped: make(chan struct{}),

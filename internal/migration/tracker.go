@@ -19,6 +19,8 @@ type Tracker struct {
 	mu      sync.Mutex
 	view    *migratedv1.Migration
 	changed chan struct{} // closed, and replaced, by every update
+	times   Times
+	entered time.Time // into the state
 }
 
 func newTracker(view *migratedv1.Migration) *Tracker {
@@ -28,7 +30,10 @@ func newTracker(view *migratedv1.Migration) *Tracker {
 	if view.Progress == nil {
 		view.Progress = &migratedv1.Progress{}
 	}
-	return &Tracker{view: view, changed: make(chan struct{})}
+	return &Tracker{
+		view: view, changed: make(chan struct{}), entered: time.Now(),
+		times: Times{In: make(map[migratedv1.MigrationState]time.Duration)},
+	}
 }
 
 // Snapshot returns a copy of the migration as it stands, which the caller owns,
@@ -42,7 +47,9 @@ func (t *Tracker) Snapshot() (*migratedv1.Migration, <-chan struct{}) {
 func (t *Tracker) update(change func(*migratedv1.Migration)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	was := t.view.GetState()
 	change(t.view)
+	t.keepTime(was)
 	printable.Valid(t.view) // QEMU's words are in it, and what others have named so
 	t.view.UpdateTime = timestamppb.New(time.Now())
 	close(t.changed)

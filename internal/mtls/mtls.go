@@ -55,20 +55,26 @@ type Allow func(names []string) error
 // Server is for listeners. A client without a certificate of the authorities gets no connection; what the names in it
 // allow is for the server to decide, see Names.
 func (f Files) Server() credentials.TransportCredentials {
-	return credentials.NewTLS(&tls.Config{
+	return credentials.NewTLS(f.ServerConfig("h2"))
+}
+
+// ServerConfig is Server's, of a server that speaks one protocol (ALPN).
+func (f Files) ServerConfig(protocol string) *tls.Config {
+	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
+		NextProtos: []string{protocol},
 		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 			certificate, pool, err := f.load()
 			if err != nil {
 				return nil, err
 			}
 			return &tls.Config{
-				MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"},
+				MinVersion: tls.VersionTLS13, NextProtos: []string{protocol},
 				Certificates: []tls.Certificate{*certificate},
 				ClientAuth:   tls.RequireAndVerifyClientCert, ClientCAs: pool,
 			}, nil
 		},
-	})
+	}
 }
 
 // Client is for connections to address, HOST:PORT, all that are made with the result: the files are read for each. The
@@ -136,6 +142,9 @@ func Names(info credentials.AuthInfo) []string {
 	}
 	return names(secure.State)
 }
+
+// NamesOf are those of the other side of a TLS connection with a verified certificate.
+func NamesOf(state *tls.ConnectionState) []string { return names(*state) }
 
 // AnyOf allows who has one of the names; nobody if there are none.
 func AnyOf(allowed []string) Allow {

@@ -185,7 +185,6 @@ func (w *worker) handle(u *uffd.UFFD, ev uffd.Event, now int64) error {
 // fault is step 2: it claims the page and, if it is this worker's to ask for, puts it into the request.
 func (w *worker) fault(u *uffd.UFFD, ev *uffd.Event, now int64) error {
 	e, addr, thread := w.s.e, ev.Pagefault.Addr, ev.Pagefault.ThreadID
-	e.counters.faults.Add(1)
 	b := e.find(u, addr)
 	if b == nil {
 		return fmt.Errorf("%w: address %#x", ErrForeignFault, addr)
@@ -195,6 +194,7 @@ func (w *worker) fault(u *uffd.UFFD, ev *uffd.Event, now int64) error {
 		return w.faultGigantic(b, p, now)
 	}
 	claim := e.pages.claimFault(p)
+	e.counters.faults[claim].Add(1)
 	switch claim {
 	case claimNothing:
 		return nil

@@ -57,6 +57,7 @@ func (w *worker) faultGigantic(b *block, p uint64, now int64) error {
 	g.mu.Lock()
 	g.waited = true
 	g.mu.Unlock()
+	e.counters.faults[claimRequest].Add(1)
 	e.pending.start(p, now, true)
 	for q := first; q < first+b.parts(); q++ {
 		switch e.pages.claimFault(q) {

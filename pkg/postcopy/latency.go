@@ -11,11 +11,14 @@ import (
 // histogram counts durations in buckets whose width is at most 1/16 of what they hold. Any number of
 // goroutines may add and read at once.
 type histogram struct {
-	counts [(64 - subBits + 1) << subBits]atomic.Uint64
+	counts [buckets]atomic.Uint64
 	max    atomic.Int64
 }
 
-const subBits = 4 // 16 buckets for each power of two
+const (
+	subBits = 4                             // 16 buckets for each power of two
+	buckets = (64 - subBits + 1) << subBits // of all durations
+)
 
 func (h *histogram) add(d time.Duration) {
 	v := max(0, int64(d))

@@ -175,6 +175,7 @@ const (
 	claimNothing              // it is waited for already or being installed; who installs it wakes the thread
 	claimZero                 // it is the caller's to install as zero, then finishZero or giveUpZero
 	claimPresent              // it should be there
+	claims                    // how many there are
 )
 
 // claimFault decides about a fault on page p.

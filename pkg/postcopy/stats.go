@@ -22,6 +22,7 @@ type Stats struct {
 	BulkPages     uint64 // answered on the bulk lane, zero or not
 
 	Faults uint64 // messages of threads that needed a page, repeated ones included
+	Causes Causes // of Faults
 	// Guessed is how many pages were asked for because a thread's faults foretold them, and GuessHits which share of what
 	// was foretold came true, from 0 to 1. Each page crosses the network once, as it would have anyway: what a wrong
 	// guess wastes is its place in the order.
@@ -39,12 +40,22 @@ type Stats struct {
 	LastPage time.Time // when the last page was in; zero until then
 }
 
+// Causes is how many faults met a page in which state. A fault on a page of 1 GiB counts as Missing.
+type Causes struct {
+	Missing uint64 // nobody had asked for it
+	Swept   uint64 // the sweep had asked for it, and it was asked for once more
+	Ahead   uint64 // it was asked for because a thread's faults foretold it
+	Waiting uint64 // another thread waited for it already, or it was being installed
+	Zero    uint64 // it was known to be zero, and nothing crossed the network
+	Present uint64 // it was there
+}
+
 // counters are what Stats is made of. Everyone adds to them, so no cache line matters more than another.
 type counters struct {
 	demandBytes, bulkBytes atomic.Uint64
 	demandPages, bulkPages atomic.Uint64
 	pageBytes              atomic.Uint64
-	faults                 atomic.Uint64
+	faults                 [claims]atomic.Uint64 // by what was to be done
 	discarded              atomic.Uint64
 	guessed                atomic.Uint64
 	touched, unexplained   atomic.Uint64
@@ -59,12 +70,16 @@ func (e *Engine) Stats() Stats {
 		PageBytes:   c.pageBytes.Load(),
 		DemandBytes: c.demandBytes.Load(), Bandwidth: e.budget.limit.Load(),
 		DemandPages: c.demandPages.Load(), BulkPages: c.bulkPages.Load(),
-		Faults:   c.faults.Load(),
+		Causes: Causes{
+			Missing: c.faults[claimRequest].Load(), Swept: c.faults[claimAgain].Load(), Ahead: c.faults[claimWait].Load(),
+			Waiting: c.faults[claimNothing].Load(), Zero: c.faults[claimZero].Load(), Present: c.faults[claimPresent].Load(),
+		},
 		FaultP50: e.latency.quantile(0.50), FaultP99: e.latency.quantile(0.99), FaultMax: time.Duration(e.latency.max.Load()),
 		Guessed: c.guessed.Load(), GuessHits: e.predictor.hits(),
 		Discarded:    c.discarded.Load(),
 		PagesTouched: c.touched.Load(), PagesUnexplained: c.unexplained.Load(),
 	}
+	s.Faults = s.Causes.Missing + s.Causes.Swept + s.Causes.Ahead + s.Causes.Waiting + s.Causes.Zero + s.Causes.Present
 	s.BytesReceived = s.DemandBytes + c.bulkBytes.Load()
 	for i := range e.blocks {
 		s.PagesTotal += e.blocks[i].pages
