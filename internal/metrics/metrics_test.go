@@ -81,7 +81,9 @@ func aState() *State {
 			In:     map[migratedv1.MigrationState]time.Duration{migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED: 90 * time.Second},
 			Paused: 90 * time.Second,
 		}},
-		{View: handover},
+		{View: handover, Times: migration.Times{
+			In: map[migratedv1.MigrationState]time.Duration{migratedv1.MigrationState_MIGRATION_STATE_HANDOVER: time.Second},
+		}},
 		{View: old, Times: migration.Times{Over: time.Hour}},
 		{View: &migratedv1.Migration{Id: "left", Role: source}, Left: true},
 	}

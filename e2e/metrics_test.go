@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/e2e/promtool"
+	"github.com/migrated-vm/migrated/internal/cannot"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// metricsSocket is where the lab's daemons serve metrics, if they are told to.
+const metricsSocket = "/run/migrated/metrics.sock"
+
+// scrape is what the metrics of a host's daemon are now.
+func scrape(t *testing.T, h *lab.Host) string {
+	t.Helper()
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", h.Path(metricsSocket))
+	}}
+	defer transport.CloseIdleConnections()
+	request, err := http.NewRequestWithContext(testContext(t), http.MethodGet, "http://daemon/metrics", http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer, err := transport.RoundTrip(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	if err != nil || answer.StatusCode != http.StatusOK {
+		t.Fatalf("a scrape: %s, %v\n%s", answer.Status, err, text)
+	}
+	return string(text)
+}
+
+// sum adds the series of a metric that have all of these labels; found says how many there are.
+func sum(t *testing.T, scrape, metric string, labels ...string) (total float64, found int) {
+	t.Helper()
+	for line := range strings.Lines(scrape) {
+		name, rest, some := strings.Cut(strings.TrimSpace(line), "{")
+		if !some {
+			name, _, _ = strings.Cut(name, " ")
+		}
+		if name != metric || slices.ContainsFunc(labels, func(label string) bool { return !strings.Contains(rest, label) }) {
+			continue
+		}
+		value, err := strconv.ParseFloat(strings.TrimSpace(line[strings.LastIndexByte(line, ' '):]), 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		total += value
+		found++
+	}
+	return total, found
+}
+
+// status is what "migrated status --json" says on a host.
+func status(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
+	t.Helper()
+	binary, err := lab.Binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := h.Run(testContext(t), binary, "status", id, "--json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m migratedv1.Migration
+	if err := protojson.Unmarshal([]byte(out), &m); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return &m
+}
+
+// TestMetricsAreTheTruth moves a VM while it is scraped, and compares the metrics with what "migrated status" says. No alert
+// fires of such a migration, and every query of the dashboard has an answer.
+func TestMetricsAreTheTruth(t *testing.T) {
+	l, id := newHosts(t), newIdentity(t)
+	serve := []string{"--metrics-listen", metricsSocket}
+	startDaemon(t, l.A, append(id.args(nameA, "a", nameB), serve...)...)
+	startDaemon(t, l.B, append(id.args(nameB, "b", nameA), serve...)...)
+	s := newScene(t, l)
+	if total, _ := sum(t, scrape(t, l.B), "migrated_pages_total"); total != 0 {
+		t.Errorf("%v pages came before there was a migration", total)
+	}
+	client := control(t, l.A)
+	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "m", Spec: s.spec()}); err != nil {
+		t.Fatal(err)
+	}
+	await(t, client, "m", func(*migratedv1.Migration) bool {
+		scrape(t, l.A)
+		scrape(t, l.B)
+		return false
+	})
+	there, here := status(t, l.A, "m"), status(t, l.B, "m")
+	checkFigures(t, here)
+	source, destination := scrape(t, l.A), scrape(t, l.B)
+	p := here.GetProgress()
+	one := `migration="m"`
+	for _, c := range []struct {
+		scrape, metric string
+		labels         []string
+		want           float64
+	}{
+		{source, "migrated_migration_downtime_seconds_sum", []string{`role="source"`}, there.GetProgress().GetDowntime().AsDuration().Seconds()},
+		{source, "migrated_migrations_ended_total", []string{`role="source"`, `state="completed"`}, 1},
+		{source, "migrated_migration_data_remaining_bytes", []string{one}, 0},
+		{source, "migrated_vms_stopped_committed", nil, 0},
+		{destination, "migrated_migration_downtime_seconds_sum", []string{`role="destination"`}, p.GetDowntime().AsDuration().Seconds()},
+		{destination, "migrated_migrations_ended_total", []string{`role="destination"`, `state="completed"`}, 1},
+		{destination, "migrated_migration_data_remaining_bytes", []string{one}, 0},
+		{destination, "migrated_migration_memory_bytes", []string{one}, float64(p.GetBytesTotal())},
+		{destination, "migrated_migration_received_bytes", []string{one}, float64(p.GetBytesOnWire())},
+		{destination, "migrated_migration_paused_seconds", []string{one}, 0},
+		{destination, "migrated_received_bytes_total", nil, float64(p.GetBytesOnWire())},
+		{destination, "migrated_faults_total", nil, float64(p.GetFaults())},
+		{destination, "migrated_pages_zero_total", nil, float64(p.GetPagesZero())},
+		{destination, "migrated_pages_guessed_total", nil, float64(p.GetPagesGuessed())},
+		{destination, "migrated_discarded_bytes_total", nil, float64(p.GetBytesDiscarded())},
+		{destination, "migrated_lane_reconnects_total", nil, 0},
+		{destination, "migrated_vms_waiting_for_pages", nil, 0},
+	} {
+		if got, found := sum(t, c.scrape, c.metric, c.labels...); found == 0 || got != c.want {
+			t.Errorf("%s%v is %v in %d series, want %v as status says", c.metric, c.labels, got, found, c.want)
+		}
+	}
+	// The slowest fault is in no bucket below it, and in every one above.
+	slowest := p.GetFaultMax().AsDuration().Seconds()
+	timed, _ := sum(t, destination, "migrated_fault_latency_seconds_count")
+	if timed == 0 || timed > float64(p.GetFaults()) {
+		t.Errorf("%v faults were timed, of %d", timed, p.GetFaults())
+	}
+	for line := range strings.Lines(destination) {
+		_, rest, bucket := strings.Cut(line, `migrated_fault_latency_seconds_bucket{le="`)
+		bound, count, _ := strings.Cut(strings.TrimSpace(rest), `"} `)
+		le, err := strconv.ParseFloat(bound, 64)
+		if !bucket || err != nil {
+			continue
+		}
+		n, err := strconv.ParseFloat(count, 64)
+		if err != nil || (le < slowest && n >= timed) || (le > slowest*17/16 && n != timed) {
+			t.Errorf("%v of %v faults took at most %v s, the slowest %v s (%v)", n, timed, le, slowest, err)
+		}
+	}
+	if t.Failed() {
+		t.Logf("source:\n%s\ndestination:\n%s", source, destination)
+	}
+	evaluate(t, map[string]string{"a": source, "b": destination})
+}
+
+// evaluate has the alerts and the dashboard of deploy/monitoring evaluated of scrapes.
+func evaluate(t *testing.T, scrapes map[string]string) {
+	t.Helper()
+	if _, err := promtool.Find(testContext(t)); err != nil {
+		cannot.Run(t, "no promtool: %v", err)
+	}
+	queries, err := promtool.Queries("../deploy/monitoring/dashboard.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	queries = slices.DeleteFunc(queries, func(q string) bool { return strings.Contains(q, "migrated_refusals_total") }) // nobody was
+	if err := promtool.Evaluate(testContext(t), scrapes, "../deploy/monitoring/alerts.yml", nil, queries); err != nil {
+		t.Error(err)
+	}
+}
