@@ -67,8 +67,8 @@ func sum(t *testing.T, scrape, metric string, labels ...string) (total float64, 
 	return total, found
 }
 
-// status is what "migrated status --json" says on a host.
-func status(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
+// statusJSON is what "migrated status --json" says on a host.
+func statusJSON(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
 	t.Helper()
 	binary, err := lab.Binary()
 	if err != nil {
@@ -105,8 +105,8 @@ func TestMetricsAreTheTruth(t *testing.T) {
 		scrape(t, l.B)
 		return false
 	})
-	there, here := status(t, l.A, "m"), status(t, l.B, "m")
-	checkFigures(t, here)
+	there, here := statusJSON(t, l.A, "m"), statusJSON(t, l.B, "m")
+	checkFigures(t, there)
 	source, destination := scrape(t, l.A), scrape(t, l.B)
 	p := here.GetProgress()
 	one := `migration="m"`

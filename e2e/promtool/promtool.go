@@ -33,7 +33,7 @@ func Find(ctx context.Context) (string, error) {
 	_, rest, _ := strings.Cut(string(out), "Candidate: ")
 	version, _, _ := strings.Cut(rest, "\n")
 	if version == "" || version == "(none)" {
-		return "", fmt.Errorf("Debian's package lists have no %s: apt-get update", pkg)
+		return "", fmt.Errorf("no package %s in the lists: apt-get update", pkg)
 	}
 	dir, err := debian.Extract(ctx, pkg, version)
 	if err != nil {

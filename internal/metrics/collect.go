@@ -57,11 +57,8 @@ func (c collector) Collect(to chan<- prometheus.Metric) {
 	collectMigrations(to, s.Migrations)
 	for _, role := range roles {
 		r := s.Totals.of(role)
-		for state := range migratedv1.MigrationState_name {
-			// Those that have not happened too: a counter that begins at 1 has not risen for who watches it.
-			if state := migratedv1.MigrationState(state); migration.Terminal(state) {
-				send(to, ended, float64(r.Ended[state]), roleName(role), stateName(state))
-			}
+		for _, state := range states(true) { // also what has not happened: a counter that begins at 1 has not risen
+			send(to, ended, float64(r.Ended[state]), roleName(role), stateName(state))
 		}
 		sendHistogram(to, downtime, downtimeBounds, &r.Downtime, roleName(role))
 	}
@@ -118,8 +115,10 @@ func collectMigrations(to chan<- prometheus.Metric, migrations []Migration) {
 		shown++
 		collectMigration(to, m)
 	}
-	for g, n := range groups {
-		send(to, underWay, float64(n), g.role, g.state)
+	for _, role := range roles {
+		for _, state := range states(false) {
+			send(to, underWay, float64(groups[group{roleName(role), stateName(state)}]), roleName(role), stateName(state))
+		}
 	}
 	send(to, waitingVMs, float64(waiting))
 	send(to, stoppedVMs, float64(stopped))
@@ -167,6 +166,17 @@ func send(to chan<- prometheus.Metric, f *family, value float64, labels ...strin
 
 var roles = []migratedv1.MigrationRole{
 	migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION,
+}
+
+// states are those that are an end, or those that are none.
+func states(terminal bool) (all []migratedv1.MigrationState) {
+	for number := range migratedv1.MigrationState_name {
+		state := migratedv1.MigrationState(number)
+		if state != migratedv1.MigrationState_MIGRATION_STATE_UNSPECIFIED && migration.Terminal(state) == terminal {
+			all = append(all, state)
+		}
+	}
+	return all
 }
 
 // roleName and stateName are the words of the command line.

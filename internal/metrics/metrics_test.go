@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"strings"
@@ -98,7 +99,7 @@ func aState() *State {
 func scrape(t *testing.T, s *State) string {
 	t.Helper()
 	answer := httptest.NewRecorder()
-	Handler(func() *State { return s }, slog.New(slog.DiscardHandler)).ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
+	Handler(func() *State { return s }, slog.New(slog.DiscardHandler)).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	if answer.Code != 200 {
 		t.Fatalf("a scrape has status %d: %s", answer.Code, answer.Body)
 	}

@@ -42,7 +42,7 @@ func (s *Source) rehearsed(ctx context.Context) {
 	for _, b := range s.blocks {
 		result.BytesMemory += b.Size
 	}
-	s.log.Info("rehearsed", "downtime", result.GetDowntime().AsDuration(), "vm", where.words)
+	s.log.Info("rehearsed", "downtime", result.GetDowntime().AsDuration(), "where", where.words)
 	s.update(func(m *migratedv1.Migration) {
 		result.BytesDeviceState = m.GetProgress().GetBytesDeviceState()
 		m.State, m.Location, m.Rehearsal = migratedv1.MigrationState_MIGRATION_STATE_REHEARSED, where.location, result

@@ -217,7 +217,7 @@ func (s *Source) run(ctx context.Context) {
 		return
 	}
 	s.update(func(m *migratedv1.Migration) { m.Prepared = true })
-	s.log.Info("prepared", "vm", s.cfg.Spec.GetVm(), "destination", s.cfg.Spec.GetDestination(), "protocol", s.protocol)
+	s.log.Info("prepared", "destination", s.cfg.Spec.GetDestination(), "protocol", s.protocol)
 	reached("source-prepared")
 
 	err := s.awaitStart(ctx)

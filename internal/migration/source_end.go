@@ -77,7 +77,7 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 		state = migratedv1.MigrationState_MIGRATION_STATE_CANCELLED
 	}
 	where := s.whereNow(note)
-	s.log.Warn("gave up", "state", state, "reason", reason, "vm", where.words)
+	s.log.Warn("gave up", "state", state, "reason", reason, "where", where.words)
 	s.fail(state, reason, where)
 }
 

@@ -45,7 +45,7 @@ func (s *Source) FallBack(ctx context.Context) error {
 	}
 	s.giveBack()
 	s.forgetRecord()
-	s.log.Warn("fell back: the VM is here as it was at the switch", "vm", where.words)
+	s.log.Warn("fell back: the VM is here as it was at the switch", "where", where.words)
 	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errFallBack, where)
 	return nil
 }

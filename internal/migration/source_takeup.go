@@ -35,7 +35,7 @@ func TakeUpSource(ctx context.Context, cfg SourceConfig, rec Record) (*Source, e
 	s.token, s.wasRunning, s.stopTried, s.stoppedAt = rec.Token, rec.WasRunning, true, rec.HandedOver
 	s.committed, s.toldToRun = rec.Committed, rec.Committed // which the daemon before did as it committed
 	close(s.stopped)
-	s.log.Warn("taking up a migration that an earlier run of this daemon left", "vm", rec.VM, "committed", rec.Committed)
+	s.log.Warn("taking up a migration that an earlier run of this daemon left", "committed", rec.Committed)
 	reached("source-taken-up")
 	if rec.Completed {
 		go s.finish(rec)

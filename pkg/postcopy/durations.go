@@ -24,7 +24,7 @@ func (h *Durations) Record(d time.Duration) {
 
 // Add adds all that o has.
 func (h *Durations) Add(o *Durations) {
-	for i, n := range o.counts {
+	for i, n := range &o.counts {
 		h.counts[i] += n
 	}
 	h.Sum += o.Sum
@@ -33,7 +33,7 @@ func (h *Durations) Add(o *Durations) {
 // All yields the buckets that are not empty, shortest first: the longest duration that counts there, and how many there are.
 func (h *Durations) All() iter.Seq2[time.Duration, uint64] {
 	return func(yield func(time.Duration, uint64) bool) {
-		for i, n := range h.counts {
+		for i, n := range &h.counts {
 			if n > 0 && !yield(time.Duration(upper(i)), n) {
 				return
 			}
