@@ -53,6 +53,7 @@ type serveCmd struct {
 	RequireSecure  *bool    `group:"settings" help:"Refuse VMs that arrive where no security module can watch over the userfaultfd."`
 	Bandwidth      *string  `group:"settings" placeholder:"BYTES/S" help:"Most that may cross the network of one VM's memory that it does not wait for, as in 500M; none: no limit."`
 	LogLevel       *string  `group:"settings" placeholder:"LEVEL" help:"debug, info, warn or error."`
+	LogFormat      *string  `group:"settings" placeholder:"FORMAT" help:"text or json; --json is the same as json."`
 }
 
 func (serveCmd) Help() string {
@@ -202,6 +203,7 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 	set(&cfg.RequireSecure, s.RequireSecure)
 	set(&cfg.Bandwidth, s.Bandwidth)
 	set(&cfg.LogLevel, s.LogLevel)
+	set(&cfg.LogFormat, s.LogFormat)
 	return cfg, cfg.Validate()
 }
 
@@ -212,10 +214,10 @@ func set[T any](value *T, flag *T) {
 	}
 }
 
-// logger logs to a writer, as JSON with --json.
+// logger logs to a writer, as JSON where the configuration or --json says so.
 func (a *app) logger(cfg config.Config, to io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.Level(), ReplaceAttr: redacted}
-	if a.json {
+	if a.json || cfg.LogFormat == "json" {
 		return slog.New(slog.NewJSONHandler(to, options))
 	}
 	return slog.New(slog.NewTextHandler(to, options))

@@ -39,7 +39,7 @@ func TestServeSettings(t *testing.T) {
 		TLSCertificate: "/c", TLSKey: "/k", TLSCA: "/ca", Peers: []string{"p"}, Operators: []string{"o"}, Plaintext: true,
 		MetricsListen: "h:4", MetricsClients: []string{"mc"}, Pprof: true,
 		QEMUBinaries: []string{"/q", "/r"}, FaultWorkers: 5, MaxIncoming: 6, TemplateDir: "/t", LibvirtSocket: "/ls", LibvirtHook: "/lh", MinUID: 7, RunAs: "vm",
-		ForbiddenOptions: []string{"fsdev"}, RequireSecure: true, Bandwidth: "500M", LogLevel: "error"}
+		ForbiddenOptions: []string{"fsdev"}, RequireSecure: true, Bandwidth: "500M", LogLevel: "error", LogFormat: "json"}
 	for _, test := range []struct {
 		name string
 		args []string
@@ -51,7 +51,7 @@ func TestServeSettings(t *testing.T) {
 		{"every flag", []string{"--config", file, "--listen=h:1", "--socket=/s", "--control-listen=h:2", "--advertise=h:3", "--state-dir=/d", "--log-dir=/l", "--qemu-cgroup=/vms",
 			"--plaintext", "--tls-certificate=/c", "--tls-key=/k", "--tls-ca=/ca", "--peers=p", "--operators=o", "--metrics-listen=h:4", "--metrics-clients=mc", "--pprof",
 			"--qemu-binaries=/q,/r", "--fault-workers=5", "--max-incoming=6",
-			"--libvirt-socket=/ls", "--libvirt-hook=/lh", "--template-dir=/t", "--min-uid=7", "--run-as=vm", "--forbidden-options=fsdev", "--require-secure", "--bandwidth", "500M", "--log-level=error"}, every},
+			"--libvirt-socket=/ls", "--libvirt-hook=/lh", "--template-dir=/t", "--min-uid=7", "--run-as=vm", "--forbidden-options=fsdev", "--require-secure", "--bandwidth", "500M", "--log-level=error", "--log-format=json"}, every},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var c cli

@@ -104,6 +104,8 @@ type Config struct {
 	// LogLevel is the least severe level that is logged: debug, info, warn or
 	// error.
 	LogLevel string `yaml:"log_level"`
+	// LogFormat is how a line of the log is written: text or json.
+	LogFormat string `yaml:"log_format"`
 }
 
 // Default returns the configuration of a daemon that was told nothing. It
@@ -132,6 +134,7 @@ func Default() Config {
 		MaxIncoming: 16,
 		Bandwidth:   "none",
 		LogLevel:    "info",
+		LogFormat:   "text",
 	}
 }
 

@@ -53,7 +53,7 @@ func TestLoad(t *testing.T) {
 		Peers: []string{"spiffe://example/host/a web-*", "b.example"}, Operators: []string{"admin.example"}, Plaintext: true,
 		MetricsListen: "/run/m/metrics.sock", MetricsClients: []string{"prometheus.example"}, Pprof: true,
 		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, MaxIncoming: 5, TemplateDir: "/t", LibvirtSocket: "/l", LibvirtHook: "/h", MinUID: 7, RunAs: "vm",
-		ForbiddenOptions: []string{"fsdev"}, RequireSecure: true, Bandwidth: "500M", LogLevel: "debug",
+		ForbiddenOptions: []string{"fsdev"}, RequireSecure: true, Bandwidth: "500M", LogLevel: "debug", LogFormat: "json",
 	}
 	one := Default()
 	one.FaultWorkers = 3
@@ -99,6 +99,7 @@ max_incoming: 5
 require_secure: true
 bandwidth: 500M
 log_level: debug
+log_format: json
 `, all},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -122,7 +123,7 @@ func TestLoadMistakes(t *testing.T) {
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
 		{"far from any", "colour: 3\n", []string{`1: unknown key "colour"; valid keys are advertise, bandwidth, control_listen, ` +
-			`fault_workers, forbidden_options, libvirt_hook, libvirt_socket, listen, log_dir, log_level, max_incoming, metrics_clients, metrics_listen, min_uid, operators, peers, plaintext, pprof, qemu_binaries, qemu_cgroup, require_secure, run_as, socket, state_dir, template_dir, tls_ca, tls_certificate, tls_key`}},
+			`fault_workers, forbidden_options, libvirt_hook, libvirt_socket, listen, log_dir, log_format, log_level, max_incoming, metrics_clients, metrics_listen, min_uid, operators, peers, plaintext, pprof, qemu_binaries, qemu_cgroup, require_secure, run_as, socket, state_dir, template_dir, tls_ca, tls_certificate, tls_key`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
 		{"text for a yes or no", "require_secure: maybe\n", []string{`1: require_secure: "maybe" is not true or false (written without quotes)`}},
@@ -195,6 +196,7 @@ func TestValidate(t *testing.T) {
 		{"metrics at a relative path", func(c *Config) { c.MetricsListen = "metrics.sock" }, "metrics_listen", "metrics.sock"},
 		{"metrics for names without TLS", func(c *Config) { c.MetricsClients = []string{"p"} }, "metrics_clients", "p"},
 		{"profiles nowhere", func(c *Config) { c.Pprof = true }, "pprof", "true"},
+		{"log format", func(c *Config) { c.LogFormat = "xml" }, "log_format", "xml"},
 		{"control", func(c *Config) { c.ControlListen = "localhost:1" }, "", ""},
 		{"control without port", func(c *Config) { c.ControlListen = "localhost" }, "control_listen", "localhost"},
 		{"advertised name", func(c *Config) { c.Advertise = []string{"h.example:7600"} }, "", ""},

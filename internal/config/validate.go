@@ -114,6 +114,9 @@ func (c Config) Validate() error {
 	if _, ok := levels[c.LogLevel]; !ok {
 		refuse("log_level", c.LogLevel, "debug, info, warn or error")
 	}
+	if c.LogFormat != "text" && c.LogFormat != "json" {
+		refuse("log_format", c.LogFormat, "text or json")
+	}
 	return errors.Join(errs...)
 }
 

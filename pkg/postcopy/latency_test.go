@@ -57,3 +57,26 @@ func TestPending(t *testing.T) {
 		t.Errorf("%d slots are used", p.count.Load())
 	}
 }
+
+// TestDurations: what is recorded, and what is read of an engine's histogram, is in the same buckets, and the sum of the
+// latter is exact to 1/32.
+func TestDurations(t *testing.T) {
+	var e Engine
+	var recorded, read Durations
+	for d := time.Duration(1); d < time.Minute; d = d*5/3 + 1 {
+		recorded.Record(d)
+		e.latency.add(d)
+	}
+	e.AddLatency(&read)
+	if read.counts != recorded.counts {
+		t.Errorf("read %v, recorded %v", read.counts, recorded.counts)
+	}
+	if off := (read.Sum - recorded.Sum).Abs(); off > recorded.Sum/32 {
+		t.Errorf("the sum is %v, want %v", read.Sum, recorded.Sum)
+	}
+	before := recorded.Sum
+	recorded.Add(&recorded)
+	if recorded.Sum != 2*before {
+		t.Errorf("the sum of two is %v, want %v", recorded.Sum, 2*before)
+	}
+}

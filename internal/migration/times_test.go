@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// TestTimes: an attempt to connect again does not make a pause younger, and what is over is in no state any more.
+func TestTimes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tracker := newTracker(&migratedv1.Migration{Id: "m1", State: migratedv1.MigrationState_MIGRATION_STATE_SETUP})
+		const active, paused = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE, migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED
+		for _, state := range []migratedv1.MigrationState{active, paused, migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER, paused} {
+			time.Sleep(time.Second)
+			tracker.setState(state)
+		}
+		time.Sleep(time.Second)
+		if got := tracker.Times(); got.Paused != 3*time.Second || got.In[paused] != 2*time.Second || got.In[active] != time.Second || got.Over != 0 {
+			t.Errorf("while it is paused: %+v", got)
+		}
+		tracker.setState(active)
+		if got := tracker.Times(); got.Paused != 0 {
+			t.Errorf("pages come, and the pause has lasted %v", got.Paused)
+		}
+		tracker.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
+		time.Sleep(time.Minute)
+		if got := tracker.Times(); got.Over != time.Minute || len(got.In) != 4 {
+			t.Errorf("when it is over: %+v", got)
+		}
+	})
+}
