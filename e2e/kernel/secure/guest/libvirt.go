@@ -48,10 +48,7 @@ func svirt(ctx context.Context, log *audit) error {
 // A module is a security module, by the name that libvirt has for it.
 type module string
 
-const (
-	selinux  module = "selinux"
-	apparmor module = "apparmor"
-)
+const selinux module = "selinux"
 
 // newDomainScene makes hosts with libvirt and starts the domain on the first.
 func newDomainScene(ctx context.Context, by module) (*scene, error) {
@@ -154,11 +151,6 @@ func (h *host) startLibvirt(ctx context.Context, number int, by module) error {
 		}
 		if err != nil {
 			return fmt.Errorf("libvirt's %s: %w", d.path, err)
-		}
-	}
-	if by == apparmor {
-		if err := h.ownProfiles(); err != nil {
-			return err
 		}
 	}
 	if err := errors.Join(

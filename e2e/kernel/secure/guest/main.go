@@ -11,8 +11,8 @@
 // It runs the same on every kernel: first without a policy (bare.go), then
 // with it (confined.go) and with others who try to get at a VM's descriptor
 // (strangers.go), and with a VM whose memory is in no file (private.go). Told
-// to, it migrates a domain of libvirt's instead (libvirt.go, apparmor.go), or
-// runs test binaries (tests.go).
+// to, it migrates a domain of libvirt's instead (libvirt.go), or runs test
+// binaries (tests.go).
 package main
 
 import (
@@ -59,9 +59,7 @@ func run(ctx context.Context) error {
 	}
 	parts := []func(context.Context, *audit) error{bare, confined, private}
 	if len(os.Args) > 1 {
-		part, known := map[string]func(context.Context, *audit) error{
-			"tests": tests, "svirt": svirt, "apparmor": confinedByAppArmor,
-		}[os.Args[1]]
+		part, known := map[string]func(context.Context, *audit) error{"tests": tests, "svirt": svirt}[os.Args[1]]
 		if !known {
 			return fmt.Errorf("there is no part %q", os.Args[1])
 		}
