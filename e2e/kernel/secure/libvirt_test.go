@@ -66,7 +66,6 @@ func confined(t *testing.T, part, module string, want map[string]string, files [
 // libvirtFiles are libvirtd, virsh, what they load, and what libselinux and libvirt's driver for it ask a host for.
 func libvirtFiles(t *testing.T) []kernel.File {
 	t.Helper()
-	const driver = "/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so"
 	files := []kernel.File{
 		{Name: "etc/passwd", Data: []byte("root:x:0:0::/:/bin/false\nlibvirt-qemu:x:107:107::/:/bin/false\n")},
 		{Name: "etc/group", Data: []byte("root:x:0:\nlibvirt-qemu:x:107:\nkvm:x:108:\n")},
