@@ -14,8 +14,7 @@ import (
 	"strings"
 )
 
-// Extract returns a directory with the files of a package. It is downloaded once, into the user's cache. It needs
-// Debian's package lists.
+// Extract returns a directory with the files of a package. It is downloaded once, into the user's cache.
 func Extract(ctx context.Context, pkg, version string) (string, error) {
 	return Keep(pkg+"-"+version, func(made string) error {
 		work, err := os.MkdirTemp("", "migrated-"+pkg+"-")
@@ -23,27 +22,27 @@ func Extract(ctx context.Context, pkg, version string) (string, error) {
 			return err
 		}
 		defer os.RemoveAll(work)
-		if err := run(ctx, work, "apt-get", "download", "--quiet", pkg+"="+version); err != nil {
-			return fmt.Errorf("%w (are the package lists too old? apt-get update)", err)
-		}
-		packages, err := filepath.Glob(filepath.Join(work, "*.deb"))
-		if err == nil && len(packages) != 1 {
-			err = fmt.Errorf("apt-get downloaded %q", packages)
-		}
+		archive, err := Download(ctx, work, pkg, version)
 		if err != nil {
 			return err
 		}
-		return run(ctx, work, "dpkg-deb", "--extract", packages[0], made)
+		return run(ctx, work, "dpkg-deb", "--extract", archive, made)
 	})
 }
 
-// Installed is the version of an installed package.
-func Installed(ctx context.Context, pkg string) (string, error) {
-	out, err := exec.CommandContext(ctx, "dpkg-query", "--show", "--showformat=${Version}", pkg).Output()
-	if err != nil {
-		return "", fmt.Errorf("the version of %s: %w", pkg, err)
+// Download gets a package into an empty directory, and returns the path of it. It needs Debian's package lists.
+func Download(ctx context.Context, dir, pkg, version string) (string, error) {
+	if err := run(ctx, dir, "apt-get", "download", "--quiet", pkg+"="+version); err != nil {
+		return "", fmt.Errorf("%w (are the package lists too old? apt-get update)", err)
 	}
-	return string(out), nil
+	packages, err := filepath.Glob(filepath.Join(dir, "*.deb"))
+	if err == nil && len(packages) != 1 {
+		err = fmt.Errorf("apt-get downloaded %q", packages)
+	}
+	if err != nil {
+		return "", err
+	}
+	return packages[0], nil
 }
 
 // Keep returns a directory of the user's cache, whose name says all that it is made from, and has it made where it is

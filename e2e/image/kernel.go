@@ -13,11 +13,11 @@ import (
 	"os"
 	"os/exec"
 	"path"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
 
+	"github.com/migrated-vm/migrated/e2e/debian"
 	"github.com/migrated-vm/migrated/internal/cpio"
 )
 
@@ -111,17 +111,11 @@ func download(ctx context.Context, name, version string) ([]byte, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	if _, err := run(ctx, dir, "apt-get", "download", "-q", name+"="+version); err != nil {
-		return nil, fmt.Errorf("download the guest's kernel (package lists too old? apt-get update): %w", err)
-	}
-	packages, err := filepath.Glob(filepath.Join(dir, "*.deb"))
+	deb, err := debian.Download(ctx, dir, name, version)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("download the guest's kernel: %w", err)
 	}
-	if len(packages) != 1 {
-		return nil, fmt.Errorf("download the guest's kernel: apt-get brought %d packages, want 1", len(packages))
-	}
-	archive, err := run(ctx, dir, "dpkg-deb", "--fsys-tarfile", packages[0])
+	archive, err := run(ctx, dir, "dpkg-deb", "--fsys-tarfile", deb)
 	if err != nil {
 		return nil, fmt.Errorf("unpack the guest's kernel: %w", err)
 	}

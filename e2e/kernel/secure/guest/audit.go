@@ -33,7 +33,8 @@ func listen() (*audit, error) {
 				logf("the kernel's log: %v", err)
 				return
 			}
-			if line := string(record[:n]); strings.Contains(line, "avc:  denied") || strings.Contains(line, `apparmor="DENIED"`) {
+			if line := string(record[:n]); strings.Contains(line, "avc:  denied") {
+				_, line, _ = strings.Cut(line, "avc:  ")
 				line, _, _ = strings.Cut(line, "\n")
 				a.mu.Lock()
 				a.lines = append(a.lines, line)

@@ -97,8 +97,8 @@ func domainOf(pid int) string {
 	return short
 }
 
-// shown is what is reported of a descriptor's label: where libvirt chose the categories of the host's QEMU, whether they are
-// the descriptor's.
+// shown is what is reported of a descriptor's label: where libvirt chose the categories of the host's QEMU, whether they
+// are the descriptor's.
 func (h *host) shown(label string) string {
 	_, level, _ := strings.Cut(domainOf(h.qemu()), "svirt_t:")
 	if h.libvirt && label == fullContext("object_r:migrated_uffd_t:"+level) && strings.Contains(level, ":c") {

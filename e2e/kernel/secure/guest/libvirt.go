@@ -21,8 +21,8 @@ const (
 	sharedDisk = "/shared/disk" // one file, which both hosts have
 )
 
-// svirt migrates a domain of libvirt's there and back, as libvirt runs QEMU where SELinux enforces: with two categories that
-// libvirt chose, another user, seccomp, and a /dev of its own. Nothing may be refused, on either host, to anybody.
+// svirt migrates a domain of libvirt's there and back, as libvirt runs QEMU where SELinux enforces: with two categories
+// that libvirt chose, another user, seccomp, and a /dev of its own. Nothing may be refused, on either host, to anybody.
 func svirt(ctx context.Context, log *audit) error {
 	err := enforce()
 	check("svirt-policy", "enforcing", err)
@@ -30,7 +30,7 @@ func svirt(ctx context.Context, log *audit) error {
 		return err
 	}
 	mark := log.mark()
-	s, err := newDomainScene(ctx, selinux)
+	s, err := newDomainScene(ctx)
 	defer s.close()
 	for _, act := range []func(context.Context) error{
 		func(ctx context.Context) error { return s.moveDomain(ctx, "svirt") },
@@ -45,23 +45,18 @@ func svirt(ctx context.Context, log *audit) error {
 	return err
 }
 
-// A module is a security module, by the name that libvirt has for it.
-type module string
-
-const selinux module = "selinux"
-
 // newDomainScene makes hosts with libvirt and starts the domain on the first.
-func newDomainScene(ctx context.Context, by module) (*scene, error) {
+func newDomainScene(ctx context.Context) (*scene, error) {
 	s := &scene{}
-	if err := shareDisk(by); err != nil {
+	if err := shareDisk(); err != nil {
 		return s, err
 	}
 	for i, addr := range []string{"127.0.0.4", "127.0.0.5"} {
 		var err error
-		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, by == selinux, privateToVM); err != nil {
+		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, true, privateToVM); err != nil {
 			return s, err
 		}
-		if err := s.hosts[i].startLibvirt(ctx, i, by); err != nil {
+		if err := s.hosts[i].startLibvirt(ctx, i); err != nil {
 			return s, err
 		}
 		if s.daemons[i], err = s.hosts[i].startDaemon(ctx, "--require-secure", "--qemu-binaries", watchedQEMU); err != nil {
@@ -79,16 +74,14 @@ func newDomainScene(ctx context.Context, by module) (*scene, error) {
 }
 
 // shareDisk puts the image where both hosts find it.
-func shareDisk(by module) error {
+func shareDisk() error {
 	disk, err := os.ReadFile("/disk")
 	if err != nil {
 		return err
 	}
-	err = errors.Join(os.Mkdir(filepath.Dir(sharedDisk), 0o755), os.WriteFile(sharedDisk, disk, 0o600))
-	if err != nil || by != selinux {
-		return err
-	}
 	return errors.Join(
+		os.Mkdir(filepath.Dir(sharedDisk), 0o755),
+		os.WriteFile(sharedDisk, disk, 0o600),
 		label(filepath.Dir(sharedDisk), "object_r:virt_image_t:s0"),
 		label(sharedDisk, "object_r:virt_image_t:s0"))
 }
@@ -131,7 +124,7 @@ var domainXML = fmt.Sprintf(`
 `, domainName, ramMiB, watchedQEMU, sharedDisk, vmDir)
 
 // startLibvirt starts the host's libvirtd, with directories of its own, and waits until it answers.
-func (h *host) startLibvirt(ctx context.Context, number int, by module) error {
+func (h *host) startLibvirt(ctx context.Context, number int) error {
 	h.libvirt = true
 	dirs := []struct{ path, label string }{
 		{"/etc/libvirt", "object_r:etc_t:s0"},
@@ -146,21 +139,18 @@ func (h *host) startLibvirt(ctx context.Context, number int, by module) error {
 			}
 			return unix.Mount("tmpfs", d.path, "tmpfs", 0, "mode=0755")
 		})
-		if err == nil && h.labelled {
-			err = label(h.path(d.path), d.label)
-		}
-		if err != nil {
+		if err := errors.Join(err, label(h.path(d.path), d.label)); err != nil {
 			return fmt.Errorf("libvirt's %s: %w", d.path, err)
 		}
 	}
 	if err := errors.Join(
 		os.WriteFile(h.path("/etc/libvirt/qemu.conf"), fmt.Appendf(nil, `
-security_driver = "%[2]s"
+security_driver = "selinux"
 stdio_handler = "file"
 cgroup_controllers = []
-user = "+%[1]d"
+user = "+%d"
 group = "+%[1]d"
-`, qemuUser, by), 0o600),
+`, qemuUser), 0o600),
 		os.WriteFile(h.path("/etc/libvirt/libvirtd.conf"), fmt.Appendf(nil, `
 host_uuid = "00000000-0000-4000-8000-00000000000%d"
 auth_unix_rw = "none"
