@@ -14,6 +14,7 @@ import (
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 
+	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -76,7 +77,7 @@ func frame(m *migratedv1.Migration, width int) [2]string {
 		return [2]string{"", ""}
 	}
 	width = min(width, maxFrameWidth)
-	head := m.GetId() + " " + stateName(m.GetState()) + " "
+	head := m.GetId() + " " + migration.StateName(m.GetState()) + " "
 	tail := fmt.Sprintf(" %6s", percent(m.GetProgress()))
 	first := head + strings.TrimSpace(tail)
 	if room := width - utf8.RuneCountInString(head) - len(tail); room >= minBarWidth {

@@ -10,6 +10,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -93,7 +94,7 @@ func printChecks(out io.Writer, results []*migratedv1.CheckResult) error {
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 	for _, r := range results {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", statusWords[r.GetStatus()], roleName(r.GetHost()), r.GetSubject(), oneLine(r.GetDetail()))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", statusWords[r.GetStatus()], migration.RoleName(r.GetHost()), r.GetSubject(), oneLine(r.GetDetail()))
 	}
 	if err := w.Flush(); err != nil {
 		return err

@@ -4,35 +4,21 @@ package main
 
 import (
 	"fmt"
-	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
-
-// stateName returns a state as QEMU spells its own: "postcopy-active".
-func stateName(s migratedv1.MigrationState) string {
-	return enumName(s.String(), "MIGRATION_STATE_")
-}
-
-// roleName returns "source" or "destination".
-func roleName(r migratedv1.MigrationRole) string {
-	return enumName(r.String(), "MIGRATION_ROLE_")
-}
-
-func enumName(name, prefix string) string {
-	return strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, prefix), "_", "-"))
-}
 
 // locationName returns where the VM is, in a word: "destination"; "-" of a daemon that does not say.
 func locationName(l migratedv1.Location) string {
 	if l == migratedv1.Location_LOCATION_UNSPECIFIED {
 		return "-"
 	}
-	return enumName(l.String(), "LOCATION_")
+	return migration.Name(l, "LOCATION_")
 }
 
 // locationText says the same in a sentence.
@@ -55,7 +41,7 @@ func locationText(m *migratedv1.Migration) string {
 }
 
 // reasonName returns a reason as a program spells it: "guest-shutdown".
-func reasonName(r migratedv1.Reason) string { return enumName(r.String(), "REASON_") }
+func reasonName(r migratedv1.Reason) string { return migration.Name(r, "REASON_") }
 
 // stateMeaning says what a state means for the VM. Where that is, the daemon has found out.
 func stateMeaning(m *migratedv1.Migration) string {
@@ -96,7 +82,7 @@ func stateMeaning(m *migratedv1.Migration) string {
 // supervisionText returns how the destination's userfaultfd is supervised, with
 // its label: "labelled system_u:object_r:…"; nothing while there is none.
 func supervisionText(m *migratedv1.Migration) string {
-	name, label := enumName(m.GetSupervision().String(), "SUPERVISION_"), m.GetUserfaultfdLabel()
+	name, label := migration.Name(m.GetSupervision(), "SUPERVISION_"), m.GetUserfaultfdLabel()
 	switch {
 	case m.GetSupervision() == migratedv1.Supervision_SUPERVISION_UNSPECIFIED:
 		return ""

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -39,7 +40,7 @@ func (t *throttled) close() {}
 // plainLine describes a migration in one line for a log.
 func plainLine(m *migratedv1.Migration) string {
 	prefix := m.GetUpdateTime().AsTime().Local().Format(time.TimeOnly) + " " + m.GetId() + " "
-	name := stateName(m.GetState())
+	name := migration.StateName(m.GetState())
 	switch m.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE:
 		return prefix + name + " " + percent(m.GetProgress()) + ", " + strings.Join(figures(m.GetProgress()), ", ")

@@ -245,8 +245,8 @@ func logInFlight(socket string, log *slog.Logger) {
 		answer, err := c.List(ctx, &migratedv1.ListRequest{})
 		for _, m := range answer.GetMigrations() {
 			if !isTerminal(m.GetState()) {
-				log.Warn("stopping with a migration in flight", "migration", m.GetId(), "vm", vmName(m), "role", roleName(m.GetRole()),
-					"state", stateName(m.GetState()), "memory", percent(m.GetProgress()), "meaning", stateMeaning(m))
+				log.Warn("stopping with a migration in flight", "migration", m.GetId(), "vm", vmName(m), "role", migration.RoleName(m.GetRole()),
+					"state", migration.StateName(m.GetState()), "memory", percent(m.GetProgress()), "meaning", stateMeaning(m))
 			}
 		}
 		return err

@@ -10,6 +10,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -42,7 +43,7 @@ func (listCmd) Run(a *app) error {
 		w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(w, "ID\tVM\tROLE\tSTATE\tLOCATION\tMEMORY\tDOWNTIME\tDESTINATION\tSTARTED")
 		for _, m := range answer.GetMigrations() {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.GetId(), vmName(m), roleName(m.GetRole()), stateName(m.GetState()),
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.GetId(), vmName(m), migration.RoleName(m.GetRole()), migration.StateName(m.GetState()),
 				locationName(m.GetLocation()),
 				percent(m.GetProgress()), durationText(m.GetProgress().GetDowntime()), orDash(m.GetSpec().GetDestination()), timeText(m.GetCreateTime()))
 		}
@@ -87,7 +88,7 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	}
 	p, spec := m.GetProgress(), m.GetSpec()
 	fact("Migration", "%s", m.GetId())
-	fact("State", "%s: %s", stateName(m.GetState()), stateMeaning(m))
+	fact("State", "%s: %s", migration.StateName(m.GetState()), stateMeaning(m))
 	fact("Location", "%s", locationName(m.GetLocation()))
 	if e := m.GetError(); e != nil {
 		fact("Error", "%s", e.GetMessage())
@@ -98,7 +99,7 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 		fact("What to do", "%s", orDash(e.GetRemedy()))
 	}
 	fact("VM", "%s", vmName(m))
-	fact("This host is", "the %s", roleName(m.GetRole()))
+	fact("This host is", "the %s", migration.RoleName(m.GetRole()))
 	fact("QMP socket", "%s", orDash(spec.GetVm()))
 	fact("Destination", "%s", orDash(spec.GetDestination()))
 	if spec.GetDestinationQmp() != "" {

@@ -15,6 +15,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/version"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // answerTime is how long an answer may take whose reader is slow. A profile of the CPU takes half a minute.
@@ -96,7 +97,7 @@ func (r *registry) metrics() (migrations []metrics.Migration, totals metrics.Tot
 		view, _ := t.Snapshot()
 		migrations = append(migrations, metrics.Migration{View: view, Times: t.Times(), Left: left})
 		if !left {
-			addTotals(&totals, t)
+			addTotals(&totals, t, view)
 		}
 	}
 	for _, s := range r.sources {
@@ -112,9 +113,8 @@ func (r *registry) metrics() (migrations []metrics.Migration, totals metrics.Tot
 	return migrations, totals
 }
 
-// addTotals adds what a migration has to be counted for.
-func addTotals(to *metrics.Totals, t tracked) {
-	view, _ := t.Snapshot()
+// addTotals adds what a migration has to be counted for, of which view is a snapshot.
+func addTotals(to *metrics.Totals, t tracked, view *migratedv1.Migration) {
 	to.Add(view)
 	if d, ok := t.(*migration.Destination); ok {
 		d.AddCounts(&to.Incoming)

@@ -16,7 +16,6 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/mtls"
-	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
 )
 
 // get returns the status and the body of an answer.
@@ -58,10 +57,7 @@ func httpsAs(t *testing.T, files *mtls.Files, ca string) *http.Client {
 // TestMetricsForThoseNamed: those in metrics_clients scrape, as the configuration of the moment has them, nobody else does,
 // and operators are none of them.
 func TestMetricsForThoseNamed(t *testing.T) {
-	ca, err := mtlstest.NewAuthority(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	cfg, ca := withTLS(t)
 	issue := func(file, name string) *mtls.Files {
 		files, err := ca.Issue(file, name)
 		if err != nil {
@@ -69,22 +65,12 @@ func TestMetricsForThoseNamed(t *testing.T) {
 		}
 		return &files
 	}
-	own := issue("daemon", "127.0.0.1")
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := free.Close(); err != nil {
-		t.Fatal(err)
-	}
-	cfg := config.Default()
-	cfg.Listen, cfg.MetricsListen = "127.0.0.1:0", free.Addr().String()
-	cfg.TLSCertificate, cfg.TLSKey, cfg.TLSCA = own.Certificate, own.Key, own.CA
+	cfg.MetricsListen = freeAddress(t)
 	cfg.Operators, cfg.MetricsClients = []string{"operator.example"}, []string{"prometheus.example"}
 	d, _ := startConfigured(t, cfg)
 	url := "https://" + cfg.MetricsListen
-	prometheus := httpsAs(t, issue("prometheus", "prometheus.example"), own.CA)
-	operator := httpsAs(t, issue("operator", "operator.example"), own.CA)
+	prometheus := httpsAs(t, issue("prometheus", "prometheus.example"), cfg.TLSCA)
+	operator := httpsAs(t, issue("operator", "operator.example"), cfg.TLSCA)
 
 	code, text := get(t, prometheus, url+"/metrics")
 	if code != http.StatusOK || !strings.Contains(text, `migrated_build_info{protocol=`) ||
@@ -101,7 +87,7 @@ func TestMetricsForThoseNamed(t *testing.T) {
 	if code, _ := get(t, prometheus, url+"/debug/pprof/"); code != http.StatusNotFound {
 		t.Errorf("profiles are served without having been asked for: %d", code)
 	}
-	if answer, err := httpsAs(t, nil, own.CA).Get(url + "/metrics"); err == nil {
+	if answer, err := httpsAs(t, nil, cfg.TLSCA).Get(url + "/metrics"); err == nil {
 		_ = answer.Body.Close()
 		t.Error("a client without a certificate gets in")
 	}

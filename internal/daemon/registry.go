@@ -178,7 +178,8 @@ func (r *registry) addDestination(id, sender string, most int, create func() *mi
 	}
 	if old != nil {
 		old.Forget()
-		addTotals(&r.forgotten, old)
+		view, _ := old.Snapshot()
+		addTotals(&r.forgotten, old, view)
 	}
 	d = create()
 	r.destinations[id], r.senders[id] = d, sender
@@ -302,7 +303,8 @@ func isDone(t tracked) bool {
 	}
 }
 
-// forgetOld makes room for one more: it drops the oldest that are over, and says which. What was counted of them goes into totals.
+// forgetOld makes room for one more: it drops the oldest that are over, and says which. What was counted of them goes
+// into totals.
 func forgetOld[T tracked](migrations map[string]T, totals *metrics.Totals) (forgotten []string) {
 	for len(migrations) >= keptMigrations {
 		oldest, found := "", false
@@ -316,7 +318,8 @@ func forgetOld[T tracked](migrations map[string]T, totals *metrics.Totals) (forg
 		if !found {
 			break
 		}
-		addTotals(totals, migrations[oldest])
+		over, _ := migrations[oldest].Snapshot() // the last update may have come after the view that was compared
+		addTotals(totals, migrations[oldest], over)
 		delete(migrations, oldest)
 		forgotten = append(forgotten, oldest)
 	}

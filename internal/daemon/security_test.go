@@ -27,6 +27,16 @@ type secured struct {
 
 func startSecured(t *testing.T) secured {
 	t.Helper()
+	cfg, ca := withTLS(t)
+	cfg.ControlListen = freeAddress(t)
+	cfg.Peers, cfg.Operators = []string{"a.example web-*"}, []string{"operator.example"}
+	d, _ := startConfigured(t, cfg)
+	return secured{d, ca, net.JoinHostPort("127.0.0.1", d.pagePort), cfg.ControlListen}
+}
+
+// withTLS is the configuration of a daemon on loopback with TLS, and the authority that it believes.
+func withTLS(t *testing.T) (config.Config, *mtlstest.Authority) {
+	t.Helper()
 	ca, err := mtlstest.NewAuthority(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -35,6 +45,15 @@ func startSecured(t *testing.T) secured {
 	if err != nil {
 		t.Fatal(err)
 	}
+	cfg := config.Default()
+	cfg.Listen = "127.0.0.1:0"
+	cfg.TLSCertificate, cfg.TLSKey, cfg.TLSCA = files.Certificate, files.Key, files.CA
+	return cfg, ca
+}
+
+// freeAddress is one on loopback where nobody listens.
+func freeAddress(t *testing.T) string {
+	t.Helper()
 	free, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -42,12 +61,7 @@ func startSecured(t *testing.T) secured {
 	if err := free.Close(); err != nil {
 		t.Fatal(err)
 	}
-	cfg := config.Default()
-	cfg.Listen, cfg.ControlListen = "127.0.0.1:0", free.Addr().String()
-	cfg.TLSCertificate, cfg.TLSKey, cfg.TLSCA = files.Certificate, files.Key, files.CA
-	cfg.Peers, cfg.Operators = []string{"a.example web-*"}, []string{"operator.example"}
-	d, _ := startConfigured(t, cfg)
-	return secured{d, ca, net.JoinHostPort("127.0.0.1", d.pagePort), cfg.ControlListen}
+	return free.Addr().String()
 }
 
 // as connects under a name.

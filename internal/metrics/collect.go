@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/http"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -58,9 +57,9 @@ func (c collector) Collect(to chan<- prometheus.Metric) {
 	for _, role := range roles {
 		r := s.Totals.of(role)
 		for _, state := range states(true) { // also what has not happened: a counter that begins at 1 has not risen
-			send(to, ended, float64(r.Ended[state]), roleName(role), stateName(state))
+			send(to, ended, float64(r.Ended[state]), migration.RoleName(role), migration.StateName(state))
 		}
-		sendHistogram(to, downtime, downtimeBounds, &r.Downtime, roleName(role))
+		sendHistogram(to, downtime, downtimeBounds, &r.Downtime, migration.RoleName(role))
 	}
 	collectIncoming(to, &s.Totals.Incoming)
 	for kind, n := range s.Refusals {
@@ -100,7 +99,7 @@ func collectMigrations(to chan<- prometheus.Metric, migrations []Migration) {
 		v := m.View
 		over := m.Times.Over > 0
 		if !over && !m.Left {
-			groups[group{roleName(v.GetRole()), stateName(v.GetState())}]++
+			groups[group{migration.RoleName(v.GetRole()), migration.StateName(v.GetState())}]++
 		}
 		destination := v.GetRole() == migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION
 		if destination && (m.Times.Paused > 0 || m.Left) {
@@ -117,7 +116,7 @@ func collectMigrations(to chan<- prometheus.Metric, migrations []Migration) {
 	}
 	for _, role := range roles {
 		for _, state := range states(false) {
-			send(to, underWay, float64(groups[group{roleName(role), stateName(state)}]), roleName(role), stateName(state))
+			send(to, underWay, float64(groups[group{migration.RoleName(role), migration.StateName(state)}]), migration.RoleName(role), migration.StateName(state))
 		}
 	}
 	send(to, waitingVMs, float64(waiting))
@@ -140,7 +139,7 @@ func collectMigration(to chan<- prometheus.Metric, m Migration) {
 	if vm == "" {
 		vm = v.GetSpec().GetVm()
 	}
-	labels := []string{v.GetId(), vm, roleName(v.GetRole())}
+	labels := []string{v.GetId(), vm, migration.RoleName(v.GetRole())}
 	if total := p.GetPagesTotal(); total > 0 {
 		send(to, remaining, float64(p.GetBytesTotal())*float64(total-p.GetPagesPresent())/float64(total), labels...)
 		send(to, memory, float64(p.GetBytesTotal()), labels...)
@@ -148,7 +147,7 @@ func collectMigration(to chan<- prometheus.Metric, m Migration) {
 	}
 	send(to, pause, m.Times.Paused.Seconds(), labels...)
 	for state, d := range m.Times.In {
-		send(to, inState, d.Seconds(), append(labels[:3:3], stateName(state))...)
+		send(to, inState, d.Seconds(), append(labels[:3:3], migration.StateName(state))...)
 	}
 }
 
@@ -177,13 +176,4 @@ func states(terminal bool) (all []migratedv1.MigrationState) {
 		}
 	}
 	return all
-}
-
-// roleName and stateName are the words of the command line.
-func roleName(r migratedv1.MigrationRole) string { return word(r.String(), "MIGRATION_ROLE_") }
-
-func stateName(s migratedv1.MigrationState) string { return word(s.String(), "MIGRATION_STATE_") }
-
-func word(name, prefix string) string {
-	return strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, prefix), "_", "-"))
 }
