@@ -14,8 +14,8 @@ import (
 )
 
 // ErrLabelledNFS says that the source's libvirt would take a running VM's image away when it ends its own domain.
-var ErrLabelledNFS = errors.New("the image is on NFS that keeps SELinux labels, whose use by two hosts libvirt cannot write down " +
-	"there; mount it on both hosts without them (export it without security_label), and start the VM anew")
+var ErrLabelledNFS = errors.New("the image is on NFS that keeps SELinux labels, whose use by two hosts libvirt cannot " +
+	"write down there; mount it on both hosts without them (export it without security_label), and start the VM anew")
 
 // ErrForeignLabel says that libvirt here would not run a QEMU as the source's does.
 var ErrForeignLabel = errors.New("the images are labelled for a domain of SELinux's that no QEMU of this host runs in; " +

@@ -42,8 +42,9 @@ func TestWithLabel(t *testing.T) {
 		{"it is AppArmor's", labelled, `type='dynamic' model='apparmor' relabel='yes'`, "dynamic"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			given := strings.ReplaceAll(fmt.Sprintf(`<domain><devices><disk type='file'><source file='%s'/></disk></devices><seclabel %s>`+
-				`<label>system_u:system_r:svirt_t:s0:c1,c2</label><imagelabel>%s</imagelabel></seclabel></domain>`,
+			given := strings.ReplaceAll(fmt.Sprintf(
+				`<domain><devices><disk type='file'><source file='%s'/></disk></devices><seclabel %s>`+
+					`<label>system_u:system_r:svirt_t:s0:c1,c2</label><imagelabel>%s</imagelabel></seclabel></domain>`,
 				c.image, c.label, imageLabel), "'", `"`)
 			got, err := withLabel(given, func(string) error { return nil })
 			if err != nil {
@@ -66,8 +67,8 @@ func TestWithLabel(t *testing.T) {
 		})
 	}
 	foreign := errors.New("foreign")
-	given := fmt.Sprintf(`<domain><devices><disk type="file"><source file="%s"/></disk></devices><seclabel type="dynamic" `+
-		`model="selinux"><label>a:b:c:s0:c1,c2</label><imagelabel>%s</imagelabel></seclabel></domain>`, labelled, imageLabel)
+	given := fmt.Sprintf(`<domain><devices><disk type="file"><source file="%s"/></disk></devices>`+
+		`<seclabel type="dynamic" model="selinux"><label>a:b:c:s0:c1,c2</label><imagelabel>%s</imagelabel></seclabel></domain>`, labelled, imageLabel)
 	if _, err := withLabel(given, func(string) error { return foreign }); !errors.Is(err, foreign) {
 		t.Errorf("a label of another policy's: %v", err)
 	}

@@ -29,7 +29,8 @@ var one = []string{"migration", "vm", "role"}
 
 var (
 	buildInfo = newFamily("gauge", "build_info",
-		"1, with the version of the daemon and the newest version of the protocol between daemons that it speaks.", "version", "protocol")
+		"1, with the version of the daemon and the newest version of the protocol between daemons that it speaks.",
+		"version", "protocol")
 
 	underWay = newFamily("gauge", "migrations",
 		"Migrations that are not over, by the side that this host plays and their state.", "role", "state")
@@ -39,7 +40,8 @@ var (
 		"From the VM's stop at the source to its running at the destination, of each migration that switched over.", "role")
 
 	remaining = newFamily("gauge", "migration_data_remaining_bytes",
-		"The VM's memory that is not at the destination yet. Pages are counted: an estimate where blocks have pages of several sizes.", one...)
+		"The VM's memory that is not at the destination yet. Pages are counted: an estimate where blocks have pages of "+
+			"several sizes.", one...)
 	memory = newFamily("gauge", "migration_memory_bytes", "All of the VM's memory.", one...)
 	onWire = newFamily("gauge", "migration_received_bytes",
 		"Bytes of pages that have come, as packed, without framing.", one...)
@@ -49,10 +51,11 @@ var (
 		"How long a VM has had no connection to the memory that it lacks, now. 0: it has, or lacks none.", one...)
 
 	faultLatency = newFamily("histogram", "fault_latency_seconds",
-		"From a page fault's message being read to its page being there: native, and in QEMU's buckets (postcopy-latency-dist), exact to 1/16.")
+		"From a page fault's message being read to its page being there: native, and in QEMU's buckets "+
+			"(postcopy-latency-dist), exact to 1/16.")
 	faults = newFamily("counter", "faults_total",
-		"Page faults of VMs that came here, by what was known of the page: missing, swept (on its way with the sweep), ahead (foretold), "+
-			"waiting (for another thread), zero or present.", "cause")
+		"Page faults of VMs that came here, by what was known of the page: missing, swept (on its way with the sweep), "+
+			"ahead (foretold), waiting (for another thread), zero or present.", "cause")
 	pages = newFamily("counter", "pages_total",
 		"Pages that came, by the lane that brought them: demand or sweep.", "kind")
 	zeroPages    = newFamily("counter", "pages_zero_total", "Pages that were known to be zero, and had no bytes on the wire.")
@@ -71,10 +74,12 @@ var (
 	waitingVMs = newFamily("gauge", "vms_waiting_for_pages",
 		"VMs on this host that have no connection to the memory that they lack.")
 	stoppedVMs = newFamily("gauge", "vms_stopped_committed",
-		"VMs of this host that were handed over, and of which nobody knows that they run: they stand still here until an answer comes or an operator decides.")
+		"VMs of this host that were handed over, and of which nobody knows that they run: they stand still here until an "+
+			"answer comes or an operator decides.")
 
 	refusals = newFamily("counter", "refusals_total",
 		"Connections, callers, calls and VMs of other hosts that were refused, by kind.", "kind")
 	expiry = newFamily("gauge", "certificate_expiry_timestamp_seconds",
-		"When a certificate expires, in Unix time, by the setting that names its file. Of several in a file the first that expires.", "setting")
+		"When a certificate expires, in Unix time, by the setting that names its file. Of several in a file the first that "+
+			"expires.", "setting")
 )

@@ -14,13 +14,18 @@ import (
 func TestTimes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tracker := newTracker(&migratedv1.Migration{Id: "m1", State: migratedv1.MigrationState_MIGRATION_STATE_SETUP})
-		const active, paused = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE, migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED
-		for _, state := range []migratedv1.MigrationState{active, paused, migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER, paused} {
+		const (
+			active  = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+			paused  = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED
+			mending = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER
+		)
+		for _, state := range []migratedv1.MigrationState{active, paused, mending, paused} {
 			time.Sleep(time.Second)
 			tracker.setState(state)
 		}
 		time.Sleep(time.Second)
-		if got := tracker.Times(); got.Paused != 3*time.Second || got.In[paused] != 2*time.Second || got.In[active] != time.Second || got.Over != 0 {
+		got := tracker.Times()
+		if got.Paused != 3*time.Second || got.In[paused] != 2*time.Second || got.In[active] != time.Second || got.Over != 0 {
 			t.Errorf("while it is paused: %+v", got)
 		}
 		tracker.setState(active)
