@@ -124,11 +124,6 @@ func TestOnDebian(t *testing.T) {
 			},
 		},
 		{
-			"what the daemon reads of the policy",
-			[]string{"-A", "-s", "migrated_t", "-t", "default_context_t", "-c", "file"},
-			[]string{"allow migrated_t default_context_t:file { getattr open read };"},
-		},
-		{
 			"how the daemon reaches libvirt",
 			[]string{"-A", "-s", "migrated_t", "-t", "virtd_t", "-c", "unix_stream_socket"},
 			[]string{"allow migrated_t virtd_t:unix_stream_socket connectto;"},

@@ -32,7 +32,7 @@ func Start(ctx context.Context, socket, definition string) (vm string, err error
 	if definition, err = withIncoming(definition); err != nil {
 		return "", err
 	}
-	if definition, err = withLabel(definition, mayLabel); err != nil {
+	if err := refuseSharedLabel(definition); err != nil {
 		return "", err
 	}
 	conn, err := connect(ctx, socket)
@@ -82,15 +82,14 @@ func withIncoming(definition string) (string, error) {
 	return doc.WriteToString()
 }
 
-// asItStarts returns a domain's definition as it was before withIncoming and withLabel, with the label that it runs with:
-// what its next start uses, and its next move.
+// asItStarts returns a domain's definition as it was before withIncoming, with the label of its images: what its next start
+// uses, and its next move.
 func asItStarts(definition, live string) (string, error) {
 	doc, root, err := parse(definition)
 	if err != nil {
 		return "", err
 	}
 	withoutIncoming(root)
-	withoutLabel(root)
 	if err := copyLabel(root, live); err != nil {
 		return "", err
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -15,7 +14,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
-func TestWithLabel(t *testing.T) {
+func TestSharedLabel(t *testing.T) {
 	const imageLabel = "system_u:object_r:svirt_image_t:s0:c1,c2"
 	dir, err := os.MkdirTemp("/dev/shm", "labels") // it keeps labels, also where no module asks for them
 	if err != nil {
@@ -32,58 +31,40 @@ func TestWithLabel(t *testing.T) {
 		cannot.Run(t, "label a file: %v", err)
 	}
 	for _, c := range []struct {
-		name, image, label, want string
+		name, image, module, label string
+		want                       error
 	}{
-		{"its image has the label here", labelled, `type='dynamic' model='selinux' relabel='yes'`, "static"},
-		{"it has none here", plain, `type='dynamic' model='selinux' relabel='yes'`, "dynamic"},
-		{"there is no image", "", `type='dynamic' model='selinux' relabel='yes'`, "dynamic"},
-		{"the operator chose it", labelled, `type='static' model='selinux' relabel='yes'`, "static"},
-		{"images keep theirs", labelled, `type='dynamic' model='selinux' relabel='no'`, "dynamic"},
-		{"it is AppArmor's", labelled, `type='dynamic' model='apparmor' relabel='yes'`, "dynamic"},
+		{"it has it here, too", labelled, "selinux", imageLabel, ErrSharedLabel},
+		{"it has another", labelled, "selinux", "system_u:object_r:svirt_image_t:s0:c1,c3", nil},
+		{"it has none", plain, "selinux", imageLabel, nil},
+		{"it is not there", filepath.Join(dir, "none"), "selinux", imageLabel, nil},
+		{"there is no image", "", "selinux", imageLabel, nil},
+		{"another module's", labelled, "apparmor", imageLabel, nil},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			given := strings.ReplaceAll(fmt.Sprintf(
-				`<domain><devices><disk type='file'><source file='%s'/></disk></devices><seclabel %s>`+
-					`<label>system_u:system_r:svirt_t:s0:c1,c2</label><imagelabel>%s</imagelabel></seclabel></domain>`,
-				c.image, c.label, imageLabel), "'", `"`)
-			got, err := withLabel(given, func(string) error { return nil })
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, root, err := parse(got)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if kind := root.SelectElement("seclabel").SelectAttrValue("type", ""); kind != c.want {
-				t.Errorf("the label is %s, want %s: %s", kind, c.want, got)
-			}
-			if !strings.Contains(got, "<label>system_u:system_r:svirt_t:s0:c1,c2</label>") {
-				t.Errorf("the label is gone: %s", got)
-			}
-			back, err := asItStarts(got, got)
-			if err != nil || back != given {
-				t.Errorf("undone, it is\n%s, %v, and was\n%s", back, err, given)
-			}
-		})
-	}
-	foreign := errors.New("foreign")
-	given := fmt.Sprintf(`<domain><devices><disk type="file"><source file="%s"/></disk></devices>`+
-		`<seclabel type="dynamic" model="selinux"><label>a:b:c:s0:c1,c2</label><imagelabel>%s</imagelabel></seclabel></domain>`, labelled, imageLabel)
-	if _, err := withLabel(given, func(string) error { return foreign }); !errors.Is(err, foreign) {
-		t.Errorf("a label of another policy's: %v", err)
+		definition := fmt.Sprintf(`<domain><devices><disk type="file"><source file="%s"/></disk></devices>`+
+			`<seclabel type="dynamic" model="%s"><imagelabel>%s</imagelabel></seclabel></domain>`, c.image, c.module, c.label)
+		if err := refuseSharedLabel(definition); !errors.Is(err, c.want) {
+			t.Errorf("%s: %v, want %v", c.name, err, c.want)
+		}
 	}
 }
 
 func TestCopyLabel(t *testing.T) {
-	const label = `<seclabel type="dynamic" model="selinux" relabel="yes"><label>a:b:c:s0:c1,c2</label></seclabel>`
-	const live = `<domain><seclabel type="dynamic" model="dac"><label>+1:+1</label></seclabel>` + label + `</domain>`
+	const (
+		image = `<imagelabel>a:b:d:s0:c1,c2</imagelabel>`
+		label = `<seclabel type="dynamic" model="selinux" relabel="yes"><label>a:b:c:s0:c1,c2</label>` + image + `</seclabel>`
+		live  = `<domain><seclabel type="dynamic" model="dac"><label>+1:+1</label></seclabel>` + label + `</domain>`
+	)
 	for given, want := range map[string]string{
 		`<domain/>`: `<domain>` + label + `</domain>`,
-		`<domain><seclabel type="dynamic" model="selinux" relabel="yes"/></domain>`: `<domain>` + label + `</domain>`,
-		`<domain><seclabel type="static" model="selinux"/></domain>`:                `<domain><seclabel type="static" model="selinux"/></domain>`,
+		`<domain><seclabel type="dynamic" model="selinux"/></domain>`: `<domain><seclabel type="dynamic" model="selinux">` +
+			image + `</seclabel></domain>`,
 	} {
 		if got, err := asItStarts(given, live); err != nil || got != want {
 			t.Errorf("%s: %s, %v, want %s", given, got, err, want)
 		}
+	}
+	if got, err := asItStarts(`<domain/>`, `<domain/>`); err != nil || got != `<domain/>` {
+		t.Errorf("without a label: %s, %v", got, err)
 	}
 }

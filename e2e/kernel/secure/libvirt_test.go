@@ -16,7 +16,8 @@ import (
 
 // svirtClaims are what the guest reports of a domain of libvirt's (guest/libvirt.go).
 var svirtClaims = map[string]string{
-	"svirt-policy": "enforcing",
+	"svirt-policy":       "enforcing",
+	"svirt-shared-label": "refused",
 
 	"svirt-vcpu":    "waits",
 	"svirt":         "flag",
@@ -69,8 +70,8 @@ func libvirtFiles(t *testing.T) []kernel.File {
 	for name, text := range map[string]string{
 		"virtual_domain_context": "system_u:system_r:svirt_t:s0\n",
 		"virtual_image_context":  "system_u:object_r:svirt_image_t:s0\nsystem_u:object_r:virt_content_t:s0\n",
-		"files/file_contexts": "/shared(/.*)?\tsystem_u:object_r:virt_image_t:s0\n" +
-			"/run/vm(/.*)?\tsystem_u:object_r:svirt_runtime_t:s0\n",
+		"files/file_contexts": "/run/vm(/.*)?\tsystem_u:object_r:svirt_runtime_t:s0\n" +
+			"/run/vm/disk\tsystem_u:object_r:virt_image_t:s0\n",
 	} {
 		files = append(files, kernel.File{Name: "etc/selinux/small/contexts/" + name, Data: []byte(text)})
 	}

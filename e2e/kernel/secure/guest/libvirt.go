@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -16,9 +15,9 @@ import (
 
 const (
 	libvirtDomain = "system_r:virtd_t:s0-s0:c0.c7" // QEMUs get two of its categories
-
-	domainName = "guest"
-	sharedDisk = "/shared/disk" // one file, which both hosts have
+	domainName    = "guest"
+	domainDisk    = vmDir + "/disk"
+	imageLabel    = "object_r:virt_image_t:s0" // of an image that no domain has
 )
 
 // svirt migrates a domain of libvirt's there and back, as libvirt runs QEMU where SELinux enforces: with two categories
@@ -33,6 +32,7 @@ func svirt(ctx context.Context, log *audit) error {
 	s, err := newDomainScene(ctx)
 	defer s.close()
 	for _, act := range []func(context.Context) error{
+		s.sharedLabel,
 		func(ctx context.Context) error { return s.moveDomain(ctx, "svirt") },
 		func(ctx context.Context) error { return s.moveDomain(ctx, "svirt-back") },
 		func(ctx context.Context) error { return s.undisturbed(ctx, log, "svirt-log", mark) },
@@ -48,12 +48,12 @@ func svirt(ctx context.Context, log *audit) error {
 // newDomainScene makes hosts with libvirt and starts the domain on the first.
 func newDomainScene(ctx context.Context) (*scene, error) {
 	s := &scene{}
-	if err := shareDisk(); err != nil {
-		return s, err
-	}
 	for i, addr := range []string{"127.0.0.4", "127.0.0.5"} {
 		var err error
 		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, true, privateToVM); err != nil {
+			return s, err
+		}
+		if err := label(s.hosts[i].path(domainDisk), imageLabel); err != nil {
 			return s, err
 		}
 		if err := s.hosts[i].startLibvirt(ctx, i); err != nil {
@@ -71,19 +71,6 @@ func newDomainScene(ctx context.Context) (*scene, error) {
 		return s, err
 	}
 	return s, s.from().countsBeyond(ctx, 1)
-}
-
-// shareDisk puts the image where both hosts find it.
-func shareDisk() error {
-	disk, err := os.ReadFile("/disk")
-	if err != nil {
-		return err
-	}
-	return errors.Join(
-		os.Mkdir(filepath.Dir(sharedDisk), 0o755),
-		os.WriteFile(sharedDisk, disk, 0o600),
-		label(filepath.Dir(sharedDisk), "object_r:virt_image_t:s0"),
-		label(sharedDisk, "object_r:virt_image_t:s0"))
 }
 
 // watchedQEMU is QEMU with the sockets of qemuArgs, by which the driver watches a VM: a copy of this program, which a
@@ -121,7 +108,7 @@ var domainXML = fmt.Sprintf(`
     <memballoon model='none'/>
   </devices>
 </domain>
-`, domainName, ramMiB, watchedQEMU, sharedDisk, vmDir)
+`, domainName, ramMiB, watchedQEMU, domainDisk, vmDir)
 
 // startLibvirt starts the host's libvirtd, with directories of its own, and waits until it answers.
 func (h *host) startLibvirt(ctx context.Context, number int) error {
@@ -189,6 +176,28 @@ func (h *host) virsh(ctx context.Context, args ...string) (string, error) {
 		return said, fmt.Errorf("virsh %s: %w: %s", strings.Join(args, " "), err, said)
 	}
 	return said, nil
+}
+
+// sharedLabel has the other host see the label that the domain's image has, as it would on one file system that keeps
+// labels. That is refused, and the domain goes on.
+func (s *scene) sharedLabel(ctx context.Context) error {
+	_, level, _ := strings.Cut(domainOf(s.from().qemu()), "svirt_t:")
+	image := s.to().path(domainDisk)
+	if err := label(image, "object_r:svirt_image_t:"+level); err != nil {
+		return err
+	}
+	said, err := s.from().operate(ctx, "migrate", "--vm", "libvirt:"+domainName, "--to", s.to().daemonAddr(), "--id", s.id())
+	if err == nil {
+		return errors.New("a label that both hosts see did not hinder a migration")
+	}
+	err = nil
+	for _, words := range []string{"has the SELinux label of the VM", "the VM was not touched"} {
+		if !strings.Contains(said, words) {
+			err = fmt.Errorf("it does not say %q: %s", words, said)
+		}
+	}
+	check("svirt-shared-label", "refused", err)
+	return errors.Join(label(image, imageLabel), s.from().countsOn(ctx))
 }
 
 // moveDomain moves the domain, has its vCPU wait for a page meanwhile, and says what became of it.
