@@ -207,9 +207,9 @@ func TestMetalCounts(t *testing.T) {
 	for _, accel := range []string{"tcg", "kvm"} {
 		t.Run(accel, func(t *testing.T) {
 			if accel == "kvm" {
-				f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-				require(t, err)
-				f.Close()
+				if _, err := os.Stat("/dev/kvm"); err != nil {
+					t.Skipf("no KVM on this machine: %v", err)
+				}
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 			defer cancel()

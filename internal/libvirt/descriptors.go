@@ -70,16 +70,16 @@ func (m *monitor) hand(key string, in *passing) error {
 }
 
 // release closes a descriptor in QEMU.
-func (m *monitor) release(key string) answer {
+func (m *monitor) release(key string) (answer, error) {
 	h, known := m.handed[key]
 	if !known {
-		return refusal(fmt.Errorf("QEMU has no descriptor %s", key))
+		return refusal(fmt.Errorf("QEMU has no descriptor %s", key)), nil
 	}
 	delete(m.handed, key)
 	if err := m.takeBack(h); err != nil {
-		return refusal(err)
+		return failure(err)
 	}
-	return done
+	return done, nil
 }
 
 func (m *monitor) takeBack(h handed) error {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
 
 // eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come another
@@ -189,6 +190,15 @@ func refusal(err error) answer {
 	return answer{Error: text}
 }
 
+// failure is what a descriptor that could not be handed leads to: the end of the connection where QEMU has ended, as
+// with QEMU's own socket.
+func failure(err error) (answer, error) {
+	if errors.Is(err, inject.ErrProcessGone) {
+		return answer{}, err
+	}
+	return refusal(err), nil
+}
+
 var done = answer{Return: json.RawMessage("{}")}
 
 // answer answers one command. The error ends the connection.
@@ -208,20 +218,20 @@ func (m *monitor) answer(c command, in *passing) (answer, error) {
 	switch c.Execute {
 	case "getfd":
 		if err := m.hand("fd:"+args.Name, in); err != nil {
-			return refusal(err), nil
+			return failure(err)
 		}
 		return done, nil
 	case "add-fd":
 		m.sets++
 		key := "/dev/fdset/" + strconv.Itoa(m.sets)
 		if err := m.hand(key, in); err != nil {
-			return refusal(err), nil
+			return failure(err)
 		}
 		return answer{Return: fmt.Appendf(nil, `{"fdset-id": %d, "fd": %d}`, m.sets, m.handed[key].fd)}, nil
 	case "closefd":
-		return m.release("fd:" + args.Name), nil
+		return m.release("fd:" + args.Name)
 	case "remove-fd":
-		return m.release("/dev/fdset/" + strconv.Itoa(args.Set)), nil
+		return m.release("/dev/fdset/" + strconv.Itoa(args.Set))
 	}
 	m.translate(&c)
 	expected := m.expect(c.Execute)

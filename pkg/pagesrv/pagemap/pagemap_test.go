@@ -3,6 +3,7 @@
 package pagemap
 
 import (
+	"encoding/binary"
 	"os"
 	"slices"
 	"testing"
@@ -43,7 +44,7 @@ func TestNext(t *testing.T) {
 		next func(from, end uint64) (uint64, error)
 		want []int
 	}{
-		"scan": {m.Next, touched},
+		"scan": {m.Next, content(t, start, touched, 100)},
 		"walk": {m.walk, []int{7, 8, 100, 1500, pages - 1}}, // entries do not tell the page of zeros
 	} {
 		end := start + uint64(len(memory))
@@ -62,12 +63,47 @@ func TestNext(t *testing.T) {
 			continue
 		}
 		if !slices.Equal(got, c.want) {
-			t.Errorf("%s: pages %v, want %v", name, got, c.want)
+			t.Errorf("%s: pages %v, want %v; entry %#x", name, got, c.want,
+				entryAt(t, "/proc/self/pagemap", start/uint64(pageSize)+100))
 		}
 	}
 	if zeros != 0 {
 		t.Error("a page that nobody wrote to is not zero")
 	}
+}
+
+// content is what a scan must find, with the page that was only read if the kernel gave it a frame of its own: that is
+// the kernel's choice, and /proc/kpageflags tells.
+func content(t *testing.T, start uint64, written []int, read int) []int {
+	t.Helper()
+	const (
+		frame    = 1<<55 - 1 // of an entry of /proc/PID/pagemap
+		zeroPage = 1 << 24   // KPF_ZERO_PAGE of linux/kernel-page-flags.h
+	)
+	entry := entryAt(t, "/proc/self/pagemap", start/uint64(os.Getpagesize())+uint64(read))
+	if entry&frame == 0 {
+		t.Skip("frame numbers are for CAP_SYS_ADMIN")
+	}
+	if flags := entryAt(t, "/proc/kpageflags", entry&frame); flags&zeroPage == 0 {
+		t.Logf("page %d was read, and has a frame of its own: entry %#x, flags %#x", read, entry, flags)
+		written = slices.Sorted(slices.Values(append([]int{read}, written...)))
+	}
+	return written
+}
+
+// entryAt reads one of the 64-bit entries of a file.
+func entryAt(t *testing.T, path string, index uint64) uint64 {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, entryBytes)
+	if _, err := f.ReadAt(b, int64(index*entryBytes)); err != nil {
+		t.Fatal(err)
+	}
+	return binary.NativeEndian.Uint64(b)
 }
 
 func TestNextOfNothing(t *testing.T) {
