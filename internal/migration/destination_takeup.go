@@ -71,6 +71,7 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	if k.header().toldToRun.Load() != 0 {
 		d.phase = running
 		d.decide(toldToRun)
+		d.knowAnswer()
 	}
 	reached("destination-taken-up")
 	if reason := k.header().ended.Load(); reason != 0 { // its source may ask how it ended
@@ -93,7 +94,7 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	switch d.phase {
 	case running:
 		// Without an answer QEMU has to be told again, and the migration must not be over before.
-		if d.knowAnswer(); d.answer != nil {
+		if d.answer != nil {
 			d.engine.StartSweep()
 		}
 	default:
@@ -135,7 +136,6 @@ func (d *Destination) takeUp(facts *keptFactsV1) (err error) {
 
 // takeUpFilled ends a migration whose memory was all here. The caller holds mu.
 func (d *Destination) takeUpFilled(facts *keptFactsV1) {
-	d.knowAnswer()
 	progress := &migratedv1.Progress{Downtime: durationpb.New(time.Duration(d.kept.header().downtime.Load()))}
 	for _, b := range facts.Blocks {
 		progress.BytesTotal += b.Size
@@ -233,15 +233,18 @@ func (d *Destination) notTakenUp(facts *keptFactsV1, err error) {
 }
 
 // knowAnswer finds out what Run was answered, or would have been: while it is
-// nil, Run tells QEMU again. The caller holds mu.
+// nil, Run tells QEMU again. A VM that ended by itself has run, and the source
+// hears how it ended when it asks for more. The caller holds mu.
 func (d *Destination) knowAnswer() {
 	h := d.kept.header()
 	at := h.resumed.Load()
-	if at == 0 {
+	if at == 0 && h.ended.Load() == 0 {
 		return
 	}
 	d.answer = &migratedv1.RunResponse{
 		ResumeTime: durationpb.New(time.Duration(h.resumeTime.Load())), ServeTime: durationpb.New(0),
 	}
-	d.meter.switched(time.Unix(0, at), time.Duration(h.downtime.Load()))
+	if at != 0 {
+		d.meter.switched(time.Unix(0, at), time.Duration(h.downtime.Load()))
+	}
 }

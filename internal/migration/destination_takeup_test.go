@@ -79,6 +79,31 @@ func TestTakenUpToldQEMUDies(t *testing.T) {
 	}
 }
 
+// Both daemons were killed when the VM ended by itself: its source repeats the hand-over, and hears that the VM ran. How
+// it ended it hears when it follows.
+func TestTakenUpAfterTheVMEnded(t *testing.T) {
+	for name, answered := range map[string]bool{"Run was answered": true, "Run was not answered": false} {
+		t.Run(name, func(t *testing.T) {
+			l := leaveDestination(t, true)
+			h := l.kept.header()
+			h.toldToRun.Store(1)
+			if answered {
+				l.kept.running(time.Now(), 3*time.Millisecond, 7*time.Millisecond)
+			}
+			h.ended.Store(uint64(migratedv1.Reason_REASON_GUEST_SHUTDOWN))
+			d := l.takeUp(t)
+			<-d.Done()
+			if _, err := run(t, d); err != nil {
+				t.Errorf("Run: %v", err)
+			}
+			if view, _ := d.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_ENDED ||
+				view.GetError().GetReason() != migratedv1.Reason_REASON_GUEST_SHUTDOWN {
+				t.Errorf("the migration is %v", view)
+			}
+		})
+	}
+}
+
 // All memory was in, and QEMU had closed its descriptor: there is nothing left to do.
 func TestTakenUpAfterTheLastPage(t *testing.T) {
 	l := leaveDestination(t, true)

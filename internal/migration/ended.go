@@ -98,6 +98,9 @@ func (d *Destination) endingHere(failure error) *endedError {
 func (d *Destination) ended(how *endedError) {
 	d.log.Info("the VM ended by itself", "reason", how.reason)
 	d.kept.header().ended.Store(uint64(how.reason))
+	if d.answer == nil { // Run is repeated, perhaps, by a source that heard nothing
+		d.knowAnswer()
+	}
 	d.showEnded(how)
 	reached("destination-ended")
 }
