@@ -17,6 +17,7 @@ import (
 // options, another VM's name. Each is refused in words, leaves no QEMU there, and the VM has not stopped for it; nor is
 // a place of max_incoming lost.
 func TestNotAllowed(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 32, Nodes: 1})
@@ -77,6 +78,7 @@ func TestNotAllowed(t *testing.T) {
 
 // TestRunAs has a destination that starts every QEMU as a user of its own.
 func TestRunAs(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	startDaemon(t, l.B, "--min-uid", "1", "--run-as", "nobody")

@@ -51,6 +51,7 @@ func (s *scene) listen() (awaitOne func(after time.Time), none func(when string)
 // TestAnnouncements: a destination that did not get the VM does not say that it is there, and neither does one whose VM
 // is paused until somebody continues it.
 func TestAnnouncements(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	awaitOne, none := s.listen()
@@ -73,6 +74,7 @@ func TestAnnouncements(t *testing.T) {
 
 // TestAnnouncedAfterFallBack: the destination may have said that the VM is there.
 func TestAnnouncedAfterFallBack(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	startDaemon(t, l.B)
@@ -93,6 +95,7 @@ func TestAnnouncedAfterFallBack(t *testing.T) {
 
 // TestPausedVMFallsBack: it has its disks again, as far as its QEMU can have them without running it, and can be moved.
 func TestPausedVMFallsBack(t *testing.T) {
+	t.Parallel()
 	for _, version := range []string{lab.InstalledQEMU, "10.0"} {
 		t.Run(version, func(t *testing.T) {
 			l := newHosts(t)

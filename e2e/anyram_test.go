@@ -22,6 +22,7 @@ import (
 // TestAnyRAM moves a VM with disks and network cards from one kind of memory to the next, on each version of QEMU. Each
 // kind is a source and a destination once; every page and every block is checked after each move.
 func TestAnyRAM(t *testing.T) {
+	t.Parallel()
 	kinds := []lab.Backend{lab.BackendDefault} // what most VMs have is first and last
 	for _, kind := range lab.Backends() {
 		if kind != lab.BackendDefault {

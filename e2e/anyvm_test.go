@@ -57,6 +57,7 @@ func ask(t *testing.T, h *lab.Host, command string, args, result any) {
 // TestPausedVMWithDiskGoesOn moves a VM that is paused and has writable disks from host to host, and on: a QEMU that
 // has not got its disks would abort when it is asked to give them up.
 func TestPausedVMWithDiskGoesOn(t *testing.T) {
+	t.Parallel()
 	for _, version := range lab.QEMUVersions {
 		t.Run(version, func(t *testing.T) {
 			l := newHosts(t)
@@ -83,6 +84,7 @@ func TestPausedVMWithDiskGoesOn(t *testing.T) {
 
 // TestPausedVMThatDoesNotLoad: it stays what it was, paused, and can be moved.
 func TestPausedVMThatDoesNotLoad(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault}.WithDevices(1, 1))
 	command(t, l.A, "stop")
@@ -122,6 +124,7 @@ func useQEMU(t *testing.T, h *lab.Host, version string) {
 
 // TestNewerQEMU moves a VM of an old machine type to a newer QEMU, and that one's to the newest.
 func TestNewerQEMU(t *testing.T) {
+	t.Parallel()
 	for _, versions := range [][2]string{{"7.2", "10.0"}, {"7.2", "11.1"}, {"10.0", "11.1"}} {
 		t.Run(versions[0]+" to "+versions[1], func(t *testing.T) {
 			l := newHosts(t)
@@ -143,6 +146,7 @@ func TestNewerQEMU(t *testing.T) {
 // TestManyDevices moves a VM with eight disks and eight network cards, each behind a port of its own, that its guest
 // drives.
 func TestManyDevices(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
@@ -170,6 +174,7 @@ func TestManyDevices(t *testing.T) {
 
 // TestFreePageHints: a balloon with free-page-hint made QEMU's own migration, without RAM in it, end in a crash.
 func TestFreePageHints(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	vm := lab.VMConfig{Extra: []string{
 		"-object", "iothread,id=io", "-device", "virtio-balloon-pci,free-page-hint=on,iothread=io",
@@ -182,6 +187,7 @@ func TestFreePageHints(t *testing.T) {
 
 // TestSnapshotMeanwhile: a snapshot that is made while a migration is prepared has the VM's memory in it.
 func TestSnapshotMeanwhile(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	client := s.prepare("prepared")
@@ -220,6 +226,7 @@ func TestSnapshotMeanwhile(t *testing.T) {
 // TestUnmovableDevices: devices whose state QEMU cannot move are named before the VM is touched, because a save would
 // leave them out in silence.
 func TestUnmovableDevices(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{
 		"-drive", "if=none,id=nvm,file=null-co://,format=raw,file.size=64M", "-device", "nvme,drive=nvm,serial=1",

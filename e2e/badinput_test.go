@@ -15,6 +15,7 @@ import (
 // TestBadInput gives the program, as an operator would, VMs and hosts that
 // cannot migrate: check and migrate name the cause and what to do.
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	plain := lab.VMConfig{VCPUs: 1, MemoryMiB: 32, Nodes: 1}
 	for _, c := range []struct {
 		name string
@@ -70,6 +71,7 @@ func TestBadInput(t *testing.T) {
 
 // TestWithoutPtrace has a destination whose daemon may not trace QEMU.
 func TestWithoutPtrace(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	startLimitedDaemon(t, l.B, "-sys_ptrace")
@@ -90,6 +92,7 @@ func TestWithoutPtrace(t *testing.T) {
 // TestWithoutUserfaultfd has a destination where neither way to a userfaultfd
 // is open: an unprivileged QEMU and no device. Both are named.
 func TestWithoutUserfaultfd(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	if out, err := l.B.Run(testContext(t), "mount", "--bind", "/dev/null", "/dev/userfaultfd"); err != nil {
 		t.Fatal(err, out)
@@ -111,6 +114,7 @@ func TestWithoutUserfaultfd(t *testing.T) {
 
 // TestNoDaemon has an operator who forgot to start it.
 func TestNoDaemon(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	out, code := operate(t, l.A, "list")
 	if code == 0 || !strings.Contains(out, "migrated serve") {

@@ -23,6 +23,7 @@ const neededCapabilities = "0000010010080023"
 // TestDaemonIsConfined: a VM migrates there into a QEMU that the daemon starts and back; both daemons have given up
 // what they do not need, are refused what they do not do, and the QEMU is not confined with them.
 func TestDaemonIsConfined(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	daemons := map[*lab.Host]*lab.Process{l.A: startDaemon(t, l.A), l.B: startDaemon(t, l.B)}
 	s := newScene(t, l)

@@ -41,6 +41,7 @@ func (s *scene) begun(id string) *migratedv1.Migration {
 // TestEarlyLoad: devices that change between the early load and the stop arrive as they are then: also the one of a
 // q35 that QEMU does not load twice by itself, the LPC bridge, which has the APM status port.
 func TestEarlyLoad(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	// QEMU redraws a screen that somebody may look at, and reads video memory for it.
 	shown := append(lab.EventsArgs(), "-vnc", "unix:"+lab.VMDir+"/vnc.sock")
@@ -78,6 +79,7 @@ func TestEarlyLoad(t *testing.T) {
 
 // TestEarlyLoadOff: it can be switched off, and is not done where the destination's QEMU could not be replaced.
 func TestEarlyLoadOff(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "there",
@@ -104,6 +106,7 @@ func TestEarlyLoadOff(t *testing.T) {
 
 // TestPausedSinceEarlyLoad: QEMU was told that the VM will run, and would leave its disks to that.
 func TestPausedSinceEarlyLoad(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Extra: lab.EventsArgs()}.WithDevices(1, 1))
 	if early := s.prepared("paused", s.spec()).GetEarlyLoad(); !early.GetLoaded() {
@@ -126,6 +129,7 @@ func TestPausedSinceEarlyLoad(t *testing.T) {
 // TestEarlyLoadThatFails: a destination whose QEMU cannot load what it is given is replaced, and the VM stops only for
 // the save. One without a device does not load at the stop either, and then the VM goes on.
 func TestEarlyLoadThatFails(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	s.template(templateWithoutMSIX)

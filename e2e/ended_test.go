@@ -41,6 +41,7 @@ func monitor(t *testing.T, h *lab.Host, line string) {
 // TestVMEndsAfterTheSwitch: a VM that ends by itself while its memory follows is no failure, and nobody is told to run
 // the memory that is left of it, which is older than its disks.
 func TestVMEndsAfterTheSwitch(t *testing.T) {
+	t.Parallel()
 	const powerOff, resetNow = "o /h 0x604 0x2000", "o /b 0xcf9 6" // SLP_EN and S5 in PM1a_CNT; the chipset's reset register
 	for name, c := range map[string]struct {
 		extra  []string
@@ -113,6 +114,7 @@ func TestVMEndsAfterTheSwitch(t *testing.T) {
 
 // TestGuestResetsAfterTheSwitch: its QEMU goes on, and so does the move.
 func TestGuestResetsAfterTheSwitch(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := largeScene(t, l, 1)
 	client := s.slowly("reset")

@@ -100,6 +100,7 @@ const (
 // TestFailureBeforeTheSwitch breaks the migration in every way that can be had
 // from outside. One VM lives through all of it, and then migrates.
 func TestFailureBeforeTheSwitch(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	outer := newScene(t, l)
 	run := func(name string, test func(s *scene)) {
@@ -189,6 +190,7 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 // TestDestinationDaemonKilledBeforeTheSwitch has a lab of its own, because
 // what that daemon started outlives it.
 func TestDestinationDaemonKilledBeforeTheSwitch(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	daemon := startDaemon(t, l.B)
@@ -211,6 +213,7 @@ func TestDestinationDaemonKilledBeforeTheSwitch(t *testing.T) {
 // TestSourceDaemonStoppedBeforeTheSwitch ends the source's daemon in good order
 // in the middle of a migration.
 func TestSourceDaemonStoppedBeforeTheSwitch(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	daemon := startDaemon(t, l.A)
 	startDaemon(t, l.B)
@@ -290,6 +293,7 @@ func (s *scene) destinationGone(id string) {
 
 // TestCancelAfterTheSwitch is refused.
 func TestCancelAfterTheSwitch(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	migrate(t, l.A, l.B, "late")

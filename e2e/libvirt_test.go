@@ -156,6 +156,7 @@ func worksAt(t *testing.T, h *lab.Host, guest *report.Log) *report.Port {
 // TestLibvirt moves a domain of libvirt's there and back: its guest works on, no byte of its memory and its disk is
 // wrong, and virsh says of both hosts what is so.
 func TestLibvirt(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	startLibvirt(t, l, lab.OwnCgroups)
 	var guest report.Log
@@ -252,6 +253,7 @@ func cancelled(t *testing.T, l *lab.Lab) {
 // TestLibvirtRestarts: the libvirtds of both hosts are killed while the VM's memory crosses, and started again. The
 // migration completes, and virsh tells the truth.
 func TestLibvirtRestarts(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	daemons := startLibvirt(t, l)
 	var guest report.Log
@@ -278,6 +280,7 @@ func TestLibvirtRestarts(t *testing.T) {
 // TestLibvirtDestroyed: somebody ends the domain at the destination while its memory crosses. That is no failure: both
 // hosts say that the VM has ended, and nothing is left of it at the source.
 func TestLibvirtDestroyed(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	startLibvirt(t, l)
 	var guest report.Log

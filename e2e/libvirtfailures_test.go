@@ -103,6 +103,7 @@ func (s *domainStage) kill(h *lab.Host) {
 // TestLibvirtFailures: whatever fails before the switch, the domain runs on at the source, in virsh and in fact, and
 // writes to its disk. Nothing is left of it at the destination.
 func TestLibvirtFailures(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	s := &domainStage{T: t, Lab: l, daemonB: startDaemon(t, l.B), libvirts: startLibvirt(t, l)}

@@ -17,6 +17,7 @@ import (
 // on keeps it all the same, also after a migration that was cancelled. While its memory crosses, whoever resumes it at
 // the source is refused.
 func TestLibvirtImages(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	for _, h := range []*lab.Host{l.A, l.B} {
 		if _, err := h.Start(os.Stderr, "virtlockd"); err != nil {

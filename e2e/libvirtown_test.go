@@ -13,6 +13,7 @@ import (
 
 // TestLibvirtsOwnMigration moves a domain by libvirt's own live migration, by ours, and by libvirt's again.
 func TestLibvirtsOwnMigration(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	startLibvirt(t, l)
 	var guest report.Log

@@ -39,6 +39,7 @@ var tutorialCommand = regexp.MustCompile(`(?m)^host-([ab])# (.*)$`)
 // TestLibvirtTutorial runs the commands of docs/libvirt-tutorial.md on two hosts with libvirt, of which one runs a
 // domain.
 func TestLibvirtTutorial(t *testing.T) {
+	t.Parallel()
 	binary, err := lab.Binary()
 	if err != nil {
 		t.Fatal(err)

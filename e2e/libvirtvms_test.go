@@ -74,6 +74,7 @@ func definition(t *testing.T, h *lab.Host) string {
 // TestLibvirtVMs moves domains of many kinds there and back. At each host the definition is that of the source, without
 // what made QEMU wait, the guest works on, and no byte of its memory and its disk is wrong.
 func TestLibvirtVMs(t *testing.T) {
+	t.Parallel()
 	for _, c := range domainCases {
 		t.Run(c.name, func(t *testing.T) { moveDomain(t, c) })
 	}

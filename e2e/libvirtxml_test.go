@@ -25,6 +25,7 @@ esac
 // and a hook there that changes it once more. libvirt listens at another place than usual. A definition of another
 // domain, and one of another machine, are refused before the VM is touched, by check as by migrate.
 func TestLibvirtDefinition(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	const socket, hook = "/run/libvirt-elsewhere", lab.VMDir + "/hook"
 	for _, h := range []*lab.Host{l.A, l.B} {

@@ -14,6 +14,7 @@ import (
 // TestLogThatTakesNothing has daemons whose log is a pipe that is full and that nobody reads, as that to a journal that hangs.
 // Their VM moves all the same.
 func TestLogThatTakesNothing(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	for _, h := range []*lab.Host{l.A, l.B} {
 		if _, err := h.StartDaemon(testContext(t), fullPipe(t), "--log-level", "debug"); err != nil {

@@ -15,6 +15,7 @@ import (
 // TestPlannedRestartOfTheSource: the daemon of a migration's source is restarted after the switch, which is no failure to
 // those who follow it.
 func TestPlannedRestartOfTheSource(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	a := startDaemon(t, l.A)
 	startDaemon(t, l.B)
@@ -55,6 +56,7 @@ func TestPlannedRestartOfTheSource(t *testing.T) {
 // TestSourceHostLost: the source's daemon, its QEMU and what it had written down are gone after the switch. The
 // destination says so, and has a command that ends it.
 func TestSourceHostLost(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	a := startDaemon(t, l.A)
 	startDaemon(t, l.B)
@@ -97,6 +99,7 @@ func TestSourceHostLost(t *testing.T) {
 
 // TestWhatIsNotLost is neither abandoned nor released.
 func TestWhatIsNotLost(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := largeScene(t, l, 1)
 	client := s.slowly("well")

@@ -75,6 +75,7 @@ func property(t *testing.T, h *lab.Host, name string) string {
 // prints how long the guest stood still. The sockets stay the same: nobody is refused meanwhile. MIGRATED_ROUNDS=10 is
 // for figures (docs/faults.md).
 func TestRestartUnderSystemd(t *testing.T) {
+	t.Parallel()
 	rounds := 1
 	if text := os.Getenv("MIGRATED_ROUNDS"); text != "" {
 		var err error

@@ -45,6 +45,7 @@ func unmap(t *testing.T, mapped []byte) {
 // TestMapperIsRefused: a process that maps the VM's RAM is named, with the file, whenever it begins: before the VM is
 // touched.
 func TestMapperIsRefused(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	words := []string{fmt.Sprintf("process %d (e2e.test) maps its file", os.Getpid()), s.vm.RAMFiles()[0], "end that process"}
@@ -75,6 +76,7 @@ func TestMapperIsRefused(t *testing.T) {
 // TestForeignReader: a process that begins to map the VM's RAM after the last look reads all of it until the last page has
 // come. It gets zeros; the VM has its memory.
 func TestForeignReader(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	client := control(t, l.A)
@@ -116,6 +118,7 @@ var read atomic.Uint32
 
 // TestVhostUserIsRefused: a disk that another process serves is refused by the device's name.
 func TestVhostUserIsRefused(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("qemu-storage-daemon"); err != nil {
 		cannot.Run(t, "%v", err)
 	}

@@ -88,6 +88,7 @@ func statusJSON(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
 // TestMetricsAreTheTruth moves a VM while it is scraped, and compares the metrics with what "migrated status" says. No alert
 // fires of such a migration, and every query of the dashboard has an answer.
 func TestMetricsAreTheTruth(t *testing.T) {
+	t.Parallel()
 	l, id := newHosts(t), newIdentity(t)
 	serve := []string{"--metrics-listen", metricsSocket}
 	startDaemon(t, l.A, append(id.args(nameA, "a", nameB), serve...)...)

@@ -13,6 +13,7 @@ import (
 // TestTwoMonitorsOfOneVM: a VM is its process, whatever monitor a migration was given. One that is being moved is not
 // moved a second time, neither is one that is still arriving, nor the QEMU that was left for its memory.
 func TestTwoMonitorsOfOneVM(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := largeScene(t, l, 1)
 	other := s.spec()

@@ -27,6 +27,7 @@ func brokenAtPoints(t *testing.T) string {
 // TestPanicUnderSystemd has the destination's daemon panic when the VM runs there and most of its memory does not: systemd
 // starts another, and the VM goes on. A wrong configuration, however, is not tried again.
 func TestPanicUnderSystemd(t *testing.T) {
+	t.Parallel()
 	l := managedHosts(t, travellerLink)
 	l.B.Daemon = brokenAtPoints(t)
 	if err := l.B.InstallUnit(testContext(t), "../deploy/migrated.service"); err != nil {

@@ -34,6 +34,7 @@ func makeJails(t *testing.T, l *lab.Lab) {
 // TestRunAsAndChroot moves VMs there and back whose QEMU is started by root and gives that up by itself, as those of LXD
 // and Incus: in each QEMU that the daemons start it has the same user, the same groups and the same root directory.
 func TestRunAsAndChroot(t *testing.T) {
+	t.Parallel()
 	sandbox := []string{"-sandbox", "on,obsolete=deny,elevateprivileges=allow,spawn=allow,resourcecontrol=deny"}
 	for _, c := range []struct {
 		name, version string
@@ -95,6 +96,7 @@ func privilegesOf(t *testing.T, pid int) string {
 // TestRAMFileGoes: a host that a VM has left has its memory back, of a VM of another user's, too, unless somebody else
 // has the file open. `status` says which.
 func TestRAMFileGoes(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		vm   lab.VMConfig

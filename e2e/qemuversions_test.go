@@ -13,6 +13,7 @@ import (
 // TestQEMUVersions moves a VM there and back between hosts with a newer QEMU than the installed one, which all other
 // tests move VMs with. The daemon starts the QEMU of its own host.
 func TestQEMUVersions(t *testing.T) {
+	t.Parallel()
 	for _, version := range lab.QEMUVersions {
 		if version == lab.InstalledQEMU {
 			continue

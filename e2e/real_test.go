@@ -16,6 +16,7 @@ import (
 // TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its
 // clients find it again, because it announces itself before it says anything else.
 func TestRealVM(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
@@ -96,6 +97,7 @@ func awaitBlocks(t *testing.T, guest *report.Log, writes uint64) {
 
 // TestPrivateRAMIsChecked has QEMU's own migration move a guest whose memory is in no file, and reads it all the same.
 func TestPrivateRAMIsChecked(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	vm := metal(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 64, Backend: lab.BackendDefault}.WithDevices(1, 1))
 	startVM(t, l.A, vm)

@@ -69,6 +69,7 @@ func ofHosts(l *lab.Lab) []refusal {
 
 // TestRefusalsOfHosts: check and migrate refuse in the same words what a host keeps from being moved.
 func TestRefusalsOfHosts(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	outer := sceneOf(t, l, lab.VMConfig{}.WithDevices(1, 1))
 	for _, c := range ofHosts(l) {

@@ -259,6 +259,7 @@ var others = []refusal{
 // TestRefusals: what cannot be moved as it is, check and migrate refuse in the same words, before the VM is touched; what
 // the remedy says helps, and the VM moves in the end.
 func TestRefusals(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	makeDiscs(t, l)
 	outer := sceneOf(t, l, lab.VMConfig{Extra: usbAndSCSI}.WithDevices(1, 1))
@@ -291,6 +292,7 @@ func (r refusal) later() []string {
 // TestRefusedLater: between Prepare and Start the VM is its operator's. What is brought about then is refused while the VM
 // runs.
 func TestRefusedLater(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	makeDiscs(t, l)
 	outer := sceneOf(t, l, lab.VMConfig{Extra: usbAndSCSI}.WithDevices(1, 1))
@@ -313,6 +315,7 @@ func TestRefusedLater(t *testing.T) {
 
 // TestSnapshotMoves with a template that names the overlay: what the destination opens is what the source had open.
 func TestSnapshotMoves(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	s.snapshot()
@@ -332,6 +335,7 @@ func TestSnapshotMoves(t *testing.T) {
 
 // TestPersistentBitmapMoves with its image, and goes on at the destination.
 func TestPersistentBitmapMoves(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	ask(t, l.A, "block-dirty-bitmap-add", map[string]any{"node": "disk0", "name": "nightly", "persistent": true}, nil)

@@ -19,6 +19,7 @@ var another = []string{
 // TestRehearsal does all but the commit. The VM goes on where it is, nothing is left at the destination, and the VM
 // can be moved in earnest.
 func TestRehearsal(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "dress", "--rehearse")
@@ -52,6 +53,7 @@ func TestRehearsal(t *testing.T) {
 
 // TestRehearsalOfPausedVM: it stays paused, and keeps its disks.
 func TestRehearsalOfPausedVM(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	command(t, l.A, "stop")

@@ -160,6 +160,7 @@ func keptOn(t *testing.T, h *lab.Host) []string {
 // TestDestinationDaemonKilledUnderLoad: no cable is pulled; a busy guest in huge and in small pages stalls, goes on when
 // the daemon is back, and finds nothing wrong.
 func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
+	t.Parallel()
 	for name, huge := range map[string]bool{"4 KiB": false, "2 MiB": true} {
 		t.Run(name, func(t *testing.T) {
 			l := newHosts(t)
@@ -203,6 +204,7 @@ func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 // TestDestinationDaemonKilledBeforeTheDeviceState: what it prepared is of no use to anybody. Started again the daemon ends
 // the QEMU, and the VM goes on at the source.
 func TestDestinationDaemonKilledBeforeTheDeviceState(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	b := startDaemon(t, l.B)
@@ -224,6 +226,7 @@ func TestDestinationDaemonKilledBeforeTheDeviceState(t *testing.T) {
 
 // TestSourceDaemonKilledBeforeTheSwitch: the VM goes on, and a migration from a daemon that is started again succeeds.
 func TestSourceDaemonKilledBeforeTheSwitch(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	a := startDaemon(t, l.A)
 	startDaemon(t, l.B)
@@ -241,6 +244,7 @@ func TestSourceDaemonKilledBeforeTheSwitch(t *testing.T) {
 
 // TestDaemonStoppedAfterTheSwitch is the planned restart, for an upgrade say.
 func TestDaemonStoppedAfterTheSwitch(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	b := startDaemon(t, l.B)
@@ -260,6 +264,7 @@ func TestDaemonStoppedAfterTheSwitch(t *testing.T) {
 
 // TestRecoverAtAnotherAddress: the network of the migration is gone for good, and the operator names another.
 func TestRecoverAtAnotherAddress(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A, "--listen", ":"+lab.DaemonPort)
 	startDaemon(t, l.B)
@@ -299,6 +304,7 @@ func (s *scene) ip(h *lab.Host, args ...string) {
 
 // TestFallBackWhenTheDestinationIsLost: its QEMU is killed after the switch, and the VM goes on at the source as it was.
 func TestFallBackWhenTheDestinationIsLost(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	startDaemon(t, l.B)

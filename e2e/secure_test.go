@@ -17,6 +17,7 @@ import (
 // destination. A host that makes none refuses before the VM is touched and says
 // what it lacks; any other takes the VM.
 func TestRequireSecure(t *testing.T) {
+	t.Parallel()
 	state, label, err := uffd.ProbeSupervision()
 	if err != nil {
 		cannot.Run(t, "no userfaultfd: %v", err)
@@ -78,6 +79,7 @@ func TestRequireSecure(t *testing.T) {
 // TestCheckSupervision: check says what a migration would find, and that a host
 // that requires more can be no destination.
 func TestCheckSupervision(t *testing.T) {
+	t.Parallel()
 	state, _, err := uffd.ProbeSupervision()
 	if err != nil {
 		cannot.Run(t, "no userfaultfd: %v", err)

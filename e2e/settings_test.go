@@ -35,6 +35,7 @@ func loadsLate(t *testing.T, h *lab.Host) bool {
 // TestSettingsArePutBackLater: the daemon was killed, and somebody else has QEMU's monitor when it is started again and
 // when the last page comes. QEMU gets its settings back when the monitor is free, by this daemon or the next.
 func TestSettingsArePutBackLater(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	b := startDaemon(t, l.B)

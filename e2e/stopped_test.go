@@ -13,6 +13,7 @@ import (
 // TestVMThatStopsByItself, after it was prepared, is none that somebody paused: it is not moved, which would hide what
 // is wrong with it, and a guest that sleeps could not be woken there.
 func TestVMThatStopsByItself(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		extra  []string
 		stop   string // a line of the monitor

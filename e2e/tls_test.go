@@ -44,6 +44,7 @@ func (i identity) args(name, file string, peers ...string) []string {
 // TestMutualTLS moves a VM between daemons that know each other, there and back: what they agree on, the device state and
 // the pages are all encrypted.
 func TestMutualTLS(t *testing.T) {
+	t.Parallel()
 	l, id := newHosts(t), newIdentity(t)
 	startDaemon(t, l.A, id.args(nameA, "a", nameB)...)
 	startDaemon(t, l.B, id.args(nameB, "b", nameA+" gu*")...)
@@ -55,6 +56,7 @@ func TestMutualTLS(t *testing.T) {
 // TestStrangersAreRefused: the VM of a source whom the destination does not know, or who does not know the destination,
 // goes on there, and both sides say why.
 func TestStrangersAreRefused(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		source, destination func(id, other identity) []string
 		says                string

@@ -75,6 +75,7 @@ func readJSON(t *testing.T, path string, into any) {
 // TestUpgrade replaces daemons by those of the next version, and by those of the version before, in the middle of the
 // migrations of a busy guest.
 func TestUpgrade(t *testing.T) {
+	t.Parallel()
 	next := nextVersion(t)
 	l := linkedHosts(t, travellerLink)
 	a, b := l.A, l.B

@@ -17,6 +17,7 @@ import (
 // TestAttachToWaitingQEMU migrates, by the operator's command, into a QEMU that
 // an orchestrator started.
 func TestAttachToWaitingQEMU(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	startVM(t, l.B, s.vm, "-S", "-incoming", "defer")
@@ -33,6 +34,7 @@ func TestAttachToWaitingQEMU(t *testing.T) {
 // TestAttachToRunningVMIsRefused names a QEMU that runs another VM: that VM must
 // not so much as notice.
 func TestAttachToRunningVMIsRefused(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	occupant := s.vm
@@ -55,6 +57,7 @@ func TestAttachToRunningVMIsRefused(t *testing.T) {
 // TestTemplate gives the destination another command line: its RAM is in a file
 // of another name.
 func TestTemplate(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	const ram = "memory-backend-file,id=ram0,size=32M,mem-path=/dev/shm/guest-ram0,share=on"
@@ -76,6 +79,7 @@ func TestTemplate(t *testing.T) {
 // TestPausedVMStaysPaused moves a VM that does not run; it must not run on the
 // destination until its operator says so.
 func TestPausedVMStaysPaused(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	command(t, l.A, "stop")
@@ -90,6 +94,7 @@ func TestPausedVMStaysPaused(t *testing.T) {
 // TestKeepSource leaves the stopped QEMU where it was, and its daemon refuses
 // to migrate it as if it were the VM, also when it was started anew.
 func TestKeepSource(t *testing.T) {
+	t.Parallel()
 	l := newHosts(t)
 	daemon := startDaemon(t, l.A)
 	startDaemon(t, l.B)
@@ -121,6 +126,7 @@ func TestKeepSource(t *testing.T) {
 
 // TestPrepareThenStart separates what takes time from the switch.
 func TestPrepareThenStart(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	client := s.prepare("later")
@@ -139,6 +145,7 @@ func TestPrepareThenStart(t *testing.T) {
 // TestSparseGuestStaysSparse looks at what the destination's RAM occupies: pages
 // that the guest never touched must not come into being by moving.
 func TestSparseGuestStaysSparse(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	// Without a disk the firmware finds nothing to boot and touches little.
 	vm := lab.VMConfig{VCPUs: 1, MemoryMiB: 1024, Nodes: 1}
@@ -163,6 +170,7 @@ func TestSparseGuestStaysSparse(t *testing.T) {
 // TestCutAfterTheSwitch pulls the cable while the memory follows: what needs a
 // page waits, nothing is lost, and the migration goes on by itself.
 func TestCutAfterTheSwitch(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := largeScene(t, l, 1)
 	client := control(t, l.A)

@@ -13,6 +13,7 @@ import (
 // TestVirtioMemShrinksAndGrows: a guest moves that has most of its memory from a virtio-mem device; while its pages come,
 // memory is taken from it and given again.
 func TestVirtioMemShrinksAndGrows(t *testing.T) {
+	t.Parallel()
 	whole := func(h *lab.Host) { awaitPlugged(t, h, func(mib uint64) bool { return mib == 384 }) }
 	g := newGiver(t, lab.VMConfig{MemoryMiB: 320, Extra: []string{
 		"-m", "320M,maxmem=1G", "-object", "memory-backend-file,id=mem1,size=512M,mem-path=/dev/shm/mem1,share=on",

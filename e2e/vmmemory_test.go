@@ -50,6 +50,7 @@ func memoryOf(t *testing.T, vm *qemu.VM) *os.File {
 // TestVideoMemoryFollows: a large screen on a slow network neither delays the stop nor lengthens it, because it is
 // memory like any. What the guest has drawn arrives.
 func TestVideoMemoryFollows(t *testing.T) {
+	t.Parallel()
 	l := linkedHosts(t, lab.Link{Rate: 50e6, Delay: 100 * time.Microsecond})
 	startDaemon(t, l.A)
 	startDaemon(t, l.B)
@@ -83,6 +84,7 @@ func TestVideoMemoryFollows(t *testing.T) {
 
 // TestFirmwareVariablesArrive: what the firmware keeps in its flash is there after a move, in memory and in its image.
 func TestFirmwareVariablesArrive(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	vm := lab.VMConfig{Backend: lab.BackendDefault, VCPUs: 1, MemoryMiB: 64, UEFI: true}
 	vm = emptyDisk(t, vm)
@@ -112,6 +114,7 @@ func TestFirmwareVariablesArrive(t *testing.T) {
 // TestMemoryThatWasPromised: a VM that was preallocated, or whose memory is locked, has all of it after a move, and so
 // it is after the next one.
 func TestMemoryThatWasPromised(t *testing.T) {
+	t.Parallel()
 	for name, args := range map[string][]string{
 		"prealloc": {"-object", "memory-backend-ram,id=ram0,size=64M,prealloc=on", "-machine", "memory-backend=ram0"},
 		"shared":   {"-object", "memory-backend-file,id=ram0,size=64M,prealloc=on,share=on,mem-path=/dev/shm/promised", "-machine", "memory-backend=ram0"},
@@ -164,6 +167,7 @@ func unpopulated(t *testing.T, vm *qemu.VM, name string) (bytes uint64) {
 // TestPluggedMemoryMoves: memory that was plugged in while the VM ran is not on its command line. The destination that
 // lacks it is refused before the VM is touched, and one that was given it is not.
 func TestPluggedMemoryMoves(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{
 		Backend: lab.BackendDefault, Extra: []string{"-m", "32M,slots=2,maxmem=1G"},
@@ -193,6 +197,7 @@ func TestPluggedMemoryMoves(t *testing.T) {
 // TestReadOnlyImageIsLeftAlone: an nvdimm that the guest cannot write is the same image at both ends, or the move is
 // refused.
 func TestReadOnlyImageIsLeftAlone(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	content := bytes.Repeat([]byte("an image "), 1<<20)[:8<<20]
 	for _, h := range []*lab.Host{l.A, l.B} {
@@ -225,6 +230,7 @@ func TestReadOnlyImageIsLeftAlone(t *testing.T) {
 
 // TestNeighbourIsLeftAlone: a file of the VM's name that another QEMU of the destination has is not emptied.
 func TestNeighbourIsLeftAlone(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	neighbour := s.vm

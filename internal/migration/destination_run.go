@@ -77,13 +77,19 @@ func (d *Destination) run(
 	d.phase = running
 	reached("destination-told")
 	resumed := time.Now()
-	announced := d.announce(ctx)
+	var announced func()
+	if d.domain == "" { // libvirt passes on one command after the other, and cont is not to wait
+		announced = d.announce(ctx)
+	}
 	if request.GetResume() {
 		at, err := d.vm.Cont(ctx)
 		if err != nil {
 			return nil, d.contFailed(told, err)
 		}
 		resumed = at
+	}
+	if announced == nil {
+		announced = d.announce(ctx)
 	}
 	go announced() // of a paused VM when somebody continues it
 	reached("destination-runs")
