@@ -21,6 +21,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
 // restless are sections that are not the same when they are saved twice, for a reason that is none of loading.
@@ -83,6 +84,10 @@ func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) 
 		destination.feed(t, head, early)
 
 		time.Sleep(300 * time.Millisecond) // it boots, or finds that it cannot
+		lock, err := source.NewContLock(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
 		if _, _, err := source.Stop(ctx); err != nil {
 			t.Fatal(err)
 		}
@@ -90,6 +95,9 @@ func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) 
 		changes, err := devicestate.Changes(early, now, func(int) bool { return true })
 		if errors.Is(err, devicestate.ErrOtherForm) && try < 5 {
 			t.Logf("try %d: %v", try, err)
+			if err := errors.Join(lock.Close(), source.RemoveContLock(ctx)); err != nil {
+				t.Fatal(err)
+			}
 			if _, err := source.Cont(ctx); err != nil {
 				t.Fatal(err)
 			}
@@ -113,6 +121,12 @@ func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) 
 		other := load(t, startDestination())
 		other.feed(t, head, now)
 		compareLoads(t, now, destination.saveAgain(t), other.saveAgain(t))
+		if err := errors.Join(lock.Lock(), lock.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := source.Cont(ctx); !errors.Is(err, qmp.ErrGeneric) {
+			t.Errorf("continue a VM that was handed over: %v", err)
+		}
 		if err := source.Quit(ctx); err != nil { // it has the disks
 			t.Error(err)
 		}

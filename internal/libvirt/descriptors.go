@@ -31,22 +31,32 @@ type handed struct {
 // translate names a descriptor by what it is in QEMU's process.
 func (m *monitor) translate(c *command) {
 	var args map[string]any
-	if json.Unmarshal(c.Arguments, &args) != nil {
+	if json.Unmarshal(c.Arguments, &args) != nil || !m.rename(args) {
 		return
 	}
+	c.Arguments, _ = json.Marshal(args) // it was JSON
+}
+
+// rename is translate of arguments, and of those within them. It says whether there was one.
+func (m *monitor) rename(args map[string]any) (renamed bool) {
 	for name, value := range args {
+		if inner, ok := value.(map[string]any); ok {
+			renamed = m.rename(inner) || renamed
+			continue
+		}
 		text, _ := value.(string)
 		h, known := m.handed[text]
-		switch {
-		case !known:
+		if !known {
 			continue
-		case strings.HasPrefix(text, "fd:"):
+		}
+		renamed = true
+		if strings.HasPrefix(text, "fd:") {
 			args[name] = "fd:" + strconv.Itoa(h.fd)
-		default:
+		} else {
 			args[name] = "/proc/self/fd/" + strconv.Itoa(h.fd)
 		}
-		c.Arguments, _ = json.Marshal(args) // it was JSON
 	}
+	return renamed
 }
 
 // hand puts the descriptor that came with the last command into QEMU.

@@ -175,11 +175,18 @@ func (m *monitor) serve(greeting []byte) {
 	}
 }
 
+// Staying begins the names of descriptors (getfd) that stay in QEMU when the connection ends.
+const Staying = "stay-"
+
 // end takes back what QEMU was handed.
 func (m *monitor) end() {
 	m.cancel()
 	m.conn.Close()
-	for _, h := range m.handed {
+	for key, h := range m.handed {
+		if strings.HasPrefix(key, "fd:"+Staying) {
+			h.file.Close()
+			continue
+		}
 		_ = m.takeBack(h) // QEMU may have ended
 	}
 }
@@ -241,7 +248,7 @@ func (m *monitor) answer(c command, in *passing) (answer, error) {
 	}
 	if c.Execute == "migrate-incoming" { // QEMU has closed them
 		for key, h := range m.handed {
-			if strings.HasPrefix(key, "fd:") {
+			if strings.HasPrefix(key, "fd:") && !strings.HasPrefix(key, "fd:"+Staying) {
 				h.file.Close()
 				delete(m.handed, key)
 			}

@@ -99,6 +99,7 @@ type Source struct {
 	told, answered time.Time                           // when the last was sent, and answered
 	loaded         *migratedv1.LoadDeviceStateResponse // nil: it was told to run, and has not answered
 	steps          steps
+	contLock       *qemu.ContLock // until the commit; nil: none
 
 	unguard context.CancelFunc // ends guardStopped; nil: it did not begin
 	resumed chan struct{}      // closed when somebody else has continued the VM, after it was stopped
@@ -180,6 +181,7 @@ func (s *Source) writeDown() error {
 
 // commit passes the commit point unless the migration was cancelled first.
 func (s *Source) commit(ctx context.Context) error {
+	s.lockCont() // before the record says so: it is undone by whatever undoes the commit
 	err := s.commitRecord(ctx)
 	if err == nil {
 		reached("source-committed")
@@ -317,6 +319,7 @@ func (s *Source) handedOver(ctx context.Context) bool {
 // release lets go of everything; the VM itself is not touched.
 func (s *Source) release() {
 	s.early.close()
+	s.closeContLock()
 	claimed.give(s.claim)
 	if s.export != nil {
 		s.export.Withdraw()

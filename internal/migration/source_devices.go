@@ -65,6 +65,9 @@ func (s *Source) moveDevices(ctx context.Context) error {
 		return err
 	}
 	reached("source-recorded")
+	if giveUp { // else QEMU does not take anything back when it continues the VM
+		s.prepareContLock(ctx)
+	}
 
 	limit := freezeLimit(s.cfg.Spec)
 	ctx, expire := context.WithTimeoutCause(ctx, limit, withRemedy(fmt.Errorf("the device state did not move within %v", limit),

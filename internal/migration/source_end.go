@@ -110,6 +110,7 @@ func (s *Source) continueVM() (note string, err error) {
 			s.log.Warn("cancel QEMU's own migration", "error", err)
 		}
 	}
+	s.removeContLock(ctx, vm)
 	if !s.wasRunning {
 		return s.leavePaused(ctx)
 	}

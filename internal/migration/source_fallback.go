@@ -87,6 +87,7 @@ func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err
 	if err != nil {
 		return where, err
 	}
+	s.removeContLock(ctx, vm)
 	switch {
 	case s.wasRunning:
 		if _, err = vm.Cont(ctx); err == nil {

@@ -46,7 +46,7 @@ func TestContinuedVMIsNotHandedOverAgain(t *testing.T) {
 			}})
 			s.source.Start()
 			<-asked
-			s.command(t, "cont")
+			s.continueAnyway(t)
 			close(continued)
 			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "somebody continued the VM")
 			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
@@ -80,7 +80,7 @@ func TestContinuedAndStoppedVMIsNotHandedOver(t *testing.T) {
 // The daemon that takes a committed migration up finds the VM running: it asks the destination to give up, too.
 func TestTakenUpSourceAsksForAContinuedVM(t *testing.T) {
 	s := committed(t)
-	s.command(t, "cont")
+	s.continueAnyway(t)
 	s.peer.run = runAtOnce
 	s.peer.abort = func(int) error { return status.Error(codes.FailedPrecondition, "the VM runs on this host already") }
 	runs := s.peer.runs

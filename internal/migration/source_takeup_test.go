@@ -102,7 +102,7 @@ func TestTakenUpSourceWasCompleteAndContinued(t *testing.T) {
 	if err := s.records.Complete("m1", migratedv1.Reason_REASON_UNSPECIFIED, nil); err != nil {
 		t.Fatal(err)
 	}
-	s.command(t, "cont")
+	s.continueAnyway(t)
 	s.takeUp(t)
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
 	if !s.vmRuns(t) {
@@ -125,7 +125,7 @@ func TestTakenUpSourceIsGivenTheVMBack(t *testing.T) {
 // Its operator continued the VM: it is the VM again, and none of its pages is served.
 func TestTakenUpSourceThatSomebodyContinued(t *testing.T) {
 	s := committed(t)
-	s.command(t, "cont")
+	s.continueAnyway(t)
 	s.takeUp(t)
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "somebody continued the VM")
 	if !s.vmRuns(t) || s.source.export != nil {
@@ -227,6 +227,23 @@ func (s *stage) command(t *testing.T, name string) {
 		t.Fatal(err)
 	}
 	if err := errors.Join(client.Do(t.Context(), name, nil, nil), client.Disconnect()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// continueAnyway is what somebody does who wants the VM to run here although it was handed over: QEMU refuses at first.
+func (s *stage) continueAnyway(t *testing.T) {
+	t.Helper()
+	client, err := qmp.Dial(t.Context(), s.other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := client.Do(t.Context(), "cont", nil, nil); !errors.Is(err, qmp.ErrGeneric) {
+		t.Errorf("continue a VM that was handed over: %v", err)
+	}
+	node := map[string]string{"node-name": qemu.ContLockNode}
+	err = errors.Join(client.Do(t.Context(), "blockdev-del", node, nil), client.Do(t.Context(), "cont", nil, nil))
+	if err := errors.Join(err, client.Disconnect()); err != nil {
 		t.Fatal(err)
 	}
 }
