@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -168,6 +169,7 @@ func TestLibvirt(t *testing.T) {
 		t.Errorf("check: exit code %d:\n%s", code, out)
 	}
 	from, to := l.A, l.B
+	events := map[*lab.Host]*events{from: watchEvents(t, from), to: watchEvents(t, to)}
 	for hop := range 2 {
 		awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
 		if err := port.Close(); err != nil {
@@ -192,12 +194,57 @@ func TestLibvirt(t *testing.T) {
 				t.Errorf("%v; host %s has kept\n%s", err, to.Name, kept)
 			}
 		}
+		if hop == 0 {
+			events[from].expect(t, "(Suspended Resumed )+Suspended Shutdown Stopped") // early states, and the switch
+			events[to].expect(t, "Started Suspended Resumed Defined")
+		}
 		port = worksAt(t, to, &guest)
 		from, to = to, from
 	}
 	if err := port.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+// events are what "virsh event" tells on a host.
+type events struct {
+	host *lab.Host
+	log  string
+}
+
+func watchEvents(t *testing.T, h *lab.Host) *events {
+	t.Helper()
+	log, err := os.CreateTemp(t.TempDir(), "events-"+h.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close() // virsh has its own
+	// Lines as they come: what virsh still has when it is killed is lost.
+	if _, err := h.Start(log, "stdbuf", "-oL", "virsh", "event", "--event", "lifecycle", "--loop"); err != nil {
+		t.Fatal(err)
+	}
+	return &events{host: h, log: log.Name()}
+}
+
+// expect waits until the kinds of events of the VM of which virsh has told match an expression.
+func (e *events) expect(t *testing.T, want string) {
+	t.Helper()
+	expression := regexp.MustCompile("^" + want + "$")
+	var kinds []string
+	var text []byte
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+		text, _ = os.ReadFile(e.log)
+		kinds = nil
+		for line := range strings.Lines(string(text)) {
+			if _, event, found := strings.Cut(line, "event 'lifecycle' for domain '"+lab.DomainName+"': "); found {
+				kinds = append(kinds, strings.Fields(event)[0])
+			}
+		}
+		if expression.MatchString(strings.Join(kinds, " ")) {
+			return
+		}
+	}
+	t.Errorf("virsh event on host %s tells of %q, not of %q:\n%s", e.host.Name, kinds, want, text)
 }
 
 // confinedByLibvirt wants the domain's QEMU on a host to be what libvirt makes of one: another user's, in a mount
@@ -277,17 +324,26 @@ func TestLibvirtRestarts(t *testing.T) {
 	}
 }
 
-// TestLibvirtDestroyed: somebody ends the domain at the destination while its memory crosses. That is no failure: both
-// hosts say that the VM has ended, and nothing is left of it at the source.
+// TestLibvirtDestroyed: while the memory of a domain without disks crosses, virsh resumes it in vain at the source, and
+// ends it at the destination. That is no failure: both hosts say that the VM has ended, and nothing is left of it at the
+// source.
 func TestLibvirtDestroyed(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	startLibvirt(t, l)
+	vm := domainVM(t)
+	vm.Disks = 0 // no lock of an image
 	var guest report.Log
-	if err := runDomain(t, l.A, domainVM(t), false, &guest).Close(); err != nil {
+	if err := runDomain(t, l.A, vm, false, &guest).Close(); err != nil {
 		t.Fatal(err)
 	}
 	client, _ := crossing(t, l.A, l.B, "destroyed")
+	for range 2 {
+		if out, err := l.A.Virsh(testContext(t), "resume", lab.DomainName); err == nil {
+			t.Errorf("the VM was resumed at the source: %q", out)
+		}
+	}
+	awaitDomain(t, l.A, "paused")
 	virsh(t, l.B, "destroy", lab.DomainName)
 	m := await(t, client, "destroyed", func(*migratedv1.Migration) bool { return false })
 	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_ENDED {

@@ -26,7 +26,7 @@ type migrateCmd struct {
 	ID             string        `name:"id" placeholder:"ID" predictor:"migration" help:"Name of the migration, by which it can be watched, cancelled and safely started twice; without one the daemon makes one up. With --vm and --to left out: the prepared migration to start."`
 	ToQMP          string        `name:"to-qmp" placeholder:"PATH" help:"QMP socket, on the destination host, of a QEMU started with \"-S -incoming defer\". Without it the destination daemon starts one like the source's."`
 	Template       string        `placeholder:"NAME" help:"Template, in the template_dir of the destination host, of the command line that QEMU is started with there."`
-	KeepSource     bool          `help:"Leave the stopped source QEMU in place when all memory has left it."`
+	KeepSource     bool          `help:"Leave the stopped source QEMU in place when all memory has left it; it does not continue the VM."`
 	Persistent     bool          `help:"Of a domain of libvirt's: define it at the destination as well, so that it stays when it ends."`
 	UndefineSource bool          `help:"Of a domain of libvirt's: remove its definition here when all memory has left it."`
 	XML            string        `name:"xml" placeholder:"FILE" predictor:"file" help:"Of a domain of libvirt's: the definition that it is started of at the destination, instead of the one that it has here."`

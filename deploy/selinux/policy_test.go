@@ -110,7 +110,7 @@ func TestOnDebian(t *testing.T) {
 				"allow migrated_t migrated_log_t:file { append create getattr open read rename setattr unlink write };",
 				"allow migrated_t migrated_qemu_tmpfs:file { lock unlink };",
 				"allow migrated_t migrated_record_t:file { create getattr map open read rename setattr unlink write };",
-				"allow migrated_t migrated_state_t:file { getattr open read write };",
+				"allow migrated_t migrated_state_t:file { getattr lock open read write };",
 				"allow migrated_t migrated_t:file { append getattr ioctl lock open read write };", // its own /proc/PID
 			},
 		},
@@ -129,11 +129,11 @@ func TestOnDebian(t *testing.T) {
 			[]string{"allow migrated_t virtd_t:unix_stream_socket connectto;"},
 		},
 		{
-			"the state of a VM's devices: the daemon reads it, QEMU writes it, nobody else anything",
+			"the state of a VM's devices, and the lock of one: the daemon and QEMU, nobody else anything",
 			[]string{"-A", "-t", "migrated_state_t"},
 			[]string{
-				"allow migrated_qemu_domain migrated_state_t:file { open write };",
-				"allow migrated_t migrated_state_t:file { getattr open read write };",
+				"allow migrated_qemu_domain migrated_state_t:file { getattr lock open read write };",
+				"allow migrated_t migrated_state_t:file { getattr lock open read write };",
 			},
 		},
 		{

@@ -29,10 +29,12 @@
 //	        ◄─ it reads ──────────────────────
 //	  warm the connection up
 //	  write the record, not committed yet
+//	  add what can keep QEMU from continuing the VM
 //	  stop; the memory is served now
 //	  save the devices' state, give the disks up;
 //	  ───────── commit point ───────── meanwhile
-//	  commit the record (rename, fsync)
+//	  lock it: QEMU refuses cont; commit the record
+//	  (rename, fsync)
 //	  QEMU says that the VM still stands
 //	        ── what has changed, and Run ─────►      QEMU loads it
 //	                                                 mark 'told to run', announce the network cards,
@@ -96,7 +98,9 @@
 //     back: ABORTED, the destination's promise that it has not run the VM and
 //     never will (its QEMU could not load what has changed, or died, say). No answer, or any other,
 //     leaves the VM stopped at the source with its memory intact.
-//   - Somebody else may continue the VM at the source (QEMU's event RESUME, and its answer when it is asked): then the
+//   - From the commit point on the source's QEMU refuses to continue the VM, whoever asks (qemu.ContLock), also when no
+//     daemon lives. Who has the VM go on at the source removes that lock first.
+//   - Somebody else may continue the VM at the source before, or where QEMU cannot have that lock (QEMU's event RESUME, and its answer when it is asked): then the
 //     destination has an older one, and is never told to run it, or told again. If it may have been told, it is asked
 //     to give up until it answers (takeBack): its answer alone says whether the VM runs twice. The VM is left as it is.
 //   - After an early load the commit point comes before the destination has
