@@ -25,7 +25,7 @@ func (f flow) rate() float64 { return float64(f.bytes) / f.took.Seconds() }
 // destination's daemon was killed meanwhile; what the VM waits for comes many times as fast, and so does the rest when
 // the limit is lifted.
 func TestBandwidth(t *testing.T) {
-	const limit = 1 << 20
+	const limit = 1 << 19
 	l := linkedHosts(t, lab.Link{Rate: 1e9, Delay: 100 * time.Microsecond})
 	a := startDaemon(t, l.A)
 	startDaemon(t, l.B)
@@ -63,7 +63,7 @@ func TestBandwidth(t *testing.T) {
 	free := between(from, l.AB.Stats())
 
 	// Back with one.
-	if out, code := operate(t, l.B, "migrate", "--vm", lab.QMPPath, "--to", l.A.DaemonAddr(), "--id", "limited", "--bandwidth", "1M", "--detach"); code != 0 {
+	if out, code := operate(t, l.B, "migrate", "--vm", lab.QMPPath, "--to", l.A.DaemonAddr(), "--id", "limited", "--bandwidth", "512K", "--detach"); code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
 	active(l.B, "limited")
