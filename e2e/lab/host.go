@@ -31,7 +31,8 @@ type Host struct {
 }
 
 // becomeHost is what a host's first process does in its fresh namespaces: mounts
-// that are private to it, and a process that stays. An ordinary user may use
+// that are private to it, in place of those of a migrated that the machine has,
+// too, and a process that stays. An ordinary user may use
 // KVM and taps there, as on a host where it is in the group kvm and has taps of
 // its own.
 const becomeHost = `
@@ -39,6 +40,7 @@ set -e
 mount -t tmpfs -o mode=0755 tmpfs /run
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t tmpfs -o mode=0755 tmpfs /var/log
+[ ! -d /etc/migrated ] || mount -t tmpfs -o mode=0755 tmpfs /etc/migrated
 mkdir -p /dev/hugepages
 mount -t hugetlbfs -o mode=1777 hugetlbfs /dev/hugepages
 mkdir /run/shared /run/local
