@@ -86,11 +86,12 @@ func statusJSON(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
 }
 
 // TestMetricsAreTheTruth moves a VM while it is scraped, and compares the metrics with what "migrated status" says. No alert
-// fires of such a migration, and every query of the dashboard has an answer.
+// fires of such a migration, every query of the dashboard has an answer, and a collector is told of it.
 func TestMetricsAreTheTruth(t *testing.T) {
 	t.Parallel()
 	l, id := newHosts(t), newIdentity(t)
-	serve := []string{"--metrics-listen", metricsSocket}
+	serve := []string{"--metrics-listen", metricsSocket, "--traces-to", collectorAt}
+	traces := startCollector(t, l)
 	startDaemon(t, l.A, append(id.args(nameA, "a", nameB), serve...)...)
 	startDaemon(t, l.B, append(id.args(nameB, "b", nameA), serve...)...)
 	s := newScene(t, l)
@@ -98,7 +99,7 @@ func TestMetricsAreTheTruth(t *testing.T) {
 		t.Errorf("%v pages came before there was a migration", total)
 	}
 	client := control(t, l.A)
-	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "m", Spec: s.spec()}); err != nil {
+	if _, err := client.Start(traced(testContext(t)), &migratedv1.StartRequest{Id: "m", Spec: s.spec()}); err != nil {
 		t.Fatal(err)
 	}
 	await(t, client, "m", func(*migratedv1.Migration) bool {
@@ -106,6 +107,7 @@ func TestMetricsAreTheTruth(t *testing.T) {
 		scrape(t, l.B)
 		return false
 	})
+	traces.sees(t)
 	there, here := statusJSON(t, l.A, "m"), statusJSON(t, l.B, "m")
 	checkFigures(t, there)
 	source, destination := scrape(t, l.A), scrape(t, l.B)

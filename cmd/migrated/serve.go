@@ -38,6 +38,7 @@ type serveCmd struct {
 	MetricsListen  *string  `group:"settings" placeholder:"HOST:PORT|PATH" help:"Serve metrics to Prometheus at this address, or at this Unix socket."`
 	MetricsClients []string `group:"settings" placeholder:"NAME" help:"Name in a certificate that may read --metrics-listen; may be repeated."`
 	Pprof          *bool    `group:"settings" help:"Serve profiles of the daemon at --metrics-listen as well."`
+	TracesTo       *string  `group:"settings" placeholder:"HOST:PORT" help:"Tell this OpenTelemetry collector of migrations (OTLP over gRPC)."`
 	QEMUCgroup     *string  `group:"settings" name:"qemu-cgroup" placeholder:"PATH" help:"Control group below which each QEMU is in one of its own; empty: in the daemon's."`
 	LogDir         *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what started QEMUs write."`
 	StateDir       *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
@@ -178,6 +179,7 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 		cfg.MetricsClients = s.MetricsClients
 	}
 	set(&cfg.Pprof, s.Pprof)
+	set(&cfg.TracesTo, s.TracesTo)
 	if files := a.tls; files != (mtls.Files{}) {
 		cfg.TLSCertificate, cfg.TLSKey, cfg.TLSCA = files.Certificate, files.Key, files.CA
 	}

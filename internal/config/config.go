@@ -57,6 +57,8 @@ type Config struct {
 	MetricsClients []string `yaml:"metrics_clients"`
 	// Pprof serves Go's profiles of the daemon at MetricsListen as well.
 	Pprof bool `yaml:"pprof"`
+	// TracesTo is the HOST:PORT of an OpenTelemetry collector that is told of migrations (OTLP over gRPC); empty: none.
+	TracesTo string `yaml:"traces_to"`
 	// Plaintext lets the daemon listen and connect without encryption beyond
 	// loopback.
 	Plaintext bool `yaml:"plaintext"`

@@ -51,7 +51,7 @@ func TestLoad(t *testing.T) {
 		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated", LogDir: "/var/log/vms", QEMUCgroup: "/vms",
 		TLSCertificate: "/etc/migrated/tls/cert.pem", TLSKey: "/etc/migrated/tls/key.pem", TLSCA: "/etc/migrated/tls/ca.pem",
 		Peers: []string{"spiffe://example/host/a web-*", "b.example"}, Operators: []string{"admin.example"}, Plaintext: true,
-		MetricsListen: "/run/m/metrics.sock", MetricsClients: []string{"prometheus.example"}, Pprof: true,
+		MetricsListen: "/run/m/metrics.sock", MetricsClients: []string{"prometheus.example"}, Pprof: true, TracesTo: "otel.example:4317",
 		QEMUBinaries: []string{"/opt/qemu"}, FaultWorkers: 4, MaxIncoming: 5, TemplateDir: "/t", LibvirtSocket: "/l", LibvirtHook: "/h", MinUID: 7, RunAs: "vm",
 		ForbiddenOptions: []string{"fsdev"}, RequireSecure: true, Bandwidth: "500M", LogLevel: "debug", LogFormat: "json",
 	}
@@ -85,6 +85,7 @@ operators: [admin.example]
 metrics_listen: /run/m/metrics.sock
 metrics_clients: [prometheus.example]
 pprof: true
+traces_to: otel.example:4317
 plaintext: true
 qemu_binaries:
   - /opt/qemu
@@ -123,7 +124,7 @@ func TestLoadMistakes(t *testing.T) {
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
 		{"far from any", "colour: 3\n", []string{`1: unknown key "colour"; valid keys are advertise, bandwidth, control_listen, ` +
-			`fault_workers, forbidden_options, libvirt_hook, libvirt_socket, listen, log_dir, log_format, log_level, max_incoming, metrics_clients, metrics_listen, min_uid, operators, peers, plaintext, pprof, qemu_binaries, qemu_cgroup, require_secure, run_as, socket, state_dir, template_dir, tls_ca, tls_certificate, tls_key`}},
+			`fault_workers, forbidden_options, libvirt_hook, libvirt_socket, listen, log_dir, log_format, log_level, max_incoming, metrics_clients, metrics_listen, min_uid, operators, peers, plaintext, pprof, qemu_binaries, qemu_cgroup, require_secure, run_as, socket, state_dir, template_dir, tls_ca, tls_certificate, tls_key, traces_to`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
 		{"text for a yes or no", "require_secure: maybe\n", []string{`1: require_secure: "maybe" is not true or false (written without quotes)`}},
@@ -195,6 +196,10 @@ func TestValidate(t *testing.T) {
 		{"metrics at a socket", func(c *Config) { encrypt(c); c.MetricsListen = "/run/metrics.sock" }, "", ""},
 		{"metrics at a relative path", func(c *Config) { c.MetricsListen = "metrics.sock" }, "metrics_listen", "metrics.sock"},
 		{"metrics for names without TLS", func(c *Config) { c.MetricsClients = []string{"p"} }, "metrics_clients", "p"},
+		{"traces to all addresses", func(c *Config) { c.TracesTo = ":4317" }, "traces_to", ":4317"},
+		{"traces unencrypted", func(c *Config) { c.TracesTo = "10.0.0.1:4317" }, "traces_to", "10.0.0.1:4317"},
+		{"traces with TLS", func(c *Config) { encrypt(c); c.TracesTo = "10.0.0.1:4317" }, "", ""},
+		{"traces to this host", func(c *Config) { c.TracesTo = "127.0.0.1:4317" }, "", ""},
 		{"profiles nowhere", func(c *Config) { c.Pprof = true }, "pprof", "true"},
 		{"log format", func(c *Config) { c.LogFormat = "xml" }, "log_format", "xml"},
 		{"control", func(c *Config) { c.ControlListen = "localhost:1" }, "", ""},

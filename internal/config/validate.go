@@ -64,6 +64,9 @@ func (c Config) Validate() error {
 	if c.Pprof && c.MetricsListen == "" {
 		refuse("pprof", "true", "false where metrics_listen is empty: that is where profiles are served")
 	}
+	if c.TracesTo != "" && !validRemote(c.TracesTo) {
+		refuse("traces_to", c.TracesTo, "the HOST:PORT of a collector, as in 127.0.0.1:4317, or empty for none")
+	}
 	for _, address := range c.Advertise {
 		if !validRemote(address) {
 			refuse("advertise", address, "a HOST:PORT that other hosts can connect to, as in 10.0.0.1:7600")
@@ -158,6 +161,9 @@ func (c Config) validateTLS() (errs []error) {
 		}
 		if !c.Plaintext && validListen(c.MetricsListen) && !mtls.Loopback(c.MetricsListen) {
 			refuse("metrics_listen", c.MetricsListen, encryption)
+		}
+		if !c.Plaintext && validRemote(c.TracesTo) && !mtls.Loopback(c.TracesTo) {
+			refuse("traces_to", c.TracesTo, encryption)
 		}
 	}
 	if encrypted && c.ControlListen != "" && len(c.Operators) == 0 {

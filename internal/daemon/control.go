@@ -37,8 +37,8 @@ type controlService struct {
 	daemon *Daemon
 }
 
-func (c *controlService) Prepare(_ context.Context, request *migratedv1.PrepareRequest) (*migratedv1.PrepareResponse, error) {
-	s, err := c.source(request.GetId(), request.GetSpec())
+func (c *controlService) Prepare(ctx context.Context, request *migratedv1.PrepareRequest) (*migratedv1.PrepareResponse, error) {
+	s, err := c.source(ctx, request.GetId(), request.GetSpec())
 	if err != nil {
 		return nil, err
 	}
@@ -46,7 +46,7 @@ func (c *controlService) Prepare(_ context.Context, request *migratedv1.PrepareR
 	return &migratedv1.PrepareResponse{Migration: view}, nil
 }
 
-func (c *controlService) Start(_ context.Context, request *migratedv1.StartRequest) (*migratedv1.StartResponse, error) {
+func (c *controlService) Start(ctx context.Context, request *migratedv1.StartRequest) (*migratedv1.StartResponse, error) {
 	var s *migration.Source
 	if request.GetSpec() == nil {
 		if s = c.daemon.migrations.source(request.GetId()); s == nil {
@@ -54,7 +54,7 @@ func (c *controlService) Start(_ context.Context, request *migratedv1.StartReque
 		}
 	} else {
 		var err error
-		if s, err = c.source(request.GetId(), request.GetSpec()); err != nil {
+		if s, err = c.source(ctx, request.GetId(), request.GetSpec()); err != nil {
 			return nil, err
 		}
 	}
@@ -64,7 +64,7 @@ func (c *controlService) Start(_ context.Context, request *migratedv1.StartReque
 }
 
 // source returns the migration with that id and spec, new or as it stands.
-func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*migration.Source, error) {
+func (c *controlService) source(ctx context.Context, id string, spec *migratedv1.MigrationSpec) (*migration.Source, error) {
 	if err := validateSpec(spec); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
@@ -81,7 +81,7 @@ func (c *controlService) source(id string, spec *migratedv1.MigrationSpec) (*mig
 	if c.daemon.migrations.leftover(id) != nil {
 		return nil, status.Errorf(codes.AlreadyExists, "an earlier run of this daemon left a migration %s that it cannot take up; choose another id", id)
 	}
-	create := func() *migration.Source { return c.daemon.newSource(id, spec, definition) }
+	create := func() *migration.Source { return c.daemon.newSource(ctx, id, spec, definition) }
 	s, busy := c.daemon.migrations.addSource(id, spec.GetVm(), create)
 	if busy != "" && c.daemon.migrations.letGo(busy) {
 		s, busy = c.daemon.migrations.addSource(id, spec.GetVm(), create)
@@ -101,10 +101,13 @@ func underWay(id string) error {
 		fmt.Sprintf("follow it with 'migrated watch %s'", id))
 }
 
-func (d *Daemon) newSource(id string, spec *migratedv1.MigrationSpec, definition string) *migration.Source {
+func (d *Daemon) newSource(caller context.Context, id string, spec *migratedv1.MigrationSpec, definition string) *migration.Source {
 	cfg := d.sourceConfig()
 	cfg.ID, cfg.Spec, cfg.DestinationXML = id, proto.CloneOf(spec), definition
-	return migration.NewSource(d.ctx, cfg)
+	ctx := d.traces.Begin(d.ctx, caller, id, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
+	s := migration.NewSource(ctx, cfg)
+	d.traces.Follow(ctx, s)
+	return s
 }
 
 // validateVM refuses what is no VM's address.

@@ -38,6 +38,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/systemd"
+	"github.com/migrated-vm/migrated/internal/traces"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -64,6 +65,7 @@ type Daemon struct {
 	pages      *pagesrv.Server
 	records    *migration.Records
 	migrations *registry
+	traces     *traces.Tracer // nil: none
 
 	ctx    context.Context //nolint:containedctx // the daemon's life, that of its migrations
 	cancel context.CancelCauseFunc
@@ -147,6 +149,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	defer closeQuietly(at.peers)
 	d.confineSelf()
+	if err := d.openTraces(); err != nil {
+		return errors.Join(err, closeAll(at.all()))
+	}
+	defer d.closeTraces()
 	// After listening, so that two daemons never do so at once, and before serving, so that a peer that calls
 	// finds its migration.
 	if err := d.takeUp(); err != nil {
@@ -207,7 +213,8 @@ func (d *Daemon) newPeerServer(listener net.Listener) (*grpc.Server, net.Listene
 		}
 		return d.pages.ServeLane(stream)
 	})
-	server := grpc.NewServer(append(append(pagewire.ServerOptions(), n.options...), grpc.Creds(lanes.Credentials(n.creds)))...)
+	server := grpc.NewServer(slices.Concat(pagewire.ServerOptions(), n.options, d.traces.ServerOptions(),
+		[]grpc.ServerOption{grpc.Creds(lanes.Credentials(n.creds))})...)
 	migratedv1.RegisterPeerServiceServer(server, &peerService{daemon: d})
 	migratedv1.RegisterPageServiceServer(server, d.pages) // for lanes that come through gRPC
 	registerCommon(server)
@@ -220,7 +227,7 @@ func (d *Daemon) newControlServer(listener net.Listener) (*grpc.Server, net.List
 		n := d.network(listener, d.allowOperator)
 		options, listener = append([]grpc.ServerOption{grpc.Creds(n.creds)}, n.options...), n
 	}
-	server := grpc.NewServer(options...)
+	server := grpc.NewServer(append(options, d.traces.ServerOptions()...)...)
 	migratedv1.RegisterControlServiceServer(server, &controlService{daemon: d})
 	registerCommon(server)
 	return server, listener
@@ -252,7 +259,7 @@ func (d *Daemon) dial(address string, extra ...grpc.DialOption) (*grpc.ClientCon
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: alive.Quiet, Timeout: alive.Answer, PermitWithoutStream: true,
 		}))
-	options = append(options, extra...)
+	options = slices.Concat(options, d.traces.DialOptions(), extra)
 	// passthrough: names are resolved by the dialer, at every attempt.
 	return grpc.NewClient("passthrough:///"+address, options...)
 }

@@ -70,7 +70,10 @@ func (d *Daemon) expectIncoming(ctx context.Context, request *migratedv1.Prepare
 	destination, forgotten, err := d.migrations.addDestination(request.GetId(), callerID(ctx), d.cfg.MaxIncoming, func() *migration.Destination {
 		cfg := d.destinationConfig(dir)
 		cfg.Request = request
-		return migration.NewDestination(d.ctx, cfg)
+		life := d.traces.Begin(d.ctx, ctx, request.GetId(), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)
+		destination := migration.NewDestination(life, cfg)
+		d.traces.Follow(life, destination)
+		return destination
 	})
 	var crowded *crowdedError
 	switch {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // incomingDir has a directory for each migration to this host.
@@ -78,20 +79,27 @@ func (d *Daemon) takeUp() error {
 	var destinations []*migration.Destination
 	left := map[string]error{}
 	for _, dir := range dirs {
-		destination, err := migration.TakeUpDestination(d.ctx, d.destinationConfig(dir))
+		life := d.traces.Begin(d.ctx, d.ctx, filepath.Base(dir), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)
+		destination, err := migration.TakeUpDestination(life, d.destinationConfig(dir))
 		if err != nil {
 			d.log.Error("a migration to this host that an earlier run of this daemon left cannot be taken up",
 				"error", err, "remedy", migration.Remedy(err))
 			left[filepath.Base(dir)] = err
 			continue
 		}
+		d.traces.Follow(life, destination)
 		destinations = append(destinations, destination)
 	}
 	// A source asks its QEMU, which takes its time where it hangs. VMs that came here wait meanwhile no longer.
 	sources, failures := make([]*migration.Source, len(records)), make([]error, len(records))
 	var all sync.WaitGroup
 	for i, rec := range records {
-		all.Go(func() { sources[i], failures[i] = migration.TakeUpSource(d.ctx, d.sourceConfig(), rec) })
+		all.Go(func() {
+			life := d.traces.Begin(d.ctx, d.ctx, rec.ID, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
+			if sources[i], failures[i] = migration.TakeUpSource(life, d.sourceConfig(), rec); failures[i] == nil {
+				d.traces.Follow(life, sources[i])
+			}
+		})
 	}
 	all.Wait()
 	for i, rec := range records {

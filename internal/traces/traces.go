@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package traces tells an OpenTelemetry collector of migrations: a span for each at either host, one for each of its
+// states, and those of the calls between an orchestrator and the daemons, all of one migration in one trace. Pages are in
+// none: nothing is added to a fault's way.
+package traces
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/sdk/resource"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/stats"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// A Tracer sends spans to one collector. A nil Tracer makes none.
+type Tracer struct {
+	provider *sdktrace.TracerProvider
+	tracer   trace.Tracer
+	conn     *grpc.ClientConn
+}
+
+// propagator carries a trace from one process to the next (W3C Trace Context).
+var propagator = propagation.TraceContext{}
+
+// New returns a Tracer that sends to the collector which conn leads to, by OTLP. What the collector does not take in time
+// is dropped, and logged. Close closes conn.
+func New(ctx context.Context, conn *grpc.ClientConn, version string, log *slog.Logger) (*Tracer, error) {
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Warn("traces are lost", "error", err) }))
+	exporter, err := otlptracegrpc.New(ctx, otlptracegrpc.WithGRPCConn(conn))
+	if err != nil {
+		return nil, fmt.Errorf("traces: %w", err)
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		return nil, fmt.Errorf("traces: %w", err)
+	}
+	provider := sdktrace.NewTracerProvider(sdktrace.WithBatcher(exporter), sdktrace.WithResource(resource.NewSchemaless(
+		attribute.String("service.name", "migrated"), attribute.String("service.version", version),
+		attribute.String("host.name", host),
+	)))
+	return &Tracer{provider: provider, tracer: provider.Tracer("migrated"), conn: conn}, nil
+}
+
+// Close sends what is left, until ctx ends.
+func (t *Tracer) Close(ctx context.Context) error {
+	if t == nil {
+		return nil
+	}
+	err := t.provider.Shutdown(ctx)
+	if closeErr := t.conn.Close(); err == nil {
+		err = closeErr
+	}
+	return err
+}
+
+// ServerOptions make spans of the calls that a gRPC server answers.
+func (t *Tracer) ServerOptions() []grpc.ServerOption {
+	if t == nil {
+		return nil
+	}
+	return []grpc.ServerOption{grpc.StatsHandler(otelgrpc.NewServerHandler(t.options()...))}
+}
+
+// DialOptions make spans of the calls of a gRPC client.
+func (t *Tracer) DialOptions() []grpc.DialOption {
+	if t == nil {
+		return nil
+	}
+	return []grpc.DialOption{grpc.WithStatsHandler(otelgrpc.NewClientHandler(t.options()...))}
+}
+
+// options leave out calls that are none of a migration's steps: its pages, and those that last as long as somebody
+// watches.
+func (t *Tracer) options() []otelgrpc.Option {
+	return []otelgrpc.Option{
+		otelgrpc.WithTracerProvider(t.provider), otelgrpc.WithPropagators(propagator),
+		otelgrpc.WithFilter(func(info *stats.RPCTagInfo) bool {
+			name := info.FullMethodName
+			return strings.HasPrefix(name, "/migrated.") && !strings.Contains(name, ".PageService/") && !strings.Contains(name, "/Watch")
+		}),
+	}
+}
+
+// A Migration is one side of a migration.
+type Migration interface {
+	Snapshot() (view *migratedv1.Migration, changed <-chan struct{})
+	Done() <-chan struct{}
+}
+
+// Begin begins the span of one side of a migration, which the call of caller led to. The context is life with that span,
+// to be used for the migration's own calls; Follow ends it.
+func (t *Tracer) Begin(life, caller context.Context, id string, role migratedv1.MigrationRole) context.Context {
+	if t == nil {
+		return life
+	}
+	ctx := trace.ContextWithSpanContext(life, trace.SpanContextFromContext(caller))
+	ctx, _ = t.tracer.Start(ctx, "migration", trace.WithAttributes(
+		attribute.String("migration.id", id), attribute.String("migration.role", word(role.String(), "MIGRATION_ROLE_")),
+	))
+	return ctx
+}
+
+// Follow makes a span of each state of the migration until it is over, and then ends the span that ctx has from Begin. It
+// returns at once.
+func (t *Tracer) Follow(ctx context.Context, m Migration) {
+	if t == nil {
+		return
+	}
+	go t.follow(ctx, m)
+}
+
+func (t *Tracer) follow(ctx context.Context, m Migration) {
+	whole := trace.SpanFromContext(ctx)
+	defer whole.End()
+	var step trace.Span
+	state, reason := migratedv1.MigrationState(-1), migratedv1.Reason_REASON_UNSPECIFIED
+	for {
+		// Asked first: what is seen afterwards is then the last.
+		over := false
+		select {
+		case <-m.Done():
+			over = true
+		default:
+		}
+		view, changed := m.Snapshot()
+		if view.GetState() != state {
+			state = view.GetState()
+			if step != nil {
+				step.End()
+			}
+			_, step = t.tracer.Start(ctx, word(state.String(), "MIGRATION_STATE_"))
+		}
+		if failure := view.GetError(); failure.GetReason() != reason {
+			if reason = failure.GetReason(); failure != nil {
+				step.AddEvent(word(reason.String(), "REASON_"), trace.WithAttributes(attribute.String("message", failure.GetMessage())))
+			}
+		}
+		if over {
+			step.End()
+			t.end(whole, view)
+			return
+		}
+		select {
+		case <-changed:
+		case <-m.Done():
+		}
+	}
+}
+
+// end says how the migration went.
+func (t *Tracer) end(whole trace.Span, view *migratedv1.Migration) {
+	p := view.GetProgress()
+	whole.SetAttributes(
+		attribute.String("vm.name", view.GetVmName()),
+		attribute.String("migration.state", word(view.GetState().String(), "MIGRATION_STATE_")),
+		attribute.String("migration.location", word(view.GetLocation().String(), "LOCATION_")),
+		attribute.Float64("migration.downtime_ms", float64(p.GetDowntime().AsDuration())/float64(time.Millisecond)),
+		attribute.Int64("migration.pages", int64(p.GetPagesTotal())),
+	)
+	if failure := view.GetError(); failure != nil {
+		whole.SetStatus(codes.Error, failure.GetMessage())
+	}
+}
+
+// word is a name of the API's in lower case, without its prefix.
+func word(name, prefix string) string { return strings.ToLower(strings.TrimPrefix(name, prefix)) }
