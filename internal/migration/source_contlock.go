@@ -40,6 +40,7 @@ func (s *Source) closeContLock() {
 
 // removeContLock lets QEMU continue the VM, which has not run anywhere else, or whose operator says that it does not.
 func (s *Source) removeContLock(ctx context.Context, vm *qemu.VM) {
+	s.closeContLock()
 	var gone *qmp.DisconnectedError
 	if err := vm.RemoveContLock(ctx); err != nil && !errors.As(err, &gone) {
 		s.log.Warn("the lock that keeps QEMU from continuing the VM stays", "node", qemu.ContLockNode, "error", err)
