@@ -27,6 +27,7 @@ import (
 // restless are sections that are not the same when they are saved twice, for a reason that is none of loading.
 var restless = map[string]string{
 	"mc146818rtc": "has the time of day",
+	"kvmclock":    "is read from KVM when it is saved: sometimes four of its bytes are others, sometimes five",
 	"e1000e":      "has timers that are armed when it is loaded, from the clock of then",
 }
 
@@ -91,7 +92,7 @@ func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) 
 		if _, _, err := source.Stop(ctx); err != nil {
 			t.Fatal(err)
 		}
-		now := parse(t, save(t, source))
+		now := parse(t, save(t, source, true))
 		changes, err := devicestate.Changes(early, now, func(int) bool { return true })
 		if errors.Is(err, devicestate.ErrOtherForm) && try < 5 {
 			t.Logf("try %d: %v", try, err)
@@ -181,7 +182,7 @@ func (l *loader) saveAgain(t *testing.T) []devicestate.Section {
 	if err := l.loading.Wait(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
-	return parse(t, save(t, l.VM))
+	return parse(t, save(t, l.VM, false))
 }
 
 // feed has it load sections, one by one.
@@ -224,10 +225,10 @@ func saveRunning(t *testing.T, vm *qemu.VM) []byte {
 	}
 }
 
-func save(t *testing.T, vm *qemu.VM) []byte {
+func save(t *testing.T, vm *qemu.VM, giveUpDisks bool) []byte {
 	t.Helper()
 	saver := newSaver(t, vm)
-	state, err := saver.Save(testContext(t), false, nil)
+	state, err := saver.Save(testContext(t), giveUpDisks, nil)
 	if err := errors.Join(err, saver.Close(testContext(t))); err != nil {
 		t.Fatal(err)
 	}
