@@ -85,7 +85,7 @@ var expected = map[string]string{
 	"migrated-state-label":       "system_u:object_r:migrated_state_t:s0",
 	"migrated-state-open":        "ok",
 	"qemu-state-write":           "ok",
-	"qemu-state-open":            "EACCES",
+	"qemu-state-open":            "ok",
 	"migrated-state-read":        "ok",
 	"migrated-state-text":        "saved",
 	"migrated-state-truncate":    "ok",
@@ -135,7 +135,7 @@ var expected = map[string]string{
 	"same-qemu-getfd":                "EPERM", // N9
 	"same-qemu-scm-rights":           "refused",
 	"same-qemu-state-scm-rights":     "ok", // a QEMU may give it away, for writing alone
-	"same-qemu-state-open":           "EACCES",
+	"same-qemu-state-open":           "ok",
 	"other-qemu-create":              "ok",
 	"other-qemu-open-device":         "EACCES",
 	"other-qemu-connect-other-port":  "ECONNREFUSED",
@@ -184,7 +184,6 @@ var denials = []denial{
 	{"read", "init_t:s0", "migrated_uffd_t:s0:c1,c2", "anon_inode"},
 	{"write", "migrated_t:s0", "svirt_t:s0:c1,c2", "file"},
 	{"ioctl", "migrated_t:s0", "svirt_t:s0:c1,c2", "file"},
-	{"read", "svirt_t:s0:c1,c2", "migrated_state_t:s0", "file"},
 	{"write", "init_t:s0", "migrated_state_t:s0", "file"},
 	{"entrypoint", "migrated_t:s0", "other_exec_t:s0", "file"},
 }
