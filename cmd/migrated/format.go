@@ -4,12 +4,12 @@ package main
 
 import (
 	"fmt"
-	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/units"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -149,38 +149,17 @@ func percent(p *migratedv1.Progress) string {
 }
 
 // bytesText returns a number of bytes as "4.0 GiB".
-func bytesText(n uint64) string {
-	if n < 1024 {
-		return fmt.Sprintf("%d B", n)
-	}
-	value, unit := float64(n)/1024, 0
-	units := []string{"KiB", "MiB", "GiB", "TiB", "PiB"}
-	for value >= 1023.95 && unit < len(units)-1 {
-		value, unit = value/1024, unit+1
-	}
-	return fmt.Sprintf("%.1f %s", value, units[unit])
-}
+func bytesText(n uint64) string { return units.Bytes(n) }
 
-// rateText returns bytes a second as "812.4 MB/s": decimal, as network rates are.
-func rateText(perSecond float64) string { return fmt.Sprintf("%.1f MB/s", perSecond/1e6) }
+// rateText returns bytes a second as "812.4 MB/s".
+func rateText(perSecond float64) string { return units.Rate(perSecond) }
 
-// durationText returns a duration with the digits that matter: "312 µs",
-// "2.4 ms", "1.8 s", "2m05s".
+// durationText returns a duration with the digits that matter, "-" where there is none.
 func durationText(d *durationpb.Duration) string {
-	switch v := d.AsDuration(); {
-	case d == nil:
+	if d == nil {
 		return "-"
-	case v < time.Millisecond:
-		return fmt.Sprintf("%d µs", v.Microseconds())
-	case v < time.Second:
-		return fmt.Sprintf("%.1f ms", float64(v)/float64(time.Millisecond))
-	case v < time.Minute:
-		return fmt.Sprintf("%.1f s", v.Seconds())
-	case v < time.Hour:
-		return fmt.Sprintf("%dm%02ds", int(v.Minutes()), int(v.Seconds())%60)
-	default:
-		return fmt.Sprintf("%dh%02dm", int(v.Hours()), int(v.Minutes())%60)
 	}
+	return units.Duration(d.AsDuration())
 }
 
 // timeText returns a time in the operator's time zone.
@@ -192,12 +171,7 @@ func timeText(t *timestamppb.Timestamp) string {
 }
 
 // plural returns "1 page", "2 pages".
-func plural(n uint64, noun string) string {
-	if n == 1 {
-		return "1 " + noun
-	}
-	return fmt.Sprintf("%d %ss", n, noun)
-}
+func plural(n uint64, noun string) string { return units.Plural(n, noun) }
 
 // figures lists what is worth knowing of a running migration, the most
 // important first: a narrow terminal shows the first of them.
