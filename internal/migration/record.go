@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/migrated-vm/migrated/internal/atomicfile"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/version"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -88,7 +89,7 @@ func (r *Records) Prepare(rec Record) error {
 func (r *Records) Commit(id string) error {
 	err := os.Rename(r.committed(id), r.path(id))
 	if err == nil {
-		err = syncDir(r.dir)
+		err = atomicfile.SyncDir(r.dir)
 	}
 	if err != nil {
 		return fmt.Errorf("commit the hand-over record of %s: %w", id, err)
@@ -116,34 +117,13 @@ func (r *Records) Complete(id string, ended migratedv1.Reason, files []qemu.RAMF
 
 func (r *Records) committed(id string) string { return filepath.Join(r.dir, id+".commit") }
 
-// writeJSON makes a file appear whole or not at all, and durable before it
-// returns: file and directory are synced.
+// writeJSON makes a file appear whole or not at all, and durable before it returns.
 func writeJSON(path string, content any) error {
 	data, err := json.Marshal(content)
 	if err != nil {
 		return err
 	}
-	dir, name := filepath.Split(path)
-	temp, err := os.CreateTemp(dir, name+".*.tmp")
-	if err != nil {
-		return err
-	}
-	_, err = temp.Write(append(data, '\n'))
-	if err := errors.Join(err, temp.Sync(), temp.Close()); err != nil {
-		return errors.Join(err, os.Remove(temp.Name()))
-	}
-	if err := os.Rename(temp.Name(), path); err != nil {
-		return errors.Join(err, os.Remove(temp.Name()))
-	}
-	return syncDir(dir)
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return atomicfile.Write(path, append(data, '\n'))
 }
 
 // Remove forgets a record; one that does not exist is no error.
