@@ -18,6 +18,7 @@ type Counts struct {
 	GuessedPages                      uint64
 	TouchedPages, UnexplainedPages    uint64
 	DemandBytes, BulkBytes            uint64 // as packed as they came
+	UnpackedBytes                     uint64 // that these were
 	DiscardedBytes, LaneReconnections uint64
 }
 
@@ -38,6 +39,7 @@ func (c *Counts) Add(o *Counts) {
 	c.UnexplainedPages += o.UnexplainedPages
 	c.DemandBytes += o.DemandBytes
 	c.BulkBytes += o.BulkBytes
+	c.UnpackedBytes += o.UnpackedBytes
 	c.DiscardedBytes += o.DiscardedBytes
 	c.LaneReconnections += o.LaneReconnections
 }
@@ -56,6 +58,16 @@ func (c *counted) add(e *postcopy.Engine) {
 	c.engines = append(c.engines, e)
 }
 
+// last is the engine that fills the memory now, or did; nil: there was none.
+func (c *counted) last() *postcopy.Engine {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.engines) == 0 {
+		return nil
+	}
+	return c.engines[len(c.engines)-1]
+}
+
 // AddCounts adds what was counted of this migration so far. It reads what the engine counts for itself.
 func (d *Destination) AddCounts(to *Counts) {
 	d.counted.mu.Lock()
@@ -65,7 +77,8 @@ func (d *Destination) AddCounts(to *Counts) {
 		to.Add(&Counts{
 			Faults: s.Causes, DemandPages: s.DemandPages, BulkPages: s.BulkPages, ZeroPages: s.PagesZero,
 			GuessedPages: s.Guessed, TouchedPages: s.PagesTouched, UnexplainedPages: s.PagesUnexplained,
-			DemandBytes: s.DemandBytes, BulkBytes: s.BytesReceived - s.DemandBytes, DiscardedBytes: s.Discarded,
+			DemandBytes: s.DemandBytes, BulkBytes: s.BytesReceived - s.DemandBytes, UnpackedBytes: s.PageBytes,
+			DiscardedBytes: s.Discarded,
 		})
 		e.AddLatency(&to.Latency)
 	}

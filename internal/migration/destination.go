@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
 	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/version"
@@ -66,6 +68,8 @@ type DestinationConfig struct {
 	Cgroup string
 	// FaultWorkers is the number of fault workers and demand lanes.
 	FaultWorkers int
+	// Versions are of this host, without QEMU's, for the report.
+	Versions *migratedv1.HostVersions
 	// RequireSecure refuses an unsupervised userfaultfd, whatever the source asks.
 	RequireSecure bool
 	// Bandwidth is this daemon's own limit, bytes a second; 0: none.
@@ -105,10 +109,11 @@ type Destination struct {
 	replaced []*qemu.VM    // before vm, the same QEMU by monitors that were lost
 	left     qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
 	blocks   []qemu.RAMBlock
-	discards bool         // of its Facts
-	reserve  *reserve     // nil in a migration that was taken up
-	early    *earlyLoaded // nil: QEMU loads all of the devices' state when the VM has stopped
-	steps    int          // that were expected, see expire
+	discards bool                 // of its Facts
+	reserve  *reserve             // nil in a migration that was taken up
+	loadTime *durationpb.Duration // of the devices' state, when the VM had stopped; nil: it is not known
+	early    *earlyLoaded         // nil: QEMU loads all of the devices' state when the VM has stopped
+	steps    int                  // that were expected, see expire
 	taken    *inject.Taken
 	// Of taken's userfaultfd.
 	supervision uffd.Supervision
@@ -192,6 +197,11 @@ func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 
 		releaseGC: func() {}, hurry: make(chan struct{}, 1), daemon: ctx,
 	}
+	d.note(func(r *migratedv1.Report) {
+		r.Source = versionsOf(request.GetVersions(), request.GetMachine().GetQemuVersion())
+		r.Destination = versionsOf(cfg.Versions, "")
+		r.Protocol = request.GetProtocol()
+	})
 	d.ctx, d.cancel = context.WithCancelCause(ctx)
 	d.loadCtx, d.cancelLoad = context.WithCancelCause(d.ctx)
 	return d

@@ -143,6 +143,7 @@ func (d *Destination) load(
 	answer := &migratedv1.LoadDeviceStateResponse{
 		Bytes: uint64(carrier.received), LoadTime: durationpb.New(ended.Sub(carrier.began)),
 	}
+	d.loadTime = answer.GetLoadTime()
 	if first.GetRehearsal() {
 		if answer.Differences, err = d.saveAgain(ctx, carrier.kept); err != nil {
 			return nil, fmt.Errorf("save the device state again: %w", err)

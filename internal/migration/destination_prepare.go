@@ -51,7 +51,7 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 	}
 	answer := &migratedv1.PrepareIncomingResponse{
 		Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label,
-		Protocol: d.cfg.Request.GetProtocol(), Early: mayEarly,
+		Protocol: d.cfg.Request.GetProtocol(), Early: mayEarly, Versions: d.Tracker.Report().GetDestination(),
 	}
 	for _, b := range d.blocks {
 		answer.RamBlocks = append(answer.RamBlocks, &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize})
@@ -94,6 +94,7 @@ func (d *Destination) compare(ctx context.Context) error {
 	if err != nil {
 		return askQEMU("destination", err)
 	}
+	d.noteQEMU(facts.Version)
 	if err := d.checkUser(facts); err != nil {
 		return err
 	}

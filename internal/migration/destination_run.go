@@ -38,7 +38,7 @@ func (d *Destination) run(
 			return nil, err
 		}
 	}
-	told := d.phase == running
+	again := d.phase == running // it was told before
 	if d.vm == nil {
 		if over := context.Cause(d.ctx); over != nil {
 			return nil, fmt.Errorf("the VM may have run here: %w", over)
@@ -51,10 +51,10 @@ func (d *Destination) run(
 			return nil, fmt.Errorf("the destination's daemon ends: %w", errAskAgain)
 		}
 		switch {
-		case told && (d.ctx.Err() != nil || d.vm.Ended()): // it is over, or will be
+		case again && (d.ctx.Err() != nil || d.vm.Ended()): // it is over, or will be
 			gone := fmt.Errorf("the destination QEMU was told to run the VM, and is gone: %w", d.explain(d.vm.QMP.Err()))
 			return nil, withReason(gone, migratedv1.Reason_REASON_DESTINATION_QEMU_ENDED)
-		case told:
+		case again:
 			if err := d.attachAnew(ctx); err != nil {
 				return nil, fmt.Errorf("the destination QEMU was told to run the VM, and its monitor is lost: %w: %w",
 					err, errAskAgain)
@@ -76,7 +76,8 @@ func (d *Destination) run(
 	d.kept.header().toldToRun.Store(1)
 	d.phase = running
 	reached("destination-told")
-	resumed := time.Now()
+	told := time.Now()
+	resumed := told
 	var announced func()
 	if d.domain == "" { // libvirt passes on one command after the other, and cont is not to wait
 		announced = d.announce(ctx)
@@ -84,7 +85,7 @@ func (d *Destination) run(
 	if request.GetResume() {
 		at, err := d.vm.Cont(ctx)
 		if err != nil {
-			return nil, d.contFailed(told, err)
+			return nil, d.contFailed(again, err)
 		}
 		resumed = at
 	}
@@ -108,6 +109,7 @@ func (d *Destination) run(
 		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE, migratedv1.Location_LOCATION_DESTINATION
 	})
 	early := d.engine.Stats() // little but what loading met: the VM has hardly begun
+	d.noteRun(early, resumed.Sub(told))
 	d.log.Info("the VM runs", "stopped_for", downtime, "faults", early.Faults, "slowest_fault", early.FaultMax)
 	reached("destination-running")
 	return d.answer, nil

@@ -65,6 +65,7 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.kept, d.facts, d.left = k, facts, facts.QEMU
+	d.noteTakenUp(k.header().ended.Load() != 0 || k.header().filled.Load() != 0)
 	if libvirt.IsAddress(facts.QMP) {
 		d.domain = facts.QMP
 	}
@@ -175,6 +176,7 @@ func (d *Destination) attachAgain(facts *keptFactsV1) {
 	for {
 		vm, err := attachTo(d.ctx, facts)
 		if err == nil {
+			d.noteQEMU(vm.QMP.Version())
 			vm.PutBack(facts.Settings)
 			d.mu.Lock()
 			d.vm = vm

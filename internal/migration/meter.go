@@ -22,6 +22,8 @@ type meter struct {
 	started  time.Time // of the VM on this host; zero before
 	downtime time.Duration
 	samples  []sample // within rateWindow, oldest first
+	best     float64  // the highest rate, bytes a second
+	curve    curve    // since started
 }
 
 type sample struct {
@@ -29,6 +31,30 @@ type sample struct {
 	bytes   uint64
 	swept   uint64 // of bytes
 	present uint64
+	faults  uint64
+}
+
+// curvePoints bounds the points of a curve: enough for a figure on a page.
+const curvePoints = 128
+
+// A curve is samples in equal distances, which double whenever there are too many.
+type curve struct {
+	points []sample
+	apart  time.Duration
+}
+
+func (c *curve) add(s sample) {
+	if n := len(c.points); n > 0 && s.at.Sub(c.points[n-1].at) < c.apart {
+		return
+	}
+	if len(c.points) == curvePoints {
+		half := c.points[:0]
+		for i := 0; i < curvePoints; i += 2 {
+			half = append(half, c.points[i])
+		}
+		c.points, c.apart = half, max(2*c.apart, 2*progressInterval)
+	}
+	c.points = append(c.points, s)
 }
 
 // switched says that the VM runs here since the given time, after a downtime of d.
@@ -52,6 +78,36 @@ func (m *meter) residencyLocked(s postcopy.Stats) time.Duration {
 	return max(0, s.LastPage.Sub(m.started))
 }
 
+func sampleOf(s postcopy.Stats) sample {
+	return sample{
+		at: time.Now(), bytes: s.BytesReceived, swept: s.BytesReceived - s.DemandBytes,
+		present: s.PagesPresent, faults: s.Faults,
+	}
+}
+
+// report adds what the meter alone knows: how the figures rose up to s, and the highest rate. One that was over too
+// soon to be measured had the rate of all of it.
+func (m *meter) report(s postcopy.Stats, to *migratedv1.IncomingPages) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.started.IsZero() {
+		return
+	}
+	points := m.curve.points
+	last := sampleOf(s)
+	if took := m.residencyLocked(s); took > 0 {
+		last.at = m.started.Add(took)
+		m.best = max(m.best, float64(s.BytesReceived)/took.Seconds())
+	}
+	for _, p := range append(points[:len(points):len(points)], last) {
+		to.Samples = append(to.Samples, &migratedv1.PageSample{
+			SinceSwitch:  durationpb.New(max(0, p.at.Sub(m.started))),
+			PagesPresent: p.present, BytesOnWire: p.bytes, Faults: p.faults,
+		})
+	}
+	to.BestBytesPerSecond = m.best
+}
+
 func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -70,7 +126,8 @@ func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 		p.Residency = durationpb.New(m.residencyLocked(s))
 		return p
 	}
-	now := sample{at: time.Now(), bytes: s.BytesReceived, swept: s.BytesReceived - s.DemandBytes, present: s.PagesPresent}
+	now := sampleOf(s)
+	m.curve.add(now)
 	m.samples = append(m.samples, now)
 	for len(m.samples) > 2 && now.at.Sub(m.samples[1].at) >= rateWindow {
 		m.samples = m.samples[1:]
@@ -78,6 +135,9 @@ func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 	past := m.samples[0]
 	if elapsed := now.at.Sub(past.at).Seconds(); elapsed > 0 {
 		p.BytesPerSecond = float64(now.bytes-past.bytes) / elapsed
+		if now.at.Sub(past.at) >= progressInterval/2 {
+			m.best = max(m.best, p.GetBytesPerSecond())
+		}
 		p.SweepBytesPerSecond = float64(now.swept-past.swept) / elapsed
 		if pages := float64(now.present-past.present) / elapsed; pages > 0 {
 			left := float64(s.PagesTotal-s.PagesPresent) / pages

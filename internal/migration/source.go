@@ -46,6 +46,10 @@ type SourceConfig struct {
 	Records *Records
 	// PageAddresses are told to the destination, see PrepareIncomingRequest.
 	PageAddresses []string
+	// Versions are of this host, without QEMU's. Check is what the VM's operator was told before. Both are for the
+	// report.
+	Versions *migratedv1.HostVersions
+	Check    *migratedv1.EarlierCheck
 	// Bandwidth is this daemon's own limit, bytes a second; 0: none.
 	Bandwidth uint64
 	// Dial connects to the destination daemon.
@@ -135,6 +139,7 @@ func newSource(ctx context.Context, cfg SourceConfig) (*Source, context.Context)
 		stopped: make(chan struct{}),
 		resumed: make(chan struct{}),
 	}
+	s.note(func(r *migratedv1.Report) { r.Source, r.Check = versionsOf(cfg.Versions, ""), cfg.Check })
 	s.daemon = ctx
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	return s, ctx

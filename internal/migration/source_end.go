@@ -71,6 +71,7 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 	case s.stopTried:
 		note, _ = s.continueVM()
 	}
+	s.noteSteps(&migratedv1.DowntimeSteps{})
 	s.tellToGiveUp(ctx, reason) // the VM runs again, or never stopped: this has time
 	state := migratedv1.MigrationState_MIGRATION_STATE_FAILED
 	if errors.Is(reason, ErrCancelled) {

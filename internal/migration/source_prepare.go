@@ -50,6 +50,7 @@ func (s *Source) prepare(ctx context.Context) error {
 		Spec:                s.cfg.Spec,
 		Bandwidth:           bandwidth.Lower(s.cfg.Spec.GetBandwidth(), s.cfg.Bandwidth),
 		Early:               notEarly == nil,
+		Versions:            s.cfg.Versions,
 	})
 	if err != nil {
 		return causeOf(ctx, fromPeer("prepare", destination, err))
@@ -57,6 +58,9 @@ func (s *Source) prepare(ctx context.Context) error {
 	if s.protocol, err = version.AgreeOnProtocol("destination "+destination, answer.GetProtocol(), answer.GetProtocol()); err != nil {
 		return withRemedy(fmt.Errorf("prepare: %w", err), sameVersions)
 	}
+	s.note(func(r *migratedv1.Report) {
+		r.Protocol, r.Destination = s.protocol, versionsOf(answer.GetVersions(), "")
+	})
 	if len(answer.GetRamBlocks()) != len(s.blocks) {
 		return fmt.Errorf("prepare: destination %s has %d RAM blocks instead of %d",
 			destination, len(answer.GetRamBlocks()), len(s.blocks))
@@ -131,6 +135,7 @@ func (s *Source) openVM(ctx context.Context) (err error) {
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
 		return askQEMU("source", err)
 	}
+	s.note(func(r *migratedv1.Report) { r.Source.Qemu = s.facts.Version.String() })
 	if s.description, err = machine.Describe(ctx, s.vm); err != nil {
 		return askQEMU("source", err)
 	}

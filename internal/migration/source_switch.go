@@ -119,6 +119,13 @@ func (s *Source) switched(answer *migratedv1.RunResponse, sent, answered time.Ti
 	}
 	s.log.Info("switched over", "downtime", downtime, "stopped_for", stoppedFor, "network", network, "cont", cont)
 	s.runsThere.Store(true)
+	steps := &migratedv1.DowntimeSteps{}
+	if s.loaded != nil { // else the answer does not tell loading from continuing
+		crossing := network / 2
+		steps.CrossingTime, steps.ContinueTime = durationpb.New(crossing), durationpb.New(cont)
+		steps.CommitTime = durationpb.New(max(0, downtime-s.steps.save-s.steps.transfer-crossing-cont))
+	}
+	s.noteSteps(steps)
 	s.update(func(m *migratedv1.Migration) {
 		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE, migratedv1.Location_LOCATION_DESTINATION
 		if m.Error = nil; s.gone.Load() {
@@ -170,6 +177,7 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 			return false, err
 		}
 		state := answer.GetState()
+		s.noteTold(answer)
 		if state == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
 			return true, s.failedThere(answer)
 		}

@@ -31,7 +31,9 @@ func TakeUpSource(ctx context.Context, cfg SourceConfig, rec Record) (*Source, e
 	s, ctx := newSource(ctx, cfg)
 	s.Start()
 	s.takenUp = true
+	s.noteTakenUp(rec.Completed)
 	s.protocol = rec.Protocol
+	s.note(func(r *migratedv1.Report) { r.Protocol = rec.Protocol })
 	s.token, s.wasRunning, s.stopTried, s.stoppedAt = rec.Token, rec.WasRunning, true, rec.HandedOver
 	s.committed, s.toldToRun = rec.Committed, rec.Committed // which the daemon before did as it committed
 	close(s.stopped)
@@ -106,6 +108,7 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	if s.claim, err = claimed.takeVM(s.vm, s.cfg.ID); err != nil {
 		return err
 	}
+	s.note(func(r *migratedv1.Report) { r.Source.Qemu = s.vm.QMP.Version().String() })
 	s.vm.PutBack(rec.Settings)
 	if !rec.Committed {
 		return nil

@@ -15,6 +15,8 @@ type Times struct {
 	In map[migratedv1.MigrationState]time.Duration
 	// Paused is how long the VM has waited for a connection to its memory now, attempts to make one included; 0: it does not.
 	Paused time.Duration
+	// LongestPause is the longest that it has waited so.
+	LongestPause time.Duration
 	// Over is how long ago the migration ended; 0: it has not.
 	Over time.Duration
 
@@ -34,8 +36,19 @@ func (t *Tracker) Times() Times {
 	}
 	if !times.pausedAt.IsZero() {
 		times.Paused = time.Since(times.pausedAt)
+		times.LongestPause = max(times.LongestPause, times.Paused)
 	}
 	return times
+}
+
+// waited is how long the VM has waited for a connection to its memory in all.
+func (t *Times) waited() (all time.Duration) {
+	for state, d := range t.In {
+		if waits(state) {
+			all += d
+		}
+	}
+	return all
 }
 
 // keepTime is for who holds mu and has changed the state, perhaps, from was.
@@ -49,9 +62,12 @@ func (t *Tracker) keepTime(was migratedv1.MigrationState) {
 		t.times.In[was] += now.Sub(t.entered)
 	}
 	t.entered = now
+	t.timeline.add(t.view, now)
 	switch {
-	case !waits(state):
+	case !waits(state) && !t.times.pausedAt.IsZero():
+		t.times.LongestPause = max(t.times.LongestPause, now.Sub(t.times.pausedAt))
 		t.times.pausedAt = time.Time{}
+	case !waits(state):
 	case t.times.pausedAt.IsZero():
 		t.times.pausedAt = now
 	}

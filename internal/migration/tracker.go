@@ -16,11 +16,14 @@ import (
 // Tracker is what the API shows of one migration. Whoever drives the migration
 // updates it; any number of callers read it and wait for it to change.
 type Tracker struct {
-	mu      sync.Mutex
-	view    *migratedv1.Migration
-	changed chan struct{} // closed, and replaced, by every update
-	times   Times
-	entered time.Time // into the state
+	mu       sync.Mutex
+	view     *migratedv1.Migration
+	changed  chan struct{} // closed, and replaced, by every update
+	times    Times
+	entered  time.Time // into the state
+	timeline timeline
+	noted    *migratedv1.Report // what the report has besides
+	wasOver  bool               // see WasOver
 }
 
 func newTracker(view *migratedv1.Migration) *Tracker {
@@ -30,10 +33,12 @@ func newTracker(view *migratedv1.Migration) *Tracker {
 	if view.Progress == nil {
 		view.Progress = &migratedv1.Progress{}
 	}
-	return &Tracker{
-		view: view, changed: make(chan struct{}), entered: time.Now(),
+	t := &Tracker{
+		view: view, changed: make(chan struct{}), entered: time.Now(), noted: &migratedv1.Report{},
 		times: Times{In: make(map[migratedv1.MigrationState]time.Duration)},
 	}
+	t.timeline.add(view, t.entered)
+	return t
 }
 
 // Snapshot returns a copy of the migration as it stands, which the caller owns,

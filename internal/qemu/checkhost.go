@@ -30,12 +30,12 @@ func CheckHost(ctx context.Context, requireSecure bool) []Result {
 // QEMU made.
 func checkKernel() Result {
 	r := Result{Subject: "kernel"}
-	var name unix.Utsname
-	if err := unix.Uname(&name); err != nil {
-		r.Status, r.Detail, r.Remedy = Failed, "uname: "+err.Error(), "see that this process may call uname(2)"
+	release, err := KernelRelease()
+	if err != nil {
+		r.Status, r.Detail, r.Remedy = Failed, err.Error(), "see that this process may call uname(2)"
 		return r
 	}
-	r.Detail = "Linux " + unix.ByteSliceToString(name.Release[:])
+	r.Detail = "Linux " + release
 	// Asking for a descriptor of a pidfd that is none tells a kernel that knows the call (EBADF) from
 	// one that does not (ENOSYS).
 	if _, err := unix.PidfdGetfd(-1, 0, 0); errors.Is(err, unix.ENOSYS) {
@@ -43,6 +43,15 @@ func checkKernel() Result {
 		r.Detail += " has no pidfd_getfd(2)"
 	}
 	return r
+}
+
+// KernelRelease is what uname(1) -r says.
+func KernelRelease() (string, error) {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return "", fmt.Errorf("uname: %w", err)
+	}
+	return unix.ByteSliceToString(name.Release[:]), nil
 }
 
 func checkUserfaultfd() Result {

@@ -1429,6 +1429,947 @@ func (x *Progress) GetPagesUnexplained() uint64 {
 	return 0
 }
 
+// Report is what a host knows of one migration. Durations are of the monotonic
+// clock of the host that they are about, and unset where they are not known.
+type Report struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// When it was made.
+	Time *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	// The migration as it stood then.
+	Migration *Migration `protobuf:"bytes,2,opt,name=migration,proto3" json:"migration,omitempty"`
+	// An earlier run of this daemon began it: states and steps are of this run alone.
+	TakenUp bool `protobuf:"varint,3,opt,name=taken_up,json=takenUp,proto3" json:"taken_up,omitempty"`
+	// The states that it was in, as this host saw them.
+	Timeline *Timeline `protobuf:"bytes,4,opt,name=timeline,proto3" json:"timeline,omitempty"`
+	// Of a source: as the destination saw them. It tells them when it is over, as it
+	// does incoming.
+	DestinationTimeline *Timeline `protobuf:"bytes,5,opt,name=destination_timeline,json=destinationTimeline,proto3" json:"destination_timeline,omitempty"`
+	// A destination knows those that are its own.
+	DowntimeSteps *DowntimeSteps `protobuf:"bytes,6,opt,name=downtime_steps,json=downtimeSteps,proto3" json:"downtime_steps,omitempty"`
+	// What the destination has counted.
+	Incoming    *IncomingPages `protobuf:"bytes,7,opt,name=incoming,proto3" json:"incoming,omitempty"`
+	Source      *HostVersions  `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`
+	Destination *HostVersions  `protobuf:"bytes,9,opt,name=destination,proto3" json:"destination,omitempty"`
+	// Version of the protocol between daemons that both kept to; 0: none was agreed on.
+	Protocol uint32 `protobuf:"varint,10,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	// Of a source: what the last Check of the VM with this destination, or with none,
+	// had found before the migration began. Unset: there was none.
+	Check *EarlierCheck `protobuf:"bytes,11,opt,name=check,proto3" json:"check,omitempty"`
+	// What was slow, and why, as far as plain rules can tell.
+	Findings      []*Finding `protobuf:"bytes,12,rep,name=findings,proto3" json:"findings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Report) Reset() {
+	*x = Report{}
+	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Report) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Report) ProtoMessage() {}
+
+func (x *Report) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Report.ProtoReflect.Descriptor instead.
+func (*Report) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Report) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Report) GetMigration() *Migration {
+	if x != nil {
+		return x.Migration
+	}
+	return nil
+}
+
+func (x *Report) GetTakenUp() bool {
+	if x != nil {
+		return x.TakenUp
+	}
+	return false
+}
+
+func (x *Report) GetTimeline() *Timeline {
+	if x != nil {
+		return x.Timeline
+	}
+	return nil
+}
+
+func (x *Report) GetDestinationTimeline() *Timeline {
+	if x != nil {
+		return x.DestinationTimeline
+	}
+	return nil
+}
+
+func (x *Report) GetDowntimeSteps() *DowntimeSteps {
+	if x != nil {
+		return x.DowntimeSteps
+	}
+	return nil
+}
+
+func (x *Report) GetIncoming() *IncomingPages {
+	if x != nil {
+		return x.Incoming
+	}
+	return nil
+}
+
+func (x *Report) GetSource() *HostVersions {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *Report) GetDestination() *HostVersions {
+	if x != nil {
+		return x.Destination
+	}
+	return nil
+}
+
+func (x *Report) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+func (x *Report) GetCheck() *EarlierCheck {
+	if x != nil {
+		return x.Check
+	}
+	return nil
+}
+
+func (x *Report) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+// Timeline is the states that a migration was in, oldest first.
+type Timeline struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Changes []*StateChange         `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
+	// How many changes are left out of a long list, and behind how many of those
+	// that are there.
+	LeftOut       uint32 `protobuf:"varint,2,opt,name=left_out,json=leftOut,proto3" json:"left_out,omitempty"`
+	LeftOutAfter  uint32 `protobuf:"varint,3,opt,name=left_out_after,json=leftOutAfter,proto3" json:"left_out_after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Timeline) Reset() {
+	*x = Timeline{}
+	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Timeline) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Timeline) ProtoMessage() {}
+
+func (x *Timeline) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Timeline.ProtoReflect.Descriptor instead.
+func (*Timeline) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Timeline) GetChanges() []*StateChange {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+func (x *Timeline) GetLeftOut() uint32 {
+	if x != nil {
+		return x.LeftOut
+	}
+	return 0
+}
+
+func (x *Timeline) GetLeftOutAfter() uint32 {
+	if x != nil {
+		return x.LeftOutAfter
+	}
+	return 0
+}
+
+// StateChange is a migration's coming into a state.
+type StateChange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	State MigrationState         `protobuf:"varint,1,opt,name=state,proto3,enum=migrated.v1.MigrationState" json:"state,omitempty"`
+	// By the wall clock of the host.
+	Time *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
+	// Since the first.
+	SinceStart *durationpb.Duration `protobuf:"bytes,3,opt,name=since_start,json=sinceStart,proto3" json:"since_start,omitempty"`
+	// Of the error that came with it.
+	Reason        Reason `protobuf:"varint,4,opt,name=reason,proto3,enum=migrated.v1.Reason" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateChange) Reset() {
+	*x = StateChange{}
+	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateChange) ProtoMessage() {}
+
+func (x *StateChange) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateChange.ProtoReflect.Descriptor instead.
+func (*StateChange) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *StateChange) GetState() MigrationState {
+	if x != nil {
+		return x.State
+	}
+	return MigrationState_MIGRATION_STATE_UNSPECIFIED
+}
+
+func (x *StateChange) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *StateChange) GetSinceStart() *durationpb.Duration {
+	if x != nil {
+		return x.SinceStart
+	}
+	return nil
+}
+
+func (x *StateChange) GetReason() Reason {
+	if x != nil {
+		return x.Reason
+	}
+	return Reason_REASON_UNSPECIFIED
+}
+
+// DowntimeSteps are the parts of the downtime; docs/downtime.md explains them.
+// From save_time to continue_time they add up to it, but for load_time, which
+// begins before save_time ends.
+type DowntimeSteps struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Until QEMU had stopped the VM; most of it is before the VM stands still.
+	StopTime      *durationpb.Duration `protobuf:"bytes,1,opt,name=stop_time,json=stopTime,proto3" json:"stop_time,omitempty"`
+	SaveTime      *durationpb.Duration `protobuf:"bytes,2,opt,name=save_time,json=saveTime,proto3" json:"save_time,omitempty"`
+	TransferTime  *durationpb.Duration `protobuf:"bytes,3,opt,name=transfer_time,json=transferTime,proto3" json:"transfer_time,omitempty"`
+	LoadTime      *durationpb.Duration `protobuf:"bytes,4,opt,name=load_time,json=loadTime,proto3" json:"load_time,omitempty"`
+	CommitTime    *durationpb.Duration `protobuf:"bytes,5,opt,name=commit_time,json=commitTime,proto3" json:"commit_time,omitempty"`
+	CrossingTime  *durationpb.Duration `protobuf:"bytes,6,opt,name=crossing_time,json=crossingTime,proto3" json:"crossing_time,omitempty"`
+	ContinueTime  *durationpb.Duration `protobuf:"bytes,7,opt,name=continue_time,json=continueTime,proto3" json:"continue_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DowntimeSteps) Reset() {
+	*x = DowntimeSteps{}
+	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DowntimeSteps) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DowntimeSteps) ProtoMessage() {}
+
+func (x *DowntimeSteps) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DowntimeSteps.ProtoReflect.Descriptor instead.
+func (*DowntimeSteps) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *DowntimeSteps) GetStopTime() *durationpb.Duration {
+	if x != nil {
+		return x.StopTime
+	}
+	return nil
+}
+
+func (x *DowntimeSteps) GetSaveTime() *durationpb.Duration {
+	if x != nil {
+		return x.SaveTime
+	}
+	return nil
+}
+
+func (x *DowntimeSteps) GetTransferTime() *durationpb.Duration {
+	if x != nil {
+		return x.TransferTime
+	}
+	return nil
+}
+
+func (x *DowntimeSteps) GetLoadTime() *durationpb.Duration {
+	if x != nil {
+		return x.LoadTime
+	}
+	return nil
+}
+
+func (x *DowntimeSteps) GetCommitTime() *durationpb.Duration {
+	if x != nil {
+		return x.CommitTime
+	}
+	return nil
+}
+
+func (x *DowntimeSteps) GetCrossingTime() *durationpb.Duration {
+	if x != nil {
+		return x.CrossingTime
+	}
+	return nil
+}
+
+func (x *DowntimeSteps) GetContinueTime() *durationpb.Duration {
+	if x != nil {
+		return x.ContinueTime
+	}
+	return nil
+}
+
+// IncomingPages is what a destination has counted of a VM's memory.
+type IncomingPages struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// An earlier run of its daemon began it: all of this is of the last run alone.
+	TakenUp bool         `protobuf:"varint,1,opt,name=taken_up,json=takenUp,proto3" json:"taken_up,omitempty"`
+	Causes  *FaultCauses `protobuf:"bytes,2,opt,name=causes,proto3" json:"causes,omitempty"`
+	// How long faults took: buckets that have any, shortest first. Those that nothing
+	// had to be asked for are not timed all.
+	Latency []*LatencyBucket `protobuf:"bytes,3,rep,name=latency,proto3" json:"latency,omitempty"`
+	// Of all of them, to 1/32.
+	LatencySum *durationpb.Duration `protobuf:"bytes,4,opt,name=latency_sum,json=latencySum,proto3" json:"latency_sum,omitempty"`
+	// Pages that came, by the lane that brought them, those of zeros included.
+	DemandPages uint64 `protobuf:"varint,5,opt,name=demand_pages,json=demandPages,proto3" json:"demand_pages,omitempty"`
+	SweepPages  uint64 `protobuf:"varint,6,opt,name=sweep_pages,json=sweepPages,proto3" json:"sweep_pages,omitempty"`
+	// Bytes of these on the wire, as packed.
+	DemandBytes uint64 `protobuf:"varint,7,opt,name=demand_bytes,json=demandBytes,proto3" json:"demand_bytes,omitempty"`
+	SweepBytes  uint64 `protobuf:"varint,8,opt,name=sweep_bytes,json=sweepBytes,proto3" json:"sweep_bytes,omitempty"`
+	// Bytes that these were before they were packed.
+	UnpackedBytes uint64 `protobuf:"varint,9,opt,name=unpacked_bytes,json=unpackedBytes,proto3" json:"unpacked_bytes,omitempty"`
+	// How often the lanes were opened again after they were lost.
+	LaneReconnections uint64 `protobuf:"varint,10,opt,name=lane_reconnections,json=laneReconnections,proto3" json:"lane_reconnections,omitempty"`
+	// How long the VM's memory could not come, in all and at the longest.
+	Paused       *durationpb.Duration `protobuf:"bytes,11,opt,name=paused,proto3" json:"paused,omitempty"`
+	LongestPause *durationpb.Duration `protobuf:"bytes,12,opt,name=longest_pause,json=longestPause,proto3" json:"longest_pause,omitempty"`
+	// The highest rate over a second, or over all of it, if it was shorter.
+	BestBytesPerSecond float64 `protobuf:"fixed64,13,opt,name=best_bytes_per_second,json=bestBytesPerSecond,proto3" json:"best_bytes_per_second,omitempty"`
+	// Faults until QEMU said that the VM runs, and the longest of these.
+	EarlyFaults   uint64               `protobuf:"varint,14,opt,name=early_faults,json=earlyFaults,proto3" json:"early_faults,omitempty"`
+	EarlyFaultMax *durationpb.Duration `protobuf:"bytes,15,opt,name=early_fault_max,json=earlyFaultMax,proto3" json:"early_fault_max,omitempty"`
+	// How the figures rose since the VM ran there, oldest first.
+	Samples       []*PageSample `protobuf:"bytes,16,rep,name=samples,proto3" json:"samples,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IncomingPages) Reset() {
+	*x = IncomingPages{}
+	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IncomingPages) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IncomingPages) ProtoMessage() {}
+
+func (x *IncomingPages) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IncomingPages.ProtoReflect.Descriptor instead.
+func (*IncomingPages) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *IncomingPages) GetTakenUp() bool {
+	if x != nil {
+		return x.TakenUp
+	}
+	return false
+}
+
+func (x *IncomingPages) GetCauses() *FaultCauses {
+	if x != nil {
+		return x.Causes
+	}
+	return nil
+}
+
+func (x *IncomingPages) GetLatency() []*LatencyBucket {
+	if x != nil {
+		return x.Latency
+	}
+	return nil
+}
+
+func (x *IncomingPages) GetLatencySum() *durationpb.Duration {
+	if x != nil {
+		return x.LatencySum
+	}
+	return nil
+}
+
+func (x *IncomingPages) GetDemandPages() uint64 {
+	if x != nil {
+		return x.DemandPages
+	}
+	return 0
+}
+
+func (x *IncomingPages) GetSweepPages() uint64 {
+	if x != nil {
+		return x.SweepPages
+	}
+	return 0
+}
+
+func (x *IncomingPages) GetDemandBytes() uint64 {
+	if x != nil {
+		return x.DemandBytes
+	}
+	return 0
+}
+
+func (x *IncomingPages) GetSweepBytes() uint64 {
+	if x != nil {
+		return x.SweepBytes
+	}
+	return 0
+}
+
+func (x *IncomingPages) GetUnpackedBytes() uint64 {
+	if x != nil {
+		return x.UnpackedBytes
+	}
+	return 0
+}
+
+func (x *IncomingPages) GetLaneReconnections() uint64 {
+	if x != nil {
+		return x.LaneReconnections
+	}
+	return 0
+}
+
+func (x *IncomingPages) GetPaused() *durationpb.Duration {
+	if x != nil {
+		return x.Paused
+	}
+	return nil
+}
+
+func (x *IncomingPages) GetLongestPause() *durationpb.Duration {
+	if x != nil {
+		return x.LongestPause
+	}
+	return nil
+}
+
+func (x *IncomingPages) GetBestBytesPerSecond() float64 {
+	if x != nil {
+		return x.BestBytesPerSecond
+	}
+	return 0
+}
+
+func (x *IncomingPages) GetEarlyFaults() uint64 {
+	if x != nil {
+		return x.EarlyFaults
+	}
+	return 0
+}
+
+func (x *IncomingPages) GetEarlyFaultMax() *durationpb.Duration {
+	if x != nil {
+		return x.EarlyFaultMax
+	}
+	return nil
+}
+
+func (x *IncomingPages) GetSamples() []*PageSample {
+	if x != nil {
+		return x.Samples
+	}
+	return nil
+}
+
+// FaultCauses is how many faults met a page in which state.
+type FaultCauses struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Nobody had asked for it.
+	Missing uint64 `protobuf:"varint,1,opt,name=missing,proto3" json:"missing,omitempty"`
+	// The sweep had, and it was asked for once more.
+	Swept uint64 `protobuf:"varint,2,opt,name=swept,proto3" json:"swept,omitempty"`
+	// It was asked for because a thread's faults foretold it.
+	Ahead uint64 `protobuf:"varint,3,opt,name=ahead,proto3" json:"ahead,omitempty"`
+	// Another thread waited for it already.
+	Waiting uint64 `protobuf:"varint,4,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	// It was known to be zero.
+	Zero uint64 `protobuf:"varint,5,opt,name=zero,proto3" json:"zero,omitempty"`
+	// It was there.
+	Present       uint64 `protobuf:"varint,6,opt,name=present,proto3" json:"present,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FaultCauses) Reset() {
+	*x = FaultCauses{}
+	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FaultCauses) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FaultCauses) ProtoMessage() {}
+
+func (x *FaultCauses) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FaultCauses.ProtoReflect.Descriptor instead.
+func (*FaultCauses) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *FaultCauses) GetMissing() uint64 {
+	if x != nil {
+		return x.Missing
+	}
+	return 0
+}
+
+func (x *FaultCauses) GetSwept() uint64 {
+	if x != nil {
+		return x.Swept
+	}
+	return 0
+}
+
+func (x *FaultCauses) GetAhead() uint64 {
+	if x != nil {
+		return x.Ahead
+	}
+	return 0
+}
+
+func (x *FaultCauses) GetWaiting() uint64 {
+	if x != nil {
+		return x.Waiting
+	}
+	return 0
+}
+
+func (x *FaultCauses) GetZero() uint64 {
+	if x != nil {
+		return x.Zero
+	}
+	return 0
+}
+
+func (x *FaultCauses) GetPresent() uint64 {
+	if x != nil {
+		return x.Present
+	}
+	return 0
+}
+
+// LatencyBucket is how many faults took at most so long, and longer than the bucket
+// before says. The width of a bucket is at most 1/16 of what it holds.
+type LatencyBucket struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Longest       *durationpb.Duration   `protobuf:"bytes,1,opt,name=longest,proto3" json:"longest,omitempty"`
+	Count         uint64                 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LatencyBucket) Reset() {
+	*x = LatencyBucket{}
+	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LatencyBucket) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LatencyBucket) ProtoMessage() {}
+
+func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LatencyBucket.ProtoReflect.Descriptor instead.
+func (*LatencyBucket) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *LatencyBucket) GetLongest() *durationpb.Duration {
+	if x != nil {
+		return x.Longest
+	}
+	return nil
+}
+
+func (x *LatencyBucket) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+// PageSample is figures of Progress at a moment.
+type PageSample struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Since the VM ran at the destination.
+	SinceSwitch   *durationpb.Duration `protobuf:"bytes,1,opt,name=since_switch,json=sinceSwitch,proto3" json:"since_switch,omitempty"`
+	PagesPresent  uint64               `protobuf:"varint,2,opt,name=pages_present,json=pagesPresent,proto3" json:"pages_present,omitempty"`
+	BytesOnWire   uint64               `protobuf:"varint,3,opt,name=bytes_on_wire,json=bytesOnWire,proto3" json:"bytes_on_wire,omitempty"`
+	Faults        uint64               `protobuf:"varint,4,opt,name=faults,proto3" json:"faults,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PageSample) Reset() {
+	*x = PageSample{}
+	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PageSample) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PageSample) ProtoMessage() {}
+
+func (x *PageSample) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PageSample.ProtoReflect.Descriptor instead.
+func (*PageSample) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *PageSample) GetSinceSwitch() *durationpb.Duration {
+	if x != nil {
+		return x.SinceSwitch
+	}
+	return nil
+}
+
+func (x *PageSample) GetPagesPresent() uint64 {
+	if x != nil {
+		return x.PagesPresent
+	}
+	return 0
+}
+
+func (x *PageSample) GetBytesOnWire() uint64 {
+	if x != nil {
+		return x.BytesOnWire
+	}
+	return 0
+}
+
+func (x *PageSample) GetFaults() uint64 {
+	if x != nil {
+		return x.Faults
+	}
+	return 0
+}
+
+// HostVersions is what runs on a host; empty where it is not known.
+type HostVersions struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Daemon string                 `protobuf:"bytes,1,opt,name=daemon,proto3" json:"daemon,omitempty"`
+	// "7.2.22"
+	Qemu string `protobuf:"bytes,2,opt,name=qemu,proto3" json:"qemu,omitempty"`
+	// "6.12.41-amd64"
+	Kernel        string `protobuf:"bytes,3,opt,name=kernel,proto3" json:"kernel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostVersions) Reset() {
+	*x = HostVersions{}
+	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostVersions) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostVersions) ProtoMessage() {}
+
+func (x *HostVersions) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostVersions.ProtoReflect.Descriptor instead.
+func (*HostVersions) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *HostVersions) GetDaemon() string {
+	if x != nil {
+		return x.Daemon
+	}
+	return ""
+}
+
+func (x *HostVersions) GetQemu() string {
+	if x != nil {
+		return x.Qemu
+	}
+	return ""
+}
+
+func (x *HostVersions) GetKernel() string {
+	if x != nil {
+		return x.Kernel
+	}
+	return ""
+}
+
+// EarlierCheck is what was shown to whoever checked a VM before it was moved.
+type EarlierCheck struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Time  *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	// Those that were not OK.
+	Results       []*CheckResult `protobuf:"bytes,2,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EarlierCheck) Reset() {
+	*x = EarlierCheck{}
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EarlierCheck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EarlierCheck) ProtoMessage() {}
+
+func (x *EarlierCheck) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EarlierCheck.ProtoReflect.Descriptor instead.
+func (*EarlierCheck) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *EarlierCheck) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *EarlierCheck) GetResults() []*CheckResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+// Finding is what a rule says of a migration.
+type Finding struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which rule, a word for programs: docs/report.md lists them. More will be added.
+	Rule string `protobuf:"bytes,1,opt,name=rule,proto3" json:"rule,omitempty"`
+	// In a sentence, with the numbers that it is made of.
+	Text          string `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Finding) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *Finding) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 type PrepareRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty: the daemon makes one.
@@ -1440,7 +2381,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +2393,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +2406,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -1491,7 +2432,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1503,7 +2444,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1516,7 +2457,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PrepareResponse) GetMigration() *Migration {
@@ -1538,7 +2479,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1550,7 +2491,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1563,7 +2504,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1589,7 +2530,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1601,7 +2542,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1614,7 +2555,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StartResponse) GetMigration() *Migration {
@@ -1633,7 +2574,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1645,7 +2586,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1658,7 +2599,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetRequest) GetId() string {
@@ -1677,7 +2618,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1689,7 +2630,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1702,7 +2643,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{12}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetResponse) GetMigration() *Migration {
@@ -1720,7 +2661,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1732,7 +2673,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1745,7 +2686,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 type ListResponse struct {
@@ -1757,7 +2698,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1769,7 +2710,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1782,7 +2723,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{14}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListResponse) GetMigrations() []*Migration {
@@ -1803,7 +2744,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1815,7 +2756,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1828,7 +2769,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{15}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *WatchRequest) GetId() string {
@@ -1854,7 +2795,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1866,7 +2807,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1879,12 +2820,109 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WatchResponse) GetMigration() *Migration {
 	if x != nil {
 		return x.Migration
+	}
+	return nil
+}
+
+type ReportRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Of a host that is both sides: which. Unspecified: the source.
+	Role          MigrationRole `protobuf:"varint,2,opt,name=role,proto3,enum=migrated.v1.MigrationRole" json:"role,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRequest) Reset() {
+	*x = ReportRequest{}
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRequest) ProtoMessage() {}
+
+func (x *ReportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
+func (*ReportRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ReportRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ReportRequest) GetRole() MigrationRole {
+	if x != nil {
+		return x.Role
+	}
+	return MigrationRole_MIGRATION_ROLE_UNSPECIFIED
+}
+
+type ReportResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Report        *Report                `protobuf:"bytes,1,opt,name=report,proto3" json:"report,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportResponse) Reset() {
+	*x = ReportResponse{}
+	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportResponse) ProtoMessage() {}
+
+func (x *ReportResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
+func (*ReportResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ReportResponse) GetReport() *Report {
+	if x != nil {
+		return x.Report
 	}
 	return nil
 }
@@ -1898,7 +2936,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1910,7 +2948,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1923,7 +2961,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -1942,7 +2980,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2992,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +3005,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CancelResponse) GetMigration() *Migration {
@@ -1989,7 +3027,7 @@ type RecoverRequest struct {
 
 func (x *RecoverRequest) Reset() {
 	*x = RecoverRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2001,7 +3039,7 @@ func (x *RecoverRequest) String() string {
 func (*RecoverRequest) ProtoMessage() {}
 
 func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2014,7 +3052,7 @@ func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
 func (*RecoverRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RecoverRequest) GetId() string {
@@ -2040,7 +3078,7 @@ type RecoverResponse struct {
 
 func (x *RecoverResponse) Reset() {
 	*x = RecoverResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2052,7 +3090,7 @@ func (x *RecoverResponse) String() string {
 func (*RecoverResponse) ProtoMessage() {}
 
 func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2065,7 +3103,7 @@ func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverResponse.ProtoReflect.Descriptor instead.
 func (*RecoverResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RecoverResponse) GetMigration() *Migration {
@@ -2087,7 +3125,7 @@ type FallBackRequest struct {
 
 func (x *FallBackRequest) Reset() {
 	*x = FallBackRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2099,7 +3137,7 @@ func (x *FallBackRequest) String() string {
 func (*FallBackRequest) ProtoMessage() {}
 
 func (x *FallBackRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2112,7 +3150,7 @@ func (x *FallBackRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FallBackRequest.ProtoReflect.Descriptor instead.
 func (*FallBackRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *FallBackRequest) GetId() string {
@@ -2138,7 +3176,7 @@ type FallBackResponse struct {
 
 func (x *FallBackResponse) Reset() {
 	*x = FallBackResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2150,7 +3188,7 @@ func (x *FallBackResponse) String() string {
 func (*FallBackResponse) ProtoMessage() {}
 
 func (x *FallBackResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2163,7 +3201,7 @@ func (x *FallBackResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FallBackResponse.ProtoReflect.Descriptor instead.
 func (*FallBackResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *FallBackResponse) GetMigration() *Migration {
@@ -2185,7 +3223,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2197,7 +3235,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2210,7 +3248,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ReleaseRequest) GetId() string {
@@ -2236,7 +3274,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2248,7 +3286,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2261,7 +3299,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ReleaseResponse) GetMigration() *Migration {
@@ -2282,7 +3320,7 @@ type AbandonRequest struct {
 
 func (x *AbandonRequest) Reset() {
 	*x = AbandonRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2294,7 +3332,7 @@ func (x *AbandonRequest) String() string {
 func (*AbandonRequest) ProtoMessage() {}
 
 func (x *AbandonRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2307,7 +3345,7 @@ func (x *AbandonRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbandonRequest.ProtoReflect.Descriptor instead.
 func (*AbandonRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AbandonRequest) GetId() string {
@@ -2333,7 +3371,7 @@ type AbandonResponse struct {
 
 func (x *AbandonResponse) Reset() {
 	*x = AbandonResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2345,7 +3383,7 @@ func (x *AbandonResponse) String() string {
 func (*AbandonResponse) ProtoMessage() {}
 
 func (x *AbandonResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2358,7 +3396,7 @@ func (x *AbandonResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbandonResponse.ProtoReflect.Descriptor instead.
 func (*AbandonResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AbandonResponse) GetMigration() *Migration {
@@ -2379,7 +3417,7 @@ type SetBandwidthRequest struct {
 
 func (x *SetBandwidthRequest) Reset() {
 	*x = SetBandwidthRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[27]
+	mi := &file_migrated_v1_control_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2391,7 +3429,7 @@ func (x *SetBandwidthRequest) String() string {
 func (*SetBandwidthRequest) ProtoMessage() {}
 
 func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[27]
+	mi := &file_migrated_v1_control_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2404,7 +3442,7 @@ func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthRequest.ProtoReflect.Descriptor instead.
 func (*SetBandwidthRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{27}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *SetBandwidthRequest) GetId() string {
@@ -2431,7 +3469,7 @@ type SetBandwidthResponse struct {
 
 func (x *SetBandwidthResponse) Reset() {
 	*x = SetBandwidthResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	mi := &file_migrated_v1_control_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2443,7 +3481,7 @@ func (x *SetBandwidthResponse) String() string {
 func (*SetBandwidthResponse) ProtoMessage() {}
 
 func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	mi := &file_migrated_v1_control_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2456,7 +3494,7 @@ func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthResponse.ProtoReflect.Descriptor instead.
 func (*SetBandwidthResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{28}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *SetBandwidthResponse) GetBandwidth() uint64 {
@@ -2485,7 +3523,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	mi := &file_migrated_v1_control_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2497,7 +3535,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	mi := &file_migrated_v1_control_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2510,7 +3548,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{29}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CheckRequest) GetVm() string {
@@ -2564,7 +3602,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[30]
+	mi := &file_migrated_v1_control_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2576,7 +3614,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[30]
+	mi := &file_migrated_v1_control_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2589,7 +3627,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{30}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CheckResponse) GetResults() []*CheckResult {
@@ -2617,7 +3655,7 @@ type CheckResult struct {
 
 func (x *CheckResult) Reset() {
 	*x = CheckResult{}
-	mi := &file_migrated_v1_control_proto_msgTypes[31]
+	mi := &file_migrated_v1_control_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2629,7 +3667,7 @@ func (x *CheckResult) String() string {
 func (*CheckResult) ProtoMessage() {}
 
 func (x *CheckResult) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[31]
+	mi := &file_migrated_v1_control_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2642,7 +3680,7 @@ func (x *CheckResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
 func (*CheckResult) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{31}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CheckResult) GetSubject() string {
@@ -2688,7 +3726,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[32]
+	mi := &file_migrated_v1_control_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2700,7 +3738,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[32]
+	mi := &file_migrated_v1_control_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2713,7 +3751,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{32}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{45}
 }
 
 type GetVersionResponse struct {
@@ -2728,7 +3766,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[33]
+	mi := &file_migrated_v1_control_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2740,7 +3778,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[33]
+	mi := &file_migrated_v1_control_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2753,7 +3791,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{33}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -2866,7 +3904,87 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x16sweep_bytes_per_second\x18\x12 \x01(\x01R\x13sweepBytesPerSecond\x12'\n" +
 	"\x0fbytes_discarded\x18\x13 \x01(\x04R\x0ebytesDiscarded\x12#\n" +
 	"\rpages_touched\x18\x14 \x01(\x04R\fpagesTouched\x12+\n" +
-	"\x11pages_unexplained\x18\x15 \x01(\x04R\x10pagesUnexplained\"P\n" +
+	"\x11pages_unexplained\x18\x15 \x01(\x04R\x10pagesUnexplained\"\xf0\x04\n" +
+	"\x06Report\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x124\n" +
+	"\tmigration\x18\x02 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\x12\x19\n" +
+	"\btaken_up\x18\x03 \x01(\bR\atakenUp\x121\n" +
+	"\btimeline\x18\x04 \x01(\v2\x15.migrated.v1.TimelineR\btimeline\x12H\n" +
+	"\x14destination_timeline\x18\x05 \x01(\v2\x15.migrated.v1.TimelineR\x13destinationTimeline\x12A\n" +
+	"\x0edowntime_steps\x18\x06 \x01(\v2\x1a.migrated.v1.DowntimeStepsR\rdowntimeSteps\x126\n" +
+	"\bincoming\x18\a \x01(\v2\x1a.migrated.v1.IncomingPagesR\bincoming\x121\n" +
+	"\x06source\x18\b \x01(\v2\x19.migrated.v1.HostVersionsR\x06source\x12;\n" +
+	"\vdestination\x18\t \x01(\v2\x19.migrated.v1.HostVersionsR\vdestination\x12\x1a\n" +
+	"\bprotocol\x18\n" +
+	" \x01(\rR\bprotocol\x12/\n" +
+	"\x05check\x18\v \x01(\v2\x19.migrated.v1.EarlierCheckR\x05check\x120\n" +
+	"\bfindings\x18\f \x03(\v2\x14.migrated.v1.FindingR\bfindings\"\x7f\n" +
+	"\bTimeline\x122\n" +
+	"\achanges\x18\x01 \x03(\v2\x18.migrated.v1.StateChangeR\achanges\x12\x19\n" +
+	"\bleft_out\x18\x02 \x01(\rR\aleftOut\x12$\n" +
+	"\x0eleft_out_after\x18\x03 \x01(\rR\fleftOutAfter\"\xd9\x01\n" +
+	"\vStateChange\x121\n" +
+	"\x05state\x18\x01 \x01(\x0e2\x1b.migrated.v1.MigrationStateR\x05state\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12:\n" +
+	"\vsince_start\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"sinceStart\x12+\n" +
+	"\x06reason\x18\x04 \x01(\x0e2\x13.migrated.v1.ReasonR\x06reason\"\xb3\x03\n" +
+	"\rDowntimeSteps\x126\n" +
+	"\tstop_time\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\bstopTime\x126\n" +
+	"\tsave_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bsaveTime\x12>\n" +
+	"\rtransfer_time\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\ftransferTime\x126\n" +
+	"\tload_time\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\x12:\n" +
+	"\vcommit_time\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"commitTime\x12>\n" +
+	"\rcrossing_time\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\fcrossingTime\x12>\n" +
+	"\rcontinue_time\x18\a \x01(\v2\x19.google.protobuf.DurationR\fcontinueTime\"\xeb\x05\n" +
+	"\rIncomingPages\x12\x19\n" +
+	"\btaken_up\x18\x01 \x01(\bR\atakenUp\x120\n" +
+	"\x06causes\x18\x02 \x01(\v2\x18.migrated.v1.FaultCausesR\x06causes\x124\n" +
+	"\alatency\x18\x03 \x03(\v2\x1a.migrated.v1.LatencyBucketR\alatency\x12:\n" +
+	"\vlatency_sum\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"latencySum\x12!\n" +
+	"\fdemand_pages\x18\x05 \x01(\x04R\vdemandPages\x12\x1f\n" +
+	"\vsweep_pages\x18\x06 \x01(\x04R\n" +
+	"sweepPages\x12!\n" +
+	"\fdemand_bytes\x18\a \x01(\x04R\vdemandBytes\x12\x1f\n" +
+	"\vsweep_bytes\x18\b \x01(\x04R\n" +
+	"sweepBytes\x12%\n" +
+	"\x0eunpacked_bytes\x18\t \x01(\x04R\runpackedBytes\x12-\n" +
+	"\x12lane_reconnections\x18\n" +
+	" \x01(\x04R\x11laneReconnections\x121\n" +
+	"\x06paused\x18\v \x01(\v2\x19.google.protobuf.DurationR\x06paused\x12>\n" +
+	"\rlongest_pause\x18\f \x01(\v2\x19.google.protobuf.DurationR\flongestPause\x121\n" +
+	"\x15best_bytes_per_second\x18\r \x01(\x01R\x12bestBytesPerSecond\x12!\n" +
+	"\fearly_faults\x18\x0e \x01(\x04R\vearlyFaults\x12A\n" +
+	"\x0fearly_fault_max\x18\x0f \x01(\v2\x19.google.protobuf.DurationR\rearlyFaultMax\x121\n" +
+	"\asamples\x18\x10 \x03(\v2\x17.migrated.v1.PageSampleR\asamples\"\x9b\x01\n" +
+	"\vFaultCauses\x12\x18\n" +
+	"\amissing\x18\x01 \x01(\x04R\amissing\x12\x14\n" +
+	"\x05swept\x18\x02 \x01(\x04R\x05swept\x12\x14\n" +
+	"\x05ahead\x18\x03 \x01(\x04R\x05ahead\x12\x18\n" +
+	"\awaiting\x18\x04 \x01(\x04R\awaiting\x12\x12\n" +
+	"\x04zero\x18\x05 \x01(\x04R\x04zero\x12\x18\n" +
+	"\apresent\x18\x06 \x01(\x04R\apresent\"Z\n" +
+	"\rLatencyBucket\x123\n" +
+	"\alongest\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\alongest\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x04R\x05count\"\xab\x01\n" +
+	"\n" +
+	"PageSample\x12<\n" +
+	"\fsince_switch\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\vsinceSwitch\x12#\n" +
+	"\rpages_present\x18\x02 \x01(\x04R\fpagesPresent\x12\"\n" +
+	"\rbytes_on_wire\x18\x03 \x01(\x04R\vbytesOnWire\x12\x16\n" +
+	"\x06faults\x18\x04 \x01(\x04R\x06faults\"R\n" +
+	"\fHostVersions\x12\x16\n" +
+	"\x06daemon\x18\x01 \x01(\tR\x06daemon\x12\x12\n" +
+	"\x04qemu\x18\x02 \x01(\tR\x04qemu\x12\x16\n" +
+	"\x06kernel\x18\x03 \x01(\tR\x06kernel\"r\n" +
+	"\fEarlierCheck\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x122\n" +
+	"\aresults\x18\x02 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"1\n" +
+	"\aFinding\x12\x12\n" +
+	"\x04rule\x18\x01 \x01(\tR\x04rule\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\"P\n" +
 	"\x0ePrepareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1a.migrated.v1.MigrationSpecR\x04spec\"G\n" +
@@ -2891,7 +4009,12 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x125\n" +
 	"\binterval\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\binterval\"E\n" +
 	"\rWatchResponse\x124\n" +
-	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"\x1f\n" +
+	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"O\n" +
+	"\rReportRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\"=\n" +
+	"\x0eReportResponse\x12+\n" +
+	"\x06report\x18\x01 \x01(\v2\x13.migrated.v1.ReportR\x06report\"\x1f\n" +
 	"\rCancelRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"F\n" +
 	"\x0eCancelResponse\x124\n" +
@@ -3004,13 +4127,14 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x18CHECK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fCHECK_STATUS_OK\x10\x01\x12\x18\n" +
 	"\x14CHECK_STATUS_WARNING\x10\x02\x12\x17\n" +
-	"\x13CHECK_STATUS_FAILED\x10\x032\x91\a\n" +
+	"\x13CHECK_STATUS_FAILED\x10\x032\xd4\a\n" +
 	"\x0eControlService\x12D\n" +
 	"\aPrepare\x12\x1b.migrated.v1.PrepareRequest\x1a\x1c.migrated.v1.PrepareResponse\x12>\n" +
 	"\x05Start\x12\x19.migrated.v1.StartRequest\x1a\x1a.migrated.v1.StartResponse\x128\n" +
 	"\x03Get\x12\x17.migrated.v1.GetRequest\x1a\x18.migrated.v1.GetResponse\x12;\n" +
 	"\x04List\x12\x18.migrated.v1.ListRequest\x1a\x19.migrated.v1.ListResponse\x12@\n" +
 	"\x05Watch\x12\x19.migrated.v1.WatchRequest\x1a\x1a.migrated.v1.WatchResponse0\x01\x12A\n" +
+	"\x06Report\x12\x1a.migrated.v1.ReportRequest\x1a\x1b.migrated.v1.ReportResponse\x12A\n" +
 	"\x06Cancel\x12\x1a.migrated.v1.CancelRequest\x1a\x1b.migrated.v1.CancelResponse\x12D\n" +
 	"\aRecover\x12\x1b.migrated.v1.RecoverRequest\x1a\x1c.migrated.v1.RecoverResponse\x12G\n" +
 	"\bFallBack\x12\x1c.migrated.v1.FallBackRequest\x1a\x1d.migrated.v1.FallBackResponse\x12D\n" +
@@ -3034,7 +4158,7 @@ func file_migrated_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_migrated_v1_control_proto_goTypes = []any{
 	(MigrationState)(0),           // 0: migrated.v1.MigrationState
 	(Location)(0),                 // 1: migrated.v1.Location
@@ -3049,113 +4173,163 @@ var file_migrated_v1_control_proto_goTypes = []any{
 	(*DeviceDifference)(nil),      // 10: migrated.v1.DeviceDifference
 	(*MigrationError)(nil),        // 11: migrated.v1.MigrationError
 	(*Progress)(nil),              // 12: migrated.v1.Progress
-	(*PrepareRequest)(nil),        // 13: migrated.v1.PrepareRequest
-	(*PrepareResponse)(nil),       // 14: migrated.v1.PrepareResponse
-	(*StartRequest)(nil),          // 15: migrated.v1.StartRequest
-	(*StartResponse)(nil),         // 16: migrated.v1.StartResponse
-	(*GetRequest)(nil),            // 17: migrated.v1.GetRequest
-	(*GetResponse)(nil),           // 18: migrated.v1.GetResponse
-	(*ListRequest)(nil),           // 19: migrated.v1.ListRequest
-	(*ListResponse)(nil),          // 20: migrated.v1.ListResponse
-	(*WatchRequest)(nil),          // 21: migrated.v1.WatchRequest
-	(*WatchResponse)(nil),         // 22: migrated.v1.WatchResponse
-	(*CancelRequest)(nil),         // 23: migrated.v1.CancelRequest
-	(*CancelResponse)(nil),        // 24: migrated.v1.CancelResponse
-	(*RecoverRequest)(nil),        // 25: migrated.v1.RecoverRequest
-	(*RecoverResponse)(nil),       // 26: migrated.v1.RecoverResponse
-	(*FallBackRequest)(nil),       // 27: migrated.v1.FallBackRequest
-	(*FallBackResponse)(nil),      // 28: migrated.v1.FallBackResponse
-	(*ReleaseRequest)(nil),        // 29: migrated.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),       // 30: migrated.v1.ReleaseResponse
-	(*AbandonRequest)(nil),        // 31: migrated.v1.AbandonRequest
-	(*AbandonResponse)(nil),       // 32: migrated.v1.AbandonResponse
-	(*SetBandwidthRequest)(nil),   // 33: migrated.v1.SetBandwidthRequest
-	(*SetBandwidthResponse)(nil),  // 34: migrated.v1.SetBandwidthResponse
-	(*CheckRequest)(nil),          // 35: migrated.v1.CheckRequest
-	(*CheckResponse)(nil),         // 36: migrated.v1.CheckResponse
-	(*CheckResult)(nil),           // 37: migrated.v1.CheckResult
-	(*GetVersionRequest)(nil),     // 38: migrated.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),    // 39: migrated.v1.GetVersionResponse
-	(*durationpb.Duration)(nil),   // 40: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 41: google.protobuf.Timestamp
+	(*Report)(nil),                // 13: migrated.v1.Report
+	(*Timeline)(nil),              // 14: migrated.v1.Timeline
+	(*StateChange)(nil),           // 15: migrated.v1.StateChange
+	(*DowntimeSteps)(nil),         // 16: migrated.v1.DowntimeSteps
+	(*IncomingPages)(nil),         // 17: migrated.v1.IncomingPages
+	(*FaultCauses)(nil),           // 18: migrated.v1.FaultCauses
+	(*LatencyBucket)(nil),         // 19: migrated.v1.LatencyBucket
+	(*PageSample)(nil),            // 20: migrated.v1.PageSample
+	(*HostVersions)(nil),          // 21: migrated.v1.HostVersions
+	(*EarlierCheck)(nil),          // 22: migrated.v1.EarlierCheck
+	(*Finding)(nil),               // 23: migrated.v1.Finding
+	(*PrepareRequest)(nil),        // 24: migrated.v1.PrepareRequest
+	(*PrepareResponse)(nil),       // 25: migrated.v1.PrepareResponse
+	(*StartRequest)(nil),          // 26: migrated.v1.StartRequest
+	(*StartResponse)(nil),         // 27: migrated.v1.StartResponse
+	(*GetRequest)(nil),            // 28: migrated.v1.GetRequest
+	(*GetResponse)(nil),           // 29: migrated.v1.GetResponse
+	(*ListRequest)(nil),           // 30: migrated.v1.ListRequest
+	(*ListResponse)(nil),          // 31: migrated.v1.ListResponse
+	(*WatchRequest)(nil),          // 32: migrated.v1.WatchRequest
+	(*WatchResponse)(nil),         // 33: migrated.v1.WatchResponse
+	(*ReportRequest)(nil),         // 34: migrated.v1.ReportRequest
+	(*ReportResponse)(nil),        // 35: migrated.v1.ReportResponse
+	(*CancelRequest)(nil),         // 36: migrated.v1.CancelRequest
+	(*CancelResponse)(nil),        // 37: migrated.v1.CancelResponse
+	(*RecoverRequest)(nil),        // 38: migrated.v1.RecoverRequest
+	(*RecoverResponse)(nil),       // 39: migrated.v1.RecoverResponse
+	(*FallBackRequest)(nil),       // 40: migrated.v1.FallBackRequest
+	(*FallBackResponse)(nil),      // 41: migrated.v1.FallBackResponse
+	(*ReleaseRequest)(nil),        // 42: migrated.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),       // 43: migrated.v1.ReleaseResponse
+	(*AbandonRequest)(nil),        // 44: migrated.v1.AbandonRequest
+	(*AbandonResponse)(nil),       // 45: migrated.v1.AbandonResponse
+	(*SetBandwidthRequest)(nil),   // 46: migrated.v1.SetBandwidthRequest
+	(*SetBandwidthResponse)(nil),  // 47: migrated.v1.SetBandwidthResponse
+	(*CheckRequest)(nil),          // 48: migrated.v1.CheckRequest
+	(*CheckResponse)(nil),         // 49: migrated.v1.CheckResponse
+	(*CheckResult)(nil),           // 50: migrated.v1.CheckResult
+	(*GetVersionRequest)(nil),     // 51: migrated.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),    // 52: migrated.v1.GetVersionResponse
+	(*durationpb.Duration)(nil),   // 53: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 54: google.protobuf.Timestamp
 }
 var file_migrated_v1_control_proto_depIdxs = []int32{
-	40, // 0: migrated.v1.MigrationSpec.freeze_limit:type_name -> google.protobuf.Duration
-	40, // 1: migrated.v1.MigrationSpec.early_pause_limit:type_name -> google.protobuf.Duration
+	53, // 0: migrated.v1.MigrationSpec.freeze_limit:type_name -> google.protobuf.Duration
+	53, // 1: migrated.v1.MigrationSpec.early_pause_limit:type_name -> google.protobuf.Duration
 	3,  // 2: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
 	0,  // 3: migrated.v1.Migration.state:type_name -> migrated.v1.MigrationState
 	6,  // 4: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
 	11, // 5: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
 	12, // 6: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
-	41, // 7: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
-	41, // 8: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
+	54, // 7: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
+	54, // 8: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
 	4,  // 9: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
 	9,  // 10: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
 	8,  // 11: migrated.v1.Migration.early_load:type_name -> migrated.v1.EarlyLoad
 	1,  // 12: migrated.v1.Migration.location:type_name -> migrated.v1.Location
-	40, // 13: migrated.v1.EarlyLoad.pause:type_name -> google.protobuf.Duration
-	40, // 14: migrated.v1.EarlyLoad.load_time:type_name -> google.protobuf.Duration
-	40, // 15: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
-	40, // 16: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
-	40, // 17: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
-	40, // 18: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
-	40, // 19: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
-	40, // 20: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
+	53, // 13: migrated.v1.EarlyLoad.pause:type_name -> google.protobuf.Duration
+	53, // 14: migrated.v1.EarlyLoad.load_time:type_name -> google.protobuf.Duration
+	53, // 15: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
+	53, // 16: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
+	53, // 17: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
+	53, // 18: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
+	53, // 19: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
+	53, // 20: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
 	10, // 21: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
 	2,  // 22: migrated.v1.MigrationError.reason:type_name -> migrated.v1.Reason
-	40, // 23: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
-	40, // 24: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
-	40, // 25: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
-	40, // 26: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
-	40, // 27: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
-	40, // 28: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
-	6,  // 29: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
-	7,  // 30: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
-	6,  // 31: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
-	7,  // 32: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 33: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 34: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
-	40, // 35: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
-	7,  // 36: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 37: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 38: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 39: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 40: migrated.v1.ReleaseResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 41: migrated.v1.AbandonResponse.migration:type_name -> migrated.v1.Migration
-	37, // 42: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
-	5,  // 43: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
-	3,  // 44: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
-	13, // 45: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
-	15, // 46: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
-	17, // 47: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
-	19, // 48: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
-	21, // 49: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
-	23, // 50: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
-	25, // 51: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
-	27, // 52: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
-	29, // 53: migrated.v1.ControlService.Release:input_type -> migrated.v1.ReleaseRequest
-	31, // 54: migrated.v1.ControlService.Abandon:input_type -> migrated.v1.AbandonRequest
-	33, // 55: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
-	35, // 56: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
-	38, // 57: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
-	14, // 58: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
-	16, // 59: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
-	18, // 60: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
-	20, // 61: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
-	22, // 62: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
-	24, // 63: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
-	26, // 64: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
-	28, // 65: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
-	30, // 66: migrated.v1.ControlService.Release:output_type -> migrated.v1.ReleaseResponse
-	32, // 67: migrated.v1.ControlService.Abandon:output_type -> migrated.v1.AbandonResponse
-	34, // 68: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
-	36, // 69: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
-	39, // 70: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
-	58, // [58:71] is the sub-list for method output_type
-	45, // [45:58] is the sub-list for method input_type
-	45, // [45:45] is the sub-list for extension type_name
-	45, // [45:45] is the sub-list for extension extendee
-	0,  // [0:45] is the sub-list for field type_name
+	53, // 23: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
+	53, // 24: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
+	53, // 25: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
+	53, // 26: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
+	53, // 27: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
+	53, // 28: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
+	54, // 29: migrated.v1.Report.time:type_name -> google.protobuf.Timestamp
+	7,  // 30: migrated.v1.Report.migration:type_name -> migrated.v1.Migration
+	14, // 31: migrated.v1.Report.timeline:type_name -> migrated.v1.Timeline
+	14, // 32: migrated.v1.Report.destination_timeline:type_name -> migrated.v1.Timeline
+	16, // 33: migrated.v1.Report.downtime_steps:type_name -> migrated.v1.DowntimeSteps
+	17, // 34: migrated.v1.Report.incoming:type_name -> migrated.v1.IncomingPages
+	21, // 35: migrated.v1.Report.source:type_name -> migrated.v1.HostVersions
+	21, // 36: migrated.v1.Report.destination:type_name -> migrated.v1.HostVersions
+	22, // 37: migrated.v1.Report.check:type_name -> migrated.v1.EarlierCheck
+	23, // 38: migrated.v1.Report.findings:type_name -> migrated.v1.Finding
+	15, // 39: migrated.v1.Timeline.changes:type_name -> migrated.v1.StateChange
+	0,  // 40: migrated.v1.StateChange.state:type_name -> migrated.v1.MigrationState
+	54, // 41: migrated.v1.StateChange.time:type_name -> google.protobuf.Timestamp
+	53, // 42: migrated.v1.StateChange.since_start:type_name -> google.protobuf.Duration
+	2,  // 43: migrated.v1.StateChange.reason:type_name -> migrated.v1.Reason
+	53, // 44: migrated.v1.DowntimeSteps.stop_time:type_name -> google.protobuf.Duration
+	53, // 45: migrated.v1.DowntimeSteps.save_time:type_name -> google.protobuf.Duration
+	53, // 46: migrated.v1.DowntimeSteps.transfer_time:type_name -> google.protobuf.Duration
+	53, // 47: migrated.v1.DowntimeSteps.load_time:type_name -> google.protobuf.Duration
+	53, // 48: migrated.v1.DowntimeSteps.commit_time:type_name -> google.protobuf.Duration
+	53, // 49: migrated.v1.DowntimeSteps.crossing_time:type_name -> google.protobuf.Duration
+	53, // 50: migrated.v1.DowntimeSteps.continue_time:type_name -> google.protobuf.Duration
+	18, // 51: migrated.v1.IncomingPages.causes:type_name -> migrated.v1.FaultCauses
+	19, // 52: migrated.v1.IncomingPages.latency:type_name -> migrated.v1.LatencyBucket
+	53, // 53: migrated.v1.IncomingPages.latency_sum:type_name -> google.protobuf.Duration
+	53, // 54: migrated.v1.IncomingPages.paused:type_name -> google.protobuf.Duration
+	53, // 55: migrated.v1.IncomingPages.longest_pause:type_name -> google.protobuf.Duration
+	53, // 56: migrated.v1.IncomingPages.early_fault_max:type_name -> google.protobuf.Duration
+	20, // 57: migrated.v1.IncomingPages.samples:type_name -> migrated.v1.PageSample
+	53, // 58: migrated.v1.LatencyBucket.longest:type_name -> google.protobuf.Duration
+	53, // 59: migrated.v1.PageSample.since_switch:type_name -> google.protobuf.Duration
+	54, // 60: migrated.v1.EarlierCheck.time:type_name -> google.protobuf.Timestamp
+	50, // 61: migrated.v1.EarlierCheck.results:type_name -> migrated.v1.CheckResult
+	6,  // 62: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
+	7,  // 63: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
+	6,  // 64: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
+	7,  // 65: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 66: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 67: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
+	53, // 68: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
+	7,  // 69: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
+	3,  // 70: migrated.v1.ReportRequest.role:type_name -> migrated.v1.MigrationRole
+	13, // 71: migrated.v1.ReportResponse.report:type_name -> migrated.v1.Report
+	7,  // 72: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 73: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 74: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 75: migrated.v1.ReleaseResponse.migration:type_name -> migrated.v1.Migration
+	7,  // 76: migrated.v1.AbandonResponse.migration:type_name -> migrated.v1.Migration
+	50, // 77: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
+	5,  // 78: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
+	3,  // 79: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
+	24, // 80: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
+	26, // 81: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
+	28, // 82: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
+	30, // 83: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
+	32, // 84: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
+	34, // 85: migrated.v1.ControlService.Report:input_type -> migrated.v1.ReportRequest
+	36, // 86: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
+	38, // 87: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
+	40, // 88: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
+	42, // 89: migrated.v1.ControlService.Release:input_type -> migrated.v1.ReleaseRequest
+	44, // 90: migrated.v1.ControlService.Abandon:input_type -> migrated.v1.AbandonRequest
+	46, // 91: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
+	48, // 92: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
+	51, // 93: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
+	25, // 94: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
+	27, // 95: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
+	29, // 96: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
+	31, // 97: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
+	33, // 98: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
+	35, // 99: migrated.v1.ControlService.Report:output_type -> migrated.v1.ReportResponse
+	37, // 100: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
+	39, // 101: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
+	41, // 102: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
+	43, // 103: migrated.v1.ControlService.Release:output_type -> migrated.v1.ReleaseResponse
+	45, // 104: migrated.v1.ControlService.Abandon:output_type -> migrated.v1.AbandonResponse
+	47, // 105: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
+	49, // 106: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
+	52, // 107: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
+	94, // [94:108] is the sub-list for method output_type
+	80, // [80:94] is the sub-list for method input_type
+	80, // [80:80] is the sub-list for extension type_name
+	80, // [80:80] is the sub-list for extension extendee
+	0,  // [0:80] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_control_proto_init() }
@@ -3169,7 +4343,7 @@ func file_migrated_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_control_proto_rawDesc), len(file_migrated_v1_control_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   34,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

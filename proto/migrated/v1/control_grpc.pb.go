@@ -26,6 +26,7 @@ const (
 	ControlService_Get_FullMethodName          = "/migrated.v1.ControlService/Get"
 	ControlService_List_FullMethodName         = "/migrated.v1.ControlService/List"
 	ControlService_Watch_FullMethodName        = "/migrated.v1.ControlService/Watch"
+	ControlService_Report_FullMethodName       = "/migrated.v1.ControlService/Report"
 	ControlService_Cancel_FullMethodName       = "/migrated.v1.ControlService/Cancel"
 	ControlService_Recover_FullMethodName      = "/migrated.v1.ControlService/Recover"
 	ControlService_FallBack_FullMethodName     = "/migrated.v1.ControlService/FallBack"
@@ -60,6 +61,11 @@ type ControlServiceClient interface {
 	// Watch streams a migration whenever its state or its figures change, at
 	// most every interval, and ends after the terminal state.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
+	// Report returns all that is known of one migration, for whoever asks later what
+	// was slow, and why. It is there when List has forgotten the migration, and after
+	// the daemon was started again: the reports of the last ones that ended are kept
+	// (report_keep in the daemon's configuration). NOT_FOUND: none of that id is.
+	Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error)
 	// Cancel gives up a migration that has not switched over; the VM goes on at
 	// the source. After the switch it is FAILED_PRECONDITION.
 	Cancel(ctx context.Context, in *CancelRequest, opts ...grpc.CallOption) (*CancelResponse, error)
@@ -154,6 +160,16 @@ func (c *controlServiceClient) Watch(ctx context.Context, in *WatchRequest, opts
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControlService_WatchClient = grpc.ServerStreamingClient[WatchResponse]
+
+func (c *controlServiceClient) Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReportResponse)
+	err := c.cc.Invoke(ctx, ControlService_Report_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
 
 func (c *controlServiceClient) Cancel(ctx context.Context, in *CancelRequest, opts ...grpc.CallOption) (*CancelResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -259,6 +275,11 @@ type ControlServiceServer interface {
 	// Watch streams a migration whenever its state or its figures change, at
 	// most every interval, and ends after the terminal state.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
+	// Report returns all that is known of one migration, for whoever asks later what
+	// was slow, and why. It is there when List has forgotten the migration, and after
+	// the daemon was started again: the reports of the last ones that ended are kept
+	// (report_keep in the daemon's configuration). NOT_FOUND: none of that id is.
+	Report(context.Context, *ReportRequest) (*ReportResponse, error)
 	// Cancel gives up a migration that has not switched over; the VM goes on at
 	// the source. After the switch it is FAILED_PRECONDITION.
 	Cancel(context.Context, *CancelRequest) (*CancelResponse, error)
@@ -309,6 +330,9 @@ func (UnimplementedControlServiceServer) List(context.Context, *ListRequest) (*L
 }
 func (UnimplementedControlServiceServer) Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
+}
+func (UnimplementedControlServiceServer) Report(context.Context, *ReportRequest) (*ReportResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Report not implemented")
 }
 func (UnimplementedControlServiceServer) Cancel(context.Context, *CancelRequest) (*CancelResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Cancel not implemented")
@@ -437,6 +461,24 @@ func _ControlService_Watch_Handler(srv interface{}, stream grpc.ServerStream) er
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControlService_WatchServer = grpc.ServerStreamingServer[WatchResponse]
+
+func _ControlService_Report_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReportRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).Report(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_Report_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).Report(ctx, req.(*ReportRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
 
 func _ControlService_Cancel_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CancelRequest)
@@ -604,6 +646,10 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "List",
 			Handler:    _ControlService_List_Handler,
+		},
+		{
+			MethodName: "Report",
+			Handler:    _ControlService_Report_Handler,
 		},
 		{
 			MethodName: "Cancel",

@@ -247,7 +247,9 @@ type PrepareIncomingRequest struct {
 	Bandwidth      uint64 `protobuf:"varint,10,opt,name=bandwidth,proto3" json:"bandwidth,omitempty"`
 	OldestProtocol uint32 `protobuf:"varint,9,opt,name=oldest_protocol,json=oldestProtocol,proto3" json:"oldest_protocol,omitempty"`
 	// LoadEarlyState will follow, if the destination says early, too.
-	Early         bool `protobuf:"varint,11,opt,name=early,proto3" json:"early,omitempty"`
+	Early bool `protobuf:"varint,11,opt,name=early,proto3" json:"early,omitempty"`
+	// For show, but for QEMU's, which is in machine.
+	Versions      *HostVersions `protobuf:"bytes,12,opt,name=versions,proto3" json:"versions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -357,6 +359,13 @@ func (x *PrepareIncomingRequest) GetEarly() bool {
 		return x.Early
 	}
 	return false
+}
+
+func (x *PrepareIncomingRequest) GetVersions() *HostVersions {
+	if x != nil {
+		return x.Versions
+	}
+	return nil
 }
 
 // SourceMachine is what the destination has to match.
@@ -1139,7 +1148,9 @@ type PrepareIncomingResponse struct {
 	// The version that both keep to for this migration: the newest that both speak.
 	Protocol uint32 `protobuf:"varint,4,opt,name=protocol,proto3" json:"protocol,omitempty"`
 	// It waits for LoadEarlyState, and is prepared when that says so.
-	Early         bool `protobuf:"varint,5,opt,name=early,proto3" json:"early,omitempty"`
+	Early bool `protobuf:"varint,5,opt,name=early,proto3" json:"early,omitempty"`
+	// For show.
+	Versions      *HostVersions `protobuf:"bytes,6,opt,name=versions,proto3" json:"versions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1207,6 +1218,13 @@ func (x *PrepareIncomingResponse) GetEarly() bool {
 		return x.Early
 	}
 	return false
+}
+
+func (x *PrepareIncomingResponse) GetVersions() *HostVersions {
+	if x != nil {
+		return x.Versions
+	}
+	return nil
 }
 
 type LoadEarlyStateRequest struct {
@@ -1830,10 +1848,13 @@ type WatchIncomingResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Of a VM that ended by itself: FAILED, which daemons know that do not know
 	// ENDED, and location is LOCATION_ENDED.
-	State         MigrationState  `protobuf:"varint,1,opt,name=state,proto3,enum=migrated.v1.MigrationState" json:"state,omitempty"`
-	Progress      *Progress       `protobuf:"bytes,2,opt,name=progress,proto3" json:"progress,omitempty"`
-	Error         *MigrationError `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
-	Location      Location        `protobuf:"varint,4,opt,name=location,proto3,enum=migrated.v1.Location" json:"location,omitempty"`
+	State    MigrationState  `protobuf:"varint,1,opt,name=state,proto3,enum=migrated.v1.MigrationState" json:"state,omitempty"`
+	Progress *Progress       `protobuf:"bytes,2,opt,name=progress,proto3" json:"progress,omitempty"`
+	Error    *MigrationError `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	Location Location        `protobuf:"varint,4,opt,name=location,proto3,enum=migrated.v1.Location" json:"location,omitempty"`
+	// In the last message, for the source's report: the destination's own parts.
+	Incoming      *IncomingPages `protobuf:"bytes,5,opt,name=incoming,proto3" json:"incoming,omitempty"`
+	Timeline      *Timeline      `protobuf:"bytes,6,opt,name=timeline,proto3" json:"timeline,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1894,6 +1915,20 @@ func (x *WatchIncomingResponse) GetLocation() Location {
 		return x.Location
 	}
 	return Location_LOCATION_UNSPECIFIED
+}
+
+func (x *WatchIncomingResponse) GetIncoming() *IncomingPages {
+	if x != nil {
+		return x.Incoming
+	}
+	return nil
+}
+
+func (x *WatchIncomingResponse) GetTimeline() *Timeline {
+	if x != nil {
+		return x.Timeline
+	}
+	return nil
 }
 
 type LimitIncomingRequest struct {
@@ -2097,7 +2132,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x02id\x18\x04 \x01(\tR\x02id\x12%\n" +
 	"\x0erequire_secure\x18\x05 \x01(\bR\rrequireSecure\"K\n" +
 	"\x15CheckIncomingResponse\x122\n" +
-	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xa0\x03\n" +
+	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xd7\x03\n" +
 	"\x16PrepareIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\rR\bprotocol\x12\x14\n" +
@@ -2110,7 +2145,8 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\tbandwidth\x18\n" +
 	" \x01(\x04R\tbandwidth\x12'\n" +
 	"\x0foldest_protocol\x18\t \x01(\rR\x0eoldestProtocol\x12\x14\n" +
-	"\x05early\x18\v \x01(\bR\x05early\"\x81\x05\n" +
+	"\x05early\x18\v \x01(\bR\x05early\x125\n" +
+	"\bversions\x18\f \x01(\v2\x19.migrated.v1.HostVersionsR\bversions\"\x81\x05\n" +
 	"\rSourceMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12!\n" +
@@ -2174,14 +2210,15 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x04file\x18\x04 \x01(\tR\x04file\x12\x16\n" +
 	"\x06digest\x18\x05 \x01(\fR\x06digest\x12\x1c\n" +
 	"\tpopulated\x18\x06 \x01(\bR\tpopulated\x12\x18\n" +
-	"\apresent\x18\a \x01(\x04R\apresent\"\xea\x01\n" +
+	"\apresent\x18\a \x01(\x04R\apresent\"\xa1\x02\n" +
 	"\x17PrepareIncomingResponse\x124\n" +
 	"\n" +
 	"ram_blocks\x18\x01 \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12:\n" +
 	"\vsupervision\x18\x02 \x01(\x0e2\x18.migrated.v1.SupervisionR\vsupervision\x12+\n" +
 	"\x11userfaultfd_label\x18\x03 \x01(\tR\x10userfaultfdLabel\x12\x1a\n" +
 	"\bprotocol\x18\x04 \x01(\rR\bprotocol\x12\x14\n" +
-	"\x05early\x18\x05 \x01(\bR\x05early\"\x84\x01\n" +
+	"\x05early\x18\x05 \x01(\bR\x05early\x125\n" +
+	"\bversions\x18\x06 \x01(\v2\x19.migrated.v1.HostVersionsR\bversions\"\x84\x01\n" +
 	"\x15LoadEarlyStateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04head\x18\x02 \x01(\fR\x04head\x12\x1a\n" +
@@ -2226,12 +2263,14 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\n" +
 	"serve_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tserveTime\"&\n" +
 	"\x14WatchIncomingRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xe3\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xce\x02\n" +
 	"\x15WatchIncomingResponse\x121\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1b.migrated.v1.MigrationStateR\x05state\x121\n" +
 	"\bprogress\x18\x02 \x01(\v2\x15.migrated.v1.ProgressR\bprogress\x121\n" +
 	"\x05error\x18\x03 \x01(\v2\x1b.migrated.v1.MigrationErrorR\x05error\x121\n" +
-	"\blocation\x18\x04 \x01(\x0e2\x15.migrated.v1.LocationR\blocation\"D\n" +
+	"\blocation\x18\x04 \x01(\x0e2\x15.migrated.v1.LocationR\blocation\x126\n" +
+	"\bincoming\x18\x05 \x01(\v2\x1a.migrated.v1.IncomingPagesR\bincoming\x121\n" +
+	"\btimeline\x18\x06 \x01(\v2\x15.migrated.v1.TimelineR\btimeline\"D\n" +
 	"\x14LimitIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tbandwidth\x18\x02 \x01(\x04R\tbandwidth\"5\n" +
@@ -2297,13 +2336,16 @@ var file_migrated_v1_peer_proto_goTypes = []any{
 	(*AbortIncomingResponse)(nil),   // 28: migrated.v1.AbortIncomingResponse
 	(*CheckResult)(nil),             // 29: migrated.v1.CheckResult
 	(*MigrationSpec)(nil),           // 30: migrated.v1.MigrationSpec
-	(Supervision)(0),                // 31: migrated.v1.Supervision
-	(*durationpb.Duration)(nil),     // 32: google.protobuf.Duration
-	(*DeviceDifference)(nil),        // 33: migrated.v1.DeviceDifference
-	(MigrationState)(0),             // 34: migrated.v1.MigrationState
-	(*Progress)(nil),                // 35: migrated.v1.Progress
-	(*MigrationError)(nil),          // 36: migrated.v1.MigrationError
-	(Location)(0),                   // 37: migrated.v1.Location
+	(*HostVersions)(nil),            // 31: migrated.v1.HostVersions
+	(Supervision)(0),                // 32: migrated.v1.Supervision
+	(*durationpb.Duration)(nil),     // 33: google.protobuf.Duration
+	(*DeviceDifference)(nil),        // 34: migrated.v1.DeviceDifference
+	(MigrationState)(0),             // 35: migrated.v1.MigrationState
+	(*Progress)(nil),                // 36: migrated.v1.Progress
+	(*MigrationError)(nil),          // 37: migrated.v1.MigrationError
+	(Location)(0),                   // 38: migrated.v1.Location
+	(*IncomingPages)(nil),           // 39: migrated.v1.IncomingPages
+	(*Timeline)(nil),                // 40: migrated.v1.Timeline
 }
 var file_migrated_v1_peer_proto_depIdxs = []int32{
 	29, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
@@ -2311,57 +2353,61 @@ var file_migrated_v1_peer_proto_depIdxs = []int32{
 	29, // 2: migrated.v1.CheckIncomingResponse.results:type_name -> migrated.v1.CheckResult
 	5,  // 3: migrated.v1.PrepareIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
 	30, // 4: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
-	13, // 5: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
-	13, // 6: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
-	6,  // 7: migrated.v1.SourceMachine.attributes:type_name -> migrated.v1.ProcessAttributes
-	7,  // 8: migrated.v1.SourceMachine.description:type_name -> migrated.v1.MachineDescription
-	8,  // 9: migrated.v1.MachineDescription.cpus:type_name -> migrated.v1.Cpu
-	9,  // 10: migrated.v1.MachineDescription.features:type_name -> migrated.v1.CpuidWord
-	10, // 11: migrated.v1.MachineDescription.devices:type_name -> migrated.v1.Device
-	11, // 12: migrated.v1.MachineDescription.drives:type_name -> migrated.v1.Drive
-	12, // 13: migrated.v1.Drive.images:type_name -> migrated.v1.Image
-	13, // 14: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
-	31, // 15: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
-	16, // 16: migrated.v1.LoadEarlyStateRequest.memory:type_name -> migrated.v1.Memory
-	16, // 17: migrated.v1.LoadEarlyStateResponse.missed:type_name -> migrated.v1.Memory
-	18, // 18: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
-	32, // 19: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
-	16, // 20: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
-	21, // 21: migrated.v1.LoadDeviceStateRequest.run:type_name -> migrated.v1.RunRequest
-	32, // 22: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
-	33, // 23: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
-	32, // 24: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
-	22, // 25: migrated.v1.LoadDeviceStateResponse.run:type_name -> migrated.v1.RunResponse
-	32, // 26: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
-	32, // 27: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	32, // 28: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	34, // 29: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	35, // 30: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	36, // 31: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	37, // 32: migrated.v1.WatchIncomingResponse.location:type_name -> migrated.v1.Location
-	0,  // 33: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 34: migrated.v1.PeerService.CheckIncoming:input_type -> migrated.v1.CheckIncomingRequest
-	4,  // 35: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	15, // 36: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
-	19, // 37: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	21, // 38: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	23, // 39: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	25, // 40: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
-	27, // 41: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 42: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	3,  // 43: migrated.v1.PeerService.CheckIncoming:output_type -> migrated.v1.CheckIncomingResponse
-	14, // 44: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	17, // 45: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
-	20, // 46: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	22, // 47: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	24, // 48: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	26, // 49: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
-	28, // 50: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	42, // [42:51] is the sub-list for method output_type
-	33, // [33:42] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	31, // 5: migrated.v1.PrepareIncomingRequest.versions:type_name -> migrated.v1.HostVersions
+	13, // 6: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
+	13, // 7: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
+	6,  // 8: migrated.v1.SourceMachine.attributes:type_name -> migrated.v1.ProcessAttributes
+	7,  // 9: migrated.v1.SourceMachine.description:type_name -> migrated.v1.MachineDescription
+	8,  // 10: migrated.v1.MachineDescription.cpus:type_name -> migrated.v1.Cpu
+	9,  // 11: migrated.v1.MachineDescription.features:type_name -> migrated.v1.CpuidWord
+	10, // 12: migrated.v1.MachineDescription.devices:type_name -> migrated.v1.Device
+	11, // 13: migrated.v1.MachineDescription.drives:type_name -> migrated.v1.Drive
+	12, // 14: migrated.v1.Drive.images:type_name -> migrated.v1.Image
+	13, // 15: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
+	32, // 16: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
+	31, // 17: migrated.v1.PrepareIncomingResponse.versions:type_name -> migrated.v1.HostVersions
+	16, // 18: migrated.v1.LoadEarlyStateRequest.memory:type_name -> migrated.v1.Memory
+	16, // 19: migrated.v1.LoadEarlyStateResponse.missed:type_name -> migrated.v1.Memory
+	18, // 20: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
+	33, // 21: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
+	16, // 22: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
+	21, // 23: migrated.v1.LoadDeviceStateRequest.run:type_name -> migrated.v1.RunRequest
+	33, // 24: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
+	34, // 25: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
+	33, // 26: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
+	22, // 27: migrated.v1.LoadDeviceStateResponse.run:type_name -> migrated.v1.RunResponse
+	33, // 28: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	33, // 29: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	33, // 30: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	35, // 31: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	36, // 32: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	37, // 33: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	38, // 34: migrated.v1.WatchIncomingResponse.location:type_name -> migrated.v1.Location
+	39, // 35: migrated.v1.WatchIncomingResponse.incoming:type_name -> migrated.v1.IncomingPages
+	40, // 36: migrated.v1.WatchIncomingResponse.timeline:type_name -> migrated.v1.Timeline
+	0,  // 37: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	2,  // 38: migrated.v1.PeerService.CheckIncoming:input_type -> migrated.v1.CheckIncomingRequest
+	4,  // 39: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	15, // 40: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
+	19, // 41: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	21, // 42: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	23, // 43: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	25, // 44: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
+	27, // 45: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 46: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	3,  // 47: migrated.v1.PeerService.CheckIncoming:output_type -> migrated.v1.CheckIncomingResponse
+	14, // 48: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	17, // 49: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
+	20, // 50: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	22, // 51: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	24, // 52: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	26, // 53: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
+	28, // 54: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	46, // [46:55] is the sub-list for method output_type
+	37, // [37:46] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }
