@@ -42,6 +42,7 @@ type serveCmd struct {
 	QEMUCgroup     *string  `group:"settings" name:"qemu-cgroup" placeholder:"PATH" help:"Control group below which each QEMU is in one of its own; empty: in the daemon's."`
 	LogDir         *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what started QEMUs write."`
 	StateDir       *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Directory of what must outlive the daemon."`
+	ReportKeep     *int     `group:"settings" placeholder:"N" help:"Reports of migrations that are over that are kept; 0: none."`
 	QEMUBinaries   []string `group:"settings" name:"qemu-binaries" placeholder:"PATH" help:"Program that may be started as a destination QEMU; may be repeated."`
 	LibvirtSocket  *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Where this host's libvirt listens; libvirt's usual places where nothing is said."`
 	LibvirtHook    *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Program that may change the definition of a domain of libvirt's that comes, called as libvirt's own hook for migrations; empty: none."`
@@ -187,6 +188,7 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 		cfg.Plaintext = true
 	}
 	set(&cfg.StateDir, s.StateDir)
+	set(&cfg.ReportKeep, s.ReportKeep)
 	set(&cfg.LogDir, s.LogDir)
 	set(&cfg.QEMUCgroup, s.QEMUCgroup)
 	if s.QEMUBinaries != nil {

@@ -65,6 +65,8 @@ type Config struct {
 	// StateDir is the directory of what must outlive the daemon, above all
 	// which VMs have been handed over.
 	StateDir string `yaml:"state_dir"`
+	// ReportKeep is how many reports of migrations that are over are kept in StateDir; 0: none.
+	ReportKeep int `yaml:"report_keep"`
 	// LogDir is the directory of what the QEMUs write that this daemon starts, a
 	// log of at most 2 MiB each.
 	LogDir string `yaml:"log_dir"`
@@ -123,6 +125,7 @@ func Default() Config {
 		MetricsClients: []string{},
 
 		StateDir:     "/run/migrated",
+		ReportKeep:   50,
 		LogDir:       "/var/log/migrated",
 		QEMUBinaries: []string{"/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"},
 		TemplateDir:  "/etc/migrated/templates",

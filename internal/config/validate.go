@@ -40,6 +40,10 @@ const maxFaultWorkers = 63
 // maxIncoming is far beyond what a host's network is shared by with any use.
 const maxIncoming = 64
 
+// maxReports bounds what reports take in StateDir, which is in memory as a rule: 256 KiB each at the most, some ten KB
+// in practice.
+const maxReports = 1000
+
 // Validate returns the joined [ValueError]s of c, nil where the daemon can run
 // with it. It looks at c alone, not at the host: which ports are free and which
 // programs exist is found out by using them.
@@ -75,6 +79,9 @@ func (c Config) Validate() error {
 	errs = append(errs, c.validateTLS()...)
 	if !filepath.IsAbs(c.StateDir) {
 		refuse("state_dir", c.StateDir, "an absolute path")
+	}
+	if c.ReportKeep < 0 || c.ReportKeep > maxReports {
+		refuse("report_keep", strconv.Itoa(c.ReportKeep), fmt.Sprintf("0 (none is kept) to %d", maxReports))
 	}
 	if !filepath.IsAbs(c.LogDir) {
 		refuse("log_dir", c.LogDir, "an absolute path")

@@ -44,6 +44,9 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 	if destination := request.GetDestination(); destination != "" {
 		results = append(results, c.daemon.checkDestination(ctx, request, machine)...)
 	}
+	if vm := libvirt.At(c.daemon.cfg.LibvirtSocket, request.GetVm()); vm != "" {
+		c.daemon.checked.add(vm, request.GetDestination(), results)
+	}
 	return &migratedv1.CheckResponse{Results: results}, nil
 }
 

@@ -104,9 +104,11 @@ func underWay(id string) error {
 func (d *Daemon) newSource(caller context.Context, id string, spec *migratedv1.MigrationSpec, definition string) *migration.Source {
 	cfg := d.sourceConfig()
 	cfg.ID, cfg.Spec, cfg.DestinationXML = id, proto.CloneOf(spec), definition
+	cfg.Check = d.checked.of(spec.GetVm(), spec.GetDestination())
 	ctx := d.traces.Begin(d.ctx, caller, id, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
 	s := migration.NewSource(ctx, cfg)
 	d.traces.Follow(ctx, s)
+	d.keepReportAtEnd(s)
 	return s
 }
 
@@ -271,6 +273,7 @@ func (c *controlService) FallBack(ctx context.Context, request *migratedv1.FallB
 	if err := s.FallBack(ctx); err != nil {
 		return nil, migration.ToStatus(codes.FailedPrecondition, err)
 	}
+	c.daemon.keepReport(s)
 	view, _ := s.Snapshot()
 	return &migratedv1.FallBackResponse{Migration: view}, nil
 }
@@ -290,6 +293,7 @@ func (c *controlService) Release(ctx context.Context, request *migratedv1.Releas
 	if err := s.Release(ctx); err != nil {
 		return nil, migration.ToStatus(codes.FailedPrecondition, err)
 	}
+	c.daemon.keepReport(s)
 	view, _ := s.Snapshot()
 	return &migratedv1.ReleaseResponse{Migration: view}, nil
 }
@@ -309,6 +313,7 @@ func (c *controlService) Abandon(ctx context.Context, request *migratedv1.Abando
 	if err := d.Abandon(ctx); err != nil {
 		return nil, migration.ToStatus(codes.FailedPrecondition, err)
 	}
+	c.daemon.keepReport(d)
 	view, _ := d.Snapshot()
 	return &migratedv1.AbandonResponse{Migration: view}, nil
 }

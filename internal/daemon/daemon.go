@@ -37,6 +37,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/pagelane"
 	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/report"
 	"github.com/migrated-vm/migrated/internal/systemd"
 	"github.com/migrated-vm/migrated/internal/traces"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
@@ -65,7 +66,10 @@ type Daemon struct {
 	pages      *pagesrv.Server
 	records    *migration.Records
 	migrations *registry
-	traces     *traces.Tracer // nil: none
+	reports    *report.Store
+	checked    checked
+	versions   *migratedv1.HostVersions // of this host, without QEMU's
+	traces     *traces.Tracer           // nil: none
 
 	ctx    context.Context //nolint:containedctx // the daemon's life, that of its migrations
 	cancel context.CancelCauseFunc
@@ -118,6 +122,12 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 		ready: func() {}, stopping: make(chan struct{}), sockets: systemd.Inherited(), confine: func() error { return nil }, runAs: runAs,
 	}
 	d.cfg.FaultWorkers = orChosen(d.cfg.FaultWorkers)
+	d.reports = report.Open(d.reportsDir(), cfg.ReportKeep, log)
+	kernel, err := qemu.KernelRelease()
+	if err != nil {
+		log.Warn("reports will not say which kernel this is", "error", err)
+	}
+	d.versions = &migratedv1.HostVersions{Daemon: version, Kernel: kernel}
 	return d, nil
 }
 
@@ -192,6 +202,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.log.Info("stopping", "migrations", d.migrations.active())
 	d.cancel(errors.New("the daemon was stopped"))
 	d.migrations.wait()
+	for _, t := range d.migrations.all() { // those that ended at this moment, above all
+		d.keepReport(t)
+	}
 	close(d.stopping)
 	lanes.Close()
 	if scrapes != nil {

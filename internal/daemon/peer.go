@@ -73,6 +73,7 @@ func (d *Daemon) expectIncoming(ctx context.Context, request *migratedv1.Prepare
 		life := d.traces.Begin(d.ctx, ctx, request.GetId(), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)
 		destination := migration.NewDestination(life, cfg)
 		d.traces.Follow(life, destination)
+		d.keepReportAtEnd(destination)
 		return destination
 	})
 	var crowded *crowdedError
@@ -173,9 +174,14 @@ func (p *peerService) WatchIncoming(request *migratedv1.WatchIncomingRequest, st
 		if state == migratedv1.MigrationState_MIGRATION_STATE_ENDED { // the location says so, to sources that know it
 			state = migratedv1.MigrationState_MIGRATION_STATE_FAILED
 		}
-		return stream.Send(&migratedv1.WatchIncomingResponse{
+		answer := &migratedv1.WatchIncomingResponse{
 			State: state, Progress: view.GetProgress(), Error: view.GetError(), Location: view.GetLocation(),
-		})
+		}
+		if migration.Terminal(state) {
+			r := d.Report()
+			answer.Incoming, answer.Timeline = r.GetIncoming(), r.GetTimeline()
+		}
+		return stream.Send(answer)
 	})
 }
 

@@ -43,6 +43,8 @@ type tracked interface {
 	Snapshot() (*migratedv1.Migration, <-chan struct{})
 	Done() <-chan struct{}
 	Times() migration.Times
+	Report() *migratedv1.Report
+	WasOver() bool
 }
 
 func (r *registry) source(id string) *migration.Source {
@@ -74,6 +76,22 @@ func (r *registry) find(id string) tracked {
 	}
 	if l := r.leftover(id); l != nil {
 		return l
+	}
+	return nil
+}
+
+// findAs is find of one side; any: of MIGRATION_ROLE_UNSPECIFIED.
+func (r *registry) findAs(id string, role migratedv1.MigrationRole) tracked {
+	if role == migratedv1.MigrationRole_MIGRATION_ROLE_UNSPECIFIED {
+		return r.find(id)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := r.sources[id]; s != nil && role == migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE {
+		return s
+	}
+	if d := r.destinations[id]; d != nil && role == migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION {
+		return d
 	}
 	return nil
 }

@@ -36,7 +36,8 @@ func (d *Daemon) sourceConfig() migration.SourceConfig {
 		addresses = []string{net.JoinHostPort("", d.pagePort)}
 	}
 	return migration.SourceConfig{
-		Pages: d.pages, Records: d.records, PageAddresses: addresses, Bandwidth: d.settings().BandwidthLimit(), Dial: d.dial, Log: d.log,
+		Pages: d.pages, Records: d.records, PageAddresses: addresses, Bandwidth: d.settings().BandwidthLimit(), Dial: d.dial,
+		Versions: d.versions, Log: d.log,
 	}
 }
 
@@ -44,7 +45,7 @@ func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 	return migration.DestinationConfig{
 		Dir: dir, PipeDir: d.pipeDir(), LogDir: d.cfg.LogDir, Cgroup: d.cfg.QEMUCgroup, Binaries: d.cfg.QEMUBinaries, TemplateDir: d.cfg.TemplateDir,
 		ForbiddenOptions: d.cfg.ForbiddenOptions, MinUID: d.cfg.MinUID, RunAs: d.runAs, Starter: d.starter, LibvirtSocket: d.cfg.LibvirtSocket, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
-		Bandwidth: d.settings().BandwidthLimit(), Dial: d.dialLane, Log: d.log,
+		Bandwidth: d.settings().BandwidthLimit(), Dial: d.dialLane, Versions: d.versions, Log: d.log,
 	}
 }
 
@@ -113,5 +114,8 @@ func (d *Daemon) takeUp() error {
 	}
 	sources = slices.DeleteFunc(sources, func(s *migration.Source) bool { return s == nil })
 	d.migrations.takeUp(sources, destinations, left, unread)
+	for _, t := range d.migrations.all() {
+		d.keepReportAtEnd(t)
+	}
 	return nil
 }
