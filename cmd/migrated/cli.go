@@ -35,6 +35,7 @@ type cli struct {
 	Migrate    migrateCmd    `cmd:"" help:"Migrate a VM to another host."`
 	List       listCmd       `cmd:"" help:"List the migrations the daemon knows."`
 	Status     statusCmd     `cmd:"" help:"Show one migration."`
+	Report     reportCmd     `cmd:"" help:"Show all that is known of a migration, for a ticket."`
 	Watch      watchCmd      `cmd:"" help:"Follow a migration to its end."`
 	Cancel     cancelCmd     `cmd:"" help:"Give up a migration that has not switched over."`
 	Bandwidth  bandwidthCmd  `cmd:"" help:"Change how much of the network a migration may take."`

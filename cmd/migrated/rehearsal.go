@@ -5,7 +5,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"text/tabwriter"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -25,18 +24,23 @@ func rehearsalSummary(m *migratedv1.Migration) string {
 
 // printRehearsal prints what a rehearsal found, a fact a line.
 func printRehearsal(out io.Writer, r *migratedv1.Rehearsal) error {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(w, "It would stand still\t%s: stop %s, save %s, load %s (%s, begun while it is saved), "+
-		"hand over, continue %s\n",
+	return printFacts(out, rehearsalFacts(r))
+}
+
+func rehearsalFacts(r *migratedv1.Rehearsal) (facts []fact) {
+	add := func(name, format string, args ...any) {
+		facts = append(facts, fact{name, fmt.Sprintf(format, args...)})
+	}
+	add("It would stand still", "%s: stop %s, save %s, load %s (%s, begun while it is saved), hand over, continue %s",
 		durationText(r.GetDowntime()), durationText(r.GetStopTime()), durationText(r.GetSaveTime()),
 		durationText(r.GetTransferTime()), durationText(r.GetLoadTime()), durationText(r.GetContinueTime()))
-	fmt.Fprintf(w, "Device state\t%s\n", bytesText(r.GetBytesDeviceState()))
-	fmt.Fprintf(w, "Memory to follow\t%s\n", bytesText(r.GetBytesMemory()))
+	add("Device state", "%s", bytesText(r.GetBytesDeviceState()))
+	add("Memory to follow", "%s", bytesText(r.GetBytesMemory()))
 	if len(r.GetDifferences()) == 0 {
-		fmt.Fprintln(w, "Saved again there\tthe same, byte for byte")
+		add("Saved again there", "the same, byte for byte")
 	}
 	for _, d := range r.GetDifferences() {
-		fmt.Fprintf(w, "Another there\t%s, instance %d: %s\n", d.GetDevice(), d.GetInstance(), plural(d.GetBytes(), "byte"))
+		add("Another there", "%s, instance %d: %s", d.GetDevice(), d.GetInstance(), plural(d.GetBytes(), "byte"))
 	}
-	return w.Flush()
+	return facts
 }

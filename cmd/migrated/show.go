@@ -82,83 +82,99 @@ func (s *statusCmd) Run(a *app) error {
 
 // printStatus prints all that is known of a migration, a fact a line.
 func printStatus(out io.Writer, m *migratedv1.Migration) error {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fact := func(name, format string, args ...any) {
-		fmt.Fprintf(w, "%s\t%s\n", name, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "\n\t"))
-	}
-	p, spec := m.GetProgress(), m.GetSpec()
-	fact("Migration", "%s", m.GetId())
-	fact("State", "%s: %s", migration.StateName(m.GetState()), stateMeaning(m))
-	fact("Location", "%s", locationName(m.GetLocation()))
-	if e := m.GetError(); e != nil {
-		fact("Error", "%s", e.GetMessage())
-		if e.GetReason() != migratedv1.Reason_REASON_UNSPECIFIED {
-			fact("Reason", "%s", reasonName(e.GetReason()))
-		}
-		fact("Where it is", "%s", orDash(e.GetVmStatus()))
-		fact("What to do", "%s", orDash(e.GetRemedy()))
-	}
-	fact("VM", "%s", vmName(m))
-	fact("This host is", "the %s", migration.RoleName(m.GetRole()))
-	fact("QMP socket", "%s", orDash(spec.GetVm()))
-	fact("Destination", "%s", orDash(spec.GetDestination()))
-	if spec.GetDestinationQmp() != "" {
-		fact("QMP socket there", "%s", spec.GetDestinationQmp())
-	}
-	if spec.GetDestinationTemplate() != "" {
-		fact("Template there", "%s", spec.GetDestinationTemplate())
-	}
-	if spec.GetKeepSource() {
-		fact("Source QEMU", "is kept")
-	}
-	if spec.GetRequireSecure() {
-		fact("Required", "a supervised userfaultfd")
-	}
-	if limit := p.GetBandwidth(); limit > 0 {
-		fact("Bandwidth", "at most %s for what no thread waits for, %s/s now", limitText(limit), bytesText(uint64(p.GetSweepBytesPerSecond())))
-	}
-	if text := supervisionText(m); text != "" {
-		fact("Userfaultfd", "%s", text)
-	}
-	if text := earlyLoadText(m.GetEarlyLoad()); text != "" {
-		fact("Early load", "%s", text)
-	}
-	for _, line := range m.GetRamFiles() {
-		fact("RAM file", "%s", line)
-	}
-	switch {
-	case p.GetPagesPresent() == 0 && p.GetPagesTotal() > 0:
-		fact("Memory", "%s in %s, all at the source", bytesText(p.GetBytesTotal()), plural(p.GetPagesTotal(), "page"))
-	case p.GetPagesTotal() > 0:
-		fact("Memory", "%s: %d of %s, %d of them zero; %s", percent(p), p.GetPagesPresent(), plural(p.GetPagesTotal(), "page"), p.GetPagesZero(), bytesText(p.GetBytesTotal()))
-		fact("On the wire", "%s of pages, %s of device state, %s now", bytesText(p.GetBytesOnWire()), bytesText(p.GetBytesDeviceState()), rateText(p.GetBytesPerSecond()))
-		fact("Faults", "%d: p50 %s, p99 %s, max %s", p.GetFaults(), durationText(p.GetFaultP50()), durationText(p.GetFaultP99()), durationText(p.GetFaultMax()))
-		if n := p.GetPagesGuessed(); n > 0 {
-			fact("Foretold", "%d pages asked for ahead of a fault; %.0f %% of what was foretold came true", n, 100*p.GetGuessHits())
-		}
-		if n := p.GetBytesDiscarded(); n > 0 {
-			fact("Given up", "%s by the VM itself, which are not fetched", bytesText(n))
-		}
-		if n := p.GetPagesTouched(); n > 0 {
-			fact("Touched", "%s by another process before they came: written again, the VM has what it should", plural(n, "page"))
-		}
-		if n := p.GetPagesUnexplained(); n > 0 {
-			fact("UNEXPLAINED", "%s there before they came: the VM's memory may be corrupt", plural(n, "page"))
-		}
-		fact("Downtime", "%s", durationText(p.GetDowntime()))
-	}
-	if p.GetTimeLeft() != nil {
-		fact("Time left", "%s", durationText(p.GetTimeLeft()))
-	}
-	if p.GetResidency() != nil {
-		fact("All memory after", "%s", durationText(p.GetResidency()))
-	}
-	fact("Started", "%s", timeText(m.GetCreateTime()))
-	fact("Last change", "%s", timeText(m.GetUpdateTime()))
-	if err := w.Flush(); err != nil || m.GetRehearsal() == nil {
+	if err := printFacts(out, statusFacts(m)); err != nil || m.GetRehearsal() == nil {
 		return err
 	}
 	return printRehearsal(out, m.GetRehearsal())
+}
+
+// A fact is a line of what is known.
+type fact struct{ Name, Value string }
+
+// printFacts prints facts, a line each, unless the value has several.
+func printFacts(out io.Writer, facts []fact) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	for _, f := range facts {
+		fmt.Fprintf(w, "%s\t%s\n", f.Name, strings.ReplaceAll(f.Value, "\n", "\n\t"))
+	}
+	return w.Flush()
+}
+
+// statusFacts are all that is known of a migration, but for a rehearsal's.
+func statusFacts(m *migratedv1.Migration) (facts []fact) {
+	add := func(name, format string, args ...any) {
+		facts = append(facts, fact{name, fmt.Sprintf(format, args...)})
+	}
+	p, spec := m.GetProgress(), m.GetSpec()
+	add("Migration", "%s", m.GetId())
+	add("State", "%s: %s", migration.StateName(m.GetState()), stateMeaning(m))
+	add("Location", "%s", locationName(m.GetLocation()))
+	if e := m.GetError(); e != nil {
+		add("Error", "%s", e.GetMessage())
+		if e.GetReason() != migratedv1.Reason_REASON_UNSPECIFIED {
+			add("Reason", "%s", reasonName(e.GetReason()))
+		}
+		add("Where it is", "%s", orDash(e.GetVmStatus()))
+		add("What to do", "%s", orDash(e.GetRemedy()))
+	}
+	add("VM", "%s", vmName(m))
+	add("This host is", "the %s", migration.RoleName(m.GetRole()))
+	add("QMP socket", "%s", orDash(spec.GetVm()))
+	add("Destination", "%s", orDash(spec.GetDestination()))
+	if spec.GetDestinationQmp() != "" {
+		add("QMP socket there", "%s", spec.GetDestinationQmp())
+	}
+	if spec.GetDestinationTemplate() != "" {
+		add("Template there", "%s", spec.GetDestinationTemplate())
+	}
+	if spec.GetKeepSource() {
+		add("Source QEMU", "is kept")
+	}
+	if spec.GetRequireSecure() {
+		add("Required", "a supervised userfaultfd")
+	}
+	if limit := p.GetBandwidth(); limit > 0 {
+		add("Bandwidth", "at most %s for what no thread waits for, %s/s now", limitText(limit), bytesText(uint64(p.GetSweepBytesPerSecond())))
+	}
+	if text := supervisionText(m); text != "" {
+		add("Userfaultfd", "%s", text)
+	}
+	if text := earlyLoadText(m.GetEarlyLoad()); text != "" {
+		add("Early load", "%s", text)
+	}
+	for _, line := range m.GetRamFiles() {
+		add("RAM file", "%s", line)
+	}
+	switch {
+	case p.GetPagesPresent() == 0 && p.GetPagesTotal() > 0:
+		add("Memory", "%s in %s, all at the source", bytesText(p.GetBytesTotal()), plural(p.GetPagesTotal(), "page"))
+	case p.GetPagesTotal() > 0:
+		add("Memory", "%s: %d of %s, %d of them zero; %s", percent(p), p.GetPagesPresent(), plural(p.GetPagesTotal(), "page"), p.GetPagesZero(), bytesText(p.GetBytesTotal()))
+		add("On the wire", "%s of pages, %s of device state, %s now", bytesText(p.GetBytesOnWire()), bytesText(p.GetBytesDeviceState()), rateText(p.GetBytesPerSecond()))
+		add("Faults", "%d: p50 %s, p99 %s, max %s", p.GetFaults(), durationText(p.GetFaultP50()), durationText(p.GetFaultP99()), durationText(p.GetFaultMax()))
+		if n := p.GetPagesGuessed(); n > 0 {
+			add("Foretold", "%d pages asked for ahead of a fault; %.0f %% of what was foretold came true", n, 100*p.GetGuessHits())
+		}
+		if n := p.GetBytesDiscarded(); n > 0 {
+			add("Given up", "%s by the VM itself, which are not fetched", bytesText(n))
+		}
+		if n := p.GetPagesTouched(); n > 0 {
+			add("Touched", "%s by another process before they came: written again, the VM has what it should", plural(n, "page"))
+		}
+		if n := p.GetPagesUnexplained(); n > 0 {
+			add("UNEXPLAINED", "%s there before they came: the VM's memory may be corrupt", plural(n, "page"))
+		}
+		add("Downtime", "%s", durationText(p.GetDowntime()))
+	}
+	if p.GetTimeLeft() != nil {
+		add("Time left", "%s", durationText(p.GetTimeLeft()))
+	}
+	if p.GetResidency() != nil {
+		add("All memory after", "%s", durationText(p.GetResidency()))
+	}
+	add("Started", "%s", timeText(m.GetCreateTime()))
+	add("Last change", "%s", timeText(m.GetUpdateTime()))
+	return facts
 }
 
 type watchCmd struct {
