@@ -86,19 +86,23 @@ func statusJSON(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
 }
 
 // TestMetricsAreTheTruth moves a VM while it is scraped, and compares the metrics with what "migrated status" says. No alert
-// fires of such a migration, every query of the dashboard has an answer, and a collector is told of it.
+// fires of such a migration, every query of the dashboard has an answer, and a collector is told of it. The reports of both
+// hosts say the same, also after their daemons were started again.
 func TestMetricsAreTheTruth(t *testing.T) {
 	t.Parallel()
 	l, id := newHosts(t), newIdentity(t)
 	serve := []string{"--metrics-listen", metricsSocket, "--traces-to", collectorAt}
 	traces := startCollector(t, l)
-	startDaemon(t, l.A, append(id.args(nameA, "a", nameB), serve...)...)
-	startDaemon(t, l.B, append(id.args(nameB, "b", nameA), serve...)...)
+	settings := [][]string{append(id.args(nameA, "a", nameB), serve...), append(id.args(nameB, "b", nameA), serve...)}
+	daemons := []*lab.Process{startDaemon(t, l.A, settings[0]...), startDaemon(t, l.B, settings[1]...)}
 	s := newScene(t, l)
 	if total, _ := sum(t, scrape(t, l.B), "migrated_pages_total"); total != 0 {
 		t.Errorf("%v pages came before there was a migration", total)
 	}
 	client := control(t, l.A)
+	if _, err := client.Check(traced(testContext(t)), &migratedv1.CheckRequest{Vm: lab.QMPPath}); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := client.Start(traced(testContext(t)), &migratedv1.StartRequest{Id: "m", Spec: s.spec()}); err != nil {
 		t.Fatal(err)
 	}
@@ -162,6 +166,8 @@ func TestMetricsAreTheTruth(t *testing.T) {
 		t.Logf("source:\n%s\ndestination:\n%s", source, destination)
 	}
 	evaluate(t, map[string]string{"a": source, "b": destination})
+	checkReports(t, l, "m")
+	checkReportsStay(t, l, "m", daemons, settings)
 }
 
 // evaluate has the alerts and the dashboard of deploy/monitoring evaluated of scrapes.

@@ -147,10 +147,11 @@ func onlyWordKept(t *testing.T, hosts ...*lab.Host) {
 	}
 }
 
-// keptOn are the files for a daemon that is started again.
+// keptOn are the files of migrations for a daemon that is started again.
 func keptOn(t *testing.T, h *lab.Host) []string {
 	t.Helper()
-	out, err := h.Run(testContext(t), "find", "/run/migrated", "-name", "*.json", "-o", "-name", "*.commit", "-o", "-name", "pages")
+	out, err := h.Run(testContext(t), "find", "/run/migrated", "-path", "/run/migrated/reports", "-prune", "-o",
+		"(", "-name", "*.json", "-o", "-name", "*.commit", "-o", "-name", "pages", ")", "-print")
 	if err != nil {
 		t.Fatal(err)
 	}
