@@ -110,7 +110,11 @@ func (p *Place) start(cmd *exec.Cmd) error {
 			return fmt.Errorf("control group for QEMU: %w", err)
 		}
 	}
-	return cmd.Start()
+	err := cmd.Start()
+	if errors.Is(err, unix.ENOSYS) { // clone3(2), which systemd's RestrictNamespaces= refuses that way
+		err = fmt.Errorf("start in a control group of its own: %w: set RestrictNamespaces=no in the unit, as qemu_cgroup needs it", err)
+	}
+	return err
 }
 
 // Remove removes the groups. Those that still have a process stay, for the next NewPlace to remove.

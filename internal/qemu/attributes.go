@@ -51,7 +51,8 @@ func (a *Attributes) during(start func() error) (err error) {
 	if own != a.OOMScoreAdj {
 		defer func() { err = errors.Join(err, setOOMScoreAdj(own)) }()
 		if err := setOOMScoreAdj(a.OOMScoreAdj); err != nil {
-			return fmt.Errorf("give QEMU the source's OOM score: %w", err)
+			return fmt.Errorf("give QEMU the source's OOM score, %d: %w; below %d that takes CAP_SYS_RESOURCE, which "+
+				"deploy/more-privileges.conf gives the daemon", a.OOMScoreAdj, err, own)
 		}
 	}
 	defer unix.Umask(unix.Umask(int(a.Umask)))
