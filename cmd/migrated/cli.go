@@ -37,6 +37,7 @@ type cli struct {
 	Status     statusCmd     `cmd:"" help:"Show one migration."`
 	Report     reportCmd     `cmd:"" help:"Show all that is known of a migration, for a ticket."`
 	Watch      watchCmd      `cmd:"" help:"Follow a migration to its end."`
+	Idle       idleCmd       `cmd:"" help:"Say whether no migration is under way on this host."`
 	Cancel     cancelCmd     `cmd:"" help:"Give up a migration that has not switched over."`
 	Bandwidth  bandwidthCmd  `cmd:"" help:"Change how much of the network a migration may take."`
 	Recover    recoverCmd    `cmd:"" help:"Connect to a migration's source again, also at another address."`

@@ -18,6 +18,7 @@ const (
 	exitCancelled   = 5
 	exitUnknownID   = 6
 	exitEnded       = 7
+	exitUnderWay    = 8
 	exitConfig      = 78  // EX_CONFIG of sysexits(3); 2 is how a Go program ends that panics
 	exitInterrupted = 130 // 128 + SIGINT, as a shell reports it
 )
@@ -35,6 +36,7 @@ var exitCodes = []struct {
 	{exitCancelled, "the migration was cancelled; the VM goes on at the source"},
 	{exitUnknownID, "the daemon knows no migration of that id"},
 	{exitEnded, "the VM ended by itself while it moved: its guest powered off, or its QEMU was told to quit; nothing failed"},
+	{exitUnderWay, "idle: a migration is under way on this host"},
 	{exitConfig, "serve: the command line or the configuration file is wrong, and starting it again does not help"},
 	{exitInterrupted, "interrupted while watching; the migration goes on"},
 }

@@ -4,10 +4,8 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -59,7 +57,7 @@ type serveCmd struct {
 }
 
 func (serveCmd) Help() string {
-	return `Runs the daemon until SIGINT or SIGTERM. SIGHUP has it read its configuration again: peers, operators, metrics clients and bandwidth change at once, all else at the next start. It needs root, or the capabilities that deploy/migrated.service gives it. Once it listens it keeps four of them, gains none, and makes no system calls but its own; QEMUs are started by a second process, which is not on the network. "migrated check" shows what confines it.
+	return `Runs the daemon until SIGINT or SIGTERM. SIGHUP has it read its configuration again: peers, operators, metrics clients and bandwidth change at once, all else at the next start. It needs root, or the capabilities that deploy/migrated.service gives it. Once it listens it keeps six of them, gains none, and makes no system calls but its own; QEMUs are started by a second process, which is not on the network. "migrated check" shows what confines it.
 
 Look at "migrated list" before stopping it. Migrations that have not switched over are given up and their VMs go on at the source; a VM that has switched over waits for the pages it lacks. The log names each.
 
@@ -152,14 +150,7 @@ func tellManager(log *slog.Logger, state string) {
 
 // load returns the defaults overridden by the file overridden by the flags.
 func (s *serveCmd) load(a *app) (config.Config, error) {
-	path := config.DefaultPath
-	if s.Config != nil {
-		path = *s.Config
-	}
-	cfg, err := config.Load(path)
-	if s.Config == nil && errors.Is(err, fs.ErrNotExist) {
-		cfg, err = config.Default(), nil
-	}
+	cfg, err := loadConfig(s.Config)
 	if err != nil {
 		return config.Config{}, err
 	}

@@ -14,7 +14,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"sync"
@@ -112,7 +111,8 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 		}
 		runAs = &user
 	}
-	records, err := migration.OpenRecords(filepath.Join(cfg.StateDir, "handed-over"))
+	handedOver, _ := migration.StateDirs(cfg.StateDir)
+	records, err := migration.OpenRecords(handedOver)
 	if err != nil {
 		return nil, err
 	}

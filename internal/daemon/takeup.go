@@ -15,7 +15,10 @@ import (
 )
 
 // incomingDir has a directory for each migration to this host.
-func (d *Daemon) incomingDir() string { return filepath.Join(d.cfg.StateDir, "incoming") }
+func (d *Daemon) incomingDir() string {
+	_, incoming := migration.StateDirs(d.cfg.StateDir)
+	return incoming
+}
 
 // pipeDir has a pipe for each QEMU that this daemon, or an earlier one, has started, by the migrations' ids.
 func (d *Daemon) pipeDir() string { return filepath.Join(d.cfg.StateDir, "output") }
