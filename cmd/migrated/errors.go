@@ -138,7 +138,7 @@ func (c *client) unreachable(s *status.Status) error {
 		f.remedy = "check the address, and on that host that control_listen is set and the daemon runs"
 	case errors.Is(cause, fs.ErrPermission):
 		f.message += "this user may not connect to it"
-		f.remedy = "run the command as root (sudo), who alone controls the VMs of this host"
+		f.remedy = "run the command as root (sudo), or as a member of the daemon's socket_group: nobody else controls the VMs of this host"
 	case cause != nil:
 		f.message += cause.Error()
 		f.remedy = "check the address given by --daemon or MIGRATED_DAEMON"

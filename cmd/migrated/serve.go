@@ -29,6 +29,7 @@ type serveCmd struct {
 	Config         *string  `placeholder:"PATH" predictor:"file" help:"Configuration file (default: ${config_path} if there is one)."`
 	Listen         *string  `group:"settings" placeholder:"HOST:PORT" help:"Where other daemons reach this one."`
 	Socket         *string  `group:"settings" placeholder:"PATH" predictor:"file" help:"Unix socket of the control API."`
+	SocketGroup    *string  `group:"settings" placeholder:"GROUP" help:"Group whose members may use that socket besides root."`
 	ControlListen  *string  `group:"settings" placeholder:"HOST:PORT" help:"Serve the control API at this address as well."`
 	Advertise      []string `group:"settings" placeholder:"HOST:PORT" help:"Address under which other daemons reach this one's page server; may be repeated."`
 	Peers          []string `group:"settings" placeholder:"NAME" help:"Name in the certificate of a daemon that may connect, and patterns of the VMs it may send; may be repeated."`
@@ -156,6 +157,7 @@ func (s *serveCmd) load(a *app) (config.Config, error) {
 	}
 	set(&cfg.Listen, s.Listen)
 	set(&cfg.Socket, s.Socket)
+	set(&cfg.SocketGroup, s.SocketGroup)
 	set(&cfg.ControlListen, s.ControlListen)
 	if s.Advertise != nil {
 		cfg.Advertise = s.Advertise

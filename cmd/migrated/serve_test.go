@@ -35,7 +35,7 @@ func TestServeSettings(t *testing.T) {
 	overridden := fromFile
 	overridden.RequireSecure = false
 	overridden.Listen, overridden.FaultWorkers, overridden.Advertise = "10.0.0.2:7600", 0, []string{"10.0.0.2:7600", "10.9.0.2:7600"}
-	every := config.Config{Listen: "h:1", Socket: "/s", ControlListen: "h:2", Advertise: []string{"h:3"}, StateDir: "/d", ReportKeep: 8, LogDir: "/l", QEMUCgroup: "/vms",
+	every := config.Config{Listen: "h:1", Socket: "/s", SocketGroup: "g", ControlListen: "h:2", Advertise: []string{"h:3"}, StateDir: "/d", ReportKeep: 8, LogDir: "/l", QEMUCgroup: "/vms",
 		TLSCertificate: "/c", TLSKey: "/k", TLSCA: "/ca", Peers: []string{"p"}, Operators: []string{"o"}, Plaintext: true,
 		MetricsListen: "h:4", MetricsClients: []string{"mc"}, Pprof: true, TracesTo: "h:5",
 		QEMUBinaries: []string{"/q", "/r"}, FaultWorkers: 5, MaxIncoming: 6, TemplateDir: "/t", LibvirtSocket: "/ls", LibvirtHook: "/lh", MinUID: 7, RunAs: "vm",
@@ -48,7 +48,7 @@ func TestServeSettings(t *testing.T) {
 		{"file", []string{"--config", file}, fromFile},
 		{"flags override the file, also with a zero", []string{"--config", file, "--listen", "10.0.0.2:7600", "--fault-workers", "0", "--require-secure=false",
 			"--advertise", "10.0.0.2:7600", "--advertise", "10.9.0.2:7600"}, overridden},
-		{"every flag", []string{"--config", file, "--listen=h:1", "--socket=/s", "--control-listen=h:2", "--advertise=h:3", "--state-dir=/d", "--report-keep=8", "--log-dir=/l", "--qemu-cgroup=/vms",
+		{"every flag", []string{"--config", file, "--listen=h:1", "--socket=/s", "--socket-group=g", "--control-listen=h:2", "--advertise=h:3", "--state-dir=/d", "--report-keep=8", "--log-dir=/l", "--qemu-cgroup=/vms",
 			"--plaintext", "--tls-certificate=/c", "--tls-key=/k", "--tls-ca=/ca", "--peers=p", "--operators=o", "--metrics-listen=h:4", "--metrics-clients=mc", "--pprof", "--traces-to=h:5",
 			"--qemu-binaries=/q,/r", "--fault-workers=5", "--max-incoming=6",
 			"--libvirt-socket=/ls", "--libvirt-hook=/lh", "--template-dir=/t", "--min-uid=7", "--run-as=vm", "--forbidden-options=fsdev", "--require-secure", "--bandwidth", "500M", "--log-level=error", "--log-format=json"}, every},

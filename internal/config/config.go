@@ -30,6 +30,9 @@ type Config struct {
 	Listen string `yaml:"listen"`
 	// Socket is the path of the control API's Unix socket.
 	Socket string `yaml:"socket"`
+	// SocketGroup is the group, by name or number, whose members may use Socket, and so control the VMs of this host;
+	// empty: root alone.
+	SocketGroup string `yaml:"socket_group"`
 	// ControlListen is a HOST:PORT at which the control API is served as well;
 	// empty: at the Unix socket alone. Who can connect to it controls the VMs.
 	ControlListen string `yaml:"control_listen"`

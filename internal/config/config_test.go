@@ -47,7 +47,7 @@ func TestExampleEqualsDefaults(t *testing.T) {
 
 func TestLoad(t *testing.T) {
 	all := Config{
-		Listen: "[::]:7600", Socket: "/tmp/m.sock", ControlListen: "127.0.0.1:7601",
+		Listen: "[::]:7600", Socket: "/tmp/m.sock", SocketGroup: "vmadmins", ControlListen: "127.0.0.1:7601",
 		Advertise: []string{"10.0.0.1:7600", "host.example:7600"}, StateDir: "/var/lib/migrated", ReportKeep: 9, LogDir: "/var/log/vms", QEMUCgroup: "/vms",
 		TLSCertificate: "/etc/migrated/tls/cert.pem", TLSKey: "/etc/migrated/tls/key.pem", TLSCA: "/etc/migrated/tls/ca.pem",
 		Peers: []string{"spiffe://example/host/a web-*", "b.example"}, Operators: []string{"admin.example"}, Plaintext: true,
@@ -72,6 +72,7 @@ func TestLoad(t *testing.T) {
 		{"all keys", `
 listen: "[::]:7600"
 socket: /tmp/m.sock
+socket_group: vmadmins
 control_listen: 127.0.0.1:7601
 advertise: [10.0.0.1:7600, host.example:7600]
 state_dir: /var/lib/migrated
@@ -125,7 +126,7 @@ func TestLoadMistakes(t *testing.T) {
 		{"as a flag", "fault-workers: 1\n", []string{`1: unknown key "fault-workers"; did you mean "fault_workers"?`}},
 		{"case", "Listen: a\n", []string{`1: unknown key "Listen"; did you mean "listen"?`}},
 		{"far from any", "colour: 3\n", []string{`1: unknown key "colour"; valid keys are advertise, bandwidth, control_listen, ` +
-			`fault_workers, forbidden_options, libvirt_hook, libvirt_socket, listen, log_dir, log_format, log_level, max_incoming, metrics_clients, metrics_listen, min_uid, operators, peers, plaintext, pprof, qemu_binaries, qemu_cgroup, report_keep, require_secure, run_as, socket, state_dir, template_dir, tls_ca, tls_certificate, tls_key, traces_to`}},
+			`fault_workers, forbidden_options, libvirt_hook, libvirt_socket, listen, log_dir, log_format, log_level, max_incoming, metrics_clients, metrics_listen, min_uid, operators, peers, plaintext, pprof, qemu_binaries, qemu_cgroup, report_keep, require_secure, run_as, socket, socket_group, state_dir, template_dir, tls_ca, tls_certificate, tls_key, traces_to`}},
 		{"text for a number", "fault_workers: many\n", []string{`1: fault_workers: "many" is not a whole number (written without quotes)`}},
 		{"fraction", "fault_workers: 1.5\n", []string{`1: fault_workers: "1.5" is not a whole number (written without quotes)`}},
 		{"text for a yes or no", "require_secure: maybe\n", []string{`1: require_secure: "maybe" is not true or false (written without quotes)`}},

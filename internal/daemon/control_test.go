@@ -6,7 +6,10 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 
 	"google.golang.org/grpc"
@@ -16,6 +19,7 @@ import (
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -242,5 +246,33 @@ func TestSecondDaemonIsRefused(t *testing.T) {
 	}
 	if err := d.Run(t.Context()); err == nil {
 		t.Error("a second daemon serves the same socket")
+	}
+}
+
+// TestSocketGroup: the control socket is root's alone, or a group's as well, and one that is not there is named.
+func TestSocketGroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		cannot.Run(t, "needs root, who alone gives a file to any group")
+	}
+	const nogroup = 65534
+	for group, want := range map[string]struct {
+		mode os.FileMode
+		gid  uint32
+	}{"": {0o600, 0}, "nogroup": {0o660, nogroup}, "65534": {0o660, nogroup}} {
+		cfg := config.Default()
+		cfg.Listen, cfg.SocketGroup = "127.0.0.1:0", group
+		d, _ := startConfigured(t, cfg)
+		info, err := os.Stat(d.cfg.Socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if gid := info.Sys().(*syscall.Stat_t).Gid; info.Mode().Perm() != want.mode || gid != want.gid {
+			t.Errorf("socket_group %q: mode %o and group %d, want %o and %d", group, info.Mode().Perm(), gid, want.mode, want.gid)
+		}
+	}
+	cfg := config.Default()
+	cfg.StateDir, cfg.LogDir, cfg.SocketGroup = t.TempDir(), t.TempDir(), "no-such-group"
+	if _, err := New(cfg, "v-test", slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "no-such-group") {
+		t.Errorf("a group that is not there: %v", err)
 	}
 }

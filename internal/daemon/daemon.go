@@ -84,6 +84,8 @@ type Daemon struct {
 	checking sync.Map
 	confine  func() error
 	runAs    *qemu.Credentials // nil: QEMUs run as at their sources
+	// socketGroup may use the control API's Unix socket; nil: root alone.
+	socketGroup *int
 }
 
 // New makes a daemon of a valid configuration. It serves when it is run. It takes what a service manager handed to this
@@ -111,6 +113,14 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 		}
 		runAs = &user
 	}
+	var socketGroup *int
+	if cfg.SocketGroup != "" {
+		group, err := lookupGroup(cfg.SocketGroup)
+		if err != nil {
+			return nil, err
+		}
+		socketGroup = &group
+	}
 	handedOver, _ := migration.StateDirs(cfg.StateDir)
 	records, err := migration.OpenRecords(handedOver)
 	if err != nil {
@@ -120,6 +130,7 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 		cfg: cfg, version: version, log: log, refusals: limits.NewRefusals(log), checks: make(chan struct{}, mostChecks),
 		pages: pagesrv.NewServer(), records: records, migrations: newRegistry(),
 		ready: func() {}, stopping: make(chan struct{}), sockets: systemd.Inherited(), confine: func() error { return nil }, runAs: runAs,
+		socketGroup: socketGroup,
 	}
 	d.cfg.FaultWorkers = orChosen(d.cfg.FaultWorkers)
 	d.reports = report.Open(d.reportsDir(), cfg.ReportKeep, log)

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"syscall"
 
 	"github.com/migrated-vm/migrated/internal/systemd"
@@ -32,12 +34,15 @@ func (l *listeners) all() []net.Listener {
 	return append([]net.Listener{l.peers, l.metrics}, l.controls...)
 }
 
+// controlSocket is the name of the control API's Unix socket.
+const controlSocket = "control"
+
 // listen opens the sockets, or takes those that the service manager hands over.
 func (d *Daemon) listen() (_ *listeners, err error) {
 	tcp := func(name, address string) endpoint {
 		return endpoint{name, "tcp", address, func() (net.Listener, error) { return net.Listen("tcp", address) }}
 	}
-	endpoints := []endpoint{tcp("peers", d.cfg.Listen), unixSocket("control", d.cfg.Socket)}
+	endpoints := []endpoint{tcp("peers", d.cfg.Listen), unixSocket(controlSocket, d.cfg.Socket)}
 	if d.cfg.ControlListen != "" {
 		endpoints = append(endpoints, tcp("operators", d.cfg.ControlListen))
 	}
@@ -75,7 +80,11 @@ func (d *Daemon) listen() (_ *listeners, err error) {
 		if e.network != "unix" {
 			continue
 		}
-		if err := os.Chmod(e.address, 0o600); err != nil {
+		err := os.Chmod(e.address, 0o600)
+		if err == nil && e.name == controlSocket && d.socketGroup != nil {
+			err = giveToGroup(e.address, *d.socketGroup)
+		}
+		if err != nil {
 			return nil, errors.Join(fmt.Errorf("%s socket: %w", e.name, err), closeAll(opened))
 		}
 	}
@@ -87,6 +96,26 @@ func (d *Daemon) listen() (_ *listeners, err error) {
 		l.controls, l.metrics = opened[1:metricsAt], opened[metricsAt]
 	}
 	return l, nil
+}
+
+// giveToGroup lets a group use a socket that is its owner's alone.
+func giveToGroup(path string, group int) error {
+	if err := os.Chown(path, -1, group); err != nil {
+		return err
+	}
+	return os.Chmod(path, 0o660)
+}
+
+// lookupGroup is the number of a group, which is given by name or number.
+func lookupGroup(group string) (int, error) {
+	if n, err := strconv.ParseUint(group, 10, 31); err == nil {
+		return int(n), nil
+	}
+	g, err := user.LookupGroup(group)
+	if err != nil {
+		return 0, fmt.Errorf("socket_group: %w: make the group, or name another one", err)
+	}
+	return strconv.Atoi(g.Gid)
 }
 
 // keep gives the service manager a socket. Its file then outlives this daemon too.
