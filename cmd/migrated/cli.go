@@ -46,6 +46,7 @@ type cli struct {
 	Abandon    abandonCmd    `cmd:"" help:"End a VM at the destination whose source is lost."`
 	Ver        versionCmd    `cmd:"" name:"version" help:"Print the versions of this program and of the daemon."`
 	Completion completionCmd `cmd:"" help:"Print a script that completes this command line in a shell."`
+	Man        manCmd        `cmd:"" hidden:""`
 	Starter    starterCmd    `cmd:"" name:"start-qemus" hidden:""`
 }
 
@@ -110,7 +111,7 @@ func run(ctx context.Context, args []string) int {
 	if err != nil {
 		return a.report(usageError(err))
 	}
-	return a.report(k.Run(a))
+	return a.report(k.Run(a, parser.Model.Node))
 }
 
 // usageError describes a command line that kong refused.

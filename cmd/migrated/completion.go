@@ -41,8 +41,14 @@ Examples:
 var completionScripts = map[string]string{
 	"bash": `complete -C migrated migrated
 `,
-	"zsh": `autoload -U +X bashcompinit && bashcompinit
-complete -C migrated migrated
+	// Sourced, or a file _migrated in $fpath, whose first line compinit reads and which is run at the first completion.
+	"zsh": `#compdef migrated
+autoload -U +X bashcompinit && bashcompinit
+if [[ $funcstack[1] == _migrated ]]; then
+    _bash_complete -C migrated
+else
+    complete -C migrated migrated
+fi
 `,
 	"fish": `function __complete_migrated
     set -lx COMP_LINE (commandline -cp)
