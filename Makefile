@@ -16,6 +16,7 @@
 #   FUZZTIME=   fuzz: how long each target (1m)
 #   ONLY=...    chaos: only the case with this index
 #   LIBVIRT=1   demo, chaos: of VMs that are domains of libvirt's; downtime: of one, beside virsh migrate --postcopy
+#   VERSION=... build, packages: what the program and the packages say they are (packages: scripts/version)
 #   E2E_RACE=0  e2e: run the daemon without the race detector
 
 SHELL := bash
@@ -85,11 +86,15 @@ test: ## everything CI runs
 
 .PHONY: build
 build: ## build build/migrated, a static binary
-	@CGO_ENABLED=0 go build -trimpath -o build/migrated ./cmd/migrated
+	@CGO_ENABLED=0 go build -trimpath $(if $(VERSION),-ldflags '-X main.version=$(VERSION)') -o build/migrated ./cmd/migrated
 
 .PHONY: build-race
 build-race: ## build build/race/migrated, with the race detector
 	@go build -race -o build/race/migrated ./cmd/migrated
+
+.PHONY: packages
+packages: ## build a deb and an rpm: build/packages (deploy/README.md)
+	@version=$${VERSION:-$$(scripts/version)}; $(MAKE) build VERSION="$$version"; scripts/packages "$$version"
 
 .PHONY: fmt
 fmt: ## format the Go code
@@ -109,6 +114,7 @@ lint: ## go vet, golangci-lint, staticcheck, shellcheck
 	@scripts/tool golangci-lint run ./...
 	@scripts/tool staticcheck ./...
 	@shellcheck --external-sources .ci/run scripts/* kernel/build kernel/check kernel/boot kernel/boot-init
+	@shellcheck --shell=dash deploy/packages/{preinst,postinst,prerm,postrm}
 
 .PHONY: proto
 proto: ## lint proto/, and compare it with the newest release for breaking changes
