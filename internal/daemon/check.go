@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,7 +24,7 @@ import (
 
 func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckRequest) (*migratedv1.CheckResponse, error) {
 	// What leaves this host needs no userfaultfd here.
-	results := shown(append(qemu.CheckHost(ctx, false), checkConfinement()), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
+	results := shown(c.daemon.checkHost(ctx, false), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
 	results = append(results, shown(domains(ctx, c.daemon.cfg.LibvirtSocket), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)...)
 	var machine *migratedv1.SourceMachine
 	if vm := libvirt.At(c.daemon.cfg.LibvirtSocket, request.GetVm()); vm != "" {
@@ -48,6 +49,11 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 		c.daemon.checked.add(vm, request.GetDestination(), results)
 	}
 	return &migratedv1.CheckResponse{Results: results}, nil
+}
+
+// checkHost looks at this host and its daemon, without any VM.
+func (d *Daemon) checkHost(ctx context.Context, requireSecure bool) []qemu.Result {
+	return slices.Concat(qemu.CheckHost(ctx, requireSecure), []qemu.Result{checkConfinement()}, d.checkCertificates(time.Now()))
 }
 
 // libvirtPatience is how long a check waits for libvirt.

@@ -202,6 +202,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	d.log.Info("serving", "version", d.version, "peers", at.peers.Addr().String(), "control", d.cfg.Socket)
 	d.ready()
+	go d.watchCertificates(d.ctx)
 
 	failed := make(chan error, 1)
 	go func() { failed <- serving.Wait() }()

@@ -74,16 +74,13 @@ func (d *Daemon) forMetricsClients(pages http.Handler) http.Handler {
 func (d *Daemon) metricsState() *metrics.State {
 	s := &metrics.State{Version: d.version, Protocol: version.Protocol, Refusals: d.refusals.ByKind()}
 	s.Migrations, s.Totals = d.migrations.metrics()
-	if files, encrypted := d.cfg.TLS(); encrypted {
-		s.Certificates = make(map[string]time.Time)
-		for setting, path := range map[string]string{"tls_certificate": files.Certificate, "tls_ca": files.CA} {
-			at, err := mtls.Expiry(path)
-			if err != nil {
-				d.log.Warn("when a certificate expires is not known", "setting", setting, "error", err)
-				continue
-			}
-			s.Certificates[setting] = at
+	s.Certificates = make(map[string]time.Time)
+	for _, f := range d.certificates() {
+		if f.err != nil {
+			d.log.Warn("when a certificate expires is not known", "setting", f.setting, "error", f.err)
+			continue
 		}
+		s.Certificates[f.setting] = f.expires
 	}
 	return s
 }

@@ -16,7 +16,6 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/migration"
-	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -31,7 +30,7 @@ type peerService struct {
 
 func (p *peerService) CheckHost(ctx context.Context, _ *migratedv1.CheckHostRequest) (*migratedv1.CheckHostResponse, error) {
 	return &migratedv1.CheckHostResponse{
-		Results: shown(append(qemu.CheckHost(ctx, p.daemon.cfg.RequireSecure), checkConfinement()), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
+		Results: shown(p.daemon.checkHost(ctx, p.daemon.cfg.RequireSecure), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
 	}, nil
 }
 

@@ -10,11 +10,11 @@ import (
 	"time"
 )
 
-// Expiry is when the first of the certificates in a PEM file expires.
-func Expiry(path string) (first time.Time, err error) {
+// Certificates are those in a PEM file, of which there is at least one.
+func Certificates(path string) (all []*x509.Certificate, err error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
-		return time.Time{}, err
+		return nil, err
 	}
 	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != "CERTIFICATE" {
@@ -22,14 +22,26 @@ func Expiry(path string) (first time.Time, err error) {
 		}
 		certificate, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return time.Time{}, fmt.Errorf("%s: %w", path, err)
+			return nil, fmt.Errorf("%s: %w", path, err)
 		}
+		all = append(all, certificate)
+	}
+	if len(all) == 0 {
+		return nil, fmt.Errorf("%s has no PEM certificate", path)
+	}
+	return all, nil
+}
+
+// Expiry is when the first of the certificates in a PEM file expires.
+func Expiry(path string) (first time.Time, err error) {
+	all, err := Certificates(path)
+	if err != nil {
+		return time.Time{}, err
+	}
+	for _, certificate := range all {
 		if first.IsZero() || certificate.NotAfter.Before(first) {
 			first = certificate.NotAfter
 		}
-	}
-	if first.IsZero() {
-		return time.Time{}, fmt.Errorf("%s has no PEM certificate", path)
 	}
 	return first, nil
 }

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"bytes"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
+	"github.com/migrated-vm/migrated/internal/qemu"
+)
+
+// TestCertificatesExpire: a certificate's end is said beforehand, in the log and by a check, and so is that of the
+// authority.
+func TestCertificatesExpire(t *testing.T) {
+	const (
+		day  = 24 * time.Hour
+		soon = `msg="a certificate expires soon" setting=`
+		over = `msg="a certificate has expired: no connection is made with it" setting=`
+	)
+	ca, err := mtlstest.NewAuthorityUntil(t.TempDir(), time.Now().Add(100*day))
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := ca.IssueUntil(time.Now().Add(60*day+time.Hour), "host", "host")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := config.Default()
+	cfg.TLSCertificate, cfg.TLSKey, cfg.TLSCA = files.Certificate, files.Key, files.CA
+	var log bytes.Buffer
+	d := &Daemon{cfg: cfg, log: slog.New(slog.NewTextHandler(&log, nil))}
+	for name, c := range map[string]struct {
+		after  time.Duration
+		status qemu.Status
+		detail string
+		logged string // empty: nothing
+	}{
+		"far":           {0, qemu.OK, "in 60 days (tls_certificate)", ""},
+		"soon":          {31 * day, qemu.Warning, "in 29 days (tls_certificate)", soon + "tls_certificate"},
+		"over":          {61 * day, qemu.Failed, "expired on ", over + "tls_certificate"},
+		"authority too": {80 * day, qemu.Failed, "expired on ", soon + "tls_ca"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			log.Reset()
+			now := time.Now().Add(c.after)
+			d.logCertificates(now)
+			if said := log.String(); c.logged == "" && said != "" || !strings.Contains(said, c.logged) {
+				t.Errorf("logged: %s", said)
+			}
+			results := d.checkCertificates(now)
+			if len(results) != 1 {
+				t.Fatalf("checked: %+v", results)
+			}
+			r := results[0]
+			if r.Status != c.status || !strings.Contains(r.Detail, c.detail) || (r.Remedy == "") != (c.status == qemu.OK) {
+				t.Errorf("checked: %+v", r)
+			}
+		})
+	}
+	if err := os.Remove(files.CA); err != nil {
+		t.Fatal(err)
+	}
+	results := d.checkCertificates(time.Now())
+	if len(results) != 1 || results[0].Status != qemu.Failed || !strings.Contains(results[0].Remedy, "tls_ca") {
+		t.Errorf("without the authority's file: %+v", results)
+	}
+	d.cfg = config.Default()
+	if results := d.checkCertificates(time.Now()); results != nil {
+		t.Errorf("without TLS: %+v", results)
+	}
+}
