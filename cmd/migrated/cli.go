@@ -15,6 +15,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/internal/pki"
 )
 
 // cli is the command line: kong reads it from the tags. What a command does is
@@ -44,6 +45,7 @@ type cli struct {
 	Fallback   fallbackCmd   `cmd:"" help:"Continue a VM at the source whose destination is lost."`
 	Release    releaseCmd    `cmd:"" help:"End what is left at the source of a VM that is at the destination."`
 	Abandon    abandonCmd    `cmd:"" help:"End a VM at the destination whose source is lost."`
+	PKI        pkiCmd        `cmd:"" name:"pki" help:"Make and show certificates."`
 	Ver        versionCmd    `cmd:"" name:"version" help:"Print the versions of this program and of the daemon."`
 	Completion completionCmd `cmd:"" help:"Print a script that completes this command line in a shell."`
 	Man        manCmd        `cmd:"" hidden:""`
@@ -93,6 +95,9 @@ func newParser(c *cli, stdout, stderr io.Writer) (*kong.Kong, error) {
 			"socket":      "unix://" + defaults.Socket,
 			"config_path": config.DefaultPath,
 			"port":        config.DefaultPort,
+
+			"authority_days":   strconv.Itoa(pki.MostAuthorityDays),
+			"certificate_days": strconv.Itoa(pki.MostCertificateDays),
 		})
 }
 
