@@ -196,9 +196,10 @@ func (c chaosCase) transfer() time.Duration {
 	return time.Duration(bits / float64(c.Link.Rate) * float64(time.Second))
 }
 
-// At stands the source keeps the VM stopped, and has told nobody yet to run it; at waits the destination's QEMU waits for it.
+// At stands the source keeps the VM stopped: at the first two nobody was told yet to run it, from the commit on QEMU
+// refuses to. At waits the destination's QEMU waits for it.
 var (
-	stands = []string{"source-stopped", "source-saved"}
+	stands = []string{"source-stopped", "source-saved", "source-committed", "source-answered"}
 	waits  = []string{
 		"destination-started", "destination-taken", "destination-early", "destination-early-loaded", "destination-kept",
 		"destination-prepared", "destination-loading",
