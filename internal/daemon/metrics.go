@@ -62,7 +62,7 @@ func (d *Daemon) newMetricsServer(listener net.Listener) (*http.Server, net.List
 func (d *Daemon) forMetricsClients(pages http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if err := d.allowMetrics(mtls.NamesOf(r.TLS)); err != nil {
-			d.refusals.Refused("caller", limits.NetworkOf(r.RemoteAddr), "error", err)
+			d.refusals.Refused(limits.Caller, limits.NetworkOf(r.RemoteAddr), "error", err)
 			http.Error(w, err.Error(), http.StatusForbidden)
 			return
 		}

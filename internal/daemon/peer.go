@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -78,7 +79,7 @@ func (d *Daemon) expectIncoming(ctx context.Context, request *migratedv1.Prepare
 	var crowded *crowdedError
 	switch {
 	case errors.As(err, &crowded):
-		d.refusals.Refused("migration: too many are under way", callerNetwork(ctx), "id", request.GetId())
+		d.refusals.Refused(limits.Moving, callerNetwork(ctx), "id", request.GetId())
 		return nil, migration.ToStatus(codes.ResourceExhausted, migration.WithRemedy(crowded, remedyCrowded))
 	case err != nil:
 		return nil, status.Errorf(codes.AlreadyExists, "a migration %s to this host is under way; choose another id", request.GetId())

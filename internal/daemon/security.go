@@ -48,7 +48,7 @@ func (d *Daemon) network(listener net.Listener, allow mtls.Allow) *network {
 			if err == nil {
 				return nil
 			}
-			d.refusals.Refused("caller", callerNetwork(ctx), "error", err)
+			d.refusals.Refused(limits.Caller, callerNetwork(ctx), "error", err)
 			return status.Error(codes.PermissionDenied, err.Error())
 		}
 	}
@@ -130,7 +130,7 @@ func (d *Daemon) dialCredentials(address string) (credentials.TransportCredentia
 // maySend refuses a caller who may not send that VM here.
 func (d *Daemon) maySend(ctx context.Context, vm string) error {
 	if err := d.settings().PeerList().MaySend(callerNames(ctx), vm); err != nil {
-		d.refusals.Refused("VM", callerNetwork(ctx), "error", err)
+		d.refusals.Refused(limits.VM, callerNetwork(ctx), "error", err)
 		return status.Errorf(codes.PermissionDenied, "%v; its entry among the destination's peers says which it may", err)
 	}
 	return nil

@@ -24,7 +24,7 @@ func (p *Peers) Calls(methods ...string) grpc.ServerOption {
 			address = Network(caller.Addr)
 		}
 		if !p.mayCall(address) {
-			p.refusals.Refused("call: its address makes too many", address)
+			p.refusals.Refused(Calling, address)
 			return nil, status.Errorf(codes.ResourceExhausted, "%s is called too often from %s: at most %d times a second; try again later",
 				info.FullMethod, address.Addr(), callRate)
 		}

@@ -119,21 +119,21 @@ func (p *Peers) forget() {
 }
 
 // admit counts a new connection of address, or says why there must be none.
-func (p *Peers) admit(address netip.Prefix) (refused string) {
+func (p *Peers) admit(address netip.Prefix) (refused Kind) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	known := p.of(address)
 	switch {
 	case p.connections >= Connections:
-		return "connection: as many are open as this daemon serves"
+		return AllConnected
 	case known.connections >= ConnectionsPerPeer:
-		return "connection: its address has as many open as it may"
+		return Connected
 	case p.handshakes >= Handshakes:
-		return "connection: too many have not finished their handshake"
+		return AllShaking
 	case known.handshakes >= HandshakesPerPeer:
-		return "connection: too many of its address have not finished their handshake"
+		return Shaking
 	case !known.accepted.Allow():
-		return "connection: its address makes them too fast"
+		return Connecting
 	}
 	p.connections++
 	p.handshakes++

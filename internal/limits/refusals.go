@@ -12,12 +12,30 @@ import (
 // logEvery is how often one kind of refusal is logged at the most: who knocks must not fill the log.
 const logEvery = 10 * time.Second
 
-// Refusals counts what was refused, and logs each kind now and then. Kinds are the program's words, so that there are few.
+// A Kind is what is refused, and why.
+type Kind string
+
+// All that is refused.
+const (
+	Caller       Kind = "caller"
+	VM           Kind = "VM"
+	AllConnected Kind = "connection: as many are open as this daemon serves"
+	Connected    Kind = "connection: its address has as many open as it may"
+	AllShaking   Kind = "connection: too many have not finished their handshake"
+	Shaking      Kind = "connection: too many of its address have not finished their handshake"
+	Connecting   Kind = "connection: its address makes them too fast"
+	Calling      Kind = "call: its address makes too many"
+	Moving       Kind = "migration: too many are under way"
+)
+
+var kinds = []Kind{Caller, VM, AllConnected, Connected, AllShaking, Shaking, Connecting, Calling, Moving}
+
+// Refusals counts what was refused, and logs each kind now and then.
 type Refusals struct {
 	log *slog.Logger
 
 	mu    sync.Mutex
-	kinds map[string]*refusal
+	kinds map[Kind]*refusal // all of them: a rate of what was never counted before cannot be told
 }
 
 type refusal struct {
@@ -27,24 +45,24 @@ type refusal struct {
 
 // NewRefusals logs to log.
 func NewRefusals(log *slog.Logger) *Refusals {
-	return &Refusals{log: log, kinds: make(map[string]*refusal)}
+	r := &Refusals{log: log, kinds: make(map[Kind]*refusal, len(kinds))}
+	for _, kind := range kinds {
+		r.kinds[kind] = new(refusal)
+	}
+	return r
 }
 
 // Refused counts that what was refused to somebody at address. More is for the log: keys and values, as in slog.
-func (r *Refusals) Refused(what string, address netip.Prefix, more ...any) {
+func (r *Refusals) Refused(what Kind, address netip.Prefix, more ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	k := r.kinds[what]
-	if k == nil {
-		k = &refusal{}
-		r.kinds[what] = k
-	}
 	k.total++
 	now := time.Now()
 	if k.told > 0 && now.Sub(k.toldAt) < logEvery {
 		return
 	}
-	r.log.Warn("refused a "+what, append([]any{"address", address.Addr(), "since_last", k.total - k.told, "in_all", k.total}, more...)...)
+	r.log.Warn("refused a "+string(what), append([]any{"address", address.Addr(), "since_last", k.total - k.told, "in_all", k.total}, more...)...)
 	k.told, k.toldAt = k.total, now
 }
 
@@ -54,7 +72,7 @@ func (r *Refusals) ByKind() map[string]uint64 {
 	defer r.mu.Unlock()
 	kinds := make(map[string]uint64, len(r.kinds))
 	for what, k := range r.kinds {
-		kinds[what] = k.total
+		kinds[string(what)] = k.total
 	}
 	return kinds
 }
