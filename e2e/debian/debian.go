@@ -45,6 +45,15 @@ func Download(ctx context.Context, dir, pkg, version string) (string, error) {
 	return packages[0], nil
 }
 
+// Installed is the version of an installed package.
+func Installed(ctx context.Context, pkg string) (string, error) {
+	out, err := exec.CommandContext(ctx, "dpkg-query", "--show", "--showformat=${Version}", pkg).Output()
+	if err != nil {
+		return "", fmt.Errorf("the version of %s: %w", pkg, err)
+	}
+	return string(out), nil
+}
+
 // Keep returns a directory of the user's cache, whose name says all that it is made from, and has it made where it is
 // missing: fill fills a new directory, which then appears whole. Two that do so at once both do, and one of the equal
 // results stays.

@@ -71,7 +71,7 @@ func LinuxWithVirtio(ctx context.Context) (kernel, initrd string, err error) {
 	if err != nil {
 		return "", "", err
 	}
-	modules, err := debianModules(ctx, c)
+	modules, err := debianModules(ctx, c, virtioModules)
 	if err != nil {
 		return "", "", err
 	}
@@ -85,6 +85,20 @@ func LinuxWithVirtio(ctx context.Context) (kernel, initrd string, err error) {
 		both = append(both, content...)
 	}
 	initrd, err = c.file(fmt.Sprintf("initramfs-virtio-%x.cpio.gz", hash(both)), func() ([]byte, error) { return both, nil })
+	return kernel, initrd, err
+}
+
+// DebianWithKVM returns the paths of Debian's kernel and of an initramfs that has nothing but KVM's modules, as
+// /modules/NN-NAME.ko in their order. The kernel unpacks it after another that it is appended to.
+func DebianWithKVM(ctx context.Context) (kernel, initrd string, err error) {
+	c, err := openCache()
+	if err != nil {
+		return "", "", err
+	}
+	if kernel, err = debianKernel(ctx, c); err != nil {
+		return "", "", err
+	}
+	initrd, err = debianModules(ctx, c, kvmModules)
 	return kernel, initrd, err
 }
 

@@ -57,22 +57,25 @@ var virtioModules = []string{
 	"drivers/net/virtio_net", "drivers/char/hw_random/virtio-rng",
 }
 
-// debianModules returns the path of an initramfs with virtioModules of the same kernel as /modules/NN-NAME.ko, in their
+// kvmModules are KVM for a processor of AMD's, as QEMU emulates it.
+var kvmModules = []string{"virt/lib/irqbypass", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd"}
+
+// debianModules returns the path of an initramfs with modules of the same kernel as /modules/NN-NAME.ko, in their
 // order.
-func debianModules(ctx context.Context, c cache) (string, error) {
+func debianModules(ctx context.Context, c cache, modules []string) (string, error) {
 	if _, err := debianKernel(ctx, c); err != nil { // which says what is current
 		return "", err
 	}
 	current.Lock()
 	defer current.Unlock()
-	list := hash([]byte(strings.Join(virtioModules, " ")))
-	return c.file(fmt.Sprintf("virtio-%s-%s-%x.cpio.gz", current.name, current.version, list), func() ([]byte, error) {
+	list := hash([]byte(strings.Join(modules, " ")))
+	return c.file(fmt.Sprintf("modules-%s-%s-%x.cpio.gz", current.name, current.version, list), func() ([]byte, error) {
 		archive, err := download(ctx, current.name, current.version)
 		if err != nil {
 			return nil, err
 		}
 		files := []cpio.File{{Name: "modules", Mode: fs.ModeDir | 0o755}}
-		for i, name := range virtioModules {
+		for i, name := range modules {
 			module, err := find(bytes.NewReader(archive), "lib/modules/", "/kernel/"+name+".ko")
 			if err != nil {
 				return nil, err
