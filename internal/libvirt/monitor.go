@@ -193,7 +193,11 @@ func (m *monitor) end() {
 
 // refusal is an answer as QEMU gives it.
 func refusal(err error) answer {
-	text, _ := json.Marshal(map[string]string{"class": "GenericError", "desc": err.Error()}) // two strings
+	class := qmp.ErrGeneric
+	if errors.Is(err, inject.ErrForbidden) {
+		class = qmp.ErrForbidden
+	}
+	text, _ := json.Marshal(map[string]string{"class": class.Error(), "desc": err.Error()}) // two strings
 	return answer{Error: text}
 }
 

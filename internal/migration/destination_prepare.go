@@ -11,6 +11,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/machine"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/internal/redact"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
@@ -253,8 +254,9 @@ func (d *Destination) takeDescriptor(ctx context.Context) error {
 	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.vm.HandFD})
 	if err != nil {
 		err = fmt.Errorf("take a userfaultfd from the destination QEMU: %w", err)
-		if errors.Is(err, inject.ErrForbidden) {
-			err = withRemedy(err, "look for \"avc: denied\" in the kernel's log of the destination; what its policy must allow is in deploy/selinux")
+		if errors.Is(err, inject.ErrForbidden) || errors.Is(err, qmp.ErrForbidden) {
+			err = withRemedy(err, "look for \"avc: denied\" (SELinux) or apparmor=\"DENIED\" in the kernel's log of the "+
+				"destination; what SELinux must allow is in deploy/selinux, and AppArmor allows it to a daemon without a profile")
 		}
 		return err
 	}

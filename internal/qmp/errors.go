@@ -16,6 +16,10 @@ var (
 	ErrGeneric         = errors.New("GenericError")
 	ErrCommandNotFound = errors.New("CommandNotFound")
 	ErrDeviceNotFound  = errors.New("DeviceNotFound")
+
+	// ErrForbidden is of no QEMU's. What speaks for one (internal/libvirt) says by it that a security module keeps a
+	// descriptor from the process.
+	ErrForbidden = errors.New("Forbidden")
 )
 
 // Error is QEMU's refusal of a command. The connection stays usable.
@@ -26,16 +30,19 @@ type Error struct {
 }
 
 func (e *Error) Error() string {
-	if e.Class == ErrGeneric.Error() {
+	switch e.Class {
+	case ErrGeneric.Error():
 		return fmt.Sprintf("QEMU refused %s: %s", e.Command, e.Desc)
+	case ErrForbidden.Error():
+		return e.Command + ": " + e.Desc
 	}
 	return fmt.Sprintf("QEMU refused %s: %s (%s)", e.Command, e.Desc, e.Class)
 }
 
-// Is compares the class with ErrGeneric, ErrCommandNotFound and ErrDeviceNotFound.
+// Is compares the class with those above.
 func (e *Error) Is(target error) bool {
 	switch target {
-	case ErrGeneric, ErrCommandNotFound, ErrDeviceNotFound:
+	case ErrGeneric, ErrCommandNotFound, ErrDeviceNotFound, ErrForbidden:
 		return e.Class == target.Error()
 	}
 	return false

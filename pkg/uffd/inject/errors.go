@@ -32,7 +32,7 @@ var (
 	ErrSeccomp = errors.New("refused by the process' seccomp filter")
 
 	// ErrForbidden says that a security module (SELinux, say) does not let the process create a userfaultfd, or
-	// does not let us receive it (EACCES).
+	// does not let us receive it (EACCES), or does not let the process have what it is handed.
 	ErrForbidden = errors.New("a security module forbids it")
 
 	// ErrNotRestored says that the thread is stuck inside the injected call in uninterruptible sleep. It stays

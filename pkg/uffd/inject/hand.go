@@ -23,10 +23,14 @@ const (
 	pageSize  = 4096
 )
 
+// errTakenOut is how a process learns that a security module keeps a file from it (scm_detach_fds in net/core/scm.c).
+var errTakenOut = errors.New("the kernel took it out of the message")
+
 // Hand gives process pid a duplicate of f, which stays the caller's, and returns its number there; it is close-on-exec.
 // No name, no permission on a file system and no namespace matter: the process makes a pair of sockets, this process
 // takes one end of it (pidfd_getfd(2)) and sends f through it (SCM_RIGHTS, unix(7)), and the process receives it.
-// Nothing else is left there. CloseHanded closes it. Errors are those of Seize, and of the process' calls.
+// Nothing else is left there. CloseHanded closes it. Errors are those of Seize, and of the process' calls; ErrForbidden
+// where a security module does not let the process have the file.
 func Hand(ctx context.Context, pid int, f *os.File) (fd int, err error) {
 	wrap := func(err error) error { return fmt.Errorf("hand %s to process %d: %w", f.Name(), pid, err) }
 	pidfd, err := openPidfd(pid)
@@ -34,11 +38,12 @@ func Hand(ctx context.Context, pid int, f *os.File) (fd int, err error) {
 		return -1, wrap(err)
 	}
 	defer unix.Close(pidfd)
-	p, err := target{pid: pid, pidfd: pidfd}.seize(ctx)
+	t := target{pid: pid, pidfd: pidfd}
+	p, err := t.seize(ctx)
 	if err != nil {
 		return -1, wrap(err)
 	}
-	fd, err = p.receive(ctx, pidfd, f)
+	fd, err = p.receive(ctx, t, f)
 	if err = both(err, p.Detach()); err != nil {
 		return -1, wrap(err)
 	}
@@ -46,7 +51,7 @@ func Hand(ctx context.Context, pid int, f *os.File) (fd int, err error) {
 }
 
 // receive makes the process receive f. Whatever fails, the process is left as it was.
-func (p *Process) receive(ctx context.Context, pidfd int, f *os.File) (fd int, err error) {
+func (p *Process) receive(ctx context.Context, t target, f *os.File) (fd int, err error) {
 	undo := func(nr uintptr, args ...uintptr) { // not with ctx, which may be over
 		_, undoErr := p.Syscall(context.WithoutCancel(ctx), nr, args...)
 		err = both(err, undoErr)
@@ -68,7 +73,7 @@ func (p *Process) receive(ctx context.Context, pidfd int, f *os.File) (fd int, e
 	}
 	ours, theirs := uintptr(binary.NativeEndian.Uint32(pair)), uintptr(binary.NativeEndian.Uint32(pair[4:]))
 	defer func() { undo(unix.SYS_CLOSE, ours); undo(unix.SYS_CLOSE, theirs) }()
-	if err := send(pidfd, int(ours), f); err != nil {
+	if err := send(t.pidfd, int(ours), f); err != nil {
 		return -1, err
 	}
 	if err := p.poke(page, messageOf(page)); err != nil {
@@ -82,9 +87,8 @@ func (p *Process) receive(ctx context.Context, pidfd int, f *os.File) (fd int, e
 	if err != nil {
 		return -1, err
 	}
-	// A security module may have taken it out.
 	if size := binary.NativeEndian.Uint64(control); size != uint64(unix.CmsgLen(4)) {
-		return -1, errors.New("the process may not have that file: its security module refuses")
+		return -1, forbidden(t.pid, "receive that file", errTakenOut)
 	}
 	return int(binary.NativeEndian.Uint32(control[unix.CmsgLen(0):])), nil
 }
