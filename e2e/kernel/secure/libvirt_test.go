@@ -42,12 +42,12 @@ var svirtClaims = map[string]string{
 // TestLibvirt moves a domain of libvirt's there and back under SELinux, which confines its QEMU by categories of its
 // own, and both daemons.
 func TestLibvirt(t *testing.T) {
-	initrd := rootfs(t, libvirtFiles(t)...)
+	initrd := rootfs(t, slices.Concat(policies(t), libvirtFiles(t), selinuxFiles())...)
 	tree, err := kernel.Build(t.Context(), kernel.Patched)
 	if err != nil {
 		cannot.Run(t, "%v", err)
 	}
-	got, err := bootAgain(t, tree.BzImage, initrd, "svirt")
+	got, err := bootAgain(t, underSELinux(tree, initrd), "svirt")
 	if err != nil {
 		t.Error(err)
 	}
@@ -56,16 +56,10 @@ func TestLibvirt(t *testing.T) {
 	}
 }
 
-// libvirtFiles are libvirtd, virsh, what they load, and what libselinux and libvirt's driver for it ask a host for.
-func libvirtFiles(t *testing.T) []kernel.File {
-	t.Helper()
+// selinuxFiles are what libselinux and libvirt's driver for it ask a host for.
+func selinuxFiles() []kernel.File {
 	files := []kernel.File{
-		{Name: "etc/passwd", Data: []byte("root:x:0:0::/:/bin/false\nlibvirt-qemu:x:107:107::/:/bin/false\n")},
-		{Name: "etc/group", Data: []byte("root:x:0:\nlibvirt-qemu:x:107:\nkvm:x:108:\n")},
 		{Name: "etc/selinux/config", Data: []byte("SELINUX=enforcing\nSELINUXTYPE=small\n")},
-		{Name: "etc/libvirt", Mode: fs.ModeDir | 0o755},
-		{Name: "var/lib/libvirt", Mode: fs.ModeDir | 0o755},
-		{Name: "var/cache/libvirt", Mode: fs.ModeDir | 0o755},
 	}
 	for name, text := range map[string]string{
 		"virtual_domain_context": "system_u:system_r:svirt_t:s0\n",
@@ -74,6 +68,19 @@ func libvirtFiles(t *testing.T) []kernel.File {
 			"/run/vm/disk\tsystem_u:object_r:virt_image_t:s0\n",
 	} {
 		files = append(files, kernel.File{Name: "etc/selinux/small/contexts/" + name, Data: []byte(text)})
+	}
+	return files
+}
+
+// libvirtFiles are libvirtd, virsh, and what they load.
+func libvirtFiles(t *testing.T) []kernel.File {
+	t.Helper()
+	files := []kernel.File{
+		{Name: "etc/passwd", Data: []byte("root:x:0:0::/:/bin/false\nlibvirt-qemu:x:107:107::/:/bin/false\n")},
+		{Name: "etc/group", Data: []byte("root:x:0:\nlibvirt-qemu:x:107:\nkvm:x:108:\n")},
+		{Name: "etc/libvirt", Mode: fs.ModeDir | 0o755},
+		{Name: "var/lib/libvirt", Mode: fs.ModeDir | 0o755},
+		{Name: "var/cache/libvirt", Mode: fs.ModeDir | 0o755},
 	}
 	for _, pattern := range []string{
 		"/usr/share/libvirt/cpu_map/x86_*", "/usr/share/libvirt/cpu_map/index.xml",

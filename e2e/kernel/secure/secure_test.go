@@ -119,14 +119,14 @@ var claims = []struct {
 }
 
 func TestSecureMigration(t *testing.T) {
-	initrd := rootfs(t)
+	initrd := rootfs(t, policies(t)...)
 	for _, variant := range []kernel.Variant{kernel.Stock, kernel.Patched} {
 		t.Run(string(variant), func(t *testing.T) {
 			tree, err := kernel.Build(t.Context(), variant)
 			if err != nil {
 				cannot.Run(t, "%v", err)
 			}
-			results, err := bootAgain(t, tree.BzImage, initrd)
+			results, err := bootAgain(t, underSELinux(tree, initrd))
 			if err != nil {
 				t.Error(err)
 			}
@@ -158,7 +158,7 @@ func TestSecureMigration(t *testing.T) {
 const attempts = 2
 
 // ours matches a line of the kernel's that names what the patches touch.
-var ours = regexp.MustCompile(`(?im)^\[.*(userfault|uffd|anon_inode|selinux|security_)`)
+var ours = regexp.MustCompile(`(?im)^\[.*(userfault|uffd|anon_inode|selinux|apparmor|security_)`)
 
 // emulators says whether a boot failed because the emulator mixed the nested machine up with the one around it. The
 // outer kernel stumbles over its own memory then, if it can still say so: wherever it happens to be, but not over and over in
@@ -242,34 +242,35 @@ func TestLostLater(t *testing.T) {
 	}
 }
 
+// underSELinux is one of our kernels. With nested page tables the emulator loses its way (README.md, "The emulator").
+func underSELinux(tree kernel.Tree, initrd string) kernel.Options {
+	return kernel.Options{Kernel: tree.BzImage, Initrd: initrd, CommandLine: "lsm=selinux kvm_amd.npt=0"}
+}
+
 // bootAgain is boot, once more where the emulator lost its way.
-func bootAgain(t *testing.T, bzImage, initrd string, args ...string) (map[string]string, error) {
+func bootAgain(t *testing.T, o kernel.Options, args ...string) (map[string]string, error) {
 	t.Helper()
-	results, err := boot(t, bzImage, initrd, args...)
+	results, err := boot(t, o, args...)
 	for again := 1; again < attempts && emulators(results, err); again++ {
 		t.Logf("KNOWN: the emulator lost its way; see README.md, 'The emulator'; booting again, %d of %d: %v",
 			again+1, attempts, err)
-		results, err = boot(t, bzImage, initrd, args...)
+		results, err = boot(t, o, args...)
 	}
 	return results, err
 }
 
-// boot boots a kernel with the initramfs, gives args to its /init, and returns
+// boot boots a kernel, gives args to its /init, and returns
 // what the guest reported. The error says that it did not come to its end.
-func boot(t *testing.T, bzImage, initrd string, args ...string) (map[string]string, error) {
+func boot(t *testing.T, o kernel.Options, args ...string) (map[string]string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	results := map[string]string{}
 	done := false
-	err := kernel.Boot(ctx, kernel.Options{
-		Kernel: bzImage, Initrd: initrd, MemoryMiB: 1024,
-		// What the kernel merely notes, refused accesses among it, would come
-		// in between the guest's lines. It measures the emulated TSC's rate at its start,
-		// and on a busy machine so wrongly that its seconds become fractions of seconds. With nested page
-		// tables the emulator loses its way (README.md, "The emulator").
-		CommandLine: strings.Join(append([]string{"lsm=selinux loglevel=5 kvm_amd.npt=0 --"}, args...), " "),
-	}, func(line string) error {
+	o.MemoryMiB = 1024
+	// What the kernel merely notes, refused accesses among it, would come in between the guest's lines.
+	o.CommandLine = strings.Join(append([]string{o.CommandLine, "loglevel=5 --"}, args...), " ")
+	err := kernel.Boot(ctx, o, func(line string) error {
 		t.Log(line)
 		words := strings.Fields(line)
 		switch {

@@ -59,7 +59,7 @@ func TestUserSpace(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := map[string]string{"uffd": "passes", "uffd-has-flag": "true", "inject": "passes"}
-	got, err := boot(t, tree.BzImage, initrd, "tests")
+	got, err := boot(t, underSELinux(tree, initrd), "tests")
 	if err != nil {
 		t.Error(err)
 	}

@@ -33,9 +33,9 @@ func listen() (*audit, error) {
 				logf("the kernel's log: %v", err)
 				return
 			}
-			if line := string(record[:n]); strings.Contains(line, "avc:  denied") {
-				_, line, _ = strings.Cut(line, "avc:  ")
-				line, _, _ = strings.Cut(line, "\n")
+			line, _, _ := strings.Cut(string(record[:n]), "\n")
+			if i := strings.Index(line, "avc:  denied"); i >= 0 || strings.Contains(line, `apparmor="DENIED"`) {
+				line = line[max(i, 0):]
 				a.mu.Lock()
 				a.lines = append(a.lines, line)
 				a.mu.Unlock()

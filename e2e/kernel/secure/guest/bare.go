@@ -11,7 +11,7 @@ import (
 // bare migrates without a policy. Nothing supervises a userfaultfd there but
 // the flag, where the kernel has it.
 func bare(ctx context.Context, _ *audit) error {
-	s, err := newScene(ctx, false, shared)
+	s, err := newScene(ctx, none, shared)
 	defer s.close()
 	if err == nil {
 		err = s.bare(ctx)

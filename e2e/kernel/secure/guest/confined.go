@@ -20,7 +20,7 @@ func confined(ctx context.Context, log *audit) error {
 	if err != nil {
 		return err
 	}
-	s, err := newScene(ctx, true, shared, "--require-secure")
+	s, err := newScene(ctx, selinux, shared, "--require-secure")
 	defer s.close()
 	for _, act := range []func(context.Context, *audit) error{s.there, s.back, s.forbidden, s.again} {
 		if err == nil {

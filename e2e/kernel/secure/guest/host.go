@@ -19,6 +19,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// A module is a security module, by the name that libvirt has for it.
+type module string
+
+const (
+	none     module = "none"
+	selinux  module = "selinux"
+	apparmor module = "apparmor"
+)
+
 // A host is a mount namespace with a /run and a /dev/shm of its own, and an
 // address on loopback: enough for a daemon and a VM that do not meet those of
 // the other host. One locked thread lives in the namespace and starts its
@@ -27,14 +36,14 @@ type host struct {
 	name, addr string
 	root       string // the host's files, seen from outside
 	work       chan func()
-	labelled   bool // a policy is loaded
-	libvirt    bool // VMs are libvirt's
+	module     module // what confines, once it has a policy
+	libvirt    bool   // VMs are libvirt's
 	memory     memory
 	processes  []*process
 }
 
-func newHost(name, addr string, labelled bool, memory memory) (*host, error) {
-	h := &host{name: name, addr: addr, work: make(chan func()), labelled: labelled, memory: memory}
+func newHost(name, addr string, by module, memory memory) (*host, error) {
+	h := &host{name: name, addr: addr, work: make(chan func()), module: by, memory: memory}
 	ready := make(chan error)
 	go func() {
 		runtime.LockOSThread() // for good: the thread ends with the host
@@ -76,7 +85,7 @@ func (h *host) furnish() error {
 		os.WriteFile(h.path(vmDir+"/disk"), disk, 0o600),
 		os.Chown(h.path(vmDir), qemuUser, qemuUser),
 		os.Chown(h.path(vmDir+"/disk"), qemuUser, qemuUser))
-	if err != nil || !h.labelled {
+	if err != nil || h.module != selinux {
 		return err
 	}
 	return errors.Join(
@@ -125,15 +134,20 @@ func (h *host) start(domain string, uid uint32, files []*os.File, argv ...string
 		p.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uid, Gid: uid}
 	}
 	err := h.do(func() error {
-		if !h.labelled || domain == "" {
-			return p.cmd.Start()
-		}
 		// What this thread asks for holds for the child's exec as well.
 		const exec = "/proc/thread-self/attr/exec"
-		if err := os.WriteFile(exec, []byte(fullContext(domain)), 0); err != nil {
-			return err
+		switch {
+		case h.module == selinux && domain != "":
+			if err := os.WriteFile(exec, []byte(fullContext(domain)), 0); err != nil {
+				return err
+			}
+			return errors.Join(p.cmd.Start(), os.WriteFile(exec, nil, 0))
+		case h.module == apparmor:
+			if err := os.WriteFile(exec, []byte("exec "+h.profileOn(domain)), 0); err != nil {
+				return err
+			}
 		}
-		return errors.Join(p.cmd.Start(), os.WriteFile(exec, nil, 0))
+		return p.cmd.Start()
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start %s in %q on host %s: %w", argv[0], domain, h.name, err)

@@ -16,6 +16,7 @@ import (
 const (
 	libvirtDomain = "system_r:virtd_t:s0-s0:c0.c7" // QEMUs get two of its categories
 	domainName    = "guest"
+	domainUUID    = "00000000-0000-4000-8000-0000000000aa"
 	domainDisk    = vmDir + "/disk"
 	imageLabel    = "object_r:virt_image_t:s0" // of an image that no domain has
 )
@@ -29,7 +30,7 @@ func svirt(ctx context.Context, log *audit) error {
 		return err
 	}
 	mark := log.mark()
-	s, err := newDomainScene(ctx)
+	s, err := newDomainScene(ctx, selinux, "--require-secure")
 	defer s.close()
 	for _, act := range []func(context.Context) error{
 		s.sharedLabel,
@@ -46,20 +47,18 @@ func svirt(ctx context.Context, log *audit) error {
 }
 
 // newDomainScene makes hosts with libvirt and starts the domain on the first.
-func newDomainScene(ctx context.Context) (*scene, error) {
+func newDomainScene(ctx context.Context, by module, daemonArgs ...string) (*scene, error) {
 	s := &scene{}
 	for i, addr := range []string{"127.0.0.4", "127.0.0.5"} {
 		var err error
-		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, true, privateToVM); err != nil {
-			return s, err
-		}
-		if err := label(s.hosts[i].path(domainDisk), imageLabel); err != nil {
+		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, by, privateToVM); err != nil {
 			return s, err
 		}
 		if err := s.hosts[i].startLibvirt(ctx, i); err != nil {
 			return s, err
 		}
-		if s.daemons[i], err = s.hosts[i].startDaemon(ctx, "--require-secure", "--qemu-binaries", watchedQEMU); err != nil {
+		daemonArgs := append([]string{"--qemu-binaries", watchedQEMU}, daemonArgs...)
+		if s.daemons[i], err = s.hosts[i].startDaemon(ctx, daemonArgs...); err != nil {
 			return s, err
 		}
 	}
@@ -75,7 +74,7 @@ func newDomainScene(ctx context.Context) (*scene, error) {
 
 // watchedQEMU is QEMU with the sockets of qemuArgs, by which the driver watches a VM: a copy of this program, which a
 // definition may name as its emulator, where it may have no arguments of its own.
-const watchedQEMU = "/usr/bin/watched/qemu-system-x86_64"
+const watchedQEMU = "/usr/bin/kvm" // one of those that libvirt's AppArmor profiles know
 
 // watch becomes QEMU. The one that libvirt asks for what it can do has no name, and gets no sockets.
 func watch(args []string) error {
@@ -91,6 +90,7 @@ func watch(args []string) error {
 var domainXML = fmt.Sprintf(`
 <domain type='kvm'>
   <name>%s</name>
+  <uuid>%s</uuid>
   <memory unit='MiB'>%d</memory>
   <vcpu>1</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type></os>
@@ -108,7 +108,7 @@ var domainXML = fmt.Sprintf(`
     <memballoon model='none'/>
   </devices>
 </domain>
-`, domainName, ramMiB, watchedQEMU, domainDisk, vmDir)
+`, domainName, domainUUID, ramMiB, watchedQEMU, domainDisk, vmDir)
 
 // startLibvirt starts the host's libvirtd, with directories of its own, and waits until it answers.
 func (h *host) startLibvirt(ctx context.Context, number int) error {
@@ -119,6 +119,11 @@ func (h *host) startLibvirt(ctx context.Context, number int) error {
 		{"/var/cache/libvirt", "object_r:virt_var_lib_t:s0"},
 		{"/var/log/libvirt", "object_r:virt_log_t:s0"},
 	}
+	if h.module == selinux {
+		if err := label(h.path(domainDisk), imageLabel); err != nil {
+			return err
+		}
+	}
 	for _, d := range dirs {
 		err := h.do(func() error {
 			if err := os.MkdirAll(d.path, 0o755); err != nil {
@@ -126,18 +131,26 @@ func (h *host) startLibvirt(ctx context.Context, number int) error {
 			}
 			return unix.Mount("tmpfs", d.path, "tmpfs", 0, "mode=0755")
 		})
-		if err := errors.Join(err, label(h.path(d.path), d.label)); err != nil {
+		if err == nil && h.module == selinux {
+			err = label(h.path(d.path), d.label)
+		}
+		if err != nil {
 			return fmt.Errorf("libvirt's %s: %w", d.path, err)
+		}
+	}
+	if h.module == apparmor {
+		if err := h.ownPolicy(ctx); err != nil {
+			return err
 		}
 	}
 	if err := errors.Join(
 		os.WriteFile(h.path("/etc/libvirt/qemu.conf"), fmt.Appendf(nil, `
-security_driver = "selinux"
+security_driver = "%[2]s"
 stdio_handler = "file"
 cgroup_controllers = []
-user = "+%d"
+user = "+%[1]d"
 group = "+%[1]d"
-`, qemuUser), 0o600),
+`, qemuUser, h.module), 0o600),
 		os.WriteFile(h.path("/etc/libvirt/libvirtd.conf"), fmt.Appendf(nil, `
 host_uuid = "00000000-0000-4000-8000-00000000000%d"
 auth_unix_rw = "none"
@@ -186,7 +199,7 @@ func (s *scene) sharedLabel(ctx context.Context) error {
 	if err := label(image, "object_r:svirt_image_t:"+level); err != nil {
 		return err
 	}
-	said, err := s.from().operate(ctx, "migrate", "--vm", "libvirt:"+domainName, "--to", s.to().daemonAddr(), "--id", s.id())
+	said, err := s.from().operate(ctx, s.domainArgs(s.id())...)
 	if err == nil {
 		return errors.New("a label that both hosts see did not hinder a migration")
 	}
@@ -200,12 +213,16 @@ func (s *scene) sharedLabel(ctx context.Context) error {
 	return errors.Join(label(image, imageLabel), s.from().countsOn(ctx))
 }
 
+// domainArgs are those that move the domain.
+func (s *scene) domainArgs(id string) []string {
+	return []string{"migrate", "--vm", "libvirt:" + domainName, "--to", s.to().daemonAddr(), "--id", id}
+}
+
 // moveDomain moves the domain, has its vCPU wait for a page meanwhile, and says what became of it.
 func (s *scene) moveDomain(ctx context.Context, name string) error {
 	logf("%s: QEMU runs in %s at the source", name, domainOf(s.from().qemu()))
 	id := s.id()
-	args := []string{"migrate", "--vm", "libvirt:" + domainName, "--to", s.to().daemonAddr(), "--id", id}
-	err := s.starve(ctx, name, id, args, func() error {
+	err := s.starve(ctx, name, id, s.domainArgs(id), func() error {
 		logf("%s: QEMU runs in %s at the destination", name, domainOf(s.to().qemu()))
 		return nil
 	})

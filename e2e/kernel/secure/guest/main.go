@@ -11,8 +11,8 @@
 // It runs the same on every kernel: first without a policy (bare.go), then
 // with it (confined.go) and with others who try to get at a VM's descriptor
 // (strangers.go), and with a VM whose memory is in no file (private.go). Told
-// to, it migrates a domain of libvirt's instead (libvirt.go), or runs test
-// binaries (tests.go).
+// to, it migrates a domain of libvirt's instead (libvirt.go), also where AppArmor
+// confines it (apparmor.go), or runs test binaries (tests.go).
 package main
 
 import (
@@ -59,7 +59,9 @@ func run(ctx context.Context) error {
 	}
 	parts := []func(context.Context, *audit) error{bare, confined, private}
 	if len(os.Args) > 1 {
-		part, known := map[string]func(context.Context, *audit) error{"tests": tests, "svirt": svirt}[os.Args[1]]
+		part, known := map[string]func(context.Context, *audit) error{
+			"tests": tests, "svirt": svirt, "apparmor": confinedByAppArmor,
+		}[os.Args[1]]
 		if !known {
 			return fmt.Errorf("there is no part %q", os.Args[1])
 		}
@@ -78,9 +80,16 @@ func prepare() error {
 	for _, m := range []struct{ kind, at string }{
 		{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}, {"selinuxfs", "/sys/fs/selinux"},
 	} {
-		if err := unix.Mount(m.kind, m.at, m.kind, 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
+		err := unix.Mount(m.kind, m.at, m.kind, 0, "")
+		if m.kind == "selinuxfs" && errors.Is(err, unix.ENOENT) {
+			continue // another security module
+		}
+		if err != nil && !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("mount %s: %w", m.at, err)
 		}
+	}
+	if err := loadModules(); err != nil {
+		return err
 	}
 	program, err := os.ReadFile("/init")
 	if err != nil {
@@ -92,7 +101,6 @@ func prepare() error {
 		os.Chmod("/dev/kvm", 0o666), // as for the members of a group kvm
 		os.Symlink("/run", "/var/run"),
 		os.Mkdir("/var/log", 0o755),
-		os.Mkdir(filepath.Dir(watchedQEMU), 0o755),
 		os.WriteFile(watchedQEMU, program, 0o755),
 		// The programs of those who try: a file has one label.
 		os.WriteFile("/usr/bin/probe", program, 0o755),
@@ -100,6 +108,28 @@ func prepare() error {
 		// Each refusal is to be seen.
 		os.WriteFile("/proc/sys/kernel/printk_ratelimit", []byte("0"), 0),
 		raiseLoopback())
+}
+
+// loadModules loads KVM where the kernel has it in modules, in the order of their names.
+func loadModules() error {
+	paths, err := filepath.Glob("/modules/*.ko")
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		params := ""
+		if strings.HasSuffix(path, "-kvm-amd.ko") {
+			params = "npt=0" // as the others have it on their command line
+		}
+		module, err := os.ReadFile(path)
+		if err == nil {
+			err = unix.InitModule(module, params)
+		}
+		if err != nil {
+			return fmt.Errorf("load %s: %w", path, err)
+		}
+	}
+	return nil
 }
 
 // raiseLoopback is "ip link set lo up".

@@ -13,7 +13,7 @@ import (
 // way back is into a QEMU that the daemon starts.
 func private(ctx context.Context, log *audit) error {
 	mark := log.mark()
-	s, err := newScene(ctx, true, privateToVM, "--require-secure")
+	s, err := newScene(ctx, selinux, privateToVM, "--require-secure")
 	defer s.close()
 	for _, act := range []func(context.Context) error{
 		s.privateThere, s.privateBack,

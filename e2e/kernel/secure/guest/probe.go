@@ -43,6 +43,13 @@ func try(args []string) error {
 		return send(args[1])
 	case "receive":
 		return receive(args[1])
+	case "open":
+		f, err := os.Open(args[1])
+		fmt.Println(outcome(err))
+		if err == nil {
+			f.Close()
+		}
+		return nil
 	case "use":
 		return use()
 	}

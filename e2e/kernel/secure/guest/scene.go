@@ -16,11 +16,11 @@ type scene struct {
 }
 
 // newScene makes the hosts and starts the VM on the first.
-func newScene(ctx context.Context, labelled bool, memory memory, daemonArgs ...string) (*scene, error) {
+func newScene(ctx context.Context, by module, memory memory, daemonArgs ...string) (*scene, error) {
 	s := &scene{}
 	for i, addr := range []string{"127.0.0.2", "127.0.0.3"} {
 		var err error
-		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, labelled, memory); err != nil {
+		if s.hosts[i], err = newHost(string(rune('a'+i)), addr, by, memory); err != nil {
 			return s, err
 		}
 		if s.daemons[i], err = s.hosts[i].startDaemon(ctx, daemonArgs...); err != nil {
