@@ -32,7 +32,6 @@ const contLockName = libvirt.Staying + ContLockNode
 // it does not share it (block/file-posix.c). That lock belongs to an open file that QEMU itself has, too: it lasts as
 // long as that QEMU, whatever becomes of this process.
 type ContLock struct {
-	vm     *VM
 	holder *os.File
 }
 
@@ -44,44 +43,35 @@ func (vm *VM) NewContLock(ctx context.Context) (_ *ContLock, err error) {
 	if err := vm.RemoveContLock(ctx); err != nil { // of a migration that failed
 		return fail(err)
 	}
-	fd, err := unix.MemfdCreate(ContLockNode, unix.MFD_CLOEXEC)
+	image, holder, err := memoryFile(ContLockNode, os.O_RDWR)
 	if err != nil {
 		return fail(err)
 	}
-	image := os.NewFile(uintptr(fd), ContLockNode)
 	defer image.Close() // QEMU has a duplicate
-	if _, err := image.Write(contLockImage()); err != nil {
-		return fail(err)
+	l := &ContLock{holder: holder}
+	if _, err = image.Write(contLockImage()); err == nil {
+		err = vm.addContLock(ctx, image, holder)
 	}
-	holder, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_RDWR, 0)
 	if err != nil {
-		return fail(err)
-	}
-	l := &ContLock{vm: vm, holder: holder}
-	if err := l.add(ctx, image); err != nil {
 		return fail(errors.Join(err, l.Close(), vm.RemoveContLock(ctx)))
 	}
 	return l, nil
 }
 
-// add gives QEMU the image, and the descriptor that is to hold the lock.
-func (l *ContLock) add(ctx context.Context, image *os.File) error {
-	if err := l.vm.QMP.DoWithFD(ctx, "getfd", map[string]string{"fdname": contLockName}, nil, l.holder); err != nil {
+// addContLock gives QEMU the image, and the descriptor that is to hold the lock.
+func (vm *VM) addContLock(ctx context.Context, image, holder *os.File) error {
+	if err := vm.getFD(ctx, contLockName, holder); err != nil {
 		return err
 	}
-	var added struct {
-		Set int `json:"fdset-id"`
-	}
-	if err := l.vm.QMP.DoWithFD(ctx, "add-fd", nil, &added, image); err != nil {
+	set, err := vm.addFD(ctx, image)
+	if err != nil {
 		return err
 	}
-	err := l.vm.QMP.Do(ctx, "blockdev-add", map[string]any{
-		"node-name": ContLockNode, "driver": "qcow2", "file": map[string]any{
-			"driver": "file", "filename": fmt.Sprintf("/dev/fdset/%d", added.Set), "locking": "on",
-		},
+	err = vm.QMP.Do(ctx, "blockdev-add", map[string]any{
+		"node-name": ContLockNode, "driver": "qcow2",
+		"file": map[string]any{"driver": "file", "filename": fdsetPath(set), "locking": "on"},
 	}, nil)
-	// The node has a descriptor of its own.
-	return errors.Join(err, l.vm.QMP.Do(ctx, "remove-fd", map[string]int{"fdset-id": added.Set}, nil))
+	return errors.Join(err, vm.removeFD(ctx, set)) // the node has a descriptor of its own
 }
 
 // What QEMU looks at (RAW_LOCK_SHARED_BASE in block/file-posix.c, BLK_PERM_WRITE in include/block/block-common.h): who
@@ -117,7 +107,7 @@ func (vm *VM) RemoveContLock(ctx context.Context) error {
 		}
 	}
 	// It may not be there, and is not this connection's where a daemon before this one handed it through libvirt.
-	if err := vm.QMP.Do(ctx, "closefd", map[string]string{"fdname": contLockName}, nil); !errors.Is(err, qmp.ErrGeneric) {
+	if err := vm.closeFD(ctx, contLockName); !errors.Is(err, qmp.ErrGeneric) {
 		return err
 	}
 	return nil

@@ -43,15 +43,14 @@ func (vm *VM) BeginLoading(ctx context.Context, f *os.File) (_ *Loading, err err
 			l.events.Close()
 		}
 	}()
-	name := map[string]string{"fdname": fdName}
-	if err := vm.QMP.DoWithFD(ctx, "getfd", name, nil, f); err != nil {
+	if err := vm.getFD(ctx, fdName, f); err != nil {
 		return nil, err
 	}
 	if err := vm.QMP.Do(ctx, "migrate-incoming", map[string]string{"uri": "fd:" + fdName}, nil); err != nil {
 		var refused *qmp.Error
 		if errors.As(err, &refused) {
 			// It may have taken the descriptor before it refused: closefd then fails.
-			_ = vm.QMP.Do(ctx, "closefd", name, nil)
+			_ = vm.closeFD(ctx, fdName)
 			return nil, err
 		}
 		return nil, abandon(f, err)

@@ -10,8 +10,6 @@ import (
 	"os"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
@@ -26,26 +24,16 @@ type Saver struct {
 
 // NewSaver hands QEMU a file in memory to save to.
 func (vm *VM) NewSaver(ctx context.Context) (*Saver, error) {
-	fd, err := unix.MemfdCreate("device-state", unix.MFD_CLOEXEC)
+	file, writer, err := memoryFile("device-state", os.O_WRONLY) // the mode that QEMU opens it with
 	if err != nil {
 		return nil, fmt.Errorf("file for the device state: %w", err)
 	}
-	s := &Saver{vm: vm, file: os.NewFile(uintptr(fd), "device-state")}
-	// QEMU takes a descriptor of a set only if its mode is the one that it would open a file with
-	// (monitor_fdset_dup_fd_add in monitor/fds.c).
-	writer, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_WRONLY, 0)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("file for the device state: %w", err), s.file.Close())
-	}
 	defer writer.Close() // QEMU has a duplicate
-	var added struct {
-		Set int `json:"fdset-id"`
+	set, err := vm.addFD(ctx, writer)
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
 	}
-	if err := vm.QMP.DoWithFD(ctx, "add-fd", nil, &added, writer); err != nil {
-		return nil, errors.Join(err, s.file.Close())
-	}
-	s.set = added.Set
-	return s, nil
+	return &Saver{vm: vm, file: file, set: set}, nil
 }
 
 // lookEvery is how often Save looks what QEMU has written: QEMU writes 32 KiB at a time, of which a state of 1 MB has one
@@ -74,7 +62,7 @@ func (s *Saver) save(
 ) ([]byte, error) {
 	// The name is Xen's, the command is everybody's (qmp_xen_save_devices_state in migration/savevm.c). "live" is what
 	// makes it give up the disks of a VM that was stopped before.
-	args := map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", s.set), "live": giveUpDisks}
+	args := map[string]any{"filename": fdsetPath(s.set), "live": giveUpDisks}
 	wait, err := s.vm.QMP.Begin(ctx, "xen-save-devices-state", args)
 	if err != nil {
 		return nil, err
@@ -163,7 +151,7 @@ func (s *Saver) read(state []byte) ([]byte, error) {
 func (s *Saver) Close(ctx context.Context) error {
 	err := s.file.Truncate(0) // QEMU may keep its descriptor for as long as the VM does not run
 	if s.vm.QMP.Err() == nil {
-		err = errors.Join(err, s.vm.QMP.Do(ctx, "remove-fd", map[string]int{"fdset-id": s.set}, nil))
+		err = errors.Join(err, s.vm.removeFD(ctx, s.set))
 	}
 	return errors.Join(err, s.file.Close())
 }
