@@ -103,7 +103,7 @@ type Source struct {
 	told, answered time.Time                           // when the last was sent, and answered
 	loaded         *migratedv1.LoadDeviceStateResponse // nil: it was told to run, and has not answered
 	steps          steps
-	contLock       *qemu.ContLock // until the commit; nil: none
+	contLock       *qemu.ContLock // nil: none was made by this daemon
 
 	unguard context.CancelFunc // ends guardStopped; nil: it did not begin
 	resumed chan struct{}      // closed when somebody else has continued the VM, after it was stopped
