@@ -105,10 +105,9 @@ func (d *Daemon) newSource(caller context.Context, id string, spec *migratedv1.M
 	cfg := d.sourceConfig()
 	cfg.ID, cfg.Spec, cfg.DestinationXML = id, proto.CloneOf(spec), definition
 	cfg.Check = d.checked.of(spec.GetVm(), spec.GetDestination())
-	ctx := d.traces.Begin(d.ctx, caller, id, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
-	s := migration.NewSource(ctx, cfg)
-	d.traces.Follow(ctx, s)
-	d.keepReportAtEnd(s)
+	life := d.traces.Begin(d.ctx, caller, id, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
+	s := migration.NewSource(life, cfg)
+	d.follow(life, s)
 	return s
 }
 

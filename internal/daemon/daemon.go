@@ -66,6 +66,7 @@ type Daemon struct {
 	records    *migration.Records
 	migrations *registry
 	reports    *report.Store
+	keeping    sync.WaitGroup // what waits for the end of a migration to keep its report
 	checked    checked
 	versions   *migratedv1.HostVersions // of this host, without QEMU's
 	traces     *traces.Tracer           // nil: none
@@ -214,9 +215,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.log.Info("stopping", "migrations", d.migrations.active())
 	d.cancel(errors.New("the daemon was stopped"))
 	d.migrations.wait()
-	for _, t := range d.migrations.all() { // those that ended at this moment, above all
-		d.keepReport(t)
-	}
+	d.keeping.Wait() // for the reports of those that ended at this moment
 	close(d.stopping)
 	lanes.Close()
 	if scrapes != nil {

@@ -72,8 +72,7 @@ func (d *Daemon) expectIncoming(ctx context.Context, request *migratedv1.Prepare
 		cfg.Request = request
 		life := d.traces.Begin(d.ctx, ctx, request.GetId(), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)
 		destination := migration.NewDestination(life, cfg)
-		d.traces.Follow(life, destination)
-		d.keepReportAtEnd(destination)
+		d.follow(life, destination)
 		return destination
 	})
 	var crowded *crowdedError

@@ -42,12 +42,13 @@ func (d *Daemon) keepReport(t tracked) {
 	}
 }
 
-// keepReportAtEnd does so when a migration is over, beside whatever follows.
-func (d *Daemon) keepReportAtEnd(t tracked) {
-	go func() {
+// follow traces a migration, whose life has a span from traces.Begin, and keeps its report when it is over.
+func (d *Daemon) follow(life context.Context, t tracked) {
+	d.traces.Follow(life, t)
+	d.keeping.Go(func() {
 		<-t.Done()
 		d.keepReport(t)
-	}()
+	})
 }
 
 // Report prefers what is in memory, unless an earlier run of this daemon has written down more.

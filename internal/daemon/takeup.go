@@ -91,7 +91,7 @@ func (d *Daemon) takeUp() error {
 			left[filepath.Base(dir)] = err
 			continue
 		}
-		d.traces.Follow(life, destination)
+		d.follow(life, destination)
 		destinations = append(destinations, destination)
 	}
 	// A source asks its QEMU, which takes its time where it hangs. VMs that came here wait meanwhile no longer.
@@ -101,7 +101,7 @@ func (d *Daemon) takeUp() error {
 		all.Go(func() {
 			life := d.traces.Begin(d.ctx, d.ctx, rec.ID, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
 			if sources[i], failures[i] = migration.TakeUpSource(life, d.sourceConfig(), rec); failures[i] == nil {
-				d.traces.Follow(life, sources[i])
+				d.follow(life, sources[i])
 			}
 		})
 	}
@@ -117,8 +117,5 @@ func (d *Daemon) takeUp() error {
 	}
 	sources = slices.DeleteFunc(sources, func(s *migration.Source) bool { return s == nil })
 	d.migrations.takeUp(sources, destinations, left, unread)
-	for _, t := range d.migrations.all() {
-		d.keepReportAtEnd(t)
-	}
 	return nil
 }
