@@ -187,11 +187,18 @@ func bandwidthLimit(r *migratedv1.Report) string {
 		units.Rate(rate), units.Rate(limit), units.Duration(took))
 }
 
+// pathRates are what memory came at on average, while it took, and at the best; not ok where nothing can be said of the
+// path: it was too short, or a bandwidth limit was the limit.
+func pathRates(r *migratedv1.Report) (took time.Duration, rate, best float64, ok bool) {
+	took, ok = filled(r)
+	rate = float64(r.GetMigration().GetProgress().GetBytesOnWire()) / took.Seconds()
+	best = r.GetIncoming().GetBestBytesPerSecond()
+	return took, rate, best, ok && best > 0 && bandwidthLimit(r) == ""
+}
+
 func pathLimit(r *migratedv1.Report) string {
-	took, ok := filled(r)
-	best := r.GetIncoming().GetBestBytesPerSecond()
-	rate := float64(r.GetMigration().GetProgress().GetBytesOnWire()) / took.Seconds()
-	if !ok || best == 0 || rate < nearlyAll*best || bandwidthLimit(r) != "" {
+	took, rate, best, ok := pathRates(r)
+	if !ok || rate < nearlyAll*best {
 		return ""
 	}
 	return fmt.Sprintf("The path between the hosts was the limit: its link, or the CPU of an end. "+
@@ -200,10 +207,8 @@ func pathLimit(r *migratedv1.Report) string {
 }
 
 func pathIdle(r *migratedv1.Report) string {
-	took, ok := filled(r)
-	best := r.GetIncoming().GetBestBytesPerSecond()
-	rate := float64(r.GetMigration().GetProgress().GetBytesOnWire()) / took.Seconds()
-	if !ok || best == 0 || rate >= little*best || bandwidthLimit(r) != "" {
+	took, rate, best, ok := pathRates(r)
+	if !ok || rate >= little*best {
 		return ""
 	}
 	return fmt.Sprintf("The path between the hosts was not the limit all the time: "+
