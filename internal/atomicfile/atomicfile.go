@@ -5,20 +5,21 @@ package atomicfile
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 )
 
-// Write makes the file at path have that content. It is durable when Write returns: file and directory are synced. What a
-// process leaves that ends in the middle has the suffix ".tmp".
-func Write(path string, content []byte) error {
+// Write makes the file at path have that content and mode. It is durable when Write returns: file and directory are
+// synced. What a process leaves that ends in the middle has the suffix ".tmp".
+func Write(path string, content []byte, mode fs.FileMode) error {
 	dir, name := filepath.Split(path)
 	temp, err := os.CreateTemp(dir, name+".*.tmp")
 	if err != nil {
 		return err
 	}
 	_, err = temp.Write(content)
-	if err := errors.Join(err, temp.Sync(), temp.Close()); err != nil {
+	if err := errors.Join(err, temp.Chmod(mode), temp.Sync(), temp.Close()); err != nil {
 		return errors.Join(err, os.Remove(temp.Name()))
 	}
 	if err := os.Rename(temp.Name(), path); err != nil {

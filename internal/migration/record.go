@@ -123,7 +123,7 @@ func writeJSON(path string, content any) error {
 	if err != nil {
 		return err
 	}
-	return atomicfile.Write(path, append(data, '\n'))
+	return atomicfile.Write(path, append(data, '\n'), 0o600)
 }
 
 // Remove forgets a record; one that does not exist is no error.

@@ -25,6 +25,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/migrated-vm/migrated/internal/atomicfile"
 	"github.com/migrated-vm/migrated/internal/mtls"
 )
 
@@ -188,12 +189,8 @@ func (a *Authority) Renew(dir string, days int) (*x509.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	temp := files.Certificate + ".new"
-	if err := os.WriteFile(temp, encode(der), 0o644); err != nil { //nolint:gosec // all may read it
+	if err := atomicfile.Write(files.Certificate, encode(der), 0o644); err != nil {
 		return nil, err
-	}
-	if err := os.Rename(temp, files.Certificate); err != nil {
-		return nil, errors.Join(err, os.Remove(temp))
 	}
 	return x509.ParseCertificate(der)
 }

@@ -113,7 +113,7 @@ func (s *Store) write(name string, r *migratedv1.Report) error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
-	return atomicfile.Write(filepath.Join(s.dir, name), text)
+	return atomicfile.Write(filepath.Join(s.dir, name), text, 0o600)
 }
 
 // trim removes the oldest files. The caller holds mu, or is alone.
