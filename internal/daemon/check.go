@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -53,7 +52,8 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 
 // checkHost looks at this host and its daemon, without any VM.
 func (d *Daemon) checkHost(ctx context.Context, requireSecure bool) []qemu.Result {
-	return slices.Concat(qemu.CheckHost(ctx, requireSecure), []qemu.Result{checkConfinement()}, d.checkCertificates(time.Now()))
+	results := append(qemu.CheckHost(ctx, requireSecure), checkConfinement())
+	return append(results, d.checkCertificates(time.Now())...)
 }
 
 // libvirtPatience is how long a check waits for libvirt.

@@ -37,7 +37,9 @@ type controlService struct {
 	daemon *Daemon
 }
 
-func (c *controlService) Prepare(ctx context.Context, request *migratedv1.PrepareRequest) (*migratedv1.PrepareResponse, error) {
+func (c *controlService) Prepare(
+	ctx context.Context, request *migratedv1.PrepareRequest,
+) (*migratedv1.PrepareResponse, error) {
 	s, err := c.source(ctx, request.GetId(), request.GetSpec())
 	if err != nil {
 		return nil, err
@@ -46,7 +48,9 @@ func (c *controlService) Prepare(ctx context.Context, request *migratedv1.Prepar
 	return &migratedv1.PrepareResponse{Migration: view}, nil
 }
 
-func (c *controlService) Start(ctx context.Context, request *migratedv1.StartRequest) (*migratedv1.StartResponse, error) {
+func (c *controlService) Start(
+	ctx context.Context, request *migratedv1.StartRequest,
+) (*migratedv1.StartResponse, error) {
 	var s *migration.Source
 	if request.GetSpec() == nil {
 		if s = c.daemon.migrations.source(request.GetId()); s == nil {
@@ -64,7 +68,9 @@ func (c *controlService) Start(ctx context.Context, request *migratedv1.StartReq
 }
 
 // source returns the migration with that id and spec, new or as it stands.
-func (c *controlService) source(ctx context.Context, id string, spec *migratedv1.MigrationSpec) (*migration.Source, error) {
+func (c *controlService) source(
+	ctx context.Context, id string, spec *migratedv1.MigrationSpec,
+) (*migration.Source, error) {
 	if err := validateSpec(spec); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
@@ -101,7 +107,9 @@ func underWay(id string) error {
 		fmt.Sprintf("follow it with 'migrated watch %s'", id))
 }
 
-func (d *Daemon) newSource(caller context.Context, id string, spec *migratedv1.MigrationSpec, definition string) *migration.Source {
+func (d *Daemon) newSource(
+	caller context.Context, id string, spec *migratedv1.MigrationSpec, definition string,
+) *migration.Source {
 	cfg := d.sourceConfig()
 	cfg.ID, cfg.Spec, cfg.DestinationXML = id, proto.CloneOf(spec), definition
 	cfg.Check = d.checked.of(spec.GetVm(), spec.GetDestination())

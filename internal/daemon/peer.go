@@ -31,7 +31,8 @@ type peerService struct {
 
 func (p *peerService) CheckHost(ctx context.Context, _ *migratedv1.CheckHostRequest) (*migratedv1.CheckHostResponse, error) {
 	return &migratedv1.CheckHostResponse{
-		Results: shown(p.daemon.checkHost(ctx, p.daemon.cfg.RequireSecure), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
+		Results: shown(p.daemon.checkHost(ctx, p.daemon.cfg.RequireSecure),
+			migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
 	}, nil
 }
 

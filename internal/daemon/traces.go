@@ -17,8 +17,8 @@ import (
 // tracesTimeout bounds what the end of the daemon waits for a collector.
 const tracesTimeout = 3 * time.Second
 
-// openTraces begins to tell the collector of the configuration of migrations, if there is one. Nothing waits for it, also
-// where it cannot be reached.
+// openTraces begins to tell the collector of the configuration of migrations, if there is one. Nothing waits for it,
+// also where it cannot be reached.
 func (d *Daemon) openTraces() error {
 	to := d.cfg.TracesTo
 	if to == "" {
@@ -28,7 +28,8 @@ func (d *Daemon) openTraces() error {
 	if err != nil {
 		return err
 	}
-	conn, err := grpc.NewClient("passthrough:///"+to, grpc.WithTransportCredentials(creds), grpc.WithConnectParams(reconnect))
+	conn, err := grpc.NewClient("passthrough:///"+to,
+		grpc.WithTransportCredentials(creds), grpc.WithConnectParams(reconnect))
 	if err != nil {
 		return err
 	}

@@ -62,7 +62,8 @@ func (r *Refusals) Refused(what Kind, address netip.Prefix, more ...any) {
 	if k.told > 0 && now.Sub(k.toldAt) < logEvery {
 		return
 	}
-	r.log.Warn("refused a "+string(what), append([]any{"address", address.Addr(), "since_last", k.total - k.told, "in_all", k.total}, more...)...)
+	said := []any{"address", address.Addr(), "since_last", k.total - k.told, "in_all", k.total}
+	r.log.Warn("refused a "+string(what), append(said, more...)...)
 	k.told, k.toldAt = k.total, now
 }
 

@@ -100,9 +100,10 @@
 //     leaves the VM stopped at the source with its memory intact.
 //   - From the commit point on the source's QEMU refuses to continue the VM, whoever asks (qemu.ContLock), also when no
 //     daemon lives. Who has the VM go on at the source removes that lock first.
-//   - Somebody else may continue the VM at the source before, or where QEMU cannot have that lock (QEMU's event RESUME, and its answer when it is asked): then the
-//     destination has an older one, and is never told to run it, or told again. If it may have been told, it is asked
-//     to give up until it answers (takeBack): its answer alone says whether the VM runs twice. The VM is left as it is.
+//   - Somebody else may continue the VM at the source before, or where QEMU cannot have that lock (QEMU's event
+//     RESUME, and its answer when it is asked): then the destination has an older one, and is never told to run it,
+//     or told again. If it may have been told, it is asked to give up until it answers (takeBack): its answer alone
+//     says whether the VM runs twice. The VM is left as it is.
 //   - After an early load the commit point comes before the destination has
 //     loaded what has changed. A network that is cut in these milliseconds
 //     leaves the VM stopped until it is mended, as one that is cut a moment

@@ -118,8 +118,8 @@ func (s *Source) continueVM() (note string, err error) {
 	if _, err = vm.Cont(ctx); err != nil {
 		s.log.Error("cannot continue the VM", "error", err)
 		// The record stays, for a daemon that is started again to try.
-		return fmt.Sprintf("; it could not be continued (%v): continue it with QMP 'cont' on %s, after blockdev-del of the node %s if it has that", err,
-				s.cfg.Spec.GetVm(), qemu.ContLockNode),
+		return fmt.Sprintf("; it could not be continued (%v): continue it with QMP 'cont' on %s, "+
+				"after blockdev-del of the node %s if it has that", err, s.cfg.Spec.GetVm(), qemu.ContLockNode),
 			fmt.Errorf("continue the VM: %w", err)
 	}
 	reached("source-continued")

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package traces tells an OpenTelemetry collector of migrations: a span for each at either host, one for each of its
-// states, and those of the calls between an orchestrator and the daemons, all of one migration in one trace. Pages are in
-// none: nothing is added to a fault's way.
+// states, and those of the calls between an orchestrator and the daemons, all of one migration in one trace. Pages are
+// in none: nothing is added to a fault's way.
 package traces
 
 import (
@@ -38,8 +38,8 @@ type Tracer struct {
 // propagator carries a trace from one process to the next (W3C Trace Context).
 var propagator = propagation.TraceContext{}
 
-// New returns a Tracer that sends to the collector which conn leads to, by OTLP. What the collector does not take in time
-// is dropped, and logged. Close closes conn.
+// New returns a Tracer that sends to the collector which conn leads to, by OTLP. What the collector does not take in
+// time is dropped, and logged. Close closes conn.
 func New(ctx context.Context, conn *grpc.ClientConn, version string, log *slog.Logger) (*Tracer, error) {
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Warn("traces are lost", "error", err) }))
 	exporter, err := otlptracegrpc.New(ctx, otlptracegrpc.WithGRPCConn(conn))
@@ -92,7 +92,8 @@ func (t *Tracer) options() []otelgrpc.Option {
 		otelgrpc.WithTracerProvider(t.provider), otelgrpc.WithPropagators(propagator),
 		otelgrpc.WithFilter(func(info *stats.RPCTagInfo) bool {
 			name := info.FullMethodName
-			return strings.HasPrefix(name, "/migrated.") && !strings.Contains(name, ".PageService/") && !strings.Contains(name, "/Watch")
+			return strings.HasPrefix(name, "/migrated.") &&
+				!strings.Contains(name, ".PageService/") && !strings.Contains(name, "/Watch")
 		}),
 	}
 }
@@ -103,21 +104,22 @@ type Migration interface {
 	Done() <-chan struct{}
 }
 
-// Begin begins the span of one side of a migration, which the call of caller led to. The context is life with that span,
-// to be used for the migration's own calls; Follow ends it.
+// Begin begins the span of one side of a migration, which the call of caller led to. The context is life with that
+// span, to be used for the migration's own calls; Follow ends it.
 func (t *Tracer) Begin(life, caller context.Context, id string, role migratedv1.MigrationRole) context.Context {
 	if t == nil {
 		return life
 	}
 	ctx := trace.ContextWithSpanContext(life, trace.SpanContextFromContext(caller))
 	ctx, _ = t.tracer.Start(ctx, "migration", trace.WithAttributes(
-		attribute.String("migration.id", id), attribute.String("migration.role", word(role.String(), "MIGRATION_ROLE_")),
+		attribute.String("migration.id", id),
+		attribute.String("migration.role", word(role.String(), "MIGRATION_ROLE_")),
 	))
 	return ctx
 }
 
-// Follow makes a span of each state of the migration until it is over, and then ends the span that ctx has from Begin. It
-// returns at once.
+// Follow makes a span of each state of the migration until it is over, and then ends the span that ctx has from Begin.
+// It returns at once.
 func (t *Tracer) Follow(ctx context.Context, m Migration) {
 	if t == nil {
 		return
@@ -148,7 +150,8 @@ func (t *Tracer) follow(ctx context.Context, m Migration) {
 		}
 		if failure := view.GetError(); failure.GetReason() != reason {
 			if reason = failure.GetReason(); failure != nil {
-				step.AddEvent(word(reason.String(), "REASON_"), trace.WithAttributes(attribute.String("message", failure.GetMessage())))
+				message := attribute.String("message", failure.GetMessage())
+				step.AddEvent(word(reason.String(), "REASON_"), trace.WithAttributes(message))
 			}
 		}
 		if over {
