@@ -18,12 +18,15 @@ var (
 	heading = regexp.MustCompile(`(?m)^#+ (.*)$`)
 )
 
+// pages are the files of the documentation.
+var pages = []string{"../*.md", "*.md", "../deploy/*.md", "../deploy/*/*.md", "../kernel/*.md"}
+
 // readmeMost is how many bytes a first page may have that people read to its end.
 const readmeMost = 8 << 10
 
 func TestLinks(t *testing.T) {
 	found := 0
-	for _, pattern := range []string{"../*.md", "*.md", "../deploy/*.md", "../deploy/*/*.md", "../kernel/*.md"} {
+	for _, pattern := range pages {
 		files, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
@@ -65,6 +68,30 @@ func checkLink(t *testing.T, file, target string) {
 	t.Errorf("%s: %s has no heading #%s", file, to, anchor)
 }
 
+// Of Markdown: a test that it names. Of Go: one that there is.
+var (
+	namedTest   = regexp.MustCompile("`(Test[A-Z][A-Za-z0-9]*)`")
+	definedTest = regexp.MustCompile(`(?m)^func (Test[A-Z]\w*)\(`)
+)
+
+// TestNamedTestsExist: what the documentation says that a test holds is held by one.
+func TestNamedTestsExist(t *testing.T) {
+	defined := testSources(t)
+	for _, pattern := range pages {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			for _, m := range namedTest.FindAllStringSubmatch(read(t, file), -1) {
+				if defined[m[1]] == "" {
+					t.Errorf("%s names %s, which there is not", file, m[1])
+				}
+			}
+		}
+	}
+}
+
 // anchorOf is the name that GitHub gives a heading.
 func anchorOf(heading string) string {
 	var b strings.Builder
@@ -92,4 +119,27 @@ func read(t *testing.T, file string) string {
 		t.Fatal(err)
 	}
 	return string(text)
+}
+
+// TestRecording: what README shows of a terminal is small, can be read by who does not see it, and needs nothing from
+// elsewhere.
+func TestRecording(t *testing.T) {
+	const most = 60 << 10
+	picture := read(t, "recording.svg")
+	if len(picture) > most {
+		t.Errorf("it has %d bytes, more than %d", len(picture), most)
+	}
+	for _, want := range []string{
+		"<title", "<desc", "prefers-color-scheme:dark", "prefers-reduced-motion:reduce", "migrated migrate --vm",
+	} {
+		if !strings.Contains(picture, want) {
+			t.Errorf("it has no %s", want)
+		}
+	}
+	if rest := strings.Replace(picture, `xmlns="http://www.w3.org/2000/svg"`, "", 1); strings.Contains(rest, "://") {
+		t.Error("it names another place")
+	}
+	if !strings.Contains(read(t, "../README.md"), "](docs/recording.svg)") {
+		t.Error("README.md does not show it")
+	}
 }

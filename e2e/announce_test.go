@@ -3,16 +3,17 @@
 package e2e
 
 import (
+	"errors"
 	"os"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// listen hears what the VM's first network card announces, and fails the test where it did before a moment.
+// listen receives the announcements of the VM's first network card. awaitOne waits for an announcement after that time.
+// none fails the test if there was any announcement since listen.
 func (s *scene) listen() (awaitOne func(after time.Time), none func(when string)) {
 	s.Helper()
 	p, err := s.lab.Ping(s.vm, 0, time.Minute)
@@ -24,20 +25,16 @@ func (s *scene) listen() (awaitOne func(after time.Time), none func(when string)
 			s.Error(err)
 		}
 	})
-	ctx := testContext(s.T)
 	awaitOne = func(after time.Time) {
 		s.Helper()
-		for {
-			if a, ok := p.FirstAnnouncement(after); ok {
-				s.Logf("announced %v after that", a.At.Sub(after))
-				return
+		eventually(s.T, func() error {
+			a, ok := p.FirstAnnouncement(after)
+			if !ok {
+				return errors.New("the VM's network card is not announced")
 			}
-			select {
-			case <-ctx.Done():
-				s.Fatal("the VM's network card is not announced")
-			case <-time.After(10 * time.Millisecond):
-			}
-		}
+			s.Logf("announced %v after that", a.At.Sub(after))
+			return nil
+		})
 	}
 	began := time.Now()
 	return awaitOne, func(when string) {
@@ -48,14 +45,14 @@ func (s *scene) listen() (awaitOne func(after time.Time), none func(when string)
 	}
 }
 
-// TestAnnouncements: a destination that did not get the VM does not say that it is there, and neither does one whose VM
-// is paused until somebody continues it.
+// TestAnnouncements checks that a destination that did not get the VM does not announce it. A destination with a paused
+// VM announces it only when somebody continues it.
 func TestAnnouncements(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	awaitOne, none := s.listen()
-	s.template(templateWithoutMSIX)
+	s.writeTemplate(templateWithoutMSIX)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
 	s.failed(migrateSpec(t, l.A, "other", spec), stateFailed, "could not load the device state")
@@ -75,44 +72,39 @@ func TestAnnouncements(t *testing.T) {
 // TestAnnouncedAfterFallBack: the destination may have said that the VM is there.
 func TestAnnouncedAfterFallBack(t *testing.T) {
 	t.Parallel()
-	l := newHosts(t)
-	startDaemon(t, l.A)
-	startDaemon(t, l.B)
+	l := newLab(t)
 	s := largeScene(t, l, 1)
-	s.halfway("lost")
+	s.moveHalfway("lost")
 	kill(t, qemuOn(t, l.B), syscall.SIGKILL)
 	s.cable(true)
 	client := control(t, l.A)
-	await(t, client, "lost", func(m *migratedv1.Migration) bool { return false })
+	awaitEnd(t, client, "lost")
 	awaitOne, _ := s.listen()
 	before := time.Now()
-	if _, err := client.FallBack(testContext(t), &migratedv1.FallBackRequest{Id: "lost", DestinationIsGone: true}); err != nil {
-		t.Fatal(err)
-	}
+	fallBack(t, client, "lost")
 	awaitOne(before)
-	s.countsOn()
+	s.countsAtSource()
 }
 
-// TestPausedVMFallsBack: it has its disks again, as far as its QEMU can have them without running it, and can be moved.
+// TestPausedVMFallsBack checks that a paused VM has its disks again after a fall-back, as far as QEMU can have them
+// without running the VM, and that it can be moved.
 func TestPausedVMFallsBack(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{lab.InstalledQEMU, "10.0"} {
 		t.Run(version, func(t *testing.T) {
 			l := newHosts(t)
-			for _, h := range []*lab.Host{l.A, l.B} {
+			for _, h := range l.Hosts() {
 				useQEMU(t, h, version)
 				startDaemon(t, h)
 			}
 			s := largeScene(t, l, 1)
 			command(t, l.A, "stop")
-			s.halfway("lost")
+			s.moveHalfway("lost")
 			kill(t, qemuOn(t, l.B), syscall.SIGKILL)
 			s.cable(true)
 			client := control(t, l.A)
-			await(t, client, "lost", func(*migratedv1.Migration) bool { return false })
-			if _, err := client.FallBack(testContext(t), &migratedv1.FallBackRequest{Id: "lost", DestinationIsGone: true}); err != nil {
-				t.Fatal(err)
-			}
+			awaitEnd(t, client, "lost")
+			fallBack(t, client, "lost")
 			if status := vmStatus(t, l.A); status != "paused" {
 				t.Errorf("the VM is %q", status)
 			}

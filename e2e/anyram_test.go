@@ -10,11 +10,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/migrated-vm/migrated/e2e/emulator"
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -35,15 +33,18 @@ func TestAnyRAM(t *testing.T) {
 	}
 }
 
-// TestAnyHugeRAM does so with huge pages.
+// TestAnyHugeRAM is TestAnyRAM with huge pages.
 func TestAnyHugeRAM(t *testing.T) {
 	// Two hosts, and the file that stays when its QEMU has gone.
 	uffdtest.ReserveHugePages(t, 3*128+32)
-	kinds := []lab.Backend{lab.BackendFile, lab.BackendMemfd, lab.BackendMemfdPrivate, lab.BackendFilePrivate, lab.BackendFile}
+	kinds := []lab.Backend{
+		lab.BackendFile, lab.BackendMemfd, lab.BackendMemfdPrivate, lab.BackendFilePrivate, lab.BackendFile,
+	}
 	goThrough(t, lab.InstalledQEMU, kinds, true)
 }
 
-// TestGiganticRAM moves a VM there and back whose memory is a page of 1 GiB: it comes in parts, and is installed whole.
+// TestGiganticRAM moves a VM whose memory is a page of 1 GiB there and back. The page comes in parts, and is installed
+// as a whole.
 func TestGiganticRAM(t *testing.T) {
 	reserveGiganticPages(t, 2)
 	for name, backend := range map[string]string{
@@ -59,21 +60,22 @@ func TestGiganticRAM(t *testing.T) {
 				m := s.migrateAtLast(from, to, fmt.Sprintf("hop-%d", hop))
 				metalPass(t, to, func(pass uint64) bool { return pass > s.began+1 })
 				checkMetal(t, s.vm, to)
-				t.Logf("downtime %v, fault max %v", m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetFaultMax().AsDuration())
+				t.Logf("downtime %v, fault max %v",
+					m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetFaultMax().AsDuration())
 				from, to = to, from
 			}
 		})
 	}
 }
 
-// migrateAtLast moves a VM whose devices' state needs a page of 1 GiB, which a busy machine may not bring in the time
-// that a VM stands still at most: then it goes on, and can be tried again.
+// migrateAtLast moves a VM whose devices' state needs a page of 1 GiB. On a busy machine, that page may take longer
+// than the VM may stand still. The VM then continues at the source, and migrateAtLast tries again.
 func (s *scene) migrateAtLast(from, to *lab.Host, id string) *migratedv1.Migration {
 	s.Helper()
 	for try := 1; ; try++ {
 		spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: to.DaemonAddr()}
 		m := migrateSpec(s.T, from, fmt.Sprintf("%s-%d", id, try), spec)
-		if m.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		if m.GetState() == stateCompleted {
 			return m
 		}
 		said := m.GetError()
@@ -107,19 +109,12 @@ func reserveGiganticPages(t *testing.T, n int) {
 	}
 }
 
-// goThrough boots a VM with the first kind of memory and moves it to each of the others in turn.
+// goThrough boots a VM with the first kind of memory and moves it to each of the other kinds in turn.
 func goThrough(t *testing.T, version string, kinds []lab.Backend, huge bool) {
 	t.Helper()
 	l := newHosts(t)
-	for _, h := range []*lab.Host{l.A, l.B} {
-		if version != lab.InstalledQEMU {
-			if _, err := emulator.Dir(testContext(t), version); err != nil {
-				cannot.Run(t, "%v", err)
-			}
-		}
-		if err := h.UseQEMU(testContext(t), version); err != nil {
-			t.Fatal(err)
-		}
+	for _, h := range l.Hosts() {
+		useQEMU(t, h, version)
 		startDaemon(t, h)
 	}
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
@@ -143,16 +138,15 @@ func goThrough(t *testing.T, version string, kinds []lab.Backend, huge bool) {
 			t.Fatal(err)
 		}
 		vm.Backend = kind
-		if err := os.WriteFile(to.Path(templatePath), []byte(rename.Replace(strings.Join(vm.Args(), "\n"))), 0o600); err != nil {
+		if err := os.WriteFile(
+			to.Path(templatePath), []byte(rename.Replace(strings.Join(vm.Args(), "\n"))), 0o600,
+		); err != nil {
 			t.Fatal(err)
 		}
 		id := fmt.Sprintf("%s-to-%s", kinds[i], kind)
-		m := migrateSpec(t, from, id, &migratedv1.MigrationSpec{
+		m := completed(t, migrateSpec(t, from, id, &migratedv1.MigrationSpec{
 			Vm: lab.QMPPath, Destination: to.DaemonAddr(), DestinationTemplate: templatePath,
-		})
-		if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-			t.Fatalf("%s: migration is %v: %v", id, m.GetState(), m.GetError())
-		}
+		}))
 		checkFigures(t, m)
 		checkVersion(t, to, version)
 		port = openGuest(t, to, &guest)
@@ -167,7 +161,7 @@ func goThrough(t *testing.T, version string, kinds []lab.Backend, huge bool) {
 	}
 }
 
-// writesOf is the least that the guest has written to one of its disks.
+// writesOf returns the number of writes to the disk with the fewest.
 func writesOf(disks []report.Disk) (least uint64) {
 	for i, d := range disks {
 		if i == 0 || d.Writes < least {

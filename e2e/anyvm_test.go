@@ -12,20 +12,10 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
-
-// sceneOf boots the bare-metal guest in a VM with one vCPU and what else vm has.
-func sceneOf(t *testing.T, l *lab.Lab, vm lab.VMConfig) *scene {
-	t.Helper()
-	vm.VCPUs, vm.MemoryMiB = 1, max(32, vm.MemoryMiB)
-	vm = metal(t, vm)
-	startVM(t, l.A, vm, lab.EventsArgs()...)
-	return &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })}
-}
 
 // inspect looks into the QEMU of the host's VM, beside the daemon.
 func inspect(t *testing.T, h *lab.Host) *qemu.VM {
@@ -54,14 +44,14 @@ func ask(t *testing.T, h *lab.Host, command string, args, result any) {
 	}
 }
 
-// TestPausedVMWithDiskGoesOn moves a VM that is paused and has writable disks from host to host, and on: a QEMU that
-// has not got its disks would abort when it is asked to give them up.
+// TestPausedVMWithDiskGoesOn moves a paused VM with writable disks from host to host, and then again: a QEMU that did
+// not get its disks would abort when it is asked to give them up.
 func TestPausedVMWithDiskGoesOn(t *testing.T) {
 	t.Parallel()
 	for _, version := range lab.QEMUVersions {
 		t.Run(version, func(t *testing.T) {
 			l := newHosts(t)
-			for _, h := range []*lab.Host{l.A, l.B} {
+			for _, h := range l.Hosts() {
 				useQEMU(t, h, version)
 				startDaemon(t, h)
 			}
@@ -82,13 +72,13 @@ func TestPausedVMWithDiskGoesOn(t *testing.T) {
 	}
 }
 
-// TestPausedVMThatDoesNotLoad: it stays what it was, paused, and can be moved.
+// TestPausedVMThatDoesNotLoad checks that a paused VM whose state does not load stays paused and can be moved.
 func TestPausedVMThatDoesNotLoad(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault}.WithDevices(1, 1))
 	command(t, l.A, "stop")
-	s.template(templateWithoutMSIX)
+	s.writeTemplate(templateWithoutMSIX)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
 	for _, id := range []string{"first", "second"} { // it has given its disks up by then
@@ -114,7 +104,7 @@ func useQEMU(t *testing.T, h *lab.Host, version string) {
 	t.Helper()
 	if version != lab.InstalledQEMU {
 		if _, err := emulator.Dir(testContext(t), version); err != nil {
-			cannot.Run(t, "%v", err)
+			testenv.CannotRun(t, "%v", err)
 		}
 	}
 	if err := h.UseQEMU(testContext(t), version); err != nil {
@@ -128,7 +118,7 @@ func TestNewerQEMU(t *testing.T) {
 	for _, versions := range [][2]string{{"7.2", "10.0"}, {"7.2", "11.1"}, {"10.0", "11.1"}} {
 		t.Run(versions[0]+" to "+versions[1], func(t *testing.T) {
 			l := newHosts(t)
-			for i, h := range []*lab.Host{l.A, l.B} {
+			for i, h := range l.Hosts() {
 				useQEMU(t, h, versions[i])
 				startDaemon(t, h)
 			}
@@ -143,6 +133,19 @@ func TestNewerQEMU(t *testing.T) {
 	}
 }
 
+// TestOlderQEMU checks that a QEMU without the VM's machine type is detected before the VM is touched.
+func TestOlderQEMU(t *testing.T) {
+	t.Parallel()
+	l := newHosts(t)
+	for h, version := range map[*lab.Host]string{l.A: "10.0", l.B: "7.2"} {
+		useQEMU(t, h, version)
+		startDaemon(t, h)
+	}
+	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{"-machine", "pc-q35-10.0"}})
+	s.refusedByBoth(nil, []string{"unsupported machine type"})
+	s.stillCounting()
+}
+
 // TestManyDevices moves a VM with eight disks and eight network cards, each behind a port of its own, that its guest
 // drives.
 func TestManyDevices(t *testing.T) {
@@ -153,7 +156,9 @@ func TestManyDevices(t *testing.T) {
 		t.Fatal(err)
 	}
 	var guest report.Log
-	port := bootLinux(t, l.A, lab.RealVM(kernel, initrd, 256, 8, 8, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500"), &guest)
+	port := bootLinux(
+		t, l.A, lab.RealVM(kernel, initrd, 256, 8, 8, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500"), &guest,
+	)
 	from, to := l.A, l.B
 	for hop := range 2 {
 		awaitBlocks(t, &guest, writesOf(guest.Disks())+20)
@@ -164,7 +169,8 @@ func TestManyDevices(t *testing.T) {
 		port = openGuest(t, to, &guest)
 		awaitBlocks(t, &guest, writesOf(guest.Disks())+20)
 		verifyLinux(t, &guest, port)
-		t.Logf("downtime %v, %d bytes of device state", m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetBytesDeviceState())
+		t.Logf("downtime %v, %d bytes of device state",
+			m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetBytesDeviceState())
 		from, to = to, from
 	}
 	if err := port.Close(); err != nil {
@@ -185,7 +191,7 @@ func TestFreePageHints(t *testing.T) {
 	s.arrived()
 }
 
-// TestSnapshotMeanwhile: a snapshot that is made while a migration is prepared has the VM's memory in it.
+// TestSnapshotMeanwhile checks that a snapshot made while a migration is prepared contains the VM's memory.
 func TestSnapshotMeanwhile(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -218,8 +224,8 @@ func TestSnapshotMeanwhile(t *testing.T) {
 	if size < 1<<20 {
 		t.Errorf("the snapshot holds %d bytes of the VM", size)
 	}
-	s.cancel(client, "prepared")
-	await(t, client, "prepared", func(*migratedv1.Migration) bool { return false })
+	cancel(t, client, "prepared")
+	awaitEnd(t, client, "prepared")
 	s.stillCounting()
 }
 

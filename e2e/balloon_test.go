@@ -7,34 +7,24 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/qmp"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestGuestGivesMemoryBack: while its memory comes, a guest frees pages and reports them, a balloon takes more, and both are
-// used again. Nothing that the guest uses is lost, or is what it was before.
+// TestGuestGivesMemoryBack has a guest free pages and report them while its memory arrives. A balloon takes more. The
+// guest uses all of these pages again. Nothing that it uses is lost, and no page has its old content.
 func TestGuestGivesMemoryBack(t *testing.T) {
-	g := newGiver(t, lab.VMConfig{MemoryMiB: 512, FreePageReporting: true}, "1M", func(*lab.Host) {}, "migrated.churn=64")
-	client, err := qmp.Dial(testContext(t), g.lab.B.Path(lab.EventsPath))
-	if err != nil {
-		t.Fatal(err)
-	}
+	vm := lab.VMConfig{MemoryMiB: 512, FreePageReporting: true}
+	g := newShrinkingGuest(t, vm, "1M", func(*lab.Host) {}, "migrated.churn=64")
 	for i, mib := range []int{352, 512, 352, 512} {
-		if err := client.Do(testContext(t), "balloon", map[string]any{"value": mib << 20}, nil); err != nil {
-			t.Fatal(err)
-		}
-		churned(t, &g.guest, g.began+uint64(i/2)+1)
-	}
-	if err := client.Disconnect(); err != nil {
-		t.Error(err)
+		ask(t, g.lab.B, "balloon", map[string]any{"value": mib << 20}, nil)
+		awaitChurned(t, &g.guest, g.began+uint64(i/2)+1)
 	}
 	if discarded := g.finish(4); discarded < 64<<20 {
 		t.Errorf("the guest gave %d bytes back", discarded)
 	}
 }
 
-// A giver is a guest that moves, slowly, and gives memory back meanwhile.
-type giver struct {
+// shrinkingGuest is a guest that gives memory back during a slow migration.
+type shrinkingGuest struct {
 	*testing.T
 	lab   *lab.Lab
 	guest report.Log
@@ -42,35 +32,38 @@ type giver struct {
 	began uint64 // how often it had given memory back when it was switched over
 }
 
-// newGiver boots a guest in a VM like vm, has it at work, and ready, and returns when it runs at the destination with
-// little of its memory. The bandwidth is what keeps it there for as long as a test needs.
-func newGiver(t *testing.T, vm lab.VMConfig, bandwidth string, ready func(*lab.Host), args ...string) *giver {
+// newShrinkingGuest boots a guest in a VM like vm and starts to move it, once it works and ready has returned. It
+// returns when the VM runs at the destination with little of its memory. The bandwidth keeps most of the memory at the
+// source until finish.
+func newShrinkingGuest(
+	t *testing.T, vm lab.VMConfig, bandwidth string, ready func(*lab.Host), args ...string,
+) *shrinkingGuest {
 	t.Helper()
-	l := newHosts(t)
-	startDaemon(t, l.A)
-	startDaemon(t, l.B)
+	l := newLab(t)
 	vm.VCPUs = 2
 	vm = linux(t, vm, append(args, "migrated.mem=96", "migrated.workers=1", "migrated.rate=500")...)
 	startVM(t, l.A, vm, lab.EventsArgs()...)
-	g := &giver{T: t, lab: l}
+	g := &shrinkingGuest{T: t, lab: l}
 	port := openGuest(t, l.A, &g.guest)
-	churned(t, &g.guest, 1)
+	awaitChurned(t, &g.guest, 1)
 	ready(l.A)
 	if err := port.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "m", "--bandwidth", bandwidth, "--detach"); code != 0 {
+	if out, code := operate(
+		t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "m", "--bandwidth", bandwidth, "--detach",
+	); code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
-	await(t, control(t, l.A), "m", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
+	awaitState(t, control(t, l.A), "m", stateActive)
 	g.port = openGuest(t, l.B, &g.guest)
-	g.began = churned(t, &g.guest, 0)
+	g.began = awaitChurned(t, &g.guest, 0)
 	return g
 }
 
-// finish lets the rest of the memory come, checks all of it once the guest has given memory back so often since the switch, and
-// returns how many bytes it gave back meanwhile.
-func (g *giver) finish(times uint64) (discarded uint64) {
+// finish lets the rest of the memory come. It checks all of it once the guest has given memory back so many times since
+// the switch, and returns how many bytes the guest gave back meanwhile.
+func (g *shrinkingGuest) finish(times uint64) (discarded uint64) {
 	g.Helper()
 	if m := get(g.T, g.lab.B, "m"); m.GetState() != stateActive {
 		g.Errorf("the migration was %v before the guest had given anything back", m.GetState())
@@ -78,11 +71,8 @@ func (g *giver) finish(times uint64) (discarded uint64) {
 	if out, code := operate(g.T, g.lab.A, "bandwidth", "m", "none"); code != 0 {
 		g.Fatalf("exit code %d:\n%s", code, out)
 	}
-	m := await(g.T, control(g.T, g.lab.B), "m", func(*migratedv1.Migration) bool { return false })
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		g.Fatalf("the migration is %v: %v", m.GetState(), m.GetError())
-	}
-	churned(g.T, &g.guest, g.began+times)
+	m := completed(g.T, awaitEnd(g.T, control(g.T, g.lab.B), "m"))
+	awaitChurned(g.T, &g.guest, g.began+times)
 	verifyLinux(g.T, &g.guest, g.port)
 	if err := g.port.Close(); err != nil {
 		g.Error(err)
@@ -92,8 +82,8 @@ func (g *giver) finish(times uint64) (discarded uint64) {
 	return discarded
 }
 
-// churned waits until the guest has used and freed its memory so often, and returns how often it has.
-func churned(t *testing.T, guest *report.Log, times uint64) (n uint64) {
+// awaitChurned waits until the guest has used and freed its memory so often, and returns how often it has.
+func awaitChurned(t *testing.T, guest *report.Log, times uint64) (n uint64) {
 	t.Helper()
 	if _, _, err := guest.Wait(testContext(t), guest.Len(), func(l report.Line) bool {
 		if l.Window != nil {

@@ -21,56 +21,42 @@ func between(from, to lab.Stats) flow { return flow{to.Bytes - from.Bytes, to.At
 
 func (f flow) rate() float64 { return float64(f.bytes) / f.took.Seconds() }
 
-// TestBandwidth: with a limit the wire carries no more than that of what the VM does not wait for, also when the
-// destination's daemon was killed meanwhile; what the VM waits for comes many times as fast, and so does the rest when
-// the limit is lifted.
+// TestBandwidth checks that the limit applies to the pages that the VM does not wait for, also after the destination's
+// daemon was killed. Pages that the VM waits for come many times as fast, and so do the others when the limit is
+// lifted.
 func TestBandwidth(t *testing.T) {
 	const limit = 1 << 19
 	l := linkedHosts(t, lab.Link{Rate: 1e9, Delay: 100 * time.Microsecond})
 	a := startDaemon(t, l.A)
 	startDaemon(t, l.B)
-	vm := plainLinux(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 256, Nodes: 1}, "migrated.pattern=idle", "migrated.mem=64", "migrated.workers=1")
+	vm := plainLinux(t, lab.VMConfig{VCPUs: 1, MemoryMiB: 256, Nodes: 1},
+		"migrated.pattern=idle", "migrated.mem=64", "migrated.workers=1")
 	var guest report.Log
 	port := bootLinux(t, l.A, vm, &guest)
 	if err := port.Close(); err != nil {
 		t.Fatal(err)
 	}
 
-	active := func(h *lab.Host, id string) *migratedv1.Migration {
-		t.Helper()
-		m := await(t, control(t, h), id, func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
-		if m.GetState() != stateActive {
-			t.Fatalf("%s is %v: %v", id, m.GetState(), m.GetError())
-		}
-		return m
-	}
-	completed := func(h *lab.Host, id string) {
-		t.Helper()
-		m := await(t, control(t, h), id, func(*migratedv1.Migration) bool { return false })
-		if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-			t.Fatalf("%s is %v: %v", id, m.GetState(), m.GetError())
-		}
-	}
-
 	// There without a limit.
 	spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: l.B.DaemonAddr()}
-	if _, err := control(t, l.A).Start(testContext(t), &migratedv1.StartRequest{Id: "free", Spec: spec}); err != nil {
-		t.Fatal(err)
-	}
-	active(l.A, "free")
+	start(t, control(t, l.A), "free", spec)
+	awaitState(t, control(t, l.A), "free", stateActive)
 	from := l.AB.Stats()
-	completed(l.A, "free")
+	completed(t, awaitEnd(t, control(t, l.A), "free"))
 	free := between(from, l.AB.Stats())
 
 	// Back with one.
-	if out, code := operate(t, l.B, "migrate", "--vm", lab.QMPPath, "--to", l.A.DaemonAddr(), "--id", "limited", "--bandwidth", "512K", "--detach"); code != 0 {
+	if out, code := operate(
+		t, l.B, "migrate", "--vm", lab.QMPPath, "--to", l.A.DaemonAddr(), "--id", "limited",
+		"--bandwidth", "512K", "--detach",
+	); code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
-	active(l.B, "limited")
+	awaitState(t, control(t, l.B), "limited", stateActive)
 	first := swept(t, l.BA, l.A, limit)
 	mustKill(t, a)
 	startDaemon(t, l.A)
-	active(l.A, "limited")
+	awaitState(t, control(t, l.A), "limited", stateActive)
 	second := swept(t, l.BA, l.A, limit)
 
 	// The guest reads all of its pages.
@@ -93,9 +79,10 @@ func TestBandwidth(t *testing.T) {
 	if out, code := operate(t, l.B, "bandwidth", "limited", "none"); code != 0 {
 		t.Errorf("exit code %d:\n%s", code, out)
 	}
-	completed(l.B, "limited")
+	completed(t, awaitEnd(t, control(t, l.B), "limited"))
 
-	t.Logf("bytes a second on the wire, limit %d: swept %.0f and, by a daemon that was started again, %.0f; while the guest waits for its pages %.0f; without a limit %.0f",
+	t.Logf("bytes a second on the wire, limit %d: swept %.0f and, by a daemon that was started again, %.0f; "+
+		"while the guest waits for its pages %.0f; without a limit %.0f",
 		limit, first, second, demand.rate(), free.rate())
 	for _, rate := range []float64{first, second} {
 		if rate > 1.25*limit || rate < 0.6*limit {
@@ -103,7 +90,8 @@ func TestBandwidth(t *testing.T) {
 		}
 	}
 	if demand.rate() < 3*limit || free.rate() < 10*limit {
-		t.Errorf("%.0f bytes a second when the guest waits and %.0f without a limit: is %d the limit of these, too?", demand.rate(), free.rate(), limit)
+		t.Errorf("%.0f bytes a second when the guest waits and %.0f without a limit: is %d the limit of these, too?",
+			demand.rate(), free.rate(), limit)
 	}
 }
 
@@ -124,19 +112,11 @@ func swept(t *testing.T, wire *lab.Wire, destination *lab.Host, limit uint64) fl
 	}
 	after, carried := get(t, destination, "limited").GetProgress(), between(from, wire.Stats())
 	if after.GetBandwidth() != limit || after.GetPagesPresent() == after.GetPagesTotal() {
-		t.Errorf("the limit is shown as %d, with %d of %d pages present", after.GetBandwidth(), after.GetPagesPresent(), after.GetPagesTotal())
+		t.Errorf("the limit is shown as %d, with %d of %d pages present",
+			after.GetBandwidth(), after.GetPagesPresent(), after.GetPagesTotal())
 	}
 	faults := after.GetFaults() - before.GetFaults()
 	t.Logf("in %v the wire carried %d bytes, %d of them for faults; the sweep is shown with %.0f bytes a second",
 		carried.took, carried.bytes, faults*demanded, after.GetSweepBytesPerSecond())
 	return float64(carried.bytes-int64(faults*demanded)) / carried.took.Seconds()
-}
-
-func get(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
-	t.Helper()
-	answer, err := control(t, h).Get(testContext(t), &migratedv1.GetRequest{Id: id})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return answer.GetMigration()
 }

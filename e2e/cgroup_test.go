@@ -15,8 +15,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestMemoryLimit: a daemon's control group that has less memory than a VM does not end the VM in the middle of its move:
-// it is refused before it is touched. In a group of its own it fits.
+// TestMemoryLimit checks that a VM larger than the memory limit of the daemon's control group does not end in the
+// middle of its migration: it is refused before it is touched. In its own group it fits.
 func TestMemoryLimit(t *testing.T) {
 	const memory, limit = 256, 224 // MiB
 	for _, own := range []bool{false, true} {
@@ -41,8 +41,9 @@ func TestMemoryLimit(t *testing.T) {
 			m := migrateSpec(t, l.A, "m1", spec)
 			if !own {
 				said := m.GetError().GetMessage()
-				if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED ||
-					!strings.HasPrefix(m.GetError().GetVmStatus(), "the VM was not touched") || !strings.Contains(m.GetError().GetRemedy(), "qemu_cgroup") {
+				if m.GetState() != stateFailed ||
+					!strings.HasPrefix(m.GetError().GetVmStatus(), "the VM was not touched") ||
+					!strings.Contains(m.GetError().GetRemedy(), "qemu_cgroup") {
 					t.Errorf("the migration is %v: %v", m.GetState(), m.GetError())
 				}
 				for _, want := range []string{"it needs 3", group, fmt.Sprintf("is %d MiB)", limit)} {
@@ -53,9 +54,7 @@ func TestMemoryLimit(t *testing.T) {
 				s.stillCounting()
 				return
 			}
-			if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-				t.Fatalf("the migration is %v: %v", m.GetState(), m.GetError())
-			}
+			completed(t, m)
 			metalPass(t, l.B, func(pass uint64) bool { return pass > s.began+1 })
 			in, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", qemuOn(t, l.B)))
 			if err != nil || !strings.Contains(string(in), path+"/migrated-m1") {

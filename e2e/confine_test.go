@@ -5,6 +5,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -63,7 +64,8 @@ func TestDaemonIsConfined(t *testing.T) {
 				}
 			}
 		}
-		refuses(t, daemon.PID)
+		checkRefusedSyscalls(t, daemon.PID)
+		checkSendBuffer(t, h)
 		out, code := operate(t, h, "check")
 		if code != 0 || !strings.Contains(out, "no new privileges; system calls filtered") {
 			t.Errorf("check on host %s: exit code %d:\n%s", h.Name, code, out)
@@ -71,8 +73,34 @@ func TestDaemonIsConfined(t *testing.T) {
 	}
 }
 
-// refuses has a daemon make system calls, in its own name, that it never makes.
-func refuses(t *testing.T, pid int) {
+// checkSendBuffer makes sure that TCP keeps 16 MiB of what a daemon sends on a connection that it accepts, which takes
+// a capability that the daemon does not have any more.
+func checkSendBuffer(t *testing.T, h *lab.Host) {
+	t.Helper()
+	var conn net.Conn
+	if err := h.InNetwork(func() (err error) {
+		conn, err = net.Dial("tcp", h.DaemonAddr())
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	eventually(t, func() error { // it is accepted
+		shown, err := h.Run(testContext(t), "ss", "-Htnm", "state", "established", "sport", "=", ":"+lab.DaemonPort)
+		switch {
+		case err != nil:
+			t.Fatal(err)
+		case !strings.Contains(shown, "skmem"):
+			return fmt.Errorf("the daemon of host %s accepts no connection", h.Name)
+		case !strings.Contains(shown, ",tb33554432,"): // Linux shows twice what was set
+			t.Fatalf("host %s: its daemon's connections are %q", h.Name, shown)
+		}
+		return nil
+	})
+}
+
+// checkRefusedSyscalls has a daemon make system calls that it never makes by itself, and that its filter refuses.
+func checkRefusedSyscalls(t *testing.T, pid int) {
 	t.Helper()
 	p, err := inject.Seize(testContext(t), pid)
 	if err != nil {
@@ -86,8 +114,10 @@ func refuses(t *testing.T, pid int) {
 	// Without the filter none of these says EPERM, whoever calls (TestForbidden of internal/confine).
 	for name, call := range map[string][]uintptr{
 		"mount": {unix.SYS_MOUNT, 0, 0, 0, 0, 0}, "unshare": {unix.SYS_UNSHARE, 0}, "execve": {unix.SYS_EXECVE, 0, 0, 0},
-		"bpf": {unix.SYS_BPF, ^uintptr(0), 0, 0}, "init_module": {unix.SYS_INIT_MODULE, 0, 0, 0}, "io_uring_setup": {unix.SYS_IO_URING_SETUP, 0, 0},
-		"a process": {unix.SYS_CLONE, unix.CLONE_FS | unix.CLONE_NEWNS, 0, 0, 0, 0}, "a raw socket": {unix.SYS_SOCKET, unix.AF_PACKET, unix.SOCK_RAW, 0},
+		"bpf": {unix.SYS_BPF, ^uintptr(0), 0, 0}, "init_module": {unix.SYS_INIT_MODULE, 0, 0, 0},
+		"io_uring_setup": {unix.SYS_IO_URING_SETUP, 0, 0},
+		"a process":      {unix.SYS_CLONE, unix.CLONE_FS | unix.CLONE_NEWNS, 0, 0, 0, 0},
+		"a raw socket":   {unix.SYS_SOCKET, unix.AF_PACKET, unix.SOCK_RAW, 0},
 	} {
 		if _, err := p.Syscall(testContext(t), call[0], call[1:]...); !errors.Is(err, unix.EPERM) {
 			t.Errorf("%s in the daemon, process %d: %v, want EPERM", name, pid, err)

@@ -13,8 +13,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// loadedEarly wants a migration whose destination has loaded the devices' state before the VM stopped, and what has
-// changed since to be little of it.
+// loadedEarly checks that the destination loaded the devices' state before the VM stopped, and that only little of it
+// changed afterwards.
 func loadedEarly(t *testing.T, m *migratedv1.Migration) {
 	t.Helper()
 	early := m.GetEarlyLoad()
@@ -28,18 +28,8 @@ func loadedEarly(t *testing.T, m *migratedv1.Migration) {
 		m.GetProgress().GetDowntime().AsDuration())
 }
 
-// begun starts a migration that was prepared, and returns how it ended.
-func (s *scene) begun(id string) *migratedv1.Migration {
-	s.Helper()
-	client := control(s.T, s.lab.A)
-	if _, err := client.Start(testContext(s.T), &migratedv1.StartRequest{Id: id}); err != nil {
-		s.Fatal(err)
-	}
-	return await(s.T, client, id, func(*migratedv1.Migration) bool { return false })
-}
-
-// TestEarlyLoad: devices that change between the early load and the stop arrive as they are then: also the one of a
-// q35 that QEMU does not load twice by itself, the LPC bridge, which has the APM status port.
+// TestEarlyLoad checks that devices that change between the early load and the stop arrive in their last state. One of
+// them is the LPC bridge of a q35, with the APM status port: QEMU does not load it twice by itself.
 func TestEarlyLoad(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -51,19 +41,19 @@ func TestEarlyLoad(t *testing.T) {
 		if spec.Rehearse = rehearse; rehearse {
 			id = "dress"
 		}
-		s.prepared(id, spec)
+		prepare(s.T, control(s.T, s.lab.A), id, spec)
 		goesOn(t, l.A)
 		ask(t, l.A, "human-monitor-command", map[string]string{"command-line": fmt.Sprintf("o /b 0xb3 %d", 66+len(id))}, nil)
-		m := s.begun(id)
+		m := s.startPrepared(id)
 		loadedEarly(t, m)
 		for _, d := range m.GetRehearsal().GetDifferences() {
-			if !slices.Contains(another, d.GetDevice()) {
+			if !slices.Contains(expectedDifferences, d.GetDevice()) {
 				t.Errorf("the state of %s is another when it is saved again: %d bytes", d.GetDevice(), d.GetBytes())
 			}
 		}
-		want := migratedv1.MigrationState_MIGRATION_STATE_COMPLETED
+		want := stateCompleted
 		if rehearse {
-			want = migratedv1.MigrationState_MIGRATION_STATE_REHEARSED
+			want = stateRehearsed
 		}
 		if m.GetState() != want {
 			t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
@@ -77,7 +67,8 @@ func TestEarlyLoad(t *testing.T) {
 	}
 }
 
-// TestEarlyLoadOff: it can be switched off, and is not done where the destination's QEMU could not be replaced.
+// TestEarlyLoadOff checks that the early load can be switched off, and that there is none if the destination's QEMU
+// could not be replaced.
 func TestEarlyLoadOff(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -93,35 +84,32 @@ func TestEarlyLoadOff(t *testing.T) {
 	}
 	s.arrived()
 	startVM(t, l.A, s.vm, "-S", "-incoming", "defer")
-	m := migrateSpec(t, l.B, "back", &migratedv1.MigrationSpec{
+	m := completed(t, migrateSpec(t, l.B, "back", &migratedv1.MigrationSpec{
 		Vm: lab.QMPPath, Destination: l.A.DaemonAddr(), DestinationQmp: lab.QMPPath,
-	})
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
+	}))
 	if early := m.GetEarlyLoad(); early.GetLoaded() || !strings.Contains(early.GetReason(), "could not be replaced") {
 		t.Errorf("early load %v", early)
 	}
 }
 
-// TestPausedSinceEarlyLoad: QEMU was told that the VM will run, and would leave its disks to that.
+// TestPausedSinceEarlyLoad pauses the VM after the early load. QEMU was told that the VM will run, and would activate
+// its disks only then.
 func TestPausedSinceEarlyLoad(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := sceneOf(t, l, lab.VMConfig{Extra: lab.EventsArgs()}.WithDevices(1, 1))
-	if early := s.prepared("paused", s.spec()).GetEarlyLoad(); !early.GetLoaded() {
+	if early := prepare(s.T, control(s.T, s.lab.A), "paused", s.spec()).GetEarlyLoad(); !early.GetLoaded() {
 		t.Fatalf("early load %v", early)
 	}
 	ask(t, l.A, "stop", nil, nil)
-	m := s.begun("paused")
+	m := s.startPrepared("paused")
 	said := m.GetError()
 	if m.GetState() != stateFailed || !strings.Contains(said.GetMessage(), "was paused after") ||
-		said.GetRemedy() != "migrate it again" || said.GetVmStatus() != "the VM was not touched; the VM is paused on the source" {
+		said.GetRemedy() != "migrate it again" ||
+		said.GetVmStatus() != "the VM was not touched; the VM is paused on the source" {
 		t.Errorf("migration is %v: %v", m.GetState(), said)
 	}
-	if m := migrateSpec(t, l.A, "again", s.spec()); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
+	completed(t, migrateSpec(t, l.A, "again", s.spec()))
 	command(t, l.B, "cont")
 	s.arrived()
 }
@@ -132,15 +120,16 @@ func TestEarlyLoadThatFails(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
-	s.template(templateWithoutMSIX)
+	s.writeTemplate(templateWithoutMSIX)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
-	early := s.prepared("other", spec).GetEarlyLoad()
+	early := prepare(s.T, control(s.T, s.lab.A), "other", spec).GetEarlyLoad()
 	if early.GetLoaded() || !strings.Contains(early.GetReason(), "virtio-rng") {
 		t.Errorf("early load %v", early)
 	}
 	goesOn(t, l.A)
-	s.failed(s.begun("other"), stateFailed, "could not load the device state", "virtio-rng", "the VM runs on the source")
+	m := s.startPrepared("other")
+	s.failed(m, stateFailed, "could not load the device state", "virtio-rng", "the VM runs on the source")
 	if err := os.Remove(l.B.Path(templatePath)); err != nil {
 		t.Error(err)
 	}

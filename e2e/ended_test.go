@@ -14,35 +14,18 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-const stateEnded = migratedv1.MigrationState_MIGRATION_STATE_ENDED
-
-// slowly moves a VM until it is at the destination. The sweep is slow, so that most of its memory is not.
-func (s *scene) slowly(id string) migratedv1.ControlServiceClient {
-	s.Helper()
-	client := control(s.T, s.lab.A)
-	spec := s.spec()
-	spec.Bandwidth = 4 << 20
-	if _, err := client.Start(testContext(s.T), &migratedv1.StartRequest{Id: id, Spec: spec}); err != nil {
-		s.Fatal(err)
-	}
-	m := await(s.T, client, id, func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
-	if m.GetState() != stateActive || m.GetLocation() != migratedv1.Location_LOCATION_DESTINATION {
-		s.Fatalf("migration is %v, the VM %v: %v", m.GetState(), m.GetLocation(), m.GetError())
-	}
-	return client
-}
-
-// monitor runs a line of QEMU's monitor for people on a host: what the guest could do, its devices are told by it.
+// monitor runs a line of QEMU's human monitor on a host. It writes to the VM's ports as its guest could.
 func monitor(t *testing.T, h *lab.Host, line string) {
 	t.Helper()
 	ask(t, h, "human-monitor-command", map[string]string{"command-line": line}, nil)
 }
 
-// TestVMEndsAfterTheSwitch: a VM that ends by itself while its memory follows is no failure, and nobody is told to run
-// the memory that is left of it, which is older than its disks.
+// TestVMEndsAfterTheSwitch checks that a VM that ends by itself while its memory follows is no failure. No host says to
+// run the memory that is left of it, because that is older than its disks.
 func TestVMEndsAfterTheSwitch(t *testing.T) {
 	t.Parallel()
-	const powerOff, resetNow = "o /h 0x604 0x2000", "o /b 0xcf9 6" // SLP_EN and S5 in PM1a_CNT; the chipset's reset register
+	// SLP_EN and S5 in PM1a_CNT; the chipset's reset register.
+	const powerOff, resetNow = "o /h 0x604 0x2000", "o /b 0xcf9 6"
 	for name, c := range map[string]struct {
 		extra  []string
 		end    func(t *testing.T, l *lab.Lab)
@@ -77,20 +60,21 @@ func TestVMEndsAfterTheSwitch(t *testing.T) {
 			startDaemon(t, l.A)
 			there := startDaemon(t, l.B)
 			s := sceneOf(t, l, lab.VMConfig{MemoryMiB: 1024, Extra: c.extra}.WithDevices(1, 1))
-			client := s.slowly("ended")
+			client := s.moveSlowly("ended")
 			c.end(t, l)
 			ended := func(h *lab.Host) {
 				t.Helper()
-				m := await(t, control(t, h), "ended", func(*migratedv1.Migration) bool { return false })
+				m := awaitEnd(t, control(t, h), "ended")
 				says := m.GetError()
-				if m.GetState() != stateEnded || says.GetReason() != c.reason || m.GetLocation() != migratedv1.Location_LOCATION_ENDED ||
+				if m.GetState() != stateEnded || says.GetReason() != c.reason ||
+					m.GetLocation() != migratedv1.Location_LOCATION_ENDED ||
 					!strings.Contains(says.GetMessage(), c.words) || strings.Contains(says.GetRemedy(), "fallback") {
 					t.Errorf("on host %s it is %v, the VM %v: %v", h.Name, m.GetState(), m.GetLocation(), says)
 				}
 			}
 			ended(l.A)
 			ended(l.B)
-			for _, h := range []*lab.Host{l.A, l.B} {
+			for _, h := range l.Hosts() {
 				if pid := qemuOn(t, h); pid != 0 {
 					t.Errorf("QEMU process %d is left on host %s", pid, h.Name)
 				}
@@ -112,19 +96,14 @@ func TestVMEndsAfterTheSwitch(t *testing.T) {
 	}
 }
 
-// TestGuestResetsAfterTheSwitch: its QEMU goes on, and so does the move.
+// TestGuestResetsAfterTheSwitch checks that QEMU and the migration continue after the guest resets.
 func TestGuestResetsAfterTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := largeScene(t, l, 1)
-	client := s.slowly("reset")
+	client := s.moveSlowly("reset")
 	ask(t, l.B, "system_reset", nil, nil)
-	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: "reset"}); err != nil {
-		t.Fatal(err)
-	}
-	m := await(t, client, "reset", func(*migratedv1.Migration) bool { return false })
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
+	unlimit(t, client, "reset")
+	completed(t, awaitEnd(t, client, "reset"))
 	goesOn(t, l.B)
 }

@@ -11,13 +11,12 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -27,10 +26,10 @@ func startLibvirt(t *testing.T, l *lab.Lab, settings ...string) (daemons []*lab.
 	t.Helper()
 	for _, program := range []string{"libvirtd", "virsh"} {
 		if _, err := exec.LookPath(program); err != nil {
-			cannot.Run(t, "%v: install the packages of scripts/setup", err)
+			testenv.CannotRun(t, "%v: install the packages of scripts/setup", err)
 		}
 	}
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		var log bytes.Buffer
 		t.Cleanup(func() {
 			if t.Failed() {
@@ -46,8 +45,8 @@ func startLibvirt(t *testing.T, l *lab.Lab, settings ...string) (daemons []*lab.
 	return daemons
 }
 
-// domainVM is a VM as a user of libvirt has it, with one vCPU, that libvirt's own migration moves as well: with several
-// its guest may stand still afterwards under TCG, seen without any of ours.
+// domainVM is a VM as a user of libvirt has it. It has one vCPU, so that libvirt's own migration can move it, too: with
+// several vCPUs under TCG, its guest may hang afterwards. That was seen without our migrations.
 func domainVM(t *testing.T) lab.VMConfig {
 	t.Helper()
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
@@ -90,7 +89,7 @@ func virsh(t *testing.T, h *lab.Host, args ...string) string {
 	return out
 }
 
-// domainState is what virsh says of the VM on a host; empty: it has none.
+// domainState is the state of the VM in virsh on a host. It is empty if the host has no such domain.
 func domainState(t *testing.T, h *lab.Host) string {
 	t.Helper()
 	state, err := h.Virsh(testContext(t), "domstate", "--reason", lab.DomainName)
@@ -103,27 +102,27 @@ func domainState(t *testing.T, h *lab.Host) string {
 	return state
 }
 
-// awaitDomain waits until virsh says of the VM on a host what begins so; empty: nothing. libvirtd needs a moment to
-// notice what happens to a QEMU.
+// awaitDomain waits until the state of the VM in virsh on a host begins with want, or, if want is empty, until there is
+// no such domain. libvirtd needs a moment to notice what happens to a QEMU.
 func awaitDomain(t *testing.T, h *lab.Host, want string) {
 	t.Helper()
-	var state string
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
-		if state = domainState(t, h); state == want || want != "" && strings.HasPrefix(state, want) {
-			return
+	eventually(t, func() error {
+		if state := domainState(t, h); state != want && (want == "" || !strings.HasPrefix(state, want)) {
+			return fmt.Errorf("virsh on host %s says %q, not %q", h.Name, state, want)
 		}
-	}
-	t.Errorf("virsh on host %s says %q, not %q", h.Name, state, want)
+		return nil
+	})
 }
 
-// crossing begins to move the domain, and returns when the VM runs at the destination and its memory crosses, slowly.
-func crossing(t *testing.T, from, to *lab.Host, id string) (migratedv1.ControlServiceClient, *migratedv1.Migration) {
+// moveDomainSlowly starts to move the domain, and returns when the VM runs at the destination. A limit holds most of
+// its memory back until finishMove.
+func moveDomainSlowly(
+	t *testing.T, from, to *lab.Host, id string,
+) (migratedv1.ControlServiceClient, *migratedv1.Migration) {
 	t.Helper()
 	client := control(t, from)
 	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: to.DaemonAddr(), Bandwidth: 1 << 20}
-	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: id, Spec: spec}); err != nil {
-		t.Fatal(err)
-	}
+	start(t, client, id, spec)
 	m := await(t, client, id, func(m *migratedv1.Migration) bool {
 		return m.GetLocation() == migratedv1.Location_LOCATION_DESTINATION
 	})
@@ -133,20 +132,16 @@ func crossing(t *testing.T, from, to *lab.Host, id string) (migratedv1.ControlSe
 	return client, m
 }
 
-// cross lets memory that crosses slowly cross at once, and wants all of it to arrive.
-func cross(t *testing.T, client migratedv1.ControlServiceClient, id string) {
+// finishMove lifts the limit, and waits until all memory has arrived.
+func finishMove(t *testing.T, client migratedv1.ControlServiceClient, id string) {
 	t.Helper()
-	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: id}); err != nil {
-		t.Fatal(err)
-	}
-	m := await(t, client, id, func(*migratedv1.Migration) bool { return false })
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("it is %v: %v", m.GetState(), m.GetError())
-	}
+	unlimit(t, client, id)
+	completed(t, awaitEnd(t, client, id))
 }
 
-// worksAt wants the guest to work on a host, and to find its memory and its disk whole. The port is the caller's.
-func worksAt(t *testing.T, h *lab.Host, guest *report.Log) *report.Port {
+// checkGuestAt waits until the guest works on a host, and has it check its memory and its disk. The port is the
+// caller's.
+func checkGuestAt(t *testing.T, h *lab.Host, guest *report.Log) *report.Port {
 	t.Helper()
 	port := openGuest(t, h, guest)
 	awaitBlocks(t, guest, writesOf(guest.Disks())+50)
@@ -154,8 +149,8 @@ func worksAt(t *testing.T, h *lab.Host, guest *report.Log) *report.Port {
 	return port
 }
 
-// TestLibvirt moves a domain of libvirt's there and back: its guest works on, no byte of its memory and its disk is
-// wrong, and virsh says of both hosts what is so.
+// TestLibvirt moves a libvirt domain there and back. Its guest continues to work, no byte of its memory and its disk is
+// wrong, and virsh shows the truth on both hosts.
 func TestLibvirt(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -163,7 +158,7 @@ func TestLibvirt(t *testing.T) {
 	var guest report.Log
 	port := runDomain(t, l.A, domainVM(t), false, &guest)
 	confinedByLibvirt(t, l.A)
-	cancelled(t, l)
+	checkCancelled(t, l)
 	out, code := operate(t, l.A, "check", "--vm", lab.DomainVM, "--to", l.B.DaemonAddr())
 	if code != 0 || !strings.Contains(out, "domains that run here: "+lab.DomainName) {
 		t.Errorf("check: exit code %d:\n%s", code, out)
@@ -175,19 +170,18 @@ func TestLibvirt(t *testing.T) {
 		if err := port.Close(); err != nil {
 			t.Fatal(err)
 		}
-		m := migrateSpec(t, from, fmt.Sprintf("hop-%d", hop), &migratedv1.MigrationSpec{
-			Vm: lab.DomainVM, Destination: to.DaemonAddr(), Persistent: hop == 0, UndefineSource: hop == 1,
-		})
-		if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-			t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
+		var m *migratedv1.Migration
+		if hop == 0 {
+			m = migrateSpec(t, from, "hop-0", &migratedv1.MigrationSpec{
+				Vm: lab.DomainVM, Destination: to.DaemonAddr(), Persistent: true,
+			})
+		} else {
+			m = evacuateDomain(t, from, to, "hop")
 		}
+		completed(t, m)
 		t.Logf("downtime %v, early load %v", m.GetProgress().GetDowntime().AsDuration(), m.GetEarlyLoad())
-		if state := domainState(t, to); !strings.HasPrefix(state, "running") {
-			t.Errorf("virsh on host %s: %q", to.Name, state)
-		}
-		if state := domainState(t, from); state != "" {
-			t.Errorf("virsh on host %s: %q", from.Name, state)
-		}
+		awaitDomain(t, to, "running")
+		awaitDomain(t, from, "")
 		if hop == 0 {
 			kept, err := to.Virsh(testContext(t), "dumpxml", "--inactive", lab.DomainName)
 			if err != nil || !strings.Contains(kept, "guest-disk0.qcow2") || strings.Contains(kept, "incoming") {
@@ -198,7 +192,7 @@ func TestLibvirt(t *testing.T) {
 			events[from].expect(t, "(Suspended Resumed )+Suspended Shutdown Stopped") // early states, and the switch
 			events[to].expect(t, "Started Suspended Resumed Defined")
 		}
-		port = worksAt(t, to, &guest)
+		port = checkGuestAt(t, to, &guest)
 		from, to = to, from
 	}
 	if err := port.Close(); err != nil {
@@ -230,32 +224,26 @@ func watchEvents(t *testing.T, h *lab.Host) *events {
 func (e *events) expect(t *testing.T, want string) {
 	t.Helper()
 	expression := regexp.MustCompile("^" + want + "$")
-	var kinds []string
-	var text []byte
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
-		text, _ = os.ReadFile(e.log)
-		kinds = nil
+	eventually(t, func() error {
+		text, _ := os.ReadFile(e.log)
+		var kinds []string
 		for line := range strings.Lines(string(text)) {
 			if _, event, found := strings.Cut(line, "event 'lifecycle' for domain '"+lab.DomainName+"': "); found {
 				kinds = append(kinds, strings.Fields(event)[0])
 			}
 		}
-		if expression.MatchString(strings.Join(kinds, " ")) {
-			return
+		if !expression.MatchString(strings.Join(kinds, " ")) {
+			return fmt.Errorf("virsh event on host %s tells of %q, not of %q:\n%s", e.host.Name, kinds, want, text)
 		}
-	}
-	t.Errorf("virsh event on host %s tells of %q, not of %q:\n%s", e.host.Name, kinds, want, text)
+		return nil
+	})
 }
 
 // confinedByLibvirt wants the domain's QEMU on a host to be what libvirt makes of one: another user's, in a mount
 // namespace of its own, with a filter of system calls and, where the machine has them, in a control group of its own.
 func confinedByLibvirt(t *testing.T, h *lab.Host) {
 	t.Helper()
-	pids, err := h.Processes("qemu-system-x86_64")
-	if err != nil || len(pids) != 1 {
-		t.Fatalf("QEMUs of host %s: %v, %v", h.Name, pids, err)
-	}
-	proc := fmt.Sprintf("/proc/%d/", pids[0])
+	proc := fmt.Sprintf("/proc/%d/", qemuOn(t, h))
 	status, err := os.ReadFile(proc + "status")
 	if err != nil {
 		t.Fatal(err)
@@ -276,25 +264,17 @@ func confinedByLibvirt(t *testing.T, h *lab.Host) {
 	t.Logf("its control groups, %v:\n%s", err, groups)
 }
 
-// cancelled prepares a migration of the domain, and cancels it: nothing has changed.
-func cancelled(t *testing.T, l *lab.Lab) {
+// checkCancelled prepares a migration of the domain and cancels it. Nothing has changed then.
+func checkCancelled(t *testing.T, l *lab.Lab) {
 	t.Helper()
 	client := control(t, l.A)
 	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: l.B.DaemonAddr()}
-	if _, err := client.Prepare(testContext(t), &migratedv1.PrepareRequest{Id: "in-vain", Spec: spec}); err != nil {
-		t.Fatal(err)
-	}
-	m := await(t, client, "in-vain", func(m *migratedv1.Migration) bool { return m.GetPrepared() })
-	if state := domainState(t, l.B); !m.GetPrepared() || !strings.HasPrefix(state, "paused") {
-		t.Errorf("prepared: %v, %v; virsh on host b: %q", m.GetState(), m.GetError(), state)
-	}
-	if _, err := client.Cancel(testContext(t), &migratedv1.CancelRequest{Id: "in-vain"}); err != nil {
-		t.Fatal(err)
-	}
-	await(t, client, "in-vain", func(*migratedv1.Migration) bool { return false })
-	if here, there := domainState(t, l.A), domainState(t, l.B); !strings.HasPrefix(here, "running") || there != "" {
-		t.Errorf("virsh says %q on host a and %q on host b", here, there)
-	}
+	prepare(t, client, "in-vain", spec)
+	awaitDomain(t, l.B, "paused")
+	cancel(t, client, "in-vain")
+	awaitEnd(t, client, "in-vain")
+	awaitDomain(t, l.A, "running")
+	awaitDomain(t, l.B, "")
 }
 
 // TestLibvirtRestarts: the libvirtds of both hosts are killed while the VM's memory crosses, and started again. The
@@ -308,24 +288,22 @@ func TestLibvirtRestarts(t *testing.T) {
 	if err := port.Close(); err != nil {
 		t.Fatal(err)
 	}
-	client, _ := crossing(t, l.A, l.B, "restarts")
+	client, _ := moveDomainSlowly(t, l.A, l.B, "restarts")
 	for _, d := range daemons {
 		if err := errors.Join(d.Kill(), d.Restart(testContext(t))); err != nil {
 			t.Fatal(err)
 		}
 	}
-	cross(t, client, "restarts")
-	if there := domainState(t, l.B); !strings.HasPrefix(there, "running") {
-		t.Errorf("virsh on host b: %q", there)
-	}
+	finishMove(t, client, "restarts")
+	awaitDomain(t, l.B, "running")
 	awaitDomain(t, l.A, "")
-	if err := worksAt(t, l.B, &guest).Close(); err != nil {
+	if err := checkGuestAt(t, l.B, &guest).Close(); err != nil {
 		t.Error(err)
 	}
 }
 
-// TestLibvirtDestroyed: while the memory of a domain without disks crosses, virsh resumes it in vain at the source, and
-// ends it at the destination. That is no failure: both hosts say that the VM has ended, and nothing is left of it at the
+// TestLibvirtDestroyed uses virsh while the memory of a domain without disks crosses. Resuming it at the source fails.
+// Ending it at the destination is no failure: both hosts say that the VM has ended, and nothing is left of it at the
 // source.
 func TestLibvirtDestroyed(t *testing.T) {
 	t.Parallel()
@@ -337,7 +315,7 @@ func TestLibvirtDestroyed(t *testing.T) {
 	if err := runDomain(t, l.A, vm, false, &guest).Close(); err != nil {
 		t.Fatal(err)
 	}
-	client, _ := crossing(t, l.A, l.B, "destroyed")
+	client, _ := moveDomainSlowly(t, l.A, l.B, "destroyed")
 	for range 2 {
 		if out, err := l.A.Virsh(testContext(t), "resume", lab.DomainName); err == nil {
 			t.Errorf("the VM was resumed at the source: %q", out)
@@ -345,10 +323,24 @@ func TestLibvirtDestroyed(t *testing.T) {
 	}
 	awaitDomain(t, l.A, "paused")
 	virsh(t, l.B, "destroy", lab.DomainName)
-	m := await(t, client, "destroyed", func(*migratedv1.Migration) bool { return false })
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_ENDED {
+	m := awaitEnd(t, client, "destroyed")
+	if m.GetState() != stateEnded {
 		t.Errorf("it is %v: %v", m.GetState(), m.GetError())
 	}
 	awaitDomain(t, l.A, "")
 	awaitDomain(t, l.B, "")
+}
+
+// evacuateDomain empties a host of its only VM, a domain, which the host does not define any more then, and returns the
+// migration that did it.
+func evacuateDomain(t *testing.T, from, to *lab.Host, id string) *migratedv1.Migration {
+	t.Helper()
+	if out, code := operate(t, from, "vms"); code != 0 || !strings.Contains(out, lab.DomainVM+" ") {
+		t.Errorf("vms: exit code %d:\n%s", code, out)
+	}
+	out, code := operate(t, from, "evacuate", "--to", to.DaemonAddr(), "--undefine-source", "--id", id)
+	if code != 0 {
+		t.Errorf("evacuate: exit code %d:\n%s", code, out)
+	}
+	return get(t, from, id+"-1-1")
 }

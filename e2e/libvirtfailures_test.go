@@ -14,7 +14,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A domainFailure is what keeps a domain from being moved.
+// domainFailure is a failure that prevents the migration of a domain.
 type domainFailure struct {
 	name string
 	// before happens before the migration, prepared when the destination is ready, and after at its end.
@@ -22,7 +22,7 @@ type domainFailure struct {
 	words                   string // in the error, whoever notices first
 }
 
-// A domainStage is two hosts with libvirt, of which a runs the domain.
+// domainStage is two hosts with libvirt. Host a runs the domain.
 type domainStage struct {
 	*testing.T
 	*lab.Lab
@@ -64,7 +64,7 @@ var domainFailures = []domainFailure{
 	},
 	{
 		name: "its QEMU is killed while it waits", words: "QEMU exited or was killed",
-		prepared: func(s *domainStage) { s.kill(s.B) },
+		prepared: func(s *domainStage) { kill(s.T, qemuOn(s.T, s.B), syscall.SIGKILL) },
 	},
 	{
 		name: "the daemon is killed while it waits", words: "cannot be reached",
@@ -90,18 +90,8 @@ func (s *domainStage) must(err error) {
 	}
 }
 
-// kill kills the QEMU of a host.
-func (s *domainStage) kill(h *lab.Host) {
-	s.Helper()
-	pids, err := h.Processes("qemu-system-x86_64")
-	if err != nil || len(pids) != 1 {
-		s.Fatalf("QEMUs of host %s: %v, %v", h.Name, pids, err)
-	}
-	s.must(syscall.Kill(pids[0], syscall.SIGKILL))
-}
-
-// TestLibvirtFailures: whatever fails before the switch, the domain runs on at the source, in virsh and in fact, and
-// writes to its disk. Nothing is left of it at the destination.
+// TestLibvirtFailures checks that after any failure before the switch the domain still runs at the source, in virsh and
+// in fact, and writes to its disk. Nothing of it is left at the destination.
 func TestLibvirtFailures(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -117,7 +107,8 @@ func TestLibvirtFailures(t *testing.T) {
 			}
 			m := s.fail(fmt.Sprintf("failure-%d", i), f.prepared)
 			t.Logf("%v: %v", m.GetState(), m.GetError())
-			if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED || m.GetLocation() != migratedv1.Location_LOCATION_SOURCE ||
+			if m.GetState() != stateFailed ||
+				m.GetLocation() != migratedv1.Location_LOCATION_SOURCE ||
 				!strings.Contains(fmt.Sprint(m.GetError()), f.words) {
 				t.Errorf("it is %v, at %v: %v", m.GetState(), m.GetLocation(), m.GetError())
 			}
@@ -135,7 +126,7 @@ func TestLibvirtFailures(t *testing.T) {
 	}
 }
 
-// fail migrates the domain in vain.
+// fail starts a migration of the domain that must fail, and returns it.
 func (s *domainStage) fail(id string, prepared func(*domainStage)) *migratedv1.Migration {
 	s.Helper()
 	client := control(s.T, s.A)
@@ -143,14 +134,8 @@ func (s *domainStage) fail(id string, prepared func(*domainStage)) *migratedv1.M
 	if prepared == nil {
 		return migrateSpec(s.T, s.A, id, spec)
 	}
-	if _, err := client.Prepare(testContext(s.T), &migratedv1.PrepareRequest{Id: id, Spec: spec}); err != nil {
-		s.Fatal(err)
-	}
-	m := await(s.T, client, id, func(m *migratedv1.Migration) bool { return m.GetPrepared() })
-	if !m.GetPrepared() {
-		s.Fatalf("it is %v: %v", m.GetState(), m.GetError())
-	}
+	prepare(s.T, client, id, spec)
 	prepared(s)
 	_, _ = client.Start(testContext(s.T), &migratedv1.StartRequest{Id: id}) // it may have failed by now
-	return await(s.T, client, id, func(*migratedv1.Migration) bool { return false })
+	return awaitEnd(s.T, client, id)
 }

@@ -19,7 +19,7 @@ import (
 func TestLibvirtImages(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if _, err := h.Start(os.Stderr, "virtlockd"); err != nil {
 			t.Fatal(err)
 		}
@@ -38,7 +38,7 @@ func TestLibvirtImages(t *testing.T) {
 	if wanted == 0 {
 		t.Fatal("libvirt has not given the image to QEMU's user")
 	}
-	cancelled(t, l)
+	checkCancelled(t, l)
 	if got := owner(); got != wanted {
 		t.Errorf("after a migration that was cancelled the image is user %d's, not %d's", got, wanted)
 	}
@@ -47,7 +47,7 @@ func TestLibvirtImages(t *testing.T) {
 		if err := port.Close(); err != nil {
 			t.Fatal(err)
 		}
-		client, m := crossing(t, from, to, id)
+		client, m := moveDomainSlowly(t, from, to, id)
 		out, err := from.Virsh(testContext(t), "resume", lab.DomainName)
 		t.Logf("%v; virsh resume at the source: %v, %v", m.GetState(), out, err)
 		if err == nil {
@@ -55,12 +55,12 @@ func TestLibvirtImages(t *testing.T) {
 		}
 		awaitDomain(t, from, "paused")
 		awaitDomain(t, to, "running")
-		cross(t, client, id)
+		finishMove(t, client, id)
 		awaitDomain(t, from, "")
 		if got := owner(); got != wanted {
 			t.Errorf("%s: the image is user %d's, not %d's", id, got, wanted)
 		}
-		port = worksAt(t, to, &guest)
+		port = checkGuestAt(t, to, &guest)
 		from, to = to, from
 	}
 	if err := port.Close(); err != nil {

@@ -5,19 +5,17 @@ package e2e
 import (
 	"context"
 	"os"
-	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/migrated-vm/migrated/e2e/checkout"
 	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/guide"
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// becomeFresh gives a host directories of its own for what an operator installs, and a systemctl that starts the daemon
-// as the unit does: there is no systemd on it.
+// becomeFresh is a script that makes private directories on a host for what an operator installs, and a systemctl that
+// starts the daemon as the unit does. There is no systemd on the host.
 const becomeFresh = `
 for dir in /usr/local/bin /etc/migrated; do
 	mkdir -p "$dir"
@@ -34,8 +32,6 @@ end
 chmod 755 /usr/local/bin/systemctl
 `
 
-var tutorialCommand = regexp.MustCompile(`(?m)^host-([ab])# (.*)$`)
-
 // TestLibvirtTutorial runs the commands of docs/libvirt-tutorial.md on two hosts with libvirt, of which one runs a
 // domain.
 func TestLibvirtTutorial(t *testing.T) {
@@ -44,21 +40,11 @@ func TestLibvirtTutorial(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	root, err := checkout.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := os.ReadFile(filepath.Join(root, "docs", "libvirt-tutorial.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	commands := tutorialCommand.FindAllStringSubmatch(string(text), -1)
-	if len(commands) < 10 {
-		t.Fatalf("the tutorial has %d commands", len(commands))
-	}
+	page, err := guide.Read("docs/libvirt-tutorial.md")
+	blocks := blocksOf(t, page, err)
 	l := newHosts(t)
 	startLibvirt(t, l)
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if _, err := h.Run(testContext(t), "sh", "-ec", becomeFresh, "sh", binary); err != nil {
 			t.Fatal(err)
 		}
@@ -73,22 +59,38 @@ func TestLibvirtTutorial(t *testing.T) {
 		"virsh list --all --persistent --name": lab.DomainName, "virsh list --all --name": "",
 		"virsh domstate " + lab.DomainName: "running",
 	}
-	for _, c := range commands {
-		h := map[string]*lab.Host{"a": l.A, "b": l.B}[c[1]]
-		began := time.Now()
-		out, err := h.Run(testContext(t), "sh", "-ec", c[2])
-		t.Logf("host-%s# %s\n%s%v", c[1], c[2], out, time.Since(began).Round(time.Millisecond))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if want, told := says[c[2]]; told && strings.TrimSpace(out) != want {
-			t.Errorf("%s says %q, want %q", c[2], out, want)
+	for _, b := range blocks {
+		for _, c := range b.Commands() {
+			out := runTyped(t, l, c)
+			if want, told := says[c.Text]; told && strings.TrimSpace(out) != want {
+				t.Errorf("%s says %q, want %q", c.Text, out, want)
+			}
 		}
 	}
-	port = worksAt(t, l.A, &guest)
+	port = checkGuestAt(t, l.A, &guest)
 	if err := port.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+// runTyped runs a command of the documentation on the host that it names, and returns what it says.
+func runTyped(t *testing.T, l *lab.Lab, c guide.Command) string {
+	t.Helper()
+	h := map[string]*lab.Host{"host-a": l.A, "host-b": l.B}[c.Host]
+	if h == nil {
+		t.Fatalf("%q names no host", c.Text)
+	}
+	began := time.Now()
+	cmd := h.Command(testContext(t), "sh", "-ec", c.Text)
+	cmd.WaitDelay = time.Second // what it has started may have its output, too
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	t.Logf("%s# %s\n%s%s%v", c.Host, c.Text, out, stderr.String(), time.Since(began).Round(time.Millisecond))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
 }
 
 // endDaemon ends the daemon that a host's systemctl has started, if it has.

@@ -18,7 +18,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A domainCase is a VM as users of libvirt have it.
+// domainCase is a VM as users of libvirt have it.
 type domainCase struct {
 	name       string
 	version    string // of QEMU; empty: the installed one
@@ -61,7 +61,8 @@ func plug(t *testing.T, h *lab.Host) {
 	virsh(t, h, "setvcpus", "--live", lab.DomainName, "2")
 }
 
-// ofHost matches what differs in a domain's definition from host to host: its number, and what made QEMU wait.
+// ofHost matches the parts of a domain's definition that differ between hosts: its number, and the arguments that make
+// QEMU wait.
 var ofHost = regexp.MustCompile(`<domain .*>|\s*<qemu:commandline>\s*<qemu:arg value='-incoming'/>\s*` +
 	`<qemu:arg value='defer'/>\s*</qemu:commandline>`)
 
@@ -85,7 +86,7 @@ func moveDomain(t *testing.T, c domainCase) {
 		uffdtest.ReserveHugePages(t, c.hugePages)
 	}
 	l := newHosts(t)
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if c.version != "" {
 			useQEMU(t, h, c.version)
 		}
@@ -108,22 +109,15 @@ func moveDomain(t *testing.T, c domainCase) {
 		if err := port.Close(); err != nil {
 			t.Fatal(err)
 		}
-		m := migrateSpec(t, from, fmt.Sprintf("hop-%d", hop), &migratedv1.MigrationSpec{
+		m := completed(t, migrateSpec(t, from, fmt.Sprintf("hop-%d", hop), &migratedv1.MigrationSpec{
 			Vm: lab.DomainVM, Destination: to.DaemonAddr(), Persistent: c.persistent, UndefineSource: c.persistent,
-		})
-		if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-			t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-		}
+		}))
 		t.Logf("downtime %v, early load %v", m.GetProgress().GetDowntime().AsDuration(), m.GetEarlyLoad())
 		if diff := cmp.Diff(wanted, definition(t, to)); diff != "" {
 			t.Errorf("the domain on host %s is another one than before (+):\n%s", to.Name, diff)
 		}
-		if got := virsh(t, to, "domstate", lab.DomainName); got != state {
-			t.Errorf("virsh on host %s says %q, before it said %q", to.Name, got, state)
-		}
-		if here := domainState(t, from); here != "" {
-			t.Errorf("virsh on host %s: %q", from.Name, here)
-		}
+		awaitDomain(t, to, state)
+		awaitDomain(t, from, "")
 		if vm.UEFI {
 			sameVars(t, from, to)
 		}
@@ -144,13 +138,15 @@ func moveDomain(t *testing.T, c domainCase) {
 	}
 	if c.again {
 		startAgain(t, from)
-	} else if info := virsh(t, from, "dominfo", lab.DomainName); strings.Contains(info, "Persistent:     yes") != c.persistent {
+	} else if info := virsh(
+		t, from, "dominfo", lab.DomainName,
+	); strings.Contains(info, "Persistent:     yes") != c.persistent {
 		t.Errorf("the domain was persistent: %v:\n%s", c.persistent, info)
 	}
 }
 
-// sameVars wants what the firmware has written to be in the file of the host that the domain has come to, as it is in
-// the other's: each has its own, and QEMU writes what it was sent.
+// sameVars checks that the file with the firmware's variables is the same on both hosts. Each host has its own file,
+// and the destination's QEMU writes what it was sent.
 func sameVars(t *testing.T, from, to *lab.Host) {
 	t.Helper()
 	const path = "/var/lib/libvirt/qemu/nvram/" + lab.DomainName + "_VARS.fd"
@@ -172,7 +168,7 @@ func sameVars(t *testing.T, from, to *lab.Host) {
 	}
 }
 
-// startAgain ends the domain, and starts it as its host has kept it.
+// startAgain ends the domain, and starts it from the definition that its host keeps.
 func startAgain(t *testing.T, h *lab.Host) {
 	t.Helper()
 	virsh(t, h, "destroy", lab.DomainName)

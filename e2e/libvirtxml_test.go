@@ -11,8 +11,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// labHook is a hook as libvirt has them. What it is called with stays on its host; it gives the lab's domain another
-// title, and refuses every other.
+// labHook is a hook in the form of libvirt's. It records its arguments on its host, sets another title for the lab's
+// domain, and refuses every other domain.
 const labHook = `#!/bin/sh
 echo "$@" >>/run/vm/hook.log
 case $1:$2:$3 in
@@ -28,7 +28,7 @@ func TestLibvirtDefinition(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
 	const socket, hook = "/run/libvirt-elsewhere", lab.VMDir + "/hook"
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if err := os.WriteFile(h.Path(hook), []byte(labHook), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -44,7 +44,7 @@ func TestLibvirtDefinition(t *testing.T) {
 	if err := port.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := l.B.Run(testContext(t), "mv", "/run/libvirt/libvirt-sock", socket); err != nil {
+	if _, err := l.B.Run(testContext(t), "mv", lab.LibvirtSocket, socket); err != nil {
 		t.Fatal(err)
 	}
 	definition := virsh(t, l.A, "dumpxml", "--migratable", "--security-info", lab.DomainName)
@@ -80,12 +80,12 @@ func TestLibvirtDefinition(t *testing.T) {
 		})
 	}
 	titled := file(func(d string) string { return strings.Replace(d, "</uuid>", "</uuid><title>operator</title>", 1) })
-	out, code := operate(t, l.A, "migrate", "--vm", "libvirt+unix:///"+lab.DomainName+"?socket=/run/libvirt/libvirt-sock",
+	out, code := operate(t, l.A, "migrate", "--vm", "libvirt+unix:///"+lab.DomainName+"?socket="+lab.LibvirtSocket,
 		"--to", l.B.DaemonAddr(), "--xml", titled)
 	if code != 0 {
 		t.Fatalf("migrate: exit code %d:\n%s", code, out)
 	}
-	if _, err := l.B.Run(testContext(t), "mv", socket, "/run/libvirt/libvirt-sock"); err != nil {
+	if _, err := l.B.Run(testContext(t), "mv", socket, lab.LibvirtSocket); err != nil {
 		t.Fatal(err)
 	}
 	if title := virsh(t, l.B, "desc", "--title", lab.DomainName); title != "of the hook" {
@@ -96,7 +96,7 @@ func TestLibvirtDefinition(t *testing.T) {
 		t.Errorf("the hook was called with %q, %v", said, err)
 	}
 	awaitDomain(t, l.A, "")
-	port = worksAt(t, l.B, &guest)
+	port = checkGuestAt(t, l.B, &guest)
 	if err := port.Close(); err != nil {
 		t.Error(err)
 	}

@@ -11,12 +11,12 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// TestLogThatTakesNothing has daemons whose log is a pipe that is full and that nobody reads, as that to a journal that hangs.
-// Their VM moves all the same.
+// TestLogThatTakesNothing starts daemons whose log is a full pipe that nobody reads, like the pipe to a
+// journal that hangs. Their VM can be moved all the same.
 func TestLogThatTakesNothing(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if _, err := h.StartDaemon(testContext(t), fullPipe(t), "--log-level", "debug"); err != nil {
 			t.Fatal(err)
 		}
@@ -29,7 +29,7 @@ func TestLogThatTakesNothing(t *testing.T) {
 	checkMetal(t, s.vm, l.B)
 }
 
-// fullPipe is the end of a pipe in which a write waits for ever.
+// fullPipe returns the write end of a full pipe: a write to it never returns.
 func fullPipe(t *testing.T) *os.File {
 	t.Helper()
 	var fds [2]int

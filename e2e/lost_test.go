@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"strings"
 	"syscall"
@@ -12,8 +13,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestPlannedRestartOfTheSource: the daemon of a migration's source is restarted after the switch, which is no failure to
-// those who follow it.
+// TestPlannedRestartOfTheSource restarts the source's daemon after the switch. That is no failure for programs that
+// follow the migration.
 func TestPlannedRestartOfTheSource(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -24,23 +25,21 @@ func TestPlannedRestartOfTheSource(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	command := l.A.Command(testContext(t), binary, "migrate", "--id", "planned", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(),
-		"--bandwidth", "64M")
+	command := l.A.Command(testContext(t), binary, "migrate", "--id", "planned", "--vm", lab.QMPPath,
+		"--to", l.B.DaemonAddr(), "--bandwidth", "64M")
 	var out strings.Builder
 	command.Stdout, command.Stderr = &out, &out
 	if err := command.Start(); err != nil {
 		t.Fatal(err)
 	}
 	there := control(t, l.B)
-	for { // it is not known there before
+	eventually(t, func() error { // it is not known there before
 		answer, err := there.Get(testContext(t), &migratedv1.GetRequest{Id: "planned"})
-		if err == nil && answer.GetMigration().GetState() == stateActive {
-			break
+		if err == nil && answer.GetMigration().GetState() != stateActive {
+			err = fmt.Errorf("the VM does not run there: %v", answer)
 		}
-		if testContext(t).Err() != nil {
-			t.Fatalf("it does not begin: %v, %v", answer, err)
-		}
-	}
+		return err
+	})
 	if err := a.Stop(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -53,15 +52,15 @@ func TestPlannedRestartOfTheSource(t *testing.T) {
 	nothingKept(t, l.A)
 }
 
-// TestSourceHostLost: the source's daemon, its QEMU and what it had written down are gone after the switch. The
-// destination says so, and has a command that ends it.
+// TestSourceHostLost removes the source's daemon, its QEMU and its records after the switch. The destination says so,
+// and has a command that ends the migration.
 func TestSourceHostLost(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
 	a := startDaemon(t, l.A)
 	startDaemon(t, l.B)
 	s := largeScene(t, l, 1)
-	s.halfway("lost")
+	s.moveHalfway("lost")
 	mustKill(t, a)
 	kill(t, qemuOn(t, l.A), syscall.SIGKILL)
 	for _, dir := range []string{"/run/migrated/handed-over", "/run/migrated/incoming"} {
@@ -83,7 +82,8 @@ func TestSourceHostLost(t *testing.T) {
 	if out, code := operate(t, l.B, "abandon", "lost"); code != 2 || qemuOn(t, l.B) == 0 {
 		t.Errorf("without the confirmation: exit code %d: %s", code, out)
 	}
-	if out, code := operate(t, l.B, strings.Fields(want)[1:]...); code != 0 || !strings.Contains(out, "was ended on the destination") {
+	if out, code := operate(t, l.B, strings.Fields(want)[1:]...); code != 0 ||
+		!strings.Contains(out, "was ended on the destination") {
 		t.Errorf("exit code %d: %s", code, out)
 	}
 	if pid := qemuOn(t, l.B); pid != 0 {
@@ -97,24 +97,21 @@ func TestSourceHostLost(t *testing.T) {
 	nothingKept(t, l.A, l.B)
 }
 
-// TestWhatIsNotLost is neither abandoned nor released.
+// TestWhatIsNotLost checks that a migration that is not lost is neither abandoned nor released.
 func TestWhatIsNotLost(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := largeScene(t, l, 1)
-	client := s.slowly("well")
-	if out, code := operate(t, l.B, "abandon", "well", "--source-is-gone"); code == 0 || !strings.Contains(out, "is not lost") {
+	client := s.moveSlowly("well")
+	if out, code := operate(t, l.B, "abandon", "well", "--source-is-gone"); code == 0 ||
+		!strings.Contains(out, "is not lost") {
 		t.Errorf("abandon: exit code %d: %s", code, out)
 	}
-	if out, code := operate(t, l.A, "release", "well", "--vm-is-at-destination"); code == 0 || !strings.Contains(out, "needs memory") {
+	if out, code := operate(t, l.A, "release", "well", "--vm-is-at-destination"); code == 0 ||
+		!strings.Contains(out, "needs memory") {
 		t.Errorf("release: exit code %d: %s", code, out)
 	}
-	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: "well"}); err != nil {
-		t.Fatal(err)
-	}
-	m := await(t, client, "well", func(*migratedv1.Migration) bool { return false })
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
+	unlimit(t, client, "well")
+	completed(t, awaitEnd(t, client, "well"))
 	s.arrived()
 }

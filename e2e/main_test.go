@@ -1,14 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package e2e migrates real VMs between two real daemons on two hosts made of
-// namespaces, and looks at every page afterwards.
+// Package e2e migrates real VMs between two real daemons on two hosts made of namespaces, and looks at every page
+// afterwards.
+//
+// What the tests share:
+//
+//	main_test.go       hosts, daemons, VMs, the passes of the bare-metal guest; eventually, the one loop that polls
+//	migration_test.go  one migration by the control API: start, wait, look at its end
+//	scene_test.go      the VM with the bare-metal guest, on its way from host a to host b
+//	vms_test.go        Linux guests; traveller_test.go: one that goes from host to host
+//	badinput_test.go   operate, the command line
+//	libvirt_test.go    domains of libvirt's; guides_test.go: the documentation's commands
 package e2e
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -20,16 +28,14 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	metalguest "github.com/migrated-vm/migrated/e2e/metal"
-	"github.com/migrated-vm/migrated/internal/cannot"
-	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// patience bounds a test. Nothing waits that long unless it is broken.
+// patience limits each wait of a test. Nothing takes that long unless it is broken.
 const patience = 4 * time.Minute
 
-// testContext ends with the test's patience.
+// testContext returns a context for one step of a test. It ends after patience, or with the test.
 func testContext(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	t.Cleanup(cancel)
@@ -41,7 +47,7 @@ func testContext(t *testing.T) context.Context {
 func newLab(t *testing.T) *lab.Lab {
 	t.Helper()
 	l := newHosts(t)
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		startDaemon(t, h)
 	}
 	return l
@@ -62,7 +68,7 @@ func linkedHosts(t *testing.T, link lab.Link) *lab.Lab {
 func joinedHosts(t *testing.T, join func(context.Context) (*lab.Lab, error)) *lab.Lab {
 	t.Helper()
 	if os.Getuid() != 0 {
-		cannot.Run(t, "hosts are made of namespaces, which needs root")
+		testenv.CannotRun(t, "hosts are made of namespaces, which needs root")
 	}
 	l, err := join(testContext(t))
 	if err != nil {
@@ -73,7 +79,7 @@ func joinedHosts(t *testing.T, join func(context.Context) (*lab.Lab, error)) *la
 			t.Errorf("end of the lab: %v", err)
 		}
 	})
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if err := h.MakeVMDir(); err != nil {
 			t.Fatal(err)
 		}
@@ -153,66 +159,6 @@ func beforeVM(t *testing.T, h *lab.Host, c lab.VMConfig) {
 	})
 }
 
-// migrate moves the VM and returns the migration as its source shows it.
-func migrate(t *testing.T, from, to *lab.Host, id string) *migratedv1.Migration {
-	t.Helper()
-	m := migrateSpec(t, from, id, &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: to.DaemonAddr()})
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
-	return m
-}
-
-// migrateSpec starts a migration and follows it to its end.
-func migrateSpec(t *testing.T, from *lab.Host, id string, spec *migratedv1.MigrationSpec) *migratedv1.Migration {
-	t.Helper()
-	client := control(t, from)
-	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: id, Spec: spec}); err != nil {
-		t.Fatal(err)
-	}
-	return await(t, client, id, func(m *migratedv1.Migration) bool { return false })
-}
-
-// await watches a migration until it is over or as wanted. No test has a process that touches the VM's memory, but
-// those that follow.
-func await(t *testing.T, client migratedv1.ControlServiceClient, id string, wanted func(*migratedv1.Migration) bool) *migratedv1.Migration {
-	t.Helper()
-	m := follow(t, client, id, wanted)
-	if p := m.GetProgress(); p.GetPagesTouched() != 0 || p.GetPagesUnexplained() != 0 {
-		t.Errorf("%d pages were there before they came, and %d more could not be written again",
-			p.GetPagesTouched(), p.GetPagesUnexplained())
-	}
-	return m
-}
-
-// follow is await whatever other processes do.
-func follow(t *testing.T, client migratedv1.ControlServiceClient, id string, wanted func(*migratedv1.Migration) bool) *migratedv1.Migration {
-	t.Helper()
-	stream, err := client.Watch(testContext(t), &migratedv1.WatchRequest{Id: id})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var last *migratedv1.Migration
-	for {
-		answer, err := stream.Recv()
-		if err != nil {
-			if last == nil {
-				t.Fatal(err)
-			}
-			switch last.GetState() {
-			case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-				migratedv1.MigrationState_MIGRATION_STATE_CANCELLED, migratedv1.MigrationState_MIGRATION_STATE_REHEARSED,
-				migratedv1.MigrationState_MIGRATION_STATE_ENDED:
-				return last
-			}
-			t.Fatalf("watch ended in state %v: %v", last.GetState(), err)
-		}
-		if last = answer.GetMigration(); wanted(last) {
-			return last
-		}
-	}
-}
-
 // openGuest opens the Linux guest's reports on a host.
 func openGuest(t *testing.T, h *lab.Host, log *report.Log) *report.Port {
 	t.Helper()
@@ -223,23 +169,24 @@ func openGuest(t *testing.T, h *lab.Host, log *report.Log) *report.Port {
 	return port
 }
 
-// metalPass waits for the bare-metal guest on h to write a pass that ok accepts
-// and returns its number.
+// metalPass waits for the bare-metal guest on h to write a pass that ok accepts and returns its number.
 func metalPass(t *testing.T, h *lab.Host, ok func(pass uint64) bool) uint64 {
 	t.Helper()
-	ctx := testContext(t)
-	path := h.Path(lab.SerialLog)
-	for {
-		if pass, found := lastPass(path); found && ok(pass) {
-			return pass
-		}
-		select {
-		case <-ctx.Done():
+	return passIn(t, h.Path(lab.SerialLog), ok)
+}
+
+// passIn is metalPass for the file at path, to which the guest's serial port is written.
+func passIn(t *testing.T, path string, ok func(pass uint64) bool) (pass uint64) {
+	t.Helper()
+	eventually(t, func() error {
+		var found bool
+		if pass, found = lastPass(path); !found || !ok(pass) {
 			text, _ := os.ReadFile(path)
-			t.Fatalf("the guest on host %s does not count: %.200q", h.Name, text)
-		case <-time.After(10 * time.Millisecond):
+			return fmt.Errorf("the guest does not count in %s: %.200q", path, text)
 		}
-	}
+		return nil
+	})
+	return pass
 }
 
 // goesOn waits for the bare-metal guest to write passes on that host, also while the daemon has its monitor.
@@ -284,6 +231,17 @@ func qemuOn(t *testing.T, h *lab.Host) int {
 	}
 }
 
+// awaitNoQEMU waits until a host has no QEMU.
+func awaitNoQEMU(t *testing.T, h *lab.Host) {
+	t.Helper()
+	eventually(t, func() error {
+		if pid := qemuOn(t, h); pid != 0 {
+			return fmt.Errorf("QEMU process %d is left on host %s", pid, h.Name)
+		}
+		return nil
+	})
+}
+
 // kill signals a process of the lab.
 func kill(t *testing.T, pid int, sig syscall.Signal) {
 	t.Helper()
@@ -295,86 +253,51 @@ func kill(t *testing.T, pid int, sig syscall.Signal) {
 	}
 }
 
-// checkMetal stops the bare-metal guest on h, reads all of its memory and lets
-// it go on. It returns the pass that the memory is of.
+// checkMetal stops the bare-metal guest on h, reads all of its memory and lets it go on. It returns the pass that the
+// memory is of.
 func checkMetal(t *testing.T, vm lab.VMConfig, h *lab.Host) uint64 {
 	t.Helper()
-	client, err := h.QMP(testContext(t))
+	ctx := testContext(t)
+	client, err := h.QMP(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := client.Do(testContext(t), "stop", nil, nil); err != nil {
+	if err := client.Do(ctx, "stop", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	result, err := metalguest.Verify(ramOf(t, client, vm, h)...)
+	result, err := h.VerifyMetal(ctx, client, vm, nil)
 	if err != nil {
-		t.Errorf("memory on host %s: %v", h.Name, err)
+		t.Error(err)
 	}
-	if vm.VCPUs == 1 {
-		checkPosition(t, client, vm, result)
-	}
-	if err := client.Do(testContext(t), "cont", nil, nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := client.Disconnect(); err != nil {
+	if err := errors.Join(client.Do(ctx, "cont", nil, nil), client.Disconnect()); err != nil {
 		t.Fatal(err)
 	}
 	return uint64(result.Pass)
 }
 
-// ramOf are the files with the RAM of the stopped VM on h: QEMU's own, or one that it saves it to.
-func ramOf(t *testing.T, client *qmp.Client, vm lab.VMConfig, h *lab.Host) (files []string) {
-	t.Helper()
-	for _, file := range vm.RAMFiles() {
-		files = append(files, h.Path(file))
-	}
-	if files != nil {
-		return files
-	}
-	saved, err := h.SaveRAM(testContext(t), client, vm, lab.SavedRAM)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.Remove(saved); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			t.Error(err)
-		}
-	})
-	return []string{saved}
-}
-
-// checkPosition compares memory with where the stopped guest is.
-func checkPosition(t *testing.T, client *qmp.Client, vm lab.VMConfig, result metalguest.Result) {
-	t.Helper()
-	var text string
-	if err := client.Do(testContext(t), "human-monitor-command", map[string]string{"command-line": "info registers"}, &text); err != nil {
-		t.Fatal(err)
-	}
-	at, err := metalguest.ParseRegisters(text)
-	if err != nil {
-		t.Fatal(err)
-	}
-	end, err := metalguest.End(vm.MemoryMiB)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := result.Meets(at, end); err != nil {
-		t.Error(err)
-	}
-}
-
 // awaitFile waits until a file exists.
 func awaitFile(t *testing.T, path string) {
 	t.Helper()
+	eventually(t, func() error {
+		_, err := os.Stat(path)
+		return err
+	})
+}
+
+// eventually calls wrong until it returns nil. After patience, the test fails with the last error.
+func eventually(t *testing.T, wrong func() error) {
+	t.Helper()
+	const firstPause, longestPause = 5 * time.Millisecond, 50 * time.Millisecond
 	ctx := testContext(t)
-	for {
-		if _, err := os.Stat(path); err == nil {
+	for pause := firstPause; ; pause = min(2*pause, longestPause) {
+		err := wrong()
+		if err == nil {
 			return
 		}
 		select {
 		case <-ctx.Done():
-			t.Fatalf("%s does not appear", path)
-		case <-time.After(10 * time.Millisecond):
+			t.Fatalf("not within %v: %v", patience, err)
+		case <-time.After(pause):
 		}
 	}
 }

@@ -13,19 +13,25 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
+
+// startSystemd gives a host systemd.
+func startSystemd(t *testing.T, h *lab.Host) {
+	t.Helper()
+	if err := h.Manage(testContext(t)); errors.Is(err, lab.ErrNoSystemd) {
+		testenv.CannotRun(t, "%v", err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+}
 
 // managedHosts makes two hosts whose daemons systemd runs, by the unit that they are delivered with.
 func managedHosts(t *testing.T, link lab.Link) *lab.Lab {
 	t.Helper()
 	l := linkedHosts(t, link)
-	for _, h := range []*lab.Host{l.A, l.B} {
-		if err := h.Manage(testContext(t)); errors.Is(err, lab.ErrNoSystemd) {
-			cannot.Run(t, "%v", err)
-		} else if err != nil {
-			t.Fatal(err)
-		}
+	for _, h := range l.Hosts() {
+		startSystemd(t, h)
 		t.Cleanup(func() {
 			if t.Failed() {
 				text, _ := os.ReadFile(h.Path("/run/migrated.log"))
@@ -48,21 +54,21 @@ func systemctl(t *testing.T, h *lab.Host, args ...string) {
 	}
 }
 
-// killed ends a host's daemon at once. It returns when systemd has started another.
-func killed(t *testing.T, h *lab.Host) {
+// killUnit ends a host's daemon at once. It returns when systemd has started another.
+func killUnit(t *testing.T, h *lab.Host) {
 	t.Helper()
-	before := property(t, h, "NRestarts")
+	before := unitProperty(t, h, "NRestarts")
 	systemctl(t, h, "kill", "--signal=KILL", "--kill-whom=main", "migrated")
 	awaitRestart(t, h, before)
 }
 
-// restarted is the planned way, that of an upgrade.
-func restarted(t *testing.T, h *lab.Host) {
+// restartUnit is the planned way, that of an upgrade.
+func restartUnit(t *testing.T, h *lab.Host) {
 	t.Helper()
 	systemctl(t, h, "restart", "migrated")
 }
 
-func property(t *testing.T, h *lab.Host, name string) string {
+func unitProperty(t *testing.T, h *lab.Host, name string) string {
 	t.Helper()
 	out, err := h.Run(testContext(t), "systemctl", "show", "--value", "--property="+name, "migrated")
 	if err != nil {
@@ -71,9 +77,9 @@ func property(t *testing.T, h *lab.Host, name string) string {
 	return strings.TrimSpace(out)
 }
 
-// TestRestartUnderSystemd ends daemons in the middle of the migrations of a busy guest, has systemd start them again, and
-// prints how long the guest stood still. The sockets stay the same: nobody is refused meanwhile. MIGRATED_ROUNDS=10 is
-// for figures (docs/faults.md).
+// TestRestartUnderSystemd ends daemons in the middle of the migrations of a busy guest, has systemd start them again,
+// and prints how long the guest stood still. The sockets stay the same: nobody is refused meanwhile. MIGRATED_ROUNDS=10
+// is for figures (docs/faults.md).
 func TestRestartUnderSystemd(t *testing.T) {
 	t.Parallel()
 	rounds := 1
@@ -91,14 +97,14 @@ func TestRestartUnderSystemd(t *testing.T) {
 		do   func(from, to *lab.Host)
 	}{
 		{"nothing", func(*lab.Host, *lab.Host) {}},
-		{"destination daemon killed", func(_, to *lab.Host) { killed(t, to) }},
-		{"destination daemon restarted", func(_, to *lab.Host) { restarted(t, to) }},
-		{"source daemon killed", func(from, _ *lab.Host) { killed(t, from) }},
-		{"source daemon restarted", func(from, _ *lab.Host) { restarted(t, from) }},
+		{"destination daemon killed", func(_, to *lab.Host) { killUnit(t, to) }},
+		{"destination daemon restarted", func(_, to *lab.Host) { restartUnit(t, to) }},
+		{"source daemon killed", func(from, _ *lab.Host) { killUnit(t, from) }},
+		{"source daemon restarted", func(from, _ *lab.Host) { restartUnit(t, from) }},
 	}
 	for range rounds {
 		for _, fault := range faults {
-			from, to := v.at, v.other()
+			from, to := v.at, v.lab.Other(v.at)
 			before := slices.Concat(listeners(t, from), listeners(t, to))
 			stall := v.move(func(id string) {
 				fault.do(from, to)
@@ -113,8 +119,8 @@ func TestRestartUnderSystemd(t *testing.T) {
 	for _, fault := range faults {
 		all := stalls[fault.name]
 		slices.Sort(all)
-		t.Logf("%-30s the guest's longest stall: p50 %v, max %v of %d", fault.name, all[(len(all)-1)/2].Round(time.Millisecond),
-			all[len(all)-1].Round(time.Millisecond), len(all))
+		t.Logf("%-30s the guest's longest stall: p50 %v, max %v of %d", fault.name,
+			all[(len(all)-1)/2].Round(time.Millisecond), all[len(all)-1].Round(time.Millisecond), len(all))
 	}
 }
 
@@ -140,7 +146,8 @@ func listeners(t *testing.T, h *lab.Host) []string {
 		found := 0
 		for line := range strings.Lines(out) {
 			fields := strings.Fields(line)
-			if c := table.columns; len(fields) > max(c[0], c[2]) && strings.HasSuffix(fields[c[0]], table.address) && fields[c[1]] == table.state {
+			if c := table.columns; len(fields) > max(c[0], c[2]) &&
+				strings.HasSuffix(fields[c[0]], table.address) && fields[c[1]] == table.state {
 				inodes = append(inodes, fields[c[2]])
 				found++
 			}

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,23 +13,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // mapRAM maps the file with the VM's RAM on h, as a process that is not QEMU. The caller unmaps it.
 func mapRAM(t *testing.T, vm lab.VMConfig, h *lab.Host) []byte {
 	t.Helper()
-	file, err := os.Open(h.Path(vm.RAMFiles()[0]))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	info, err := file.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	mapped, err := unix.Mmap(int(file.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_SHARED)
+	mapped, err := lab.MapFile(h.Path(vm.RAMFiles()[0]))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,13 +34,20 @@ func unmap(t *testing.T, mapped []byte) {
 	}
 }
 
-// TestMapperIsRefused: a process that maps the VM's RAM is named, with the file, whenever it begins: before the VM is
-// touched.
+// TestMapperIsRefused checks that a process that maps the VM's RAM is named, with the file, before the VM is touched,
+// whenever it begins.
 func TestMapperIsRefused(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
-	words := []string{fmt.Sprintf("process %d (e2e.test) maps its file", os.Getpid()), s.vm.RAMFiles()[0], "end that process"}
+	own, err := os.ReadFile("/proc/self/comm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := []string{
+		fmt.Sprintf("process %d (%s) maps its file", os.Getpid(), bytes.TrimSpace(own)), s.vm.RAMFiles()[0],
+		"end that process",
+	}
 	mapped := mapRAM(t, s.vm, l.A)
 	s.refusedByBoth(nil, words)
 	unmap(t, mapped)
@@ -60,12 +59,10 @@ func TestMapperIsRefused(t *testing.T) {
 			client := s.prepare(id)
 			mapped := mapRAM(t, s.vm, host)
 			defer unmap(t, mapped)
-			if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: id}); err != nil {
-				t.Fatal(err)
-			}
-			m := await(t, client, id, func(*migratedv1.Migration) bool { return false })
+			start(t, client, id, nil)
+			m := awaitEnd(t, client, id)
 			s.failed(m, stateFailed, append(words, "the VM was not touched")...)
-			s.countsOn()
+			s.countsAtSource()
 			s.destinationGone(id)
 		})
 	}
@@ -73,18 +70,16 @@ func TestMapperIsRefused(t *testing.T) {
 	s.arrived()
 }
 
-// TestForeignReader: a process that begins to map the VM's RAM after the last look reads all of it until the last page has
-// come. It gets zeros; the VM has its memory.
+// TestForeignReader has a process map the VM's RAM after the last check, and read all of it until the last page has
+// come. The process gets zeros; the VM has its memory.
 func TestForeignReader(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	client := control(t, l.A)
 	spec := s.spec()
-	spec.Bandwidth = 8 << 20
-	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "read", Spec: spec}); err != nil {
-		t.Fatal(err)
-	}
+	spec.Bandwidth = 1 << 20 // so that it is not over before the reader has begun
+	start(t, client, "read", spec)
 	follow(t, client, "read", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
 	mapped := mapRAM(t, s.vm, l.B)
 	defer unmap(t, mapped)
@@ -100,14 +95,18 @@ func TestForeignReader(t *testing.T) {
 		read.Store(uint32(sum)) // or nothing would have to be read
 		passes <- n
 	}()
-	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: "read", Bandwidth: 64 << 20}); err != nil {
+	if _, err := client.SetBandwidth(
+		testContext(t), &migratedv1.SetBandwidthRequest{Id: "read", Bandwidth: 64 << 20},
+	); err != nil {
 		t.Error(err)
 	}
 	m := follow(t, client, "read", func(*migratedv1.Migration) bool { return false })
 	over.Store(true)
 	p := m.GetProgress()
-	t.Logf("%d passes; %d pages were touched, of %d; %d faults", <-passes, p.GetPagesTouched(), p.GetPagesTotal(), p.GetFaults())
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED || p.GetPagesTouched() == 0 || p.GetPagesUnexplained() != 0 {
+	t.Logf("%d passes; %d pages were touched, of %d; %d faults",
+		<-passes, p.GetPagesTouched(), p.GetPagesTotal(), p.GetFaults())
+	if m.GetState() != stateCompleted ||
+		p.GetPagesTouched() == 0 || p.GetPagesUnexplained() != 0 {
 		t.Errorf("migration is %v, %d pages were touched, %d are unexplained: %v", m.GetState(), p.GetPagesTouched(),
 			p.GetPagesUnexplained(), m.GetError())
 	}
@@ -120,7 +119,7 @@ var read atomic.Uint32
 func TestVhostUserIsRefused(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("qemu-storage-daemon"); err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	l := newLab(t)
 	log, err := os.Create(l.A.Path(lab.VMDir + "/backend.log"))

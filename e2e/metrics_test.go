@@ -4,9 +4,14 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,14 +21,14 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/e2e/promtool"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // metricsSocket is where the lab's daemons serve metrics, if they are told to.
 const metricsSocket = "/run/migrated/metrics.sock"
 
-// scrape is what the metrics of a host's daemon are now.
+// scrape returns the metrics of a host's daemon now.
 func scrape(t *testing.T, h *lab.Host) string {
 	t.Helper()
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -46,7 +51,7 @@ func scrape(t *testing.T, h *lab.Host) string {
 	return string(text)
 }
 
-// sum adds the series of a metric that have all of these labels; found says how many there are.
+// sum adds the series of a metric that have all of these labels. found is their number.
 func sum(t *testing.T, scrape, metric string, labels ...string) (total float64, found int) {
 	t.Helper()
 	for line := range strings.Lines(scrape) {
@@ -70,11 +75,7 @@ func sum(t *testing.T, scrape, metric string, labels ...string) (total float64, 
 // statusJSON is what "migrated status --json" says on a host.
 func statusJSON(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
 	t.Helper()
-	binary, err := lab.Binary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := h.Run(testContext(t), binary, "status", id, "--json")
+	out, err := h.Migrated(testContext(t), "status", id, "--json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,9 +86,10 @@ func statusJSON(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
 	return &m
 }
 
-// TestMetricsAreTheTruth moves a VM while it is scraped, and compares the metrics with what "migrated status" says. No alert
-// fires of such a migration, every query of the dashboard has an answer, and a collector is told of it. The reports of both
-// hosts say the same, also after their daemons were started again.
+// TestMetricsAreTheTruth moves a VM while it is scraped, and compares the metrics with what "migrated status" says. No
+// alert fires of such a migration. Every query of the dashboard has an answer, also of a Prometheus that has scraped
+// the migration. A collector is told of the migration. The reports of both hosts say the same, also after their daemons
+// were started again.
 func TestMetricsAreTheTruth(t *testing.T) {
 	t.Parallel()
 	l, id := newHosts(t), newIdentity(t)
@@ -95,6 +97,7 @@ func TestMetricsAreTheTruth(t *testing.T) {
 	traces := startCollector(t, l)
 	settings := [][]string{append(id.args(nameA, "a", nameB), serve...), append(id.args(nameB, "b", nameA), serve...)}
 	daemons := []*lab.Process{startDaemon(t, l.A, settings[0]...), startDaemon(t, l.B, settings[1]...)}
+	server := startPrometheus(t, l)
 	s := newScene(t, l)
 	if total, _ := sum(t, scrape(t, l.B), "migrated_pages_total"); total != 0 {
 		t.Errorf("%v pages came before there was a migration", total)
@@ -111,7 +114,7 @@ func TestMetricsAreTheTruth(t *testing.T) {
 		scrape(t, l.B)
 		return false
 	})
-	traces.sees(t)
+	traces.check(t)
 	there, here := statusJSON(t, l.A, "m"), statusJSON(t, l.B, "m")
 	checkFigures(t, there)
 	source, destination := scrape(t, l.A), scrape(t, l.B)
@@ -122,11 +125,13 @@ func TestMetricsAreTheTruth(t *testing.T) {
 		labels         []string
 		want           float64
 	}{
-		{source, "migrated_migration_downtime_seconds_sum", []string{`role="source"`}, there.GetProgress().GetDowntime().AsDuration().Seconds()},
+		{source, "migrated_migration_downtime_seconds_sum", []string{`role="source"`},
+			there.GetProgress().GetDowntime().AsDuration().Seconds()},
 		{source, "migrated_migrations_ended_total", []string{`role="source"`, `state="completed"`}, 1},
 		{source, "migrated_migration_data_remaining_bytes", []string{one}, 0},
 		{source, "migrated_vms_stopped_committed", nil, 0},
-		{destination, "migrated_migration_downtime_seconds_sum", []string{`role="destination"`}, p.GetDowntime().AsDuration().Seconds()},
+		{destination, "migrated_migration_downtime_seconds_sum", []string{`role="destination"`},
+			p.GetDowntime().AsDuration().Seconds()},
 		{destination, "migrated_migrations_ended_total", []string{`role="destination"`, `state="completed"`}, 1},
 		{destination, "migrated_migration_data_remaining_bytes", []string{one}, 0},
 		{destination, "migrated_migration_memory_bytes", []string{one}, float64(p.GetBytesTotal())},
@@ -166,15 +171,67 @@ func TestMetricsAreTheTruth(t *testing.T) {
 		t.Logf("source:\n%s\ndestination:\n%s", source, destination)
 	}
 	evaluate(t, map[string]string{"a": source, "b": destination})
+	checkDashboard(t, server)
 	checkReports(t, l, "m")
 	checkReportsStay(t, l, "m", daemons, settings)
+}
+
+// startPrometheus has a real one scrape the daemons of both hosts, by way of this machine's loopback.
+func startPrometheus(t *testing.T, l *lab.Lab) *promtool.Server {
+	t.Helper()
+	if _, err := promtool.Find(testContext(t)); err != nil {
+		testenv.CannotRun(t, "no Prometheus: %v", err)
+	}
+	targets := map[string]string{}
+	for _, h := range l.Hosts() {
+		transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", h.Path(metricsSocket))
+		}}
+		proxy := httptest.NewServer(&httputil.ReverseProxy{
+			Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: "daemon"}) }, Transport: transport,
+			ErrorLog: log.New(io.Discard, "", 0), // of daemons that are started anew
+		})
+		t.Cleanup(func() { proxy.Close(); transport.CloseIdleConnections() })
+		targets[h.Name] = proxy.Listener.Addr().String()
+	}
+	server, err := promtool.Serve(testContext(t), targets)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return server
+}
+
+// checkDashboard has each query of the dashboard answered by a Prometheus that has seen the migration.
+func checkDashboard(t *testing.T, server *promtool.Server) {
+	t.Helper()
+	queries, err := promtool.Queries("../deploy/monitoring/dashboard.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, query := range queries {
+		eventually(t, func() error { // what it has not scraped yet, it does in a moment
+			found, err := server.Values(testContext(t), query)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if found == 0 {
+				return fmt.Errorf("Prometheus has no answer to %s", query)
+			}
+			return nil
+		})
+	}
 }
 
 // evaluate has the alerts and the dashboard of deploy/monitoring evaluated of scrapes.
 func evaluate(t *testing.T, scrapes map[string]string) {
 	t.Helper()
 	if _, err := promtool.Find(testContext(t)); err != nil {
-		cannot.Run(t, "no promtool: %v", err)
+		testenv.CannotRun(t, "no promtool: %v", err)
 	}
 	queries, err := promtool.Queries("../deploy/monitoring/dashboard.json")
 	if err != nil {

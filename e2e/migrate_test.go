@@ -30,7 +30,8 @@ func TestLinuxGuest(t *testing.T) {
 		{"idle 4KiB 1 block 1 vCPU", lab.VMConfig{VCPUs: 1, Nodes: 1}, idle, false, true},
 		{"busy 4KiB 1 block 4 vCPUs and back", lab.VMConfig{VCPUs: 4, Nodes: 1}, busy, true, false},
 		{"busy 2MiB 1 block 4 vCPUs and back", lab.VMConfig{VCPUs: 4, Nodes: 1, HugePages: true}, busy, true, false},
-		{"busy 4KiB 2 blocks 1 vCPU unprivileged and back", lab.VMConfig{VCPUs: 1, Nodes: 2, Unprivileged: true}, busy, true, true},
+		{"busy 4KiB 2 blocks 1 vCPU unprivileged and back", lab.VMConfig{VCPUs: 1, Nodes: 2, Unprivileged: true},
+			busy, true, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.vm.MemoryMiB = 512
@@ -55,7 +56,7 @@ func TestLinuxGuest(t *testing.T) {
 	}
 }
 
-// resets resets a VM that was moved, which resets its devices one by one: QEMU goes on, and the VM boots anew.
+// resets resets a VM that was moved, and so each of its devices. QEMU continues, and the VM boots again.
 func resets(t *testing.T, h *lab.Host) {
 	t.Helper()
 	ctx := testContext(t)

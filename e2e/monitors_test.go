@@ -10,8 +10,9 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestTwoMonitorsOfOneVM: a VM is its process, whatever monitor a migration was given. One that is being moved is not
-// moved a second time, neither is one that is still arriving, nor the QEMU that was left for its memory.
+// TestTwoMonitorsOfOneVM checks that a VM is identified by its process, whichever monitor a migration was given. The
+// daemon refuses a second migration of a VM that is being moved, of one that is still arriving, and of the QEMU that
+// stays at the source for its memory.
 func TestTwoMonitorsOfOneVM(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -29,23 +30,16 @@ func TestTwoMonitorsOfOneVM(t *testing.T) {
 
 	client := s.prepare("first")
 	refused(l.A, "second", other, "is being migrated already, by migration first")
-	s.cancel(client, "first")
-	await(t, client, "first", func(*migratedv1.Migration) bool { return false })
+	cancel(t, client, "first")
+	awaitEnd(t, client, "first")
 
 	spec := s.spec()
 	spec.KeepSource = true
-	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "halfway", Spec: spec}); err != nil {
-		t.Fatal(err)
-	}
-	await(t, client, "halfway", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
-	s.cable(false)
-	await(t, control(t, l.B), "halfway", func(m *migratedv1.Migration) bool { return m.GetState() == statePaused })
+	s.moveHalfwayWith("halfway", spec)
 	refused(l.B, "on", &migratedv1.MigrationSpec{Vm: lab.EventsPath, Destination: l.A.DaemonAddr()},
 		"is being migrated already, by migration halfway")
 	s.cable(true)
-	if m := await(t, client, "halfway", func(*migratedv1.Migration) bool { return false }); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
+	completed(t, awaitEnd(t, client, "halfway"))
 	refused(l.A, "again", other, "was handed over to")
-	s.counts()
+	s.countsAtDestination()
 }

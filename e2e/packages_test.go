@@ -13,16 +13,15 @@ import (
 	"github.com/migrated-vm/migrated/e2e/checkout"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/e2e/packages"
-	"github.com/migrated-vm/migrated/internal/cannot"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// becomeInstallable gives a host a /usr, /etc and lists of packages of its own, which are the machine's to begin with,
-// but for what somebody may have configured.
+// becomeInstallable makes private copies of /usr, /etc and the package lists and caches on a host. They begin as the
+// machine's, without an existing configuration.
 const becomeInstallable = `
 mkdir -p /run/layers
 mount -t tmpfs tmpfs /run/layers
-for dir in usr etc var/lib; do
+for dir in usr etc var/lib var/cache; do
 	mkdir -p /run/layers/$dir/upper /run/layers/$dir/work
 	mount -t overlay -o "lowerdir=/$dir,upperdir=/run/layers/$dir/upper,workdir=/run/layers/$dir/work" overlay "/$dir"
 done
@@ -35,7 +34,7 @@ printf '[Unit]\nDefaultDependencies=no\n' | tee network-online.target >migrated.
 // The versions, as packages have them. The shorter one is the newer.
 const older, newer = "1.1.0-rc1", "1.1.0"
 
-// A packaged host has systemd, and migrated as a package.
+// packaged is a host with systemd and migrated as a package.
 type packaged struct {
 	*testing.T
 	host            *lab.Host
@@ -59,11 +58,7 @@ func newPackaged(t *testing.T, h *lab.Host, format string, install, remove []str
 	if _, err := h.Run(testContext(t), "sh", "-ec", becomeInstallable); err != nil {
 		t.Fatal(err)
 	}
-	if err := h.Manage(testContext(t)); errors.Is(err, lab.ErrNoSystemd) {
-		cannot.Run(t, "%v", err)
-	} else if err != nil {
-		t.Fatal(err)
-	}
+	startSystemd(t, h)
 	return p
 }
 
@@ -111,7 +106,7 @@ func (p *packaged) refuses(want, said string, done bool, daemon string) {
 // daemon is the daemon's process; "0": none.
 func (p *packaged) daemon() string {
 	p.Helper()
-	return property(p.T, p.host, "MainPID")
+	return unitProperty(p.T, p.host, "MainPID")
 }
 
 // configure does what an operator does after the first installation.
@@ -122,8 +117,10 @@ func (p *packaged) configure() {
 	if err != nil {
 		p.Fatal(err)
 	}
-	text = []byte(strings.NewReplacer("listen: 127.0.0.1:7600", "listen: "+p.host.DaemonAddr(), "plaintext: false", "plaintext: true",
-		"min_uid: 1", "min_uid: 0", `socket_group: ""`, "socket_group: migrated").Replace(string(text)))
+	text = []byte(strings.NewReplacer(
+		"listen: 127.0.0.1:7600", "listen: "+p.host.DaemonAddr(), "plaintext: false", "plaintext: true",
+		"min_uid: 1", "min_uid: 0", `socket_group: ""`, "socket_group: migrated",
+	).Replace(string(text)))
 	if err := os.WriteFile(path, text, 0o644); err != nil {
 		p.Fatal(err)
 	}
@@ -133,20 +130,31 @@ func (p *packaged) configure() {
 	systemctl(p.T, p.host, "enable", "--now", "migrated")
 }
 
-// exists says whether the host has a file.
+// awaitIdle waits until no migration is under way on the host.
+func (p *packaged) awaitIdle() {
+	p.Helper()
+	eventually(p.T, func() error {
+		if said, idle := p.do("migrated", "idle"); !idle {
+			return fmt.Errorf("host %s is not idle: %s", p.host.Name, said)
+		}
+		return nil
+	})
+}
+
+// exists reports whether the host has a file.
 func (p *packaged) exists(path string) bool {
 	_, err := os.Lstat(p.host.Path(path))
 	return err == nil
 }
 
-// TestPackagesMeanwhile installs migrated as a package, on a host of Debian's kind and on one of Fedora's. In the middle
-// of the migration of a VM it is upgraded, and is neither put back to an older version nor removed. When that is over
-// all of it is possible, and the VM goes on without migrated.
+// TestPackagesMeanwhile installs migrated as a package, on a host of Debian's kind and on one of Fedora's. In the
+// middle of the migration of a VM it is upgraded, and is neither put back to an older version nor removed. When the
+// migration is over, all of it is possible, and the VM goes on without migrated.
 func TestPackagesMeanwhile(t *testing.T) {
 	t.Parallel()
 	for _, needed := range []string{"dpkg", "rpm"} {
 		if _, err := exec.LookPath(needed); err != nil {
-			cannot.Run(t, "%v", err)
+			testenv.CannotRun(t, "%v", err)
 		}
 	}
 	l := newHosts(t)
@@ -163,18 +171,20 @@ func TestPackagesMeanwhile(t *testing.T) {
 		if out, _ := p.do("systemctl", "is-enabled", "migrated"); strings.TrimSpace(out) != "disabled" {
 			t.Errorf("host %s: the unit is %s", p.host.Name, out)
 		}
-		if out, ok := p.do("systemd-analyze", "verify", "migrated.service"); !ok || strings.Contains(out, "migrated.service") {
+		if out, ok := p.do("systemd-analyze", "verify", "migrated.service"); !ok ||
+			strings.Contains(out, "migrated.service") {
 			t.Errorf("host %s: systemd-analyze verify: %s", p.host.Name, out)
 		}
 		p.configure()
-		out, _ := p.do("stat", "--format=%a %U:%G", "/run/migrated", "/var/log/migrated", lab.DaemonSocket, "/etc/migrated/tls")
+		out, _ := p.do("stat", "--format=%a %U:%G",
+			"/run/migrated", "/var/log/migrated", lab.DaemonSocket, "/etc/migrated/tls")
 		if out != "755 root:root\n750 root:root\n660 root:migrated\n700 root:root\n" {
 			t.Errorf("host %s: modes and owners are\n%s", p.host.Name, out)
 		}
 	}
 
 	s := largeScene(t, l, 1)
-	s.halfway("packaged")
+	s.moveHalfway("packaged")
 	for _, p := range both {
 		said := p.mustInstall(newer, false)
 		if !strings.Contains(said, "the daemon of the version before goes on") {
@@ -191,10 +201,7 @@ func TestPackagesMeanwhile(t *testing.T) {
 	}
 	systemctl(t, l.B, "restart", "migrated")
 	s.cable(true)
-	m := await(t, control(t, l.A), "packaged", func(*migratedv1.Migration) bool { return false })
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
+	completed(t, awaitEnd(t, control(t, l.A), "packaged"))
 	s.arrived()
 	// QEMU has the limits of the unit, and may run a program that gains privileges.
 	status := statusOf(t, fmt.Sprintf("/proc/%d", qemuOn(t, l.B)))
@@ -203,14 +210,15 @@ func TestPackagesMeanwhile(t *testing.T) {
 	}
 
 	for _, p := range both {
-		eventually(t, func() bool { _, idle := p.do("migrated", "idle"); return idle })
+		p.awaitIdle()
 		p.mustInstall(older, true)
 		p.mustInstall(newer, true)
 		if said, done := p.do(p.remove...); !done || p.daemon() != "0" {
 			t.Errorf("host %s: it is not removed: %s", p.host.Name, said)
 		}
 		for path, want := range map[string]bool{
-			"/usr/bin/migrated": false, "/etc/systemd/system/multi-user.target.wants/migrated.service": false, "/run/migrated": true,
+			"/usr/bin/migrated": false, "/etc/systemd/system/multi-user.target.wants/migrated.service": false,
+			"/run/migrated": true,
 		} {
 			if p.exists(path) != want {
 				t.Errorf("host %s: migrated is removed, and %s is there: %v", p.host.Name, path, !want)
@@ -224,13 +232,13 @@ func TestPackagesMeanwhile(t *testing.T) {
 		t.Errorf("purge says %s", said)
 	}
 	for path, want := range map[string]bool{
-		"/etc/migrated/migrated.yaml": false, "/var/log/migrated": false, "/etc/migrated/tls/key.pem": true, "/run/migrated": true,
+		"/etc/migrated/migrated.yaml": false, "/var/log/migrated": false,
+		"/etc/migrated/tls/key.pem": true, "/run/migrated": true,
 	} {
 		if a.exists(path) != want {
 			t.Errorf("migrated is purged, and %s is there: %v", path, !want)
 		}
 	}
-	pass := metalPass(t, l.B, func(uint64) bool { return true })
-	metalPass(t, l.B, func(now uint64) bool { return now > pass+1 })
+	goesOn(t, l.B)
 	s.arrived()
 }

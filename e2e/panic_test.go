@@ -3,9 +3,9 @@
 package e2e
 
 import (
+	"errors"
+	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -13,23 +13,13 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// brokenAtPoints builds the daemon that obeys at points (internal/migration/point_chaos.go).
-func brokenAtPoints(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "migrated-chaos")
-	out, err := exec.CommandContext(testContext(t), "go", "build", "-tags", "chaos", "-o", path, "../cmd/migrated").CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	return path
-}
-
-// TestPanicUnderSystemd has the destination's daemon panic when the VM runs there and most of its memory does not: systemd
-// starts another, and the VM goes on. A wrong configuration, however, is not tried again.
+// TestPanicUnderSystemd makes the destination's daemon panic when the VM runs there and most of its memory has not
+// arrived. systemd starts the daemon again, and the VM continues. After an error in the configuration, systemd does not
+// start it again.
 func TestPanicUnderSystemd(t *testing.T) {
 	t.Parallel()
 	l := managedHosts(t, travellerLink)
-	l.B.Daemon = brokenAtPoints(t)
+	l.B.Daemon = buildDaemon(t, "chaos") // it obeys at points: internal/migration/point_chaos.go
 	if err := l.B.InstallUnit(testContext(t), "../deploy/migrated.service"); err != nil {
 		t.Fatal(err)
 	}
@@ -54,12 +44,12 @@ func TestPanicUnderSystemd(t *testing.T) {
 	if !strings.Contains(string(log), "panic: told to at "+point) {
 		t.Errorf("the daemon did not panic:\n%s", log)
 	}
-	if restarts := property(t, l.B, "NRestarts"); restarts != "1" {
+	if restarts := unitProperty(t, l.B, "NRestarts"); restarts != "1" {
 		t.Errorf("systemd started the daemon %s times again, want once", restarts)
 	}
 
 	// The configuration is read again on SIGHUP; a wrong one is not taken, and ends only a daemon that is started with it.
-	pid := property(t, l.A, "MainPID")
+	pid := unitProperty(t, l.A, "MainPID")
 	conf := l.A.Path("/run/migrated.yaml")
 	if err := os.WriteFile(conf, []byte("bandwidth: 500M\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -68,7 +58,7 @@ func TestPanicUnderSystemd(t *testing.T) {
 		t.Fatal(err)
 	}
 	systemctl(t, l.A, "restart", "migrated")
-	if now := property(t, l.A, "MainPID"); now == pid {
+	if now := unitProperty(t, l.A, "MainPID"); now == pid {
 		t.Fatal("the daemon was not restarted")
 	} else {
 		pid = now
@@ -78,13 +68,14 @@ func TestPanicUnderSystemd(t *testing.T) {
 	}
 	systemctl(t, l.A, "reload", "migrated")
 	awaitLogged(t, l.A, "the configuration was not reloaded")
-	if now := property(t, l.A, "MainPID"); now != pid {
+	if now := unitProperty(t, l.A, "MainPID"); now != pid {
 		t.Errorf("after a reload the daemon is process %s, before it %s", now, pid)
 	}
 	if err := l.A.Systemctl(testContext(t), "restart", "migrated"); err == nil {
 		t.Error("a daemon with a wrong configuration starts")
 	}
-	if state, status := property(t, l.A, "ActiveState"), property(t, l.A, "ExecMainStatus"); state != "failed" || status != "78" {
+	if state, status := unitProperty(t, l.A, "ActiveState"), unitProperty(t, l.A, "ExecMainStatus"); state != "failed" ||
+		status != "78" {
 		t.Errorf("with a wrong configuration the unit is %s after exit code %s, want failed after 78", state, status)
 	}
 }
@@ -92,33 +83,25 @@ func TestPanicUnderSystemd(t *testing.T) {
 // awaitRestart waits until systemd has started a host's daemon again, which it had done that often before.
 func awaitRestart(t *testing.T, h *lab.Host, before string) {
 	t.Helper()
-	for property(t, h, "NRestarts") == before || property(t, h, "ActiveState") != "active" {
-		if property(t, h, "ActiveState") == "failed" {
-			t.Fatalf("systemd does not start the daemon again: it ended with exit code %s", property(t, h, "ExecMainStatus"))
+	eventually(t, func() error {
+		switch state := unitProperty(t, h, "ActiveState"); {
+		case state == "failed":
+			t.Fatalf("systemd does not start the daemon again: it ended with exit code %s", unitProperty(t, h, "ExecMainStatus"))
+		case state != "active" || unitProperty(t, h, "NRestarts") == before:
+			return errors.New("systemd has not started the daemon again")
 		}
-		select {
-		case <-testContext(t).Done():
-			t.Fatal("systemd does not start the daemon again")
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
+		return nil
+	})
 }
 
 // awaitLogged waits until a managed host's daemon has logged a text.
 func awaitLogged(t *testing.T, h *lab.Host, text string) {
 	t.Helper()
-	for ctx := testContext(t); ; {
+	eventually(t, func() error {
 		log, err := os.ReadFile(h.Path("/run/migrated.log"))
-		if err != nil {
-			t.Fatal(err)
+		if err == nil && !strings.Contains(string(log), text) {
+			err = fmt.Errorf("the daemon of host %s does not log %q:\n%s", h.Name, text, log)
 		}
-		if strings.Contains(string(log), text) {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("the daemon of host %s does not log %q:\n%s", h.Name, text, log)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
+		return err
+	})
 }

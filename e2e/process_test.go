@@ -10,20 +10,18 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/migrated-vm/migrated/e2e/emulator"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
-// jail is where a QEMU with -chroot is locked up.
+// jail is the root directory of a QEMU with -chroot.
 const jail = lab.VMDir + "/jail"
 
-// makeJails makes it on both hosts. Only the VM's directory is in it, where the test has QEMU save the VM's RAM.
+// makeJails makes jail on both hosts. Only the VM's directory is in it, because the test has QEMU save RAM there.
 func makeJails(t *testing.T, l *lab.Lab) {
 	t.Helper()
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		const script = "mkdir -p " + jail + lab.VMDir + " && mount --bind " + lab.VMDir + " " + jail + lab.VMDir
 		if _, err := h.Run(testContext(t), "sh", "-c", script); err != nil {
 			t.Fatal(err)
@@ -31,8 +29,8 @@ func makeJails(t *testing.T, l *lab.Lab) {
 	}
 }
 
-// TestRunAsAndChroot moves VMs there and back whose QEMU is started by root and gives that up by itself, as those of LXD
-// and Incus: in each QEMU that the daemons start it has the same user, the same groups and the same root directory.
+// TestRunAsAndChroot moves VMs there and back whose QEMU is started by root and gives that up by itself, as those of
+// LXD and Incus. Each QEMU that the daemons start has the same user, the same groups and the same root directory.
 func TestRunAsAndChroot(t *testing.T) {
 	t.Parallel()
 	sandbox := []string{"-sandbox", "on,obsolete=deny,elevateprivileges=allow,spawn=allow,resourcecontrol=deny"}
@@ -43,16 +41,16 @@ func TestRunAsAndChroot(t *testing.T) {
 		args          []string
 	}{
 		{"runas and chroot", lab.InstalledQEMU, lab.BackendDefault, "65534", []string{"-runas", "nobody", "-chroot", jail}},
-		{"numbers, and a sandbox", lab.InstalledQEMU, lab.BackendFile, "65534", slices.Concat([]string{"-runas", "65534:65534"}, sandbox)},
+		{"numbers, and a sandbox", lab.InstalledQEMU, lab.BackendFile, "65534",
+			slices.Concat([]string{"-runas", "65534:65534"}, sandbox)},
 		{"chroot alone", lab.InstalledQEMU, lab.BackendDefault, "0", []string{"-chroot", jail}},
-		{"run-with", emulator.V11, lab.BackendDefault, "65534", slices.Concat([]string{"-run-with", "user=nobody,chroot=" + jail}, sandbox)},
+		{"run-with", emulator.V11, lab.BackendDefault, "65534",
+			slices.Concat([]string{"-run-with", "user=nobody,chroot=" + jail}, sandbox)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l := newHosts(t)
-			for _, h := range []*lab.Host{l.A, l.B} {
-				if err := h.UseQEMU(testContext(t), c.version); err != nil {
-					cannot.Run(t, "%v", err)
-				}
+			for _, h := range l.Hosts() {
+				useQEMU(t, h, c.version)
 				startDaemon(t, h)
 			}
 			makeJails(t, l)
@@ -93,8 +91,8 @@ func privilegesOf(t *testing.T, pid int) string {
 	return strings.Join(lines, "\n")
 }
 
-// TestRAMFileGoes: a host that a VM has left has its memory back, of a VM of another user's, too, unless somebody else
-// has the file open. `status` says which.
+// TestRAMFileGoes checks that a host gets its memory back after a VM has left, also if the VM is another user's. It
+// does not if another process has the file open; `status` says which.
 func TestRAMFileGoes(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -117,7 +115,7 @@ func TestRAMFileGoes(t *testing.T) {
 				if _, err := l.A.Start(os.Stderr, "sh", "-c", "exec sleep infinity <"+files[0]); err != nil {
 					t.Fatal(err)
 				}
-				eventually(t, func() bool { return holds(t, l.A, files[0]) })
+				eventually(t, func() error { return checkOpen(l.A, files[0]) })
 			}
 			moveMetal(t, s.vm, l.A, l.B)
 			_, err := os.Stat(l.A.Path(files[0]))
@@ -132,24 +130,16 @@ func TestRAMFileGoes(t *testing.T) {
 	}
 }
 
-// holds says whether a sleep of the host has a file open.
-func holds(t *testing.T, h *lab.Host, path string) bool {
-	t.Helper()
+// checkOpen returns nil if a sleep of the host has a file open as its standard input.
+func checkOpen(h *lab.Host, path string) error {
 	pids, err := h.Processes("sleep")
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	return slices.ContainsFunc(pids, func(pid int) bool {
-		file, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/0", pid))
-		return err == nil && file == path
-	})
-}
-
-func eventually(t *testing.T, ok func() bool) {
-	t.Helper()
-	for ctx := testContext(t); !ok(); time.Sleep(10 * time.Millisecond) {
-		if ctx.Err() != nil {
-			t.Fatal("it did not come about")
+	for _, pid := range pids {
+		if file, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/0", pid)); err == nil && file == path {
+			return nil
 		}
 	}
+	return fmt.Errorf("none of the processes %v has %s open", pids, path)
 }

@@ -5,9 +5,7 @@ package e2e
 import (
 	"testing"
 
-	"github.com/migrated-vm/migrated/e2e/emulator"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
 )
 
 // TestQEMUVersions moves a VM there and back between hosts with a newer QEMU than the installed one, which all other
@@ -19,14 +17,9 @@ func TestQEMUVersions(t *testing.T) {
 			continue
 		}
 		t.Run(version, func(t *testing.T) {
-			if _, err := emulator.Dir(testContext(t), version); err != nil {
-				cannot.Run(t, "%v", err)
-			}
 			l := newHosts(t)
-			for _, h := range []*lab.Host{l.A, l.B} {
-				if err := h.UseQEMU(testContext(t), version); err != nil {
-					t.Fatal(err)
-				}
+			for _, h := range l.Hosts() {
+				useQEMU(t, h, version)
 				startDaemon(t, h)
 			}
 			s := newScene(t, l)
@@ -44,7 +37,7 @@ func TestQEMUVersions(t *testing.T) {
 	}
 }
 
-// checkVersion wants the VM on h to run in that version of QEMU.
+// checkVersion checks that the VM on h runs in that version of QEMU.
 func checkVersion(t *testing.T, h *lab.Host, want string) {
 	t.Helper()
 	if got, err := h.QEMUVersion(testContext(t)); got != want || err != nil {

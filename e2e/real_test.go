@@ -95,7 +95,7 @@ func awaitBlocks(t *testing.T, guest *report.Log, writes uint64) {
 	}
 }
 
-// TestPrivateRAMIsChecked has QEMU's own migration move a guest whose memory is in no file, and reads it all the same.
+// TestPrivateRAMIsChecked has QEMU's own migration move a guest whose memory is in no file, and checks that memory.
 func TestPrivateRAMIsChecked(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)

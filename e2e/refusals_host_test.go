@@ -11,7 +11,6 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // ofHosts are refusals for what a host is, or has.
@@ -67,7 +66,8 @@ func ofHosts(l *lab.Lab) []refusal {
 	}
 }
 
-// TestRefusalsOfHosts: check and migrate refuse in the same words what a host keeps from being moved.
+// TestRefusalsOfHosts checks that check and migrate refuse, in the same words, VMs that cannot be moved because of a
+// host.
 func TestRefusalsOfHosts(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -94,10 +94,8 @@ func TestRefusalsOfHosts(t *testing.T) {
 				}
 			}
 		}
-		if _, err := client.Cancel(testContext(t), &migratedv1.CancelRequest{Id: "first"}); err != nil {
-			t.Fatal(err)
-		}
-		await(t, client, "first", func(*migratedv1.Migration) bool { return false })
+		cancel(t, client, "first")
+		awaitEnd(t, client, "first")
 	})
 	migrate(t, l.A, l.B, "then")
 	outer.arrived()

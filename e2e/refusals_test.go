@@ -10,14 +10,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/qmp"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A refusal is something about a VM for which it cannot be moved as it is.
+// refusal is a reason why a VM cannot be moved as it is.
 type refusal struct {
 	name string
 	// bring brings it about, in a VM that can be moved.
@@ -32,7 +29,8 @@ type refusal struct {
 func (s *scene) refusedByBoth(args, words []string) {
 	s.Helper()
 	for _, name := range []string{"check", "migrate"} {
-		out, code := operate(s.T, s.lab.A, append([]string{name, "--vm", lab.QMPPath, "--to", s.lab.B.DaemonAddr()}, args...)...)
+		out, code := operate(s.T, s.lab.A,
+			append([]string{name, "--vm", lab.QMPPath, "--to", s.lab.B.DaemonAddr()}, args...)...)
 		s.Logf("%s: exit code %d:\n%s", name, code, out)
 		if code == 0 {
 			s.Fatalf("%s says that all is well", name)
@@ -47,13 +45,14 @@ func (s *scene) refusedByBoth(args, words []string) {
 			s.Errorf("%s does not say that the VM was not touched", name)
 		}
 	}
-	s.countsOn()
+	s.countsAtSource()
 }
 
-// acceptedByCheck: what was mended is refused no more.
+// acceptedByCheck checks that a VM is no longer refused after the remedy.
 func (s *scene) acceptedByCheck(args []string) {
 	s.Helper()
-	out, code := operate(s.T, s.lab.A, append([]string{"check", "--vm", lab.QMPPath, "--to", s.lab.B.DaemonAddr()}, args...)...)
+	out, code := operate(s.T, s.lab.A,
+		append([]string{"check", "--vm", lab.QMPPath, "--to", s.lab.B.DaemonAddr()}, args...)...)
 	if code != 0 {
 		s.Errorf("check: exit code %d after it was mended:\n%s", code, out)
 	}
@@ -68,26 +67,13 @@ func (s *scene) goneJobs() {
 // until asks the source's QEMU until the answer is as wanted.
 func (s *scene) until(command string, args any, wanted func(answer string) bool) {
 	s.Helper()
-	ctx := testContext(s.T)
-	client, err := qmp.Dial(ctx, s.lab.A.Path(lab.EventsPath))
-	if err != nil {
-		s.Fatal(err)
-	}
-	defer client.Disconnect() //nolint:errcheck // only asked
-	for {
+	eventually(s.T, func() error {
 		var answer json.RawMessage
-		if err := client.Do(ctx, command, args, &answer); err != nil {
-			s.Fatal(err)
+		if ask(s.T, s.lab.A, command, args, &answer); !wanted(string(answer)) {
+			return fmt.Errorf("%s still says %s", command, answer)
 		}
-		if wanted(string(answer)) {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			s.Fatalf("%s still says %s", command, answer)
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
+		return nil
+	})
 }
 
 // cancelJob ends a job.
@@ -97,8 +83,8 @@ func (s *scene) cancelJob() {
 	s.goneJobs()
 }
 
-// tasks are what a QEMU does for somebody besides running its VM.
-var tasks = []refusal{
+// jobRefusals are jobs, exports and bitmaps. QEMU has them besides its VM, and a migration would lose them.
+var jobRefusals = []refusal{
 	{
 		name: "mirror",
 		bring: func(s *scene) {
@@ -113,7 +99,8 @@ var tasks = []refusal{
 		name: "backup",
 		bring: func(s *scene) {
 			ask(s.T, s.lab.A, "drive-backup", map[string]any{
-				"job-id": "copy", "device": "disk0", "target": lab.SharedDir + "/backup.raw", "sync": "full", "format": "raw", "speed": 1,
+				"job-id": "copy", "device": "disk0", "target": lab.SharedDir + "/backup.raw", "sync": "full",
+				"format": "raw", "speed": 1,
 			}, nil)
 		},
 		mend:  (*scene).cancelJob,
@@ -142,7 +129,7 @@ var tasks = []refusal{
 	},
 }
 
-// usbAndSCSI are buses that a guest has no part in: what is unplugged from them is gone at once.
+// usbAndSCSI are buses whose devices are unplugged without the guest: they are gone immediately.
 var usbAndSCSI = []string{
 	"-device", "qemu-xhci,id=usb,addr=0x1c", "-device", "virtio-scsi-pci,id=scsi,addr=0x1d",
 	"-device", "usb-tablet,id=tablet,bus=usb.0,port=1",
@@ -175,7 +162,7 @@ func (s *scene) merge() {
 	s.completeJob()
 }
 
-// completeJob ends a job that goes on until it is told to.
+// completeJob ends a job that runs until it is told to end.
 func (s *scene) completeJob() {
 	s.Helper()
 	s.until("query-jobs", nil, func(answer string) bool { return strings.Contains(answer, `"ready"`) })
@@ -183,7 +170,7 @@ func (s *scene) completeJob() {
 	s.goneJobs()
 }
 
-// unplug unplugs a device from a bus that its guest has no part in.
+// unplug unplugs a device from one of the buses of usbAndSCSI.
 func (s *scene) unplug(id string) {
 	s.Helper()
 	ask(s.T, s.lab.A, "device_del", map[string]string{"id": id}, nil)
@@ -192,8 +179,8 @@ func (s *scene) unplug(id string) {
 	})
 }
 
-// others are what makes a VM another one than its command line says.
-var others = []refusal{
+// changeRefusals are changes by which a VM differs from its command line.
+var changeRefusals = []refusal{
 	{
 		name:  "snapshot",
 		bring: (*scene).snapshot,
@@ -222,10 +209,14 @@ var others = []refusal{
 	{
 		name: "changed CD",
 		bring: func(s *scene) {
-			ask(s.T, s.lab.A, "blockdev-change-medium", map[string]string{"id": "cd", "filename": lab.SharedDir + "/disc2.iso"}, nil)
+			ask(s.T, s.lab.A, "blockdev-change-medium", map[string]string{
+				"id": "cd", "filename": lab.SharedDir + "/disc2.iso",
+			}, nil)
 		},
 		mend: func(s *scene) {
-			ask(s.T, s.lab.A, "blockdev-change-medium", map[string]string{"id": "cd", "filename": lab.SharedDir + "/disc1.iso"}, nil)
+			ask(s.T, s.lab.A, "blockdev-change-medium", map[string]string{
+				"id": "cd", "filename": lab.SharedDir + "/disc1.iso",
+			}, nil)
 		},
 		words: []string{`the drive "cd"`, "disc2.iso", "disc1.iso", "--template"},
 	},
@@ -233,7 +224,9 @@ var others = []refusal{
 		name:  "ejected CD",
 		bring: func(s *scene) { ask(s.T, s.lab.A, "eject", map[string]any{"id": "cd", "force": true}, nil) },
 		mend: func(s *scene) {
-			ask(s.T, s.lab.A, "blockdev-change-medium", map[string]string{"id": "cd", "filename": lab.SharedDir + "/disc1.iso"}, nil)
+			ask(s.T, s.lab.A, "blockdev-change-medium", map[string]string{
+				"id": "cd", "filename": lab.SharedDir + "/disc1.iso",
+			}, nil)
 		},
 		words: []string{`the drive "cd" has no medium at the source`, "disc1.iso", "--template"},
 	},
@@ -241,7 +234,9 @@ var others = []refusal{
 		name: "disk that was plugged in",
 		bring: func(s *scene) {
 			ask(s.T, s.lab.A, "blockdev-add", map[string]any{"driver": "null-co", "node-name": "hot", "size": 1 << 20}, nil)
-			ask(s.T, s.lab.A, "device_add", map[string]any{"driver": "scsi-hd", "id": "hot", "bus": "scsi.0", "drive": "hot", "lun": 5}, nil)
+			ask(s.T, s.lab.A, "device_add", map[string]any{
+				"driver": "scsi-hd", "id": "hot", "bus": "scsi.0", "drive": "hot", "lun": 5,
+			}, nil)
 		},
 		mend:  func(s *scene) { s.unplug("hot") },
 		words: []string{`the destination lacks "hot" (scsi-hd scsi.0 0:0:5)`, "--template", "unplug"},
@@ -250,20 +245,22 @@ var others = []refusal{
 		name:  "device that was unplugged",
 		bring: func(s *scene) { s.unplug("tablet") },
 		mend: func(s *scene) {
-			ask(s.T, s.lab.A, "device_add", map[string]any{"driver": "usb-tablet", "id": "tablet", "bus": "usb.0", "port": "1"}, nil)
+			ask(s.T, s.lab.A, "device_add", map[string]any{
+				"driver": "usb-tablet", "id": "tablet", "bus": "usb.0", "port": "1",
+			}, nil)
 		},
 		words: []string{`the destination has "tablet" (usb-tablet usb.0 1)`, "--template"},
 	},
 }
 
-// TestRefusals: what cannot be moved as it is, check and migrate refuse in the same words, before the VM is touched; what
-// the remedy says helps, and the VM moves in the end.
+// TestRefusals checks that check and migrate refuse a VM that cannot be moved as it is, in the same words, before the
+// VM is touched. The remedy helps, and the VM moves in the end.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	makeDiscs(t, l)
 	outer := sceneOf(t, l, lab.VMConfig{Extra: usbAndSCSI}.WithDevices(1, 1))
-	for _, c := range append(tasks, others...) {
+	for _, c := range append(jobRefusals, changeRefusals...) {
 		t.Run(c.name, func(t *testing.T) {
 			s := *outer
 			s.T = t
@@ -277,36 +274,34 @@ func TestRefusals(t *testing.T) {
 	outer.arrived()
 }
 
-// later are the words of what is found when the destination was prepared already. Where devices are others it is prepared
-// afresh, and compared as before.
+// later are the words where it is found after the destination was prepared. Where the VM has other devices by then, the
+// destination is prepared once more, and compared as before.
 func (r refusal) later() []string {
 	if strings.Contains(r.name, "plugged") {
 		return r.words
 	}
-	if slices.ContainsFunc(others, func(o refusal) bool { return o.name == r.name }) {
+	if slices.ContainsFunc(changeRefusals, func(o refusal) bool { return o.name == r.name }) {
 		return []string{"after the destination was prepared", "migrate the VM again"}
 	}
 	return r.words
 }
 
-// TestRefusedLater: between Prepare and Start the VM is its operator's. What is brought about then is refused while the VM
-// runs.
+// TestRefusedLater checks changes between Prepare and Start, when an operator may still change the VM. They are refused
+// while the VM runs.
 func TestRefusedLater(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	makeDiscs(t, l)
 	outer := sceneOf(t, l, lab.VMConfig{Extra: usbAndSCSI}.WithDevices(1, 1))
-	for _, c := range append(tasks, others...) {
+	for _, c := range append(jobRefusals, changeRefusals...) {
 		t.Run(c.name, func(t *testing.T) {
 			s := *outer
 			s.T = t
 			id := strings.ReplaceAll(c.name, " ", "-")
 			client := s.prepare(id)
 			c.bring(&s)
-			if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: id}); err != nil {
-				t.Fatal(err)
-			}
-			m := await(t, client, id, func(*migratedv1.Migration) bool { return false })
+			start(t, client, id, nil)
+			m := awaitEnd(t, client, id)
 			s.failed(m, stateFailed, append(c.later(), "the VM was not touched")...)
 			c.mend(&s)
 		})
@@ -319,7 +314,7 @@ func TestSnapshotMoves(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
 	s.snapshot()
-	s.template(`{{range .Args}}{{replace "guest-disk0.qcow2" "overlay.qcow2" .}}
+	s.writeTemplate(`{{range .Args}}{{replace "guest-disk0.qcow2" "overlay.qcow2" .}}
 {{end}}`)
 	args := []string{"--to", l.B.DaemonAddr(), "--vm", lab.QMPPath, "--template", templatePath}
 	for _, name := range []string{"check", "migrate"} {
@@ -328,7 +323,9 @@ func TestSnapshotMoves(t *testing.T) {
 		}
 	}
 	s.arrived()
-	if drives := string(command(t, l.B, "query-block")); !strings.Contains(drives, `"file": "`+lab.SharedDir+"/overlay.qcow2") {
+	if drives := string(command(t, l.B, "query-block")); !strings.Contains(
+		drives, `"file": "`+lab.SharedDir+"/overlay.qcow2",
+	) {
 		t.Errorf("the destination has %s", drives)
 	}
 }
@@ -352,7 +349,9 @@ func TestPersistentBitmapMoves(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(client.Do(testContext(t), "query-named-block-nodes", nil, &nodes), client.Disconnect()); err != nil {
+	if err := errors.Join(
+		client.Do(testContext(t), "query-named-block-nodes", nil, &nodes), client.Disconnect(),
+	); err != nil {
 		t.Fatal(err)
 	}
 	found := fmt.Sprint(nodes)

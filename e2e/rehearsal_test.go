@@ -8,16 +8,15 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// another are devices whose state is expected to be another when the destination saves it again.
-var another = []string{
+// expectedDifferences are devices whose state differs when the destination saves it again, as it must.
+var expectedDifferences = []string{
 	"mc146818rtc", // the time of day goes on
 }
 
-// TestRehearsal does all but the commit. The VM goes on where it is, nothing is left at the destination, and the VM
-// can be moved in earnest.
+// TestRehearsal makes a migration without the commit. The VM continues on its host, nothing is left at the destination,
+// and the VM can then be migrated.
 func TestRehearsal(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -28,19 +27,22 @@ func TestRehearsal(t *testing.T) {
 	}
 	m := get(t, l.A, "dress")
 	r := m.GetRehearsal()
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_REHEARSED || r.GetBytesDeviceState() == 0 || r.GetBytesMemory() < 32<<20 {
+	if m.GetState() != stateRehearsed ||
+		r.GetBytesDeviceState() == 0 || r.GetBytesMemory() < 32<<20 {
 		t.Errorf("migration %v", m)
 	}
-	if r.GetDowntime().AsDuration() < r.GetSaveTime().AsDuration()+r.GetTransferTime().AsDuration() || r.GetLoadTime().AsDuration() <= 0 {
+	if r.GetDowntime().AsDuration() < r.GetSaveTime().AsDuration()+r.GetTransferTime().AsDuration() ||
+		r.GetLoadTime().AsDuration() <= 0 {
 		t.Errorf("figures %v", r)
 	}
 	for _, d := range r.GetDifferences() {
-		if !slices.Contains(another, d.GetDevice()) {
+		if !slices.Contains(expectedDifferences, d.GetDevice()) {
 			t.Errorf("the state of %s is another when it is saved again: %d bytes", d.GetDevice(), d.GetBytes())
 		}
 	}
 	s.stillCounting()
-	if out, _ := operate(t, l.A, "status", "dress"); !strings.Contains(out, "It would stand still") || !strings.Contains(out, "rehearsed: ") {
+	if out, _ := operate(t, l.A, "status", "dress"); !strings.Contains(out, "It would stand still") ||
+		!strings.Contains(out, "rehearsed: ") {
 		t.Errorf("status says:\n%s", out)
 	}
 	s.destinationGone("dress")
@@ -51,7 +53,7 @@ func TestRehearsal(t *testing.T) {
 	s.arrived()
 }
 
-// TestRehearsalOfPausedVM: it stays paused, and keeps its disks.
+// TestRehearsalOfPausedVM checks that a paused VM stays paused and keeps its disks.
 func TestRehearsalOfPausedVM(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -59,7 +61,7 @@ func TestRehearsalOfPausedVM(t *testing.T) {
 	command(t, l.A, "stop")
 	spec := s.spec()
 	spec.Rehearse = true
-	if m := migrateSpec(t, l.A, "dress", spec); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_REHEARSED {
+	if m := migrateSpec(t, l.A, "dress", spec); m.GetState() != stateRehearsed {
 		t.Fatalf("migration %v", m)
 	}
 	if status := vmStatus(t, l.A); status != "paused" {

@@ -15,7 +15,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// reportOf is the report that a host has.
+// reportOf returns a host's report of a migration.
 func reportOf(t *testing.T, h *lab.Host, id string) *migratedv1.Report {
 	t.Helper()
 	answer, err := control(t, h).Report(testContext(t), &migratedv1.ReportRequest{Id: id})
@@ -78,8 +78,8 @@ func checkReports(t *testing.T, l *lab.Lab, id string) {
 		t.Errorf("the steps add up to %v, and the VM stood still for %v: %v", sum, downtime, source.GetDowntimeSteps())
 	}
 	wanted := []migratedv1.MigrationState{
-		migratedv1.MigrationState_MIGRATION_STATE_SETUP, migratedv1.MigrationState_MIGRATION_STATE_DEVICE,
-		stateActive, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
+		migratedv1.MigrationState_MIGRATION_STATE_SETUP, stateDevice,
+		stateActive, stateCompleted,
 	}
 	if a, b := statesOf(source.GetTimeline()), statesOf(destination.GetTimeline()); !slices.Equal(a, wanted) ||
 		!slices.Equal(b, wanted) {
@@ -103,7 +103,7 @@ func checkReports(t *testing.T, l *lab.Lab, id string) {
 // checkReportsStay starts the daemons of both hosts again, and compares the reports with those before.
 func checkReportsStay(t *testing.T, l *lab.Lab, id string, daemons []*lab.Process, settings [][]string) {
 	t.Helper()
-	for i, h := range []*lab.Host{l.A, l.B} {
+	for i, h := range l.Hosts() {
 		before := reportOf(t, h, id)
 		if err := daemons[i].Stop(testContext(t)); err != nil {
 			t.Fatal(err)
@@ -115,11 +115,7 @@ func checkReportsStay(t *testing.T, l *lab.Lab, id string, daemons []*lab.Proces
 			t.Errorf("host %s reports\n%v\nand after its daemon was started again\n%v", h.Name, before, after)
 		}
 	}
-	binary, err := lab.Binary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	page, err := l.A.Run(testContext(t), binary, "report", id, "--output", "html")
+	page, err := l.A.Migrated(testContext(t), "report", id, "--output", "html")
 	if err != nil || !strings.Contains(page, "</html>") || strings.Count(page, "<svg") < 5 {
 		t.Errorf("the page of the source is\n%s\n%v", page, err)
 	}

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -20,42 +21,6 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
-
-const (
-	stateActive  = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
-	statePaused  = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED
-	stateRecover = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER
-)
-
-// largeScene is a scene with so much memory, in so many NUMA nodes, that its migrations have a middle.
-func largeScene(t *testing.T, l *lab.Lab, nodes int) *scene {
-	t.Helper()
-	return sceneOf(t, l, lab.VMConfig{MemoryMiB: 1024, Nodes: nodes}.WithDevices(1, 1))
-}
-
-// halfway brings a migration to where the VM runs at the destination with a part
-// of its memory, and keeps it there: the cable is pulled.
-func (s *scene) halfway(id string) *migratedv1.Migration {
-	s.Helper()
-	client := control(s.T, s.lab.A)
-	if _, err := client.Start(testContext(s.T), &migratedv1.StartRequest{Id: id, Spec: s.spec()}); err != nil {
-		s.Fatal(err)
-	}
-	await(s.T, client, id, func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
-	s.cable(false)
-	paused := await(s.T, control(s.T, s.lab.B), id, func(m *migratedv1.Migration) bool { return m.GetState() == statePaused })
-	if p := paused.GetProgress(); paused.GetState() != statePaused || p.GetPagesPresent() == p.GetPagesTotal() {
-		s.Fatalf("all was over before the cable was pulled: %v", paused)
-	}
-	return paused
-}
-
-func (s *scene) cable(up bool) {
-	s.Helper()
-	if err := s.lab.SetCable(testContext(s.T), up); err != nil {
-		s.Fatal(err)
-	}
-}
 
 func mustKill(t *testing.T, p *lab.Process) {
 	t.Helper()
@@ -80,14 +45,15 @@ func TestDaemonsKilledAfterTheSwitch(t *testing.T) {
 			l := newHosts(t)
 			a, b := startDaemon(t, l.A), startDaemon(t, l.B)
 			s := largeScene(t, l, c.nodes)
-			had := s.halfway("restart").GetProgress()
+			had := s.moveHalfway("restart").GetProgress()
 			if c.destination {
 				mustKill(t, b)
 				startDaemon(t, l.B)
 				again := await(t, control(t, l.B), "restart", func(m *migratedv1.Migration) bool {
 					return m.GetState() == statePaused || m.GetState() == stateRecover
 				})
-				if p := again.GetProgress(); p.GetPagesPresent() < had.GetPagesPresent() || p.GetDowntime().AsDuration() != had.GetDowntime().AsDuration() {
+				if p := again.GetProgress(); p.GetPagesPresent() < had.GetPagesPresent() ||
+					p.GetDowntime().AsDuration() != had.GetDowntime().AsDuration() {
 					t.Errorf("taken up with %v, before that it had %v", p, had)
 				}
 			}
@@ -96,10 +62,7 @@ func TestDaemonsKilledAfterTheSwitch(t *testing.T) {
 				startDaemon(t, l.A)
 			}
 			s.cable(true)
-			m := await(t, control(t, l.A), "restart", func(*migratedv1.Migration) bool { return false })
-			if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-				t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-			}
+			m := completed(t, awaitEnd(t, control(t, l.A), "restart"))
 			if c.destination {
 				checkFetchedOnce(t, had, m.GetProgress())
 			}
@@ -113,41 +76,57 @@ func TestDaemonsKilledAfterTheSwitch(t *testing.T) {
 // daemon's last figures are a tenth of a second old, so it may have got more than they say, never less.
 func checkFetchedOnce(t *testing.T, before, after *migratedv1.Progress) {
 	t.Helper()
-	if sum := before.GetBytesOnWire() + after.GetBytesOnWire(); before.GetBytesOnWire() == 0 || sum > after.GetBytesTotal()+64<<20 {
-		t.Errorf("%d bytes were fetched before and %d after, of %d", before.GetBytesOnWire(), after.GetBytesOnWire(), after.GetBytesTotal())
+	if sum := before.GetBytesOnWire() + after.GetBytesOnWire(); before.GetBytesOnWire() == 0 ||
+		sum > after.GetBytesTotal()+64<<20 {
+		t.Errorf("%d bytes were fetched before and %d after, of %d",
+			before.GetBytesOnWire(), after.GetBytesOnWire(), after.GetBytesTotal())
 	}
 }
 
-// nothingKept checks that a migration that is over leaves no files for a daemon that is started again.
+// nothingKept waits until a migration that is over has left no files for a daemon that is started again: they are
+// removed when its end is shown.
 func nothingKept(t *testing.T, hosts ...*lab.Host) {
 	t.Helper()
 	for _, h := range hosts {
-		if kept := keptOn(t, h); len(kept) != 0 {
-			t.Errorf("host %s keeps %s", h.Name, kept)
-		}
+		eventually(t, func() error {
+			if kept := keptOn(t, h); len(kept) != 0 {
+				return fmt.Errorf("host %s keeps %s", h.Name, kept)
+			}
+			return nil
+		})
 	}
 }
 
-// onlyWordKept is nothingKept, but for the word of migrations to a host that were completed, which the next daemon can give a
-// while longer.
+// onlyWordKept is nothingKept, but for one thing: the word of migrations to a host that were completed may be kept. The
+// next daemon can give it a while longer.
 func onlyWordKept(t *testing.T, hosts ...*lab.Host) {
 	t.Helper()
-	const settled = 64 // in internal/migration's keptHeader
 	for _, h := range hosts {
-		for _, path := range keptOn(t, h) {
-			dir := filepath.Dir(path)
-			pages, err := os.ReadFile(h.Path(filepath.Join(dir, "pages")))
-			if errors.Is(err, fs.ErrNotExist) && filepath.Base(filepath.Dir(dir)) == "incoming" {
-				continue // its time was over just now
+		eventually(t, func() error {
+			var errs []error
+			for _, path := range keptOn(t, h) {
+				errs = append(errs, isWord(h, path))
 			}
-			if err != nil || len(pages) < settled+8 || pages[settled] != 1 {
-				t.Errorf("host %s keeps %s, which is no word of a completed migration (%v)", h.Name, path, err)
-			}
-		}
+			return errors.Join(errs...)
+		})
 	}
 }
 
-// keptOn are the files of migrations for a daemon that is started again.
+// isWord returns nil if a file that a host keeps is of the word of a completed migration.
+func isWord(h *lab.Host, path string) error {
+	const settled = 64 // in internal/migration's keptHeader
+	dir := filepath.Dir(path)
+	pages, err := os.ReadFile(h.Path(filepath.Join(dir, "pages")))
+	if errors.Is(err, fs.ErrNotExist) && filepath.Base(filepath.Dir(dir)) == "incoming" {
+		return nil // its time was over just now
+	}
+	if err != nil || len(pages) < settled+8 || pages[settled] != 1 {
+		return fmt.Errorf("host %s keeps %s, which is no word of a completed migration (%v)", h.Name, path, err)
+	}
+	return nil
+}
+
+// keptOn returns the files of migrations that a host keeps for a daemon that is started again.
 func keptOn(t *testing.T, h *lab.Host) []string {
 	t.Helper()
 	out, err := h.Run(testContext(t), "find", "/run/migrated", "-path", "/run/migrated/reports", "-prune", "-o",
@@ -158,8 +137,8 @@ func keptOn(t *testing.T, h *lab.Host) []string {
 	return strings.Fields(out)
 }
 
-// TestDestinationDaemonKilledUnderLoad: no cable is pulled; a busy guest in huge and in small pages stalls, goes on when
-// the daemon is back, and finds nothing wrong.
+// TestDestinationDaemonKilledUnderLoad kills the destination's daemon while a busy guest runs there, with huge and with
+// small pages. No cable is pulled. The guest stalls, continues when the daemon is back, and finds nothing wrong.
 func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 	t.Parallel()
 	for name, huge := range map[string]bool{"4 KiB": false, "2 MiB": true} {
@@ -171,8 +150,8 @@ func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 			if huge {
 				uffdtest.ReserveHugePages(t, 2*c.MemoryMiB/2)
 			}
-			vm := linux(t, c, "migrated.mem=320", "migrated.ws=128", "migrated.workers=2", "migrated.rate=500", "migrated.write=50",
-				"migrated.window=100ms")
+			vm := linux(t, c, "migrated.mem=320", "migrated.ws=128", "migrated.workers=2", "migrated.rate=500",
+				"migrated.write=50", "migrated.window=100ms")
 			var guest report.Log
 			port := bootLinux(t, l.A, vm, &guest)
 			awaitWindows(t, &guest, 3)
@@ -181,19 +160,13 @@ func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 			}
 			client := control(t, l.A)
 			spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: l.B.DaemonAddr()}
-			if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "load", Spec: spec}); err != nil {
-				t.Fatal(err)
-			}
-			if m := await(t, client, "load", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive }); m.GetState() != stateActive {
-				t.Fatalf("all was over before the daemon could be killed: %v", m)
-			}
+			start(t, client, "load", spec)
+			awaitState(t, client, "load", stateActive)
 			mustKill(t, b)
 			killed := time.Now()
 			startDaemon(t, l.B)
 			t.Logf("a new daemon serves %v after the old one was killed", time.Since(killed))
-			if m := await(t, client, "load", func(*migratedv1.Migration) bool { return false }); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-				t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-			}
+			completed(t, awaitEnd(t, client, "load"))
 			port = openGuest(t, l.B, &guest)
 			defer port.Close()
 			awaitWindows(t, &guest, 3)
@@ -202,8 +175,8 @@ func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 	}
 }
 
-// TestDestinationDaemonKilledBeforeTheDeviceState: what it prepared is of no use to anybody. Started again the daemon ends
-// the QEMU, and the VM goes on at the source.
+// TestDestinationDaemonKilledBeforeTheDeviceState kills the destination's daemon, which makes its preparation useless.
+// After it is started again, it ends the QEMU, and the VM continues at the source.
 func TestDestinationDaemonKilledBeforeTheDeviceState(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -212,7 +185,7 @@ func TestDestinationDaemonKilledBeforeTheDeviceState(t *testing.T) {
 	s := newScene(t, l)
 	client := s.prepare("early")
 	mustKill(t, b)
-	m := await(t, client, "early", func(*migratedv1.Migration) bool { return false })
+	m := awaitEnd(t, client, "early")
 	if m.GetState() != stateFailed {
 		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
 	}
@@ -225,7 +198,8 @@ func TestDestinationDaemonKilledBeforeTheDeviceState(t *testing.T) {
 	s.stillCounting()
 }
 
-// TestSourceDaemonKilledBeforeTheSwitch: the VM goes on, and a migration from a daemon that is started again succeeds.
+// TestSourceDaemonKilledBeforeTheSwitch checks that the VM continues to run, and that it can be migrated after the
+// daemon was started again.
 func TestSourceDaemonKilledBeforeTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -243,27 +217,26 @@ func TestSourceDaemonKilledBeforeTheSwitch(t *testing.T) {
 	moveMetal(t, s.vm, l.A, l.B)
 }
 
-// TestDaemonStoppedAfterTheSwitch is the planned restart, for an upgrade say.
+// TestDaemonStoppedAfterTheSwitch makes a planned restart, as an upgrade does.
 func TestDaemonStoppedAfterTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A)
 	b := startDaemon(t, l.B)
 	s := largeScene(t, l, 1)
-	s.halfway("upgrade")
+	s.moveHalfway("upgrade")
 	if err := b.Stop(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
 	startDaemon(t, l.B)
 	s.cable(true)
-	if m := await(t, control(t, l.A), "upgrade", func(*migratedv1.Migration) bool { return false }); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
+	completed(t, awaitEnd(t, control(t, l.A), "upgrade"))
 	s.arrived()
 	onlyWordKept(t, l.A, l.B)
 }
 
-// TestRecoverAtAnotherAddress: the network of the migration is gone for good, and the operator names another.
+// TestRecoverAtAnotherAddress removes the network of the migration permanently. The operator recovers with another
+// address.
 func TestRecoverAtAnotherAddress(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -274,24 +247,19 @@ func TestRecoverAtAnotherAddress(t *testing.T) {
 	s.ip(l.A, "addr", "add", otherA+"/24", "dev", "cable")
 	s.ip(l.B, "addr", "add", otherB+"/24", "dev", "cable")
 	client := control(t, l.A)
-	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "detour", Spec: s.spec()}); err != nil {
-		t.Fatal(err)
-	}
-	await(t, client, "detour", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
+	s.moveSlowly("detour")
 	s.ip(l.A, "addr", "del", l.A.Addr+"/24", "dev", "cable")
 	there := control(t, l.B)
-	if m := await(t, there, "detour", func(m *migratedv1.Migration) bool { return m.GetState() == statePaused }); m.GetState() != statePaused {
-		t.Fatalf("all was over before the address was gone: %v", m)
-	}
-	if _, err := there.Recover(testContext(t), &migratedv1.RecoverRequest{Id: "detour", Via: otherA + ":" + lab.DaemonPort}); err != nil {
+	awaitState(t, there, "detour", statePaused)
+	unlimit(t, there, "detour")
+	if _, err := there.Recover(
+		testContext(t), &migratedv1.RecoverRequest{Id: "detour", Via: otherA + ":" + lab.DaemonPort},
+	); err != nil {
 		t.Fatal(err)
 	}
-	m := await(t, there, "detour", func(*migratedv1.Migration) bool { return false })
-	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
+	completed(t, awaitEnd(t, there, "detour"))
 	s.ip(l.A, "addr", "add", l.A.Addr+"/24", "dev", "cable") // so that the source hears of it, too
-	await(t, client, "detour", func(*migratedv1.Migration) bool { return false })
+	awaitEnd(t, client, "detour")
 	s.arrived()
 	onlyWordKept(t, l.A, l.B)
 }
@@ -303,27 +271,27 @@ func (s *scene) ip(h *lab.Host, args ...string) {
 	}
 }
 
-// TestFallBackWhenTheDestinationIsLost: its QEMU is killed after the switch, and the VM goes on at the source as it was.
+// TestFallBackWhenTheDestinationIsLost kills the destination's QEMU after the switch. The VM continues at the source,
+// in its state at the switch.
 func TestFallBackWhenTheDestinationIsLost(t *testing.T) {
 	t.Parallel()
-	l := newHosts(t)
-	startDaemon(t, l.A)
-	startDaemon(t, l.B)
+	l := newLab(t)
 	s := largeScene(t, l, 1)
-	s.halfway("lost")
+	s.moveHalfway("lost")
 	kill(t, qemuOn(t, l.B), syscall.SIGKILL)
 	s.cable(true)
 	client := control(t, l.A)
-	m := await(t, client, "lost", func(*migratedv1.Migration) bool { return false })
-	if m.GetState() != stateFailed || !strings.Contains(m.GetError().GetRemedy(), "migrated fallback lost --destination-is-gone") {
+	m := awaitEnd(t, client, "lost")
+	if m.GetState() != stateFailed ||
+		!strings.Contains(m.GetError().GetRemedy(), "migrated fallback lost --destination-is-gone") {
 		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
 	}
-	if _, err := client.FallBack(testContext(t), &migratedv1.FallBackRequest{Id: "lost"}); status.Code(err) != codes.InvalidArgument {
+	if _, err := client.FallBack(
+		testContext(t), &migratedv1.FallBackRequest{Id: "lost"},
+	); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("without the confirmation: %v", err)
 	}
-	if _, err := client.FallBack(testContext(t), &migratedv1.FallBackRequest{Id: "lost", DestinationIsGone: true}); err != nil {
-		t.Fatal(err)
-	}
-	s.countsAtTheSource() // it has run at the destination, perhaps to the end of a pass
+	fallBack(t, client, "lost")
+	s.countsAtSourceAlone() // it has run at the destination, perhaps to the end of a pass
 	nothingKept(t, l.A)
 }

@@ -8,7 +8,7 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -20,7 +20,7 @@ func TestRequireSecure(t *testing.T) {
 	t.Parallel()
 	state, label, err := uffd.ProbeSupervision()
 	if err != nil {
-		cannot.Run(t, "no userfaultfd: %v", err)
+		testenv.CannotRun(t, "no userfaultfd: %v", err)
 	}
 	t.Logf("a userfaultfd of this process is %v, labelled %q", state, label)
 	for _, c := range []struct {
@@ -32,17 +32,20 @@ func TestRequireSecure(t *testing.T) {
 		otherwise string // in the remedy
 	}{
 		{"nobody", nil, nil, false, "", ""},
-		{"the migration", []string{"--require-secure"}, nil, true, "this migration requires a supervised one (--require-secure)", "migrate without --require-secure"},
-		{"the destination", nil, []string{"--require-secure"}, true, "the destination's require_secure requires a supervised one", "unset require_secure there"},
+		{"the migration", []string{"--require-secure"}, nil, true,
+			"this migration requires a supervised one (--require-secure)", "migrate without --require-secure"},
+		{"the destination", nil, []string{"--require-secure"}, true,
+			"the destination's require_secure requires a supervised one", "unset require_secure there"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l := newHosts(t)
 			startDaemon(t, l.A)
 			startDaemon(t, l.B, c.serve...)
 			s := newScene(t, l)
-			out, code := operate(t, l.A, append([]string{"migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "secure"}, c.migrate...)...)
+			out, code := operate(t, l.A,
+				append([]string{"migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "secure"}, c.migrate...)...)
 			t.Logf("migrate: exit code %d:\n%s", code, out)
-			for _, h := range []*lab.Host{l.A, l.B} {
+			for _, h := range l.Hosts() {
 				wantSupervision(t, h, "secure", state)
 			}
 			if state != uffd.Unsupervised || !c.requires {
@@ -69,8 +72,7 @@ func TestRequireSecure(t *testing.T) {
 			if status := vmStatus(t, l.A); status != "running" {
 				t.Errorf("the VM is %q on the source", status)
 			}
-			pass := metalPass(t, l.A, func(uint64) bool { return true })
-			metalPass(t, l.A, func(p uint64) bool { return p > pass+1 })
+			goesOn(t, l.A)
 			checkMetal(t, s.vm, l.A)
 		})
 	}
@@ -82,7 +84,7 @@ func TestCheckSupervision(t *testing.T) {
 	t.Parallel()
 	state, _, err := uffd.ProbeSupervision()
 	if err != nil {
-		cannot.Run(t, "no userfaultfd: %v", err)
+		testenv.CannotRun(t, "no userfaultfd: %v", err)
 	}
 	l := newHosts(t)
 	startDaemon(t, l.A)
@@ -110,11 +112,7 @@ func TestCheckSupervision(t *testing.T) {
 // an operator. A refused one shows the state at the destination alone.
 func wantSupervision(t *testing.T, h *lab.Host, id string, want uffd.Supervision) {
 	t.Helper()
-	answer, err := control(t, h).Get(testContext(t), &migratedv1.GetRequest{Id: id})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := answer.GetMigration()
+	m := get(t, h, id)
 	if m.GetState() == stateFailed && m.GetRole() == migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE {
 		return
 	}

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -31,14 +32,15 @@ func TestVMThatStopsByItself(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t)
 			s := sceneOf(t, l, lab.VMConfig{Extra: c.extra}.WithDevices(1, 1))
-			s.prepared("stops", s.spec())
+			prepare(s.T, control(s.T, s.lab.A), "stops", s.spec())
 			monitor(t, l.A, c.stop)
-			for vmStatusBy(t, l.A) != c.status { // QEMU's main loop gets to it
-				if testContext(t).Err() != nil {
-					t.Fatalf("it is %q", vmStatusBy(t, l.A))
+			eventually(t, func() error { // QEMU's main loop gets to it
+				if status := vmStatusBy(t, l.A); status != c.status {
+					return fmt.Errorf("the VM is %q, want %q", status, c.status)
 				}
-			}
-			m := s.begun("stops")
+				return nil
+			})
+			m := s.startPrepared("stops")
 			says := m.GetError()
 			all := says.GetMessage() + "\n" + says.GetRemedy() + "\n" + says.GetVmStatus()
 			if m.GetState() != stateFailed || says.GetReason() != migratedv1.Reason_REASON_VM_STOPPED_ITSELF ||

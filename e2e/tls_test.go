@@ -6,13 +6,13 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
+	"github.com/migrated-vm/migrated/pkg/mtls/mtlstest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 const nameA, nameB = "spiffe://lab/host/a", "spiffe://lab/host/b"
 
-// An identity is what a daemon of the lab has to show.
+// An identity issues the certificates of a lab's daemons.
 type identity struct {
 	t  *testing.T
 	ca *mtlstest.Authority
@@ -41,8 +41,8 @@ func (i identity) args(name, file string, peers ...string) []string {
 	return args
 }
 
-// TestMutualTLS moves a VM between daemons that know each other, there and back: what they agree on, the device state and
-// the pages are all encrypted.
+// TestMutualTLS moves a VM between daemons that know each other, there and back: what they agree on, the device state
+// and the pages are all encrypted.
 func TestMutualTLS(t *testing.T) {
 	t.Parallel()
 	l, id := newHosts(t), newIdentity(t)

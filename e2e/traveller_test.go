@@ -16,14 +16,14 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// travellerLink is a network on which a traveller's memory takes some seconds, so that there is a middle of its migrations.
+// travellerLink is a network on which a traveller's memory takes some seconds, so that its migrations have a middle.
 var travellerLink = lab.Link{Rate: 400e6, Delay: 100 * time.Microsecond}
 
 // travellerWindow is how often it reports.
 const travellerWindow = 50 * time.Millisecond
 
-// A traveller is a VM with a busy Linux guest that goes from host to host, and finds each time that its memory and its
-// disk are whole.
+// A traveller is a VM with a busy Linux guest that is moved from host to host. After each move its guest checks its
+// memory and its disk.
 type traveller struct {
 	*testing.T
 	lab   *lab.Lab
@@ -46,33 +46,19 @@ func newTraveller(t *testing.T, l *lab.Lab) *traveller {
 	return v
 }
 
-func (v *traveller) other() *lab.Host {
-	if v.at == v.lab.A {
-		return v.lab.B
-	}
-	return v.lab.A
-}
-
-// move migrates it to the other host. In the middle of that, when it runs there and most of its memory is here,
-// it calls meanwhile, with the migration's id. It returns the longest time for which the guest did nothing.
+// move migrates it to the other host, and calls meanwhile, with the migration's id, when the VM runs there and most of
+// its memory is still at the source. It returns the longest time for which the guest did nothing.
 func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	v.Helper()
 	v.moves++
-	id, from, to := fmt.Sprintf("move-%d", v.moves), v.at, v.other()
+	id, from, to := fmt.Sprintf("move-%d", v.moves), v.at, v.lab.Other(v.at)
 	said := v.reported()
 	client := control(v.T, from)
 	spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: to.DaemonAddr()}
-	if _, err := client.Start(testContext(v.T), &migratedv1.StartRequest{Id: id, Spec: spec}); err != nil {
-		v.Fatal(err)
-	}
-	m := await(v.T, client, id, func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
-	if m.GetState() != stateActive {
-		v.Fatalf("there was no middle of migration %s: %v", id, m)
-	}
+	start(v.T, client, id, spec)
+	awaitState(v.T, client, id, stateActive)
 	meanwhile(id)
-	if m = await(v.T, control(v.T, from), id, func(*migratedv1.Migration) bool { return false }); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		v.Fatalf("migration %s is %v: %v", id, m.GetState(), m.GetError())
-	}
+	completed(v.T, awaitEnd(v.T, control(v.T, from), id))
 	v.at = to
 	var guest report.Log
 	port := openGuest(v.T, to, &guest)
@@ -83,15 +69,12 @@ func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	return v.longestStall(said)
 }
 
-// inFlight checks that pages are missing yet: what happened until now happened in the middle.
+// inFlight checks that pages are still missing: what happened until now happened in the middle of the migration.
 func (v *traveller) inFlight(id string, to *lab.Host) {
 	v.Helper()
-	answer, err := control(v.T, to).Get(testContext(v.T), &migratedv1.GetRequest{Id: id})
-	if err != nil {
-		v.Fatal(err)
-	}
-	if p := answer.GetMigration().GetProgress(); p.GetPagesPresent() == p.GetPagesTotal() {
-		v.Errorf("migration %s was over before it was disturbed: %v", id, answer)
+	m := get(v.T, to, id)
+	if p := m.GetProgress(); p.GetPagesPresent() == p.GetPagesTotal() {
+		v.Errorf("migration %s was over before it was disturbed: %v", id, m)
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -17,21 +16,20 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// nextVersion builds the daemon of the version after the one under test: its protocol and its files are of a version
-// more (internal/version).
-func nextVersion(t *testing.T) string {
+// buildDaemon builds the daemon with a build tag, and returns its path.
+func buildDaemon(t *testing.T, tag string) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "migrated-next")
-	out, err := exec.CommandContext(testContext(t), "go", "build", "-tags", "raised", "-o", path, "../cmd/migrated").CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
+	path := filepath.Join(t.TempDir(), "migrated-"+tag)
+	if err := lab.BuildDaemon(testContext(t), tag, path); err != nil {
+		t.Fatal(err)
 	}
 	return path
 }
 
-// An upgrade is daemons that are replaced.
+// An upgrade replaces the daemons of a lab.
 type upgrade struct {
 	*testing.T
+	lab     *lab.Lab
 	daemons map[*lab.Host]*lab.Process
 }
 
@@ -43,8 +41,8 @@ func (u *upgrade) replace(h *lab.Host, program string) {
 	u.daemons[h] = startDaemon(u.T, h)
 }
 
-// keeps checks the versions of what a migration under way has on both hosts.
-func (u *upgrade) keeps(from, to *lab.Host, id string, state, protocol uint32) {
+// checkVersions checks the versions of what a migration under way has on both hosts.
+func (u *upgrade) checkVersions(from, to *lab.Host, id string, state, protocol uint32) {
 	u.Helper()
 	var record struct{ Version, Protocol uint32 }
 	readJSON(u.T, from.Path("/run/migrated/handed-over/"+id+".json"), &record)
@@ -54,7 +52,8 @@ func (u *upgrade) keeps(from, to *lab.Host, id string, state, protocol uint32) {
 	}
 	readJSON(u.T, to.Path("/run/migrated/incoming/"+id+"/migration.json"), &kept)
 	if record.Protocol != protocol || kept.Request.Protocol != protocol {
-		u.Errorf("migration %s keeps to protocol %d at the source and %d at the destination, want %d", id, record.Protocol, kept.Request.Protocol, protocol)
+		u.Errorf("migration %s keeps to protocol %d at the source and %d at the destination, want %d",
+			id, record.Protocol, kept.Request.Protocol, protocol)
 	}
 	if kept.Version != state {
 		u.Errorf("migration %s has files of version %d at the destination, want %d", id, kept.Version, state)
@@ -76,42 +75,42 @@ func readJSON(t *testing.T, path string, into any) {
 // migrations of a busy guest.
 func TestUpgrade(t *testing.T) {
 	t.Parallel()
-	next := nextVersion(t)
+	next := buildDaemon(t, "raised") // its protocol and its files are of the next version (internal/version)
 	l := linkedHosts(t, travellerLink)
 	a, b := l.A, l.B
-	u := &upgrade{t, map[*lab.Host]*lab.Process{a: startDaemon(t, a), b: startDaemon(t, b)}}
+	u := &upgrade{t, l, map[*lab.Host]*lab.Process{a: startDaemon(t, a), b: startDaemon(t, b)}}
 	v := newTraveller(t, l)
 
 	u.Log("the destination is upgraded in the middle")
 	v.move(func(id string) {
 		u.replace(b, next)
-		u.keeps(a, b, id, version.State, version.Protocol)
+		u.checkVersions(a, b, id, version.State, version.Protocol)
 	})
 	u.Log("a newer source, an older destination")
-	v.move(func(id string) { u.keeps(b, a, id, version.State, version.Protocol) })
+	v.move(func(id string) { u.checkVersions(b, a, id, version.State, version.Protocol) })
 	u.Log("an older source, a newer destination; the source is upgraded in the middle")
 	v.move(func(id string) {
-		u.keeps(a, b, id, version.State+1, version.Protocol)
+		u.checkVersions(a, b, id, version.State+1, version.Protocol)
 		u.replace(a, next)
 	})
 	u.Log("both of the newer version; the destination meets what it does not know")
 	v.move(func(id string) {
-		u.keeps(b, a, id, version.State+1, version.Protocol+1)
+		u.checkVersions(b, a, id, version.State+1, version.Protocol+1)
 		u.replace(a, "")
-		u.unknownIncoming(a, id)
+		u.checkUnknownIncoming(a, id)
 		u.replace(a, next)
 	})
 	u.Log("both of the newer version; the source meets what it does not know")
 	v.move(func(id string) {
-		u.keeps(a, b, id, version.State+1, version.Protocol+1)
+		u.checkVersions(a, b, id, version.State+1, version.Protocol+1)
 		mustKill(t, u.daemons[a])
-		u.refusesRecord(a, id)
+		u.checkRefusesRecord(a, id)
 		u.daemons[a] = startDaemon(t, a)
 	})
 }
 
-// unknownIncoming checks that the daemon of a host serves, names a migration that a newer one left, and leaves it.
-func (u *upgrade) unknownIncoming(h *lab.Host, id string) {
+// checkUnknownIncoming checks that the daemon of a host serves, names a migration that a newer one left, and leaves it.
+func (u *upgrade) checkUnknownIncoming(h *lab.Host, id string) {
 	u.Helper()
 	answer, err := control(u.T, h).Get(testContext(u.T), &migratedv1.GetRequest{Id: id})
 	if answer.GetMigration().GetError().GetReason() != migratedv1.Reason_REASON_VERSION {
@@ -120,23 +119,14 @@ func (u *upgrade) unknownIncoming(h *lab.Host, id string) {
 	if _, err := os.Stat(h.Path("/run/migrated/incoming/" + id + "/migration.json")); err != nil {
 		u.Error(err)
 	}
-	m, err := control(u.T, u.peer(h)).Get(testContext(u.T), &migratedv1.GetRequest{Id: id})
-	if err != nil || migration.Terminal(m.GetMigration().GetState()) {
-		u.Errorf("the source has given the migration up: %v, %v", m, err)
+	if m := get(u.T, u.lab.Other(h), id); migration.Terminal(m.GetState()) {
+		u.Errorf("the source has given the migration up: %v", m)
 	}
 }
 
-func (u *upgrade) peer(h *lab.Host) *lab.Host {
-	for other := range u.daemons {
-		if other != h {
-			return other
-		}
-	}
-	return nil
-}
-
-// refusesRecord checks that the daemon under test does not serve where a newer one has handed a VM over, and says what to do.
-func (u *upgrade) refusesRecord(h *lab.Host, id string) {
+// checkRefusesRecord checks that the daemon under test does not serve where a newer one has handed a VM over, and says
+// what to do.
+func (u *upgrade) checkRefusesRecord(h *lab.Host, id string) {
 	u.Helper()
 	path := h.Path("/run/migrated/handed-over/" + id + ".json")
 	before, err := os.ReadFile(path)

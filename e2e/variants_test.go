@@ -11,7 +11,6 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // TestAttachToWaitingQEMU migrates, by the operator's command, into a QEMU that
@@ -21,7 +20,8 @@ func TestAttachToWaitingQEMU(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
 	startVM(t, l.B, s.vm, "-S", "-incoming", "defer")
-	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--to-qmp", lab.QMPPath, "--id", "attach")
+	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(),
+		"--to-qmp", lab.QMPPath, "--id", "attach")
 	if code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
@@ -47,7 +47,7 @@ func TestAttachToRunningVMIsRefused(t *testing.T) {
 	if m.GetState() != stateFailed || !strings.Contains(m.GetError().GetMessage(), "instead of waiting for a migration") {
 		t.Errorf("migration is %v: %v", m.GetState(), m.GetError())
 	}
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		now := metalPass(t, h, func(uint64) bool { return true })
 		metalPass(t, h, func(p uint64) bool { return p > max(now, pass)+1 })
 		checkMetal(t, s.vm, h)
@@ -64,13 +64,13 @@ func TestTemplate(t *testing.T) {
 	if !slices.Contains(s.vm.Args(), ram) {
 		t.Fatalf("the VM's command line has changed: %q", s.vm.Args())
 	}
-	s.template(fmt.Sprintf("{{range .Args}}{{if eq . %q}}%s{{else}}{{.}}{{end}}\n{{end}}",
+	s.writeTemplate(fmt.Sprintf("{{range .Args}}{{if eq . %q}}%s{{else}}{{.}}{{end}}\n{{end}}",
 		ram, strings.Replace(ram, "guest-ram0", "elsewhere", 1)))
 	out, code := operate(t, l.A, "migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--template", templatePath)
 	if code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
-	s.counts()
+	s.countsAtDestination()
 	if _, err := l.B.Allocated("/dev/shm/elsewhere"); err != nil {
 		t.Error(err)
 	}
@@ -101,7 +101,7 @@ func TestKeepSource(t *testing.T) {
 	s := newScene(t, l)
 	spec := s.spec()
 	spec.KeepSource = true
-	if m := migrateSpec(t, l.A, "keep", spec); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+	if m := migrateSpec(t, l.A, "keep", spec); m.GetState() != stateCompleted {
 		t.Fatal(m)
 	}
 	if status := vmStatus(t, l.A); status != "paused" {
@@ -111,7 +111,8 @@ func TestKeepSource(t *testing.T) {
 	refused := func(id string) {
 		t.Helper()
 		m := migrateSpec(t, l.A, id, s.spec())
-		if says := m.GetError().GetMessage(); m.GetState() != stateFailed || !strings.Contains(says, "was handed over to "+l.B.DaemonAddr()) {
+		if says := m.GetError().GetMessage(); m.GetState() != stateFailed ||
+			!strings.Contains(says, "was handed over to "+l.B.DaemonAddr()) {
 			t.Errorf("migration is %v: %s", m.GetState(), says)
 		}
 	}
@@ -120,8 +121,10 @@ func TestKeepSource(t *testing.T) {
 		t.Error(err)
 	}
 	startDaemon(t, l.A)
+	// The daemon asks the destination about the migration that it took up; until then it is under way.
+	awaitEnd(t, control(t, l.A), "keep")
 	refused("once-more")
-	s.counts()
+	s.countsAtDestination()
 }
 
 // TestPrepareThenStart separates what takes time from the switch.
@@ -130,14 +133,11 @@ func TestPrepareThenStart(t *testing.T) {
 	l := newLab(t)
 	s := newScene(t, l)
 	client := s.prepare("later")
-	pass := metalPass(t, l.A, func(uint64) bool { return true })
-	metalPass(t, l.A, func(p uint64) bool { return p > pass+1 }) // it runs on
-	for range 2 {                                                // repeatable
-		if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "later"}); err != nil {
-			t.Fatal(err)
-		}
+	goesOn(t, l.A) // it runs on
+	for range 2 {  // repeatable
+		start(t, client, "later", nil)
 	}
-	m := await(t, client, "later", func(*migratedv1.Migration) bool { return false })
+	m := awaitEnd(t, client, "later")
 	checkFigures(t, m)
 	s.arrived()
 }
@@ -173,43 +173,10 @@ func TestCutAfterTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := largeScene(t, l, 1)
-	client := control(t, l.A)
-	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: "cut", Spec: s.spec()}); err != nil {
-		t.Fatal(err)
-	}
-	await(t, client, "cut", func(m *migratedv1.Migration) bool {
-		return m.GetState() == migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
-	})
-	if err := l.SetCable(testContext(t), false); err != nil {
-		t.Fatal(err)
-	}
-	paused := await(t, control(t, l.B), "cut", func(m *migratedv1.Migration) bool {
-		return m.GetState() == migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED
-	})
-	if paused.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED {
-		t.Fatalf("all was over before the cable was pulled: %v", paused)
-	}
-	if err := l.SetCable(testContext(t), true); err != nil {
-		t.Fatal(err)
-	}
-	m := await(t, client, "cut", func(*migratedv1.Migration) bool { return false })
-	checkFigures(t, m)
+	s.moveHalfway("cut")
+	s.cable(true)
+	checkFigures(t, awaitEnd(t, control(t, l.A), "cut"))
 	s.arrived()
-}
-
-// arrived checks that the guest counts on the destination and nothing of its
-// memory is lost.
-func (s *scene) arrived() {
-	s.Helper()
-	s.counts()
-	if pass := checkMetal(s.T, s.vm, s.lab.B); pass < s.began {
-		s.Errorf("memory is of pass %d, the guest had written %d before", pass, s.began)
-	}
-}
-
-func (s *scene) counts() {
-	s.Helper()
-	metalPass(s.T, s.lab.B, func(pass uint64) bool { return pass > s.began+1 })
 }
 
 // command runs a QMP command without arguments.

@@ -3,19 +3,18 @@
 package e2e
 
 import (
+	"fmt"
 	"testing"
-	"time"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// TestVirtioMemShrinksAndGrows: a guest moves that has most of its memory from a virtio-mem device; while its pages come,
-// memory is taken from it and given again.
+// TestVirtioMemShrinksAndGrows moves a guest that has most of its memory from a virtio-mem device. While its pages
+// come, memory is taken from it and given again.
 func TestVirtioMemShrinksAndGrows(t *testing.T) {
 	t.Parallel()
 	whole := func(h *lab.Host) { awaitPlugged(t, h, func(mib uint64) bool { return mib == 384 }) }
-	g := newGiver(t, lab.VMConfig{MemoryMiB: 320, Extra: []string{
+	g := newShrinkingGuest(t, lab.VMConfig{MemoryMiB: 320, Extra: []string{
 		"-m", "320M,maxmem=1G", "-object", "memory-backend-file,id=mem1,size=512M,mem-path=/dev/shm/mem1,share=on",
 		"-device", "virtio-mem-pci,id=vmem0,memdev=mem1,requested-size=384M",
 	}}, "1M", whole, "memhp_default_state=online_movable", "migrated.churn=96")
@@ -31,34 +30,17 @@ const vmem = "/machine/peripheral/vmem0"
 // resize asks the guest to have so much of the device.
 func resize(t *testing.T, h *lab.Host, mib uint64) {
 	t.Helper()
-	client, err := qmp.Dial(testContext(t), h.Path(lab.EventsPath))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := client.Do(testContext(t), "qom-set", map[string]any{"path": vmem, "property": "requested-size", "value": mib << 20}, nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := client.Disconnect(); err != nil {
-		t.Error(err)
-	}
+	ask(t, h, "qom-set", map[string]any{"path": vmem, "property": "requested-size", "value": mib << 20}, nil)
 }
 
 // awaitPlugged waits until the guest has as much of the device as ok wants.
 func awaitPlugged(t *testing.T, h *lab.Host, ok func(mib uint64) bool) {
 	t.Helper()
-	client, err := qmp.Dial(testContext(t), h.Path(lab.EventsPath))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for size := uint64(0); ; time.Sleep(50 * time.Millisecond) {
-		if err := client.Do(testContext(t), "qom-get", map[string]any{"path": vmem, "property": "size"}, &size); err != nil {
-			t.Fatalf("the guest has %d MiB of the device: %v", size>>20, err)
+	eventually(t, func() error {
+		var size uint64
+		if ask(t, h, "qom-get", map[string]any{"path": vmem, "property": "size"}, &size); !ok(size >> 20) {
+			return fmt.Errorf("the guest has %d MiB of the device", size>>20)
 		}
-		if ok(size >> 20) {
-			break
-		}
-	}
-	if err := client.Disconnect(); err != nil {
-		t.Error(err)
-	}
+		return nil
+	})
 }

@@ -16,20 +16,20 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/qemu"
-	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
+	"github.com/migrated-vm/migrated/pkg/testenv"
+	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
 // block finds memory of a VM by the end of its name.
-func block(t *testing.T, vm *qemu.VM, name string) qemu.RAMBlock {
+func block(t *testing.T, vm *qemu.VM, name string) ram.Block {
 	t.Helper()
-	blocks, err := vm.RAMBlocks(testContext(t))
+	blocks, err := vm.RAM.Blocks(testContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	at := slices.IndexFunc(blocks, func(b qemu.RAMBlock) bool { return strings.HasSuffix(b.ID, name) })
+	at := slices.IndexFunc(blocks, func(b ram.Block) bool { return strings.HasSuffix(b.ID, name) })
 	if at < 0 {
 		t.Fatalf("the VM has no memory %q", name)
 	}
@@ -75,11 +75,14 @@ func TestVideoMemoryFollows(t *testing.T) {
 	}
 	destination := inspect(t, l.B)
 	got := make([]byte, len(drawn))
-	if _, err := memoryOf(t, destination).ReadAt(got, int64(block(t, destination, "/vga.vram").Addr)+8<<20); err != nil || !bytes.Equal(got, drawn) {
+	if _, err := memoryOf(t, destination).ReadAt(
+		got, int64(block(t, destination, "/vga.vram").Addr)+8<<20,
+	); err != nil || !bytes.Equal(got, drawn) {
 		t.Errorf("what was drawn has not arrived: %v", err)
 	}
 	s.arrived()
-	t.Logf("downtime %v, all memory after %v", m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetResidency().AsDuration())
+	t.Logf("downtime %v, all memory after %v",
+		m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetResidency().AsDuration())
 }
 
 // TestFirmwareVariablesArrive: what the firmware keeps in its flash is there after a move, in memory and in its image.
@@ -89,7 +92,7 @@ func TestFirmwareVariablesArrive(t *testing.T) {
 	vm := lab.VMConfig{Backend: lab.BackendDefault, VCPUs: 1, MemoryMiB: 64, UEFI: true}
 	vm = emptyDisk(t, vm)
 	if _, err := l.A.StartVM(testContext(t), vm, lab.EventsArgs()...); errors.Is(err, lab.ErrNoFirmware) {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	} else if err != nil {
 		t.Fatal(err)
 	}
@@ -102,7 +105,9 @@ func TestFirmwareVariablesArrive(t *testing.T) {
 	migrate(t, l.A, l.B, "firmware")
 	destination := inspect(t, l.B)
 	got := make([]byte, len(mark))
-	if _, err := memoryOf(t, destination).ReadAt(got, int64(block(t, destination, "system.flash1").Addr)+at); err != nil || !bytes.Equal(got, mark) {
+	if _, err := memoryOf(t, destination).ReadAt(
+		got, int64(block(t, destination, "system.flash1").Addr)+at,
+	); err != nil || !bytes.Equal(got, mark) {
 		t.Errorf("the flash holds %q, %v", got, err)
 	}
 	// QEMU writes the flash to its image when it has loaded.
@@ -117,8 +122,13 @@ func TestMemoryThatWasPromised(t *testing.T) {
 	t.Parallel()
 	for name, args := range map[string][]string{
 		"prealloc": {"-object", "memory-backend-ram,id=ram0,size=64M,prealloc=on", "-machine", "memory-backend=ram0"},
-		"shared":   {"-object", "memory-backend-file,id=ram0,size=64M,prealloc=on,share=on,mem-path=/dev/shm/promised", "-machine", "memory-backend=ram0"},
-		"mem-lock": {"-object", "memory-backend-ram,id=ram0,size=64M", "-machine", "memory-backend=ram0", "-overcommit", "mem-lock=on"},
+		"shared": {
+			"-object", "memory-backend-file,id=ram0,size=64M,prealloc=on,share=on,mem-path=/dev/shm/promised",
+			"-machine", "memory-backend=ram0",
+		},
+		"mem-lock": {
+			"-object", "memory-backend-ram,id=ram0,size=64M", "-machine", "memory-backend=ram0", "-overcommit", "mem-lock=on",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t)
@@ -148,7 +158,7 @@ func unpopulated(t *testing.T, vm *qemu.VM, name string) (bytes uint64) {
 		}
 		return b.Size - min(b.Size, uint64(st.Blocks)*512)
 	}
-	pages, err := pagemap.Open(vm.Pid)
+	pages, err := uffd.OpenPagemap(vm.Pid)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,19 +189,21 @@ func TestPluggedMemoryMoves(t *testing.T) {
 	if _, err := memoryOf(t, source).WriteAt(mark, int64(block(t, source, "extra").Addr)+5<<20); err != nil {
 		t.Fatal(err)
 	}
-	s.failed(migrateSpec(t, l.A, "lacking", s.spec()), stateFailed, `no RAM "extra"`, "--template", "the VM was not touched")
-	s.template("{{range .Args}}{{.}}\n{{end}}-object\nmemory-backend-ram,id=extra,size=128M\n-device\npc-dimm,id=dimm1,memdev=extra\n")
+	s.failed(migrateSpec(t, l.A, "lacking", s.spec()), stateFailed,
+		`no RAM "extra"`, "--template", "the VM was not touched")
+	s.writeTemplate("{{range .Args}}{{.}}\n{{end}}" +
+		"-object\nmemory-backend-ram,id=extra,size=128M\n-device\npc-dimm,id=dimm1,memdev=extra\n")
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
-	if m := migrateSpec(t, l.A, "given", spec); m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
-	}
+	completed(t, migrateSpec(t, l.A, "given", spec))
 	destination := inspect(t, l.B)
 	got := make([]byte, len(mark))
-	if _, err := memoryOf(t, destination).ReadAt(got, int64(block(t, destination, "extra").Addr)+5<<20); err != nil || !bytes.Equal(got, mark) {
+	if _, err := memoryOf(t, destination).ReadAt(
+		got, int64(block(t, destination, "extra").Addr)+5<<20,
+	); err != nil || !bytes.Equal(got, mark) {
 		t.Errorf("it holds %q, %v", got, err)
 	}
-	s.counts()
+	s.countsAtDestination()
 }
 
 // TestReadOnlyImageIsLeftAlone: an nvdimm that the guest cannot write is the same image at both ends, or the move is
@@ -200,7 +212,7 @@ func TestReadOnlyImageIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	content := bytes.Repeat([]byte("an image "), 1<<20)[:8<<20]
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if err := h.MakeVMDir(); err != nil {
 			t.Fatal(err)
 		}
@@ -209,19 +221,21 @@ func TestReadOnlyImageIsLeftAlone(t *testing.T) {
 		}
 	}
 	s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, Extra: []string{
-		"-m", "32M,slots=2,maxmem=1G", "-machine", "nvdimm=on", "-object", "memory-backend-file,id=nv,size=8M,share=on,readonly=on,mem-path=/run/vm/image",
+		"-m", "32M,slots=2,maxmem=1G", "-machine", "nvdimm=on",
+		"-object", "memory-backend-file,id=nv,size=8M,share=on,readonly=on,mem-path=/run/vm/image",
 		"-device", "nvdimm,id=nv1,memdev=nv,unarmed=on",
 	}}.WithDevices(1, 1))
 	if err := os.WriteFile(l.B.Path("/run/vm/image"), bytes.ToUpper(content), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	s.failed(migrateSpec(t, l.A, "another", s.spec()), stateFailed, "holds something else", "the same image", "the VM was not touched")
+	s.failed(migrateSpec(t, l.A, "another", s.spec()), stateFailed,
+		"holds something else", "the same image", "the VM was not touched")
 	if err := os.WriteFile(l.B.Path("/run/vm/image"), content, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	migrate(t, l.A, l.B, "same")
-	s.counts()
-	for _, h := range []*lab.Host{l.A, l.B} {
+	s.countsAtDestination()
+	for _, h := range l.Hosts() {
 		if text, err := os.ReadFile(h.Path("/run/vm/image")); err != nil || !bytes.Equal(text, content) {
 			t.Errorf("the image of host %s was changed: %v", h.Name, err)
 		}
@@ -254,20 +268,9 @@ func TestNeighbourIsLeftAlone(t *testing.T) {
 	if _, err := l.B.Start(log, args...); err != nil {
 		t.Fatal(err)
 	}
-	awaitFile(t, l.B.Path("/run/vm/neighbour-serial.log"))
-	counts := func(more uint64) (last uint64) {
+	counts := func(least uint64) uint64 {
 		t.Helper()
-		ctx := testContext(t)
-		for {
-			if pass, found := lastPass(l.B.Path("/run/vm/neighbour-serial.log")); found && pass >= more {
-				return pass
-			}
-			select {
-			case <-ctx.Done():
-				t.Fatal("the neighbour does not count")
-			case <-time.After(10 * time.Millisecond):
-			}
-		}
+		return passIn(t, l.B.Path("/run/vm/neighbour-serial.log"), func(pass uint64) bool { return pass >= least })
 	}
 	before := counts(2)
 	m := migrateSpec(t, l.A, "crowded", s.spec())
@@ -275,5 +278,5 @@ func TestNeighbourIsLeftAlone(t *testing.T) {
 		t.Errorf("migration is %v: %s", m.GetState(), says)
 	}
 	counts(before + 2)
-	s.countsOn()
+	s.countsAtSource()
 }

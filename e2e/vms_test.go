@@ -10,17 +10,17 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 // needRealVM is for VMs with disks or network cards.
 func needRealVM(t *testing.T) {
 	t.Helper()
 	if _, err := exec.LookPath("qemu-img"); err != nil {
-		cannot.Run(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
+		testenv.CannotRun(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
 	}
 	if _, err := os.Stat("/dev/net/tun"); err != nil {
-		cannot.Run(t, "network cards are taps: %v", err)
+		testenv.CannotRun(t, "network cards are taps: %v", err)
 	}
 }
 

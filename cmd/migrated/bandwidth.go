@@ -15,7 +15,10 @@ type bandwidthCmd struct {
 }
 
 func (bandwidthCmd) Help() string {
-	return `Changes, while a migration goes on, how much may cross the network of memory that the VM does not wait for: bytes a second, not bits, with K, M, G or T for powers of 1024, at least 64K. Pages that the VM waits for are neither held up nor counted, so that it feels nothing of a low limit but that it lasts longer. At either host; the daemons may have lower limits of their own.
+	return `Changes, while a migration goes on, how much may cross the network of memory that the VM does not wait for: ` +
+		`bytes a second, not bits, with K, M, G or T for powers of 1024, at least 64K. Pages that the VM waits for are ` +
+		`neither held up nor counted, so that it feels nothing of a low limit but that it lasts longer. At either host; ` +
+		`the daemons may have lower limits of their own.
 
 Examples:
 
@@ -31,7 +34,7 @@ func (b *bandwidthCmd) Run(a *app) error {
 	if err != nil {
 		return &failure{exit: exitUsage, message: err.Error(), remedy: `see "migrated bandwidth --help" for examples`}
 	}
-	return a.withClient(func(ctx context.Context, c *client) error {
+	return a.withClient(func(ctx context.Context, c *daemonClient) error {
 		answer, err := c.SetBandwidth(ctx, &migratedv1.SetBandwidthRequest{Id: b.ID, Bandwidth: limit})
 		if err != nil {
 			return c.explain(b.ID, err)
@@ -49,7 +52,7 @@ func (b *bandwidthCmd) Run(a *app) error {
 	})
 }
 
-// parseBandwidth reads a limit; none where the flag was not given.
+// parseBandwidth parses a limit. It returns 0, no limit, if the flag was not given.
 func parseBandwidth(text string) (uint64, error) {
 	if text == "" {
 		return 0, nil

@@ -19,30 +19,30 @@ import (
 )
 
 // bar is the display for a terminal: two lines that mpb redraws in place, and
-// a last one with what it came to.
+// a summary when the migration is over.
 type bar struct {
 	progress *mpb.Progress
 	bar      *mpb.Bar
-	out      io.Writer
-	now      atomic.Pointer[migratedv1.Migration] // what mpb's goroutine draws
+	out      *os.File
+	now      atomic.Pointer[migratedv1.Migration] // drawn by mpb's goroutine
 }
 
-// newBar draws on terminal until close.
+// newBar returns a bar that draws on terminal until close.
 func newBar(terminal *os.File) *bar {
 	b := &bar{progress: mpb.New(mpb.WithOutput(terminal)), out: terminal}
 	line := func(i int) mpb.BarFillerFunc {
 		return func(w io.Writer, s decor.Statistics) error {
 			text := frame(b.now.Load(), s.AvailableWidth)[i]
 			if i == 0 {
-				text = "\r" + text // a ^C that the terminal echoed is to the left
+				text = "\r" + text // overwrites a ^C that the terminal echoed
 			} else {
-				text += "\n" // mpb ends the first line alone
+				text += "\n" // mpb ends only the first line
 			}
 			_, err := io.WriteString(w, text)
 			return err
 		}
 	}
-	// Add fails after Wait alone.
+	// Add fails only after Wait.
 	b.bar, _ = b.progress.Add(1, line(0), mpb.BarFillerTrim(), mpb.BarBtmExtender(line(1)))
 	return b
 }
@@ -50,22 +50,22 @@ func newBar(terminal *os.File) *bar {
 func (b *bar) show(m *migratedv1.Migration) { b.now.Store(m) }
 
 func (b *bar) close() {
-	b.bar.Abort(false) // keeps the lines as they are; completing adds nothing
+	b.bar.Abort(false) // leaves the lines on the screen
 	b.progress.Wait()
 	switch m := b.now.Load(); m.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
-		fmt.Fprintln(b.out, m.GetId(), summary(m))
+		fmt.Fprintln(b.out, wrapped(m.GetId()+" "+summary(m), 2, columns(b.out)))
 	case migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
-		fmt.Fprintln(b.out, m.GetId(), rehearsalSummary(m))
+		fmt.Fprintln(b.out, wrapped(m.GetId()+" "+rehearsalSummary(m), 2, columns(b.out)))
 	}
 }
 
 const (
 	maxFrameWidth = 100 // a bar across a very wide screen is hard to read
-	minBarWidth   = 10  // below that a bar says less than the percentage
+	minBarWidth   = 10  // a shorter bar shows less than the percentage
 )
 
-// style is how the bar within a frame looks.
+// style is the style of the bar in a frame.
 var style = mpb.BarStyle().Lbound("[").Filler("=").Tip(">").Padding("-").Rbound("]")
 
 // frame draws a migration as two lines of at most width columns:
@@ -86,8 +86,8 @@ func frame(m *migratedv1.Migration, width int) [2]string {
 	return [2]string{cut(first, width), cut(below(m, width), width)}
 }
 
-// below is the second line of a frame: figures while they move, otherwise what
-// the state means.
+// below returns the second line of a frame: figures while memory is transferred,
+// otherwise the meaning of the state.
 func below(m *migratedv1.Migration, width int) string {
 	if m.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE {
 		return "  " + stateMeaning(m)
@@ -108,7 +108,9 @@ func drawBar(done float64, width int) string {
 	const whole = 1 << 20
 	var b bytes.Buffer
 	// Writing to a buffer does not fail.
-	_ = style.Build().Fill(&b, decor.Statistics{AvailableWidth: width, Total: whole, Current: int64(done * whole), Completed: done >= 1})
+	_ = style.Build().Fill(&b, decor.Statistics{
+		AvailableWidth: width, Total: whole, Current: int64(done * whole), Completed: done >= 1,
+	})
 	return b.String()
 }
 

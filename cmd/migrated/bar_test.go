@@ -64,9 +64,11 @@ func TestFrame(t *testing.T) {
 	}
 }
 
-// The last page is what makes 100.0%, not rounding.
+// TestPercentRoundsDown: 100.0% is shown only with the last page, not by rounding.
 func TestPercentRoundsDown(t *testing.T) {
-	for present, want := range map[uint64]string{0: "0.0%", 1: "0.0%", 999_999: "99.9%", 1_000_000: "100.0%", 1_000_001: "100.0%"} {
+	for present, want := range map[uint64]string{
+		0: "0.0%", 1: "0.0%", 999_999: "99.9%", 1_000_000: "100.0%", 1_000_001: "100.0%",
+	} {
 		if got := percent(&migratedv1.Progress{PagesTotal: 1_000_000, PagesPresent: present}); got != want {
 			t.Errorf("%d of 1000000 pages: %s, want %s", present, got, want)
 		}
@@ -88,7 +90,9 @@ func TestTexts(t *testing.T) {
 	if got := durationText(nil); got != "-" {
 		t.Errorf("no duration: %q, want -", got)
 	}
-	for n, want := range map[uint64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1<<20 - 1: "1.0 MiB", 4 << 30: "4.0 GiB", 1 << 63: "8192.0 PiB"} {
+	for n, want := range map[uint64]string{
+		0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1<<20 - 1: "1.0 MiB", 4 << 30: "4.0 GiB", 1 << 63: "8192.0 PiB",
+	} {
 		if got := bytesText(n); got != want {
 			t.Errorf("%d bytes: %q, want %q", n, got, want)
 		}

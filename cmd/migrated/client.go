@@ -4,131 +4,59 @@ package main
 
 import (
 	"context"
-	"fmt"
-	"net"
-	"path/filepath"
-	"strings"
-	"sync"
-	"time"
+	"errors"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/credentials/insecure"
 
-	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/pkg/client"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// client is the control API of one daemon. It connects at its first call.
-type client struct {
-	migratedv1.ControlServiceClient
-	conn   *grpc.ClientConn
-	target *target
-	app    *app
+// daemonClient is a client of one daemon's control API. It connects with its first
+// call.
+type daemonClient struct {
+	*client.Client
+	app *app
 }
 
 // connect makes the client for the daemon that the flags name. The caller
-// closes its conn.
-func (a *app) connect() (*client, error) {
-	t, err := parseTarget(a.daemon)
-	if err != nil {
-		return nil, &failure{exit: exitUsage, message: err.Error(),
-			remedy: "give --daemon or MIGRATED_DAEMON as unix:///PATH or HOST:PORT"}
+// closes it.
+func (a *app) connect() (*daemonClient, error) {
+	c, err := client.Dial(a.daemon, client.Options{
+		TLS: a.tls, Plaintext: a.plaintext,
+		Dial: []grpc.DialOption{
+			grpc.WithChainUnaryInterceptor(a.readAnswer), grpc.WithChainStreamInterceptor(a.readStream),
+		},
+	})
+	f := &failure{exit: exitUsage}
+	switch _, addressErr := client.SocketPath(a.daemon); {
+	case err == nil:
+		return &daemonClient{c, a}, nil
+	case addressErr != nil:
+		f.remedy = "give --daemon or MIGRATED_DAEMON as unix:///PATH or HOST:PORT"
+	case errors.Is(err, client.ErrEncryption):
+		f.remedy = "give --tls-certificate, --tls-key and --tls-ca; or --plaintext, where nobody else is on the network"
+	default:
+		f.remedy = "give --tls-certificate, --tls-key and --tls-ca, all three"
 	}
-	creds, err := a.credentials(t)
-	if err != nil {
-		return nil, err
-	}
-	conn, err := grpc.NewClient("passthrough:///"+t.address,
-		grpc.WithUnaryInterceptor(a.readAnswer),
-		grpc.WithStreamInterceptor(a.readStream),
-		grpc.WithTransportCredentials(creds),
-		grpc.WithAuthority("localhost"), // a socket's path is none
-		grpc.WithNoProxy(),
-		grpc.WithContextDialer(t.dial),
-		// A daemon that is just starting is there within moments.
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.5, Jitter: 0.2, MaxDelay: time.Second},
-			MinConnectTimeout: 5 * time.Second,
-		}))
-	if err != nil {
-		return nil, fmt.Errorf("preparing the connection to %s: %w", a.daemon, err)
-	}
-	return &client{migratedv1.NewControlServiceClient(conn), conn, t, a}, nil
-}
-
-// credentials are plain for a socket and for this host alone, unless a certificate is given.
-func (a *app) credentials(t *target) (credentials.TransportCredentials, error) {
-	encrypt := a.tls != mtls.Files{}
-	switch {
-	case t.network == "unix" || !encrypt && (a.plaintext || mtls.Loopback(t.address)):
-		return insecure.NewCredentials(), nil
-	case !encrypt:
-		return nil, &failure{exit: exitUsage, message: "no connection without encryption to " + t.address,
-			remedy: "give --tls-certificate, --tls-key and --tls-ca; or --plaintext, where nobody else is on the network"}
-	}
-	creds, err := a.tls.Client(t.address, nil)
-	if err != nil {
-		return nil, &failure{exit: exitUsage, message: err.Error(), remedy: "give --tls-certificate, --tls-key and --tls-ca, all three"}
-	}
-	return creds, nil
+	f.message = err.Error()
+	return nil, f
 }
 
 // withClient calls do with a client and a context that --timeout bounds.
-func (a *app) withClient(do func(ctx context.Context, c *client) error) error {
+func (a *app) withClient(do func(ctx context.Context, c *daemonClient) error) error {
 	c, err := a.connect()
 	if err != nil {
 		return err
 	}
-	defer c.conn.Close()
+	defer c.Close()
 	ctx, cancel := context.WithTimeout(a.ctx, a.timeout)
 	defer cancel()
 	return do(ctx, c)
 }
 
-// target is the address of a daemon. It keeps what the last attempt to connect
-// said, because gRPC passes that on as text alone.
-type target struct {
-	network, address string // as for net.Dial
-
-	mu   sync.Mutex
-	last error
-}
-
-// parseTarget reads unix:///PATH, unix:PATH, an absolute path, or HOST:PORT.
-func parseTarget(daemon string) (*target, error) {
-	path, isUnix := strings.CutPrefix(daemon, "unix:")
-	if isUnix && strings.HasPrefix(path, "//") {
-		path = strings.TrimPrefix(path, "//")
-	}
-	switch {
-	case isUnix && path == "":
-		return nil, fmt.Errorf("%q names no socket", daemon)
-	case isUnix || filepath.IsAbs(daemon):
-		return &target{network: "unix", address: path}, nil
-	}
-	if _, _, err := net.SplitHostPort(daemon); err != nil {
-		return nil, fmt.Errorf("%q is not the address of a daemon: %w", daemon, err)
-	}
-	return &target{network: "tcp", address: daemon}, nil
-}
-
-// unixPath returns the path of the socket, ok where it is one.
-func (t *target) unixPath() (path string, ok bool) { return t.address, t.network == "unix" }
-
-func (t *target) dial(ctx context.Context, address string) (net.Conn, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, t.network, address)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.last = err
-	return conn, err
-}
-
-// lastError returns what the last attempt to connect said, nil where it
-// succeeded or there was none.
-func (t *target) lastError() error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.last
+// all returns all migrations that the daemon knows.
+func (c *daemonClient) all(ctx context.Context) ([]*migratedv1.Migration, error) {
+	migrations, _, err := c.ListAll(ctx, nil)
+	return migrations, err
 }

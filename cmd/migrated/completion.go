@@ -13,7 +13,6 @@ import (
 	"github.com/willabides/kongplete"
 
 	"github.com/migrated-vm/migrated/internal/config"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 type completionCmd struct {
@@ -21,7 +20,8 @@ type completionCmd struct {
 }
 
 func (completionCmd) Help() string {
-	return `Prints a script that lets a shell complete commands, flags, files and the ids of the migrations that the daemon knows.
+	return `Prints a script that lets a shell complete commands, flags, files and the ids of the migrations that the ` +
+		`daemon knows.
 
 Examples:
 
@@ -35,13 +35,14 @@ Examples:
     migrated completion fish > ~/.config/fish/completions/migrated.fish`
 }
 
-// completionScripts have the shell run migrated itself with the line so far in
-// COMP_LINE, see completeLine. The program answers for its own flags that way, and
-// a script never has to be renewed.
+// completionScripts make the shell run migrated itself with the current line in
+// COMP_LINE, see completeLine. So the program knows its own flags, and a script
+// does not have to be updated with it.
 var completionScripts = map[string]string{
 	"bash": `complete -C migrated migrated
 `,
-	// Sourced, or a file _migrated in $fpath, whose first line compinit reads and which is run at the first completion.
+	// This is sourced, or is a file _migrated in $fpath. compinit reads the first line of that, and the first completion
+	// runs it.
 	"zsh": `#compdef migrated
 autoload -U +X bashcompinit && bashcompinit
 if [[ $funcstack[1] == _migrated ]]; then
@@ -65,15 +66,15 @@ func (c *completionCmd) Run(a *app) error {
 	return nil
 }
 
-// completeLine answers and ends the process where a shell asks for a completion.
+// completeLine answers and ends the process if a shell asks for a completion.
 func completeLine(parser *kong.Kong) {
 	kongplete.Complete(parser,
 		kongplete.WithPredictor("file", complete.PredictFiles("*")),
 		kongplete.WithPredictor("migration", complete.PredictFunc(predictMigrations)))
 }
 
-// predictMigrations lists the ids that the daemon knows. Without an answer
-// there is nothing to propose: a completion has no place for errors.
+// predictMigrations returns the ids that the daemon knows. If the daemon does not
+// answer, it returns none, because a completion cannot show errors.
 func predictMigrations(line complete.Args) []string {
 	a := &app{ctx: context.Background(), stderr: io.Discard, timeout: time.Second, daemon: os.Getenv("MIGRATED_DAEMON")}
 	if a.daemon == "" {
@@ -85,9 +86,9 @@ func predictMigrations(line complete.Args) []string {
 		}
 	}
 	var ids []string
-	_ = a.withClient(func(ctx context.Context, c *client) error {
-		answer, err := c.List(ctx, &migratedv1.ListRequest{})
-		for _, m := range answer.GetMigrations() {
+	_ = a.withClient(func(ctx context.Context, c *daemonClient) error {
+		all, err := c.all(ctx)
+		for _, m := range all {
 			ids = append(ids, m.GetId())
 		}
 		return err

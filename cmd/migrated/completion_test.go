@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// What the program proposes for a line, in the protocol that all three scripts
-// use.
+// TestCompleteLine tests the completions of lines, in the protocol that all three
+// scripts use.
 func TestCompleteLine(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "d.sock")
 	d, err := startPlayed(socket)
@@ -52,12 +52,14 @@ func TestCompleteLine(t *testing.T) {
 	}
 }
 
-// The scripts, in the shells that they are for.
+// TestCompletionScripts runs the scripts in their shells.
 func TestCompletionScripts(t *testing.T) {
 	for shell, ask := range map[string]string{
-		// What readline does for "complete -C": run the command with the line.
-		"bash": `source <(migrated completion bash); complete -p migrated | grep -qE -- "-C '?migrated'? migrated" && COMP_LINE="migrated mi" COMP_POINT=11 migrated`,
-		"zsh": `autoload -Uz compinit && compinit -D; source <(migrated completion zsh); whence -f _bash_complete >/dev/null &&
+		// As readline does for "complete -C", run the command with the line.
+		"bash": `source <(migrated completion bash); complete -p migrated | ` +
+			`grep -qE -- "-C '?migrated'? migrated" && COMP_LINE="migrated mi" COMP_POINT=11 migrated`,
+		"zsh": `autoload -Uz compinit && compinit -D; source <(migrated completion zsh); ` +
+			`whence -f _bash_complete >/dev/null &&
 			[[ $_comps[migrated] == *_bash_complete* ]] && COMP_LINE="migrated mi" COMP_POINT=11 migrated`,
 		"fish": `migrated completion fish | source; complete -C "migrated mi" | cut -f 1`,
 	} {

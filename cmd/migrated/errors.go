@@ -8,28 +8,28 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"strings"
 	"syscall"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/printable"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+	"github.com/migrated-vm/migrated/pkg/client"
 )
 
-// A failure is why a command ends with another exit code than 0, in words for
-// the operator. One without a message has been told already.
+// A failure says to the operator why a command ends with an exit code other than
+// 0. If it has no message, the command has printed the reason already.
 type failure struct {
 	exit    int
 	message string // what went wrong
-	vm      string // where the VM is now; empty where no VM is concerned
-	remedy  string // what to do next; empty where there is nothing to do
+	vm      string // where the VM is now; empty: it is not about a VM
+	remedy  string // what to do next; empty: nothing
 }
 
 func (f *failure) Error() string { return f.message }
 
-// report tells the operator what err is and returns the exit code for it.
+// report prints err for the operator, and returns its exit code.
 func (a *app) report(err error) int {
 	if err == nil {
 		return exitOK
@@ -61,29 +61,22 @@ func (a *app) report(err error) int {
 	return f.exit
 }
 
-// indent sets the further lines of a text of several lines off. Errors of calls come this way alone, and may quote others.
+// indent indents all lines of a text but the first. It also escapes the text, because errors of calls,
+// which may quote others' text, are printed only through it.
 func indent(text string) string { return strings.ReplaceAll(printable.Text(text), "\n", "\n    ") }
 
 // explain turns the error of a call into a failure. id is the migration that
-// the call was about, empty where it was about none.
-func (c *client) explain(id string, err error) error {
-	if err == nil {
-		return nil
+// the call was about; empty: none.
+func (c *daemonClient) explain(id string, err error) error {
+	var told *client.Error
+	if err = c.Explain(err); !errors.As(err, &told) {
+		return err
 	}
-	s := status.Convert(err)
-	f := &failure{exit: exitFailed, message: s.Message()}
-	// The daemon knows better than a status code what to do.
-	var told *migratedv1.MigrationError
-	for _, detail := range s.Details() {
-		if e, ok := detail.(*migratedv1.MigrationError); ok {
-			told = e
-		}
-	}
-	switch s.Code() {
+	f := &failure{exit: exitFailed, message: told.Message, vm: told.VMStatus}
+	switch told.GRPCStatus().Code() {
 	case codes.Unavailable, codes.DeadlineExceeded:
-		// With a remedy it is the daemon's answer: the other host is away.
-		if told == nil {
-			return c.unreachable(s)
+		if errors.Is(err, client.ErrUnreachable) { // otherwise the daemon answered that the other host is unreachable
+			return c.unreachable(told)
 		}
 	case codes.Canceled:
 		if errors.Is(c.app.ctx.Err(), context.Canceled) {
@@ -102,30 +95,28 @@ func (c *client) explain(id string, err error) error {
 			f.remedy = fmt.Sprintf("see where it is with \"migrated status %s\"", id)
 		}
 	case codes.Unimplemented:
-		f.message = "the daemon does not know this command: " + s.Message()
+		f.message = "the daemon does not know this command: " + f.message
 		f.remedy = `compare the versions with "migrated version" and update the older one`
 	case codes.Unauthenticated, codes.PermissionDenied:
-		f.message = "the daemon refused: " + s.Message()
+		f.message = "the daemon refused: " + f.message
 	case codes.Internal, codes.Unknown:
-		f.message = "the daemon failed: " + s.Message()
+		f.message = "the daemon failed: " + f.message
 		f.remedy = `its log says more: "journalctl -u migrated"`
 	}
-	if told != nil {
-		f.vm = told.GetVmStatus()
-		if told.GetRemedy() != "" {
-			f.remedy = told.GetRemedy()
-		}
+	if told.Remedy != "" { // the daemon's remedy is better than one for the status code
+		f.remedy = told.Remedy
 	}
 	return f
 }
 
-// unreachable explains why there was no answer, by what the last attempt to
-// connect said.
-func (c *client) unreachable(s *status.Status) error {
+// unreachable explains why there was no answer, by the error of the last attempt
+// to connect.
+func (c *daemonClient) unreachable(told *client.Error) error {
 	f := &failure{exit: exitUnreachable, message: "cannot reach the daemon at " + c.app.daemon + ": "}
-	path, isUnix := c.target.unixPath()
-	cause := c.target.lastError()
-	start := `start the daemon with "systemctl start migrated" (or "migrated serve" in a terminal), or name another with --daemon or MIGRATED_DAEMON`
+	path, isUnix := c.SocketPath()
+	cause := told.Unwrap()
+	start := `start the daemon with "systemctl start migrated" (or "migrated serve" in a terminal), ` +
+		`or name another with --daemon or MIGRATED_DAEMON`
 	switch {
 	case errors.Is(cause, fs.ErrNotExist):
 		f.message += "the socket " + path + " does not exist"
@@ -138,15 +129,16 @@ func (c *client) unreachable(s *status.Status) error {
 		f.remedy = "check the address, and on that host that control_listen is set and the daemon runs"
 	case errors.Is(cause, fs.ErrPermission):
 		f.message += "this user may not connect to it"
-		f.remedy = "run the command as root (sudo), or as a member of the daemon's socket_group: nobody else controls the VMs of this host"
+		f.remedy = "run the command as root (sudo), or as a member of the daemon's socket_group: " +
+			"nobody else controls the VMs of this host"
+	case told.GRPCStatus().Code() == codes.DeadlineExceeded && !errors.As(cause, new(*net.OpError)):
+		f.message = fmt.Sprintf("the daemon at %s did not answer within %v", c.app.daemon, c.app.timeout)
+		f.remedy = `try a longer --timeout; "journalctl -u migrated" says what the daemon is doing`
 	case cause != nil:
 		f.message += cause.Error()
 		f.remedy = "check the address given by --daemon or MIGRATED_DAEMON"
-	case s.Code() == codes.DeadlineExceeded:
-		f.message = fmt.Sprintf("the daemon at %s did not answer within %v", c.app.daemon, c.app.timeout)
-		f.remedy = `try a longer --timeout; "journalctl -u migrated" says what the daemon is doing`
 	default:
-		f.message = "the daemon at " + c.app.daemon + " went away: " + s.Message()
+		f.message = "the daemon at " + c.app.daemon + " went away: " + told.Message
 		f.remedy = `see "systemctl status migrated"`
 	}
 	return f

@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// The exit codes of all commands; exitCodes says to the operator what they
-// mean. They are part of the command line's interface: add, never renumber.
+// The exit codes of all commands. exitCodes explains them to the operator. They
+// are part of the command line's interface: add some, but never renumber them.
 const (
 	exitOK          = 0
 	exitFailed      = 1
@@ -19,11 +19,12 @@ const (
 	exitUnknownID   = 6
 	exitEnded       = 7
 	exitUnderWay    = 8
-	exitConfig      = 78  // EX_CONFIG of sysexits(3); 2 is how a Go program ends that panics
+	exitStillHere   = 9
+	exitConfig      = 78  // EX_CONFIG of sysexits(3); not 2, because a Go program that panics ends with that
 	exitInterrupted = 130 // 128 + SIGINT, as a shell reports it
 )
 
-// exitCodes is shown by "migrated --help".
+// exitCodes are shown by "migrated --help".
 var exitCodes = []struct {
 	code    int
 	meaning string
@@ -35,8 +36,10 @@ var exitCodes = []struct {
 	{exitCheck, "check found a reason why a migration is not possible"},
 	{exitCancelled, "the migration was cancelled; the VM goes on at the source"},
 	{exitUnknownID, "the daemon knows no migration of that id"},
-	{exitEnded, "the VM ended by itself while it moved: its guest powered off, or its QEMU was told to quit; nothing failed"},
+	{exitEnded, "the VM ended by itself while it moved: its guest powered off, " +
+		"or its QEMU was told to quit; nothing failed"},
 	{exitUnderWay, "idle: a migration is under way on this host"},
+	{exitStillHere, "evacuate: not all VMs have left this host, or can; the summary says which"},
 	{exitConfig, "serve: the command line or the configuration file is wrong, and starting it again does not help"},
 	{exitInterrupted, "interrupted while watching; the migration goes on"},
 }

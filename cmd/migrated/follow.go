@@ -14,20 +14,21 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // A display shows a migration that is being followed.
 type display interface {
-	// show is given the migration each time the daemon sent it.
+	// show is called each time the daemon has sent the migration.
 	show(m *migratedv1.Migration)
-	// close ends the display; what show was given last stays visible.
+	// close ends the display. The last state stays visible.
 	close()
 }
 
-// display chooses how to show a migration: as JSON if asked for, as a bar on a
-// terminal, as lines anywhere else. interval is the least time between two
-// lines of the same state; a terminal is redrawn as the daemon sends.
+// display returns the display for a migration: JSON with --json, a bar on a
+// terminal, and otherwise lines. interval is the shortest time between two lines
+// of the same state; a terminal is redrawn with each message of the daemon.
 func (a *app) display(interval time.Duration) display {
 	switch {
 	case a.json:
@@ -39,17 +40,19 @@ func (a *app) display(interval time.Duration) display {
 	}
 }
 
-// maxReconnects bounds how often one command connects again: a daemon that is
-// restarted needs one, one that breaks every stream is broken.
+// maxReconnects is how often one command connects again. A restart of the daemon
+// needs one; a daemon that ends every stream is broken.
 const maxReconnects = 30
 
-// watchInterval is how often the daemon is asked to send; a display that wants
-// fewer leaves some out, so that it still sees each state.
+// watchInterval is the interval at which the daemon is asked to send. A display
+// that shows less leaves messages out, so that it still sees each state.
 const watchInterval = 100 * time.Millisecond
 
-// follow shows a migration until done says so or it has ended, and returns how
-// it stood then. It survives a daemon's restart.
-func (c *client) follow(id string, d display, done func(*migratedv1.Migration) bool) (last *migratedv1.Migration, err error) {
+// follow shows a migration until it is over or done returns true, and returns its
+// last state. It goes on if the daemon restarts meanwhile.
+func (c *daemonClient) follow(
+	id string, d display, done func(*migratedv1.Migration) bool,
+) (last *migratedv1.Migration, err error) {
 	defer d.close()
 	for range 1 + maxReconnects {
 		var seen *migratedv1.Migration
@@ -62,7 +65,8 @@ func (c *client) follow(id string, d display, done func(*migratedv1.Migration) b
 			return last, nil
 		case c.app.ctx.Err() != nil:
 			return last, &failure{exit: exitInterrupted, message: fmt.Sprintf("stopped watching; migration %s goes on", id),
-				remedy: fmt.Sprintf("\"migrated watch %s\" follows it again, \"migrated cancel %s\" ends it if the VM has not switched over", id, id)}
+				remedy: fmt.Sprintf("\"migrated watch %s\" follows it again, "+
+					"\"migrated cancel %s\" ends it if the VM has not switched over", id, id)}
 		case last == nil || status.Code(err) != codes.Unavailable:
 			return last, c.lost(id, last, err)
 		}
@@ -70,9 +74,9 @@ func (c *client) follow(id string, d display, done func(*migratedv1.Migration) b
 	return last, c.lost(id, last, err)
 }
 
-// lost explains an error in the middle of a migration, which the daemons go on
-// with whether or not somebody watches.
-func (c *client) lost(id string, last *migratedv1.Migration, err error) error {
+// lost explains an error while a migration is followed. The migration itself goes
+// on, whether or not it is followed.
+func (c *daemonClient) lost(id string, last *migratedv1.Migration, err error) error {
 	err = c.explain(id, err)
 	var f *failure
 	if last != nil && errors.As(err, &f) && f.exit == exitUnreachable {
@@ -82,16 +86,19 @@ func (c *client) lost(id string, last *migratedv1.Migration, err error) error {
 	return err
 }
 
-// watchOnce follows a migration over one stream. It returns a nil error where
-// there is no more to see, and the last message in any case. Where again is
-// set it waits for a daemon that is not there yet.
-func (c *client) watchOnce(id string, d display, done func(*migratedv1.Migration) bool, again bool) (last *migratedv1.Migration, err error) {
+// watchOnce follows a migration over one stream. It returns nil if the migration
+// is over or done returned true, and the last message in any case. With again, it
+// waits for a daemon that cannot be reached.
+func (c *daemonClient) watchOnce(
+	id string, d display, done func(*migratedv1.Migration) bool, again bool,
+) (last *migratedv1.Migration, err error) {
 	ctx, cancel := context.WithCancel(c.app.ctx)
 	defer cancel()
-	// The timeout is for the first answer alone.
+	// The timeout is only for the first answer.
 	unanswered := time.AfterFunc(c.app.timeout, cancel)
 	defer unanswered.Stop()
-	stream, err := c.Watch(ctx, &migratedv1.WatchRequest{Id: id, Interval: durationpb.New(watchInterval)}, grpc.WaitForReady(again))
+	stream, err := c.Watch(ctx, &migratedv1.WatchRequest{Id: id, Interval: durationpb.New(watchInterval)},
+		grpc.WaitForReady(again))
 	for err == nil {
 		var answer *migratedv1.WatchResponse
 		if answer, err = stream.Recv(); err != nil {
@@ -102,7 +109,7 @@ func (c *client) watchOnce(id string, d display, done func(*migratedv1.Migration
 		}
 		last = answer.GetMigration()
 		d.show(last)
-		if isTerminal(last.GetState()) || done(last) {
+		if migration.Terminal(last.GetState()) || done(last) {
 			return last, nil
 		}
 	}
@@ -115,10 +122,10 @@ func (c *client) watchOnce(id string, d display, done func(*migratedv1.Migration
 	return last, err
 }
 
-// toTheEnd is follow's done for a migration that is waited for.
+// toTheEnd is a done for follow that waits for the end of the migration.
 func toTheEnd(*migratedv1.Migration) bool { return false }
 
-// outcome returns the failure that a migration's end means, nil for success.
+// outcome returns the failure of a migration that is over; nil: it has succeeded.
 func outcome(m *migratedv1.Migration) error {
 	switch m.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_FAILED:
@@ -127,10 +134,11 @@ func outcome(m *migratedv1.Migration) error {
 			vm: e.GetVmStatus(), remedy: e.GetRemedy()}
 	case migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
 		return &failure{exit: exitCancelled, message: fmt.Sprintf("migration %s was cancelled", m.GetId()),
-			vm: orText(m.GetError().GetVmStatus(), locationText(m))}
+			vm: orText(m.GetError().GetVmStatus(), migration.LocationText(m))}
 	case migratedv1.MigrationState_MIGRATION_STATE_ENDED:
-		return &failure{exit: exitEnded, message: fmt.Sprintf("migration %s is over: %s", m.GetId(), m.GetError().GetMessage()),
-			vm: m.GetError().GetVmStatus(), remedy: m.GetError().GetRemedy()}
+		return &failure{exit: exitEnded,
+			message: fmt.Sprintf("migration %s is over: %s", m.GetId(), m.GetError().GetMessage()),
+			vm:      m.GetError().GetVmStatus(), remedy: m.GetError().GetRemedy()}
 	default:
 		return nil
 	}

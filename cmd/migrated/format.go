@@ -13,7 +13,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// locationName returns where the VM is, in a word: "destination"; "-" of a daemon that does not say.
+// locationName returns a location: "destination", or "-" if the daemon does not say.
 func locationName(l migratedv1.Location) string {
 	if l == migratedv1.Location_LOCATION_UNSPECIFIED {
 		return "-"
@@ -21,66 +21,14 @@ func locationName(l migratedv1.Location) string {
 	return migration.Name(l, "LOCATION_")
 }
 
-// locationText says the same in a sentence.
-func locationText(m *migratedv1.Migration) string {
-	switch m.GetLocation() {
-	case migratedv1.Location_LOCATION_SOURCE:
-		return "the VM is at the source"
-	case migratedv1.Location_LOCATION_DESTINATION:
-		return "the VM is at the destination"
-	case migratedv1.Location_LOCATION_NOWHERE:
-		return "the VM runs nowhere"
-	case migratedv1.Location_LOCATION_ENDED:
-		return "the VM has ended"
-	default:
-		if m.GetRole() == migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION {
-			return "it is not known here where the VM is, the source may know"
-		}
-		return "it is not known where the VM is"
-	}
-}
-
-// reasonName returns a reason as a program spells it: "guest-shutdown".
+// reasonName returns a reason: "guest-shutdown".
 func reasonName(r migratedv1.Reason) string { return migration.Name(r, "REASON_") }
 
-// stateMeaning says what a state means for the VM. Where that is, the daemon has found out.
-func stateMeaning(m *migratedv1.Migration) string {
-	switch m.GetState() {
-	case migratedv1.MigrationState_MIGRATION_STATE_SETUP:
-		switch {
-		case m.GetPrepared():
-			return "both sides are ready; " + locationText(m)
-		case m.GetLocation() == migratedv1.Location_LOCATION_UNKNOWN: // nobody has looked yet
-			return "both sides get ready"
-		}
-		return "both sides get ready; " + locationText(m)
-	case migratedv1.MigrationState_MIGRATION_STATE_DEVICE:
-		return "the state of the devices moves; " + locationText(m)
-	case migratedv1.MigrationState_MIGRATION_STATE_HANDOVER:
-		return "the destination was told to run the VM, and has not answered; " + locationText(m)
-	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE:
-		return locationText(m) + " and its memory follows"
-	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED:
-		return locationText(m) + "; the connection to its memory is lost"
-	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER:
-		return locationText(m) + "; the connection to its memory is made again"
-	case migratedv1.MigrationState_MIGRATION_STATE_ENDED:
-		return "the VM ended by itself at the destination"
-	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
-		return "the VM and all its memory are at the destination"
-	case migratedv1.MigrationState_MIGRATION_STATE_FAILED:
-		return "it ended with an error"
-	case migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
-		return "the migration was cancelled; " + locationText(m)
-	case migratedv1.MigrationState_MIGRATION_STATE_REHEARSED:
-		return "the rehearsal is over; " + locationText(m)
-	default:
-		return "a state that this program does not know"
-	}
-}
+// stateMeaning says what the state of a migration means for the VM.
+func stateMeaning(m *migratedv1.Migration) string { return migration.Meaning(m) }
 
 // supervisionText returns how the destination's userfaultfd is supervised, with
-// its label: "labelled system_u:object_r:…"; nothing while there is none.
+// its label: "labelled system_u:object_r:…"; empty: there is no userfaultfd yet.
 func supervisionText(m *migratedv1.Migration) string {
 	name, label := migration.Name(m.GetSupervision(), "SUPERVISION_"), m.GetUserfaultfdLabel()
 	switch {
@@ -95,7 +43,7 @@ func supervisionText(m *migratedv1.Migration) string {
 	}
 }
 
-// earlyLoadText returns what was done with the devices' state before the VM stops; nothing while nothing was.
+// earlyLoadText returns how the devices' state was loaded early, or why not; empty: that is not decided yet.
 func earlyLoadText(e *migratedv1.EarlyLoad) string {
 	switch {
 	case e == nil:
@@ -110,21 +58,7 @@ func earlyLoadText(e *migratedv1.EarlyLoad) string {
 	}
 }
 
-// isTerminal reports whether a state is a migration's last.
-func isTerminal(s migratedv1.MigrationState) bool {
-	switch s {
-	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
-		migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-		migratedv1.MigrationState_MIGRATION_STATE_CANCELLED,
-		migratedv1.MigrationState_MIGRATION_STATE_REHEARSED,
-		migratedv1.MigrationState_MIGRATION_STATE_ENDED:
-		return true
-	default:
-		return false
-	}
-}
-
-// vmName returns the VM's name or, where it has none, its QMP socket.
+// vmName returns the VM's name, or else its QMP socket.
 func vmName(m *migratedv1.Migration) string {
 	if m.GetVmName() != "" {
 		return m.GetVmName()
@@ -142,8 +76,8 @@ func fraction(p *migratedv1.Progress) float64 {
 	return min(1, float64(p.GetPagesPresent())/float64(p.GetPagesTotal()))
 }
 
-// percent returns fraction as "43.1%". It says 100.0% at the very last page
-// only: rounding is down.
+// percent returns fraction as "43.1%". It rounds down, so that 100.0% means all
+// pages.
 func percent(p *migratedv1.Progress) string {
 	return fmt.Sprintf("%.1f%%", float64(int(fraction(p)*1000))/10)
 }
@@ -154,7 +88,7 @@ func bytesText(n uint64) string { return units.Bytes(n) }
 // rateText returns bytes a second as "812.4 MB/s".
 func rateText(perSecond float64) string { return units.Rate(perSecond) }
 
-// durationText returns a duration with the digits that matter, "-" where there is none.
+// durationText returns a duration with few digits; "-": there is none.
 func durationText(d *durationpb.Duration) string {
 	if d == nil {
 		return "-"
@@ -173,8 +107,8 @@ func timeText(t *timestamppb.Timestamp) string {
 // plural returns "1 page", "2 pages".
 func plural(n uint64, noun string) string { return units.Plural(n, noun) }
 
-// figures lists what is worth knowing of a running migration, the most
-// important first: a narrow terminal shows the first of them.
+// figures returns the figures of a migration that is under way, the most
+// important first, because a narrow terminal shows only the first ones.
 func figures(p *migratedv1.Progress) []string {
 	list := []string{fmt.Sprintf("%d/%d pages", p.GetPagesPresent(), p.GetPagesTotal()), rateText(p.GetBytesPerSecond())}
 	if p.GetTimeLeft() != nil {
@@ -190,21 +124,30 @@ func figures(p *migratedv1.Progress) []string {
 	return append(list, faults)
 }
 
-// summary says in a line what a completed migration took.
+// summary returns a line with the figures of a completed migration.
 func summary(m *migratedv1.Migration) string {
 	p := m.GetProgress()
 	s := "completed: downtime " + durationText(p.GetDowntime())
 	if p.GetResidency() != nil {
 		s += ", all memory after " + durationText(p.GetResidency())
 	}
-	s += fmt.Sprintf(", %s (%s on the wire), %s", bytesText(p.GetBytesTotal()), bytesText(p.GetBytesOnWire()), plural(p.GetFaults(), "fault"))
+	s += fmt.Sprintf(", %s (%s on the wire), %s",
+		bytesText(p.GetBytesTotal()), bytesText(p.GetBytesOnWire()), plural(p.GetFaults(), "fault"))
 	if p.GetFaults() > 0 && p.GetFaultP99() != nil {
 		s += " (p99 " + durationText(p.GetFaultP99()) + ", max " + durationText(p.GetFaultMax()) + ")"
 	}
 	return s
 }
 
-// orText returns s, or what stands in its place.
+// prefixed returns s with a prefix, or nothing if s is empty.
+func prefixed(prefix, s string) string {
+	if s == "" {
+		return ""
+	}
+	return prefix + s
+}
+
+// orText returns s, or instead if s is empty.
 func orText(s, instead string) string {
 	if s == "" {
 		return instead

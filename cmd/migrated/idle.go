@@ -12,7 +12,11 @@ import (
 	"slices"
 	"strings"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"github.com/migrated-vm/migrated/internal/config"
+	"github.com/migrated-vm/migrated/internal/evacuation"
 	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -23,7 +27,9 @@ type idleCmd struct {
 }
 
 func (idleCmd) Help() string {
-	return `Succeeds if no migration is under way on this host, away from it or to it, and fails with exit code 8 and their names if one is: before the host is rebooted, or before migrated is removed or put back to an older version. A migration that failed counts, too, for as long as its VM needs the daemon or the memory that is here.
+	return `Succeeds if no migration is under way on this host, away from it or to it, and fails with exit code 8 and ` +
+		`their names if one is: before the host is rebooted, or before migrated is removed or put back to an older ` +
+		`version. A migration that failed counts, too, for as long as its VM needs the daemon or the memory that is here.
 
 It reads the daemon's state directory, and so takes root.
 
@@ -46,20 +52,23 @@ func (i *idleCmd) Run(a *app) error {
 		return &failure{exit: exitFailed, message: "cannot tell which migrations are under way: " + err.Error(),
 			remedy: cmp.Or(migration.Remedy(err), "run the command as root")}
 	}
-	states := make(map[string]string) // of those that the daemon knows
+	states := make(map[string]string) // of migrations that the daemon knows, by id
 	if !i.Stopped {
 		if a.daemon == "unix://"+config.Default().Socket {
 			a.daemon = "unix://" + cfg.Socket
 		}
-		if err := a.withClient(func(ctx context.Context, c *client) error {
-			answer, err := c.List(ctx, &migratedv1.ListRequest{})
-			for _, m := range answer.GetMigrations() {
+		if err := a.withClient(func(ctx context.Context, c *daemonClient) error {
+			all, err := c.all(ctx)
+			for _, m := range all {
 				states[m.GetId()] = migration.StateName(m.GetState())
-				if !isTerminal(m.GetState()) && !slices.Contains(ids, m.GetId()) {
+				if !migration.Terminal(m.GetState()) && !slices.Contains(ids, m.GetId()) {
 					ids = append(ids, m.GetId())
 				}
 			}
-			return c.explain("", err)
+			if err != nil {
+				return c.explain("", err)
+			}
+			return c.noEvacuation(ctx)
 		}); err != nil {
 			return err
 		}
@@ -67,7 +76,25 @@ func (i *idleCmd) Run(a *app) error {
 	return a.sayUnderWay(ids, states)
 }
 
-// sayUnderWay says which migrations are under way. states may lack some.
+// noEvacuation fails if an evacuation is under way, because it would begin more migrations.
+func (c *daemonClient) noEvacuation(ctx context.Context) error {
+	answer, err := c.ListEvacuations(ctx, &migratedv1.ListEvacuationsRequest{})
+	if status.Code(err) == codes.Unimplemented {
+		return nil // an older daemon
+	}
+	for _, view := range answer.GetEvacuations() {
+		if !evacuation.Over(view.GetState()) {
+			return &failure{exit: exitUnderWay,
+				message: "evacuation " + view.GetId() + " is under way: " + evacuationMeaning(view),
+				remedy: fmt.Sprintf("wait for it with \"migrated evacuation watch %s\", "+
+					"or end it with \"migrated evacuation cancel %[1]s\"", view.GetId())}
+		}
+	}
+	return c.explainEvacuation(err)
+}
+
+// sayUnderWay returns a failure that names the migrations under way, or prints that there are none. states need not
+// have all of them.
 func (a *app) sayUnderWay(ids []string, states map[string]string) error {
 	if len(ids) > 0 {
 		named := make([]string, len(ids))
@@ -94,7 +121,8 @@ func (a *app) sayUnderWay(ids []string, states map[string]string) error {
 	return nil
 }
 
-// loadConfig reads the file at path; nil: that at the default path, or the defaults where there is none.
+// loadConfig reads the file at path. If path is nil, it reads the file at the default path, or returns the defaults if
+// there is none.
 func loadConfig(path *string) (config.Config, error) {
 	if path != nil {
 		return config.Load(*path)

@@ -13,8 +13,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// jsonLine returns a message as JSON on one line, with fields that are zero, so
-// that a script needs no defaults of its own.
+// jsonLine returns a message as one line of JSON. It has fields that are zero as
+// well, so that scripts need no defaults.
 func jsonLine(m proto.Message) ([]byte, error) {
 	data, err := protojson.MarshalOptions{EmitDefaultValues: true}.Marshal(m)
 	if err != nil {
@@ -38,6 +38,6 @@ func (a *app) printJSON(m proto.Message) error {
 	return nil
 }
 
-// printMessage is printJSON for a display, which cannot fail: strings that are
-// not UTF-8 are the one way to, and those did not get through gRPC.
+// printMessage is printJSON for a display. It ignores the error, because only
+// strings that are not UTF-8 could cause one, and gRPC does not transfer those.
 func (a *app) printMessage(m *migratedv1.Migration) { _ = a.printJSON(m) }

@@ -10,19 +10,19 @@ import (
 )
 
 const (
-	// logLines may wait to be written, some hundred bytes each.
+	// logLines is how many lines may wait to be written. A line has a few hundred bytes.
 	logLines = 1024
-	// logGrace is how long the last of them may take when the daemon ends.
+	// logGrace is how long writing the last lines may take when the daemon ends.
 	logGrace = time.Second
 )
 
-// A logQueue writes a log by a goroutine of its own. A log that takes nothing, for a disk that is full or a journal that
-// hangs, must not keep a VM waiting that stands still: what does not fit into the queue is dropped, and how much that
-// was stands in the log once it takes lines again.
+// A logQueue writes a log in a goroutine of its own, so that a VM never waits for a log that blocks, because a disk is
+// full or a journal hangs. Lines that do not fit into the queue are dropped. Their number is logged once the log takes
+// lines again.
 type logQueue struct {
 	lines   chan []byte
 	dropped atomic.Uint64
-	written chan struct{} // closed when all have been
+	written chan struct{} // closed when all lines have been written
 }
 
 func newLogQueue(to io.Writer) *logQueue {
@@ -30,7 +30,7 @@ func newLogQueue(to io.Writer) *logQueue {
 	go func() {
 		defer close(q.written)
 		for line := range q.lines {
-			_, _ = to.Write(line) // there is no other place to say that it failed
+			_, _ = to.Write(line) // there is no other place to report an error
 			if n := q.dropped.Swap(0); n > 0 {
 				_, _ = fmt.Fprintf(to, "%d lines of the log were dropped here: it took none\n", n)
 			}
@@ -39,7 +39,7 @@ func newLogQueue(to io.Writer) *logQueue {
 	return q
 }
 
-// Write takes one line, as slog's handlers write them. It never waits and never fails.
+// Write queues one line, as slog's handlers write them. It never waits and never fails.
 func (q *logQueue) Write(line []byte) (int, error) {
 	select {
 	case q.lines <- append([]byte(nil), line...):
@@ -49,7 +49,7 @@ func (q *logQueue) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// Close has the rest written, if the log takes it. Nothing may be written afterwards.
+// Close waits until the queued lines are written, at most logGrace. Write must not be called afterwards.
 func (q *logQueue) Close() {
 	close(q.lines)
 	select {

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// stuck takes nothing until it is released.
+// stuck is a writer that blocks until it is released.
 type stuck struct {
 	strings.Builder
 	entered, released chan struct{}
@@ -24,7 +24,8 @@ func (s *stuck) Write(p []byte) (int, error) {
 	return s.Builder.Write(p)
 }
 
-// TestLogThatHangs: who logs goes on, lines keep their order, and the log says how many there is no room for.
+// TestLogThatHangs: while the log hangs, loggers do not wait. Later the log has the lines in their order, and the
+// number of those that were dropped.
 func TestLogThatHangs(t *testing.T) {
 	to := &stuck{entered: make(chan struct{}), released: make(chan struct{})}
 	q := newLogQueue(to)
@@ -54,7 +55,7 @@ func TestLogThatHangs(t *testing.T) {
 	}
 }
 
-// TestLogThatHangsAtTheEnd: the daemon ends all the same.
+// TestLogThatHangsAtTheEnd: the daemon ends although the log hangs.
 func TestLogThatHangsAtTheEnd(t *testing.T) {
 	to := &stuck{entered: make(chan struct{}), released: make(chan struct{})}
 	q := newLogQueue(to)

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command migrated is both the daemon that migrates virtual machines ("migrated
-// serve") and the operator's way to talk to it (all other commands).
+// serve") and its command-line client (all other commands).
 //
-// Reading order: cli.go declares the commands and flags, client.go reaches the
-// daemon, errors.go turns what it answers into sentences and exit.go into exit
-// codes. follow.go watches a migration for the commands that wait for one and
-// hands what it sees to one of three displays: bar.go, plain.go or json.go.
+// Reading order: cli.go declares the commands and flags. client.go connects to the
+// daemon. errors.go turns its errors into messages, exit.go has the exit codes.
+// follow.go watches a migration for the commands that wait for one, and shows it on
+// one of three displays: bar.go, plain.go or json.go.
 package main
 
 import (
@@ -18,7 +18,7 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	// A second signal ends the process at once, as it would without us.
+	// Restore the default: a second signal ends the process at once.
 	context.AfterFunc(ctx, stop)
 	os.Exit(run(ctx, os.Args[1:]))
 }

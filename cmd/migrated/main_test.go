@@ -24,9 +24,9 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"migrated": main})
 }
 
-// TestScripts runs the program as an operator does, against the daemon that
-// playedDaemon plays. Each script of testdata says what it is about.
-// With UPDATE_SCRIPTS set, what is printed is written into them as golden.
+// TestScripts runs the scripts in testdata, which use the program as an operator
+// does, with the daemon of startPlayed. Each script says what it tests. With
+// UPDATE_SCRIPTS set, the output is written into them as the golden one.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
@@ -50,6 +50,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits":       exits,
 			"interrupted": interrupted,
+			"lines":       lines,
 		},
 	})
 }
@@ -87,7 +88,31 @@ func interrupted(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs("interrupted.stderr"), []byte(stderr.String()), 0o600))
 }
 
-// exitCode returns what a process's Wait says as a number in text.
+// lines starts a program, interrupts it when it has printed N lines, and writes these to the file lines.stdout:
+// lines N PROGRAM ARG...
+func lines(ts *testscript.TestScript, neg bool, args []string) {
+	n, err := strconv.Atoi(args[0])
+	if neg || err != nil || len(args) < 2 {
+		ts.Fatalf("usage: lines N PROGRAM ARG...")
+	}
+	command := exec.Command(args[1], args[2:]...)
+	command.Env = append(os.Environ(), "MIGRATED_DAEMON="+ts.Getenv("MIGRATED_DAEMON"), "TZ=UTC")
+	stdout, err := command.StdoutPipe()
+	ts.Check(err)
+	ts.Check(command.Start())
+	var printed strings.Builder
+	for in := bufio.NewReader(stdout); n > 0; n-- {
+		line, err := in.ReadString('\n')
+		if printed.WriteString(line); err != nil {
+			ts.Fatalf("it ended after\n%s%v", printed.String(), err)
+		}
+	}
+	ts.Check(command.Process.Signal(syscall.SIGINT))
+	_ = command.Wait() // it was interrupted
+	ts.Check(os.WriteFile(ts.MkAbs("lines.stdout"), []byte(printed.String()), 0o600))
+}
+
+// exitCode returns the exit code in the error of a process's Wait, as text.
 func exitCode(err error) string {
 	var exit *exec.ExitError
 	switch {

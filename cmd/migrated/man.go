@@ -11,7 +11,7 @@ import (
 	"github.com/alecthomas/kong"
 )
 
-// manCmd is for who builds packages: it writes a manual page of this program, and one of each command.
+// manCmd is for building packages: it writes a manual page for this program, and one for each command.
 type manCmd struct {
 	Directory string `arg:"" type:"existingdir" help:"Where the pages are written."`
 }
@@ -27,13 +27,13 @@ func (m *manCmd) Run(_ *app, root *kong.Node) error {
 	return nil
 }
 
-// A manPage is the manual page of the program, or of a command, in the macros of man(7).
+// A manPage is the manual page of the program or of a command, written with the macros of man(7).
 type manPage struct {
 	root, node *kong.Node
 	strings.Builder
 }
 
-// name is what the page is called: migrated-bandwidth.
+// name returns the name of the page: "migrated-bandwidth".
 func (p *manPage) name() string { return strings.ReplaceAll(p.node.FullPath(), " ", "-") }
 
 func (p *manPage) macro(name, text string) {
@@ -42,11 +42,11 @@ func (p *manPage) macro(name, text string) {
 
 func (p *manPage) text() string {
 	detail, short := p.node.Detail, p.node.Help
-	if p.node == p.root { // whose help is both
+	if p.node == p.root { // its help text is the description
 		detail, short = short, "post-copy live migration of QEMU virtual machines"
 	}
 	fmt.Fprintf(p, ".TH %s 1 \"\" %q\n", strings.ToUpper(p.name()), "migrated")
-	fmt.Fprintln(p, ".nh\n.ad l") // names of options and files stay whole
+	fmt.Fprintln(p, ".nh\n.ad l") // no hyphenation, so that names of options and files stay whole
 	p.macro("SH", "NAME")
 	fmt.Fprintf(p, "%s \\- %s\n", roff(p.name()), roff(strings.TrimSuffix(short, ".")))
 	p.macro("SH", "SYNOPSIS")
@@ -78,7 +78,7 @@ func (p *manPage) text() string {
 	return p.String()
 }
 
-// operands follow the command in a line of its use.
+// operands returns what follows the command in the synopsis.
 func (p *manPage) operands() string {
 	if p.node == p.root {
 		return "COMMAND [OPTION]..."
@@ -90,8 +90,8 @@ func (p *manPage) operands() string {
 	return strings.Join(words, " ")
 }
 
-// prose is paragraphs of a help text. What is indented in it is an example, and one line with a colon at its end a
-// heading.
+// prose writes the paragraphs of a help text. An indented paragraph is an example, and a line that ends with a colon is
+// a heading.
 func (p *manPage) prose(text string) {
 	for _, paragraph := range strings.Split(text, "\n\n") {
 		switch heading, isHeading := strings.CutSuffix(paragraph, ":"); {
@@ -112,7 +112,7 @@ func (p *manPage) prose(text string) {
 	}
 }
 
-// commands lists those that have pages of their own.
+// commands lists the commands, which have pages of their own.
 func (p *manPage) commands() {
 	p.macro("SH", "COMMANDS")
 	for _, command := range p.root.Leaves(true) {
@@ -143,7 +143,7 @@ func (p *manPage) item(name, help string) {
 	fmt.Fprintf(p, ".TP\n.B %s\n%s\n", roff(name), roff(help))
 }
 
-// roff is a line of text as the formatter has to be given it.
+// roff escapes a line of text for the formatter.
 func roff(text string) string {
 	text = strings.NewReplacer(`\`, `\e`, "-", `\-`).Replace(text)
 	if strings.HasPrefix(text, ".") || strings.HasPrefix(text, "'") {

@@ -9,17 +9,17 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// TestManPages formats each page, as man does, and finds what an operator looks for.
+// TestManPages formats each page as man does, and looks for texts that an operator needs.
 func TestManPages(t *testing.T) {
 	dir := t.TempDir()
 	if out, err := exec.CommandContext(t.Context(), "migrated", "man", dir).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	if _, err := exec.LookPath("man"); err != nil {
-		cannot.Run(t, "man (package man-db) formats the pages: %v", err)
+		testenv.CannotRun(t, "man (package man-db) formats the pages: %v", err)
 	}
 	pages, err := filepath.Glob(filepath.Join(dir, "*.1"))
 	if err != nil {
@@ -38,7 +38,9 @@ func TestManPages(t *testing.T) {
 		read[filepath.Base(page)] = string(out)
 	}
 	for page, wants := range map[string][]string{
-		"migrated.1":           {"migrated - post-copy live migration", "migrated-migrate(1)", "EXIT CODES", "--daemon=ADDR", "MIGRATED_DAEMON"},
+		"migrated.1": {
+			"migrated - post-copy live migration", "migrated-migrate(1)", "EXIT CODES", "--daemon=ADDR", "MIGRATED_DAEMON",
+		},
 		"migrated-bandwidth.1": {"migrated-bandwidth - Change how much", "migrated bandwidth [OPTION]...", "EXAMPLE"},
 		"migrated-migrate.1":   {"--vm=", "\n           migrated migrate"},
 		"migrated-serve.1":     {"--listen=HOST:PORT", "SIGHUP"},

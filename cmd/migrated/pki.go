@@ -13,8 +13,8 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/pki"
+	"github.com/migrated-vm/migrated/pkg/mtls"
 )
 
 type pkiCmd struct {
@@ -23,7 +23,7 @@ type pkiCmd struct {
 	Show  pkiShowCmd  `cmd:"" help:"Show who certificates are for and when they expire."`
 }
 
-// installed is where the files of a certificate are on the host that has it.
+// installed is the directory for the files of a certificate on its host.
 const installed = "/etc/migrated/tls"
 
 type pkiInitCmd struct {
@@ -33,7 +33,10 @@ type pkiInitCmd struct {
 }
 
 func (pkiInitCmd) Help() string {
-	return `Makes a key and a certificate that sign the certificates of all hosts of a site. Who has the key, ca-key.pem, can make certificates that each of these hosts believes: keep the directory on a machine that is none of them, or on a medium that is put away. It asks no daemon and needs no root. It refuses to write over an authority that is there.
+	return `Makes a key and a certificate that sign the certificates of all hosts of a site. Who has the key, ` +
+		`ca-key.pem, can make certificates that each of these hosts believes: keep the directory on a machine that is none ` +
+		`of them, or on a medium that is put away. It asks no daemon and needs no root. It refuses to write over an ` +
+		`authority that is there.
 
 Example:
 
@@ -66,7 +69,9 @@ type pkiIssueCmd struct {
 }
 
 func (pkiIssueCmd) Help() string {
-	return `Makes cert.pem, key.pem and ca.pem of a host, and prints what to set in its configuration. Others connect to a host by an address or a DNS name that must be in its certificate, unless their peers name it. With --renew the key stays, and only cert.pem is replaced; daemons read it for each connection, so that none has to be restarted.
+	return `Makes cert.pem, key.pem and ca.pem of a host, and prints what to set in its configuration. Others connect ` +
+		`to a host by an address or a DNS name that must be in its certificate, unless their peers name it. With --renew ` +
+		`the key stays, and only cert.pem is replaced; daemons read it for each connection, so that none has to be restarted.
 
 Examples:
 
@@ -110,7 +115,7 @@ func (i *pkiIssueCmd) Run(a *app) error {
 	return nil
 }
 
-// sayWhatToDo prints what the new files are for.
+// sayWhatToDo prints what to do with the new files.
 func (i *pkiIssueCmd) sayWhatToDo(a *app, out string, certificate *x509.Certificate) {
 	made, files := pki.FilesIn(out), pki.FilesIn(installed)
 	names := strings.Join(pki.Names(certificate), ", ")
@@ -119,7 +124,8 @@ func (i *pkiIssueCmd) sayWhatToDo(a *app, out string, certificate *x509.Certific
 	case i.Renew:
 		a.printf("# Copy it to where the old one is in use. Nothing has to be restarted.\n")
 	case i.Client:
-		a.printf("# Name %[1]s in the operators (or metrics_clients) of each daemon, and give %[1]s the three files:\n", i.Name)
+		a.printf("# Name %[1]s in the operators (or metrics_clients) of each daemon, and give %[1]s the three files:\n",
+			i.Name)
 		a.printf("migrated list --daemon HOST:PORT --tls-certificate %s --tls-key %s --tls-ca %s\n",
 			made.Certificate, made.Key, made.CA)
 	default:
@@ -134,7 +140,8 @@ type pkiShowCmd struct {
 }
 
 func (pkiShowCmd) Help() string {
-	return `Shows of each certificate in each file the names and when it expires. It fails, with exit code 4, where one has expired.
+	return `Shows of each certificate in each file the names and when it expires. It fails, with exit code 4, where one ` +
+		`has expired.
 
 Examples:
 
@@ -177,13 +184,13 @@ func (s *pkiShowCmd) Run(a *app) error {
 	return nil
 }
 
-// shownCertificate is a certificate as JSON has it.
+// shownCertificate is the JSON form of a certificate.
 type shownCertificate struct {
 	File      string    `json:"file"`
 	Names     []string  `json:"names"`
 	Authority bool      `json:"authority"`
 	NotAfter  time.Time `json:"notAfter"`
-	DaysLeft  int       `json:"daysLeft"` // whole ones; less than 0: it has expired
+	DaysLeft  int       `json:"daysLeft"` // whole days; below 0: it has expired
 }
 
 func show(file string, c *x509.Certificate) shownCertificate {
@@ -222,7 +229,7 @@ func (a *app) showCertificates(all []shownCertificate) error {
 
 func dayText(t time.Time) string { return t.Local().Format(time.DateOnly) }
 
-// pkiFailure is an error about files; remedy is for one that is there, or is not.
+// pkiFailure returns the failure for an error about files. It has the remedy if a file exists, or does not exist.
 func pkiFailure(err error, remedy string) error {
 	f := &failure{exit: exitFailed, message: err.Error()}
 	if errors.Is(err, pki.ErrExists) || errors.Is(err, fs.ErrNotExist) {

@@ -4,7 +4,9 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"time"
 
@@ -16,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
+	"github.com/migrated-vm/migrated/internal/listing"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -31,14 +34,14 @@ const (
 	ended     = migratedv1.MigrationState_MIGRATION_STATE_ENDED
 )
 
-// played is a daemon that plays migrations by their id: a real gRPC server at a
-// real socket, so that the program under test meets what it meets in earnest.
+// played is a fake daemon: a real gRPC server at a real socket, which answers by the
+// id of a migration, see scenes.
 type played struct {
 	migratedv1.UnimplementedControlServiceServer
 	server *grpc.Server
 
 	mu      sync.Mutex
-	watches map[string]int // how often each id has been watched
+	watches map[string]int // how often each id was watched
 }
 
 func startPlayed(socket string) (*played, error) {
@@ -48,16 +51,17 @@ func startPlayed(socket string) (*played, error) {
 	}
 	p := &played{server: grpc.NewServer(), watches: make(map[string]int)}
 	migratedv1.RegisterControlServiceServer(p.server, p)
+	migratedv1.RegisterEvacuationServiceServer(p.server, playedEvacuations{})
 	go func() { _ = p.server.Serve(listener) }() // until stop
 	return p, nil
 }
 
 func (p *played) stop() { p.server.Stop() }
 
-// noon is when every played migration starts.
+// noon is the start time of all played migrations.
 var noon = time.Date(2026, 5, 4, 12, 0, 0, 0, time.UTC)
 
-// at returns a migration as it stands some time after noon.
+// at returns the state of a migration some time after noon.
 func at(id string, after time.Duration, state migratedv1.MigrationState, present uint64) *migratedv1.Migration {
 	m := &migratedv1.Migration{
 		Id: id, Role: migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, State: state, VmName: "postgres",
@@ -80,12 +84,14 @@ func at(id string, after time.Duration, state migratedv1.MigrationState, present
 		p := m.Progress
 		p.PagesPresent, p.PagesZero, p.BytesOnWire, p.BytesDeviceState = present, present/4, present*3072, 210_000
 		p.Faults, p.Downtime, p.BytesPerSecond = present/64, durationpb.New(2400*time.Microsecond), 812.4e6
-		p.PagesGuessed, p.GuessHits = 512, 0.93
-		p.FaultP50, p.FaultP99, p.FaultMax = durationpb.New(90*time.Microsecond), durationpb.New(312*time.Microsecond), durationpb.New(12*time.Millisecond)
+		p.PagesGuessed, p.GuessHits, p.BulkLanes = 512, 0.93, 2
+		p.FaultP50, p.FaultP99, p.FaultMax =
+			durationpb.New(90*time.Microsecond), durationpb.New(312*time.Microsecond), durationpb.New(12*time.Millisecond)
 		p.TimeLeft = durationpb.New(time.Duration(262144-present) * 10 * time.Microsecond)
 	}
 	if state == completed {
-		m.Progress.TimeLeft, m.Progress.BytesPerSecond, m.Progress.Residency = nil, 0, durationpb.New(1840*time.Millisecond)
+		m.Progress.TimeLeft, m.Progress.BytesPerSecond, m.Progress.BulkLanes, m.Progress.Residency =
+			nil, 0, 0, durationpb.New(1840*time.Millisecond)
 	}
 	if state == failed {
 		m.Error = &migratedv1.MigrationError{
@@ -108,31 +114,37 @@ func at(id string, after time.Duration, state migratedv1.MigrationState, present
 
 const ms = time.Millisecond
 
-// loud is a migration of a VM whose name and QEMU would repaint a terminal.
+// loud returns a migration of a VM whose name and error have escape sequences.
 func loud(id string) *migratedv1.Migration {
 	m := at(id, 0, failed, 0)
 	m.VmName, m.Error = "db\x1b[2J", &migratedv1.MigrationError{Message: "QEMU says \u009b1m\nand \u202emore"}
 	return m
 }
 
-// scenes are what Watch plays, by id. A nil message ends the stream with
-// UNAVAILABLE; what follows it is for the next Watch of the id.
+// scenes are the messages that Watch sends, by id. A nil message ends the stream
+// with UNAVAILABLE; the messages after it are for the next Watch of the id.
 var scenes = map[string][]*migratedv1.Migration{
 	"db-1": {
 		at("db-1", 0, setup, 0), prepared("db-1", 200*ms), at("db-1", 300*ms, device, 0),
-		at("db-1", 310*ms, active, 64), at("db-1", 800*ms, active, 60_000), // left out: less than 1 s after
+		at("db-1", 310*ms, active, 64), at("db-1", 800*ms, active, 60_000), // the second is not printed: less than 1 s later
 		at("db-1", 1310*ms, active, 113_000), at("db-1", 2150*ms, completed, 262144),
 	},
 	"bad-3": {at("bad-3", 0, setup, 0), at("bad-3", 100*ms, device, 0), at("bad-3", 150*ms, failed, 0)},
-	// Ends while it is watched; see Cancel.
-	"ends-11":  {prepared("ends-11", 0), at("ends-11", 90*ms, cancelled, 0)},
-	"loud-12":  {loud("loud-12"), loud("loud-12")},
-	"old-4":    {at("old-4", 0, setup, 0), at("old-4", 90*ms, cancelled, 0)},
-	"paused-5": {at("paused-5", 0, active, 9000), at("paused-5", 10*ms, paused, 9000), at("paused-5", 20*ms, resumed, 9000), at("paused-5", 30*ms, active, 9000), at("paused-5", 40*ms, completed, 262144)},
-	"lost-7":   {at("lost-7", 0, active, 9000), nil},
-	"off-10":   {at("off-10", 0, active, 9000), at("off-10", 700*ms, ended, 9000)},
-	"slow-8":   {limited("slow-8", 1310*ms), at("slow-8", 2150*ms, completed, 262144)},
-	"cut-6":    {at("cut-6", 0, active, 9000), nil, at("cut-6", 500*ms, active, 99_000), at("cut-6", 600*ms, completed, 262144)},
+	// ends-11 ends while it is watched; see Cancel.
+	"ends-11": {prepared("ends-11", 0), at("ends-11", 90*ms, cancelled, 0)},
+	"loud-12": {loud("loud-12"), loud("loud-12")},
+	"old-4":   {at("old-4", 0, setup, 0), at("old-4", 90*ms, cancelled, 0)},
+	"paused-5": {
+		at("paused-5", 0, active, 9000), at("paused-5", 10*ms, paused, 9000), at("paused-5", 20*ms, resumed, 9000),
+		at("paused-5", 30*ms, active, 9000), at("paused-5", 40*ms, completed, 262144),
+	},
+	"lost-7": {at("lost-7", 0, active, 9000), nil},
+	"off-10": {at("off-10", 0, active, 9000), at("off-10", 700*ms, ended, 9000)},
+	"slow-8": {limited("slow-8", 1310*ms), at("slow-8", 2150*ms, completed, 262144)},
+	"cut-6": {
+		at("cut-6", 0, active, 9000), nil,
+		at("cut-6", 500*ms, active, 99_000), at("cut-6", 600*ms, completed, 262144),
+	},
 }
 
 func prepared(id string, after time.Duration) *migratedv1.Migration {
@@ -179,7 +191,7 @@ func (p *played) Watch(r *migratedv1.WatchRequest, stream grpc.ServerStreamingSe
 			cuts++
 		}
 	}
-	skip := min(nth, cuts) // the parts before that many cuts have been played
+	skip := min(nth, cuts) // earlier Watches have sent the parts before these cuts
 	for _, m := range scene {
 		switch {
 		case m == nil && skip == 0:
@@ -199,12 +211,70 @@ func notFound(id string) error {
 	return status.Errorf(codes.NotFound, "this daemon knows no migration %q", id)
 }
 
-func (p *played) List(context.Context, *migratedv1.ListRequest) (*migratedv1.ListResponse, error) {
+// listed returns the migrations of the list, newest first.
+func listed() []*migratedv1.Migration {
 	arriving := at("web-2", time.Second, completed, 262144)
 	arriving.Role, arriving.VmName = migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION, ""
-	return &migratedv1.ListResponse{Migrations: []*migratedv1.Migration{
-		at("db-1", 800*ms, active, 113_000), arriving, at("bad-3", 150*ms, failed, 0),
-	}}, nil
+	arriving.Spec.Labels = map[string]string{"team": "web", "evacuation": "host-a-7"}
+	return []*migratedv1.Migration{at("db-1", 800*ms, active, 113_000), arriving, at("bad-3", 150*ms, failed, 0)}
+}
+
+// List returns pages of one migration each.
+func (p *played) List(_ context.Context, r *migratedv1.ListRequest) (*migratedv1.ListResponse, error) {
+	want, err := listing.NewFilter(r.GetFilter())
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	var all []*migratedv1.Migration
+	for _, m := range listed() {
+		if want.Matches(m) {
+			all = append(all, m)
+		}
+	}
+	answer := &migratedv1.ListResponse{ResourceVersion: "run-7"}
+	index := len(r.GetPageToken())
+	if index < len(all) {
+		answer.Migrations = all[index : index+1]
+	}
+	if index+1 < len(all) {
+		answer.NextPageToken = strings.Repeat("x", index+1)
+	}
+	return answer, nil
+}
+
+// WatchList sends that the first migration has completed, and that the second one was deleted.
+func (p *played) WatchList(
+	r *migratedv1.WatchListRequest, stream grpc.ServerStreamingServer[migratedv1.WatchListResponse],
+) error {
+	want, err := listing.NewFilter(r.GetFilter())
+	if err != nil || r.GetResourceVersion() != "run-7" {
+		return status.Error(codes.InvalidArgument, "another filter, or another version")
+	}
+	for i, e := range []*migratedv1.WatchListResponse{
+		{Event: migratedv1.ListEvent_LIST_EVENT_CHANGED, Migration: at("db-1", 2150*ms, completed, 262144)},
+		{Event: migratedv1.ListEvent_LIST_EVENT_BOOKMARK},
+		{Event: migratedv1.ListEvent_LIST_EVENT_REMOVED, Migration: listed()[1]},
+	} {
+		if e.ResourceVersion = fmt.Sprint("run-", 8+i); e.GetMigration() != nil && !want.Matches(e.GetMigration()) {
+			continue
+		}
+		if err := stream.Send(e); err != nil {
+			return err
+		}
+	}
+	<-stream.Context().Done()
+	return nil
+}
+
+func (p *played) Delete(_ context.Context, r *migratedv1.DeleteRequest) (*migratedv1.DeleteResponse, error) {
+	switch r.GetId() {
+	case "old-4":
+		return &migratedv1.DeleteResponse{}, nil
+	case "db-1":
+		return nil, refusal(codes.FailedPrecondition, "the migration is not over",
+			"wait for its end, or cancel it at its source")
+	}
+	return nil, notFound(r.GetId())
 }
 
 func (p *played) Get(_ context.Context, r *migratedv1.GetRequest) (*migratedv1.GetResponse, error) {
@@ -212,7 +282,7 @@ func (p *played) Get(_ context.Context, r *migratedv1.GetRequest) (*migratedv1.G
 	if !known {
 		return nil, notFound(r.GetId())
 	}
-	// The last but one: of db-1, one that runs.
+	// The last message but one, which of db-1 is under way.
 	m := scene[len(scene)-2]
 	if r.GetId() == "bad-3" {
 		m = scene[len(scene)-1]
@@ -230,7 +300,7 @@ func (p *played) Start(_ context.Context, r *migratedv1.StartRequest) (*migrated
 	return &migratedv1.StartResponse{Migration: m}, err
 }
 
-// begun answers as a daemon does at once. It returns the spec it was given.
+// begun returns the answer to Prepare and Start, with the same spec.
 func begun(id string, spec *migratedv1.MigrationSpec) (*migratedv1.Migration, error) {
 	if id == "" {
 		id = "db-1"
@@ -241,16 +311,19 @@ func begun(id string, spec *migratedv1.MigrationSpec) (*migratedv1.Migration, er
 	case id == "taken":
 		return nil, status.Error(codes.AlreadyExists, "migration taken exists with another specification")
 	case spec.GetVm() == "/busy.qmp":
-		return nil, refusal(codes.FailedPrecondition, "the VM cannot migrate: its memory is not shared", "start it with -object memory-backend-file,share=on")
+		return nil, refusal(codes.FailedPrecondition, "the VM cannot migrate: its memory is not shared",
+			"start it with -object memory-backend-file,share=on")
 	case spec.GetDestination() == "away:7600":
 		return nil, refusal(codes.Unavailable, "connecting to away:7600: no route to host", "see that its daemon runs")
 	}
 	return m, nil
 }
 
-// refusal is an error as a daemon makes it that knows what to do about it.
+// refusal returns an error with a remedy, as daemons make it.
 func refusal(code codes.Code, message, remedy string) error {
-	s, err := status.New(code, message).WithDetails(&migratedv1.MigrationError{Remedy: remedy, VmStatus: "it runs at the source, untouched"})
+	s, err := status.New(code, message).WithDetails(&migratedv1.MigrationError{
+		Remedy: remedy, VmStatus: "it runs at the source, untouched",
+	})
 	if err != nil {
 		return err
 	}
@@ -269,7 +342,9 @@ func (p *played) Cancel(_ context.Context, r *migratedv1.CancelRequest) (*migrat
 	return nil, notFound(r.GetId())
 }
 
-func (p *played) SetBandwidth(_ context.Context, r *migratedv1.SetBandwidthRequest) (*migratedv1.SetBandwidthResponse, error) {
+func (p *played) SetBandwidth(
+	_ context.Context, r *migratedv1.SetBandwidthRequest,
+) (*migratedv1.SetBandwidthResponse, error) {
 	switch r.GetId() {
 	case "db-1": // its daemon has a limit of 1 GiB/s
 		return &migratedv1.SetBandwidthResponse{Bandwidth: bandwidth.Lower(r.GetBandwidth(), 1<<30)}, nil
@@ -280,17 +355,23 @@ func (p *played) SetBandwidth(_ context.Context, r *migratedv1.SetBandwidthReque
 }
 
 func (p *played) Check(_ context.Context, r *migratedv1.CheckRequest) (*migratedv1.CheckResponse, error) {
-	source, destination := migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION
+	source, destination := migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE,
+		migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION
 	answer := &migratedv1.CheckResponse{Results: []*migratedv1.CheckResult{
-		{Subject: "userfaultfd", Status: migratedv1.CheckStatus_CHECK_STATUS_OK, Detail: "the kernel has it (6.18)", Host: source},
+		{Subject: "userfaultfd", Status: migratedv1.CheckStatus_CHECK_STATUS_OK,
+			Detail: "the kernel has it (6.18)", Host: source},
 	}}
 	if r.GetDestination() != "" {
-		answer.Results = append(answer.Results, &migratedv1.CheckResult{Subject: "huge pages", Status: migratedv1.CheckStatus_CHECK_STATUS_WARNING,
-			Detail: r.GetDestination() + " has 12 free,\nthe VM uses 16", Remedy: "reserve more: sysctl vm.nr_hugepages=20", Host: destination})
+		answer.Results = append(answer.Results, &migratedv1.CheckResult{
+			Subject: "huge pages", Status: migratedv1.CheckStatus_CHECK_STATUS_WARNING,
+			Detail: r.GetDestination() + " has 12 free,\nthe VM uses 16",
+			Remedy: "reserve more: sysctl vm.nr_hugepages=20", Host: destination})
 	}
 	if r.GetVm() != "" {
-		answer.Results = append(answer.Results, &migratedv1.CheckResult{Subject: "memory backend", Status: migratedv1.CheckStatus_CHECK_STATUS_FAILED,
-			Detail: "ram0 of " + r.GetVm() + " is not shared", Remedy: "start the VM with\n-object memory-backend-file,share=on", Host: source})
+		answer.Results = append(answer.Results, &migratedv1.CheckResult{
+			Subject: "memory backend", Status: migratedv1.CheckStatus_CHECK_STATUS_FAILED,
+			Detail: "ram0 of " + r.GetVm() + " is not shared",
+			Remedy: "start the VM with\n-object memory-backend-file,share=on", Host: source})
 	}
 	return answer, nil
 }

@@ -31,7 +31,7 @@ func (p *played) Report(_ context.Context, r *migratedv1.ReportRequest) (*migrat
 	return &migratedv1.ReportResponse{Report: answer}, nil
 }
 
-// changesOf is a timeline in which each state lasts a quarter of a second longer than the one before.
+// changesOf returns a timeline in which each state lasts a quarter of a second longer than the one before.
 func changesOf(states ...migratedv1.MigrationState) *migratedv1.Timeline {
 	t := &migratedv1.Timeline{}
 	after := time.Duration(0)
@@ -44,7 +44,7 @@ func changesOf(states ...migratedv1.MigrationState) *migratedv1.Timeline {
 	return t
 }
 
-// reported is the report of a migration that lost its connection once.
+// reported returns the report of a migration that lost its connection once.
 func reported() *migratedv1.Report {
 	m := at("db-1", 2150*ms, completed, 262144)
 	m.Progress.Residency, m.Progress.Faults = durationpb.New(1500*ms), 4096

@@ -11,46 +11,47 @@ import (
 	"github.com/migrated-vm/migrated/internal/printable"
 )
 
-// What a daemon answers holds text that others chose: the name of a VM, what a QEMU says. It is made fit for a terminal
-// where it is received, so that no command can forget to. JSON escapes by itself.
-
-func (a *app) fit(answer any) {
+// escape escapes the strings of an answer for a terminal. They may be text from others, such as the name of a VM or a
+// message of QEMU. It is called where answers are received, so that no command can forget it. JSON escapes by itself.
+func (a *app) escape(answer any) {
 	if m, ok := answer.(proto.Message); ok && !a.json {
 		printable.Message(m)
 	}
 }
 
-// readAnswer is a grpc.UnaryClientInterceptor.
+// readAnswer is a grpc.UnaryClientInterceptor that escapes answers.
 func (a *app) readAnswer(
-	ctx context.Context, method string, request, answer any, cc *grpc.ClientConn, call grpc.UnaryInvoker, opts ...grpc.CallOption,
+	ctx context.Context, method string, request, answer any, cc *grpc.ClientConn, call grpc.UnaryInvoker,
+	opts ...grpc.CallOption,
 ) error {
 	err := call(ctx, method, request, answer, cc, opts...)
 	if err == nil {
-		a.fit(answer)
+		a.escape(answer)
 	}
 	return err
 }
 
-// readStream is a grpc.StreamClientInterceptor.
+// readStream is a grpc.StreamClientInterceptor that escapes answers.
 func (a *app) readStream(
-	ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption,
+	ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer,
+	opts ...grpc.CallOption,
 ) (grpc.ClientStream, error) {
 	stream, err := open(ctx, desc, cc, method, opts...)
 	if err != nil {
 		return nil, err
 	}
-	return &fitStream{stream, a}, nil
+	return &escapingStream{stream, a}, nil
 }
 
-type fitStream struct {
+type escapingStream struct {
 	grpc.ClientStream
 	app *app
 }
 
-func (s *fitStream) RecvMsg(answer any) error {
+func (s *escapingStream) RecvMsg(answer any) error {
 	err := s.ClientStream.RecvMsg(answer)
 	if err == nil {
-		s.app.fit(answer)
+		s.app.escape(answer)
 	}
 	return err
 }

@@ -14,7 +14,8 @@ type recoverCmd struct {
 }
 
 func (recoverCmd) Help() string {
-	return `At the destination: makes the connection to the source's pages again now. That happens by itself, with growing pauses and at the addresses that the source named; this is for another address, and for the impatient.
+	return `At the destination: makes the connection to the source's pages again now. That happens by itself, with ` +
+		`growing pauses and at the addresses that the source named; this is for another address, and for the impatient.
 
 Example:
 
@@ -23,7 +24,7 @@ Example:
 }
 
 func (r *recoverCmd) Run(a *app) error {
-	return a.withClient(func(ctx context.Context, c *client) error {
+	return a.withClient(func(ctx context.Context, c *daemonClient) error {
 		answer, err := c.Recover(ctx, &migratedv1.RecoverRequest{Id: r.ID, Via: r.Via})
 		if err != nil {
 			return c.explain(r.ID, err)
@@ -42,9 +43,14 @@ type fallbackCmd struct {
 }
 
 func (fallbackCmd) Help() string {
-	return `At the source, after the switch, when the destination is lost for good: the VM goes on here as it was at the switch. What it did since then is lost. Were it still running there, it would run twice and corrupt its disks: nobody but you can know.
+	return `At the source, after the switch, when the destination is lost for good: the VM goes on here as it was at ` +
+		`the switch. What it did since then is lost. Were it still running there, it would run twice and corrupt its ` +
+		`disks: nobody but you can know.
 
-Its disks are not as they were at the switch. Where it ran at the destination, they have what it wrote there, and its memory here knows nothing of that: a mounted file system can be damaged by going on so. Rather end the VM here, too, and start it anew from its disks, unless nothing was written or its disks can be put back, to a snapshot say.
+Its disks are not as they were at the switch. Where it ran at the destination, they have what it wrote there, and ` +
+		`its memory here knows nothing of that: a mounted file system can be damaged by going on so. Rather end the VM ` +
+		`here, too, and start it anew from its disks, unless nothing was written or its disks can be put back, to a ` +
+		`snapshot say.
 
 Example:
 
@@ -52,7 +58,7 @@ Example:
 }
 
 func (f *fallbackCmd) Run(a *app) error {
-	return a.withClient(func(ctx context.Context, c *client) error {
+	return a.withClient(func(ctx context.Context, c *daemonClient) error {
 		answer, err := c.FallBack(ctx, &migratedv1.FallBackRequest{Id: f.ID, DestinationIsGone: f.Gone})
 		if err != nil {
 			return c.explain(f.ID, err)

@@ -9,20 +9,21 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// rehearsalSummary says in a line what a migration would take.
+// rehearsalSummary returns a line with what the migration would take.
 func rehearsalSummary(m *migratedv1.Migration) string {
 	r := m.GetRehearsal()
 	s := fmt.Sprintf("rehearsed: the VM would stand still for %s (stop %s, save %s, load %s, continue %s), "+
 		"%s of device state, %s of memory would follow",
 		durationText(r.GetDowntime()), durationText(r.GetStopTime()), durationText(r.GetSaveTime()),
-		durationText(r.GetTransferTime()), durationText(r.GetContinueTime()), bytesText(r.GetBytesDeviceState()), bytesText(r.GetBytesMemory()))
+		durationText(r.GetTransferTime()), durationText(r.GetContinueTime()),
+		bytesText(r.GetBytesDeviceState()), bytesText(r.GetBytesMemory()))
 	if n := len(r.GetDifferences()); n > 0 {
 		s += fmt.Sprintf("; the state of %s is another when the destination saves it again", plural(uint64(n), "device"))
 	}
 	return s
 }
 
-// printRehearsal prints what a rehearsal found, a fact a line.
+// printRehearsal prints the results of a rehearsal, one on each line.
 func printRehearsal(out io.Writer, r *migratedv1.Rehearsal) error {
 	return printFacts(out, rehearsalFacts(r))
 }

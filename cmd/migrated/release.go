@@ -14,7 +14,9 @@ type releaseCmd struct {
 }
 
 func (releaseCmd) Help() string {
-	return `At the source, after the switch, where the destination cannot say any more how the migration went, because what its daemon had kept is lost, say: the migration is over, and the stopped QEMU here is ended. Memory that the VM needed yet would be lost with it, so a destination that answers is asked first.
+	return `At the source, after the switch, where the destination cannot say any more how the migration went, because ` +
+		`what its daemon had kept is lost, say: the migration is over, and the stopped QEMU here is ended. Memory that the ` +
+		`VM needed yet would be lost with it, so a destination that answers is asked first.
 
 Example:
 
@@ -22,12 +24,12 @@ Example:
 }
 
 func (r *releaseCmd) Run(a *app) error {
-	return a.withClient(func(ctx context.Context, c *client) error {
+	return a.withClient(func(ctx context.Context, c *daemonClient) error {
 		answer, err := c.Release(ctx, &migratedv1.ReleaseRequest{Id: r.ID, VmIsAtDestination: r.There})
 		if err != nil {
 			return c.explain(r.ID, err)
 		}
-		return a.told(answer.GetMigration())
+		return a.printVMStatus(answer.GetMigration())
 	})
 }
 
@@ -37,7 +39,9 @@ type abandonCmd struct {
 }
 
 func (abandonCmd) Help() string {
-	return `At the destination, after the switch, when the source is lost for good: the VM is ended. It could not have the rest of its memory, and stands still where it needs it. What it wrote to its disks is there; start it anew from them.
+	return `At the destination, after the switch, when the source is lost for good: the VM is ended. It could not have ` +
+		`the rest of its memory, and stands still where it needs it. What it wrote to its disks is there; start it anew ` +
+		`from them.
 
 Example:
 
@@ -45,17 +49,17 @@ Example:
 }
 
 func (r *abandonCmd) Run(a *app) error {
-	return a.withClient(func(ctx context.Context, c *client) error {
+	return a.withClient(func(ctx context.Context, c *daemonClient) error {
 		answer, err := c.Abandon(ctx, &migratedv1.AbandonRequest{Id: r.ID, SourceIsGone: r.Gone})
 		if err != nil {
 			return c.explain(r.ID, err)
 		}
-		return a.told(answer.GetMigration())
+		return a.printVMStatus(answer.GetMigration())
 	})
 }
 
-// told says where the VM of a migration is that its operator has ended.
-func (a *app) told(m *migratedv1.Migration) error {
+// printVMStatus prints where the VM of a migration is.
+func (a *app) printVMStatus(m *migratedv1.Migration) error {
 	if a.json {
 		return a.printJSON(m)
 	}

@@ -24,7 +24,10 @@ type reportCmd struct {
 }
 
 func (reportCmd) Help() string {
-	return `Shows all that is known of a migration, for a ticket: where the VM is, what was slow and why, the steps of the downtime, how long page faults took, and what runs on both hosts. Each of the two hosts has a report of its own; the source's has what the destination told at the end. The reports of the last migrations are kept when they are over, also while no daemon runs (report_keep in its configuration). docs/report.md explains what is in them.
+	return `Shows all that is known of a migration, for a ticket: where the VM is, what was slow and why, the steps of ` +
+		`the downtime, how long page faults took, and what runs on both hosts. Each of the two hosts has a report of its ` +
+		`own; the source's has what the destination told at the end. The reports of the last migrations are kept when they ` +
+		`are over, also while no daemon runs (report_keep in its configuration). docs/report.md explains what is in them.
 
 Examples:
 
@@ -39,7 +42,7 @@ func (rc *reportCmd) Run(a *app) error {
 	number := migratedv1.MigrationRole_value["MIGRATION_ROLE_"+strings.ToUpper(rc.Role)] // any: 0, which is unspecified
 	role := migratedv1.MigrationRole(number)
 	a.json = a.json || rc.Output == "json"
-	return a.withClient(func(ctx context.Context, c *client) error {
+	return a.withClient(func(ctx context.Context, c *daemonClient) error {
 		answer, err := c.Report(ctx, &migratedv1.ReportRequest{Id: rc.ID, Role: role})
 		if err != nil {
 			return c.explain(rc.ID, err)
@@ -68,20 +71,20 @@ func (rc *reportCmd) Run(a *app) error {
 	})
 }
 
-// reportTitle says whose report it is.
+// reportTitle returns the title of a report.
 func reportTitle(r *migratedv1.Report) string {
 	m := r.GetMigration()
 	return fmt.Sprintf("Migration %s of %s, report of the %s", m.GetId(), vmName(m), migration.RoleName(m.GetRole()))
 }
 
-// madeText says when it was made, and what times are in.
+// madeText says when a report was made, and in which time zone its times are.
 func madeText(r *migratedv1.Report) string {
 	zone := r.GetTime().AsTime().Local().Format("MST (UTC-07:00)")
 	return fmt.Sprintf("Made at %s. Times are in %s, each by the clock of the host that it is about.",
 		timeText(r.GetTime()), zone)
 }
 
-// reportFacts are what status says, too.
+// reportFacts returns the facts that "migrated status" shows as well.
 func reportFacts(r *migratedv1.Report) []fact {
 	facts := statusFacts(r.GetMigration())
 	if rehearsal := r.GetMigration().GetRehearsal(); rehearsal != nil {
@@ -114,10 +117,10 @@ func printReport(out io.Writer, r *migratedv1.Report) error {
 	return nil
 }
 
-// barWidth is how many characters a bar has at most.
+// barWidth is the width of the longest bar, in characters.
 const barWidth = 24
 
-// print prints the table, a row a line. Bars are a column of their own, behind the one that they are about.
+// print prints the table, a row on each line. Bars are in a column of their own, after the one that they are about.
 func (s section) print(out io.Writer) error {
 	var table bytes.Buffer
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
@@ -134,7 +137,7 @@ func (s section) print(out io.Writer) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	for text := range strings.Lines(table.String()) { // without the spaces that end a line
+	for text := range strings.Lines(table.String()) { // remove spaces at the ends of lines
 		if _, err := fmt.Fprintln(out, strings.TrimRight(text, " \n")); err != nil {
 			return err
 		}
@@ -142,7 +145,7 @@ func (s section) print(out io.Writer) error {
 	return nil
 }
 
-// text draws a bar. One that is not empty has a character at least.
+// text returns a bar as text. A bar that is not empty has at least one character.
 func (b *span) text() string {
 	if b == nil || b.To <= b.From {
 		return ""

@@ -17,11 +17,11 @@ var reportPageText string
 
 var reportPage = template.Must(template.New("report").Funcs(template.FuncMap{"oneLine": oneLine}).Parse(reportPageText))
 
-// writeReportPage writes a page that needs nothing beside it: no script, and nothing from elsewhere.
+// writeReportPage writes a page that is complete in itself: it has no script, and refers to no other file.
 func writeReportPage(out io.Writer, r *migratedv1.Report) error {
 	type shown struct {
 		section
-		ID    string // of the heading
+		ID    string // the id of the heading
 		Chart *chart
 	}
 	var sections []shown
@@ -35,8 +35,8 @@ func writeReportPage(out io.Writer, r *migratedv1.Report) error {
 	})
 }
 
-// A chart is a figure in units of its own: the page scales it. Its letters are as wide as the page's where it is as
-// wide as the screen of a telephone.
+// A chart is a drawing in units of its own, which the page scales. On a screen as narrow as a telephone's, its letters
+// are as large as the page's.
 type chart struct {
 	ID, Title, Description string
 	Width, Height          float64
@@ -58,8 +58,8 @@ type (
 
 const (
 	chartWidth = 340
-	barsFrom   = 126 // names are left of it
-	barsTo     = 262 // figures are right of it
+	barsFrom   = 126 // names are to the left of it
+	barsTo     = 262 // figures are to the right of it
 	lineHeight = 22
 	curveSize  = 130
 )
@@ -82,7 +82,7 @@ func (s section) chart(id string) *chart {
 		if r.Bar == nil {
 			continue
 		}
-		// What is too short to be seen is seen, and what was none is not.
+		// A bar that would be too short to be seen is made longer. An empty one is not drawn.
 		if width := (r.Bar.To - r.Bar.From) * (barsTo - barsFrom); width > 0 {
 			x := min(barsFrom+r.Bar.From*(barsTo-barsFrom), barsTo-2)
 			c.Bars = append(c.Bars, chartBar{x, y + 4, max(2, min(width, barsTo-x)), lineHeight - 8})
@@ -100,7 +100,7 @@ func (s section) chart(id string) *chart {
 	return c
 }
 
-// chart draws a curve with what its ends stand for.
+// chart draws a curve, with labels for its ends.
 func (v *curve) chart(id string) *chart {
 	const left, right, top = 8.0, chartWidth - 8.0, 20.0
 	bottom := top + curveSize

@@ -15,11 +15,10 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// void are the elements without an end.
+// void are the elements without an end tag.
 var void = []string{"meta", "line", "rect", "polyline"}
 
-// parsePage takes a page apart as strictly as its elements allow: each is closed in its turn, and every id is there
-// once.
+// parsePage parses a page strictly: each element must be closed in the right order, and each id may occur only once.
 func parsePage(t *testing.T, page string) (elements []html.Token, text string) {
 	t.Helper()
 	var open []string
@@ -72,7 +71,7 @@ func pageOf(t *testing.T, r *migratedv1.Report) string {
 	return out.String()
 }
 
-// TestReportPageNeedsNothing: no script, nothing from elsewhere, and what others have named is text.
+// TestReportPageNeedsNothing: the page has no script, refers to no other file, and shows names from others as text.
 func TestReportPageNeedsNothing(t *testing.T) {
 	r := reported()
 	const name = `</title></h1><script src="https://example.com/x.js">alert(1)</script><img src=x onerror=alert(1)>`
@@ -97,8 +96,8 @@ func TestReportPageNeedsNothing(t *testing.T) {
 	}
 }
 
-// TestReportPageIsAccessible: each figure has a name and a description, and a table with what it shows beside it;
-// nothing is drawn outside.
+// TestReportPageIsAccessible: each figure has a name, a description, and a table with its values. Nothing is drawn
+// outside of a figure.
 func TestReportPageIsAccessible(t *testing.T) {
 	elements, _ := parsePage(t, pageOf(t, reported()))
 	ids := make(map[string]bool)
@@ -151,7 +150,7 @@ func number(t *testing.T, text string) float64 {
 	return n
 }
 
-// TestReportOfLittle: of a migration of which next to nothing is known there is a report, too.
+// TestReportOfLittle: a migration about which almost nothing is known has a report, too.
 func TestReportOfLittle(t *testing.T) {
 	for name, r := range map[string]*migratedv1.Report{
 		"nothing": {},

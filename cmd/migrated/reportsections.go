@@ -14,43 +14,43 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A section is a table of a report, with a bar for some of its rows, and perhaps a curve. The text and the page show
-// the same sections.
+// A section is a table of a report. Some rows may have a bar, and the section may have a curve. The text and the page
+// show the same sections.
 type section struct {
 	Title   string
 	Note    string // a sentence or two above the table; may be empty
 	Columns []string
 	Rows    []row
-	// Bars says what the bars are of, for those who do not see them; empty: there are none.
+	// Bars describes the bars for those who do not see them; empty: there are none.
 	Bars  string
-	Scale string // what the whole width stands for: "12.0 ms"
+	Scale string // what a bar of the whole width means: "12.0 ms"
 	Curve *curve
 }
 
-// A row has a cell for each column. The first names it; the bar is shown with the cell of number BarCell.
+// A row has a cell for each column. The first is its name. The bar belongs to the cell barCell.
 type row struct {
 	Cells []string
 	Bar   *span
 }
 
-// span is where a bar begins and ends, in shares of the whole width.
+// span is the begin and the end of a bar, in shares of the whole width.
 type span struct{ From, To float64 }
 
 func cells(texts ...string) row { return row{Cells: texts} }
 
-// barCell is the column that a bar is about.
+// barCell is the index of the column that bars belong to.
 const barCell = 1
 
-// A curve goes from left to right; all is in shares of the figure's width and height.
+// A curve goes from left to right.
 type curve struct {
 	Title, Description string
-	Points             []point
-	Width, Height      string // what they stand for
+	Points             []point // in shares of the figure's width and height
+	Width, Height      string  // what the whole width and height mean: "12.0 s", "all pages"
 }
 
 type point struct{ X, Y float64 }
 
-// reportSections are the parts of a report that have something to show.
+// reportSections returns the sections of a report that have rows.
 func reportSections(r *migratedv1.Report) (sections []section) {
 	all := []section{
 		downtimeSection(r), stallSection(r), latencySection(r), percentileSection(r), causesSection(r),
@@ -67,7 +67,7 @@ func reportSections(r *migratedv1.Report) (sections []section) {
 	return sections
 }
 
-// shareOf is a bar from 0 to a part of a whole; none where there is no whole.
+// shareOf returns a bar from 0 to part of whole; nil: whole is 0.
 func shareOf(part, whole float64) *span {
 	if whole <= 0 {
 		return nil
@@ -95,7 +95,7 @@ func downtimeSection(r *migratedv1.Report) section {
 			to += step.Took.AsDuration().Seconds() / all.AsDuration().Seconds()
 		}
 		one := cells(step.Name, durationText(step.Took), step.What)
-		if steps.GetSaveTime() != nil { // else it is not known where the first begins
+		if steps.GetSaveTime() != nil { // without it the beginning of the other steps is unknown
 			one.Bar = &span{min(1, from), min(1, to)}
 		}
 		s.Rows = append(s.Rows, one)
@@ -176,7 +176,7 @@ func percentileSection(r *migratedv1.Report) section {
 	p, latency := r.GetMigration().GetProgress(), r.GetIncoming().GetLatency()
 	s := section{Title: "Percentiles of these", Columns: []string{"share of the faults", "took at most"}}
 	if report.Timed(latency) == 0 {
-		if p.GetFaults() > 0 && p.GetFaultMax() != nil { // of a source that was not told more yet
+		if p.GetFaults() > 0 && p.GetFaultMax() != nil { // a source does not have the buckets yet
 			s.Rows = []row{
 				cells("50 %", durationText(p.GetFaultP50())), cells("99 %", durationText(p.GetFaultP99())),
 				cells("all", durationText(p.GetFaultMax())),
@@ -252,18 +252,29 @@ func memorySection(r *migratedv1.Report) section {
 	add("wire", p.GetBytesOnWire(), "", meaning)
 	if in != nil {
 		add("demand", in.GetDemandBytes(), fmt.Sprint(in.GetDemandPages()), "of this, what faults and foresight took")
-		add("sweep", in.GetSweepBytes(), fmt.Sprint(in.GetSweepPages()), "of this, what the sweep brought")
+		add("sweep", in.GetSweepBytes(), fmt.Sprint(in.GetSweepPages()), sweepMeaning(in))
 	}
 	if n := p.GetBytesDiscarded(); n > 0 {
 		add("given up", n, "", "by the VM itself, and not fetched")
 	}
-	if n := p.GetBytesDeviceState(); n > 0 { // which the source alone counts
+	if n := p.GetBytesDeviceState(); n > 0 { // only the source counts them
 		add("devices", n, "", "state of the devices, sent while the VM stood still")
 	}
 	return s
 }
 
-// mostSamples is how many rows the table beside a curve has.
+func sweepMeaning(in *migratedv1.IncomingPages) string {
+	text := "of this, what the sweep brought"
+	if n := in.GetMostBulkLanes(); n > 1 {
+		text += fmt.Sprintf(", over up to %d connections at once", n)
+	}
+	if n := in.GetBulkLanesLost(); n > 0 {
+		text += fmt.Sprintf(", of which %d were lost while others went on", n)
+	}
+	return text
+}
+
+// mostSamples is the most rows of the table beside a curve.
 const mostSamples = 8
 
 func rateSection(r *migratedv1.Report) section {

@@ -23,35 +23,51 @@ import (
 	"github.com/migrated-vm/migrated/internal/config"
 )
 
-// Default < file < flags, for each kind of value.
+// TestServeSettings: the file overrides the defaults, and flags override the file, for each type of value.
 func TestServeSettings(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "m.yaml")
-	if err := os.WriteFile(file, []byte("listen: 10.0.0.1:7600\nplaintext: true\nfault_workers: 3\nadvertise: [10.0.0.1:7600]\nlog_level: warn\nrequire_secure: true\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte("listen: 10.0.0.1:7600\nplaintext: true\nfault_workers: 3\n"+
+		"advertise: [10.0.0.1:7600]\nlog_level: warn\nrequire_secure: true\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	fromFile := config.Default()
-	fromFile.Listen, fromFile.FaultWorkers, fromFile.Advertise, fromFile.LogLevel = "10.0.0.1:7600", 3, []string{"10.0.0.1:7600"}, "warn"
+	fromFile.Listen, fromFile.FaultWorkers, fromFile.Advertise, fromFile.LogLevel =
+		"10.0.0.1:7600", 3, []string{"10.0.0.1:7600"}, "warn"
 	fromFile.RequireSecure, fromFile.Plaintext = true, true
 	overridden := fromFile
 	overridden.RequireSecure = false
-	overridden.Listen, overridden.FaultWorkers, overridden.Advertise = "10.0.0.2:7600", 0, []string{"10.0.0.2:7600", "10.9.0.2:7600"}
-	every := config.Config{Listen: "h:1", Socket: "/s", SocketGroup: "g", ControlListen: "h:2", Advertise: []string{"h:3"}, StateDir: "/d", ReportKeep: 8, LogDir: "/l", QEMUCgroup: "/vms",
+	overridden.Listen, overridden.FaultWorkers, overridden.Advertise =
+		"10.0.0.2:7600", 0, []string{"10.0.0.2:7600", "10.9.0.2:7600"}
+	every := config.Config{
+		Listen: "h:1", Socket: "/s", SocketGroup: "g", ControlListen: "h:2", HTTPListen: "/hs",
+		Advertise: []string{"h:3"}, StateDir: "/d", ReportKeep: 8, LogDir: "/l", QEMUCgroup: "/vms",
 		TLSCertificate: "/c", TLSKey: "/k", TLSCA: "/ca", Peers: []string{"p"}, Operators: []string{"o"}, Plaintext: true,
 		MetricsListen: "h:4", MetricsClients: []string{"mc"}, Pprof: true, TracesTo: "h:5",
-		QEMUBinaries: []string{"/q", "/r"}, FaultWorkers: 5, MaxIncoming: 6, TemplateDir: "/t", LibvirtSocket: "/ls", LibvirtHook: "/lh", MinUID: 7, RunAs: "vm",
-		ForbiddenOptions: []string{"fsdev"}, RequireSecure: true, Bandwidth: "500M", LogLevel: "error", LogFormat: "json"}
+		QEMUBinaries: []string{"/q", "/r"}, FaultWorkers: 5, MaxIncoming: 6, MaxOutgoing: 7,
+		TemplateDir: "/t", LibvirtSocket: "/ls", LibvirtHook: "/lh", MinUID: 7, RunAs: "vm",
+		ForbiddenOptions: []string{"fsdev"}, RequireSecure: true, Bandwidth: "500M", HostBandwidth: "2G",
+		LogLevel: "error", LogFormat: "json",
+	}
 	for _, test := range []struct {
 		name string
 		args []string
 		want config.Config
 	}{
 		{"file", []string{"--config", file}, fromFile},
-		{"flags override the file, also with a zero", []string{"--config", file, "--listen", "10.0.0.2:7600", "--fault-workers", "0", "--require-secure=false",
-			"--advertise", "10.0.0.2:7600", "--advertise", "10.9.0.2:7600"}, overridden},
-		{"every flag", []string{"--config", file, "--listen=h:1", "--socket=/s", "--socket-group=g", "--control-listen=h:2", "--advertise=h:3", "--state-dir=/d", "--report-keep=8", "--log-dir=/l", "--qemu-cgroup=/vms",
-			"--plaintext", "--tls-certificate=/c", "--tls-key=/k", "--tls-ca=/ca", "--peers=p", "--operators=o", "--metrics-listen=h:4", "--metrics-clients=mc", "--pprof", "--traces-to=h:5",
-			"--qemu-binaries=/q,/r", "--fault-workers=5", "--max-incoming=6",
-			"--libvirt-socket=/ls", "--libvirt-hook=/lh", "--template-dir=/t", "--min-uid=7", "--run-as=vm", "--forbidden-options=fsdev", "--require-secure", "--bandwidth", "500M", "--log-level=error", "--log-format=json"}, every},
+		{"flags override the file, also with a zero", []string{
+			"--config", file, "--listen", "10.0.0.2:7600", "--fault-workers", "0", "--require-secure=false",
+			"--advertise", "10.0.0.2:7600", "--advertise", "10.9.0.2:7600",
+		}, overridden},
+		{"every flag", []string{
+			"--config", file, "--listen=h:1", "--socket=/s", "--socket-group=g", "--control-listen=h:2",
+			"--http-listen=/hs", "--advertise=h:3", "--state-dir=/d", "--report-keep=8", "--log-dir=/l",
+			"--qemu-cgroup=/vms", "--plaintext", "--tls-certificate=/c", "--tls-key=/k", "--tls-ca=/ca", "--peers=p",
+			"--operators=o", "--metrics-listen=h:4", "--metrics-clients=mc", "--pprof", "--traces-to=h:5",
+			"--qemu-binaries=/q,/r", "--fault-workers=5", "--max-incoming=6", "--max-outgoing=7",
+			"--libvirt-socket=/ls", "--libvirt-hook=/lh", "--template-dir=/t", "--min-uid=7", "--run-as=vm",
+			"--forbidden-options=fsdev", "--require-secure", "--bandwidth", "500M", "--host-bandwidth", "2G",
+			"--log-level=error", "--log-format=json",
+		}, every},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var c cli
@@ -63,7 +79,7 @@ func TestServeSettings(t *testing.T) {
 				t.Fatal(err)
 			}
 			a := new(app)
-			a.take(&c)
+			a.setFlags(&c)
 			got, err := c.Serve.load(a)
 			if err != nil {
 				t.Fatal(err)
@@ -75,8 +91,8 @@ func TestServeSettings(t *testing.T) {
 	}
 }
 
-// The daemon in its own process: it tells the service manager when it serves,
-// answers, and ends well on SIGTERM.
+// TestServe runs the daemon in a process of its own. It tells the service manager
+// when it serves, answers calls, and ends without an error after SIGTERM.
 func TestServe(t *testing.T) {
 	dir := t.TempDir()
 	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
@@ -89,7 +105,8 @@ func TestServe(t *testing.T) {
 		wantTold(t, manager, want)
 	}
 	socket := filepath.Join(dir, "d.sock")
-	serve := exec.Command("migrated", "serve", "--socket", socket, "--listen", "127.0.0.1:0", "--state-dir", filepath.Join(dir, "state"))
+	serve := exec.Command("migrated", "serve", "--socket", socket, "--listen", "127.0.0.1:0",
+		"--state-dir", filepath.Join(dir, "state"))
 	serve.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(dir, "notify"))
 	var log bytes.Buffer
 	serve.Stderr = &log
@@ -116,15 +133,16 @@ func TestServe(t *testing.T) {
 	}
 }
 
-// TestServeOutlivesItsTerminal: a daemon whose terminal is closed, and whose log nobody reads, goes on, with its
-// configuration read again.
+// TestServeOutlivesItsTerminal: the daemon goes on after SIGHUP, reads its configuration again, and goes on when nobody
+// reads its log.
 func TestServeOutlivesItsTerminal(t *testing.T) {
 	dir := t.TempDir()
 	socket, file := filepath.Join(dir, "d.sock"), filepath.Join(dir, "m.yaml")
 	if err := os.WriteFile(file, []byte("bandwidth: none\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	serve := exec.Command("migrated", "serve", "--config", file, "--socket", socket, "--listen", "127.0.0.1:0", "--state-dir", filepath.Join(dir, "state"))
+	serve := exec.Command("migrated", "serve", "--config", file, "--socket", socket, "--listen", "127.0.0.1:0",
+		"--state-dir", filepath.Join(dir, "state"))
 	read, write, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -159,7 +177,7 @@ func TestServeOutlivesItsTerminal(t *testing.T) {
 		awaitLine(step.want)
 	}
 	_ = read.Close()
-	for range 2 { // each is a line that nobody takes
+	for range 2 { // each logs a line that nobody reads
 		if err := serve.Process.Signal(syscall.SIGHUP); err != nil {
 			t.Fatal(err)
 		}
@@ -175,8 +193,8 @@ func TestServeOutlivesItsTerminal(t *testing.T) {
 	}
 }
 
-// TestServeInherits: a daemon uses the sockets that the service manager kept, closes those of another configuration, and
-// hands none to its children.
+// TestServeInherits: a daemon uses the sockets that the service manager kept, closes those that the configuration does
+// not have, and passes none to its children.
 func TestServeInherits(t *testing.T) {
 	dir := t.TempDir()
 	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
@@ -206,13 +224,16 @@ func TestServeInherits(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// Before the daemon has it: Fd makes the socket block, for all who have it.
+	// Before the daemon inherits it: Fd makes the socket blocking for all processes that have it.
 	inode, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", files[0].Fd()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	serve := exec.Command("sh", "-c", `LISTEN_PID=$$ exec migrated serve --socket "$1" --listen 127.0.0.1:0 --state-dir "$2"`, "sh", socket, filepath.Join(dir, "state"))
-	serve.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(dir, "notify"), "LISTEN_FDS=2", "LISTEN_FDNAMES=control:peers")
+	serve := exec.Command("sh", "-c",
+		`LISTEN_PID=$$ exec migrated serve --socket "$1" --listen 127.0.0.1:0 --state-dir "$2"`,
+		"sh", socket, filepath.Join(dir, "state"))
+	serve.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(dir, "notify"), "LISTEN_FDS=2",
+		"LISTEN_FDNAMES=control:peers")
 	serve.ExtraFiles = files
 	var log bytes.Buffer
 	serve.Stderr = &log
@@ -232,7 +253,8 @@ func TestServeInherits(t *testing.T) {
 	}
 	for _, process := range processes {
 		stat, err := os.ReadFile(filepath.Join("/proc", process.Name(), "stat"))
-		if err != nil || !strings.Contains(string(stat), fmt.Sprintf(" %d ", serve.Process.Pid)) || process.Name() == strconv.Itoa(serve.Process.Pid) {
+		if err != nil || !strings.Contains(string(stat), fmt.Sprintf(" %d ", serve.Process.Pid)) ||
+			process.Name() == strconv.Itoa(serve.Process.Pid) {
 			continue
 		}
 		links, err := filepath.Glob(filepath.Join("/proc", process.Name(), "fd", "*"))
@@ -240,7 +262,7 @@ func TestServeInherits(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, link := range links {
-			if at, _ := os.Readlink(link); at == inode {
+			if target, _ := os.Readlink(link); target == inode {
 				t.Errorf("the child %s has the socket too", process.Name())
 			}
 		}
@@ -254,7 +276,7 @@ func TestServeInherits(t *testing.T) {
 	}
 }
 
-// wantTold reads what the service manager is told next.
+// wantTold reads the next message to the service manager, which must be want.
 func wantTold(t *testing.T, manager *net.UnixConn, want string) {
 	t.Helper()
 	if err := manager.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
@@ -294,7 +316,7 @@ func TestServeRefusesBadConfiguration(t *testing.T) {
 	}
 }
 
-// A daemon that stops names the migrations that are not over, and only those.
+// TestLogInFlight: a daemon that stops logs the migrations that are not over, and no others.
 func TestLogInFlight(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "d.sock")
 	d, err := startPlayed(socket)
@@ -304,7 +326,8 @@ func TestLogInFlight(t *testing.T) {
 	defer d.stop()
 	var out bytes.Buffer
 	logInFlight(socket, slog.New(slog.NewTextHandler(&out, nil)))
-	if n := strings.Count(out.String(), "in flight"); n != 1 || !strings.Contains(out.String(), "migration=db-1 vm=postgres role=source state=postcopy-active memory=43.1%") {
+	if n := strings.Count(out.String(), "in flight"); n != 1 ||
+		!strings.Contains(out.String(), "migration=db-1 vm=postgres role=source state=postcopy-active memory=43.1%") {
 		t.Errorf("logged\n%s\nwant db-1 alone in flight", out.String())
 	}
 }

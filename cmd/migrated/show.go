@@ -10,53 +10,19 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
 	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
-
-type listCmd struct{}
-
-func (listCmd) Help() string {
-	return `Lists the migrations that the daemon knows, those away from this host and those to it, newest first.
-
-Examples:
-
-    migrated list
-
-    # The ids of those that are not over
-    migrated list --json | jq -r '.migrations[] | select(.state | test("COMPLETED|FAILED|CANCELLED|REHEARSED|ENDED") | not) | .id'`
-}
-
-func (listCmd) Run(a *app) error {
-	return a.withClient(func(ctx context.Context, c *client) error {
-		answer, err := c.List(ctx, &migratedv1.ListRequest{})
-		if err != nil {
-			return c.explain("", err)
-		}
-		if a.json {
-			return a.printJSON(answer)
-		}
-		if len(answer.GetMigrations()) == 0 {
-			a.printf("This daemon knows no migrations.\n")
-			return nil
-		}
-		w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(w, "ID\tVM\tROLE\tSTATE\tLOCATION\tMEMORY\tDOWNTIME\tDESTINATION\tSTARTED")
-		for _, m := range answer.GetMigrations() {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.GetId(), vmName(m), migration.RoleName(m.GetRole()), migration.StateName(m.GetState()),
-				locationName(m.GetLocation()),
-				percent(m.GetProgress()), durationText(m.GetProgress().GetDowntime()), orDash(m.GetSpec().GetDestination()), timeText(m.GetCreateTime()))
-		}
-		return w.Flush()
-	})
-}
 
 type statusCmd struct {
 	ID string `arg:"" predictor:"migration" help:"The migration."`
 }
 
 func (statusCmd) Help() string {
-	return `Shows one migration with all its figures. The exit code says whether it could be shown, not how the migration stands; "migrated watch" tells that.
+	return `Shows one migration with all its figures. The exit code says whether it could be shown, not how the ` +
+		`migration stands; "migrated watch" tells that.
 
 Examples:
 
@@ -68,7 +34,7 @@ Examples:
 }
 
 func (s *statusCmd) Run(a *app) error {
-	return a.withClient(func(ctx context.Context, c *client) error {
+	return a.withClient(func(ctx context.Context, c *daemonClient) error {
 		answer, err := c.Get(ctx, &migratedv1.GetRequest{Id: s.ID})
 		if err != nil {
 			return c.explain(s.ID, err)
@@ -80,7 +46,7 @@ func (s *statusCmd) Run(a *app) error {
 	})
 }
 
-// printStatus prints all that is known of a migration, a fact a line.
+// printStatus prints all that is known of a migration, one fact on each line.
 func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	if err := printFacts(out, statusFacts(m)); err != nil || m.GetRehearsal() == nil {
 		return err
@@ -88,10 +54,10 @@ func printStatus(out io.Writer, m *migratedv1.Migration) error {
 	return printRehearsal(out, m.GetRehearsal())
 }
 
-// A fact is a line of what is known.
+// A fact is a name and a value to be shown.
 type fact struct{ Name, Value string }
 
-// printFacts prints facts, a line each, unless the value has several.
+// printFacts prints each fact on a line. A value of several lines is indented.
 func printFacts(out io.Writer, facts []fact) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	for _, f := range facts {
@@ -100,7 +66,7 @@ func printFacts(out io.Writer, facts []fact) error {
 	return w.Flush()
 }
 
-// statusFacts are all that is known of a migration, but for a rehearsal's.
+// statusFacts returns all that is known of a migration, without the results of a rehearsal.
 func statusFacts(m *migratedv1.Migration) (facts []fact) {
 	add := func(name, format string, args ...any) {
 		facts = append(facts, fact{name, fmt.Sprintf(format, args...)})
@@ -118,6 +84,9 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 		add("What to do", "%s", orDash(e.GetRemedy()))
 	}
 	add("VM", "%s", vmName(m))
+	if labels := spec.GetLabels(); len(labels) > 0 {
+		add("Labels", "%s", labelsText(labels))
+	}
 	add("This host is", "the %s", migration.RoleName(m.GetRole()))
 	add("QMP socket", "%s", orDash(spec.GetVm()))
 	add("Destination", "%s", orDash(spec.GetDestination()))
@@ -127,6 +96,9 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 	if spec.GetDestinationTemplate() != "" {
 		add("Template there", "%s", spec.GetDestinationTemplate())
 	}
+	if q := m.GetDestinationQemu(); q != nil {
+		add("QEMU there", "process %d, %s%s", q.GetPid(), q.GetQmp(), prefixed(", its log is ", q.GetLog()))
+	}
 	if spec.GetKeepSource() {
 		add("Source QEMU", "is kept")
 	}
@@ -134,7 +106,8 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 		add("Required", "a supervised userfaultfd")
 	}
 	if limit := p.GetBandwidth(); limit > 0 {
-		add("Bandwidth", "at most %s for what no thread waits for, %s/s now", limitText(limit), bytesText(uint64(p.GetSweepBytesPerSecond())))
+		add("Bandwidth", "at most %s for what no thread waits for, %s/s now",
+			limitText(limit), bytesText(uint64(p.GetSweepBytesPerSecond())))
 	}
 	if text := supervisionText(m); text != "" {
 		add("Userfaultfd", "%s", text)
@@ -149,11 +122,18 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 	case p.GetPagesPresent() == 0 && p.GetPagesTotal() > 0:
 		add("Memory", "%s in %s, all at the source", bytesText(p.GetBytesTotal()), plural(p.GetPagesTotal(), "page"))
 	case p.GetPagesTotal() > 0:
-		add("Memory", "%s: %d of %s, %d of them zero; %s", percent(p), p.GetPagesPresent(), plural(p.GetPagesTotal(), "page"), p.GetPagesZero(), bytesText(p.GetBytesTotal()))
-		add("On the wire", "%s of pages, %s of device state, %s now", bytesText(p.GetBytesOnWire()), bytesText(p.GetBytesDeviceState()), rateText(p.GetBytesPerSecond()))
-		add("Faults", "%d: p50 %s, p99 %s, max %s", p.GetFaults(), durationText(p.GetFaultP50()), durationText(p.GetFaultP99()), durationText(p.GetFaultMax()))
+		add("Memory", "%s: %d of %s, %d of them zero; %s", percent(p), p.GetPagesPresent(),
+			plural(p.GetPagesTotal(), "page"), p.GetPagesZero(), bytesText(p.GetBytesTotal()))
+		add("On the wire", "%s of pages, %s of device state, %s now",
+			bytesText(p.GetBytesOnWire()), bytesText(p.GetBytesDeviceState()), rateText(p.GetBytesPerSecond()))
+		if n := p.GetBulkLanes(); n > 1 {
+			add("Connections", "%d for the sweep: more than one make it faster here", n)
+		}
+		add("Faults", "%d: p50 %s, p99 %s, max %s",
+			p.GetFaults(), durationText(p.GetFaultP50()), durationText(p.GetFaultP99()), durationText(p.GetFaultMax()))
 		if n := p.GetPagesGuessed(); n > 0 {
-			add("Foretold", "%d pages asked for ahead of a fault; %.0f %% of what was foretold came true", n, 100*p.GetGuessHits())
+			add("Foretold", "%d pages asked for ahead of a fault; %.0f %% of what was foretold came true",
+				n, 100*p.GetGuessHits())
 		}
 		if n := p.GetBytesDiscarded(); n > 0 {
 			add("Given up", "%s by the VM itself, which are not fetched", bytesText(n))
@@ -164,6 +144,9 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 		if n := p.GetPagesUnexplained(); n > 0 {
 			add("UNEXPLAINED", "%s there before they came: the VM's memory may be corrupt", plural(n, "page"))
 		}
+		if n := p.GetPagesLost(); n > 0 {
+			add("LOST", "%s that the source could not read: the VM gets a machine check where it touches one", plural(n, "page"))
+		}
 		add("Downtime", "%s", durationText(p.GetDowntime()))
 	}
 	if p.GetTimeLeft() != nil {
@@ -172,18 +155,39 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 	if p.GetResidency() != nil {
 		add("All memory after", "%s", durationText(p.GetResidency()))
 	}
+	for _, l := range []struct {
+		what  string
+		limit *durationpb.Duration
+	}{
+		{"prepared", spec.GetPrepareLimit()}, {"switched over", spec.GetSwitchLimit()},
+		{"with all memory", spec.GetTotalLimit()},
+	} {
+		if l.limit != nil {
+			add("Limit", "%s within %s", l.what, durationText(l.limit))
+		}
+	}
+	if m.GetOverdue() {
+		add("OVERDUE", "not all memory was there when its time was over; it goes on")
+	}
 	add("Started", "%s", timeText(m.GetCreateTime()))
+	if m.GetSwitchTime() != nil {
+		add("Switched over", "%s", timeText(m.GetSwitchTime()))
+	}
+	if m.GetEndTime() != nil {
+		add("Ended", "%s", timeText(m.GetEndTime()))
+	}
 	add("Last change", "%s", timeText(m.GetUpdateTime()))
 	return facts
 }
 
 type watchCmd struct {
 	ID       string        `arg:"" predictor:"migration" help:"The migration."`
-	Interval time.Duration `default:"1s" help:"Least time between two lines where standard output is no terminal (default: ${default})."`
+	Interval time.Duration `default:"1s" help:"Shortest time between two lines if standard output is no terminal (default: ${default})."`
 }
 
 func (watchCmd) Help() string {
-	return `Follows a migration until it is over. On a terminal that is a bar; anywhere else it is a line for each change of state, and one an interval of the figures. The exit code is the migration's: 0 where it completed.
+	return `Follows a migration until it is over. On a terminal that is a bar; anywhere else it is a line for each ` +
+		`change of state, and one an interval of the figures. The exit code is the migration's: 0 where it completed.
 
 Examples:
 
@@ -200,7 +204,7 @@ func (w *watchCmd) Run(a *app) error {
 	if err != nil {
 		return err
 	}
-	defer c.conn.Close()
+	defer c.Close()
 	m, err := c.follow(w.ID, a.display(w.Interval), toTheEnd)
 	if err != nil {
 		return err
@@ -213,7 +217,8 @@ type cancelCmd struct {
 }
 
 func (cancelCmd) Help() string {
-	return `Gives up a migration whose VM has not switched over; the VM goes on at the source. After the switch it is refused: part of the VM's memory is at the destination alone, and only finishing brings it together again.
+	return `Gives up a migration whose VM has not switched over; the VM goes on at the source. After the switch it is ` +
+		`refused: part of the VM's memory is at the destination alone, and only finishing brings it together again.
 
 Example:
 
@@ -221,13 +226,13 @@ Example:
 }
 
 func (cc *cancelCmd) Run(a *app) error {
-	return a.withClient(func(ctx context.Context, c *client) error {
+	return a.withClient(func(ctx context.Context, c *daemonClient) error {
 		answer, err := c.Cancel(ctx, &migratedv1.CancelRequest{Id: cc.ID})
 		if err != nil {
 			return c.explain(cc.ID, err)
 		}
 		m := answer.GetMigration()
-		if !isTerminal(m.GetState()) { // the VM is given back meanwhile
+		if !migration.Terminal(m.GetState()) { // the VM is being given back to the source
 			unseen := &throttled{print: func(*migratedv1.Migration) {}}
 			if m, err = c.follow(cc.ID, unseen, toTheEnd); err != nil {
 				return err

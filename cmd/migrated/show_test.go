@@ -13,7 +13,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// What status says of the userfaultfd, in each state it can be in.
+// TestStatusOfUserfaultfd tests the line about the userfaultfd, for each kind of supervision.
 func TestStatusOfUserfaultfd(t *testing.T) {
 	for _, test := range []struct {
 		supervision migratedv1.Supervision

@@ -15,8 +15,8 @@ import (
 // version is set by the build: -ldflags "-X main.version=1.2.3".
 var version string
 
-// versionString returns the version of this program: what the build set, else
-// what the Go tool knows of the module or the commit.
+// versionString returns the version of this program: the one that the build set, or
+// else that of the module or the commit.
 func versionString() string {
 	if version != "" {
 		return version
@@ -60,7 +60,7 @@ func (versionCmd) Run(a *app) error {
 	if !a.json {
 		a.printf("migrated %s (%s %s/%s)\n", versionString(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	}
-	return a.withClient(func(ctx context.Context, c *client) error {
+	return a.withClient(func(ctx context.Context, c *daemonClient) error {
 		answer, err := c.GetVersion(ctx, &migratedv1.GetVersionRequest{})
 		if err != nil {
 			return c.explain("", err)

@@ -12,7 +12,7 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/kernel/refpolicy"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 // referencePolicy returns all modules of Debian's policy as CIL files.
@@ -20,7 +20,7 @@ func referencePolicy(t *testing.T) []string {
 	t.Helper()
 	modules, err := refpolicy.Modules(t.Context())
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	return modules
 }
@@ -49,7 +49,8 @@ func compile(t *testing.T, files []string, args ...string) (string, error) {
 	t.Helper()
 	needPrograms(t, "secilc")
 	out := filepath.Join(t.TempDir(), "policy")
-	all := slices.Concat([]string{"-c", "33", "-o", out, "-f", filepath.Join(filepath.Dir(out), "file_contexts")}, args, files)
+	all := slices.Concat(
+		[]string{"-c", "33", "-o", out, "-f", filepath.Join(filepath.Dir(out), "file_contexts")}, args, files)
 	said, err := exec.CommandContext(t.Context(), "secilc", all...).CombinedOutput()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -75,7 +76,7 @@ func needPrograms(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
 		if _, err := exec.LookPath(name); err != nil {
-			cannot.Run(t, "%v: install the packages of scripts/setup", err)
+			testenv.CannotRun(t, "%v: install the packages of scripts/setup", err)
 		}
 	}
 }

@@ -107,10 +107,10 @@ func ioctlNumbers(t *testing.T) map[string]string {
 	return numbers
 }
 
-// TestPagemapOrderIsTheEngines: M2 permits the ioctl of pkg/pagesrv/pagemap, and no other.
+// TestPagemapOrderIsTheEngines: M2 permits the one ioctl that pkg/uffd performs on a pagemap, and no other.
 func TestPagemapOrderIsTheEngines(t *testing.T) {
-	code := regexp.MustCompile(`pagemapScan\s+= (0x[0-9a-f]+)`).
-		FindStringSubmatch(read(t, "../../pkg/pagesrv/pagemap/pagemap.go"))
+	code := regexp.MustCompile(`PAGEMAP_SCAN\s+= (0x[0-9a-f]+)`).
+		FindStringSubmatch(read(t, "../../pkg/uffd/internal/abi/zpagemap_linux.go"))
 	rule := regexp.MustCompile(`\(permissionx migrated_pagemap_scan \(ioctl file \((0x[0-9a-f]+)\)\)\)`).
 		FindStringSubmatch(read(t, "migrated_host.cil"))
 	if code == nil || rule == nil {

@@ -99,7 +99,9 @@ func TestNever(t *testing.T) {
 // TestNeverOnDebian: the check is on for the reference policy as well.
 func TestNeverOnDebian(t *testing.T) {
 	mutant := filepath.Join(t.TempDir(), "mutant.cil")
-	if err := os.WriteFile(mutant, []byte("(allow unconfined_t migrated_uffd_t (anon_inode (read)))\n"), 0o600); err != nil {
+	if err := os.WriteFile(
+		mutant, []byte("(allow unconfined_t migrated_uffd_t (anon_inode (read)))\n"), 0o600,
+	); err != nil {
 		t.Fatal(err)
 	}
 	_, err := compile(t, slices.Concat(referencePolicy(t), moduleFiles(t), []string{mutant}))

@@ -27,7 +27,7 @@ func TestOnDebian(t *testing.T) {
 			[]string{
 				"allow migrated_qemu_domain migrated_uffd_t:anon_inode create;",
 				"allow migrated_t migrated_uffd_t:anon_inode { create getattr ioctl read };",
-				"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa07 0xaa3f };",
+				"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa07-0xaa08 0xaa3f };",
 			},
 		},
 		{
@@ -79,7 +79,10 @@ func TestOnDebian(t *testing.T) {
 		{
 			"what the daemon becomes",
 			[]string{"-A", "-s", "migrated_t", "-c", "process", "-p", "transition,dyntransition"},
-			[]string{"allow migrated_t migrated_qemu_domain:process { getattr ptrace rlimitinh siginh sigkill signull transition };"},
+			[]string{
+				"allow migrated_t migrated_qemu_domain:process " +
+					"{ getattr ptrace rlimitinh siginh sigkill signull transition };",
+			},
 		},
 		{
 			"who may use descriptors of the daemon",
@@ -99,7 +102,8 @@ func TestOnDebian(t *testing.T) {
 			"what the daemon has of root's powers",
 			[]string{"-A", "-s", "migrated_t", "-c", "capability,capability2"},
 			[]string{
-				"allow migrated_t migrated_t:capability { chown dac_override dac_read_search kill lease setgid setpcap setuid sys_ptrace };",
+				"allow migrated_t migrated_t:capability { chown dac_override dac_read_search kill lease net_admin " +
+					"setgid setpcap setuid sys_ptrace };",
 				"allow migrated_t migrated_t:capability2 checkpoint_restore;",
 			},
 		},
@@ -191,7 +195,7 @@ func TestOnBase(t *testing.T) {
 	want := []string{
 		"allow migrated_qemu_domain migrated_uffd_t:anon_inode create;",
 		"allow migrated_t migrated_uffd_t:anon_inode { create getattr ioctl read };",
-		"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa07 0xaa3f };",
+		"allowxperm migrated_t migrated_uffd_t:anon_inode ioctl { 0xaa00-0xaa04 0xaa07-0xaa08 0xaa3f };",
 	}
 	if diff := cmp.Diff(want, search(t, policy, "-A", "-t", "migrated_uffd_t")); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)

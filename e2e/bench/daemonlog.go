@@ -15,7 +15,7 @@ import (
 // An entry is a line of a daemon's log: its attributes, by their names.
 type entry map[string]string
 
-// attribute is one of log/slog's text format: key=value, or key="quoted value".
+// attribute matches an attribute in log/slog's text format: key=value, or key="quoted value".
 var attribute = regexp.MustCompile(`([^ =]+)=("(?:[^"\\]|\\.)*"|[^ ]*)`)
 
 func parseEntry(line string) entry {
@@ -30,7 +30,7 @@ func parseEntry(line string) entry {
 	return e
 }
 
-// findEntry is the last entry with that message about a migration in a daemon's log.
+// findEntry returns the last entry with that message about a migration in a daemon's log.
 func findEntry(path, migration, message string) (entry, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -53,7 +53,7 @@ func findEntry(path, migration, message string) (entry, error) {
 	return found, nil
 }
 
-// duration is an attribute in milliseconds.
+// duration returns an attribute in milliseconds.
 func (e entry) duration(key string) (float64, error) {
 	d, err := time.ParseDuration(e[key])
 	if err != nil {
@@ -62,7 +62,7 @@ func (e entry) duration(key string) (float64, error) {
 	return ms(d), nil
 }
 
-// number is an attribute that counts something.
+// number returns an attribute that counts something.
 func (e entry) number(key string) (float64, error) {
 	n, err := strconv.ParseFloat(e[key], 64)
 	if err != nil {

@@ -14,14 +14,15 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// What the daemons log of a move, as they write it.
+// The daemons' logs of moves.
 const (
 	sourceLog = "level=INFO msg=prepared migration=bench-2 role=source\n" +
 		`level=INFO msg="the early state of the devices" migration=bench-2 pause=2.5ms load=60ms` + "\n" +
 		`level=INFO msg="the device state is loaded" migration=bench-1 bytes=1 stop=9s save=9s transfer=9s load=9s` + "\n" +
 		`level=INFO msg="the device state is loaded" migration=bench-2 bytes=1007867 stop=36.85ms save=105.8ms ` +
 		"transfer=253.4ms load=252.1ms\n" +
-		`level=INFO msg="switched over" migration=bench-2 downtime=409.5ms stopped_for=400.2ms network=500µs cont=8.2ms` + "\n"
+		`level=INFO msg="switched over" migration=bench-2 downtime=409.5ms stopped_for=400.2ms network=500µs cont=8.2ms` +
+		"\n"
 	destinationLog = `level=INFO msg="the VM runs" migration=bench-2 stopped_for=1s faults=39 slowest_fault=14.1ms` + "\n"
 )
 
@@ -87,39 +88,60 @@ func TestClient(t *testing.T) {
 
 // A guest whose cards are off cannot be pinged, so its report has no such measure.
 func TestMeasuresOfDevices(t *testing.T) {
-	for name, want := range map[string]bool{"devices-8": false, "devices-8-busy": true, "random-private": false} {
-		chosen, err := choose("full", "^loopback/"+name+"$")
-		if err != nil || len(chosen) != 1 {
-			t.Fatalf("%v, %v", names(chosen), err)
-		}
-		r := newCaseReport(chosen[0])
+	for name, want := range map[string]bool{
+		"devices-8": false, "devices-8-busy": true, "random-private": false, "random": true,
+	} {
+		r := newCaseReport(aCase(t, "loopback/"+name))
 		for _, m := range []string{"pings_lost", "ping_gap", "announced"} {
-			if _, has := r.Ours[m]; has != want {
+			if _, has := r.By[ours][m]; has != want {
 				t.Errorf("%s has %s: %t", name, m, has)
 			}
 		}
+		if _, has := r.By[ours]["link_use"]; has {
+			t.Error("the loopback has a rate")
+		}
+	}
+	if _, has := newCaseReport(aCase(t, "2G-20ms/sweep")).By[ours]["link_use"]; !has {
+		t.Error("nobody measures what the sweep uses of the link")
 	}
 }
 
-func TestMemoryReport(t *testing.T) {
-	r := memoryReport{Ratio: map[string]float64{}}
+func TestKindsReport(t *testing.T) {
+	r := newKindsReport("7.2", networks[0], memoryKinds)
 	for i, kind := range memoryKinds {
 		for round := range 3 {
 			d := time.Duration(i+1) * time.Duration(round+1) * time.Millisecond
-			r.add(kind.name, memoryMove{figures: figures{Downtime: d}, faultP50: 2 * d})
+			r.add(kind.name, figures{Downtime: d, FaultP50: 2 * d})
 		}
 	}
 	r.finish()
-	if r.Shared["downtime"].Median != 2 || r.Private["fault_p50"].Median != 8000 || r.Ratio["downtime"] != 2 {
+	if r.Kinds["shared"]["downtime"].Median != 2 || r.Kinds["private"]["fault_p50"].Median != 8000 ||
+		r.Ratio["private"]["downtime"] != 2 {
 		t.Errorf("%+v", r)
 	}
 	var printed strings.Builder
-	r.print(&printed)
+	if err := r.print(&printed); err != nil {
+		t.Fatal(err)
+	}
 	if !strings.Contains(printed.String(), "4000.00 (2000.00–6000.00)  8000.00 (4000.00–12000.00)  2.00") {
 		t.Errorf("printed:\n%s", printed.String())
 	}
-	if _, has := r.Ratio["cpu"]; has {
+	if _, has := r.Ratio["private"]["cpu"]; has {
 		t.Error("what takes no time has a ratio")
+	}
+}
+
+// The VMs that are compared differ in their balloon alone.
+func TestBalloonKinds(t *testing.T) {
+	for i, want := range []struct{ balloon, reporting bool }{{false, false}, {true, false}, {true, true}} {
+		vm := benchCase{guest: balloonKinds[i]}.vm("kernel", "initrd")
+		if vm.Balloon != want.balloon || vm.FreePageReporting != want.reporting {
+			t.Errorf("%s: balloon %t, reporting %t", balloonKinds[i].name, vm.Balloon, vm.FreePageReporting)
+		}
+		first := benchCase{guest: balloonKinds[0]}.vm("kernel", "initrd")
+		if !slices.Equal(vm.KernelArgs, first.KernelArgs) {
+			t.Errorf("%s: its guest has other work", balloonKinds[i].name)
+		}
 	}
 }
 

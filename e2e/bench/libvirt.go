@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -13,10 +12,11 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
+	"github.com/migrated-vm/migrated/e2e/jsonfile"
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// The ways of a VM with a disk, a network card and what libvirt adds from host to host.
+// The ways in which a VM with a disk, a network card and what libvirt adds goes from host to host.
 const (
 	domainByUs      = "libvirt's domain, by migrated"
 	domainByLibvirt = "libvirt's domain, by virsh migrate --postcopy"
@@ -76,11 +76,7 @@ func compareLibvirt(ctx context.Context, o options) (err error) {
 		of.finish()
 	}
 	r.print()
-	text, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(o.dir, "libvirt.json"), append(text, '\n'), 0o644)
+	return jsonfile.Write(filepath.Join(o.dir, "libvirt.json"), r)
 }
 
 func (r libvirtReport) print() {
@@ -93,8 +89,8 @@ func (r libvirtReport) print() {
 		ours-r.Downtime[plainByUs].Median, ours/r.Downtime[domainByLibvirt].Median)
 }
 
-// allowUserfaultfd lets a QEMU that is not root's have a userfaultfd for the whole VM: libvirt's own post-copy needs
-// that, and the file of its package that sets it. The function that is returned takes it back.
+// allowUserfaultfd lets a QEMU of another user than root have a userfaultfd for the whole VM. libvirt's own post-copy
+// needs that, and its package sets it by a file. takeBack sets what was there before.
 func allowUserfaultfd() (takeBack func() error, err error) {
 	const knob = "/proc/sys/vm/unprivileged_userfaultfd"
 	before, err := os.ReadFile(knob)
@@ -116,9 +112,9 @@ func stageLibvirt(ctx context.Context, o options) (_ *libvirtScene, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// One vCPU: with several TCG's guest may stand still after libvirt's own migration.
+	// One vCPU, because with several a guest of TCG's may stand still after libvirt's own migration.
 	vm := lab.RealVM(kernel, initrd, 256, 1, 1, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
-	vm.VCPUs, vm.Extra = 1, []string{"-device", "qemu-xhci"} // as libvirt adds one
+	vm.VCPUs, vm.Extra = 1, []string{"-device", "qemu-xhci"} // libvirt adds one, too
 	l, err := lab.New(ctx)
 	if err != nil {
 		return nil, err
@@ -128,7 +124,7 @@ func stageLibvirt(ctx context.Context, o options) (_ *libvirtScene, err error) {
 			err = errors.Join(err, l.Close())
 		}
 	}()
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		log, err := os.Create(filepath.Join(o.dir, "libvirt-"+h.Name+".log"))
 		if err != nil {
 			return nil, err
@@ -148,7 +144,7 @@ func stageLibvirt(ctx context.Context, o options) (_ *libvirtScene, err error) {
 	return &libvirtScene{lab: l, vm: vm, at: l.A}, nil
 }
 
-// startDomain has libvirt start the VM.
+// startDomain makes libvirt start the VM.
 func (s *libvirtScene) startDomain(ctx context.Context) error {
 	if err := s.at.StartWatchedDomain(ctx, s.vm); err != nil {
 		return err
@@ -182,10 +178,7 @@ func (s *libvirtScene) ready(ctx context.Context) error {
 func (s *libvirtScene) move(
 	ctx context.Context, move func(ctx context.Context, from, to *lab.Host) error, events string,
 ) (float64, error) {
-	from, to := s.at, s.lab.B
-	if from == to {
-		to = s.lab.A
-	}
+	from, to := s.at, s.lab.Other(s.at)
 	watch, err := s.lab.WatchSwitchAt(ctx, from, to, events)
 	if err != nil {
 		return 0, err
@@ -199,20 +192,16 @@ func (s *libvirtScene) move(
 	return ms(switched.Downtime()), nil
 }
 
-// byUs moves the VM of an address by migrated.
+// byUs returns a function that moves the VM at an address by migrated.
 func (s *libvirtScene) byUs(vm string) func(ctx context.Context, from, to *lab.Host) error {
 	return func(ctx context.Context, from, to *lab.Host) error {
-		binary, err := lab.Binary()
-		if err != nil {
-			return err
-		}
-		_, err = from.Run(ctx, binary, "migrate", "--vm", vm, "--to", to.DaemonAddr())
+		_, err := from.Migrated(ctx, "migrate", "--vm", vm, "--to", to.DaemonAddr())
 		return err
 	}
 }
 
-// byVirsh moves the domain by libvirt's own post-copy, after one pass over its memory: unsafe, because libvirt does not
-// know that the hosts share the image.
+// byVirsh moves the domain by libvirt's own post-copy, after one pass over its memory. It uses --unsafe because libvirt
+// does not know that the hosts share the image.
 func byVirsh(ctx context.Context, from, to *lab.Host) error {
 	_, err := from.Virsh(ctx, "migrate", "--live", "--unsafe", "--p2p", "--postcopy", "--postcopy-after-precopy",
 		lab.DomainName, to.LibvirtURI())

@@ -11,11 +11,9 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// qemuProgram is what QEMU's processes are found by.
+// qemuProgram is the name by which QEMU's processes are found.
 const qemuProgram = "qemu-system-x86_64"
 
 // clockTick is the unit of the times in /proc/PID/stat; USER_HZ is 100 on every architecture that Go knows.
@@ -23,17 +21,18 @@ const clockTick = 10 * time.Millisecond
 
 // meter measures what a move costs: CPU time of everything but the vCPUs, and bytes on the wire.
 type meter struct {
-	scene    *scene
-	from, to *lab.Host
-	cpu      cpu
-	bytes    uint64
+	scene *scene
+	began time.Time
+	cpu   cpu
+	bytes uint64
 }
 
-// cpu is CPU time.
-type cpu struct{ daemons, qemus time.Duration }
+// cpu is CPU time. bench is mostly the work of the emulated link. used is the time of the whole machine that was used,
+// and all is the time that there was.
+type cpu struct{ daemons, qemus, vcpus, bench, used, all time.Duration }
 
-func (s *scene) startMeter(ctx context.Context, from, to *lab.Host) (*meter, error) {
-	m := &meter{scene: s, from: from, to: to}
+func (s *scene) startMeter(ctx context.Context) (*meter, error) {
+	m := &meter{scene: s, began: time.Now()}
 	var err error
 	if m.cpu, err = s.cpu(); err != nil {
 		return nil, err
@@ -42,7 +41,7 @@ func (s *scene) startMeter(ctx context.Context, from, to *lab.Host) (*meter, err
 	return m, err
 }
 
-// stop fills in what was used since the start.
+// stop fills in what was used since startMeter.
 func (m *meter) stop(ctx context.Context, f *figures) error {
 	now, err := m.scene.cpu()
 	if err != nil {
@@ -52,18 +51,28 @@ func (m *meter) stop(ctx context.Context, f *figures) error {
 	f.Bytes = bytes - m.bytes
 	f.CPU = now.daemons + now.qemus - m.cpu.daemons - m.cpu.qemus
 	f.CPUDaemons = now.daemons - m.cpu.daemons
+	f.Took = time.Since(m.began)
+	f.Machine = usedBetween(m.cpu, now)
 	return err
 }
 
-// cpu is the CPU time that both daemons and both QEMUs have used, without that of the vCPUs. It includes threads that
-// have ended, as QEMU's migration threads do.
+// cpu returns the CPU time that all daemons and both QEMUs have used, the latter without that of the vCPUs. It includes
+// threads that have ended, as QEMU's migration threads do.
 func (s *scene) cpu() (total cpu, err error) {
-	for _, h := range s.hosts() {
-		used, err := cpuTime(fmt.Sprintf("/proc/%d/stat", s.daemons[h].PID))
-		if err != nil {
-			return cpu{}, err
+	if total.used, total.all, err = machineTime("/proc/stat"); err != nil {
+		return cpu{}, err
+	}
+	if total.bench, err = cpuTime("/proc/self/stat"); err != nil {
+		return cpu{}, err
+	}
+	for _, h := range s.lab.Hosts() {
+		for _, d := range s.daemons[h] {
+			used, err := cpuTime(fmt.Sprintf("/proc/%d/stat", d.PID))
+			if err != nil {
+				return cpu{}, err
+			}
+			total.daemons += used
 		}
-		total.daemons += used
 		qemus, err := h.Processes(qemuProgram)
 		if err != nil {
 			return cpu{}, err
@@ -78,12 +87,13 @@ func (s *scene) cpu() (total cpu, err error) {
 				return cpu{}, err
 			}
 			total.qemus += used - vcpus
+			total.vcpus += vcpus
 		}
 	}
 	return total, nil
 }
 
-// vcpuTime is the CPU time of a QEMU's vCPU threads, which it names "CPU 0/TCG".
+// vcpuTime returns the CPU time of a QEMU's vCPU threads, which it names "CPU 0/TCG".
 func vcpuTime(pid int) (time.Duration, error) {
 	comms, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*/comm", pid))
 	if err != nil {
@@ -108,13 +118,39 @@ func vcpuTime(pid int) (time.Duration, error) {
 	return total, nil
 }
 
+// machineTime reads from proc_stat(5) the CPU time that was used, and all CPU time that there was.
+func machineTime(path string) (used, all time.Duration, err error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0, 0, err
+	}
+	line, _, _ := strings.Cut(string(text), "\n")
+	fields := strings.Fields(line)
+	const idle, ioWait, last = 4, 5, 8 // guests come after it, and are also counted as users
+	if len(fields) <= last || fields[0] != "cpu" {
+		return 0, 0, fmt.Errorf("%s begins with %q", path, line)
+	}
+	for i, field := range fields[1 : last+1] {
+		n, err := strconv.ParseUint(field, 10, 64)
+		if err != nil {
+			return 0, 0, fmt.Errorf("%s: %w", path, err)
+		}
+		took := time.Duration(n) * clockTick
+		all += took
+		if i+1 != idle && i+1 != ioWait {
+			used += took
+		}
+	}
+	return used, all, nil
+}
+
 // cpuTime reads utime and stime of proc_pid_stat(5).
 func cpuTime(path string) (time.Duration, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
 		return 0, err
 	}
-	// Fields are counted from behind the name, which may hold anything.
+	// Fields are counted from the end of the name, which may hold anything.
 	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
 	if len(fields) < 13 {
 		return 0, fmt.Errorf("%s has %d fields", path, len(fields))
@@ -130,10 +166,10 @@ func cpuTime(path string) (time.Duration, error) {
 	return time.Duration(ticks) * clockTick, nil
 }
 
-// wire is how many bytes both hosts have sent each other, by their interfaces' counters.
+// wire returns how many bytes both hosts have sent each other, by their interfaces' counters.
 func (s *scene) wire(ctx context.Context) (uint64, error) {
 	total := uint64(0)
-	for _, h := range s.hosts() {
+	for _, h := range s.lab.Hosts() {
 		out, err := h.Run(ctx, "ip", "-json", "-stats", "link", "show", "dev", "cable")
 		if err != nil {
 			return 0, err

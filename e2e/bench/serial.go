@@ -14,21 +14,21 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// serialPoll is how often the end of a serial log is looked at: much shorter than a window of the guest's.
+// serialPoll is how often the end of a serial log is read again: much shorter than a window of the guest's.
 const serialPoll = 2 * time.Millisecond
 
-// serial is what the guest says, wherever it is: a line may begin on one host and end on the other.
+// serial reads what the guest says on whichever host it runs. A line may begin on one host and end on the other.
 type serial struct {
 	ctx   context.Context //nolint:containedctx // io.Reader has none
 	files map[*lab.Host]*os.File
 	now   *os.File
-	next  atomic.Pointer[os.File] // where it goes on once now is at its end
+	next  atomic.Pointer[os.File] // the file to read when now is at its end
 }
 
 // followSerial reads the guest's reports into log until ctx ends, from host a first.
 func followSerial(ctx context.Context, l *lab.Lab, log *report.Log) (*serial, error) {
 	s := &serial{ctx: ctx, files: map[*lab.Host]*os.File{}}
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		f, err := os.OpenFile(h.Path(lab.SerialLog), os.O_CREATE|os.O_RDONLY, 0o666)
 		if err != nil {
 			return nil, err
@@ -43,17 +43,17 @@ func followSerial(ctx context.Context, l *lab.Lab, log *report.Log) (*serial, er
 				_ = f.Close() // was only read
 			}
 		}()
-		_ = log.Follow(s) // it ends with ctx; what is missing then, somebody waits for
+		_ = log.Follow(s) // it ends with ctx; a caller that waits for missing lines gets the error
 	}()
 	return s, nil
 }
 
-// follow says that the guest runs on h now.
+// follow tells s that the guest runs on h now.
 func (s *serial) follow(h *lab.Host) { s.next.Store(s.files[h]) }
 
 func (s *serial) Read(p []byte) (int, error) {
 	for {
-		next := s.next.Load() // before the read: what the old host wrote, it wrote before
+		next := s.next.Load() // loaded before the read: the old host wrote all its text before follow
 		n, err := s.now.Read(p)
 		if n > 0 || err != nil && !errors.Is(err, io.EOF) {
 			return n, err

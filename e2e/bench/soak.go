@@ -4,22 +4,22 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
+	"github.com/migrated-vm/migrated/e2e/jsonfile"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
 const (
-	// movePatience bounds one move of a soak, with all that is waited for, and one check of its guest.
+	// movePatience bounds one move of a soak with all its waiting, and one check of its guest.
 	movePatience = 3 * time.Minute
-	// checkEvery is after how many moves the guest reads all that it has ever written. What it reads anyway, it checks.
+	// checkEvery is the number of moves between two checks, in which the guest reads all that it has ever written. It
+	// checks what it reads in between anyway.
 	checkEvery = 10
 )
 
@@ -53,7 +53,7 @@ type soakReport struct {
 func soak(ctx context.Context, o options) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience+time.Duration(o.soak)*2*movePatience)
 	defer cancel()
-	c := benchCase{network: networks[0], guest: deviceGuest(o.devices, true)}
+	c := benchCase{qemu: o.qemu, network: networks[0], devices: true, guest: deviceGuest(o.devices, true)}
 	fmt.Printf("── soak: %s, %d moves, QEMU %s\n", c.name(), o.soak, o.qemu)
 	s, err := c.stage(ctx, o)
 	if err != nil {
@@ -70,14 +70,14 @@ func soak(ctx context.Context, o options) (err error) {
 				return errors.Join(err, r.write(o.dir))
 			}
 		}
-		if err := r.write(o.dir); err != nil { // after each move, because hours are not to be lost
+		if err := r.write(o.dir); err != nil { // after each move, so that hours of results are not lost
 			return err
 		}
 	}
 	return r.verdict()
 }
 
-// move tries one move. A move that fails is counted, and the error is nil as long as the VM can be moved again.
+// move tries one move. It counts a failed move, and returns an error only if the VM cannot be moved again.
 func (r *soakReport) move(ctx context.Context, s *scene) error {
 	r.Moves++
 	moving, cancel := context.WithTimeout(ctx, movePatience)
@@ -89,7 +89,7 @@ func (r *soakReport) move(ctx context.Context, s *scene) error {
 		r.Downtime.All = append(r.Downtime.All, ms(f.Downtime))
 		r.PingGap.All = append(r.PingGap.All, ms(f.PingGap))
 	}
-	if err == nil || errors.Is(err, report.ErrDamaged) || errors.Is(err, report.ErrDisk) { // which check counts
+	if err == nil || errors.Is(err, report.ErrDamaged) || errors.Is(err, report.ErrDisk) { // check counts these
 		fmt.Printf("   move %d: %s to %s, %v\n", r.Moves, from.Name, s.at.Name, f)
 		return nil
 	}
@@ -101,7 +101,7 @@ func (r *soakReport) move(ctx context.Context, s *scene) error {
 	return nil
 }
 
-// check has the guest check everything. An error says that it cannot.
+// check makes the guest check everything. It returns an error if the guest cannot.
 func (r *soakReport) check(ctx context.Context, s *scene) error {
 	ctx, cancel := context.WithTimeout(ctx, movePatience)
 	defer cancel()
@@ -112,7 +112,7 @@ func (r *soakReport) check(ctx context.Context, s *scene) error {
 	r.Checks++
 	r.MemoryCorruptions, r.DiskBlocks = v.Corruptions, v.Blocks
 	r.DiskCorruptions, r.DiskErrors, r.DiskWrites = 0, 0, 0
-	for _, d := range v.Disks { // counters are those since the guest booted
+	for _, d := range v.Disks { // counters since the guest booted
 		r.DiskCorruptions += d.Corruptions
 		r.DiskErrors += d.Errors
 		r.DiskWrites += d.Writes
@@ -133,7 +133,7 @@ func (s *scene) findVM(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, movePatience)
 	defer cancel()
 	var running []*lab.Host
-	for _, h := range s.hosts() {
+	for _, h := range s.lab.Hosts() {
 		status, err := vmStatus(ctx, h)
 		if err != nil {
 			fmt.Printf("   host %s has no VM: %v\n", h.Name, err)
@@ -149,13 +149,13 @@ func (s *scene) findVM(ctx context.Context) error {
 	}
 	s.at = running[0]
 	s.serial.follow(s.at)
-	if _, err := vmStatus(ctx, s.other()); err != nil {
+	if _, err := vmStatus(ctx, s.lab.Other(s.at)); err != nil {
 		return nil // nothing is left there
 	}
-	return contenders[0].end(ctx, s.other())
+	return contenders[0].end(ctx, s.lab.Other(s.at))
 }
 
-// vmStatus asks QEMU on a host by the monitor that is not the daemon's.
+// vmStatus asks QEMU on a host by the monitor that the daemon does not use.
 func vmStatus(ctx context.Context, h *lab.Host) (string, error) {
 	client, err := qmp.Dial(ctx, h.Path(lab.EventsPath))
 	if err != nil {
@@ -174,14 +174,10 @@ func (r *soakReport) write(dir string) error {
 			s.finish()
 		}
 	}
-	data, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, "soak.json"), append(data, '\n'), 0o644)
+	return jsonfile.Write(filepath.Join(dir, "soak.json"), r)
 }
 
-// verdict prints what was counted. It is an error if a move failed, or anything was damaged.
+// verdict prints what was counted. It returns an error if a move failed or anything was damaged.
 func (r *soakReport) verdict() error {
 	fmt.Printf("%d moves, %d failed; downtime %v ms\n", r.Moves, len(r.Failures), r.Downtime)
 	fmt.Printf("%d checks: %d corruptions of memory; %d of disks, %d errors, %d writes, %d blocks in the last check\n",

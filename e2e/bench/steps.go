@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +11,7 @@ import (
 	"path/filepath"
 	"text/tabwriter"
 
+	"github.com/migrated-vm/migrated/e2e/jsonfile"
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
@@ -29,22 +29,22 @@ type caseSteps struct {
 	Steps   map[string]*spread `json:"steps"`
 }
 
-// A step is a part of the downtime, as daemons log it.
+// A step is a part of the downtime, from the daemons' logs.
 type step struct {
 	name, unit string
 	of         func(e entries) (float64, error)
 }
 
-// entries are what the two daemons have logged about one move, and the downtime as QEMU's events have it.
+// entries are what the two daemons have logged about one move, and the downtime by QEMU's events.
 type entries struct {
 	early, loaded, switched entry // at the source
 	runs                    entry // at the destination
 	downtime                float64
 }
 
-// The first is the pause of the early load, while the VM is prepared. What is indented is no step of its own: loading
+// The first is the pause of the early load, while the VM is prepared. An indented line is no step of its own: loading
 // begins while QEMU saves, and the slowest is one of the faults. The steps from save to cont add up to the whole. Most
-// of stop comes before the STOP event, where the whole begins; what comes after it is in commit.
+// of stop comes before the STOP event, with which the whole begins; the rest of it is in commit.
 var steps = []step{
 	{"pause before", "ms", func(e entries) (float64, error) { return e.early.duration("pause") }},
 	{"stop", "ms", func(e entries) (float64, error) { return e.loaded.duration("stop") }},
@@ -60,8 +60,8 @@ var steps = []step{
 	{"  slowest", "ms", func(e entries) (float64, error) { return e.runs.duration("slowest_fault") }},
 }
 
-// commitTime is what is left of the downtime: the source hears of STOP, checks what was saved, and writes down that the
-// VM is the destination's, unless it has done so meanwhile.
+// commitTime returns the rest of the downtime: the source hears of STOP, checks what was saved, and records that the VM
+// is the destination's, unless it recorded that before.
 func commitTime(e entries) (float64, error) {
 	downtime, err := e.switched.duration("downtime")
 	save, saveErr := e.loaded.duration("save")
@@ -71,7 +71,7 @@ func commitTime(e entries) (float64, error) {
 	return downtime - save - transfer - network/2 - cont, errors.Join(err, saveErr, transferErr, networkErr, contErr)
 }
 
-// showSteps moves the VM of each case by migrated and prints what the parts of the downtime took.
+// showSteps moves the VM of each case by migrated and prints how long the parts of the downtime took.
 func showSteps(ctx context.Context, o options, chosen []benchCase) error {
 	r := stepsReport{QEMU: o.qemu, Rounds: o.rounds}
 	for i, c := range chosen {
@@ -81,11 +81,7 @@ func showSteps(ctx context.Context, o options, chosen []benchCase) error {
 			return fmt.Errorf("case %s: %w", c.name(), err)
 		}
 		r.Cases = append(r.Cases, of)
-		data, err := json.MarshalIndent(r, "", "  ")
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(filepath.Join(o.dir, "steps.json"), append(data, '\n'), 0o644); err != nil {
+		if err := jsonfile.Write(filepath.Join(o.dir, "steps.json"), r); err != nil {
 			return err
 		}
 	}
@@ -131,7 +127,7 @@ func (c benchCase) steps(ctx context.Context, o options) (_ *caseSteps, err erro
 	return r, s.verify(ctx)
 }
 
-// entries are what was logged about the newest move, which began at from.
+// entries returns what was logged about the newest move, which began at from.
 func (s *scene) entries(from *lab.Host, f figures) (e entries, err error) {
 	e.downtime = ms(f.Downtime)
 	for _, of := range []struct {
@@ -151,7 +147,7 @@ func (s *scene) entries(from *lab.Host, f figures) (e entries, err error) {
 	return e, nil
 }
 
-// print prints medians, a column for each case.
+// print prints medians, with a column for each case.
 func (r stepsReport) print(out io.Writer) {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "QEMU %s, medians of %d", r.QEMU, r.Rounds)
@@ -166,5 +162,5 @@ func (r stepsReport) print(out io.Writer) {
 		}
 		fmt.Fprintln(w)
 	}
-	_ = w.Flush() // standard output; there is nobody else to tell
+	_ = w.Flush() // standard output; an error cannot be reported elsewhere
 }

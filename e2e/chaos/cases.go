@@ -11,28 +11,28 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// A chaosCase is one migration and what disturbs it. It follows from Seed and Index alone.
+// A chaosCase is one migration and what disturbs it. Seed and Index alone determine it.
 type chaosCase struct {
 	Seed  uint64
 	Index int
 	Kind  string
 	At    moment
-	For   time.Duration // how long the fault lasts, where it can be undone
+	For   time.Duration // how long the fault lasts, if it can be undone
 	Link  lab.Link      // the network, before the fault and after it
-	Pick  uint64        // chooses among what a kind can do
-	// Memory is what the VM's RAM is made of; of a crowd, that of the first VM of the crowd's own.
+	Pick  uint64        // chooses among the variants of a kind
+	// Memory is the kind of the VM's RAM. In a crowd it is that of the first VM that is made for the crowd.
 	Memory lab.Backend
 
-	// Of a crowd: how many VMs, and the fault that meets them.
+	// Of a crowd: the number of VMs, and the fault that meets them.
 	VMs   int
 	Crowd string
 }
 
 // A moment is when the fault strikes.
 type moment struct {
-	Point string        // of internal/migration; empty: a time
-	After time.Duration // the migration's start, or the switch
-	// Switched: After is a time after the VM ran at the destination.
+	Point string        // a point of internal/migration; empty: a time
+	After time.Duration // since the migration's start, or since the switch
+	// Switched is set if After counts from the moment when the VM ran at the destination.
 	Switched bool
 }
 
@@ -79,7 +79,7 @@ const (
 	lyingSource       = "lying-source"
 	crowd             = "crowd"
 
-	// What others than migrated do; others.go.
+	// What others than migrated do, see others.go.
 	quitVM              = "quit-vm"
 	powerOff            = "guest-powers-off"
 	resetGuest          = "guest-resets"
@@ -89,11 +89,11 @@ const (
 	snapshotDisk        = "snapshot-disk"
 	foreignMapper       = "foreign-mapper"
 
-	// noFault is what the others are compared with.
+	// noFault breaks nothing. The other faults are compared with it.
 	noFault = "nothing"
 )
 
-// deck has each kind as often as it is to come in so many cases: every deckful has all of them, in an order of its own.
+// deck has each kind as often as it comes in so many cases. Every deckful has all of them, in an order of its own.
 var deck = []string{
 	killSource, killSource, killSource, killDestination, killDestination, killDestination, killBoth, killBoth,
 	stopSource, stopDestination, killTheirQEMU, killTheirHost, killOurQEMU, pullCable, cutBoth, cutOne, badLink,
@@ -101,26 +101,26 @@ var deck = []string{
 	quitVM, powerOff, resetGuest, panicGuest, continueSource, continueDestination, snapshotDisk, foreignMapper,
 }
 
-// memories are the kinds of RAM, as often as they come: most VMs have what QEMU takes without being told.
+// memories are the kinds of RAM, as often as they come. Most VMs have the RAM that QEMU takes by default.
 var memories = []lab.Backend{lab.BackendDefault, lab.BackendDefault, lab.BackendFile}
 
-// crowdFaults are those that many migrations can meet together.
+// crowdFaults are the faults that many migrations can meet together.
 var crowdFaults = []string{killSource, killDestination, killBoth, cutBoth, cutOne, badLink}
 
-// A pack is what cases are dealt from.
+// A pack is the cards from which cases are dealt.
 type pack struct {
 	deck     []string
 	memories []lab.Backend
 }
 
-// The packs of machines whose QEMU the suite starts, and of domains of libvirt's.
+// The packs of VMs that the suite starts, and of VMs that are domains of libvirt's.
 var (
 	ofQEMUs   = pack{deck, memories}
 	ofDomains = pack{libvirtDeck, libvirtMemories}
 )
 
-// newCase is case index of the seed's sequence. Its point is one of at; where that is not all of them, the fault comes
-// at one, if it is of a kind that can.
+// newCase returns case index of the seed's sequence. Its point is one of at. If at lacks some points, the fault comes
+// at a point wherever its kind allows that.
 func newCase(seed uint64, index int, p pack, at []point) chaosCase {
 	r := rand.New(rand.NewPCG(seed, uint64(index)))
 	c := chaosCase{
@@ -130,12 +130,12 @@ func newCase(seed uint64, index int, p pack, at []point) chaosCase {
 	c.Link.Seed = c.Pick
 	c.At = c.when(r, at)
 	switch c.Kind {
-	case fullTmpfs, flipBits, lyingSource: // it takes a while until one of them bites
+	case fullTmpfs, flipBits, lyingSource: // these take a while to have an effect
 		c.For += time.Second
 	}
 	switch c.Kind {
 	case fullTmpfs, fullHugePages, foreignMapper:
-		c.Memory = lab.BackendFile // only files can fill a file system, or be mapped
+		c.Memory = lab.BackendFile // only RAM in files can fill a file system, or be mapped
 	}
 	if c.Kind == crowd {
 		c.VMs = 2
@@ -144,19 +144,19 @@ func newCase(seed uint64, index int, p pack, at []point) chaosCase {
 		}
 		c.Crowd = crowdFaults[r.IntN(len(crowdFaults))]
 		c.At = moment{After: upTo(r, 4*time.Second)}
-		c.For = min(c.For, 3*time.Second) // so many guests on two processors are slow enough
+		c.For = min(c.For, 3*time.Second) // so many guests on two processors are slow anyway
 	}
 	return c
 }
 
-// deal returns what case index gets of cards that are dealt to one case after the other, and shuffled anew when all
-// are dealt. Each purpose has a pack of its own.
+// deal returns the card of case index. Cards are dealt to one case after the other, and shuffled anew when all are
+// dealt. Each purpose has a pack of its own.
 func deal[T any](seed uint64, index int, purpose uint64, cards []T) T {
 	round := rand.New(rand.NewPCG(seed^purpose<<32, uint64(index/len(cards))))
 	return cards[round.Perm(len(cards))[index%len(cards)]]
 }
 
-// when chooses the moment: mostly a point, and most of the times after the switch, where most of a migration is.
+// when chooses the moment: mostly a point. Most of the times are after the switch, where most of a migration is.
 func (c chaosCase) when(r *rand.Rand, at []point) moment {
 	point := deal(c.Seed, c.Index, 2, at)
 	early, late := upTo(r, 1200*time.Millisecond), upTo(r, c.transfer())
@@ -169,12 +169,12 @@ func (c chaosCase) when(r *rand.Rand, at []point) moment {
 		if slices.Contains(tooLate, point.name) {
 			dice = 9
 		}
-	case killOurQEMU: // while the VM runs there, that is no failed migration but a dead VM
+	case killOurQEMU: // before the switch this kills the VM, which is no failed migration
 		return moment{After: late, Switched: true}
 	case fullHugePages: // from the beginning
 		return moment{}
 	case flipBits, lyingSource, badLink, fullTmpfs, powerOff, panicGuest:
-		dice = 6 + dice%4 // they are about what flows, or a guest that hears
+		dice = 6 + dice%4 // they concern pages on their way, or a guest that hears
 	case continueSource:
 		return moment{Point: deal(c.Seed, c.Index, 4, stands)}
 	case continueDestination, destroyWaiting:
@@ -190,14 +190,14 @@ func (c chaosCase) when(r *rand.Rand, at []point) moment {
 	}
 }
 
-// transfer is about what the VM's memory takes on the network of the case, after the switch.
+// transfer is roughly the time that the VM's memory takes on the case's network after the switch.
 func (c chaosCase) transfer() time.Duration {
 	const bits = 90e6 * 8
 	return time.Duration(bits / float64(c.Link.Rate) * float64(time.Second))
 }
 
-// At stands the source keeps the VM stopped: at the first two nobody was told yet to run it, from the commit on QEMU
-// refuses to. At waits the destination's QEMU waits for it.
+// At the points of stands the source keeps the VM stopped. At the first two no QEMU was told yet to run it; from the
+// commit on QEMU refuses to run it. At the points of waits the destination's QEMU waits for the VM.
 var (
 	stands = []string{"source-stopped", "source-saved", "source-committed", "source-answered"}
 	waits  = []string{
@@ -206,15 +206,16 @@ var (
 	}
 )
 
-// tooLate are the points at which the VM is all at the destination: to kill it there is no matter of migrations.
-var tooLate = []string{"source-last-page", "source-completing", "source-quit", "source-forgotten", "destination-completed",
-	"destination-ended"}
+// tooLate are the points at which all of the VM is at the destination. A QEMU that is killed there concerns no
+// migration.
+var tooLate = []string{"source-last-page", "source-completing", "source-quit", "source-reported", "source-forgotten",
+	"destination-completed", "destination-ended"}
 
 func upTo(r *rand.Rand, most time.Duration) time.Duration {
 	return time.Duration(r.Int64N(int64(most))).Round(time.Millisecond)
 }
 
-// lasting is mostly short, and sometimes longer than the daemons' keepalive.
+// lasting returns a time that is mostly short, and sometimes longer than the daemons' keepalive.
 func lasting(r *rand.Rand) time.Duration {
 	switch dice := r.IntN(100); {
 	case dice < 75:

@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 // short is how many cases are part of "make test": all kinds of faults once.
@@ -24,11 +24,13 @@ const (
 // TestShort plays the first cases of a seed.
 func TestShort(t *testing.T) {
 	if os.Getuid() != 0 {
-		cannot.Run(t, "hosts are made of namespaces, which needs root")
+		testenv.CannotRun(t, "hosts are made of namespaces, which needs root")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 14*time.Minute)
 	defer cancel()
-	r, err := run(ctx, options{n: short, seed: shortSeed, only: -1, dir: filepath.Join("..", "..", "build", "chaos-short")})
+	r, err := run(ctx, options{
+		n: short, seed: shortSeed, only: -1, dir: filepath.Join("..", "..", "build", "chaos-short"),
+	})
 	if r != nil {
 		r.print(os.Stdout)
 		t.Log(r.summary())
@@ -41,7 +43,7 @@ func TestShort(t *testing.T) {
 	}
 }
 
-// TestPointsAreThoseOfTheSource: a point that was forgotten here is never broken.
+// TestPointsAreThoseOfTheSource: points has every point of the source. A point that is missing would never be tested.
 func TestPointsAreThoseOfTheSource(t *testing.T) {
 	files, err := filepath.Glob("../../internal/migration/*.go")
 	if err != nil {
@@ -53,7 +55,7 @@ func TestPointsAreThoseOfTheSource(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, match := range regexp.MustCompile(`reached\("([^"]+)"\)`).FindAllStringSubmatch(string(text), -1) {
+		for _, match := range regexp.MustCompile(`testPoint\("([^"]+)"\)`).FindAllStringSubmatch(string(text), -1) {
 			found = append(found, match[1])
 		}
 	}
@@ -113,9 +115,11 @@ func TestOverlap(t *testing.T) {
 		twice bool
 		gap   time.Duration
 	}{
-		"none":            {nil, false, 0},
-		"there":           {[]span{{a, at(0), at(10)}, {b, at(15), at(30)}}, false, 5 * time.Millisecond},
-		"there and back":  {[]span{{a, at(0), at(10)}, {b, at(15), at(30)}, {a, at(50), at(60)}}, false, 20 * time.Millisecond},
+		"none":  {nil, false, 0},
+		"there": {[]span{{a, at(0), at(10)}, {b, at(15), at(30)}}, false, 5 * time.Millisecond},
+		"there and back": {
+			[]span{{a, at(0), at(10)}, {b, at(15), at(30)}, {a, at(50), at(60)}}, false, 20 * time.Millisecond,
+		},
 		"twice":           {[]span{{a, at(0), at(10)}, {b, at(9), at(30)}}, true, 0},
 		"twice for long":  {[]span{{a, at(0), at(100)}, {b, at(9), at(30)}}, true, 0},
 		"twice, not next": {[]span{{a, at(0), at(100)}, {a, at(1), at(2)}, {b, at(50), at(60)}}, true, 0},
@@ -131,13 +135,13 @@ func TestOverlap(t *testing.T) {
 	}
 }
 
-// TestSpans has events come late, and before the answer to what the QEMU was asked first.
+// TestSpans: an event may come late, and it may be earlier than the answer to the first question to the QEMU.
 func TestSpans(t *testing.T) {
 	h := &lab.Host{Name: "a"}
 	begin := time.Now()
 	c := &copies{}
-	c.ran(h, begin.Add(5*time.Second)) // it is running, says the answer
-	c.ran(h, begin.Add(time.Second))   // since then, says the event
+	c.ran(h, begin.Add(5*time.Second)) // the answer to a question: it runs
+	c.ran(h, begin.Add(time.Second))   // the event: it has run since then
 	c.stopped(h, begin.Add(6*time.Second))
 	c.stopped(h, begin.Add(7*time.Second))
 	spans := c.since(begin, begin.Add(10*time.Second))

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -12,40 +11,42 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/image"
+	"github.com/migrated-vm/migrated/e2e/jsonfile"
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/e2e/rival"
 )
 
-// comparedFaults are those that QEMU's own post-copy can meet, too: it has no daemon, and no page server of its own.
+// comparedFaults are the faults that QEMU's own post-copy can meet, too: it has no daemon, and no page server of its
+// own.
 var comparedFaults = []string{
 	noFault, pullCable, cutBoth, cutOne, badLink, freezeTheirQEMU, killTheirQEMU, killOurQEMU, fullTmpfs,
 }
 
 const (
-	// rivalName makes the VM's paths those of the lab's only VM, which package rival knows.
+	// rivalName makes the VM's paths those of the lab's only VM, which package rival expects.
 	rivalName = "vm"
-	// struckAfter and struckFor are the same for each fault, and in the middle of the transfer.
+	// struckAfter and struckFor are the same for each fault, in the middle of the transfer.
 	struckAfter, struckFor = 700 * time.Millisecond, 2 * time.Second
-	// rivalPatience is how long QEMU may take once nothing is broken any more.
+	// rivalPatience is how long QEMU may take after the fault has ended.
 	rivalPatience = 40 * time.Second
 )
 
-// A comparison is what became of both after the same fault.
+// A comparison is how migrated and QEMU's own post-copy ended after the same fault.
 type comparison struct {
 	Kind string `json:"kind"`
 	Ours result `json:"ours"`
 	QEMU struct {
 		End   string        `json:"end"`
 		Stall time.Duration `json:"stall_ns"`
-		Said  []string      `json:"said"` // what both QEMUs call it, and what recovery is answered
+		Said  []string      `json:"said"` // the state that both QEMUs report, and the answers to the commands for recovery
 	} `json:"qemu"`
 }
 
-// comparedCase strikes each of them alike.
+// comparedCase returns case i, which is the same for both.
 func comparedCase(i int) chaosCase {
 	return chaosCase{
-		Index: i, Kind: comparedFaults[i], At: moment{After: struckAfter, Switched: true}, For: struckFor, Link: lab.Link{Rate: 200e6}, Pick: 5,
-		Memory: lab.BackendFile,
+		Index: i, Kind: comparedFaults[i], At: moment{After: struckAfter, Switched: true}, For: struckFor,
+		Link: lab.Link{Rate: 200e6}, Pick: 5, Memory: lab.BackendFile,
 	}
 }
 
@@ -72,11 +73,7 @@ func compare(ctx context.Context, dir string) error {
 		fmt.Printf("%s, QEMU's own: %s, stall %.0f ms; %q\n", c.Kind, c.QEMU.End, ms(c.QEMU.Stall), c.QEMU.Said)
 		all = append(all, c)
 	}
-	data, err := json.MarshalIndent(all, "", "  ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, "compare.json"), append(data, '\n'), 0o644)
+	return jsonfile.Write(filepath.Join(dir, "compare.json"), all)
 }
 
 func strikeOurs(ctx context.Context, dir string, i int) (_ result, err error) {
@@ -96,7 +93,7 @@ func strikeRival(ctx context.Context, i int, result *comparison) (err error) {
 	if err != nil {
 		return err
 	}
-	s := &stage{lab: l, keeper: byHand{}, guests: map[lab.Backend]*machine{}}
+	s := &stage{lab: l, runner: suiteRunner{}, guests: map[lab.Backend]*machine{}}
 	defer func() { err = errors.Join(err, s.close(ctx)) }()
 	kernel, initrd, err := image.LinuxWithVirtio(ctx)
 	if err != nil {
@@ -112,14 +109,14 @@ func strikeRival(ctx context.Context, i int, result *comparison) (err error) {
 	return s.moveRival(ctx, comparedCase(i), m, result)
 }
 
-// moveRival moves the VM by QEMU's own post-copy, and strikes when it runs at the destination.
+// moveRival moves the VM by QEMU's own post-copy, and begins the fault when the VM runs at the destination.
 func (s *stage) moveRival(ctx context.Context, c chaosCase, m *machine, result *comparison) error {
 	j := s.newJourney(m, "rival")
 	f, err := s.faultOf(c, c.Kind, j)
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(f.arm(ctx), m.judge.begin(ctx, m)); err != nil {
+	if err := errors.Join(f.arm(ctx), m.checker.begin(ctx, m)); err != nil {
 		return err
 	}
 	j.began = time.Now()
@@ -156,7 +153,7 @@ func (s *stage) moveRival(ctx context.Context, c chaosCase, m *machine, result *
 	return nil
 }
 
-// askRivals notes how both QEMUs call it.
+// askRivals records the state that both QEMUs show.
 func (s *stage) askRivals(ctx context.Context, j *journey, said *[]string) {
 	for _, h := range []*lab.Host{j.from, j.to} {
 		client := j.machine.copies.client(h)
@@ -168,19 +165,21 @@ func (s *stage) askRivals(ctx context.Context, j *journey, said *[]string) {
 		var migration, state struct {
 			Status string `json:"status"`
 		}
-		err := errors.Join(client.Do(asking, "query-migrate", nil, &migration), client.Do(asking, "query-status", nil, &state))
+		err := errors.Join(
+			client.Do(asking, "query-migrate", nil, &migration), client.Do(asking, "query-status", nil, &state),
+		)
 		cancel()
 		*said = append(*said, fmt.Sprintf("host %s: migration %s, VM %s %v", h.Name, migration.Status, state.Status, err))
 	}
 }
 
-// endOfRival says where the VM runs now, after what QEMU's documentation has for an operator to try.
+// endOfRival returns where the VM runs after the steps that QEMU's documentation gives an operator to try.
 func (s *stage) endOfRival(ctx context.Context, j *journey, said *[]string) string {
 	j.machine.at = j.to
 	if err := j.works(ctx); err == nil {
 		return endMoved
 	}
-	if j.machine.copies.client(j.to) == nil { // nothing to recover with: the source is asked to go on
+	if j.machine.copies.client(j.to) == nil { // without a destination the source is asked to go on
 		source := j.machine.copies.client(j.from)
 		if source == nil {
 			return "lost"
@@ -205,7 +204,8 @@ func (s *stage) endOfRival(ctx context.Context, j *journey, said *[]string) stri
 			command string
 			args    map[string]any
 		}{
-			{j.to, "migrate-recover", map[string]any{"uri": uri}}, {j.from, "migrate", map[string]any{"uri": uri, "resume": true}},
+			{j.to, "migrate-recover", map[string]any{"uri": uri}},
+			{j.from, "migrate", map[string]any{"uri": uri, "resume": true}},
 		} {
 			asking, cancel := context.WithTimeout(ctx, 5*time.Second)
 			err := j.machine.copies.client(step.host).Do(asking, step.command, step.args, nil)
@@ -220,13 +220,13 @@ func (s *stage) endOfRival(ctx context.Context, j *journey, said *[]string) stri
 	return "lost"
 }
 
-// works says whether the guest works where the VM is said to be, and all of its memory is right.
+// works returns an error unless the guest works on the machine's host and all of its memory is right.
 func (j *journey) works(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
-	if err := works(ctx, &j.machine.judge.(*linuxJudge).ears[j.machine.at].log, nil, nil); err != nil {
+	if err := works(ctx, &j.machine.checker.(*linuxChecker).listeners[j.machine.at].log, nil, nil); err != nil {
 		return err
 	}
-	_, err := j.machine.judge.verify(ctx, j.machine)
+	_, err := j.machine.checker.verify(ctx, j.machine)
 	return err
 }

@@ -14,8 +14,9 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// copies knows when a VM ran on which host, by the events of its QEMUs: both hosts of a lab have one clock, and QEMU says
-// to the microsecond when its VM ran and when it stopped. So two copies cannot have run at once unseen, however short.
+// copies knows when a VM ran on which host, by the events of its QEMUs. Both hosts of a lab have one clock, and QEMU
+// tells to the microsecond when its VM ran and when it stopped. So two copies cannot run at once unnoticed, however
+// short that is.
 type copies struct {
 	mu      sync.Mutex
 	spans   []span
@@ -29,10 +30,11 @@ type span struct {
 	from, until time.Time // until is zero while it runs
 }
 
-// redial is how long a QEMU may exist before it is watched: it has to start and load much longer before it runs a VM.
+// redial is how long a QEMU may exist before it is watched. A QEMU starts and loads for much longer before it runs a
+// VM.
 const redial = 3 * time.Millisecond
 
-// watchCopies watches the QEMUs at a socket of each host until ctx ends; end then returns when nobody watches any more.
+// watchCopies watches the QEMUs at a socket of each host until ctx ends. Then end returns when all watches have ended.
 func watchCopies(ctx context.Context, socket string, hosts ...*lab.Host) *copies {
 	c := &copies{clients: map[*lab.Host]*qmp.Client{}}
 	for _, h := range hosts {
@@ -61,7 +63,7 @@ func (c *copies) watch(ctx context.Context, h *lab.Host, socket string) {
 	events := client.Subscribe("STOP", "RESUME")
 	c.met(h, client)
 	defer c.gone(h)
-	if runs, err := queryRunning(ctx, client); err == nil && runs {
+	if runs, err := lab.Runs(ctx, client); err == nil && runs {
 		c.ran(h, time.Now())
 	}
 	for {
@@ -79,14 +81,6 @@ func (c *copies) watch(ctx context.Context, h *lab.Host, socket string) {
 			return
 		}
 	}
-}
-
-func queryRunning(ctx context.Context, client *qmp.Client) (bool, error) {
-	var status struct {
-		Running bool `json:"running"`
-	}
-	err := client.Do(ctx, "query-status", nil, &status)
-	return status.Running, err
 }
 
 func (c *copies) met(h *lab.Host, client *qmp.Client) {
@@ -120,7 +114,7 @@ func (c *copies) stopped(h *lab.Host, at time.Time) {
 	}
 }
 
-// open is the span that goes on; the caller holds mu.
+// open returns the span that has not ended; the caller holds mu.
 func (c *copies) open(h *lab.Host) *span {
 	for i := range c.spans {
 		if s := &c.spans[i]; s.host == h && s.until.IsZero() {
@@ -130,27 +124,27 @@ func (c *copies) open(h *lab.Host) *span {
 	return nil
 }
 
-// runs says whether the VM runs on h by what its QEMU has said.
+// runs reports whether the VM runs on h, by what its QEMU has said.
 func (c *copies) runs(h *lab.Host) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.open(h) != nil
 }
 
-// ranOn says whether the VM has run on h since a moment.
+// ranOn reports whether the VM has run on h since a moment.
 func (c *copies) ranOn(h *lab.Host, moment time.Time) bool {
 	return slices.ContainsFunc(c.since(moment, time.Now()), func(s span) bool { return s.host == h })
 }
 
-// client is the connection to the QEMU on h; nil without one.
+// client returns the connection to the QEMU on h; nil without one.
 func (c *copies) client(h *lab.Host) *qmp.Client {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.clients[h]
 }
 
-// since returns the spans that ended after a moment, in the order of their beginnings, those that go on as if they
-// ended now.
+// since returns the spans that ended after a moment, in the order of their beginnings. A span that has not ended counts
+// as ending now.
 func (c *copies) since(moment, now time.Time) []span {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -171,11 +165,12 @@ func (c *copies) since(moment, now time.Time) []span {
 type twiceError struct{ a, b span }
 
 func (e *twiceError) Error() string {
-	return fmt.Sprintf("two copies ran at once: on host %s from %v to %v, on host %s from %v to %v", e.a.host.Name,
-		e.a.from.Format(time.StampMicro), e.a.until.Format(time.StampMicro), e.b.host.Name, e.b.from.Format(time.StampMicro), e.b.until.Format(time.StampMicro))
+	return fmt.Sprintf("two copies ran at once: on host %s from %v to %v, on host %s from %v to %v",
+		e.a.host.Name, e.a.from.Format(time.StampMicro), e.a.until.Format(time.StampMicro),
+		e.b.host.Name, e.b.from.Format(time.StampMicro), e.b.until.Format(time.StampMicro))
 }
 
-// overlap returns an error if two of the spans, in the order of their beginnings, are at the same time.
+// overlap returns an error if two of the spans, which are in the order of their beginnings, overlap in time.
 func overlap(spans []span) error {
 	for i, a := range spans {
 		for _, b := range spans[i+1:] {
@@ -187,7 +182,7 @@ func overlap(spans []span) error {
 	return nil
 }
 
-// longestGap is the longest time between two spans in which the VM ran nowhere.
+// longestGap returns the longest time between two spans in which the VM ran nowhere.
 func longestGap(spans []span) time.Duration {
 	var longest time.Duration
 	var until time.Time

@@ -15,8 +15,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// playCrowd moves several VMs at once, in both directions, and strikes all of them with one fault. Of two, one is the
-// VM with the Linux guest. The others have the two kinds of RAM in turns.
+// playCrowd moves several VMs at once, in both directions, and strikes all of them with one fault. If there are two,
+// one is the VM with the Linux guest. The others have the two kinds of RAM in turns.
 func (s *stage) playCrowd(ctx context.Context, c chaosCase, res *result) (err error) {
 	var all []*machine
 	defer func() {
@@ -33,7 +33,7 @@ func (s *stage) playCrowd(ctx context.Context, c chaosCase, res *result) (err er
 			return err
 		}
 		all = append(all, vm)
-		at = vm.other(vm.at)
+		at = s.lab.Other(vm.at)
 	}
 	for i := len(all); i < c.VMs; i++ {
 		m, err := s.newMetal(ctx, fmt.Sprintf("case%d-%d", c.Index, i), at, memory, false)
@@ -41,7 +41,7 @@ func (s *stage) playCrowd(ctx context.Context, c chaosCase, res *result) (err er
 		if err != nil {
 			return err
 		}
-		at = m.other(at)
+		at = m.lab.Other(at)
 		memory = map[bool]lab.Backend{true: lab.BackendDefault, false: lab.BackendFile}[memory == lab.BackendFile]
 	}
 	var journeys []*journey
@@ -97,7 +97,7 @@ func (s *stage) concludeAll(ctx context.Context, journeys []*journey, res *resul
 	res.End = strings.Join(slices.Compact(ends), ", ")
 }
 
-// hugePages is what Linux reserves huge pages by, for all of the machine.
+// hugePages is the file by which Linux reserves huge pages for the whole machine.
 const hugePages = "/proc/sys/vm/nr_hugepages"
 
 // playHugePages moves a VM in huge pages to a host that has none left.
@@ -108,7 +108,7 @@ func (s *stage) playHugePages(ctx context.Context, c chaosCase, res *result) (er
 		return nil
 	}
 	defer func() { err = errors.Join(err, release()) }()
-	m, err := s.newMetal(ctx, fmt.Sprintf("case%d", c.Index), []*lab.Host{s.lab.A, s.lab.B}[c.Pick%2], c.Memory, true)
+	m, err := s.newMetal(ctx, fmt.Sprintf("case%d", c.Index), s.lab.Hosts()[c.Pick%2], c.Memory, true)
 	if m != nil {
 		defer func() { err = errors.Join(err, m.destroy(ctx)) }()
 	}
@@ -131,8 +131,8 @@ func (s *stage) playHugePages(ctx context.Context, c chaosCase, res *result) (er
 	return nil
 }
 
-// reserve adds huge pages of 2 MiB to the machine's pool until nobody uses n of them; where more are unused already,
-// somebody else needs them. release takes back what was added.
+// reserve adds huge pages of 2 MiB to the machine's pool until n of them are unused. If more are unused already, other
+// programs need them, and it returns an error. release takes back the added pages.
 func reserve(n int) (release func() error, err error) {
 	before, unused, err := pool()
 	if err != nil {
@@ -156,7 +156,7 @@ func reserve(n int) (release func() error, err error) {
 	return release, nil
 }
 
-// pool is how many huge pages there are, and how many of them nobody uses or will.
+// pool returns how many huge pages there are, and how many of them are neither in use nor reserved.
 func pool() (total, unused int, err error) {
 	text, err := os.ReadFile("/proc/meminfo")
 	if err != nil {

@@ -15,21 +15,21 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// A fault disturbs a migration: begin breaks something and end mends it, as a host's systemd or its operator would.
-// arm, where there is one, is called before the migration and disarm after it.
+// A fault disturbs a migration: begin breaks something, and end mends it as a host's systemd or its operator would. arm
+// is called before the migration and disarm after it.
 type fault struct {
-	detail      string // what the case's Pick has chosen; empty where the kind says all
-	order       string // what the daemon does at a point by itself; orderHold: begin does it meanwhile
+	detail      string // what the case's Pick has chosen; empty if the kind says all
+	order       string // what the daemon does by itself at a point; orderHold: it waits while begin acts
 	victims     []*lab.Host
-	guard       bool // it must strike before the destination calls the migration complete
+	guard       bool // it must happen before the destination calls the migration complete
 	begin, end  func(ctx context.Context) error
-	too         func(ctx context.Context) error // happens after begin, also where the daemon has done that by itself
+	too         func(ctx context.Context) error // runs after begin, also if the daemon acted by itself instead of begin
 	arm, disarm func(ctx context.Context) error
 }
 
 func nothing(context.Context) error { return nil }
 
-// faultOf is what the case does to a journey of its machine.
+// faultOf returns what the case does to a journey of its machine.
 func (s *stage) faultOf(c chaosCase, kind string, j *journey) (*fault, error) {
 	f := &fault{order: orderHold, begin: nothing, too: nothing, end: nothing, arm: nothing, disarm: nothing}
 	r := rand.New(rand.NewPCG(c.Pick, 0))
@@ -45,7 +45,7 @@ func (s *stage) faultOf(c chaosCase, kind string, j *journey) (*fault, error) {
 	case freezeDestination:
 		s.freezeDaemon(f, j.to)
 	case killTheirQEMU:
-		f.guard = true // a VM that has all of its memory and dies is no failed migration
+		f.guard = true // a VM that dies with all of its memory is no failed migration
 		f.begin = func(ctx context.Context) error { return j.machine.kill(ctx, j.to) }
 	case killTheirHost:
 		s.killDaemons(f, killDestination, j)
@@ -100,8 +100,8 @@ func (s *stage) faultOf(c chaosCase, kind string, j *journey) (*fault, error) {
 	return f, nil
 }
 
-// meanwhile makes a fault of an order that may wait for a QEMU, which may wait for a daemon that is held at the fault's
-// point: it is given at the beginning, and carried out by the end.
+// meanwhile makes a fault of an order that may have to wait: for a QEMU, which may wait for a daemon that is held at
+// the fault's point. The order is given by begin, and carried out by the time when end returns.
 func (f *fault) meanwhile(order func(context.Context) error) {
 	done := make(chan struct{})
 	var result error
@@ -144,13 +144,13 @@ func (s *stage) killDaemons(f *fault, kind string, j *journey) {
 	f.end = s.reviveDaemons
 }
 
-// stopDaemon is the planned end of a daemon, for an upgrade say.
+// stopDaemon is the planned end of a daemon, as for an upgrade.
 func (s *stage) stopDaemon(f *fault, h *lab.Host) {
 	f.begin = func(context.Context) error { return s.signalDaemon(h, syscall.SIGTERM) }
 	f.end = func(ctx context.Context) error { return errors.Join(s.awaitStopped(ctx, h), s.reviveDaemons(ctx)) }
 }
 
-// errTooLate says that there is nothing any more that a fault could be done to.
+// errTooLate says that what the fault was meant for is gone.
 var errTooLate = errors.New("too late")
 
 func unlessTooLate(err error) error {
@@ -160,14 +160,14 @@ func unlessTooLate(err error) error {
 	return err
 }
 
-// freezeDaemon stops a daemon as if its host did not get to it: to the others it hangs, and to it time jumps.
+// freezeDaemon stops a daemon as if its host gave it no CPU time. To the others it hangs, and for itself time jumps.
 func (s *stage) freezeDaemon(f *fault, h *lab.Host) {
 	f.victims, f.order = []*lab.Host{h}, orderFreeze
 	f.begin = func(context.Context) error { return s.signalDaemon(h, syscall.SIGSTOP) }
 	f.end = func(context.Context) error { return s.signalDaemon(h, syscall.SIGCONT) }
 }
 
-// cut cuts wires without a word to either host: what is sent is lost.
+// cut cuts wires so that neither host notices: what is sent is lost.
 func (s *stage) cut(f *fault, wires ...*lab.Wire) {
 	set := func(cut bool) func(context.Context) error {
 		return func(context.Context) error {
@@ -180,7 +180,7 @@ func (s *stage) cut(f *fault, wires ...*lab.Wire) {
 	f.begin, f.end = set(true), set(false)
 }
 
-// worsen makes the network another one every tenth of a second.
+// worsen changes the network every tenth of a second.
 func (s *stage) worsen(f *fault, c chaosCase, r *rand.Rand) {
 	over, done := make(chan struct{}), make(chan struct{})
 	f.begin = func(context.Context) error {
@@ -213,19 +213,19 @@ func (s *stage) worsen(f *fault, c chaosCase, r *rand.Rand) {
 	}
 }
 
-// ramFiles is the file system with the RAM of VMs, on each host.
+// ramFiles is the file system with the RAM of VMs on each host.
 const ramFiles = "/dev/shm"
 
-// fillTmpfs makes the destination's file system smaller than the VM's data: there is no room for most of what is to come.
-// It never has room for the last of it. A VM that has moved is like any other on a full tmpfs: the kernel ends it when it
-// touches a page that it never had (SIGBUS), and that is no matter of migrations.
+// fillTmpfs makes the destination's file system smaller than the VM's data, so that there is no room for most of the
+// pages to come. There is never room for the last of them. After its move such a VM is like any other on a full tmpfs:
+// the kernel ends it when it touches a page that it never had (SIGBUS), which concerns no migration.
 func (s *stage) fillTmpfs(f *fault, j *journey, r *rand.Rand) {
 	part := r.Float64() * 0.6
 	f.detail = fmt.Sprintf("room for %.0f %%", 100*part)
 	var data int64
 	f.arm = func(context.Context) (err error) {
 		data, err = j.machine.data(j.from)
-		data -= 1 << 20 // what the guest may clear until the switch
+		data -= 1 << 20 // the guest may clear so much until the switch
 		return err
 	}
 	shrink := func(ctx context.Context) error {
@@ -240,7 +240,7 @@ func (s *stage) fillTmpfs(f *fault, j *journey, r *rand.Rand) {
 		return resize(ctx, j.to, fmt.Sprint(max(1, used+int64(part*float64(data-used))))) // 0 is no limit
 	}
 	f.begin = func(ctx context.Context) (err error) {
-		for range 20 { // pages come meanwhile, and a size that is used already is refused
+		for range 20 { // pages come meanwhile, and a size below what is used is refused
 			if err = shrink(ctx); err == nil || errors.Is(err, errTooLate) {
 				break
 			}

@@ -8,8 +8,9 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// foreign is an error if a daemon shows pages that were there before they came: where no process but QEMU maps the VM's
-// memory, the engine has lost count of what it did. Where one does, they must have been written again.
+// foreign returns an error if a daemon shows pages that were there before they came. If no process but QEMU maps the
+// VM's memory, the engine has lost count of what it did. If another process does, the pages must have been written
+// again.
 func (j *journey) foreign(shown ...*migratedv1.Migration) error {
 	for _, m := range shown {
 		if p := m.GetProgress(); p.GetPagesTouched() != 0 && !j.mapped || p.GetPagesUnexplained() != 0 {

@@ -11,7 +11,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// The Linux guest, in MiB: it stamps stampMiB of its memory, visits all of that, and checks all of it when asked.
+// The Linux guest's memory, in MiB: the guest stamps stampMiB of it, visits all of these, and checks all of them when
+// asked.
 const (
 	linuxMiB = 224
 	stampMiB = 48
@@ -20,7 +21,7 @@ const (
 // reporting is how often the guest reports.
 const reporting = 100 * time.Millisecond
 
-// linuxArgs are the guest's.
+// linuxArgs returns the guest's arguments.
 func linuxArgs() []string {
 	return []string{
 		fmt.Sprintf("migrated.mem=%d", stampMiB), "migrated.workers=2", "migrated.rate=300", "migrated.write=50",
@@ -28,7 +29,7 @@ func linuxArgs() []string {
 	}
 }
 
-// realLinux is a VM as most are, with a disk that it writes to and a network card that is answered.
+// realLinux returns a VM like most VMs, with a disk that it writes to and a network card that is answered.
 func realLinux(kernel, initrd string, memory lab.Backend) lab.VMConfig {
 	args := append(linuxArgs(), "migrated.disk-rate=50", "migrated.net-rate=50")
 	c := lab.RealVM(kernel, initrd, linuxMiB, 1, 1, args...)
@@ -37,10 +38,10 @@ func realLinux(kernel, initrd string, memory lab.Backend) lab.VMConfig {
 	return c
 }
 
-// numbers tell the VMs of a stage from each other on networks.
+// numbers distinguish the VMs of a stage on networks.
 var numbers = map[lab.Backend]int{lab.BackendDefault: 0, lab.BackendFile: 1, lab.BackendMemfd: 1}
 
-// bareLinux is a VM without devices, of the kind of memory that QEMU's own post-copy is compared with.
+// bareLinux returns a VM without devices, with the kind of memory that is compared with QEMU's own post-copy.
 func bareLinux(kernel, initrd string) lab.VMConfig {
 	return lab.VMConfig{
 		VCPUs: 2, MemoryMiB: linuxMiB, Nodes: 1, Backend: lab.BackendFile,
@@ -48,8 +49,8 @@ func bareLinux(kernel, initrd string) lab.VMConfig {
 	}
 }
 
-// linux is the VM with the Linux guest whose RAM is of that kind. It boots when it is needed first; while another one
-// is at work, it is stopped.
+// linux returns the VM with the Linux guest whose RAM is of that kind. The VM boots when it is first needed, and is
+// stopped while another one is at work.
 func (s *stage) linux(ctx context.Context, memory lab.Backend) (*machine, error) {
 	for kind, m := range s.guests {
 		if run := kind == memory; m.copies.runs(m.at) != run {
@@ -76,23 +77,25 @@ func (s *stage) linux(ctx context.Context, memory lab.Backend) (*machine, error)
 	return m, err
 }
 
-// bootLinux starts a VM with the Linux guest on host a, and returns when that is at work.
+// bootLinux starts a VM with the Linux guest on host a, and returns when the guest is at work.
 func (s *stage) bootLinux(ctx context.Context, name string, c lab.VMConfig) (*machine, error) {
-	j := &linuxJudge{ctx: context.WithoutCancel(ctx), path: moved(name, lab.SerialLog), ears: map[*lab.Host]*ear{}}
-	m, err := s.newMachine(ctx, name, c, s.lab.A, map[string]string{"kernel": c.Kernel, "initrd": c.Initrd}, j)
+	check := &linuxChecker{
+		ctx: context.WithoutCancel(ctx), path: moved(name, lab.SerialLog), listeners: map[*lab.Host]*listener{},
+	}
+	m, err := s.newMachine(ctx, name, c, s.lab.A, map[string]string{"kernel": c.Kernel, "initrd": c.Initrd}, check)
 	if err != nil {
 		return m, err
 	}
 	booting, cancel := context.WithTimeout(ctx, bootTime)
 	defer cancel()
-	_, err = j.ears[s.lab.A].log.WaitReady(booting)
+	_, err = check.listeners[s.lab.A].log.WaitReady(booting)
 	return m, err
 }
 
 // bootTime bounds the boot of a guest.
 const bootTime = 2 * time.Minute
 
-// keeps says whether the machine is one that the stage goes on with after a case.
+// keeps reports whether the stage goes on with the machine after a case.
 func (s *stage) keeps(m *machine) bool {
 	for _, guest := range s.guests {
 		if guest == m {
@@ -102,7 +105,7 @@ func (s *stage) keeps(m *machine) bool {
 	return false
 }
 
-// retire ends a machine that is of no use any more. The next case that needs one like it boots one.
+// retire ends a machine that is of no further use. The next case that needs a machine like it boots one.
 func (s *stage) retire(ctx context.Context, m *machine) error {
 	for kind, guest := range s.guests {
 		if guest == m {
@@ -110,5 +113,5 @@ func (s *stage) retire(ctx context.Context, m *machine) error {
 			return m.destroy(ctx)
 		}
 	}
-	return nil // who made it ends it
+	return nil // its maker ends it
 }

@@ -18,14 +18,14 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// liarPort is where what stands between the destination and the source's pages listens, on the source.
+// liarPort is the port, on the source, of the proxy between the destination and the source's pages.
 const liarPort = "7601"
 
-// between has the source advertise another address for its pages while a journey lasts, and serves that.
+// between makes the source advertise the proxy's address for its pages while a journey lasts, and serves that address.
 func (s *stage) between(f *fault, j *journey, serve func(net.Listener) (stop func(), err error)) {
 	stop := func() {}
 	f.arm = func(ctx context.Context) error {
@@ -49,7 +49,7 @@ func (s *stage) between(f *fault, j *journey, serve func(net.Listener) (stop fun
 	}
 }
 
-// damage flips a bit now and then of what the source sends, as a bad network card does.
+// damage flips a bit now and then in what the source sends, as a bad network card does.
 func (s *stage) damage(f *fault, j *journey, r *rand.Rand) error {
 	var bad atomic.Bool
 	every := int64(1) << (12 + r.IntN(8)) // bytes
@@ -80,11 +80,13 @@ func (s *stage) damage(f *fault, j *journey, r *rand.Rand) error {
 	return nil
 }
 
-// relay carries a connection to the daemon of h, and what that sends through spoil.
-func (s *stage) relay(ctx context.Context, conn net.Conn, h *lab.Host, spoil func([]byte, *rand.Rand), random *rand.Rand) {
+// relay carries a connection to the daemon of h, and the daemon's data back through spoil.
+func (s *stage) relay(
+	ctx context.Context, conn net.Conn, h *lab.Host, spoil func([]byte, *rand.Rand), random *rand.Rand,
+) {
 	server, err := dialFrom(h)
 	if err != nil {
-		_ = conn.Close() // the other end sees that it gets nowhere
+		_ = conn.Close() // the other end notices
 		return
 	}
 	stop := context.AfterFunc(ctx, func() {
@@ -93,7 +95,7 @@ func (s *stage) relay(ctx context.Context, conn net.Conn, h *lab.Host, spoil fun
 	})
 	defer stop()
 	go func() {
-		_, _ = io.Copy(server, conn) // the end of either is the end of both
+		_, _ = io.Copy(server, conn) // if either ends, both do
 		_ = server.Close()
 	}()
 	defer conn.Close()
@@ -121,13 +123,14 @@ func dialFrom(h *lab.Host) (conn net.Conn, err error) {
 	return conn, err
 }
 
-// A lie is what a reply becomes. It may be sent in place of it or after it.
+// A lie turns a reply into another message, or into an error.
 type lie struct {
 	name string
 	tell func(reply *pagewire.Reply) (instead any, err error)
 }
 
-// lies are what no source sends. None is about what is in a page: whoever has the VM's memory is believed.
+// lies are messages that no source sends. None changes the content of a page, because a destination must trust the host
+// that has the VM's memory.
 var lies = []lie{
 	{"a page that nobody asked for", func(r *pagewire.Reply) (any, error) {
 		r.Runs[0].Offset ^= 64 << 20
@@ -150,7 +153,8 @@ var lies = []lie{
 	}},
 	{"bytes that do not unpack", func(*pagewire.Reply) (any, error) {
 		return &migratedv1.FetchResponse{
-			Runs: []*migratedv1.PageRun{{Length: 4096}}, Data: []byte{0xff, 0xff, 0xff, 0xff}, Compression: migratedv1.Compression_COMPRESSION_S2,
+			Runs: []*migratedv1.PageRun{{Length: 4096}}, Data: []byte{0xff, 0xff, 0xff, 0xff},
+			Compression: migratedv1.Compression_COMPRESSION_S2,
 		}, nil
 	}},
 	{"no page, but an error", func(*pagewire.Reply) (any, error) {
@@ -158,8 +162,8 @@ var lies = []lie{
 	}},
 }
 
-// lie puts a page server between that tells the truth of the real one until it is to lie, and then lies once a lane,
-// for as long as the fault lasts.
+// lie puts a page server between the two that passes on the real one's replies. While the fault lasts, it lies once on
+// each lane.
 func (s *stage) lie(f *fault, j *journey, r *rand.Rand) error {
 	told := lies[r.IntN(len(lies))]
 	var lying atomic.Bool
@@ -176,7 +180,9 @@ func (s *stage) lie(f *fault, j *journey, r *rand.Rand) error {
 			return nil, err
 		}
 		server := grpc.NewServer(append(pagewire.ServerOptions(), grpc.Creds(files.Server()))...)
-		migratedv1.RegisterPageServiceServer(server, &liar{real: migratedv1.NewPageServiceClient(conn), lying: &lying, lie: told})
+		migratedv1.RegisterPageServiceServer(server, &liar{
+			real: migratedv1.NewPageServiceClient(conn), lying: &lying, lie: told,
+		})
 		go func() { _ = server.Serve(listener) }() // it ends by Stop
 		return func() {
 			server.Stop()
@@ -197,7 +203,7 @@ type liar struct {
 	lie   lie
 }
 
-// Fetch is one lane. It announces no compression to the real server, so that pages come as they are.
+// Fetch serves one lane. It announces no compression to the real server, so that pages come unpacked.
 func (l *liar) Fetch(stream migratedv1.PageService_FetchServer) error {
 	given, _ := metadata.FromIncomingContext(stream.Context())
 	asked := metadata.MD{}

@@ -16,35 +16,35 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// byLibvirt is the libvirt of both hosts, of which each machine is a transient domain with the machine's name.
+// libvirtRunner is the libvirt of both hosts. Each machine is a transient domain of it with the machine's name.
 //
-// libvirt holds the only monitor that it knows of. What the machine does is seen all the same, by QEMU's own events
-// (copies.go): its emulator is a script that gives QEMU a second QMP socket (lab.MakeWatchedEmulator). The suite hears
-// there of each time that a VM ran, to the microsecond, whether libvirtd, or a daemon, lives or not. Of what it hears,
-// nothing came by libvirt.
-type byLibvirt struct{}
+// libvirt holds the only monitor that it knows of. The suite still sees what the machine does by QEMU's own events
+// (copies.go): its emulator is a script that gives QEMU a second QMP socket (lab.MakeWatchedEmulator). There the suite
+// hears of each time that a VM ran, to the microsecond, whether libvirtd, or a daemon, lives or not. None of that comes
+// by libvirt.
+type libvirtRunner struct{}
 
-// domainUser is who libvirt runs QEMU as, of Debian's package.
+// domainUser is the user as whom libvirt runs QEMU, in Debian's package.
 const domainUser = 64055
 
-// virshPatience bounds a command of virsh's: a libvirtd that waits for a QEMU, which waits for a page, does not answer.
+// virshPatience bounds a command of virsh's. A libvirtd that waits for a QEMU, which waits for a page, does not answer.
 const virshPatience = time.Minute
 
-// virsh gives a host's libvirt an order.
+// virsh runs a command of virsh's on a host.
 func virsh(ctx context.Context, h *lab.Host, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, virshPatience)
 	defer cancel()
 	return h.Virsh(ctx, args...)
 }
 
-// isRefused says whether libvirt, which is there, refused an order, as it may one about a VM that is on its way.
+// isRefused reports whether a libvirt that answers refused a command, as it may while a VM is on its way.
 func isRefused(err error) bool {
 	return err != nil && strings.Contains(err.Error(), "error:") && !strings.Contains(err.Error(), "failed to connect")
 }
 
-func (byLibvirt) address(m *machine) string { return "libvirt:" + m.name }
+func (libvirtRunner) address(m *machine) string { return "libvirt:" + m.name }
 
-func (byLibvirt) start(ctx context.Context, m *machine) error {
+func (libvirtRunner) start(ctx context.Context, m *machine) error {
 	definition, err := domainOf(m)
 	if err != nil {
 		return err
@@ -67,8 +67,8 @@ func (byLibvirt) start(ctx context.Context, m *machine) error {
 	return nil
 }
 
-// domainOf is the definition of the lab's only domain, as that of a machine: its name, its paths, and a
-// log of what its guest says.
+// domainOf returns the definition of the lab's only domain, changed for a machine: its name, its paths, and a log of
+// what its guest says.
 func domainOf(m *machine) (string, error) {
 	text, err := m.config.Domain(lab.WatchedEmulator)
 	if err != nil {
@@ -91,7 +91,7 @@ func domainOf(m *machine) (string, error) {
 	return doc.WriteToString()
 }
 
-func (byLibvirt) setRunning(ctx context.Context, m *machine, h *lab.Host, run bool) error {
+func (libvirtRunner) setRunning(ctx context.Context, m *machine, h *lab.Host, run bool) error {
 	_, err := virsh(ctx, h, map[bool]string{true: "resume", false: "suspend"}[run], m.name)
 	if isRefused(err) {
 		return nil
@@ -99,7 +99,7 @@ func (byLibvirt) setRunning(ctx context.Context, m *machine, h *lab.Host, run bo
 	return err
 }
 
-func (byLibvirt) snapshot(ctx context.Context, m *machine, h *lab.Host, overlay string) error {
+func (libvirtRunner) snapshot(ctx context.Context, m *machine, h *lab.Host, overlay string) error {
 	_, err := virsh(ctx, h, "snapshot-create-as", m.name, "--disk-only", "--no-metadata", "--atomic",
 		"--diskspec", "vda,snapshot=external,file="+overlay)
 	if isRefused(err) {
@@ -108,7 +108,7 @@ func (byLibvirt) snapshot(ctx context.Context, m *machine, h *lab.Host, overlay 
 	return err
 }
 
-func (byLibvirt) forget(ctx context.Context, m *machine) error {
+func (libvirtRunner) forget(ctx context.Context, m *machine) error {
 	for _, h := range m.hosts {
 		if !await(ctx, noticedWithin, func() bool { return domainState(ctx, h, m.name) == "" }) {
 			return fmt.Errorf("libvirt of host %s still has domain %s, whose QEMU has ended: %s", h.Name, m.name,

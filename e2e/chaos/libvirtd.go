@@ -14,10 +14,10 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// startLibvirts starts the libvirtd of both hosts, by whose definitions QEMUs are watched.
+// startLibvirts starts the libvirtd of both hosts. The QEMUs of their domains are watched.
 func (s *stage) startLibvirts(ctx context.Context) error {
-	s.keeper = byLibvirt{}
-	for _, h := range s.hosts() {
+	s.runner = libvirtRunner{}
+	for _, h := range s.lab.Hosts() {
 		if err := h.MakeWatchedEmulator(); err != nil {
 			return err
 		}
@@ -61,7 +61,7 @@ func (s *stage) stopLibvirtd(ctx context.Context, h *lab.Host) error {
 	if err := syscall.Kill(daemon.PID, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) {
 		return err
 	}
-	const patience = 15 * time.Second // less than systemd has: it is what comes afterwards that matters
+	const patience = 15 * time.Second // less than systemd's, because the test is about what comes afterwards
 	select {
 	case <-daemon.Exited():
 		return nil

@@ -14,7 +14,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/migration"
 )
 
-// Kinds of faults of libvirt's and its users', which only domains meet.
+// Kinds of faults by libvirt and its users, which only domains meet.
 const (
 	killSourceLibvirtd         = "kill-source-libvirtd"
 	killDestinationLibvirtd    = "kill-destination-libvirtd"
@@ -36,7 +36,7 @@ const (
 //   - crowd: it is made of guests that have no devices, and whose RAM is read by the suite.
 //
 // Others are done by virsh: continue-source is "virsh resume" of the domain that was stopped for the switch,
-// continue-destination that of the one that waits, snapshot-disk is "virsh snapshot-create-as".
+// continue-destination is that of the domain that waits, and snapshot-disk is "virsh snapshot-create-as".
 var libvirtDeck = []string{
 	killSource, killSource, killDestination, killDestination, killBoth,
 	stopSource, stopDestination, killTheirQEMU, killTheirHost, killOurQEMU, pullCable, cutBoth, cutOne, badLink,
@@ -47,10 +47,10 @@ var libvirtDeck = []string{
 	freezeSourceLibvirtd, freezeDestinationLibvirtd, destroySource, destroyWaiting, destroyRunning, suspendVM,
 }
 
-// libvirtMemories are the kinds of RAM that domains have: what QEMU takes by itself, and a shared memfd.
+// libvirtMemories are the kinds of RAM that domains have: what QEMU takes by default, and a shared memfd.
 var libvirtMemories = []lab.Backend{lab.BackendDefault, lab.BackendDefault, lab.BackendMemfd}
 
-// libvirtFault is a fault that only domains meet.
+// libvirtFault fills in a fault that only domains meet.
 func (s *stage) libvirtFault(f *fault, kind string, j *journey, r *rand.Rand) error {
 	switch kind {
 	case killSourceLibvirtd:
@@ -90,8 +90,8 @@ func (s *stage) killLibvirtd(f *fault, hosts ...*lab.Host) {
 	f.end = s.reviveLibvirtds
 }
 
-// killServices kills a host's daemon and its libvirtd at once. They are started again in either order: neither may
-// depend on the other.
+// killServices kills a host's daemon and its libvirtd at once. They are started again in either order, because neither
+// may depend on the other.
 func (s *stage) killServices(f *fault, kind string, h *lab.Host, j *journey, r *rand.Rand) {
 	s.killDaemons(f, kind, j)
 	f.too = func(context.Context) error { return s.killLibvirtds(h) }
@@ -108,7 +108,7 @@ func (s *stage) killServices(f *fault, kind string, h *lab.Host, j *journey, r *
 	}
 }
 
-// restartLibvirtd is an upgrade of libvirt.
+// restartLibvirtd is what an upgrade of libvirt does.
 func (s *stage) restartLibvirtd(f *fault, h *lab.Host) {
 	f.begin = func(ctx context.Context) error { return errors.Join(s.stopLibvirtd(ctx, h), s.reviveLibvirtds(ctx)) }
 }
@@ -118,7 +118,7 @@ func (s *stage) freezeLibvirtd(f *fault, h *lab.Host) {
 	f.end = func(context.Context) error { return s.signalLibvirtd(h, syscall.SIGCONT) }
 }
 
-// destroy has somebody end the machine's domain on h.
+// destroy makes libvirt end the machine's domain on h.
 func (j *journey) destroy(ctx context.Context, h *lab.Host) error {
 	_, err := virsh(ctx, h, "destroy", j.machine.name)
 	if isRefused(err) {
@@ -139,17 +139,17 @@ func (s *stage) destroySource(f *fault, j *journey) {
 func (s *stage) destroyRunning(f *fault, j *journey) {
 	f.meanwhile(func(ctx context.Context) error {
 		h, _ := j.client()
-		j.ended, j.orphaned = true, h == j.from // as of quit
+		j.ended, j.orphaned = true, h == j.from // as quit does
 		return j.destroy(ctx, h)
 	})
 }
 
-// suspend has somebody pause the VM, and continue it when migrated has said on which host it is: whoever continues what
-// stands still for a switch is continue-source.
+// suspend pauses the VM, as an operator does, and continues it when migrated has said on which host it is.
+// (continue-source instead continues a VM that stands still for a switch.)
 func (s *stage) suspend(f *fault, j *journey) {
 	f.meanwhile(func(ctx context.Context) error {
 		h, _ := j.client()
-		return j.machine.keeper.setRunning(ctx, j.machine, h, false)
+		return j.machine.runner.setRunning(ctx, j.machine, h, false)
 	})
 	suspended := f.end
 	f.end = func(ctx context.Context) error {
@@ -166,6 +166,6 @@ func (s *stage) suspend(f *fault, j *journey) {
 		if m, err := j.view(ctx, j.from); j.switched() || err == nil && m != nil && complete(m) {
 			h = j.to
 		}
-		return j.machine.keeper.setRunning(ctx, j.machine, h, true)
+		return j.machine.runner.setRunning(ctx, j.machine, h, true)
 	}
 }

@@ -15,34 +15,34 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// linuxJudge asks the guest, which finds damage by itself, and listens to what it says on both hosts.
-type linuxJudge struct {
-	ctx    context.Context //nolint:containedctx // of listening, ends with the machine
-	path   string
-	ears   map[*lab.Host]*ear
-	before report.Counters // the newest before the migration; none may ever be less
+// linuxChecker asks the guest, which finds damage by itself, and collects its reports on both hosts.
+type linuxChecker struct {
+	ctx       context.Context //nolint:containedctx // of the listeners, ends with the machine
+	path      string
+	listeners map[*lab.Host]*listener
+	before    report.Counters // the newest before the migration; no counter may ever be less
 }
 
-// An ear hears what a guest says on one host for as long as it is the same guest with the same past.
-type ear struct {
+// A listener collects the reports of a guest on one host, until another guest runs there or this one begins anew.
+type listener struct {
 	log  report.Log
 	file *os.File
 	end  context.CancelFunc
 	done chan struct{}
 
-	// port is for commands, and stays open as long as the guest is there: when a client hangs up, QEMU may write the byte
-	// that is on its way to the log twice, and one digit more makes another number. While it is open, QEMU writes each
-	// byte to the log again that the port has no room for at once, which many lines are too long for: answers has them
-	// all.
+	// port is for commands, and stays open as long as the guest is there. When a client hangs up, QEMU may write the byte
+	// that is on its way to the log twice, and one digit more makes another number. While it is open, QEMU writes a byte
+	// to the log again whenever the port has no room for it at once. Many lines are too long for the port, so the log has
+	// such repetitions; answers has all lines as they were sent.
 	port    *report.Port
 	answers report.Log
 }
 
-// logs are all that was heard.
-func (e *ear) logs() []*report.Log { return []*report.Log{&e.log, &e.answers} }
+// logs returns all that was collected.
+func (e *listener) logs() []*report.Log { return []*report.Log{&e.log, &e.answers} }
 
-// listen hears what is written to the file at path from now on.
-func listen(ctx context.Context, path string) (*ear, error) {
+// listen collects what is written to the file at path from now on.
+func listen(ctx context.Context, path string) (*listener, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDONLY, 0o666)
 	if err != nil {
 		return nil, err
@@ -50,33 +50,33 @@ func listen(ctx context.Context, path string) (*ear, error) {
 	if _, err := f.Seek(0, io.SeekEnd); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	e := &ear{file: f, done: make(chan struct{})}
+	e := &listener{file: f, done: make(chan struct{})}
 	ctx, e.end = context.WithCancel(ctx)
 	go func() {
 		defer close(e.done)
-		_ = e.log.Follow(report.Tail(ctx, f)) // ends with ctx; what is missing then, somebody waits for
+		_ = e.log.Follow(report.Tail(ctx, f)) // it ends with ctx; a caller that waits for missing lines gets the error
 	}()
 	return e, nil
 }
 
-func (e *ear) close() {
+func (e *listener) close() {
 	e.end()
 	<-e.done
 	_ = e.file.Close() // was only read
 	if e.port != nil {
-		_ = e.port.Close() // its QEMU is gone, or is to go
+		_ = e.port.Close() // its QEMU has ended, or will
 	}
 }
 
-// verify has the guest check its memory; socket is its serial port.
-func (e *ear) verify(ctx context.Context, socket string) (*report.Verified, error) {
+// verify makes the guest check its memory; socket is its serial port.
+func (e *listener) verify(ctx context.Context, socket string) (*report.Verified, error) {
 	if err := e.open(ctx, socket); err != nil {
 		return nil, err
 	}
 	return e.port.Verify(ctx)
 }
 
-func (e *ear) open(ctx context.Context, socket string) (err error) {
+func (e *listener) open(ctx context.Context, socket string) (err error) {
 	if e.port == nil {
 		e.port, err = report.Open(ctx, socket, &e.answers)
 	}
@@ -84,7 +84,7 @@ func (e *ear) open(ctx context.Context, socket string) (err error) {
 }
 
 // awake returns nil if the guest answers.
-func (e *ear) awake(ctx context.Context, socket string) error {
+func (e *listener) awake(ctx context.Context, socket string) error {
 	if err := e.open(ctx, socket); err != nil {
 		return err
 	}
@@ -92,23 +92,23 @@ func (e *ear) awake(ctx context.Context, socket string) error {
 	return err
 }
 
-// left begins to listen anew: a line may have begun on one host and ended on the other, and a VM that fell back says
-// for the second time what another has said.
-func (j *linuxJudge) left(h *lab.Host) (err error) {
-	if old := j.ears[h]; old != nil {
+// left starts a new listener. A line may have begun on one host and ended on the other, and a VM that fell back repeats
+// what it said before.
+func (c *linuxChecker) left(h *lab.Host) (err error) {
+	if old := c.listeners[h]; old != nil {
 		old.close()
 	}
-	j.ears[h], err = listen(j.ctx, h.Path(j.path))
+	c.listeners[h], err = listen(c.ctx, h.Path(c.path))
 	return err
 }
 
-func (j *linuxJudge) begin(_ context.Context, m *machine) error {
-	j.before = j.ears[m.at].log.Last()
+func (c *linuxChecker) begin(_ context.Context, m *machine) error {
+	c.before = c.listeners[m.at].log.Last()
 	return nil
 }
 
-func (j *linuxJudge) verify(ctx context.Context, m *machine) (damage, error) {
-	here := j.ears[m.at]
+func (c *linuxChecker) verify(ctx context.Context, m *machine) (damage, error) {
+	here := c.listeners[m.at]
 	v, err := here.verify(ctx, m.at.Path(m.path(lab.SerialPath)))
 	if err != nil {
 		return damage{}, fmt.Errorf("the guest does not check its memory: %w", err)
@@ -116,20 +116,22 @@ func (j *linuxJudge) verify(ctx context.Context, m *machine) (damage, error) {
 	if err := works(ctx, &here.answers, v.Disks, v.Cards); err != nil {
 		return damage{}, err
 	}
-	corruptions := max(v.Found, v.Corruptions-j.before.Corruptions)
+	corruptions := max(v.Found, v.Corruptions-c.before.Corruptions)
 	var errs []error
 	if corruptions > 0 {
-		errs = append(errs, fmt.Errorf("%w: it found %d pages wrong, %d of them only now", report.ErrDamaged, v.Corruptions, v.Found))
+		errs = append(errs, fmt.Errorf("%w: it found %d pages wrong, %d of them only now",
+			report.ErrDamaged, v.Corruptions, v.Found))
 	}
-	if v.TotalOps < j.before.TotalOps || v.TotalWrites < j.before.TotalWrites || v.UptimeMS < j.before.UptimeMS {
-		errs = append(errs, fmt.Errorf("%w: it is of before the migration: %+v after %+v", report.ErrDamaged, v.Counters, j.before))
+	if v.TotalOps < c.before.TotalOps || v.TotalWrites < c.before.TotalWrites || v.UptimeMS < c.before.UptimeMS {
+		errs = append(errs, fmt.Errorf("%w: it is of before the migration: %+v after %+v",
+			report.ErrDamaged, v.Counters, c.before))
 	}
 	for _, card := range v.Cards {
 		if card.Wrong > 0 {
 			errs = append(errs, fmt.Errorf("%w: not what was sent came back over the network: %+v", report.ErrDamaged, card))
 		}
 	}
-	found, err := j.said()
+	found, err := c.said()
 	err = errors.Join(append(errs, err)...)
 	if err != nil {
 		found.pages = max(1, found.pages, corruptions)
@@ -143,7 +145,8 @@ func (j *linuxJudge) verify(ctx context.Context, m *machine) (damage, error) {
 	return found, err
 }
 
-// works waits until the guest has visited memory, and done more than that with each disk and each network card.
+// works waits until the guest has visited memory, and used each disk and each network card more often than disks and
+// cards say.
 func works(ctx context.Context, heard *report.Log, disks []report.Disk, cards []report.Card) error {
 	_, _, err := heard.Wait(ctx, heard.Len(), func(l report.Line) bool {
 		w := l.Window
@@ -170,10 +173,10 @@ func works(ctx context.Context, heard *report.Log, disks []report.Disk, cards []
 	return nil
 }
 
-func (j *linuxJudge) said() (damage, error) {
+func (c *linuxChecker) said() (damage, error) {
 	var found damage
 	var errs []error
-	for _, e := range j.ears {
+	for _, e := range c.listeners {
 		for _, log := range e.logs() {
 			blocks := uint64(0)
 			for _, d := range log.Disks() {
@@ -192,9 +195,9 @@ func (j *linuxJudge) said() (damage, error) {
 	return found, errors.Join(errs...)
 }
 
-func (j *linuxJudge) stall(since time.Time) time.Duration {
+func (c *linuxChecker) stall(since time.Time) time.Duration {
 	var lines []report.Line
-	for _, e := range j.ears {
+	for _, e := range c.listeners {
 		for _, log := range e.logs() {
 			for _, l := range log.Lines(0) {
 				if l.Window != nil && l.At.After(since) {
@@ -214,15 +217,15 @@ func (j *linuxJudge) stall(since time.Time) time.Duration {
 	return longest
 }
 
-func (j *linuxJudge) forget(ctx context.Context, m *machine) error {
-	j.before = report.Counters{}
-	if err := j.left(m.at); err != nil {
+func (c *linuxChecker) forget(ctx context.Context, m *machine) error {
+	c.before = report.Counters{}
+	if err := c.left(m.at); err != nil {
 		return err
 	}
-	here, socket := j.ears[m.at], m.at.Path(m.path(lab.SerialPath))
+	here, socket := c.listeners[m.at], m.at.Path(m.path(lab.SerialPath))
 	var err error
 	if !await(ctx, bootTime, func() bool {
-		// A guest that boots loses what it was told.
+		// A guest that boots loses commands.
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 		err = here.awake(ctx, socket)
@@ -233,8 +236,8 @@ func (j *linuxJudge) forget(ctx context.Context, m *machine) error {
 	return nil
 }
 
-func (j *linuxJudge) close() {
-	for _, e := range j.ears {
+func (c *linuxChecker) close() {
+	for _, e := range c.listeners {
 		e.close()
 	}
 }

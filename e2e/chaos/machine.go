@@ -19,7 +19,7 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// qemuProgram is what QEMU's processes are found by.
+// qemuProgram is the name by which QEMU's processes are found.
 const qemuProgram = "qemu-system-x86_64"
 
 // A machine is a VM that lives on one of the two hosts, with paths of its own there.
@@ -27,47 +27,47 @@ type machine struct {
 	name   string
 	config lab.VMConfig
 	lab    *lab.Lab
-	keeper keeper
+	runner runner
 	at     *lab.Host // where it runs
 	hosts  []*lab.Host
 
-	copies *copies
-	judge  judge
-	end    context.CancelFunc
+	copies  *copies
+	checker checker
+	end     context.CancelFunc
 }
 
-// A judge knows what is in a machine's memory.
-type judge interface {
+// A checker knows what is in a machine's memory.
+type checker interface {
 	// begin is called before the migration, with the machine on its host.
 	begin(ctx context.Context, m *machine) error
-	// verify looks at all of the memory of the machine, which runs on m.at, and at its disks. The error is not about
-	// disks.
+	// verify checks all of the memory of the machine, which runs on m.at, and its disks. Damage to disks is in the result
+	// and not in the error.
 	verify(ctx context.Context, m *machine) (damage, error)
-	// said is what the guest itself has found so far, without being asked.
+	// said returns what the guest has found so far by itself.
 	said() (damage, error)
-	// stall is the longest that the guest itself has stood still since a moment.
+	// stall returns the longest time that the guest itself has stood still since a moment.
 	stall(since time.Time) time.Duration
-	// left is called when the VM has gone from h, or what ran there is no more: what comes from there is another's.
+	// left is called when the VM has left h, or has ended there. What comes from h afterwards is another VM's.
 	left(h *lab.Host) error
-	// forget is called when the guest of the machine begins anew: what it said before is no measure any more. It returns
+	// forget is called when the guest of the machine begins anew, so that its earlier reports no longer count. It returns
 	// when the guest is there again.
 	forget(ctx context.Context, m *machine) error
 	close()
 }
 
-// damage is how much of a machine is not what its guest left there.
+// damage is how much of a machine differs from what its guest wrote.
 type damage struct {
 	pages  uint64 // of memory
 	blocks uint64 // of disks, and requests to them that failed
 	detail string // of blocks
 }
 
-// dir is the machine's directory, on both hosts.
+// dir returns the machine's directory on both hosts.
 func (m *machine) dir() string { return dirOf(m.name) }
 
 func dirOf(name string) string { return "/run/" + name }
 
-// path moves a path of the lab's only VM to this machine.
+// path turns a path of the lab's only VM into this machine's.
 func (m *machine) path(labPath string) string { return moved(m.name, labPath) }
 
 func moved(name, text string) string {
@@ -76,10 +76,12 @@ func moved(name, text string) string {
 }
 
 // newMachine starts a VM like the lab's, but with a name, a directory, RAM files and disks of its own. files are what
-// the lab's VM boots from, by their paths there.
-func (s *stage) newMachine(ctx context.Context, name string, c lab.VMConfig, at *lab.Host, files map[string]string, j judge) (*machine, error) {
+// the lab's VM boots from, by their names in that directory.
+func (s *stage) newMachine(
+	ctx context.Context, name string, c lab.VMConfig, at *lab.Host, files map[string]string, check checker,
+) (*machine, error) {
 	c.Extra = append(c.Extra, lab.EventsArgs()...)
-	m := &machine{name: name, config: c, lab: s.lab, keeper: s.keeper, at: at, hosts: s.hosts(), judge: j}
+	m := &machine{name: name, config: c, lab: s.lab, runner: s.runner, at: at, hosts: s.lab.Hosts(), checker: check}
 	for _, h := range m.hosts {
 		if err := os.MkdirAll(h.Path(m.dir()), 0o755); err != nil {
 			return nil, err
@@ -101,14 +103,14 @@ func (s *stage) newMachine(ctx context.Context, name string, c lab.VMConfig, at 
 	m.end = end
 	m.copies = watchCopies(watching, m.path(lab.EventsPath), m.hosts...)
 	for _, h := range m.hosts {
-		if err := m.judge.left(h); err != nil {
+		if err := m.checker.left(h); err != nil {
 			return m, err
 		}
 	}
-	return m, m.keeper.start(ctx, m)
+	return m, m.runner.start(ctx, m)
 }
 
-// destroy ends the machine's QEMUs, wherever one is.
+// destroy ends the machine's QEMUs on both hosts and removes its files.
 func (m *machine) destroy(ctx context.Context) error {
 	var errs []error
 	for _, h := range m.hosts {
@@ -116,10 +118,10 @@ func (m *machine) destroy(ctx context.Context) error {
 			errs = append(errs, err)
 		}
 	}
-	errs = append(errs, m.keeper.forget(ctx, m))
+	errs = append(errs, m.runner.forget(ctx, m))
 	m.end()
 	m.copies.end()
-	m.judge.close()
+	m.checker.close()
 	for _, h := range m.hosts {
 		for _, file := range m.config.RAMFiles() {
 			if err := os.Remove(h.Path(m.path(file))); !errors.Is(err, fs.ErrNotExist) {
@@ -138,7 +140,7 @@ func (m *machine) setRunning(ctx context.Context, run bool) error {
 	if !await(ctx, 20*time.Second, func() bool { return m.copies.client(m.at) != nil }) {
 		return fmt.Errorf("nobody knows the QEMU of %s on host %s", m.name, m.at.Name)
 	}
-	if err := m.keeper.setRunning(ctx, m, m.at, run); err != nil {
+	if err := m.runner.setRunning(ctx, m, m.at, run); err != nil {
 		return err
 	}
 	if !await(ctx, 20*time.Second, func() bool { return m.copies.runs(m.at) == run }) {
@@ -147,7 +149,7 @@ func (m *machine) setRunning(ctx context.Context, run bool) error {
 	return nil
 }
 
-// qemu is the process of the machine's QEMU on h, 0 where there is none.
+// qemu returns the PID of the machine's QEMU on h, 0 if there is none.
 func (m *machine) qemu(h *lab.Host) (int, error) {
 	pids, err := h.Processes(qemuProgram)
 	if err != nil {
@@ -162,7 +164,7 @@ func (m *machine) qemu(h *lab.Host) (int, error) {
 	return 0, nil
 }
 
-// errNoQEMU says that there is no QEMU that something could be done to.
+// errNoQEMU says that the QEMU that an operation needs is not there.
 var errNoQEMU = fmt.Errorf("%w: there is no QEMU", errTooLate)
 
 // signal signals the machine's QEMU on h.
@@ -191,13 +193,13 @@ func (m *machine) kill(ctx context.Context, h *lab.Host) error {
 	return nil
 }
 
-// exists says whether the machine has a QEMU on h, in whatever state.
+// exists reports whether the machine has a QEMU on h, in whatever state.
 func (m *machine) exists(h *lab.Host) bool {
 	pid, err := m.qemu(h)
 	return err != nil || pid != 0
 }
 
-// data is how many bytes of the machine's memory on h are in pages that are not zero.
+// data returns how many bytes of the machine's memory on h are in pages that are not zero.
 func (m *machine) data(h *lab.Host) (int64, error) {
 	var n int64
 	zeros := make([]byte, os.Getpagesize())
@@ -213,12 +215,4 @@ func (m *machine) data(h *lab.Host) (int64, error) {
 		}
 	}
 	return n, nil
-}
-
-// other is the host that h is not.
-func (m *machine) other(h *lab.Host) *lab.Host {
-	if h == m.hosts[0] {
-		return m.hosts[1]
-	}
-	return m.hosts[0]
 }

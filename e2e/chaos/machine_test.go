@@ -21,7 +21,7 @@ func TestMovedPaths(t *testing.T) {
 				switch key {
 				case "file.filename":
 					if strings.HasPrefix(value, "/usr/") {
-						continue // the firmware's code, which nobody writes
+						continue // the firmware's code, which is only read
 					}
 				case "path", "mem-path", "ifname", "mac":
 				default:

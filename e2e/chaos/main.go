@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command chaos breaks migrations, one after the other, in every way that it knows and at every point of the state
-// machines, and after each looks for the VM: it has to run on exactly one host, with every page of its memory as it
-// was, at once or after the command that migrated prints. Two copies must never run, however short.
+// machines. After each it looks for the VM: the VM must run on exactly one host, with every page of its memory as it
+// was, at once or after the command that migrated prints. Two copies must never run, however briefly.
 //
-// What case number i of a seed does follows from these two numbers alone, so that each can be had again. The VM is not
-// booted for each case: it goes on from where the last case left it. There are two of them, with disks and network
-// cards, one whose RAM is QEMU's own and one whose RAM is a file: a case says which. With --libvirt they are domains, and
-// virsh must say of both hosts what is so.
+// Case number i of a seed follows from these two numbers alone, so that each case can be repeated. The VM is not booted
+// for each case: it goes on from where the last case left it. There are two VMs, with disks and network cards. One has
+// RAM of QEMU's own and the other RAM in a file; each case says which it uses. With --libvirt they are domains, and
+// virsh must show the truth on both hosts.
 //
 // Reading order: cases.go (what is broken, and when), points.go (the points, and how a daemon dies there), play.go (one
 // case), journey.go (what becomes of a migration, and the verdict), orphan.go (a VM that is lost with its source QEMU),
-// guests.go, faults.go, liar.go, copies.go, report.go. Of domains: libvirt.go, libvirtfaults.go, virsh.go,
-// virshwatch.go.
+// machine.go (a VM; runner.go starts its QEMUs, linux.go and metal.go check its memory), guests.go, faults.go, liar.go,
+// copies.go, report.go. Of domains: libvirt.go, libvirtfaults.go, virsh.go, virshwatch.go.
 package main
 
 import (
@@ -21,11 +21,12 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
 type options struct {
@@ -33,9 +34,9 @@ type options struct {
 	seed uint64
 	only int    // -1: all of n
 	at   string // matches the points' names
-	// compare: instead of the cases, some faults that QEMU's own post-copy can meet, too.
+	// compare plays some faults that QEMU's own post-copy can meet, too, instead of the cases.
 	compare bool
-	// libvirt: the VMs are domains of libvirt's.
+	// libvirt makes the VMs domains of libvirt's.
 	libvirt bool
 	dir     string
 }
@@ -46,7 +47,8 @@ func main() {
 	flag.Uint64Var(&o.seed, "seed", 1, "of the sequence of cases")
 	flag.IntVar(&o.only, "only", -1, "play only the case with this `index`")
 	flag.StringVar(&o.at, "at", "", "only points whose name matches this regular `expression`")
-	flag.BoolVar(&o.compare, "compare", false, "instead of the cases: strike migrated and QEMU's own post-copy with the same faults at the same moment")
+	flag.BoolVar(&o.compare, "compare", false,
+		"instead of the cases: strike migrated and QEMU's own post-copy with the same faults at the same moment")
 	flag.BoolVar(&o.libvirt, "libvirt", false,
 		"the VMs are domains of libvirt's, and libvirt and its users are among what disturbs them")
 	flag.StringVar(&o.dir, "dir", "build/chaos", "`directory` of the report and the logs")
@@ -73,10 +75,10 @@ func main() {
 	}
 }
 
-// caseTime bounds a case with all that comes before its verdict.
+// caseTime bounds a case up to its verdict.
 const caseTime = 6 * time.Minute
 
-// run plays the cases. Where some failed, it returns the report and an error.
+// run plays the cases. If some failed, it returns the report and an error.
 func run(ctx context.Context, o options) (*chaosReport, error) {
 	if err := os.RemoveAll(o.dir); err != nil {
 		return nil, err
@@ -117,7 +119,7 @@ func (o options) pack() pack {
 	return ofQEMUs
 }
 
-// play plays the cases in turn on a stage, and those after one that failed on a new one.
+// play plays the cases in turn on a stage. After a case that failed it sets up a new stage.
 func (r *chaosReport) play(ctx context.Context, o options, indices []int, at []point) (err error) {
 	var s *stage
 	defer func() {
@@ -141,7 +143,7 @@ func (r *chaosReport) play(ctx context.Context, o options, indices []int, at []p
 		c := newCase(o.seed, index, o.pack(), at)
 		res := s.bounded(ctx, c)
 		if err := ctx.Err(); err != nil {
-			return err // it was cut off: of its VM nothing is known
+			return err // it was cut off, and nothing is known of its VM
 		}
 		r.add(res)
 		if err := r.write(o.dir); err != nil {
@@ -162,7 +164,8 @@ func (r *chaosReport) play(ctx context.Context, o options, indices []int, at []p
 	return nil
 }
 
-// bounded plays a case within its time. An error of the suite's own is a failure, too: then nothing is known of the VM.
+// bounded plays a case within its time. An error of the suite's own is a failure, too, because nothing is known of the
+// VM then.
 func (s *stage) bounded(ctx context.Context, c chaosCase) result {
 	ctx, cancel := context.WithTimeout(ctx, caseTime)
 	defer cancel()
@@ -187,18 +190,17 @@ func (r result) String() string {
 	return text
 }
 
-// build builds the daemon that obeys at points, and makes it the lab's.
+// build builds the daemon with orders at points, and makes it the lab's.
 func build(ctx context.Context) (remove func(), err error) {
 	dir, err := os.MkdirTemp("", "migrated-chaos-")
 	if err != nil {
 		return nil, err
 	}
-	remove = func() { _ = os.RemoveAll(dir) } // nobody needs it any more
+	remove = func() { _ = os.RemoveAll(dir) } // it is not needed any more
 	binary := filepath.Join(dir, "migrated")
-	cmd := exec.CommandContext(ctx, "go", "build", "-tags", "chaos", "-o", binary, "github.com/migrated-vm/migrated/cmd/migrated")
-	if said, err := cmd.CombinedOutput(); err != nil {
+	if err := lab.BuildDaemon(ctx, "chaos", binary); err != nil {
 		remove()
-		return nil, fmt.Errorf("build the daemon: %w: %s", err, said)
+		return nil, err
 	}
 	return remove, os.Setenv("MIGRATED_BINARY", binary)
 }

@@ -14,18 +14,18 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// saidWithin is how long both hosts may take until they say that memory is lost: one hears it of the other.
+// saidWithin is how long both hosts may take to say that memory is lost. One hears it from the other.
 const saidWithin = 30 * time.Second
 
-// bereft says whether the destination shows that memory of its VM is lost for good.
-func bereft(destination *migratedv1.Migration) bool {
+// memoryLost reports whether the destination shows that memory of its VM is lost permanently.
+func memoryLost(destination *migratedv1.Migration) bool {
 	return destination.GetState() == migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED &&
 		strings.Contains(destination.GetError().GetMessage(), "QEMU has ended")
 }
 
-// bury does what an operator is told who reads "migrated status" of a VM whose source QEMU was killed, and fails where
-// that is not said on both hosts.
-func (j *journey) bury(ctx context.Context) (end string, err error) {
+// endLostVM does what "migrated status" tells the operator of a VM whose source QEMU was killed. It fails unless both
+// hosts say that.
+func (j *journey) endLostVM(ctx context.Context) (end string, err error) {
 	if j.machine.exists(j.from) {
 		return "", errors.New("the destination says that the source's QEMU has ended, but it has not")
 	}
@@ -50,7 +50,7 @@ func (j *journey) bury(ctx context.Context) (end string, err error) {
 			return "", fmt.Errorf("the VM has ended, but not its migration on host %s", h.Name)
 		}
 	}
-	said, err := j.command(ctx, j.from, "status", j.id)
+	said, err := j.from.Migrated(ctx, "status", j.id)
 	if err != nil {
 		return "", err
 	}
@@ -65,7 +65,7 @@ func (j *journey) says(ctx context.Context, h *lab.Host, words ...string) error 
 	var said string
 	var err error
 	if !await(ctx, saidWithin, func() bool {
-		if said, err = j.command(ctx, h, "status", j.id); err != nil {
+		if said, err = h.Migrated(ctx, "status", j.id); err != nil {
 			return false
 		}
 		for _, word := range words {

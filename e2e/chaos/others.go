@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,15 +16,15 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/qmp"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// What others than migrated do to a VM while it moves: its guest, its operator, and processes that have nothing to do
-// with it.
+// What others than migrated do to a VM while it moves: its guest, its operator, and unrelated processes.
 
-// endEnded: the VM has ended by itself, or by its operator's word.
+// endEnded: the VM has ended by itself, or by its operator's command.
 const endEnded = "ended by itself"
 
-// client is the connection to the QEMU of the machine that runs the VM, or else to that on the host it came from.
+// client returns the host and the QMP connection of the QEMU that runs the VM, or else those at the source.
 func (j *journey) client() (*lab.Host, *qmp.Client) {
 	h := j.from
 	if j.machine.copies.runs(j.to) {
@@ -34,7 +33,8 @@ func (j *journey) client() (*lab.Host, *qmp.Client) {
 	return h, j.machine.copies.client(h)
 }
 
-// tell gives that QEMU a command. One that is not there, or ends of it, is no error.
+// tell gives that QEMU a command. It returns errTooLate without a QEMU, and nil if the QEMU ends because of the
+// command.
 func (j *journey) tell(ctx context.Context, command string, args any) error {
 	_, client := j.client()
 	if client == nil {
@@ -47,8 +47,8 @@ func (j *journey) tell(ctx context.Context, command string, args any) error {
 	return nil
 }
 
-// quit ends the VM as an operator does who takes the wrong one. Where the VM stands still for the switch that is the
-// source's QEMU, and memory that is in no file ends with it.
+// quit ends the VM, as by an operator's mistake. While the VM stands still for the switch, this ends the source's QEMU,
+// and memory that is in no file is lost with it.
 func (s *stage) quit(f *fault, j *journey) {
 	f.begin = func(ctx context.Context) error {
 		h, _ := j.client()
@@ -57,7 +57,7 @@ func (s *stage) quit(f *fault, j *journey) {
 	}
 }
 
-// powerOff has the guest end the VM. A VM that stops at this moment does not hear it, and is told again.
+// powerOff makes the guest end the VM. A VM that stops at this moment does not hear the command, and is told again.
 func (s *stage) powerOff(f *fault, j *journey) {
 	say := func(ctx context.Context) error {
 		h, _ := j.client()
@@ -94,11 +94,11 @@ func (j *journey) say(ctx context.Context, h *lab.Host, command func(*report.Por
 	if err != nil {
 		return fmt.Errorf("%w: the guest's serial port: %w", errTooLate, err)
 	}
-	defer port.Close() // or QEMU has ended before
+	defer port.Close() // an error means that QEMU has ended before
 	if err := command(port); err != nil {
 		return err
 	}
-	// A client that hangs up at once takes what QEMU has not read along.
+	// If a client hangs up at once, what QEMU has not read by then is lost.
 	select {
 	case <-port.Done():
 	case <-time.After(2 * time.Second):
@@ -107,8 +107,8 @@ func (j *journey) say(ctx context.Context, h *lab.Host, command func(*report.Por
 	return nil
 }
 
-// restart makes the guest begin anew: by the machine's reset, or because its kernel has panicked. A QEMU that stands still
-// is not reset: 7.2 ends of it (an assertion) once its disks are inactive, and there is no guest to begin anew.
+// restart makes the guest begin anew: by the machine's reset, or because its kernel panics. A QEMU that stands still is
+// not reset: once its disks are inactive, a reset ends 7.2 (an assertion), and no guest is left to begin anew.
 func (s *stage) restart(f *fault, j *journey, kind string) {
 	f.begin = func(ctx context.Context) error {
 		j.restarted = true
@@ -126,17 +126,17 @@ func (s *stage) restart(f *fault, j *journey, kind string) {
 // continueVM gives cont to a QEMU that migrated keeps from running: the source's, which has stopped for the switch, or
 // the destination's, which waits.
 func (s *stage) continueVM(f *fault, j *journey, h *lab.Host) {
-	f.meanwhile(func(ctx context.Context) error { return j.machine.keeper.setRunning(ctx, j.machine, h, true) })
+	f.meanwhile(func(ctx context.Context) error { return j.machine.runner.setRunning(ctx, j.machine, h, true) })
 }
 
-// snapshot gives the VM's first disk a new image on top of the present one. The machine is of no use afterwards: its
-// command line names the old one.
+// snapshot gives the VM's first disk a new image on top of the present one. The machine is of no use afterwards,
+// because its command line names the old image.
 func (s *stage) snapshot(f *fault, c chaosCase, j *journey) {
 	overlay := j.machine.path(fmt.Sprintf("%s/guest-overlay%d.qcow2", lab.SharedDir, c.Index))
 	taken := false
 	f.begin = func(ctx context.Context) error {
 		h, _ := j.client()
-		err := j.machine.keeper.snapshot(ctx, j.machine, h, overlay)
+		err := j.machine.runner.snapshot(ctx, j.machine, h, overlay)
 		taken = err == nil
 		return err
 	}
@@ -148,8 +148,8 @@ func (s *stage) snapshot(f *fault, c chaosCase, j *journey) {
 	}
 }
 
-// mapRAM has a process that has nothing to do with the VM map its RAM, and read it over and over: on the host that it
-// leaves, from before the migration, or on the one that it comes to.
+// mapRAM maps the VM's RAM in an unrelated process, which reads it over and over: on the host that the VM leaves, from
+// before the migration, or on the host that it comes to.
 func (s *stage) mapRAM(f *fault, j *journey, r *rand.Rand) {
 	h := j.to
 	f.detail = "at the destination"
@@ -159,7 +159,7 @@ func (s *stage) mapRAM(f *fault, j *journey, r *rand.Rand) {
 	over, done := make(chan struct{}), make(chan struct{})
 	begun := false
 	f.begin = func(context.Context) error {
-		memory, err := mapFile(h.Path(j.machine.path(j.machine.config.RAMFiles()[0])))
+		memory, err := lab.MapFile(h.Path(j.machine.path(j.machine.config.RAMFiles()[0])))
 		if err != nil {
 			return fmt.Errorf("%w: %w", errTooLate, err)
 		}
@@ -191,23 +191,9 @@ func (s *stage) mapRAM(f *fault, j *journey, r *rand.Rand) {
 	}
 }
 
-func mapFile(path string) ([]byte, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close() // the mapping stays
-	info, err := file.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if info.Size() == 0 {
-		return nil, syscall.ENODATA
-	}
-	return unix.Mmap(int(file.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_SHARED)
-}
-
-// isEnded says whether both daemons have seen that the VM ended, and neither says that it could go on.
+// isEnded reports whether both daemons have seen that the VM ended, and neither says that it could go on. A
+// destination's daemon that was started again can only say that it does not know, if the VM ended before the daemon
+// could ask its QEMU whether the VM had ever run there.
 func (j *journey) isEnded(ctx context.Context) (bool, error) {
 	for _, h := range []*lab.Host{j.from, j.to} {
 		m, err := j.view(ctx, h)
@@ -217,9 +203,13 @@ func (j *journey) isEnded(ctx context.Context) (bool, error) {
 		if m == nil {
 			continue
 		}
-		said, err := j.command(ctx, h, "status", j.id)
+		said, err := h.Migrated(ctx, "status", j.id)
 		if err != nil {
 			return false, err
+		}
+		if printed.MatchString(said) && j.unseen && m.GetLocation() == migratedv1.Location_LOCATION_UNKNOWN {
+			j.note("nobody saw how it ended, as status says")
+			continue
 		}
 		if printed.MatchString(said) {
 			return false, fmt.Errorf("the VM has ended, and yet host %s says:\n%s", h.Name, said)

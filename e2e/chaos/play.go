@@ -15,7 +15,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A result is what became of one case.
+// A result is how one case ended.
 type result struct {
 	Index       int           `json:"index"`
 	Kind        string        `json:"kind"`
@@ -27,12 +27,12 @@ type result struct {
 	Took        time.Duration `json:"took_ns"`
 	Corruptions uint64        `json:"corruptions"` // of memory
 	Twice       bool          `json:"twice"`       // two copies ran at once
-	Lost        bool          `json:"lost"`        // the VM runs nowhere, and nothing that migrated prints helps
-	// DiskCorruptions are blocks that are not what the guest wrote, and requests that failed.
+	Lost        bool          `json:"lost"`        // the VM runs nowhere, and no command that migrated prints helps
+	// DiskCorruptions counts blocks that differ from what the guest wrote, and requests that failed.
 	DiskCorruptions uint64 `json:"disk_corruptions"`
-	// VirshWrong: virsh, on either host, says something else than what is so, or said so for long.
+	// VirshWrong: virsh, on either host, is wrong about the VM, or was for long.
 	VirshWrong bool `json:"virsh_wrong"`
-	// Orphaned: the VM ended because its source QEMU was killed while memory that was QEMU's alone had not crossed.
+	// Orphaned: the VM ended because its source QEMU was killed with memory that was nowhere else and had not crossed.
 	Orphaned bool   `json:"orphaned"`
 	Failure  string `json:"failure,omitempty"`
 }
@@ -58,7 +58,7 @@ func (s *stage) play(ctx context.Context, c chaosCase) (result, error) {
 	return res, err
 }
 
-// playOne moves the VM and strikes.
+// playOne moves the VM with the Linux guest and plays the case's fault.
 func (s *stage) playOne(ctx context.Context, c chaosCase, res *result) error {
 	m, err := s.linux(ctx, c.Memory)
 	if err != nil {
@@ -93,7 +93,7 @@ func (s *stage) conclude(ctx context.Context, j *journey, res *result) {
 	res.End = end
 	defer func() { res.Notes = append(res.Notes, j.notes...) }()
 	if err != nil {
-		res.Lost = true // nothing that is printed makes it run, and nobody knows what more could
+		res.Lost = true // no printed command makes it run, and there is nothing else to try
 		res.fail(err)
 	} else {
 		res.Orphaned = end == endOrphaned
@@ -117,14 +117,14 @@ func (s *stage) conclude(ctx context.Context, j *journey, res *result) {
 	}
 }
 
-// fail notes what went wrong first; nil is nothing.
+// fail records the first thing that went wrong; nil is ignored.
 func (r *result) fail(err error) {
 	if err != nil && r.Failure == "" {
 		r.Failure = err.Error()
 	}
 }
 
-// strike starts the migration, breaks what the case breaks when its moment has come, and mends it. It says whether the
+// strike starts the migration, begins the case's fault when its moment has come, and ends it. It reports whether the
 // moment came.
 func (s *stage) strike(ctx context.Context, c chaosCase, f *fault, j *journey) (bool, error) {
 	begun, err := s.plant(c, f, j)
@@ -149,7 +149,7 @@ func (s *stage) strike(ctx context.Context, c chaosCase, f *fault, j *journey) (
 	if err == nil {
 		err = f.too(ctx)
 	}
-	if c.At.Point != "" { // what is held there goes on while the fault lasts
+	if c.At.Point != "" { // the daemon that is held there goes on while the fault lasts
 		pause(ctx, time.Duration(c.Pick%300)*time.Millisecond)
 	}
 	if err := errors.Join(clearPoints(j.from, j.to), unlessTooLate(err)); err != nil {
@@ -159,8 +159,8 @@ func (s *stage) strike(ctx context.Context, c chaosCase, f *fault, j *journey) (
 	return !errors.Is(err, errTooLate), f.end(ctx)
 }
 
-// plant gives the daemons the orders for the points of the case. begun says that one of them does by itself what the
-// fault is to do.
+// plant gives the daemons the orders for the points of the case. begun is set if a daemon itself does what the fault
+// would do.
 func (s *stage) plant(c chaosCase, f *fault, j *journey) (begun bool, err error) {
 	if f.guard {
 		if err := plant(j.to, find(guardAt), orderHold); err != nil {
@@ -193,7 +193,7 @@ func pause(ctx context.Context, d time.Duration) {
 // longestSetup is how long a migration may take until its moment comes.
 const longestSetup = 60 * time.Second
 
-// await returns when the moment has come, or will not come any more: then it is false.
+// await returns true when the moment has come, and false when it will not come any more.
 func (s *stage) await(ctx context.Context, at moment, j *journey) bool {
 	came := false
 	look := func() bool {
@@ -217,7 +217,7 @@ func (s *stage) await(ctx context.Context, at moment, j *journey) bool {
 			return false
 		}
 		next = time.Now().Add(100 * time.Millisecond)
-		// Points are passed after the end, too: the migration is over when nothing of it goes on.
+		// Points are passed after the end, too. The migration is over when none of it goes on.
 		return j.over(ctx) && !await(ctx, time.Second, look)
 	})
 	if came {
@@ -226,7 +226,7 @@ func (s *stage) await(ctx context.Context, at moment, j *journey) bool {
 	return came
 }
 
-// momentOf is the time that the moment is at.
+// momentOf returns the time of the moment.
 func (s *stage) momentOf(at moment, j *journey) time.Time {
 	switch {
 	case at.Point != "":
@@ -239,7 +239,7 @@ func (s *stage) momentOf(at moment, j *journey) time.Time {
 }
 
 const (
-	// cancelAt is where a migration that is cancelled has come to.
+	// cancelAt is the point at which a migration is cancelled.
 	cancelAt = "source-stopped"
 	// guardAt is the last point before the destination calls the migration complete.
 	guardAt = "destination-filled"
@@ -275,6 +275,7 @@ func (s *stage) provoke(ctx context.Context, at moment, j *journey) error {
 		j.ended = true
 		return unlessTooLate(j.tell(ctx, "quit", nil))
 	case byRestart:
+		j.unseen = p.name == "destination-taken-up"
 		if err := awaitSwitch(ctx, j); err != nil {
 			return err
 		}
@@ -282,7 +283,7 @@ func (s *stage) provoke(ctx context.Context, at moment, j *journey) error {
 		if err := s.killDaemon(h); err != nil {
 			return err
 		}
-		// It may die at the point before it answers.
+		// The daemon may die at the point before it answers.
 		if err := s.startDaemon(ctx, h); err != nil && !passed(h, p) {
 			return err
 		}
@@ -297,7 +298,7 @@ func awaitSwitch(ctx context.Context, j *journey) error {
 	return nil
 }
 
-// restartStopped starts a daemon again that provoke told to stop, when it has ended.
+// restartStopped starts a daemon again that provoke told to stop, when that has ended.
 func (s *stage) restartStopped(ctx context.Context, j *journey) error {
 	if j.stopped == nil {
 		return nil

@@ -17,30 +17,31 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// A point is one that internal/migration marks with reached: an arrow of its doc.go's picture. The part of the name
-// before the first dash says whose daemon passes it.
+// A point is a place that internal/migration marks with testPoint: an arrow in the picture of its doc.go. The part of
+// the name before the first dash says whose daemon passes it.
 type point struct {
 	name string
-	// by is what has to happen for the point to be passed; empty: every migration passes it.
+	// by is what must happen for the point to be passed; empty: every migration passes it.
 	by string
 }
 
 // What brings a migration to points that it does not pass by itself.
 const (
-	byCancel  = "cancel"  // somebody cancels it when the VM has stopped
+	byCancel  = "cancel"  // the migration is cancelled when the VM has stopped
 	byRestart = "restart" // the point's daemon is killed after the switch and started again
 	byStop    = "stop"    // the point's daemon is told to stop after the switch
-	byEnd     = "end"     // somebody has the VM's QEMU quit after the switch
+	byEnd     = "end"     // the VM's QEMU is told to quit after the switch
 )
 
-// points are all there are; a test compares them with the source.
+// points are all points; a test compares them with the source.
 var points = []point{
 	{name: "source-offered"}, {name: "source-early"}, {name: "source-early-saved"}, {name: "source-prepared"},
 	{name: "source-asked"}, {name: "source-recorded"},
-	{name: "source-stopped"}, {name: "source-saved"}, {name: "source-loaded"}, {name: "source-committed"}, {name: "source-answered"},
-	{name: "source-last-page"}, {name: "source-completing"}, {name: "source-quit"}, {name: "source-forgotten"},
-	{name: "source-backing-out", by: byCancel}, {name: "source-continued", by: byCancel}, {name: "source-taken-up", by: byRestart},
-	{name: "source-leaving", by: byStop},
+	{name: "source-stopped"}, {name: "source-saved"}, {name: "source-loaded"}, {name: "source-committed"},
+	{name: "source-answered"}, {name: "source-last-page"}, {name: "source-completing"}, {name: "source-quit"},
+	{name: "source-reported"}, {name: "source-forgotten"},
+	{name: "source-backing-out", by: byCancel}, {name: "source-continued", by: byCancel},
+	{name: "source-taken-up", by: byRestart}, {name: "source-leaving", by: byStop},
 	{name: "destination-started"}, {name: "destination-taken"},
 	{name: "destination-early"}, {name: "destination-early-loaded"},
 	{name: "destination-kept"}, {name: "destination-prepared"},
@@ -51,7 +52,7 @@ var points = []point{
 	{name: "destination-ended", by: byEnd},
 }
 
-// pointsLike are the points whose name matches a regular expression.
+// pointsLike returns the points whose name matches a regular expression.
 func pointsLike(match string) ([]point, error) {
 	like, err := regexp.Compile(match)
 	if err != nil {
@@ -74,7 +75,7 @@ func find(name string) point {
 	panic("no point is called " + name)
 }
 
-// at is the host whose daemon passes the point in a migration.
+// at returns the host whose daemon passes the point in a migration.
 func (p point) at(from, to *lab.Host) *lab.Host {
 	if strings.HasPrefix(p.name, "source-") {
 		return from
@@ -82,22 +83,22 @@ func (p point) at(from, to *lab.Host) *lab.Host {
 	return to
 }
 
-// Orders of internal/migration's point_chaos.go.
+// The orders that internal/migration's point_chaos.go knows.
 const (
 	orderKill   = "kill"
 	orderFreeze = "freeze"
 	orderHold   = "hold"
 )
 
-// pointDir is point_chaos.go's, on each host.
+// pointDir is the directory that point_chaos.go reads, on each host.
 const pointDir = "/run/chaos"
 
-// plant orders what happens when the host's daemon passes the point next.
+// plant orders what happens when the host's daemon next passes the point.
 func plant(h *lab.Host, p point, order string) error {
 	if err := os.MkdirAll(h.Path(pointDir), 0o755); err != nil {
 		return err
 	}
-	// It must appear whole.
+	// The file must appear with all of its content.
 	temp := h.Path(filepath.Join(pointDir, "."+p.name))
 	if err := os.WriteFile(temp, []byte(order), 0o600); err != nil {
 		return err
@@ -105,7 +106,7 @@ func plant(h *lab.Host, p point, order string) error {
 	return os.Rename(temp, h.Path(filepath.Join(pointDir, p.name)))
 }
 
-// passed says whether the point was passed since plant.
+// passed reports whether the point was passed since plant.
 func passed(h *lab.Host, p point) bool {
 	_, err := os.Lstat(h.Path(filepath.Join(pointDir, p.name+".reached")))
 	return err == nil
@@ -120,7 +121,7 @@ func release(h *lab.Host, p point) error {
 	return err
 }
 
-// clearPoints takes all orders back; a daemon that is held goes on.
+// clearPoints takes all orders back. A daemon that is held goes on.
 func clearPoints(hosts ...*lab.Host) error {
 	var errs []error
 	for _, h := range hosts {
@@ -137,7 +138,7 @@ func clearPoints(hosts ...*lab.Host) error {
 	return errors.Join(errs...)
 }
 
-// await polls until done says so, ctx ends or the time is over. It says whether done did.
+// await polls until done returns true, ctx ends or the time is over. It reports whether done did.
 func await(ctx context.Context, most time.Duration, done func() bool) bool {
 	const firstPause, longestPause = time.Millisecond, 30 * time.Millisecond
 	end := time.Now().Add(most)

@@ -3,16 +3,16 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/migrated-vm/migrated/e2e/jsonfile"
 )
 
 // chaosReport is report.json.
@@ -23,7 +23,7 @@ type chaosReport struct {
 	Cases   []result               `json:"cases"`
 }
 
-// A kindReport is what became of the faults of one kind.
+// A kindReport is how the faults of one kind ended.
 type kindReport struct {
 	Cases    int            `json:"cases"`
 	Struck   int            `json:"struck"` // faults: cases whose moment came before their end
@@ -66,7 +66,7 @@ func (r *chaosReport) add(res result) {
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// failed are the indices of cases that failed.
+// failed returns the indices of cases that failed.
 func (r *chaosReport) failed() (indices []int) {
 	for _, res := range r.Cases {
 		if res.Failure != "" {
@@ -76,7 +76,7 @@ func (r *chaosReport) failed() (indices []int) {
 	return indices
 }
 
-// summary is the last line.
+// summary returns the last line of the output.
 func (r *chaosReport) summary() string {
 	faults, corruptions, blocks, lost, twice, orphaned, wrong := 0, uint64(0), uint64(0), 0, 0, 0, 0
 	for _, res := range r.Cases {
@@ -112,15 +112,12 @@ func (r *chaosReport) print(out io.Writer) {
 		for _, end := range slices.Sorted(maps.Keys(k.Ends)) {
 			ends = append(ends, fmt.Sprintf("%d %s", k.Ends[end], end))
 		}
-		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%.0f\t%.0f\t%d\n", name, k.Cases, k.Struck, strings.Join(ends, ", "), k.Obeyed, k.StallP50, k.StallMax, k.Failures)
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%.0f\t%.0f\t%d\n",
+			name, k.Cases, k.Struck, strings.Join(ends, ", "), k.Obeyed, k.StallP50, k.StallMax, k.Failures)
 	}
-	_ = w.Flush() // standard output; there is nobody else to tell
+	_ = w.Flush() // standard output; an error cannot be reported elsewhere
 }
 
 func (r *chaosReport) write(dir string) error {
-	data, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, "report.json"), append(data, '\n'), 0o644)
+	return jsonfile.Write(filepath.Join(dir, "report.json"), r)
 }

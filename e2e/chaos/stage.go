@@ -15,39 +15,40 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/mtls"
-	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
+	"github.com/migrated-vm/migrated/pkg/mtls"
+	"github.com/migrated-vm/migrated/pkg/mtls/mtlstest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A stage is two hosts with their daemons, and VMs with the Linux guest that go from one to the other. It serves
-// case after case until one fails.
+// A stage is two hosts with their daemons, and VMs with the Linux guest that go from one to the other. It serves case
+// after case until one fails.
 type stage struct {
 	dir    string // of logs
 	tls    string // directory of certificates
 	issued time.Time
 	lab    *lab.Lab
-	keeper keeper
+	runner runner
 	bare   bool                     // its VMs have no devices
 	guests map[lab.Backend]*machine // with the Linux guest, by their RAM; see linux
 
-	libvirtds map[*lab.Host]*lab.Libvirt // none where the machines are the suite's own
+	libvirtds map[*lab.Host]*lab.Libvirt // none if the suite runs the machines itself
 	logs      []*os.File                 // of these
 
 	mu       sync.Mutex // of daemons
 	daemons  map[*lab.Host]*lab.Process
 	clients  map[*lab.Host]migratedv1.ControlServiceClient
 	conns    []*grpc.ClientConn
-	reviving sync.Mutex // one revives at a time
-	// advertised is what the daemon of a host names as the address of its pages, where that is not its own.
+	reviving sync.Mutex // one revival at a time
+	// advertised is the address that the daemon of a host names for its pages, if that is not its own.
 	advertised map[*lab.Host]string
 }
 
-// newStage starts the daemons, and those of libvirt where the VMs are to be its. Their logs are in dir.
+// newStage starts the daemons, and libvirt's if the VMs are its domains. Their logs are in dir.
 func newStage(ctx context.Context, dir string, libvirt bool) (_ *stage, err error) {
 	s := &stage{
-		dir: dir, daemons: map[*lab.Host]*lab.Process{}, clients: map[*lab.Host]migratedv1.ControlServiceClient{}, advertised: map[*lab.Host]string{},
-		guests: map[lab.Backend]*machine{}, keeper: byHand{}, libvirtds: map[*lab.Host]*lab.Libvirt{},
+		dir: dir, daemons: map[*lab.Host]*lab.Process{}, clients: map[*lab.Host]migratedv1.ControlServiceClient{},
+		advertised: map[*lab.Host]string{}, guests: map[lab.Backend]*machine{},
+		runner: suiteRunner{}, libvirtds: map[*lab.Host]*lab.Libvirt{},
 	}
 	defer func() {
 		if err != nil {
@@ -70,7 +71,7 @@ func newStage(ctx context.Context, dir string, libvirt bool) (_ *stage, err erro
 			return nil, err
 		}
 	}
-	for _, h := range s.hosts() {
+	for _, h := range s.lab.Hosts() {
 		if err := s.startDaemon(ctx, h); err != nil {
 			return nil, err
 		}
@@ -83,8 +84,6 @@ func newStage(ctx context.Context, dir string, libvirt bool) (_ *stage, err erro
 	}
 	return s, nil
 }
-
-func (s *stage) hosts() []*lab.Host { return []*lab.Host{s.lab.A, s.lab.B} }
 
 // close ends all that newStage started.
 func (s *stage) close(ctx context.Context) error {
@@ -104,10 +103,10 @@ func (s *stage) close(ctx context.Context) error {
 	return errors.Join(append(errs, os.RemoveAll(s.tls))...)
 }
 
-// certificatesLast is how long the certificates are used: less than the hour for which they are good.
+// certificatesLast is how long the certificates are used. They are valid for an hour.
 const certificatesLast = 40 * time.Minute
 
-// issue makes new certificates where it is time to. Daemons read them anew for each connection.
+// issue makes new certificates when the old ones are due. Daemons read them anew for each connection.
 func (s *stage) issue() error {
 	if time.Since(s.issued) < certificatesLast {
 		return nil
@@ -116,7 +115,7 @@ func (s *stage) issue() error {
 	if err != nil {
 		return err
 	}
-	for _, h := range s.hosts() {
+	for _, h := range s.lab.Hosts() {
 		if _, err := ca.Issue(h.Name, h.Addr); err != nil {
 			return err
 		}
@@ -125,15 +124,16 @@ func (s *stage) issue() error {
 	return nil
 }
 
-// files are the certificates of a host.
+// files returns the certificates of a host.
 func (s *stage) files(h *lab.Host) mtls.Files {
 	return mtls.Files{
-		Certificate: filepath.Join(s.tls, h.Name+".pem"), Key: filepath.Join(s.tls, h.Name+".key"), CA: filepath.Join(s.tls, "ca.pem"),
+		Certificate: filepath.Join(s.tls, h.Name+".pem"), Key: filepath.Join(s.tls, h.Name+".key"),
+		CA: filepath.Join(s.tls, "ca.pem"),
 	}
 }
 
-// startDaemon starts the host's daemon, and returns when it listens. It uses TLS, as in earnest: what a network damages
-// is else not noticed.
+// startDaemon starts the host's daemon, and returns when it listens. It uses TLS, as in production: without TLS, damage
+// by a network would not be noticed.
 func (s *stage) startDaemon(ctx context.Context, h *lab.Host) error {
 	log, err := os.OpenFile(filepath.Join(s.dir, "migrated-"+h.Name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -155,7 +155,7 @@ func (s *stage) startDaemon(ctx context.Context, h *lab.Host) error {
 	return err
 }
 
-// daemon is the host's daemon; nil where it has ended.
+// daemon returns the host's daemon; nil if it has ended.
 func (s *stage) daemon(h *lab.Host) *lab.Process {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -171,7 +171,7 @@ func (s *stage) daemon(h *lab.Host) *lab.Process {
 	}
 }
 
-// killDaemon ends a host's daemon at once; one that has ended is no error.
+// killDaemon ends a host's daemon at once. It is no error if the daemon has ended.
 func (s *stage) killDaemon(h *lab.Host) error {
 	if p := s.daemon(h); p != nil {
 		return p.Kill()
@@ -179,10 +179,11 @@ func (s *stage) killDaemon(h *lab.Host) error {
 	return nil
 }
 
-// stopping is how long a daemon that was asked to end may take. It continues VMs before, and tells others to give up.
+// stopping is how long a daemon that was asked to end may take. It continues VMs first, and tells other hosts to give
+// up.
 const stopping = time.Minute
 
-// awaitStopped waits for the end of a daemon that was asked to.
+// awaitStopped waits for the end of a daemon that was asked to end.
 func (s *stage) awaitStopped(ctx context.Context, h *lab.Host) error {
 	if !await(ctx, stopping, func() bool { return s.daemon(h) == nil }) {
 		return fmt.Errorf("the daemon of host %s does not end within %v after SIGTERM", h.Name, stopping)
@@ -190,7 +191,7 @@ func (s *stage) awaitStopped(ctx context.Context, h *lab.Host) error {
 	return nil
 }
 
-// signalDaemon signals a host's daemon; one that has ended is no error.
+// signalDaemon signals a host's daemon. It is no error if the daemon has ended.
 func (s *stage) signalDaemon(h *lab.Host, signal syscall.Signal) error {
 	p := s.daemon(h)
 	if p == nil {
@@ -206,8 +207,8 @@ func (s *stage) signalDaemon(h *lab.Host, signal syscall.Signal) error {
 func (s *stage) reviveDaemons(ctx context.Context) error {
 	s.reviving.Lock()
 	defer s.reviving.Unlock()
-	for _, h := range s.hosts() {
-		// One that is to die as soon as it takes up what it left may be gone before it answers.
+	for _, h := range s.lab.Hosts() {
+		// A daemon that has an order to die at destination-taken-up or source-taken-up may be gone before it answers.
 		for tries := 0; s.daemon(h) == nil; tries++ {
 			if err := s.startDaemon(ctx, h); err != nil && tries > 0 {
 				return err
@@ -217,8 +218,7 @@ func (s *stage) reviveDaemons(ctx context.Context) error {
 	return nil
 }
 
-// restartDaemon replaces a daemon that has nothing to do by one that advertises another address for its pages; empty:
-// its own.
+// restartDaemon replaces an idle daemon by one that advertises another address for its pages; empty: its own.
 func (s *stage) restartDaemon(ctx context.Context, h *lab.Host, advertised string) error {
 	if err := errors.Join(s.signalDaemon(h, syscall.SIGTERM), s.awaitStopped(ctx, h)); err != nil {
 		return err
@@ -227,7 +227,7 @@ func (s *stage) restartDaemon(ctx context.Context, h *lab.Host, advertised strin
 	return s.startDaemon(ctx, h)
 }
 
-// setLink makes the network what a case wants.
+// setLink makes the network that of a case.
 func (s *stage) setLink(link lab.Link) {
 	for _, w := range []*lab.Wire{s.lab.AB, s.lab.BA} {
 		w.SetCut(false)

@@ -10,11 +10,11 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// noticedWithin is how long libvirt may take until it shows what QEMU does: it has just been started, or hears of QEMU
-// only when that has got its last pages.
+// noticedWithin is how long libvirt may take to show what QEMU does. It may have just been started, or it hears from
+// QEMU only when QEMU has got its last pages.
 const noticedWithin = 20 * time.Second
 
-// domainState is what virsh says of a domain, or why it says nothing; empty: it knows none.
+// domainState returns what virsh says of a domain, or its error; empty: it knows none.
 func domainState(ctx context.Context, h *lab.Host, name string) string {
 	state, err := virsh(ctx, h, "domstate", name)
 	switch {
@@ -27,7 +27,8 @@ func domainState(ctx context.Context, h *lab.Host, name string) string {
 	}
 }
 
-// truth is what virsh has to say of the machine on a host: its domain is transient. It is found out without libvirt.
+// truth returns what virsh should say of the machine on a host, whose domain is transient. It asks QEMU and not
+// libvirt.
 func (m *machine) truth(ctx context.Context, h *lab.Host) string {
 	client := m.copies.client(h)
 	switch {
@@ -36,7 +37,7 @@ func (m *machine) truth(ctx context.Context, h *lab.Host) string {
 	case client == nil:
 		return "a QEMU that does not speak"
 	}
-	runs, err := queryRunning(ctx, client)
+	runs, err := lab.Runs(ctx, client)
 	switch {
 	case err != nil:
 		return err.Error()
@@ -47,7 +48,7 @@ func (m *machine) truth(ctx context.Context, h *lab.Host) string {
 	}
 }
 
-// checkVirsh compares what virsh says of all machines, on both hosts, with what is so. Nothing happens to them now.
+// checkVirsh compares what virsh says of all machines, on both hosts, with the truth. Nothing happens to them now.
 func (s *stage) checkVirsh(ctx context.Context, res *result) {
 	if len(s.libvirtds) == 0 {
 		return
@@ -66,7 +67,7 @@ func (s *stage) checkVirsh(ctx context.Context, res *result) {
 	}
 }
 
-// watchVirsh watches what virsh says of a machine while a case goes on, until end.
+// watchVirsh watches what virsh says of a machine during a case, until end.
 func (s *stage) watchVirsh(ctx context.Context, m *machine, res *result) (end func()) {
 	if len(s.libvirtds) == 0 {
 		return func() {}

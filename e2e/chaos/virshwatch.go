@@ -17,24 +17,22 @@ import (
 )
 
 const (
-	// libvirtSocket is what virsh speaks to.
-	libvirtSocket = "/run/libvirt/libvirt-sock"
 	// virshTurn is how often libvirt is asked, and virshAnswers how long it may take to answer.
 	virshTurn    = 100 * time.Millisecond
 	virshAnswers = 2 * time.Second
-	// lagging is how long libvirt, which answers, may say something else than what is so: both hear of a QEMU that has
-	// ended in their own time, and two processors have much to do.
+	// lagging is how long a libvirt that answers may be wrong. It and the suite hear at different times that a QEMU has
+	// ended, and two processors have much to do.
 	lagging = 4 * time.Second
 )
 
 // A virshWatch asks both libvirts all the time what a machine does, as virsh would, and compares that with what QEMU
-// says by its other socket. It is blind only while a libvirtd does not answer: one that is not there, or stands still.
+// says by its other socket. It sees nothing only while a libvirtd does not answer: one that has ended, or stands still.
 type virshWatch struct {
 	end  context.CancelFunc
 	done sync.WaitGroup
 
 	mu     sync.Mutex // of wrongs
-	wrongs []error    // what libvirt said for longer than lagging, one for each time
+	wrongs []error    // what libvirt said wrongly for longer than lagging, one for each time
 }
 
 // watchVirsh watches until stop.
@@ -61,7 +59,7 @@ func (w *virshWatch) stop() error {
 
 // follow asks the libvirtd of a host until it does not answer.
 func (w *virshWatch) follow(ctx context.Context, m *machine, h *lab.Host) {
-	conn, err := net.Dial("unix", h.Path(libvirtSocket))
+	conn, err := net.Dial("unix", h.Path(lab.LibvirtSocket))
 	if err != nil {
 		return // it is not there
 	}
@@ -93,13 +91,13 @@ func (w *virshWatch) add(wrong error) {
 	w.wrongs = append(w.wrongs, wrong)
 }
 
-// A disagreement is between what libvirt says and what is so.
+// A disagreement is a difference between what libvirt says and the truth.
 type disagreement struct {
 	since time.Time // zero: there is none
 	told  bool
 }
 
-// lasts says, once, that it goes on for longer than it may.
+// lasts returns true once when the disagreement goes on for longer than it may.
 func (d *disagreement) lasts(says, is string, now time.Time) bool {
 	switch {
 	case agree(says, is):
@@ -113,7 +111,7 @@ func (d *disagreement) lasts(says, is string, now time.Time) bool {
 	return false
 }
 
-// stateOf is what virsh would say of a domain; empty: there is none.
+// stateOf returns what virsh would say of a domain; empty: there is none.
 func stateOf(libvirt *golibvirt.Libvirt, name string) (string, error) {
 	d, err := libvirt.DomainLookupByName(name)
 	if err == nil {
@@ -132,14 +130,14 @@ func stateOf(libvirt *golibvirt.Libvirt, name string) (string, error) {
 // inShutdown is the state of a domain whose guest has powered off, until libvirt has ended its QEMU.
 const inShutdown = "in shutdown"
 
-// states are virsh's names of them.
+// states are virsh's names of the states.
 var states = map[golibvirt.DomainState]string{
 	golibvirt.DomainNostate: "no state", golibvirt.DomainRunning: "running", golibvirt.DomainBlocked: "idle",
 	golibvirt.DomainPaused: "paused", golibvirt.DomainShutdown: inShutdown, golibvirt.DomainShutoff: "shut off",
 	golibvirt.DomainCrashed: "crashed", golibvirt.DomainPmsuspended: "pmsuspended",
 }
 
-// doing is what the machine does on a host, by its process and the events of its QEMU.
+// doing returns what the machine does on a host, by its process and the events of its QEMU.
 func (m *machine) doing(h *lab.Host) string {
 	switch {
 	case !m.exists(h):
@@ -151,5 +149,5 @@ func (m *machine) doing(h *lab.Host) string {
 	}
 }
 
-// agree says whether libvirt says what is so.
+// agree reports whether libvirt is right.
 func agree(says, is string) bool { return says == is || says == inShutdown && is == "paused" }

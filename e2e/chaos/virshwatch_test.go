@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// TestDisagreement: what libvirt says wrongly is told once, when it has lasted, and again when it comes again.
+// TestDisagreement: a disagreement is reported once, when it has lasted, and again when it comes again.
 func TestDisagreement(t *testing.T) {
 	begin := time.Now()
 	var d disagreement

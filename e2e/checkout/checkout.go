@@ -11,7 +11,8 @@ import (
 	"path/filepath"
 )
 
-// Root returns the directory of the checkout that the working directory is in. A test's is its package's.
+// Root returns the root of the checkout that holds the working directory. The working directory of a test is its
+// package's.
 func Root() (string, error) {
 	start, err := os.Getwd()
 	if err != nil {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package debian has what is in packages of Debian's, for tests that install none of them.
+// Package debian extracts Debian packages for tests, and installs none of them.
 package debian
 
 import (
@@ -14,7 +14,7 @@ import (
 	"strings"
 )
 
-// Extract returns a directory with the files of a package. It is downloaded once, into the user's cache.
+// Extract returns a directory with the files of a package. The package is downloaded once, into the user's cache.
 func Extract(ctx context.Context, pkg, version string) (string, error) {
 	return Keep(pkg+"-"+version, func(made string) error {
 		work, err := os.MkdirTemp("", "migrated-"+pkg+"-")
@@ -30,7 +30,7 @@ func Extract(ctx context.Context, pkg, version string) (string, error) {
 	})
 }
 
-// Download gets a package into an empty directory, and returns the path of it. It needs Debian's package lists.
+// Download downloads a package into an empty directory, and returns its path. It needs Debian's package lists.
 func Download(ctx context.Context, dir, pkg, version string) (string, error) {
 	if err := run(ctx, dir, "apt-get", "download", "--quiet", pkg+"="+version); err != nil {
 		return "", fmt.Errorf("%w (are the package lists too old? apt-get update)", err)
@@ -45,7 +45,7 @@ func Download(ctx context.Context, dir, pkg, version string) (string, error) {
 	return packages[0], nil
 }
 
-// Installed is the version of an installed package.
+// Installed returns the version of an installed package.
 func Installed(ctx context.Context, pkg string) (string, error) {
 	out, err := exec.CommandContext(ctx, "dpkg-query", "--show", "--showformat=${Version}", pkg).Output()
 	if err != nil {
@@ -54,9 +54,9 @@ func Installed(ctx context.Context, pkg string) (string, error) {
 	return string(out), nil
 }
 
-// Keep returns a directory of the user's cache, whose name says all that it is made from, and has it made where it is
-// missing: fill fills a new directory, which then appears whole. Two that do so at once both do, and one of the equal
-// results stays.
+// Keep returns a directory in the user's cache, and makes it if it is missing: fill fills a new directory, which then
+// appears with all of its content. name must say all that the content is made from. If two callers do so at once, both
+// fill a directory, and one of the equal results stays.
 func Keep(name string, fill func(dir string) error) (string, error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
@@ -81,7 +81,7 @@ func Keep(name string, fill func(dir string) error) (string, error) {
 	if err := fill(made); err != nil {
 		return "", err
 	}
-	if err := os.Rename(made, dir); err != nil && !errors.Is(err, fs.ErrExist) { // or somebody was faster
+	if err := os.Rename(made, dir); err != nil && !errors.Is(err, fs.ErrExist) { // or another caller was faster
 		return "", err
 	}
 	return dir, nil

@@ -8,12 +8,13 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// client is what the client of the VM has seen of a move. It pings the VM's network card.
+// client is what a client that pings the VM's network card has seen of a move.
 type client struct {
 	PingsSent int     `json:"pings_sent"`
 	PingsLost int     `json:"pings_lost"`
 	PingGapMS float64 `json:"ping_gap_ms"` // the longest without an answer
-	// AnnouncedMS is from the source's STOP event until the client had the card's first announcement; nil: there was none.
+	// AnnouncedMS is the time from the source's STOP event until the client had the card's first announcement; nil: there
+	// was none.
 	AnnouncedMS *float64 `json:"announced_ms"`
 }
 
@@ -29,7 +30,7 @@ func newClient(p lab.Pings, s lab.Switch) client {
 func (c client) pings() string { return fmt.Sprintf("%d, %d", c.PingsSent, c.PingsLost) }
 func (c client) gap() string   { return fmt.Sprintf("%.0f ms", c.PingGapMS) }
 
-// announced says when the VM's new place was known.
+// announced returns when the VM's new place was known.
 func (c client) announced() string {
 	if c.AnnouncedMS == nil {
 		return "never"

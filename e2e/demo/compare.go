@@ -13,9 +13,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/rival"
 )
 
-// compare moves the same VM back by QEMU's own post-copy and there again by
-// migrated, and puts the medians into r. They take turns because whatever else
-// the machine does then meets both.
+// compare moves the same VM back by QEMU's own post-copy and there again by migrated, and puts the medians into r. The
+// two take turns, so that the machine's other load meets both.
 func compare(ctx context.Context, o options, l *lab.Lab, vm lab.VMConfig, guest *report.Log, r *demoReport) error {
 	ours, theirs := []float64{r.DowntimeMS}, []float64{}
 	oursResidency, theirsResidency := []float64{r.ResidencyMS}, []float64{}
@@ -29,7 +28,8 @@ func compare(ctx context.Context, o options, l *lab.Lab, vm lab.VMConfig, guest 
 		if round == 1 {
 			r.QEMU.client = seen
 		}
-		theirs, theirsResidency = append(theirs, milliseconds(moved.Downtime)), append(theirsResidency, milliseconds(moved.Residency))
+		theirs, theirsResidency = append(theirs, milliseconds(moved.Downtime)),
+			append(theirsResidency, milliseconds(moved.Residency))
 		r.QEMU.Bytes, r.QEMU.GuestCorruptions = moved.Bytes, v.corruptions
 		if round == o.rounds {
 			break

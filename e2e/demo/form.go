@@ -12,19 +12,19 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// A form is who runs the VM of the demo.
+// A form is a way to run the demo's VM: by QEMU alone, or by libvirt.
 type form struct {
-	vm     string // what migrated calls it
-	events string // the path of its second QMP socket, by which the demo times it
+	vm     string // its name for migrated
+	events string // the path of its second QMP socket, by which the demo measures times
 	// stage gives a host what it needs, and returns the arguments of its daemon.
 	stage func(ctx context.Context, h *lab.Host, log io.Writer) ([]string, error)
 	// boot starts the VM.
 	boot func(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *report.Log) (*report.Port, error)
-	// show prints what its users see of it on a host.
+	// show prints what the VM's users see of it on a host.
 	show func(ctx context.Context, h *lab.Host) error
 }
 
-// plain is a QEMU that somebody has started.
+// plain is a QEMU without libvirt.
 var plain = form{
 	vm: lab.QMPPath, events: lab.EventsPath,
 	stage: func(context.Context, *lab.Host, io.Writer) ([]string, error) { return nil, nil },

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command demo migrates a real VM with a busy guest between two daemons, each
-// in a network namespace of its own, and shows it. With --compare it then moves
-// the same VM back by QEMU's own post-copy, and so on, there by migrated and
-// back by QEMU, and prints the medians of both.
+// Command demo migrates a real VM with a busy guest between two daemons, each in a network namespace of its own, and
+// shows it. With --compare it then moves the same VM back by QEMU's own post-copy, and goes on so, there by migrated
+// and back by QEMU, and prints the medians of both.
 package main
 
 import (
@@ -102,7 +101,7 @@ func show(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, err e
 	if o.libvirt {
 		as = domain
 	}
-	for _, h := range []*lab.Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		say("Starting the daemon of host %s on %s", h.Name, h.DaemonAddr())
 		log, err := os.Create(filepath.Join(o.dir, "migrated-"+h.Name+".log"))
 		if err != nil {
@@ -128,9 +127,10 @@ func show(ctx context.Context, o options, vm lab.VMConfig) (_ *demoReport, err e
 	return r, compare(ctx, o, l, vm, &guest, r)
 }
 
-// migrate moves the VM from host a to host b by migrated, pings it meanwhile and
-// lets the guest check itself there.
-func (f form) migrate(ctx context.Context, l *lab.Lab, id string, vm lab.VMConfig, guest *report.Log) (*demoReport, error) {
+// migrate moves the VM from host a to host b by migrated, pings it meanwhile and lets the guest check itself there.
+func (f form) migrate(
+	ctx context.Context, l *lab.Lab, id string, vm lab.VMConfig, guest *report.Log,
+) (*demoReport, error) {
 	pinger, err := l.Ping(vm, 0, pingEvery)
 	if err != nil {
 		return nil, err
@@ -144,7 +144,7 @@ func (f form) migrate(ctx context.Context, l *lab.Lab, id string, vm lab.VMConfi
 	return r, nil
 }
 
-// move moves the VM and says when it was switched over.
+// move moves the VM and returns when it was switched over.
 func (f form) move(ctx context.Context, l *lab.Lab, id string, guest *report.Log) (*demoReport, lab.Switch, error) {
 	watch, err := l.WatchSwitchAt(ctx, l.A, l.B, f.events)
 	if err != nil {
@@ -183,12 +183,12 @@ func (f form) begin(ctx context.Context, h *lab.Host, vm lab.VMConfig, guest *re
 		return err
 	}
 	say("The guest is at work: %d pages stamped, %d of them in its working set", ready.Pages, ready.Working)
-	// A moment of work, so that the migration meets a busy guest.
+	// Some work first, so that the migration meets a busy guest.
 	_, _, err = guest.Wait(ctx, guest.Len(), func(l report.Line) bool { return l.Window != nil && l.Window.Seq >= 5 })
 	return err
 }
 
-// run runs the operator's command, its progress bar for all to see.
+// run runs the operator's command, with its progress bar visible.
 func (f form) run(ctx context.Context, l *lab.Lab, id string) error {
 	binary, err := lab.Binary()
 	if err != nil {
@@ -205,11 +205,7 @@ func (f form) run(ctx context.Context, l *lab.Lab, id string) error {
 }
 
 func status(ctx context.Context, h *lab.Host, id string) (*migratedv1.Migration, error) {
-	binary, err := lab.Binary()
-	if err != nil {
-		return nil, err
-	}
-	out, err := h.Run(ctx, binary, "status", id, "--json")
+	out, err := h.Migrated(ctx, "status", id, "--json")
 	if err != nil {
 		return nil, err
 	}
@@ -220,8 +216,7 @@ func status(ctx context.Context, h *lab.Host, id string) (*migratedv1.Migration,
 	return &m, nil
 }
 
-// A verdict is what the guest says of its own memory, and of its disk, after the
-// switch.
+// A verdict is what the guest says of its own memory and of its disk after the switch.
 type verdict struct {
 	opsAfter    uint64
 	workedFor   time.Duration
@@ -231,8 +226,7 @@ type verdict struct {
 	err         error
 }
 
-// watchGuest lets the guest work on the destination, then has it check every
-// page.
+// watchGuest lets the guest work on the destination, then makes it check every page.
 func watchGuest(ctx context.Context, h *lab.Host, guest *report.Log) (*verdict, error) {
 	say("The guest works on host %s", h.Name)
 	before := guest.Last()

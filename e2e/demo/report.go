@@ -3,15 +3,15 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"text/tabwriter"
 	"time"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+
+	"github.com/migrated-vm/migrated/e2e/jsonfile"
 )
 
 // demoReport is report.json.
@@ -27,12 +27,12 @@ type demoReport struct {
 	BytesOnWire      uint64  `json:"bytes_on_wire"`
 	GuestCorruptions uint64  `json:"guest_corruptions"`
 	GuestOpsAfter    uint64  `json:"guest_ops_after"`
-	DiskBlocks       uint64  `json:"disk_blocks"`     // checked: all that were ever written
+	DiskBlocks       uint64  `json:"disk_blocks"`     // checked: all blocks that were ever written
 	DiskBlocksBad    uint64  `json:"disk_blocks_bad"` // of these
 	client
 
-	// With --compare downtime_ms and residency_ms are medians over the rounds,
-	// and the other figures those of the first.
+	// With --compare, downtime_ms and residency_ms are medians over the rounds, and the other figures are those of the
+	// first round.
 	DowntimesMS    []float64   `json:"downtimes_ms,omitempty"`
 	QEMUDowntimeMS *float64    `json:"qemu_downtime_ms,omitempty"`
 	QEMU           *qemuReport `json:"qemu,omitempty"`
@@ -66,7 +66,7 @@ func newReport(m *migratedv1.Migration, downtime time.Duration, v *verdict) *dem
 	}
 }
 
-// verdict is an error unless the demo showed what it is there to show.
+// verdict returns an error unless the demo showed a complete migration of a guest that works on undamaged.
 func (r *demoReport) verdict() error {
 	switch {
 	case !r.Completed:
@@ -81,11 +81,7 @@ func (r *demoReport) verdict() error {
 }
 
 func (r *demoReport) write(path string) error {
-	data, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(path, append(data, '\n'), 0o644)
+	return jsonfile.Write(path, r)
 }
 
 func (r *demoReport) print(out io.Writer, path string) {
@@ -114,8 +110,10 @@ func (r *demoReport) print(out io.Writer, path string) {
 	row("fault latency p50 / p99", fmt.Sprintf("%.0f / %.0f µs", r.FaultP50US, r.FaultP99US), "")
 	row("time to full residency", fmt.Sprintf("%.0f ms", r.ResidencyMS), fmt.Sprintf("%.0f ms", q.ResidencyMS))
 	row("pages, of them zero", fmt.Sprintf("%d, %d", r.PagesTotal, r.PagesZero), "")
-	row("bytes on the wire", fmt.Sprintf("%.1f MB", float64(r.BytesOnWire)/1e6), fmt.Sprintf("%.1f MB", float64(q.Bytes)/1e6))
-	row("guest's verdict", fmt.Sprintf("%d corruptions", r.GuestCorruptions), fmt.Sprintf("%d corruptions", q.GuestCorruptions))
+	row("bytes on the wire",
+		fmt.Sprintf("%.1f MB", float64(r.BytesOnWire)/1e6), fmt.Sprintf("%.1f MB", float64(q.Bytes)/1e6))
+	row("guest's verdict",
+		fmt.Sprintf("%d corruptions", r.GuestCorruptions), fmt.Sprintf("%d corruptions", q.GuestCorruptions))
 	row("disk blocks checked, of them bad", fmt.Sprintf("%d, %d", r.DiskBlocks, r.DiskBlocksBad), "")
 	row("pings, of them lost", r.pings(), q.pings())
 	row("longest time without an answer", r.gap(), q.gap())
@@ -124,7 +122,7 @@ func (r *demoReport) print(out io.Writer, path string) {
 	if r.QEMU != nil && r.QEMU.DowntimeMS > 0 {
 		row("downtime, ours / QEMU's", fmt.Sprintf("%.2f", r.DowntimeMS/r.QEMU.DowntimeMS), "")
 	}
-	_ = w.Flush() // standard output; there is nobody else to tell
+	_ = w.Flush() // standard output; an error cannot be reported elsewhere
 	fmt.Fprintf(out, "\nreport: %s\n", path)
 }
 

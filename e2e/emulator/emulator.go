@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package emulator has the QEMUs that are not installed but fetched, by scripts/qemu.
+// Package emulator provides versions of QEMU that are not installed but fetched by scripts/qemu.
 package emulator
 
 import (
@@ -20,8 +20,8 @@ const (
 	V11 = "11.1"
 )
 
-// Dir returns the directory with that version of QEMU; what is in it stands in scripts/qemu. A version that was never
-// asked for is downloaded first, which scripts/setup has done before tests.
+// Dir returns the directory with that version of QEMU; scripts/qemu describes its content. A version is downloaded when
+// it is first asked for, which scripts/setup has done before tests.
 func Dir(ctx context.Context, version string) (string, error) {
 	root, err := checkout.Root()
 	if err != nil {
@@ -37,8 +37,8 @@ func Dir(ctx context.Context, version string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// Command returns the path of the command that starts that version of QEMU. The program of its process is the loader
-// that came with QEMU, so a daemon would not take it for a QEMU.
+// Command returns the path of the command that starts that version of QEMU. The process's program is the loader that
+// came with QEMU, so a daemon would not recognize it as a QEMU.
 func Command(ctx context.Context, version string) (string, error) {
 	dir, err := Dir(ctx, version)
 	return filepath.Join(dir, "qemu-system-x86_64"), err

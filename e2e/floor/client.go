@@ -13,11 +13,13 @@ import (
 	"slices"
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 )
 
-// client is a process that asks the source for pages and does nothing with them.
+// client runs the role of a process that asks the source for pages and discards them.
 func client(ctx context.Context, j job) (err error) {
 	var s sample
 	switch j.Lane {
@@ -35,8 +37,7 @@ func client(ctx context.Context, j job) (err error) {
 }
 
 func withLane(ctx context.Context, j job, f func(job, postcopy.Lane) (sample, error)) (sample, error) {
-	address, _ := addresses(j)
-	l, err := dial(ctx, 1, tcpDialer(address))
+	l, err := dial(ctx, 1, tcpDialer(addresses(j).grpc, insecure.NewCredentials()))
 	if err != nil {
 		return sample{}, err
 	}
@@ -68,15 +69,15 @@ func laneTrips(j job, lane postcopy.Lane) (sample, error) {
 	defer reply.Release()
 	return times(j.Pages, func(i uint64) error {
 		request.Ranges[0] = pagewire.Range{Offset: i * pageSize, Length: pageSize}
-		if err := lane.SendMsg(&request); err != nil {
+		if err := lane.Send(&request); err != nil {
 			return err
 		}
-		return lane.RecvMsg(&reply)
+		return lane.Recv(&reply)
 	})
 }
 
 func plainTrips(ctx context.Context, j job) (sample, error) {
-	_, address := addresses(j)
+	address := addresses(j).plain
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "tcp", address)
 	if err != nil {
@@ -96,7 +97,7 @@ func plainTrips(ctx context.Context, j job) (sample, error) {
 
 func offsetOf(ask []byte) int64 { return int64(binary.NativeEndian.Uint64(ask)) }
 
-// bulk fetches all of RAM as the sweep does, with as much on its way.
+// bulk fetches all of RAM as the sweep does, with as much in flight.
 func bulk(j job, lane postcopy.Lane) (sample, error) {
 	const run, window = 512 << 10, 4 << 20
 	total := int64(j.Size * pageSize)
@@ -108,12 +109,12 @@ func bulk(j job, lane postcopy.Lane) (sample, error) {
 	for got < total {
 		for asked < total && asked-got < window {
 			request.Ranges[0].Offset = uint64(asked)
-			if err := lane.SendMsg(&request); err != nil {
+			if err := lane.Send(&request); err != nil {
 				return sample{}, err
 			}
 			asked += run
 		}
-		if err := lane.RecvMsg(&reply); err != nil {
+		if err := lane.Recv(&reply); err != nil {
 			return sample{}, err
 		}
 		if len(reply.Data) == 0 {

@@ -18,11 +18,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/gomaxprocs"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// engine is the process of the destination host, but for the VM: that is a child of it, which faults.
+// engine runs the role of the destination host's process. The VM is a child of it, which faults.
 func engine(ctx context.Context, j job) error {
 	vm, err := startVM(ctx, j)
 	if err != nil {
@@ -43,7 +44,7 @@ func engine(ctx context.Context, j job) error {
 	return json.NewEncoder(os.Stdout).Encode(s)
 }
 
-// vm is the process whose memory is filled. It waits to be told to begin.
+// vm is the process whose memory is filled. It waits for an order to begin.
 type vm struct {
 	addr, size uint64 // of its RAM, in bytes
 	uffds      []*uffd.UFFD
@@ -77,11 +78,11 @@ func startVM(ctx context.Context, j job) (*vm, error) {
 	if err := v.cmd.Start(); err != nil {
 		return nil, err
 	}
-	_ = theirs.Close() // now: the end of the program must show
+	_ = theirs.Close() // closed now, so that the end of the program is noticed
 	return v, v.receive(pair[0], j.UFFDs)
 }
 
-// receive takes what testdata/fault.c hands over.
+// receive takes the addresses and descriptors that testdata/fault.c hands over.
 func (v *vm) receive(socket, uffds int) error {
 	where, control := make([]byte, 16), make([]byte, unix.CmsgSpace(uffds*4))
 	n, controlLen, _, _, err := unix.Recvmsg(socket, where, control, unix.MSG_CMSG_CLOEXEC)
@@ -108,7 +109,7 @@ func (v *vm) receive(socket, uffds int) error {
 	return nil
 }
 
-// touch lets the threads touch their pages and says how that went.
+// touch lets the threads touch their pages and returns their times.
 func (v *vm) touch() (s sample, err error) {
 	if _, err := v.socket.Write([]byte{1}); err != nil {
 		return s, err
@@ -125,13 +126,13 @@ func (v *vm) touch() (s sample, err error) {
 
 func (v *vm) end() {
 	for _, u := range v.uffds {
-		_ = u.Close() // whoever still waits goes on
+		_ = u.Close() // threads that still wait go on
 	}
 	_ = v.socket.Close()
 	_ = v.cmd.Wait()
 }
 
-// blocks splits the RAM over the userfaultfds.
+// blocks splits the RAM evenly over the userfaultfds.
 func (v *vm) blocks() (all []postcopy.Block) {
 	part := v.size / uint64(len(v.uffds))
 	for i, u := range v.uffds {
@@ -144,7 +145,7 @@ func (v *vm) blocks() (all []postcopy.Block) {
 
 // withEngine answers the faults with the engine.
 func withEngine(ctx context.Context, j job, v *vm) (s sample, err error) {
-	e, err := postcopy.New(postcopy.Options{Blocks: v.blocks(), Workers: workers})
+	e, err := postcopy.New(postcopy.Options{Blocks: v.blocks(), Workers: workers, Sleeps: gomaxprocs.Add})
 	if err != nil {
 		return s, err
 	}
@@ -156,7 +157,7 @@ func withEngine(ctx context.Context, j job, v *vm) (s sample, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	gate := &gated{Lane: l.bulk, open: make(chan struct{}), ctx: ctx}
 	result := make(chan error, 1)
-	go func() { result <- e.Run(ctx, l.demand, gate) }()
+	go func() { result <- e.Run(ctx, l.demand, gate, nil) }()
 	defer func() {
 		cancel()
 		if runErr := <-result; err == nil && !errors.Is(runErr, context.Canceled) {

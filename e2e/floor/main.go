@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command floor measures how far the engine is from what the machine can do, in one run and as ratios: a fault
-// against a bare loop of read(2) and UFFDIO_COPY, a page fetched against 4 KiB over bare TCP, the sweep against
-// memcpy, and what shards and the size of RAM change about it.
+// Command floor measures how far the engine is from what the machine can do, in one run and as ratios: a fault against
+// a bare loop of read(2) and UFFDIO_COPY, a page fetched against 4 KiB over bare TCP, the sweep against memcpy, and how
+// shards and the size of RAM change these.
 //
-// The contenders take turns, round after round, each in a new process, so that whatever else the machine does
-// meets all of them; medians over the rounds are what counts. The memory that faults is always that of a C program
-// (testdata/fault.c): a Go process must not wait for its own pages.
+// The contenders take turns, round after round, each in a new process, so that the machine's other load meets all of
+// them. The medians over the rounds count. The memory that faults is always that of a C program (testdata/fault.c),
+// because a Go process must not wait for its own pages.
 //
 //	driver (plan.go) ──┬─ C programs of testdata: the floor
 //	                   ├─ engine (engine.go): pkg/postcopy and a child that faults
@@ -24,11 +24,14 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
+
+	"github.com/migrated-vm/migrated/e2e/jsonfile"
 )
 
-// timeout bounds a run; ten times what one takes.
+// timeout bounds a run. It is ten times what a run takes.
 const timeout = 15 * time.Minute
 
 func main() {
@@ -38,8 +41,13 @@ func main() {
 	s := full
 	out := flag.String("out", "build/bench/micro.json", "`file` for the numbers")
 	flag.IntVar(&s.rounds, "rounds", s.rounds, "how often each contender runs")
-	flag.StringVar(&s.profiles, "profiles", "", "`directory` for CPU profiles of the engine, one for each contender and round")
+	only := flag.String("only", "", "only these `contenders`, by NAME, SECTION or SECTION/NAME, separated by commas")
+	flag.StringVar(&s.profiles, "profiles", "",
+		"`directory` for CPU profiles of the engine, one for each contender and round")
 	flag.Parse()
+	if *only != "" {
+		s.only = strings.Split(*only, ",")
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, timeout)
@@ -58,14 +66,10 @@ func run(ctx context.Context, s scale, out string) error {
 	if err := r.print(os.Stdout); err != nil {
 		return err
 	}
-	text, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
-	}
 	if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
 		return err
 	}
-	return os.WriteFile(out, append(text, '\n'), 0o644)
+	return jsonfile.Write(out, r)
 }
 
 // A job is what the driver tells a process of this program to do.
@@ -75,16 +79,17 @@ type job struct {
 	Lane    string // how the pages come: see openLanes
 	Address string // of the source's process
 	Size    uint64 // pages of RAM
-	Pages   uint64 // that are touched, fetched or have data, evenly spread
-	Threads int    // that touch them
+	Pages   uint64 // pages that are touched, fetched or have data, evenly spread
+	Threads int    // threads that touch them
 	Rising  bool   // they are touched in the order of their addresses
-	UFFDs   int    // that RAM is split over
-	Sweep   bool   // fetch the rest, too
+	UFFDs   int    // userfaultfds over which RAM is split
+	Sweep   bool   // also fetch the rest
 	Fault   string // path of the program that faults
 	Profile string // file for a CPU profile
+	TLS     string // directory of the certificate that both ends show; empty: none
 }
 
-// role does what args tell this process to do, if they do: it was started by start then.
+// role does the job in args, if any, and returns whether there is one. The driver starts processes with a job.
 func role(args []string) bool {
 	var j job
 	if len(args) != 3 || args[1] != roleArg {
@@ -94,7 +99,9 @@ func role(args []string) bool {
 	if err == nil {
 		ctx, cancel := context.WithTimeout(context.Background(), timeout)
 		defer cancel()
-		err = map[string]func(context.Context, job) error{"engine": engine, "client": client, "source": source}[j.Role](ctx, j)
+		err = map[string]func(context.Context, job) error{
+			"engine": engine, "client": client, "source": source,
+		}[j.Role](ctx, j)
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "floor: %s %s: %v\n", j.Role, j.Lane, err)

@@ -9,10 +9,10 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// TestMain lets the test binary be what the driver starts.
+// TestMain lets the test binary run the jobs that the driver starts.
 func TestMain(m *testing.M) {
 	if role(os.Args) {
 		return
@@ -20,11 +20,33 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestSmoke runs every contender once with little to do. What it measures says nothing and is not looked at, but
-// that there is something.
+// TestOnly: only the named contenders are measured; a name that no contender has is an error.
+func TestOnly(t *testing.T) {
+	if os.Getuid() != 0 {
+		testenv.CannotRun(t, "userfaultfd(2) needs root")
+	}
+	one := scale{rounds: 1, faults: 64, sharded: 64, mib: 4, gib: []uint64{1, 2}, only: []string{"sizes/2-gib"}}
+	r, err := measure(t.Context(), one)
+	if errors.Is(err, errNoCompiler) {
+		testenv.CannotRun(t, "%v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rows := r.Sections["sizes"]; len(r.Sections) != 1 || len(rows) != 1 ||
+		rows[0].Name != "2-gib" || rows[0].Sweep <= 0 || len(r.Ratios) != 0 {
+		t.Errorf("measured %+v, ratios %v", r.Sections, r.Ratios)
+	}
+	one.only = []string{"size"}
+	if _, err := measure(t.Context(), one); err == nil {
+		t.Error("a section that does not exist is measured")
+	}
+}
+
+// TestSmoke runs every contender once with little to do. It checks that there are figures; these mean nothing.
 func TestSmoke(t *testing.T) {
 	if os.Getuid() != 0 {
-		cannot.Run(t, "userfaultfd(2) needs root")
+		testenv.CannotRun(t, "userfaultfd(2) needs root")
 	}
 	out := filepath.Join(t.TempDir(), "build", "micro.json")
 	small := scale{
@@ -33,7 +55,7 @@ func TestSmoke(t *testing.T) {
 	}
 	err := run(t.Context(), small, out)
 	if errors.Is(err, errNoCompiler) {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -52,7 +74,7 @@ func TestSmoke(t *testing.T) {
 	if err := json.Unmarshal(text, &r); err != nil {
 		t.Fatal(err)
 	}
-	if r.CPUs < 1 || r.Kernel == "" || r.Rounds != 1 || len(r.Ratios) != 17 {
+	if r.CPUs < 1 || r.Kernel == "" || r.Rounds != 1 || len(r.Ratios) != 19 {
 		t.Errorf("%+v", r)
 	}
 	for _, x := range r.Ratios {
@@ -67,15 +89,20 @@ func TestSmoke(t *testing.T) {
 		"faults": {
 			[]string{
 				"floor", "floor-poll", "floor-spin", "floor-one-cpu", "floor-tcp", "floor-tcp-one-cpu",
-				"bare", "instant", "memory", "pipe", "local", "remote", "grpc", "plain", "remote-rising",
+				"bare", "instant", "memory", "pipe", "local", "remote", "remote-tls", "grpc", "plain", "remote-rising",
 			},
 			latencies,
 		},
-		"round_trips":  {[]string{"wake", "wake-one-cpu", "tcp", "tcp-one-cpu", "tcp-go", "lane"}, latencies},
-		"throughput":   {[]string{"memcpy", "uffdio-copy", "sweep-install", "sweep", "sweep-grpc", "serve"}, []string{"mb_per_second"}},
+		"round_trips": {[]string{"wake", "wake-one-cpu", "tcp", "tcp-one-cpu", "tcp-go", "lane"}, latencies},
+		"throughput": {
+			[]string{"memcpy", "uffdio-copy", "sweep-install", "sweep", "sweep-tls", "sweep-grpc", "serve"},
+			[]string{"mb_per_second"},
+		},
 		"shards":       {[]string{"1x1", "1x2", "3x1", "3x2"}, append(latencies, "inside_p50_us")},
 		"shards_alone": {[]string{"1x1", "1x2", "3x1", "3x2"}, append(latencies, "inside_p50_us")},
-		"sizes":        {[]string{"1-gib"}, []string{"p50_us", "p99_us", "sweep_ms", "rss_mib", "source_rss_mib", "limit_rss_mib"}},
+		"sizes": {
+			[]string{"1-gib"}, []string{"p50_us", "p99_us", "sweep_ms", "rss_mib", "source_rss_mib", "limit_rss_mib"},
+		},
 	} {
 		rows := r.Sections[section]
 		if len(rows) != len(want.names) {

@@ -7,21 +7,20 @@ import (
 	"context"
 	"io"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// depth is how many messages are on their way in a lane without gRPC: the sweep's window is 8 runs.
-const depth = 16
+// depth is how many messages are in flight in a lane without gRPC: the sweep's largest window, 16 MiB, in its smallest
+// runs, 64 KiB. One thread both asks for runs and receives them, so asking must never block.
+const depth = 256
 
-// wire is a lane without gRPC: two channels, and buffers that go around.
+// wire is a lane without gRPC: channels, and buffers that are reused.
 type wire struct {
-	ctx      context.Context //nolint:containedctx // it is the life of this struct
+	ctx      context.Context //nolint:containedctx // it ends the lane
 	cancel   context.CancelFunc
 	requests chan []pagewire.Range
 	replies  chan *parcel
@@ -42,7 +41,7 @@ func newWire(ctx context.Context) *wire {
 	return w
 }
 
-// take receives from a channel of the wire for as long as it lives.
+// take receives from a channel of the wire until the wire ends, and then returns io.EOF.
 func take[T any](ctx context.Context, c <-chan T) (v T, err error) {
 	select {
 	case v = <-c:
@@ -56,17 +55,17 @@ func take[T any](ctx context.Context, c <-chan T) (v T, err error) {
 type destination struct {
 	postcopy.Lane
 	*wire
-	held *parcel // what the reply received last refers to
+	held *parcel // the data of the reply that was received last
 }
 
-// CloseSend ends the lane: the engine sends no request after it and waits for no answer.
+// CloseSend ends the lane. The engine sends no request after it and waits for no answer.
 func (d *destination) CloseSend() error {
 	d.cancel()
 	return nil
 }
 
-func (d *destination) SendMsg(m any) error {
-	ranges := append([]pagewire.Range(nil), m.(*pagewire.Request).Ranges...)
+func (d *destination) Send(request *pagewire.Request) error {
+	ranges := append([]pagewire.Range(nil), request.Ranges...)
 	select {
 	case d.requests <- ranges:
 		return nil
@@ -75,67 +74,61 @@ func (d *destination) SendMsg(m any) error {
 	}
 }
 
-func (d *destination) RecvMsg(m any) (err error) {
+func (d *destination) Recv(r *pagewire.Reply) (err error) {
 	if d.held != nil {
 		d.free <- d.held
 	}
 	if d.held, err = take(d.ctx, d.replies); err != nil {
 		return err
 	}
-	r := m.(*pagewire.Reply)
 	r.Runs, r.Data = append(r.Runs[:0], d.held.runs...), d.held.data
 	return nil
 }
 
 // origin is the page server's end.
-type origin struct {
-	grpc.BidiStreamingServer[migratedv1.FetchRequest, migratedv1.FetchResponse]
-	*wire
-}
+type origin struct{ *wire }
 
-func (o *origin) Context() context.Context     { return o.ctx }
-func (o *origin) SendHeader(metadata.MD) error { return nil }
+func (o origin) Context() context.Context { return o.ctx }
+func (o origin) Accept() error            { return nil }
 
-func (o *origin) RecvMsg(m any) (err error) {
-	m.(*pagewire.Request).Ranges, err = take(o.ctx, o.requests)
+func (o origin) Recv(request *pagewire.Request) (err error) {
+	request.Ranges, err = take(o.ctx, o.requests)
 	return err
 }
 
-// SendMsg copies the page bytes once, as gRPC's transport would: they stay the page server's.
-func (o *origin) SendMsg(m any) error {
+// Send copies the page bytes once, as a transport would, because they belong to the page server.
+func (o origin) Send(r *pagewire.Reply) error {
 	p, err := take(o.ctx, o.free)
 	if err != nil {
 		return err
 	}
-	r := m.(*pagewire.Reply)
 	p.runs, p.data = append(p.runs[:0], r.Runs...), append(p.data[:0], r.Data...)
 	o.replies <- p
 	return nil
 }
 
 func memoryLanes(ctx context.Context, server *pagesrv.Server, blocks int) *lanes {
-	ctx, cancel := context.WithCancel(metadata.NewIncomingContext(ctx, calling(blocks)))
+	ctx, cancel := context.WithCancel(ctx)
 	l := &lanes{close: cancel}
-	for range workers + 1 {
-		w := newWire(ctx)
-		go func() { _ = server.Fetch(&origin{wire: w}) }()
+	for i := range workers + 1 {
+		w := newWire(metadata.NewIncomingContext(ctx, calling(blocks, i == workers)))
+		go func() { _ = server.ServeLane(origin{wire: w}) }()
 		l.add(&destination{wire: w})
 	}
 	return l
 }
 
-// instant is a lane that has the answer to everything.
+// instant is a lane that answers each request by itself.
 type instant struct {
 	destination
 	content []byte
 }
 
-func (i *instant) RecvMsg(m any) error {
+func (i *instant) Recv(r *pagewire.Reply) error {
 	ranges, err := take(i.ctx, i.requests)
 	if err != nil {
 		return err
 	}
-	r := m.(*pagewire.Reply)
 	r.Runs, r.Data = r.Runs[:0], nil
 	bytes := 0
 	for _, g := range ranges {

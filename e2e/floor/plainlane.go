@@ -9,17 +9,17 @@ import (
 	"io"
 	"net"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// plainLane is a lane over bare TCP to source.servePlain: what a fault would take if there were no gRPC. It carries
-// single pages of one block, so it is good for faults and not for the sweep.
+// plainLane is a lane over bare TCP to source.servePlain. It shows how long a fault would take without gRPC. It carries
+// single pages of one block, so it serves faults but not the sweep.
 type plainLane struct {
-	destination // of its wire only the requests are used: they remember what was asked for, in order
+	destination // of its wire only the requests are used, which keep the order of what was asked for
 	conn        net.Conn
 	in          *bufio.Reader
 	out         []byte
-	asked       []pagewire.Range // not answered yet, of the oldest request
+	asked       []pagewire.Range // the part of the oldest request that is not answered yet
 	page        []byte
 }
 
@@ -35,28 +35,30 @@ func plainLanes(ctx context.Context, address string) (*lanes, error) {
 		}
 		w := newWire(ctx)
 		context.AfterFunc(w.ctx, func() { _ = conn.Close() }) // CloseSend ends the wire
-		l.add(&plainLane{destination: destination{wire: w}, conn: conn, in: bufio.NewReader(conn), page: make([]byte, pageSize)})
+		l.add(&plainLane{
+			destination: destination{wire: w}, conn: conn, in: bufio.NewReader(conn), page: make([]byte, pageSize),
+		})
 	}
 	return l, nil
 }
 
-func (l *plainLane) SendMsg(m any) error {
+func (l *plainLane) Send(request *pagewire.Request) error {
 	l.out = l.out[:0]
-	for _, r := range m.(*pagewire.Request).Ranges {
+	for _, r := range request.Ranges {
 		for o := uint64(0); o < uint64(r.Length); o += pageSize {
 			l.out = binary.NativeEndian.AppendUint64(l.out, r.Offset+o)
 			l.out = binary.NativeEndian.AppendUint64(l.out, 0)
 		}
 	}
-	if err := l.destination.SendMsg(m); err != nil {
+	if err := l.destination.Send(request); err != nil {
 		return err
 	}
 	_, err := l.conn.Write(l.out)
 	return err
 }
 
-// RecvMsg waits for a page, and only then looks up which one it is: what was asked for is there by then.
-func (l *plainLane) RecvMsg(m any) (err error) {
+// Recv waits for a page, and only then looks up which page it is: its request is in the channel by then.
+func (l *plainLane) Recv(reply *pagewire.Reply) (err error) {
 	if _, err := io.ReadFull(l.in, l.page); err != nil {
 		return err
 	}
@@ -66,7 +68,6 @@ func (l *plainLane) RecvMsg(m any) (err error) {
 		}
 	}
 	r := &l.asked[0]
-	reply := m.(*pagewire.Reply)
 	reply.Runs = append(reply.Runs[:0], pagewire.Run{Block: r.Block, Offset: r.Offset, Length: pageSize})
 	reply.Data = l.page
 	r.Offset, r.Length = r.Offset+pageSize, r.Length-pageSize

@@ -42,7 +42,7 @@ func compile(ctx context.Context, dir string) error {
 	return nil
 }
 
-// sample is what one run of one contender gives. Each kind of contender fills in some of it.
+// sample is the result of one run of one contender. Each kind of contender fills in some of it.
 type sample struct {
 	N      int64 `json:"n"` // faults or round trips
 	P50    int64 `json:"p50_ns"`
@@ -131,7 +131,7 @@ func startServer(ctx context.Context, j job) (*server, error) {
 	return s, nil
 }
 
-// stop ends the process and says how much memory it had at most.
+// stop ends the process and returns its peak memory in bytes.
 func (s *server) stop() (rss int64, err error) {
 	_ = s.stdin.Close()
 	line, readErr := s.lines.ReadString('\n')
@@ -144,7 +144,7 @@ func (s *server) stop() (rss int64, err error) {
 	return strconv.ParseInt(strings.TrimSpace(line), 10, 64)
 }
 
-// peakRSS is the most memory that this process had, in bytes: proc(5), VmHWM.
+// peakRSS returns the most memory that this process had, in bytes: proc(5), VmHWM.
 func peakRSS() (int64, error) {
 	text, err := os.ReadFile("/proc/self/status")
 	if err != nil {

@@ -25,7 +25,7 @@ type report struct {
 	order   []string // of the sections
 }
 
-// row is the medians of one contender. What it does not measure is zero and left out.
+// row has the medians of one contender. Figures that it does not measure are zero and left out.
 type row struct {
 	Name        string  `json:"name"`
 	What        string  `json:"what"`
@@ -145,7 +145,7 @@ var heads = map[string]string{
 	"round_trips": "p50 µs\tp90 µs\tp99 µs\ttrips/s\t\t",
 	"throughput":  "MB/s\t",
 	"shards":      "p50 µs\tp90 µs\tp99 µs\tfaults/s\tinside µs\t",
-	// The engine alone: where more userfaultfds would show if their locks were what it waits for.
+	// The engine alone. More userfaultfds would show here if it waited for their locks.
 	"shards_alone": "p50 µs\tp90 µs\tp99 µs\tfaults/s\tinside µs\t",
 	"sizes":        "p50 µs\tp99 µs\tsweep ms\tengine MiB\tsource MiB\tlimit MiB\t",
 }

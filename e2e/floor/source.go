@@ -13,34 +13,38 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"github.com/migrated-vm/migrated/internal/pagelane"
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/internal/gomaxprocs"
+	"github.com/migrated-vm/migrated/internal/pki"
+	"github.com/migrated-vm/migrated/pkg/pagelane"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 const (
 	pageSize = 4096
 	token    = "secret"
-	// mostUFFDs bounds into how many blocks the same RAM is offered, each time under that number as the migration's id.
-	mostUFFDs = 8
+	// mostUFFDs bounds into how many blocks the RAM is split. It is offered for each number of blocks, under that number
+	// as the migration's ID.
+	mostUFFDs = 16
 )
 
-// ram is the memory of a stopped VM: a sparse file in memory of which some pages have data.
+// ram is the memory of a stopped VM: a sparse file in memory. Some of its pages have data.
 type ram struct {
 	file   *os.File
 	server *pagesrv.Server
 }
 
-// openRAM makes RAM of size pages, of which so many have data, evenly spread, and offers it in 1, 2, 4 and 8 blocks.
+// openRAM makes RAM of size pages and offers it in 1, 2, 4, 8 and 16 blocks. pages of them have data, evenly spread.
 func openRAM(size, pages uint64) (*ram, error) {
 	fd, err := unix.MemfdCreate("floor-source", unix.MFD_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("memfd_create: %w", err)
 	}
-	r := &ram{file: os.NewFile(uintptr(fd), "floor-source"), server: pagesrv.NewServer()}
+	r := &ram{file: os.NewFile(uintptr(fd), "floor-source"), server: pagesrv.NewServer(pagesrv.Options{})}
 	if err := r.file.Truncate(int64(size * pageSize)); err != nil {
 		return nil, err
 	}
@@ -71,9 +75,9 @@ func openRAM(size, pages uint64) (*ram, error) {
 }
 
 // serve answers lanes that come through the listener until stop.
-func (r *ram) serve(listener net.Listener) (stop func()) {
-	lanes := pagelane.NewServer(func(s *pagelane.Stream) error { return r.server.ServeLane(s) })
-	server := grpc.NewServer(append(pagewire.ServerOptions(), grpc.Creds(lanes.Credentials(insecure.NewCredentials())))...)
+func (r *ram) serve(listener net.Listener, creds credentials.TransportCredentials) (stop func()) {
+	lanes := pagelane.NewServer(func(s *pagelane.Stream) error { return r.server.ServeLane(s) }, gomaxprocs.Add)
+	server := grpc.NewServer(append(pagewire.ServerOptions(), grpc.Creds(lanes.Credentials(creds)))...)
 	migratedv1.RegisterPageServiceServer(server, r.server)
 	go func() { _ = server.Serve(listener) }()
 	return func() {
@@ -82,7 +86,8 @@ func (r *ram) serve(listener net.Listener) (stop func()) {
 	}
 }
 
-// source is the process of the source host. It prints where it listens, with gRPC and with nothing but TCP.
+// source runs the role of the source host's process. It prints its addresses: with gRPC, with nothing but TCP and, if
+// the job has a certificate, with gRPC and mutual TLS.
 func source(_ context.Context, j job) error {
 	r, err := openRAM(j.Size, j.Pages)
 	if err != nil {
@@ -96,9 +101,18 @@ func source(_ context.Context, j job) error {
 	if err != nil {
 		return err
 	}
-	defer r.serve(listener)()
+	defer r.serve(listener, insecure.NewCredentials())()
 	go r.servePlain(plain)
-	fmt.Printf("%s,%s\n", listener.Addr(), plain.Addr())
+	secure := ""
+	if j.TLS != "" {
+		encrypted, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		defer r.serve(encrypted, pki.FilesIn(j.TLS).Server())()
+		secure = encrypted.Addr().String()
+	}
+	fmt.Printf("%s,%s,%s\n", listener.Addr(), plain.Addr(), secure)
 	if _, err := io.Copy(io.Discard, os.Stdin); err != nil {
 		return err
 	}
@@ -109,11 +123,10 @@ func source(_ context.Context, j job) error {
 	return err
 }
 
-// askBytes is the length of a request without gRPC: an offset, and room for as much again.
+// askBytes is the length of a request without gRPC: an offset, and eight bytes that are not used.
 const askBytes = 16
 
-// servePlain does for a page what the page server does, without messages, runs and gRPC: what is left is Go's net
-// package.
+// servePlain serves pages as the page server does, but without messages, runs and gRPC: only Go's net package is left.
 func (r *ram) servePlain(listener net.Listener) {
 	for {
 		conn, err := listener.Accept()

@@ -2,16 +2,15 @@
 
 //go:build linux && amd64
 
-// Command guest is /init of the Linux guest that the end-to-end tests migrate.
-// It stamps its memory, visits it under load, writes and reads its disks, has
-// its network cards answer and send, and reports on the second serial port what
-// it finds (package report) and does what it is told there:
+// Command guest is /init of the Linux guest that the end-to-end tests migrate. It stamps its memory, visits it under
+// load, writes and reads its disks, and makes its network cards answer and send. On the second serial port it reports
+// what it finds (package report) and takes these commands:
 //
 //	verify [ID]        check all memory, and all that was written to disks, answer "verified"
 //	load [ID]          load on, answer "state"
 //	stop|idle [ID]     load off, answer "state"
 //	poweroff
-//	panic              have the kernel panic
+//	panic              make the kernel panic
 //
 // Its parameters are on the kernel command line, see params.go.
 package main
@@ -33,13 +32,12 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 )
 
-// memoryLimit is when garbage is collected after all. The reporter makes a few
-// kilobytes of it a window, so that is once in hours.
+// memoryLimit is how many bytes of memory the program has when garbage is collected in spite of SetGCPercent(-1). The
+// reporter makes a few kilobytes of garbage in each window, so that happens once in hours.
 const memoryLimit = 96 << 20
 
-// quiet keeps the runtime's preemption signals off the workers, whose stalls
-// are to be those of memory; they call functions often enough to be stopped
-// without. The runtime reads it from the environment only, before main.
+// quiet keeps the runtime's preemption signals off the workers, so that only memory stalls them. They call functions
+// often enough to be stopped without. The runtime reads this setting only from the environment, before main.
 const quiet = "GODEBUG=asyncpreemptoff=1"
 
 func main() {
@@ -66,7 +64,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	// UEFI firmware writes to every port, and ends no line.
+	// UEFI firmware writes to every port without ending its line.
 	if _, err := port.WriteString("\n"); err != nil {
 		return err
 	}
@@ -85,7 +83,7 @@ func serve(port *os.File, out *report.Encoder) error {
 	if err != nil {
 		return err
 	}
-	// A thread for each worker, the reporter, the reader of commands, and what waits for devices.
+	// A thread each for the workers, the reporter, the reader of commands, and the work that waits for devices.
 	runtime.GOMAXPROCS(p.Workers + 2 + p.Disks.Disks*disk.Lanes + p.Cards.Cards)
 	w, ready, err := begin(p)
 	if err != nil {
@@ -105,8 +103,7 @@ func serve(port *os.File, out *report.Encoder) error {
 	return w.reportLoop(p.Window, commands, out)
 }
 
-// reportLoop is the one goroutine that writes to the port. It returns only with
-// an error.
+// reportLoop is the only goroutine that writes to the port. It returns only with an error.
 func (w *work) reportLoop(period time.Duration, commands <-chan string, out *report.Encoder) error {
 	tick := time.NewTicker(period)
 	for {
@@ -115,7 +112,7 @@ func (w *work) reportLoop(period time.Duration, commands <-chan string, out *rep
 		case <-tick.C:
 			err = out.Encode(w.window())
 		case c := <-commands:
-			err = w.obey(c, out)
+			err = w.execute(c, out)
 		}
 		for err == nil {
 			line, ok := w.finding()
@@ -130,7 +127,8 @@ func (w *work) reportLoop(period time.Duration, commands <-chan string, out *rep
 	}
 }
 
-func (w *work) obey(command string, out *report.Encoder) error {
+// execute carries out a command from the port.
+func (w *work) execute(command string, out *report.Encoder) error {
 	name, id, _ := strings.Cut(strings.TrimSpace(command), " ")
 	switch name {
 	case "":
@@ -150,7 +148,7 @@ func (w *work) obey(command string, out *report.Encoder) error {
 	return out.Encode(report.Error{Type: report.TypeError, Message: fmt.Sprintf("unknown command %q", command)})
 }
 
-// uptime is CLOCK_MONOTONIC: milliseconds that the guest has run.
+// uptime returns CLOCK_MONOTONIC: for how long the guest has run.
 func uptime() time.Duration {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {

@@ -17,8 +17,7 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
 
-// params are the guest's parameters, as migrated.NAME=VALUE on the kernel
-// command line:
+// params are the guest's parameters, as migrated.NAME=VALUE on the kernel command line:
 //
 //	mem=MiB        to stamp (256)
 //	ws=MiB         working set, the part of mem that is visited (all of mem)

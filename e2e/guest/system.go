@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mountAll mounts what the guest needs: /proc for the command line, /dev for
-// the serial port, /sys for whoever debugs it.
+// mountAll mounts what the guest needs: /proc for the command line, /dev for the serial port, /sys for debugging and to
+// find disks.
 func mountAll() error {
 	for _, m := range []struct{ fstype, target string }{
 		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"},
@@ -30,7 +30,7 @@ func mountAll() error {
 	return nil
 }
 
-// loadModules loads the drivers that the initramfs has, if it has any, in the order of their names.
+// loadModules loads the drivers in the initramfs, if any, in the order of their names.
 func loadModules() error {
 	paths, err := filepath.Glob("/modules/*.ko")
 	if err != nil {
@@ -48,8 +48,7 @@ func loadModules() error {
 	return nil
 }
 
-// openSerial opens a serial port as a plain byte stream: no echo, no line
-// editing, no signals (cfmakeraw, termios(3)).
+// openSerial opens a serial port as a plain byte stream: no echo, no line editing, no signals (cfmakeraw, termios(3)).
 func openSerial(path string) (*os.File, error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -70,7 +69,7 @@ func openSerial(path string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// powerOff does not return.
+// powerOff powers the guest off. It does not return.
 func powerOff() {
 	unix.Sync()
 	err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)

@@ -15,14 +15,14 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 )
 
-// work is all that the guest does. Its methods are the reporter's.
+// work is all work of the guest. Only the reporter calls its methods.
 type work struct {
 	memory *load.Load
 	disks  *disk.Set
 	cards  *card.Set
 }
 
-// begin stamps memory and finds the devices; all rests until run(true).
+// begin stamps memory and finds the devices. All of them rest until run(true).
 func begin(p params) (*work, report.Ready, error) {
 	began := time.Now()
 	memory, err := load.New(p.Config)
@@ -45,7 +45,7 @@ func begin(p params) (*work, report.Ready, error) {
 	return &work{memory: memory, disks: disks, cards: cards}, ready, nil
 }
 
-// run has everything work or rest. When it returns, it does.
+// run makes everything work or rest. It returns when it does.
 func (w *work) run(on bool) {
 	w.memory.Run(on)
 	w.disks.Run(on)
@@ -58,7 +58,7 @@ func (w *work) window() report.Window {
 	return window
 }
 
-// verify checks all that can be checked.
+// verify checks all memory and all disks, and returns the answer to the command with that ID.
 func (w *work) verify(id string) report.Verified {
 	pages, found := w.memory.Verify()
 	blocks, blocksFound := w.disks.Verify()
@@ -68,7 +68,7 @@ func (w *work) verify(id string) report.Verified {
 	}
 }
 
-// finding returns a line about something that was found and not yet reported.
+// finding returns a line about something that was found and not reported yet.
 func (w *work) finding() (line any, ok bool) {
 	if d, ok := w.memory.Corruption(uptime()); ok {
 		return d, true

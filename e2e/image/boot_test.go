@@ -22,8 +22,7 @@ import (
 
 const qemu = "qemu-system-x86_64"
 
-// require skips the test where something of the host's is missing, or fails it
-// where nothing may be.
+// require skips the test if something is missing on this host, or fails it where nothing may be missing.
 func require(t *testing.T, err error) {
 	t.Helper()
 	switch {
@@ -73,8 +72,7 @@ func ramFile(t *testing.T) string {
 	return filepath.Join(dir, "ram")
 }
 
-// commonArgs are for a q35 with ram in the file and nothing that it does not
-// need.
+// commonArgs returns the arguments for a q35 with RAM in the file and no other devices.
 func commonArgs(ram, size string) []string {
 	return []string{
 		"-M", "q35,memory-backend=ram0", "-m", size,
@@ -113,7 +111,9 @@ func TestLinuxBoots(t *testing.T) {
 	if ready.Pages != 64<<20/4096 || ready.Working != 16<<20/4096 {
 		t.Errorf("ready: %+v", ready)
 	}
-	if _, _, err := log.Wait(ctx, 0, func(l report.Line) bool { return l.Window != nil && l.Window.TotalWrites > 1000 }); err != nil {
+	if _, _, err := log.Wait(
+		ctx, 0, func(l report.Line) bool { return l.Window != nil && l.Window.TotalWrites > 1000 },
+	); err != nil {
 		t.Fatal(err)
 	}
 	v, err := port.Verify(ctx)
@@ -138,13 +138,15 @@ func TestLinuxBoots(t *testing.T) {
 	if _, err := port.SetLoad(ctx, true); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := log.Wait(ctx, from, func(l report.Line) bool { return l.Window != nil && l.Window.Ops > 0 }); err != nil {
+	if _, _, err := log.Wait(
+		ctx, from, func(l report.Line) bool { return l.Window != nil && l.Window.Ops > 0 },
+	); err != nil {
 		t.Fatal(err)
 	}
 	if err := log.Err(); err != nil {
 		t.Error(err)
 	}
-	// A page outside the working set gets lost. Only then the guest complains.
+	// A page outside the working set gets lost. The guest reports it only when it verifies.
 	lost := ready.Pages - 1
 	if err := losePage(ram, lost); err != nil {
 		t.Fatal(err)
@@ -178,8 +180,7 @@ func TestLinuxBoots(t *testing.T) {
 	}
 }
 
-// losePage zeroes the stamped page with that index in a guest's RAM file,
-// wherever the guest's kernel put it.
+// losePage zeroes the stamped page with that index in a guest's RAM file, wherever the guest's kernel has put it.
 func losePage(ram string, index uint32) error {
 	f, err := os.OpenFile(ram, os.O_RDWR, 0)
 	if err != nil {
@@ -201,8 +202,7 @@ func losePage(ram string, index uint32) error {
 	}
 }
 
-// The bare-metal guest counts, and what it leaves in memory verifies, unless
-// the test damages it.
+// The bare-metal guest counts, and its memory verifies, unless the test damages it.
 func TestMetalCounts(t *testing.T) {
 	for _, accel := range []string{"tcg", "kvm"} {
 		t.Run(accel, func(t *testing.T) {
@@ -224,7 +224,7 @@ func TestMetalCounts(t *testing.T) {
 					"-serial", "file:"+serial)...)
 			}
 			var pass uint32
-			t.Run("run", func(t *testing.T) { // its end kills QEMU, wherever the guest is
+			t.Run("run", func(t *testing.T) { // the end of the subtest kills QEMU, wherever the guest is
 				start(t)
 				pass = waitPass(ctx, t, serial, 3)
 			})
@@ -238,7 +238,7 @@ func TestMetalCounts(t *testing.T) {
 			if r.Pass < pass || r.Pages != (64-2-24)<<20/4096 {
 				t.Errorf("after pass %d: %+v", pass, r)
 			}
-			// A page that a migration would have lost.
+			// A page as a migration might have lost it.
 			f, err := os.OpenFile(ram, os.O_RDWR, 0)
 			if err != nil {
 				t.Fatal(err)

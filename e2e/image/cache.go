@@ -10,8 +10,7 @@ import (
 	"path/filepath"
 )
 
-// cache is a directory of finished files, each under a name that says all that
-// it was made from.
+// cache is a directory of finished files. Each file's name says all that the file was made from.
 type cache string
 
 func openCache() (cache, error) {
@@ -26,8 +25,8 @@ func openCache() (cache, error) {
 	return cache(dir), nil
 }
 
-// file returns the path of the named file, and produces it if it is missing.
-// Two that do so at once both do, and one of the equal results stays.
+// file returns the path of the named file, and produces it if it is missing. If two callers do so at once, both produce
+// it, and one of the equal results stays.
 func (c cache) file(name string, produce func() ([]byte, error)) (string, error) {
 	path := filepath.Join(string(c), name)
 	_, err := os.Stat(path)
@@ -53,7 +52,7 @@ func writeAtomic(path string, b []byte) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // fails, as it must, once renamed
+	defer os.Remove(f.Name()) // fails, as it should, once renamed
 	_, err = f.Write(b)
 	// QEMU may run as another user; CreateTemp made the file private.
 	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close())

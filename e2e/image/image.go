@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package image makes what the test guests boot from: a Debian kernel with an
-// initramfs of the guest program (Linux), and the boot disk of the bare-metal
-// guest (Metal).
+// Package image makes the files from which the test guests boot: a Debian kernel with an initramfs of the guest program
+// (Linux), and the boot disk of the bare-metal guest (Metal).
 //
-// What it makes is kept in ${XDG_CACHE_HOME:-$HOME/.cache}/migrated under the
-// names of its inputs: a new kernel package or a changed guest makes new files,
-// and a file that is not there is made again. Any number of processes may ask
-// at once; a file appears whole or not at all.
+// The files are kept in ${XDG_CACHE_HOME:-$HOME/.cache}/migrated, named after their inputs: a new kernel package or a
+// changed guest makes new files, and a missing file is made again. Any number of processes may ask at once; a file
+// appears whole or not at all.
 package image
 
 import (
@@ -25,36 +23,33 @@ import (
 	"github.com/migrated-vm/migrated/internal/cpio"
 )
 
-// CommandLine is the kernel command line that every Linux guest needs; append
-// its parameters (see e2e/guest/params.go).
+// CommandLine is the kernel command line that every Linux guest needs; append its parameters (see e2e/guest/params.go).
 //
-// The kernel's own messages go to the first serial port. Whatever moves or
-// fills memory behind the guest's back is off (NUMA balancing, zeroing at
-// allocation), and so is what costs time under TCG without making a difference
-// here: mitigations, security modules, five-level page tables. The TSC is
-// taken as reliable because the alternative, the HPET, is an exit to QEMU for
-// every reading: the guest did a third of its visits with it.
+// The kernel's own messages go to the first serial port. Whatever moves or fills memory without the guest program is
+// off (NUMA balancing, zeroing at allocation), and so is what costs time under TCG without making a difference here:
+// mitigations, security modules, five-level page tables. The TSC is declared reliable because the alternative, the
+// HPET, needs an exit to QEMU for every reading: with it the guest did a third of its visits.
 const CommandLine = "console=ttyS0 quiet panic=-1 nokaslr mitigations=off no5lvl tsc=reliable" +
 	" random.trust_cpu=on init_on_alloc=0 numa_balancing=disable lsm="
 
 const guestPackage = "github.com/migrated-vm/migrated/e2e/guest"
 
-// Linux returns the paths of the guest's kernel and initramfs. It needs the go
-// command and, when the kernel is not cached, apt and dpkg-deb.
+// Linux returns the paths of the guest's kernel and initramfs. It needs the go command and, when the kernel is not
+// cached, apt and dpkg-deb.
 func Linux(ctx context.Context) (kernel, initrd string, err error) {
 	c, err := openCache()
 	if err != nil {
 		return "", "", err
 	}
-	if kernel, err = debianKernel(ctx, c); err != nil {
+	if kernel, err = DebianKernel(ctx, Linux61); err != nil {
 		return "", "", err
 	}
 	init, err := buildGuest(ctx)
 	if err != nil {
 		return "", "", err
 	}
-	// The program itself is the key: it is what its sources and the toolchain
-	// make, and the go command knows when to make it anew.
+	// The program itself is the key, because it depends on its sources and the toolchain, and the go command knows when to
+	// build it again.
 	initrd, err = c.file(fmt.Sprintf("initramfs-%x.cpio.gz", hash(init)), func() ([]byte, error) {
 		return initramfs(init)
 	})
@@ -84,26 +79,27 @@ func LinuxWithVirtio(ctx context.Context) (kernel, initrd string, err error) {
 		}
 		both = append(both, content...)
 	}
-	initrd, err = c.file(fmt.Sprintf("initramfs-virtio-%x.cpio.gz", hash(both)), func() ([]byte, error) { return both, nil })
+	initrd, err = c.file(fmt.Sprintf("initramfs-virtio-%x.cpio.gz", hash(both)),
+		func() ([]byte, error) { return both, nil })
 	return kernel, initrd, err
 }
 
-// DebianWithKVM returns the paths of Debian's kernel and of an initramfs that has nothing but KVM's modules, as
-// /modules/NN-NAME.ko in their order. The kernel unpacks it after another that it is appended to.
+// DebianWithKVM returns the paths of Debian's kernel and of an initramfs with nothing but KVM's modules, as
+// /modules/NN-NAME.ko in their order. It can be appended to another initramfs: the kernel unpacks one after the other.
 func DebianWithKVM(ctx context.Context) (kernel, initrd string, err error) {
 	c, err := openCache()
 	if err != nil {
 		return "", "", err
 	}
-	if kernel, err = debianKernel(ctx, c); err != nil {
+	if kernel, err = DebianKernel(ctx, Linux61); err != nil {
 		return "", "", err
 	}
 	initrd, err = debianModules(ctx, c, kvmModules)
 	return kernel, initrd, err
 }
 
-// Metal returns the path of the boot disk for a bare-metal guest with ramMiB of
-// RAM. It is for reading only: give it to QEMU with snapshot=on.
+// Metal returns the path of the boot disk for a bare-metal guest with ramMiB of RAM. It must not be written to: give it
+// to QEMU with snapshot=on.
 func Metal(ctx context.Context, ramMiB int) (disk string, err error) {
 	c, err := openCache()
 	if err != nil {
@@ -114,13 +110,13 @@ func Metal(ctx context.Context, ramMiB int) (disk string, err error) {
 	})
 }
 
-// hash names content; 8 bytes of it tell the few files of a cache apart.
+// hash returns a name for content. 8 bytes are enough for the few files of a cache.
 func hash(b []byte) []byte {
 	sum := sha256.Sum256(b)
 	return sum[:8]
 }
 
-// buildGuest builds the guest program, static, and returns it.
+// buildGuest builds the guest program, static, and returns its content.
 func buildGuest(ctx context.Context) ([]byte, error) {
 	dir, err := os.MkdirTemp("", "migrated-guest-")
 	if err != nil {
@@ -128,7 +124,8 @@ func buildGuest(ctx context.Context) ([]byte, error) {
 	}
 	defer os.RemoveAll(dir)
 	out := filepath.Join(dir, "init")
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", out, guestPackage)
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false",
+		"-ldflags=-s -w", "-o", out, guestPackage)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=")
 	if msg, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build the guest (run this within the module's source tree): %w: %s", err, msg)

@@ -21,26 +21,28 @@ import (
 	"github.com/migrated-vm/migrated/internal/cpio"
 )
 
-// metaPackage depends on the current kernel of Debian's that is built for
-// virtual machines: 8250 serial ports, devtmpfs and initramfs are built in, so
-// no module is needed but those of virtioModules.
-const metaPackage = "linux-image-cloud-amd64"
+// The meta packages of Debian's kernels for virtual machines. Each depends on the current kernel. 8250 serial ports,
+// devtmpfs and initramfs are built in, so only the modules of virtioModules are needed.
+const (
+	Linux61  = "linux-image-cloud-amd64" // Debian 12's own
+	Linux612 = "linux-image-6.12-cloud-amd64"
+)
 
-// dependency is the meta package's one: name and version of the real package.
+// dependency matches the only dependency of a meta package: name and version of the real package.
 var dependency = regexp.MustCompile(`(?m)^Depends: (linux-image-\S+) \(= (\S+)\)$`)
 
-// debianKernel returns the path of the kernel that apt would install now.
-// Nothing is installed.
-func debianKernel(ctx context.Context, c cache) (string, error) {
-	current.Lock()
-	defer current.Unlock()
-	if current.name == "" {
-		if err := resolve(ctx); err != nil {
-			return "", err
-		}
+// DebianKernel returns the path of the kernel that apt would now install for a meta package. It installs nothing.
+func DebianKernel(ctx context.Context, meta string) (string, error) {
+	c, err := openCache()
+	if err != nil {
+		return "", err
 	}
-	return c.file("vmlinuz-"+current.name+"-"+current.version, func() ([]byte, error) {
-		archive, err := download(ctx, current.name, current.version)
+	p, err := resolve(ctx, meta)
+	if err != nil {
+		return "", err
+	}
+	return c.file("vmlinuz-"+p.name+"-"+p.version, func() ([]byte, error) {
+		archive, err := download(ctx, p.name, p.version)
 		if err != nil {
 			return nil, err
 		}
@@ -49,7 +51,7 @@ func debianKernel(ctx context.Context, c cache) (string, error) {
 }
 
 // virtioModules are the drivers of virtio devices on PCI (balloon, virtio-mem, disks, network cards, random numbers),
-// below the package's kernel/, each after those that it needs.
+// below the package's kernel/, each after the ones that it needs.
 var virtioModules = []string{
 	"drivers/virtio/virtio_ring", "drivers/virtio/virtio", "drivers/virtio/virtio_pci_modern_dev",
 	"drivers/virtio/virtio_pci_legacy_dev", "drivers/virtio/virtio_pci", "drivers/virtio/virtio_balloon",
@@ -57,20 +59,18 @@ var virtioModules = []string{
 	"drivers/net/virtio_net", "drivers/char/hw_random/virtio-rng",
 }
 
-// kvmModules are KVM for a processor of AMD's, as QEMU emulates it.
+// kvmModules are KVM's modules for an AMD processor, as QEMU emulates it.
 var kvmModules = []string{"virt/lib/irqbypass", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd"}
 
-// debianModules returns the path of an initramfs with modules of the same kernel as /modules/NN-NAME.ko, in their
-// order.
+// debianModules returns the path of an initramfs with modules of Linux61 as /modules/NN-NAME.ko, in their order.
 func debianModules(ctx context.Context, c cache, modules []string) (string, error) {
-	if _, err := debianKernel(ctx, c); err != nil { // which says what is current
+	p, err := resolve(ctx, Linux61)
+	if err != nil {
 		return "", err
 	}
-	current.Lock()
-	defer current.Unlock()
 	list := hash([]byte(strings.Join(modules, " ")))
-	return c.file(fmt.Sprintf("modules-%s-%s-%x.cpio.gz", current.name, current.version, list), func() ([]byte, error) {
-		archive, err := download(ctx, current.name, current.version)
+	return c.file(fmt.Sprintf("modules-%s-%s-%x.cpio.gz", p.name, p.version, list), func() ([]byte, error) {
+		archive, err := download(ctx, p.name, p.version)
 		if err != nil {
 			return nil, err
 		}
@@ -87,24 +87,33 @@ func debianModules(ctx context.Context, c cache, modules []string) (string, erro
 	})
 }
 
-// current is the real package, once it is known: asking apt takes a second.
-var current struct {
-	sync.Mutex
-	name, version string
-}
+// A realPackage is the package on which a meta package depends.
+type realPackage struct{ name, version string }
 
-// resolve sets current, whose lock the caller holds.
-func resolve(ctx context.Context) error {
-	out, err := run(ctx, "", "apt-cache", "show", "--no-all-versions", metaPackage)
+// current caches the real packages, because asking apt takes a second.
+var current = struct {
+	sync.Mutex
+	of map[string]realPackage
+}{of: make(map[string]realPackage)}
+
+// resolve returns the real package of a meta package.
+func resolve(ctx context.Context, meta string) (realPackage, error) {
+	current.Lock()
+	defer current.Unlock()
+	if p, known := current.of[meta]; known {
+		return p, nil
+	}
+	out, err := run(ctx, "", "apt-cache", "show", "--no-all-versions", meta)
 	if err != nil {
-		return fmt.Errorf("find the guest's kernel (on Debian, with package lists: apt-get update): %w", err)
+		return realPackage{}, fmt.Errorf("find the guest's kernel (on Debian, with package lists: apt-get update): %w", err)
 	}
 	m := dependency.FindSubmatch(out)
 	if m == nil {
-		return fmt.Errorf("find the guest's kernel: %s depends on no kernel of one version: %s", metaPackage, out)
+		return realPackage{}, fmt.Errorf("find the guest's kernel: %s depends on no kernel of one version: %s", meta, out)
 	}
-	current.name, current.version = string(m[1]), string(m[2])
-	return nil
+	p := realPackage{string(m[1]), string(m[2])}
+	current.of[meta] = p
+	return p, nil
 }
 
 // download returns the file system archive in a Debian package.
@@ -138,14 +147,14 @@ func find(archive io.Reader, prefix, suffix string) ([]byte, error) {
 		if err != nil {
 			return nil, fmt.Errorf("unpack the guest's kernel: %w", err)
 		}
-		if name := strings.TrimPrefix(h.Name, "./"); h.Typeflag == tar.TypeReg && strings.HasPrefix(name, prefix) && strings.HasSuffix(name, suffix) {
+		if name := strings.TrimPrefix(h.Name, "./"); h.Typeflag == tar.TypeReg &&
+			strings.HasPrefix(name, prefix) && strings.HasSuffix(name, suffix) {
 			return io.ReadAll(t)
 		}
 	}
 }
 
-// run returns what a command writes to its standard output; its standard error
-// is in the error.
+// run returns the standard output of a command; the error has its standard error.
 func run(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir

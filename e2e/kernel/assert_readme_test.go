@@ -3,6 +3,7 @@
 package kernel
 
 import (
+	"cmp"
 	"flag"
 	"fmt"
 	"os"
@@ -14,13 +15,14 @@ var update = flag.Bool("update", false, "write the table of kernel/README.md ins
 
 const readme = "../../kernel/README.md"
 
-// Between these two lines the table stands in kernel/README.md.
+// The table in kernel/README.md is between these two lines.
 const (
-	tableBegin = "<!-- The table of e2e/kernel/assert_table_test.go; after a change: go test ./e2e/kernel -run TestReadme -update -->\n"
-	tableEnd   = "<!-- The end of the table. -->\n"
+	tableBegin = "<!-- The table of e2e/kernel/assert_table_test.go; " +
+		"after a change: go test ./e2e/kernel -run TestReadme -update -->\n"
+	tableEnd = "<!-- The end of the table. -->\n"
 )
 
-// kernel/README.md shows the table as it is.
+// kernel/README.md shows the present table.
 func TestReadme(t *testing.T) {
 	data, err := os.ReadFile(readme)
 	if err != nil {
@@ -33,7 +35,7 @@ func TestReadme(t *testing.T) {
 	}
 	if *update {
 		text := before + tableBegin + markdown() + tableEnd + after
-		if err := os.WriteFile(readme, []byte(text), 0o644); err != nil { //nolint:gosec // as others can read it in a checkout
+		if err := os.WriteFile(readme, []byte(text), 0o644); err != nil { //nolint:gosec // others can read it in a checkout
 			t.Fatal(err)
 		}
 		return
@@ -43,18 +45,24 @@ func TestReadme(t *testing.T) {
 	}
 }
 
-// markdown is the table, a row for each assertion under its point.
+// markdown returns the table, with a row for each assertion under its point.
 func markdown() string {
 	var b strings.Builder
-	b.WriteString("\n| | test | stock 6.12 | patched |\n|---|---|---|---|\n")
+	b.WriteString("\n| | test |")
+	for _, version := range Versions {
+		fmt.Fprintf(&b, " stock %s | patched %[1]s |", version)
+	}
+	b.WriteString("\n|---|---|---|---|---|---|\n")
 	for _, p := range allPoints() {
-		fmt.Fprintf(&b, "| **%s** | | | |\n", p.title)
+		fmt.Fprintf(&b, "| **%s** | | | | | |\n", p.title)
 		for _, a := range p.assertions {
-			stock := "not asked"
-			if a.stock != "" {
-				stock = a.stock
+			fmt.Fprintf(&b, "| %s | `%s` |", a.shows, a.name)
+			for _, version := range Versions {
+				for _, v := range []Variant{Stock, Patched} {
+					fmt.Fprintf(&b, " %s |", cmp.Or(a.expected(version, v), "not asked"))
+				}
 			}
-			fmt.Fprintf(&b, "| %s | `%s` | %s | %s |\n", a.shows, a.name, stock, a.patched)
+			b.WriteString("\n")
 		}
 	}
 	b.WriteString("\n")

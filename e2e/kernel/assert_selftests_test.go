@@ -8,9 +8,8 @@ import (
 	"testing"
 )
 
-// selftests compiles those of the kernel's own tests that are asked for, from
-// the source of that kernel and with its headers. The second result is the
-// policy that they bring, and where it has its place in the one here.
+// selftests compiles the kernel's own tests that are asked for, from the source of that kernel and with its headers.
+// policy is the policy of these tests, and the file that gives it a place in the policy of this package.
 func selftests(t *testing.T, tree Tree, ask []assertion) (programs []File, policy []string) {
 	t.Helper()
 	for _, a := range ask {
@@ -18,12 +17,12 @@ func selftests(t *testing.T, tree Tree, ask []assertion) (programs []File, polic
 		if !ok {
 			continue
 		}
-		// The kernel is of two minds about how to join words.
+		// The kernel's names use both hyphens and underscores.
 		source := one(t, filepath.Join(tree.Selftests, "*", strings.ReplaceAll(name, "-", `[\-_]`)+".c"))
 		dir, file := filepath.Split(source)
 		program := strings.TrimSuffix(file, ".c")
 		out := filepath.Join(t.TempDir(), program)
-		if err := CompileC(testContext(t), dir, out, "-isystem", tree.Include, file); err != nil {
+		if err := CompileC(testContext(t), dir, out, "-isystem", tree.Include, "-I"+tree.Selftests, file); err != nil {
 			t.Fatal(err)
 		}
 		programs = append(programs, File{Name: "selftests/" + program, Path: out})
@@ -37,7 +36,7 @@ func selftests(t *testing.T, tree Tree, ask []assertion) (programs []File, polic
 	return programs, policy
 }
 
-// one is the only file that matches a pattern.
+// one returns the only file that matches a pattern.
 func one(t *testing.T, pattern string) string {
 	t.Helper()
 	files, err := filepath.Glob(pattern)

@@ -12,19 +12,18 @@ import (
 	"testing"
 )
 
-// hello reports whether a line is the first of testdata/init.c's.
-func hello(line string) bool { return strings.HasPrefix(line, "hello from 6.") }
+// hello reports whether a line is the first line of testdata/init.c.
+func hello(line string) bool { return strings.HasPrefix(line, "hello from ") }
 
-// stock says how to boot the stock kernel into testdata/init.c.
+// stock returns the options that boot the stock kernel into testdata/init.c.
 func stock(t *testing.T, end string) Options {
 	t.Helper()
 	needQEMU(t)
-	tree := built(t, Stock)
+	tree := built(t, Linux612, Stock)
 	return Options{Kernel: tree.BzImage, Initrd: initOnly(t), CommandLine: "quiet -- " + end}
 }
 
-// checkGone fails the test when a process still has the initramfs, which is the
-// test's own, on its command line.
+// checkGone fails the test if a process still has the initramfs, which is the test's own, on its command line.
 func checkGone(t *testing.T, o Options) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -32,29 +31,34 @@ func checkGone(t *testing.T, o Options) {
 		t.Fatalf("%d processes, %v", len(files), err)
 	}
 	for _, file := range files {
-		text, _ := os.ReadFile(file) // none where the process has just ended
+		text, _ := os.ReadFile(file) // empty if the process has just ended
 		if bytes.Contains(text, []byte(o.Initrd)) {
 			t.Errorf("QEMU is still there: %s", file)
 		}
 	}
 }
 
-// Every variant boots and says in its version which it is.
+// Every variant boots and names itself in its release.
 func TestBoots(t *testing.T) {
-	for _, v := range []Variant{Stock, Patched, Debug} {
-		t.Run(string(v), func(t *testing.T) {
-			needQEMU(t)
-			boots(t, v, built(t, v))
-		})
-	}
+	needQEMU(t)
+	eachVersion(t, func(t *testing.T, version Version) {
+		for _, v := range []Variant{Stock, Patched, Debug} {
+			t.Run(string(v), func(t *testing.T) {
+				if v == Debug {
+					needDebug(t, version)
+				}
+				boots(t, version, v, built(t, version, v))
+			})
+		}
+	})
 }
 
-// boots boots a kernel into testdata/init.c and to its end.
-func boots(t *testing.T, v Variant, tree Tree) {
+// boots boots a kernel into testdata/init.c and waits for its end.
+func boots(t *testing.T, version Version, v Variant, tree Tree) {
 	t.Helper()
 	var log bytes.Buffer
 	var hellos []string
-	o := Options{Kernel: tree.BzImage, Initrd: initOnly(t), CommandLine: "-- off", Log: &log}
+	o := Options{Kernel: tree.BzImage, Initrd: initOnly(t), CommandLine: "-- off", Args: v.args(), Log: &log}
 	err := Boot(testContext(t), o, func(line string) error {
 		if hello(line) {
 			hellos = append(hellos, line)
@@ -64,7 +68,8 @@ func boots(t *testing.T, v Variant, tree Tree) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, log.Bytes())
 	}
-	if len(hellos) != 1 || !strings.HasSuffix(hellos[0], "-"+string(v)) {
+	if len(hellos) != 1 || !strings.HasPrefix(hellos[0], "hello from "+string(version)+".") ||
+		!strings.HasSuffix(hellos[0], "-"+string(v)) {
 		t.Errorf("it says %q\n%s", hellos, log.Bytes())
 	}
 	checkGone(t, o)
@@ -142,8 +147,7 @@ func TestQEMUsReasonIsInTheError(t *testing.T) {
 	}
 }
 
-// A kernel that complains and goes on forever is ended; what it said is in the
-// error, whichever tool said it.
+// A kernel that complains and goes on forever is ended. The error has the complaint, whichever tool made it.
 func TestComplaintEndsTheGuest(t *testing.T) {
 	complaints := []string{
 		"[    1.000000] BUG: sleeping function called from invalid context at mm/x.c:1",
@@ -169,7 +173,7 @@ func TestComplaintEndsTheGuest(t *testing.T) {
 	}
 }
 
-// What kernels say when all is well is no complaint.
+// What kernels print when all is well is no complaint.
 func TestNoComplaint(t *testing.T) {
 	for _, line := range []string{
 		"[    0.000000] Linux version 6.12.117-debug (migrated@migrated) (gcc (Debian 12.2.0-14+deb12u1) 12.2.0) #1 SMP",

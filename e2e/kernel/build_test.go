@@ -10,12 +10,12 @@ import (
 )
 
 func TestBuildIsKept(t *testing.T) {
-	first := built(t, Stock)
+	first := built(t, Linux612, Stock)
 	before, err := os.Stat(first.BzImage)
 	if err != nil {
 		t.Fatal(err)
 	}
-	again := built(t, Stock)
+	again := built(t, Linux612, Stock)
 	after, err := os.Stat(again.BzImage)
 	if err != nil {
 		t.Fatal(err)
@@ -27,28 +27,40 @@ func TestBuildIsKept(t *testing.T) {
 
 func TestHeadersAreExported(t *testing.T) {
 	need(t, "gcc")
-	dir := t.TempDir()
-	source := `#include <linux/userfaultfd.h>
+	eachVersion(t, func(t *testing.T, version Version) {
+		dir := t.TempDir()
+		source := `#include <linux/userfaultfd.h>
 #include <linux/version.h>
-_Static_assert(LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0), "the headers are older than the kernel");
-` + "int main(void) { return UFFD_USER_MODE_ONLY - 1; }\n"
-	for _, v := range []Variant{Stock, Patched} {
-		program := source
-		if v == Patched {
-			program += "_Static_assert(UFFD_SECURE == 2, \"the flag of the series\");\n"
+_Static_assert(LINUX_VERSION_CODE >> 8 == (MAJOR << 8 | MINOR), "the headers are another version's");
+int main(void) { return UFFD_USER_MODE_ONLY - 1; }
+`
+		major, minor, _ := strings.Cut(string(version), ".")
+		for _, v := range []Variant{Stock, Patched} {
+			program := source
+			if v == Patched {
+				program += "_Static_assert(UFFD_SECURE == 2, \"the flag of the series\");\n"
+			}
+			if err := os.WriteFile(filepath.Join(dir, "a.c"), []byte(program), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			err := CompileC(testContext(t), dir, "a", "-isystem", built(t, version, v).Include,
+				"-DMAJOR="+major, "-DMINOR="+minor, "a.c")
+			if err != nil {
+				t.Errorf("%s: %v", v, err)
+			}
 		}
-		if err := os.WriteFile(filepath.Join(dir, "a.c"), []byte(program), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		if err := CompileC(testContext(t), dir, "a", "-isystem", built(t, v).Include, "a.c"); err != nil {
-			t.Errorf("%s: %v", v, err)
-		}
-	}
+	})
 }
 
 func TestBuildRefuses(t *testing.T) {
-	if _, err := Build(testContext(t), "no-such-variant"); err == nil || !strings.Contains(err.Error(), "usage: ") {
-		t.Errorf("Build = %v", err)
+	for _, refused := range []struct {
+		version Version
+		variant Variant
+	}{{Linux73, "no-such-variant"}, {"6.13", Stock}} {
+		_, err := Build(testContext(t), refused.version, refused.variant)
+		if err == nil || !strings.Contains(err.Error(), "usage: ") {
+			t.Errorf("Build(%v) = %v", refused, err)
+		}
 	}
 }
 

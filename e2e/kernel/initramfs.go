@@ -14,19 +14,18 @@ import (
 	"github.com/migrated-vm/migrated/internal/cpio"
 )
 
-// File is one file of an initramfs: a directory by its Mode, a symbolic link
-// where Link is set, and otherwise a regular file.
+// File is one file of an initramfs: a directory if Mode says so, a symbolic link if Link is set, and otherwise a
+// regular file.
 type File struct {
 	Name string      // "/init" and "init" are the same
-	Mode fs.FileMode // of a regular file, 0 stands for that of Path, or for 0o644
-	Data []byte      // content, or
-	Path string      // the file on this machine that has it
-	Link string      // where a symbolic link leads
+	Mode fs.FileMode // of a regular file, 0 means that of Path, or 0o644
+	Data []byte      // the content, or
+	Path string      // the file on this machine with the content
+	Link string      // target of a symbolic link
 }
 
-// Initramfs writes an initramfs of files into dir and returns its path. It adds
-// /dev/console, which the kernel opens for /init, and the directories that
-// files are in. A name that is given twice is an error.
+// Initramfs writes an initramfs of files into dir and returns its path. It adds /dev/console, which the kernel opens
+// for /init, and the directories of the files. A name that is given twice is an error.
 func Initramfs(dir string, files []File) (_ string, err error) {
 	out, err := os.CreateTemp(dir, "initramfs-*.cpio")
 	if err != nil {
@@ -41,8 +40,7 @@ func Initramfs(dir string, files []File) (_ string, err error) {
 	b := bufio.NewWriterSize(out, 1<<20)
 	fsys := &initramfs{w: cpio.NewWriter(b), names: map[string]bool{}}
 	console := cpio.File{Name: "dev/console", Mode: fs.ModeDevice | fs.ModeCharDevice | 0o600, Major: 5, Minor: 1}
-	// Directories first: one that has a mode of its own must not be made
-	// before, for a file in it.
+	// Directories come first: a directory with a mode of its own must not have been made already for a file in it.
 	for _, f := range files {
 		if f.Mode.IsDir() {
 			if err := fsys.addFile(f); err != nil {
@@ -69,7 +67,7 @@ func Initramfs(dir string, files []File) (_ string, err error) {
 // initramfs is an archive in the making.
 type initramfs struct {
 	w     *cpio.Writer
-	names map[string]bool // what is in it; true for a directory that nobody asked for
+	names map[string]bool // its content; true for a directory that was not in the list
 }
 
 // addFile adds one of the caller's files.

@@ -10,14 +10,14 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// cpio(1) makes of an initramfs what was asked for.
+// cpio(1) unpacks the files that were given to Initramfs.
 func TestInitramfs(t *testing.T) {
 	need(t, "cpio")
 	if os.Getuid() != 0 {
-		cannot.Run(t, "only root makes device nodes")
+		testenv.CannotRun(t, "only root makes device nodes")
 	}
 	host := filepath.Join(t.TempDir(), "host")
 	if err := os.WriteFile(host, []byte("from the host"), 0o750); err != nil {

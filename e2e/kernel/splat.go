@@ -12,10 +12,9 @@ import (
 // ErrSplat is in the error of a boot whose kernel complained about itself.
 var ErrSplat = errors.New("the kernel complained")
 
-// splat matches a line with which the kernel, or one of the tools that watch
-// it, begins to complain. Stalls of RCU are not among them: on a machine with
-// more to do than CPUs, an emulated CPU stands still that long for no fault of
-// the kernel's.
+// splat matches the first line of a complaint by the kernel, or by one of the tools that watch it. Stalls of RCU are
+// not among them: on a machine with more work than CPUs, an emulated CPU stands still that long through no fault of the
+// kernel's.
 var splat = regexp.MustCompile(strings.Join([]string{
 	`BUG:`, `WARNING:`, `Oops`, `KASAN`, `UBSAN`, `kernel BUG at`, `(?i)kernel panic`,
 	`general protection fault`, `[Uu]nable to handle`, `stack segment fault`, `double fault`,
@@ -25,14 +24,13 @@ var splat = regexp.MustCompile(strings.Join([]string{
 	`unreferenced object`, `new suspected memory leaks`,
 }, "|"))
 
-// maxSplatLines bounds what is kept of a complaint: a report of lockdep with
-// all its chains is shorter.
+// maxSplatLines bounds how many lines of a complaint are kept. A report of lockdep with all its chains is shorter.
 const maxSplatLines = 150
 
 // splatLog keeps what the console says from the first complaint on.
 type splatLog struct{ lines []string }
 
-// add takes a line, and tells whether it is the first complaint.
+// add takes a line, and reports whether it is the first complaint.
 func (s *splatLog) add(line string) (first bool) {
 	first = len(s.lines) == 0 && splat.MatchString(line)
 	if (first || len(s.lines) > 0) && len(s.lines) < maxSplatLines {

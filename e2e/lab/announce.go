@@ -16,13 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An Announcement is a frame by which a network card tells all switches where it is now.
+// Announcement is a frame by which a network card tells all switches where it is now.
 type Announcement struct {
 	At   time.Time
-	RARP bool // QEMU's own; else a gratuitous ARP of the guest's
+	RARP bool // QEMU sent it; otherwise it is a gratuitous ARP of the guest
 }
 
-// listener hears the announcements of one card at the client's bridge.
+// listener receives the announcements of one card at the client's bridge.
 type listener struct {
 	mac    net.HardwareAddr
 	socket *socket
@@ -31,7 +31,7 @@ type listener struct {
 	heard  []Announcement
 }
 
-// Places in an Ethernet frame of ARP for IPv4, RFC 826 and RFC 903.
+// Offsets in bytes in an Ethernet frame with ARP for IPv4 (RFC 826 and RFC 903).
 const (
 	frameSource   = 6
 	frameType     = 12
@@ -41,7 +41,7 @@ const (
 	frameMaxBytes = 1514
 )
 
-// listen hears the card with that address in the network with that number.
+// listen starts a listener for the card with that hardware address in the network with that number.
 func (l *Lab) listen(mac net.HardwareAddr, network int) (*listener, error) {
 	program, err := bpf.Assemble([]bpf.Instruction{
 		bpf.LoadAbsolute{Off: frameType, Size: 2},
@@ -86,7 +86,7 @@ func (h *listener) run() {
 			return
 		}
 		if err != nil {
-			continue // the bridge is down for a while
+			continue // the bridge is down at the moment
 		}
 		if rarp, ok := announces(frame[:n], h.mac); ok {
 			h.mu.Lock()
@@ -96,7 +96,7 @@ func (h *listener) run() {
 	}
 }
 
-// announces says whether a frame is an announcement of that card.
+// announces reports whether a frame is an announcement of that card, and whether it is a RARP.
 func announces(frame []byte, mac net.HardwareAddr) (rarp, ok bool) {
 	if len(frame) < arpFrame || !bytes.Equal(frame[frameSource:frameType], mac) {
 		return false, false

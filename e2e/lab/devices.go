@@ -4,20 +4,20 @@ package lab
 
 import "fmt"
 
-// slots gives PCI devices their places, the same on every host.
+// slots assigns PCI devices their slots, the same on every host.
 type slots struct {
 	rootPorts bool
 	ports     int
 	args      []string
 }
 
-// firstPort is the slot of the first root ports; functionsOfSlot share one.
+// firstPort is the slot of the first root ports. functionsOfSlot root ports share a slot.
 const (
 	firstPort       = 0x10
 	functionsOfSlot = 8
 )
 
-// device adds a PCI Express device, behind a port of its own where the VM has them.
+// device adds a PCI Express device. If the VM has root ports, the device gets its own port.
 func (s *slots) device(spec string) {
 	if s.rootPorts {
 		n := s.ports
@@ -34,7 +34,7 @@ func (s *slots) device(spec string) {
 func (c VMConfig) deviceArgs() []string {
 	s := &slots{rootPorts: c.RootPorts}
 	if c.VGA {
-		s.args = append(s.args, "-device", "VGA,id=vga") // a PCI device of before PCI Express: no root port takes it
+		s.args = append(s.args, "-device", "VGA,id=vga") // a conventional PCI device: root ports do not take it
 	}
 	if c.Balloon || c.FreePageReporting {
 		balloon := "virtio-balloon-pci,id=balloon"
@@ -52,7 +52,7 @@ func (c VMConfig) deviceArgs() []string {
 	return s.args
 }
 
-// deviceParams tell the Linux guest of its devices. KernelArgs may say otherwise.
+// deviceParams are kernel parameters that tell the Linux guest its devices. KernelArgs can override them.
 func (c VMConfig) deviceParams() []string {
 	var params []string
 	if c.Disks > 0 {
@@ -64,13 +64,13 @@ func (c VMConfig) deviceParams() []string {
 	return params
 }
 
-// RealVM is a VM as most are: two vCPUs, memory that is QEMU's own, and all that Real gives it.
+// RealVM is a typical VM: two vCPUs, QEMU's default memory, and the devices of Real.
 func RealVM(kernel, initrd string, memoryMiB, disks, nics int, args ...string) VMConfig {
 	return VMConfig{VCPUs: 2, MemoryMiB: memoryMiB, Backend: BackendDefault}.Real(kernel, initrd, disks, nics, args...)
 }
 
-// Real is the VM with the devices of WithDevices. Its guest is Linux, of images that have virtio's drivers, and has
-// them at work at a moderate rate; args are further ones of its kernel command line.
+// Real returns the VM with the devices of WithDevices and a Linux guest that uses them at a moderate rate. Its images
+// must have the virtio drivers. args are further arguments of its kernel command line.
 func (c VMConfig) Real(kernel, initrd string, disks, nics int, args ...string) VMConfig {
 	c = c.WithDevices(disks, nics)
 	c.Kernel, c.Initrd = kernel, initrd
@@ -78,8 +78,8 @@ func (c VMConfig) Real(kernel, initrd string, disks, nics int, args ...string) V
 	return c
 }
 
-// WithDevices is the VM with what most have, whatever its guest: writable disks, network cards, a balloon, random
-// numbers and a screen, each that can be behind a port of its own.
+// WithDevices returns the VM with the devices that most VMs have, for any guest: writable disks, network cards, a
+// balloon, a random number generator and a screen. Each device that can be gets its own root port.
 func (c VMConfig) WithDevices(disks, nics int) VMConfig {
 	c.Disks, c.NICs, c.RootPorts, c.Balloon, c.RNG, c.VGA = disks, nics, true, true, true, true
 	return c

@@ -13,10 +13,10 @@ import (
 	"strings"
 )
 
-// diskMiB is the size of each disk as its guest sees it.
+// diskMiB is the size of each disk that the guest sees, in MiB.
 const diskMiB = 64
 
-// DiskFiles are the paths, on all hosts, of the images of the VM's writable disks.
+// DiskFiles returns the paths of the images of the VM's writable disks. They are the same on all hosts.
 func (c VMConfig) DiskFiles() []string {
 	var files []string
 	for i := range c.Disks {
@@ -25,7 +25,7 @@ func (c VMConfig) DiskFiles() []string {
 	return files
 }
 
-// diskArgs are the VM's writable disks: no cache of the host's stands between two hosts and their storage.
+// diskArgs adds the VM's writable disks. They bypass the host's page cache, because two hosts share the storage.
 func (c VMConfig) diskArgs(s *slots) {
 	for i, file := range c.DiskFiles() {
 		s.args = append(s.args, "-blockdev", fmt.Sprintf(
@@ -34,7 +34,8 @@ func (c VMConfig) diskArgs(s *slots) {
 	}
 }
 
-// UEFI firmware, of Debian's package ovmf: what every VM reads, and the template of what each writes.
+// UEFI firmware of Debian's package ovmf: the code that all VMs read, and the template of the variables that each VM
+// writes.
 const (
 	firmwareCode = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 	firmwareVars = "/usr/share/OVMF/OVMF_VARS_4M.fd"
@@ -55,9 +56,9 @@ func (c VMConfig) firmwareArgs() []string {
 	}
 }
 
-// MakeStorage makes what the VM has in SharedDir, the images of its disks and what its firmware writes, as far as it
-// is not there: a disk keeps what its guest has written. rename says where a path of the lab's only VM is; nil:
-// there.
+// MakeStorage makes the VM's files in SharedDir: the images of its disks and its firmware's variables. It keeps a file
+// that exists, and so what the guest has written. rename maps the paths of the lab's only VM to those of this VM; nil
+// keeps them.
 func (l *Lab) MakeStorage(ctx context.Context, c VMConfig, rename func(path string) string) error {
 	if rename == nil {
 		rename = func(path string) string { return path }
@@ -86,7 +87,7 @@ func (l *Lab) MakeStorage(ctx context.Context, c VMConfig, rename func(path stri
 	})
 }
 
-// makeShared has a file of SharedDir made unless it is there. It is an unprivileged VM's, too.
+// makeShared calls produce to make a file in SharedDir, unless it exists. An unprivileged VM can use the file.
 func (l *Lab) makeShared(path string, produce func(path string) error) error {
 	path = l.Shared(path)
 	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
@@ -98,7 +99,7 @@ func (l *Lab) makeShared(path string, produce func(path string) error) error {
 	return errors.Join(os.Chmod(path, 0o666), os.Chown(path, nobody, nobody))
 }
 
-// Shared is where a path in SharedDir is found from outside of the hosts.
+// Shared returns the path, outside of the hosts, of a path in SharedDir.
 func (l *Lab) Shared(path string) string {
 	return filepath.Join(l.storage, "shared", strings.TrimPrefix(path, SharedDir))
 }

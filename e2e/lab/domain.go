@@ -33,8 +33,8 @@ func escaped(text string) (string, error) {
 	return b.String(), err
 }
 
-// Domain is the definition of the VM as a user of libvirt would write it, with room for devices to be plugged in.
-// Memory can be plugged in where the VM has nodes: libvirt wants that.
+// Domain returns the definition of the VM as a user of libvirt would write it, with free slots for hot-plugged devices.
+// Memory can be plugged in if the VM has NUMA nodes, which libvirt requires.
 func (c VMConfig) Domain(emulator string) (string, error) {
 	var text strings.Builder
 	err := domainTemplate.Execute(&text, struct {
@@ -60,7 +60,7 @@ func (c VMConfig) taps() (names []string) {
 	return names
 }
 
-// DefineDomain defines the VM, with a Linux guest, on the host. It does not run.
+// DefineDomain defines the VM, with a Linux guest, on the host. It does not start the VM.
 func (h *Host) DefineDomain(ctx context.Context, c VMConfig) error {
 	return h.virshDomain(ctx, "define", c, emulatorPath)
 }
@@ -81,7 +81,7 @@ func (h *Host) virshDomain(ctx context.Context, command string, c VMConfig, emul
 	return h.VirshXML(ctx, definition, command)
 }
 
-// VirshXML runs a command of virsh's whose last argument is a file with that XML.
+// VirshXML runs a virsh command whose last argument is a file with that XML.
 func (h *Host) VirshXML(ctx context.Context, content string, command ...string) error {
 	const path = VMDir + "/virsh.xml"
 	if err := os.WriteFile(h.Path(path), []byte(content), 0o644); err != nil {

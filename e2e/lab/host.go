@@ -17,24 +17,24 @@ import (
 	"syscall"
 )
 
-// A Host is one machine of the lab.
+// Host is one machine of the lab.
 type Host struct {
 	Name string
 	// Addr is the host's IP address on the cable.
 	Addr string
-	// Daemon is the program that StartDaemon starts; empty: the one under test.
+	// Daemon is the program that StartDaemon starts. If it is empty, that is the program under test.
 	Daemon string
 
 	lab     *Lab
 	anchor  *exec.Cmd // holds the namespaces open
-	manager int       // systemd, process 1 of a managed host's processes; 0: there is none
+	manager int       // pid of systemd, which is process 1 of a managed host; 0 if the host is not managed
 }
 
-// becomeHost is what a host's first process does in its fresh namespaces: mounts
-// that are private to it, in place of those of a migrated that the machine has,
-// too, and a process that stays. An ordinary user may use
-// KVM and taps there, as on a host where it is in the group kvm and has taps of
-// its own.
+// becomeHost is the script of a host's first process in its new namespaces. It
+// makes the host's private mounts, which also hide those of a migrated that the
+// machine has, and then stays. An ordinary user may use
+// KVM and taps there, as on a host where the user is in the group kvm and has
+// its own taps.
 const becomeHost = `
 set -e
 mount -t tmpfs -o mode=0755 tmpfs /run
@@ -82,15 +82,15 @@ func (l *Lab) newHost(name, addr string) (*Host, error) {
 	return h, nil
 }
 
-// PID is that of a process in the host's namespaces.
+// PID is the pid of a process in the host's namespaces.
 func (h *Host) PID() int { return h.anchor.Process.Pid }
 
-// Path is where a file of the host is found from outside of it.
+// Path returns the path, outside of the host, of a file of the host.
 func (h *Host) Path(path string) string {
 	return filepath.Join("/proc", strconv.Itoa(h.PID()), "root", path)
 }
 
-// Command is a command to be run on the host. The caller runs it.
+// Command returns a command that runs on the host. The caller runs it.
 func (h *Host) Command(ctx context.Context, argv ...string) *exec.Cmd {
 	namespaces := []string{"--mount=" + h.ns("mnt"), "--net=" + h.ns("net")}
 	if h.manager != 0 {
@@ -103,8 +103,8 @@ func (h *Host) ns(kind string) string {
 	return fmt.Sprintf("/proc/%d/ns/%s", h.PID(), kind)
 }
 
-// Run runs a command on the host to its end and returns what it wrote to
-// standard output; what it wrote to standard error is part of the error.
+// Run runs a command on the host to its end and returns its standard output.
+// Its standard error is part of the error.
 func (h *Host) Run(ctx context.Context, argv ...string) (string, error) {
 	cmd := h.Command(ctx, argv...)
 	var stderr strings.Builder
@@ -116,7 +116,7 @@ func (h *Host) Run(ctx context.Context, argv ...string) (string, error) {
 	return string(out), nil
 }
 
-// A Process runs on a host until it ends or the lab does.
+// Process is a process on a host. It ends with the lab at the latest.
 type Process struct {
 	PID    int
 	cmd    *exec.Cmd
@@ -144,7 +144,7 @@ func (h *Host) Start(log io.Writer, argv ...string) (*Process, error) {
 // Exited is closed when the process has ended.
 func (p *Process) Exited() <-chan struct{} { return p.exited }
 
-// Kill ends the process and waits for that; one that ended is no error.
+// Kill ends the process and waits for its end. It is no error if the process has ended already.
 func (p *Process) Kill() error {
 	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err

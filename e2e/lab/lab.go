@@ -17,22 +17,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The addresses of the two hosts. They exist in the hosts' namespaces alone.
+// The addresses of the two hosts. They exist only in the hosts' namespaces.
 const (
 	addrA = "10.77.0.1"
 	addrB = "10.77.0.2"
 )
 
-// A Lab is two hosts, A and B, and a cable between them, and a third host where the VMs' clients are.
+// Lab is two hosts, A and B, with a cable between them, and a third host, C, for the VMs' clients.
 type Lab struct {
 	A, B *Host
-	// C is where the VMs' clients are; nil until a VM with network cards was started.
+	// C is the host of the VMs' clients. It is nil until a VM with network cards was started.
 	C *Host
-	// AB carries what A sends to B, BA the other way; nil without a [Link].
+	// AB carries packets from A to B, BA from B to A. Both are nil without a [Link].
 	AB, BA *Wire
 
-	networks []int       // of the VMs' cards, by their numbers
-	taps     []string    // that both hosts have
+	networks []int       // numbers of the networks of the VMs' cards
+	taps     []string    // tap devices that both hosts have
 	storage  string      // the directory of SharedDir, and of each host's LocalDir
 	starts   chan func() // commands are started by one thread that lives as long as the lab
 	closers  []func() error
@@ -46,8 +46,8 @@ func New(ctx context.Context) (*Lab, error) {
 
 func newLab(join func(*Lab) error) (_ *Lab, err error) {
 	l := &Lab{starts: make(chan func())}
-	// Pdeathsig is about the thread that started a process, and the runtime ends
-	// threads at will: one locked thread starts them all.
+	// Pdeathsig applies when the thread that started a process ends, and the runtime
+	// may end threads at any time. So one locked thread starts all processes.
 	go func() {
 		runtime.LockOSThread()
 		for start := range l.starts {
@@ -71,18 +71,31 @@ func newLab(join func(*Lab) error) (_ *Lab, err error) {
 	return l, join(l)
 }
 
+// Hosts returns A and B.
+func (l *Lab) Hosts() []*Host { return []*Host{l.A, l.B} }
+
+// Other returns B if h is A, and otherwise A.
+func (l *Lab) Other(h *Host) *Host {
+	if h == l.A {
+		return l.B
+	}
+	return l.A
+}
+
 // cable joins the two network namespaces by a pair of virtual interfaces.
 func (l *Lab) cable(ctx context.Context) error {
 	a, b := strconv.Itoa(l.A.PID()), strconv.Itoa(l.B.PID())
-	if _, err := l.A.Run(ctx, "ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", b); err != nil {
+	if _, err := l.A.Run(
+		ctx, "ip", "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", b,
+	); err != nil {
 		return fmt.Errorf("cable between %s and %s: %w", a, b, err)
 	}
 	return l.plug(ctx)
 }
 
-// plug gives the two ends of the cable their addresses and turns them on.
+// plug sets the addresses of the two ends of the cable and brings them up.
 func (l *Lab) plug(ctx context.Context) error {
-	for _, h := range []*Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if _, err := h.Run(ctx, "ip", "addr", "add", h.Addr+"/24", "dev", "cable"); err != nil {
 			return err
 		}
@@ -90,10 +103,10 @@ func (l *Lab) plug(ctx context.Context) error {
 	return l.SetCable(ctx, true)
 }
 
-// SetCable plugs the cable in or pulls it.
+// SetCable plugs the cable in (up) or pulls it.
 func (l *Lab) SetCable(ctx context.Context, up bool) error {
 	state := map[bool]string{true: "up", false: "down"}[up]
-	for _, h := range []*Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if _, err := h.Run(ctx, "ip", "link", "set", "cable", state); err != nil {
 			return err
 		}
@@ -101,7 +114,7 @@ func (l *Lab) SetCable(ctx context.Context, up bool) error {
 	return nil
 }
 
-// Close ends everything the lab started, the last first.
+// Close ends everything that the lab started, in reverse order.
 func (l *Lab) Close() error {
 	var errs []error
 	for _, closer := range slices.Backward(l.closers) {
@@ -129,9 +142,10 @@ func (l *Lab) startLocked(cmd *exec.Cmd) error {
 	return <-result
 }
 
-// Processes returns the host's processes, those in its own network namespace;
-// only those whose program has that base name where one is given. The one that
-// holds the namespaces open is not among them.
+// Processes returns the pids of the host's processes, which are those in its
+// network namespace. If program is not empty, it returns only processes whose
+// program has that base name. The process that holds the namespaces open is not
+// among them.
 func (h *Host) Processes(program string) ([]int, error) {
 	namespace, err := os.Readlink(h.ns("net"))
 	if err != nil {
@@ -144,7 +158,7 @@ func (h *Host) Processes(program string) ([]int, error) {
 	var pids []int
 	for _, link := range links {
 		if other, err := os.Readlink(link); err != nil || other != namespace {
-			continue // another host's, or gone
+			continue // a process of another host, or one that has ended
 		}
 		pid, err := strconv.Atoi(strings.Split(link, "/")[2])
 		if err != nil || pid == h.PID() {
@@ -158,8 +172,8 @@ func (h *Host) Processes(program string) ([]int, error) {
 	return pids, nil
 }
 
-// endAll ends the host's processes, also those that its daemon started and, as
-// it should, left running.
+// endAll ends the host's processes. These include the ones that its daemon
+// started and, as it should, left running.
 func (h *Host) endAll() error {
 	pids, err := h.Processes("")
 	errs := []error{err}

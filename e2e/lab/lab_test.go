@@ -15,7 +15,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// newLab makes a lab; without root there is none.
+// newLab makes a lab. It needs root.
 func newLab(t *testing.T) *lab.Lab {
 	t.Helper()
 	needRoot(t)
@@ -73,13 +73,15 @@ func TestCable(t *testing.T) {
 	if err := l.SetCable(t.Context(), false); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := l.A.Run(t.Context(), "ip", "-br", "link", "show", "cable"); err != nil || !strings.Contains(out, "DOWN") {
+	if out, err := l.A.Run(t.Context(), "ip", "-br", "link", "show", "cable"); err != nil ||
+		!strings.Contains(out, "DOWN") {
 		t.Errorf("the pulled cable is %q, %v", out, err)
 	}
 	if err := l.SetCable(t.Context(), true); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := l.B.Run(t.Context(), "ip", "-br", "link", "show", "cable"); err != nil || !strings.Contains(out, "LOWER_UP") {
+	if out, err := l.B.Run(t.Context(), "ip", "-br", "link", "show", "cable"); err != nil ||
+		!strings.Contains(out, "LOWER_UP") {
 		t.Errorf("the plugged cable is %q, %v", out, err)
 	}
 }
@@ -90,7 +92,7 @@ func TestCloseEndsEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// One that left its parent, as a daemon's QEMU does.
+	// Start a process that leaves its parent, as a daemon's QEMU does.
 	out, err := l.A.Run(t.Context(), "sh", "-c", "setsid sleep infinity >/dev/null 2>&1 & echo $!")
 	if err != nil {
 		t.Fatal(err)

@@ -13,14 +13,18 @@ import (
 	"time"
 )
 
-// DomainName is that of the VM where it is libvirt's, and DomainVM its address.
+// DomainName is the VM's name in libvirt, and DomainVM its address for migrated.
 const (
 	DomainName = "guest"
 	DomainVM   = "libvirt:" + DomainName
 )
 
-// becomeLibvirtHost gives a host directories of libvirt's own, and the user that its package makes. The names of its
-// settings are libvirt's; there are no systemd and no security module on it, and no control groups unless asked for.
+// LibvirtSocket is the socket at which a host's libvirtd listens, and which virsh uses.
+const LibvirtSocket = "/run/libvirt/libvirt-sock"
+
+// becomeLibvirtHost makes libvirt's directories on a host, and the user that libvirt's package makes. The names of the
+// settings are libvirt's. The host has no systemd and no security module, and no control groups unless OwnCgroups is
+// set.
 const becomeLibvirtHost = `
 for dir in /etc/libvirt /var/lib/libvirt /var/cache/libvirt; do
 	mkdir -p "$dir"
@@ -53,29 +57,30 @@ auth_tcp = "none"
 end
 `
 
-// OwnCgroups, as a setting of qemu.conf, has libvirt use the control groups that the machine has. Those of both hosts'
-// domains are in one tree.
+// OwnCgroups is a setting of qemu.conf: libvirt uses the machine's control groups. Those of both hosts' domains are in
+// one tree.
 const OwnCgroups = "# cgroup_controllers: as libvirt likes"
 
-// A Libvirt is the libvirtd of a host.
+// Libvirt is the libvirtd of a host.
 type Libvirt struct {
 	*Process
 	host *Host
 	log  io.Writer
 }
 
-// StartLibvirt starts a host's libvirtd, whose QEMUs run as libvirt-qemu. settings are further ones of its qemu.conf.
+// StartLibvirt starts a host's libvirtd. Its QEMUs run as user libvirt-qemu. settings are further lines of its
+// qemu.conf.
 func (h *Host) StartLibvirt(ctx context.Context, log io.Writer, settings ...string) (*Libvirt, error) {
 	uuid := fmt.Sprintf("00000000-0000-4000-8000-0000000000%02x", h.Name[0])
 	if _, err := h.Run(ctx, "sh", "-ec", becomeLibvirtHost, "sh", uuid, h.Addr, strings.Join(settings, "\n")); err != nil {
 		return nil, err
 	}
-	h.lab.onClose(h.killDomains) // they outlive it
+	h.lab.onClose(h.killDomains) // domains outlive libvirtd
 	l := &Libvirt{host: h, log: log}
 	return l, l.Restart(ctx)
 }
 
-// Restart starts libvirtd once more. The one before has ended.
+// Restart starts libvirtd again. The one before must have ended.
 func (l *Libvirt) Restart(ctx context.Context) (err error) {
 	if l.Process, err = l.host.Start(l.log, "libvirtd", "--listen"); err != nil {
 		return err
@@ -104,16 +109,16 @@ func (h *Host) killDomains() error {
 	return err
 }
 
-// LibvirtURI is the address of the host's libvirt for the other host's.
+// LibvirtURI is the address of the host's libvirt, for the libvirt of the other host.
 func (h *Host) LibvirtURI() string { return "qemu+tcp://" + h.Addr + "/system" }
 
-// Virsh runs a command of virsh's and returns what it prints.
+// Virsh runs a virsh command and returns what it prints.
 func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 	out, err := h.Run(ctx, slices.Concat([]string{"virsh", "--quiet"}, args)...)
 	return strings.TrimSpace(out), err
 }
 
-// IsNoDomain says whether a command of virsh's failed because there is no domain of that name.
+// IsNoDomain reports whether a virsh command failed because there is no domain with that name.
 func IsNoDomain(err error) bool {
 	return err != nil && (strings.Contains(err.Error(), "failed to get domain") ||
 		strings.Contains(err.Error(), "Domain not found"))

@@ -12,32 +12,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Link is what the network between the two hosts is like, the same in both
+// Link describes the network between the two hosts. It is the same in both
 // directions.
 type Link struct {
-	// Rate is in bits a second, of Ethernet frames with all that surrounds
-	// them; 0 is whatever this machine can do.
+	// Rate is in bits per second. It counts Ethernet frames with preamble and
+	// gap. 0 means no limit but this machine's.
 	Rate int64
-	// Delay is what a packet takes from one host to the other besides the time
-	// of its bits and of those before it.
+	// Delay is the time of a packet from one host to the other, without the time
+	// to send its bits and those of packets before it.
 	Delay time.Duration
 	// Loss is the probability, from 0 to 1, that a packet is lost. A packet is
-	// what a host hands over at once, for TCP up to 64 KiB.
+	// what a host sends at once, for TCP up to 64 KiB.
 	Loss float64
-	// Seed decides which packets are lost: the same ones for the same seed.
+	// Seed decides which packets are lost. The same seed loses the same ones.
 	Seed uint64
 }
 
 // Stats counts what one direction of a link carried since the lab was made.
 type Stats struct {
-	// At is when they were taken, by the clock that the link carries by.
+	// At is the time of the statistics, by the link's own clock.
 	At time.Duration
-	// Packets and Bytes went onto the wire, the lost ones among them. Bytes
-	// are Ethernet's: they took 8*Bytes/Rate seconds.
+	// Packets and Bytes went onto the wire, including lost packets. Bytes
+	// are those of Ethernet: they took 8*Bytes/Rate seconds.
 	Packets, Bytes int64
-	Lost           int64 // packets, as Link.Loss wants it
-	Dropped        int64 // packets that found the queue before the wire full
-	Cut            int64 // packets that met a wire that was cut
+	Lost           int64 // packets lost because of Link.Loss
+	Dropped        int64 // packets dropped because the queue before the wire was full
+	Cut            int64 // packets lost because the wire was cut
 	Refused        int64 // packets that the receiving host did not take: its cable is pulled
 }
 
@@ -48,7 +48,7 @@ func NewWithLink(ctx context.Context, link Link) (*Lab, error) {
 }
 
 // emulate joins the two network namespaces by two TUN devices and two threads
-// that carry what one host sends to the other.
+// that carry the packets between them.
 func (l *Lab) emulate(ctx context.Context, link Link) error {
 	a, err := l.A.openTUN()
 	if err != nil {
@@ -75,8 +75,8 @@ func (l *Lab) emulate(ctx context.Context, link Link) error {
 		threads.Wait()
 		return errors.Join(err, unix.Close(stop))
 	})
-	for _, h := range []*Host{l.A, l.B} {
-		// Nothing but what a test sends: no router is looked for by IPv6.
+	for _, h := range l.Hosts() {
+		// The cable carries only what a test sends: IPv6 must not look for routers.
 		if _, err := h.Run(ctx, "ip", "link", "set", "cable", "mtu", "1500", "addrgenmode", "none"); err != nil {
 			return err
 		}

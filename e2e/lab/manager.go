@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// becomeManaged is what makes systemd process 1 of the host: a namespace of processes, and of control groups, beside those
-// that the host has. Its units are what is put into /run/systemd/system; nothing that the machine has is started there.
-// In $1, a group of its own in every hierarchy, it cannot leave anything behind in the machine's.
+// becomeManaged is the script that makes systemd process 1 of the host, in new namespaces of processes and control
+// groups. systemd has only the units that are put into /run/systemd/system, and starts none of the machine's. $1 is the
+// name of a control group for it in every hierarchy, so that it leaves nothing behind in the machine's groups.
 const becomeManaged = `
 for mount in $(awk '$3 ~ /^cgroup2?$/ { print $2 }' /proc/self/mounts); do
 	# cpuset takes nobody in at first; systemd does without.
@@ -36,11 +36,11 @@ mount --bind /run/console /dev/console
 container=lab exec /lib/systemd/systemd --system --unit=nothing.target --show-status=no --log-target=console
 '`
 
-// ErrNoSystemd says that this machine has none to be a host's service manager.
+// ErrNoSystemd says that this machine has no systemd for a managed host.
 var ErrNoSystemd = errors.New("no systemd (/lib/systemd/systemd) on this machine")
 
-// Manage makes systemd the service manager of the host, process 1 of its own namespace of processes: from then on what is
-// started on the host is in that namespace. It needs cgroups that can be written.
+// Manage makes systemd the service manager of the host, as process 1 of a new namespace of processes. Commands that are
+// started on the host afterwards are in that namespace. It needs writable cgroups.
 func (h *Host) Manage(ctx context.Context) error {
 	if _, err := os.Stat("/lib/systemd/systemd"); err != nil {
 		return fmt.Errorf("%w: %w", ErrNoSystemd, err)
@@ -49,9 +49,9 @@ func (h *Host) Manage(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer log.Close() // systemd has its own
+	defer log.Close() // systemd has its own descriptor
 	group := fmt.Sprintf("migrated-lab-%d", h.PID())
-	h.lab.onClose(func() error { return removeGroups(group) }) // after systemd's end: the last is closed first
+	h.lab.onClose(func() error { return removeGroups(group) }) // runs after systemd's end: closers run in reverse order
 	p, err := h.Start(log, "sh", "-c", becomeManaged, "sh", group)
 	if err != nil {
 		return err
@@ -73,7 +73,7 @@ func (h *Host) Manage(ctx context.Context) error {
 	}
 }
 
-// childNamed finds a child process.
+// childNamed returns the pid of the child of parent with that name.
 func childNamed(parent int, name string) (int, error) {
 	files, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -93,7 +93,7 @@ func childNamed(parent int, name string) (int, error) {
 	return 0, fmt.Errorf("process %d has no child %s", parent, name)
 }
 
-// removeGroups removes the control groups that systemd made, once nobody is in them.
+// removeGroups removes the control groups that systemd made, once no process is in them.
 func removeGroups(name string) error {
 	mounts, err := os.Open("/proc/self/mounts")
 	if err != nil {
@@ -109,8 +109,8 @@ func removeGroups(name string) error {
 	return errors.Join(errs...)
 }
 
-// removeTree removes directories whose files belong to the kernel, the innermost first. What was killed leaves its group
-// a moment later.
+// removeTree removes directories of a control group hierarchy, the innermost first. It repeats the attempt: a killed
+// process leaves its group a moment later.
 func removeTree(dir string) error {
 	var dirs []string
 	if err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
@@ -136,8 +136,8 @@ func removeTree(dir string) error {
 	return nil
 }
 
-// InstallUnit gives a managed host the unit that the daemon is delivered with. Of that it changes what is started, and
-// drops what a host of the lab does not have: a boot that the unit could come after.
+// InstallUnit installs the daemon's delivered unit on a managed host. It changes the command, and drops the
+// dependencies on the boot, because a host of the lab does not boot.
 func (h *Host) InstallUnit(ctx context.Context, unit string, extra ...string) error {
 	text, err := os.ReadFile(unit)
 	if err != nil {
@@ -156,7 +156,11 @@ func (h *Host) InstallUnit(ctx context.Context, unit string, extra ...string) er
 		switch {
 		case strings.HasPrefix(line, "Wants="), strings.HasPrefix(line, "After="):
 		case strings.HasPrefix(line, start):
-			lines = append(lines, "ExecStart="+strings.Join(append([]string{program, "serve", "--plaintext", "--listen", h.DaemonAddr()}, append(labSettings(), extra...)...), " ")+"\n",
+			lines = append(lines,
+				"ExecStart="+strings.Join(append(
+					[]string{program, "serve", "--plaintext", "--listen", h.DaemonAddr()},
+					append(labSettings(), extra...)...,
+				), " ")+"\n",
 				"StandardOutput=append:/run/migrated.log\n", "StandardError=append:/run/migrated.log\n")
 		case strings.HasPrefix(line, "[Unit]"):
 			lines = append(lines, line, "DefaultDependencies=no\n")
@@ -164,19 +168,21 @@ func (h *Host) InstallUnit(ctx context.Context, unit string, extra ...string) er
 			lines = append(lines, line)
 		}
 	}
-	if err := os.WriteFile(h.Path("/run/systemd/system/migrated.service"), []byte(strings.Join(lines, "")), 0o644); err != nil {
+	if err := os.WriteFile(
+		h.Path("/run/systemd/system/migrated.service"), []byte(strings.Join(lines, "")), 0o644,
+	); err != nil {
 		return err
 	}
 	return h.Systemctl(ctx, "daemon-reload")
 }
 
-// Systemctl gives the host's service manager an order.
+// Systemctl runs systemctl on a managed host.
 func (h *Host) Systemctl(ctx context.Context, args ...string) error {
 	_, err := h.Run(ctx, append([]string{"systemctl"}, args...)...)
 	return err
 }
 
-// managed are the arguments of nsenter that enter the namespaces of a managed host.
+// managed returns the arguments of nsenter for the namespaces of a managed host.
 func (h *Host) managed() []string {
 	return []string{"--target=" + strconv.Itoa(h.manager), "--mount", "--pid", "--net", "--ipc", "--uts"}
 }

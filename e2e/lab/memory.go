@@ -15,17 +15,17 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// Backend is what a VM's RAM is made of.
+// Backend is the kind of memory of a VM's RAM.
 type Backend string
 
-// The backends. What is private to QEMU is in no file that another process could read; see [Host.SaveRAM].
+// The backends. Another process cannot read memory that is private to QEMU from a file; see [Host.SaveRAM].
 const (
 	// BackendFile is a shared file on /dev/shm, or on hugetlbfs. The empty Backend is this one.
 	BackendFile Backend = "file"
-	// BackendDefault is what QEMU takes without being told: private memory without a name, as most VMs have it. NUMA
-	// nodes, which QEMU has only with named memory, are BackendRAM's.
+	// BackendDefault is QEMU's default: private memory without a memory backend object, as most VMs have it. NUMA
+	// nodes need such objects; with nodes, BackendDefault is the same as BackendRAM.
 	BackendDefault Backend = "default"
-	// BackendRAM is private memory, named.
+	// BackendRAM is private memory of a memory backend object.
 	BackendRAM Backend = "ram"
 	// BackendRAMShared is shared memory without a file.
 	BackendRAMShared Backend = "ram-shared"
@@ -38,7 +38,7 @@ const (
 	BackendDiskPrivate Backend = "ext4-private"
 )
 
-// Backends are all of them.
+// Backends returns all backends.
 func Backends() []Backend {
 	return []Backend{
 		BackendFile, BackendDefault, BackendRAM, BackendRAMShared, BackendMemfd, BackendMemfdPrivate,
@@ -46,7 +46,7 @@ func Backends() []Backend {
 	}
 }
 
-// Huge says whether the backend can have huge pages.
+// Huge reports whether the backend can have huge pages.
 func (b Backend) Huge() bool {
 	switch b {
 	case "", BackendFile, BackendFilePrivate, BackendMemfd, BackendMemfdPrivate:
@@ -56,7 +56,7 @@ func (b Backend) Huge() bool {
 	}
 }
 
-// ramDir is where the files of the VM's RAM are on its host.
+// ramDir is the directory, on the host, of the files of the VM's RAM.
 func (c VMConfig) ramDir() string {
 	switch {
 	case c.Backend == BackendDiskPrivate:
@@ -68,7 +68,7 @@ func (c VMConfig) ramDir() string {
 	}
 }
 
-// backend is the object for so many MiB of RAM.
+// backend is the memory backend object for mib MiB of RAM.
 func (c VMConfig) backend(id string, mib int) string {
 	common := fmt.Sprintf("id=%s,size=%dM", id, mib)
 	file := fmt.Sprintf("memory-backend-file,%s,mem-path=%s/guest-%s", common, c.ramDir(), id)
@@ -108,7 +108,8 @@ func (c VMConfig) memoryArgs() []string {
 	return args
 }
 
-// RAMFiles are the paths of the VM's RAM on its host, low addresses first; nil where no file has what the guest wrote.
+// RAMFiles returns the paths, on the host, of the files of the VM's RAM, low addresses first. It returns nil if what
+// the guest writes is in no file.
 func (c VMConfig) RAMFiles() []string {
 	if c.Backend != "" && c.Backend != BackendFile {
 		return nil
@@ -123,9 +124,9 @@ func (c VMConfig) RAMFiles() []string {
 // SavedRAM is a path for [Host.SaveRAM].
 const SavedRAM = VMDir + "/ram.saved"
 
-// SaveRAM has QEMU write the RAM of the VM, which its caller has stopped, to a file of the host, and returns where
-// that is found from outside of it. It works for every backend of a VM with no more than 2 GiB: their RAM has no gap.
-// The caller removes the file; the next SaveRAM writes it anew.
+// SaveRAM has QEMU write the RAM of the VM to a file of the host, and returns the file's path outside of the host. The
+// caller must have stopped the VM. SaveRAM works for every backend, but only up to 2 GiB, where RAM has no gap.
+// The caller removes the file. The next SaveRAM writes it again.
 func (h *Host) SaveRAM(ctx context.Context, client *qmp.Client, c VMConfig, saved string) (path string, err error) {
 	path = h.Path(saved)
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -145,4 +146,21 @@ func (h *Host) Allocated(path string) (int64, error) {
 		return 0, fmt.Errorf("%s on host %s: %w", path, h.Name, err)
 	}
 	return st.Blocks * 512, nil
+}
+
+// MapFile maps a file with a VM's RAM into this process. The caller unmaps it.
+func MapFile(path string) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() // the mapping stays
+	info, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() == 0 {
+		return nil, unix.ENODATA
+	}
+	return unix.Mmap(int(file.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_SHARED)
 }

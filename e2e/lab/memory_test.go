@@ -16,7 +16,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// TestBackends boots the bare-metal guest in each kind of memory and reads what it has written there.
+// TestBackends boots the bare-metal guest in each kind of memory and reads what the guest has written there.
 func TestBackends(t *testing.T) {
 	const mib = 32
 	for _, backend := range lab.Backends() {
@@ -44,7 +44,7 @@ func TestBackends(t *testing.T) {
 	}
 }
 
-// awaitPass waits until the bare-metal guest on h has counted so far.
+// awaitPass waits until the bare-metal guest on h has reached that pass.
 func awaitPass(ctx context.Context, t *testing.T, h *lab.Host, pass uint32) {
 	t.Helper()
 	serial, err := os.Open(h.Path(lab.SerialLog))
@@ -60,7 +60,8 @@ func awaitPass(ctx context.Context, t *testing.T, h *lab.Host, pass uint32) {
 	}
 }
 
-// checkRAM stops the bare-metal guest and reads its RAM as QEMU saves it, and in QEMU's own files where it has them.
+// checkRAM stops the bare-metal guest and checks its RAM in a file that QEMU saves, and in QEMU's own files if it has
+// them.
 func checkRAM(ctx context.Context, t *testing.T, h *lab.Host, c lab.VMConfig) {
 	t.Helper()
 	client, err := h.QMP(ctx)

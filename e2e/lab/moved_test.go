@@ -16,8 +16,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/rival"
 )
 
-// TestQEMUMovesRealVM has QEMU's own migration move the VM there and back, which shows that the hosts are what they are
-// taken for: its disks hold what was written on either host, and its clients find it where it is.
+// TestQEMUMovesRealVM has QEMU's own migration move the VM there and back. It checks the lab's hosts: the VM's disks
+// have what was written on both hosts, and its clients reach it on the host where it is.
 func TestQEMUMovesRealVM(t *testing.T) {
 	l := stage(t)
 	vm := realVM(t)
@@ -51,14 +51,14 @@ func TestQEMUMovesRealVM(t *testing.T) {
 	g.hangUp()
 }
 
-// TestDamageIsSeen does to a VM what no migration may do.
+// TestDamageIsSeen damages a VM as no migration may, and checks that the lab detects it.
 func TestDamageIsSeen(t *testing.T) {
 	l := stage(t)
 	vm := realVM(t)
 	g := boot(t, l, vm)
 	g.work(testContext(t), 100)
 	t.Run("network", func(t *testing.T) {
-		// A card whose other end is down for as long as 20 pings.
+		// The other end of a card is down for the time of 20 pings.
 		if _, err := l.A.Run(testContext(t), "ip", "link", "set", "vm0nic1", "down"); err != nil {
 			t.Fatal(err)
 		}
@@ -78,7 +78,7 @@ func TestDamageIsSeen(t *testing.T) {
 		}
 	})
 	t.Run("disk", func(t *testing.T) {
-		// At rest, so that the guest does not write the block anew first.
+		// Stop the load, so that the guest does not write the block again first.
 		if _, err := g.port.SetLoad(testContext(t), false); err != nil {
 			t.Fatal(err)
 		}
@@ -104,8 +104,8 @@ func TestDamageIsSeen(t *testing.T) {
 	g.hangUp()
 }
 
-// changeBlock changes a bit of a block that the guest wrote to the disk with that image, and returns which block it
-// was. The guest's blocks are whole in the image's clusters.
+// changeBlock changes a bit of a block that the guest wrote to the disk with that image, and returns the number of the
+// block. Each of the guest's blocks lies within one cluster of the image.
 func changeBlock(t *testing.T, image string) uint32 {
 	t.Helper()
 	content, err := os.ReadFile(image)

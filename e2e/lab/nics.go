@@ -13,10 +13,10 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/card"
 )
 
-// tap is the name, on either host, of the tap device behind a network card of the VM.
+// tap is the name of the tap device of the VM's network card i. It is the same on both hosts.
 func (c VMConfig) tap(i int) string { return fmt.Sprintf("vm%dnic%d", c.Number, i) }
 
-// nicArgs are the VM's network cards.
+// nicArgs adds the VM's network cards.
 func (c VMConfig) nicArgs(s *slots) {
 	for i := range c.NICs {
 		s.args = append(s.args,
@@ -25,8 +25,8 @@ func (c VMConfig) nicArgs(s *slots) {
 	}
 }
 
-// MakeNICs makes what the VM's network cards are plugged into, as far as it is not there: on both hosts, for each
-// card, a tap device and a bridge that joins it to the client's. The cards of number n have a network of their own,
+// MakeNICs makes the networks of the VM's network cards, unless they exist: on both hosts, for each
+// card, a tap device and a bridge that is connected to the client's bridge. Cards with number n have their own network,
 // 10.78.n.0/24:
 //
 //	host a: tap ─ bridge ─ veth ─┐
@@ -43,7 +43,7 @@ func (l *Lab) MakeNICs(ctx context.Context, c VMConfig) error {
 		if slices.Contains(l.taps, tap) {
 			continue
 		}
-		for _, h := range []*Host{l.A, l.B} {
+		for _, h := range l.Hosts() {
 			script := fmt.Sprintf("ip tuntap add dev %[1]s mode tap\n"+
 				"ip link set %[1]s master net%[2]d addrgenmode none up\n", tap, i)
 			if _, err := h.Run(ctx, "sh", "-ec", script); err != nil {
@@ -55,7 +55,7 @@ func (l *Lab) MakeNICs(ctx context.Context, c VMConfig) error {
 	return nil
 }
 
-// makeNetwork makes the network of the cards with one number, and the client before the first of them.
+// makeNetwork makes the network of the cards with number n. Before the first network it makes the client.
 func (l *Lab) makeNetwork(ctx context.Context, n int) error {
 	if slices.Contains(l.networks, n) {
 		return nil
@@ -67,14 +67,14 @@ func (l *Lab) makeNetwork(ctx context.Context, n int) error {
 		"ip link set net%[1]d addrgenmode none up\n"
 	var client strings.Builder
 	fmt.Fprintf(&client, bridge+"ip addr add %[2]v/24 dev net%[1]d\n", n, card.Client(n))
-	for _, h := range []*Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		fmt.Fprintf(&client, "ip link add port%[1]d%[2]s type veth peer name up%[1]d netns %[3]d\n"+
 			"ip link set port%[1]d%[2]s master net%[1]d addrgenmode none up\n", n, h.Name, h.PID())
 	}
 	if _, err := l.C.Run(ctx, "sh", "-ec", client.String()); err != nil {
 		return err
 	}
-	for _, h := range []*Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		script := fmt.Sprintf(bridge+"ip link set up%[1]d master net%[1]d addrgenmode none up\n", n)
 		if _, err := h.Run(ctx, "sh", "-ec", script); err != nil {
 			return err
@@ -84,7 +84,7 @@ func (l *Lab) makeNetwork(ctx context.Context, n int) error {
 	return nil
 }
 
-// makeClient makes the third host, whose users talk to the VMs. It sends back what comes to card.EchoPort.
+// makeClient makes the third host, which has the VMs' clients. It echoes what arrives at card.EchoPort.
 func (l *Lab) makeClient() error {
 	if l.C != nil {
 		return nil
@@ -114,7 +114,7 @@ func (l *Lab) makeClient() error {
 	return nil
 }
 
-// echo sends back what comes until the socket is closed.
+// echo sends back every packet until the socket is closed.
 func echo(conn *net.UDPConn) {
 	b := make([]byte, 1<<16)
 	for {
@@ -123,7 +123,7 @@ func echo(conn *net.UDPConn) {
 			return
 		}
 		if err == nil {
-			_, _ = conn.WriteToUDPAddrPort(b[:n], from) // one that is lost is the guest's to notice
+			_, _ = conn.WriteToUDPAddrPort(b[:n], from) // the guest notices a packet that is lost
 		}
 	}
 }

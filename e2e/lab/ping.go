@@ -16,23 +16,23 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/card"
 )
 
-// lastAnswers is how long Stop waits for answers that are on their way.
+// lastAnswers is how long Stop waits for answers that are still missing.
 const lastAnswers = 5 * time.Second
 
-// Pings is what pinging one network card of a VM has shown.
+// Pings is the result of pinging one network card of a VM.
 type Pings struct {
 	Sent, Answered, Lost int
-	// LongestGap is the longest time without an answer, from GapBegan on: between the arrivals of two answers, or after
-	// the last of them.
+	// LongestGap is the longest time without an answer: between the arrivals of two answers, or after
+	// the last one. It began at GapBegan.
 	LongestGap time.Duration
 	GapBegan   time.Time
-	// Answers is when the answers arrived, in that order.
+	// Answers are the times at which answers arrived, in that order.
 	Answers []time.Time
 	// Announcements are those of the card, in the order in which they reached the client.
 	Announcements []Announcement
 }
 
-// FirstAnnouncement is the first after a moment; ok is false where there is none.
+// FirstAnnouncement returns the first announcement after that time. ok is false if there is none.
 func (p Pings) FirstAnnouncement(after time.Time) (a Announcement, ok bool) {
 	for _, a := range p.Announcements {
 		if a.At.After(after) {
@@ -42,7 +42,7 @@ func (p Pings) FirstAnnouncement(after time.Time) (a Announcement, ok bool) {
 	return Announcement{}, false
 }
 
-// FirstAnswer is when the first answer arrived after a moment; ok is false where there is none.
+// FirstAnswer returns the time of the first answer after that time. ok is false if there is none.
 func (p Pings) FirstAnswer(after time.Time) (at time.Time, ok bool) {
 	for _, at := range p.Answers {
 		if at.After(after) {
@@ -52,23 +52,25 @@ func (p Pings) FirstAnswer(after time.Time) (at time.Time, ok bool) {
 	return time.Time{}, false
 }
 
-// A Pinger pings one network card of a VM from the client, wherever the VM is, and hears its announcements.
+// Pinger pings one network card of a VM from the client, on whichever host the VM is, and receives the card's
+// announcements.
 type Pinger struct {
 	to       unix.SockaddrInet4
 	id       uint16 // of the pinger's packets
 	socket   *socket
 	listener *listener
 	stop     chan struct{}
+	patience time.Duration // how long to wait for the last answers; set before stop is closed
 	threads  sync.WaitGroup
 
-	mu       sync.Mutex // of these
+	mu       sync.Mutex // guards the fields below
 	sent     []time.Time
-	answered []time.Time // by sequence number; zero: not yet
+	answered []time.Time // by sequence number; zero if there is no answer yet
 	arrivals int
 	news     chan struct{} // closed and replaced when an answer comes
 }
 
-// Ping pings a card of the VM, which has been started once, at that interval until Stop.
+// Ping pings a card of the VM at that interval until Stop. The VM must have been started before.
 func (l *Lab) Ping(c VMConfig, nic int, interval time.Duration) (_ *Pinger, err error) {
 	if l.C == nil || nic >= c.NICs {
 		return nil, fmt.Errorf("ping network card %d of VM %d: it was never there", nic, c.Number)
@@ -90,8 +92,8 @@ func (l *Lab) Ping(c VMConfig, nic int, interval time.Duration) (_ *Pinger, err 
 	}()
 	p.threads.Go(func() {
 		p.send(interval)
-		// Answers to what was sent are waited for, but not for long.
-		_ = p.socket.file.SetReadDeadline(time.Now().Add(lastAnswers))
+		// Wait for the answers to all pings, but not for long.
+		_ = p.socket.file.SetReadDeadline(time.Now().Add(p.patience))
 		p.awaitAll(received)
 		_ = p.socket.end()
 		<-received
@@ -99,7 +101,7 @@ func (l *Lab) Ping(c VMConfig, nic int, interval time.Duration) (_ *Pinger, err 
 	return p, nil
 }
 
-// ICMP's echo request and reply, RFC 792. Their data is an 8-byte sequence number, for ICMP's own wraps around.
+// ICMP's echo request and reply (RFC 792). Their data is an 8-byte sequence number, because ICMP's own wraps around.
 const (
 	icmpEcho      = 8
 	icmpEchoReply = 0
@@ -107,9 +109,9 @@ const (
 	icmpPacket    = icmpHeader + 8 + 40
 )
 
-// send sends until it is stopped.
+// send sends pings until it is stopped.
 func (p *Pinger) send(interval time.Duration) {
-	tick := time.NewTicker(interval) // which leaves out what it is late for
+	tick := time.NewTicker(interval) // skips ticks if it is late
 	defer tick.Stop()
 	for seq := 0; ; seq++ {
 		packet := make([]byte, icmpPacket)
@@ -122,7 +124,7 @@ func (p *Pinger) send(interval time.Duration) {
 		p.sent = append(p.sent, time.Now())
 		p.answered = append(p.answered, time.Time{})
 		p.mu.Unlock()
-		_ = p.socket.send(packet, &p.to) // one that cannot be sent is lost
+		_ = p.socket.send(packet, &p.to) // a ping that cannot be sent counts as lost
 		select {
 		case <-tick.C:
 		case <-p.stop:
@@ -131,7 +133,7 @@ func (p *Pinger) send(interval time.Duration) {
 	}
 }
 
-// checksum is the Internet's, RFC 1071.
+// checksum is the Internet checksum (RFC 1071).
 func checksum(b []byte) uint16 {
 	var sum uint32
 	for i := 0; i+1 < len(b); i += 2 {
@@ -143,7 +145,7 @@ func checksum(b []byte) uint16 {
 	return ^uint16(sum)
 }
 
-// receive notes answers until the socket's deadline.
+// receive records answers until the socket's deadline.
 func (p *Pinger) receive() {
 	b := make([]byte, 2048)
 	for {
@@ -157,7 +159,7 @@ func (p *Pinger) receive() {
 	}
 }
 
-// note notes an answer, an IP packet, if it is one of ours.
+// note records an answer. packet is an IP packet; note ignores it if it is no answer to this pinger.
 func (p *Pinger) note(packet []byte, at time.Time) {
 	if len(packet) < 20 || [4]byte(packet[12:16]) != p.to.Addr {
 		return
@@ -199,7 +201,7 @@ func (p *Pinger) awaitAll(received <-chan struct{}) {
 	}
 }
 
-// Await waits until a ping is answered that was sent after a moment.
+// Await waits for the answer to a ping that was sent after that time.
 func (p *Pinger) Await(ctx context.Context, after time.Time) error {
 	for {
 		p.mu.Lock()
@@ -237,14 +239,18 @@ func (p *Pinger) AwaitAnswers(ctx context.Context, answers int) error {
 	}
 }
 
-// FirstAnnouncement is the first so far after a moment; ok is false where there is none.
+// FirstAnnouncement returns the first announcement so far after that time. ok is false if there is none.
 func (p *Pinger) FirstAnnouncement(after time.Time) (a Announcement, ok bool) {
 	return Pings{Announcements: p.listener.announcements()}.FirstAnnouncement(after)
 }
 
-// Stop ends the pinging and returns what it has shown. It waits a few seconds for answers that are still missing, and
-// must be called once, before the lab is closed.
-func (p *Pinger) Stop() (Pings, error) {
+// Stop ends the pinging and returns the result. It waits a few seconds for answers that are still missing. Call
+// it once, before the lab is closed.
+func (p *Pinger) Stop() (Pings, error) { return p.StopWithin(lastAnswers) }
+
+// StopWithin is Stop with another limit for the last answers.
+func (p *Pinger) StopWithin(patience time.Duration) (Pings, error) {
+	p.patience = patience
 	close(p.stop)
 	p.threads.Wait()
 	err := errors.Join(p.socket.file.Close(), p.listener.close())

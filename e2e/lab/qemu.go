@@ -11,20 +11,20 @@ import (
 	"github.com/migrated-vm/migrated/e2e/emulator"
 )
 
-// InstalledQEMU is the version of the QEMU that hosts have, the machine's, unless UseQEMU gives them another one.
+// InstalledQEMU is the version of the machine's QEMU. Hosts use it unless UseQEMU sets another one.
 const InstalledQEMU = "7.2"
 
 // QEMUVersions are the versions of QEMU that a host can have, the oldest first.
 var QEMUVersions = []string{InstalledQEMU, emulator.V10, emulator.V11}
 
-// qemuModules is where QEMU's modules are below /usr.
+// qemuModules is the directory of QEMU's modules below /usr.
 const qemuModules = "lib/x86_64-linux-gnu/qemu"
 
-// UseQEMU makes QEMU on the host that version, one of QEMUVersions, for the lab and for the host's daemon. Call it
-// before anything is started on the host: what runs already keeps the programs and libraries that it has.
+// UseQEMU sets the version of QEMU on the host, one of QEMUVersions, for the lab and for the host's daemon. Call it
+// before anything is started on the host: running processes keep their programs and libraries.
 //
-// The files of that QEMU are laid over those of /usr. Its libraries, the C library among them, are then used by all
-// programs of the host. They do not mind: a newer library of the same name can do all that they expect.
+// The files of that QEMU are laid over those of /usr. All programs of the host then use its libraries, also the C
+// library. That works, because a newer library of the same name has everything that they expect.
 func (h *Host) UseQEMU(ctx context.Context, version string) error {
 	if version == InstalledQEMU {
 		return nil
@@ -36,7 +36,7 @@ func (h *Host) UseQEMU(ctx context.Context, version string) error {
 	files := filepath.Join(dir, "usr")
 	for _, args := range [][]string{
 		{"-t", "overlay", "-o", "lowerdir=" + files + ":/usr", "qemu-" + version, "/usr"},
-		// A layer adds to a directory what the one below does not have, and a QEMU ends where it finds modules of another.
+		// A layer merges directories, but QEMU ends if it finds modules of another version: this replaces the directory.
 		{"--bind", filepath.Join(files, qemuModules), filepath.Join("/usr", qemuModules)},
 	} {
 		if _, err := h.Run(ctx, append([]string{"mount"}, args...)...); err != nil {
@@ -46,7 +46,7 @@ func (h *Host) UseQEMU(ctx context.Context, version string) error {
 	return nil
 }
 
-// QEMUVersion asks the VM on this host which version of QEMU, as QEMUVersions has them, it runs in.
+// QEMUVersion asks the VM on this host for its version of QEMU, in the form of QEMUVersions.
 func (h *Host) QEMUVersion(ctx context.Context) (string, error) {
 	client, err := h.QMP(ctx)
 	if err != nil {

@@ -10,10 +10,10 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/emulator"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// TestUseQEMU asks the QEMU of a host which version it is. The other host has the installed one throughout.
+// TestUseQEMU checks the version of a host's QEMU. The other host has the installed version throughout.
 func TestUseQEMU(t *testing.T) {
 	disk := filepath.Join(t.TempDir(), "empty")
 	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o644); err != nil {
@@ -23,7 +23,7 @@ func TestUseQEMU(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			if version != lab.InstalledQEMU {
 				if _, err := emulator.Dir(t.Context(), version); err != nil {
-					cannot.Run(t, "%v", err)
+					testenv.CannotRun(t, "%v", err)
 				}
 			}
 			l := newLab(t)
@@ -47,7 +47,7 @@ func TestUseQEMU(t *testing.T) {
 				if got, err := host.QEMUVersion(t.Context()); got != want || err != nil {
 					t.Errorf("host %s runs QEMU %s, %v; want %s", host.Name, got, err, want)
 				}
-				// A process that a daemon can inspect: its program is QEMU's own, at the usual path.
+				// A daemon can inspect the process: its program is QEMU itself, at the usual path.
 				pids, err := host.Processes("qemu-system-x86_64")
 				if err != nil || len(pids) != 1 {
 					t.Fatalf("host %s has QEMU processes %v, %v", host.Name, pids, err)

@@ -12,7 +12,7 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 // pingEvery is how often a network card is pinged.
@@ -23,10 +23,10 @@ func realVM(t *testing.T) lab.VMConfig {
 	t.Helper()
 	needRoot(t)
 	if _, err := exec.LookPath("qemu-img"); err != nil {
-		cannot.Run(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
+		testenv.CannotRun(t, "disks are made by qemu-img, of package qemu-utils: %v", err)
 	}
 	if _, err := os.Stat("/dev/net/tun"); err != nil {
-		cannot.Run(t, "network cards are taps: %v", err)
+		testenv.CannotRun(t, "network cards are taps: %v", err)
 	}
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
 	if err != nil {
@@ -35,7 +35,7 @@ func realVM(t *testing.T) lab.VMConfig {
 	return lab.RealVM(kernel, initrd, 256, 2, 2, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
 }
 
-// A realGuest is a Linux guest on a host, and who pings it.
+// realGuest is a Linux guest on a host, with the pingers of its network cards.
 type realGuest struct {
 	*testing.T
 	vm    lab.VMConfig
@@ -44,7 +44,7 @@ type realGuest struct {
 	pings []*lab.Pinger
 }
 
-// boot starts the VM, waits until its guest is at work and pings it from then on.
+// boot starts the VM, waits until its guest works and then starts to ping it.
 func boot(t *testing.T, l *lab.Lab, vm lab.VMConfig) *realGuest {
 	t.Helper()
 	startVM(t, l.A, vm)
@@ -67,7 +67,7 @@ func boot(t *testing.T, l *lab.Lab, vm lab.VMConfig) *realGuest {
 	return g
 }
 
-// open follows the guest's reports on a host.
+// open opens the guest's reports on a host.
 func (g *realGuest) open(h *lab.Host) {
 	g.Helper()
 	port, err := h.Guest(testContext(g.T), &g.log)
@@ -84,7 +84,7 @@ func (g *realGuest) hangUp() {
 	}
 }
 
-// work waits until the guest has done this much more with each disk and each network card.
+// work waits until the guest has done that many more requests with each disk and each network card.
 func (g *realGuest) work(ctx context.Context, requests uint64) {
 	g.Helper()
 	disks, cards := g.log.Disks(), g.log.Cards()
@@ -140,7 +140,7 @@ func (g *realGuest) awaitPings(ctx context.Context, answers int) {
 	}
 }
 
-// stopPings ends the pings and returns what they have shown.
+// stopPings ends the pings and returns their results.
 func (g *realGuest) stopPings() []lab.Pings {
 	g.Helper()
 	var all []lab.Pings
@@ -157,7 +157,7 @@ func (g *realGuest) stopPings() []lab.Pings {
 	return all
 }
 
-// TestRealVM boots a VM with all that VMs have: everything works, and nothing is lost, where nobody moves it.
+// TestRealVM boots a VM with all typical devices and does not move it: everything works, and nothing is lost.
 func TestRealVM(t *testing.T) {
 	for name, change := range map[string]func(*lab.VMConfig){
 		"root ports":   func(*lab.VMConfig) {},
@@ -165,7 +165,7 @@ func TestRealVM(t *testing.T) {
 		"unprivileged": func(c *lab.VMConfig) { c.Unprivileged, c.Number, c.FreePageReporting = true, 7, true },
 		"UEFI": func(c *lab.VMConfig) {
 			if _, err := os.Stat("/usr/share/OVMF/OVMF_CODE_4M.fd"); err != nil {
-				cannot.Run(t, "%v", lab.ErrNoFirmware)
+				testenv.CannotRun(t, "%v", lab.ErrNoFirmware)
 			}
 			c.UEFI = true
 		},

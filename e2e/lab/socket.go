@@ -12,14 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A socket is a raw one in the network of a host. What it receives has the kernel's time of arrival: a busy machine
-// may be late to read it.
+// socket is a raw socket in the network of a host. Packets have the kernel's time of arrival, because a busy machine
+// may read them late.
 type socket struct {
 	file *os.File
 	raw  syscall.RawConn
 }
 
-// openSocket makes a socket that prepare, if it is not nil, has made ready. The caller closes it.
+// openSocket makes a socket and calls prepare, unless it is nil, to set it up. The caller closes the socket.
 func (h *Host) openSocket(domain, kind, protocol int, prepare func(fd int) error) (s *socket, err error) {
 	var fd int
 	if err := h.InNetwork(func() (err error) {
@@ -47,8 +47,8 @@ func (h *Host) openSocket(domain, kind, protocol int, prepare func(fd int) error
 // end makes receive return os.ErrDeadlineExceeded from now on.
 func (s *socket) end() error { return s.file.SetReadDeadline(time.Now()) }
 
-// receive waits for a packet and returns how long it is and when it came, or os.ErrDeadlineExceeded at the socket's
-// deadline.
+// receive waits for a packet and returns its length and its time of arrival. The error is os.ErrDeadlineExceeded at the
+// socket's deadline.
 func (s *socket) receive(b []byte) (n int, at time.Time, err error) {
 	control := make([]byte, unix.CmsgSpace(int(unsafe.Sizeof(unix.Timespec{}))))
 	var used int
@@ -71,7 +71,7 @@ func (s *socket) receive(b []byte) (n int, at time.Time, err error) {
 	return n, at, failed
 }
 
-// send sends a packet, or does not: nobody waits for room.
+// send sends a packet. It does not wait for room: without room, it returns an error.
 func (s *socket) send(b []byte, to unix.Sockaddr) error {
 	var failed error
 	if err := s.raw.Control(func(fd uintptr) { failed = unix.Sendto(int(fd), b, 0, to) }); err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// vmPatience bounds what a test waits for in all.
+// vmPatience limits the total time that a test waits.
 const vmPatience = 4 * time.Minute
 
 func testContext(t *testing.T) context.Context {
@@ -33,7 +33,7 @@ func stage(t *testing.T) *lab.Lab {
 	return l
 }
 
-// startVM starts a VM, its QEMU's output shown when the test fails.
+// startVM starts a VM. If the test fails, it shows QEMU's output.
 func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Process {
 	t.Helper()
 	t.Cleanup(func() {

@@ -8,15 +8,15 @@ import (
 	"path/filepath"
 )
 
-// SharedDir is a directory that all hosts see, on the machine's own file system: the storage that VMs have their
-// disks on. It is empty when a lab is made and gone when the lab is.
+// SharedDir is a directory on the machine's file system that all hosts share, for the disks of VMs. It is empty when a
+// lab is made, and is removed with the lab.
 const SharedDir = "/run/shared"
 
-// LocalDir is a directory on the machine's own file system that is the host's alone. It goes with the lab.
+// LocalDir is a directory on the machine's file system that belongs to one host. It is removed with the lab.
 const LocalDir = "/run/local"
 
-// makeStorage makes what the hosts' SharedDir and LocalDir are, in /var/tmp: /tmp may be a tmpfs, which is not what
-// disks are on.
+// makeStorage makes the directories of the hosts' SharedDir and LocalDir in /var/tmp. /tmp may be a tmpfs, which is no
+// storage for disks.
 func (l *Lab) makeStorage() (err error) {
 	if l.storage, err = os.MkdirTemp("/var/tmp", "migrated-lab-"); err != nil {
 		return fmt.Errorf("storage of the lab: %w", err)

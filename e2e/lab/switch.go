@@ -11,15 +11,15 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// EventsPath is a second QMP socket, on which a test watches a VM whose first
-// one belongs to the daemon.
+// EventsPath is a second QMP socket, on which a test watches a VM. The
+// daemon uses the first one.
 const EventsPath = VMDir + "/events.sock"
 
-// EventsArgs give QEMU that second socket.
+// EventsArgs are the arguments of QEMU for that second socket.
 func EventsArgs() []string { return []string{"-qmp", "unix:" + EventsPath + ",server=on,wait=off"} }
 
-// A SwitchWatch times a VM's switch from one host to the other by QEMU's own
-// events. Both hosts of a lab have one clock.
+// SwitchWatch measures a VM's switch from one host to the other by QEMU's own
+// events. Both hosts of a lab have the same clock.
 type SwitchWatch struct {
 	client *qmp.Client
 	events *qmp.Subscription
@@ -28,12 +28,12 @@ type SwitchWatch struct {
 	path   string // of that socket, on both
 }
 
-// WatchSwitch begins to watch the VM that runs on from.
+// WatchSwitch starts to watch the VM that runs on host from.
 func (l *Lab) WatchSwitch(ctx context.Context, from, to *Host) (*SwitchWatch, error) {
 	return l.WatchSwitchAt(ctx, from, to, EventsPath)
 }
 
-// WatchSwitchAt watches a VM whose second QMP socket is elsewhere.
+// WatchSwitchAt is WatchSwitch for a VM whose second QMP socket has another path.
 func (l *Lab) WatchSwitchAt(ctx context.Context, from, to *Host, path string) (*SwitchWatch, error) {
 	client, err := qmp.Dial(ctx, from.Path(path))
 	if err != nil {
@@ -42,14 +42,14 @@ func (l *Lab) WatchSwitchAt(ctx context.Context, from, to *Host, path string) (*
 	return &SwitchWatch{client: client, events: client.Subscribe("STOP"), from: from, to: to, path: path}, nil
 }
 
-// A Switch is when the VM stopped on one host and ran on the other.
+// Switch has the times at which the VM stopped on one host and ran on the other.
 type Switch struct{ Stopped, Resumed time.Time }
 
 // Downtime is the time from the source's STOP event to the destination's RESUME event.
 func (s Switch) Downtime() time.Duration { return s.Resumed.Sub(s.Stopped) }
 
-// Wait waits for the switch. The source's VM may have stopped before, for a moment, and a destination's QEMU may have
-// been replaced.
+// Wait waits for the switch. Before it, the source's VM may stop for a moment, and the destination's QEMU may be
+// replaced.
 func (w *SwitchWatch) Wait(ctx context.Context) (Switch, error) {
 	defer w.client.Disconnect() //nolint:errcheck // it was only read from
 	resumed, err := w.awaitResume(ctx)
@@ -69,10 +69,10 @@ func (w *SwitchWatch) Wait(ctx context.Context) (Switch, error) {
 	}
 }
 
-// During has the VM moved, and returns its switch when move has returned. switched is called as soon as the VM runs on the
-// other host; nil: nobody needs that.
+// During calls move, which moves the VM, and returns the switch after move has returned. It calls switched, unless that
+// is nil, as soon as the VM runs on the other host.
 func (w *SwitchWatch) During(ctx context.Context, move func() error, switched func()) (s Switch, err error) {
-	watching, cancel := context.WithCancel(ctx) // who fails to move the VM leaves nobody waiting for the switch
+	watching, cancel := context.WithCancel(ctx) // if move fails, the wait for the switch ends
 	defer cancel()
 	done := make(chan struct{})
 	go func() {
@@ -106,7 +106,7 @@ func (w *SwitchWatch) awaitResume(ctx context.Context) (time.Time, error) {
 
 var errQEMUEnded = errors.New("QEMU ended")
 
-// dialDestination connects as soon as the destination QEMU was started.
+// dialDestination waits until the destination QEMU has started and connects to it.
 func (w *SwitchWatch) dialDestination(ctx context.Context) (*qmp.Client, error) {
 	for {
 		client, err := qmp.Dial(ctx, w.to.Path(w.path))

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// tally counts pings: when each was sent, and when its answer came, if it did.
+// tally computes the result of pings. sent and answered are the times of each ping and its answer; answered is zero if
+// there was none.
 func tally(sent, answered []time.Time) Pings {
 	p := Pings{Sent: len(sent)}
 	if len(sent) == 0 {

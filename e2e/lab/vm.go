@@ -17,7 +17,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// VMDir is the directory, on a host, of everything that belongs to the VM.
+// VMDir is the directory of the VM's files on a host.
 const VMDir = "/run/vm"
 
 // Paths of the VM on its host.
@@ -28,8 +28,8 @@ const (
 	ConsoleLog = VMDir + "/console.log"
 )
 
-// What the VM boots from is copied to the same place on both hosts, as if they
-// shared it; an ordinary user can read it there.
+// The files from which the VM boots are copied to the same paths on both hosts, as if
+// the hosts shared them. An ordinary user can read them there.
 const (
 	kernelPath = VMDir + "/kernel"
 	initrdPath = VMDir + "/initrd"
@@ -41,28 +41,28 @@ const nobody = 65534
 
 // VMConfig is the machine under test.
 type VMConfig struct {
-	KVM          bool // else TCG, a thread a vCPU
+	KVM          bool // otherwise TCG, with one thread per vCPU
 	VCPUs        int
 	MemoryMiB    int
-	Nodes        int // NUMA nodes, a memory backend each
+	Nodes        int // number of NUMA nodes, each with a memory backend
 	Backend      Backend
-	HugePages    bool // 2 MiB pages, of backends that can have them
-	Unprivileged bool // an ordinary user, under QEMU's sandbox
-	// Kernel and Initrd start a Linux guest, Disk one that boots by itself.
+	HugePages    bool // 2 MiB pages, for backends that can have them
+	Unprivileged bool // QEMU runs as an ordinary user, in its sandbox
+	// Kernel and Initrd start a Linux guest, Disk a guest that boots by itself.
 	Kernel, Initrd, Disk string
-	// Disks are writable qcow2 images in SharedDir, which StartVM makes. They are not what the guest boots from.
+	// Disks is the number of writable qcow2 images in SharedDir. StartVM makes them. The guest does not boot from them.
 	Disks int
-	// NICs are network cards, each in a network of its own with the lab's client. Number tells them from those of the
-	// lab's other VMs, if there are several: 0 to card.MaxVMs-1.
+	// NICs is the number of network cards, each in its own network with the lab's client. Number distinguishes the cards
+	// of the lab's VMs, if there are several: 0 to card.MaxVMs-1.
 	NICs, Number int
-	// RootPorts puts each device that can be behind a port of its own, eight ports to a slot.
+	// RootPorts gives each device that can be behind a root port its own port, eight ports to a slot.
 	RootPorts         bool
 	Balloon           bool
 	FreePageReporting bool // by a balloon
 	RNG               bool
 	VGA               bool
-	UEFI              bool // else SeaBIOS
-	Paused            bool // it does not run until it is told to
+	UEFI              bool // otherwise SeaBIOS
+	Paused            bool // the VM does not run until it is told to
 	// KernelArgs are appended to the kernel command line.
 	KernelArgs []string
 	// Extra are further arguments of QEMU.
@@ -74,7 +74,7 @@ func (c VMConfig) Args() []string {
 	accel := "tcg,thread=multi"
 	cpu := "max"
 	if c.KVM {
-		// The default model: one that passes the host's own on wants more of
+		// This is the default model. A model with the host's own features needs more of
 		// KVM than hosts without hardware virtualization have.
 		accel, cpu = "kvm", "qemu64"
 	}
@@ -105,22 +105,22 @@ func (c VMConfig) Args() []string {
 	return append(args, c.Extra...)
 }
 
-// MakeVMDir makes the directory of the VM on a host, as its operator does on
-// both before a migration.
+// MakeVMDir makes the VM's directory on a host. An operator does that on
+// both hosts before a migration.
 func (h *Host) MakeVMDir() error {
 	dir := h.Path(VMDir)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	return os.Chown(dir, nobody, nobody) // root writes there all the same
+	return os.Chown(dir, nobody, nobody) // root can write there, too
 }
 
-// Install puts what the VM boots from on both hosts, and makes what else it needs there.
+// Install copies the files from which the VM boots to both hosts, and makes its storage and networks.
 func (l *Lab) Install(ctx context.Context, c VMConfig) error {
 	if err := errors.Join(l.MakeStorage(ctx, c, nil), l.MakeNICs(ctx, c)); err != nil {
 		return err
 	}
-	for _, h := range []*Host{l.A, l.B} {
+	for _, h := range l.Hosts() {
 		if err := h.MakeVMDir(); err != nil {
 			return err
 		}
@@ -140,20 +140,22 @@ func (l *Lab) Install(ctx context.Context, c VMConfig) error {
 	return nil
 }
 
-// StartVM starts QEMU on the host. It runs when its QMP socket exists.
+// StartVM starts QEMU on the host and waits until its QMP socket exists.
 func (h *Host) StartVM(ctx context.Context, c VMConfig, extra ...string) (*Process, error) {
 	if err := h.lab.Install(ctx, c); err != nil {
 		return nil, err
 	}
 	argv := append(c.Args(), extra...)
 	if c.Unprivileged {
-		argv = append([]string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--"}, argv...)
+		argv = append([]string{
+			"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--",
+		}, argv...)
 	}
 	log, err := os.OpenFile(h.Path(VMDir+"/qemu.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
 	}
-	defer log.Close() // QEMU has its own
+	defer log.Close() // QEMU has its own descriptor
 	p, err := h.Start(log, argv...)
 	if err != nil {
 		return nil, err
@@ -174,26 +176,28 @@ func (h *Host) StartVM(ctx context.Context, c VMConfig, extra ...string) (*Proce
 	}
 }
 
-// A Linux guest is ready within seconds, or its emulator has lost its way: TCG of QEMU 7.2 does, once in some ten boots
-// with several vCPUs while the guest gives its devices their addresses. It ends of an assertion in msix_table_mmio_write,
-// or its guest says nothing any more. Then the VM is booted again.
+// A Linux guest is ready within seconds, unless TCG of QEMU 7.2 fails. With several vCPUs it does so once in some ten
+// boots, while the guest assigns addresses to its devices: QEMU ends with an assertion in msix_table_mmio_write, or
+// the guest stops reporting. The VM is then booted again.
 const (
 	bootTries    = 3
-	bootPatience = 75 * time.Second // a try's, but for the last
+	bootPatience = 75 * time.Second // of each try but the last
 )
 
-// Boot starts a VM whose guest reports, and returns when that is at work. What the guest says is in log from then on,
+// Boot starts a VM whose guest reports, and returns when the guest works. The guest's reports go to log from then on,
 // until the port is closed.
 func (h *Host) Boot(ctx context.Context, c VMConfig, log *report.Log, extra ...string) (*report.Port, error) {
 	for try := 1; ; try++ {
 		port, err := h.boot(ctx, try < bootTries, c, log, extra...)
-		if err == nil || try == bootTries || ctx.Err() != nil || log.Len() > 0 { // a guest that says what is wrong is right
+		if err == nil || try == bootTries || ctx.Err() != nil || log.Len() > 0 { // the guest has reported: not TCG's fault
 			return port, err
 		}
 	}
 }
 
-func (h *Host) boot(ctx context.Context, bounded bool, c VMConfig, log *report.Log, extra ...string) (*report.Port, error) {
+func (h *Host) boot(
+	ctx context.Context, bounded bool, c VMConfig, log *report.Log, extra ...string,
+) (*report.Port, error) {
 	p, err := h.StartVM(ctx, c, extra...)
 	if err != nil {
 		return nil, err
@@ -226,7 +230,16 @@ func (h *Host) boot(ctx context.Context, bounded bool, c VMConfig, log *report.L
 // QMP connects to the VM on this host. QEMU serves one client at a time.
 func (h *Host) QMP(ctx context.Context) (*qmp.Client, error) { return qmp.Dial(ctx, h.Path(QMPPath)) }
 
-// Guest opens the guest's reports on this host; log goes on from host to host.
+// Runs reports whether a QEMU's VM runs.
+func Runs(ctx context.Context, client *qmp.Client) (bool, error) {
+	var status struct {
+		Running bool `json:"running"`
+	}
+	err := client.Do(ctx, "query-status", nil, &status)
+	return status.Running, err
+}
+
+// Guest opens the guest's reports on this host. log may be the one of the host before: it then continues.
 func (h *Host) Guest(ctx context.Context, log *report.Log) (*report.Port, error) {
 	return report.Open(ctx, h.Path(SerialPath), log)
 }

@@ -8,14 +8,14 @@ import (
 	"path/filepath"
 )
 
-// WatchedEmulator is QEMU on a host that has MakeWatchedEmulator.
+// WatchedEmulator is the path of the QEMU that MakeWatchedEmulator makes.
 const WatchedEmulator = "/run/emulator/qemu-system-x86_64"
 
-// emulatorPath is QEMU on the hosts.
+// emulatorPath is the path of QEMU on the hosts.
 const emulatorPath = "/usr/bin/qemu-system-x86_64"
 
-// becomeWatched adds a second QMP socket, events.sock in the directory of the VM's name, to the QEMU of a domain. The
-// one that libvirt asks for what it can do has no name, and gets none.
+// becomeWatched is a script that starts QEMU with a second QMP socket, events.sock in the directory of the VM's name.
+// The QEMU that libvirt starts to query capabilities has no VM name, and gets no second socket.
 const becomeWatched = `#!/bin/sh
 for arg; do
 	case $arg in
@@ -28,8 +28,8 @@ done
 exec ` + emulatorPath + ` "$@"
 `
 
-// MakeWatchedEmulator gives the host a QEMU by which a test can watch domains: a definition that names WatchedEmulator
-// has nothing else that others have not, and libvirt does not know of the second socket.
+// MakeWatchedEmulator makes a QEMU on the host that lets a test watch domains. A definition with WatchedEmulator
+// differs from others only in that path, and libvirt does not know of the second socket.
 func (h *Host) MakeWatchedEmulator() error {
 	path := h.Path(WatchedEmulator)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -38,12 +38,12 @@ func (h *Host) MakeWatchedEmulator() error {
 	return os.WriteFile(path, []byte(becomeWatched), 0o755)
 }
 
-// DomainEventsPath is the second QMP socket of a domain that StartWatchedDomain has started.
+// DomainEventsPath is the second QMP socket of a domain that StartWatchedDomain started.
 const DomainEventsPath = "/run/" + DomainName + "/events.sock"
 
-// StartWatchedDomain is StartDomain, of hosts that both have MakeWatchedEmulator.
+// StartWatchedDomain is StartDomain with WatchedEmulator. Call MakeWatchedEmulator on both hosts before.
 func (h *Host) StartWatchedDomain(ctx context.Context, c VMConfig) error {
-	for _, h := range []*Host{h.lab.A, h.lab.B} { // QEMU makes the socket there
+	for _, h := range h.lab.Hosts() { // QEMU makes the socket there
 		if _, err := h.Run(ctx, "install", "-d", "-o", "libvirt-qemu", filepath.Dir(DomainEventsPath)); err != nil {
 			return err
 		}

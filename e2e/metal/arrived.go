@@ -10,9 +10,9 @@ import (
 	"os"
 )
 
-// Arrived checks the RAM of a guest that may run meanwhile, in one file: every page that it counts in must have been
-// counted to pass at least, and hold its own name. That is what a migration owes to a guest which had written that
-// pass before, whatever its vCPU does afterwards. Pages that lack it are PageErrors; only the first is described.
+// Arrived checks the RAM of a guest, which may run meanwhile, in one file. Every page in which the guest counts must
+// have been counted to pass at least, and hold its own name. A migration owes that to a guest that had written that
+// pass before it, whatever the vCPU does afterwards. It returns a PageError for the first page that lacks it.
 func Arrived(ramFile string, pass uint32) error {
 	f, err := os.Open(ramFile)
 	if err != nil {

@@ -15,11 +15,13 @@ func TestArrived(t *testing.T) {
 		ram  []byte
 		ok   bool
 	}{
-		"all that was written":    {6, whole(), true},
-		"not the newest pass":     {7, whole(), false},
-		"a page that never came":  {6, func() []byte { r := whole(); clear(r[0x600000:0x601000]); return r }(), false},
-		"a page in another place": {6, func() []byte { r := whole(); copy(r[0x600000:0x601000], r[0x800000:0x801000]); return r }(), false},
-		"everything is missing":   {1, make([]byte, ramMiB<<20), false},
+		"all that was written":   {6, whole(), true},
+		"not the newest pass":    {7, whole(), false},
+		"a page that never came": {6, func() []byte { r := whole(); clear(r[0x600000:0x601000]); return r }(), false},
+		"a page in another place": {
+			6, func() []byte { r := whole(); copy(r[0x600000:0x601000], r[0x800000:0x801000]); return r }(), false,
+		},
+		"everything is missing": {1, make([]byte, ramMiB<<20), false},
 	} {
 		err := arrived(bytes.NewReader(c.ram), int64(len(c.ram)), c.pass)
 		if (err == nil) != c.ok || err != nil && !errors.Is(err, ErrDamaged) {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# A guest of one boot sector that needs nothing but a CPU: it counts in its
-# memory for ever. It runs where Linux does not, under a KVM without hardware
+# A guest of one boot sector that needs only a CPU: it counts in its memory
+# without end. It runs where Linux does not, under a KVM without hardware
 # virtualization, whose instruction emulator knows simple code only; hence no
 # stack, no interrupts, no string instructions, no paging.
 #
@@ -12,12 +12,12 @@
 #         write the pass number to the serial port
 #
 # So at any moment the pages hold pass up to some page, and pass - 1 from there
-# on, and all the rest of each page is zero. verify.go checks that, and with the
-# registers that it is this page and this pass: writes that got lost from a page
-# on to the end would else look like a guest that has come as far as that page.
+# on, and all the rest of each page is zero. verify.go checks that. registers.go
+# checks that the CPU is at this page and in this pass: without that, a guest
+# whose last writes were lost would look like one that has not counted further.
 #
-# The counter's place in the page depends on the page (SLOT), so that a page
-# that lands at another's place is out of place in itself:
+# The counter's place in the page depends on the page (SLOT), so that the content
+# of a page that lands at another's place is in the wrong place, too:
 #
 #     SLOT(address) = (address / 4096 % 512) * 8
 #     SLOT + 0: counter, 32 bit      SLOT + 4: address ^ NAME, 32 bit
@@ -40,7 +40,7 @@ _start:
     cli
     xor ax, ax                  # the BIOS promises no segment values
     mov ds, ax
-    in al, 0x92                 # A20 on, so that odd megabytes are themselves
+    in al, 0x92                 # A20 on, so that odd megabytes are not aliases
     or al, 2
     out 0x92, al
     lgdt [gdt_pointer]
@@ -62,7 +62,7 @@ flat:
 next_pass:
     inc ebx
     mov edi, FIRST
-    .org 0x80, 0x90             # where metal.go knows it: edi is the page, ebx the pass
+    .org 0x80, 0x90             # at nextPage of registers.go: edi is the page, ebx the pass
 next_page:
     mov esi, edi                # esi = edi + SLOT(edi)
     shr esi, 9

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package metal is a guest without an operating system, and the judge of what
-// it leaves in memory. It counts passes over its RAM (see boot.S); once its VM
-// is stopped, the RAM files say whether a migration lost, aged or misplaced a
-// page. It is the guest for KVM on hosts without hardware virtualization.
+// Package metal is a guest without an operating system, and the check of the memory that it leaves. The guest counts
+// passes over its RAM (see boot.S). Once its VM is stopped, the RAM files show whether a migration lost, aged or
+// misplaced a page. It is the guest for KVM on hosts without hardware virtualization.
 package metal
 
 import (
@@ -29,15 +28,13 @@ const (
 
 	// First is the address of the first page that the guest counts in.
 	First = 2 << 20
-	// tail is left alone at the end of RAM. SeaBIOS keeps tables in the last
-	// 16 MiB and has unpacked itself right below; the guest needs pages that
-	// are zero.
+	// tail is the end of RAM in which the guest does not count. SeaBIOS keeps tables in the last 16 MiB and has unpacked
+	// itself right below; the guest needs pages that are zero.
 	tail = 24 << 20
 
 	// MinMiB is the least RAM that the guest counts in.
 	MinMiB = 32
-	// MaxMiB is the most: up to here all RAM lies below 4 GiB on both pc and
-	// q35 machines, without a gap.
+	// MaxMiB is the most RAM. Up to here all RAM is below 4 GiB on both pc and q35 machines, without a gap.
 	MaxMiB = 2048
 	// ImageSize is the size of the boot disk. AHCI boots no 512-byte disk.
 	ImageSize = 1 << 20
@@ -46,8 +43,7 @@ const (
 // ErrRAMSize says that the guest cannot have that much RAM.
 var ErrRAMSize = errors.New("RAM size out of range")
 
-// End is the address behind the last page that a guest of that much RAM counts
-// in.
+// End returns the address after the last page in which a guest with that much RAM counts.
 func End(ramMiB int) (uint32, error) {
 	if ramMiB < MinMiB || ramMiB > MaxMiB {
 		return 0, fmt.Errorf("%w: %d MiB is not within %d and %d", ErrRAMSize, ramMiB, MinMiB, MaxMiB)
@@ -55,11 +51,10 @@ func End(ramMiB int) (uint32, error) {
 	return uint32(ramMiB)<<20 - tail, nil
 }
 
-// Source is the assembler source, for whoever caches what Build makes of it.
+// Source returns the assembler source, as a key for caches of what Build makes.
 func Source() []byte { return source }
 
-// Build assembles the boot disk for a guest with ramMiB of RAM. It needs
-// as and ld of GNU binutils.
+// Build assembles the boot disk for a guest with ramMiB of RAM. It needs as and ld of GNU binutils.
 func Build(ctx context.Context, ramMiB int) ([]byte, error) {
 	end, err := End(ramMiB)
 	if err != nil {
@@ -79,7 +74,8 @@ func Build(ctx context.Context, ramMiB int) ([]byte, error) {
 		{"ld", "-m", "elf_i386", "-Ttext", "0x7c00", "-e", "_start", "--oformat", "binary", "-o", bin, obj},
 	} {
 		if out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).CombinedOutput(); err != nil {
-			return nil, fmt.Errorf("assemble the bare-metal guest (GNU binutils for x86 are needed): %s: %w: %s", argv[0], err, out)
+			return nil, fmt.Errorf("assemble the bare-metal guest (GNU binutils for x86 are needed): %s: %w: %s",
+				argv[0], err, out)
 		}
 	}
 	sector, err := os.ReadFile(bin)
@@ -95,7 +91,7 @@ func Build(ctx context.Context, ramMiB int) ([]byte, error) {
 	return disk, nil
 }
 
-// Pass reads the pass number of a line from the guest's serial port.
+// Pass returns the pass number in a line from the guest's serial port.
 func Pass(line string) (uint32, error) {
 	n, err := strconv.ParseUint(line, 16, 32)
 	if err != nil || len(line) != 8 {

@@ -8,7 +8,8 @@ import (
 )
 
 func TestRegisters(t *testing.T) {
-	const text = "CPU#0\r\nEAX=00000007 EBX=0000002a ECX=00000030 EDX=000003fd\r\nESI=00200000 EDI=00300000 EBP=02800000 ESP=00006f08\r\n" +
+	const text = "CPU#0\r\nEAX=00000007 EBX=0000002a ECX=00000030 EDX=000003fd\r\n" +
+		"ESI=00200000 EDI=00300000 EBP=02800000 ESP=00006f08\r\n" +
 		"EIP=00007c85 EFL=00000046 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=0\r\n"
 	got, err := ParseRegisters(text)
 	if want := (Registers{0x2a, 0x300000, 0x7c85}); err != nil || got != want {
@@ -38,7 +39,8 @@ func TestMeets(t *testing.T) {
 		{"a page is lost", Result{Pass: 7, Position: 0x2ff000}, Registers{7, 0x300000, counting}, false},
 		{"the tail is lost", Result{Pass: 7, Position: 0x300000}, Registers{7, 0x70000000, writing}, false},
 		{"the pass is lost", Result{Pass: 6, Position: end}, Registers{7, 0x70000000, writing}, false},
-		{"the tail is lost, and a part of the next pass done", Result{Pass: 8, Position: 0x300000}, Registers{8, 0x400000, counting}, false},
+		{"the tail is lost, and a part of the next pass done", Result{Pass: 8, Position: 0x300000},
+			Registers{8, 0x400000, counting}, false},
 		{"ahead", Result{Pass: 8, Position: end}, Registers{7, 0x300000, counting}, false},
 	} {
 		if err := c.r.Meets(c.at, end); (err == nil) != c.ok || err != nil && !errors.Is(err, ErrDamaged) {

@@ -13,17 +13,15 @@ import (
 
 // Result says how far a stopped guest had counted.
 type Result struct {
-	// Pass is the pass that the guest was in, counted from 1; 0 if it had not
-	// begun.
+	// Pass is the pass that the guest was in, counted from 1; 0 if it had not begun.
 	Pass uint32
-	// Position is the address of the first page that it had not reached in that
-	// pass.
+	// Position is the address of the first page that it had not reached in that pass.
 	Position uint32
 	// Pages is how many pages were checked.
 	Pages int
 }
 
-// ErrDamaged is wrapped by each PageError.
+// ErrDamaged is the error that each PageError wraps.
 var ErrDamaged = errors.New("guest memory is damaged")
 
 // PageError is one page that does not hold what the guest wrote.
@@ -36,13 +34,12 @@ func (e *PageError) Error() string { return fmt.Sprintf("page at %#x: %s", e.Add
 
 func (e *PageError) Unwrap() error { return ErrDamaged }
 
-// maxErrors bounds how many pages Verify describes.
+// maxErrors is how many damaged pages Verify describes at most.
 const maxErrors = 16
 
-// Verify checks the whole RAM of a stopped guest: ramFiles are its memory
-// backends' files in the order of guest addresses, on tmpfs or hugetlbfs.
-// Damaged pages are PageErrors, joined. The files are only read: their holes
-// stay holes, as they would not if they were mapped.
+// Verify checks the whole RAM of a stopped guest. ramFiles are its memory backends' files in the order of guest
+// addresses, on tmpfs or hugetlbfs. Damaged pages are PageErrors, joined. The files are read and not mapped, so that
+// their holes stay holes.
 func Verify(ramFiles ...string) (Result, error) {
 	var size int64
 	var files []*os.File
@@ -126,8 +123,7 @@ func (v *verifier) page(address uint32, p []byte) {
 		v.fail(address, "counter is %d, must be %d or %d", counter, pass, pass-1)
 	}
 
-	// The guest writes the name just after it first counts, so a page that it
-	// stopped in may lack it.
+	// The guest writes the name just after it first counts, so the page at which it stopped may lack it.
 	switch want := address ^ name; {
 	case named == want && counter > 0:
 	case named == 0 && counter <= 1 && pass <= 1:

@@ -13,7 +13,7 @@ import (
 
 const ramMiB = 40
 
-// counted is RAM as the guest leaves it when stopped at position in pass.
+// counted returns RAM as the guest leaves it when it is stopped at position in pass.
 func counted(t *testing.T, pass, position uint32) []byte {
 	t.Helper()
 	end, err := End(ramMiB)
@@ -33,12 +33,12 @@ func counted(t *testing.T, pass, position uint32) []byte {
 		binary.LittleEndian.PutUint32(ram[slot:], n)
 		binary.LittleEndian.PutUint32(ram[slot+4:], a^name)
 	}
-	// What the BIOS leaves is not the guest's.
+	// What the BIOS leaves does not count.
 	ram[0x7c00], ram[len(ram)-1] = 0xfa, 1
 	return ram
 }
 
-// check verifies ram as two backends, the way two NUMA nodes have it.
+// check verifies ram as two backends, as with two NUMA nodes.
 func check(t *testing.T, ram []byte) (Result, error) {
 	t.Helper()
 	dir := t.TempDir()
@@ -98,8 +98,8 @@ func TestVerifyFindsTheDamagedPage(t *testing.T) {
 	}
 }
 
-// One page a pass behind, before the position: all that follow look wrong, and
-// the page must still be the position that is named.
+// One page is a pass behind, before the position. All pages after it look wrong, and this page must be named as the
+// position.
 func TestVerifyOneStalePageBeforeThePosition(t *testing.T) {
 	ram := counted(t, 9, 0x800000)
 	const a = 0x600000

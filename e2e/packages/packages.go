@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package packages makes the packages of migrated, of any version, for tests that install them.
+// Package packages makes packages of migrated, with any version, for tests that install them.
 package packages
 
 import (
@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// Make makes a package of build/migrated, "deb" or "rpm", in a directory. It returns the path of it.
+// Make makes a package of build/migrated, "deb" or "rpm", in a directory. It returns the package's path.
 func Make(ctx context.Context, checkout, dir, version, format string) (string, error) {
 	cmd := exec.CommandContext(ctx, checkout+"/scripts/packages", version, dir, format)
 	out, err := cmd.Output()

@@ -14,12 +14,12 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 const checkout = "../.."
 
-// files are what each package has besides documentation, manual pages and completions, with their modes.
+// files are the files of each package besides documentation, manual pages and completions, with their modes.
 var files = map[string]fs.FileMode{
 	"/usr/bin/migrated":                                  0o755,
 	"/usr/lib/systemd/system/migrated.service":           0o644,
@@ -50,7 +50,7 @@ var files = map[string]fs.FileMode{
 func run(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	if _, err := exec.LookPath(name); err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	cmd := exec.CommandContext(t.Context(), name, args...)
 	out, err := cmd.CombinedOutput()
@@ -60,7 +60,7 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// TestPackages makes each package twice, unpacks it and looks at what is in it.
+// TestPackages makes each package twice, unpacks it and checks its files.
 func TestPackages(t *testing.T) {
 	for format, only := range map[string][]string{
 		"deb": {"/usr/share/zsh/vendor-completions/_migrated", "/usr/share/doc/migrated/copyright"},
@@ -135,18 +135,18 @@ func checkRPM(t *testing.T, path, root string) {
 		t.Errorf("configuration files are %q", got)
 	}
 	for line := range strings.Lines(query("--queryformat", "[%{FILEUSERNAME}:%{FILEGROUPNAME} %{FILENAMES}\n]")) {
-		// A directory of the distribution's would be another package's, too.
+		// A directory that the distribution has would belong to another package, too.
 		owner, name, _ := strings.Cut(strings.TrimSpace(line), " ")
 		if owner != "root:root" || !strings.Contains(name, "migrated") {
 			t.Errorf("it has %s", line)
 		}
 	}
-	// Not rpm2cpio, whose archive has absolute paths.
+	// Not rpm2cpio, because its archive has absolute paths.
 	const unpack = `rpm2archive - <"$2" | tar --extract --gzip --directory="$1"`
 	run(t, "bash", "-o", "pipefail", "-c", unpack, "bash", root, path)
 }
 
-// checkUnpacked looks at the files of an unpacked package.
+// checkUnpacked checks the files of an unpacked package.
 func checkUnpacked(t *testing.T, root string) {
 	t.Helper()
 	if got, err := os.ReadFile(root + "/usr/share/migrated/version"); err != nil || string(got) != "1.2.0~rc1\n" {
@@ -164,7 +164,9 @@ func checkUnpacked(t *testing.T, root string) {
 	if err != nil || len(pages) < 15 {
 		t.Errorf("there are %d manual pages (%v)", len(pages), err)
 	}
-	if text := run(t, "man", "--local-file", root+"/usr/share/man/man1/migrated.1.gz"); !strings.Contains(text, "SYNOPSIS") {
+	if text := run(
+		t, "man", "--local-file", root+"/usr/share/man/man1/migrated.1.gz",
+	); !strings.Contains(text, "SYNOPSIS") {
 		t.Errorf("the manual page is %q", text)
 	}
 	zsh, err := filepath.Glob(root + "/usr/share/zsh/*/_migrated")
@@ -184,8 +186,8 @@ func checkUnpacked(t *testing.T, root string) {
 	}
 }
 
-// TestMaintainerScripts: what dpkg calls a script for after something went wrong, or for another version's sake,
-// changes nothing. Package e2e has what they do otherwise.
+// TestMaintainerScripts: a script that dpkg calls after something went wrong, or for another version's sake, changes
+// nothing. The tests of package e2e cover the other calls.
 func TestMaintainerScripts(t *testing.T) {
 	for _, name := range []string{"preinst", "postinst", "prerm", "postrm"} {
 		path := filepath.Join(checkout, "deploy/packages", name)
@@ -199,7 +201,7 @@ func TestMaintainerScripts(t *testing.T) {
 	}
 }
 
-// TestUnit holds the unit to what is right and to a rating of systemd's: 4.0, of 10 for a service without limits.
+// TestUnit: the unit is valid, and systemd rates it at most 4.0. A service without limits has 10.
 func TestUnit(t *testing.T) {
 	dir := t.TempDir()
 	unit, err := os.ReadFile(filepath.Join(checkout, "deploy/migrated.service"))
@@ -218,7 +220,7 @@ func TestUnit(t *testing.T) {
 		t.Errorf("systemd-analyze verify (-want +got):\n%s", diff)
 	}
 	run(t, "systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=40", path)
-	// With what a QEMU may need more it is right, too.
+	// It is also valid with the further privileges that a QEMU may need.
 	more := path + ".d"
 	if err := os.MkdirAll(more, 0o755); err != nil {
 		t.Fatal(err)

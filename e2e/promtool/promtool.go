@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package promtool has Prometheus evaluate the alerts and the dashboard of deploy/monitoring, for tests.
+// Package promtool evaluates the alerts and the dashboard of deploy/monitoring with Prometheus, for tests.
 package promtool
 
 import (
@@ -19,7 +19,7 @@ import (
 	"github.com/migrated-vm/migrated/e2e/debian"
 )
 
-// Find returns the path of promtool: the one that is installed, or that of Debian's package prometheus, which is
+// Find returns the path of promtool: the installed one, or that of Debian's package prometheus. The package is
 // downloaded once and never installed, because it would start a server.
 func Find(ctx context.Context) (string, error) {
 	if path, err := exec.LookPath("promtool"); err == nil {
@@ -55,7 +55,8 @@ func Run(ctx context.Context, args ...string) error {
 	return nil
 }
 
-// Queries are those of a dashboard's panels, for one instance or all, with a minute in place of Grafana's interval.
+// Queries returns the queries of a dashboard's panels, for one instance or all, with a minute in place of Grafana's
+// interval.
 func Queries(dashboard string) (queries []string, err error) {
 	text, err := os.ReadFile(dashboard)
 	if err != nil {
@@ -81,7 +82,7 @@ func Queries(dashboard string) (queries []string, err error) {
 	return queries, nil
 }
 
-// The form of a unit test of promtool's.
+// The format of promtool's unit tests.
 type (
 	testFile struct {
 		RuleFiles          []string `yaml:"rule_files"`
@@ -108,8 +109,8 @@ type (
 	}
 )
 
-// Evaluate has the rules of a file evaluated as if what was scraped of daemons, by instance, had stayed the same for 20 minutes. In
-// the end exactly the alerts in firing have to fire, and every query to have an answer.
+// Evaluate evaluates the rules of a file as if the scrapes of daemons, by instance, had stayed the same for 20 minutes.
+// At the end exactly the alerts in firing must fire, and every query must have an answer.
 func Evaluate(ctx context.Context, scrapes map[string]string, rules string, firing, queries []string) error {
 	rules, err := filepath.Abs(rules)
 	if err != nil {
@@ -149,7 +150,7 @@ func Evaluate(ctx context.Context, scrapes map[string]string, rules string, firi
 	return Run(ctx, "test", "rules", file)
 }
 
-// constant makes series of a scrape in Prometheus' text format, of one instance, whose values stay for 20 minutes.
+// constant turns a scrape of one instance, in Prometheus' text format, into series whose values stay for 20 minutes.
 func constant(instance, scrape string) (all []series, err error) {
 	for line := range strings.Lines(scrape) {
 		line = strings.TrimSpace(line)

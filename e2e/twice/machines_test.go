@@ -8,10 +8,10 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// machines have each device of devicestate.Twice, and more, between them.
+// machines have, together, each device of devicestate.Twice, and more.
 var machines = []struct {
 	name, machine string
 	kvm           bool
@@ -70,7 +70,7 @@ var machines = []struct {
 	}},
 }
 
-// devices are arguments for QEMU.
+// devices collects arguments for QEMU.
 type devices struct {
 	t             *testing.T
 	dir           string
@@ -120,11 +120,11 @@ func (d *devices) image() string {
 	return name
 }
 
-// flash puts the firmware into a flash that the guest can write.
+// flash adds the firmware in a flash that the guest can write to.
 func (d *devices) flash() {
 	bios, err := os.ReadFile("/usr/share/seabios/bios-256k.bin")
 	if err != nil {
-		cannot.Run(d.t, "the firmware, of package seabios: %v", err)
+		testenv.CannotRun(d.t, "the firmware, of package seabios: %v", err)
 	}
 	path := filepath.Join(d.dir, "flash")
 	if err := os.WriteFile(path, bios, 0o600); err != nil {

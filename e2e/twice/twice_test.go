@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package twice has QEMU load the state of devices twice, each kind that this project loads early, in each version of
-// QEMU.
+// Package twice makes QEMU load the state of devices twice: of each kind that this project loads early, in each version
+// of QEMU.
 package twice
 
 import (
@@ -18,20 +18,20 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/emulator"
 	"github.com/migrated-vm/migrated/e2e/lab"
-	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// restless are sections that are not the same when they are saved twice, for a reason that is none of loading.
+// restless are sections that differ between two saves for a reason other than loading.
 var restless = map[string]string{
 	"mc146818rtc": "has the time of day",
 	"kvmclock":    "is read from KVM when it is saved: sometimes four of its bytes are others, sometimes five",
 	"e1000e":      "has timers that are armed when it is loaded, from the clock of then",
 }
 
-// TestLoadedTwice: a QEMU that has loaded the state of a VM which runs, and then all of it again as it has become, has
+// TestLoadedTwice: a QEMU loads the state of a running VM, and then all of it again after it has changed. It then has
 // the VM's state.
 func TestLoadedTwice(t *testing.T) {
 	for _, version := range lab.QEMUVersions {
@@ -69,7 +69,7 @@ func TestLoadedTwice(t *testing.T) {
 	}
 }
 
-// loadTwice returns the sections.
+// loadTwice has destinations load the state twice and once, compares them, and returns the sections of the state.
 func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) []devicestate.Section {
 	t.Helper()
 	ctx := testContext(t)
@@ -84,7 +84,7 @@ func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) 
 		destination := load(t, startDestination())
 		destination.feed(t, head, early)
 
-		time.Sleep(300 * time.Millisecond) // it boots, or finds that it cannot
+		time.Sleep(300 * time.Millisecond) // the guest boots, or finds that it cannot
 		lock, err := source.NewContLock(ctx)
 		if err != nil {
 			t.Fatal(err)
@@ -128,7 +128,7 @@ func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) 
 		if _, err := source.Cont(ctx); !errors.Is(err, qmp.ErrGeneric) {
 			t.Errorf("continue a VM that was handed over: %v", err)
 		}
-		if err := source.Quit(ctx); err != nil { // it has the disks
+		if err := source.Quit(ctx); err != nil { // it still has the disks
 			t.Error(err)
 		}
 		if _, err := destination.Cont(ctx); err != nil {
@@ -138,7 +138,7 @@ func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) 
 	}
 }
 
-// compareLoads wants QEMU to have changed as little of what was loaded twice as of what was loaded once.
+// compareLoads fails unless QEMU has changed as few bytes of what was loaded twice as of what was loaded once.
 func compareLoads(t *testing.T, saved, twice, once []devicestate.Section) {
 	t.Helper()
 	changed := map[string]int{}
@@ -153,7 +153,7 @@ func compareLoads(t *testing.T, saved, twice, once []devicestate.Section) {
 	}
 }
 
-// A loader is a QEMU that loads.
+// A loader is a QEMU that loads device states.
 type loader struct {
 	*qemu.VM
 	stream  *os.File
@@ -185,7 +185,7 @@ func (l *loader) saveAgain(t *testing.T) []devicestate.Section {
 	return parse(t, save(t, l.VM, false))
 }
 
-// feed has it load sections, one by one.
+// feed makes it load sections, one by one.
 func (l *loader) feed(t *testing.T, head []byte, sections []devicestate.Section) {
 	t.Helper()
 	if err := l.loading.Feed(testContext(t), l.stream, head, sections, func(int) error { return nil }); err != nil {
@@ -202,7 +202,7 @@ func parse(t *testing.T, state []byte) []devicestate.Section {
 	return sections
 }
 
-// saveRunning saves as an early load does, and looks that the VM stood still and runs again.
+// saveRunning saves as an early load does, and checks that the VM stood still and runs again.
 func saveRunning(t *testing.T, vm *qemu.VM) []byte {
 	t.Helper()
 	for try := 0; ; try++ {
@@ -244,7 +244,7 @@ func newSaver(t *testing.T, vm *qemu.VM) *qemu.Saver {
 	return saver
 }
 
-// start starts a QEMU whose RAM is a file in dir: both have the same, which is not the subject here.
+// start starts a QEMU whose RAM is a file in dir. All QEMUs share that RAM, because this test is not about it.
 func start(t *testing.T, dir string, args ...string) *qemu.VM {
 	t.Helper()
 	socket, err := os.MkdirTemp("", "migrated-test-") // short enough for a socket
@@ -288,13 +288,13 @@ func command(t *testing.T, version string) string {
 	if version == lab.InstalledQEMU {
 		path, err := exec.LookPath("qemu-system-x86_64")
 		if err != nil {
-			cannot.Run(t, "%v", err)
+			testenv.CannotRun(t, "%v", err)
 		}
 		return path
 	}
 	path, err := emulator.Command(testContext(t), version)
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	return path
 }
@@ -304,7 +304,7 @@ func shared(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "migrated-test-")
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir

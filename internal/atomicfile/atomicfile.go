@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package atomicfile writes files that appear whole or not at all.
+// Package atomicfile replaces files atomically: a reader sees the old file or the whole new one.
 package atomicfile
 
 import (
@@ -10,8 +10,8 @@ import (
 	"path/filepath"
 )
 
-// Write makes the file at path have that content and mode. It is durable when Write returns: file and directory are
-// synced. What a process leaves that ends in the middle has the suffix ".tmp".
+// Write replaces the file at path with one of that content and mode. It syncs the file and its directory before it
+// returns. A process that is killed during Write may leave a temporary file with the suffix ".tmp".
 func Write(path string, content []byte, mode fs.FileMode) error {
 	dir, name := filepath.Split(path)
 	temp, err := os.CreateTemp(dir, name+".*.tmp")
@@ -28,7 +28,7 @@ func Write(path string, content []byte, mode fs.FileMode) error {
 	return SyncDir(dir)
 }
 
-// SyncDir makes durable which files a directory has.
+// SyncDir makes the entries of a directory durable.
 func SyncDir(path string) error {
 	dir, err := os.Open(path)
 	if err != nil {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package bandwidth is how limits of bytes a second are written and read. 0 is no limit.
+// Package bandwidth parses and checks limits in bytes a second. 0 is no limit.
 package bandwidth
 
 import (
@@ -11,13 +11,13 @@ import (
 	"strings"
 )
 
-// Least is the lowest limit. The sweep asks for 64 KiB at a time: with less, a VM would be between two hosts for days, and
-// what was meant was another unit.
+// Least is the lowest limit, in bytes a second. One request of the sweep is for 64 KiB. At a lower rate a VM would need
+// days to arrive: such a value was probably meant in another unit.
 const Least = 64 << 10
 
-// ErrSyntax says that a text is no limit.
-var ErrSyntax = errors.New("it is not a number of bytes a second as QEMU writes them: 500M are 500 MiB (524,288,000 bytes) a second, " +
-	"with K, M, G or T for powers of 1024; none is no limit")
+// ErrSyntax says that a text cannot be parsed as a limit.
+var ErrSyntax = errors.New("it is not a number of bytes a second as QEMU writes them: " +
+	"500M are 500 MiB (524,288,000 bytes) a second, with K, M, G or T for powers of 1024; none is no limit")
 
 // ErrTooLow says that a limit is below [Least].
 var ErrTooLow = errors.New("it is less than 64K, 64 KiB a second, with which a VM would hardly ever be whole; " +
@@ -26,7 +26,7 @@ var ErrTooLow = errors.New("it is less than 64K, 64 KiB a second, with which a V
 // units are QEMU's suffixes (qemu_strtosz).
 var units = map[byte]float64{'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
 
-// Parse reads "500M", "1.5G", "70000", or "none". Its errors are ErrSyntax and what Check says.
+// Parse reads a limit: "500M", "1.5G", "70000", or "none". It fails with ErrSyntax, or with the error of Check.
 func Parse(text string) (uint64, error) {
 	if text == "none" {
 		return 0, nil
@@ -37,7 +37,7 @@ func Parse(text string) (uint64, error) {
 			digits, unit = text[:n-1], u
 		}
 	}
-	// ParseFloat takes more than numbers: hexadecimal ones, exponents, infinity.
+	// ParseFloat would also accept hexadecimal numbers, exponents and infinity.
 	if strings.Trim(digits, "0123456789.") != "" {
 		return 0, fmt.Errorf("bandwidth %q: %w", text, ErrSyntax)
 	}
@@ -46,7 +46,7 @@ func Parse(text string) (uint64, error) {
 		return 0, fmt.Errorf("bandwidth %q: %w", text, ErrSyntax)
 	}
 	if value > 0 && value < 1 {
-		value = 1 // not no limit
+		value = 1 // 0 would be no limit
 	}
 	limit := uint64(value)
 	if err := Check(limit); err != nil {
@@ -55,7 +55,7 @@ func Parse(text string) (uint64, error) {
 	return limit, nil
 }
 
-// Check refuses a limit that no VM should have: ErrTooLow.
+// Check returns ErrTooLow for a limit below Least.
 func Check(limit uint64) error {
 	if limit > 0 && limit < Least {
 		return ErrTooLow
@@ -63,7 +63,7 @@ func Check(limit uint64) error {
 	return nil
 }
 
-// Lower is the lower of two limits.
+// Lower returns the lower of two limits.
 func Lower(a, b uint64) uint64 {
 	if a == 0 || b == 0 {
 		return max(a, b)

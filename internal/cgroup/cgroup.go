@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package cgroup says how much memory the control groups of a process leave it (cgroups(7)), and starts processes in a
-// group of their own. It knows both versions: the one hierarchy of version 2, and that of version 1 whose controller is
+// Package cgroup reads how much memory a process may still take by the limits of its control groups (cgroups(7)), and
+// starts processes in groups of their own. It supports version 2, and of version 1 the hierarchy whose controller is
 // memory.
 package cgroup
 
@@ -16,48 +16,47 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/moby/sys/mountinfo"
 )
 
-// A hierarchy is a mount of control groups.
+// A hierarchy is a mounted file system of control groups.
 type hierarchy struct {
-	dir         string   // where it is mounted
-	root        string   // the group that is seen there
-	controllers []string // of version 1; nil: it is of version 2
+	dir         string   // the mount point
+	root        string   // the group that the mount point shows; not "/" in a container
+	controllers []string // of version 1; nil: version 2
 }
 
-// hierarchies reads those that this process sees (proc_pid_mountinfo(5)).
+// hierarchies returns those that are mounted where this process sees them (proc_pid_mountinfo(5)).
 func hierarchies() (found []hierarchy, err error) {
-	text, err := os.ReadFile("/proc/self/mountinfo")
+	table, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return nil, fmt.Errorf("control groups: %w", err)
 	}
-	for line := range strings.Lines(string(text)) {
-		mount, system, ok := strings.Cut(line, " - ")
-		fields, kind := strings.Fields(mount), strings.Fields(system)
-		if !ok || len(fields) < 5 || len(kind) < 3 {
-			continue
-		}
-		h := hierarchy{root: fields[3], dir: fields[4]}
-		switch kind[0] {
-		case "cgroup2":
-		case "cgroup":
-			h.controllers = strings.Split(kind[2], ",")
-		default:
-			continue
+	defer table.Close()
+	mounts, err := mountinfo.GetMountsFromReader(table, mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	if err != nil {
+		return nil, fmt.Errorf("control groups: /proc/self/mountinfo: %w", err)
+	}
+	for _, m := range mounts {
+		h := hierarchy{root: m.Root, dir: m.Mountpoint}
+		if m.FSType == "cgroup" {
+			h.controllers = strings.Split(m.VFSOptions, ",")
 		}
 		found = append(found, h)
 	}
 	return found, nil
 }
 
-// has says whether a resource, as "memory" or "hugetlb.2MB", may be limited there.
+// has says whether the hierarchy can limit a resource, such as "memory" or "hugetlb.2MB".
 func (h hierarchy) has(resource string) bool {
 	controller, _, _ := strings.Cut(resource, ".")
 	return h.controllers == nil || slices.Contains(h.controllers, controller)
 }
 
-// under is the directory of a group; one that is not below what is seen here is the highest that is.
-func (h hierarchy) under(group string) string {
+// dirOf returns the directory of a group. For a group outside of h.root, which is not visible here, it returns the
+// mount point.
+func (h hierarchy) dirOf(group string) string {
 	rel, err := filepath.Rel(h.root, group)
 	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") || strings.HasPrefix(group, "/..") {
 		return h.dir
@@ -65,7 +64,7 @@ func (h hierarchy) under(group string) string {
 	return filepath.Join(h.dir, rel)
 }
 
-// A Groups is where a process is: a directory in each hierarchy.
+// Groups are the control groups of a process: a directory in each hierarchy.
 type Groups []groupDir
 
 type groupDir struct {
@@ -78,7 +77,7 @@ func Of(pid int) (Groups, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if errors.Is(err, fs.ErrNotExist) {
 		if _, ours := os.Stat("/proc/self/cgroup"); errors.Is(ours, fs.ErrNotExist) {
-			return nil, nil // the kernel has none
+			return nil, nil // the kernel has no control groups
 		}
 	}
 	if err != nil {
@@ -96,8 +95,9 @@ func Of(pid int) (Groups, error) {
 			continue
 		}
 		for _, h := range mounted {
-			if parts[1] == "" && h.controllers == nil || parts[1] != "" && slices.Contains(h.controllers, strings.Split(parts[1], ",")[0]) {
-				groups = append(groups, groupDir{h, h.under(parts[2])})
+			if parts[1] == "" && h.controllers == nil ||
+				parts[1] != "" && slices.Contains(h.controllers, strings.Split(parts[1], ",")[0]) {
+				groups = append(groups, groupDir{h, h.dirOf(parts[2])})
 				break // the same hierarchy may be mounted again
 			}
 		}
@@ -105,21 +105,21 @@ func Of(pid int) (Groups, error) {
 	return groups, nil
 }
 
-// A Limit is what a group grants of a resource.
+// A Limit is how much of a resource a group may use.
 type Limit struct {
-	Group string // its directory
-	File  string // the limit's, in there
-	Max   uint64 // bytes, as is Used
-	Used  uint64 // what the kernel could free at once left out
+	Group string // the group's directory
+	File  string // the name of the file in Group that sets the limit
+	Max   uint64 // bytes
+	Used  uint64 // bytes, without those that the kernel can free at once
 }
 
-// Left is how much may still be taken.
+// Left returns how many bytes the group may still take.
 func (l Limit) Left() uint64 { return l.Max - min(l.Max, l.Used) }
 
 // Memory is the resource of ordinary pages.
 const Memory = "memory"
 
-// HugePages is the resource of huge pages of so many bytes.
+// HugePages returns the resource of huge pages of that size in bytes.
 func HugePages(size uint64) string {
 	switch {
 	case size >= 1<<30:
@@ -131,8 +131,8 @@ func HugePages(size uint64) string {
 	}
 }
 
-// Least is the limit, of the groups and all that are above them, that leaves the least of a resource; limited is false
-// where there is none.
+// Least returns the limit that leaves the least of a resource, among those of the groups and of all groups above them.
+// limited is false if there is no limit.
 func (g Groups) Least(resource string) (least Limit, limited bool, err error) {
 	for _, dir := range g {
 		if !dir.has(resource) {
@@ -154,7 +154,8 @@ func (g Groups) Least(resource string) (least Limit, limited bool, err error) {
 	return least, limited, nil
 }
 
-// limit reads that of one group; the highest groups, and those whose parents do not hand the controller on, have none.
+// limit reads the limit of one group. The top group has none, nor has one whose parent does not enable the controller
+// for it.
 func (h hierarchy) limit(path, resource string) (Limit, bool, error) {
 	l := Limit{Group: path, File: resource + ".max"}
 	used := resource + ".current"
@@ -162,14 +163,14 @@ func (h hierarchy) limit(path, resource string) (Limit, bool, error) {
 		l.File, used = resource+".limit_in_bytes", resource+".usage_in_bytes"
 	}
 	var err error
-	if l.Max, err = number(filepath.Join(path, l.File)); errors.Is(err, fs.ErrNotExist) {
+	if l.Max, err = readNumber(filepath.Join(path, l.File)); errors.Is(err, fs.ErrNotExist) {
 		return Limit{}, false, nil
 	}
-	const none = math.MaxInt64 &^ (1<<16 - 1) // what version 1 calls none is of the size of a page less, or two
+	const none = math.MaxInt64 &^ (1<<16 - 1) // version 1 has no "max": it shows MaxInt64, rounded down to pages
 	if err != nil || l.Max >= none {
 		return Limit{}, false, err
 	}
-	if l.Used, err = number(filepath.Join(path, used)); err != nil {
+	if l.Used, err = readNumber(filepath.Join(path, used)); err != nil {
 		return Limit{}, false, err
 	}
 	if resource == Memory {
@@ -182,8 +183,8 @@ func (h hierarchy) limit(path, resource string) (Limit, bool, error) {
 	return l, true, nil
 }
 
-// cached is what a group has of files on disks, which the kernel drops before it refuses memory. Files on a tmpfs are
-// not counted as such.
+// cached returns the bytes of a group's page cache of files on disks, which the kernel drops before it refuses memory.
+// Pages of a tmpfs are not among them.
 func (h hierarchy) cached(path string) (sum uint64, err error) {
 	names := []string{"inactive_file", "active_file"}
 	if h.controllers != nil {
@@ -202,8 +203,8 @@ func (h hierarchy) cached(path string) (sum uint64, err error) {
 	return sum, nil
 }
 
-// number reads a file of one number, or "max".
-func number(path string) (uint64, error) {
+// readNumber reads a file that has one number, or "max", which it returns as MaxUint64.
+func readNumber(path string) (uint64, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
 		return 0, fmt.Errorf("control group: %w", err)

@@ -16,7 +16,8 @@ import (
 	"github.com/migrated-vm/migrated/internal/cgroup/cgrouptest"
 )
 
-// TestPlace: what is started in a place is in it from its beginning, and its limit is that of the group above.
+// TestPlace: a process that is started in a place is in its groups from the beginning, and has the limit of the group
+// above.
 func TestPlace(t *testing.T) {
 	const limit = 96 << 20
 	path := fmt.Sprintf("/%s-%d", t.Name(), os.Getpid())
@@ -60,7 +61,7 @@ func TestPlace(t *testing.T) {
 	if !strings.Contains(said.String(), path+"/migrated-m1") {
 		t.Errorf("what was started says that it is in\n%s", said.String())
 	}
-	// A place is removed with the next, where nobody was there to do it.
+	// NewPlace removes a place that was left because it had a process.
 	next, err := NewPlace(path, "m2")
 	if err != nil {
 		t.Fatal(err)
@@ -75,7 +76,7 @@ func TestPlace(t *testing.T) {
 	}
 }
 
-// TestLeast reads directories that are as the kernel's, of both versions.
+// TestLeast reads directories made like those of both versions of control groups.
 func TestLeast(t *testing.T) {
 	for name, c := range map[string]struct {
 		controllers []string
@@ -85,15 +86,21 @@ func TestLeast(t *testing.T) {
 		left        uint64
 	}{
 		"version 2, the middle one": {nil, map[string]string{
-			"memory.stat": "anon 1", "a/memory.max": "1000", "a/memory.current": "900", "a/memory.stat": "inactive_file 100\nactive_file 50\n",
+			"memory.stat": "anon 1", "a/memory.max": "1000",
+			"a/memory.current": "900", "a/memory.stat": "inactive_file 100\nactive_file 50\n",
 			"a/b/memory.max": "max", "a/b/memory.current": "5", "a/b/memory.stat": "",
 		}, Memory, "a", 250},
-		"version 2, used up": {nil, map[string]string{"a/b/memory.max": "10", "a/b/memory.current": "11", "a/b/memory.stat": ""}, Memory, "a/b", 0},
+		"version 2, used up": {nil, map[string]string{
+			"a/b/memory.max": "10", "a/b/memory.current": "11", "a/b/memory.stat": "",
+		}, Memory, "a/b", 0},
 		"version 1": {[]string{"rw", "memory"}, map[string]string{
 			"memory.limit_in_bytes": "9223372036854771712", "memory.usage_in_bytes": "7", "memory.stat": "",
-			"a/b/memory.limit_in_bytes": "4096", "a/b/memory.usage_in_bytes": "96", "a/b/memory.stat": "total_inactive_file 6\ninactive_file 9\n",
+			"a/b/memory.limit_in_bytes": "4096", "a/b/memory.usage_in_bytes": "96",
+			"a/b/memory.stat": "total_inactive_file 6\ninactive_file 9\n",
 		}, Memory, "a/b", 4006},
-		"huge pages":         {nil, map[string]string{"a/hugetlb.2MB.max": "4194304", "a/hugetlb.2MB.current": "2097152"}, HugePages(2 << 20), "a", 2 << 20},
+		"huge pages": {nil, map[string]string{
+			"a/hugetlb.2MB.max": "4194304", "a/hugetlb.2MB.current": "2097152",
+		}, HugePages(2 << 20), "a", 2 << 20},
 		"none":               {nil, map[string]string{"a/memory.max": "max"}, Memory, "", 0},
 		"another controller": {[]string{"rw", "cpu"}, map[string]string{"a/memory.limit_in_bytes": "1"}, Memory, "", 0},
 	} {
@@ -108,21 +115,22 @@ func TestLeast(t *testing.T) {
 				}
 			}
 			h := hierarchy{dir: dir, root: "/", controllers: c.controllers}
-			least, has, err := Groups{{h, h.under("/a/b")}}.Least(c.resource)
-			if err != nil || has != (c.want != "") || has && (least.Group != filepath.Join(dir, c.want) || least.Left() != c.left) {
+			least, has, err := Groups{{h, h.dirOf("/a/b")}}.Least(c.resource)
+			if err != nil || has != (c.want != "") ||
+				has && (least.Group != filepath.Join(dir, c.want) || least.Left() != c.left) {
 				t.Errorf("%+v (%v), %v", least, has, err)
 			}
 		})
 	}
 }
 
-// TestUnder: a group outside of what this process sees counts as the highest that it sees.
-func TestUnder(t *testing.T) {
+// TestDirOf: the directory of a group that this process does not see is the mount point.
+func TestDirOf(t *testing.T) {
 	h := hierarchy{dir: "/cg", root: "/pod"}
 	for group, want := range map[string]string{
 		"/pod/x/y": "/cg/x/y", "/pod": "/cg", "/other": "/cg", "/../x": "/cg", "/podx": "/cg",
 	} {
-		if got := h.under(group); got != want {
+		if got := h.dirOf(group); got != want {
 			t.Errorf("%s is at %s, want %s", group, got, want)
 		}
 	}

@@ -16,7 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// At returns the groups of that path, as "/vms", below what is mounted. Where they do not exist, those above count.
+// At returns the groups at a path, such as "/vms", below each mount point. They need not exist: Least then finds the
+// limits of those above.
 func At(path string) (Groups, error) {
 	mounted, err := hierarchies()
 	if err != nil {
@@ -31,16 +32,16 @@ func At(path string) (Groups, error) {
 	return groups, nil
 }
 
-// A Place is groups of one process and what it starts.
+// A Place is the control groups of one process and its children.
 type Place struct {
 	groups Groups
 }
 
-// prefix is what the names of all Places' groups begin with.
+// prefix begins the names of all groups of Places.
 const prefix = "migrated-"
 
-// NewPlace makes groups below those at the path parent, which are made where they are missing. It removes those of
-// processes that have ended.
+// NewPlace makes groups named after name below the groups at the path parent, and parent as well if it is missing. It
+// removes other Places' groups there that have no process.
 func NewPlace(parent, name string) (*Place, error) {
 	groups, err := At(parent)
 	if err != nil {
@@ -67,9 +68,9 @@ func NewPlace(parent, name string) (*Place, error) {
 	return p, nil
 }
 
-// Start starts cmd in the groups: no memory of its is charged to those of this process.
+// Start starts cmd in the groups. All of its memory is charged to them, none to the groups of this process.
 func (p *Place) Start(cmd *exec.Cmd) error {
-	// Of version 1 a new process is in the groups of the thread that made it.
+	// With version 1 a new process is in the groups of the thread that started it.
 	ours, err := Of(os.Getpid())
 	if err != nil {
 		return err
@@ -87,11 +88,12 @@ func (p *Place) Start(cmd *exec.Cmd) error {
 	return err
 }
 
-// enter puts this thread into a group of version 1.
+// enter moves this thread into a group of version 1.
 func enter(g groupDir) error {
 	return os.WriteFile(filepath.Join(g.path, "tasks"), []byte(strconv.Itoa(unix.Gettid())), 0)
 }
 
+// start starts cmd. With version 1 it leaves this thread in the groups of p.
 func (p *Place) start(cmd *exec.Cmd) error {
 	for _, g := range p.groups {
 		if g.controllers == nil {
@@ -112,12 +114,13 @@ func (p *Place) start(cmd *exec.Cmd) error {
 	}
 	err := cmd.Start()
 	if errors.Is(err, unix.ENOSYS) { // clone3(2), which systemd's RestrictNamespaces= refuses that way
-		err = fmt.Errorf("start in a control group of its own: %w: set RestrictNamespaces=no in the unit, as qemu_cgroup needs it", err)
+		err = fmt.Errorf("start in a control group of its own: %w: "+
+			"set RestrictNamespaces=no in the unit, as qemu_cgroup needs it", err)
 	}
 	return err
 }
 
-// Remove removes the groups. Those that still have a process stay, for the next NewPlace to remove.
+// Remove removes the groups, but for those that still have a process. A later NewPlace removes these.
 func (p *Place) Remove() error {
 	var errs []error
 	for _, g := range p.groups {

@@ -18,8 +18,8 @@ import (
 // A FileError is one mistake in a configuration file.
 type FileError struct {
 	Path string // of the file
-	Line int    // 1 for the first; 0: the file as a whole
-	Text string // what is wrong and what is right
+	Line int    // from 1 on; 0: the file as a whole
+	Text string // what is wrong, and what would be right
 }
 
 // Error returns "PATH:LINE: TEXT", the form that editors jump to.
@@ -72,16 +72,16 @@ func parse(path string, data []byte) (Config, error) {
 	return Config{}, errors.Join(mistakes...)
 }
 
-// position is where a key of the file stands.
-type position struct {
+// keyPosition is the position of a key in the file.
+type keyPosition struct {
 	name         string
 	line, column int
 	value        *yaml.Node
 }
 
-// keyPositions lists the top-level keys of the file in the order in which they
-// stand there. The decoder's errors have positions but no key names.
-func keyPositions(document *yaml.Node) []position {
+// keyPositions lists the top-level keys of the file in their order. The
+// decoder's errors have positions but no key names.
+func keyPositions(document *yaml.Node) []keyPosition {
 	top := document
 	if top.Kind == yaml.DocumentNode && len(top.Content) > 0 {
 		top = top.Content[0]
@@ -89,47 +89,47 @@ func keyPositions(document *yaml.Node) []position {
 	if top.Kind != yaml.MappingNode {
 		return nil
 	}
-	var keys []position
+	var keys []keyPosition
 	for i := 0; i+1 < len(top.Content); i += 2 {
 		k := top.Content[i]
-		keys = append(keys, position{k.Value, k.Line, k.Column, top.Content[i+1]})
+		keys = append(keys, keyPosition{k.Value, k.Line, k.Column, top.Content[i+1]})
 	}
 	return keys
 }
 
-// explain says what the decoder's error e means for an operator.
-func explain(keys []position, e *yaml.LoadError) string {
-	var at *position // the last key at or before the error
+// explain returns a text for the operator about the decoder's error e.
+func explain(keys []keyPosition, e *yaml.LoadError) string {
+	var key *keyPosition // the last key at or before the error
 	for i, k := range keys {
 		if k.line < e.Mark.Line || k.line == e.Mark.Line && k.column <= e.Mark.Column {
-			at = &keys[i]
+			key = &keys[i]
 		}
 	}
-	if at == nil {
+	if key == nil {
 		return e.Message + "; the file is a list of KEY: VALUE lines, see deploy/migrated.yaml"
 	}
-	field, known := fields()[at.name]
+	field, known := fields()[key.name]
 	switch {
 	case !known:
-		return fmt.Sprintf("unknown key %q%s", at.name, suggestion(at.name))
-	case at.line == e.Mark.Line && at.column == e.Mark.Column:
+		return fmt.Sprintf("unknown key %q%s", key.name, suggestion(key.name))
+	case key.line == e.Mark.Line && key.column == e.Mark.Column:
 		return e.Message // "mapping key … already defined at line …"
-	case at.value.Kind == yaml.SequenceNode && field.Type.Kind() == reflect.Slice:
-		return fmt.Sprintf("%s: an entry of the list is not a text", at.name)
+	case key.value.Kind == yaml.SequenceNode && field.Type.Kind() == reflect.Slice:
+		return fmt.Sprintf("%s: an entry of the list is not a text", key.name)
 	default:
-		return fmt.Sprintf("%s: %s is not %s", at.name, excerpt(at.value), kinds[field.Type.String()])
+		return fmt.Sprintf("%s: %s is not %s", key.name, excerpt(key.value), typeNames[field.Type.String()])
 	}
 }
 
-// kinds says in words what a key's Go type accepts.
-var kinds = map[string]string{
+// typeNames describe the values of a key, by its Go type.
+var typeNames = map[string]string{
 	"string":   "a text",
 	"int":      "a whole number (written without quotes)",
 	"bool":     "true or false (written without quotes)",
 	"[]string": "a list of texts, as in [first, second]",
 }
 
-// excerpt shows a value as it stands in the file, lists and mappings by kind.
+// excerpt returns a value as it is in the file, or "a list" or "a mapping".
 func excerpt(n *yaml.Node) string {
 	switch n.Kind {
 	case yaml.SequenceNode:
@@ -160,7 +160,7 @@ func Keys() []string {
 	return keys
 }
 
-// suggestion names the nearest valid key, or all where none is near.
+// suggestion names the valid key that is most similar, or all keys if none is similar.
 func suggestion(unknown string) string {
 	keys := Keys()
 	nearest := slices.MinFunc(keys, func(a, b string) int {
@@ -172,8 +172,8 @@ func suggestion(unknown string) string {
 	return "; valid keys are " + strings.Join(keys, ", ")
 }
 
-// distance is the Levenshtein distance of two keys, which ignores case and
-// counts "-" as "_", the two ways in which flags and keys get confused.
+// distance returns the Levenshtein distance of two keys. It ignores case, and
+// treats "-" as "_", because flags and keys are easily confused.
 func distance(a, b string) int {
 	normal := func(s string) string { return strings.ReplaceAll(strings.ToLower(s), "-", "_") }
 	a, b = normal(a), normal(b)

@@ -7,11 +7,12 @@ import (
 	"slices"
 )
 
-// reloaded are the keys that can change while the daemon runs.
-var reloaded = []string{"peers", "operators", "metrics_clients", "bandwidth"}
+// reloaded are the keys that Reload takes over.
+var reloaded = []string{"peers", "operators", "metrics_clients", "bandwidth", "host_bandwidth"}
 
-// Reload returns c with what next has for the keys that can change while the daemon runs, and the keys of next that
-// differ and have to wait until the daemon is started again. It refuses a result that is not valid.
+// Reload returns c with next's values of the keys that can change while the daemon runs. waiting are the other keys
+// that differ: they change when the daemon is started again. If the result is not valid, Reload returns the error of
+// Validate.
 func (c Config) Reload(next Config) (changed Config, waiting []string, err error) {
 	changed = c
 	to, from := reflect.ValueOf(&changed).Elem(), reflect.ValueOf(next)

@@ -14,7 +14,8 @@ func TestReload(t *testing.T) {
 	encrypt(&running)
 	running.Peers = []string{"a.example web-*"}
 	next := running
-	next.Peers, next.Operators, next.MetricsClients, next.Bandwidth = []string{"b.example"}, []string{"o.example"}, []string{"m.example"}, "500M"
+	next.Peers, next.Operators, next.MetricsClients, next.Bandwidth =
+		[]string{"b.example"}, []string{"o.example"}, []string{"m.example"}, "500M"
 	want := next
 	next.Listen, next.MaxIncoming = "127.0.0.1:7700", 3
 	changed, waiting, err := running.Reload(next)
@@ -32,7 +33,8 @@ func TestReload(t *testing.T) {
 	}
 }
 
-// TestReloadTogether: a list that is right beside other keys of the new file is wrong beside those that stay.
+// TestReloadTogether: a list that is valid with other keys of the new file is refused if it is not valid with the
+// values that these keys keep.
 func TestReloadTogether(t *testing.T) {
 	next := Default()
 	encrypt(&next)

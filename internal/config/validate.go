@@ -13,40 +13,38 @@ import (
 	"strings"
 
 	"github.com/migrated-vm/migrated/internal/bandwidth"
-	"github.com/migrated-vm/migrated/internal/mtls"
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/cmdline"
+	"github.com/migrated-vm/migrated/pkg/mtls"
 )
 
-// A ValueError says that the value of a key cannot be used.
+// A ValueError says that the value of a key is not valid.
 type ValueError struct {
 	Key   string // as in the file; the flag has "-" for "_"
 	Value string // as it was given
-	Want  string // what is right, as in "HOST:PORT, as in 127.0.0.1:7600"
+	Want  string // which values are valid: "HOST:PORT, as in 127.0.0.1:7600"
 }
 
-// Error names the key, the value and what is right.
+// Error names the key, the value and the values that are valid.
 func (e *ValueError) Error() string {
 	return fmt.Sprintf("%s: %q cannot be used: it must be %s", e.Key, e.Value, e.Want)
 }
 
-// maxSocketPath is the size of sockaddr_un.sun_path less its final NUL, unix(7).
+// maxSocketPath is the size of sockaddr_un.sun_path without its final NUL, unix(7).
 const maxSocketPath = 107
 
-// maxFaultWorkers bounds what is certainly a typing error: a worker is worth a
-// goroutine and a lane of its own only while CPUs are there to run it. With the bulk lane these are as many as a source
-// serves (pagesrv.MaxLanes).
+// maxFaultWorkers is one less than the number of lanes that a source serves (pagesrv.MaxLanes): each worker has a lane,
+// and the sweep has another. More workers than CPUs are of no use.
 const maxFaultWorkers = 63
 
-// maxIncoming is far beyond what a host's network is shared by with any use.
-const maxIncoming = 64
+// maxIncoming and maxOutgoing are far more migrations than can usefully share a host's network.
+const maxIncoming, maxOutgoing = 64, 64
 
-// maxReports bounds what reports take in StateDir, which is in memory as a rule: 256 KiB each at the most, some ten KB
-// in practice.
+// maxReports bounds the size of the reports in StateDir, which is usually in memory. A report has at most 256 KiB, and
+// about ten KiB in practice.
 const maxReports = 1000
 
-// Validate returns the joined [ValueError]s of c, nil where the daemon can run
-// with it. It looks at c alone, not at the host: which ports are free and which
-// programs exist is found out by using them.
+// Validate returns the joined [ValueError]s of c, or nil if it is valid. It
+// checks only c, not the host: it does not look for free ports or programs.
 func (c Config) Validate() error {
 	var errs []error
 	refuse := func(key, value, want string) {
@@ -61,9 +59,15 @@ func (c Config) Validate() error {
 	if c.ControlListen != "" && !validListen(c.ControlListen) {
 		refuse("control_listen", c.ControlListen, "HOST:PORT, as in 127.0.0.1:7601, or empty for none")
 	}
-	if !validMetrics(c.MetricsListen) {
+	if !validEither(c.HTTPListen) {
+		refuse("http_listen", c.HTTPListen,
+			fmt.Sprintf("HOST:PORT, as in 127.0.0.1:7603, an absolute path of at most %d bytes, or empty for none",
+				maxSocketPath))
+	}
+	if !validEither(c.MetricsListen) {
 		refuse("metrics_listen", c.MetricsListen,
-			fmt.Sprintf("HOST:PORT, as in 127.0.0.1:7602, an absolute path of at most %d bytes, or empty for none", maxSocketPath))
+			fmt.Sprintf("HOST:PORT, as in 127.0.0.1:7602, an absolute path of at most %d bytes, or empty for none",
+				maxSocketPath))
 	}
 	if c.Pprof && c.MetricsListen == "" {
 		refuse("pprof", "true", "false where metrics_listen is empty: that is where profiles are served")
@@ -92,7 +96,8 @@ func (c Config) Validate() error {
 		}
 	}
 	if c.QEMUCgroup != "" && (!filepath.IsAbs(c.QEMUCgroup) || filepath.Clean(c.QEMUCgroup) != c.QEMUCgroup) {
-		refuse("qemu_cgroup", c.QEMUCgroup, "the path of a control group below its mount, as in /vms, or empty for the daemon's own")
+		refuse("qemu_cgroup", c.QEMUCgroup,
+			"the path of a control group below its mount, as in /vms, or empty for the daemon's own")
 	}
 	if c.TemplateDir != "" && !filepath.IsAbs(c.TemplateDir) {
 		refuse("template_dir", c.TemplateDir, "an absolute path, or empty for no templates")
@@ -107,8 +112,9 @@ func (c Config) Validate() error {
 		refuse("min_uid", strconv.Itoa(c.MinUID), "the number of a user; 0 allows root")
 	}
 	for _, text := range c.ForbiddenOptions {
-		if err := qemu.ParseForbidden(text); err != nil {
-			refuse("forbidden_options", text, "the name of a QEMU option, then perhaps of one of its settings, as in \"netdev script\"")
+		if err := cmdline.ParseForbidden(text); err != nil {
+			refuse("forbidden_options", text,
+				"the name of a QEMU option, then perhaps of one of its settings, as in \"netdev script\"")
 		}
 	}
 	if c.FaultWorkers < 0 || c.FaultWorkers > maxFaultWorkers {
@@ -118,8 +124,13 @@ func (c Config) Validate() error {
 	if c.MaxIncoming < 1 || c.MaxIncoming > maxIncoming {
 		refuse("max_incoming", strconv.Itoa(c.MaxIncoming), fmt.Sprintf("1 to %d", maxIncoming))
 	}
-	if _, err := bandwidth.Parse(c.Bandwidth); err != nil {
-		refuse("bandwidth", c.Bandwidth, "bytes a second, as in 500M for 500 MiB, from 64K on; or none")
+	if c.MaxOutgoing < 1 || c.MaxOutgoing > maxOutgoing {
+		refuse("max_outgoing", strconv.Itoa(c.MaxOutgoing), fmt.Sprintf("1 to %d", maxOutgoing))
+	}
+	for key, text := range map[string]string{"bandwidth": c.Bandwidth, "host_bandwidth": c.HostBandwidth} {
+		if _, err := bandwidth.Parse(text); err != nil {
+			refuse(key, text, "bytes a second, as in 500M for 500 MiB, from 64K on; or none")
+		}
 	}
 	if _, ok := levels[c.LogLevel]; !ok {
 		refuse("log_level", c.LogLevel, "debug, info, warn or error")
@@ -130,11 +141,11 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// encryption is what an address beyond this host needs.
-const encryption = "an address of this host alone, unless tls_certificate, tls_key and tls_ca are set; or set plaintext " +
-	"where nobody but hypervisors is on the network"
+// encryption is the text of the error for an address beyond this host without TLS.
+const encryption = "an address of this host alone, unless tls_certificate, tls_key and tls_ca are set; " +
+	"or set plaintext where nobody but hypervisors is on the network"
 
-// validateTLS looks at who may connect, and how.
+// validateTLS checks the keys of encryption, and those that say who may connect.
 func (c Config) validateTLS() (errs []error) {
 	refuse := func(key, value, want string) { errs = append(errs, &ValueError{key, value, want}) }
 	_, encrypted := c.TLS()
@@ -147,7 +158,8 @@ func (c Config) validateTLS() (errs []error) {
 	}
 	for _, peer := range c.Peers {
 		if _, err := mtls.ParsePeer(peer); err != nil {
-			refuse("peers", peer, fmt.Sprintf("a name of a certificate, then patterns of VM names, as in \"spiffe://example/host/a web-*\" (%v)", err))
+			refuse("peers", peer, fmt.Sprintf("a name of a certificate, then patterns of VM names, "+
+				"as in \"spiffe://example/host/a web-*\" (%v)", err))
 		}
 	}
 	if !encrypted {
@@ -163,6 +175,9 @@ func (c Config) validateTLS() (errs []error) {
 		if !c.Plaintext && validListen(c.ControlListen) && !mtls.Loopback(c.ControlListen) {
 			refuse("control_listen", c.ControlListen, encryption)
 		}
+		if !c.Plaintext && validListen(c.HTTPListen) && !mtls.Loopback(c.HTTPListen) {
+			refuse("http_listen", c.HTTPListen, encryption)
+		}
 		if len(c.MetricsClients) > 0 {
 			refuse("metrics_clients", c.MetricsClients[0], "empty without tls_certificate: nobody has a name there")
 		}
@@ -176,15 +191,18 @@ func (c Config) validateTLS() (errs []error) {
 	if encrypted && c.ControlListen != "" && len(c.Operators) == 0 {
 		refuse("operators", "", "the names in the certificates of those who may use control_listen: they control the VMs")
 	}
+	if encrypted && validListen(c.HTTPListen) && len(c.Operators) == 0 {
+		refuse("operators", "", "the names in the certificates of those who may use http_listen: they control the VMs")
+	}
 	if encrypted && validListen(c.MetricsListen) && len(c.MetricsClients) == 0 {
 		refuse("metrics_clients", "", "the names in the certificates of those who may read metrics_listen")
 	}
 	return errs
 }
 
-// validMetrics says whether metrics can be served there, or nowhere.
-func validMetrics(at string) bool {
-	return at == "" || validListen(at) || filepath.IsAbs(at) && len(at) <= maxSocketPath
+// validEither says whether address is a HOST:PORT, the path of a Unix socket, or empty.
+func validEither(address string) bool {
+	return address == "" || validListen(address) || filepath.IsAbs(address) && len(address) <= maxSocketPath
 }
 
 // validListen reports whether a socket can be bound to address.
@@ -193,8 +211,8 @@ func validListen(address string) bool {
 	return err == nil && validPort(port)
 }
 
-// validRemote reports whether others can connect to address: it has a host
-// that is not "every address of this host", and a port that is not "any".
+// validRemote reports whether other hosts can connect to address: its host is
+// not the unspecified address, and its port is not 0.
 func validRemote(address string) bool {
 	host, port, err := net.SplitHostPort(address)
 	if err != nil || host == "" || strings.ContainsAny(host, " /") {

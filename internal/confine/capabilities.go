@@ -11,38 +11,41 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// Needed are the capabilities that a daemon keeps of those it has. TestEachCapabilityIsNeeded leaves each out
-// and sees what fails.
+// Needed are the capabilities that the daemon keeps, as far as it has them. TestEachCapabilityIsNeeded drops each
+// of them and checks what fails.
 //
-// Not CAP_SYS_ADMIN, with which package inject reads beforehand whether a QEMU's own filter would kill it for
-// userfaultfd(2). Without, such a QEMU is killed, at a time when its VM still runs at the source.
+// CAP_SYS_ADMIN is not among them. With it, package inject could read whether a QEMU's own seccomp filter would kill
+// it for calling userfaultfd(2). Without it, such a QEMU is killed; its VM still runs at the source then.
 var Needed = []cap.Value{
-	// Trace a QEMU of another user, read its /proc, take its userfaultfd (ptrace(2), pidfd_getfd(2)); a
-	// userfaultfd that sees the faults that the kernel takes, as KVM's are.
+	// To trace a QEMU of another user, read its /proc and duplicate its userfaultfd (ptrace(2), pidfd_getfd(2)), and
+	// for a userfaultfd that also reports faults taken in the kernel, as KVM's are.
 	cap.SYS_PTRACE,
-	// Open a VM's memory whose file QEMU has closed: /proc/PID/map_files.
+	// To open memory of a VM whose file QEMU has closed, by /proc/PID/map_files.
 	cap.CHECKPOINT_RESTORE,
-	// Connect to QMP sockets, and open and empty memory files, of other users.
+	// To connect to the QMP sockets of other users, and to open and empty their memory files.
 	cap.DAC_OVERRIDE,
-	// Leave the images of a domain, which libvirt ends here, to the VM that uses them elsewhere.
+	// To restore the owner of a domain's images when libvirt, ending the domain here, has changed it: the VM uses the
+	// images at the other host.
 	cap.CHOWN,
-	// Know that nobody has the memory file of another user's VM that has left, before it is removed (fcntl(2), F_SETLEASE).
+	// To check that nobody else has a memory file of another user open before it is removed, once its VM has left
+	// (fcntl(2), F_SETLEASE).
 	cap.LEASE,
-	// End a QEMU of another user whose VM has left or did not arrive.
+	// To end a QEMU of another user whose VM has left or did not arrive.
 	cap.KILL,
 }
 
 func needed(c cap.Value) bool { return slices.Contains(Needed, c) }
 
-// dropCapabilities keeps, of what the process has, Needed as permitted and effective, and nothing to inherit.
+// dropCapabilities drops all capabilities of the process but Needed, which stay permitted and effective. None stays
+// inheritable.
 func dropCapabilities() error {
 	had := cap.GetProc()
-	// First what exec could bring back. It takes CAP_SETPCAP; a process without it gains nothing all the
-	// same, by noNewPrivileges and because the filter lets it start no program.
+	// The bounding set first, which limits what exec can give back. Changing it needs CAP_SETPCAP. A process without
+	// that gains nothing by exec either: it has no_new_privs, and the filter forbids exec.
 	if may, err := had.GetFlag(cap.Effective, cap.SETPCAP); err != nil {
 		return fmt.Errorf("capabilities: %w", err)
 	} else if may {
-		if err := dropBound(); err != nil {
+		if err := dropBoundingSet(); err != nil {
 			return err
 		}
 	}
@@ -65,13 +68,14 @@ func dropCapabilities() error {
 	return nil
 }
 
-func dropBound() error {
+// dropBoundingSet drops all but Needed from the bounding set.
+func dropBoundingSet() error {
 	for c := range cap.MaxBits() {
 		if needed(c) {
 			continue
 		}
 		if has, err := cap.GetBound(c); err != nil || !has {
-			continue // not known to this kernel, or not there
+			continue // this kernel does not know it, or it is not in the set
 		}
 		if err := cap.DropBound(c); err != nil {
 			return fmt.Errorf("drop %v from the bounding set: %w", c, err)
@@ -80,7 +84,7 @@ func dropBound() error {
 	return nil
 }
 
-// noNewPrivileges is no_new_privs of all threads (Linux 3.5), without which only CAP_SYS_ADMIN may install a filter.
+// noNewPrivileges sets no_new_privs for all threads (Linux 3.5). Without it, installing a filter needs CAP_SYS_ADMIN.
 func noNewPrivileges() error {
 	if _, err := cap.Prctlw(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)

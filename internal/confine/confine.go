@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package confine takes from the daemon, once it listens, what it does not need: most of root's
-// capabilities for good, and all system calls but those that it makes (capabilities.go, seccomp.go).
+// Package confine reduces the privileges of the daemon once it listens. It drops most of root's capabilities
+// permanently, and forbids all system calls that the daemon does not make (capabilities.go, seccomp.go).
 //
-// What starts QEMU is another process (qemu.Starter), begun before: a QEMU must not inherit any of this. It has a
-// sandbox of its own, brings its network up with a set-user-ID program, and an SELinux policy
-// may want to change its domain, all of which no_new_privs ends.
+// QEMUs are started by another process (qemu.Starter), which is started before, because a QEMU must not inherit any
+// of this. It has a sandbox of its own, may start a set-user-ID program to set up its network, and may change its
+// domain by an SELinux policy; no_new_privs would prevent the last two.
 //
-// Not Landlock: a process in one of its domains may trace, read and take descriptors from none outside
-// (task_ptrace in security/landlock/task.c), which is what the daemon does with every QEMU. e2e/kernel/confine shows it.
+// Landlock is not used: a process in a Landlock domain may not trace, read or take descriptors from processes outside
+// of it (task_ptrace in security/landlock/task.c), and the daemon does so with every QEMU. e2e/kernel/confine shows it.
 package confine
 
 import (
@@ -21,31 +21,32 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// ErrNotSupported is what errors.Is finds in every *NotSupportedError.
+// ErrNotSupported matches every *NotSupportedError in errors.Is.
 var ErrNotSupported = errors.New("not supported by this kernel")
 
 // NotSupportedError names what the running kernel lacks.
 type NotSupportedError struct {
 	Feature   string
-	MinKernel string // first release that has it
-	Option    string // that it must be built with
+	MinKernel string // first release that has the feature
+	Option    string // kernel option that the feature needs
 }
 
 func (e *NotSupportedError) Error() string {
-	return fmt.Sprintf("%s: not supported by this kernel; use Linux %s or newer, built with %s", e.Feature, e.MinKernel, e.Option)
+	return fmt.Sprintf("%s: not supported by this kernel; use Linux %s or newer, built with %s",
+		e.Feature, e.MinKernel, e.Option)
 }
 
 // Is makes errors.Is(err, ErrNotSupported) true.
 func (e *NotSupportedError) Is(target error) bool { return target == ErrNotSupported }
 
-// Apply confines all threads of this process, for good. One part that fails does not keep the others
-// from being done; errors say which, *NotSupportedErrors among them.
+// Apply confines all threads of this process permanently. If one part fails, the others are still done; the errors
+// say which failed, a *NotSupportedError among them if the kernel lacks a feature.
 func Apply() error {
 	err := errors.Join(dropCapabilities(), noNewPrivileges(), filterSystemCalls())
 	if err != nil {
 		return err
 	}
-	// The kernel's word for it: where it cannot give all threads a filter, seccomp(2) says so by no errno.
+	// The kernel's own view is checked as well: seccomp(2) does not set errno if it cannot give all threads the filter.
 	s, err := Current()
 	if err == nil && !s.Complete() {
 		err = fmt.Errorf("this process is less confined than it was asked to be: %v", s)
@@ -53,14 +54,14 @@ func Apply() error {
 	return err
 }
 
-// State is what confines a process.
+// State is how far a process is confined.
 type State struct {
 	Capabilities    []string // permitted, by their kernel's names: "cap_kill"
 	NoNewPrivileges bool
-	Filtered        bool // system calls
+	Filtered        bool // a seccomp filter is installed
 }
 
-// Complete says whether it is all that Apply does.
+// Complete says whether the process is confined as Apply does it.
 func (s State) Complete() bool {
 	for _, name := range s.Capabilities {
 		if value, err := cap.FromName(name); err != nil || !needed(value) {
@@ -70,7 +71,7 @@ func (s State) Complete() bool {
 	return s.NoNewPrivileges && s.Filtered
 }
 
-// String is for operators: "capabilities sys_ptrace, kill; no new privileges; system calls filtered".
+// String returns a text for operators: "capabilities sys_ptrace, kill; no new privileges; system calls filtered".
 func (s State) String() string {
 	var names []string
 	for _, name := range s.Capabilities {
@@ -92,7 +93,7 @@ func (s State) String() string {
 	return capabilities + "; " + gains + "; " + calls
 }
 
-// Current is the state of this process, by proc_pid_status(5).
+// Current returns the state of this thread, from proc_pid_status(5). Apply confines all threads alike.
 func Current() (State, error) {
 	text, err := os.ReadFile("/proc/thread-self/status")
 	if err != nil {

@@ -21,11 +21,11 @@ import (
 	"golang.org/x/sys/unix"
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// What this test's process does instead of tests, where it is not empty. Confinement is for good, so that each
-// test confines a process of its own.
+// roleVariable names the environment variable with the role of this process. With a role, it plays that instead of
+// running tests: confinement is permanent, so each test confines a process of its own.
 const roleVariable = "MIGRATED_CONFINE_TEST"
 
 func TestMain(m *testing.M) {
@@ -45,15 +45,15 @@ func TestMain(m *testing.M) {
 }
 
 var roles = map[string]func(args []string) (map[string]string, error){
-	"forbidden": forbiddenRole, "threads": threadsRole, "program": programRole, "needs": needsRole, "daemon": daemonRole, "partly": partlyRole,
-	"starter": starterRole, "started": startedRole,
+	"forbidden": forbiddenRole, "threads": threadsRole, "program": programRole, "needs": needsRole, "daemon": daemonRole,
+	"partly": partlyRole, "starter": starterRole, "started": startedRole,
 }
 
 // play runs this test's program in a role and returns what it reports.
 func play(t *testing.T, role string, args ...string) map[string]string {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		cannot.Run(t, "needs root, to have something to give up")
+		testenv.CannotRun(t, "needs root, to have something to give up")
 	}
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), roleVariable+"="+role, "GORACE=atexit_sleep_ms=0")
@@ -70,18 +70,20 @@ func play(t *testing.T, role string, args ...string) map[string]string {
 	return report
 }
 
-// forbidden are calls that no daemon makes, with arguments that do nothing where the call is permitted.
+// forbidden are calls that the daemon never makes, with arguments that have no effect if the call is permitted.
 var forbidden = map[string]struct {
 	nr   uintptr
 	args []uintptr
 }{
-	"mount":             {unix.SYS_MOUNT, nil},
-	"umount2":           {unix.SYS_UMOUNT2, nil},
-	"pivot_root":        {unix.SYS_PIVOT_ROOT, nil},
-	"fsopen":            {unix.SYS_FSOPEN, nil},
-	"unshare":           {unix.SYS_UNSHARE, nil},
-	"setns":             {unix.SYS_SETNS, []uintptr{^uintptr(0)}},
-	"clone of no flags": {unix.SYS_CLONE, []uintptr{unix.CLONE_PARENT_SETTID | unix.CLONE_FS | unix.CLONE_NEWNS}}, // invalid together
+	"mount":      {unix.SYS_MOUNT, nil},
+	"umount2":    {unix.SYS_UMOUNT2, nil},
+	"pivot_root": {unix.SYS_PIVOT_ROOT, nil},
+	"fsopen":     {unix.SYS_FSOPEN, nil},
+	"unshare":    {unix.SYS_UNSHARE, nil},
+	"setns":      {unix.SYS_SETNS, []uintptr{^uintptr(0)}},
+	"clone of no flags": {unix.SYS_CLONE, []uintptr{
+		unix.CLONE_PARENT_SETTID | unix.CLONE_FS | unix.CLONE_NEWNS, // invalid together
+	}},
 	"execve":            {unix.SYS_EXECVE, nil},
 	"execveat":          {unix.SYS_EXECVEAT, nil},
 	"bpf":               {unix.SYS_BPF, []uintptr{^uintptr(0)}},
@@ -119,7 +121,7 @@ func tryForbidden(when string, report map[string]string) {
 	}
 }
 
-// forbiddenRole makes each call before and after.
+// forbiddenRole makes each call before Apply and after it.
 func forbiddenRole([]string) (map[string]string, error) {
 	report := map[string]string{}
 	tryForbidden("before: ", report)
@@ -130,7 +132,7 @@ func forbiddenRole([]string) (map[string]string, error) {
 	return report, nil
 }
 
-// TestForbidden: what a daemon never does is refused, by the filter and not for another reason.
+// TestForbidden: the filter refuses calls that the daemon never makes.
 func TestForbidden(t *testing.T) {
 	report := play(t, "forbidden")
 	for name := range forbidden {
@@ -148,7 +150,7 @@ func TestForbidden(t *testing.T) {
 	}
 }
 
-// status is a thread's capabilities, no_new_privs and filter, by proc_pid_status(5).
+// status returns a thread's capabilities, no_new_privs and filter, from proc_pid_status(5).
 func status(task string) (map[string]string, error) {
 	text, err := os.ReadFile(task + "/status")
 	if err != nil {
@@ -182,7 +184,7 @@ func threadsRole([]string) (map[string]string, error) {
 	if err := Apply(); err != nil {
 		return nil, err
 	}
-	for range n { // threads that begin confined
+	for range n { // threads that start confined
 		started.Add(1)
 		go func() {
 			runtime.LockOSThread()
@@ -210,7 +212,7 @@ func threadsRole([]string) (map[string]string, error) {
 	return report, nil
 }
 
-// TestAllThreads: each thread has the needed capabilities and no other in any set.
+// TestAllThreads: each thread has the needed capabilities, and no others in any set.
 func TestAllThreads(t *testing.T) {
 	var bits uint64
 	for _, c := range Needed {
@@ -238,7 +240,9 @@ func programRole([]string) (map[string]string, error) {
 		return nil, err
 	}
 	err := exec.Command("/bin/true").Run()
-	return map[string]string{"permission": strconv.FormatBool(errors.Is(err, os.ErrPermission)), "error": fmt.Sprint(err)}, nil
+	return map[string]string{
+		"permission": strconv.FormatBool(errors.Is(err, os.ErrPermission)), "error": fmt.Sprint(err),
+	}, nil
 }
 
 func TestStartsNoProgram(t *testing.T) {
@@ -247,7 +251,7 @@ func TestStartsNoProgram(t *testing.T) {
 	}
 }
 
-// daemonRole does what a daemon does that no other test here does.
+// daemonRole does what the daemon does and no other test here covers.
 func daemonRole([]string) (map[string]string, error) {
 	dir, err := os.MkdirTemp("", "migrated-confine-")
 	if err != nil {
@@ -305,11 +309,14 @@ func TestDaemonsWork(t *testing.T) {
 	}
 }
 
-// partlyRole is a daemon of an ordinary user who has CAP_SYS_PTRACE, and was told that it may not drop the rest of
-// its bounding set.
+// partlyRole is a daemon without CAP_SETPCAP and with CAP_SYS_PTRACE as its only needed capability, as when an ordinary
+// user runs it.
 func partlyRole([]string) (map[string]string, error) {
 	had := cap.NewSet()
-	if err := errors.Join(had.SetFlag(cap.Permitted, true, cap.SYS_PTRACE, cap.NET_ADMIN), had.SetFlag(cap.Effective, true, cap.SYS_PTRACE, cap.NET_ADMIN), had.SetProc()); err != nil {
+	if err := errors.Join(
+		had.SetFlag(cap.Permitted, true, cap.SYS_PTRACE, cap.NET_ADMIN),
+		had.SetFlag(cap.Effective, true, cap.SYS_PTRACE, cap.NET_ADMIN), had.SetProc(),
+	); err != nil {
 		return nil, err
 	}
 	if err := Apply(); err != nil {
@@ -320,7 +327,9 @@ func partlyRole([]string) (map[string]string, error) {
 }
 
 func TestKeepsNoMoreThanItHad(t *testing.T) {
-	want := map[string]string{"complete": "true", "shown": "capabilities sys_ptrace; no new privileges; system calls filtered"}
+	want := map[string]string{
+		"complete": "true", "shown": "capabilities sys_ptrace; no new privileges; system calls filtered",
+	}
 	if diff := cmp.Diff(want, play(t, "partly")); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}

@@ -19,13 +19,14 @@ import (
 	"golang.org/x/sys/unix"
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
 
 const nobody = 65534
 
-// needs are what a daemon does to a QEMU of another user: its process, and its directory with a file and a socket.
+// needs are what the daemon does to a QEMU of another user: to its process, and to a file and a socket in its
+// directory. Each needs the capability that it is listed under.
 var needs = map[cap.Value]func(pid int, dir string) error{
 	cap.SYS_PTRACE: func(pid int, _ string) error {
 		p, err := inject.Seize(context.Background(), pid)
@@ -77,7 +78,7 @@ var needs = map[cap.Value]func(pid int, dir string) error{
 	},
 }
 
-// needsRole: the capability to leave out, process and directory are the arguments.
+// needsRole takes three arguments: the capability to drop, the process and the directory.
 func needsRole(args []string) (map[string]string, error) {
 	pid, err := strconv.Atoi(args[1])
 	if err != nil {
@@ -98,11 +99,11 @@ func needsRole(args []string) (map[string]string, error) {
 	return report, nil
 }
 
-// TestEachCapabilityIsNeeded: with all of them a daemon can do to another user's QEMU what it has to, and without
-// one it can not do what that one is for.
+// TestEachCapabilityIsNeeded: with all capabilities the daemon can do everything that it does to another user's QEMU.
+// Without one of them, it cannot do what that one is for.
 func TestEachCapabilityIsNeeded(t *testing.T) {
 	if os.Geteuid() != 0 {
-		cannot.Run(t, "needs root")
+		testenv.CannotRun(t, "needs root")
 	}
 	for _, without := range append([]string{"none"}, names(Needed)...) {
 		t.Run("without "+strings.TrimPrefix(without, "cap_"), func(t *testing.T) {
@@ -110,7 +111,7 @@ func TestEachCapabilityIsNeeded(t *testing.T) {
 			for name, outcome := range play(t, "needs", without, strconv.Itoa(pid), dir) {
 				t.Logf("what %s is for: %s", name, outcome)
 				works := outcome == "works"
-				// Another's may fail as well: what is for one passes through what needs another.
+				// Others may fail as well: what one capability is for may need another, too.
 				if name == without && works || without == "none" && !works {
 					t.Error("which is wrong")
 				}
@@ -150,7 +151,7 @@ func otherUser(t *testing.T) (pid int, dir string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = cmd.Process.Kill() // it is gone where the test had it killed
+		_ = cmd.Process.Kill() // fails if the test has killed it
 		_ = cmd.Wait()
 	})
 	return cmd.Process.Pid, dir

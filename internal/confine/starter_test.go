@@ -16,26 +16,30 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// deniedNumbers are some of deniedToQEMU, with arguments that do nothing where the call is permitted.
+// deniedNumbers are some of deniedToQEMU: the number of the call, and arguments that have no effect if it is permitted.
 var deniedNumbers = map[string][]uintptr{
-	"kexec_load": {unix.SYS_KEXEC_LOAD, 0, 1 << 30}, "kexec_file_load": {unix.SYS_KEXEC_FILE_LOAD, ^uintptr(0), ^uintptr(0)},
-	"init_module": {unix.SYS_INIT_MODULE}, "finit_module": {unix.SYS_FINIT_MODULE, ^uintptr(0)}, "delete_module": {unix.SYS_DELETE_MODULE},
-	"mount": {unix.SYS_MOUNT}, "fsopen": {unix.SYS_FSOPEN}, "pivot_root": {unix.SYS_PIVOT_ROOT}, "reboot": {unix.SYS_REBOOT},
-	"swapon": {unix.SYS_SWAPON}, "setns": {unix.SYS_SETNS, ^uintptr(0)}, "unshare": {unix.SYS_UNSHARE},
-	"ptrace": {unix.SYS_PTRACE, unix.PTRACE_CONT, 1}, "process_vm_writev": {unix.SYS_PROCESS_VM_WRITEV}, "settimeofday": {unix.SYS_SETTIMEOFDAY, 1},
-	"open_by_handle_at": {unix.SYS_OPEN_BY_HANDLE_AT}, "iopl": {unix.SYS_IOPL, 4}, "perf_event_open": {unix.SYS_PERF_EVENT_OPEN},
+	"kexec_load":      {unix.SYS_KEXEC_LOAD, 0, 1 << 30},
+	"kexec_file_load": {unix.SYS_KEXEC_FILE_LOAD, ^uintptr(0), ^uintptr(0)}, "init_module": {unix.SYS_INIT_MODULE},
+	"finit_module": {unix.SYS_FINIT_MODULE, ^uintptr(0)}, "delete_module": {unix.SYS_DELETE_MODULE},
+	"mount": {unix.SYS_MOUNT}, "fsopen": {unix.SYS_FSOPEN}, "pivot_root": {unix.SYS_PIVOT_ROOT},
+	"reboot": {unix.SYS_REBOOT}, "swapon": {unix.SYS_SWAPON}, "setns": {unix.SYS_SETNS, ^uintptr(0)},
+	"unshare": {unix.SYS_UNSHARE}, "ptrace": {unix.SYS_PTRACE, unix.PTRACE_CONT, 1},
+	"process_vm_writev": {unix.SYS_PROCESS_VM_WRITEV}, "settimeofday": {unix.SYS_SETTIMEOFDAY, 1},
+	"open_by_handle_at": {unix.SYS_OPEN_BY_HANDLE_AT}, "iopl": {unix.SYS_IOPL, 4},
+	"perf_event_open": {unix.SYS_PERF_EVENT_OPEN},
 }
 
-// bystanders must go on working: programs that QEMU starts, bpf, keyrings, io_uring and userfaultfd.
-var bystanders = map[string][]uintptr{
-	"bpf": {unix.SYS_BPF, ^uintptr(0)}, "keyctl": {unix.SYS_KEYCTL, ^uintptr(0)}, "io_uring_setup": {unix.SYS_IO_URING_SETUP},
-	"chroot": {unix.SYS_CHROOT}, "userfaultfd": {unix.SYS_USERFAULTFD, ^uintptr(0)},
+// stillAllowed are calls that QEMU and its helpers use, in the form of deniedNumbers.
+var stillAllowed = map[string][]uintptr{
+	"bpf": {unix.SYS_BPF, ^uintptr(0)}, "keyctl": {unix.SYS_KEYCTL, ^uintptr(0)},
+	"io_uring_setup": {unix.SYS_IO_URING_SETUP}, "chroot": {unix.SYS_CHROOT},
+	"userfaultfd": {unix.SYS_USERFAULTFD, ^uintptr(0)},
 }
 
-// startedRole is a program that a Starter's process has started.
+// startedRole is a program that was started by a process of starterRole.
 func startedRole([]string) (map[string]string, error) {
 	report := map[string]string{}
-	for _, calls := range []map[string][]uintptr{deniedNumbers, bystanders} {
+	for _, calls := range []map[string][]uintptr{deniedNumbers, stillAllowed} {
 		for name, call := range calls {
 			var a [7]uintptr
 			copy(a[:], call)
@@ -50,7 +54,7 @@ func startedRole([]string) (map[string]string, error) {
 	return report, err
 }
 
-// starterRole confines itself as a Starter's process, with all capabilities but those of args, and starts a program.
+// starterRole drops the capabilities in args, confines itself as the Starter's process does, and starts a program.
 func starterRole(args []string) (map[string]string, error) {
 	set := cap.GetProc()
 	for _, name := range args {
@@ -89,8 +93,8 @@ func bounding(t *testing.T, report map[string]string) uint64 {
 	return bits
 }
 
-// TestStartedPrograms: what no QEMU needs is refused to all that is started, the rest is as it was, set-user-ID programs
-// included.
+// TestStartedPrograms: a started program is refused what no QEMU needs. It keeps the rest, and may start set-user-ID
+// programs.
 func TestStartedPrograms(t *testing.T) {
 	report := play(t, "starter")
 	for name := range deniedNumbers {
@@ -98,7 +102,7 @@ func TestStartedPrograms(t *testing.T) {
 			t.Errorf("%s: %q, want EPERM", name, report[name])
 		}
 	}
-	for name := range bystanders {
+	for name := range stillAllowed {
 		if report[name] == "EPERM" || report[name] == "ENOSYS" {
 			t.Errorf("%s: %s", name, report[name])
 		}
@@ -116,13 +120,13 @@ func TestStartedPrograms(t *testing.T) {
 	}
 }
 
-// TestStartedByAServiceManager: without CAP_SYS_ADMIN there is no filter, but what it would refuse is refused by the kernel.
+// TestStartedByAServiceManager: without CAP_SYS_ADMIN there is no filter, but the kernel refuses the same calls.
 func TestStartedByAServiceManager(t *testing.T) {
 	report := play(t, "starter", cap.SYS_ADMIN.String())
 	if report["Seccomp"] != "0" {
 		t.Errorf("seccomp %s", report["Seccomp"])
 	}
-	for _, name := range []string{"fsopen", "reboot", "swapon", "pivot_root"} { // others look at their arguments first
+	for _, name := range []string{"fsopen", "reboot", "swapon", "pivot_root"} { // the others check their arguments first
 		if errno := report[name]; errno != "EPERM" {
 			t.Errorf("%s: %q, want EPERM", name, errno)
 		}
@@ -132,7 +136,7 @@ func TestStartedByAServiceManager(t *testing.T) {
 	}
 }
 
-// TestOneABI: of struct seccomp_data only the architecture counts.
+// TestOneABI: the filter decides by the architecture in struct seccomp_data.
 func TestOneABI(t *testing.T) {
 	vm, err := bpf.NewVM(oneABI)
 	if err != nil {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package cpio writes what a Linux kernel unpacks as its initramfs: an archive
-// in the "newc" format, described in the kernel's
-// Documentation/driver-api/early-userspace/buffer-format.rst. Per file it has a
-// header of 13 hexadecimal fields, the name and the content, each padded to
-// four bytes.
+// Package cpio writes archives that a Linux kernel unpacks as its initramfs, in
+// the "newc" format, which the kernel's
+// Documentation/driver-api/early-userspace/buffer-format.rst describes. Each
+// file has a header of 13 hexadecimal fields, its name and its content, each
+// padded to four bytes.
 package cpio
 
 import (
@@ -18,16 +18,15 @@ type File struct {
 	// Name is the path without a leading slash. A directory must come before
 	// what is in it.
 	Name string
-	// Mode is permissions and type: a regular file, or fs.ModeDir,
-	// fs.ModeSymlink, or a device node of fs.ModeDevice with or without
-	// fs.ModeCharDevice.
+	// Mode has the permissions and the type: a regular file, fs.ModeDir,
+	// fs.ModeSymlink, or fs.ModeDevice with or without fs.ModeCharDevice.
 	Mode         fs.FileMode
 	Major, Minor uint32 // of a device node
 	Data         []byte // content of a regular file, target of a symbolic link
 }
 
-// A Writer writes an archive. All times and owners are 0, so that the same
-// files make the same archive.
+// A Writer writes an archive. All times and owners are 0, so that equal files
+// make equal archives.
 type Writer struct {
 	w     io.Writer
 	inode uint32
@@ -79,7 +78,7 @@ func (w *Writer) write(f File, mode uint32) error {
 	return writePadded(w.w, f.Data)
 }
 
-// writePadded writes b and pads it to four bytes.
+// writePadded writes b, padded to a multiple of four bytes.
 func writePadded(w io.Writer, b []byte) error {
 	if _, err := w.Write(b); err != nil {
 		return err
@@ -88,7 +87,7 @@ func writePadded(w io.Writer, b []byte) error {
 	return err
 }
 
-// stMode is a mode as stat(2) has it, inode(7).
+// stMode returns a mode in the form of stat(2), inode(7).
 func stMode(m fs.FileMode) (uint32, error) {
 	types := map[fs.FileMode]uint32{
 		0:                                 0o100000,

@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// tree has one of each kind of file, and contents of each length modulo four.
+// tree has one file of each type, and contents of each length modulo four.
 var tree = []File{
 	{Name: "dir", Mode: fs.ModeDir | 0o755},
 	{Name: "dir/empty", Mode: 0o600},
@@ -42,7 +42,7 @@ func archive(t *testing.T, files []File) []byte {
 	return b.Bytes()
 }
 
-// cpio(1) makes of an archive what went into it.
+// TestUnpacked: cpio(1) unpacks an archive into the same files.
 func TestUnpacked(t *testing.T) {
 	_, err := exec.LookPath("cpio")
 	if err == nil && os.Getuid() != 0 {
@@ -123,7 +123,7 @@ func TestReportsWriteErrors(t *testing.T) {
 	}
 }
 
-// limited takes size bytes.
+// limited is a writer that fails after size bytes.
 type limited struct {
 	size int
 	err  error

@@ -8,29 +8,29 @@ import (
 	"slices"
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/mtls"
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/check"
+	"github.com/migrated-vm/migrated/pkg/mtls"
 )
 
 const (
-	// expiresSoon is how long before a certificate expires that is said.
+	// expiresSoon is how long before its end a certificate is warned about.
 	expiresSoon = 30 * 24 * time.Hour
-	// lookAtCertificates is how often the files are looked at.
-	lookAtCertificates = 12 * time.Hour
+	// certificateCheckInterval is how often the files are read.
+	certificateCheckInterval = 12 * time.Hour
 )
 
-// certificateRemedy is for a certificate that has expired, or will.
+// certificateRemedy is the remedy for a certificate that has expired, or will soon.
 const certificateRemedy = `put a renewed one in its place ("migrated pki issue NAME --renew", or as yours are made): ` +
 	`it is used at once, without a restart`
 
 // A certificateFile is a file with certificates that this daemon uses.
 type certificateFile struct {
 	setting, path string
-	expires       time.Time // the first of its certificates
-	err           error     // it cannot be read
+	expires       time.Time // of the certificate in it that expires first
+	err           error     // why it cannot be read
 }
 
-// certificates are the files of the configuration; none: TLS is not set.
+// certificates returns the files that the configuration names; none if TLS is not set.
 func (d *Daemon) certificates() (all []certificateFile) {
 	files, encrypted := d.cfg.TLS()
 	if !encrypted {
@@ -45,14 +45,14 @@ func (d *Daemon) certificates() (all []certificateFile) {
 	return all
 }
 
-// watchCertificates logs which certificates expire, until ctx ends.
+// watchCertificates logs certificates that have expired or will soon, until ctx ends.
 func (d *Daemon) watchCertificates(ctx context.Context) {
 	for {
 		d.logCertificates(time.Now())
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(lookAtCertificates):
+		case <-time.After(certificateCheckInterval):
 		}
 	}
 }
@@ -73,27 +73,27 @@ func (d *Daemon) logCertificates(now time.Time) {
 	}
 }
 
-// checkCertificates says when the certificates expire; nothing where TLS is not set.
-func (d *Daemon) checkCertificates(now time.Time) (results []qemu.Result) {
+// checkCertificates returns a result about the certificate that expires first; none if TLS is not set.
+func (d *Daemon) checkCertificates(now time.Time) (results []check.Result) {
 	files := d.certificates()
 	slices.SortStableFunc(files, func(a, b certificateFile) int { return a.expires.Compare(b.expires) })
 	if len(files) == 0 {
 		return nil
 	}
-	f := files[0] // one that cannot be read has no time, and comes first
-	r := qemu.Result{Subject: "certificates"}
+	f := files[0] // a file that cannot be read has no time, and comes first
+	r := check.Result{Subject: "certificates"}
 	left, day := f.expires.Sub(now), f.expires.Format(time.DateOnly)
 	r.Detail = fmt.Sprintf("%s expires on %s, in %d days (%s)", f.path, day, wholeDays(left), f.setting)
 	switch {
 	case f.err != nil:
-		r.Status, r.Detail, r.Remedy = qemu.Failed, f.err.Error(), "correct "+f.setting+" or its file"
+		r.Status, r.Detail, r.Remedy = check.Failed, f.err.Error(), "correct "+f.setting+" or its file"
 	case left < 0:
-		r.Status, r.Remedy = qemu.Failed, certificateRemedy
+		r.Status, r.Remedy = check.Failed, certificateRemedy
 		r.Detail = fmt.Sprintf("%s expired on %s (%s)", f.path, day, f.setting)
 	case left < expiresSoon:
-		r.Status, r.Remedy = qemu.Warning, certificateRemedy
+		r.Status, r.Remedy = check.Warning, certificateRemedy
 	}
-	return []qemu.Result{r}
+	return []check.Result{r}
 }
 
 func wholeDays(d time.Duration) int { return int(d / (24 * time.Hour)) }

@@ -11,12 +11,11 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/config"
-	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/check"
+	"github.com/migrated-vm/migrated/pkg/mtls/mtlstest"
 )
 
-// TestCertificatesExpire: a certificate's end is said beforehand, in the log and by a check, and so is that of the
-// authority.
+// TestCertificatesExpire: the log and a check warn before a certificate expires, the authority's included.
 func TestCertificatesExpire(t *testing.T) {
 	const (
 		day  = 24 * time.Hour
@@ -37,14 +36,14 @@ func TestCertificatesExpire(t *testing.T) {
 	d := &Daemon{cfg: cfg, log: slog.New(slog.NewTextHandler(&log, nil))}
 	for name, c := range map[string]struct {
 		after  time.Duration
-		status qemu.Status
+		status check.Status
 		detail string
 		logged string // empty: nothing
 	}{
-		"far":           {0, qemu.OK, "in 60 days (tls_certificate)", ""},
-		"soon":          {31 * day, qemu.Warning, "in 29 days (tls_certificate)", soon + "tls_certificate"},
-		"over":          {61 * day, qemu.Failed, "expired on ", over + "tls_certificate"},
-		"authority too": {80 * day, qemu.Failed, "expired on ", soon + "tls_ca"},
+		"far":           {0, check.OK, "in 60 days (tls_certificate)", ""},
+		"soon":          {31 * day, check.Warning, "in 29 days (tls_certificate)", soon + "tls_certificate"},
+		"over":          {61 * day, check.Failed, "expired on ", over + "tls_certificate"},
+		"authority too": {80 * day, check.Failed, "expired on ", soon + "tls_ca"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			log.Reset()
@@ -58,7 +57,7 @@ func TestCertificatesExpire(t *testing.T) {
 				t.Fatalf("checked: %+v", results)
 			}
 			r := results[0]
-			if r.Status != c.status || !strings.Contains(r.Detail, c.detail) || (r.Remedy == "") != (c.status == qemu.OK) {
+			if r.Status != c.status || !strings.Contains(r.Detail, c.detail) || (r.Remedy == "") != (c.status == check.OK) {
 				t.Errorf("checked: %+v", r)
 			}
 		})
@@ -67,7 +66,7 @@ func TestCertificatesExpire(t *testing.T) {
 		t.Fatal(err)
 	}
 	results := d.checkCertificates(time.Now())
-	if len(results) != 1 || results[0].Status != qemu.Failed || !strings.Contains(results[0].Remedy, "tls_ca") {
+	if len(results) != 1 || results[0].Status != check.Failed || !strings.Contains(results[0].Remedy, "tls_ca") {
 		t.Errorf("without the authority's file: %+v", results)
 	}
 	d.cfg = config.Default()

@@ -16,24 +16,27 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/migration"
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/check"
 	"github.com/migrated-vm/migrated/internal/redact"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckRequest) (*migratedv1.CheckResponse, error) {
-	// What leaves this host needs no userfaultfd here.
+func (c *controlService) Check(
+	ctx context.Context, request *migratedv1.CheckRequest,
+) (*migratedv1.CheckResponse, error) {
+	// A VM that leaves this host needs no userfaultfd here.
 	results := shown(c.daemon.checkHost(ctx, false), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
-	results = append(results, shown(domains(ctx, c.daemon.cfg.LibvirtSocket), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)...)
+	results = append(results, shown(
+		domains(ctx, c.daemon.cfg.LibvirtSocket), migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)...)
 	var machine *migratedv1.SourceMachine
 	if vm := libvirt.At(c.daemon.cfg.LibvirtSocket, request.GetVm()); vm != "" {
 		if err := errors.Join(validateVM(vm), validateXML(vm, request.GetDestinationXml())); err != nil {
 			return nil, status.Error(codes.InvalidArgument, err.Error())
 		}
-		var found []qemu.Result
-		if id := c.daemon.migrations.under(vm); id != "" { // which has the VM's socket
-			err := underWay(id)
-			found = []qemu.Result{{Subject: "VM", Status: qemu.Failed, Detail: err.Error(), Remedy: migration.Remedy(err)}}
+		var found []check.Result
+		if id := c.daemon.migrations.underWay(vm); id != "" { // it is connected to the VM's socket
+			err := underWayError(id)
+			found = []check.Result{{Subject: "VM", Status: check.Failed, Detail: err.Error(), Remedy: migration.Remedy(err)}}
 		} else {
 			cfg := c.daemon.sourceConfig()
 			cfg.Spec, cfg.DestinationXML = &migratedv1.MigrationSpec{Vm: vm}, request.GetDestinationXml()
@@ -50,34 +53,38 @@ func (c *controlService) Check(ctx context.Context, request *migratedv1.CheckReq
 	return &migratedv1.CheckResponse{Results: results}, nil
 }
 
-// checkHost looks at this host and its daemon, without any VM.
-func (d *Daemon) checkHost(ctx context.Context, requireSecure bool) []qemu.Result {
-	results := append(qemu.CheckHost(ctx, requireSecure), checkConfinement())
+// checkHost checks this host and its daemon, without any VM.
+func (d *Daemon) checkHost(ctx context.Context, requireSecure bool) []check.Result {
+	results := append(check.Host(ctx, requireSecure), checkConfinement())
 	return append(results, d.checkCertificates(time.Now())...)
 }
 
-// libvirtPatience is how long a check waits for libvirt.
-const libvirtPatience = 5 * time.Second
+// libvirtTimeout is how long a check waits for libvirt.
+const libvirtTimeout = 5 * time.Second
 
-// domains names the VMs of this host's libvirt, where there is one.
-func domains(ctx context.Context, socket string) []qemu.Result {
-	ctx, cancel := context.WithTimeout(ctx, libvirtPatience)
+// domains returns a result that names the domains of this host's libvirt; none if there is no libvirt.
+func domains(ctx context.Context, socket string) []check.Result {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
 	defer cancel()
-	names, err := libvirt.Names(ctx, socket)
-	result := qemu.Result{Subject: "libvirt", Detail: "no domain runs here"}
+	running, err := libvirt.Domains(ctx, socket)
+	var names []string
+	for _, one := range running {
+		names = append(names, one.Name)
+	}
+	result := check.Result{Subject: "libvirt", Detail: "no domain runs here"}
 	switch {
 	case errors.Is(err, libvirt.ErrNoLibvirt):
 		return nil
 	case err != nil:
-		result.Status, result.Detail, result.Remedy = qemu.Warning, err.Error(), "see whether virsh works on this host"
+		result.Status, result.Detail, result.Remedy = check.Warning, err.Error(), "see whether virsh works on this host"
 	case len(names) > 0:
 		result.Detail = "domains that run here: " + strings.Join(names, ", ")
 	}
-	return []qemu.Result{result}
+	return []check.Result{result}
 }
 
-// checkDestination asks a host whether it can be a destination, and where machine is not nil, whether it can be that
-// VM's.
+// checkDestination asks a host whether it can be a destination, and whether it can have the VM that machine describes,
+// if machine is not nil.
 func (d *Daemon) checkDestination(
 	ctx context.Context, request *migratedv1.CheckRequest, machine *migratedv1.SourceMachine,
 ) []*migratedv1.CheckResult {
@@ -96,7 +103,7 @@ func (d *Daemon) checkDestination(
 	if err != nil {
 		return failed(err)
 	}
-	defer func() { _ = conn.Close() }() // the answer is all we want
+	defer func() { _ = conn.Close() }() // only the answer is needed
 	peer := migratedv1.NewPeerServiceClient(conn)
 	host, err := peer.CheckHost(ctx, &migratedv1.CheckHostRequest{})
 	if err != nil {
@@ -123,25 +130,27 @@ func (d *Daemon) checkDestination(
 	}
 	if status.Code(err) == codes.Unimplemented {
 		refused.Status = migratedv1.CheckStatus_CHECK_STATUS_WARNING
-		refused.Detail = "the destination's daemon is of a version that cannot tell what it would have another than the source"
+		refused.Detail = "the destination's daemon is of a version " +
+			"that cannot tell what it would have another than the source"
 		refused.Remedy = "run the same version of migrated on both hosts"
 	}
 	return append(results, refused)
 }
 
-// mostChecks is how many QEMUs checks have at a time.
+// mostChecks is how many QEMUs may run for checks at once.
 const mostChecks = 4
 
-// CheckIncoming has the host start the QEMU of a VM that may come, and end it.
+// CheckIncoming starts a QEMU for a VM that may come here, compares the two, and ends the QEMU.
 func (p *peerService) CheckIncoming(
 	ctx context.Context, request *migratedv1.CheckIncomingRequest,
 ) (*migratedv1.CheckIncomingResponse, error) {
 	if err := p.daemon.maySend(ctx, request.GetMachine().GetName()); err != nil {
 		return nil, err
 	}
-	if err := p.mayComeNow(ctx, request); err != nil {
-		return &migratedv1.CheckIncomingResponse{Results: shown([]qemu.Result{{
-			Subject: "destination daemon", Status: qemu.Failed, Detail: err.Error(), Remedy: migration.Remedy(err),
+	if _, own := p.daemon.checking.Load(request.GetId()); own && request.GetDestinationQmp() == "" {
+		return &migratedv1.CheckIncomingResponse{Results: shown([]check.Result{{
+			Subject: "destination daemon", Status: check.Failed,
+			Detail: errOwnHost.Error(), Remedy: migration.Remedy(errOwnHost),
 		}}, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)}, nil
 	}
 	select {
@@ -158,25 +167,22 @@ func (p *peerService) CheckIncoming(
 		Spec:                &migratedv1.MigrationSpec{RequireSecure: request.GetRequireSecure()},
 	}
 	found := migration.CheckDestination(ctx, cfg)
-	return &migratedv1.CheckIncomingResponse{Results: shown(found, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)}, nil
-}
-
-// mayComeNow is what PrepareIncoming refuses before it starts a QEMU.
-func (p *peerService) mayComeNow(ctx context.Context, request *migratedv1.CheckIncomingRequest) error {
-	if _, own := p.daemon.checking.Load(request.GetId()); own && request.GetDestinationQmp() == "" {
-		return errOwnHost
-	}
 	if err := p.daemon.migrations.hasRoom(callerID(ctx), p.daemon.cfg.MaxIncoming); err != nil {
-		return migration.WithRemedy(err, remedyCrowded)
+		found = append(found, check.Result{
+			Subject: "queue", Status: check.Warning, Detail: "the VM would wait: " + err.Error(), Remedy: remedyCrowded,
+		})
 	}
-	return nil
+	return &migratedv1.CheckIncomingResponse{
+		Results: shown(found, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
+	}, nil
 }
 
-func shown(results []qemu.Result, host migratedv1.MigrationRole) []*migratedv1.CheckResult {
-	statuses := map[qemu.Status]migratedv1.CheckStatus{
-		qemu.OK:      migratedv1.CheckStatus_CHECK_STATUS_OK,
-		qemu.Warning: migratedv1.CheckStatus_CHECK_STATUS_WARNING,
-		qemu.Failed:  migratedv1.CheckStatus_CHECK_STATUS_FAILED,
+// shown converts results into those of the API. Secrets are replaced (package redact).
+func shown(results []check.Result, host migratedv1.MigrationRole) []*migratedv1.CheckResult {
+	statuses := map[check.Status]migratedv1.CheckStatus{
+		check.OK:      migratedv1.CheckStatus_CHECK_STATUS_OK,
+		check.Warning: migratedv1.CheckStatus_CHECK_STATUS_WARNING,
+		check.Failed:  migratedv1.CheckStatus_CHECK_STATUS_FAILED,
 	}
 	var all []*migratedv1.CheckResult
 	for _, r := range results {

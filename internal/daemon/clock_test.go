@@ -16,21 +16,21 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/internal/alive"
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/limits"
-	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
-	"github.com/migrated-vm/migrated/internal/within"
+	"github.com/migrated-vm/migrated/pkg/mtls/mtlstest"
+	"github.com/migrated-vm/migrated/pkg/pagelane/netconn"
+	"github.com/migrated-vm/migrated/pkg/pagelane/tcpkeepalive"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// wires remembers connections, to cut them.
-type wires struct {
+// connections remembers the connections that it has made, to close them.
+type connections struct {
 	mu  sync.Mutex
 	all []net.Conn
 }
 
-func (w *wires) dial(ctx context.Context, address string) (net.Conn, error) {
+func (w *connections) dial(ctx context.Context, address string) (net.Conn, error) {
 	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
 	if err == nil {
 		w.mu.Lock()
@@ -40,7 +40,7 @@ func (w *wires) dial(ctx context.Context, address string) (net.Conn, error) {
 	return conn, err
 }
 
-func (w *wires) cut() {
+func (w *connections) closeAll() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, conn := range w.all {
@@ -49,9 +49,9 @@ func (w *wires) cut() {
 	w.all = nil
 }
 
-// A clock that jumps makes a certificate expire, which is here that the certificate is of another time. What is connected stays
-// so; a new connection is refused, by either side, in words; and the same grpc.ClientConn, as the source of a migration keeps
-// one, works again when the clock is right or the certificate is renewed.
+// TestCertificatesOutOfTime replaces certificates by some that are not valid now, as they are after a clock has jumped.
+// Existing connections continue. New ones are refused by either side, with a message. A grpc.ClientConn, as the source
+// of a migration keeps, works again when the certificate is valid again.
 func TestCertificatesOutOfTime(t *testing.T) {
 	now := time.Now()
 	ca, err := mtlstest.NewAuthority(t.TempDir())
@@ -78,8 +78,8 @@ func TestCertificatesOutOfTime(t *testing.T) {
 	there, _ := startConfigured(t, cfg)
 
 	here := &Daemon{cfg: config.Config{TLSCertificate: theirs.Certificate, TLSKey: theirs.Key, TLSCA: theirs.CA}}
-	var cable wires
-	conn, err := here.dial(net.JoinHostPort("127.0.0.1", there.pagePort), grpc.WithContextDialer(cable.dial))
+	var made connections
+	conn, err := here.dial(net.JoinHostPort("127.0.0.1", there.pagePort), grpc.WithContextDialer(made.dial))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,9 +101,10 @@ func TestCertificatesOutOfTime(t *testing.T) {
 		name, file := c.name, c.file
 		issue(c.end, file)
 		wantCode(t, name+": what is connected", check(), codes.OK)
-		cable.cut()
+		made.closeAll()
 		refused := check()
-		for deadline := time.Now().Add(patience); status.Code(refused) != codes.Unavailable || !strings.Contains(refused.Error(), "expired"); refused = check() {
+		for deadline := time.Now().Add(patience); status.Code(refused) != codes.Unavailable ||
+			!strings.Contains(refused.Error(), "expired"); refused = check() {
 			if time.Now().After(deadline) {
 				t.Fatalf("%s: a connection with a certificate of another time: %v", name, refused)
 			}
@@ -117,7 +118,8 @@ func TestCertificatesOutOfTime(t *testing.T) {
 	}
 }
 
-// A dead host is noticed whatever the wall clock does: by the kernel, at both ends of a connection.
+// TestKernelKeepsConnectionsAlive: the kernel detects a dead host, at both ends of a connection. It does not depend on
+// the wall clock.
 func TestKernelKeepsConnectionsAlive(t *testing.T) {
 	bare, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -125,7 +127,7 @@ func TestKernelKeepsConnectionsAlive(t *testing.T) {
 	}
 	defer closeQuietly(bare)
 	l := limits.NewPeers(limits.NewRefusals(slog.New(slog.DiscardHandler))).Listener(bare)
-	dialled, err := alive.Dial(t.Context(), l.Addr().String())
+	dialled, err := tcpkeepalive.Dial(t.Context(), l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +138,7 @@ func TestKernelKeepsConnectionsAlive(t *testing.T) {
 	}
 	defer accepted.Close()
 	for name, conn := range map[string]net.Conn{"dialled": dialled, "accepted": accepted} {
-		tcp, ok := within.Conn[*net.TCPConn](conn)
+		tcp, ok := netconn.Find[*net.TCPConn](conn)
 		if !ok {
 			t.Fatalf("%s: a %T is no TCP connection", name, conn)
 		}
@@ -145,11 +147,16 @@ func TestKernelKeepsConnectionsAlive(t *testing.T) {
 			t.Fatal(err)
 		}
 		for option, want := range map[int]int{
-			unix.TCP_KEEPIDLE: int(alive.Quiet.Seconds()), unix.TCP_KEEPINTVL: int(alive.Answer.Seconds()), unix.TCP_KEEPCNT: 1,
-			unix.TCP_USER_TIMEOUT: int((alive.Quiet + alive.Answer).Milliseconds()), unix.TCP_THIN_LINEAR_TIMEOUTS: 1,
+			unix.TCP_KEEPIDLE:             int(tcpkeepalive.Quiet.Seconds()),
+			unix.TCP_KEEPINTVL:            int(tcpkeepalive.Answer.Seconds()),
+			unix.TCP_KEEPCNT:              1,
+			unix.TCP_USER_TIMEOUT:         int((tcpkeepalive.Quiet + tcpkeepalive.Answer).Milliseconds()),
+			unix.TCP_THIN_LINEAR_TIMEOUTS: 1,
 		} {
 			got, optionErr := 0, error(nil)
-			if err := raw.Control(func(fd uintptr) { got, optionErr = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, option) }); err != nil || optionErr != nil || got != want {
+			if err := raw.Control(func(fd uintptr) {
+				got, optionErr = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, option)
+			}); err != nil || optionErr != nil || got != want {
 				t.Errorf("%s: option %d is %d, want %d (%v, %v)", name, option, got, want, err, optionErr)
 			}
 		}

@@ -25,10 +25,10 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// defaultWatchInterval is Watch's where the caller names none.
+// defaultWatchInterval is the interval of Watch if the caller names none.
 const defaultWatchInterval = 100 * time.Millisecond
 
-// validID is what an id may be; it names files.
+// validID matches ids of migrations. They are used as names of files.
 var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
 // controlService serves the control API.
@@ -67,7 +67,7 @@ func (c *controlService) Start(
 	return &migratedv1.StartResponse{Migration: view}, nil
 }
 
-// source returns the migration with that id and spec, new or as it stands.
+// source returns the migration with that id and spec, and makes it if there is none.
 func (c *controlService) source(
 	ctx context.Context, id string, spec *migratedv1.MigrationSpec,
 ) (*migration.Source, error) {
@@ -75,7 +75,7 @@ func (c *controlService) source(
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	spec, definition := proto.CloneOf(spec), spec.GetDestinationXml()
-	spec.DestinationXml = "" // it may have secrets: nothing shows it
+	spec.DestinationXml = "" // it may have secrets, and must not be shown
 	spec.Vm = libvirt.At(c.daemon.cfg.LibvirtSocket, spec.GetVm())
 	if id == "" {
 		id = strings.ToLower(rand.Text()[:12])
@@ -85,41 +85,47 @@ func (c *controlService) source(
 			"id %q cannot be used: 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit", id)
 	}
 	if c.daemon.migrations.leftover(id) != nil {
-		return nil, status.Errorf(codes.AlreadyExists, "an earlier run of this daemon left a migration %s that it cannot take up; choose another id", id)
+		return nil, status.Errorf(codes.AlreadyExists,
+			"an earlier run of this daemon left a migration %s that it cannot take up; choose another id", id)
 	}
 	create := func() *migration.Source { return c.daemon.newSource(ctx, id, spec, definition) }
 	s, busy := c.daemon.migrations.addSource(id, spec.GetVm(), create)
-	if busy != "" && c.daemon.migrations.letGo(busy) {
+	if busy != "" && c.daemon.migrations.awaitRelease(busy) {
 		s, busy = c.daemon.migrations.addSource(id, spec.GetVm(), create)
 	}
 	if busy != "" {
-		return nil, migration.ToStatus(codes.FailedPrecondition, underWay(busy))
+		return nil, migration.ToStatus(codes.FailedPrecondition, underWayError(busy))
 	}
 	if view, _ := s.Snapshot(); !proto.Equal(view.GetSpec(), spec) {
-		return nil, status.Errorf(codes.AlreadyExists, "migration %s exists with another specification; choose another id", id)
+		return nil, status.Errorf(codes.AlreadyExists,
+			"migration %s exists with another specification; choose another id", id)
 	}
 	return s, nil
 }
 
-// underWay refuses a VM that a migration has already.
-func underWay(id string) error {
+// underWayError says that migration id of the VM is under way already.
+func underWayError(id string) error {
 	return migration.WithRemedy(fmt.Errorf("this VM is being migrated already, by migration %s", id),
 		fmt.Sprintf("follow it with 'migrated watch %s'", id))
 }
 
+// newSource makes a migration away from this host, which caller has asked for.
 func (d *Daemon) newSource(
 	caller context.Context, id string, spec *migratedv1.MigrationSpec, definition string,
 ) *migration.Source {
 	cfg := d.sourceConfig()
 	cfg.ID, cfg.Spec, cfg.DestinationXML = id, proto.CloneOf(spec), definition
-	cfg.Check = d.checked.of(spec.GetVm(), spec.GetDestination())
+	cfg.Check, cfg.Turn = d.checked.of(spec.GetVm(), spec.GetDestination()), d.awaitTurn(id)
 	life := d.traces.Begin(d.ctx, caller, id, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE)
 	s := migration.NewSource(life, cfg)
 	d.follow(life, s)
 	return s
 }
 
-// validateVM refuses what is no VM's address.
+// maxWeight is the highest MigrationSpec.weight.
+const maxWeight = 1000
+
+// validateVM refuses a text that cannot be the address of a VM.
 func validateVM(vm string) error {
 	if libvirt.IsAddress(vm) {
 		if err := libvirt.CheckAddress(vm); err != nil {
@@ -133,10 +139,10 @@ func validateVM(vm string) error {
 	return nil
 }
 
-// maxXML bounds a definition, in bytes. Those of libvirt have some 10 KB.
+// maxXML bounds a definition, in bytes. Usual ones have about 10 KB.
 const maxXML = 1 << 20
 
-// validateXML refuses a definition that cannot be the VM's at the destination.
+// validateXML refuses a definition that cannot be used for the VM at the destination.
 func validateXML(vm, definition string) error {
 	switch {
 	case definition == "":
@@ -164,10 +170,21 @@ func validateSpec(spec *migratedv1.MigrationSpec) error {
 		return fmt.Errorf("destination_template: %q is neither a name nor an absolute path", template)
 	}
 	if spec.GetDestinationQmp() != "" && spec.GetDestinationTemplate() != "" {
-		return errors.New("destination_qmp and destination_template exclude each other: QEMU is either running there or started from a template")
+		return errors.New("destination_qmp and destination_template exclude each other: " +
+			"QEMU is either running there or started from a template")
 	}
 	if err := bandwidth.Check(spec.GetBandwidth()); err != nil {
 		return fmt.Errorf("bandwidth: %d: %w", spec.GetBandwidth(), err)
+	}
+	if limit := spec.GetQueueLimit(); limit != nil &&
+		(limit.AsDuration() < 0 || limit.AsDuration() > migration.MaxQueueLimit) {
+		return fmt.Errorf("queue_limit: %v is not between 0 and %v", limit.AsDuration(), migration.MaxQueueLimit)
+	}
+	if weight := spec.GetWeight(); weight > maxWeight {
+		return fmt.Errorf("weight: %d is more than %d", weight, maxWeight)
+	}
+	if err := migration.CheckLabels(spec.GetLabels()); err != nil {
+		return err
 	}
 	return migration.CheckBudgets(spec)
 }
@@ -181,11 +198,9 @@ func (c *controlService) Get(_ context.Context, request *migratedv1.GetRequest) 
 	return &migratedv1.GetResponse{Migration: view}, nil
 }
 
-func (c *controlService) List(context.Context, *migratedv1.ListRequest) (*migratedv1.ListResponse, error) {
-	return &migratedv1.ListResponse{Migrations: c.daemon.migrations.list()}, nil
-}
-
-func (c *controlService) Watch(request *migratedv1.WatchRequest, stream grpc.ServerStreamingServer[migratedv1.WatchResponse]) error {
+func (c *controlService) Watch(
+	request *migratedv1.WatchRequest, stream grpc.ServerStreamingServer[migratedv1.WatchResponse],
+) error {
 	t := c.daemon.migrations.find(request.GetId())
 	if t == nil {
 		return notFound(request.GetId())
@@ -199,10 +214,12 @@ func (c *controlService) Watch(request *migratedv1.WatchRequest, stream grpc.Ser
 	})
 }
 
-// watch sends what t shows, and then whenever it has changed and interval has
-// passed, up to and including the terminal state. The end of the daemon does not
-// wait for watchers: the VM may wait for the daemon that is started after it.
-func (d *Daemon) watch(ctx context.Context, t tracked, interval time.Duration, send func(*migratedv1.Migration) error) error {
+// watch sends the state of t, and then sends it again whenever it has changed and
+// interval has passed, up to and including the terminal state. The end of the daemon
+// does not wait for watchers, because a VM may wait for the daemon to start again.
+func (d *Daemon) watch(
+	ctx context.Context, t tracked, interval time.Duration, send func(*migratedv1.Migration) error,
+) error {
 	for last := false; ; {
 		view, changed := t.Snapshot()
 		if err := send(view); err != nil {
@@ -230,11 +247,14 @@ func (d *Daemon) watch(ctx context.Context, t tracked, interval time.Duration, s
 	}
 }
 
-func (c *controlService) Cancel(_ context.Context, request *migratedv1.CancelRequest) (*migratedv1.CancelResponse, error) {
+func (c *controlService) Cancel(
+	_ context.Context, request *migratedv1.CancelRequest,
+) (*migratedv1.CancelResponse, error) {
 	s := c.daemon.migrations.source(request.GetId())
 	if s == nil {
 		if c.daemon.migrations.destination(request.GetId()) != nil {
-			return nil, status.Errorf(codes.FailedPrecondition, "migration %s comes to this host; cancel it at its source", request.GetId())
+			return nil, status.Errorf(codes.FailedPrecondition,
+				"migration %s comes to this host; cancel it at its source", request.GetId())
 		}
 		return nil, notFound(request.GetId())
 	}
@@ -245,7 +265,9 @@ func (c *controlService) Cancel(_ context.Context, request *migratedv1.CancelReq
 	return &migratedv1.CancelResponse{Migration: view}, nil
 }
 
-func (c *controlService) Recover(_ context.Context, request *migratedv1.RecoverRequest) (*migratedv1.RecoverResponse, error) {
+func (c *controlService) Recover(
+	_ context.Context, request *migratedv1.RecoverRequest,
+) (*migratedv1.RecoverResponse, error) {
 	if via := request.GetVia(); via != "" {
 		if host, port, err := net.SplitHostPort(via); err != nil || host == "" || port == "" {
 			return nil, status.Errorf(codes.InvalidArgument, "via: %q is no HOST:PORT", via)
@@ -254,7 +276,8 @@ func (c *controlService) Recover(_ context.Context, request *migratedv1.RecoverR
 	d := c.daemon.migrations.destination(request.GetId())
 	if d == nil {
 		if c.daemon.migrations.source(request.GetId()) != nil {
-			return nil, status.Errorf(codes.FailedPrecondition, "migration %s goes away from this host; recover it at its destination", request.GetId())
+			return nil, status.Errorf(codes.FailedPrecondition,
+				"migration %s goes away from this host; recover it at its destination", request.GetId())
 		}
 		return nil, notFound(request.GetId())
 	}
@@ -265,17 +288,21 @@ func (c *controlService) Recover(_ context.Context, request *migratedv1.RecoverR
 	return &migratedv1.RecoverResponse{Migration: view}, nil
 }
 
-func (c *controlService) FallBack(ctx context.Context, request *migratedv1.FallBackRequest) (*migratedv1.FallBackResponse, error) {
+func (c *controlService) FallBack(
+	ctx context.Context, request *migratedv1.FallBackRequest,
+) (*migratedv1.FallBackResponse, error) {
 	s := c.daemon.migrations.source(request.GetId())
 	if s == nil {
 		if c.daemon.migrations.destination(request.GetId()) != nil {
-			return nil, status.Errorf(codes.FailedPrecondition, "migration %s comes to this host; fall back at its source", request.GetId())
+			return nil, status.Errorf(codes.FailedPrecondition,
+				"migration %s comes to this host; fall back at its source", request.GetId())
 		}
 		return nil, notFound(request.GetId())
 	}
 	if !request.GetDestinationIsGone() {
 		return nil, status.Error(codes.InvalidArgument,
-			"destination_is_gone is not set: a VM that still runs there would run twice, and corrupt its disks; make sure that it cannot, then say so")
+			"destination_is_gone is not set: a VM that still runs there would run twice, and corrupt its disks; "+
+				"make sure that it cannot, then say so")
 	}
 	if err := s.FallBack(ctx); err != nil {
 		return nil, migration.ToStatus(codes.FailedPrecondition, err)
@@ -285,17 +312,21 @@ func (c *controlService) FallBack(ctx context.Context, request *migratedv1.FallB
 	return &migratedv1.FallBackResponse{Migration: view}, nil
 }
 
-func (c *controlService) Release(ctx context.Context, request *migratedv1.ReleaseRequest) (*migratedv1.ReleaseResponse, error) {
+func (c *controlService) Release(
+	ctx context.Context, request *migratedv1.ReleaseRequest,
+) (*migratedv1.ReleaseResponse, error) {
 	s := c.daemon.migrations.source(request.GetId())
 	if s == nil {
 		if c.daemon.migrations.destination(request.GetId()) != nil {
-			return nil, status.Errorf(codes.FailedPrecondition, "migration %s comes to this host; release it at its source", request.GetId())
+			return nil, status.Errorf(codes.FailedPrecondition,
+				"migration %s comes to this host; release it at its source", request.GetId())
 		}
 		return nil, notFound(request.GetId())
 	}
 	if !request.GetVmIsAtDestination() {
 		return nil, status.Error(codes.InvalidArgument,
-			"vm_is_at_destination is not set: memory that the VM still needs would be lost; make sure that it is whole there, then say so")
+			"vm_is_at_destination is not set: memory that the VM still needs would be lost; "+
+				"make sure that it is whole there, then say so")
 	}
 	if err := s.Release(ctx); err != nil {
 		return nil, migration.ToStatus(codes.FailedPrecondition, err)
@@ -305,11 +336,14 @@ func (c *controlService) Release(ctx context.Context, request *migratedv1.Releas
 	return &migratedv1.ReleaseResponse{Migration: view}, nil
 }
 
-func (c *controlService) Abandon(ctx context.Context, request *migratedv1.AbandonRequest) (*migratedv1.AbandonResponse, error) {
+func (c *controlService) Abandon(
+	ctx context.Context, request *migratedv1.AbandonRequest,
+) (*migratedv1.AbandonResponse, error) {
 	d := c.daemon.migrations.destination(request.GetId())
 	if d == nil {
 		if c.daemon.migrations.source(request.GetId()) != nil {
-			return nil, status.Errorf(codes.FailedPrecondition, "migration %s goes away from this host; abandon it at its destination", request.GetId())
+			return nil, status.Errorf(codes.FailedPrecondition,
+				"migration %s goes away from this host; abandon it at its destination", request.GetId())
 		}
 		return nil, notFound(request.GetId())
 	}
@@ -325,7 +359,9 @@ func (c *controlService) Abandon(ctx context.Context, request *migratedv1.Abando
 	return &migratedv1.AbandonResponse{Migration: view}, nil
 }
 
-func (c *controlService) SetBandwidth(ctx context.Context, request *migratedv1.SetBandwidthRequest) (*migratedv1.SetBandwidthResponse, error) {
+func (c *controlService) SetBandwidth(
+	ctx context.Context, request *migratedv1.SetBandwidthRequest,
+) (*migratedv1.SetBandwidthResponse, error) {
 	limit := request.GetBandwidth()
 	if err := bandwidth.Check(limit); err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "bandwidth: %d: %v", limit, err)
@@ -345,7 +381,9 @@ func (c *controlService) SetBandwidth(ctx context.Context, request *migratedv1.S
 	return &migratedv1.SetBandwidthResponse{Bandwidth: holds}, nil
 }
 
-func (c *controlService) GetVersion(context.Context, *migratedv1.GetVersionRequest) (*migratedv1.GetVersionResponse, error) {
+func (c *controlService) GetVersion(
+	context.Context, *migratedv1.GetVersionRequest,
+) (*migratedv1.GetVersionResponse, error) {
 	return &migratedv1.GetVersionResponse{Version: c.daemon.version, Protocol: version.Protocol}, nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -18,10 +19,11 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/config"
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -34,7 +36,8 @@ func startDaemon(t *testing.T) *grpc.ClientConn {
 	return conn
 }
 
-// startConfigured is startDaemon with a configuration, but for its socket, and its state directory where that is the default.
+// startConfigured is startDaemon with a configuration. It replaces the socket and the log directory, and the state
+// directory if that is the default.
 func startConfigured(t *testing.T, cfg config.Config) (*Daemon, *grpc.ClientConn) {
 	t.Helper()
 	if cfg.StateDir == config.Default().StateDir {
@@ -56,7 +59,19 @@ func startConfigured(t *testing.T, cfg config.Config) (*Daemon, *grpc.ClientConn
 	case err := <-ended:
 		t.Fatal(err)
 	}
-	conn, err := grpc.NewClient("unix://"+cfg.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	t.Cleanup(func() {
+		stop()
+		if err := <-ended; err != nil {
+			t.Errorf("the daemon ended with %v", err)
+		}
+	})
+	return d, connectSocket(t, cfg.Socket)
+}
+
+// connectSocket connects to a daemon's socket.
+func connectSocket(t *testing.T, socket string) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,12 +79,8 @@ func startConfigured(t *testing.T, cfg config.Config) (*Daemon, *grpc.ClientConn
 		if err := conn.Close(); err != nil {
 			t.Error(err)
 		}
-		stop()
-		if err := <-ended; err != nil {
-			t.Errorf("the daemon ended with %v", err)
-		}
 	})
-	return d, conn
+	return conn
 }
 
 func TestControlRefusesBadRequests(t *testing.T) {
@@ -87,8 +98,15 @@ func TestControlRefusesBadRequests(t *testing.T) {
 		{"no port", "m", func(s *migratedv1.MigrationSpec) { s.Destination = "host" }},
 		{"no host", "m", func(s *migratedv1.MigrationSpec) { s.Destination = ":7600" }},
 		{"relative template", "m", func(s *migratedv1.MigrationSpec) { s.DestinationTemplate = "x/y" }},
-		{"template and socket", "m", func(s *migratedv1.MigrationSpec) { s.DestinationTemplate, s.DestinationQmp = "/x", "/y" }},
+		{"template and socket", "m", func(s *migratedv1.MigrationSpec) {
+			s.DestinationTemplate, s.DestinationQmp = "/x", "/y"
+		}},
 		{"a bandwidth in megabytes", "m", func(s *migratedv1.MigrationSpec) { s.Bandwidth = 500 }},
+		{"a label without a key", "m", func(s *migratedv1.MigrationSpec) { s.Labels = map[string]string{"": "v"} }},
+		{"a limit of nothing", "m", func(s *migratedv1.MigrationSpec) { s.PrepareLimit = durationpb.New(0) }},
+		{"a limit that is too long", "m", func(s *migratedv1.MigrationSpec) {
+			s.TotalLimit = durationpb.New(1000 * time.Hour)
+		}},
 		{"an id that names a file elsewhere", "../m", func(*migratedv1.MigrationSpec) {}},
 		{"an id that is too long", string(make([]byte, 65)), func(*migratedv1.MigrationSpec) {}},
 	} {
@@ -142,8 +160,8 @@ func TestUnknownMigrations(t *testing.T) {
 	}
 }
 
-// A call repeated with the same id is the same migration, also after it has
-// failed; with another spec it is refused.
+// TestRepeatedStartIsOneMigration: repeated calls with the same id return the same
+// migration, also after it has failed. With another spec they are refused.
 func TestRepeatedStartIsOneMigration(t *testing.T) {
 	client := migratedv1.NewControlServiceClient(startDaemon(t))
 	spec := &migratedv1.MigrationSpec{Vm: filepath.Join(t.TempDir(), "qmp.sock"), Destination: "127.0.0.1:1"}
@@ -229,7 +247,7 @@ func TestHealthAndReflection(t *testing.T) {
 	t.Errorf("reflection does not list %s: %v", service, listed)
 }
 
-// Two daemons must not take one socket from each other.
+// TestSecondDaemonIsRefused: a daemon does not take the socket of another one.
 func TestSecondDaemonIsRefused(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "control.sock")
 	first, err := net.Listen("unix", socket)
@@ -249,10 +267,10 @@ func TestSecondDaemonIsRefused(t *testing.T) {
 	}
 }
 
-// TestSocketGroup: the control socket is root's alone, or a group's as well, and one that is not there is named.
+// TestSocketGroup: only root may use the control socket, or a group as well. The error for an unknown group names it.
 func TestSocketGroup(t *testing.T) {
 	if os.Geteuid() != 0 {
-		cannot.Run(t, "needs root, who alone gives a file to any group")
+		testenv.CannotRun(t, "needs root, who alone gives a file to any group")
 	}
 	const nogroup = 65534
 	for group, want := range map[string]struct {
@@ -267,12 +285,14 @@ func TestSocketGroup(t *testing.T) {
 			t.Fatal(err)
 		}
 		if gid := info.Sys().(*syscall.Stat_t).Gid; info.Mode().Perm() != want.mode || gid != want.gid {
-			t.Errorf("socket_group %q: mode %o and group %d, want %o and %d", group, info.Mode().Perm(), gid, want.mode, want.gid)
+			t.Errorf("socket_group %q: mode %o and group %d, want %o and %d",
+				group, info.Mode().Perm(), gid, want.mode, want.gid)
 		}
 	}
 	cfg := config.Default()
 	cfg.StateDir, cfg.LogDir, cfg.SocketGroup = t.TempDir(), t.TempDir(), "no-such-group"
-	if _, err := New(cfg, "v-test", slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "no-such-group") {
+	if _, err := New(cfg, "v-test", slog.New(slog.DiscardHandler)); err == nil ||
+		!strings.Contains(err.Error(), "no-such-group") {
 		t.Errorf("a group that is not there: %v", err)
 	}
 }

@@ -13,31 +13,33 @@ import (
 	"syscall"
 
 	"github.com/migrated-vm/migrated/internal/systemd"
+	"github.com/migrated-vm/migrated/pkg/pagelane"
 )
 
-// An endpoint is where the daemon listens.
+// An endpoint is an address at which the daemon listens.
 type endpoint struct {
-	// name is what the service manager keeps the socket as, for the daemon that is started after this one: who calls in
-	// between waits instead of being refused.
+	// name is the name under which the service manager keeps the socket while the daemon restarts. Calls in between wait
+	// and are not refused.
 	name, network, address string
 	open                   func() (net.Listener, error)
 }
 
-// listeners are the daemon's.
+// listeners are the listeners of a daemon.
 type listeners struct {
 	peers    net.Listener
 	controls []net.Listener
+	http     net.Listener // nil: none
 	metrics  net.Listener // nil: none
 }
 
 func (l *listeners) all() []net.Listener {
-	return append([]net.Listener{l.peers, l.metrics}, l.controls...)
+	return append([]net.Listener{l.peers, l.http, l.metrics}, l.controls...)
 }
 
-// controlSocket is the name of the control API's Unix socket.
-const controlSocket = "control"
+// controlSocket and httpSocket are the names of the endpoints of the control API that socketGroup may use.
+const controlSocket, httpSocket = "control", "http"
 
-// listen opens the sockets, or takes those that the service manager hands over.
+// listen opens the sockets, or takes those that the service manager has passed.
 func (d *Daemon) listen() (_ *listeners, err error) {
 	tcp := func(name, address string) endpoint {
 		return endpoint{name, "tcp", address, func() (net.Listener, error) { return net.Listen("tcp", address) }}
@@ -46,16 +48,19 @@ func (d *Daemon) listen() (_ *listeners, err error) {
 	if d.cfg.ControlListen != "" {
 		endpoints = append(endpoints, tcp("operators", d.cfg.ControlListen))
 	}
-	metricsAt := -1
-	if at := d.cfg.MetricsListen; at != "" {
-		metricsAt = len(endpoints)
-		if filepath.IsAbs(at) {
-			endpoints = append(endpoints, unixSocket("metrics", at))
-		} else {
-			endpoints = append(endpoints, tcp("metrics", at))
+	controls := len(endpoints)
+	addOptional := func(name, address string) { // HOST:PORT, the path of a socket, or empty
+		switch {
+		case filepath.IsAbs(address):
+			endpoints = append(endpoints, unixSocket(name, address))
+		case address != "":
+			endpoints = append(endpoints, tcp(name, address))
 		}
 	}
-	// All that fit are taken before any is opened: the others are of another configuration, and may be in the way.
+	addOptional(httpSocket, d.cfg.HTTPListen)
+	addOptional("metrics", d.cfg.MetricsListen)
+	// All passed sockets that fit are taken, and the rest closed, before any is opened: the rest is from an earlier
+	// configuration, and may have an address that is needed now.
 	opened := make([]net.Listener, len(endpoints))
 	for i, e := range endpoints {
 		if opened[i] = d.sockets.Take(e.network, e.address); opened[i] != nil {
@@ -75,13 +80,14 @@ func (d *Daemon) listen() (_ *listeners, err error) {
 		}
 		d.keep(e.name, opened[i])
 	}
-	// Who may connect controls every VM of the host, or sees them, also where another opened the socket.
+	// Those who may connect control or see all VMs of the host, so the modes are set even if another process has opened
+	// the socket.
 	for _, e := range endpoints {
 		if e.network != "unix" {
 			continue
 		}
 		err := os.Chmod(e.address, 0o600)
-		if err == nil && e.name == controlSocket && d.socketGroup != nil {
+		if err == nil && (e.name == controlSocket || e.name == httpSocket) && d.socketGroup != nil {
 			err = giveToGroup(e.address, *d.socketGroup)
 		}
 		if err != nil {
@@ -91,14 +97,22 @@ func (d *Daemon) listen() (_ *listeners, err error) {
 	if _, d.pagePort, err = net.SplitHostPort(opened[0].Addr().String()); err != nil {
 		return nil, errors.Join(fmt.Errorf("listen for other daemons: %w", err), closeAll(opened))
 	}
-	l := &listeners{peers: opened[0], controls: opened[1:]}
-	if metricsAt >= 0 {
-		l.controls, l.metrics = opened[1:metricsAt], opened[metricsAt]
+	if err := pagelane.Widen(opened[0].(syscall.Conn)); err != nil { // before Confine drops the capability for it
+		d.log.Warn("a VM that leaves over a long path may take longer: "+
+			"give the daemon CAP_NET_ADMIN, or raise net.ipv4.tcp_wmem", "error", err)
+	}
+	l := &listeners{peers: opened[0], controls: opened[1:controls]}
+	for i := controls; i < len(endpoints); i++ {
+		if endpoints[i].name == httpSocket {
+			l.http = opened[i]
+		} else {
+			l.metrics = opened[i]
+		}
 	}
 	return l, nil
 }
 
-// giveToGroup lets a group use a socket that is its owner's alone.
+// giveToGroup lets a group use a socket.
 func giveToGroup(path string, group int) error {
 	if err := os.Chown(path, -1, group); err != nil {
 		return err
@@ -106,7 +120,7 @@ func giveToGroup(path string, group int) error {
 	return os.Chmod(path, 0o660)
 }
 
-// lookupGroup is the number of a group, which is given by name or number.
+// lookupGroup returns the number of a group, which is given by name or number.
 func lookupGroup(group string) (int, error) {
 	if n, err := strconv.ParseUint(group, 10, 31); err == nil {
 		return int(n), nil
@@ -118,7 +132,7 @@ func lookupGroup(group string) (int, error) {
 	return strconv.Atoi(g.Gid)
 }
 
-// keep gives the service manager a socket. Its file then outlives this daemon too.
+// keep gives the service manager a socket to keep. The file of a Unix socket then stays when this daemon ends.
 func (d *Daemon) keep(name string, l net.Listener) {
 	kept, err := systemd.Keep(name, l.(syscall.Conn))
 	d.tellManager(err)
@@ -127,20 +141,20 @@ func (d *Daemon) keep(name string, l net.Listener) {
 	}
 }
 
-// tellManager logs that the service manager could not be told something, which is no reason not to serve.
+// tellManager logs an error of telling the service manager something. The daemon serves nevertheless.
 func (d *Daemon) tellManager(err error) {
 	if err != nil {
 		d.log.Warn("the service manager does not keep this daemon's sockets", "error", err)
 	}
 }
 
-// unixSocket is an endpoint at a path.
+// unixSocket returns the endpoint of a Unix socket.
 func unixSocket(name, path string) endpoint {
 	return endpoint{name, "unix", path, func() (net.Listener, error) { return openUnix(path) }}
 }
 
 func openUnix(path string) (net.Listener, error) {
-	// A socket left by a daemon that was killed is in the way; one that answers
+	// A daemon that was killed may have left the file. If the socket answers, it
 	// is another daemon's.
 	if conn, err := net.Dial("unix", path); err == nil {
 		return nil, errors.Join(fmt.Errorf("another daemon serves %s", path), conn.Close())

@@ -15,7 +15,7 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/internal/config"
-	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/pkg/mtls"
 )
 
 // get returns the status and the body of an answer.
@@ -33,7 +33,7 @@ func get(t *testing.T, client *http.Client, url string) (int, string) {
 	return answer.StatusCode, string(body)
 }
 
-// httpsAs is a client with a certificate of that name; nil files: without one.
+// httpsAs returns a client with the certificate in files, or without one if files is nil.
 func httpsAs(t *testing.T, files *mtls.Files, ca string) *http.Client {
 	t.Helper()
 	text, err := os.ReadFile(ca)
@@ -54,8 +54,7 @@ func httpsAs(t *testing.T, files *mtls.Files, ca string) *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-// TestMetricsForThoseNamed: those in metrics_clients scrape, as the configuration of the moment has them, nobody else does,
-// and operators are none of them.
+// TestMetricsForThoseNamed: only those in metrics_clients of the current configuration can scrape, and not operators.
 func TestMetricsForThoseNamed(t *testing.T) {
 	cfg, ca := withTLS(t)
 	issue := func(file, name string) *mtls.Files {
@@ -81,7 +80,9 @@ func TestMetricsForThoseNamed(t *testing.T) {
 	if code, _ := get(t, operator, url+"/metrics"); code != http.StatusForbidden {
 		t.Errorf("an operator has status %d", code)
 	}
-	if _, text := get(t, prometheus, url+"/metrics"); !strings.Contains(text, "migrated_refusals_total{kind=\"caller\"} 1\n") {
+	if _, text := get(t, prometheus, url+"/metrics"); !strings.Contains(
+		text, "migrated_refusals_total{kind=\"caller\"} 1\n",
+	) {
 		t.Errorf("the refusal is not counted:\n%s", text)
 	}
 	if code, _ := get(t, prometheus, url+"/debug/pprof/"); code != http.StatusNotFound {
@@ -110,7 +111,7 @@ func TestMetricsForThoseNamed(t *testing.T) {
 	}
 }
 
-// TestMetricsAtASocket serves root alone, and profiles where they are wanted.
+// TestMetricsAtASocket: only root may use a Unix socket for metrics. It serves profiles if the configuration says so.
 func TestMetricsAtASocket(t *testing.T) {
 	cfg := config.Default()
 	cfg.Listen, cfg.MetricsListen, cfg.Pprof = "127.0.0.1:0", filepath.Join(t.TempDir(), "metrics.sock"), true
@@ -123,7 +124,9 @@ func TestMetricsAtASocket(t *testing.T) {
 	}}
 	t.Cleanup(transport.CloseIdleConnections)
 	client := &http.Client{Transport: transport}
-	for path, has := range map[string]string{"/metrics": "migrated_build_info", "/debug/pprof/goroutine?debug=1": "goroutine profile"} {
+	for path, has := range map[string]string{
+		"/metrics": "migrated_build_info", "/debug/pprof/goroutine?debug=1": "goroutine profile",
+	} {
 		if code, text := get(t, client, "http://daemon"+path); code != http.StatusOK || !strings.Contains(text, has) {
 			t.Errorf("%s: status %d, %.200q", path, code, text)
 		}

@@ -20,7 +20,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// incomingInterval is how often a source is told the figures, at the most.
+// incomingInterval is the shortest time between two updates to a source.
 const incomingInterval = 50 * time.Millisecond
 
 // peerService serves the calls of source daemons.
@@ -29,14 +29,23 @@ type peerService struct {
 	daemon *Daemon
 }
 
-func (p *peerService) CheckHost(ctx context.Context, _ *migratedv1.CheckHostRequest) (*migratedv1.CheckHostResponse, error) {
+func (p *peerService) CheckHost(
+	ctx context.Context, _ *migratedv1.CheckHostRequest,
+) (*migratedv1.CheckHostResponse, error) {
+	room, err := migration.HostRoom(p.daemon.cfg.QEMUCgroup)
+	if err != nil {
+		p.daemon.log.Warn("what this host has to give is not known", "error", err)
+	}
 	return &migratedv1.CheckHostResponse{
+		Room: room,
 		Results: shown(p.daemon.checkHost(ctx, p.daemon.cfg.RequireSecure),
 			migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION),
 	}, nil
 }
 
-func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.PrepareIncomingRequest) (*migratedv1.PrepareIncomingResponse, error) {
+func (p *peerService) PrepareIncoming(
+	ctx context.Context, request *migratedv1.PrepareIncomingRequest,
+) (*migratedv1.PrepareIncomingResponse, error) {
 	if err := migration.AgreeOnProtocol(request); err != nil {
 		return nil, migration.ToStatus(codes.FailedPrecondition, err)
 	}
@@ -49,7 +58,9 @@ func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.P
 	if p.daemon.migrations.source(request.GetId()) != nil && request.GetDestinationQmp() == "" {
 		return nil, migration.ToStatus(codes.FailedPrecondition, errOwnHost)
 	}
-	if err := absoluteAddresses(ctx, request); err != nil {
+	if err := errors.Join(
+		absoluteAddresses(ctx, request), migration.CheckLabels(request.GetSpec().GetLabels()),
+	); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	d, err := p.daemon.expectIncoming(ctx, request)
@@ -60,29 +71,34 @@ func (p *peerService) PrepareIncoming(ctx context.Context, request *migratedv1.P
 	return answer, migration.ToStatus(codes.FailedPrecondition, err)
 }
 
-// errOwnHost says that a daemon is to start a QEMU for a VM of its own host.
+// errOwnHost refuses to start a QEMU for a VM that runs on this host.
 var errOwnHost = migration.WithRemedy(
-	errors.New("the destination is the VM's own host: a QEMU that is started like the VM's would have its files and sockets"),
+	errors.New("the destination is the VM's own host: "+
+		"a QEMU that is started like the VM's would have its files and sockets"),
 	"name another host; or start a QEMU here yourself, with files and sockets of its own, and name it with --to-qmp")
 
-// expectIncoming makes the destination of a new migration, if there is room for it.
-func (d *Daemon) expectIncoming(ctx context.Context, request *migratedv1.PrepareIncomingRequest) (*migration.Destination, error) {
+// expectIncoming makes the destination of a new migration, if fewer than max_incoming are under way.
+func (d *Daemon) expectIncoming(
+	ctx context.Context, request *migratedv1.PrepareIncomingRequest,
+) (*migration.Destination, error) {
 	dir := filepath.Join(d.incomingDir(), request.GetId())
-	destination, forgotten, err := d.migrations.addDestination(request.GetId(), callerID(ctx), d.cfg.MaxIncoming, func() *migration.Destination {
-		cfg := d.destinationConfig(dir)
-		cfg.Request = request
-		life := d.traces.Begin(d.ctx, ctx, request.GetId(), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)
-		destination := migration.NewDestination(life, cfg)
-		d.follow(life, destination)
-		return destination
-	})
+	destination, forgotten, err := d.migrations.addDestination(
+		request.GetId(), callerID(ctx), d.cfg.MaxIncoming, func() *migration.Destination {
+			cfg := d.destinationConfig(dir)
+			cfg.Request = request
+			life := d.traces.Begin(d.ctx, ctx, request.GetId(), migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION)
+			destination := migration.NewDestination(life, cfg)
+			d.follow(life, destination)
+			return destination
+		})
 	var crowded *crowdedError
 	switch {
 	case errors.As(err, &crowded):
 		d.refusals.Refused(limits.Moving, callerNetwork(ctx), "id", request.GetId())
 		return nil, migration.ToStatus(codes.ResourceExhausted, migration.WithRemedy(crowded, remedyCrowded))
 	case err != nil:
-		return nil, status.Errorf(codes.AlreadyExists, "a migration %s to this host is under way; choose another id", request.GetId())
+		return nil, status.Errorf(codes.AlreadyExists,
+			"a migration %s to this host is under way; choose another id", request.GetId())
 	}
 	for _, id := range forgotten {
 		if err := migration.RemoveDir(filepath.Join(d.incomingDir(), id)); err != nil {
@@ -92,10 +108,10 @@ func (d *Daemon) expectIncoming(ctx context.Context, request *migratedv1.Prepare
 	return destination, nil
 }
 
-// maxPageAddresses bounds how many addresses of one source are tried.
+// maxPageAddresses is the most addresses that a source may name.
 const maxPageAddresses = 16
 
-// absoluteAddresses completes page addresses without a host by the caller's.
+// absoluteAddresses adds the caller's host to page addresses without a host.
 func absoluteAddresses(ctx context.Context, request *migratedv1.PrepareIncomingRequest) error {
 	caller, ok := peer.FromContext(ctx)
 	if !ok {
@@ -134,7 +150,9 @@ func (p *peerService) LoadEarlyState(
 	return migration.ToStatus(codes.FailedPrecondition, d.LoadEarlyState(first, stream))
 }
 
-func (p *peerService) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
+func (p *peerService) LoadDeviceState(
+	stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse],
+) error {
 	first, err := stream.Recv()
 	if err != nil {
 		return err
@@ -146,7 +164,7 @@ func (p *peerService) LoadDeviceState(stream grpc.ClientStreamingServer[migrated
 	return handedOver(d.LoadDeviceState(first, stream))
 }
 
-// handedOver is the status of a call that may have run the VM.
+// handedOver returns the gRPC status for a call that may have run the VM: Aborted says that it has not.
 func handedOver(err error) error {
 	if errors.Is(err, migration.ErrNotRun) {
 		return migration.ToStatus(codes.Aborted, err)
@@ -159,33 +177,46 @@ func (p *peerService) Run(ctx context.Context, request *migratedv1.RunRequest) (
 	if err != nil {
 		return nil, err
 	}
-	// A source that hangs up does not stop what it asked for half way.
+	// If the source hangs up, the command is still completed.
 	answer, err := d.Run(context.WithoutCancel(ctx), request)
 	return answer, handedOver(err)
 }
 
-func (p *peerService) WatchIncoming(request *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+func (p *peerService) WatchIncoming(
+	request *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse],
+) error {
 	d, err := p.destination(stream.Context(), request.GetId())
 	if err != nil {
 		return err
 	}
 	return p.daemon.watch(stream.Context(), d, incomingInterval, func(view *migratedv1.Migration) error {
 		state := view.GetState()
-		if state == migratedv1.MigrationState_MIGRATION_STATE_ENDED { // the location says so, to sources that know it
+		over := migration.Terminal(state)
+		if state == migratedv1.MigrationState_MIGRATION_STATE_ENDED { // unknown to older sources; others read the location
 			state = migratedv1.MigrationState_MIGRATION_STATE_FAILED
 		}
 		answer := &migratedv1.WatchIncomingResponse{
 			State: state, Progress: view.GetProgress(), Error: view.GetError(), Location: view.GetLocation(),
+			Qemu: view.GetDestinationQemu(),
 		}
-		if migration.Terminal(state) {
+		if over {
 			r := d.Report()
 			answer.Incoming, answer.Timeline = r.GetIncoming(), r.GetTimeline()
+			if in, err := d.Incoming(0); err == nil { // fails if no memory was prepared
+				answer.Memory = in.GetMemory()
+			}
 		}
-		return stream.Send(answer)
+		err := stream.Send(answer)
+		if err == nil && over {
+			d.Heard()
+		}
+		return err
 	})
 }
 
-func (p *peerService) LimitIncoming(ctx context.Context, request *migratedv1.LimitIncomingRequest) (*migratedv1.LimitIncomingResponse, error) {
+func (p *peerService) LimitIncoming(
+	ctx context.Context, request *migratedv1.LimitIncomingRequest,
+) (*migratedv1.LimitIncomingResponse, error) {
 	d, err := p.destination(ctx, request.GetId())
 	if err != nil {
 		return nil, err
@@ -197,7 +228,9 @@ func (p *peerService) LimitIncoming(ctx context.Context, request *migratedv1.Lim
 	return &migratedv1.LimitIncomingResponse{Bandwidth: holds}, nil
 }
 
-func (p *peerService) AbortIncoming(ctx context.Context, request *migratedv1.AbortIncomingRequest) (*migratedv1.AbortIncomingResponse, error) {
+func (p *peerService) AbortIncoming(
+	ctx context.Context, request *migratedv1.AbortIncomingRequest,
+) (*migratedv1.AbortIncomingResponse, error) {
 	d, err := p.destination(ctx, request.GetId())
 	if err != nil {
 		return nil, err
@@ -208,12 +241,13 @@ func (p *peerService) AbortIncoming(ctx context.Context, request *migratedv1.Abo
 	return &migratedv1.AbortIncomingResponse{}, nil
 }
 
-// destination finds the migration that a call is about. Which ids exist is
-// nobody's business but their sources'.
+// destination returns the migration that a call is about, if the caller is its
+// source. Other callers do not learn whether it exists.
 func (p *peerService) destination(ctx context.Context, id string) (*migration.Destination, error) {
 	d := p.daemon.migrations.destination(id)
 	if err := p.daemon.migrations.whyLeft(id); d == nil && err != nil {
-		// Its token cannot be read either, and the source must not take this for an answer: another daemon will have one.
+		// Its token cannot be read either. The source must not take this for a final answer: another release of the daemon
+		// will have one.
 		return nil, migration.ToStatus(codes.Unknown, err)
 	}
 	if d == nil || !d.Authentic(ctx) {

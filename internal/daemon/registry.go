@@ -3,48 +3,69 @@
 package daemon
 
 import (
-	"cmp"
+	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
+	"github.com/migrated-vm/migrated/internal/listing"
 	"github.com/migrated-vm/migrated/internal/metrics"
 	"github.com/migrated-vm/migrated/internal/migration"
+	"github.com/migrated-vm/migrated/internal/turns"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// keptMigrations is how many migrations that are over are remembered.
+// keptMigrations is how many migrations of each role are remembered.
 const keptMigrations = 256
 
-// A registry keeps the migrations of this host. A host can be source and
-// destination of the same migration, so that the role belongs to the key.
+// mostWaiting is how many migrations to this host may wait for a place.
+const mostWaiting = 1024
+
+// A registry keeps the migrations of this host. A host can be both source and
+// destination of the same migration, so there is a map for each role.
 type registry struct {
 	mu           sync.Mutex
 	sources      map[string]*migration.Source
 	destinations map[string]*migration.Destination
-	senders      map[string]string              // of the destinations' sources; none of those that were taken up
+	senders      map[string]string              // callerID of the source, for each destination but those taken up
 	left         map[string]error               // migrations to this host that could not be taken up, and why
-	leftovers    map[string]*migration.Leftover // these, and those away from it
-	forgotten    metrics.Totals                 // of the migrations that are not here any more
+	leftovers    map[string]*migration.Leftover // migrations to this host and away from it that could not be taken up
+	forgotten    metrics.Totals                 // counts of migrations that were removed
+	shown        *listing.List                  // all migrations, for List and WatchList
+	entries      map[tracked]*listing.Entry     // of shown
+
+	turn map[string]bool     // the sources whose turn has come
+	kept map[*place]struct{} // places that are reserved for migrations to this host
+	// The queues of migrations that wait for their turn. Their locks are taken before mu.
+	outgoing, incoming turns.Queue
 }
+
+// A place is reserved for a migration until its source calls PrepareIncoming.
+type place struct{ id, sender string }
 
 func newRegistry() *registry {
 	return &registry{
 		sources:      make(map[string]*migration.Source),
 		destinations: make(map[string]*migration.Destination),
 		senders:      make(map[string]string),
+		shown:        listing.New(time.Now),
+		entries:      make(map[tracked]*listing.Entry),
+		turn:         make(map[string]bool),
+		kept:         make(map[*place]struct{}),
+		incoming:     turns.Queue{Most: mostWaiting},
 	}
 }
 
-// A tracked is either side of a migration.
+// A tracked is one side of a migration: a Source, a Destination or a Leftover.
 type tracked interface {
 	Snapshot() (*migratedv1.Migration, <-chan struct{})
 	Done() <-chan struct{}
 	Times() migration.Times
 	Report() *migratedv1.Report
 	WasOver() bool
+	Delete(ctx context.Context) error
+	Deleted() bool
 }
 
 func (r *registry) source(id string) *migration.Source {
@@ -59,14 +80,14 @@ func (r *registry) destination(id string) *migration.Destination {
 	return r.destinations[id]
 }
 
-// whyLeft says why a migration to this host could not be taken up; nil where there is none of that id.
+// whyLeft says why a migration to this host could not be taken up; nil: there is none of that id.
 func (r *registry) whyLeft(id string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.left[id]
 }
 
-// find prefers the source, which is what its operator asked for.
+// find returns the source of a migration, or else its destination, or else its leftover; nil: there is none.
 func (r *registry) find(id string) tracked {
 	if s := r.source(id); s != nil {
 		return s
@@ -80,7 +101,7 @@ func (r *registry) find(id string) tracked {
 	return nil
 }
 
-// findAs is find of one side; any: of MIGRATION_ROLE_UNSPECIFIED.
+// findAs returns one side of a migration. With MIGRATION_ROLE_UNSPECIFIED it is find.
 func (r *registry) findAs(id string, role migratedv1.MigrationRole) tracked {
 	if role == migratedv1.MigrationRole_MIGRATION_ROLE_UNSPECIFIED {
 		return r.find(id)
@@ -96,39 +117,41 @@ func (r *registry) findAs(id string, role migratedv1.MigrationRole) tracked {
 	return nil
 }
 
-// leftover is what an earlier run of this daemon left of that id, and could not be taken up.
+// leftover returns the migration of that id that an earlier run of this daemon left and that could not be taken up;
+// nil: there is none.
 func (r *registry) leftover(id string) *migration.Leftover {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.leftovers[id]
 }
 
-// addSource returns the source with that id, made by create where there is none.
-// busy is a migration of the same VM that is not over.
+// addSource returns the source with that id, and adds one that create makes if there
+// is none. If another migration of the VM is not over, busy is its id, and s is nil.
 func (r *registry) addSource(id, vm string, create func() *migration.Source) (s *migration.Source, busy string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if s := r.sources[id]; s != nil {
 		return s, ""
 	}
-	if busy := r.busy(vm); busy != "" {
+	if busy := r.underWayLocked(vm); busy != "" {
 		return nil, busy
 	}
-	forgetOld(r.sources, &r.forgotten)
+	forgetOld(r, r.sources)
 	s = create()
 	r.sources[id] = s
+	r.show(s)
 	return s, ""
 }
 
-// under says which migration of that VM is not over; empty: none.
-func (r *registry) under(vm string) string {
+// underWay returns the id of the migration of a VM that is not over; empty: none.
+func (r *registry) underWay(vm string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.busy(vm)
+	return r.underWayLocked(vm)
 }
 
-// busy is for who holds mu.
-func (r *registry) busy(vm string) string {
+// underWayLocked is underWay for callers that hold mu.
+func (r *registry) underWayLocked(vm string) string {
 	for id, s := range r.sources {
 		if view, _ := s.Snapshot(); view.GetSpec().GetVm() == vm && !isDone(s) {
 			return id
@@ -137,12 +160,13 @@ func (r *registry) busy(vm string) string {
 	return ""
 }
 
-// letGoTime is what a source that has said how its migration ended may take to let go of its VM.
-const letGoTime = 5 * time.Second
+// releaseTime is how long a source may take to release its VM after its migration has reached a terminal state.
+const releaseTime = 5 * time.Second
 
-// letGo waits for a source whose migration has ended, but which has not let go of everything. It says false where the
-// migration goes on: who was told of the end may begin the next one at once.
-func (r *registry) letGo(id string) bool {
+// awaitRelease waits until a source whose migration has reached a terminal state has also released its VM, so that a
+// client that saw the end can begin the next migration at once. It returns false if the migration is under way, or if
+// releaseTime has passed.
+func (r *registry) awaitRelease(id string) bool {
 	s := r.source(id)
 	if s == nil {
 		return true
@@ -153,7 +177,7 @@ func (r *registry) letGo(id string) bool {
 	select {
 	case <-s.Done():
 		return true
-	case <-time.After(letGoTime):
+	case <-time.After(releaseTime):
 		return false
 	}
 }
@@ -161,57 +185,65 @@ func (r *registry) letGo(id string) bool {
 // errIDTaken says that a migration with the same id is under way.
 var errIDTaken = errors.New("its id is taken")
 
-// A crowdedError says that as many migrations come to this host as may.
+// A crowdedError says that most migrations to this host are under way, and no more may be.
 type crowdedError struct {
 	most   int
-	sender string // whose they are; empty: everybody's
+	sender string // the source that has all of them; empty: all sources together have
 }
 
 func (e *crowdedError) Error() string {
 	if e.sender == "" {
 		return fmt.Sprintf("%d migrations to this host are under way, as many as may be at once", e.most)
 	}
-	return fmt.Sprintf("%d migrations from %s to this host are under way, half of what may be at once, and the rest is for others",
-		e.most, e.sender)
+	return fmt.Sprintf("%d migrations from %s to this host are under way, half of what may be at once, "+
+		"and the rest is for others", e.most, e.sender)
 }
 
-const remedyCrowded = "start this one when another is over, or raise max_incoming in the destination's configuration"
+const remedyCrowded = "start this one when another is over, let it wait (migrate --queue-limit), " +
+	"or raise max_incoming in the destination's configuration"
 
-// addDestination adds the one that create makes, where sender and all others have fewer than most under way: each sender
-// may have half of them. One that is over makes room, so that an id can be used again after a failure. forgotten are the
-// ids that nobody is told about any more. The errors are errIDTaken and *crowdedError.
-func (r *registry) addDestination(id, sender string, most int, create func() *migration.Destination) (d *migration.Destination, forgotten []string, err error) {
+// addDestination adds the destination that create makes, if fewer than most are under way, and fewer than half of that
+// from the same sender. It replaces one of the same id that is over, so that an id can be used again after a failure.
+// forgotten are the ids of old migrations that were removed. The errors are errIDTaken and *crowdedError.
+func (r *registry) addDestination(
+	id, sender string, most int, create func() *migration.Destination,
+) (d *migration.Destination, forgotten []string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	old := r.destinations[id]
 	if old != nil && !isDone(old) {
 		return nil, nil, errIDTaken
 	}
+	for p := range r.kept {
+		if p.id == id && p.sender == sender {
+			delete(r.kept, p)
+		}
+	}
 	if err := r.crowded(sender, most); err != nil {
 		return nil, nil, err
 	}
-	forgotten = forgetOld(r.destinations, &r.forgotten)
+	forgotten = forgetOld(r, r.destinations)
 	for _, over := range forgotten {
 		delete(r.senders, over)
 	}
 	if old != nil {
 		old.Forget()
-		view, _ := old.Snapshot()
-		addTotals(&r.forgotten, old, view)
+		r.drop(old)
 	}
 	d = create()
 	r.destinations[id], r.senders[id] = d, sender
+	r.show(d)
 	return d, forgotten, nil
 }
 
-// hasRoom fails with a *crowdedError where addDestination would.
+// hasRoom returns the *crowdedError that addDestination would.
 func (r *registry) hasRoom(sender string, most int) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.crowded(sender, most)
 }
 
-// crowded is for who holds mu.
+// crowded is hasRoom for callers that hold mu.
 func (r *registry) crowded(sender string, most int) error {
 	all, theirs := 0, 0
 	for id, d := range r.destinations {
@@ -223,6 +255,12 @@ func (r *registry) crowded(sender string, most int) error {
 			theirs++
 		}
 	}
+	for p := range r.kept {
+		all++
+		if p.sender == sender {
+			theirs++
+		}
+	}
 	if half := (most + 1) / 2; all >= most {
 		return &crowdedError{most: most}
 	} else if theirs >= half {
@@ -231,8 +269,8 @@ func (r *registry) crowded(sender string, most int) error {
 	return nil
 }
 
-// takeUp adds migrations that an earlier run of the daemon left; left are those to this host that could not be taken up,
-// records those away from it.
+// takeUp adds the migrations that an earlier run of the daemon left. left are those to this host that could not be
+// taken up, records those away from it.
 func (r *registry) takeUp(
 	sources []*migration.Source, destinations []*migration.Destination, left, records map[string]error,
 ) {
@@ -243,42 +281,22 @@ func (r *registry) takeUp(
 	for id, why := range left {
 		r.leftovers[id] = migration.NewLeftover(id, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION, why)
 	}
-	for id, why := range records { // the source's, where a host is both: it is about a VM of this host
+	for id, why := range records { // they replace those of the same id in left: they are about VMs of this host
 		r.leftovers[id] = migration.NewLeftover(id, migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, why)
 	}
 	for _, s := range sources {
 		view, _ := s.Snapshot()
-		r.sources[view.GetId()] = s
+		r.sources[view.GetId()], r.turn[view.GetId()] = s, true
+		r.show(s)
 	}
 	for _, d := range destinations {
 		view, _ := d.Snapshot()
 		r.destinations[view.GetId()] = d
-	}
-}
-
-// list returns all migrations, newest first.
-func (r *registry) list() []*migratedv1.Migration {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var views []*migratedv1.Migration
-	for _, s := range r.sources {
-		view, _ := s.Snapshot()
-		views = append(views, view)
-	}
-	for _, d := range r.destinations {
-		view, _ := d.Snapshot()
-		views = append(views, view)
+		r.show(d)
 	}
 	for _, l := range r.leftovers {
-		view, _ := l.Snapshot()
-		views = append(views, view)
+		r.show(l)
 	}
-	slices.SortFunc(views, func(a, b *migratedv1.Migration) int {
-		return cmp.Or(
-			b.GetCreateTime().AsTime().Compare(a.GetCreateTime().AsTime()),
-			cmp.Compare(a.GetId(), b.GetId()))
-	})
-	return views
 }
 
 func (r *registry) all() []tracked {
@@ -321,9 +339,9 @@ func isDone(t tracked) bool {
 	}
 }
 
-// forgetOld makes room for one more: it drops the oldest that are over, and says which. What was counted of them goes
-// into totals.
-func forgetOld[T tracked](migrations map[string]T, totals *metrics.Totals) (forgotten []string) {
+// forgetOld makes room for one more migration in a map of r: it removes the oldest that are over, and returns
+// their ids. The caller holds mu.
+func forgetOld[T tracked](r *registry, migrations map[string]T) (forgotten []string) {
 	for len(migrations) >= keptMigrations {
 		oldest, found := "", false
 		var oldestView *migratedv1.Migration
@@ -336,8 +354,7 @@ func forgetOld[T tracked](migrations map[string]T, totals *metrics.Totals) (forg
 		if !found {
 			break
 		}
-		over, _ := migrations[oldest].Snapshot() // the last update may have come after the view that was compared
-		addTotals(totals, migrations[oldest], over)
+		r.drop(migrations[oldest])
 		delete(migrations, oldest)
 		forgotten = append(forgotten, oldest)
 	}

@@ -7,10 +7,10 @@ import (
 	"strings"
 
 	"github.com/migrated-vm/migrated/internal/config"
-	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/pkg/mtls"
 )
 
-// settings is the configuration as it was loaded last. Where it differs from cfg, cfg is what this daemon was started with.
+// settings returns the current configuration: that of the last Reload, or cfg, with which the daemon was started.
 func (d *Daemon) settings() config.Config {
 	if reloaded := d.reloaded.Load(); reloaded != nil {
 		return *reloaded
@@ -18,23 +18,26 @@ func (d *Daemon) settings() config.Config {
 	return d.cfg
 }
 
-// Reload takes from a configuration what can change while the daemon runs: who may connect, and the limit of migrations
-// that begin from now on. It is for one caller at a time. After an error all stays as it was.
+// Reload takes over the keys of next that can change while the daemon runs: who may connect, and the bandwidth of
+// migrations that begin from now on. Only one caller may use it at a time. After an error nothing has changed.
 func (d *Daemon) Reload(next config.Config) error {
-	next.FaultWorkers = orChosen(next.FaultWorkers)
+	next.FaultWorkers = workersOrDefault(next.FaultWorkers)
 	changed, waiting, err := d.settings().Reload(next)
 	if err != nil {
 		return fmt.Errorf("beside what cannot change without a restart: %w", err)
 	}
 	d.reloaded.Store(&changed)
+	d.limitHost()
 	if len(waiting) > 0 {
 		d.log.Warn("parts of the configuration wait for a restart of the daemon", "keys", strings.Join(waiting, ", "))
 	}
-	d.log.Info("reloaded the configuration", "peers", len(changed.Peers), "operators", len(changed.Operators), "bandwidth", changed.Bandwidth)
+	d.log.Info("reloaded the configuration", "peers", len(changed.Peers), "operators", len(changed.Operators),
+		"bandwidth", changed.Bandwidth)
 	return nil
 }
 
-// allowPeer, allowOperator and allowMetrics decide by the configuration of the moment, also on connections that are older.
+// allowPeer, allowOperator and allowMetrics decide by the current configuration, also for connections that were made
+// before it was loaded.
 func (d *Daemon) allowPeer(names []string) error { return d.settings().PeerList().Allow(names) }
 
 func (d *Daemon) allowOperator(names []string) error {

@@ -19,19 +19,24 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// reportsDir has the reports of the last migrations that ended.
+// reportsDir is the directory of reports.
 func (d *Daemon) reportsDir() string { return filepath.Join(d.cfg.StateDir, "reports") }
 
-// reportOf is all that is known of a migration now.
+// reportOf makes the report of a migration as it is now.
 func reportOf(t tracked) *migratedv1.Report {
 	r := t.Report()
 	r.Findings = report.Findings(r)
 	return r
 }
 
-// keepReport writes down the report of a migration that is over. Where an earlier run of this daemon saw its end, that
-// one's report has more.
+// keepReport writes the report of a migration that is over. If an earlier run of this daemon saw its end and wrote a
+// report, that one has more, and stays.
 func (d *Daemon) keepReport(t tracked) {
+	d.deleting.Lock()
+	defer d.deleting.Unlock()
+	if t.Deleted() {
+		return
+	}
 	r := reportOf(t)
 	m := r.GetMigration()
 	if !migration.Terminal(m.GetState()) || t.WasOver() && d.reports.Has(m.GetId(), m.GetRole()) {
@@ -42,16 +47,20 @@ func (d *Daemon) keepReport(t tracked) {
 	}
 }
 
-// follow traces a migration, whose life has a span from traces.Begin, and keeps its report when it is over.
+// follow traces a migration; life has its span, from traces.Begin. When the migration is over, follow lets waiting ones
+// begin, and keeps its report.
 func (d *Daemon) follow(life context.Context, t tracked) {
 	d.traces.Follow(life, t)
 	d.keeping.Go(func() {
 		<-t.Done()
+		d.migrations.outgoing.Advance()
+		d.migrations.incoming.Advance()
 		d.keepReport(t)
 	})
 }
 
-// Report prefers what is in memory, unless an earlier run of this daemon has written down more.
+// Report returns the report of a migration in memory, unless an earlier run of this daemon has seen its end and written
+// a report.
 func (c *controlService) Report(
 	_ context.Context, request *migratedv1.ReportRequest,
 ) (*migratedv1.ReportResponse, error) {
@@ -76,7 +85,7 @@ func (c *controlService) Report(
 	return nil, c.daemon.noReport(id)
 }
 
-// noReport says which reports there are.
+// noReport returns an error that lists the reports that there are.
 func (d *Daemon) noReport(id string) error {
 	const most = 10
 	kept := d.reports.IDs()
@@ -92,13 +101,13 @@ func (d *Daemon) noReport(id string) error {
 		"this daemon has no report of a migration %q; of those that are over it has, the last first: %s", id, shown)
 }
 
-// mostChecked bounds the VMs whose checks are remembered.
+// mostChecked is how many checks are remembered.
 const mostChecked = 64
 
-// checked remembers what was found when VMs were checked, for the reports of their migrations.
+// checked remembers the results of checks, for the reports of migrations.
 type checked struct {
 	mu  sync.Mutex
-	all []checkedVM // the last one last, one for each VM and destination
+	all []checkedVM // the oldest first; one for each VM and destination
 }
 
 type checkedVM struct {
@@ -106,7 +115,7 @@ type checkedVM struct {
 	found           *migratedv1.EarlierCheck
 }
 
-// add remembers what was found of a VM, with a destination or without one.
+// add remembers the results of checking a VM, with a destination or without one.
 func (c *checked) add(vm, destination string, results []*migratedv1.CheckResult) {
 	found := &migratedv1.EarlierCheck{Time: timestamppb.Now()}
 	for _, r := range results {
@@ -123,7 +132,7 @@ func (c *checked) add(vm, destination string, results []*migratedv1.CheckResult)
 	}
 }
 
-// of is what was found last of a VM that is to go to that destination; nil: it was not checked.
+// of returns the last check of a VM with that destination or without any; nil: there was none.
 func (c *checked) of(vm, destination string) *migratedv1.EarlierCheck {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -20,7 +20,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// runUntil runs a daemon while do calls it.
+// runUntil runs a daemon until do returns. do gets a client of it.
 func runUntil(t *testing.T, cfg config.Config, do func(migratedv1.ControlServiceClient)) {
 	t.Helper()
 	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
@@ -51,8 +51,8 @@ func runUntil(t *testing.T, cfg config.Config, do func(migratedv1.ControlService
 	}
 }
 
-// TestReportsOfEarlierRuns: a migration that failed is reported as it was by the daemon that is started next, as many
-// as are to be kept, and what there is not is named.
+// TestReportsOfEarlierRuns: a restarted daemon has the reports of failed migrations, as many as report_keep says. The
+// error for an unknown id lists them.
 func TestReportsOfEarlierRuns(t *testing.T) {
 	dir := t.TempDir()
 	cfg := config.Default()

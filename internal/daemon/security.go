@@ -16,24 +16,24 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/internal/alive"
 	"github.com/migrated-vm/migrated/internal/limits"
-	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/pkg/mtls"
+	"github.com/migrated-vm/migrated/pkg/pagelane/tcpkeepalive"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// network is how a server is reached by other hosts: by mutual TLS, if there is any, only by those callers whom refuse lets
-// in, and by nobody beyond what package limits grants.
+// network has what a server for other hosts needs: a listener within the limits of package limits, mutual TLS if it is
+// set, and a check of callers.
 type network struct {
-	net.Listener // of the connections that there is room for
+	net.Listener // accepts connections within the limits
 
 	creds   credentials.TransportCredentials
-	refuse  func(context.Context) error
-	options []grpc.ServerOption // without creds
+	refuse  func(context.Context) error // returns an error for a caller who must not call
+	options []grpc.ServerOption         // without creds
 }
 
-// network makes one of a listener for those whom allow allows. Others are told so by a status: an alert in the handshake
-// would reach them as a broken connection.
+// network makes a network of a listener, for callers that allow accepts. Others are refused with a status in the answer
+// to their call: a TLS alert during the handshake would look like a broken connection to them.
 func (d *Daemon) network(listener net.Listener, allow mtls.Allow) *network {
 	peers := limits.NewPeers(d.refusals)
 	n := &network{
@@ -58,18 +58,24 @@ func (d *Daemon) network(listener net.Listener, allow mtls.Allow) *network {
 		grpc.MaxConcurrentStreams(limits.Streams),
 		grpc.MaxHeaderListSize(limits.HeaderBytes),
 		grpc.MaxRecvMsgSize(limits.MessageBytes),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: alive.Quiet / 2, PermitWithoutStream: true}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
+			MinTime: tcpkeepalive.Quiet / 2, PermitWithoutStream: true,
+		}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
-			Time: alive.Quiet, Timeout: alive.Answer, MaxConnectionIdle: limits.IdleTime,
+			Time: tcpkeepalive.Quiet, Timeout: tcpkeepalive.Answer, MaxConnectionIdle: limits.IdleTime,
 		}),
 		peers.Calls(migratedv1.PeerService_PrepareIncoming_FullMethodName, migratedv1.PeerService_CheckHost_FullMethodName),
-		grpc.ChainUnaryInterceptor(func(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+		grpc.ChainUnaryInterceptor(func(
+			ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler,
+		) (any, error) {
 			if err := n.refuse(ctx); err != nil {
 				return nil, err
 			}
 			return handle(ctx, request)
 		}),
-		grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+		grpc.ChainStreamInterceptor(func(
+			server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler,
+		) error {
 			if err := n.refuse(stream.Context()); err != nil {
 				return err
 			}
@@ -79,7 +85,7 @@ func (d *Daemon) network(listener net.Listener, allow mtls.Allow) *network {
 	return n
 }
 
-// callerNetwork is what the caller's address counts as.
+// callerNetwork returns the prefix that the caller's address is counted by.
 func callerNetwork(ctx context.Context) netip.Prefix {
 	caller, ok := peer.FromContext(ctx)
 	if !ok {
@@ -88,7 +94,7 @@ func callerNetwork(ctx context.Context) netip.Prefix {
 	return limits.Network(caller.Addr)
 }
 
-// callerID is whom a caller counts as: the first name in its certificate, or its address.
+// callerID identifies a caller: by the first name in its certificate, or by its address.
 func callerID(ctx context.Context) string {
 	if names := callerNames(ctx); len(names) > 0 {
 		return names[0]
@@ -96,7 +102,7 @@ func callerID(ctx context.Context) string {
 	return callerNetwork(ctx).String()
 }
 
-// callerNames are those in the caller's certificate.
+// callerNames returns the names in the caller's certificate.
 func callerNames(ctx context.Context) []string {
 	caller, ok := peer.FromContext(ctx)
 	if !ok {
@@ -105,7 +111,7 @@ func callerNames(ctx context.Context) []string {
 	return mtls.Names(caller.AuthInfo)
 }
 
-// dialCredentials are for a connection to another daemon.
+// dialCredentials returns the credentials for a connection to another daemon.
 func (d *Daemon) dialCredentials(address string) (credentials.TransportCredentials, error) {
 	files, encrypted := d.cfg.TLS()
 	switch {
@@ -118,16 +124,16 @@ func (d *Daemon) dialCredentials(address string) (credentials.TransportCredentia
 			if now := d.settings().PeerList(); len(now) > 0 {
 				return now.Allow(names)
 			}
-			return peers.Allow(names) // without a list the certificate has to be for the host, which is not asked here
+			return peers.Allow(names) // the list is empty now, but this connection does not verify the host name
 		})
 	case d.cfg.Plaintext || mtls.Loopback(address):
 		return insecure.NewCredentials(), nil
 	}
-	return nil, fmt.Errorf("no connection without encryption to %s: set tls_certificate, tls_key and tls_ca, or plaintext "+
-		"where nobody but hypervisors is on the network", address)
+	return nil, fmt.Errorf("no connection without encryption to %s: set tls_certificate, tls_key and tls_ca, "+
+		"or plaintext where nobody but hypervisors is on the network", address)
 }
 
-// maySend refuses a caller who may not send that VM here.
+// maySend refuses a caller that may not send that VM here.
 func (d *Daemon) maySend(ctx context.Context, vm string) error {
 	if err := d.settings().PeerList().MaySend(callerNames(ctx), vm); err != nil {
 		d.refusals.Refused(limits.VM, callerNetwork(ctx), "error", err)

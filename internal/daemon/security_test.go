@@ -12,13 +12,13 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/config"
-	"github.com/migrated-vm/migrated/internal/mtls"
-	"github.com/migrated-vm/migrated/internal/mtls/mtlstest"
 	"github.com/migrated-vm/migrated/internal/version"
+	"github.com/migrated-vm/migrated/pkg/mtls"
+	"github.com/migrated-vm/migrated/pkg/mtls/mtlstest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// secured is a daemon with TLS and an authority that it believes.
+// secured is a daemon with TLS, and the authority that it trusts.
 type secured struct {
 	daemon           *Daemon
 	ca               *mtlstest.Authority
@@ -34,7 +34,7 @@ func startSecured(t *testing.T) secured {
 	return secured{d, ca, net.JoinHostPort("127.0.0.1", d.pagePort), cfg.ControlListen}
 }
 
-// withTLS is the configuration of a daemon on loopback with TLS, and the authority that it believes.
+// withTLS returns the configuration of a daemon on loopback with TLS, and the authority that it trusts.
 func withTLS(t *testing.T) (config.Config, *mtlstest.Authority) {
 	t.Helper()
 	ca, err := mtlstest.NewAuthority(t.TempDir())
@@ -51,7 +51,7 @@ func withTLS(t *testing.T) (config.Config, *mtlstest.Authority) {
 	return cfg, ca
 }
 
-// freeAddress is one on loopback where nobody listens.
+// freeAddress returns an address on loopback where nobody listens.
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	free, err := net.Listen("tcp", "127.0.0.1:0")
@@ -64,7 +64,7 @@ func freeAddress(t *testing.T) string {
 	return free.Addr().String()
 }
 
-// as connects under a name.
+// as connects with a certificate for name.
 func (s secured) as(t *testing.T, name, address string) *grpc.ClientConn {
 	t.Helper()
 	files, err := s.ca.Issue("client", name)
@@ -94,7 +94,7 @@ func wantCode(t *testing.T, what string, err error, want codes.Code) {
 	}
 }
 
-// Operators alone use the control API, daemons that are listed the peers' one, and each only that.
+// TestOnlyThoseWhoAreNamed: only operators may use the control API, and only listed peers the peer protocol.
 func TestOnlyThoseWhoAreNamed(t *testing.T) {
 	s := startSecured(t)
 	for name, want := range map[string]codes.Code{
@@ -115,14 +115,16 @@ func TestOnlyThoseWhoAreNamed(t *testing.T) {
 	for name, want := range map[string]codes.Code{
 		"a.example": codes.OK, "operator.example": codes.PermissionDenied, "stranger.example": codes.PermissionDenied,
 	} {
-		_, err := migratedv1.NewPeerServiceClient(s.as(t, name, s.peers)).CheckHost(t.Context(), &migratedv1.CheckHostRequest{})
+		_, err := migratedv1.NewPeerServiceClient(s.as(t, name, s.peers)).CheckHost(
+			t.Context(), &migratedv1.CheckHostRequest{})
 		wantCode(t, "CheckHost by "+name, err, want)
 		lane, err := migratedv1.NewPageServiceClient(s.as(t, name, s.peers)).Fetch(t.Context())
 		if err == nil {
 			_, err = lane.Recv()
 		}
-		// A lane without a migration is refused to everybody, to strangers for another reason.
-		if known := !strings.Contains(status.Convert(err).Message(), mtls.ErrStranger.Error()); known != (want == codes.OK) || err == nil {
+		// A lane without a migration is refused to all, but to strangers for another reason.
+		if known := !strings.Contains(status.Convert(err).Message(), mtls.ErrStranger.Error()); known != (want == codes.OK) ||
+			err == nil {
 			t.Errorf("Fetch by %s: %v", name, err)
 		}
 	}
@@ -133,9 +135,10 @@ func TestPeersSendOnlyTheirVMs(t *testing.T) {
 	client := migratedv1.NewPeerServiceClient(s.as(t, "a.example", s.peers))
 	for vm, want := range map[string]codes.Code{"db-1": codes.PermissionDenied, "web-1": codes.FailedPrecondition} {
 		_, err := client.PrepareIncoming(t.Context(), &migratedv1.PrepareIncomingRequest{
-			Id: "m-" + vm, Protocol: version.Protocol, OldestProtocol: version.OldestProtocol, Machine: &migratedv1.SourceMachine{Name: vm},
+			Id: "m-" + vm, Protocol: version.Protocol, OldestProtocol: version.OldestProtocol,
+			Machine: &migratedv1.SourceMachine{Name: vm},
 		})
-		wantCode(t, vm, err, want) // there is no such machine, which is asked after the permission
+		wantCode(t, vm, err, want) // FailedPrecondition: no QEMU can be started, which comes after the permission
 	}
 }
 
@@ -156,7 +159,7 @@ func TestReload(t *testing.T) {
 			return err
 		}
 	}
-	a := peer("a.example") // which connects, by its certificate, before there is another one
+	a := peer("a.example") // it connects now, before the test issues another certificate into the same file
 	wantCode(t, "listed peer", a(), codes.OK)
 	b := peer("b.example")
 	wantCode(t, "other peer", b(), codes.PermissionDenied)
@@ -173,10 +176,11 @@ func TestReload(t *testing.T) {
 	wantCode(t, "listed peer", b(), codes.OK)
 	wantCode(t, "operator that was listed", o(), codes.PermissionDenied)
 	wantCode(t, "listed operator", p(), codes.OK)
-	if source, destination := s.daemon.sourceConfig().Bandwidth, s.daemon.destinationConfig("").Bandwidth; source != 1<<20 || destination != 1<<20 {
+	if source, destination := s.daemon.sourceConfig().Bandwidth,
+		s.daemon.destinationConfig("").Bandwidth; source != 1<<20 || destination != 1<<20 {
 		t.Errorf("bandwidth %d of sources and %d of destinations, want 1 MiB", source, destination)
 	}
-	next.Operators = nil // nobody could use what is served
+	next.Operators = nil // not valid: nobody could use the control API
 	if err := s.daemon.Reload(next); err == nil {
 		t.Error("a wrong configuration is taken")
 	}

@@ -10,25 +10,26 @@ import (
 	"sync"
 
 	"github.com/migrated-vm/migrated/internal/migration"
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/launch"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// incomingDir has a directory for each migration to this host.
+// incomingDir is the directory that has one for each migration to this host.
 func (d *Daemon) incomingDir() string {
 	_, incoming := migration.StateDirs(d.cfg.StateDir)
 	return incoming
 }
 
-// pipeDir has a pipe for each QEMU that this daemon, or an earlier one, has started, by the migrations' ids.
+// pipeDir is the directory of the pipes that the QEMUs started by this daemon, or by earlier runs of it, write to. They
+// are named by the migrations' ids.
 func (d *Daemon) pipeDir() string { return filepath.Join(d.cfg.StateDir, "output") }
 
-// maxLogs is how many logs of QEMUs are kept; a peer can make as many migrations as it likes.
+// maxLogs is how many logs of QEMUs are kept. They need a limit, because a peer can begin any number of migrations.
 const maxLogs = 256
 
 // limitLogs removes logs of QEMUs that ended long ago.
 func (d *Daemon) limitLogs() {
-	if err := qemu.LimitLogs(d.pipeDir(), d.cfg.LogDir, maxLogs); err != nil {
+	if err := launch.LimitLogs(d.pipeDir(), d.cfg.LogDir, maxLogs); err != nil {
 		d.log.Warn("old logs of QEMUs stay", "error", err)
 	}
 }
@@ -40,23 +41,25 @@ func (d *Daemon) sourceConfig() migration.SourceConfig {
 	}
 	return migration.SourceConfig{
 		Pages: d.pages, Records: d.records, PageAddresses: addresses, Bandwidth: d.settings().BandwidthLimit(), Dial: d.dial,
-		Versions: d.versions, Log: d.log,
+		Versions: d.versions, Report: func(s *migration.Source) { d.keepReport(s) }, Log: d.log,
 	}
 }
 
 func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 	return migration.DestinationConfig{
-		Dir: dir, PipeDir: d.pipeDir(), LogDir: d.cfg.LogDir, Cgroup: d.cfg.QEMUCgroup, Binaries: d.cfg.QEMUBinaries, TemplateDir: d.cfg.TemplateDir,
-		ForbiddenOptions: d.cfg.ForbiddenOptions, MinUID: d.cfg.MinUID, RunAs: d.runAs, Starter: d.starter, LibvirtSocket: d.cfg.LibvirtSocket, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
+		Dir: dir, PipeDir: d.pipeDir(), LogDir: d.cfg.LogDir, Cgroup: d.cfg.QEMUCgroup,
+		Binaries: d.cfg.QEMUBinaries, TemplateDir: d.cfg.TemplateDir,
+		ForbiddenOptions: d.cfg.ForbiddenOptions, MinUID: d.cfg.MinUID, RunAs: d.runAs, Starter: d.starter,
+		LibvirtSocket: d.cfg.LibvirtSocket, FaultWorkers: d.cfg.FaultWorkers, RequireSecure: d.cfg.RequireSecure,
 		Bandwidth: d.settings().BandwidthLimit(), Dial: d.dialLane, Versions: d.versions, Log: d.log,
 	}
 }
 
-// takeUp goes on with what an earlier run of this daemon left when it ended, in
-// whatever way. A record of a newer version keeps the daemon from serving: the
-// daemon that wrote it goes on with it. What is damaged is named, and no reason to
-// keep others waiting: a migration to this host waits, and a VM of this host that
-// stands still is not moved, for it may be one that was handed over.
+// takeUp continues the migrations of an earlier run of this daemon, however it ended.
+// A record of a newer version is an error, and the daemon does not serve: only the
+// daemon that wrote it can continue that migration. A damaged record is logged and
+// listed, and does not hold up others. Its VM waits if it came to this host. If it
+// stands still on this host, it is not moved, because it may have been handed over.
 func (d *Daemon) takeUp() error {
 	if err := d.records.Sweep(); err != nil {
 		d.log.Warn("what a daemon left that ended while it wrote stays", "error", err)
@@ -72,7 +75,7 @@ func (d *Daemon) takeUp() error {
 	if err := migration.RemoveEnded(d.incomingDir()); err != nil {
 		d.log.Warn("directories of migrations that are over stay", "error", err)
 	}
-	if err := qemu.FollowOutputs(d.pipeDir(), d.cfg.LogDir); err != nil {
+	if err := launch.FollowOutputs(d.pipeDir(), d.cfg.LogDir); err != nil {
 		d.log.Warn("what QEMUs write that were started before is not logged", "error", err)
 	}
 	d.limitLogs()
@@ -94,7 +97,8 @@ func (d *Daemon) takeUp() error {
 		d.follow(life, destination)
 		destinations = append(destinations, destination)
 	}
-	// A source asks its QEMU, which takes its time where it hangs. VMs that came here wait meanwhile no longer.
+	// Destinations are taken up first, because their VMs wait for it. Taking up a source waits for its QEMU, which may
+	// hang, so all sources are taken up at once.
 	sources, failures := make([]*migration.Source, len(records)), make([]error, len(records))
 	var all sync.WaitGroup
 	for i, rec := range records {

@@ -22,7 +22,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// newerFile is what a daemon of the next version left.
+// newerFile writes a file as a daemon of the next version would leave it.
 func newerFile(t *testing.T, path ...string) (name string, content string) {
 	t.Helper()
 	name, content = filepath.Join(path...), fmt.Sprintf(`{"version":%d}`, version.State+1)
@@ -39,7 +39,7 @@ func isUntouched(t *testing.T, name, content string) {
 	}
 }
 
-// TestNewerHandOver: its VM may run elsewhere, so that a daemon that cannot read it must not serve.
+// TestNewerHandOver: a daemon does not serve if it cannot read the record of a hand-over, whose VM may run elsewhere.
 func TestNewerHandOver(t *testing.T) {
 	cfg := config.Default()
 	cfg.Listen, cfg.StateDir, cfg.Socket = "127.0.0.1:0", t.TempDir(), filepath.Join(t.TempDir(), "control.sock")
@@ -58,15 +58,16 @@ func TestNewerHandOver(t *testing.T) {
 	isUntouched(t, name, content)
 }
 
-// TestNewerIncoming: the source of a migration that this daemon cannot take up is told to ask again, and not that there is
-// none, after which it would ask no more.
+// TestNewerIncoming: the source of a migration that this daemon cannot take up receives an error after which it asks
+// again, and not NotFound, after which it would not.
 func TestNewerIncoming(t *testing.T) {
 	cfg := config.Default()
 	cfg.Listen, cfg.StateDir = "127.0.0.1:0", t.TempDir()
 	cfg.LogDir = t.TempDir()
 	name, content := newerFile(t, cfg.StateDir, "incoming", "m1", "migration.json")
 	d, _ := startConfigured(t, cfg)
-	conn, err := grpc.NewClient(net.JoinHostPort("127.0.0.1", d.pagePort), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient(net.JoinHostPort("127.0.0.1", d.pagePort),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,23 +83,26 @@ func TestNewerIncoming(t *testing.T) {
 	isUntouched(t, name, content)
 }
 
-// TestDamagedFilesAreNamed: none of them keeps the daemon from serving.
+// TestDamagedFilesAreNamed: the list shows migrations with damaged files, and the daemon serves.
 func TestDamagedFilesAreNamed(t *testing.T) {
 	cfg := config.Default()
 	cfg.Listen, cfg.StateDir = "127.0.0.1:0", t.TempDir()
 	cfg.LogDir = t.TempDir()
-	files := map[string]string{ // by what is in them
-		filepath.Join(cfg.StateDir, "handed-over", "away.json"):             `{"id":"aw`,
-		filepath.Join(cfg.StateDir, "handed-over", "spec.json"):             `{"version":1,"id":"spec","protocol":2,"spec":7}`,
-		filepath.Join(cfg.StateDir, "incoming", "here", "migration.json"):   `{"version":1,"requ`,
-		filepath.Join(cfg.StateDir, "incoming", "states", "migration.json"): `{"version":1,"request":{"id":"states","protocol":2}}`,
+	files := map[string]string{ // path to content
+		filepath.Join(cfg.StateDir, "handed-over", "away.json"):           `{"id":"aw`,
+		filepath.Join(cfg.StateDir, "handed-over", "spec.json"):           `{"version":1,"id":"spec","protocol":2,"spec":7}`,
+		filepath.Join(cfg.StateDir, "incoming", "here", "migration.json"): `{"version":1,"requ`,
+		filepath.Join(cfg.StateDir, "incoming", "states", "migration.json"): `{"version":1,` +
+			`"request":{"id":"states","protocol":2}}`,
 	}
 	orphans := []string{"gone.commit", "gone.json.77.tmp"}
 	for _, name := range orphans {
 		files[filepath.Join(cfg.StateDir, "handed-over", name)] = "{}"
 	}
 	for name, content := range files {
-		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(content), 0o600)); err != nil {
+		if err := errors.Join(
+			os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(content), 0o600),
+		); err != nil {
 			t.Fatal(err)
 		}
 	}

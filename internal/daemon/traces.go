@@ -10,25 +10,25 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"github.com/migrated-vm/migrated/internal/mtls"
 	"github.com/migrated-vm/migrated/internal/traces"
+	"github.com/migrated-vm/migrated/pkg/mtls"
 )
 
-// tracesTimeout bounds what the end of the daemon waits for a collector.
+// tracesTimeout bounds how long the daemon, when it stops, waits for a collector.
 const tracesTimeout = 3 * time.Second
 
-// openTraces begins to tell the collector of the configuration of migrations, if there is one. Nothing waits for it,
-// also where it cannot be reached.
+// openTraces starts to send traces to the collector of the configuration, if there is one. Nothing waits for the
+// collector, even if it cannot be reached.
 func (d *Daemon) openTraces() error {
-	to := d.cfg.TracesTo
-	if to == "" {
+	address := d.cfg.TracesTo
+	if address == "" {
 		return nil
 	}
-	creds, err := d.collectorCredentials(to)
+	creds, err := d.collectorCredentials(address)
 	if err != nil {
 		return err
 	}
-	conn, err := grpc.NewClient("passthrough:///"+to,
+	conn, err := grpc.NewClient("passthrough:///"+address,
 		grpc.WithTransportCredentials(creds), grpc.WithConnectParams(reconnect))
 	if err != nil {
 		return err
@@ -37,17 +37,17 @@ func (d *Daemon) openTraces() error {
 	return err
 }
 
-// collectorCredentials are those of this daemon, for a collector whose certificate is for its host; one on this host
-// speaks without, as they do by default.
-func (d *Daemon) collectorCredentials(to string) (credentials.TransportCredentials, error) {
+// collectorCredentials returns the credentials for a collector. It is reached by mutual TLS, with a certificate for its
+// host name, or without encryption if it is on this host, as collectors are by default.
+func (d *Daemon) collectorCredentials(address string) (credentials.TransportCredentials, error) {
 	files, encrypted := d.cfg.TLS()
-	if !encrypted || mtls.Loopback(to) { // the configuration has it no other way but with plaintext
+	if !encrypted || mtls.Loopback(address) { // Validate allows another host without encryption only with plaintext
 		return insecure.NewCredentials(), nil
 	}
-	return files.Client(to, nil)
+	return files.Client(address, nil)
 }
 
-// closeTraces sends what is left.
+// closeTraces sends the spans that are left.
 func (d *Daemon) closeTraces() {
 	ctx, cancel := context.WithTimeout(context.Background(), tracesTimeout)
 	defer cancel()

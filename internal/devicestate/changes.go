@@ -9,23 +9,23 @@ import (
 	"fmt"
 )
 
-// What a state has become since an earlier one, of which the reader has all sections, is a few KB where the state is a
-// megabyte: of the 50 KB that a virtio device writes a handful change while it works. Changes has this form:
+// A device state of a megabyte differs from an earlier one by a few KB: of the 50 KB that a virtio device writes, a few
+// bytes change while it works. The reader has all sections of the earlier state. Changes are encoded like this, with
+// numbers as in encoding/binary's Uvarint, for each section that is sent:
 //
-//	for each section that is sent, numbers as in encoding/binary's Uvarint:
-//	  0  length  bytes                                           a section that the earlier state did not have
-//	  1 + index  pieces, and for each: gap  length  bytes        that section, with these pieces of it replaced;
-//	                                                             a gap counts from the end of the piece before
+//	0  length  bytes                                           a section that the earlier state did not have
+//	1 + index  pieces, and for each: gap  length  bytes        the section with that index, where these pieces are
+//	                                                           replaced; a gap counts from the end of the previous piece
 
-// join is how many equal bytes between two pieces cost less as part of one.
-const join = 4
+// maxGap is the number of equal bytes between two differences below which one piece is shorter than two.
+const maxGap = 4
 
 // ErrChanges says that changes do not fit the earlier state.
 var ErrChanges = errors.New("the changes of the device state have a form that is not known")
 
-// Changes are what makes now of early: the sections that early does not have, those that differ, and those for whose
-// index in early always is true. The error is ErrOtherForm of a section that cannot be loaded again, also one that now
-// does not have any more.
+// Changes encodes what turns the state early into the state now: the sections that early does not have, those that
+// differ, and those for which always(index in early) is true. The error is ErrOtherForm if a section cannot be loaded
+// again, or is missing in now.
 func Changes(early, now []Section, always func(index int) bool) (b []byte, err error) {
 	index := make(map[key]int, len(early))
 	for i, k := range keysOf(early) {
@@ -53,11 +53,12 @@ func Changes(early, now []Section, always func(index int) bool) (b []byte, err e
 	return b, nil
 }
 
-func appendBytes(b, what []byte) []byte {
-	return append(binary.AppendUvarint(b, uint64(len(what))), what...)
+// appendBytes appends the length of data, and data.
+func appendBytes(b, data []byte) []byte {
+	return append(binary.AppendUvarint(b, uint64(len(data))), data...)
 }
 
-// appendDifference appends what makes is of was, which is as long.
+// appendDifference appends the pieces that turn was into is. Both have the same length.
 func appendDifference(b, was, is []byte) []byte {
 	type piece struct{ from, to int }
 	var pieces []piece
@@ -65,7 +66,7 @@ func appendDifference(b, was, is []byte) []byte {
 		if was[i] == is[i] {
 			continue
 		}
-		if n := len(pieces); n > 0 && i-pieces[n-1].to < join {
+		if n := len(pieces); n > 0 && i-pieces[n-1].to < maxGap {
 			pieces[n-1].to = i + 1
 			continue
 		}
@@ -80,14 +81,14 @@ func appendDifference(b, was, is []byte) []byte {
 	return b
 }
 
-// A Change is a section that is not what it was.
+// A Change is a section that differs from the earlier state, or that the earlier state did not have.
 type Change struct {
-	Of int // its index in the earlier state; -1: that did not have it
+	Of int // its index in the earlier state; -1: not in the earlier state
 	Section
 }
 
-// ParseChanges are the sections that Changes speak of, in the order in which they are to be loaded; early is not
-// changed. The result has at most Most bytes.
+// ParseChanges decodes what Changes has encoded against early. It returns the sections in the order in which they are
+// to be loaded, with at most Most bytes together. early is not changed.
 func ParseChanges(early []Section, changes []byte) ([]Change, error) {
 	r := changesReader{rest: changes}
 	var list []Change
@@ -102,7 +103,7 @@ func ParseChanges(early []Section, changes []byte) ([]Change, error) {
 			r.fail("section %d of %d", i-1, len(early))
 		default:
 			c.Of = int(i - 1)
-			state = r.replaced(early[c.Of].Bytes)
+			state = r.replacePieces(early[c.Of].Bytes)
 		}
 		if total += len(state); total > Most {
 			r.fail("more than %d bytes", Most)
@@ -119,6 +120,7 @@ func ParseChanges(early []Section, changes []byte) ([]Change, error) {
 	return list, nil
 }
 
+// A changesReader decodes changes. After an error it returns zeros.
 type changesReader struct {
 	rest []byte
 	err  error
@@ -151,24 +153,24 @@ func (r *changesReader) bytes() []byte {
 	return b
 }
 
-// replaced is a copy of was in which pieces are replaced.
-func (r *changesReader) replaced(was []byte) []byte {
+// replacePieces decodes pieces, and returns a copy of was with them.
+func (r *changesReader) replacePieces(was []byte) []byte {
 	pieces := r.number()
 	is := append([]byte(nil), was...)
-	at := uint64(0)
+	offset := uint64(0)
 	for ; pieces > 0 && r.err == nil; pieces-- {
 		gap, b := r.number(), r.bytes()
-		if left := uint64(len(is)) - at; gap > left || uint64(len(b)) > left-gap {
+		if left := uint64(len(is)) - offset; gap > left || uint64(len(b)) > left-gap {
 			r.fail("a piece that ends behind the section")
 			break
 		}
-		at += gap
-		at += uint64(copy(is[at:], b))
+		offset += gap
+		offset += uint64(copy(is[offset:], b))
 	}
 	return is
 }
 
-// Merge is what early has become by changes, those that early does not have at the end.
+// Merge returns early with changes applied. Sections that early does not have are at the end.
 func Merge(early []Section, changes []Change) []Section {
 	merged := append([]Section(nil), early...)
 	for _, c := range changes {

@@ -55,7 +55,8 @@ func TestChanges(t *testing.T) {
 	}
 }
 
-// What has another form cannot be loaded over what was: QEMU would keep a part of that. Nor is a device gone by that.
+// TestChangesOfForm: a section of another form cannot be loaded over the earlier one, because QEMU would keep a part of
+// that.
 func TestChangesOfForm(t *testing.T) {
 	part := func(name string) string { return "\x05" + string(rune(len(name))) + name + "\x00\x00\x00\x01value" }
 	was := section(1, "serial", 0, "fixed"+part("serial/tsr"))
@@ -104,7 +105,7 @@ func FuzzParseChanges(f *testing.F) {
 	})
 }
 
-// Any two states of the same length: what comes out is the newer one.
+// FuzzDifference: the pieces between two states of the same length turn the one into the other.
 func FuzzDifference(f *testing.F) {
 	f.Add([]byte("abcdefgh"), []byte("abXdefgY"))
 	f.Add([]byte("a"), []byte("bc"))
@@ -113,7 +114,7 @@ func FuzzDifference(f *testing.F) {
 			return
 		}
 		r := changesReader{rest: appendDifference(nil, was, is)}
-		if got := r.replaced(was); r.err != nil || !bytes.Equal(got, is) || len(r.rest) != 0 {
+		if got := r.replacePieces(was); r.err != nil || !bytes.Equal(got, is) || len(r.rest) != 0 {
 			t.Fatalf("%q became %q, read as %q: %v", was, is, got, r.err)
 		}
 	})

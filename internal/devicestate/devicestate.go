@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package devicestate knows the envelope of a VM's device state: how QEMU writes it when it saves, and what an incoming
-// migration wants around it. What devices put inside is opaque.
+// Package devicestate parses and makes the envelope of a VM's device state: the form in which QEMU saves it, and the
+// form that an incoming migration expects. The content of the devices' sections is opaque.
 //
-// QEMU saves (qemu_save_device_state in migration/savevm.c), all numbers in big endian:
+// QEMU saves this (qemu_save_device_state in migration/savevm.c), all numbers in big endian:
 //
 //	"QEVM"  version 3
 //	for each device with state, a section:
 //	  04  section id (32)  length of name (8)  name  instance id (32)  version (32)    header
-//	  what the device writes
+//	  the device's own data
 //	  7e  section id (32)                                                              footer
 //	00
 //
-// An incoming migration (qemu_loadvm_state) wants one thing between the version and the sections, and looks for another
-// after the end:
+// An incoming migration (qemu_loadvm_state) expects a configuration between the version and the sections, and a
+// description after the end:
 //
 //	07  length (32)  machine type              configuration: the resolved type, "pc-q35-7.2"
-//	06  length (32)  JSON                      description: for debuggers; an empty object will do
+//	06  length (32)  JSON                      description: for debuggers; an empty object is enough
 //
-// RAM is no section of it: it is moved page by page.
+// RAM is not among the sections: it is moved page by page.
 package devicestate
 
 import (
@@ -28,7 +28,7 @@ import (
 	"fmt"
 )
 
-// Most bounds the bytes of a device state that is saved, or taken from a source. That of 32 devices is 2 MB.
+// Most is the largest device state, in bytes, that is saved or accepted from a source. That of 32 devices has 2 MB.
 const Most = 256 << 20
 
 const (
@@ -45,23 +45,22 @@ const (
 	footer   = 1 + 4
 )
 
-// ErrUnknown says that QEMU has written something that is not described above.
+// ErrUnknown says that a device state does not have the form above.
 var ErrUnknown = errors.New("the device state has a form that is not known")
 
 // A Section is the state of one device.
 type Section struct {
-	Name     string // of the device: SaveStateEntry.idstr
-	Instance uint32 // tells devices of one name apart
+	Name     string // the device's: SaveStateEntry.idstr
+	Instance uint32 // distinguishes devices of the same name
 	Version  uint32
-	Bytes    []byte // with header and footer; a part of what was parsed
+	Bytes    []byte // with header and footer; a part of the parsed slice
 }
 
-// Parse takes what QEMU saved apart. The sections' Bytes, one after the other, are all that lies between version and
-// end.
+// Parse splits what QEMU saved into sections. Their Bytes together are everything between the version and the end.
 //
-// Where a section ends only its device knows. But its footer is followed by the header of the next one, or by the end:
-// five bytes and a header with a name in it, which no device writes by chance. Machine types older than 2.4 have no
-// footers, and are refused.
+// A section has no length: only its device knows where it ends. Parse looks for its footer, five bytes, followed by the
+// header of the next section or by the end. A header has a printable name, so that the data of a device does not look
+// like this by chance. Machine types older than 2.4 have no footers, and are refused.
 func Parse(saved []byte) ([]Section, error) {
 	if err := checkPreamble(saved); err != nil {
 		return nil, err
@@ -81,6 +80,7 @@ func Parse(saved []byte) ([]Section, error) {
 	return sections, nil
 }
 
+// checkPreamble checks magic and version.
 func checkPreamble(saved []byte) error {
 	if len(saved) <= preamble || string(saved[:len(magic)]) != magic {
 		return fmt.Errorf("%w: it has %d bytes and does not begin with %q", ErrUnknown, len(saved), magic)
@@ -91,28 +91,28 @@ func checkPreamble(saved []byte) error {
 	return nil
 }
 
-// parseSection reads the first of some sections that end with sectionEnd.
+// parseSection reads the first section of from, which ends with sectionEnd.
 func parseSection(from []byte) (s Section, size int, err error) {
 	header, err := s.parseHeader(from)
 	if err != nil {
 		return s, 0, err
 	}
-	mark := append([]byte{sectionFooter}, from[1:5]...)
-	for at := header; ; {
-		next := bytes.Index(from[at:], mark)
+	footerBytes := append([]byte{sectionFooter}, from[1:5]...)
+	for offset := header; ; {
+		next := bytes.Index(from[offset:], footerBytes)
 		if next < 0 {
 			return s, 0, fmt.Errorf("%q has no end", s.Name)
 		}
-		end := at + next + footer
+		end := offset + next + footer
 		if after := from[end:]; len(after) == 1 && after[0] == sectionEnd || isHeader(after) {
 			s.Bytes = from[:end]
 			return s, end, nil
 		}
-		at += next + 1
+		offset += next + 1
 	}
 }
 
-// parseWhole takes one section, all of b.
+// parseWhole reads one section, which must be all of b.
 func parseWhole(b []byte) (Section, error) {
 	s, size, err := parseSection(append(b[:len(b):len(b)], sectionEnd))
 	if err == nil && size != len(b) {
@@ -125,6 +125,7 @@ func parseWhole(b []byte) (Section, error) {
 	return s, nil
 }
 
+// isHeader says whether b begins with the header of a section.
 func isHeader(b []byte) bool {
 	var s Section
 	_, err := s.parseHeader(b)
@@ -153,25 +154,25 @@ func (s *Section) parseHeader(b []byte) (size int, err error) {
 	return size, nil
 }
 
-// beginning is that of whatever QEMU saves or loads.
-func beginning() []byte { return binary.BigEndian.AppendUint32([]byte(magic), version) }
+// preambleBytes returns magic and version, with which everything begins that QEMU saves or loads.
+func preambleBytes() []byte { return binary.BigEndian.AppendUint32([]byte(magic), version) }
 
-// Head is the beginning of a migration stream for a machine of that type, up to the first section.
+// Head returns the beginning of a migration stream for a machine of that type, up to the first section.
 func Head(machineType string) []byte {
-	head := binary.BigEndian.AppendUint32(append(beginning(), sectionConfig), uint32(len(machineType)))
+	head := binary.BigEndian.AppendUint32(append(preambleBytes(), sectionConfig), uint32(len(machineType)))
 	return append(head, machineType...)
 }
 
-// description is an empty one.
+// description is the section of a description that is an empty object.
 var description = append(binary.BigEndian.AppendUint32([]byte{sectionDescription}, 2), "{}"...)
 
-// Body is what follows the head of a migration stream: all that was saved, and the description.
+// Body returns what follows the head of a migration stream: all sections that were saved, the end, and the description.
 func Body(saved []byte) []byte { return append(bytes.Clone(saved[preamble:]), description...) }
 
-// End is the end of a body with such sections.
+// End turns joined sections into a body. It appends to sections.
 func End(sections []byte) []byte { return append(append(sections, sectionEnd), description...) }
 
-// Join are all sections one after the other.
+// Join returns the bytes of all sections, one after the other.
 func Join(sections []Section) (joined []byte) {
 	for _, s := range sections {
 		joined = append(joined, s.Bytes...)
@@ -179,9 +180,9 @@ func Join(sections []Section) (joined []byte) {
 	return joined
 }
 
-// Begun is the beginning of what Body will make of a state that QEMU is still writing, and has written so far, after
-// Pause. The last bytes are not in it: they may be the end, which nobody is to see before QEMU has said that the state is
-// whole, or a part of what Pause changes when it has all of it.
+// Begun returns the beginning of a body while QEMU is still writing the state: saved is what it has written so far,
+// after Pause. The last RunStateSize bytes are left out. They may have the end of the state, which must not be loaded
+// before QEMU has said that it is complete, or a part of the section that Pause changes once all of it is there.
 func Begun(saved []byte) ([]byte, error) {
 	if len(saved) <= preamble {
 		return nil, nil
@@ -189,28 +190,28 @@ func Begun(saved []byte) ([]byte, error) {
 	return saved[preamble:max(preamble, len(saved)-RunStateSize)], checkPreamble(saved)
 }
 
-// ParseBody takes apart what Body has made, as Parse does.
+// ParseBody splits a body that Body has made, as Parse does.
 func ParseBody(body []byte) ([]Section, error) {
 	state, found := bytes.CutSuffix(body, description)
 	if !found {
 		return nil, fmt.Errorf("%w: it does not end with a description", ErrUnknown)
 	}
-	return Parse(append(beginning(), state...))
+	return Parse(append(preambleBytes(), state...))
 }
 
-// Split takes apart what Join has made.
+// Split splits what Join has made.
 func Split(joined []byte) ([]Section, error) {
-	return Parse(append(append(beginning(), joined...), sectionEnd))
+	return Parse(append(append(preambleBytes(), joined...), sectionEnd))
 }
 
-// A key tells the sections of a state apart, of which several may have one name and instance.
+// A key identifies a section of a state. Name and instance do not: several sections may have the same.
 type key struct {
 	name     string
 	instance uint32
-	nth      int
+	nth      int // of those with this name and instance, from 0
 }
 
-// keysOf are the keys of all sections of a state.
+// keysOf returns the keys of all sections of a state.
 func keysOf(sections []Section) []key {
 	seen := make(map[key]int, len(sections))
 	keys := make([]key, len(sections))
@@ -226,17 +227,18 @@ func keysOf(sections []Section) []key {
 type Difference struct {
 	Name     string
 	Instance uint32
-	Bytes    int // that differ, at the same place; those that one has more than the other count
+	Bytes    int // bytes that differ at the same offset, and those by which one state is longer
 }
 
-// Compare returns the devices whose state differs, in the order of a; those that only one has are counted whole.
+// Compare returns the devices whose state differs, in the order of a. Of a device that only one state has, all bytes
+// count.
 func Compare(a, b []Section) (differences []Difference) {
 	other := map[key][]byte{}
 	for i, k := range keysOf(b) {
 		other[k] = b[i].Bytes
 	}
 	for i, k := range keysOf(a) {
-		if n := differ(a[i].Bytes, other[k]); n > 0 {
+		if n := countDifferences(a[i].Bytes, other[k]); n > 0 {
 			differences = append(differences, Difference{k.name, k.instance, n})
 		}
 		delete(other, k)
@@ -247,7 +249,8 @@ func Compare(a, b []Section) (differences []Difference) {
 	return differences
 }
 
-func differ(a, b []byte) (n int) {
+// countDifferences counts bytes as Difference.Bytes does.
+func countDifferences(a, b []byte) (n int) {
 	for i := range min(len(a), len(b)) {
 		if a[i] != b[i] {
 			n++

@@ -11,7 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// section is one as QEMU writes it.
+// section returns a section as QEMU writes it.
 func section(id uint32, name string, instance uint32, content string) []byte {
 	b := binary.BigEndian.AppendUint32([]byte{sectionFull}, id)
 	b = append(append(b, byte(len(name))), name...)
@@ -26,9 +26,10 @@ func saved(sections ...[]byte) []byte {
 }
 
 func TestParse(t *testing.T) {
-	// What a device writes may look like the end of its section, and even be followed by what is no header.
-	sly := "a\x7e\x00\x00\x00\x02\x04\x00\x00\x00\x03\x00b"
-	parts := [][]byte{section(2, "timer", 0, sly), section(7, "0000:00:04.0/virtio-net", 0, ""), section(5, "cpu", 1, "\x00\x00")}
+	// A device's own data may look like its footer, followed by the beginning of a header.
+	lookalike := "a\x7e\x00\x00\x00\x02\x04\x00\x00\x00\x03\x00b"
+	parts := [][]byte{section(2, "timer", 0, lookalike), section(7, "0000:00:04.0/virtio-net", 0, ""),
+		section(5, "cpu", 1, "\x00\x00")}
 	sections, err := Parse(saved(parts...))
 	if err != nil {
 		t.Fatal(err)
@@ -44,9 +45,9 @@ func TestParseRefuses(t *testing.T) {
 	if _, err := Parse(good); err != nil {
 		t.Fatal(err)
 	}
-	edit := func(at int, value byte) []byte {
+	edit := func(offset int, value byte) []byte {
 		b := bytes.Clone(good)
-		b[at] = value
+		b[offset] = value
 		return b
 	}
 	for name, b := range map[string][]byte{
@@ -92,11 +93,13 @@ func TestCompare(t *testing.T) {
 		}
 		return s
 	}
-	a := parse(section(1, "same", 0, "x"), section(2, "changed", 0, "abc"), section(3, "changed", 1, "abc"), section(4, "gone", 0, "12"))
-	b := parse(section(1, "same", 0, "x"), section(2, "changed", 0, "aXcd"), section(3, "changed", 1, "abc"), section(5, "new", 0, ""))
+	a := parse(section(1, "same", 0, "x"), section(2, "changed", 0, "abc"), section(3, "changed", 1, "abc"),
+		section(4, "gone", 0, "12"))
+	b := parse(section(1, "same", 0, "x"), section(2, "changed", 0, "aXcd"), section(3, "changed", 1, "abc"),
+		section(5, "new", 0, ""))
 	want := []Difference{{"changed", 0, 8}, {"gone", 0, len(a[3].Bytes)}, {"new", 0, len(b[3].Bytes)}}
 	got := Compare(a, b)
-	// After a byte more, the footer stands elsewhere.
+	// The longer content moves the footer, whose bytes may differ or not.
 	if len(got) > 0 && got[0].Bytes > 1 {
 		got[0].Bytes = 8
 	}
@@ -129,7 +132,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// runState is the section with the VM's run state.
+// runState returns the section with the VM's run state.
 func runState(state string) []byte {
 	content := make([]byte, 4+100)
 	binary.BigEndian.PutUint32(content, uint32(len(state)+1))
@@ -137,7 +140,8 @@ func runState(state string) []byte {
 	return section(3, "globalstate", 0, string(content))
 }
 
-// Nobody sees the end before it is the end, nor a run state before it is the one that is to be loaded.
+// TestBegun: Begun returns neither the end of a state before it is complete, nor a run state before Pause has changed
+// it.
 func TestBegun(t *testing.T) {
 	whole := func(state string) []byte {
 		return saved(section(2, "timer", 0, "abc"), runState(state), section(5, "cpu", 1, string(make([]byte, 200))))

@@ -13,29 +13,29 @@ import (
 	golibvirt "github.com/digitalocean/go-libvirt"
 )
 
-// An address of a VM of libvirt's is one of
+// An address of a libvirt domain has one of two forms:
 //
-//	libvirt:NAME                           at this host's libvirt
-//	libvirt+unix:///NAME?socket=PATH       at the libvirt that listens there
+//	libvirt:NAME                           a domain of this host's libvirt
+//	libvirt+unix:///NAME?socket=PATH       a domain of the libvirt that listens on the socket PATH
 //
-// where NAME is the domain's name or UUID. The second is a URL, as libvirt's own qemu+unix:///system?socket=PATH is.
+// NAME is the domain's name or UUID. The second form is a URL, like libvirt's own qemu+unix:///system?socket=PATH.
 const (
 	scheme       = "libvirt:"
 	schemeSocket = "libvirt+unix"
 )
 
-// IsAddress says whether a VM's address is one of libvirt's, rather than the path of a QMP socket.
+// IsAddress says whether a VM's address is that of a libvirt domain, and not the path of a QMP socket.
 func IsAddress(vm string) bool {
 	return strings.HasPrefix(vm, scheme) || strings.HasPrefix(vm, schemeSocket+":")
 }
 
-// CheckAddress says what is wrong with an address of libvirt's.
+// CheckAddress says what is wrong with the address of a domain; nil: nothing.
 func CheckAddress(vm string) error {
 	_, _, err := parseAddress(vm)
 	return err
 }
 
-// parseAddress returns what an address names; socket is empty for this host's own libvirt.
+// parseAddress returns the parts of an address. socket is empty for this host's libvirt.
 func parseAddress(vm string) (socket, name string, err error) {
 	if name, short := strings.CutPrefix(vm, scheme); short {
 		if name == "" {
@@ -54,7 +54,8 @@ func parseAddress(vm string) (socket, name string, err error) {
 	return socket, name, nil
 }
 
-// Address is that of a VM, by its name or UUID, at the libvirt that listens at a socket; empty: this host's own.
+// Address returns the address of the domain with that name or UUID, of the libvirt that listens on socket. If socket is
+// empty, it is this host's libvirt.
 func Address(socket, name string) string {
 	if socket == "" {
 		return scheme + name
@@ -63,7 +64,8 @@ func Address(socket, name string) string {
 	return schemeSocket + "://" + u.EscapedPath() + "?" + u.RawQuery
 }
 
-// At is the address of the same VM where a socket other than the usual ones is that of this host's libvirt.
+// At adds socket, the configured socket of this host's libvirt, to an address without one. If socket is empty, libvirt
+// is at one of its usual sockets, and the address stays as it is.
 func At(socket, vm string) string {
 	if name, short := strings.CutPrefix(vm, scheme); short && socket != "" {
 		return Address(socket, name)
@@ -80,7 +82,7 @@ func parseUUID(text string) (uuid golibvirt.UUID, ok bool) {
 	return uuid, err == nil && n == len(uuid)
 }
 
-// formatUUID is the opposite of parseUUID.
+// formatUUID returns the text that parseUUID reads.
 func formatUUID(id golibvirt.UUID) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", id[:4], id[4:6], id[6:8], id[8:10], id[10:])
 }

@@ -19,25 +19,25 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
 
-// handTimeout bounds what is done in QEMU's process to hand a descriptor over.
+// handTimeout bounds the fdReader of a descriptor to QEMU's process, and the closing of one there.
 const handTimeout = 10 * time.Second
 
-// handed is a descriptor in QEMU.
+// handed is a descriptor that was passed to QEMU.
 type handed struct {
-	fd   int
-	file *os.File
+	fd   int      // its number in QEMU's process
+	file *os.File // ours
 }
 
-// translate names a descriptor by what it is in QEMU's process.
+// translate replaces the names of descriptors in the arguments of a command by their numbers in QEMU's process.
 func (m *monitor) translate(c *command) {
 	var args map[string]any
 	if json.Unmarshal(c.Arguments, &args) != nil || !m.rename(args) {
 		return
 	}
-	c.Arguments, _ = json.Marshal(args) // it was JSON
+	c.Arguments, _ = json.Marshal(args) // it was decoded from JSON, so it can be encoded
 }
 
-// rename is translate of arguments, and of those within them. It says whether there was one.
+// rename replaces the names of descriptors in args and in the objects within. It says whether there were any.
 func (m *monitor) rename(args map[string]any) (renamed bool) {
 	for name, value := range args {
 		if inner, ok := value.(map[string]any); ok {
@@ -59,8 +59,8 @@ func (m *monitor) rename(args map[string]any) (renamed bool) {
 	return renamed
 }
 
-// hand puts the descriptor that came with the last command into QEMU.
-func (m *monitor) hand(key string, in *passing) error {
+// hand passes the descriptor that arrived with the last command to QEMU. key is the name for translate.
+func (m *monitor) hand(key string, in *fdReader) error {
 	file := in.take()
 	if file == nil {
 		return errors.New("no descriptor came with the command")
@@ -72,14 +72,14 @@ func (m *monitor) hand(key string, in *passing) error {
 		file.Close()
 		return err
 	}
-	if before, known := m.handed[key]; known { // as QEMU does
+	if before, known := m.handed[key]; known { // QEMU, too, closes one when its name is used again
 		_ = m.takeBack(before)
 	}
 	m.handed[key] = handed{fd, file}
 	return nil
 }
 
-// release closes a descriptor in QEMU.
+// release closes a descriptor in QEMU, and answers the command to do so.
 func (m *monitor) release(key string) (answer, error) {
 	h, known := m.handed[key]
 	if !known {
@@ -92,19 +92,20 @@ func (m *monitor) release(key string) (answer, error) {
 	return done, nil
 }
 
+// takeBack closes a descriptor in QEMU, and ours.
 func (m *monitor) takeBack(h handed) error {
 	ctx, cancel := context.WithTimeout(context.Background(), handTimeout)
 	defer cancel()
 	return errors.Join(inject.CloseHanded(ctx, m.pid, h.fd, h.file), h.file.Close())
 }
 
-// passing reads from the client, and keeps the descriptors that come along.
-type passing struct {
+// fdReader reads from the client, and keeps the descriptors that arrive.
+type fdReader struct {
 	conn  *net.UnixConn
 	files []*os.File
 }
 
-func (p *passing) Read(into []byte) (int, error) {
+func (p *fdReader) Read(into []byte) (int, error) {
 	control := make([]byte, unix.CmsgSpace(4))
 	n, controls, _, _, err := p.conn.ReadMsgUnix(into, control)
 	if err != nil {
@@ -130,8 +131,8 @@ func (p *passing) Read(into []byte) (int, error) {
 	return n, nil
 }
 
-// take returns the descriptor that came first; nil: none.
-func (p *passing) take() *os.File {
+// take returns the first descriptor that arrived and was not taken; nil: there is none. The caller owns it.
+func (p *fdReader) take() *os.File {
 	if len(p.files) == 0 {
 		return nil
 	}
@@ -140,7 +141,8 @@ func (p *passing) take() *os.File {
 	return file
 }
 
-func (p *passing) drop() {
+// drop closes the descriptors that were not taken.
+func (p *fdReader) drop() {
 	for _, file := range p.files {
 		file.Close()
 	}

@@ -11,8 +11,8 @@ import (
 	"slices"
 )
 
-// What libvirt's messages begin with (rpc.rst of libvirt): the length of all, then program, version, procedure, type,
-// serial and status, 32 bits each.
+// The header of libvirt's messages (rpc.rst of libvirt): the length of the whole message, then program, version,
+// procedure, type, serial and status, 32 bits each.
 const (
 	lengthSize = 4
 	headerSize = lengthSize + 6*4
@@ -23,11 +23,11 @@ const (
 	qemuMonitorEvent = 6          // QEMU_PROC_DOMAIN_MONITOR_EVENT
 )
 
-// withDetails is a connection to libvirt on which every event of QEMU's has details: go-libvirt drops those without,
-// STOP and RESUME among them, because it takes the string at their end, which may be missing, for one that never is.
+// withDetails is a connection to libvirt that adds empty details to events of QEMU that have none, such as STOP and
+// RESUME. go-libvirt would drop these, because it does not know that the last field of an event is optional.
 type withDetails struct {
 	net.Conn
-	rest bytes.Buffer // of a message that was begun
+	rest bytes.Buffer // the part of the current message that was not read yet
 }
 
 func (c *withDetails) Read(into []byte) (int, error) {
@@ -39,7 +39,7 @@ func (c *withDetails) Read(into []byte) (int, error) {
 	return c.rest.Read(into)
 }
 
-// next reads a message.
+// next reads a message into rest.
 func (c *withDetails) next() error {
 	var header [headerSize]byte
 	if _, err := io.ReadFull(c.Conn, header[:]); err != nil {
@@ -55,7 +55,7 @@ func (c *withDetails) next() error {
 	}
 	field := func(i int) uint32 { return binary.BigEndian.Uint32(header[lengthSize+4*i:]) }
 	if field(0) == qemuProgram && field(2) == qemuMonitorEvent && lacksDetails(body) {
-		body = slices.Concat(body, make([]byte, 4)) // its length
+		body = slices.Concat(body, make([]byte, 4)) // a string of length 0
 		binary.BigEndian.PutUint32(header[:], size+4)
 	}
 	c.rest.Write(header[:])
@@ -63,28 +63,28 @@ func (c *withDetails) next() error {
 	return nil
 }
 
-// lacksDetails walks through an event: a callback's number, a domain (name, UUID, number), the event's name, two words
-// of seconds, one of microseconds; then whether there are details.
+// lacksDetails says whether an event ends after the field that says whether details follow. Before it are the number of
+// a callback, a domain (name, UUID, number), the event's name, two words of seconds and one of microseconds.
 func lacksDetails(body []byte) bool {
-	at := 4
-	text := func() bool { // a string, padded to words
-		if at+4 > len(body) {
+	offset := 4
+	skipString := func() bool { // a string is padded to words
+		if offset+4 > len(body) {
 			return false
 		}
-		size := int(binary.BigEndian.Uint32(body[at:]))
+		size := int(binary.BigEndian.Uint32(body[offset:]))
 		if size < 0 || size > len(body) {
 			return false
 		}
-		at += 4 + (size+3)/4*4
-		return at <= len(body)
+		offset += 4 + (size+3)/4*4
+		return offset <= len(body)
 	}
-	if !text() {
+	if !skipString() {
 		return false
 	}
-	at += 16 + 4
-	if !text() {
+	offset += 16 + 4
+	if !skipString() {
 		return false
 	}
-	at += 8 + 4
-	return at+4 == len(body)
+	offset += 8 + 4
+	return offset+4 == len(body)
 }

@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// message is one of libvirt's, of that program and procedure.
+// message returns a message of libvirt with that program and procedure.
 func message(program, procedure uint32, body []byte) []byte {
 	var out []byte
 	for _, word := range []uint32{uint32(headerSize + len(body)), program, 1, procedure, 2, 0, 0} {
@@ -19,7 +19,7 @@ func message(program, procedure uint32, body []byte) []byte {
 	return append(out, body...)
 }
 
-// event is the body of a QEMU event of a domain "db"; details nil: it has none.
+// event returns the body of an event of QEMU of the domain "db". It has no details if details is nil.
 func event(name string, details []byte) []byte {
 	words := func(b []byte, values ...uint32) []byte {
 		for _, v := range values {
@@ -46,7 +46,10 @@ func event(name string, details []byte) []byte {
 func TestWithDetails(t *testing.T) {
 	stop := event("STOP", nil)
 	for name, c := range map[string]struct{ sent, want []byte }{
-		"an event without":    {message(qemuProgram, qemuMonitorEvent, stop), message(qemuProgram, qemuMonitorEvent, append(stop, 0, 0, 0, 0))},
+		"an event without": {
+			message(qemuProgram, qemuMonitorEvent, stop),
+			message(qemuProgram, qemuMonitorEvent, append(stop, 0, 0, 0, 0)),
+		},
 		"an event with":       {message(qemuProgram, qemuMonitorEvent, event("RESET", []byte(`{"a": 0}`))), nil},
 		"an event with zeros": {message(qemuProgram, qemuMonitorEvent, event("RESET", make([]byte, 8))), nil},
 		"another procedure":   {message(qemuProgram, 1, stop), nil},
@@ -56,7 +59,7 @@ func TestWithDetails(t *testing.T) {
 	} {
 		here, there := net.Pipe()
 		go func() {
-			_, _ = there.Write(c.sent) // what is missing is found below
+			_, _ = there.Write(c.sent) // the comparison below finds what is missing
 			there.Close()
 		}()
 		got, err := io.ReadAll(&withDetails{Conn: here})
@@ -67,7 +70,9 @@ func TestWithDetails(t *testing.T) {
 			t.Errorf("%s: %v\ngot  %x\nwant %x", name, err, got, c.want)
 		}
 	}
-	for name, sent := range map[string][]byte{"too short": {0, 0, 0, 8, 0, 0, 0, 0}, "too long": bytes.Repeat([]byte{0xff}, headerSize)} {
+	for name, sent := range map[string][]byte{
+		"too short": {0, 0, 0, 8, 0, 0, 0, 0}, "too long": bytes.Repeat([]byte{0xff}, headerSize),
+	} {
 		here, there := net.Pipe()
 		go func() {
 			_, _ = there.Write(sent)

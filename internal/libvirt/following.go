@@ -14,20 +14,24 @@ import (
 )
 
 const (
-	// lastEvents is for how long no event has come of a QEMU that has ended when none will.
+	// lastEvents is how long to wait for another event of a QEMU that has ended.
 	lastEvents = 100 * time.Millisecond
-	// stoppedTimeout is how long libvirt may take to say how a domain has ended whose QEMU has.
+	// stoppedTimeout is how long to wait for libvirt to say how a domain ended, after its QEMU has ended.
 	stoppedTimeout = 8 * time.Second
 )
 
-// follow sends QEMU's events on, until QEMU has ended. endings are of all domains.
+// follow forwards QEMU's events to the client until QEMU has ended, and closes the connection. endings are the
+// lifecycle events of all domains.
 func (m *monitor) follow(
 	life context.Context, events <-chan golibvirt.DomainEvent, endings <-chan golibvirt.DomainEventLifecycleMsg,
-	ended <-chan struct{},
 ) {
+	defer close(m.followed)
 	defer m.conn.Close()
+	defer drop(events)
+	defer drop(endings)
 	var toldToEnd, destroyed bool
-	var late, quiet <-chan time.Time // of a QEMU that has ended
+	ended := m.ended
+	var late, quiet <-chan time.Time // set when QEMU has ended: follow returns when either fires
 	for {
 		select {
 		case e, open := <-events:
@@ -47,12 +51,12 @@ func (m *monitor) follow(
 				destroyed = e.Detail == int32(golibvirt.DomainEventStoppedDestroyed)
 				quiet = time.After(lastEvents)
 			}
-		case <-ended: // what was said before may be on its way
+		case <-ended: // earlier events may still be on their way
 			ended, late = nil, time.After(stoppedTimeout)
 		case <-late:
 			return
 		case <-quiet:
-			if destroyed && !toldToEnd { // libvirt, which ends QEMU by a signal, may be too busy with it to pass this on
+			if destroyed && !toldToEnd { // libvirt ended QEMU by a signal, and did not forward the event
 				m.send(map[string]any{"event": "SHUTDOWN", "data": map[string]any{"guest": false, "reason": "host-signal"}})
 			}
 			return
@@ -62,7 +66,15 @@ func (m *monitor) follow(
 	}
 }
 
-// watch returns a channel that is closed when QEMU has ended.
+// drop reads events and drops them until the connection to libvirt ends, because their sender waits for a reader.
+func drop[T any](events <-chan T) {
+	go func() {
+		for range events {
+		}
+	}()
+}
+
+// watch returns a channel that is closed when QEMU's process has ended.
 func (m *monitor) watch(life context.Context) (<-chan struct{}, error) {
 	pidfd, err := unix.PidfdOpen(m.pid, 0)
 	if err != nil {
@@ -71,9 +83,9 @@ func (m *monitor) watch(life context.Context) (<-chan struct{}, error) {
 	ended := make(chan struct{})
 	go func() {
 		defer unix.Close(pidfd)
-		const turn = 200 // ms, in which an end of the connection is noticed
+		const interval = 200 // ms, after which the end of the connection is noticed
 		for life.Err() == nil {
-			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, turn)
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, interval)
 			if n > 0 || err != nil && err != unix.EINTR {
 				close(ended)
 				return
@@ -83,7 +95,7 @@ func (m *monitor) watch(life context.Context) (<-chan struct{}, error) {
 	return ended, nil
 }
 
-// forward sends an event.
+// forward sends an event to the client, and keeps m.running up to date.
 func (m *monitor) forward(e golibvirt.DomainEvent) {
 	message := map[string]any{
 		"event":     e.Event,

@@ -18,15 +18,15 @@ import (
 // ErrNoLibvirt says that no libvirtd answers on this host.
 var ErrNoLibvirt = errors.New("no libvirt daemon answers on this host; start libvirtd or virtqemud")
 
-// sockets are those of libvirt's daemon for QEMU, the newer one first (daemons.rst of libvirt).
+// sockets are the paths at which libvirt's daemon for QEMU may listen, the newer one first (daemons.rst of libvirt).
 var sockets = []string{"/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock"}
 
-// uri is that of the VMs of the whole host.
+// uri is the connection URI for the VMs of the whole host.
 const uri = golibvirt.QEMUSystem
 
-// A Domain is one that is defined, or runs, on this host, and a connection of its own to libvirt. Close it.
+// A Domain is a domain of this host's libvirt, with a connection of its own to libvirt, which Close closes.
 //
-// libvirt may take its time: when the context of a call is over, the connection is closed, and everything on it fails.
+// libvirt may take long to answer. When the context of a call ends, the connection is closed, and all calls on it fail.
 type Domain struct {
 	*connection
 	id      golibvirt.Domain
@@ -43,17 +43,17 @@ type connection struct {
 	close  sync.Once
 }
 
-// within closes the connection when ctx is over, until release.
-func (c *connection) within(ctx context.Context) (release func() bool) {
-	return context.AfterFunc(ctx, func() { _ = c.socket.Close() }) // what is called says that it failed
+// closeAfter closes the connection when ctx ends, unless release is called before.
+func (c *connection) closeAfter(ctx context.Context) (release func() bool) {
+	return context.AfterFunc(ctx, func() { _ = c.socket.Close() }) // the call that is under way then fails
 }
 
-// Close ends the connection, and that of a Monitor. The domain goes on.
+// Close closes the connection, and that of a Monitor. The domain continues.
 func (c *connection) Close() (err error) {
 	c.close.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 		defer cancel()
-		defer c.within(ctx)() // it says goodbye, and waits for the answer
+		defer c.closeAfter(ctx)() // Disconnect calls libvirt, and waits for the answer
 		err = c.Disconnect()
 	})
 	if errors.Is(err, net.ErrClosed) || errors.Is(err, golibvirt.ErrInterrupted) { // it has ended either way
@@ -62,11 +62,11 @@ func (c *connection) Close() (err error) {
 	return err
 }
 
-// connect makes a connection to the libvirt that listens at a path; empty: at one of sockets.
-func connect(ctx context.Context, at string) (*connection, error) {
+// connect makes a connection to the libvirt that listens on a socket. If socketPath is empty, it tries sockets.
+func connect(ctx context.Context, socketPath string) (*connection, error) {
 	paths := sockets
-	if at != "" {
-		paths = []string{at}
+	if socketPath != "" {
+		paths = []string{socketPath}
 	}
 	var errs []error
 	for _, path := range paths {
@@ -78,21 +78,21 @@ func connect(ctx context.Context, at string) (*connection, error) {
 		c := &connection{
 			Libvirt: golibvirt.NewWithDialer(dialers.NewAlreadyConnected(&withDetails{Conn: socket})), socket: socket,
 		}
-		defer c.within(ctx)()
+		defer c.closeAfter(ctx)()
 		if err := c.ConnectToURI(uri); err != nil {
 			return nil, errors.Join(fmt.Errorf("connect to libvirt at %s: %w", path, err), socket.Close())
 		}
 		return c, nil
 	}
 	for _, err := range errs {
-		if at != "" || !errors.Is(err, fs.ErrNotExist) {
+		if socketPath != "" || !errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("%w: %w", ErrNoLibvirt, err)
 		}
 	}
 	return nil, ErrNoLibvirt
 }
 
-// Open finds the domain of an address.
+// Open connects to the libvirt of an address, and finds the domain.
 func Open(ctx context.Context, vm string) (*Domain, error) {
 	socket, name, err := parseAddress(vm)
 	if err != nil {
@@ -102,7 +102,7 @@ func Open(ctx context.Context, vm string) (*Domain, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer conn.within(ctx)()
+	defer conn.closeAfter(ctx)()
 	d := &Domain{connection: conn, address: vm}
 	if uuid, isUUID := parseUUID(name); isUUID {
 		d.id, err = conn.DomainLookupByUUID(uuid)
@@ -115,10 +115,10 @@ func Open(ctx context.Context, vm string) (*Domain, error) {
 	return d, nil
 }
 
-// Name is the domain's.
+// Name returns the domain's name.
 func (d *Domain) Name() string { return d.id.Name }
 
-// isGone says whether libvirt refused a call because the domain does not run, or is none any more.
+// isGone says whether libvirt refused a call because the domain does not run, or does not exist any more.
 func isGone(err error) bool {
 	var refused golibvirt.Error
 	if !errors.As(err, &refused) {
@@ -128,10 +128,11 @@ func isGone(err error) bool {
 	return code == golibvirt.ErrNoDomain || code == golibvirt.ErrOperationInvalid
 }
 
-// Destroy ends the domain's QEMU at once. One that has ended is no error. A transient domain is gone then. Its images
-// stay whose they are: an ErrOwner says that it has ended, and that they do not.
+// Destroy ends the domain's QEMU at once. It is no error if that has ended already. A transient domain does not exist
+// any more after it. The domain's images keep their owner; ErrOwner says that the domain has ended, but that an image
+// has another owner now.
 func (d *Domain) Destroy(ctx context.Context) error {
-	defer d.within(ctx)()
+	defer d.closeAfter(ctx)()
 	definition, err := d.DomainGetXMLDesc(d.id, 0)
 	if err != nil && isGone(err) {
 		return nil
@@ -141,12 +142,12 @@ func (d *Domain) Destroy(ctx context.Context) error {
 		kept, err = images(definition)
 	}
 	var notKept error
-	if err != nil { // it ends all the same
+	if err != nil { // the domain is ended nevertheless
 		notKept = fmt.Errorf("%w, perhaps: %w", ErrOwner, err)
 	}
 	err = d.DomainDestroyFlags(d.id, golibvirt.DomainDestroyDefault)
 	for _, i := range kept {
-		notKept = errors.Join(notKept, i.giveBack())
+		notKept = errors.Join(notKept, i.restoreOwner())
 	}
 	if err != nil && !isGone(err) {
 		return fmt.Errorf("end libvirt's domain %s: %w", d.Name(), err)
@@ -154,10 +155,10 @@ func (d *Domain) Destroy(ctx context.Context) error {
 	return notKept
 }
 
-// Definition is the domain's as it runs now, with what was plugged in and with its secrets, as libvirt's own migration
-// would send it.
+// Definition returns the definition of the running domain, with devices that were plugged in and with its secrets, as
+// libvirt's own migration would send it.
 func (d *Domain) Definition(ctx context.Context) (string, error) {
-	defer d.within(ctx)()
+	defer d.closeAfter(ctx)()
 	text, err := d.DomainGetXMLDesc(d.id, golibvirt.DomainXMLMigratable|golibvirt.DomainXMLSecure)
 	var live string
 	if err == nil {
@@ -172,17 +173,19 @@ func (d *Domain) Definition(ctx context.Context) (string, error) {
 	return text, nil
 }
 
-// Names are those of the domains that run at the libvirt that listens at a socket; empty: this host's own.
-func Names(ctx context.Context, socket string) ([]string, error) {
+// Running is a domain that runs.
+type Running struct{ Name, UUID string }
+
+// Domains returns the running domains of the libvirt that listens on socket, or of this host's libvirt if it is empty.
+func Domains(ctx context.Context, socket string) (running []Running, err error) {
 	conn, err := connect(ctx, socket)
 	if err != nil {
 		return nil, err
 	}
-	defer conn.within(ctx)()
+	defer conn.closeAfter(ctx)()
 	domains, _, err := conn.ConnectListAllDomains(1, golibvirt.ConnectListDomainsActive)
-	var names []string
 	for _, d := range domains {
-		names = append(names, d.Name)
+		running = append(running, Running{Name: d.Name, UUID: formatUUID(d.UUID)})
 	}
-	return names, errors.Join(err, conn.Close())
+	return running, errors.Join(err, conn.Close())
 }

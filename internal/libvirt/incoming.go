@@ -12,7 +12,7 @@ import (
 	golibvirt "github.com/digitalocean/go-libvirt"
 )
 
-// The part of a definition that goes to QEMU as it is (drvqemu.rst of libvirt).
+// Elements of a definition whose values libvirt adds to QEMU's command line (drvqemu.rst of libvirt).
 const (
 	passthrough  = "qemu:commandline"
 	argument     = "qemu:arg"
@@ -20,14 +20,14 @@ const (
 	namespaceURI = "http://libvirt.org/schemas/domain/qemu/1.0"
 )
 
-// incoming are the arguments by which a QEMU waits for a migration, one an element.
+// incoming are the arguments that make a QEMU wait for a migration.
 var incoming = []string{"-incoming", "defer"}
 
-// ErrActive says that a domain of the name runs already, or waits.
+// ErrActive says that a domain of that name runs already, or waits for a migration.
 var ErrActive = errors.New("libvirt has a domain of that name already, which is not shut off")
 
-// Start has the libvirt that listens at a socket, empty: this host's own, start a domain of that definition, whose QEMU
-// waits for a migration, and returns its address. The domain is transient where it is not defined here.
+// Start makes libvirt start a domain whose QEMU waits for a migration, and returns the domain's address. libvirt is the
+// one that listens on socket, or this host's if socket is empty. The domain is transient unless it is defined here.
 func Start(ctx context.Context, socket, definition string) (vm string, err error) {
 	if definition, err = withIncoming(definition); err != nil {
 		return "", err
@@ -39,7 +39,7 @@ func Start(ctx context.Context, socket, definition string) (vm string, err error
 	if err != nil {
 		return "", err
 	}
-	defer conn.within(ctx)()
+	defer conn.closeAfter(ctx)()
 	d, err := conn.DomainCreateXML(definition, golibvirt.DomainStartPaused)
 	if err != nil {
 		err = fmt.Errorf("have libvirt start the domain: %w", err)
@@ -51,7 +51,7 @@ func Start(ctx context.Context, socket, definition string) (vm string, err error
 	return Address(socket, formatUUID(d.UUID)), conn.Close()
 }
 
-// isActive says whether a domain of a definition's name is there, and not shut off.
+// isActive says whether a domain with the name in a definition exists and is not shut off.
 func isActive(conn *connection, definition string) bool {
 	name, err := NameOf(definition)
 	if err != nil {
@@ -65,7 +65,7 @@ func isActive(conn *connection, definition string) bool {
 	return err == nil && active != 0
 }
 
-// withIncoming returns a definition whose QEMU waits for a migration.
+// withIncoming returns a definition to which incoming was added.
 func withIncoming(definition string) (string, error) {
 	doc, root, err := parse(definition)
 	if err != nil {
@@ -82,8 +82,8 @@ func withIncoming(definition string) (string, error) {
 	return doc.WriteToString()
 }
 
-// asItStarts returns a domain's definition as it was before withIncoming, with the label of its images: what its next start
-// uses, and its next move.
+// asItStarts undoes withIncoming in a domain's definition, and adds the label of its images from live. The result is
+// used for the domain's next start and its next migration.
 func asItStarts(definition, live string) (string, error) {
 	doc, root, err := parse(definition)
 	if err != nil {
@@ -116,6 +116,7 @@ func withoutIncoming(root *etree.Element) {
 	}
 }
 
+// parse returns the document and its element <domain>.
 func parse(definition string) (*etree.Document, *etree.Element, error) {
 	doc := etree.NewDocument()
 	if err := doc.ReadFromString(definition); err != nil {
@@ -128,7 +129,7 @@ func parse(definition string) (*etree.Document, *etree.Element, error) {
 	return doc, root, nil
 }
 
-// SameDomain refuses a definition that is of another domain than the first.
+// SameDomain returns an error if two definitions have different names or UUIDs.
 func SameDomain(first, other string) error {
 	_, want, err := parse(first)
 	if err != nil {
@@ -147,7 +148,7 @@ func SameDomain(first, other string) error {
 	return nil
 }
 
-// text is that of a child; empty: there is none.
+// text returns the text of a child element; empty: there is none.
 func text(of *etree.Element, tag string) string {
 	child := of.SelectElement(tag)
 	if child == nil {
@@ -156,7 +157,7 @@ func text(of *etree.Element, tag string) string {
 	return strings.TrimSpace(child.Text())
 }
 
-// NameOf is the name of the domain that a definition is of.
+// NameOf returns the name of the domain in a definition.
 func NameOf(definition string) (string, error) {
 	_, root, err := parse(definition)
 	if err != nil {
@@ -165,15 +166,15 @@ func NameOf(definition string) (string, error) {
 	return text(root, "name"), nil
 }
 
-// A Limit says what a definition of somebody else's may not have.
+// A Limit bounds what a definition from another host may contain.
 type Limit struct {
-	// MayRun says whether a QEMU binary may be started.
+	// MayRun returns an error if a QEMU binary may not be started.
 	MayRun func(binary string) error
-	// Root: it may say whom QEMU runs as, and what a security module lets it do.
+	// Root allows the definition to say which user QEMU runs as, and how a security module confines it.
 	Root bool
 }
 
-// Check refuses a definition by which its sender would have more of this host than a VM.
+// Check refuses a definition that would give its sender more of this host than a VM.
 func (l Limit) Check(definition string) error {
 	_, root, err := parse(definition)
 	if err != nil {
@@ -208,22 +209,22 @@ func (l Limit) Check(definition string) error {
 	return nil
 }
 
-// Persist defines the domain here as it runs, so that it stays when it ends.
+// Persist makes the running domain persistent, so that libvirt keeps its definition when it ends.
 func (d *Domain) Persist(ctx context.Context) error {
 	definition, err := d.Definition(ctx)
 	if err != nil {
 		return err
 	}
-	defer d.within(ctx)()
+	defer d.closeAfter(ctx)()
 	if _, err := d.DomainDefineXMLFlags(definition, 0); err != nil {
 		return fmt.Errorf("define libvirt's domain %s: %w", d.Name(), err)
 	}
 	return nil
 }
 
-// Undefine removes the domain's definition. A transient one has none.
+// Undefine removes the domain's definition. It does nothing with a transient domain, which has none.
 func (d *Domain) Undefine(ctx context.Context) error {
-	defer d.within(ctx)()
+	defer d.closeAfter(ctx)()
 	persistent, err := d.DomainIsPersistent(d.id)
 	if err != nil {
 		return fmt.Errorf("libvirt's domain %s: %w", d.Name(), err)

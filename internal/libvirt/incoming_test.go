@@ -8,13 +8,14 @@ import (
 	"testing"
 )
 
-const plain = `<domain type="kvm"><name>db</name><devices><emulator>/usr/bin/qemu-system-x86_64</emulator></devices></domain>`
+const plain = `<domain type="kvm"><name>db</name>` +
+	`<devices><emulator>/usr/bin/qemu-system-x86_64</emulator></devices></domain>`
 
-// TestIncoming: what a domain is started with for a migration is gone from what its next move, or its owner, sees; what
-// else its owner has QEMU told stays.
+// TestIncoming: asItStarts removes what withIncoming has added, and keeps arguments of the domain's owner.
 func TestIncoming(t *testing.T) {
 	own := strings.Replace(plain, `<domain `, `<domain xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0" `, 1)
-	own = strings.Replace(own, `</domain>`, `<qemu:commandline><qemu:arg value="-incoming"/><qemu:arg value="tcp:0:1"/></qemu:commandline></domain>`, 1)
+	own = strings.Replace(own, `</domain>`,
+		`<qemu:commandline><qemu:arg value="-incoming"/><qemu:arg value="tcp:0:1"/></qemu:commandline></domain>`, 1)
 	for name, definition := range map[string]string{"plain": plain, "with arguments of its owner's": own} {
 		waits, err := withIncoming(definition)
 		if err != nil {
@@ -40,7 +41,7 @@ func TestIncoming(t *testing.T) {
 	}
 }
 
-// TestLimit: a definition of another host's gives no more than a VM.
+// TestLimit: a definition from another host that would give it more than a VM is refused.
 func TestLimit(t *testing.T) {
 	refused := errors.New("that binary is not started here")
 	limit := Limit{MayRun: func(binary string) error {
@@ -58,14 +59,20 @@ func TestLimit(t *testing.T) {
 		},
 		"no binary": {strings.Replace(plain, "emulator>", "nothing>", 2), "names no emulator"},
 		"arguments": {
-			insert("</domain>", `<qemu:commandline xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0"/>`), "<qemu:commandline>",
+			insert("</domain>", `<qemu:commandline xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0"/>`),
+			"<qemu:commandline>",
 		},
-		"a script":       {insert("</devices>", `<interface type="ethernet"><script path="/tmp/evil"/></interface>`), "as root"},
+		"a script": {
+			insert("</devices>", `<interface type="ethernet"><script path="/tmp/evil"/></interface>`), "as root",
+		},
 		"no confinement": {insert("</domain>", `<seclabel type="none" model="selinux"/>`), "how QEMU is confined"},
 		"a label of its choice": {
-			insert("</domain>", `<seclabel type="static" model="selinux"><label>u:r:t:s0</label></seclabel>`), "how QEMU is confined",
+			insert("</domain>", `<seclabel type="static" model="selinux"><label>u:r:t:s0</label></seclabel>`),
+			"how QEMU is confined",
 		},
-		"another user": {insert("</domain>", `<seclabel model="dac" relabel="no"><label>+0:+0</label></seclabel>`), "whom QEMU runs as"},
+		"another user": {
+			insert("</domain>", `<seclabel model="dac" relabel="no"><label>+0:+0</label></seclabel>`), "whom QEMU runs as",
+		},
 	} {
 		err := limit.Check(c.definition)
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {

@@ -11,15 +11,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrSharedLabel says that both hosts see one label of an image.
-var ErrSharedLabel = errors.New("the image has the SELinux label of the VM that runs on this host, too: libvirt would take " +
-	"it from the VM; mount its file system on both hosts with one label (-o context=system_u:object_r:svirt_image_t:s0), " +
-	"or export it without security_label, and start the VM anew")
+// ErrSharedLabel says that both hosts share the label of an image.
+var ErrSharedLabel = errors.New("the image has the SELinux label of the VM that runs on this host, too: " +
+	"libvirt would take it from the VM; mount its file system on both hosts with one label " +
+	"(-o context=system_u:object_r:svirt_image_t:s0), or export it without security_label, and start the VM anew")
 
-// refuseSharedLabel refuses a definition whose domain runs, at the source, with images that have its label on this host.
-// The file system is one, then, and keeps labels. libvirt would label the images for the categories that it chooses here,
-// and again when the domain at the source ends: its note that an image is used is of one boot of one host, and not seen by
-// another (security_util.c of libvirt). Each time SELinux refuses the image to the QEMU that runs.
+// refuseSharedLabel refuses a definition if an image of the domain has the same label on this host as at the
+// source, where the domain runs. The hosts then share the file system and its labels. libvirt would relabel the
+// image for the categories that it chooses here, and again when the domain at the source ends, because its note
+// that an image is in use is valid only on one host (security_util.c of libvirt). Each time SELinux would deny
+// the running QEMU its image.
 func refuseSharedLabel(definition string) error {
 	_, root, err := parse(definition)
 	if err != nil {
@@ -45,8 +46,8 @@ func refuseSharedLabel(definition string) error {
 	return nil
 }
 
-// copyLabel adds to a domain's definition the label that its images have while it runs. libvirt leaves it out of what is
-// to be started elsewhere, and ignores it there.
+// copyLabel adds the label of a running domain's images, which is in live, to the domain's definition. libvirt leaves
+// the label out of a definition for another host, and ignores it there.
 func copyLabel(root *etree.Element, live string) error {
 	_, running, err := parse(live)
 	if err != nil {
@@ -66,9 +67,9 @@ func copyLabel(root *etree.Element, live string) error {
 	return nil
 }
 
-// labelOf is the label of a file; empty where it has none, or is not there, of which libvirt says more.
+// labelOf returns the label of a file. It is empty if the file has none, or does not exist, which libvirt then reports.
 func labelOf(path string) (string, error) {
-	value := make([]byte, 4096) // a page is the most that the kernel gives
+	value := make([]byte, 4096) // SELinux's labels have at most a page
 	n, err := unix.Getxattr(path, "security.selinux", value)
 	switch {
 	case errors.Is(err, unix.ENODATA), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOENT):

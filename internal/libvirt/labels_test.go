@@ -11,12 +11,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 func TestSharedLabel(t *testing.T) {
 	const imageLabel = "system_u:object_r:svirt_image_t:s0:c1,c2"
-	dir, err := os.MkdirTemp("/dev/shm", "labels") // it keeps labels, also where no module asks for them
+	dir, err := os.MkdirTemp("/dev/shm", "labels") // stores labels even without SELinux
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -28,7 +28,7 @@ func TestSharedLabel(t *testing.T) {
 		}
 	}
 	if err := unix.Setxattr(labelled, "security.selinux", []byte(imageLabel+"\x00"), 0); err != nil {
-		cannot.Run(t, "label a file: %v", err)
+		testenv.CannotRun(t, "label a file: %v", err)
 	}
 	for _, c := range []struct {
 		name, image, module, label string

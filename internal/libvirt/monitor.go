@@ -21,15 +21,18 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
 
-// eventTimeout is how long the answer to a command waits for the events that QEMU sent before it, which come another
-// way: a VM that was stopped, and of which nobody says so, is taken for one that somebody else has stopped.
+// eventTimeout is how long the answer to a command is held back for the events that QEMU sent before it, which arrive
+// separately. A client that sees a stopped VM before the event would take it for one that somebody else has stopped.
 const eventTimeout = 2 * time.Second
+
+// exitTimeout is how long QEMU may take to exit after it has closed its monitor.
+const exitTimeout = time.Second
 
 // A Finder finds the process of a QEMU by the threads of its vCPUs and its UUID.
 type Finder func(threads []int, uuid string) (pid int, found bool)
 
-// Monitor connects to the domain's QEMU, and returns its process as well. The connection ends with that QEMU, with
-// libvirt, and by Close.
+// Monitor connects to the domain's QEMU, and returns its process as well. The connection ends when QEMU or libvirt
+// ends, or with Close.
 func (d *Domain) Monitor(ctx context.Context, processOf Finder) (client *qmp.Client, pid int, err error) {
 	ours, theirs, err := pair()
 	if err != nil {
@@ -38,8 +41,9 @@ func (d *Domain) Monitor(ctx context.Context, processOf Finder) (client *qmp.Cli
 	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	m := &monitor{
 		domain: d, conn: theirs, cancel: cancel, handed: make(map[string]handed), changed: make(chan struct{}, 64),
+		followed: make(chan struct{}),
 	}
-	release := d.within(ctx)
+	release := d.closeAfter(ctx)
 	greeting, err := m.begin(life, processOf)
 	release()
 	if err != nil {
@@ -54,7 +58,7 @@ func (d *Domain) Monitor(ctx context.Context, processOf Finder) (client *qmp.Cli
 	return client, m.pid, nil
 }
 
-// pair is a pair of connected sockets.
+// pair returns two connected sockets.
 func pair() (a, b *net.UnixConn, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -70,51 +74,65 @@ func pair() (a, b *net.UnixConn, err error) {
 	return conns[0], conns[1], err
 }
 
-// A monitor serves one connection as QEMU would.
+// A monitor serves one connection as QEMU's monitor would.
 type monitor struct {
 	domain *Domain
 	conn   *net.UnixConn
 	cancel context.CancelFunc
 	pid    int // of QEMU
-	sets   int // of descriptors, made so far
+	sets   int // how many sets of descriptors were made (add-fd)
 
-	handed map[string]handed // by the name that getfd gave it, or the number of its set
+	ended    <-chan struct{} // closed when QEMU has ended
+	followed chan struct{}   // closed when all events have been forwarded
+
+	handed map[string]handed // by "fd:" and the name of getfd, or by "/dev/fdset/" and the number of the set
 
 	writing sync.Mutex
 	mu      sync.Mutex // guards running
 	running bool
-	changed chan struct{} // running has; of a client that stops and continues, one at a time
+	changed chan struct{} // has an element for each change of running
 }
 
-// A command is one of the client's.
+// A command is a command of the client.
 type command struct {
 	Execute   string          `json:"execute"`
 	Arguments json.RawMessage `json:"arguments,omitempty"`
 	ID        json.RawMessage `json:"id,omitempty"`
 }
 
-// An answer is that to a command.
+// An answer is the answer to a command.
 type answer struct {
 	Return json.RawMessage `json:"return,omitempty"`
 	Error  json.RawMessage `json:"error,omitempty"`
 	ID     json.RawMessage `json:"id,omitempty"`
 }
 
-// begin asks for events, and returns QEMU's greeting.
+// begin subscribes to events, and returns QEMU's greeting. The subscription ends only with the connection to libvirt: a
+// libvirtd may crash if a client deregisters while its connection ends (9.0 frees registrations without the lock for
+// deregistering).
 func (m *monitor) begin(life context.Context, processOf Finder) (greeting []byte, err error) {
-	events, err := m.domain.SubscribeQEMUEvents(life, m.domain.Name())
+	events, err := m.domain.SubscribeQEMUEvents(context.WithoutCancel(life), m.domain.Name())
 	if err != nil {
 		return nil, err
 	}
-	endings, err := m.domain.LifecycleEvents(life)
+	defer func() {
+		if err != nil {
+			drop(events)
+		}
+	}()
+	endings, err := m.domain.LifecycleEvents(context.WithoutCancel(life))
 	if err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			drop(endings)
+		}
+	}()
 	if err := m.findQEMU(processOf); err != nil {
 		return nil, err
 	}
-	ended, err := m.watch(life)
-	if err != nil {
+	if m.ended, err = m.watch(life); err != nil {
 		return nil, err
 	}
 	var version json.RawMessage
@@ -128,15 +146,15 @@ func (m *monitor) begin(life context.Context, processOf Finder) (greeting []byte
 		return nil, err
 	}
 	m.running = status.Running
-	go m.follow(life, events, endings, ended)
+	go m.follow(life, events, endings)
 	return json.Marshal(map[string]any{"QMP": map[string]any{"version": version, "capabilities": []string{}}})
 }
 
-// ask asks QEMU for something.
-func (m *monitor) ask(what string, result any) error {
-	a, err := m.pass(command{Execute: what})
+// ask runs a command without arguments, and decodes what it returns into result.
+func (m *monitor) ask(execute string, result any) error {
+	a, err := m.pass(command{Execute: execute})
 	if err == nil && a.Error != nil {
-		err = fmt.Errorf("%s: %s", what, a.Error)
+		err = fmt.Errorf("%s: %s", execute, a.Error)
 	}
 	if err != nil {
 		return err
@@ -144,7 +162,7 @@ func (m *monitor) ask(what string, result any) error {
 	return json.Unmarshal(a.Return, result)
 }
 
-// send writes a message. A client that is gone needs none.
+// send writes a message to the client. It ignores the error of a client that has disconnected.
 func (m *monitor) send(message any) {
 	text, err := json.Marshal(message)
 	if err != nil {
@@ -155,11 +173,11 @@ func (m *monitor) send(message any) {
 	_, _ = m.conn.Write(append(text, '\n'))
 }
 
-// serve answers commands until the client, or QEMU, is gone.
+// serve answers commands until the client disconnects or QEMU ends.
 func (m *monitor) serve(greeting []byte) {
 	defer m.end()
 	_, err := m.conn.Write(append(greeting, '\n'))
-	in := &passing{conn: m.conn}
+	in := &fdReader{conn: m.conn}
 	defer in.drop()
 	decoder := json.NewDecoder(in)
 	for err == nil {
@@ -168,17 +186,28 @@ func (m *monitor) serve(greeting []byte) {
 			return
 		}
 		var a answer
-		if a, err = m.answer(c, in); err == nil {
-			a.ID = c.ID
-			m.send(a)
+		if a, err = m.answer(c, in); err != nil {
+			m.awaitEvents()
+			return
 		}
+		a.ID = c.ID
+		m.send(a)
 	}
 }
 
-// Staying begins the names of descriptors (getfd) that stay in QEMU when the connection ends.
+// awaitEvents waits for the last events of a QEMU that has ended. They say how it ended, and arrive separately from the
+// error of the last command.
+func (m *monitor) awaitEvents() {
+	select {
+	case <-m.followed:
+	case <-time.After(stoppedTimeout + lastEvents):
+	}
+}
+
+// Staying is a prefix for names of descriptors (getfd) that stay open in QEMU when the connection ends.
 const Staying = "stay-"
 
-// end takes back what QEMU was handed.
+// end closes the connection, and the descriptors in QEMU that do not stay.
 func (m *monitor) end() {
 	m.cancel()
 	m.conn.Close()
@@ -191,18 +220,18 @@ func (m *monitor) end() {
 	}
 }
 
-// refusal is an answer as QEMU gives it.
+// refusal returns an error as QEMU's answer to a command.
 func refusal(err error) answer {
 	class := qmp.ErrGeneric
 	if errors.Is(err, inject.ErrForbidden) {
 		class = qmp.ErrForbidden
 	}
-	text, _ := json.Marshal(map[string]string{"class": class.Error(), "desc": err.Error()}) // two strings
+	text, _ := json.Marshal(map[string]string{"class": class.Error(), "desc": err.Error()}) // strings can be encoded
 	return answer{Error: text}
 }
 
-// failure is what a descriptor that could not be handed leads to: the end of the connection where QEMU has ended, as
-// with QEMU's own socket.
+// failure returns the answer to a command whose descriptor could not be passed. If QEMU has ended, it returns the error
+// instead, which ends the connection, as it would at QEMU's own socket.
 func failure(err error) (answer, error) {
 	if errors.Is(err, inject.ErrProcessGone) {
 		return answer{}, err
@@ -213,7 +242,7 @@ func failure(err error) (answer, error) {
 var done = answer{Return: json.RawMessage("{}")}
 
 // answer answers one command. The error ends the connection.
-func (m *monitor) answer(c command, in *passing) (answer, error) {
+func (m *monitor) answer(c command, in *fdReader) (answer, error) {
 	var args struct {
 		Name string `json:"fdname"`
 		Set  int    `json:"fdset-id"`
@@ -250,7 +279,7 @@ func (m *monitor) answer(c command, in *passing) (answer, error) {
 	if err == nil && a.Error == nil {
 		expected()
 	}
-	if c.Execute == "migrate-incoming" { // QEMU has closed them
+	if c.Execute == "migrate-incoming" { // QEMU has closed its descriptors of getfd
 		for key, h := range m.handed {
 			if strings.HasPrefix(key, "fd:") && !strings.HasPrefix(key, "fd:"+Staying) {
 				h.file.Close()
@@ -261,8 +290,8 @@ func (m *monitor) answer(c command, in *passing) (answer, error) {
 	return a, err
 }
 
-// expect returns what waits for the events that a command which succeeded has led to: they come another way than its
-// answer, and QEMU sends them before it.
+// expect is called before a command. The function that it returns is called when the command has succeeded, and waits
+// for the events that QEMU sent before the answer, which arrive separately.
 func (m *monitor) expect(execute string) func() {
 	m.mu.Lock()
 	ran := m.running
@@ -271,10 +300,10 @@ func (m *monitor) expect(execute string) func() {
 	switch {
 	case execute == "stop" && ran, execute == "cont" && !ran:
 		changes = 1
-	case execute == "xen-save-devices-state" && ran: // it is stopped, and goes on
+	case execute == "xen-save-devices-state" && ran: // QEMU stops the VM, and continues it
 		changes = 2
 	}
-	for len(m.changed) > 0 { // of before
+	for len(m.changed) > 0 { // earlier changes
 		<-m.changed
 	}
 	return func() {
@@ -289,7 +318,7 @@ func (m *monitor) expect(execute string) func() {
 	}
 }
 
-// pass has libvirt give QEMU a command. The error says that there is no QEMU, or no libvirt, any more.
+// pass sends a command to QEMU by way of libvirt. An error says that QEMU or libvirt has ended.
 func (m *monitor) pass(c command) (answer, error) {
 	c.ID = nil
 	text, err := json.Marshal(c)
@@ -297,22 +326,33 @@ func (m *monitor) pass(c command) (answer, error) {
 		return refusal(err), nil
 	}
 	var a answer
-	said, err := m.domain.QEMUDomainMonitorCommand(m.domain.id, string(text), 0)
+	reply, err := m.domain.QEMUDomainMonitorCommand(m.domain.id, string(text), 0)
 	if err == nil {
-		err = json.Unmarshal([]byte(said), &a)
+		err = json.Unmarshal([]byte(reply), &a)
 	}
 	var refused golibvirt.Error
 	switch {
 	case err == nil:
 		return a, nil
-	case isGone(err) || !errors.As(err, &refused):
+	case isGone(err) || !errors.As(err, &refused) || m.ends():
 		return answer{}, err
 	default:
 		return refusal(fmt.Errorf("libvirt: %w", err)), nil
 	}
 }
 
-// findQEMU finds its process.
+// ends says whether QEMU is about to end, after libvirt failed to pass a command on. It waits for the process, because
+// libvirt has no error code for a closed monitor, and QEMU closes its monitor just before it exits.
+func (m *monitor) ends() bool {
+	select {
+	case <-m.ended:
+		return true
+	case <-time.After(exitTimeout):
+		return false
+	}
+}
+
+// findQEMU sets m.pid to QEMU's process.
 func (m *monitor) findQEMU(processOf Finder) error {
 	var cpus []struct {
 		Thread int `json:"thread-id"`

@@ -12,7 +12,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
 
-// TestRefusal: whoever reads an answer learns whether a security module refused.
+// TestRefusal: the class of an answer says whether a security module refused.
 func TestRefusal(t *testing.T) {
 	for _, c := range []struct{ err, want, not error }{
 		{errors.New("no descriptor came"), qmp.ErrGeneric, qmp.ErrForbidden},

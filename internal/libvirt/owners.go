@@ -10,20 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrOwner says that images are not their VM's user's any more, which has them open elsewhere.
-var ErrOwner = errors.New("the domain has ended, and libvirt has given an image of it away, which its VM uses on another host")
+// ErrOwner says that an image has another owner now, although its VM uses it on another host.
+var ErrOwner = errors.New("the domain has ended, and libvirt has given an image of it away, " +
+	"which its VM uses on another host")
 
-// An image is a file of a domain's, and whose it is.
+// An image is a file of a domain, with its owner while the domain runs.
 type image struct {
-	file     *os.File // it may be named only (open(2), O_PATH)
+	file     *os.File // opened with O_PATH, which names it only (open(2))
 	uid, gid uint32
 }
 
-// images opens those of a domain's definition: files, not what may be this host's alone.
+// images opens the images in a domain's definition that are files. Devices of this host are left out.
 //
-// A domain that we end goes on at another host, or has gone on there all the time. libvirt gives its images back to
-// whom they belonged before, unless it finds written down beside them that they are still in use: in an extended
-// attribute, which NFS does not have (remember_owner in qemu.conf). Where its own migration ends a domain, it does not.
+// A domain that the daemon ends here continues at another host. When libvirt ends a domain, it gives the images back to
+// their earlier owner, unless an extended attribute says that they are still in use (remember_owner in qemu.conf), and
+// NFS has none. Its own migration does not do so.
 func images(definition string) (found []image, err error) {
 	_, root, err := parse(definition)
 	if err != nil {
@@ -56,8 +57,8 @@ func images(definition string) (found []image, err error) {
 	return found, err
 }
 
-// giveBack makes it its user's again.
-func (i image) giveBack() error {
+// restoreOwner changes the owner of the image back to i.uid and i.gid, and closes i.file.
+func (i image) restoreOwner() error {
 	defer i.file.Close()
 	var st unix.Stat_t
 	err := unix.Fstat(int(i.file.Fd()), &st)

@@ -13,19 +13,22 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Calls refuses the methods named, "/package.Service/Method", where an address makes them too fast.
+// Calls refuses calls of these methods ("/package.Service/Method") that come too fast from one address.
 func (p *Peers) Calls(methods ...string) grpc.ServerOption {
-	return grpc.ChainUnaryInterceptor(func(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	return grpc.ChainUnaryInterceptor(func(
+		ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler,
+	) (any, error) {
 		if !slices.Contains(methods, info.FullMethod) {
 			return handle(ctx, request)
 		}
-		var address netip.Prefix // of a caller that has none
+		var address netip.Prefix // the zero value: the caller has no address
 		if caller, ok := peer.FromContext(ctx); ok {
 			address = Network(caller.Addr)
 		}
 		if !p.mayCall(address) {
 			p.refusals.Refused(Calling, address)
-			return nil, status.Errorf(codes.ResourceExhausted, "%s is called too often from %s: at most %d times a second; try again later",
+			return nil, status.Errorf(codes.ResourceExhausted,
+				"%s is called too often from %s: at most %d times a second; try again later",
 				info.FullMethod, address.Addr(), callRate)
 		}
 		return handle(ctx, request)

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package limits bounds what other hosts can make a daemon spend before it knows, or cares, who they are: connections,
-// handshakes and calls, each in all and by address. Whoever is refused is so by a closed connection or by
-// codes.ResourceExhausted, and it is counted and logged, but not at the pace of who knocks (refusals.go).
+// Package limits bounds what other hosts can make a daemon spend before they are authenticated: connections, handshakes
+// and calls, in total and for each address. A refused connection is closed, and a refused call fails with
+// codes.ResourceExhausted. Refusals are counted, and logged at a bounded rate (refusals.go).
 //
-// The numbers are no settings. They leave room for the 16 migrations at once that a daemon takes by default between each two
-// hosts, and for three such hosts, while the worst that 512 connections can hold is about 1 GiB: for each, the buffers of
-// gRPC (0.3 MiB), and Streams whose window is full and whom nobody reads (pagewire.ServerOptions, 256 KiB each).
+// The limits cannot be configured. They leave room for the 16 migrations at once between two hosts that a
+// daemon allows by default, with three such hosts. In the worst case 512 connections hold about 1 GiB: for
+// each, the buffers of gRPC (0.3 MiB), and Streams calls whose windows are full because nobody reads
+// (pagewire.ServerOptions, 256 KiB each).
 package limits
 
 import (
@@ -19,37 +20,39 @@ import (
 )
 
 const (
-	// Connections are all of a listener's.
+	// Connections is the most connections of one listener.
 	Connections = 512
-	// ConnectionsPerPeer are those of one address. A migration has one for each lane, nine by default, and one for calls.
+	// ConnectionsPerPeer is the most connections of one address. A migration has one for each lane, nine by default, and
+	// one for calls.
 	ConnectionsPerPeer = 192
-	// Handshakes are connections that nobody has shown a certificate on yet. Each costs the CPU a millisecond.
+	// Handshakes is the most connections whose handshake is not finished. A handshake costs a millisecond of CPU time.
 	Handshakes = 128
-	// HandshakesPerPeer are those of one address.
+	// HandshakesPerPeer is the most unfinished handshakes of one address.
 	HandshakesPerPeer = 32
-	// HandshakeTime is what TLS and HTTP/2 may take until the first call can come.
+	// HandshakeTime bounds the handshakes of TLS and HTTP/2, up to the first call.
 	HandshakeTime = 5 * time.Second
-	// Streams are the calls under way on one connection. A daemon needs four.
+	// Streams is the most calls under way on one connection. A daemon needs four.
 	Streams = 8
 	// IdleTime is how long a connection without a call is kept.
 	IdleTime = time.Minute
-	// HeaderBytes are the most of one call's metadata; a token and an id are a hundred.
+	// HeaderBytes is the largest metadata of a call. A token and an id take about a hundred bytes.
 	HeaderBytes = 16 << 10
-	// MessageBytes are the most of one message to a daemon. The largest has a QEMU's command line.
+	// MessageBytes is the largest message to a daemon. The largest that is needed has the command line of a QEMU.
 	MessageBytes = 256 << 10
 
-	// New connections of one peer a second, and at once: all lanes of its migrations when a network is back.
+	// New connections from one address: a second, and at once. When a network works again, all lanes of a host's
+	// migrations connect at once.
 	connectionRate  = 32
 	connectionBurst = ConnectionsPerPeer
-	// Expensive calls of one peer a second, and at once.
+	// Expensive calls from one address: a second, and at once.
 	callRate  = 4
 	callBurst = 32
 
-	// rememberedPeers bounds how many addresses have a rate remembered that are not connected.
+	// rememberedPeers is how many addresses are remembered before those without a connection are forgotten.
 	rememberedPeers = 4096
 )
 
-// Peers counts what each address has of one listener.
+// Peers counts the connections and calls of each address at one listener.
 type Peers struct {
 	refusals *Refusals
 
@@ -59,7 +62,7 @@ type Peers struct {
 	byAddress   map[netip.Prefix]*account
 }
 
-// An account is what one address has.
+// An account has the counts and rates of one address.
 type account struct {
 	connections int
 	handshakes  int
@@ -67,19 +70,20 @@ type account struct {
 	calls       *rate.Limiter
 }
 
-// NewPeers begins to count.
+// NewPeers returns Peers without connections. Refusals are counted in refusals.
 func NewPeers(refusals *Refusals) *Peers {
 	return &Peers{refusals: refusals, byAddress: make(map[netip.Prefix]*account)}
 }
 
-// Network is what an address counts as: an IPv4 address itself, and of IPv6 the 64 bits that a host does not choose.
+// Network returns the prefix that an address is counted by: an IPv4 address itself, and the first 64 bits of an IPv6
+// address, because a host chooses the rest itself.
 func Network(address net.Addr) netip.Prefix { return NetworkOf(address.String()) }
 
 // NetworkOf is Network of a HOST:PORT.
 func NetworkOf(address string) netip.Prefix {
 	parsed, err := netip.ParseAddrPort(address)
 	if err != nil {
-		return netip.Prefix{} // all such are one
+		return netip.Prefix{} // addresses that cannot be parsed are counted as one
 	}
 	ip := parsed.Addr().Unmap().WithZone("")
 	bits := ip.BitLen()
@@ -93,7 +97,7 @@ func NetworkOf(address string) netip.Prefix {
 	return prefix
 }
 
-// of returns the peer with that address. The caller holds mu.
+// of returns the account of an address, and makes it if there is none. The caller holds mu.
 func (p *Peers) of(address netip.Prefix) *account {
 	if known := p.byAddress[address]; known != nil {
 		return known
@@ -101,15 +105,16 @@ func (p *Peers) of(address netip.Prefix) *account {
 	if len(p.byAddress) >= rememberedPeers {
 		p.forget()
 	}
-	fresh := &account{
+	added := &account{
 		accepted: rate.NewLimiter(connectionRate, connectionBurst),
 		calls:    rate.NewLimiter(callRate, callBurst),
 	}
-	p.byAddress[address] = fresh
-	return fresh
+	p.byAddress[address] = added
+	return added
 }
 
-// forget drops who is not connected: at worst somebody with thousands of addresses is as fast as all of them.
+// forget drops the accounts of addresses without a connection, and with them their rates. Only somebody with thousands
+// of addresses can gain from that.
 func (p *Peers) forget() {
 	for address, known := range p.byAddress {
 		if known.connections == 0 {
@@ -118,7 +123,7 @@ func (p *Peers) forget() {
 	}
 }
 
-// admit counts a new connection of address, or says why there must be none.
+// admit counts a new connection of an address, or says why it is refused.
 func (p *Peers) admit(address netip.Prefix) (refused Kind) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -142,7 +147,7 @@ func (p *Peers) admit(address netip.Prefix) (refused Kind) {
 	return ""
 }
 
-// established ends the handshake of a connection, left the connection.
+// established counts the end of a connection's handshake.
 func (p *Peers) established(address netip.Prefix) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -150,7 +155,8 @@ func (p *Peers) established(address netip.Prefix) {
 	p.of(address).handshakes--
 }
 
-func (p *Peers) left(address netip.Prefix) {
+// closed counts the end of a connection.
+func (p *Peers) closed(address netip.Prefix) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.connections--

@@ -8,12 +8,12 @@ import (
 
 	"google.golang.org/grpc/credentials"
 
-	"github.com/migrated-vm/migrated/internal/alive"
-	"github.com/migrated-vm/migrated/internal/within"
+	"github.com/migrated-vm/migrated/pkg/pagelane/netconn"
+	"github.com/migrated-vm/migrated/pkg/pagelane/tcpkeepalive"
 )
 
-// Listener accepts of l only connections that there is room for; others are closed at once. A gRPC server must use
-// Handshake's credentials, another one call Established.
+// Listener returns a listener that accepts the connections of l within the limits and closes others at once. A gRPC
+// server on it must use credentials made by Handshake, and another server must call Established.
 func (p *Peers) Listener(l net.Listener) net.Listener { return &listener{l, p} }
 
 type listener struct {
@@ -32,39 +32,39 @@ func (l *listener) Accept() (net.Conn, error) {
 		address := Network(c.RemoteAddr())
 		why := l.peers.admit(address)
 		if why == "" {
-			_ = alive.Keep(c) // it is closed already if that fails
+			_ = tcpkeepalive.Keep(c) // it is closed already if that fails
 			admitted := &conn{Conn: c}
 			admitted.established = sync.OnceFunc(func() { l.peers.established(address) })
-			admitted.left = sync.OnceFunc(func() { l.peers.left(address) })
+			admitted.closed = sync.OnceFunc(func() { l.peers.closed(address) })
 			return admitted, nil
 		}
 		l.peers.refusals.Refused(why, address)
 		if tcp, ok := c.(*net.TCPConn); ok {
-			_ = tcp.SetLinger(0) // a reset: the kernel keeps nothing of it either
+			_ = tcp.SetLinger(0) // close resets the connection, and the kernel keeps nothing of it
 		}
 		_ = c.Close() // nothing was said
 	}
 }
 
-// A conn is a connection that counts.
+// A conn is a connection that is counted. Its functions may be called repeatedly.
 type conn struct {
 	net.Conn
 
-	established, left func()
+	established, closed func()
 }
 
-// Close gives its place back.
+// Close closes the connection, which is not counted any more.
 func (c *conn) Close() error {
 	err := c.Conn.Close()
 	c.established()
-	c.left()
+	c.closed()
 	return err
 }
 
-// NetConn is the connection itself, as tls.Conn has it.
+// NetConn returns the connection inside, as tls.Conn's method does.
 func (c *conn) NetConn() net.Conn { return c.Conn }
 
-// Handshake makes the end of inner's handshake known to the Listener.
+// Handshake returns credentials that tell the Listener when inner's handshake has ended.
 func Handshake(inner credentials.TransportCredentials) credentials.TransportCredentials {
 	return handshake{inner}
 }
@@ -73,7 +73,7 @@ type handshake struct {
 	credentials.TransportCredentials
 }
 
-// ServerHandshake is that of the credentials inside.
+// ServerHandshake does the handshake of the credentials inside.
 func (h handshake) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	secure, info, err := h.TransportCredentials.ServerHandshake(raw)
 	if err == nil {
@@ -82,9 +82,10 @@ func (h handshake) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	return secure, info, err
 }
 
-// Established says that the handshake of a Listener's connection is over, for servers that do not use Handshake.
+// Established tells a Listener that the handshake of its connection c has ended. It is for servers that do not use
+// Handshake.
 func Established(c net.Conn) {
-	if admitted, ok := within.Conn[*conn](c); ok {
+	if admitted, ok := netconn.Find[*conn](c); ok {
 		admitted.established()
 	}
 }

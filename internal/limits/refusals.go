@@ -9,13 +9,14 @@ import (
 	"time"
 )
 
-// logEvery is how often one kind of refusal is logged at the most: who knocks must not fill the log.
+// logEvery is the shortest time between two log lines about one kind of refusal. Callers that are refused must not be
+// able to fill the log.
 const logEvery = 10 * time.Second
 
-// A Kind is what is refused, and why.
+// A Kind says what is refused, and why. It is a part of log lines and a label of metrics.
 type Kind string
 
-// All that is refused.
+// Kinds of refusals.
 const (
 	Caller       Kind = "caller"
 	VM           Kind = "VM"
@@ -26,24 +27,30 @@ const (
 	Connecting   Kind = "connection: its address makes them too fast"
 	Calling      Kind = "call: its address makes too many"
 	Moving       Kind = "migration: too many are under way"
+	Watching     Kind = "watcher: as many follow the list as may"
+	Foreign      Kind = "request: a page of another site sent it, or it is for a name that this host does not have"
 )
 
-var kinds = []Kind{Caller, VM, AllConnected, Connected, AllShaking, Shaking, Connecting, Calling, Moving}
+var kinds = []Kind{
+	Caller, VM, AllConnected, Connected, AllShaking, Shaking, Connecting, Calling, Moving, Watching, Foreign,
+}
 
 // Refusals counts what was refused, and logs each kind now and then.
 type Refusals struct {
 	log *slog.Logger
 
 	mu    sync.Mutex
-	kinds map[Kind]*refusal // all of them: a rate of what was never counted before cannot be told
+	kinds map[Kind]*refusal // has all kinds from the beginning, so that metrics show zeros for those without refusals
 }
 
+// A refusal has the counts of one kind.
 type refusal struct {
-	total, told uint64
-	toldAt      time.Time
+	total    uint64
+	logged   uint64 // total when it was last logged
+	loggedAt time.Time
 }
 
-// NewRefusals logs to log.
+// NewRefusals returns Refusals that log to log.
 func NewRefusals(log *slog.Logger) *Refusals {
 	r := &Refusals{log: log, kinds: make(map[Kind]*refusal, len(kinds))}
 	for _, kind := range kinds {
@@ -52,22 +59,23 @@ func NewRefusals(log *slog.Logger) *Refusals {
 	return r
 }
 
-// Refused counts that what was refused to somebody at address. More is for the log: keys and values, as in slog.
+// Refused counts a refusal of a caller at address, and logs it unless logEvery has not passed. more are keys and values
+// for the log, as in slog.
 func (r *Refusals) Refused(what Kind, address netip.Prefix, more ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	k := r.kinds[what]
 	k.total++
 	now := time.Now()
-	if k.told > 0 && now.Sub(k.toldAt) < logEvery {
+	if k.logged > 0 && now.Sub(k.loggedAt) < logEvery {
 		return
 	}
-	said := []any{"address", address.Addr(), "since_last", k.total - k.told, "in_all", k.total}
-	r.log.Warn("refused a "+string(what), append(said, more...)...)
-	k.told, k.toldAt = k.total, now
+	attributes := []any{"address", address.Addr(), "since_last", k.total - k.logged, "in_all", k.total}
+	r.log.Warn("refused a "+string(what), append(attributes, more...)...)
+	k.logged, k.loggedAt = k.total, now
 }
 
-// ByKind is how much was refused of each kind.
+// ByKind returns the number of refusals of each kind.
 func (r *Refusals) ByKind() map[string]uint64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -78,7 +86,7 @@ func (r *Refusals) ByKind() map[string]uint64 {
 	return kinds
 }
 
-// Total is how much was refused, of all kinds.
+// Total returns the number of refusals of all kinds.
 func (r *Refusals) Total() (n uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

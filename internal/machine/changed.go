@@ -5,12 +5,12 @@ package machine
 import (
 	"fmt"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/check"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Changed says what became another in a VM since the destination was prepared for it.
-func Changed(before, now *migratedv1.MachineDescription) []qemu.Result {
+// Changed returns a failed result for each change of a VM since the destination was prepared for it.
+func Changed(before, now *migratedv1.MachineDescription) []check.Result {
 	const again = "migrate the VM again: the destination is compared with it as it is then"
 	var found differences
 	gone, came := unequal(before.GetDevices(), now.GetDevices(), nameOf)
@@ -20,13 +20,13 @@ func Changed(before, now *migratedv1.MachineDescription) []qemu.Result {
 	for _, name := range gone {
 		found.add("devices", again, "%s was unplugged after the destination was prepared", name)
 	}
-	called := func(c *migratedv1.Cpu) string { return c.GetPlace() }
-	if gone, came := unequal(before.GetCpus(), now.GetCpus(), called); len(gone)+len(came) > 0 {
+	cpuName := func(c *migratedv1.Cpu) string { return c.GetPlace() }
+	if gone, came := unequal(before.GetCpus(), now.GetCpus(), cpuName); len(gone)+len(came) > 0 {
 		found.add("CPUs", again, "the VM has %d instead of %d since the destination was prepared",
 			len(now.GetCpus()), len(before.GetCpus()))
 	}
-	calledDrive := func(d *migratedv1.Drive) string { return fmt.Sprintf("the drive %q with %s", d.GetName(), chain(d)) }
-	gone, came = unequal(before.GetDrives(), now.GetDrives(), calledDrive)
+	driveName := func(d *migratedv1.Drive) string { return fmt.Sprintf("the drive %q with %s", d.GetName(), chain(d)) }
+	gone, came = unequal(before.GetDrives(), now.GetDrives(), driveName)
 	for _, name := range came {
 		found.add("drives", again, "%s came after the destination was prepared", name)
 	}

@@ -8,31 +8,32 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/check"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// What to do about a difference.
+// Remedies for differences.
 const (
 	sameHosts = "give the destination's QEMU the source's, with --template, or by starting it yourself (--to-qmp)"
-	plugged   = "add it to the destination's command line with --template, or start the QEMU there yourself with it (--to-qmp), " +
-		"or unplug it at the source"
-	unplugged = "leave it out of the destination's command line with --template, or start the QEMU there yourself without it (--to-qmp)"
-	present   = "name the image that the source has now in the destination's command line with --template, " +
+	plugged   = "add it to the destination's command line with --template, " +
+		"or start the QEMU there yourself with it (--to-qmp), or unplug it at the source"
+	unplugged = "leave it out of the destination's command line with --template, " +
+		"or start the QEMU there yourself without it (--to-qmp)"
+	present = "name the image that the source has now in the destination's command line with --template, " +
 		"or start the QEMU there yourself with it (--to-qmp)"
 )
 
-// A Destination is what Compare knows of the destination besides its description.
+// A Destination has what Compare needs of the destination besides its description.
 type Destination struct {
-	// Chosen says that an operator has chosen its command line, which may have the same images under other directories.
+	// Chosen says that an operator chose its command line, which may name the same images in other directories.
 	Chosen bool
 	// Has says whether its QEMU finds a file of that name.
 	Has func(file string) bool
 }
 
-// Compare says in what the VM that waits at the destination is another than the source's, each difference a result that
-// failed. A source that describes nothing differs in nothing.
-func Compare(source, waits *migratedv1.MachineDescription, destination Destination) []qemu.Result {
+// Compare returns a failed result for each difference between the VM at the source and the one that waits at the
+// destination. If source is nil, as from an older daemon, there are none.
+func Compare(source, waits *migratedv1.MachineDescription, destination Destination) []check.Result {
 	if source == nil {
 		return nil
 	}
@@ -44,18 +45,20 @@ func Compare(source, waits *migratedv1.MachineDescription, destination Destinati
 	return found
 }
 
-// differences are collected.
-type differences []qemu.Result
+// differences collects results.
+type differences []check.Result
 
 func (d *differences) add(subject, remedy, format string, args ...any) {
-	*d = append(*d, qemu.Result{Subject: subject, Status: qemu.Failed, Detail: fmt.Sprintf(format, args...), Remedy: remedy})
+	*d = append(*d, check.Result{
+		Subject: subject, Status: check.Failed, Detail: fmt.Sprintf(format, args...), Remedy: remedy,
+	})
 }
 
 func (d *differences) hosts(source, waits *migratedv1.MachineDescription) {
-	called := map[bool]string{true: "KVM", false: "TCG, or another one that is not KVM"}
+	names := map[bool]string{true: "KVM", false: "TCG, or another one that is not KVM"}
 	if source.GetKvm() != waits.GetKvm() {
 		d.add("accelerator", "have both QEMUs use the same accelerator: load the module kvm at both hosts, and see -accel",
-			"the source's is %s, the destination's %s", called[source.GetKvm()], called[waits.GetKvm()])
+			"the source's is %s, the destination's %s", names[source.GetKvm()], names[waits.GetKvm()])
 	}
 	if source.GetUuid() != "" && source.GetUuid() != waits.GetUuid() {
 		d.add("UUID", "give the destination's QEMU the option -uuid "+source.GetUuid()+", if it is to have this VM",
@@ -64,15 +67,15 @@ func (d *differences) hosts(source, waits *migratedv1.MachineDescription) {
 }
 
 func (d *differences) cpus(source, waits *migratedv1.MachineDescription) {
-	called := func(c *migratedv1.Cpu) string { return strings.TrimSpace(c.GetClass() + " " + c.GetPlace()) }
-	lacks, has := unequal(source.GetCpus(), waits.GetCpus(), called)
+	cpuName := func(c *migratedv1.Cpu) string { return strings.TrimSpace(c.GetClass() + " " + c.GetPlace()) }
+	lacks, has := unequal(source.GetCpus(), waits.GetCpus(), cpuName)
 	if len(lacks)+len(has) > 0 {
 		d.add("CPUs", "give the destination's QEMU the same -cpu and -smp, and CPUs that were plugged in, with --template",
 			"the source has %d, the destination %d; %s", len(source.GetCpus()), len(waits.GetCpus()), onOneHost(lacks, has))
 		return // their features differ, too
 	}
 	if !source.GetKvm() && source.GetQemuVersion() != waits.GetQemuVersion() {
-		return // what is emulated changes a little with each version: PCOMMIT of -cpu max is gone in 10.0
+		return // the emulated features differ a little between versions: -cpu max has no PCOMMIT in 10.0
 	}
 	for _, word := range source.GetFeatures() {
 		var here uint32
@@ -89,7 +92,7 @@ func (d *differences) cpus(source, waits *migratedv1.MachineDescription) {
 	}
 }
 
-// onOneHost names what one of two hosts has alone.
+// onOneHost lists what only the source has, and what only the destination has.
 func onOneHost(source, destination []string) string {
 	var parts []string
 	if len(source) > 0 {
@@ -101,22 +104,22 @@ func onOneHost(source, destination []string) string {
 	return strings.Join(parts, ", ")
 }
 
-// unequal returns how those are called that one list has more often than the other.
-func unequal[T any](a, b []T, called func(T) string) (aAlone, bAlone []string) {
+// unequal returns the names of the elements that only one list has, or has more often than the other.
+func unequal[T any](a, b []T, name func(T) string) (aAlone, bAlone []string) {
 	for _, x := range b {
-		bAlone = append(bAlone, called(x))
+		bAlone = append(bAlone, name(x))
 	}
 	for _, x := range a {
-		if i := slices.Index(bAlone, called(x)); i >= 0 {
+		if i := slices.Index(bAlone, name(x)); i >= 0 {
 			bAlone = slices.Delete(bAlone, i, i+1)
 		} else {
-			aAlone = append(aAlone, called(x))
+			aAlone = append(aAlone, name(x))
 		}
 	}
 	return aAlone, bAlone
 }
 
-// nameOf is what a device is called: by its id, or else by what it is.
+// nameOf returns a name for a device: its id with its class and place, or these alone if it has no id.
 func nameOf(v *migratedv1.Device) string {
 	what := strings.TrimSpace(v.GetClass() + " " + v.GetPlace())
 	if v.GetId() == "" {
@@ -137,15 +140,15 @@ func (d *differences) devices(source, waits *migratedv1.MachineDescription) {
 				continue
 			}
 		}
-		d.add("devices", plugged, "the destination lacks %s: it is not on the source's command line if it was plugged in while the VM ran",
-			name)
+		d.add("devices", plugged, "the destination lacks %s: "+
+			"it is not on the source's command line if it was plugged in while the VM ran", name)
 	}
 	for _, name := range has {
-		d.add("devices", unplugged, "the destination has %s, which the source has not: it is still on the source's command line "+
-			"if it was unplugged while the VM ran", name)
+		d.add("devices", unplugged, "the destination has %s, which the source has not: "+
+			"it is still on the source's command line if it was unplugged while the VM ran", name)
 	}
 	if source.GetQemuVersion() != waits.GetQemuVersion() {
-		return // what comes with a machine is made of other parts
+		return // the built-in devices of a machine differ between versions
 	}
 	lacks, has = unequal(source.GetBuiltIn(), waits.GetBuiltIn(), func(class string) string { return class })
 	if len(lacks)+len(has) > 0 {
@@ -162,7 +165,8 @@ func (d *differences) drives(source, waits *migratedv1.MachineDescription, desti
 		other, exists := here[drive.GetName()]
 		delete(here, drive.GetName())
 		if !exists {
-			d.add("drives", present, "the destination lacks the drive %q, which has %s at the source", drive.GetName(), chain(drive))
+			d.add("drives", present, "the destination lacks the drive %q, which has %s at the source",
+				drive.GetName(), chain(drive))
 			continue
 		}
 		d.drive(drive, other, destination)
@@ -181,11 +185,12 @@ func (d *differences) drive(source, waits *migratedv1.Drive, destination Destina
 	switch {
 	case len(top) > 0 && top[0].GetWritten():
 		d.add("drives", "shut the VM down, and start it without -snapshot and snapshot=on",
-			"the VM has written to the drive %q, of which QEMU keeps changes in a temporary file (snapshot=on): no other host gets that", name)
+			"the VM has written to the drive %q, of which QEMU keeps changes in a temporary file (snapshot=on): "+
+				"no other host gets that", name)
 	case !sameImages(source, waits, destination):
 		d.add("drives", present, "the drive %q has %s at the source, and would have %s at the destination: "+
-			"it is not on the source's command line if it was changed while the VM ran (by a snapshot, a mirror, another medium)",
-			name, chain(source), chain(waits))
+			"it is not on the source's command line if it was changed while the VM ran "+
+			"(by a snapshot, a mirror, another medium)", name, chain(source), chain(waits))
 	case source.GetReadOnly() != waits.GetReadOnly():
 		mode := map[bool]string{true: "read-only", false: "writable"}
 		d.add("drives", sameHosts, "the drive %q is %s at the source and %s at the destination", name,
@@ -193,7 +198,7 @@ func (d *differences) drive(source, waits *migratedv1.Drive, destination Destina
 	}
 }
 
-// sameImages says whether two drives have the same images, one behind the other. A file is known by its name.
+// sameImages says whether two drives have the same chain of images. Files are compared by name.
 func sameImages(source, waits *migratedv1.Drive, destination Destination) bool {
 	return slices.EqualFunc(source.GetImages(), waits.GetImages(), func(a, b *migratedv1.Image) bool {
 		return a.GetFormat() == b.GetFormat() && a.GetSize() == b.GetSize() && a.GetTemporary() == b.GetTemporary() &&
@@ -201,9 +206,10 @@ func sameImages(source, waits *migratedv1.Drive, destination Destination) bool {
 	})
 }
 
-// descriptors is the beginning of names that QEMU gives to files which it was handed open. It says nothing.
+// descriptors begins the names of files that QEMU was given as open descriptors. Such a name does not identify a file.
 const descriptors = "/dev/fdset/"
 
+// sameFile says whether two names mean the same file, as far as that can be told.
 func sameFile(source, waits string, destination Destination) bool {
 	switch {
 	case source == waits, strings.HasPrefix(source, descriptors) && strings.HasPrefix(waits, descriptors):
@@ -211,11 +217,12 @@ func sameFile(source, waits string, destination Destination) bool {
 	case !destination.Chosen || filepath.Base(source) != filepath.Base(waits):
 		return false
 	}
-	// A storage that is mounted elsewhere. If the source's name is one here, too, it is that of another file.
+	// The same storage, mounted in another directory. If the destination has a file of the source's name as well, the
+	// two are different files.
 	return !destination.Has(source)
 }
 
-// chain names the images of a drive.
+// chain lists the images of a drive, from the top to the base.
 func chain(d *migratedv1.Drive) string {
 	if len(d.GetImages()) == 0 {
 		return "no medium"

@@ -28,7 +28,8 @@ func vm() *migratedv1.MachineDescription {
 				{File: "/san/overlay", Format: "qcow2", Size: 1 << 20}, {File: "/san/base", Format: "raw", Size: 1 << 20},
 			}},
 			{Name: "scratch", Images: []*migratedv1.Image{
-				{File: "/var/tmp/vl.AAAAAA", Format: "qcow2", Size: 1 << 20, Temporary: true}, {File: "/san/scratch", Format: "raw", Size: 1 << 20},
+				{File: "/var/tmp/vl.AAAAAA", Format: "qcow2", Size: 1 << 20, Temporary: true},
+				{File: "/san/scratch", Format: "raw", Size: 1 << 20},
 			}},
 		},
 	}
@@ -50,7 +51,8 @@ func TestCompare(t *testing.T) {
 			s.Cpus = append(s.Cpus, &migratedv1.Cpu{Class: "max-x86_64-cpu", Place: "socket-id 1"})
 		}, []string{"the source has 2, the destination 1; the source alone has max-x86_64-cpu socket-id 1"}},
 		{"CPU model", func(_, w *migratedv1.MachineDescription) { w.Cpus[0].Class = "qemu64-x86_64-cpu" },
-			[]string{"the source alone has max-x86_64-cpu socket-id 0, the destination alone has qemu64-x86_64-cpu socket-id 0"}},
+			[]string{"the source alone has max-x86_64-cpu socket-id 0, " +
+				"the destination alone has qemu64-x86_64-cpu socket-id 0"}},
 		{"CPU feature missing", func(_, w *migratedv1.MachineDescription) { w.Features[0].Bits = 0b1010 },
 			[]string{"bits 0x4 of EBX, CPUID 0x7"}},
 		{"CPU feature missing in KVM of another version", func(s, w *migratedv1.MachineDescription) {
@@ -73,7 +75,8 @@ func TestCompare(t *testing.T) {
 			w.BuiltIn, w.QemuVersion = w.BuiltIn[:1], "10.0.2"
 		}, nil},
 		{"snapshot", func(_, w *migratedv1.MachineDescription) { w.Drives[1].Images = w.Drives[1].Images[1:] },
-			[]string{"/san/overlay (qcow2, 1 MiB) on /san/base (raw, 1 MiB) at the source, and would have /san/base (raw, 1 MiB)"}},
+			[]string{"/san/overlay (qcow2, 1 MiB) on /san/base (raw, 1 MiB) at the source, " +
+				"and would have /san/base (raw, 1 MiB)"}},
 		{"another image", func(_, w *migratedv1.MachineDescription) { w.Drives[1].Images[0].File = "/san/other" },
 			[]string{"/san/other"}},
 		{"another base", func(_, w *migratedv1.MachineDescription) { w.Drives[1].Images[1].File = "/san/other" },
@@ -122,7 +125,8 @@ func TestCompare(t *testing.T) {
 	}
 }
 
-// An operator who chooses the destination's command line may have the same storage mounted elsewhere.
+// TestSameImageElsewhere: an operator who chooses the destination's command line may have the same storage mounted in
+// another directory.
 func TestSameImageElsewhere(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -166,8 +170,9 @@ func TestChanged(t *testing.T) {
 	}
 	text := strings.Join(all, "\n")
 	for _, word := range []string{
-		`"other" (e1000 pcie.0 02.0) was plugged in`, `"disk" (virtio-blk-pci pcie.0 02.0) was unplugged`, "has 2 instead of 1",
-		`the drive "disk" with /san/base (raw, 1 MiB) came`, "on /san/base (raw, 1 MiB) is gone", `written to the drive "scratch"`,
+		`"other" (e1000 pcie.0 02.0) was plugged in`, `"disk" (virtio-blk-pci pcie.0 02.0) was unplugged`,
+		"has 2 instead of 1", `the drive "disk" with /san/base (raw, 1 MiB) came`,
+		"on /san/base (raw, 1 MiB) is gone", `written to the drive "scratch"`,
 	} {
 		if !strings.Contains(text, word) {
 			t.Errorf("nothing says %q:\n%s", word, text)
@@ -182,8 +187,10 @@ func TestFileName(t *testing.T) {
 		{"file:b", "/dir/b"},
 		{"nbd://host/export", "nbd://host/export"},
 		{"", ""},
-		{`json:{"driver":"qcow2","file":{"driver":"file","filename":"/var/tmp/vl.X"},"backing":{"file":{"filename":"/base"}}}`, "/var/tmp/vl.X"},
-		{`json:{"driver":"nbd","server.host":"h","server":{"host":"h","port":"10809","type":"inet"},"export":"e"}`, "10809 e h"},
+		{`json:{"driver":"qcow2","file":{"driver":"file","filename":"/var/tmp/vl.X"},` +
+			`"backing":{"file":{"filename":"/base"}}}`, "/var/tmp/vl.X"},
+		{`json:{"driver":"nbd","server.host":"h","server":{"host":"h","port":"10809","type":"inet"},"export":"e"}`,
+			"10809 e h"},
 		{"json:{", "json:{"},
 	} {
 		if got := fileName(c.name, "/dir"); got != c.want {

@@ -11,15 +11,19 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/digitalocean/go-qemu/qmp/raw"
+
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/qom"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Describe asks a VM's QEMU for all that Compare looks at, in some commands and a few more for each device.
+// Describe asks a VM's QEMU for everything that Compare looks at. It takes a few commands, and a few more for each
+// device.
 func Describe(ctx context.Context, vm *qemu.VM) (*migratedv1.MachineDescription, error) {
 	d := &migratedv1.MachineDescription{QemuVersion: vm.QMP.Version().String()}
-	anonymous := map[string]string{} // the paths of devices without an id, and how they are called instead
+	anonymous := map[string]string{} // names for devices without an id, by their paths
 	err := describeDevices(ctx, vm, d, anonymous)
 	if err == nil {
 		err = describeCPUs(ctx, vm, d)
@@ -27,17 +31,13 @@ func Describe(ctx context.Context, vm *qemu.VM) (*migratedv1.MachineDescription,
 	if err == nil {
 		err = describeDrives(ctx, vm, d, anonymous)
 	}
-	var kvm struct {
-		Enabled bool `json:"enabled"`
-	}
+	var kvm raw.KVMInfo
 	if err == nil {
-		err = vm.QMP.Do(ctx, "query-kvm", nil, &kvm)
+		kvm, err = vm.QMP.Typed(ctx).QueryKVM()
 	}
-	var uuid struct {
-		UUID string `json:"UUID"`
-	}
+	var uuid raw.UUIDInfo
 	if err == nil {
-		err = vm.QMP.Do(ctx, "query-uuid", nil, &uuid)
+		uuid, err = vm.QMP.Typed(ctx).QueryUUID()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("describe the VM: %w", err)
@@ -46,18 +46,21 @@ func Describe(ctx context.Context, vm *qemu.VM) (*migratedv1.MachineDescription,
 	return d, nil
 }
 
-// children are those of an object in QEMU's tree of objects, by their names.
-func children(ctx context.Context, vm *qemu.VM, path string) ([]qemu.Child, error) {
-	list, err := vm.Children(ctx, path)
-	slices.SortFunc(list, func(a, b qemu.Child) int { return strings.Compare(a.Name, b.Name) })
+// children returns the children of an object in QEMU's object tree, sorted by name.
+func children(ctx context.Context, vm *qemu.VM, path string) ([]qom.Child, error) {
+	list, err := qom.Children(ctx, vm.QMP, path)
+	slices.SortFunc(list, func(a, b qom.Child) int { return strings.Compare(a.Name, b.Name) })
 	return list, err
 }
 
-// builtIn is what QEMU has the devices under that came with the machine.
+// builtIn is the path in QEMU's object tree below which the machine's built-in devices are.
 const builtIn = "/machine/unattached"
 
-func describeDevices(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription, anonymous map[string]string) error {
-	for _, parent := range []string{qemu.NamedDevices, qemu.UnnamedDevices} {
+// describeDevices fills in d.Devices and d.BuiltIn, and adds to anonymous.
+func describeDevices(
+	ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription, anonymous map[string]string,
+) error {
+	for _, parent := range []string{qom.NamedDevices, qom.UnnamedDevices} {
 		list, err := children(ctx, vm, parent)
 		if err != nil {
 			return err
@@ -68,7 +71,7 @@ func describeDevices(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDesc
 			if device.Place, err = placeOf(ctx, vm, path, c.Class()); err != nil {
 				return err
 			}
-			if parent == qemu.NamedDevices {
+			if parent == qom.NamedDevices {
 				device.Id = c.Name
 			} else {
 				anonymous[path] = strings.TrimSpace(device.GetClass() + " " + device.GetPlace())
@@ -86,22 +89,22 @@ func describeDevices(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDesc
 	return err
 }
 
-// placeOf is the bus of a device, and where it is there.
+// placeOf returns the bus of a device and its address on it: "pcie.0 02.0".
 func placeOf(ctx context.Context, vm *qemu.VM, path, class string) (string, error) {
 	var bus string
 	if found, err := property(ctx, vm, path, "parent_bus", &bus); err != nil || !found || bus == "" {
 		return "", err
 	}
-	bus = bus[strings.LastIndexByte(bus, '/')+1:] // where it hangs in the tree is another in other versions
+	bus = bus[strings.LastIndexByte(bus, '/')+1:] // its path in the tree differs between versions
 	switch {
 	case strings.HasPrefix(class, "scsi-"):
-		var at [3]int
+		var address [3]int
 		for i, name := range []string{"channel", "scsi-id", "lun"} {
-			if _, err := property(ctx, vm, path, name, &at[i]); err != nil {
+			if _, err := property(ctx, vm, path, name, &address[i]); err != nil {
 				return "", err
 			}
 		}
-		return fmt.Sprintf("%s %d:%d:%d", bus, at[0], at[1], at[2]), nil
+		return fmt.Sprintf("%s %d:%d:%d", bus, address[0], address[1], address[2]), nil
 	case strings.HasPrefix(class, "usb-"):
 		var port string
 		_, err := property(ctx, vm, path, "port", &port)
@@ -115,7 +118,8 @@ func placeOf(ctx context.Context, vm *qemu.VM, path, class string) (string, erro
 	return fmt.Sprintf("%s %02x.%x", bus, slot>>3, slot&7), nil // PCI_SLOT and PCI_FUNC of QEMU's devfn
 }
 
-// property reads one of an object's, if it has that, and if it is of that type.
+// property reads a property of an object into value. found is false if the object has no such property, or if its value
+// has another type.
 func property(ctx context.Context, vm *qemu.VM, path, name string, value any) (found bool, err error) {
 	var raw json.RawMessage
 	err = vm.QMP.Do(ctx, "qom-get", map[string]string{"path": path, "property": name}, &raw)
@@ -125,6 +129,7 @@ func property(ctx context.Context, vm *qemu.VM, path, name string, value any) (f
 	return err == nil && json.Unmarshal(raw, value) == nil, err
 }
 
+// describeCPUs fills in d.Cpus and d.Features.
 func describeCPUs(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription) error {
 	var cpus []struct {
 		Path  string         `json:"qom-path"`
@@ -133,17 +138,15 @@ func describeCPUs(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescrip
 	if err := vm.QMP.Do(ctx, "query-cpus-fast", nil, &cpus); err != nil {
 		return err
 	}
-	var slots []struct {
-		Path string `json:"qom-path"`
-		Type string `json:"type"`
-	}
-	// A machine that has no slots for CPUs says nothing of their class.
-	if err := vm.QMP.Do(ctx, "query-hotpluggable-cpus", nil, &slots); err != nil && !errors.Is(err, qmp.ErrGeneric) {
+	slots, err := vm.QMP.Typed(ctx).QueryHotpluggableCpus()
+	if err != nil && !errors.Is(err, qmp.ErrGeneric) { // a machine without slots for CPUs refuses the command
 		return err
 	}
-	classes := map[string]string{}
+	classes := map[string]string{} // of CPUs, by their paths
 	for _, s := range slots {
-		classes[s.Path] = s.Type
+		if s.QomPath != nil { // else the slot is empty
+			classes[*s.QomPath] = s.Type
+		}
 	}
 	for _, c := range cpus {
 		var place []string
@@ -162,7 +165,7 @@ func describeCPUs(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescrip
 		Register string `json:"cpuid-register"`
 		Bits     uint32 `json:"features"`
 	}
-	_, err := property(ctx, vm, cpus[0].Path, "feature-words", &words)
+	_, err = property(ctx, vm, cpus[0].Path, "feature-words", &words)
 	for _, w := range words {
 		if w.Bits != 0 {
 			d.Features = append(d.Features,

@@ -3,43 +3,26 @@
 package machine
 
 import (
-	"context"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/launch"
+	"github.com/migrated-vm/migrated/internal/qemu/qemutest"
 )
 
 // startVM starts a QEMU in dir that is killed at the end of the test.
 func startVM(t *testing.T, dir string, args ...string) *qemu.VM {
 	t.Helper()
-	binary, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		cannot.Run(t, "%v", err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	t.Cleanup(cancel)
 	own := t.TempDir()
 	path := filepath.Join(own, "qmp")
-	argv := append([]string{binary, "-nodefaults", "-display", "none", "-m", "32M", "-accel", "tcg",
+	argv := append([]string{qemutest.Binary(t), "-nodefaults", "-display", "none", "-m", "32M", "-accel", "tcg",
 		"-qmp", "unix:" + path + ",server=on,wait=off"}, args...)
-	p, vm, err := (*qemu.Starter)(nil).Start(ctx, qemu.StartOptions{
-		Args: argv, Credentials: qemu.Credentials{UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())},
+	_, vm := qemutest.StartWith(t, nil, launch.Options{
+		Args: argv, Credentials: qemutest.Self(),
 		Dir: dir, QMPPath: path, PipePath: filepath.Join(own, "pipe"), LogPath: filepath.Join(own, "log"),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := p.Kill(context.Background()); err != nil {
-			t.Error(err)
-		}
-		_ = vm.Close() // QEMU is gone
 	})
 	return vm
 }
@@ -50,7 +33,8 @@ type step struct {
 	args    any
 }
 
-// TestDescribeAndCompare has a QEMU as it runs beside the one that waits which its command line makes.
+// TestDescribeAndCompare compares a running QEMU with one that waits and was started from the same or a changed command
+// line.
 func TestDescribeAndCompare(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{"disk", "other"} {
@@ -60,9 +44,11 @@ func TestDescribeAndCompare(t *testing.T) {
 	}
 	devices := []string{ // with and without ids, named and anonymous drives, a relative name, and a temporary file
 		"-drive", "file=disk,format=raw,if=none,id=legacy,file.locking=off", "-device", "virtio-blk-pci,drive=legacy",
-		"-drive", "file=" + dir + "/other,format=raw,if=none,id=scratch,snapshot=on", "-device", "ide-hd,drive=scratch,id=ide",
+		"-drive", "file=" + dir + "/other,format=raw,if=none,id=scratch,snapshot=on",
+		"-device", "ide-hd,drive=scratch,id=ide",
 		"-drive", "if=none,media=cdrom,id=empty", "-device", "ide-cd,drive=empty,bus=ide.1",
-		"-device", "virtio-scsi-pci,id=scsi", "-blockdev", "driver=null-co,node-name=null", "-device", "scsi-hd,drive=null,id=hd,lun=3",
+		"-device", "virtio-scsi-pci,id=scsi", "-blockdev", "driver=null-co,node-name=null",
+		"-device", "scsi-hd,drive=null,id=hd,lun=3",
 		"-device", "nec-usb-xhci,id=usb", "-device", "usb-tablet,bus=usb.0",
 		"-device", "VGA", "-device", "virtio-net-pci", "-cpu", "max", "-smp", "1,sockets=2,maxcpus=2",
 	}
@@ -79,16 +65,19 @@ func TestDescribeAndCompare(t *testing.T) {
 		{"CPU plugged in", []string{"-machine", "pc"}, []string{"-machine", "pc"}, []step{{"device_add", map[string]any{
 			"driver": "max-x86_64-cpu", "socket-id": 1, "core-id": 0, "thread-id": 0, "id": "second",
 		}}}, []string{"socket-id 1", `"second" (max-x86_64-cpu`}},
-		{"anonymous device plugged in", []string{"-machine", "pc"}, []string{"-machine", "pc"}, []step{{"device_add", map[string]any{
-			"driver": "virtio-rng-pci", "addr": "0x1a",
-		}}}, []string{"the destination lacks virtio-rng-pci pci.0 1a.0"}},
-		{"anonymous device unplugged", []string{"-machine", "pc"}, []string{"-machine", "pc", "-device", "usb-mouse,bus=usb.0"}, nil,
+		{"anonymous device plugged in", []string{"-machine", "pc"}, []string{"-machine", "pc"},
+			[]step{{"device_add", map[string]any{"driver": "virtio-rng-pci", "addr": "0x1a"}}},
+			[]string{"the destination lacks virtio-rng-pci pci.0 1a.0"}},
+		{"anonymous device unplugged", []string{"-machine", "pc"},
+			[]string{"-machine", "pc", "-device", "usb-mouse,bus=usb.0"}, nil,
 			[]string{"the destination has usb-mouse usb.0,"}},
-		{"device with an id unplugged", []string{"-machine", "pc"}, []string{"-machine", "pc", "-device", "virtio-scsi-pci,id=more"}, nil,
+		{"device with an id unplugged", []string{"-machine", "pc"},
+			[]string{"-machine", "pc", "-device", "virtio-scsi-pci,id=more"}, nil,
 			[]string{`the destination has "more" (virtio-scsi-pci pci.0`}},
 		{"another CPU", []string{"-machine", "pc"}, []string{"-machine", "pc", "-cpu", "max,-avx2"}, nil,
 			[]string{"lack features"}},
-		{"another machine", []string{"-machine", "pc"}, []string{"-machine", "pc,vmport=off"}, nil, []string{"the source alone has vmmouse; vmport"}},
+		{"another machine", []string{"-machine", "pc"}, []string{"-machine", "pc,vmport=off"}, nil,
+			[]string{"the source alone has vmmouse; vmport"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			running := startVM(t, dir, append(append([]string{"-S"}, devices...), c.source...)...)

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package machine compares two VMs: the one at the source as it is now, whatever its command line said when it was
-// started, and the one that waits at the destination to become it.
+// Package machine compares the VM at the source with the one that waits at the destination for its state. It compares
+// what the QEMUs have now: devices and disks may have changed since the source was started with its command line.
 //
 //	source                                         destination
 //	Describe: ask QEMU what the VM has   ────►     start QEMU -S -incoming defer, or attach
 //	                                               Describe: ask it in the same way
 //	                                               Compare: one line for each difference
 //	Describe again, right before the stop,
-//	and Changed: what has come and gone since
+//	and Changed: what was added and removed since
 //
-// Nothing of the VM is touched for it. A VM whose disk was replaced by a snapshot, into which a device was plugged, or
-// whose CD was changed differs from what its command line makes, and only its QEMU knows.
+// The VM is not changed by any of this.
 //
-// Compare has no opinion about memory and machine types, which package migration matches, and none about properties of
-// devices: the state of a device that differs in one does not load.
+// Compare does not look at memory and machine types, which package migration compares, nor at the properties of
+// devices: QEMU refuses the state of a device whose properties differ.
 package machine

@@ -14,10 +14,11 @@ import (
 	"strings"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/qom"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// image is the part of ImageInfo (qapi/block-core.json) that is looked at.
+// image has the members of ImageInfo (qapi/block-core.json) that are used.
 type image struct {
 	Filename string `json:"filename"`
 	Format   string `json:"format"`
@@ -25,8 +26,10 @@ type image struct {
 	Backing  *image `json:"backing-image"`
 }
 
-// describeDrives asks for the drives of all devices, and for those that no device has.
-func describeDrives(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription, anonymous map[string]string) error {
+// describeDrives fills in d.Drives: the drives of all devices, and those without a device.
+func describeDrives(
+	ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription, anonymous map[string]string,
+) error {
 	var drives []struct {
 		Name     string `json:"device"` // may be empty
 		Device   string `json:"qdev"`   // its id, or a path; may be empty
@@ -63,17 +66,17 @@ func describeDrives(ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescr
 	return nil
 }
 
-// driveName is what a drive is called at both ends: by its device, where that has a name of its own. The number of a device
-// that came with the machine is another in other versions of QEMU.
+// driveName returns a name for a drive that is the same on both hosts: that of its device, if it has one. It is not the
+// path of a built-in device, whose number differs between versions of QEMU.
 func driveName(name, device string, anonymous map[string]string) string {
 	path, _ := strings.CutSuffix(device, "/virtio-backend")
-	if called, found := anonymous[path]; found {
-		return called
+	if name, found := anonymous[path]; found {
+		return name
 	}
 	if strings.HasPrefix(path, builtIn) && name != "" {
 		return name
 	}
-	for _, prefix := range []string{qemu.NamedDevices + "/", "/machine/"} {
+	for _, prefix := range []string{qom.NamedDevices + "/", "/machine/"} {
 		if rest, found := strings.CutPrefix(path, prefix); found {
 			return rest
 		}
@@ -84,7 +87,8 @@ func driveName(name, device string, anonymous map[string]string) string {
 	return path
 }
 
-// fileName is what an image is called, whatever its working directory and the options that it was opened with.
+// fileName returns the name of an image, made absolute by QEMU's working directory dir, without the options that it was
+// opened with.
 func fileName(name, dir string) string {
 	if text, is := strings.CutPrefix(name, "json:"); is {
 		var options map[string]any
@@ -104,8 +108,8 @@ func fileName(name, dir string) string {
 	return filepath.Join(dir, name)
 }
 
-// locations are the options that say where an image is (BlockdevOptions in qapi/block-core.json), sorted. What is behind
-// it has a name of its own.
+// locations returns the values of the options that locate an image (BlockdevOptions in qapi/block-core.json), sorted.
+// Those of its backing image are left out.
 func locations(options map[string]any) []string {
 	var found []string
 	for key, value := range options {
@@ -126,19 +130,19 @@ func locations(options map[string]any) []string {
 	return found
 }
 
-// isTemporary says whether an image is one that QEMU has made for itself: it has taken its name away
+// isTemporary says whether an image is a temporary file of QEMU's (snapshot=on), which QEMU has unlinked
 // (bdrv_append_temp_snapshot in QEMU's block.c).
 func isTemporary(vm *qemu.VM, file string) bool {
 	return strings.HasPrefix(filepath.Base(file), "vl.") && !HasFile(vm, file)
 }
 
-// HasFile says whether a QEMU finds a file of that name; one that cannot be looked for may be there.
+// HasFile says whether a QEMU finds a file of that name. If that cannot be checked, the answer is yes.
 func HasFile(vm *qemu.VM, file string) bool {
 	_, err := os.Stat(fmt.Sprintf("/proc/%d/root%s", vm.Pid, file))
 	return !errors.Is(err, fs.ErrNotExist)
 }
 
-// written says whether a drive was written to since this QEMU has it.
+// written says whether a drive was written to since this QEMU opened it.
 func written(ctx context.Context, vm *qemu.VM, name, device string) (bool, error) {
 	var drives []struct {
 		Name   string `json:"device"`

@@ -16,15 +16,16 @@ import (
 )
 
 const (
-	// shownAfter is how long a migration that is over has series of its own: several scrapes see its last figures.
+	// shownAfter is how long a migration that is over still has series of its own, so that several scrapes see its last
+	// figures.
 	shownAfter = 10 * time.Minute
-	// mostShown bounds the migrations with series of their own, newest first, however many are made in that time.
+	// mostShown is the most migrations with series of their own. The newest have them.
 	mostShown = 64
-	// scrapesAtOnce is for two Prometheus servers and a person.
+	// scrapesAtOnce is the most scrapes at once: enough for two Prometheus servers and a person.
 	scrapesAtOnce = 3
 )
 
-// Handler answers scrapes. read is called once for each.
+// Handler returns a handler that answers scrapes. It calls read once for each.
 func Handler(read func() *State, log *slog.Logger) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collector(read))
@@ -33,30 +34,30 @@ func Handler(read func() *State, log *slog.Logger) http.Handler {
 	})
 }
 
-// scrapeLog logs what is wrong with a scrape.
+// scrapeLog logs errors of scrapes. It implements promhttp.Logger.
 type scrapeLog struct{ *slog.Logger }
 
-// Println is what promhttp calls.
+// Println logs an error.
 func (l scrapeLog) Println(v ...any) { l.Warn("a scrape of the metrics is not whole", "error", v) }
 
-// collector makes metrics of a State.
+// collector makes the metrics of a State. It implements prometheus.Collector.
 type collector func() *State
 
-// Describe names all families.
+// Describe sends the descriptions of all families.
 func (collector) Describe(to chan<- *prometheus.Desc) {
 	for _, f := range families {
 		to <- f.desc
 	}
 }
 
-// Collect reads a State.
+// Collect reads a State, and sends its metrics.
 func (c collector) Collect(to chan<- prometheus.Metric) {
 	s := c()
 	send(to, buildInfo, 1, s.Version, strconv.FormatUint(uint64(s.Protocol), 10))
 	collectMigrations(to, s.Migrations)
 	for _, role := range roles {
 		r := s.Totals.of(role)
-		for _, state := range states(true) { // also what has not happened: a counter that begins at 1 has not risen
+		for _, state := range states(true) { // zeros, too: Prometheus sees no increase in a counter that begins at 1
 			send(to, ended, float64(r.Ended[state]), migration.RoleName(role), migration.StateName(state))
 		}
 		sendHistogram(to, downtime, downtimeBounds, &r.Downtime, migration.RoleName(role))
@@ -65,11 +66,12 @@ func (c collector) Collect(to chan<- prometheus.Metric) {
 	for kind, n := range s.Refusals {
 		send(to, refusals, float64(n), kind)
 	}
-	for setting, at := range s.Certificates {
-		send(to, expiry, float64(at.Unix()), setting)
+	for setting, expires := range s.Certificates {
+		send(to, expiry, float64(expires.Unix()), setting)
 	}
 }
 
+// collectIncoming sends the counts of migrations to this host.
 func collectIncoming(to chan<- prometheus.Metric, c *migration.Counts) {
 	sendHistogram(to, faultLatency, latencyBounds, &c.Latency)
 	for cause, n := range map[string]uint64{
@@ -84,22 +86,31 @@ func collectIncoming(to chan<- prometheus.Metric, c *migration.Counts) {
 	send(to, guessedPages, float64(c.GuessedPages))
 	send(to, touchedPages, float64(c.TouchedPages))
 	send(to, unexplainedPages, float64(c.UnexplainedPages))
+	send(to, lostPages, float64(c.LostPages))
 	send(to, received, float64(c.DemandBytes), "demand")
 	send(to, received, float64(c.BulkBytes), "sweep")
 	send(to, discarded, float64(c.DiscardedBytes))
+	send(to, lostLanes, float64(c.BulkLanesLost))
 	send(to, reconnects, float64(c.LaneReconnections))
 }
 
-// collectMigrations sends what is of single migrations, newest first, and what is counted of those that are not over.
+// collectMigrations sends the series of single migrations, which are sorted newest first, and the numbers of those that
+// are not over.
 func collectMigrations(to chan<- prometheus.Metric, migrations []Migration) {
 	type group struct{ role, state string }
-	groups := make(map[group]int)
-	waiting, stopped, shown := 0, 0, 0
+	groups, late := make(map[group]int), make(map[migratedv1.MigrationRole]int)
+	waiting, stopped, shown, queue := 0, 0, 0, 0
 	for _, m := range migrations {
 		v := m.View
 		over := m.Times.Over > 0
 		if !over && !m.Left {
 			groups[group{migration.RoleName(v.GetRole()), migration.StateName(v.GetState())}]++
+			if v.GetOverdue() {
+				late[v.GetRole()]++
+			}
+			if v.GetWaiting() != "" {
+				queue++
+			}
 		}
 		destination := v.GetRole() == migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION
 		if destination && (m.Times.Paused > 0 || m.Left) {
@@ -115,24 +126,29 @@ func collectMigrations(to chan<- prometheus.Metric, migrations []Migration) {
 		collectMigration(to, m)
 	}
 	for _, role := range roles {
+		send(to, overdue, float64(late[role]), migration.RoleName(role))
 		for _, state := range states(false) {
-			send(to, underWay, float64(groups[group{migration.RoleName(role), migration.StateName(state)}]), migration.RoleName(role), migration.StateName(state))
+			send(to, underWay, float64(groups[group{migration.RoleName(role), migration.StateName(state)}]),
+				migration.RoleName(role), migration.StateName(state))
 		}
 	}
+	send(to, queued, float64(queue))
 	send(to, waitingVMs, float64(waiting))
 	send(to, stoppedVMs, float64(stopped))
 }
 
-// stoppedCommitted says whether a migration away from this host is past the commit point, and nobody knows that the VM
-// runs. One that was left has a record of the commit, which is all that is known of it.
+// stoppedCommitted says whether a migration away from this host is past the commit point and it is not known whether
+// the VM runs. Of a migration that was left, nothing is known but the record of its commit.
 func stoppedCommitted(m Migration) bool {
 	if m.Left || m.View.GetState() == migratedv1.MigrationState_MIGRATION_STATE_HANDOVER {
 		return true
 	}
-	somewhere := m.View.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN && m.View.GetLocation() != migratedv1.Location_LOCATION_NOWHERE
-	return m.Times.Paused > 0 && !somewhere
+	knownToRun := m.View.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN &&
+		m.View.GetLocation() != migratedv1.Location_LOCATION_NOWHERE
+	return m.Times.Paused > 0 && !knownToRun
 }
 
+// collectMigration sends the series of one migration.
 func collectMigration(to chan<- prometheus.Metric, m Migration) {
 	v, p := m.View, m.View.GetProgress()
 	vm := v.GetVmName()
@@ -157,7 +173,7 @@ func send(to chan<- prometheus.Metric, f *family, value float64, labels ...strin
 		kind = prometheus.CounterValue
 	}
 	m, err := prometheus.NewConstMetric(f.desc, kind, value, labels...)
-	if err != nil { // of a label that is no text, say: what it is of is not left out in silence
+	if err != nil { // a label that is not UTF-8, for instance; the scrape then shows the error
 		m = prometheus.NewInvalidMetric(f.desc, err)
 	}
 	to <- m
@@ -167,7 +183,7 @@ var roles = []migratedv1.MigrationRole{
 	migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION,
 }
 
-// states are those that are an end, or those that are none.
+// states returns all terminal states, or all that are not terminal.
 func states(terminal bool) (all []migratedv1.MigrationState) {
 	for number := range migratedv1.MigrationState_name {
 		state := migratedv1.MigrationState(number)

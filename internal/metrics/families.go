@@ -6,7 +6,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// A family is a metric with all of its series.
+// A family is a metric and its labels.
 type family struct {
 	name, kind string // gauge, counter or histogram
 	help       string
@@ -14,9 +14,10 @@ type family struct {
 	desc       *prometheus.Desc
 }
 
-// families are all that a scrape can have, in the order of docs/metrics.md.
+// families are all families of a scrape, in the order of docs/metrics.md.
 var families []*family
 
+// newFamily adds a family to families.
 func newFamily(kind, name, help string, labels ...string) *family {
 	name = "migrated_" + name
 	f := &family{name, kind, help, labels, prometheus.NewDesc(name, help, labels, nil)}
@@ -24,7 +25,7 @@ func newFamily(kind, name, help string, labels ...string) *family {
 	return f
 }
 
-// Labels of one migration: a destination has no other name for a VM than its QEMU's -name, which may be empty.
+// one has the labels of a single migration. At a destination vm is the -name of its QEMU, which may be empty.
 var one = []string{"migration", "vm", "role"}
 
 var (
@@ -58,15 +59,20 @@ var (
 			"ahead (foretold), waiting (for another thread), zero or present.", "cause")
 	pages = newFamily("counter", "pages_total",
 		"Pages that came, by the lane that brought them: demand or sweep.", "kind")
-	zeroPages    = newFamily("counter", "pages_zero_total", "Pages that were known to be zero, and had no bytes on the wire.")
+	zeroPages = newFamily("counter", "pages_zero_total",
+		"Pages that were known to be zero, and had no bytes on the wire.")
 	guessedPages = newFamily("counter", "pages_guessed_total",
 		"Pages that were asked for ahead of a thread, because its faults foretold them.")
 	touchedPages = newFamily("counter", "pages_touched_total",
 		"Pages that another process had touched before they came, and that were written again.")
 	unexplainedPages = newFamily("counter", "pages_unexplained_total",
 		"Pages that were there before they came, and could not be written again: the VM may have zeros there.")
+	lostPages = newFamily("counter", "pages_lost_total",
+		"Pages that their sources could not read. The VM is told when it touches one, as of broken memory.")
 	received = newFamily("counter", "received_bytes_total",
 		"Bytes of pages that came, as packed, by the lane that brought them: demand or sweep.", "kind")
+	lostLanes = newFamily("counter", "bulk_lanes_lost_total",
+		"Connections of the sweep that were lost while others of the same migration went on.")
 	discarded  = newFamily("counter", "discarded_bytes_total", "Memory that VMs gave up while it moved.")
 	reconnects = newFamily("counter", "lane_reconnects_total",
 		"How often the page lanes of a migration were opened again, after they were lost or the daemon was started anew.")
@@ -76,6 +82,11 @@ var (
 	stoppedVMs = newFamily("gauge", "vms_stopped_committed",
 		"VMs of this host that were handed over, and of which nobody knows that they run: they stand still here until an "+
 			"answer comes or an operator decides.")
+
+	queued = newFamily("gauge", "migrations_queued",
+		"Migrations away from this host that wait for their turn, here or at their destinations. Their VMs run here.")
+	overdue = newFamily("gauge", "migrations_overdue",
+		"Migrations past the switch whose total_limit has passed, and whose memory is not all at the destination.", "role")
 
 	refusals = newFamily("counter", "refusals_total",
 		"Connections, callers, calls and VMs of other hosts that were refused, by kind.", "kind")

@@ -14,8 +14,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 )
 
-// The classic buckets are powers of two of a microsecond. Those of faults are QEMU's, whose bucket N of
-// postcopy-latency-dist has what took 2^N to 2^(N+1) microseconds.
+// Upper bounds of the classic buckets: powers of two of a microsecond. Those of faults are QEMU's: bucket N of its
+// postcopy-latency-dist has the faults that took 2^N to 2^(N+1) microseconds.
 var (
 	latencyBounds  = powersOfTwo(0, 24) // to 17 s
 	downtimeBounds = powersOfTwo(8, 24) // from 256 us
@@ -29,15 +29,15 @@ func powersOfTwo(from, to int) (bounds []time.Duration) {
 }
 
 const (
-	// schema is the resolution of native histograms: 2^schema buckets for each power of two. With three a bucket is 9 %
-	// wide, somewhat more than one of a postcopy.Durations.
+	// schema is the resolution of native histograms: 2^schema buckets for each power of two. A bucket is 9 % wide, a
+	// little more than one of a postcopy.Durations.
 	schema = 3
-	// zeroThreshold is the width of the native bucket around 0, in seconds: less than a system call takes.
+	// zeroThreshold is the width of the native bucket around 0, in seconds. It is less than a system call takes.
 	zeroThreshold = 1e-9
 )
 
-// histogram is a prometheus.Metric in both forms: servers that ask for Protocol Buffers get the native one as well.
-// Each bucket of the durations counts, whole, where its upper end is.
+// histogram implements prometheus.Metric. It has both forms of histograms: servers that ask for Protocol Buffers get
+// the native form as well. All durations in a bucket of postcopy.Durations count as its upper end.
 type histogram struct {
 	desc   *prometheus.Desc
 	labels []*dto.LabelPair
@@ -45,14 +45,16 @@ type histogram struct {
 	of     *postcopy.Durations
 }
 
-func sendHistogram(to chan<- prometheus.Metric, f *family, bounds []time.Duration, of *postcopy.Durations, labels ...string) {
+func sendHistogram(
+	to chan<- prometheus.Metric, f *family, bounds []time.Duration, of *postcopy.Durations, labels ...string,
+) {
 	to <- &histogram{f.desc, prometheus.MakeLabelPairs(f.desc, labels), bounds, of}
 }
 
-// Desc is the family's.
+// Desc returns the description of the family.
 func (h *histogram) Desc() *prometheus.Desc { return h.desc }
 
-// Write fills in the message that Prometheus reads.
+// Write fills in the message for Prometheus.
 func (h *histogram) Write(to *dto.Metric) error {
 	classic := make([]uint64, len(h.bounds))
 	native := make(map[int]int64)
@@ -75,21 +77,24 @@ func (h *histogram) Write(to *dto.Metric) error {
 	below := uint64(0)
 	for i, bound := range h.bounds {
 		below += classic[i]
-		made.Bucket = append(made.Bucket, &dto.Bucket{UpperBound: proto.Float64(bound.Seconds()), CumulativeCount: proto.Uint64(below)})
+		made.Bucket = append(made.Bucket, &dto.Bucket{
+			UpperBound: proto.Float64(bound.Seconds()), CumulativeCount: proto.Uint64(below),
+		})
 	}
 	made.PositiveSpan, made.PositiveDelta = spans(native)
-	if len(native) == 0 { // so that an empty one is a native one too
+	if len(native) == 0 { // without a span, Prometheus would not see a native histogram
 		made.PositiveSpan = []*dto.BucketSpan{{Offset: proto.Int32(0), Length: proto.Uint32(0)}}
 	}
 	to.Label, to.Histogram = h.labels, made
 	return nil
 }
 
-// nativeBucket is the index of the bucket whose upper end, 2^(index/2^schema), is the least that is not below seconds.
+// nativeBucket returns the index of the native bucket of a duration: the lowest index whose upper end,
+// 2^(index/2^schema), is not below seconds.
 func nativeBucket(seconds float64) int { return int(math.Ceil(math.Log2(seconds) * (1 << schema))) }
 
-// spans are the runs of buckets without a gap, each with its distance to the one before, and how each bucket's count
-// differs from that of the one before.
+// spans encodes buckets for Prometheus: the runs of buckets without a gap, each with its distance to the previous run,
+// and for each bucket the difference of its count to that of the previous bucket.
 func spans(buckets map[int]int64) (spans []*dto.BucketSpan, deltas []int64) {
 	var indices []int
 	for i := range buckets {

@@ -26,9 +26,11 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
+//go:generate go test -trimpath -vet=off -count=1 -run ^TestReference$ . -update
+
 var update = flag.Bool("update", false, "write docs/metrics.md anew")
 
-// TestReference holds the table of docs/metrics.md to the families.
+// TestReference compares the table of docs/metrics.md with the families.
 func TestReference(t *testing.T) {
 	const path, begin, end = "../../docs/metrics.md", "<!-- begin of the families -->\n", "<!-- end of the families -->\n"
 	var table strings.Builder
@@ -50,14 +52,14 @@ func TestReference(t *testing.T) {
 		return
 	}
 	if !*update {
-		t.Fatalf("%s is not what the families say; run this test with -update", path)
+		t.Fatalf("%s is not what the families say: make generate", path)
 	}
 	if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// aState has something of everything.
+// aState returns a State that has a value for each family.
 func aState() *State {
 	s := &State{
 		Version: "v1.2.3", Protocol: 4, Refusals: map[string]uint64{"caller": 2},
@@ -68,24 +70,31 @@ func aState() *State {
 			Id: id, Role: role, State: state, VmName: "db \"1\"", CreateTime: timestamppb.Now(),
 			Location: migratedv1.Location_LOCATION_DESTINATION,
 			Progress: &migratedv1.Progress{
-				PagesTotal: 100, PagesPresent: 75, BytesTotal: 409600, BytesOnWire: 200000, Downtime: durationpb.New(3 * time.Millisecond),
+				PagesTotal: 100, PagesPresent: 75, BytesTotal: 409600, BytesOnWire: 200000,
+				Downtime: durationpb.New(3 * time.Millisecond),
 			},
 		}
 	}
-	const source, destination = migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION
+	const source, destination = migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE,
+		migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION
 	paused := view("paused", destination, migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED)
 	handover := view("handover", source, migratedv1.MigrationState_MIGRATION_STATE_HANDOVER)
 	handover.Progress.Downtime = nil
 	old := view("old", source, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
 	s.Migrations = []Migration{
 		{View: paused, Times: migration.Times{
-			In:     map[migratedv1.MigrationState]time.Duration{migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED: 90 * time.Second},
+			In: map[migratedv1.MigrationState]time.Duration{
+				migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED: 90 * time.Second,
+			},
 			Paused: 90 * time.Second,
 		}},
 		{View: handover, Times: migration.Times{
 			In: map[migratedv1.MigrationState]time.Duration{migratedv1.MigrationState_MIGRATION_STATE_HANDOVER: time.Second},
 		}},
 		{View: old, Times: migration.Times{Over: time.Hour}},
+		{View: &migratedv1.Migration{
+			Id: "queued", Role: source, State: migratedv1.MigrationState_MIGRATION_STATE_SETUP, Waiting: "it is the next",
+		}},
 		{View: &migratedv1.Migration{Id: "left", Role: source}, Left: true},
 	}
 	for _, v := range []*migratedv1.Migration{paused, handover, old} {
@@ -99,7 +108,8 @@ func aState() *State {
 func scrape(t *testing.T, s *State) string {
 	t.Helper()
 	answer := httptest.NewRecorder()
-	Handler(func() *State { return s }, slog.New(slog.DiscardHandler)).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	Handler(func() *State { return s }, slog.New(slog.DiscardHandler)).ServeHTTP(
+		answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	if answer.Code != 200 {
 		t.Fatalf("a scrape has status %d: %s", answer.Code, answer.Body)
 	}
@@ -120,6 +130,7 @@ func TestScrape(t *testing.T) {
 		`migrated_migration_phase_seconds{migration="paused",phase="postcopy-paused",role="destination",vm="db \"1\""} 90`,
 		`migrated_vms_waiting_for_pages 1`,
 		`migrated_vms_stopped_committed 2`,
+		`migrated_migrations_queued 1`,
 		`migrated_pages_total{kind="demand"} 7`,
 		`migrated_faults_total{cause="missing"} 5`,
 		`migrated_fault_latency_seconds_bucket{le="6.4e-05"} 0`,
@@ -148,10 +159,12 @@ func TestScrape(t *testing.T) {
 	}
 }
 
-// TestNativeHistogram compares the native buckets with the durations that they are of.
+// TestNativeHistogram: each duration is in the native bucket for it.
 func TestNativeHistogram(t *testing.T) {
 	var h postcopy.Durations
-	durations := []time.Duration{0, 1, 900, 1000, 70 * time.Microsecond, 71 * time.Microsecond, 5 * time.Millisecond, time.Second, time.Hour}
+	durations := []time.Duration{
+		0, 1, 900, 1000, 70 * time.Microsecond, 71 * time.Microsecond, 5 * time.Millisecond, time.Second, time.Hour,
+	}
 	for _, d := range durations {
 		h.Record(d)
 	}
@@ -189,7 +202,7 @@ func TestNativeHistogram(t *testing.T) {
 		t.Errorf("%v are in no bucket", rest)
 	}
 	below := got.GetBucket()
-	if last := below[len(below)-1].GetCumulativeCount(); last != uint64(len(durations)-1) { // but the hour
+	if last := below[len(below)-1].GetCumulativeCount(); last != uint64(len(durations)-1) { // an hour is beyond the last
 		t.Errorf("%d durations are in a classic bucket, want all but one", last)
 	}
 }

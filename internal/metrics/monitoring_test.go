@@ -12,7 +12,7 @@ import (
 	"go.yaml.in/yaml/v4"
 
 	"github.com/migrated-vm/migrated/e2e/promtool"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 const (
@@ -54,7 +54,7 @@ func alerts(t *testing.T) (all []alert) {
 	return all
 }
 
-// TestMetricsUsedExist: what the dashboard and the alerts use is in a scrape.
+// TestMetricsUsedExist: a scrape has all metrics that the dashboard and the alerts use.
 func TestMetricsUsedExist(t *testing.T) {
 	text := scrape(t, aState())
 	queries, err := promtool.Queries(dashboardFile)
@@ -78,7 +78,7 @@ func TestMetricsUsedExist(t *testing.T) {
 	}
 }
 
-// TestEachAlertHasARunbook, and a case in the rules' test that makes it fire.
+// TestEachAlertHasARunbook: each alert has a runbook, and a case in the test of the rules that makes it fire.
 func TestEachAlertHasARunbook(t *testing.T) {
 	runbooks, err := os.ReadFile("../../docs/runbooks.md")
 	if err != nil {
@@ -108,10 +108,10 @@ func TestEachAlertHasARunbook(t *testing.T) {
 	}
 }
 
-// TestPromtool has Prometheus itself look at the rules, at what makes them fire, and at the dashboard's queries.
+// TestPromtool has Prometheus check the rules, run their test, and evaluate the dashboard's queries.
 func TestPromtool(t *testing.T) {
 	if _, err := promtool.Find(t.Context()); err != nil {
-		cannot.Run(t, "no promtool: %v", err)
+		testenv.CannotRun(t, "no promtool: %v", err)
 	}
 	for _, args := range [][]string{{"check", "rules", "--lint-fatal", alertsFile}, {"test", "rules", alertsTestFile}} {
 		if err := promtool.Run(t.Context(), args...); err != nil {
@@ -123,7 +123,9 @@ func TestPromtool(t *testing.T) {
 		t.Fatal(err)
 	}
 	firing := []string{"MigratedVMStoppedCommitted", "MigratedVMWaitsForPages", "MigratedVMLeftWaiting"}
-	if err := promtool.Evaluate(t.Context(), map[string]string{"a:7602": scrape(t, aState())}, alertsFile, firing, queries); err != nil {
+	if err := promtool.Evaluate(
+		t.Context(), map[string]string{"a:7602": scrape(t, aState())}, alertsFile, firing, queries,
+	); err != nil {
 		t.Error(err)
 	}
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package metrics shows what a daemon has counted to Prometheus. It counts nothing itself: each scrape reads a State, and
-// what answers page faults is neither locked nor told. docs/metrics.md is made of what stands in families.go.
+// Package metrics exports the counts of a daemon to Prometheus. It counts nothing itself: each scrape reads a State,
+// which takes no lock that the fault workers need. The table in docs/metrics.md is generated from families.go.
 package metrics
 
 import (
@@ -13,34 +13,34 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// State is a daemon at one moment.
+// State is the state of a daemon at one moment.
 type State struct {
 	Version      string
 	Protocol     uint32
-	Migrations   []Migration // those that the daemon knows
+	Migrations   []Migration // sorted by NewestFirst
 	Totals       Totals
 	Refusals     map[string]uint64    // by kind
-	Certificates map[string]time.Time // when what is in a file expires, by the setting that names it
+	Certificates map[string]time.Time // when a certificate expires, by the setting that names its file
 }
 
-// Migration is one as its daemon shows it.
+// Migration is the state of one migration.
 type Migration struct {
 	View  *migratedv1.Migration
 	Times migration.Times
-	// Left says that an earlier run of the daemon left it and that it could not be taken up.
+	// Left says that an earlier run of the daemon left the migration, and that it could not be taken up.
 	Left bool
 }
 
-// Totals is what was counted of all migrations since the daemon began, those that it has forgotten included. None of it
-// falls.
+// Totals has the counts of all migrations since the daemon started, also of those that it has forgotten. Counts never
+// decrease.
 type Totals struct {
-	Incoming migration.Counts // of those to this host
+	Incoming migration.Counts // of migrations to this host
 	roles    map[migratedv1.MigrationRole]*roleTotals
 }
 
-// roleTotals are of the migrations of one role.
+// roleTotals has the counts of the migrations of one role.
 type roleTotals struct {
-	Ended    map[migratedv1.MigrationState]uint64 // by the state that they ended in
+	Ended    map[migratedv1.MigrationState]uint64 // how many ended, by their last state
 	Downtime postcopy.Durations
 }
 
@@ -54,7 +54,7 @@ func (t *Totals) of(role migratedv1.MigrationRole) *roleTotals {
 	return t.roles[role]
 }
 
-// Add adds what a migration has to be counted for.
+// Add adds the counts of one migration.
 func (t *Totals) Add(view *migratedv1.Migration) {
 	r := t.of(view.GetRole())
 	if migration.Terminal(view.GetState()) {
@@ -65,7 +65,7 @@ func (t *Totals) Add(view *migratedv1.Migration) {
 	}
 }
 
-// AddAll adds all of o.
+// AddAll adds the counts in o.
 func (t *Totals) AddAll(o *Totals) {
 	t.Incoming.Add(&o.Incoming)
 	for role, theirs := range o.roles {
@@ -77,7 +77,7 @@ func (t *Totals) AddAll(o *Totals) {
 	}
 }
 
-// NewestFirst sorts migrations by their beginning.
+// NewestFirst sorts migrations by the time of their creation, the newest first.
 func NewestFirst(migrations []Migration) {
 	slices.SortFunc(migrations, func(a, b Migration) int {
 		return b.View.GetCreateTime().AsTime().Compare(a.View.GetCreateTime().AsTime())

@@ -10,8 +10,8 @@ import (
 	"github.com/migrated-vm/migrated/internal/qemu"
 )
 
-// attachSame connects to the QEMU of before once more, whose monitor at path was lost: another QEMU there is an error.
-// The caller closes it.
+// attachSame connects again to the QEMU of before, whose monitor at path was lost. It fails if another QEMU answers
+// there. The caller closes the result.
 func attachSame(ctx context.Context, path string, before *qemu.VM) (*qemu.VM, error) {
 	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 	defer cancel()

@@ -32,13 +32,13 @@ func TestCheckBudgets(t *testing.T) {
 			t.Errorf("freeze %v, pause %v: %v", c.freeze, c.pause, err)
 		}
 	}
-	far := &migratedv1.MigrationSpec{FreezeLimit: durationpb.New(time.Hour)} // of a peer, which is not checked
+	far := &migratedv1.MigrationSpec{FreezeLimit: durationpb.New(time.Hour)} // as from a peer that did not check it
 	if got := freezeLimit(far); got != longestFreeze {
 		t.Errorf("a peer's limit is %v", got)
 	}
 }
 
-// A VM that has stood still for as long as it may is given back.
+// The source continues a VM that has stood still for freeze_limit.
 func TestFreezeLimit(t *testing.T) {
 	p := &peer{run: runAtOnce, spec: &migratedv1.MigrationSpec{FreezeLimit: durationpb.New(shortestFreeze)}}
 	p.load = func(ctx context.Context) error {
@@ -54,18 +54,18 @@ func TestFreezeLimit(t *testing.T) {
 	}
 }
 
-// An early load is not tried again once the VM has stood still for it as long as it may.
+// The source does not repeat an early load after the VM has stood still for early_pause_limit.
 func TestEarlyPauseLimit(t *testing.T) {
 	for name, c := range map[string]struct {
 		limit *durationpb.Duration
 		asked int
 		says  string
 	}{
-		"none": {durationpb.New(0), 2, "and may for 0s"}, // the second without a state
+		"none": {durationpb.New(0), 2, "and may for 0s"}, // the second call carries no state
 		"long": {durationpb.New(time.Minute), earlyTries, "a page is missing"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := &peer{run: runAtOnce, early: true, misses: true, spec: &migratedv1.MigrationSpec{EarlyPauseLimit: c.limit}}
+			p := &peer{run: runAtOnce, early: true, earlyMisses: true, spec: &migratedv1.MigrationSpec{EarlyPauseLimit: c.limit}}
 			var devices []string
 			for range 8 {
 				devices = append(devices, "-device", "virtio-rng-pci")
@@ -75,11 +75,12 @@ func TestEarlyPauseLimit(t *testing.T) {
 			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
 			view, _ := s.source.Snapshot()
 			early := view.GetEarlyLoad()
-			if p.asked < c.asked || early.GetLoaded() || !strings.Contains(early.GetReason(), c.says) || early.GetPause().AsDuration() <= 0 {
-				t.Errorf("asked %d times: %v", p.asked, early)
+			if p.earlyCalls < c.asked || early.GetLoaded() ||
+				!strings.Contains(early.GetReason(), c.says) || early.GetPause().AsDuration() <= 0 {
+				t.Errorf("asked %d times: %v", p.earlyCalls, early)
 			}
-			if name == "none" && p.asked != c.asked {
-				t.Errorf("it was tried again: asked %d times", p.asked)
+			if name == "none" && p.earlyCalls != c.asked {
+				t.Errorf("it was tried again: asked %d times", p.earlyCalls)
 			}
 		})
 	}

@@ -12,27 +12,28 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/cgroup"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errNotOnHost says that this host has less to give than the VM holds already: it would stand still, or end, when the
-// last of it is taken.
+// errNotOnHost says that this host has less memory to give than the VM uses already. The VM would stall, or be killed,
+// when the last of it is taken.
 var errNotOnHost = errors.New("this host has no room for what the VM holds")
 
-// A host says what it has to give, in bytes.
-type host struct {
-	// memory is that of small pages, with what can be swapped out.
+// A hostCapacity reports how much memory a host has to give, in bytes.
+type hostCapacity struct {
+	// memory returns how much memory of small pages is available, swap included.
 	memory func() (uint64, error)
-	// hugePages is that of huge pages of a size: free ones, and those that may be made on demand. promised are those of
-	// them that are set aside for who has mapped them.
+	// hugePages returns the memory in huge pages of that size. free counts free pages and pages that the kernel may
+	// still make on demand. promised is the part of free that is reserved for processes that have mapped it.
 	hugePages func(size uint64) (free, promised uint64, err error)
 }
 
 // thisHost asks the kernel.
-var thisHost = host{memory: memoryAndSwap, hugePages: hugePagesOf}
+var thisHost = hostCapacity{memory: memoryAndSwap, hugePages: hugePagesOf}
 
-// memoryAndSwap is MemAvailable and SwapFree of proc_meminfo(5).
+// memoryAndSwap returns the sum of MemAvailable and SwapFree of proc_meminfo(5), in bytes.
 func memoryAndSwap() (uint64, error) {
 	memory, err := meminfo("MemAvailable")
 	if err != nil {
@@ -42,7 +43,7 @@ func memoryAndSwap() (uint64, error) {
 	return memory + swap, err
 }
 
-// hugePagesOf reads Documentation/admin-guide/mm/hugetlbpage.rst's files.
+// hugePagesOf reads the counters that Documentation/admin-guide/mm/hugetlbpage.rst describes. Units: bytes.
 func hugePagesOf(size uint64) (free, promised uint64, err error) {
 	dir := fmt.Sprintf("/sys/kernel/mm/hugepages/hugepages-%dkB", size>>10)
 	counts := make(map[string]uint64)
@@ -59,9 +60,77 @@ func hugePagesOf(size uint64) (free, promised uint64, err error) {
 	return (counts["free_hugepages"] + more) * size, counts["resv_hugepages"] * size, nil
 }
 
-// checkHolds refuses a VM that holds more than this host can give to its memory, which has been emptied here. A VM may
-// be larger than that: what it does not hold, it may never need.
-func (h host) checkHolds(machine *migratedv1.SourceMachine, blocks []qemu.RAMBlock) error {
+// MemoryOf returns how much memory a VM may take of a host (size), and how much of it the VM uses already (held). Both
+// are in bytes, by page size, and include what its QEMU needs besides the VM's memory.
+func MemoryOf(machine *migratedv1.SourceMachine) (size, held map[uint64]uint64) {
+	small := uint64(os.Getpagesize())
+	size, held = map[uint64]uint64{small: qemuNeeds}, map[uint64]uint64{small: qemuNeeds + machine.GetPrivateMemory()}
+	for _, b := range machine.GetRamBlocks() {
+		pages := max(b.GetPageSize(), small)
+		size[pages] += b.GetSize()
+		if pages == small {
+			held[pages] += b.GetPresent()
+		} else {
+			held[pages] += b.GetSize() // QEMU reserves all of its huge pages when it starts
+		}
+	}
+	return size, held
+}
+
+// HostRoom returns how much memory this host has to give to VMs whose QEMUs start in the control group. An empty group
+// means the control group of this process.
+func HostRoom(group string) (*migratedv1.HostRoom, error) {
+	memory, err := meminfo("MemAvailable")
+	if err != nil {
+		return nil, err
+	}
+	swap, err := meminfo("SwapFree")
+	if err != nil {
+		return nil, err
+	}
+	least, limited, err := memoryLimitOf(group)
+	if err != nil {
+		return nil, err
+	}
+	if limited {
+		memory = min(memory, least.Left())
+	}
+	room := &migratedv1.HostRoom{Memory: memory, Swap: swap}
+	for _, size := range hugePageSizes() {
+		free, promised, err := hugePagesOf(size)
+		if err != nil {
+			return nil, err
+		}
+		room.HugePages = append(room.HugePages, &migratedv1.HugePages{PageSize: size, Free: free - min(free, promised)})
+	}
+	return room, nil
+}
+
+// memoryLimitOf returns the memory limit of the control group, or of one of its parents, that leaves the least; false:
+// there is no limit. An empty group means the control group of this process.
+func memoryLimitOf(group string) (cgroup.Limit, bool, error) {
+	groups, err := groupsOf(group)
+	if err != nil {
+		return cgroup.Limit{}, false, err
+	}
+	return groups.Least(cgroup.Memory)
+}
+
+// hugePageSizes returns the sizes of huge pages that the kernel supports, in bytes.
+func hugePageSizes() (sizes []uint64) {
+	dirs, _ := filepath.Glob("/sys/kernel/mm/hugepages/hugepages-*kB") // the pattern is well-formed
+	for _, dir := range dirs {
+		var kib uint64
+		if _, err := fmt.Sscanf(filepath.Base(dir), "hugepages-%dkB", &kib); err == nil {
+			sizes = append(sizes, kib<<10)
+		}
+	}
+	return sizes
+}
+
+// checkFits refuses a VM that uses more memory than this host has to give. Call it after the VM's memory was emptied
+// here. The VM's full size may be larger than that: it may never need memory that it does not use now.
+func (h hostCapacity) checkFits(machine *migratedv1.SourceMachine, blocks []ram.Block) error {
 	present := make(map[string]uint64, len(machine.GetRamBlocks()))
 	small, huge, hugeSize := machine.GetPrivateMemory(), uint64(0), uint64(0)
 	for _, b := range machine.GetRamBlocks() {
@@ -80,7 +149,7 @@ func (h host) checkHolds(machine *migratedv1.SourceMachine, blocks []qemu.RAMBlo
 		return err
 	}
 	if has < small {
-		return noRoom("", small, "of memory and swap are available", has,
+		return noRoomError("", small, "of memory and swap are available", has,
 			"free memory at the destination, or move the VM to another host")
 	}
 	if huge = min(huge, machine.GetHugeMemory()); huge != 0 {
@@ -89,14 +158,15 @@ func (h host) checkHolds(machine *migratedv1.SourceMachine, blocks []qemu.RAMBlo
 			return err
 		}
 		if free < huge {
-			return noRoom(" of huge pages", huge, "are free", free, remedyOfHugePages(hugeSize))
+			return noRoomError(" of huge pages", huge, "are free", free, remedyOfHugePages(hugeSize))
 		}
 	}
 	return checkFileSystems(blocks, present)
 }
 
-// checkFileSystems refuses what the file systems of the blocks' files have no room for: a tmpfs has a size.
-func checkFileSystems(blocks []qemu.RAMBlock, present map[string]uint64) error {
+// checkFileSystems refuses a VM whose RAM files do not fit on their file systems: a tmpfs has a size limit. present is
+// how much of each block is used, in bytes, by the block's id.
+func checkFileSystems(blocks []ram.Block, present map[string]uint64) error {
 	type need struct {
 		bytes, left uint64
 		file        string
@@ -110,7 +180,7 @@ func checkFileSystems(blocks []qemu.RAMBlock, present map[string]uint64) error {
 		if err := unix.Statfs(b.Path, &fs); err != nil {
 			return fmt.Errorf("file system of %s: %w", b.File, err)
 		}
-		if fs.Type != unix.TMPFS_MAGIC || fs.Blocks == 0 { // the kernel's own, of memfds, has no limit
+		if fs.Type != unix.TMPFS_MAGIC || fs.Blocks == 0 { // the kernel's internal tmpfs, which holds memfds, has no limit
 			continue
 		}
 		n := needs[fs.Fsid]
@@ -118,15 +188,15 @@ func checkFileSystems(blocks []qemu.RAMBlock, present map[string]uint64) error {
 	}
 	for _, n := range needs {
 		if n.left < n.bytes {
-			return noRoom("", n.bytes, "are left on the file system of "+n.file, n.left,
+			return noRoomError("", n.bytes, "are left on the file system of "+n.file, n.left,
 				"remove what it is full of, or give it more (mount -o remount,size=)")
 		}
 	}
 	return nil
 }
 
-// noRoom says what is needed and what there is, bytes.
-func noRoom(of string, needs uint64, are string, has uint64, remedy string) error {
+// noRoomError returns the error that says how much is needed and how much there is. Units: bytes.
+func noRoomError(of string, needs uint64, are string, has uint64, remedy string) error {
 	return withRemedy(
 		fmt.Errorf("%w: it holds %d MiB%s, and %d MiB %s", errNotOnHost, needs>>20, of, has>>20, are), remedy)
 }
@@ -136,9 +206,10 @@ func remedyOfHugePages(size uint64) string {
 		"raise /sys/kernel/mm/hugepages/hugepages-%dkB/nr_hugepages at the destination, or end what has them", size>>10)
 }
 
-// explainStart adds to the failure of a QEMU's start that this host has too few huge pages for it, where that is so: a
-// QEMU has them promised, all of them, when it maps its memory, and says only that it cannot allocate.
-func (h host) explainStart(failure error, machine *migratedv1.SourceMachine) error {
+// explainFailedStart adds to failure, the error of a QEMU that did not start, that this host has too few huge pages,
+// where that is the case. QEMU reserves all of its huge pages when it maps its memory, and on failure says only that it
+// cannot allocate memory.
+func (h hostCapacity) explainFailedStart(failure error, machine *migratedv1.SourceMachine) error {
 	needs := make(map[uint64]uint64)
 	for _, b := range machine.GetRamBlocks() {
 		if b.GetPageSize() > uint64(os.Getpagesize()) {

@@ -11,17 +11,17 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// smallTmpfs mounts one of so many bytes, and makes a file there.
+// smallTmpfs mounts a tmpfs of that size, and makes a file in it.
 func smallTmpfs(t *testing.T, size string) (file string) {
 	t.Helper()
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
-		cannot.Run(t, "mounting needs root: %v", err)
+		testenv.CannotRun(t, "mounting needs root: %v", err)
 	}
 	t.Cleanup(func() {
 		if err := unix.Unmount(dir, 0); err != nil {
@@ -38,8 +38,8 @@ func smallTmpfs(t *testing.T, size string) (file string) {
 func TestHostHasRoom(t *testing.T) {
 	const mib = 1 << 20
 	file := smallTmpfs(t, "32m")
-	onTmpfs := []qemu.RAMBlock{{ID: "ram", Size: 64 * mib, PageSize: 4096, Path: file, File: file, FileIdentity: "here"}}
-	h := host{
+	onTmpfs := []ram.Block{{ID: "ram", Size: 64 * mib, PageSize: 4096, Path: file, File: file, FileIdentity: "here"}}
+	h := hostCapacity{
 		memory:    func() (uint64, error) { return 100 * mib, nil },
 		hugePages: func(uint64) (free, promised uint64, err error) { return 20 * mib, 12 * mib, nil },
 	}
@@ -48,7 +48,7 @@ func TestHostHasRoom(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		machine *migratedv1.SourceMachine
-		blocks  []qemu.RAMBlock
+		blocks  []ram.Block
 		want    string // empty: it fits
 	}{
 		"fits on the tmpfs": {&migratedv1.SourceMachine{RamBlocks: block(4096, 30*mib, "f")}, onTmpfs, ""},
@@ -57,7 +57,8 @@ func TestHostHasRoom(t *testing.T) {
 			"it holds 40 MiB, and 32 MiB are left on the file system of " + file,
 		},
 		"private at the source": {
-			&migratedv1.SourceMachine{RamBlocks: block(4096, 0, ""), PrivateMemory: 40 * mib}, onTmpfs, "it holds 40 MiB, and 32 MiB",
+			&migratedv1.SourceMachine{RamBlocks: block(4096, 0, ""), PrivateMemory: 40 * mib},
+			onTmpfs, "it holds 40 MiB, and 32 MiB",
 		},
 		"fits into memory": {&migratedv1.SourceMachine{RamBlocks: block(4096, 0, ""), PrivateMemory: 100 * mib}, nil, ""},
 		"too much for memory": {
@@ -72,7 +73,7 @@ func TestHostHasRoom(t *testing.T) {
 		"an older source": {&migratedv1.SourceMachine{RamBlocks: block(4096, 0, "f")}, onTmpfs, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			err := h.checkHolds(c.machine, c.blocks)
+			err := h.checkFits(c.machine, c.blocks)
 			if c.want == "" {
 				if err != nil {
 					t.Error(err)
@@ -85,14 +86,15 @@ func TestHostHasRoom(t *testing.T) {
 		})
 	}
 	failed := errors.New("QEMU cannot allocate memory")
-	err := h.explainStart(failed, &migratedv1.SourceMachine{RamBlocks: block(2*mib, 0, "f")})
+	err := h.explainFailedStart(failed, &migratedv1.SourceMachine{RamBlocks: block(2*mib, 0, "f")})
 	const want = "it needs 64 MiB of huge pages, and 8 MiB are free and not promised to others"
-	if !errors.Is(err, failed) || !strings.Contains(err.Error(), want) || !strings.Contains(Remedy(err), "hugepages-2048kB/nr_hugepages") {
+	if !errors.Is(err, failed) || !strings.Contains(err.Error(), want) ||
+		!strings.Contains(Remedy(err), "hugepages-2048kB/nr_hugepages") {
 		t.Errorf("%v, want %q", err, want)
 	}
 }
 
-// TestThisHost: the kernel's files are as they are read.
+// TestThisHost reads the kernel's real files.
 func TestThisHost(t *testing.T) {
 	memory, err := thisHost.memory()
 	if err != nil || memory == 0 {

@@ -8,12 +8,13 @@ import (
 	"os"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/check"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// CheckSource looks at a VM as a source does before it calls the destination. machine is for that destination's
-// CheckDestination; it is nil where a result says that the VM cannot be moved.
-func CheckSource(ctx context.Context, cfg SourceConfig) (results []qemu.Result, machine *migratedv1.SourceMachine) {
+// CheckSource checks a VM as a source does before it calls the destination. machine is the input for CheckDestination
+// on the destination; it is nil if a result says that the VM cannot be moved.
+func CheckSource(ctx context.Context, cfg SourceConfig) (results []check.Result, machine *migratedv1.SourceMachine) {
 	s, ctx := newSource(ctx, cfg)
 	defer s.cancel(nil)
 	defer s.release()
@@ -21,15 +22,15 @@ func CheckSource(ctx context.Context, cfg SourceConfig) (results []qemu.Result, 
 	if s.vm, err = qemu.Attach(ctx, cfg.Spec.GetVm()); err != nil {
 		result := resultOf("QMP socket", err)
 		result.Remedy = "give the path of a QMP Unix socket of the VM that no other client is connected to"
-		return []qemu.Result{result}, nil
+		return []check.Result{result}, nil
 	}
-	if err := claimed.refuse(s.vm); err != nil {
-		return []qemu.Result{resultOf("VM", err)}, nil
+	if err := qemuClaims.checkUnclaimed(s.vm); err != nil {
+		return []check.Result{resultOf("VM", err)}, nil
 	}
 	if _, err := s.refuseHandedOver(ctx); err != nil {
-		return []qemu.Result{resultOf("VM", err)}, nil
+		return []check.Result{resultOf("VM", err)}, nil
 	}
-	if results = qemu.CheckVM(ctx, s.vm); refuse("", results) != nil {
+	if results = check.VM(ctx, s.vm); refusalOf("", results) != nil {
 		return results, nil
 	}
 	err = s.openVM(ctx)
@@ -42,9 +43,9 @@ func CheckSource(ctx context.Context, cfg SourceConfig) (results []qemu.Result, 
 	return results, machine
 }
 
-// CheckDestination does what Prepare does up to the connection to the source, and ends the QEMU that was started for it.
-// One that somebody else started is compared alone. Nothing is left of it.
-func CheckDestination(ctx context.Context, cfg DestinationConfig) (results []qemu.Result) {
+// CheckDestination does what Prepare does before it connects to the source, and then ends the QEMU that it started. A
+// QEMU that somebody else started is only compared. CheckDestination removes everything that it made.
+func CheckDestination(ctx context.Context, cfg DestinationConfig) (results []check.Result) {
 	d := NewDestination(ctx, cfg)
 	defer d.cancel(nil)
 	d.mu.Lock()
@@ -72,12 +73,12 @@ func CheckDestination(ctx context.Context, cfg DestinationConfig) (results []qem
 		d.endQEMU()
 	}
 	if err != nil {
-		return []qemu.Result{resultOf("destination QEMU", causeOf(ctx, err))}
+		return []check.Result{resultOf("destination QEMU", causeOf(ctx, err))}
 	}
-	return []qemu.Result{{Subject: "destination QEMU", Detail: "it would have the same VM as the source"}}
+	return []check.Result{{Subject: "destination QEMU", Detail: "it would have the same VM as the source"}}
 }
 
-// resultOf is an error as a check shows it.
-func resultOf(subject string, err error) qemu.Result {
-	return qemu.Result{Subject: subject, Status: qemu.Failed, Detail: err.Error(), Remedy: Remedy(err)}
+// resultOf returns err as the failed result of a check.
+func resultOf(subject string, err error) check.Result {
+	return check.Result{Subject: subject, Status: check.Failed, Detail: err.Error(), Remedy: Remedy(err)}
 }

@@ -14,24 +14,26 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/check"
+	"github.com/migrated-vm/migrated/internal/qemu/cmdline"
 	"github.com/migrated-vm/migrated/internal/qmp"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestCheck has real QEMUs compared: that of a VM which was plugged something into, and what its command line makes.
+// TestCheck compares real QEMUs: a VM that had a device plugged in while it ran, and the QEMU that its command line
+// makes.
 func TestCheck(t *testing.T) {
 	if os.Geteuid() != 0 {
-		cannot.Run(t, "needs root")
+		testenv.CannotRun(t, "needs root")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	s := newStageWith(t, ctx, &peer{}, "-device", "qemu-xhci,id=usb", "-device", "usb-tablet,id=tablet")
-	s.source.cancel(ErrCancelled) // the stage's own migration would have the monitor
+	s.source.cancel(ErrCancelled) // else the stage's own migration keeps the monitor
 	<-s.source.Done()
-	source := func() (all []qemu.Result, machine *migratedv1.SourceMachine) {
+	source := func() (all []check.Result, machine *migratedv1.SourceMachine) {
 		t.Helper()
 		all, machine = CheckSource(ctx, SourceConfig{
 			Spec: &migratedv1.MigrationSpec{Vm: s.vm}, Records: s.records, Pages: s.pages, Log: slog.New(slog.DiscardHandler),
@@ -41,7 +43,7 @@ func TestCheck(t *testing.T) {
 		}
 		return all, machine
 	}
-	// At the other host all has the same names; here they would be the running VM's.
+	// On another host all paths would be the same. Here they would be those of the running VM.
 	elsewhere := func(machine *migratedv1.SourceMachine, directory string) *migratedv1.SourceMachine {
 		machine = proto.CloneOf(machine)
 		machine.QmpPath = strings.Replace(machine.GetQmpPath(), filepath.Dir(s.vm), directory, 1)
@@ -63,7 +65,8 @@ func TestCheck(t *testing.T) {
 			Request: &migratedv1.PrepareIncomingRequest{
 				Id: "check", Machine: elsewhere(machine, directory), DestinationQmp: qmpPath,
 			},
-			Dir: state, PipeDir: t.TempDir(), LogDir: t.TempDir(), Binaries: qemu.DefaultBinaries, Log: slog.New(slog.DiscardHandler),
+			Dir: state, PipeDir: t.TempDir(), LogDir: t.TempDir(), Binaries: cmdline.DefaultBinaries,
+			Log: slog.New(slog.DiscardHandler),
 		})
 		if _, err := os.Stat(state); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("something is left: %v", err)
@@ -71,7 +74,7 @@ func TestCheck(t *testing.T) {
 		var says []string
 		for _, r := range found {
 			says = append(says, r.Status.String()+" "+r.Detail)
-			if (r.Status == qemu.Failed) != (r.Remedy != "") {
+			if (r.Status == check.Failed) != (r.Remedy != "") {
 				t.Errorf("result %+v", r)
 			}
 		}
@@ -80,7 +83,7 @@ func TestCheck(t *testing.T) {
 	_, machine := source()
 	if says := check(machine, ""); !strings.HasPrefix(says, "ok ") {
 		if strings.Contains(says, inject.ErrForbidden.Error()) {
-			cannot.Run(t, "%s", says)
+			testenv.CannotRun(t, "%s", says)
 		}
 		t.Errorf("a VM that can be moved: %s", says)
 	}
@@ -94,11 +97,13 @@ func TestCheck(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, machine = source()
-	if says := check(machine, ""); !strings.HasPrefix(says, "failed ") || !strings.Contains(says, `lacks "hot" (usb-mouse usb.0)`) {
+	if says := check(machine, ""); !strings.HasPrefix(says, "failed ") ||
+		!strings.Contains(says, `lacks "hot" (usb-mouse usb.0)`) {
 		t.Errorf("a VM into which a device was plugged: %s", says)
 	}
-	// Somebody else's QEMU is compared, and not ended.
-	waiting := newStageWith(t, ctx, &peer{}, "-device", "qemu-xhci,id=usb", "-device", "usb-tablet,id=tablet", "-device", "usb-mouse,id=hot",
+	// A QEMU that somebody else started is compared, and not ended.
+	waiting := newStageWith(t, ctx, &peer{},
+		"-device", "qemu-xhci,id=usb", "-device", "usb-tablet,id=tablet", "-device", "usb-mouse,id=hot",
 		"-S", "-incoming", "defer")
 	waiting.source.cancel(ErrCancelled)
 	<-waiting.source.Done()

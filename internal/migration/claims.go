@@ -7,69 +7,85 @@ import (
 	"sync"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 )
 
-// claimed are the QEMUs that the migrations of this process have to do with, at either end.
-var claimed = claims{by: map[qemu.Identity]string{}}
+// qemuClaims has the QEMU processes that migrations of this process use, on either end.
+var qemuClaims = claims{owners: map[process.Identity]string{}}
 
-// claims says which migration has a QEMU. A VM is known by its process: it has as many sockets as it has monitors, and
-// two migrations of it, or one of a VM that has not all of its memory yet, would each take it for its own.
+// claims records which migration uses which QEMU. A VM is identified by its process, because it has as many sockets as
+// it has monitors. Without claims, two migrations could take the same VM, and a migration could take a VM that is still
+// arriving here.
 type claims struct {
-	mu sync.Mutex
-	by map[qemu.Identity]string // ids
+	mu     sync.Mutex
+	owners map[process.Identity]string // QEMU → id of its migration
 }
 
-// takeVM has the QEMU that vm is connected to be that migration's, and returns what to give back.
-func (c *claims) takeVM(vm *qemu.VM, id string) (qemu.Identity, error) {
+// claimVM claims the QEMU that vm is connected to for migration id. It returns the identity to pass to unclaim.
+func (c *claims) claimVM(vm *qemu.VM, id string) (process.Identity, error) {
 	identity, err := vm.Identity()
 	if err == nil {
-		err = c.take(identity, id)
+		err = c.claim(identity, id)
 	}
 	if err != nil {
-		return qemu.Identity{}, err
+		return process.Identity{}, err
 	}
 	return identity, nil
 }
 
-// take has the QEMU be that migration's, unless it is another's. give it back.
-func (c *claims) take(vm qemu.Identity, id string) error {
+// claim claims a QEMU for migration id, and fails if another migration has it. unclaim ends the claim.
+func (c *claims) claim(vm process.Identity, id string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for known := range c.by {
+	for known := range c.owners {
 		if !known.Alive() {
-			delete(c.by, known)
+			delete(c.owners, known)
 		}
 	}
-	if err := c.check(vm, id); err != nil {
+	if err := c.checkFree(vm, id); err != nil {
 		return err
 	}
-	c.by[vm] = id
+	c.owners[vm] = id
 	return nil
 }
 
-// refuse fails where the QEMU that vm is connected to is a migration's.
-func (c *claims) refuse(vm *qemu.VM) error {
+// checkUnclaimed fails if a migration has claimed the QEMU that vm is connected to.
+func (c *claims) checkUnclaimed(vm *qemu.VM) error {
 	identity, err := vm.Identity()
 	if err != nil {
 		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.check(identity, "")
+	return c.checkFree(identity, "")
 }
 
-// check fails where the QEMU is another migration's. The caller holds mu.
-func (c *claims) check(vm qemu.Identity, id string) error {
-	other, exists := c.by[vm]
-	if !exists || other == id { // its own was an earlier run's
+// checkFree fails if another migration has claimed the QEMU. The caller holds mu.
+func (c *claims) checkFree(vm process.Identity, id string) error {
+	other, exists := c.owners[vm]
+	if !exists || other == id { // its own claim: from an earlier attempt of this migration
 		return nil
 	}
 	return withRemedy(fmt.Errorf("this VM, process %d, is being migrated already, by migration %s", vm.PID, other),
 		fmt.Sprintf("follow that one with 'migrated watch %s', and migrate the VM when it is over", other))
 }
 
-func (c *claims) give(vm qemu.Identity) {
+// ClaimOf returns the id of the migration of this process that has claimed the QEMU with process number pid; empty:
+// none.
+func ClaimOf(pid int) string {
+	qemuClaims.mu.Lock()
+	defer qemuClaims.mu.Unlock()
+	for vm, id := range qemuClaims.owners {
+		if vm.PID == pid && vm.Alive() {
+			return id
+		}
+	}
+	return ""
+}
+
+// unclaim ends the claim on a QEMU.
+func (c *claims) unclaim(vm process.Identity) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.by, vm)
+	delete(c.owners, vm)
 }

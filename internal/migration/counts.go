@@ -9,20 +9,23 @@ import (
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 )
 
-// Counts is what was counted of pages that came to this host. None of it falls.
+// Counts holds counters of the pages that came to this host. No counter decreases.
 type Counts struct {
 	Faults                            postcopy.Causes
 	Latency                           postcopy.Durations // of faults
-	DemandPages, BulkPages            uint64             // answered, by kind of lane
-	ZeroPages                         uint64             // of these
+	DemandPages, BulkPages            uint64             // pages that came on lanes of each kind
+	ZeroPages                         uint64             // of these, pages of zeros
 	GuessedPages                      uint64
 	TouchedPages, UnexplainedPages    uint64
-	DemandBytes, BulkBytes            uint64 // as packed as they came
-	UnpackedBytes                     uint64 // that these were
+	LostPages                         uint64
+	DemandBytes, BulkBytes            uint64 // on the wire, packed
+	UnpackedBytes                     uint64 // the same after unpacking
 	DiscardedBytes, LaneReconnections uint64
+	BulkLanesLost                     uint64 // while other lanes went on
+	MostBulkLanes                     uint32 // at the same time, in one migration
 }
 
-// Add adds all of o.
+// Add adds o to c. MostBulkLanes becomes the larger of the two.
 func (c *Counts) Add(o *Counts) {
 	c.Faults.Missing += o.Faults.Missing
 	c.Faults.Swept += o.Faults.Swept
@@ -35,8 +38,11 @@ func (c *Counts) Add(o *Counts) {
 	c.BulkPages += o.BulkPages
 	c.ZeroPages += o.ZeroPages
 	c.GuessedPages += o.GuessedPages
+	c.BulkLanesLost += o.BulkLanesLost
+	c.MostBulkLanes = max(c.MostBulkLanes, o.MostBulkLanes)
 	c.TouchedPages += o.TouchedPages
 	c.UnexplainedPages += o.UnexplainedPages
+	c.LostPages += o.LostPages
 	c.DemandBytes += o.DemandBytes
 	c.BulkBytes += o.BulkBytes
 	c.UnpackedBytes += o.UnpackedBytes
@@ -44,43 +50,45 @@ func (c *Counts) Add(o *Counts) {
 	c.LaneReconnections += o.LaneReconnections
 }
 
-// counted is where the counts of one migration are: in its engine, and those that it had for QEMUs before.
-type counted struct {
+// engineList holds the engines of one migration: the current one and those for QEMUs that were replaced. The counts are
+// in the engines.
+type engineList struct {
 	reconnects atomic.Uint64
 
-	mu      sync.Mutex // never held by who answers a fault
-	engines []*postcopy.Engine
+	mu  sync.Mutex // never held while a fault is answered
+	all []*postcopy.Engine
 }
 
-func (c *counted) add(e *postcopy.Engine) {
+func (c *engineList) add(e *postcopy.Engine) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.engines = append(c.engines, e)
+	c.all = append(c.all, e)
 }
 
-// last is the engine that fills the memory now, or did; nil: there was none.
-func (c *counted) last() *postcopy.Engine {
+// last returns the engine that fills the memory now, or did last; nil: there was none.
+func (c *engineList) last() *postcopy.Engine {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.engines) == 0 {
+	if len(c.all) == 0 {
 		return nil
 	}
-	return c.engines[len(c.engines)-1]
+	return c.all[len(c.all)-1]
 }
 
-// AddCounts adds what was counted of this migration so far. It reads what the engine counts for itself.
+// AddCounts adds the counts of this migration so far to to.
 func (d *Destination) AddCounts(to *Counts) {
-	d.counted.mu.Lock()
-	defer d.counted.mu.Unlock()
-	for _, e := range d.counted.engines {
+	d.engines.mu.Lock()
+	defer d.engines.mu.Unlock()
+	for _, e := range d.engines.all {
 		s := e.Stats()
 		to.Add(&Counts{
 			Faults: s.Causes, DemandPages: s.DemandPages, BulkPages: s.BulkPages, ZeroPages: s.PagesZero,
 			GuessedPages: s.Guessed, TouchedPages: s.PagesTouched, UnexplainedPages: s.PagesUnexplained,
+			LostPages:   s.PagesLost,
 			DemandBytes: s.DemandBytes, BulkBytes: s.BytesReceived - s.DemandBytes, UnpackedBytes: s.PageBytes,
-			DiscardedBytes: s.Discarded,
+			DiscardedBytes: s.Discarded, BulkLanesLost: s.BulkLanesLost, MostBulkLanes: uint32(s.MostBulkLanes),
 		})
 		e.AddLatency(&to.Latency)
 	}
-	to.LaneReconnections += d.counted.reconnects.Load()
+	to.LaneReconnections += d.engines.reconnects.Load()
 }

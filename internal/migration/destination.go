@@ -18,159 +18,158 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/launch"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	"github.com/migrated-vm/migrated/internal/version"
-	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// loadedTimeout is how long a destination that has loaded the device state
-// waits for Run before it gives up. The source repeats Run for longer; it is
-// then told that the VM never ran here.
+// loadedTimeout is how long a destination that has loaded the device state waits for Run before it gives up. The
+// source repeats Run for longer than that. It then hears that the VM never ran here.
 const loadedTimeout = 60 * time.Second
 
-// endTimeout is how long Abort waits for all to be let go.
+// endTimeout is how long Abort waits until everything is released.
 const endTimeout = 5 * time.Second
 
-// What a source that is not heard of keeps at most: a QEMU that is prepared, and one that loads. A source that goes on is
-// a hundred times faster (prepareTimeout and deviceTimeout are its own), but its operator may take time to say start.
+// Timeouts for a source that sends nothing. They bound how long this host keeps a QEMU that is prepared or loading. A
+// source that works is a hundred times faster: prepareTimeout and deviceTimeout are its own limits. Its operator may
+// take time to say start.
 const (
-	awaitingEarlyTimeout = 30 * time.Second // for the call to begin
+	awaitingEarlyTimeout = 30 * time.Second // until LoadEarlyState begins
 	preparedTimeout      = 15 * time.Minute
 	loadTimeout          = 30 * time.Second
 )
 
-// DestinationConfig is what one migration to this host needs.
+// DestinationConfig is the configuration of one migration to this host.
 type DestinationConfig struct {
-	// Request is the source's, its page addresses made absolute. Its protocol is the one that was agreed on.
+	// Request is the source's request with absolute page addresses. Its protocol is the version that both daemons
+	// agreed on.
 	Request *migratedv1.PrepareIncomingRequest
-	// Dir is a directory of this migration's own; Prepare makes it.
+	// Dir is the directory of this migration alone. Prepare creates it.
 	Dir string
-	// PipeDir and LogDir have what QEMUs write: see qemu.FollowOutputs.
+	// PipeDir and LogDir hold the output of QEMUs; see launch.FollowOutputs.
 	PipeDir, LogDir string
-	// Binaries are patterns of QEMU binaries that a source may have started.
+	// Binaries are patterns of the QEMU binaries that a source may have started here.
 	Binaries []string
-	// TemplateDir has the templates of command lines that a source may name.
+	// TemplateDir holds the templates of command lines that a source may name.
 	TemplateDir string
-	// ForbiddenOptions are those that no QEMU is started with; see qemu.ParseForbidden.
+	// ForbiddenOptions are options that no QEMU is started with; see cmdline.ParseForbidden.
 	ForbiddenOptions []string
-	// MinUID is the least user that a QEMU is started as.
+	// MinUID is the smallest user ID that a QEMU is started as.
 	MinUID int
-	// RunAs is the user that QEMUs are started as, whoever runs them at their sources; nil: as at the source.
-	RunAs *qemu.Credentials
-	// LibvirtSocket is where this host's libvirt listens; empty: at one of its usual places.
+	// RunAs is the user that every QEMU is started as. nil: the user that it runs as at the source.
+	RunAs *process.Credentials
+	// LibvirtSocket is the socket of this host's libvirt. Empty: one of the usual places.
 	LibvirtSocket string
-	// Starter starts QEMU; nil: this process does.
-	Starter *qemu.Starter
-	// Cgroup is the control group below which each QEMU is started in one of its own, as "/vms"; empty: it is in the daemon's.
+	// Starter starts QEMU. nil: this process does.
+	Starter *launch.Starter
+	// Cgroup is the parent of the control groups of QEMUs, such as "/vms"; each QEMU gets a group of its own. Empty:
+	// QEMUs stay in the daemon's group.
 	Cgroup string
 	// FaultWorkers is the number of fault workers and demand lanes.
 	FaultWorkers int
-	// Versions are of this host, without QEMU's, for the report.
+	// Versions are the versions of this host for the report, without QEMU's.
 	Versions *migratedv1.HostVersions
-	// RequireSecure refuses an unsupervised userfaultfd, whatever the source asks.
+	// RequireSecure refuses an unsupervised userfaultfd, whatever the source asks for.
 	RequireSecure bool
-	// Bandwidth is this daemon's own limit, bytes a second; 0: none.
+	// Bandwidth is this daemon's own limit in bytes a second. 0: no limit.
 	Bandwidth uint64
-	// Dial makes a connection for a lane to the source's page server at HOST:PORT. Its errors are gRPC statuses.
+	// Dial connects a lane to the source's page server at HOST:PORT. Its errors are gRPC statuses.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 	Log  *slog.Logger
 }
 
-// Destination drives one migration to this host. The embedded Tracker shows
-// it.
+// Destination drives one migration to this host. The embedded Tracker shows it to the API. Its parts:
+//
+//	destinationState   the step, and what a restarted daemon has to know of it
+//	incomingQEMU       the QEMU that the VM is moved to
+//	incomingMemory     the VM's memory and the engine that fills it
+//	destinationLife    contexts: how long it lives, and what ends it
+//	pageAddresses      addresses of the source's page server
 type Destination struct {
 	*Tracker
+	destinationState
+	incomingQEMU
+	incomingMemory
+	destinationLife
+	pageAddresses
 
-	cfg  DestinationConfig
-	log  *slog.Logger
-	done chan struct{}
+	cfg DestinationConfig
+	log *slog.Logger
 
-	// The daemon's life; and that of the migration, longer than any call's.
+	mu       sync.Mutex           // serializes the peer's calls; guards every field without another guard
+	early    *earlyLoaded         // nil: QEMU loads all of the devices' state when the VM has stopped
+	loadTime *durationpb.Duration // to load the devices' state after the VM had stopped; nil: unknown
+	heard    atomic.Bool          // see Heard
+	// releaseGC ends the hold on the garbage collector during the switch.
+	releaseGC func()
+	retention retention
+}
+
+// A destinationLife holds the contexts that a destination runs under.
+type destinationLife struct {
+	// The lifetimes of the daemon and of the migration. A migration lives longer than any call.
 	daemon context.Context //nolint:containedctx // see above
 	ctx    context.Context //nolint:containedctx // see above
 	cancel context.CancelCauseFunc
-	// The part of it that Abort may cut short.
+	// Loading runs under this one: Abort can end it early.
 	loadCtx    context.Context //nolint:containedctx // see above
 	cancelLoad context.CancelCauseFunc
 
-	fate     atomic.Int32 // see decide
-	mu       sync.Mutex   // serializes the peer's calls; guards what follows
-	phase    phase
-	reason   error // why phase is givenUp
-	answer   *migratedv1.RunResponse
-	vm       *qemu.VM
-	claim    qemu.Identity // of claimed; zero: none
-	process  *qemu.Process // nil: somebody else started QEMU
-	domain   string        // address of libvirt's domain that was started; empty: none
-	facts    *keptFactsV1  // of a migration that was taken up
-	replaced []*qemu.VM    // before vm, the same QEMU by monitors that were lost
-	left     qemu.Identity // of a QEMU that an earlier run of the daemon left, until vm answers
-	blocks   []qemu.RAMBlock
-	discards bool                 // of its Facts
-	reserve  *reserve             // nil in a migration that was taken up
-	loadTime *durationpb.Duration // of the devices' state, when the VM had stopped; nil: it is not known
-	early    *earlyLoaded         // nil: QEMU loads all of the devices' state when the VM has stopped
-	steps    int                  // that were expected, see expire
-	taken    *inject.Taken
-	// Of taken's userfaultfd.
+	pumpStarted bool // pump was started; it releases everything when it ends
+	done        chan struct{}
+}
+
+// An incomingQEMU is the QEMU that the VM is moved to.
+type incomingQEMU struct {
+	vm       *qemu.VM         // nil: not started yet, or it has not answered since this daemon took the migration up
+	replaced []*qemu.VM       // connections to the same QEMU whose monitor was lost
+	claim    process.Identity // what qemuClaims holds for this migration; zero: nothing
+	process  *launch.Process  // nil: this daemon did not start QEMU
+	domain   string           // address of the domain that libvirt started; empty: none
+
+	// Only of a migration that was taken up.
+	facts     *keptFactsV1
+	left      process.Identity // the QEMU that the earlier run of the daemon left; used until vm is set
+	exit      *process.Exit    // observes the end of that QEMU; nil: none was left
+	attaching chan struct{}    // closed when attachTakenUp returns; nil: it was not needed
+
+	taken       *inject.Taken // its userfaultfd; how that is supervised:
 	supervision uffd.Supervision
 	label       string
+}
 
+// An incomingMemory is the VM's memory and the engine that fills it.
+type incomingMemory struct {
+	blocks  []ram.Block
+	reserve *reserve // nil: the migration was taken up
 	engine  *postcopy.Engine
-	counted counted
-	// What the engine needs where another process touches the VM's memory, see openFiles.
-	pagemap                      *pagemap.Map
-	files                        []*os.File
-	warnTouched, warnUnexplained sync.Once
-	kept                         *kept
-	leave                        bool // kept for a later daemon
-	word                         word
-	pumping                      bool // pump was started; it releases what is held
-	orphan                       bool // the pump's: the source's QEMU has ended
-	// attaching is closed when attachAgain has ended; nil where it was not needed.
-	attaching chan struct{}
-	// releaseGC ends the hold on the garbage collector during the switch.
-	releaseGC func()
-	meter     meter
+	engines engineList
+	meter   meter
+	orphan  bool // owned by pump: the source's QEMU has ended
+	// The engine needs these when another process touches the VM's memory; see openFiles.
+	pagemap                                *uffd.Pagemap
+	files                                  []*os.File
+	warnTouched, warnUnexplained, warnLost sync.Once
 
-	limitMu  sync.Mutex // guards the kept limit against release
-	released bool
-
-	viaMu sync.Mutex
-	via   []string      // addresses given to Recover, the last first
-	hurry chan struct{} // dial now; holds one
+	limitMu   sync.Mutex // guards kept, the limit and the page states against release
+	released  bool
+	cachedMap cachedMap // guarded by limitMu as well
 }
 
-// A phase is how far the calls of the source have brought this destination.
-type phase int
-
-const (
-	preparing     phase = iota
-	awaitingEarly       // LoadEarlyState comes first
-	prepared
-	loading
-	loaded
-	running // QEMU was told to run it: the VM is this host's
-	givenUp // for good: Run is answered with ErrNotRun
-)
-
-// Fates of a destination.
-const (
-	undecided int32 = iota
-	toldToRun       // QEMU was told to run the VM, or will be
-	cannotRun       // before that the source's pages could not be had any more, or QEMU not be told
-)
-
-// decide makes f the destination's fate, unless it has another. The peer's calls and the pump both ask, and the pump cannot
-// wait for mu: Run holds that while it waits for QEMU, which may wait for pages.
-func (d *Destination) decide(f int32) bool {
-	return d.fate.CompareAndSwap(undecided, f) || d.fate.Load() == f
+// pageAddresses are addresses of the source's page server beside those that the source named.
+type pageAddresses struct {
+	viaMu    sync.Mutex
+	via      []string      // given to Recover, the newest first
+	retryNow chan struct{} // a value means: dial now; capacity 1
 }
 
-// AgreeOnProtocol makes the protocol of a request the newest that both daemons speak, to which they keep from then on.
+// AgreeOnProtocol sets the protocol of a request to the newest version that both daemons speak. Both use it from then
+// on.
 func AgreeOnProtocol(request *migratedv1.PrepareIncomingRequest) (err error) {
 	request.Protocol, err = version.AgreeOnProtocol("the source", request.GetOldestProtocol(), request.GetProtocol())
 	if err != nil {
@@ -179,8 +178,7 @@ func AgreeOnProtocol(request *migratedv1.PrepareIncomingRequest) (err error) {
 	return nil
 }
 
-// NewDestination makes a destination that Prepare brings to life. It lives
-// until it is over or ctx ends.
+// NewDestination creates a destination; Prepare starts it. It lives until the migration is over or ctx ends.
 func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 	request := cfg.Request
 	d := &Destination{
@@ -191,11 +189,12 @@ func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 			Spec:   request.GetSpec(),
 			VmName: printable.Line(request.GetMachine().GetName()),
 		}),
-		cfg:  cfg,
-		log:  cfg.Log.With("migration", request.GetId(), "role", "destination", "vm", printable.Line(request.GetMachine().GetName())),
-		done: make(chan struct{}),
-
-		releaseGC: func() {}, hurry: make(chan struct{}, 1), daemon: ctx,
+		cfg: cfg,
+		log: cfg.Log.With("migration", request.GetId(), "role", "destination",
+			"vm", printable.Line(request.GetMachine().GetName())),
+		releaseGC:       func() {},
+		destinationLife: destinationLife{daemon: ctx, done: make(chan struct{})},
+		pageAddresses:   pageAddresses{retryNow: make(chan struct{}, 1)},
 	}
 	d.note(func(r *migratedv1.Report) {
 		r.Source = versionsOf(request.GetVersions(), request.GetMachine().GetQemuVersion())
@@ -207,24 +206,23 @@ func NewDestination(ctx context.Context, cfg DestinationConfig) *Destination {
 	return d
 }
 
-// Done is closed when the migration is over and everything it held released.
+// Done returns a channel that is closed when the migration is over and everything is released.
 func (d *Destination) Done() <-chan struct{} { return d.done }
 
-// expire gives up a destination that is still in that phase when the time has passed, and has not gone on since, to
-// come back to it perhaps. The clock is the monotonic one. The caller holds mu.
-func (d *Destination) expire(in phase, after time.Duration, why string) {
-	d.steps++
-	step := d.steps
+// expire gives the destination up after the given time, unless it has moved to another step by then. It uses the
+// monotonic clock. The caller holds mu.
+func (d *Destination) expire(after time.Duration, why string) {
+	moves := d.moves.Load()
 	time.AfterFunc(after, func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		if d.phase == in && d.steps == step {
+		if d.moves.Load() == moves {
 			d.giveUp(fmt.Errorf("%s within %v", why, after))
 		}
 	})
 }
 
-// explain adds what QEMU itself wrote to an error that its death caused, once.
+// explain adds QEMU's own output to an error that QEMU's death caused. It adds it only once.
 func (d *Destination) explain(err error) error {
 	if d.process == nil {
 		return err
@@ -235,13 +233,14 @@ func (d *Destination) explain(err error) error {
 	return err
 }
 
-// Abort gives up a migration that Run was not obeyed for.
+// Abort gives the migration up. It fails if QEMU was told to run the VM.
 func (d *Destination) Abort(reason string) error {
-	d.cancelLoad(fmt.Errorf("the source gave up: %s", reason)) // it holds the lock
+	d.cancelLoad(fmt.Errorf("the source gave up: %s", reason)) // loading holds mu
 	if err := d.abort(reason); err != nil {
 		return err
 	}
-	select { // the source may begin another of the same id
+	d.Heard() // the source knows where the VM is
+	select {  // the source may start another migration with the same id
 	case <-d.done:
 	case <-time.After(endTimeout):
 	}
@@ -251,20 +250,9 @@ func (d *Destination) Abort(reason string) error {
 func (d *Destination) abort(reason string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.phase == running {
+	if d.toldToRun() {
 		return errors.New("the VM runs on this host already")
 	}
 	d.giveUp(fmt.Errorf("the source gave up: %s", reason))
 	return nil
-}
-
-func (d *Destination) expect(want phase) error {
-	switch d.phase {
-	case want:
-		return nil
-	case givenUp:
-		return fmt.Errorf("this destination gave up: %w", d.reason)
-	default:
-		return fmt.Errorf("this call is out of order (phase %d instead of %d)", d.phase, want)
-	}
 }

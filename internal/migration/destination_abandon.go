@@ -10,11 +10,12 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errAbandoned is why a migration ended whose source does not come back.
-var errAbandoned = errors.New("its operator declared the source gone: the VM could not have the rest of its memory, and was ended")
+// errAbandoned is the end of a migration whose operator declared the source gone.
+var errAbandoned = errors.New("its operator declared the source gone: " +
+	"the VM could not have the rest of its memory, and was ended")
 
-// Abandon ends a VM that waits for memory of a source that is gone for good. The caller knows that it is; as long as
-// pages come it is not. It returns when QEMU has ended.
+// Abandon ends a VM that waits for memory of a source that is gone for good. The operator asserts that it is gone.
+// Abandon fails while pages still arrive. It returns when QEMU has ended.
 func (d *Destination) Abandon(ctx context.Context) error {
 	if err := d.mayAbandon(ctx); err != nil {
 		return err
@@ -34,27 +35,28 @@ func (d *Destination) Abandon(ctx context.Context) error {
 	case view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED:
 		return errors.New("the migration ended at this moment: see what became of it")
 	}
-	// It had failed before, and was left for its operator.
+	// The migration had failed before and was left to its operator.
 	facts, err := readKept(d.cfg.Dir)
 	if err != nil {
 		return fmt.Errorf("which QEMU it is that the VM was moved to: %w", err)
 	}
 	d.left, d.vm = facts.QEMU, nil // that connection is closed
-	d.abandoned()
-	return d.kept.forget()
+	d.abandon()
+	return d.kept.remove()
 }
 
-// mayAbandon refuses what is not lost: a source that serves the VM's memory at this moment is not gone.
+// mayAbandon refuses to end a VM that can still get its memory: a source that serves pages is not gone.
 func (d *Destination) mayAbandon(ctx context.Context) error {
-	if d.fate.Load() != toldToRun {
-		return withRemedy(errors.New("the VM was not run here"), "cancel the migration at its source; it is given up here by itself, too")
+	if !d.toldToRun() {
+		return withRemedy(errors.New("the VM was not run here"),
+			"cancel the migration at its source; it is given up here by itself, too")
 	}
 	view, _ := d.Snapshot()
 	switch view.GetState() {
-	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER,
-		migratedv1.MigrationState_MIGRATION_STATE_FAILED:
+	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
+		migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER, migratedv1.MigrationState_MIGRATION_STATE_FAILED:
 		if view.GetError().GetReason() == migratedv1.Reason_REASON_SOURCE_QEMU_ENDED {
-			return nil // it serves what was in files
+			return nil // the source serves only the memory in files
 		}
 		ctx, cancel := context.WithTimeout(ctx, askTimeout)
 		defer cancel()
@@ -67,13 +69,15 @@ func (d *Destination) mayAbandon(ctx context.Context) error {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.MigrationState_MIGRATION_STATE_ENDED:
 		return errOver
 	}
-	return withRemedy(errors.New("the connection to the source is not lost: the VM's memory comes"), "wait for the migration to complete")
+	return withRemedy(errors.New("the connection to the source is not lost: the VM's memory comes"),
+		"wait for the migration to complete")
 }
 
-// abandoned ends the VM. The caller holds mu.
-func (d *Destination) abandoned() {
+// abandon ends the VM. The caller holds mu.
+func (d *Destination) abandon() {
+	d.moveTo(abandoned)
 	d.log.Warn("abandoned: the VM ends", "reason", errAbandoned)
-	if d.vm != nil { // it may have something to write to its disks yet
+	if d.vm != nil { // QEMU may still have to write to its disks
 		ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 		defer cancel()
 		if err := d.vm.Quit(ctx); err != nil {
@@ -82,20 +86,25 @@ func (d *Destination) abandoned() {
 	} else {
 		d.endQEMU()
 	}
-	where := whereabouts{migratedv1.Location_LOCATION_ENDED, "the VM was ended on the destination; its disks are as it left them there"}
-	if d.livesHere() {
-		where = whereabouts{migratedv1.Location_LOCATION_DESTINATION, "the VM's QEMU on the destination was told to end, and lives"}
+	where := whereabouts{
+		migratedv1.Location_LOCATION_ENDED, "the VM was ended on the destination; its disks are as it left them there",
+	}
+	if d.qemuAlive() {
+		where = whereabouts{
+			migratedv1.Location_LOCATION_DESTINATION, "the VM's QEMU on the destination was told to end, and lives",
+		}
 	}
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 		withRemedy(withReason(errAbandoned, migratedv1.Reason_REASON_ABANDONED), "start the VM anew from its disks"), where)
 }
 
-// orAbandon adds to the remedy of an error of pages that do not come what to do where they never will.
-func (d *Destination) orAbandon(err error) error {
-	if d.fate.Load() != toldToRun {
+// withAbandonRemedy adds the abandon command to the remedy of an error: pages may never come.
+func (d *Destination) withAbandonRemedy(err error) error {
+	if !d.toldToRun() {
 		return err
 	}
-	return withRemedy(err, Remedy(err)+"; if the source is lost for good, and the memory of the VM with it: "+d.abandonCommand())
+	return withRemedy(err,
+		Remedy(err)+"; if the source is lost for good, and the memory of the VM with it: "+d.abandonCommand())
 }
 
 func (d *Destination) abandonCommand() string {

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -16,13 +17,13 @@ func destinationOf(machine *migratedv1.SourceMachine, cfg DestinationConfig) *De
 }
 
 func TestMayStartAs(t *testing.T) {
-	ours := &qemu.Credentials{UID: 300, GID: 300}
+	ours := &process.Credentials{UID: 300, GID: 300}
 	for name, test := range map[string]struct {
 		uid, gid uint32
 		groups   []uint32
 		argv     []string
 		least    int
-		runAs    *qemu.Credentials
+		runAs    *process.Credentials
 		ok       bool
 	}{
 		"a user":                  {uid: 107, gid: 107, groups: []uint32{36}, least: 1, ok: true},
@@ -47,7 +48,7 @@ func TestMayStartAs(t *testing.T) {
 	}
 }
 
-// TestCheckName: a source says one name, by which it is allowed to send the VM, and starts another VM.
+// TestCheckName: a source is allowed to send a VM by one name, and starts a VM with another.
 func TestCheckName(t *testing.T) {
 	d := destinationOf(&migratedv1.SourceMachine{Name: "web-1"}, DestinationConfig{})
 	if err := d.checkName(&qemu.Facts{Name: "web-1"}); err != nil {
@@ -60,10 +61,11 @@ func TestCheckName(t *testing.T) {
 	}
 }
 
-// TestSecretsAreNotShown: neither in the API nor in what crosses the network.
+// TestSecretsAreNotShown: secrets appear neither in the API nor in messages on the network.
 func TestSecretsAreNotShown(t *testing.T) {
 	err := withRemedy(errors.New("QEMU ended: -object secret,id=a,data=hunter2"), "open https://u:hunter2@host/")
-	if m := describe(err); m.GetMessage() != "QEMU ended: -object secret,id=a,data=***" || m.GetRemedy() != "open https://u:***@host/" {
+	if m := Describe(err); m.GetMessage() != "QEMU ended: -object secret,id=a,data=***" ||
+		m.GetRemedy() != "open https://u:***@host/" {
 		t.Errorf("it shows %v", m)
 	}
 }

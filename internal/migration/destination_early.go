@@ -15,19 +15,22 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// earlyLoaded is what a destination's QEMU has loaded before the VM stops. It waits for the rest of the stream.
+// earlyLoaded is the device state that the destination's QEMU has loaded while the VM still runs. QEMU waits for the
+// rest of the stream.
 type earlyLoaded struct {
 	carrier  *deviceCarrier
 	loading  *qemu.Loading
 	sections []devicestate.Section
-	touched  []earlyPage // memory that loading them read
-	size     int         // of earlyRoom
+	touched  []earlyPage // memory that QEMU read while it loaded them
+	size     int         // bytes taken from earlyRoom
 }
 
-// close lets go of what was kept, once. QEMU has what it has loaded.
+// close releases what was kept, once. QEMU does not need it any more.
 func (e *earlyLoaded) close() {
 	if e != nil {
 		e.carrier.close()
@@ -36,26 +39,26 @@ func (e *earlyLoaded) close() {
 	}
 }
 
-// earlyStream is the call that brings an early state.
+// earlyStream is the server side of the call LoadEarlyState.
 type earlyStream = grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, migratedv1.LoadEarlyStateResponse]
 
-// expectEarly waits for the source to begin LoadEarlyState. While that call lasts, its end says that the source has
-// ended.
+// expectEarly waits for the source to call LoadEarlyState. During that call, its context tells when the source has
+// ended; before it, the timeout does.
 func (d *Destination) expectEarly() {
-	d.phase = awaitingEarly
-	d.expire(awaitingEarly, awaitingEarlyTimeout, "the early state of the devices did not come")
+	d.moveTo(awaitingEarly)
+	d.expire(awaitingEarlyTimeout, "the early state of the devices did not come")
 }
 
-// LoadEarlyState has QEMU load the state that the devices had a moment ago. Unless it is wanted once more, the
-// destination is prepared then, with it or without. When it fails the destination has given up.
+// LoadEarlyState has QEMU load the state that the devices had a moment ago. Then the destination is prepared, whether
+// QEMU loaded that state or not. Only if loading read memory that did not come along, the destination waits for
+// another LoadEarlyState. On failure the destination has given up.
 func (d *Destination) LoadEarlyState(first *migratedv1.LoadEarlyStateRequest, stream earlyStream) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := d.expect(awaitingEarly); err != nil {
+	if err := d.enter(awaitingEarly, loadingEarly); err != nil {
 		return err
 	}
-	d.steps++
-	limit := earlyTimeout + timeToPrepare(d.cfg.Request.GetMachine()) // of another QEMU
+	limit := earlyTimeout + timeToPrepare(d.cfg.Request.GetMachine()) // time for a new QEMU
 	late := fmt.Errorf("the early state was not loaded within %v", limit)
 	ctx, expire := context.WithTimeoutCause(d.loadCtx, limit, late)
 	defer expire()
@@ -67,7 +70,7 @@ func (d *Destination) LoadEarlyState(first *migratedv1.LoadEarlyStateRequest, st
 		d.giveUp(err)
 		return err
 	}
-	if d.phase == awaitingEarly {
+	if d.step() == loadingEarly {
 		d.expectEarly()
 	}
 	return stream.SendAndClose(answer)
@@ -81,13 +84,13 @@ func (d *Destination) loadEarlyState(
 	if err != nil {
 		return nil, fmt.Errorf("receive the early state of the devices: %w", err)
 	}
-	if len(state.sections) == 0 { // the source has none for us
+	if len(state.sections) == 0 { // the source has no early state
 		return answer, d.ready(ctx)
 	}
 	began := time.Now()
-	reached("destination-early")
+	testPoint("destination-early")
 	memory, err := d.tryEarly(ctx, state)
-	reached("destination-early-loaded")
+	testPoint("destination-early-loaded")
 	answer.LoadTime = durationpb.New(time.Since(began))
 	if memory != nil {
 		answer.Missed, answer.Readers = memory.shownMissed(), memory.shownReaders()
@@ -117,18 +120,18 @@ func (d *Destination) loadEarlyState(
 	return answer, d.ready(ctx)
 }
 
-// An earlyState is what came of a source.
+// An earlyState is what the source sent with LoadEarlyState.
 type earlyState struct {
 	head     []byte
 	sections []devicestate.Section
 	pages    map[earlyPage][]byte
-	size     int // of the sections
+	size     int // bytes of the sections
 }
 
-// awaitEarly receives until ctx ends, which is also when somebody waits for the lock to give up. The stream ends when
-// its call returns, and with it the goroutine.
+// awaitEarly receives the early state until ctx ends. ctx also ends when Abort waits for the lock. The stream ends
+// when its call returns, and the goroutine with it.
 func awaitEarly(
-	ctx context.Context, first *migratedv1.LoadEarlyStateRequest, stream earlyStream, blocks []qemu.RAMBlock,
+	ctx context.Context, first *migratedv1.LoadEarlyStateRequest, stream earlyStream, blocks []ram.Block,
 ) (state *earlyState, err error) {
 	received := make(chan struct{})
 	var came *earlyState
@@ -145,9 +148,9 @@ func awaitEarly(
 	}
 }
 
-// receiveEarly takes all messages of a source, which may send what it likes.
+// receiveEarly receives all messages of the source. It checks them: the source may send anything.
 func receiveEarly(
-	first *migratedv1.LoadEarlyStateRequest, stream earlyStream, blocks []qemu.RAMBlock,
+	first *migratedv1.LoadEarlyStateRequest, stream earlyStream, blocks []ram.Block,
 ) (*earlyState, error) {
 	state := &earlyState{head: first.GetHead(), pages: map[earlyPage][]byte{}}
 	var sections []byte
@@ -183,8 +186,8 @@ func receiveEarly(
 	return state, err
 }
 
-// addMemory adds the next part of a page.
-func (e *earlyState) addMemory(piece *migratedv1.Memory, blocks []qemu.RAMBlock) error {
+// addMemory adds the next part of a page and checks that it is one.
+func (e *earlyState) addMemory(piece *migratedv1.Memory, blocks []ram.Block) error {
 	if int(piece.GetBlock()) >= len(blocks) {
 		return fmt.Errorf("memory of RAM block %d of %d", piece.GetBlock(), len(blocks))
 	}
@@ -199,9 +202,9 @@ func (e *earlyState) addMemory(piece *migratedv1.Memory, blocks []qemu.RAMBlock)
 	return nil
 }
 
-// tryEarly has QEMU load that. The memory that it was given for it is gone when it returns; what is known of it is
-// returned, also with an error, unless there is none. When all went well, and nothing was missed, d.early is what QEMU
-// has loaded.
+// tryEarly has QEMU load the early state. It drops the memory that QEMU was given for that before it returns. The
+// returned memory says which pages were read; it is nil only if it could not be made. If QEMU loaded the state and
+// read no missing page, d.early is set.
 func (d *Destination) tryEarly(ctx context.Context, state *earlyState) (memory *earlyMemory, err error) {
 	if err := earlyRoom.take(state.size); err != nil {
 		return nil, err
@@ -224,7 +227,7 @@ func (d *Destination) tryEarly(ctx context.Context, state *earlyState) (memory *
 	loaded.loading, err = feedEarly(ctx, d.vm, loaded.carrier, state, memory)
 	closeErr := memory.close(ctx)
 	if err != nil {
-		return memory, err // perhaps QEMU has ended, and nothing can be closed in it
+		return memory, err // QEMU may have ended; then nothing can be closed in it
 	}
 	if closeErr != nil {
 		return memory, fmt.Errorf("memory of the early load: %w", closeErr)
@@ -233,13 +236,13 @@ func (d *Destination) tryEarly(ctx context.Context, state *earlyState) (memory *
 	if len(memory.missed) > 0 {
 		return memory, nil
 	}
-	if err := d.vm.DropRAM(ctx, d.blocks); err != nil {
+	if err := d.vm.RAM.Drop(ctx, d.blocks); err != nil {
 		return memory, fmt.Errorf("drop what loading has read: %w", err)
 	}
 	return memory, nil
 }
 
-// feedEarly has QEMU load the early state, section by section: so it is known which of them reads memory.
+// feedEarly has QEMU load the early state section by section, so that it is known which section reads memory.
 func feedEarly(
 	ctx context.Context, vm *qemu.VM, carrier *deviceCarrier, state *earlyState, memory *earlyMemory,
 ) (*qemu.Loading, error) {
@@ -250,17 +253,18 @@ func feedEarly(
 	ctx, cancel := context.WithTimeout(ctx, earlyTimeout)
 	defer cancel()
 	head := slices.Concat(state.head, devicestate.ReturnPath)
-	return loading, loading.Feed(ctx, carrier.ours, head, state.sections, func(int) error { return memory.next(ctx, vm) })
+	fed := func(int) error { return memory.sectionLoaded(ctx, vm) }
+	return loading, loading.Feed(ctx, carrier.ours, head, state.sections, fed)
 }
 
-// replaceQEMU ends the destination's QEMU, which may have loaded what is not to be used, and prepares another.
+// replaceQEMU ends the destination's QEMU, which may have loaded state that must not be used, and prepares a new one.
 func (d *Destination) replaceQEMU(ctx context.Context) error {
 	d.endQEMU()
-	claimed.give(d.claim)
+	qemuClaims.unclaim(d.claim)
 	err := errors.Join(d.taken.UFFD.Close(), d.vm.Close(), d.reserve.release())
 	if err != nil {
 		d.log.Warn("let go of a destination QEMU that was ended", "error", err)
 	}
-	d.taken, d.vm, d.process, d.reserve, d.blocks, d.claim = nil, nil, nil, nil, nil, qemu.Identity{}
+	d.taken, d.vm, d.process, d.reserve, d.blocks, d.claim = nil, nil, nil, nil, nil, process.Identity{}
 	return d.prepareQEMU(ctx)
 }

@@ -10,51 +10,52 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 const (
-	// closeTimeout bounds closing QEMU's copy of the descriptor.
+	// closeTimeout bounds closing QEMU's copy of the userfaultfd.
 	closeTimeout = 10 * time.Second
 	killTimeout  = 10 * time.Second
 )
 
-// end says how the migration ended and lets go of what it held.
+// end records how the migration ended and handles what is left of it.
 func (d *Destination) end(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err == nil && d.vm != nil && d.vm.QMP.Err() != nil && d.exits(d.vm) {
-		// A VM that ended with its last page is not yet told to the source, which still has its memory.
-		err = d.qemuEnded(d.vm)
+	if err == nil && d.vm != nil && d.vm.QMP.Err() != nil && d.hasExited(d.vm) {
+		// The VM ended when its last page came. The source does not know yet and still has its memory.
+		err = d.qemuEndedError(d.vm)
 	}
-	how := d.endingHere(err)
+	how := d.findEnding(err)
+	told := d.toldToRun()
 	switch {
 	case err != nil && how != nil:
-		d.ended(how)
-	case err == nil:
+		d.noteEnded(how)
+	case err == nil && told:
 		d.complete()
-	case d.phase == running && errors.Is(err, errAbandoned):
-		d.abandoned()
-	case d.phase == running && d.daemon.Err() != nil:
-		// No failure, and the source must not take it for one: the VM runs here.
+	case told && errors.Is(err, errAbandoned):
+		d.abandon()
+	case told && d.daemon.Err() != nil:
+		// This is no failure, and the source must not take it for one: the VM runs here.
 		d.log.Warn("left for the next start of this daemon", "reason", err)
-		d.leave = true
 		d.paused(withRemedy(err, "start the destination's daemon again: it goes on with the migration"))
-	case d.phase == running:
-		// The descriptor in QEMU stays open: what needs a missing page waits, and
-		// nothing ever reads a zero in its place.
+	case told:
+		// QEMU's userfaultfd stays open: a thread that needs a missing page waits and never reads a zero instead.
 		d.log.Error("failed after the switch", "error", err)
-		d.leave = true
 		d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, d.explain(err), d.whereFailed())
+	case err == nil:
+		d.giveUp(errors.New("all memory was here before the source said go"))
 	default:
 		d.giveUp(err)
 	}
 }
 
-// complete closes QEMU's copy of the descriptor: all memory is here.
+// complete ends a migration whose memory is all here: it closes QEMU's copy of the userfaultfd.
 func (d *Destination) complete() {
-	d.kept.header().filled.Store(1)
+	d.markFilled()
 	d.persist()
 	d.closeRemote(d.taken.Pid, d.taken.RemoteFD)
 	d.update(func(m *migratedv1.Migration) {
@@ -62,12 +63,12 @@ func (d *Destination) complete() {
 		m.Error = nil
 		m.Progress = d.meter.progress(d.engine.Stats())
 	})
-	d.warnOfOthers(d.engine.Stats())
+	d.warnOfOtherProcesses(d.engine.Stats())
 	d.log.Info("completed", "residency", d.meter.residency(d.engine.Stats()))
-	reached("destination-completed")
+	testPoint("destination-completed")
 }
 
-// closeRemote closes QEMU's copy of the descriptor.
+// closeRemote closes QEMU's copy of the userfaultfd.
 func (d *Destination) closeRemote(pid, fd int) {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
@@ -76,29 +77,42 @@ func (d *Destination) closeRemote(pid, fd int) {
 	}
 }
 
-// giveUp ends a destination that has not run the VM, for good: its QEMU is
-// gone when it returns. The caller holds mu.
+// giveUp permanently ends a destination that has not run the VM. Its QEMU is gone when giveUp returns. The caller
+// holds mu.
 func (d *Destination) giveUp(reason error) {
-	if d.phase == givenUp || d.phase == running {
+	if !d.moveTo(givenUp) { // given up before, or QEMU was told to run the VM
 		return
 	}
-	d.phase, d.reason = givenUp, reason
+	d.reason = reason
 	d.releaseGC()
-	// A source that was about to say go hears from the next daemon that the VM never ran here.
-	d.leave = d.daemon.Err() != nil
 	d.log.Warn("gave up", "reason", reason)
-	reached("destination-giving-up")
+	testPoint("destination-giving-up")
 	d.cancel(reason)
 	d.endQEMU()
-	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, reason, neverRun)
-	if !d.pumping { // else pump does, when the engine has returned
-		d.release()
-		close(d.done)
+	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, reason, whereNeverRun)
+	if !d.pumpStarted { // else pump calls finish when the engine has returned
+		d.finish()
 	}
 }
 
-// endQEMU makes sure that a QEMU that may have loaded the VM's device state
-// can't run it. It is of no other use, also where an orchestrator started it.
+// finish ends the destination's life: it releases everything and closes done. The caller holds mu.
+func (d *Destination) finish() {
+	d.cancel(nil)
+	d.release()
+	close(d.done)
+}
+
+// finishAlone is finish for a goroutine that does not hold mu. It cancels first, because a call that holds mu may wait
+// for something that d.ctx ends.
+func (d *Destination) finishAlone() {
+	d.cancel(nil)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.finish()
+}
+
+// endQEMU ends QEMU. A QEMU that may have loaded the VM's device state must never run it, and is of no other use,
+// also if an orchestrator started it.
 func (d *Destination) endQEMU() {
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 	defer cancel()
@@ -111,21 +125,31 @@ func (d *Destination) endQEMU() {
 		if err := d.vm.Quit(ctx); err != nil {
 			d.log.Error("cannot end the destination QEMU", "error", err)
 		}
-	case d.left != (qemu.Identity{}):
+	case d.left != (process.Identity{}):
 		if err := d.left.Kill(ctx); err != nil {
 			d.log.Error("cannot end the destination QEMU", "error", err)
 		}
 	}
 }
 
-// release closes this daemon's descriptors; QEMU and its own copies stay.
+// resumable says whether the files stay for a restarted daemon. They also stay if the VM was not told to run and this
+// daemon ends: the next daemon then answers a source that sends Run that the VM never ran here.
+func (d *Destination) resumable() bool {
+	return d.step() == running || d.step() == givenUp && d.daemon.Err() != nil
+}
+
+// release closes this daemon's descriptors. QEMU and its own copies stay. The caller holds mu.
 func (d *Destination) release() {
 	if err := d.reserve.release(); err != nil {
 		d.log.Warn("give back what was set aside for the VM", "error", err)
 	}
 	d.early.close()
-	if !d.leave { // else that QEMU is no whole VM
-		claimed.give(d.claim)
+	if d.exit != nil {
+		_ = d.exit.Close() // it was opened only to wait
+	}
+	resumable := d.resumable() // once: the daemon may be stopped meanwhile
+	if !resumable {            // else that QEMU still lacks memory and must not be migrated
+		qemuClaims.unclaim(d.claim)
 	}
 	if d.taken != nil {
 		if err := d.taken.UFFD.Close(); err != nil {
@@ -143,89 +167,94 @@ func (d *Destination) release() {
 	}
 	d.limitMu.Lock()
 	defer d.limitMu.Unlock()
+	d.keepMemory()
 	d.released = true
 	if d.kept == nil {
 		return
 	}
-	end := d.kept.forget
-	switch {
-	case d.leave:
+	end := d.kept.remove
+	closed := &d.kept.header().closed
+	switch step := d.step(); {
+	case resumable:
 		end = d.kept.close
-	case d.kept.header().filled.Load() != 0 && d.kept.header().settled.Load() == 0 && d.owesSettings():
+	case step == filled && closed.Load() == 0 && d.mustPutBackSettings():
 		end = d.kept.close
 		defer d.putBackLater()
-	case d.kept.header().filled.Load() != 0, d.kept.header().ended.Load() != 0:
-		d.kept.header().settled.Store(1)
+	case step == filled, step == ended:
+		closed.Store(1)
 		end = d.kept.close
-		defer d.word.keep(d.Forget) // when the mapping is gone
+		defer d.retention.begin(d.Forget) // after end has unmapped the file
 	}
 	if err := end(); err != nil {
 		d.log.Warn("what was kept for a restarted daemon", "error", err)
 	}
 }
 
-// wordKept is how long a daemon that is started again can still say of a migration that it was completed. The source asks, and
-// would not know what became of its VM, if both daemons died before it had heard.
-const wordKept = time.Minute
+// retentionTime is how long the files of a completed migration stay. A restarted daemon then still answers that it
+// completed. Without the files, a source whose daemon also died would not learn what became of its VM.
+const retentionTime = time.Minute
 
-// word is that of a completed migration: its files.
-type word struct {
+// A retention keeps the files of an ended migration for retentionTime.
+type retention struct {
 	mu    sync.Mutex
-	timer *time.Timer
-	over  bool
+	timer *time.Timer // nil: it has not started
+	over  bool        // the files were removed
 }
 
-// keep has it forgotten when its time is over.
-func (w *word) keep(forget func()) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.timer = time.AfterFunc(wordKept, forget)
+// begin starts the timer that calls forget.
+func (r *retention) begin(forget func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.timer = time.AfterFunc(retentionTime, forget)
 }
 
-// Forget removes what is kept of a migration that was completed, before another of the same id is made.
+// Forget removes the files of a completed migration. The daemon calls it before it creates another migration with the
+// same id.
 func (d *Destination) Forget() {
-	d.word.mu.Lock()
-	defer d.word.mu.Unlock()
-	if d.word.timer == nil || d.word.over {
+	d.retention.mu.Lock()
+	defer d.retention.mu.Unlock()
+	if d.retention.timer == nil || d.retention.over {
 		return
 	}
-	d.word.over = true // a timer that fires late must not remove what is another's by then
-	d.word.timer.Stop()
-	if err := d.kept.forget(); err != nil {
+	d.retention.over = true // a late timer must not remove the files of a new migration
+	d.retention.timer.Stop()
+	if err := d.kept.remove(); err != nil {
 		d.log.Warn("what was kept of a completed migration", "error", err)
 	}
 }
 
-// watchQEMU ends the migration at once when QEMU dies. After the switch a QEMU whose monitor is lost has not: libvirt's
-// daemon has, say. Its VM goes on, and so do its pages. Before the switch it cannot be told to run the VM any more.
+// watchQEMU ends the migration as soon as QEMU dies. A lost monitor alone is treated by step:
+//   - After the switch, QEMU may live on without its monitor, for example when libvirt's daemon ended.
+//     The VM and its pages go on.
+//   - Before the switch, QEMU can no longer be told to run the VM, so the migration ends.
 func (d *Destination) watchQEMU(vm *qemu.VM) {
 	select {
 	case <-d.ctx.Done():
 		return
 	case <-vm.QMP.Done():
 	}
-	if d.ctx.Err() == nil && !d.decide(cannotRun) && !d.exits(vm) {
+	if d.ctx.Err() == nil && !d.doom() && !d.hasExited(vm) {
 		d.log.Warn("QEMU's monitor is lost, and QEMU lives", "error", vm.QMP.Err())
 		if vm.WaitExit(d.ctx) != nil {
 			return
 		}
 	}
 	if d.ctx.Err() == nil {
-		d.cancel(d.qemuEnded(vm))
+		d.cancel(d.qemuEndedError(vm))
 	}
 }
 
-// exits waits for a QEMU whose monitor is lost, and says whether its process has ended.
-func (d *Destination) exits(vm *qemu.VM) bool {
+// hasExited waits up to exitTimeout for the process of a QEMU whose monitor is lost, and reports whether it ended.
+func (d *Destination) hasExited(vm *qemu.VM) bool {
 	ctx, cancel := context.WithTimeout(d.ctx, exitTimeout)
 	defer cancel()
 	return vm.WaitExit(ctx) == nil
 }
 
-// qemuEnded says that QEMU has, in its own words.
-func (d *Destination) qemuEnded(vm *qemu.VM) error {
+// qemuEndedError returns the error that QEMU has ended, with QEMU's own words.
+func (d *Destination) qemuEndedError(vm *qemu.VM) error {
 	gone := vm.QMP.Err()
-	if gone == nil { // it was connected to at its last moment
+	if gone == nil { // the process ended just after the connection was made
 		gone = errors.New("its process has ended")
 	}
 	return withReason(fmt.Errorf("the destination QEMU is gone: %w", d.explain(gone)),

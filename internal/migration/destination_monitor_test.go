@@ -14,8 +14,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A monitor that is lost while QEMU is told to run the VM, as with libvirt's daemon, is no end of QEMU: the source asks
-// again, and hears what QEMU says by the next one.
+// The monitor is lost while QEMU is told to run the VM, for example when libvirt's daemon ends. QEMU lives on. The
+// source asks again, and the destination asks QEMU over a new monitor.
 func TestMonitorLostWhileRunWaits(t *testing.T) {
 	l := leaveDestination(t, true)
 	d := l.takeUp(t)
@@ -49,7 +49,8 @@ func TestMonitorLostWhileRunWaits(t *testing.T) {
 	}
 }
 
-// Before that, the VM cannot be told any more: it is given up, also by a Run that comes at the same time.
+// A monitor that is lost before Run means that QEMU cannot be told to run the VM: the migration is given up, also if
+// Run arrives at the same time.
 func TestMonitorLostBeforeRun(t *testing.T) {
 	l := leaveDestination(t, true)
 	d := l.takeUp(t)

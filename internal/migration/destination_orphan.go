@@ -6,19 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// soonest has memory that ends with the source's QEMU come first, where other memory does not: the VM may lose that
-// QEMU once it has come. Of a VM whose RAM is a shared file that is its firmware and its screen, a small part.
-func soonest(blocks []postcopy.Block, source []*migratedv1.RamBlock) {
+// fetchPrivateFirst marks the memory that is lost when the source's QEMU ends, so that it is fetched first. Once it has
+// arrived, the VM survives the end of that QEMU. If RAM is a shared file, that memory is firmware and video memory: a
+// small part. It marks nothing if no block is in a file.
+func fetchPrivateFirst(blocks []postcopy.Block, source []*migratedv1.RamBlock) {
 	inFile := func(b *migratedv1.RamBlock) bool { return b.GetFile() != "" }
 	if len(source) != len(blocks) || !slices.ContainsFunc(source, inFile) {
 		return
@@ -28,25 +26,28 @@ func soonest(blocks []postcopy.Block, source []*migratedv1.RamBlock) {
 	}
 }
 
-// errOrphan says what the end of the source's QEMU costs.
+// errOrphan says that the source's QEMU has ended, and what is lost with it.
 var errOrphan = errors.New(
 	"the source's QEMU has ended: memory of the VM that was that QEMU's alone, and is not here, is lost")
 
-// lostStatus is what has become of a VM that some of its memory is lost of.
+// lostStatus is the status of a VM that has lost some of its memory.
 const lostStatus = "the VM stands still where it needs memory that is lost; nothing else is read in its place"
 
-// sourceQEMUGone says whether the source's page server has found that the QEMU is gone whose memory it reads.
+// sourceQEMUGone says whether the source's page server found that the QEMU whose memory it reads has ended.
 func sourceQEMUGone(err error) bool {
-	return errors.Is(err, postcopy.ErrLaneLost) && serverSays(err, codes.DataLoss, pagesrv.ErrProcessGone)
+	return errors.Is(err, postcopy.ErrLaneLost) && serverSays(err, migratedv1.Reason_REASON_SOURCE_QEMU_ENDED)
 }
 
-// serverSays says whether a page server has ended a call with that reason. gRPC passes it on as text alone.
-func serverSays(err error, code codes.Code, reason error) bool {
-	return status.Code(err) == code && strings.Contains(err.Error(), reason.Error())
+// serverSays says whether a page server ended a call with the given reason.
+func serverSays(err error, reason migratedv1.Reason) bool {
+	return slices.ContainsFunc(status.Convert(err).Details(), func(detail any) bool {
+		said, ok := detail.(*migratedv1.MigrationError)
+		return ok && said.GetReason() == reason
+	})
 }
 
-// orphaned says that some of the VM's memory cannot be had any more, and goes on saying it until the VM ends. What is
-// in files of the source's host may come yet, and the VM may not need the rest: nobody ends it but its operator.
+// orphaned shows that some of the VM's memory is lost. The migration goes on and shows it until the VM ends: memory
+// in files of the source may still arrive, and the VM may not need the rest. Only the operator ends the VM.
 func (d *Destination) orphaned(err error) {
 	d.orphan = true
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,

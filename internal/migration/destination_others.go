@@ -3,22 +3,28 @@
 package migration
 
 import (
-	"github.com/migrated-vm/migrated/internal/qemu"
-	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
+	"fmt"
+	"strings"
+
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
+	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// openFiles gives the engine what it needs where another process touches the VM's memory. Without it such a page is
-// only counted.
+// maxLostRanges is the largest number of ranges of lost pages that the log names.
+const maxLostRanges = 16
+
+// openFiles gives the engine what it needs when another process touches the VM's memory. Without it, the engine only
+// counts such pages.
 func (d *Destination) openFiles(facts *keptFactsV1, blocks []postcopy.Block) {
 	var err error
-	if d.pagemap, err = pagemap.Open(facts.QEMU.PID); err != nil {
+	if d.pagemap, err = uffd.OpenPagemap(facts.QEMU.PID); err != nil {
 		d.log.Warn("pages that another process touches cannot be told from the VM's", "error", err)
 		return
 	}
 	for i := range blocks {
 		b := &blocks[i]
-		if b.File, b.FileOffset, err = qemu.OpenRAMFile(facts.QEMU, b.Addr); err != nil {
+		if b.File, b.FileOffset, err = ram.OpenFile(facts.QEMU, b.Addr); err != nil {
 			d.log.Warn("pages that another process touches cannot be written again", "ram", b.ID, "error", err)
 		}
 		if b.File != nil {
@@ -27,19 +33,20 @@ func (d *Destination) openFiles(facts *keptFactsV1, blocks []postcopy.Block) {
 	}
 }
 
-// closeFiles is for when the engine's last Run has returned.
+// closeFiles closes what openFiles opened. It is called when the engine's last Run has returned.
 func (d *Destination) closeFiles() {
 	if d.pagemap != nil {
 		_ = d.pagemap.Close()
 	}
 	for _, f := range d.files {
-		_ = f.Close() // nothing of it is buffered
+		_ = f.Close() // nothing is buffered
 	}
 	d.pagemap, d.files = nil, nil
 }
 
-// warnOfOthers says once that another process has touched the VM's memory, and once that the VM may have zeros for it.
-func (d *Destination) warnOfOthers(stats postcopy.Stats) {
+// warnOfOtherProcesses logs each of these once: another process has touched the VM's memory; memory of the VM may be
+// corrupt; the source cannot read some of the VM's memory.
+func (d *Destination) warnOfOtherProcesses(stats postcopy.Stats) {
 	if n := stats.PagesTouched; n > 0 {
 		d.warnTouched.Do(func() {
 			d.log.Warn("another process touches the VM's memory before it has come: the VM has what it should, "+
@@ -50,6 +57,17 @@ func (d *Destination) warnOfOthers(stats postcopy.Stats) {
 		d.warnUnexplained.Do(func() {
 			d.log.Error("pages were there before they had come, and cannot be written again: the VM's memory may be corrupt",
 				"pages", n)
+		})
+	}
+	if n := stats.PagesLost; n > 0 {
+		d.warnLost.Do(func() {
+			var where []string
+			for _, s := range d.engine.Lost(maxLostRanges) {
+				where = append(where, fmt.Sprintf("%s %#x+%#x", d.blocks[s.Block].ID, s.Offset, s.Bytes))
+			}
+			d.log.Error("the source cannot read all of the VM's memory: "+
+				"the VM is told when it touches these pages, as of broken memory",
+				"pages", n, "first", strings.Join(where, ", "))
 		})
 	}
 }

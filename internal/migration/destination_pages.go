@@ -14,28 +14,27 @@ import (
 )
 
 const (
-	// progressInterval is how often figures are brought up to date.
+	// progressInterval is how often the shown figures are updated.
 	progressInterval = 100 * time.Millisecond
-	// firstPause and longestPause bound what is waited between two attempts to have pages again: each time twice as long.
-	firstPause   = 20 * time.Millisecond
-	longestPause = time.Second
-	// What waits for hours may wait a little longer: a pause grows to this share of the time since pages came last, and to
-	// lastingPause. An operator may hurry it (Recover).
-	pauseShare   = 16
-	lastingPause = 30 * time.Second
+	// firstBackoff and longestBackoff bound the backoff between two attempts to fetch pages. It doubles with each
+	// attempt.
+	firstBackoff   = 20 * time.Millisecond
+	longestBackoff = time.Second
+	// In a long outage the backoff grows further: to 1/outageShare of the time since the last page came, at most
+	// outageBackoff. Recover ends the wait.
+	outageShare   = 16
+	outageBackoff = 30 * time.Second
 )
 
-// pauseAfter is the longest pause between two attempts when it is so long that nothing came.
-func pauseAfter(vain time.Duration) time.Duration {
-	return min(max(longestPause, vain/pauseShare), lastingPause)
+// backoffLimit returns the longest backoff after no page came for the given time.
+func backoffLimit(outage time.Duration) time.Duration {
+	return min(max(longestBackoff, outage/outageShare), outageBackoff)
 }
 
-// pump drives the engine over lanes until the last page is in, opening new
-// lanes when they are lost after the switch. It ends the destination's life.
+// pump runs the engine over lanes until the last page is installed. After the switch, it opens new lanes when they
+// are lost. When it returns, the destination has ended.
 func (d *Destination) pump(first *lanes) {
-	defer close(d.done)
-	defer d.release() // not before: the engine uses the descriptor until it returns
-	defer d.cancel(nil)
+	defer d.finishAlone() // not earlier: the engine uses the userfaultfd until it returns
 
 	show, stopShowing := context.WithCancel(d.ctx)
 	shown := make(chan struct{})
@@ -43,16 +42,17 @@ func (d *Destination) pump(first *lanes) {
 	err := d.pumpLanes(first)
 	stopShowing()
 	<-shown
-	reached("destination-filled")
+	testPoint("destination-filled")
 	d.awaitAttached(err)
 	d.end(err)
 }
 
-// pumpLanes does so. A session that brought pages is followed by the next one at once: where bits flip on the way, it does
-// not last. A pause comes after one that was in vain.
+// pumpLanes runs the engine over lanes until the last page is installed. If lanes that brought pages are lost, new
+// ones are opened at once: on a network that flips bits, lanes do not last. After lanes that brought nothing, it
+// waits first.
 func (d *Destination) pumpLanes(l *lanes) error {
-	came := time.Now() // pages
-	for pause := time.Duration(0); ; {
+	came := time.Now() // when the last page came
+	for backoff := time.Duration(0); ; {
 		if l == nil {
 			var err error
 			if l, err = d.dialAgain(); err != nil {
@@ -60,7 +60,7 @@ func (d *Destination) pumpLanes(l *lanes) error {
 			}
 		}
 		before := d.engine.Stats().PagesPresent
-		err := d.engine.Run(d.ctx, l.demand, l.bulk)
+		err := d.engine.Run(d.ctx, l.demand, l.bulk, l.openBulk)
 		l.close()
 		l = nil
 		if err == nil {
@@ -68,37 +68,38 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		}
 		err = causeOf(d.ctx, err)
 		d.cancelLoad(err) // a load under way would wait for its pages in vain
-		passes, remedy := d.mayPass(err)
-		if d.ctx.Err() != nil || !passes {
+		retry, remedy := d.canRetry(err)
+		if d.ctx.Err() != nil || !retry {
 			return err
 		}
-		if d.decide(cannotRun) {
+		if d.doom() {
 			return fmt.Errorf("the source's pages cannot be had any more, before the switch: %w", err)
 		}
 		d.log.Warn("no page comes any more, trying again", "error", err)
 		switch {
 		case sourceQEMUGone(err):
 			d.orphaned(err)
-		case !d.orphan: // else that is shown still
-			d.paused(d.orAbandon(withRemedy(err, remedy)))
+		case !d.orphan: // else the loss of memory stays shown
+			d.paused(d.withAbandonRemedy(withRemedy(err, remedy)))
 		}
-		switch inVain := d.engine.Stats().PagesPresent == before; {
-		case !inVain:
-			pause, came = 0, time.Now()
+		switch progressed := d.engine.Stats().PagesPresent != before; {
+		case progressed:
+			backoff, came = 0, time.Now()
 		case !d.orphan && errors.Is(err, postcopy.ErrLaneLost):
-			pause = firstPause // the network mends itself, and dialAgain has pauses of its own
+			backoff = firstBackoff // the network may recover soon, and dialAgain has its own backoff
 		default:
-			pause = min(max(firstPause, 2*pause), pauseAfter(time.Since(came)))
+			backoff = min(max(firstBackoff, 2*backoff), backoffLimit(time.Since(came)))
 		}
-		if err := d.sleep(pause); err != nil {
+		if err := d.sleep(backoff); err != nil {
 			return err
 		}
 	}
 }
 
-// mayPass says whether pages may come again after an error of the engine, which is always able to go on where it was,
-// and what an operator can do about it. The VM runs here: to give up would leave it half of its memory for good.
-func (d *Destination) mayPass(err error) (passes bool, remedy string) {
+// canRetry says whether pages may come again after an error of the engine, and what an operator can do about it. The
+// engine can always go on where it stopped. The VM runs here: giving up would leave it with part of its memory
+// permanently.
+func (d *Destination) canRetry(err error) (retry bool, remedy string) {
 	again := fmt.Sprintf("; it is tried again by itself, and at once by: migrated recover %s", d.cfg.Request.GetId())
 	switch {
 	case errors.Is(err, postcopy.ErrLaneLost):
@@ -112,38 +113,38 @@ func (d *Destination) mayPass(err error) (passes bool, remedy string) {
 	}
 }
 
-// sleep waits about so long, or until somebody is impatient.
-func (d *Destination) sleep(pause time.Duration) error {
-	if pause == 0 {
+// sleep waits about as long as backoff, or until Recover is called or the migration ends.
+func (d *Destination) sleep(backoff time.Duration) error {
+	if backoff == 0 {
 		return nil
 	}
 	select {
-	case <-d.hurry:
+	case <-d.retryNow:
 		return nil
-	case <-time.After(jitter(pause)):
+	case <-time.After(jitter(backoff)):
 		return nil
 	case <-d.ctx.Done():
 		return context.Cause(d.ctx)
 	}
 }
 
-// dialAgain tries to open lanes until it has some.
+// dialAgain opens new lanes, and tries again until it succeeds or the migration ends.
 func (d *Destination) dialAgain() (*lanes, error) {
 	began := time.Now()
-	for pause := firstPause; ; pause = min(2*pause, pauseAfter(time.Since(began))) {
-		if !d.orphan { // else what is shown stays true, here and below
+	for backoff := firstBackoff; ; backoff = min(2*backoff, backoffLimit(time.Since(began))) {
+		if !d.orphan { // else the loss of memory stays shown, here and below
 			d.setState(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER)
 		}
 		l, err := openLanes(d.ctx, d.laneConfig())
 		if err == nil {
-			d.counted.reconnects.Add(1)
+			d.engines.reconnects.Add(1)
 		}
 		if err == nil && d.orphan {
 			return l, nil
 		}
 		if err == nil {
 			state := migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
-			if d.fate.Load() != toldToRun { // taken up between loading and Run
+			if !d.toldToRun() { // the migration was taken up between loading and Run
 				state = migratedv1.MigrationState_MIGRATION_STATE_DEVICE
 			}
 			d.update(func(m *migratedv1.Migration) { m.State, m.Error = state, nil })
@@ -151,23 +152,23 @@ func (d *Destination) dialAgain() (*lanes, error) {
 		}
 		d.log.Warn("the page lanes cannot be opened again", "error", err)
 		if !d.orphan {
-			d.paused(d.orAbandon(err))
+			d.paused(d.withAbandonRemedy(err))
 		}
-		if err := d.sleep(pause); err != nil {
+		if err := d.sleep(backoff); err != nil {
 			return nil, err
 		}
 	}
 }
 
-// addresses are those of the source's page server, best first.
+// addresses returns the addresses of the source's page server in the order to try them.
 func (d *Destination) addresses() []string {
 	d.viaMu.Lock()
 	defer d.viaMu.Unlock()
 	return append(slices.Clone(d.via), d.cfg.Request.GetPageAddresses()...)
 }
 
-// Recover makes the connection to the source's pages again now, where it is lost, and from now on at the address via
-// first, if that is not empty.
+// Recover opens a lost connection to the source's pages now, without waiting for the backoff. If via is not empty,
+// that address is tried first from now on.
 func (d *Destination) Recover(via string) error {
 	if view, _ := d.Snapshot(); Terminal(view.GetState()) {
 		return errors.New("this migration is over")
@@ -178,8 +179,8 @@ func (d *Destination) Recover(via string) error {
 		d.viaMu.Unlock()
 	}
 	select {
-	case d.hurry <- struct{}{}:
-	default: // somebody was as impatient
+	case d.retryNow <- struct{}{}:
+	default: // another Recover is pending
 	}
 	return nil
 }
@@ -199,19 +200,19 @@ func (d *Destination) showProgress(ctx context.Context) {
 		}
 		stats := d.engine.Stats()
 		d.shrinkReserve(stats)
-		d.warnOfOthers(stats)
+		d.warnOfOtherProcesses(stats)
 		d.update(func(m *migratedv1.Migration) { m.Progress = d.meter.progress(stats) })
 	}
 }
 
-// shrinkReserve gives back what the pages that came have taken the place of. Those of other blocks are counted as if
-// they were of promised memory: it is too little that is held then, by some megabytes.
+// shrinkReserve releases reserved memory that installed pages have replaced. It counts all blocks as if they were
+// reserved ones, and so holds some megabytes too little.
 func (d *Destination) shrinkReserve(stats postcopy.Stats) {
 	if d.reserve == nil || stats.PagesTotal == 0 {
 		return
 	}
 	missing := stats.BytesTotal / stats.PagesTotal * (stats.PagesTotal - stats.PagesPresent)
-	if err := d.reserve.keep(missing); err != nil {
+	if err := d.reserve.shrink(missing); err != nil {
 		d.log.Warn("memory that was set aside for the VM is not given back before the end", "error", err)
 	}
 }

@@ -9,8 +9,13 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/migrated-vm/migrated/internal/gomaxprocs"
 	"github.com/migrated-vm/migrated/internal/machine"
+	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/cmdline"
+	"github.com/migrated-vm/migrated/internal/qemu/launch"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/internal/redact"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
@@ -18,12 +23,11 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Prepare makes everything ready for the device state. When it fails the
-// destination has given up.
+// Prepare makes everything ready for the device state. On failure the destination has given up.
 func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingResponse, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.phase != preparing {
+	if d.step() != preparing {
 		return nil, fmt.Errorf("this migration was prepared before")
 	}
 	limit := timeToPrepare(d.cfg.Request.GetMachine())
@@ -35,10 +39,10 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 		return nil, err
 	}
 	err := d.prepareQEMU(ctx)
-	if err == nil { // nobody else notices that the source has ended
+	if err == nil { // ctx alone tells that the source has ended
 		err = context.Cause(ctx)
 	}
-	mayEarly := d.cfg.Request.GetEarly() && d.cfg.Request.GetDestinationQmp() == "" // else it could not be replaced
+	mayEarly := d.cfg.Request.GetEarly() && d.cfg.Request.GetDestinationQmp() == "" // else it cannot be replaced
 	if err == nil && !mayEarly {
 		err = d.ready(ctx)
 	}
@@ -53,6 +57,7 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 	answer := &migratedv1.PrepareIncomingResponse{
 		Supervision: shownSupervision[d.supervision], UserfaultfdLabel: d.label,
 		Protocol: d.cfg.Request.GetProtocol(), Early: mayEarly, Versions: d.Tracker.Report().GetDestination(),
+		Qemu: d.shownQEMU(d.vm.Pid),
 	}
 	for _, b := range d.blocks {
 		answer.RamBlocks = append(answer.RamBlocks, &migratedv1.RamBlock{Id: b.ID, Size: b.Size, PageSize: b.PageSize})
@@ -60,22 +65,24 @@ func (d *Destination) Prepare(ctx context.Context) (*migratedv1.PrepareIncomingR
 	return answer, nil
 }
 
-// prepareQEMU starts the destination's QEMU, or attaches to it, empties its memory and takes a userfaultfd of it.
+// prepareQEMU starts the destination's QEMU, or attaches to it. It empties its memory and takes a userfaultfd from
+// it.
 func (d *Destination) prepareQEMU(ctx context.Context) error {
 	if err := d.openQEMU(ctx); err != nil {
 		return err
 	}
-	reached("destination-started")
+	d.update(func(m *migratedv1.Migration) { m.DestinationQemu = d.shownQEMU(d.vm.Pid) })
+	testPoint("destination-started")
 	if err := d.compare(ctx); err != nil {
 		return err
 	}
 	if err := d.vm.PrepareIncoming(ctx); err != nil {
 		return fmt.Errorf("prepare the destination QEMU: %w", err)
 	}
-	if err := d.vm.DropRAM(ctx, d.blocks); err != nil {
+	if err := d.vm.RAM.Drop(ctx, d.blocks); err != nil {
 		return withRemedy(fmt.Errorf("empty the RAM of the destination VM: %w", err), remedyOfRAM(err))
 	}
-	if err := d.checkRoomNow(); err != nil {
+	if err := d.checkRoomAfterStart(); err != nil {
 		return err
 	}
 	var err error
@@ -85,15 +92,15 @@ func (d *Destination) prepareQEMU(ctx context.Context) error {
 	if err := d.takeDescriptor(ctx); err != nil {
 		return err
 	}
-	reached("destination-taken")
+	testPoint("destination-taken")
 	return nil
 }
 
-// compare refuses a QEMU that would make another VM of the source's, before anything is loaded.
+// compare refuses a destination QEMU whose VM differs from the source's, before anything is loaded.
 func (d *Destination) compare(ctx context.Context) error {
 	facts, err := d.vm.Facts(ctx)
 	if err != nil {
-		return askQEMU("destination", err)
+		return qemuQueryError("destination", err)
 	}
 	d.noteQEMU(facts.Version)
 	if err := d.checkUser(facts); err != nil {
@@ -104,12 +111,11 @@ func (d *Destination) compare(ctx context.Context) error {
 	}
 	waits, err := machine.Describe(ctx, d.vm)
 	if err != nil {
-		return askQEMU("destination", err)
+		return qemuQueryError("destination", err)
 	}
-	d.discards = facts.Discards
 	source := d.cfg.Request.GetMachine()
-	differs := refuse("the destination QEMU has another VM than the source", machine.Compare(source.GetDescription(), waits,
-		machine.Destination{
+	differs := refusalOf("the destination QEMU has another VM than the source",
+		machine.Compare(source.GetDescription(), waits, machine.Destination{
 			Chosen: d.cfg.Request.GetDestinationQmp() != "" || d.cfg.Request.GetDestinationTemplate() != "",
 			Has:    func(file string) bool { return machine.HasFile(d.vm, file) },
 		}))
@@ -117,29 +123,29 @@ func (d *Destination) compare(ctx context.Context) error {
 	return errors.Join(err, differs)
 }
 
-// ready is the rest of the preparation: all memory is registered, and the lanes are open.
+// ready does the rest of the preparation: it registers all memory, opens the lanes and starts pump.
 func (d *Destination) ready(ctx context.Context) error {
-	keptFacts, err := d.keep(d.discards)
+	keptFacts, err := d.writeKept()
 	if err != nil {
 		return err
 	}
-	reached("destination-kept")
+	testPoint("destination-kept")
 	if err := d.makeEngine(keptFacts); err != nil {
 		return err
 	}
-	if err := d.vm.CheckEmpty(d.blocks); err != nil {
+	if err := d.vm.RAM.CheckEmpty(d.blocks); err != nil {
 		return err
 	}
 	first, err := openLanes(d.ctx, d.laneConfig())
 	if err != nil {
 		return err
 	}
-	d.pumping = true
+	d.pumpStarted = true
 	go d.pump(first)
 	go d.watchQEMU(d.vm)
-	reached("destination-prepared")
-	d.phase = prepared
-	d.expire(prepared, preparedTimeout, "it was prepared and not started")
+	testPoint("destination-prepared")
+	d.moveTo(prepared) // unless pump has given up already
+	d.expire(preparedTimeout, "it was prepared and not started")
 	d.update(func(m *migratedv1.Migration) {
 		m.Prepared = true
 		m.Progress = d.meter.progress(d.engine.Stats())
@@ -149,7 +155,7 @@ func (d *Destination) ready(ctx context.Context) error {
 	return nil
 }
 
-// openQEMU starts the destination QEMU, or attaches to the one it was told of.
+// openQEMU starts the destination QEMU, or attaches to the one that the request names.
 func (d *Destination) openQEMU(ctx context.Context) error {
 	request := d.cfg.Request
 	if path := request.GetDestinationQmp(); path != "" {
@@ -157,11 +163,11 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("attach to the destination QEMU: %w", err)
 		}
-		// Not ours until this holds: giving up ends d.vm's QEMU.
+		// Set d.vm only when this holds: giving up ends d.vm's QEMU.
 		if err := checkIncoming(ctx, vm); err != nil {
 			return errors.Join(err, vm.Close())
 		}
-		if d.claim, err = claimed.takeVM(vm, request.GetId()); err != nil {
+		if d.claim, err = qemuClaims.claimVM(vm, request.GetId()); err != nil {
 			return errors.Join(err, vm.Close())
 		}
 		d.vm = vm
@@ -172,32 +178,34 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	}
 	if len(d.cfg.Binaries) == 0 {
 		return withRemedy(errors.New("the destination starts no QEMU: its list of QEMU binaries is empty"),
-			"start QEMU there with -S -incoming defer and name its socket with --to-qmp, or set qemu_binaries in the destination's configuration")
+			"start QEMU there with -S -incoming defer and name its socket with --to-qmp, "+
+				"or set qemu_binaries in the destination's configuration")
 	}
 	machine := request.GetMachine()
 	if err := checkPromise(machine, availableMemory); err != nil {
 		return err
 	}
-	if err := d.checkFutureRoom(); err != nil {
+	if err := d.checkRoomBeforeStart(); err != nil {
 		return err
 	}
-	argv, err := qemu.DestinationCommand(
-		qemu.SourceCommand{
+	argv, err := cmdline.Destination(
+		cmdline.Source{
 			Name: machine.GetName(), Args: machine.GetCommandLine(), QMPPath: machine.GetQmpPath(),
 			Dir: machine.GetWorkingDirectory(),
 		},
-		qemu.CommandOptions{
+		cmdline.Options{
 			QMPPath: machine.GetQmpPath(), Binaries: d.cfg.Binaries, Template: request.GetDestinationTemplate(),
 			TemplateDir: d.cfg.TemplateDir, Forbidden: d.cfg.ForbiddenOptions,
 		})
-	var forbidden *qemu.ForbiddenError
+	var forbidden *cmdline.ForbiddenError
 	if errors.As(err, &forbidden) {
-		return withRemedy(err, "take the option out with --template, or off forbidden_options in the destination's configuration")
+		return withRemedy(err,
+			"take the option out with --template, or off forbidden_options in the destination's configuration")
 	}
 	if err != nil {
 		return err
 	}
-	startsAs, err := qemu.StartsAs(argv, d.user())
+	startsAs, err := launch.StartsAs(argv, d.user())
 	if err != nil {
 		return err
 	}
@@ -205,20 +213,21 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		return err
 	}
 	d.log.Info("starting QEMU", "argv", redact.Texts(argv), "uid", startsAs.UID)
-	d.process, d.vm, err = d.cfg.Starter.Start(ctx, qemu.StartOptions{
-		Args: argv, Credentials: startsAs, Attributes: attributesOf(machine.GetAttributes()), Cgroup: d.cfg.Cgroup, Name: request.GetId(),
+	d.process, d.vm, err = qemu.Start(ctx, d.cfg.Starter, launch.Options{
+		Args: argv, Credentials: startsAs, Attributes: attributesOf(machine.GetAttributes()),
+		Cgroup: d.cfg.Cgroup, Name: request.GetId(),
 		Dir: machine.GetWorkingDirectory(), QMPPath: machine.GetQmpPath(),
 		PipePath: d.pipePath(), LogPath: d.logPath(),
 	})
 	if err != nil {
-		return thisHost.explainStart(fmt.Errorf("start the destination QEMU: %w", err), machine)
+		return thisHost.explainFailedStart(fmt.Errorf("start the destination QEMU: %w", err), machine)
 	}
-	d.claim, err = claimed.takeVM(d.vm, request.GetId())
+	d.claim, err = qemuClaims.claimVM(d.vm, request.GetId())
 	return err
 }
 
-// checkUser refuses a QEMU, started as the source's was, that runs as somebody else. One that an operator started, or gave
-// a template for, is as the operator wants it.
+// checkUser refuses a QEMU that was started like the source's and runs as another user. If an operator started it or
+// gave a template for it, any user is right.
 func (d *Destination) checkUser(facts *qemu.Facts) error {
 	request := d.cfg.Request
 	if request.GetDestinationQmp() != "" || request.GetDestinationTemplate() != "" || d.domain != "" {
@@ -231,10 +240,32 @@ func (d *Destination) checkUser(facts *qemu.Facts) error {
 	return nil
 }
 
-func (d *Destination) pipePath() string { return filepath.Join(d.cfg.PipeDir, d.cfg.Request.GetId()) }
-func (d *Destination) logPath() string  { return qemu.LogPath(d.cfg.LogDir, d.cfg.Request.GetId()) }
+// shownQEMU returns the QEMU that the VM is moved to, for the API.
+func (d *Destination) shownQEMU(pid int) *migratedv1.QemuProcess {
+	shown := &migratedv1.QemuProcess{Pid: uint32(pid), Qmp: d.qmpPath()}
+	if d.domain == "" && d.cfg.Request.GetDestinationQmp() == "" { // else this daemon did not start it
+		shown.Log = d.logPath()
+	}
+	return shown
+}
 
-// checkIncoming refuses a QEMU that runs a VM, or holds one, already.
+// longestPath bounds the paths in another daemon's answer, in bytes (as PATH_MAX).
+const longestPath = 4096
+
+// toldQEMU returns what a destination says of its QEMU, bounded and printable. nil: it says nothing usable.
+func toldQEMU(said *migratedv1.QemuProcess) *migratedv1.QemuProcess {
+	if said == nil || len(said.GetQmp()) > longestPath || len(said.GetLog()) > longestPath {
+		return nil
+	}
+	return &migratedv1.QemuProcess{
+		Pid: said.GetPid(), Qmp: printable.Line(said.GetQmp()), Log: printable.Line(said.GetLog()),
+	}
+}
+
+func (d *Destination) pipePath() string { return filepath.Join(d.cfg.PipeDir, d.cfg.Request.GetId()) }
+func (d *Destination) logPath() string  { return launch.LogPath(d.cfg.LogDir, d.cfg.Request.GetId()) }
+
+// checkIncoming refuses a QEMU that already runs or holds a VM.
 func checkIncoming(ctx context.Context, vm *qemu.VM) error {
 	status, err := vm.Status(ctx)
 	if err != nil {
@@ -247,8 +278,7 @@ func checkIncoming(ctx context.Context, vm *qemu.VM) error {
 	return nil
 }
 
-// takeDescriptor obtains a userfaultfd of QEMU's memory that is supervised as it
-// has to be.
+// takeDescriptor takes a userfaultfd of QEMU's memory and checks its supervision.
 func (d *Destination) takeDescriptor(ctx context.Context) error {
 	var err error
 	d.taken, err = inject.Take(ctx, d.vm.Pid, inject.TakeOptions{HandDevice: d.vm.HandFD})
@@ -263,22 +293,25 @@ func (d *Destination) takeDescriptor(ctx context.Context) error {
 	return d.supervise()
 }
 
-// keep writes down what a daemon that is started again needs to go on.
-func (d *Destination) keep(discards bool) (*keptFactsV1, error) {
+// writeKept writes the files that a restarted daemon needs to go on.
+func (d *Destination) writeKept() (*keptFactsV1, error) {
 	identity, err := d.vm.Identity()
 	if err != nil {
 		return nil, err
 	}
+	view, _ := d.Snapshot()
 	facts := &keptFactsV1{
-		QEMU: identity, QMP: d.qmpPath(), RemoteFD: d.taken.RemoteFD, Discards: discards, Settings: d.vm.Changed(),
+		Created: view.GetCreateTime().AsTime(),
+		QEMU:    identity, QMP: d.qmpPath(), RemoteFD: d.taken.RemoteFD, Discards: true, Settings: d.vm.Changed(),
 		Supervision: d.supervision, Label: d.label,
 	}
 	for _, b := range d.blocks {
 		facts.Blocks = append(facts.Blocks, keptBlock{
 			ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, Populated: b.Populated,
+			Private: b.Private,
 		})
 	}
-	if d.kept, err = keep(d.cfg.Dir, facts, d.cfg.Request); err != nil {
+	if d.kept, err = createKept(d.cfg.Dir, facts, d.cfg.Request); err != nil {
 		return nil, err
 	}
 	d.kept.header().bandwidth.Store(d.cfg.Request.GetBandwidth())
@@ -298,30 +331,29 @@ func (d *Destination) qmpPath() string {
 	return d.cfg.Request.GetMachine().GetQmpPath()
 }
 
-// makeEngine registers the RAM, before anything, loading the device state
-// included, can touch it.
+// makeEngine registers the RAM. Nothing may touch the RAM before, and loading the device state does.
 func (d *Destination) makeEngine(facts *keptFactsV1) (err error) {
 	blocks := facts.engineBlocks(d.taken.UFFD)
-	soonest(blocks, d.cfg.Request.GetMachine().GetRamBlocks())
+	fetchPrivateFirst(blocks, d.cfg.Request.GetMachine().GetRamBlocks())
 	var ahead uint64
 	if d.early == nil {
 		ahead = loadAhead
 	}
 	d.openFiles(facts, blocks)
 	d.engine, err = postcopy.New(postcopy.Options{
-		Blocks: blocks, Workers: d.cfg.FaultWorkers, Discards: facts.Discards, State: d.kept.states(),
-		Copies: d.kept.copies(), Pagemap: d.pagemap, Bandwidth: d.limit(), LoadAhead: ahead,
+		Blocks: blocks, Workers: d.cfg.FaultWorkers, State: d.kept.states(),
+		Copies: d.kept.copies(), Pagemap: d.pagemap, Bandwidth: d.bandwidthLimit(), LoadAhead: ahead, Sleeps: gomaxprocs.Add,
 	})
 	if err != nil {
 		return fmt.Errorf("register the RAM of the destination VM: %w", err)
 	}
-	d.counted.add(d.engine)
+	d.engines.add(d.engine)
 	return nil
 }
 
-// remedyOfRAM is what to do about memory that cannot be filled, where that is known.
+// remedyOfRAM returns what an operator can do about memory that cannot be filled. Empty: unknown.
 func remedyOfRAM(err error) string {
-	var bad *qemu.RAMError
+	var bad *ram.Error
 	if errors.As(err, &bad) {
 		return bad.Remedy
 	}

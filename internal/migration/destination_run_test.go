@@ -16,11 +16,11 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/internal/pagelane"
+	"github.com/migrated-vm/migrated/pkg/pagelane"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A QEMU that does not answer in time may do later what it was told. So it is not given up, and the source asks again.
+// A QEMU that does not answer in time may obey later. So the migration is not given up, and the source asks again.
 func TestRunIsNotAnswered(t *testing.T) {
 	l := leaveDestination(t, true)
 	d := l.takeUp(t)
@@ -45,14 +45,14 @@ func TestRunIsNotAnswered(t *testing.T) {
 	}
 }
 
-// QEMU may need a page to answer what it was told. So pages are had meanwhile, also over new lanes.
+// QEMU may need a page before it can answer. So pages are fetched meanwhile, also over new lanes.
 func TestPagesComeWhileRunWaits(t *testing.T) {
 	l := leaveDestination(t, true)
 	var opened atomic.Int32
 	pages := pagelane.NewServer(func(lane *pagelane.Stream) error {
 		opened.Add(1)
-		return errors.Join(lane.SendHeader(nil), status.Error(codes.Unavailable, "the test ends it"))
-	})
+		return errors.Join(lane.Accept(), status.Error(codes.Unavailable, "the test ends it"))
+	}, nil)
 	server := grpc.NewServer(grpc.Creds(pages.Credentials(insecure.NewCredentials())))
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -60,12 +60,12 @@ func TestPagesComeWhileRunWaits(t *testing.T) {
 	}
 	go func() { _ = server.Serve(listener) }() // until Stop
 	t.Cleanup(func() { server.Stop(); pages.Close() })
-	var told atomic.Bool // lanes that are lost before that would end the migration
-	d := l.takeUpBy(t, t.Context(), func(ctx context.Context, _ string) (net.Conn, error) {
+	var told atomic.Bool // lanes lost before that would end the migration
+	d := l.takeUpWith(t, t.Context(), func(ctx context.Context, _ string) (net.Conn, error) {
 		if !told.Load() {
 			return nil, errors.New("not yet")
 		}
-		return pagelane.Dial(ctx, listener.Addr().String(), insecure.NewCredentials())
+		return pagelane.Dial(ctx, listener.Addr().String(), insecure.NewCredentials(), nil)
 	})
 	<-d.attaching
 	if err := unix.Kill(l.pid, unix.SIGSTOP); err != nil {
@@ -77,7 +77,8 @@ func TestPagesComeWhileRunWaits(t *testing.T) {
 		_, err := d.Run(ctx, &migratedv1.RunRequest{Id: "m1", Resume: true})
 		answered <- err
 	}()
-	for deadline := time.Now().Add(resumeTimeout / 3); opened.Load() < 6; time.Sleep(time.Millisecond) { // two lanes at a time
+	// Two lanes are opened at a time.
+	for deadline := time.Now().Add(resumeTimeout / 3); opened.Load() < 6; time.Sleep(time.Millisecond) {
 		told.Store(d.kept.header().toldToRun.Load() != 0)
 		select {
 		case err := <-answered:
@@ -100,25 +101,26 @@ func TestPagesComeWhileRunWaits(t *testing.T) {
 	}
 }
 
-// Lanes that are lost before QEMU was told end the migration for good, also for a Run that comes at the same time.
+// Lanes that are lost before QEMU was told to run the VM end the migration permanently, also if Run arrives at the
+// same time.
 func TestPagesLostBeforeRun(t *testing.T) {
 	l := leaveDestination(t, true)
 	d := l.takeUp(t)
 	<-d.attaching
-	if !d.decide(cannotRun) {
-		t.Fatal("it is decided already")
+	if !d.doom() {
+		t.Fatal("it was told to run the VM")
 	}
 	if _, err := run(t, d); !errors.Is(err, ErrNotRun) || l.runs(t) {
 		t.Errorf("Run: %v, want ErrNotRun; the VM runs: %v", err, l.runs(t))
 	}
 }
 
-// A daemon that is stopped while QEMU is told to run the VM does not know whether it heard, nor does it when it is
-// asked again: the next one does.
+// A daemon that is stopped while QEMU is told to run the VM does not know whether QEMU got the command. It still does
+// not know when the source asks again; the next daemon does.
 func TestStoppedWhileRunWaits(t *testing.T) {
 	l := leaveDestination(t, true)
 	daemon, stop := context.WithCancelCause(t.Context())
-	d := l.takeUpBy(t, daemon, noSource)
+	d := l.takeUpWith(t, daemon, noSource)
 	<-d.attaching
 	if err := unix.Kill(l.pid, unix.SIGSTOP); err != nil {
 		t.Fatal(err)
@@ -132,7 +134,7 @@ func TestStoppedWhileRunWaits(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	stop(errors.New("the daemon was stopped"))
-	if err := d.vm.QMP.Disconnect(); err != nil { // as when it is let go of
+	if err := d.vm.QMP.Disconnect(); err != nil { // as release does
 		t.Error(err)
 	}
 	_, again := run(t, d)

@@ -11,14 +11,14 @@ import (
 	"github.com/migrated-vm/migrated/internal/qemu"
 )
 
-// owesSettings says whether the VM's QEMU still has the settings that Prepare gave it: this daemon took the migration up,
-// and has not got QEMU's monitor, which somebody else holds.
-func (d *Destination) owesSettings() bool {
+// mustPutBackSettings says whether QEMU still has the settings that Prepare changed. That happens if this daemon took
+// the migration up and could not connect to QEMU's monitor, because another client holds it.
+func (d *Destination) mustPutBackSettings() bool {
 	return d.vm == nil && d.facts != nil && d.facts.Settings != nil && d.facts.QEMU.Alive()
 }
 
-// putBackLater puts QEMU's settings back when its monitor is free. The migration is over; its files stay until then, for
-// a daemon that is started before.
+// putBackLater puts QEMU's settings back when its monitor is free. The migration is over. Its files stay until then,
+// in case this daemon ends first.
 func (d *Destination) putBackLater() {
 	facts := d.facts
 	d.log.Warn("QEMU's monitor is somebody else's: its settings are put back when it is free", "monitor", facts.QMP)
@@ -28,7 +28,7 @@ func (d *Destination) putBackLater() {
 			if sleep(d.daemon, pause) != nil {
 				return
 			}
-			vm, err := attachTo(d.daemon, facts)
+			vm, err := attachKept(d.daemon, facts)
 			if err != nil && facts.QEMU.Alive() {
 				continue
 			}
@@ -37,15 +37,15 @@ func (d *Destination) putBackLater() {
 				err = vm.Close()
 			}
 			d.log.Info("QEMU's settings are put back", "error", err)
-			d.word.keep(d.Forget)
+			d.retention.begin(d.Forget)
 			d.Forget()
 			return
 		}
 	}()
 }
 
-// attachTo connects to the QEMU of a migration that was kept, once.
-func attachTo(ctx context.Context, facts *keptFactsV1) (*qemu.VM, error) {
+// attachKept tries once to connect to the QEMU that facts name.
+func attachKept(ctx context.Context, facts *keptFactsV1) (*qemu.VM, error) {
 	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 	defer cancel()
 	vm, err := qemu.Attach(ctx, facts.QMP)

@@ -12,14 +12,15 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// KeptDirs are the directories below dir, one a migration to this host, in which
-// an earlier run of the daemon left one that had not ended.
+// KeptDirs returns the directories below dir in which an earlier run of the daemon left a migration to this host that
+// had not ended.
 func KeptDirs(dir string) ([]string, error) {
 	files, err := filepath.Glob(filepath.Join(dir, "*", keptFacts))
 	for i := range files {
@@ -28,8 +29,8 @@ func KeptDirs(dir string) ([]string, error) {
 	return files, err
 }
 
-// RemoveDir removes the directory of a migration to this host that is over, with its logs. One that holds what a later
-// daemon is to take up stays.
+// RemoveDir removes the directory of an ended migration to this host, with its logs. It keeps a directory that a
+// restarted daemon has to take up.
 func RemoveDir(dir string) error {
 	if _, err := os.Lstat(filepath.Join(dir, keptFacts)); !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -37,8 +38,8 @@ func RemoveDir(dir string) error {
 	return os.RemoveAll(dir)
 }
 
-// RemoveEnded does so with all directories below dir: nobody is told of those migrations any more, and each attempt of a
-// peer left one.
+// RemoveEnded calls RemoveDir for all directories below dir. Nobody asks about those migrations any more, and each
+// attempt of a peer leaves one.
 func RemoveEnded(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -51,10 +52,9 @@ func RemoveEnded(dir string) error {
 	return errors.Join(errs...)
 }
 
-// TakeUpDestination goes on with the migration that an earlier run of this
-// daemon left in cfg.Dir; cfg has no Request. QEMU kept its copy of the
-// userfaultfd open: what needs a missing page has waited since. A VM that was
-// not told to run goes on at the source, unless that says Run yet.
+// TakeUpDestination goes on with the migration that an earlier run of this daemon left in cfg.Dir; cfg has no
+// Request. QEMU kept its copy of the userfaultfd open: threads that need a missing page have waited since. A VM that
+// was not told to run goes on at the source, unless the source still sends Run.
 func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination, error) {
 	k, facts, request, err := takeUpKept(cfg.Dir)
 	if err != nil {
@@ -64,43 +64,37 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	d := NewDestination(ctx, cfg)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.kept, d.facts, d.left = k, facts, facts.QEMU
-	d.noteTakenUp(k.header().ended.Load() != 0 || k.header().filled.Load() != 0)
+	d.takeUpState(k)
+	d.facts, d.left = facts, facts.QEMU
+	d.noteTakenUp(d.step() == ended || d.step() == filled)
 	if libvirt.IsAddress(facts.QMP) {
 		d.domain = facts.QMP
 	}
-	if k.header().toldToRun.Load() != 0 {
-		d.phase = running
-		d.decide(toldToRun)
-		d.knowAnswer()
+	d.takeUpShown(facts)
+	if since := k.header().resumed.Load(); since != 0 {
+		d.meter.switched(time.Unix(0, since), time.Duration(k.header().downtime.Load()))
 	}
-	reached("destination-taken-up")
-	if reason := k.header().ended.Load(); reason != 0 { // its source may ask how it ended
-		d.showEnded(endingKept(migratedv1.Reason(reason)))
-		d.cancel(nil)
-		d.release()
-		close(d.done)
+	testPoint("destination-taken-up")
+	switch d.step() { // both are over; the source may still ask how they ended
+	case ended:
+		d.showEnded(endingForReason(migratedv1.Reason(k.header().ended.Load())))
+		d.finish()
 		return d, nil
-	}
-	if k.header().filled.Load() != 0 { // nothing waits for it; its source may ask how it ended
-		d.log.Info("taking up a migration of which all memory is here", "switched", d.phase == running)
+	case filled:
+		d.log.Info("taking up a migration of which all memory is here")
 		d.takeUpFilled(facts)
 		return d, nil
 	}
-	d.log.Warn("taking up a migration that an earlier run of this daemon left", "switched", d.phase == running)
+	d.log.Warn("taking up a migration that an earlier run of this daemon left", "switched", d.toldToRun())
 	if err := d.takeUp(facts); err != nil {
 		d.notTakenUp(facts, err)
 		return d, nil
 	}
-	switch d.phase {
-	case running:
-		// Without an answer QEMU has to be told again, and the migration must not be over before.
-		if d.answer != nil {
-			d.engine.StartSweep()
-		}
-	default:
-		d.phase = loaded
-		d.expire(loaded, loadedTimeout, "the source did not say go")
+	switch {
+	case !d.toldToRun():
+		d.expire(loadedTimeout, "the source did not say go")
+	case d.runAnswer() != nil: // else Run has to tell QEMU again, and the migration must not end before that
+		d.engine.StartSweep()
 	}
 	d.supervision, d.label = facts.Supervision, facts.Label
 	d.update(func(m *migratedv1.Migration) {
@@ -109,24 +103,47 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 		m.Prepared = true
 		m.Progress = d.meter.progress(d.engine.Stats())
 	})
-	d.pumping = true
+	if due := k.header().due.Load(); due != 0 {
+		d.watchDeadline(time.Unix(0, due))
+	}
+	d.pumpStarted = true
 	d.attaching = make(chan struct{})
 	go d.pump(nil)
-	go d.attachAgain(facts)
+	go d.attachTakenUp(facts)
 	return d, nil
 }
 
-// takeUp lets pages flow again. It asks QEMU nothing: its main loop may be
-// what waits for a page.
+// takeUpShown shows times and the QEMU process from the files. The caller holds mu.
+func (d *Destination) takeUpShown(facts *keptFactsV1) {
+	h := d.kept.header()
+	at := func(nanoseconds int64) *timestamppb.Timestamp {
+		if nanoseconds == 0 {
+			return nil
+		}
+		return timestamppb.New(time.Unix(0, nanoseconds))
+	}
+	d.update(func(m *migratedv1.Migration) {
+		if !facts.Created.IsZero() {
+			m.CreateTime = timestamppb.New(facts.Created)
+		}
+		m.StartTime, m.SwitchTime, m.EndTime = at(h.started.Load()), at(h.resumed.Load()), at(h.over.Load())
+		m.DestinationQemu = d.shownQEMU(facts.QEMU.PID)
+	})
+}
+
+// takeUp makes pages flow again. It asks QEMU nothing: QEMU's main loop may wait for a page.
 func (d *Destination) takeUp(facts *keptFactsV1) (err error) {
 	if !facts.QEMU.Alive() {
 		return errQEMUGone
 	}
-	if err := claimed.take(facts.QEMU, d.cfg.Request.GetId()); err != nil {
+	if err := qemuClaims.claim(facts.QEMU, d.cfg.Request.GetId()); err != nil {
 		return err
 	}
 	d.claim = facts.QEMU
-	if d.phase != running && d.kept.header().loaded.Load() == 0 {
+	if d.exit, err = facts.QEMU.Exit(); err != nil {
+		return err
+	}
+	if d.step() == preparing {
 		return errors.New("the device state had not arrived")
 	}
 	if d.taken, err = inject.Duplicate(facts.QEMU.PID, facts.RemoteFD); err != nil {
@@ -135,7 +152,7 @@ func (d *Destination) takeUp(facts *keptFactsV1) (err error) {
 	return d.makeEngine(facts)
 }
 
-// takeUpFilled ends a migration whose memory was all here. The caller holds mu.
+// takeUpFilled ends a migration whose memory is all here. The caller holds mu.
 func (d *Destination) takeUpFilled(facts *keptFactsV1) {
 	progress := &migratedv1.Progress{Downtime: durationpb.New(time.Duration(d.kept.header().downtime.Load()))}
 	for _, b := range facts.Blocks {
@@ -147,18 +164,14 @@ func (d *Destination) takeUpFilled(facts *keptFactsV1) {
 		m.State, m.Prepared, m.Progress = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, true, progress
 		m.Location = migratedv1.Location_LOCATION_DESTINATION
 	})
-	if d.kept.header().settled.Load() != 0 {
-		d.cancel(nil)
-		d.release()
-		close(d.done)
+	if d.kept.header().closed.Load() != 0 {
+		d.finish()
 		return
 	}
 	go func() {
-		defer close(d.done)
-		defer d.release()
-		defer d.cancel(nil)
-		vm, err := attachTo(d.ctx, facts)
-		if err != nil { // it may have ended since, as any VM may; else see putBackLater
+		defer d.finishAlone()
+		vm, err := attachKept(d.ctx, facts)
+		if err != nil { // the VM may have ended since; if not, putBackLater goes on
 			d.log.Warn("QEMU's settings are not put back yet", "error", err)
 			return
 		}
@@ -170,11 +183,11 @@ func (d *Destination) takeUpFilled(facts *keptFactsV1) {
 	}()
 }
 
-// attachAgain connects to QEMU's monitor as soon as QEMU answers.
-func (d *Destination) attachAgain(facts *keptFactsV1) {
+// attachTakenUp connects to QEMU's monitor as soon as QEMU answers.
+func (d *Destination) attachTakenUp(facts *keptFactsV1) {
 	defer close(d.attaching)
 	for {
-		vm, err := attachTo(d.ctx, facts)
+		vm, err := attachKept(d.ctx, facts)
 		if err == nil {
 			d.noteQEMU(vm.QMP.Version())
 			vm.PutBack(facts.Settings)
@@ -195,8 +208,8 @@ func (d *Destination) attachAgain(facts *keptFactsV1) {
 	}
 }
 
-// awaitAttached returns when attachAgain has ended. With all memory in, QEMU answers unless its monitor is
-// somebody else's; after a failure it need not.
+// awaitAttached returns when attachTakenUp has ended. If all memory is here, QEMU answers unless another client holds
+// its monitor. After a failure QEMU may never answer, so the wait is cut short.
 func (d *Destination) awaitAttached(failure error) {
 	if d.attaching == nil {
 		return
@@ -213,40 +226,24 @@ func (d *Destination) awaitAttached(failure error) {
 	<-d.attaching
 }
 
-// errQEMUGone is why a migration that was left is over.
+// errQEMUGone is why a migration cannot be taken up: its QEMU has ended.
 var errQEMUGone = errors.New("the destination QEMU ended while no daemon ran")
 
 // notTakenUp ends a migration that cannot go on. The caller holds mu.
 func (d *Destination) notTakenUp(facts *keptFactsV1, err error) {
 	err = fmt.Errorf("%w: %w", errDaemonEnded, err)
-	if d.phase != running {
+	if !d.toldToRun() {
 		d.giveUp(err)
 		return
 	}
-	// The files stay, and with them the chance that the next start finds the cause removed.
-	d.leave = facts.QEMU.Alive()
+	// The files stay as long as QEMU lives: the cause may be gone when the daemon starts next.
+	if !facts.QEMU.Alive() {
+		d.moveTo(lost)
+	}
 	d.log.Error("cannot take up the migration", "error", err)
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 		withRemedy(err, "remove the cause and restart this daemon; what needs a missing page waits until then"),
 		d.whereFailed())
 	d.cancel(err)
-	d.release()
-	close(d.done)
-}
-
-// knowAnswer finds out what Run was answered, or would have been: while it is
-// nil, Run tells QEMU again. A VM that ended by itself has run, and the source
-// hears how it ended when it asks for more. The caller holds mu.
-func (d *Destination) knowAnswer() {
-	h := d.kept.header()
-	at := h.resumed.Load()
-	if at == 0 && h.ended.Load() == 0 {
-		return
-	}
-	d.answer = &migratedv1.RunResponse{
-		ResumeTime: durationpb.New(time.Duration(h.resumeTime.Load())), ServeTime: durationpb.New(0),
-	}
-	if at != 0 {
-		d.meter.switched(time.Unix(0, at), time.Duration(h.downtime.Load()))
-	}
+	d.finish()
 }

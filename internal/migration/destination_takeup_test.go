@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -27,7 +28,7 @@ func TestTakenUpAfterLoadingItRuns(t *testing.T) {
 	if err != nil || !l.runs(t) {
 		t.Fatalf("Run: %v; the VM runs: %v", err, l.runs(t))
 	}
-	if again, err := run(t, d); err != nil || again != first {
+	if again, err := run(t, d); err != nil || !proto.Equal(again, first) {
 		t.Errorf("Run again: %v, %v; want the first answer, %v", again, err, first)
 	}
 	if !l.filesStay() {
@@ -48,7 +49,7 @@ func TestTakenUpAfterLoadingItGivesUp(t *testing.T) {
 	l.gone(t)
 }
 
-// QEMU may not have heard what it was told: it is told again, and until then nobody gives up.
+// QEMU may not have got the command to run the VM. It is told again, and until then the migration cannot be given up.
 func TestTakenUpAfterRunWasToldToNobody(t *testing.T) {
 	l := leaveDestination(t, true)
 	l.kept.header().toldToRun.Store(1)
@@ -61,7 +62,7 @@ func TestTakenUpAfterRunWasToldToNobody(t *testing.T) {
 	}
 }
 
-// What QEMU was told it may have done before it died: nobody promises that the VM has not run.
+// QEMU may have run the VM before it died: nobody promises that the VM has not run.
 func TestTakenUpToldQEMUDies(t *testing.T) {
 	l := leaveDestination(t, true)
 	l.kept.header().toldToRun.Store(1)
@@ -79,8 +80,8 @@ func TestTakenUpToldQEMUDies(t *testing.T) {
 	}
 }
 
-// Both daemons were killed when the VM ended by itself: its source repeats the hand-over, and hears that the VM ran. How
-// it ended it hears when it follows.
+// Both daemons were killed when the VM ended by itself. The source repeats Run and hears that the VM ran. It hears
+// how the VM ended when it watches the migration.
 func TestTakenUpAfterTheVMEnded(t *testing.T) {
 	for name, answered := range map[string]bool{"Run was answered": true, "Run was not answered": false} {
 		t.Run(name, func(t *testing.T) {
@@ -88,7 +89,7 @@ func TestTakenUpAfterTheVMEnded(t *testing.T) {
 			h := l.kept.header()
 			h.toldToRun.Store(1)
 			if answered {
-				l.kept.running(time.Now(), 3*time.Millisecond, 7*time.Millisecond)
+				l.ran()
 			}
 			h.ended.Store(uint64(migratedv1.Reason_REASON_GUEST_SHUTDOWN))
 			d := l.takeUp(t)
@@ -104,7 +105,7 @@ func TestTakenUpAfterTheVMEnded(t *testing.T) {
 	}
 }
 
-// All memory was in, and QEMU had closed its descriptor: there is nothing left to do.
+// All memory was here, and QEMU's userfaultfd was closed: nothing is left to do.
 func TestTakenUpAfterTheLastPage(t *testing.T) {
 	l := leaveDestination(t, true)
 	if _, err := l.vm.Cont(t.Context()); err != nil {
@@ -112,12 +113,13 @@ func TestTakenUpAfterTheLastPage(t *testing.T) {
 	}
 	h := l.kept.header()
 	h.toldToRun.Store(1)
-	l.kept.running(time.Now(), 3*time.Millisecond, 7*time.Millisecond)
+	l.ran()
 	h.filled.Store(1)
 	d := l.takeUp(t)
 	<-d.Done()
 	view, _ := d.Snapshot()
-	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED || view.GetProgress().GetPagesPresent() != view.GetProgress().GetPagesTotal() ||
+	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED ||
+		view.GetProgress().GetPagesPresent() != view.GetProgress().GetPagesTotal() ||
 		view.GetProgress().GetDowntime().AsDuration() != 7*time.Millisecond {
 		t.Errorf("the migration is %v", view)
 	}
@@ -127,7 +129,7 @@ func TestTakenUpAfterTheLastPage(t *testing.T) {
 	if !l.runs(t) {
 		t.Error("the VM does not run")
 	}
-	// Its source may have died before it heard, and this daemon too.
+	// The source may have died before it heard, and this daemon too.
 	next := l.takeUp(t)
 	<-next.Done()
 	if view, _ := next.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
@@ -152,7 +154,7 @@ func TestTakenUpAfterTheSwitch(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.kept.header().toldToRun.Store(1)
-	l.kept.running(time.Now(), 3*time.Millisecond, 7*time.Millisecond)
+	l.ran()
 	d := l.takeUp(t)
 	answer, err := d.Run(t.Context(), &migratedv1.RunRequest{Id: "m1", Resume: true}) // answered without QEMU
 	if err != nil || answer.GetResumeTime().AsDuration() != 3*time.Millisecond {
@@ -168,17 +170,17 @@ func TestTakenUpAfterTheSwitch(t *testing.T) {
 	}
 }
 
-// A daemon that is stopped leaves its VM to the next one. The source must not be told that something failed: it would
-// serve no page to that.
+// A daemon that is stopped leaves its VM to the next one. The source must not hear of a failure: it would stop
+// serving pages.
 func TestStoppedAfterTheSwitch(t *testing.T) {
 	l := leaveDestination(t, true)
 	if _, err := l.vm.Cont(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	l.kept.header().toldToRun.Store(1)
-	l.kept.running(time.Now(), 3*time.Millisecond, 7*time.Millisecond)
+	l.ran()
 	daemon, stop := context.WithCancelCause(t.Context())
-	d := l.takeUpBy(t, daemon, noSource)
+	d := l.takeUpWith(t, daemon, noSource)
 	stop(errors.New("the daemon was stopped"))
 	<-d.Done()
 	if view, _ := d.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED {
@@ -189,12 +191,12 @@ func TestStoppedAfterTheSwitch(t *testing.T) {
 	}
 }
 
-// A daemon that is stopped before its VM ran gives it up. The next one says so to a source that was about to say go, or its VM
-// would stand still until an operator came.
+// A daemon that is stopped before its VM ran gives the VM up. The next daemon says so to a source that sends Run.
+// Otherwise the VM would stay stopped until an operator came.
 func TestStoppedBeforeTheSwitch(t *testing.T) {
 	l := leaveDestination(t, true)
 	daemon, stop := context.WithCancelCause(t.Context())
-	d := l.takeUpBy(t, daemon, noSource)
+	d := l.takeUpWith(t, daemon, noSource)
 	stop(errors.New("the daemon was stopped"))
 	<-d.Done()
 	if _, err := run(t, d); !errors.Is(err, ErrNotRun) {
@@ -211,7 +213,7 @@ func TestStoppedBeforeTheSwitch(t *testing.T) {
 	l.gone(t)
 }
 
-// Without the device state there is nothing to go on with.
+// Without the device state the migration cannot go on.
 func TestTakenUpBeforeLoading(t *testing.T) {
 	l := leaveDestination(t, false)
 	d := l.takeUp(t)
@@ -234,7 +236,8 @@ func TestTakenUpWithoutQEMU(t *testing.T) {
 	d := l.takeUp(t)
 	<-d.Done()
 	view, _ := d.Snapshot()
-	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED || !strings.Contains(view.GetError().GetMessage(), "ended while no daemon ran") {
+	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED ||
+		!strings.Contains(view.GetError().GetMessage(), "ended while no daemon ran") {
 		t.Errorf("the migration is %v: %v", view.GetState(), view.GetError())
 	}
 	if l.filesStay() {
@@ -262,7 +265,7 @@ func TestKeptByAnotherVersion(t *testing.T) {
 	}
 }
 
-// gone checks that QEMU has ended and left no files.
+// gone checks that QEMU has ended and that the files are gone.
 func (l *left) gone(t *testing.T) {
 	t.Helper()
 	if err := l.vm.WaitExit(t.Context()); err != nil {

@@ -17,19 +17,19 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A deviceCarrier is the pair of sockets between the daemon and a destination's QEMU that a migration stream runs over.
-// QEMU gets its end as a descriptor, so that no path, port or permission is needed, also inside QEMU's sandbox.
+// A deviceCarrier is a pair of sockets between the daemon and a destination's QEMU that carries a migration stream.
+// QEMU gets its end as a descriptor. That needs no path, port or permission, and works in QEMU's sandbox.
 type deviceCarrier struct {
-	qemu *os.File // to be handed to QEMU
+	qemu *os.File // QEMU's end, handed to QEMU
 	ours *os.File
 
-	run atomic.Pointer[migratedv1.RunRequest] // that came with the last of it; nil: Run follows
+	run atomic.Pointer[migratedv1.RunRequest] // came with the last message; nil: the call Run follows
 
-	// Owned by who receives, until QEMU has loaded.
-	received int       // bytes of devices' state
-	began    time.Time // when the first of them came
-	keep     bool
-	kept     []byte // all of them, if keep is set
+	// Owned by the receiving goroutine until QEMU has loaded the state.
+	received int       // bytes of device state
+	began    time.Time // when the first of these bytes arrived
+	keep     bool      // store the state in kept
+	kept     []byte    // the whole state, if keep is set
 
 	once sync.Once
 }
@@ -39,7 +39,7 @@ func newDeviceCarrier() (*deviceCarrier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sockets for the device state: %w", err)
 	}
-	// Ours is served by the runtime's poller, so that close ends a write.
+	// Our end is nonblocking, so that the runtime polls it and close ends a write.
 	if err := unix.SetNonblock(fds[1], true); err != nil {
 		return nil, errors.Join(fmt.Errorf("sockets for the device state: %w", err), unix.Close(fds[0]), unix.Close(fds[1]))
 	}
@@ -55,9 +55,9 @@ func (c *deviceCarrier) close() {
 	})
 }
 
-// receiveFrom passes a stream to QEMU until its end.
+// receiveFrom passes the whole stream to QEMU.
 func (c *deviceCarrier) receiveFrom(stream deviceRequests) error {
-	return c.each(stream, func(data []byte) error {
+	return c.eachMessage(stream, func(data []byte) error {
 		if c.keep {
 			c.kept = append(c.kept, data...)
 		}
@@ -65,11 +65,12 @@ func (c *deviceCarrier) receiveFrom(stream deviceRequests) error {
 	})
 }
 
-// receiveChanges passes what a stream brings of changes since an early state to QEMU, and the end of its stream. unmap
-// is called before, if QEMU has to unmap what it maps again.
+// receiveChanges receives the changes since the early state and passes them to QEMU, with the end of QEMU's stream.
+// It calls unmap first if the changes make QEMU map memory again that it has mapped already.
 func (c *deviceCarrier) receiveChanges(stream deviceRequests, early []devicestate.Section, unmap func() error) error {
 	var changes []byte
-	if err := c.each(stream, func(data []byte) error { changes = append(changes, data...); return nil }); err != nil {
+	collect := func(data []byte) error { changes = append(changes, data...); return nil }
+	if err := c.eachMessage(stream, collect); err != nil {
 		return err
 	}
 	list, err := devicestate.ParseChanges(early, changes)
@@ -93,8 +94,8 @@ func (c *deviceCarrier) receiveChanges(stream deviceRequests, early []devicestat
 	return c.pass(devicestate.End(sections))
 }
 
-// each calls take with all that a stream brings.
-func (c *deviceCarrier) each(stream deviceRequests, take func(data []byte) error) error {
+// eachMessage calls take with the data of each message.
+func (c *deviceCarrier) eachMessage(stream deviceRequests, take func(data []byte) error) error {
 	for {
 		message, err := stream.Recv()
 		if errors.Is(err, io.EOF) {

@@ -11,16 +11,16 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A sink is a stream that waits before it takes a message, until it is told to go on, and then fails if it is to.
-type sink struct {
+// A blockingStream is a stream whose Send blocks until the test says what becomes of the message.
+type blockingStream struct {
 	deviceStream
 
-	asked chan struct{} // a message is there
-	next  chan error    // what becomes of it
+	asked chan struct{} // Send was called
+	next  chan error    // what Send returns
 	got   []byte
 }
 
-func (s *sink) Send(m *migratedv1.LoadDeviceStateRequest) error {
+func (s *blockingStream) Send(m *migratedv1.LoadDeviceStateRequest) error {
 	s.asked <- struct{}{}
 	err := <-s.next
 	if err == nil {
@@ -29,13 +29,13 @@ func (s *sink) Send(m *migratedv1.LoadDeviceStateRequest) error {
 	return err
 }
 
-// Whoever saves is never held up by a destination that does not read, and every byte is sent once.
+// Saving never waits for a destination that does not read, and every byte is sent once.
 func TestDeviceSender(t *testing.T) {
 	body := make([]byte, 3*deviceChunk+100)
 	for i := range body {
 		body[i] = byte(i * 7 >> 3)
 	}
-	s := &sink{asked: make(chan struct{}), next: make(chan error)}
+	s := &blockingStream{asked: make(chan struct{}), next: make(chan error)}
 	d := newDeviceSender(s)
 	d.offer(nil)
 	d.offer(body[:10])
@@ -56,17 +56,17 @@ func TestDeviceSender(t *testing.T) {
 	}
 	d.send(body)
 	close(s.asked)
-	if d.err != nil || d.over || !bytes.Equal(s.got, body) {
-		t.Errorf("%d of %d bytes were sent: %v, over: %t", len(s.got), len(body), d.err, d.over)
+	if d.err != nil || d.callEnded || !bytes.Equal(s.got, body) {
+		t.Errorf("%d of %d bytes were sent: %v, over: %t", len(s.got), len(body), d.err, d.callEnded)
 	}
 }
 
-// A destination that has ended the call says why when it is asked; a connection that is broken says so itself.
+// A destination that ended the call says why when it is asked. A broken connection is the error itself.
 func TestDeviceSenderFails(t *testing.T) {
 	broken := errors.New("broken")
 	for name, fails := range map[string]error{"the destination ended the call": io.EOF, "broken": broken} {
 		t.Run(name, func(t *testing.T) {
-			s := &sink{asked: make(chan struct{}), next: make(chan error)}
+			s := &blockingStream{asked: make(chan struct{}), next: make(chan error)}
 			d := newDeviceSender(s)
 			d.offer(make([]byte, 2*deviceChunk))
 			<-s.asked
@@ -75,8 +75,8 @@ func TestDeviceSenderFails(t *testing.T) {
 			close(d.offers)
 			<-d.idle
 			d.send(make([]byte, 4*deviceChunk)) // nothing more
-			if d.sent != 0 || d.over != errors.Is(fails, io.EOF) || errors.Is(d.err, broken) != errors.Is(fails, broken) {
-				t.Errorf("%d bytes sent, over: %t, %v", d.sent, d.over, d.err)
+			if d.sent != 0 || d.callEnded != errors.Is(fails, io.EOF) || errors.Is(d.err, broken) != errors.Is(fails, broken) {
+				t.Errorf("%d bytes sent, over: %t, %v", d.sent, d.callEnded, d.err)
 			}
 		})
 	}

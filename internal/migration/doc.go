@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package migration is the switch: the two state machines, one on each host,
-// that move a running VM from the source's QEMU to the destination's and never
-// let both run it.
+// Package migration moves a running VM from the QEMU of one host, the source, to the QEMU of another, the destination.
+// Each host runs a state machine, and the two together never let both QEMUs run the VM.
 //
 //	source host                                    destination host
 //	===========                                    ================
-//	SETUP                                          SETUP
+//	SETUP
+//	        ── AwaitTurn ────────────────────►     (its daemon) keep room, when there is some
+//	        ◄─ granted ───────────────────────
+//	  wait for a turn at this host                   SETUP
 //	  check the VM, open its memory                  start QEMU -S -incoming defer, or attach
 //	  offer the memory (not served yet)              have QEMU drop what it put into its memory
 //	        ── PrepareIncoming ──────────────►       take a userfaultfd
@@ -44,18 +46,19 @@
 //	        ◄─ WatchIncoming: figures ────────       lanes lost: POSTCOPY_PAUSED, dial again,
 //	                                                 POSTCOPY_RECOVER, POSTCOPY_ACTIVE
 //	COMPLETED                                      COMPLETED
-//	  quit QEMU, remove the record                   unregister, close QEMU's descriptor,
-//	                                                 remove what was kept
+//	  quit QEMU, keep the report,                    unregister, close QEMU's descriptor,
+//	  remove the record                              remove what was kept
 //	or ENDED, where the VM ended by itself         ENDED, where QEMU said SHUTDOWN and its process has ended
-//	  quit QEMU, remove the record                   remove what was kept
+//	  quit QEMU, keep the report,                    remove what was kept
+//	  remove the record
 //
-// Where a device's state has another form when the VM has stopped than it had early, and cannot be loaded over that,
-// the source continues the VM, tells the destination to give up, and goes through all of it again, without an early
-// load (startOver).
+// A device's state can have another form after the stop than it had early. Where it cannot be loaded over the early
+// state, the source continues the VM, tells the destination to give up, and does all of the above again without an
+// early load (startOver).
 //
-// Without an early load (it is switched off, the VM is paused, loading read what was not copied four times) all of the
-// state is loaded when the VM has stopped, which may fail, and so the source commits only when it knows that it did
-// not:
+// Some migrations have no early load: it is switched off, the VM is paused, or loading read memory that had not been
+// copied in four attempts. Then all of the state is loaded after the VM has stopped. Loading may fail, so the source
+// commits only after the destination has reported that it loaded everything:
 //
 //	DEVICE                                         DEVICE
 //	        ── LoadDeviceState: the head ─────►      migrate-incoming; QEMU reads the head and waits
@@ -74,73 +77,72 @@
 //	        ── Run, until answered ───────────►      mark 'told to run', announce the network cards,
 //	        ◄─ running ───────────────────────       cont (takes the disks, sends the announcements)
 //
-// While Run, or what stands for it, is not answered, the source is in HANDOVER: nobody there knows where the VM is.
+// A source whose Run (a call of its own, or sent with the last of the device state) is not answered is in HANDOVER
+// until it is: nobody at the source knows where the VM is.
 //
-// A rehearsal goes on where it has loaded: the destination saves what it has loaded and compares, the source
-// continues the VM (which has not given its disks up) and tells the destination to give up. It is REHEARSED.
+// A rehearsal ends when the destination has loaded the state. The destination saves what it has loaded and compares.
+// The source continues the VM, which has not given its disks up, and tells the destination to give up. The migration
+// is then REHEARSED.
 //
-// A VM that was paused stays paused: nothing runs it, at either end. Its disks are taken when it is loaded, because
-// it may be moved on without ever having run, and given up only by a QEMU that has them.
+// A VM that was paused stays paused: neither end runs it. The destination takes its disks when it has loaded the VM,
+// because the VM may be moved on without ever having run, and only a QEMU that has the disks can give them up.
 //
-// No wait between stop and running depends on a lock that a QEMU holds while it waits for us: see moveDevices.
+// Between stop and running, no wait depends on a lock that a QEMU holds while it waits for a daemon: see moveDevices.
 //
 // Who may run the VM, and what a failure does:
 //
-//   - Before the commit point the VM belongs to the source. Whatever fails, on
-//     either side or between them, and a cancellation too, the source continues
-//     the VM (if it ran) and tells the destination to give up. Where its connection to QEMU was lost, as libvirt's are
-//     with its daemon, it waits for another one to do so (awaitMonitor). The destination
-//     runs it only when told by Run, which was never sent, so that the source
-//     need not wait for an answer before it continues. A freeze is such a failure when it has lasted for freezeLimit.
-//   - From the commit point on the source does not continue the VM by itself,
-//     but where what has changed could not be sent, so that the destination was
-//     not told to run. Else it repeats Run until the destination answers. One answer gives the VM
-//     back: ABORTED, the destination's promise that it has not run the VM and
-//     never will (its QEMU could not load what has changed, or died, say). No answer, or any other,
-//     leaves the VM stopped at the source with its memory intact.
-//   - From the commit point on the source's QEMU refuses to continue the VM, whoever asks (qemu.ContLock), also when no
-//     daemon lives. Who has the VM go on at the source removes that lock first.
-//   - Somebody else may continue the VM at the source before, or where QEMU cannot have that lock (QEMU's event
-//     RESUME, and its answer when it is asked): then the destination has an older one, and is never told to run it,
-//     or told again. If it may have been told, it is asked to give up until it answers (takeBack): its answer alone
-//     says whether the VM runs twice. The VM is left as it is.
-//   - After an early load the commit point comes before the destination has
-//     loaded what has changed. A network that is cut in these milliseconds
-//     leaves the VM stopped until it is mended, as one that is cut a moment
-//     later always did. That is all that is given up: it never runs twice.
-//   - The destination may give up by itself until Run arrives, and then
-//     answers Run with ABORTED for as long as it lives. Where it gives up because its
-//     daemon is stopped, the files stay and the next daemon answers so. Once it has asked its
-//     QEMU to continue, the VM belongs to the destination, whatever QEMU
-//     answers: while nobody knows whether it heard, Run is answered with
-//     UNKNOWN and comes again.
-//   - Memory that is the source QEMU's alone ends with it. If that dies after the switch, what has not crossed is lost:
-//     what needs it waits at the destination, and nothing else can be done but to end the VM there. Both hosts say so,
-//     and neither ends it: the VM may not need what is lost, and what is in files of the source's still comes. Of a VM
-//     whose RAM is such a file, all that is not is brought first.
-//   - Words about where the VM is come from its process and its QEMU, when they are said, or from the other daemon; else
-//     they say that it is not known (where.go). A QEMU that closes its monitor has not ended.
-//   - A VM that ended by itself after it ran at the destination is no VM to be continued: its memory at the source is older
-//     than its disks. A QEMU that died is another thing: its operator may fall back.
-//   - Three commands of operators end what neither daemon can: FallBack continues the VM at the source (the destination is
-//     gone), Release ends what is left there (the VM is at the destination, whole), Abandon ends the VM at the destination
-//     (the source is gone). Each needs the operator's word for what the daemon cannot know, and is refused where it knows
-//     better.
-//   - After the switch a page that cannot be fetched stalls the vCPU that needs
-//     it. It is never read as zero: the destination's QEMU keeps its copy of the
-//     userfaultfd open until the last page is in. So the destination gives up
-//     nothing that can come right again: a lost lane, a host without memory, a
-//     source that breaks the protocol.
+//   - Before the commit point the VM belongs to the source. On any failure, on either side or between them, and on a
+//     cancellation, the source continues the VM (if it ran) and tells the destination to give up. The destination runs
+//     the VM only when Run tells it to, and Run was not sent yet, so the source continues the VM without waiting for
+//     an answer. If the source lost its connection to QEMU (libvirt's connections end with libvirt's daemon), it first
+//     waits for a new one (awaitMonitor). A VM that stands still for longer than freezeLimit counts as a failure.
+//   - After the commit point the source does not continue the VM by itself, with one exception: the changed state could
+//     not be sent, so the destination was not told to run the VM. Otherwise the source repeats Run until the
+//     destination answers. Only the answer ABORTED gives the VM back. It is the destination's promise that it has not
+//     run the VM and never will, for example because its QEMU died or could not load the changed state. With any other
+//     answer, or none, the VM stays stopped at the source with its memory intact.
+//   - After the commit point the source's QEMU refuses to continue the VM for anybody (qemu.ContLock), also while no
+//     daemon runs. Whoever continues the VM at the source has to remove that lock first.
+//   - Somebody else may continue the VM at the source before the commit point, or after it where QEMU cannot have that
+//     lock. The source learns of it by QEMU's event RESUME and by asking QEMU. The destination then has an older VM,
+//     and is not told to run it, or not told again. If it may have been told already, the source asks it to give up
+//     until it answers (retractHandOver): only that answer says whether the VM runs twice. The source leaves the VM as
+//     it is.
+//   - After an early load the source commits before the destination has loaded the changed state. If the network is cut
+//     in these milliseconds, the VM stays stopped until the network is mended. The same happens in any migration when
+//     the network is cut a moment later. That is the only cost of an early load: the VM never runs twice.
+//   - The destination may give up by itself until Run arrives. After it has given up it answers Run with ABORTED for as
+//     long as its daemon lives. If it gives up because its daemon is stopped, its files stay and the next daemon gives
+//     that answer. Once the destination has asked its QEMU to continue, the VM belongs to the destination, whatever
+//     QEMU answers. While it is not known whether QEMU got the command, the destination answers Run with UNKNOWN and
+//     the source sends Run again.
+//   - Private memory of the source's QEMU ends with that process. If the process dies after the switch, the private
+//     pages that have not crossed are lost. Threads that need them wait at the destination for ever; the only remedy is
+//     to end the VM there. Both hosts report it, and neither ends the VM: it may not need the lost pages, and pages in
+//     files of the source are still served. Of a VM with RAM in such files, all other memory is fetched first.
+//   - What a daemon says about where the VM is comes from the VM's process and its QEMU, asked at that moment, or from
+//     the other daemon. Otherwise it says that the location is not known (where.go). A QEMU that closes its monitor has
+//     not necessarily ended.
+//   - A VM that ended by itself after it ran at the destination is not continued at the source: the source's memory is
+//     older than the disks. A VM whose QEMU died is different: its operator may fall back to the source.
+//   - Three commands let an operator end what neither daemon can end. FallBack continues the VM at the source (the
+//     destination is gone). Release ends what is left at the source (all of the VM is at the destination). Abandon ends
+//     the VM at the destination (the source is gone). Each needs the operator's word for what the daemon cannot know,
+//     and is refused where the daemon knows that it is not so.
+//   - After the switch a page that cannot be fetched stalls the vCPU that needs it. The page is never read as zero: the
+//     destination's QEMU keeps its copy of the userfaultfd open until the last page is in. So the destination does not
+//     give up for a fault that can be mended: a lost lane, a host without memory, a source that breaks the protocol.
 //
-// A daemon that is stopped after the commit point leaves the migration as it is, on either host: that is no failure.
-// A daemon that ended in the middle, in whatever way, and is started again takes
-// up what it left (TakeUpSource, TakeUpDestination):
+// A daemon that is stopped after the commit point, on either host, leaves the migration as it is. That is no failure.
+// A daemon that is started again goes on with the migrations that the daemon before it left, however that one ended
+// (TakeUpSource, TakeUpDestination):
 //
 //	what the files say                  what it does
 //	source: record, not committed       continues the VM (if it ran), removes the record
 //	source: record, committed           serves its pages again and repeats Run
 //	  somebody continued the VM         serves nothing, asks the destination to give up, removes the record
-//	source: record, completed           ends QEMU, removes the record; COMPLETED, or ENDED if it says so
+//	source: record, completed           ends QEMU; COMPLETED, or ENDED if it says so; keeps the report, removes
+//	                                    the record
 //	source: a damaged record            names it (Leftover); VMs that stand still are not moved while it is there
 //	destination: not loaded             ends QEMU; the source has continued the VM, or does so when Run was answered
 //	                                    with ABORTED
@@ -149,12 +151,13 @@
 //	destination: told to run            fetches what is missing; tells QEMU again if Run comes
 //	                                    again and nobody knows whether QEMU heard it
 //	destination: all memory is here     closes QEMU's descriptor, if that was not done, and is COMPLETED
-//	                                    (files that say so stay for wordKept: the source may not know yet)
+//	                                    (files that say so stay for retentionTime: the source may not know yet)
 //	destination: the VM ended           is ENDED, for as long
 //
-// Where somebody else has QEMU's monitor by then, which serves one client, both wait for it: a source whose VM stands
-// still continues it then, and a destination puts QEMU's settings back, also when its migration is over (putBackLater).
+// QEMU's monitor serves one client. If somebody else is connected to it by then, both daemons wait for it. When it is
+// free, a source whose VM stands still continues the VM, and a destination restores QEMU's settings, also when its
+// migration is over (putBackLater).
 //
-// Everything that a decision needs is in the files: QEMU is not asked, because
-// its main loop may be what waits for a page.
+// Everything that a decision needs is in the files. QEMU is not asked, because its main loop may itself be waiting for
+// a page.
 package migration

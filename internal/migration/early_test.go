@@ -14,8 +14,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// newEarlyStage is a stage whose peer has loaded the devices' state before the VM stops. The VM has so many devices
-// that saving them takes long enough to look at its memory meanwhile.
+// newEarlyStage returns a stage whose peer has loaded the device state before the VM stops. The VM has many devices,
+// so that saving them takes long enough to look at its memory meanwhile.
 func newEarlyStage(t *testing.T, p *peer) *stage {
 	t.Helper()
 	p.early = true
@@ -38,8 +38,8 @@ func newEarlyStage(t *testing.T, p *peer) *stage {
 	return s
 }
 
-// After an early load the destination is told to run the VM with the last of what has changed, and not before that the
-// VM is its own is written down.
+// After an early load, the destination is told to run the VM with the last message of the changes. The record is
+// committed before that.
 func TestHandOverInHalfARoundTrip(t *testing.T) {
 	p := &peer{run: runAtOnce}
 	s := newEarlyStage(t, p)
@@ -48,15 +48,17 @@ func TestHandOverInHalfARoundTrip(t *testing.T) {
 	s.source.Start()
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
 	view, _ := s.source.Snapshot()
-	if p.runs != 0 || !p.told.GetResume() || p.told.GetStoppedFor().AsDuration() <= 0 || !recorded || p.aborted {
-		t.Errorf("told %v, which was written down: %t; asked again %d times; aborted %t", p.told, recorded, p.runs, p.aborted)
+	if p.runs != 0 || !p.runRequest.GetResume() || p.runRequest.GetStoppedFor().AsDuration() <= 0 ||
+		!recorded || p.aborted {
+		t.Errorf("told %v, which was written down: %t; asked again %d times; aborted %t",
+			p.runRequest, recorded, p.runs, p.aborted)
 	}
 	if early := view.GetEarlyLoad(); p.bytes == 0 || p.bytes > early.GetBytes()/4 {
 		t.Errorf("%d bytes have changed of %d", p.bytes, early.GetBytes())
 	}
 }
 
-// What is not answered is asked for until it is, and the VM stays stopped meanwhile: it may run at the destination.
+// The source repeats Run until it is answered. The VM stays stopped meanwhile: it may run at the destination.
 func TestHandOverWithoutAnAnswer(t *testing.T) {
 	for name, outcome := range map[string]struct {
 		of    codes.Code // of the load, after the destination was told to run
@@ -85,8 +87,8 @@ func TestHandOverWithoutAnAnswer(t *testing.T) {
 				want, words = migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source"
 			}
 			s.expect(t, want, words)
-			if p.told == nil || p.runs != outcome.asked || p.aborted != outcome.runs || s.handedOver(t) {
-				t.Errorf("told %v, asked %d times, aborted %t", p.told, p.runs, p.aborted)
+			if p.runRequest == nil || p.runs != outcome.asked || p.aborted != outcome.runs || s.handedOver(t) {
+				t.Errorf("told %v, asked %d times, aborted %t", p.runRequest, p.runs, p.aborted)
 			}
 			if outcome.runs && !s.vmRuns(t) {
 				t.Error("the VM does not run")
@@ -95,21 +97,21 @@ func TestHandOverWithoutAnAnswer(t *testing.T) {
 	}
 }
 
-// A VM that somebody continues while its state is saved is not handed over, although that is written down already.
+// A VM that somebody continues while its state is saved is not handed over, although the record is committed already.
 func TestContinuedWhileSaved(t *testing.T) {
 	p := &peer{run: runAtOnce}
 	s := newEarlyStage(t, p)
-	close(s.source.resumed) // as guardStopped finds out
+	close(s.source.continuedByOther) // as guardStopped finds out
 	s.source.Start()
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
-	if p.told != nil || p.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {
-		t.Errorf("told %v, asked %d times", p.told, p.runs)
+	if p.runRequest != nil || p.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {
+		t.Errorf("told %v, asked %d times", p.runRequest, p.runs)
 	}
 }
 
-// A room has no more than it has.
-func TestRoom(t *testing.T) {
-	r := room{most: 10}
+// A byteLimit gives out no more bytes than it has.
+func TestByteLimit(t *testing.T) {
+	r := byteLimit{most: 10}
 	if err := r.take(7); err != nil {
 		t.Error(err)
 	}
@@ -122,13 +124,13 @@ func TestRoom(t *testing.T) {
 	}
 }
 
-// A VM whose devices have changed too much since the early load goes on, and is moved without one, by the same
-// migration.
+// The devices of a VM have changed too much since the early load. The VM goes on, and the same migration moves it
+// without an early load.
 func TestStartOver(t *testing.T) {
 	p := &peer{run: runAtOnce}
 	s := newEarlyStage(t, p)
-	first := &s.source.early.sections[0]
-	first.Bytes = first.Bytes[1:] // owned by the source again when it is started
+	first := &s.source.earlyState.sections[0]
+	first.Bytes = first.Bytes[1:] // the source owns it only after Start
 	paused := func() time.Duration {
 		view, _ := s.source.Snapshot()
 		return view.GetEarlyLoad().GetPause().AsDuration()
@@ -141,7 +143,8 @@ func TestStartOver(t *testing.T) {
 	if early.GetLoaded() || !strings.Contains(early.GetReason(), first.Name) || paused() <= before {
 		t.Errorf("early load %v, a pause of %v before", early, before)
 	}
-	if size := view.GetProgress().GetBytesDeviceState(); p.told != nil || p.runs != 1 || !p.aborted || size < 100_000 {
-		t.Errorf("told %v, asked %d times, aborted %t, %d bytes loaded", p.told, p.runs, p.aborted, size)
+	if size := view.GetProgress().GetBytesDeviceState(); p.runRequest != nil || p.runs != 1 ||
+		!p.aborted || size < 100_000 {
+		t.Errorf("told %v, asked %d times, aborted %t, %d bytes loaded", p.runRequest, p.runs, p.aborted, size)
 	}
 }

@@ -12,37 +12,38 @@ import (
 	"sync"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// An earlyPage is the place of a page of the VM's memory.
+// An earlyPage is the location of a page of the VM's memory.
 type earlyPage struct {
 	block  int
 	offset uint64
 }
 
-// An earlyMemory is what a destination QEMU finds in the VM's memory while it loads the early state: the pages that
-// came with it, of the moment at which it was saved. It has a userfaultfd of its own, which is gone before the memory
-// is dropped and the engine registers it: nothing of it can be taken for the VM's.
+// An earlyMemory is the memory that a destination QEMU sees while it loads the early state: the pages that came with
+// that state, as they were when it was saved. It has a userfaultfd of its own. That is closed before the memory is
+// dropped and the engine registers it, so these pages never become the VM's.
 type earlyMemory struct {
 	taken  *inject.Taken
 	waiter *uffd.Waiter
-	blocks []qemu.RAMBlock
+	blocks []ram.Block
 	pages  map[earlyPage][]byte
 	served chan struct{} // closed when serve has returned
 
 	mu      sync.Mutex
-	section int                 // that is being loaded
-	reads   map[int][]earlyPage // what each section has touched
-	missed  []earlyPage         // that were not there
+	section int                 // being loaded
+	reads   map[int][]earlyPage // by section: pages that loading it touched
+	missed  []earlyPage         // touched pages that did not come along
 	err     error               // why serve has ended
 }
 
-// newEarlyMemory registers all memory of the destination's QEMU. pages must be of the size of their block's.
+// newEarlyMemory registers all memory of the destination's QEMU. Each of pages must have the page size of its block.
 func newEarlyMemory(
-	ctx context.Context, vm *qemu.VM, blocks []qemu.RAMBlock, pages map[earlyPage][]byte,
+	ctx context.Context, vm *qemu.VM, blocks []ram.Block, pages map[earlyPage][]byte,
 ) (*earlyMemory, error) {
 	taken, err := inject.Take(ctx, vm.Pid, inject.TakeOptions{HandDevice: vm.HandFD})
 	if err != nil {
@@ -93,7 +94,7 @@ func (m *earlyMemory) serve() error {
 		}
 		for i := range buf.Len() {
 			if e := buf.At(i); e.Kind == uffd.EventPagefault {
-				if err := m.answer(e.Pagefault.Addr); err != nil {
+				if err := m.resolve(e.Pagefault.Addr); err != nil {
 					return err
 				}
 			}
@@ -101,8 +102,8 @@ func (m *earlyMemory) serve() error {
 	}
 }
 
-func (m *earlyMemory) answer(addr uint64) error {
-	i := slices.IndexFunc(m.blocks, func(b qemu.RAMBlock) bool { return addr-b.Addr < b.Size })
+func (m *earlyMemory) resolve(addr uint64) error {
+	i := slices.IndexFunc(m.blocks, func(b ram.Block) bool { return addr-b.Addr < b.Size })
 	if i < 0 {
 		return fmt.Errorf("a fault at %#x, where the VM has no memory", addr)
 	}
@@ -110,7 +111,8 @@ func (m *earlyMemory) answer(addr uint64) error {
 	page := earlyPage{i, (addr - b.Addr) &^ (b.PageSize - 1)}
 	content, known := m.pages[page]
 	if !known {
-		// Whatever QEMU makes of zeros is thrown away. It goes on so that all that it wants becomes known at once.
+		// QEMU reads zeros instead and goes on, so that all missing pages become known at once. What it loads then is
+		// thrown away.
 		content = make([]byte, b.PageSize)
 	}
 	m.mu.Lock()
@@ -122,29 +124,29 @@ func (m *earlyMemory) answer(addr uint64) error {
 	}
 	m.mu.Unlock()
 	_, err := m.taken.UFFD.Copy(b.Addr+page.offset, content, 0)
-	if errors.Is(err, uffd.ErrExist) { // two threads wanted it
+	if errors.Is(err, uffd.ErrExist) { // another thread's fault was answered first
 		_ = m.taken.UFFD.Wake(uffd.Range{Start: b.Addr + page.offset, Len: b.PageSize})
 		return nil
 	}
 	return err
 }
 
-// close ends the serving; a thread that waits for a page then finds what is there. What loading has wanted is known
-// from then on.
+// close stops answering faults and removes the registration: a waiting thread then reads what is there. After close,
+// reads and missed are complete.
 func (m *earlyMemory) close(ctx context.Context) error {
 	err := m.waiter.Interrupt()
 	<-m.served
 	return errors.Join(err, m.err, m.waiter.Close(), m.closeDescriptors(ctx))
 }
 
-// closeDescriptors ends the registration: both descriptors are one file.
+// closeDescriptors closes both descriptors of the userfaultfd, which ends the registration.
 func (m *earlyMemory) closeDescriptors(ctx context.Context) error {
 	return errors.Join(m.taken.CloseRemote(ctx), m.taken.UFFD.Close())
 }
 
-// next is called when a section is loaded. What that has touched is taken away again, so that it is known of the next
-// what it reads, too.
-func (m *earlyMemory) next(ctx context.Context, vm *qemu.VM) error {
+// sectionLoaded is called after each section. It drops the pages that this section touched, so that the next section
+// faults on them again and its reads become known, too.
+func (m *earlyMemory) sectionLoaded(ctx context.Context, vm *qemu.VM) error {
 	m.mu.Lock()
 	pages := m.reads[m.section]
 	m.section++
@@ -152,36 +154,36 @@ func (m *earlyMemory) next(ctx context.Context, vm *qemu.VM) error {
 	if len(pages) == 0 {
 		return nil
 	}
-	var ranges []qemu.RAMRange
+	var ranges []ram.Range
 	for _, p := range pages {
 		b := m.blocks[p.block]
-		ranges = append(ranges, qemu.RAMRange{Block: b, Offset: p.offset, Size: b.PageSize})
+		ranges = append(ranges, ram.Range{Block: b, Offset: p.offset, Size: b.PageSize})
 	}
-	return vm.DropRanges(ctx, ranges)
+	return vm.RAM.DropRanges(ctx, ranges)
 }
 
-// readers are the sections that touched memory, sorted.
+// readers returns the sections that touched memory, sorted.
 func (m *earlyMemory) readers() []int { return slices.Sorted(maps.Keys(m.reads)) }
 
-// shownReaders are they with what they touched, as the source is told.
+// shownReaders returns the readers and the pages that they touched, for the source.
 func (m *earlyMemory) shownReaders() (shown []*migratedv1.Reader) {
 	for _, i := range m.readers() {
-		shown = append(shown, &migratedv1.Reader{Section: uint32(i), Pages: places(m.reads[i])})
+		shown = append(shown, &migratedv1.Reader{Section: uint32(i), Pages: shownPages(m.reads[i])})
 	}
 	return shown
 }
 
-// shownMissed is what was missed, as the source is told.
-func (m *earlyMemory) shownMissed() []*migratedv1.Memory { return places(m.missed) }
+// shownMissed returns the missed pages, for the source.
+func (m *earlyMemory) shownMissed() []*migratedv1.Memory { return shownPages(m.missed) }
 
-func places(pages []earlyPage) (shown []*migratedv1.Memory) {
+func shownPages(pages []earlyPage) (shown []*migratedv1.Memory) {
 	for _, p := range pages {
 		shown = append(shown, &migratedv1.Memory{Block: uint32(p.block), Offset: p.offset})
 	}
 	return shown
 }
 
-// touched are all pages that were, in order.
+// touched returns all touched pages, sorted, each once.
 func (m *earlyMemory) touched() []earlyPage {
 	all := slices.Concat(slices.Collect(maps.Values(m.reads))...)
 	slices.SortFunc(all, func(a, b earlyPage) int {

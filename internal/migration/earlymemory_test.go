@@ -14,17 +14,18 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 )
 
-// An early stage of real QEMUs, without daemons: a source that has booted, and destinations.
+// An earlyQEMUs is an early load between real QEMUs without daemons: a source that has booted, and destinations.
 type earlyQEMUs struct {
 	t     *testing.T
 	state *earlyState
 	ram   *pagesrv.RAM
 }
 
-// ramFile returns the path of RAM of 32 MiB.
+// ramFile returns the path of a RAM file of 32 MiB.
 func ramFile(t *testing.T) string {
 	t.Helper()
 	ram, err := os.CreateTemp("/dev/shm", "early-")
@@ -38,10 +39,10 @@ func ramFile(t *testing.T) string {
 	return ram.Name()
 }
 
-// newEarlyQEMUs takes the state of a source's devices, and leaves its memory for later.
+// newEarlyQEMUs saves the source's device state and opens its memory, to be read later.
 func newEarlyQEMUs(t *testing.T) *earlyQEMUs {
 	t.Helper()
-	vm := startLeft(t, ramFile(t), filepath.Join(t.TempDir(), "source.sock"), "")
+	vm := startQEMU(t, ramFile(t), filepath.Join(t.TempDir(), "source.sock"), "")
 	time.Sleep(2 * time.Second) // the firmware puts the option ROMs in their place
 	ctx := t.Context()
 	facts, err := vm.Facts(ctx)
@@ -54,7 +55,7 @@ func newEarlyQEMUs(t *testing.T) *earlyQEMUs {
 	}
 	saved, _, err := saver.SaveRunning(ctx, func() error { return nil })
 	if errors.Is(err, qemu.ErrTooShort) {
-		// Its memory is read when it is stopped, and nothing runs in it: the moment does not matter.
+		// The memory is read while the VM is stopped, and nothing runs in it: it does not matter when.
 		if _, _, err = vm.Stop(ctx); err == nil {
 			err = saver.Close(ctx)
 		}
@@ -85,17 +86,17 @@ func newEarlyQEMUs(t *testing.T) *earlyQEMUs {
 	}, ram}
 }
 
-// load has a fresh destination load the state, and returns it, its memory and the error.
-func (e *earlyQEMUs) load() (vm *qemu.VM, blocks []qemu.RAMBlock, memory *earlyMemory, err error) {
+// load has a new destination QEMU load the state. It returns that QEMU, its memory and the error.
+func (e *earlyQEMUs) load() (vm *qemu.VM, blocks []ram.Block, memory *earlyMemory, err error) {
 	e.t.Helper()
 	ctx := e.t.Context()
-	vm = startLeft(e.t, ramFile(e.t), filepath.Join(e.t.TempDir(), "destination.sock"), "", "-S", "-incoming", "defer")
+	vm = startQEMU(e.t, ramFile(e.t), filepath.Join(e.t.TempDir(), "destination.sock"), "", "-S", "-incoming", "defer")
 	facts, err := vm.Facts(ctx)
 	if err != nil {
 		e.t.Fatal(err)
 	}
 	blocks = facts.RAMBlocks
-	if err := errors.Join(vm.PrepareIncoming(ctx), vm.DropRAM(ctx, blocks)); err != nil {
+	if err := errors.Join(vm.PrepareIncoming(ctx), vm.RAM.Drop(ctx, blocks)); err != nil {
 		e.t.Fatal(err)
 	}
 	if memory, err = newEarlyMemory(ctx, vm, blocks, e.state.pages); err != nil {
@@ -113,8 +114,8 @@ func (e *earlyQEMUs) load() (vm *qemu.VM, blocks []qemu.RAMBlock, memory *earlyM
 	return vm, blocks, memory, err
 }
 
-// TestEarlyMemory: what loading reads and is not there is told, and comes along the next time. Then QEMU loads, each
-// section that reads memory is known, and not a page of it is left.
+// TestEarlyMemory: pages that loading reads and that are not there become known, and come along the next time. Then
+// QEMU loads the state, each section that reads memory is known, and none of its memory is left.
 func TestEarlyMemory(t *testing.T) {
 	e := newEarlyQEMUs(t)
 	for try := 0; ; try++ {
@@ -148,7 +149,7 @@ func TestEarlyMemory(t *testing.T) {
 		if touched != len(memory.touched()) || touched > len(e.state.pages) {
 			t.Errorf("%d pages of %d were read, %d of them once", touched, len(e.state.pages), len(memory.touched()))
 		}
-		if err := errors.Join(vm.DropRAM(t.Context(), blocks), vm.CheckEmpty(blocks)); err != nil {
+		if err := errors.Join(vm.RAM.Drop(t.Context(), blocks), vm.RAM.CheckEmpty(blocks)); err != nil {
 			t.Error(err)
 		}
 		noUserfaultfd(t, vm.Pid)
@@ -156,7 +157,7 @@ func TestEarlyMemory(t *testing.T) {
 	}
 }
 
-// noUserfaultfd wants the process to have none: nothing is registered any more.
+// noUserfaultfd checks that the process has no userfaultfd: nothing is registered any more.
 func noUserfaultfd(t *testing.T, pid int) {
 	t.Helper()
 	dir := fmt.Sprintf("/proc/%d/fd", pid)

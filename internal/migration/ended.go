@@ -13,11 +13,12 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// exitTimeout is how long a QEMU may take to end after it has closed its monitor: it writes to its disks, and gives all
-// of its memory back.
+// exitTimeout is how long a QEMU may take to end after it has closed its monitor. It writes to its disks and frees
+// its memory meanwhile.
 const exitTimeout = 10 * time.Second
 
-// An endedError says that the VM ended by itself after the switch, as any VM may. Its memory is of no use any more.
+// An endedError says that the VM ended by itself after the switch, as any VM may. The rest of its memory is not
+// needed any more.
 type endedError struct {
 	reason migratedv1.Reason
 	said   string // in words
@@ -25,8 +26,8 @@ type endedError struct {
 
 func (e *endedError) Error() string { return "the VM ended by itself on the destination: " + e.said }
 
-// endings are what QEMU's event SHUTDOWN says of the end of a VM. A reason has the same words wherever it stands: it is
-// all that is kept, and told to the source.
+// endings are the reasons in QEMU's event SHUTDOWN. Each migrated Reason has one text, because the Reason alone is
+// kept in the file and sent to the source.
 var endings = map[string]endedError{
 	"guest-shutdown": {migratedv1.Reason_REASON_GUEST_SHUTDOWN, "its guest powered off"},
 	"guest-reset":    {migratedv1.Reason_REASON_GUEST_RESET, "its guest reset, and QEMU was told to end then"},
@@ -36,7 +37,7 @@ var endings = map[string]endedError{
 	"host-signal":    {migratedv1.Reason_REASON_QEMU_SIGNALLED, "somebody ended its QEMU by a signal"},
 }
 
-// endingOf is what an event SHUTDOWN says.
+// endingOf returns the meaning of an event SHUTDOWN.
 func endingOf(said *qemu.Ending) *endedError {
 	if known, ok := endings[said.Reason]; ok {
 		return &known
@@ -44,8 +45,8 @@ func endingOf(said *qemu.Ending) *endedError {
 	return &endedError{migratedv1.Reason_REASON_QEMU_SHUTDOWN, fmt.Sprintf("QEMU says %q", said.Reason)}
 }
 
-// endingKept is the ending whose reason a daemon that is no more has written down.
-func endingKept(reason migratedv1.Reason) *endedError {
+// endingForReason returns the ending for a reason that an earlier run of the daemon kept.
+func endingForReason(reason migratedv1.Reason) *endedError {
 	for _, known := range endings {
 		if known.reason == reason {
 			return &known
@@ -54,31 +55,36 @@ func endingKept(reason migratedv1.Reason) *endedError {
 	return &endedError{reason, "an earlier run of this daemon saw it"}
 }
 
-// isEnding says whether a reason is one of those of a VM that ended by itself.
+// isEnding says whether a reason means that the VM ended by itself.
 func isEnding(reason migratedv1.Reason) bool {
 	return reason >= migratedv1.Reason_REASON_GUEST_SHUTDOWN && reason <= migratedv1.Reason_REASON_QEMU_SHUTDOWN
 }
 
-// afterEnding is what to do about a VM that has ended: nothing, and above all not what would be wrong.
-const afterEnding = "nothing has to be done; to have the VM again, start it from its disks, which are as it left them on the destination"
+// afterEnding is the remedy for a VM that has ended: do nothing, and above all nothing wrong.
+const afterEnding = "nothing has to be done; to have the VM again, start it from its disks, " +
+	"which are as it left them on the destination"
 
-// whereEnded is where a VM is that has ended.
+// whereEnded is the location of a VM that has ended.
 var whereEnded = whereabouts{
-	migratedv1.Location_LOCATION_ENDED, "the VM has ended on the destination, and what the source had of it is older than its disks",
+	migratedv1.Location_LOCATION_ENDED,
+	"the VM has ended on the destination, and what the source had of it is older than its disks",
 }
 
-// endingHere is how the VM ended here, if it ran here and QEMU has said that it ended; nil else. It waits for the end of
-// a QEMU that is about to end. The caller holds mu.
-func (d *Destination) endingHere(failure error) *endedError {
-	if d.vm == nil || d.phase != running {
+// findEnding returns how the VM ended, if it ran here and QEMU has said that it ended; otherwise nil. It waits for a
+// QEMU that is about to end. The caller holds mu.
+func (d *Destination) findEnding(failure error) *endedError {
+	if !d.toldToRun() {
 		return nil
+	}
+	if d.vm == nil {
+		return d.endingFromExitStatus()
 	}
 	if d.vm.QMP.Err() == nil && !errors.Is(failure, postcopy.ErrProcessGone) {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), exitTimeout)
 	defer cancel()
-	select { // what it has said is known when this has ended
+	select { // after the connection ends, all that QEMU said has been read
 	case <-d.vm.QMP.Done():
 	case <-ctx.Done():
 	}
@@ -86,44 +92,64 @@ func (d *Destination) endingHere(failure error) *endedError {
 	if said == nil || d.vm.WaitExit(ctx) != nil {
 		return nil
 	}
-	// A VM that was moved paused, or that QEMU was told to run and did not, has left its disks alone: it can go on at
-	// the source, and was not ended by itself.
+	// The VM was moved paused, or QEMU was told to run it and did not. It has left its disks alone and can go on at
+	// the source, so it did not end by itself.
 	if h := d.kept.header(); !said.Guest && (h.resumed.Load() == 0 || h.paused.Load() != 0) {
 		return nil
 	}
 	return endingOf(said)
 }
 
-// ended says how the VM ended, to the source as well, also when this daemon is started again. The caller holds mu.
-func (d *Destination) ended(how *endedError) {
-	d.log.Info("the VM ended by itself", "reason", how.reason)
-	d.kept.header().ended.Store(uint64(how.reason))
-	if d.answer == nil { // Run is repeated, perhaps, by a source that heard nothing
-		d.knowAnswer()
+// endingFromExitStatus returns how the VM ended if QEMU ended before this restarted daemon could connect to it. A
+// QEMU that was told to end has exit status 0. nil: QEMU ended otherwise, or the kernel does not say.
+func (d *Destination) endingFromExitStatus() *endedError {
+	if d.exit == nil || d.left.Alive() {
+		return nil
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), exitTimeout)
+	defer cancel()
+	status, err := d.exit.Status(ctx)
+	if err != nil {
+		d.log.Warn("how the destination QEMU ended is not known", "error", err)
+		return nil
+	}
+	// A VM that was never continued here does not count: it has left its disks alone.
+	if h := d.kept.header(); !status.Exited() || status.ExitStatus() != 0 ||
+		h.resumed.Load() == 0 || h.paused.Load() != 0 {
+		return nil
+	}
+	return &endedError{
+		migratedv1.Reason_REASON_QEMU_SHUTDOWN, "its QEMU ended as one does that is told to, while no daemon ran",
+	}
+}
+
+// noteEnded records how the VM ended: in the file for a restarted daemon, and for the source. The caller holds mu.
+func (d *Destination) noteEnded(how *endedError) {
+	d.log.Info("the VM ended by itself", "reason", how.reason)
+	d.markEnded(how.reason)
 	d.showEnded(how)
-	reached("destination-ended")
+	testPoint("destination-ended")
 }
 
-// showEnded is shown of a VM that ended so, at either end.
+// showEnded shows the end of a VM, at either host.
 func (t *Tracker) showEnded(how *endedError) {
-	t.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED, withRemedy(withReason(how, how.reason), afterEnding), whereEnded)
+	t.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED,
+		withRemedy(withReason(how, how.reason), afterEnding), whereEnded)
 }
 
-// followEnding ends a migration whose VM ended by itself: what is left of it here is ended, too.
+// followEnding ends the migration at the source after its VM ended by itself. It ends the source's QEMU, too.
 func (s *Source) followEnding(how *endedError) {
-	s.unwatch()
+	s.endWatch()
 	s.log.Info("the VM ended by itself on the destination", "reason", how.reason)
-	s.letGoOf(how.reason)
-	s.showEnded(how)
+	s.endSourceVM(how.reason, func() { s.showEnded(how) })
 }
 
-// toldEnding is the ending that a destination tells of; nil: none.
-func toldEnding(shown *migratedv1.MigrationError) *endedError {
+// endingFromDestination returns the ending that a destination reports. nil: it reports none.
+func endingFromDestination(shown *migratedv1.MigrationError) *endedError {
 	if !isEnding(shown.GetReason()) {
 		return nil
 	}
-	known := endingKept(shown.GetReason())
+	known := endingForReason(shown.GetReason())
 	if known.reason == migratedv1.Reason_REASON_QEMU_SHUTDOWN {
 		known.said = "the destination says: " + shown.GetMessage()
 	}

@@ -18,25 +18,24 @@ import (
 )
 
 var (
-	// ErrCancelled is the cause of a migration that somebody cancelled.
+	// ErrCancelled is why a migration ended that somebody cancelled.
 	ErrCancelled = errors.New("the migration was cancelled")
-	// ErrCommitted says that the VM was handed over, so that it is too late to
-	// cancel.
+	// ErrCommitted says that the VM was handed over: it is too late to cancel.
 	ErrCommitted = errors.New("the VM was handed over to the destination already")
-	// ErrNotRun is the destination's promise that it has not run the VM and
-	// never will.
+	// ErrNotRun is the destination's promise that it has not run the VM and never will.
 	ErrNotRun = errors.New("the destination has not run the VM and never will")
 	// errAskAgain says that a destination does not know yet whether it runs the VM.
 	errAskAgain = errors.New("it is not known yet whether the VM runs")
 )
 
-// What to do about a *version.Error.
+// Remedies for a *version.Error.
 const (
-	otherDaemon  = "start the version of migrated that wrote it, or a newer one: it goes on with the migration; nothing was changed, and the VM waits"
+	otherDaemon = "start the version of migrated that wrote it, or a newer one: it goes on with the migration; " +
+		"nothing was changed, and the VM waits"
 	sameVersions = "run the same version of migrated on both hosts, or two that follow each other"
 )
 
-// A remediedError is an error that an operator can do something about.
+// A remediedError is an error with a remedy: what an operator can do about it.
 type remediedError struct {
 	err    error
 	remedy string
@@ -45,28 +44,36 @@ type remediedError struct {
 func (e *remediedError) Error() string { return e.err.Error() }
 func (e *remediedError) Unwrap() error { return e.err }
 
-// withRemedy adds to err what to do about it.
+// withRemedy adds a remedy to err.
 func withRemedy(err error, remedy string) error {
 	return &remediedError{err: err, remedy: remedy}
 }
 
-// WithRemedy adds to err what an operator can do about it.
+// WithRemedy adds a remedy to err: what an operator can do about it.
 func WithRemedy(err error, remedy string) error { return withRemedy(err, remedy) }
 
-// Remedy is what an operator can do about err; empty where that is not known.
-func Remedy(err error) string { return describe(err).GetRemedy() }
+// ListAgain adds to err the reason LIST_AGAIN, which tells a program that follows the list of migrations to start
+// again.
+func ListAgain(err error) error {
+	return withRemedy(withReason(err, migratedv1.Reason_REASON_LIST_AGAIN),
+		"list the migrations again, from the first page")
+}
 
-// askQEMU wraps a failure to learn something of a QEMU process.
-func askQEMU(which string, err error) error {
+// Remedy returns what an operator can do about err; empty: that is not known.
+func Remedy(err error) string { return Describe(err).GetRemedy() }
+
+// qemuQueryError wraps the error of a question to a QEMU process. which is "source" or "destination".
+func qemuQueryError(which string, err error) error {
 	err = fmt.Errorf("ask the %s QEMU about its VM: %w", which, err)
 	if errors.Is(err, fs.ErrPermission) {
-		return withRemedy(err, "the daemon may not look into a process of that user: run it as root, or with the capabilities of deploy/migrated.service, CAP_SYS_PTRACE above all")
+		return withRemedy(err, "the daemon may not look into a process of that user: "+
+			"run it as root, or with the capabilities of deploy/migrated.service, CAP_SYS_PTRACE above all")
 	}
 	return err
 }
 
-// describe turns err into what the API shows.
-func describe(err error) *migratedv1.MigrationError {
+// Describe returns err as the API shows it.
+func Describe(err error) *migratedv1.MigrationError {
 	shown := &migratedv1.MigrationError{Message: redact.Text(err.Error()), Reason: reasonOf(err)}
 	defer printable.Valid(shown)
 	var remedied *remediedError
@@ -76,9 +83,8 @@ func describe(err error) *migratedv1.MigrationError {
 	return shown
 }
 
-// ToStatus makes err fit to cross the network without losing its remedy; nil
-// stays nil. What may be otherwise in a moment has a code of its own, after
-// which a source asks again.
+// ToStatus turns err into a gRPC status that keeps its remedy and reason; nil stays nil. errAskAgain replaces code with
+// Unknown, after which the source asks again.
 func ToStatus(code codes.Code, err error) error {
 	if err == nil {
 		return nil
@@ -86,7 +92,7 @@ func ToStatus(code codes.Code, err error) error {
 	if errors.Is(err, errAskAgain) {
 		code = codes.Unknown
 	}
-	shown := describe(err)
+	shown := Describe(err)
 	st, detailErr := status.New(code, shown.GetMessage()).WithDetails(shown)
 	if detailErr != nil {
 		return status.Error(code, shown.GetMessage())
@@ -94,8 +100,8 @@ func ToStatus(code codes.Code, err error) error {
 	return st.Err()
 }
 
-// fromPeer reads an error that a call to the other daemon returned, peer being
-// its address. The code stays available through status.Code.
+// fromPeer turns an error that a call to the destination returned back into one with a reason and a remedy. step says
+// what was being done, peer is the destination's address. status.Code still finds the code.
 func fromPeer(step, peer string, err error) error {
 	st := status.Convert(err)
 	wrapped := fmt.Errorf("%s: destination %s: %w", step, peer, &peerError{st})
@@ -108,7 +114,9 @@ func fromPeer(step, peer string, err error) error {
 			}
 		}
 	}
-	wrapped = withReason(wrapped, reason)
+	if reason != migratedv1.Reason_REASON_UNSPECIFIED { // else keep a reason that an error inside may have
+		wrapped = withReason(wrapped, reason)
+	}
 	if remedy != "" {
 		return withRemedy(wrapped, remedy)
 	}
@@ -118,9 +126,8 @@ func fromPeer(step, peer string, err error) error {
 			return withRemedy(wrapped, "correct the clocks of both hosts, or renew the certificates")
 		}
 		if handshakeFailed(st.Message()) {
-			return withRemedy(wrapped,
-				"use TLS on both hosts or on neither, with certificates of the same tls_ca and names that are among the other's peers; "+
-					"the destination's log says whom it refused")
+			return withRemedy(wrapped, "use TLS on both hosts or on neither, with certificates of the same tls_ca "+
+				"and names that are among the other's peers; the destination's log says whom it refused")
 		}
 		return withRemedy(wrapped, fmt.Sprintf(
 			"see that the destination's daemon runs and that %s is reachable from this host", peer))
@@ -132,20 +139,20 @@ func fromPeer(step, peer string, err error) error {
 	}
 }
 
-// handshakeFailed says whether somebody answered, but not in a way that makes a
-// connection. gRPC passes the reason on as text alone.
+// handshakeFailed reports whether a peer answered but no connection came about. gRPC passes the reason on as text only.
 func handshakeFailed(message string) bool {
 	return strings.Contains(message, "handshake failed") || strings.Contains(message, "error reading server preface") ||
 		strings.Contains(message, "tls: ")
 }
 
-// outOfTime says whether a certificate is not valid at the present time, by either host's clock. gRPC passes on text alone: that
-// of crypto/x509, and of the alert in which the other side says so (crypto/tls).
+// outOfTime reports whether a certificate is expired or not yet valid by the clock of either host. gRPC passes the
+// reason on as text only: that of crypto/x509, or that of the TLS alert from the other side (crypto/tls).
 func outOfTime(message string) bool {
-	return strings.Contains(message, "expired certificate") || strings.Contains(message, "certificate has expired or is not yet valid")
+	return strings.Contains(message, "expired certificate") ||
+		strings.Contains(message, "certificate has expired or is not yet valid")
 }
 
-// A peerError shows a gRPC status in its own words, without "rpc error: …".
+// A peerError prints a gRPC status in its own words, without "rpc error: …".
 type peerError struct{ st *status.Status }
 
 func (e *peerError) Error() string {
@@ -159,11 +166,11 @@ func (e *peerError) Error() string {
 	}
 }
 
-// GRPCStatus lets status.Code see through the wrapping.
+// GRPCStatus lets status.Code find the code inside wrapped errors.
 func (e *peerError) GRPCStatus() *status.Status { return e.st }
 
-// causeOf prefers why ctx ended over the bare fact that it did. That it was cancelled, by who hung up, is no reason of its
-// own.
+// causeOf adds to err why ctx ended, and puts that first. A plain context.Canceled goes last: that the caller hung up
+// is not a reason by itself.
 func causeOf(ctx context.Context, err error) error {
 	cause := context.Cause(ctx)
 	switch {
@@ -173,4 +180,15 @@ func causeOf(ctx context.Context, err error) error {
 		return fmt.Errorf("%w (%w)", err, cause)
 	}
 	return fmt.Errorf("%w (%w)", cause, err)
+}
+
+// firstEnded returns the first of ctxs that has ended, or ctxs[0] if none has. A gRPC call has a context of its own.
+// When a parent context ends, the call's may end a moment before its caller's.
+func firstEnded(ctxs ...context.Context) context.Context {
+	for _, ctx := range ctxs {
+		if ctx.Err() != nil {
+			return ctx
+		}
+	}
+	return ctxs[0]
 }

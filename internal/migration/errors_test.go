@@ -14,12 +14,12 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// An error must reach the other daemon's operator with its words, its remedy
-// and its code, and without gRPC's own words around it.
+// An error reaches the operator of the other daemon with its message, its remedy and its code, without gRPC's own
+// words.
 func TestErrorCrossesTheNetwork(t *testing.T) {
 	local := fmt.Errorf("prepare: %w", withRemedy(io.ErrUnexpectedEOF, "plug it in"))
 	remote := fromPeer("move", "192.0.2.2:7600", ToStatus(codes.Aborted, local))
-	shown := describe(remote)
+	shown := Describe(remote)
 	if shown.GetRemedy() != "plug it in" {
 		t.Errorf("remedy is %q", shown.GetRemedy())
 	}
@@ -39,8 +39,9 @@ func TestNoErrorStaysNone(t *testing.T) {
 
 func TestUnreachablePeerHasARemedy(t *testing.T) {
 	err := fromPeer("prepare", "192.0.2.2:7600", status.Error(codes.Unavailable, "connection refused"))
-	shown := describe(err)
-	if !strings.Contains(shown.GetMessage(), "cannot be reached") || !strings.Contains(shown.GetRemedy(), "192.0.2.2:7600") {
+	shown := Describe(err)
+	if !strings.Contains(shown.GetMessage(), "cannot be reached") ||
+		!strings.Contains(shown.GetRemedy(), "192.0.2.2:7600") {
 		t.Errorf("%v", shown)
 	}
 }
@@ -66,15 +67,30 @@ func TestCauseOf(t *testing.T) {
 	}
 }
 
-// A certificate that is of another time is told from one of another authority.
+// A call may notice that all ends before the context of its caller does: the reason is the same.
+func TestEndedOf(t *testing.T) {
+	caller := t.Context()
+	call, cancel := context.WithCancelCause(context.Background())
+	if got := firstEnded(caller, call); got != caller {
+		t.Error("before the end it is not the caller's")
+	}
+	cancel(ErrCancelled)
+	if got := causeOf(firstEnded(caller, call), errors.New("failed")); !errors.Is(got, ErrCancelled) {
+		t.Errorf("after the end: %v", got)
+	}
+}
+
+// An error about an expired certificate is told apart from one about an unknown authority.
 func TestOutOfTime(t *testing.T) {
 	for message, want := range map[string]string{
-		"connection error: desc = \"error reading server preface: remote error: tls: expired certificate\"":                                                                                      "clocks",
-		"authentication handshake failed: tls: failed to verify certificate: x509: certificate has expired or is not yet valid: current time 2031-01-01T00:00:00Z is after 2027-01-01T00:00:00Z": "clocks",
-		"authentication handshake failed: tls: failed to verify certificate: x509: certificate signed by unknown authority":                                                                      "tls_ca",
+		"connection error: desc = \"error reading server preface: remote error: tls: expired certificate\"": "clocks",
+		"authentication handshake failed: tls: failed to verify certificate: x509: certificate has expired " +
+			"or is not yet valid: current time 2031-01-01T00:00:00Z is after 2027-01-01T00:00:00Z": "clocks",
+		"authentication handshake failed: tls: failed to verify certificate: " +
+			"x509: certificate signed by unknown authority": "tls_ca",
 	} {
 		err := fromPeer("prepare", "192.0.2.1:7600", status.Error(codes.Unavailable, message))
-		if remedy := describe(err).GetRemedy(); !strings.Contains(remedy, want) {
+		if remedy := Describe(err).GetRemedy(); !strings.Contains(remedy, want) {
 			t.Errorf("%s: remedy %q", message, remedy)
 		}
 	}

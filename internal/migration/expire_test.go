@@ -13,17 +13,17 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A destination that its source forgets gives up, one that has gone on does not.
+// A destination that its source forgets gives up. One that has moved on does not.
 func TestForgottenDestinationGivesUp(t *testing.T) {
-	fresh := func(in phase) *Destination {
+	fresh := func(at step) *Destination {
 		d := NewDestination(t.Context(), DestinationConfig{
 			Request: &migratedv1.PrepareIncomingRequest{Id: "m"}, Dir: t.TempDir(), Log: slog.New(slog.DiscardHandler),
 		})
-		d.phase = in
+		d.current.Store(int32(at))
 		return d
 	}
 	forgotten := fresh(prepared)
-	forgotten.expire(prepared, 0, "it was prepared and not started")
+	forgotten.expire(0, "it was prepared and not started")
 	select {
 	case <-forgotten.Done():
 	case <-time.After(20 * time.Second):
@@ -37,22 +37,26 @@ func TestForgottenDestinationGivesUp(t *testing.T) {
 		t.Errorf("Run is answered with %v", err)
 	}
 
-	goesOn, again, over := fresh(loading), fresh(awaitingEarly), fresh(prepared)
-	goesOn.expire(prepared, 0, "it was prepared and not started")
+	goesOn, again, over := fresh(prepared), fresh(awaitingEarly), fresh(prepared)
+	goesOn.mu.Lock()
+	goesOn.expire(0, "it was prepared and not started")
+	goesOn.moveTo(loading)
+	goesOn.mu.Unlock()
 	again.mu.Lock()
-	again.expire(awaitingEarly, 0, "the early state of the devices did not come")
-	again.steps++ // it came
+	again.expire(0, "the early state of the devices did not come")
+	again.moveTo(loadingEarly) // LoadEarlyState came, and has to come again
+	again.moveTo(awaitingEarly)
 	again.mu.Unlock()
-	over.expire(prepared, 0, "it was prepared and not started") // after it, on the same clock
+	over.expire(0, "it was prepared and not started") // expires after those two, on the same clock
 	<-over.Done()
 	goesOn.mu.Lock()
 	defer goesOn.mu.Unlock()
-	if goesOn.phase != loading {
+	if goesOn.step() != loading {
 		t.Errorf("one that loads was given up: %v", goesOn.reason)
 	}
 	again.mu.Lock()
 	defer again.mu.Unlock()
-	if again.phase != awaitingEarly {
+	if again.step() != awaitingEarly {
 		t.Errorf("one that waits for the next try was given up: %v", again.reason)
 	}
 }

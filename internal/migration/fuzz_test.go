@@ -11,9 +11,10 @@ import (
 	"github.com/migrated-vm/migrated/internal/version"
 )
 
-// FuzzTakeUpKept: damaged files are an error, and never more memory than the file has.
+// FuzzTakeUpKept: damaged files give an error, and never more page states than the file has.
 func FuzzTakeUpKept(f *testing.F) {
-	f.Add([]byte(`{"version":1,"request":{"id":"m1","protocol":1},"ram_blocks":[{"id":"a","addr":4096,"size":4096,"page_size":4096}]}`), make([]byte, keptHeaderSize+8))
+	f.Add([]byte(`{"version":1,"request":{"id":"m1","protocol":1},`+
+		`"ram_blocks":[{"id":"a","addr":4096,"size":4096,"page_size":4096}]}`), make([]byte, keptHeaderSize+8))
 	f.Add([]byte(`{"version":1,"request":{"id":1}}`), []byte{})
 	f.Add([]byte(`{"version":1,"ram_blocks":[{"size":18446744073709551615,"page_size":1}]}`), make([]byte, keptHeaderSize))
 	f.Add([]byte(`[]`), []byte("x"))
@@ -38,9 +39,10 @@ func FuzzTakeUpKept(f *testing.F) {
 	})
 }
 
-// FuzzRecords: what is read can be written and read again; everything else is an error.
+// FuzzRecords: a record that can be read can be written and read again; everything else is an error.
 func FuzzRecords(f *testing.F) {
-	f.Add([]byte(`{"version":1,"id":"m1","vm":"/q","pid":1,"start_time":2,"boot_id":"b","protocol":1,"spec":{},"settings":{"capabilities":{"x":true}}}`))
+	f.Add([]byte(`{"version":1,"id":"m1","vm":"/q","pid":1,"start_time":2,"boot_id":"b","protocol":1,` +
+		`"spec":{},"settings":{"capabilities":{"x":true}}}`))
 	f.Add([]byte(`{"version":4294967295}`))
 	f.Add([]byte(`null`))
 	f.Add([]byte{})

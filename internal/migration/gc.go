@@ -7,21 +7,20 @@ import (
 	"sync"
 )
 
-// A collector keeps the garbage collector from running while a VM stands
-// still: a collection at the wrong moment costs the switch more than all of its
-// own work, because whoever allocates meanwhile is made to help. What piles up
-// during a switch is a megabyte or two, and a switch is bounded in time.
-type collector struct {
+// A gcSwitch keeps Go's garbage collector from running during a switch. A collection at the wrong moment costs the
+// switch more than all of its own work, because goroutines that allocate meanwhile have to help. A switch is bounded
+// in time and allocates a megabyte or two.
+type gcSwitch struct {
 	mu      sync.Mutex
 	holders int
 	percent int // to be restored by the last holder
 }
 
-// garbage is the process' only one, like what it holds.
-var garbage collector
+// processGC is the only gcSwitch: a process has one garbage collector.
+var processGC gcSwitch
 
-// hold keeps collections away until the function that it returns is called.
-func (c *collector) hold() (release func()) {
+// hold disables collections until the returned function is called.
+func (c *gcSwitch) hold() (release func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.holders == 0 {

@@ -16,26 +16,32 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 	"github.com/migrated-vm/migrated/internal/version"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Each version of the files that a daemon leaves has a directory testdata/state-vN, which a daemon of that version wrote.
-// They are read for ever (as long as version.OldestState says so), and never written again.
+// Each version of a daemon's files has a directory testdata/state-vN that a daemon of that version wrote. The tests
+// read it as long as version.OldestState covers it. It is never written again.
 var writeGolden = flag.Bool("write-golden", false, "write testdata/state-vN for a new version.State")
 
 func goldenDir(v uint32) string { return filepath.Join("testdata", fmt.Sprintf("state-v%d", v)) }
 
-// goldenRecord and goldenFacts have a value in every field. They do not change: a field that is added is empty in them,
-// and left out of the file.
+// goldenRecord and goldenFacts have a value in every field. They never change: a field that is added later is empty
+// in them and omitted from the file.
 func goldenRecord() Record {
 	noDescription := true
 	return Record{
-		Version: version.State, ID: "m1", VM: "/run/vm/qmp.sock", Identity: qemu.Identity{PID: 4711, StartTime: 815, BootID: "b00t"},
+		Version: version.State, ID: "m1", VM: "/run/vm/qmp.sock",
+		Identity:    process.Identity{PID: 4711, StartTime: 815, BootID: "b00t"},
 		Destination: "192.0.2.2:7600", Committed: true, HandedOver: time.Date(2026, 5, 4, 12, 0, 0, 7, time.UTC),
-		Protocol: 1, Spec: []byte(`{"vm":"/run/vm/qmp.sock","destination":"192.0.2.2:7600","keepSource":true}`), Token: "secret", WasRunning: true,
-		Settings: &qemu.Settings{Capabilities: map[string]bool{"x-ignore-shared": false}, MaxBandwidth: 1 << 27, NoDescription: &noDescription},
+		Protocol: 1, Spec: []byte(`{"vm":"/run/vm/qmp.sock","destination":"192.0.2.2:7600","keepSource":true}`),
+		Token: "secret", WasRunning: true,
+		Settings: &qemu.Settings{
+			Capabilities: map[string]bool{"x-ignore-shared": false}, MaxBandwidth: 1 << 27,
+			NoDescription: &noDescription,
+		},
 	}
 }
 
@@ -51,15 +57,18 @@ func goldenFacts() (*keptFactsV1, *migratedv1.PrepareIncomingRequest) {
 		Spec: &migratedv1.MigrationSpec{Vm: "/run/vm/qmp.sock", Destination: "192.0.2.2:7600", RequireSecure: true},
 	}
 	return &keptFactsV1{
-		QEMU: qemu.Identity{PID: 4711, StartTime: 815, BootID: "b00t"}, QMP: "/run/vm/other.sock", RemoteFD: 23,
-		Blocks:   []keptBlock{{ID: "ram0", Addr: 0x7f0000000000, Size: 20 * 4096, PageSize: 4096}},
-		Discards: true, Settings: &qemu.Settings{Capabilities: map[string]bool{"late-block-activate": false}, MaxBandwidth: 1 << 27},
+		QEMU: process.Identity{PID: 4711, StartTime: 815, BootID: "b00t"}, QMP: "/run/vm/other.sock", RemoteFD: 23,
+		Blocks:      []keptBlock{{ID: "ram0", Addr: 0x7f0000000000, Size: 20 * 4096, PageSize: 4096}},
+		Discards:    true,
+		Settings:    &qemu.Settings{Capabilities: map[string]bool{"late-block-activate": false}, MaxBandwidth: 1 << 27},
 		Supervision: uffd.Flagged, Label: "u:object_r:uffd_t:s0",
 	}, request
 }
 
-// goldenStates are one of each page state (pkg/postcopy, TestStatesAreAFormat) and some more.
-var goldenStates = []byte{0x10, 0x32, 0x54, 0x76, 0x44, 0x44, 0x44, 0x44, 0x55, 0x00, 0x44, 0x44, 0x44, 0x44, 0x44, 0x44}
+// goldenStates holds each page state once (pkg/postcopy, TestStatesAreAFormat) and some more.
+var goldenStates = []byte{
+	0x10, 0x32, 0x54, 0x76, 0x44, 0x44, 0x44, 0x44, 0x55, 0x00, 0x44, 0x44, 0x44, 0x44, 0x44, 0x44,
+}
 
 func setGoldenHeader(h *keptHeader) {
 	h.loaded.Store(1)
@@ -70,8 +79,8 @@ func setGoldenHeader(h *keptHeader) {
 	h.filled.Store(6)
 }
 
-// written are the files as this daemon writes them.
-func written(t *testing.T) map[string][]byte {
+// writeFiles returns the files as this daemon writes them.
+func writeFiles(t *testing.T) map[string][]byte {
 	t.Helper()
 	dir := t.TempDir()
 	records, err := OpenRecords(filepath.Join(dir, "handed-over"))
@@ -82,7 +91,7 @@ func written(t *testing.T) map[string][]byte {
 		t.Fatal(err)
 	}
 	facts, request := goldenFacts()
-	k, err := keep(dir, facts, request)
+	k, err := createKept(dir, facts, request)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +102,8 @@ func written(t *testing.T) map[string][]byte {
 	}
 	files := map[string][]byte{}
 	for name, path := range map[string]string{
-		"record.json": records.committed("m1"), keptFacts: filepath.Join(dir, keptFacts), keptStates: filepath.Join(dir, keptStates),
+		"record.json": records.commitPath("m1"), keptFacts: filepath.Join(dir, keptFacts),
+		keptStates: filepath.Join(dir, keptStates),
 	} {
 		if files[name], err = os.ReadFile(path); err != nil {
 			t.Fatal(err)
@@ -103,7 +113,7 @@ func written(t *testing.T) map[string][]byte {
 }
 
 func TestFilesAreOfTheirVersion(t *testing.T) {
-	for name, got := range written(t) {
+	for name, got := range writeFiles(t) {
 		path := filepath.Join(goldenDir(version.State), name)
 		if *writeGolden {
 			if _, err := os.Lstat(path); err == nil {
@@ -118,13 +128,14 @@ func TestFilesAreOfTheirVersion(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(got, want) {
-			t.Errorf("%s is written as\n%q\ninstead of\n%q\nIf a daemon of before would misunderstand that, raise version.State, keep a reader of the version "+
-				"before and write its files with -write-golden; a new field that may be missing is left out while it is empty.", name, got, want)
+			t.Errorf("%s is written as\n%q\ninstead of\n%q\nIf a daemon of before would misunderstand that, "+
+				"raise version.State, keep a reader of the version before and write its files with -write-golden; "+
+				"a new field that may be missing is left out while it is empty.", name, got, want)
 		}
 	}
 }
 
-// TestFilesOfEveryVersionAreRead: an upgrade finds the files of the version before.
+// TestFilesOfEveryVersionAreRead: after an upgrade, the daemon reads the files of earlier versions.
 func TestFilesOfEveryVersionAreRead(t *testing.T) {
 	for v := uint32(version.OldestState); v <= version.State; v++ {
 		t.Run(fmt.Sprint(v), func(t *testing.T) {
@@ -160,8 +171,9 @@ func TestFilesOfEveryVersionAreRead(t *testing.T) {
 			}
 			h := k.header() // as setGoldenHeader left it
 			for name, pair := range map[string][2]int64{
-				"loaded": {int64(h.loaded.Load()), 1}, "told to run": {int64(h.toldToRun.Load()), 2}, "resumed": {h.resumed.Load(), 3},
-				"resume time": {h.resumeTime.Load(), 4}, "downtime": {h.downtime.Load(), 5}, "filled": {int64(h.filled.Load()), 6},
+				"loaded": {int64(h.loaded.Load()), 1}, "told to run": {int64(h.toldToRun.Load()), 2},
+				"resumed": {h.resumed.Load(), 3}, "resume time": {h.resumeTime.Load(), 4},
+				"downtime": {h.downtime.Load(), 5}, "filled": {int64(h.filled.Load()), 6},
 			} {
 				if pair[0] != pair[1] {
 					t.Errorf("%s is %d, want %d", name, pair[0], pair[1])
@@ -174,10 +186,11 @@ func TestFilesOfEveryVersionAreRead(t *testing.T) {
 	}
 }
 
-// TestFilesOfANewerVersion: an older daemon says what to do, and changes nothing.
+// TestFilesOfANewerVersion: an older daemon says what to do and changes nothing.
 func TestFilesOfANewerVersion(t *testing.T) {
 	newer := func(data []byte) []byte {
-		return bytes.Replace(data, fmt.Appendf(nil, `"version":%d`, version.State), fmt.Appendf(nil, `"version":%d`, version.State+1), 1)
+		return bytes.Replace(data,
+			fmt.Appendf(nil, `"version":%d`, version.State), fmt.Appendf(nil, `"version":%d`, version.State+1), 1)
 	}
 	newerProtocol := func(data []byte) []byte {
 		return bytes.Replace(data, []byte(`"protocol":1,`), fmt.Appendf(nil, `"protocol":%d,`, version.Protocol+1), 1)
@@ -195,7 +208,7 @@ func TestFilesOfANewerVersion(t *testing.T) {
 		"facts": {keptFacts, newer}, "facts, protocol": {keptFacts, newerProtocol}, "pages": {keptStates, newerPages},
 	} {
 		t.Run(name, func(t *testing.T) {
-			files := written(t)
+			files := writeFiles(t)
 			changed := c.change(files[c.file])
 			if bytes.Equal(changed, files[c.file]) {
 				t.Fatal("nothing was changed")

@@ -18,8 +18,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// The hand-over is repeated until it is answered, and the record lasts until
-// the last page has left.
+// The source repeats the hand-over until it is answered. The record stays until the last page has left.
 func TestHandOverIsRepeated(t *testing.T) {
 	recorded := make(chan bool, 10)
 	var s *stage
@@ -45,7 +44,26 @@ func TestHandOverIsRepeated(t *testing.T) {
 	}
 }
 
-// A destination that promises never to have run the VM gives it back.
+// A daemon that is killed at any moment near the end finds the record or the report when it is started again.
+func TestReportedBeforeItIsForgotten(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	var reported *migratedv1.Migration
+	var recorded bool
+	s.source.cfg.Report = func(source *Source) {
+		reported = source.Report().GetMigration()
+		_, recorded, _ = s.records.find(source.cfg.ID)
+	}
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if reported.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED || !recorded {
+		t.Errorf("it was reported as %v; recorded %t then", reported, recorded)
+	}
+	if _, found, err := s.records.find(s.source.cfg.ID); found || err != nil {
+		t.Errorf("the record stays: %v", err)
+	}
+}
+
+// A destination's promise that it never ran the VM gives the VM back to the source.
 func TestNotRunGivesTheVMBack(t *testing.T) {
 	s := newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
 		if attempt == 1 {
@@ -63,8 +81,8 @@ func TestNotRunGivesTheVMBack(t *testing.T) {
 	}
 }
 
-// A destination that cannot tell whether the VM ran leaves it stopped, and on
-// record, so that nothing runs it twice.
+// If the destination cannot tell whether the VM ran, the VM stays stopped and on record at the source, so that it does
+// not run twice.
 func TestUnknownFateLeavesTheVMStopped(t *testing.T) {
 	for _, code := range []codes.Code{codes.NotFound, codes.FailedPrecondition} {
 		t.Run(code.String(), func(t *testing.T) {
@@ -80,7 +98,7 @@ func TestUnknownFateLeavesTheVMStopped(t *testing.T) {
 				t.Error("nothing keeps the VM from being continued")
 			}
 			again := NewSource(t.Context(), SourceConfig{
-				ID: "m2", Spec: s.source.cfg.Spec, Pages: pagesrv.NewServer(), Records: s.records,
+				ID: "m2", Spec: s.source.cfg.Spec, Pages: pagesrv.NewServer(pagesrv.Options{}), Records: s.records,
 				Dial: s.source.cfg.Dial, Log: s.source.cfg.Log,
 			})
 			<-again.Done()
@@ -91,8 +109,7 @@ func TestUnknownFateLeavesTheVMStopped(t *testing.T) {
 	}
 }
 
-// From the commit point on neither a cancellation nor the end of the daemon
-// continues the VM.
+// After the commit point neither a cancellation nor the end of the daemon continues the VM.
 func TestCommittedVMStaysStopped(t *testing.T) {
 	ctx, stop := context.WithCancelCause(t.Context())
 	asked := make(chan struct{}, 100)
@@ -116,8 +133,7 @@ func TestCommittedVMStaysStopped(t *testing.T) {
 	}
 }
 
-// A destination that does not load what it was sent leaves the VM, which was
-// stopped, running at the source.
+// If the destination does not load the device state, the source continues the VM that it stopped.
 func TestLoadErrorContinuesTheVM(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
 	s.peer.load = func(context.Context) error { return status.Error(codes.FailedPrecondition, "QEMU was killed") }
@@ -153,7 +169,7 @@ func TestContinuedVMIsNotHandedOver(t *testing.T) {
 	loaded := make(chan struct{})
 	s.peer.load = func(ctx context.Context) error {
 		close(loaded)
-		<-ctx.Done() // it loads for as long as the source waits
+		<-ctx.Done() // keep loading until the source gives up
 		return ctx.Err()
 	}
 	s.source.Start()
@@ -170,13 +186,14 @@ func TestContinuedVMIsNotHandedOver(t *testing.T) {
 	}
 }
 
-// Whoever continues the source's VM after the switch ends the serving of its
-// pages: they are not those of the switch any more.
+// When somebody continues the source's VM after the switch, the source stops serving its pages: they are no longer
+// those of the switch.
 func TestContinuedVMIsNotServed(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
 	s.peer.endless = true
 	s.source.Start()
-	for view, changed := s.source.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE; view, changed = s.source.Snapshot() {
+	for view, changed := s.source.Snapshot(); view.GetState() !=
+		migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE; view, changed = s.source.Snapshot() {
 		if Terminal(view.GetState()) {
 			t.Fatal(view.GetError())
 		}
@@ -207,7 +224,9 @@ func TestContinuedVMIsNotServed(t *testing.T) {
 			t.Fatal("the pages of a running VM are served")
 		}
 	}
-	for view, changed := s.source.Snapshot(); !strings.Contains(view.GetError().GetRemedy(), "both write to the same disks"); {
+	for view, changed := s.source.Snapshot(); !strings.Contains(
+		view.GetError().GetRemedy(), "both write to the same disks",
+	); {
 		if Terminal(view.GetState()) {
 			t.Fatal(view)
 		}

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 	"github.com/migrated-vm/migrated/internal/version"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd"
@@ -29,38 +30,45 @@ const (
 	keptStates = "pages"
 )
 
-// kept is what of a migration to this host outlives the daemon: a file of facts that is written once, before the
-// device state comes, and a mapped file that changes while the VM stands still and after, at the cost of a store in
-// memory. Both are about memory of this host, and worth nothing after a reboot.
-type kept struct {
+// keptFiles holds the files of a migration to this host that outlive the daemon. One file has facts and is written
+// once, before the device state comes. The other is mapped: it changes while the VM is stopped and later, for the
+// cost of a store in memory. Both describe memory of this host and are worthless after a reboot.
+type keptFiles struct {
 	dir     string
-	mapping []byte // header, then the states of all pages
+	mapping []byte      // keptHeader, then the states of all pages; nil: closed
+	last    *keptHeader // a copy of the header after close
 }
 
 // keptFactsV1 is the content of keptFacts.
 type keptFactsV1 struct {
-	Version  uint32          `json:"version"`
-	Request  json.RawMessage `json:"request"` // a PrepareIncomingRequest
-	QEMU     qemu.Identity   `json:"qemu"`
-	QMP      string          `json:"qmp"`
-	RemoteFD int             `json:"remote_fd"` // of the userfaultfd, in QEMU
-	Blocks   []keptBlock     `json:"ram_blocks"`
-	Discards bool            `json:"discards"` // as the engine was told
-	Settings *qemu.Settings  `json:"settings"` // to be put back in QEMU
+	Version  uint32           `json:"version"`
+	Request  json.RawMessage  `json:"request"` // a PrepareIncomingRequest
+	QEMU     process.Identity `json:"qemu"`
+	QMP      string           `json:"qmp"`
+	RemoteFD int              `json:"remote_fd"` // of the userfaultfd, in QEMU
+	Blocks   []keptBlock      `json:"ram_blocks"`
+	Discards bool             `json:"discards"` // true: for older daemons, whose engine had to be told of a balloon
+	Settings *qemu.Settings   `json:"settings"` // to be put back in QEMU
 
-	// For show: what was asked for when the descriptor was made cannot be read off it.
+	// Created is when the migration came here. Older daemons did not write it.
+	Created time.Time `json:"created,omitzero"`
+
+	// Shown in the API. How the descriptor was made cannot be read from it later.
 	Supervision uffd.Supervision `json:"supervision"`
 	Label       string           `json:"label"`
 }
 
-// keptBlock is a RAM block, in the order of the request.
+// keptBlock is a RAM block. Blocks have the order of the request.
 type keptBlock struct {
 	ID       string `json:"id"`
 	Addr     uint64 `json:"addr"` // in QEMU
 	Size     uint64 `json:"size"`
 	PageSize uint64 `json:"page_size"`
-	// Populated: it is to be all there in the end, see postcopy.Block.
+	// Populated: all of the block is to be present in the end, see postcopy.Block.
 	Populated bool `json:"populated,omitempty"`
+	// Private: only QEMU has the memory, see postcopy.Block. It is not set in files of older daemons, which reported
+	// no lost pages.
+	Private bool `json:"private,omitempty"`
 }
 
 // keptHeader begins the mapped file. Times are in nanoseconds.
@@ -68,64 +76,71 @@ type keptHeader struct {
 	magic uint64 // keptMagic, and the version in its lower half
 	// loaded is set when QEMU has the whole device state.
 	loaded atomic.Uint64
-	// toldToRun is set before QEMU is told to run the VM: while it is 0 the VM has not run here.
+	// toldToRun is set before QEMU is told to run the VM. While it is 0, the VM has not run here.
 	toldToRun atomic.Uint64
-	// resumed is when the VM ran, Unix time; 0 before.
+	// resumed is when the VM started to run, in Unix time; 0: not yet.
 	resumed    atomic.Int64
 	resumeTime atomic.Int64
 	downtime   atomic.Int64
 	// filled is set when all memory is here, before QEMU's descriptor is closed.
 	filled atomic.Uint64
-	// bandwidth is the limit that the source asked for last, bytes a second; 0: none, also of daemons that knew of none.
+	// bandwidth is the limit that the source asked for last, in bytes a second. 0: no limit, or an older daemon wrote
+	// the file.
 	bandwidth atomic.Uint64
-	// settled is set when nothing but the word of a completed migration is left: QEMU is nobody's of ours any more.
-	settled atomic.Uint64
-	// ended is the Reason of a VM that ended by itself; 0: it has not.
+	// closed is set when QEMU needs nothing of a daemon any more. The files then only say how the migration ended.
+	closed atomic.Uint64
+	// ended is the Reason of a VM that ended by itself; 0: it has not ended.
 	ended atomic.Uint64
-	// paused is set of a VM that was paused, and was not run here.
+	// paused is set if the VM was moved paused and was not run here.
 	paused atomic.Uint64
+	// started is when the switch began; over, when the migration ended; due, when all memory has to be here. Unix
+	// time. 0: unknown, or an older daemon wrote the file.
+	started, over, due atomic.Int64
+	// serveTime is how long Run took; 0: unknown, or an older daemon wrote the file.
+	serveTime atomic.Int64
 }
 
 const (
 	keptMagic      = 0x6d696772_00000000
 	keptHeaderSize = 4096
-	// keptCopies is where, within the header, the kernel answers the engine's copies; zeros in the file of a daemon that
-	// did not know of them, which is no answer.
+	// keptCopies is where in the header the kernel stores the results of the engine's copies. Older daemons leave
+	// zeros there, which the engine takes for no result.
 	keptCopies = 1024
 )
 
-// engineBlocks are the blocks as the engine wants them.
+// engineBlocks returns the blocks for the engine.
 func (f *keptFactsV1) engineBlocks(u *uffd.UFFD) []postcopy.Block {
 	blocks := make([]postcopy.Block, 0, len(f.Blocks))
 	for _, b := range f.Blocks {
 		blocks = append(blocks, postcopy.Block{
 			ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize, UFFD: u, Populated: b.Populated,
+			Private: b.Private,
 		})
 	}
 	return blocks
 }
 
-// keep makes the files of a new migration.
-func keep(dir string, facts *keptFactsV1, request *migratedv1.PrepareIncomingRequest) (*kept, error) {
-	k := &kept{dir: dir}
+// createKept creates the files of a new migration.
+func createKept(dir string, facts *keptFactsV1, request *migratedv1.PrepareIncomingRequest) (*keptFiles, error) {
+	k := &keptFiles{dir: dir}
 	if _, err := os.Lstat(filepath.Join(dir, keptFacts)); err == nil {
 		return nil, withRemedy(fmt.Errorf("%s holds a migration with the same id that has not ended", dir),
 			"restart the daemon, which takes it up, or choose another id")
 	}
 	if err := k.create(facts, request); err != nil {
-		return nil, fmt.Errorf("keep what a restarted daemon needs of the migration: %w", errors.Join(err, k.forget()))
+		return nil, fmt.Errorf("keep what a restarted daemon needs of the migration: %w", errors.Join(err, k.remove()))
 	}
 	return k, nil
 }
 
-func (k *kept) create(facts *keptFactsV1, request *migratedv1.PrepareIncomingRequest) error {
+func (k *keptFiles) create(facts *keptFactsV1, request *migratedv1.PrepareIncomingRequest) error {
 	size := keptHeaderSize + postcopy.StateSize(facts.engineBlocks(nil))
 	f, err := os.OpenFile(filepath.Join(k.dir, keptStates), os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600)
 	if err != nil {
 		return err
 	}
-	defer f.Close() // the mapping stays
-	// A file system that is full is found out now, not by a SIGBUS in the middle of a fault.
+	defer f.Close() // the mapping remains
+	// A full file system fails here, and not later by a SIGBUS in the middle of a fault.
 	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(size)); err != nil {
 		return fmt.Errorf("%d bytes in %s: %w", size, f.Name(), err)
 	}
@@ -140,7 +155,7 @@ func (k *kept) create(facts *keptFactsV1, request *migratedv1.PrepareIncomingReq
 	return writeJSON(filepath.Join(k.dir, keptFacts), facts)
 }
 
-func (k *kept) mapFile(f *os.File, size int) (err error) {
+func (k *keptFiles) mapFile(f *os.File, size int) (err error) {
 	k.mapping, err = unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
 	if err != nil {
 		return fmt.Errorf("map %s: %w", f.Name(), err)
@@ -148,9 +163,9 @@ func (k *kept) mapFile(f *os.File, size int) (err error) {
 	return nil
 }
 
-// takeUpKept opens what an earlier run of the daemon kept in dir; fs.ErrNotExist: nothing.
-func takeUpKept(dir string) (*kept, *keptFactsV1, *migratedv1.PrepareIncomingRequest, error) {
-	k := &kept{dir: dir}
+// takeUpKept opens the files that an earlier run of the daemon kept in dir. fs.ErrNotExist: there are none.
+func takeUpKept(dir string) (*keptFiles, *keptFactsV1, *migratedv1.PrepareIncomingRequest, error) {
+	k := &keptFiles{dir: dir}
 	data, err := os.ReadFile(filepath.Join(dir, keptFacts))
 	if err != nil {
 		return nil, nil, nil, err
@@ -165,7 +180,7 @@ func takeUpKept(dir string) (*kept, *keptFactsV1, *migratedv1.PrepareIncomingReq
 	return k, facts, request, nil
 }
 
-// readKept reads the facts alone that are kept in dir.
+// readKept reads only the facts in dir.
 func readKept(dir string) (*keptFactsV1, error) {
 	path := filepath.Join(dir, keptFacts)
 	data, err := os.ReadFile(path)
@@ -190,7 +205,7 @@ func readFacts(data []byte, path string) (*keptFactsV1, *migratedv1.PrepareIncom
 	if err := json.Unmarshal(data, facts); err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", path, err)
 	}
-	// What a newer daemon added is of no use to this one; what it needs has another version.
+	// This daemon ignores what a newer one added. A change that it could not ignore has another version.
 	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(facts.Request, request); err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", path, err)
 	}
@@ -200,7 +215,7 @@ func readFacts(data []byte, path string) (*keptFactsV1, *migratedv1.PrepareIncom
 	return facts, request, nil
 }
 
-func (k *kept) open() error {
+func (k *keptFiles) open() error {
 	f, err := os.OpenFile(filepath.Join(k.dir, keptStates), os.O_RDWR, 0)
 	if err != nil {
 		return err
@@ -225,30 +240,31 @@ func (k *kept) open() error {
 	return nil
 }
 
-func (k *kept) header() *keptHeader { return (*keptHeader)(unsafe.Pointer(&k.mapping[0])) }
-func (k *kept) copies() []byte      { return k.mapping[keptCopies:keptHeaderSize] }
-func (k *kept) states() []byte      { return k.mapping[keptHeaderSize:] }
-
-// running writes down that the VM runs here.
-func (k *kept) running(at time.Time, resumeTime, downtime time.Duration) {
-	h := k.header()
-	h.resumeTime.Store(int64(resumeTime))
-	h.downtime.Store(int64(downtime))
-	h.resumed.Store(at.UnixNano())
+// header may also be read after close, but not during it.
+func (k *keptFiles) header() *keptHeader {
+	if k.mapping == nil {
+		return k.last
+	}
+	return (*keptHeader)(unsafe.Pointer(&k.mapping[0]))
 }
 
-// close leaves the files for a later daemon. Nothing of the mapping is used any more.
-func (k *kept) close() error {
+func (k *keptFiles) copies() []byte { return k.mapping[keptCopies:keptHeaderSize] }
+func (k *keptFiles) states() []byte { return k.mapping[keptHeaderSize:] }
+
+// close leaves the files for a restarted daemon. After it, only the header may be used.
+func (k *keptFiles) close() error {
 	if k.mapping == nil {
 		return nil
 	}
 	mapping := k.mapping
+	k.last = new(keptHeader)
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(k.last)), unsafe.Sizeof(*k.last)), mapping)
 	k.mapping = nil
 	return unix.Munmap(mapping)
 }
 
-// forget removes the files. A migration without facts is none, so these go first.
-func (k *kept) forget() error {
+// remove removes the files. It removes the facts first: a directory without facts holds no migration.
+func (k *keptFiles) remove() error {
 	errs := []error{k.close()}
 	for _, name := range []string{keptFacts, keptStates} {
 		if err := os.Remove(filepath.Join(k.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {

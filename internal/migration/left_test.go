@@ -3,22 +3,26 @@
 package migration
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io/fs"
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/launch"
+	"github.com/migrated-vm/migrated/internal/qemu/qemutest"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -27,30 +31,36 @@ import (
 // A left is a destination as a killed daemon leaves it: a QEMU, a userfaultfd in it, and the files.
 type left struct {
 	dir  string
-	vm   *qemu.VM // the test's own eyes
-	kept *kept
+	vm   *qemu.VM // the test's own monitor
+	kept *keptFiles
 	pid  int
 }
 
-// leaveDestination brings a real QEMU to where it waits for the device state or, loaded, has it. All of its RAM is
-// there, so that no page server is needed.
+// leaveDestination brings a real QEMU to the point where it waits for the device state, or, if loaded is set, has
+// loaded it. All of its RAM is present, so no page server is needed.
 func leaveDestination(t *testing.T, loaded bool) *left {
 	t.Helper()
 	dir := t.TempDir()
-	ram, err := os.CreateTemp("/dev/shm", "left-")
+	file, err := os.CreateTemp("/dev/shm", "left-")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ram.Close()
-	t.Cleanup(func() { _ = os.Remove(ram.Name()) })
-	if err := unix.Fallocate(int(ram.Fd()), 0, 0, 32<<20); err != nil {
+	defer file.Close()
+	t.Cleanup(func() { _ = os.Remove(file.Name()) })
+	if err := unix.Fallocate(int(file.Fd()), 0, 0, 32<<20); err != nil {
 		t.Fatal(err)
 	}
 	ctx := t.Context()
-	sourceVM := startLeft(t, ram.Name(), filepath.Join(dir, "source.sock"), "")
+	// This firmware halts at once. SeaBIOS would soon wait for a page that no source brings, and so would QEMU.
+	firmware := filepath.Join(dir, "firmware")
+	if err := os.WriteFile(firmware, bytes.Repeat([]byte{0xf4}, 64<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sourceVM := startQEMU(t, file.Name(), filepath.Join(dir, "source.sock"), "", "-bios", firmware)
 	l := &left{dir: filepath.Join(dir, "m1")}
-	// Two sockets: one is the daemon's.
-	l.vm = startLeft(t, ram.Name(), filepath.Join(dir, "destination.sock"), filepath.Join(dir, "qmp.sock"), "-S", "-incoming", "defer")
+	// It has two monitor sockets: one for the daemon.
+	l.vm = startQEMU(t, file.Name(), filepath.Join(dir, "destination.sock"), filepath.Join(dir, "qmp.sock"),
+		"-bios", firmware, "-S", "-incoming", "defer")
 	l.pid = l.vm.Pid
 	if err := errors.Join(l.vm.PrepareIncoming(ctx), os.Mkdir(l.dir, 0o700)); err != nil {
 		t.Fatal(err)
@@ -68,16 +78,20 @@ func leaveDestination(t *testing.T, loaded bool) *left {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := facts.RAMBlocks[slices.IndexFunc(facts.RAMBlocks, func(b qemu.RAMBlock) bool { return b.ID == "ram0" })]
+	b := facts.RAMBlocks[slices.IndexFunc(facts.RAMBlocks, func(b ram.Block) bool { return b.ID == "ram0" })]
 	written := &keptFactsV1{
 		QEMU: identity, QMP: filepath.Join(dir, "qmp.sock"), RemoteFD: taken.RemoteFD,
 		Blocks: []keptBlock{{ID: b.ID, Addr: b.Addr, Size: b.Size, PageSize: b.PageSize}},
 	}
-	request := &migratedv1.PrepareIncomingRequest{Id: "m1", Protocol: 1, Token: "secret", PageAddresses: []string{"192.0.2.1:7600"}}
-	if l.kept, err = keep(l.dir, written, request); err != nil {
+	request := &migratedv1.PrepareIncomingRequest{
+		Id: "m1", Protocol: 1, Token: "secret", PageAddresses: []string{"192.0.2.1:7600"},
+	}
+	if l.kept, err = createKept(l.dir, written, request); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := postcopy.New(postcopy.Options{Blocks: written.engineBlocks(taken.UFFD), State: l.kept.states()}); err != nil {
+	if _, err := postcopy.New(postcopy.Options{
+		Blocks: written.engineBlocks(taken.UFFD), State: l.kept.states(),
+	}); err != nil {
 		t.Fatal(err)
 	}
 	if loaded {
@@ -87,35 +101,29 @@ func leaveDestination(t *testing.T, loaded bool) *left {
 	return l
 }
 
-// startLeft starts a QEMU and attaches to it. It outlives the test's end by nothing.
-func startLeft(t *testing.T, ram, socket, second string, args ...string) *qemu.VM {
+// ran writes what a daemon writes when its VM runs.
+func (l *left) ran() {
+	s := destinationState{kept: l.kept}
+	answer := &migratedv1.RunResponse{ResumeTime: durationpb.New(3 * time.Millisecond)}
+	s.markRunning(time.Now(), false, answer, 7*time.Millisecond)
+}
+
+// startQEMU starts a QEMU and attaches to it. The test's cleanup ends it.
+func startQEMU(t *testing.T, ram, socket, second string, args ...string) *qemu.VM {
 	t.Helper()
-	binary, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	all := append([]string{binary, "-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
+	all := append([]string{qemutest.Binary(t), "-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
 		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path=" + ram,
 		"-nodefaults", "-display", "none", "-qmp", "unix:" + socket + ",server=on,wait=off"}, args...)
 	if second != "" {
 		all = append(all, "-qmp", "unix:"+second+",server=on,wait=off")
 	}
-	process, vm, err := qemu.Start(t.Context(), qemu.StartOptions{Args: all, Dir: "/", QMPPath: socket, PipePath: socket + ".pipe", LogPath: socket + ".log"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := errors.Join(process.Kill(context.Background()), vm.Close()); err != nil {
-			t.Error(err)
-		}
+	_, vm := qemutest.StartWith(t, nil, launch.Options{
+		Args: all, Dir: "/", QMPPath: socket, PipePath: socket + ".pipe", LogPath: socket + ".log",
 	})
 	return vm
 }
 
-// load moves the device state.
+// load moves the device state from one QEMU to the other.
 func load(t *testing.T, from, to *qemu.VM) {
 	t.Helper()
 	ctx := t.Context()
@@ -140,7 +148,8 @@ func load(t *testing.T, from, to *qemu.VM) {
 	}
 	defer carrier.close()
 	go func() {
-		_, _ = carrier.ours.Write(append(devicestate.Head(facts.MachineType), devicestate.Body(state)...)) // QEMU says if it did not get all
+		// QEMU reports it if something is missing.
+		_, _ = carrier.ours.Write(append(devicestate.Head(facts.MachineType), devicestate.Body(state)...))
 	}()
 	loading, err := to.BeginLoading(ctx, carrier.qemu)
 	if err != nil {
@@ -151,16 +160,19 @@ func load(t *testing.T, from, to *qemu.VM) {
 	}
 }
 
-// takeUp is what a daemon that is started again does.
+// takeUp takes the migration up as a restarted daemon does.
 func (l *left) takeUp(t *testing.T) *Destination {
 	t.Helper()
-	return l.takeUpBy(t, t.Context(), noSource)
+	return l.takeUpWith(t, t.Context(), noSource)
 }
 
 func noSource(context.Context, string) (net.Conn, error) { return nil, errors.New("no source here") }
 
-// takeUpBy does it by a daemon of that life, which connects to the source like this.
-func (l *left) takeUpBy(t *testing.T, daemon context.Context, dial func(context.Context, string) (net.Conn, error)) *Destination { //nolint:revive // t first, as everywhere
+// takeUpWith is takeUp with the daemon's context and a function that connects to the source.
+func (l *left) takeUpWith(
+	t *testing.T, daemon context.Context, //nolint:revive // t first, as everywhere
+	dial func(context.Context, string) (net.Conn, error),
+) *Destination {
 	t.Helper()
 	if err := l.kept.close(); err != nil {
 		t.Fatal(err)
@@ -178,7 +190,7 @@ func (l *left) takeUpBy(t *testing.T, daemon context.Context, dial func(context.
 	return d
 }
 
-// run repeats Run as a source does while QEMU does not answer yet.
+// run calls Run once QEMU's monitor is connected.
 func run(t *testing.T, d *Destination) (*migratedv1.RunResponse, error) {
 	t.Helper()
 	if d.attaching != nil {
@@ -187,8 +199,8 @@ func run(t *testing.T, d *Destination) (*migratedv1.RunResponse, error) {
 	return d.Run(t.Context(), &migratedv1.RunRequest{Id: "m1", Resume: true})
 }
 
-// runs says whether the VM runs. One that has touched a page which nobody brings keeps QEMU's big lock where a device is
-// in between, and QEMU does not answer: it runs, too.
+// runs says whether the VM runs. If the VM has touched a page that nobody brings while a device was involved, QEMU
+// keeps its big lock and does not answer: such a VM runs, too.
 func (l *left) runs(t *testing.T) bool {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)

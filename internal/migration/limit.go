@@ -10,20 +10,22 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Both daemons have limits of their own, and the lowest holds:
+// Each daemon has a bandwidth limit of its own, and the lowest limit applies:
 //
 //	--bandwidth, SetBandwidth ──► source: its own, if lower ──► destination: kept; its own, if lower ──► engine
 //
-// What is kept does not have the destination daemon's own limit in it, which may be another when it is started again.
+// The kept value does not include the destination daemon's own limit: that may differ when the daemon is restarted.
 
-// These are why a limit cannot be changed.
+// Why a limit cannot be changed.
 var (
-	errNotPrepared = withRemedy(errors.New("the migration is not prepared yet"), "try again in a moment; migrate --bandwidth sets the limit it begins with")
-	errOver        = errors.New("this migration is over")
+	errNotPrepared = withRemedy(errors.New("the migration is not prepared yet"),
+		"try again in a moment; migrate --bandwidth sets the limit it begins with")
+	errOver = errors.New("this migration is over")
 )
 
-// limitable says whether a migration has all that changing its limit takes: nil, or why not.
-func limitable(t *Tracker) error {
+// checkLimitChangeable returns nil if the migration is in a state in which its limit can be changed, and why not
+// otherwise.
+func checkLimitChangeable(t *Tracker) error {
 	view, _ := t.Snapshot()
 	switch {
 	case Terminal(view.GetState()):
@@ -34,22 +36,28 @@ func limitable(t *Tracker) error {
 	return nil
 }
 
-// SetBandwidth changes the limit of a migration that is prepared, and returns the one that holds: of pages that no
-// thread waits for, in bytes a second; 0: none.
+// SetBandwidth changes the limit of a prepared migration and returns the one that applies. The limit counts pages that
+// no thread waits for, in bytes per second; 0: no limit.
 func (s *Source) SetBandwidth(ctx context.Context, limit uint64) (uint64, error) {
-	if err := limitable(s.Tracker); err != nil {
+	if err := checkLimitChangeable(s.Tracker); err != nil {
 		return 0, err
 	}
-	answer, err := s.peer.LimitIncoming(ctx, &migratedv1.LimitIncomingRequest{Id: s.cfg.ID, Bandwidth: bandwidth.Lower(limit, s.cfg.Bandwidth)})
+	conn := s.lastIncoming.conn.Load() // not s.peer, which the goroutine of run owns and replaces
+	if conn == nil {
+		return 0, errNotPrepared
+	}
+	answer, err := migratedv1.NewPeerServiceClient(conn).LimitIncoming(ctx, &migratedv1.LimitIncomingRequest{
+		Id: s.cfg.ID, Bandwidth: bandwidth.Lower(limit, s.cfg.Bandwidth),
+	})
 	if err != nil {
 		return 0, fromPeer("set the bandwidth", s.cfg.Spec.GetDestination(), err)
 	}
 	return answer.GetBandwidth(), nil
 }
 
-// SetBandwidth is the destination's half of it; the limit survives this daemon.
+// SetBandwidth is the destination's half of it. A restarted daemon keeps the limit.
 func (d *Destination) SetBandwidth(limit uint64) (uint64, error) {
-	if err := limitable(d.Tracker); err != nil {
+	if err := checkLimitChangeable(d.Tracker); err != nil {
 		return 0, err
 	}
 	d.limitMu.Lock()
@@ -58,13 +66,13 @@ func (d *Destination) SetBandwidth(limit uint64) (uint64, error) {
 		return 0, errOver
 	}
 	d.kept.header().bandwidth.Store(limit)
-	holds := d.limit()
+	holds := d.bandwidthLimit()
 	d.engine.SetBandwidth(holds)
 	d.log.Info("bandwidth", "limit", limit, "holds", holds)
 	return holds, nil
 }
 
-// limit is the one that holds, in bytes a second; 0: none.
-func (d *Destination) limit() uint64 {
+// bandwidthLimit returns the limit that applies, in bytes per second; 0: no limit.
+func (d *Destination) bandwidthLimit() uint64 {
 	return bandwidth.Lower(d.kept.header().bandwidth.Load(), d.cfg.Bandwidth)
 }

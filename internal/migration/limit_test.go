@@ -8,20 +8,21 @@ import (
 	"log/slog"
 	"net"
 	"testing"
-	"time"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// LimitIncoming is a peer whose own limit is 7 MiB/s.
-func (p *peer) LimitIncoming(_ context.Context, r *migratedv1.LimitIncomingRequest) (*migratedv1.LimitIncomingResponse, error) {
+// LimitIncoming answers as a destination whose own limit is 7 MiB/s.
+func (p *peer) LimitIncoming(
+	_ context.Context, r *migratedv1.LimitIncomingRequest,
+) (*migratedv1.LimitIncomingResponse, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.limit = r.GetBandwidth()
 	return &migratedv1.LimitIncomingResponse{Bandwidth: 7 << 20}, nil
 }
 
-// A source passes on the lower of its own limit and what was asked for, at first and later.
+// A source passes on the lower of its own limit and the requested one, when it prepares and later.
 func TestSourceLimit(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
 	for view, changed := s.source.Snapshot(); !view.GetPrepared(); view, changed = s.source.Snapshot() {
@@ -30,10 +31,13 @@ func TestSourceLimit(t *testing.T) {
 		}
 		<-changed
 	}
-	for _, c := range []struct{ own, asked, want uint64 }{{0, 5 << 20, 5 << 20}, {3 << 20, 5 << 20, 3 << 20}, {3 << 20, 0, 3 << 20}, {0, 0, 0}} {
+	for _, c := range []struct{ own, asked, want uint64 }{
+		{0, 5 << 20, 5 << 20}, {3 << 20, 5 << 20, 3 << 20}, {3 << 20, 0, 3 << 20}, {0, 0, 0},
+	} {
 		s.source.cfg.Bandwidth = c.own
 		if holds, err := s.source.SetBandwidth(t.Context(), c.asked); holds != 7<<20 || err != nil || s.peer.limit != c.want {
-			t.Errorf("own %d, asked for %d: the destination was told %d, and %d holds, %v", c.own, c.asked, s.peer.limit, holds, err)
+			t.Errorf("own %d, asked for %d: the destination was told %d, and %d holds, %v",
+				c.own, c.asked, s.peer.limit, holds, err)
 		}
 	}
 	s.source.Start()
@@ -43,7 +47,7 @@ func TestSourceLimit(t *testing.T) {
 	}
 }
 
-// A limit outlives the daemon, its own one apart, which may be another then.
+// A limit outlives the daemon, but not that daemon's own limit, which may differ after a restart.
 func TestLimitOutlivesTheDaemon(t *testing.T) {
 	l := leaveDestination(t, true)
 	if _, err := l.vm.Cont(t.Context()); err != nil {
@@ -51,7 +55,7 @@ func TestLimitOutlivesTheDaemon(t *testing.T) {
 	}
 	l.kept.header().toldToRun.Store(1)
 	l.kept.header().bandwidth.Store(100 << 20)
-	l.kept.running(time.Now(), time.Millisecond, time.Millisecond)
+	l.ran()
 	if err := l.kept.close(); err != nil {
 		t.Fatal(err)
 	}

@@ -15,10 +15,13 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/check"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// machine is what the destination has to match, with the definition of the VM there.
+// machine returns what the destination has to match, with the definition of the VM for the destination, if one was
+// given.
 func (s *Source) machine() (*migratedv1.SourceMachine, error) {
 	m, err := machineOf(s.facts, s.description, s.cfg.Spec.GetVm())
 	if err != nil || s.cfg.DestinationXML == "" {
@@ -26,13 +29,14 @@ func (s *Source) machine() (*migratedv1.SourceMachine, error) {
 	}
 	if err := libvirt.SameDomain(m.LibvirtDefinition, s.cfg.DestinationXML); err != nil {
 		return nil, withReason(withRemedy(fmt.Errorf("the definition that was given for the destination: %w", err),
-			"begin with what 'virsh dumpxml --migratable --security-info' says of the domain"), migratedv1.Reason_REASON_VM_REFUSED)
+			"begin with what 'virsh dumpxml --migratable --security-info' says of the domain"),
+			migratedv1.Reason_REASON_VM_REFUSED)
 	}
 	m.LibvirtDefinition = s.cfg.DestinationXML
 	return m, nil
 }
 
-// machineOf says to the destination what it has to match.
+// machineOf describes the VM to the destination, which has to match it.
 func machineOf(
 	facts *qemu.Facts, description *migratedv1.MachineDescription, qmpPath string,
 ) (*migratedv1.SourceMachine, error) {
@@ -69,8 +73,8 @@ func machineOf(
 	return machine, nil
 }
 
-// digest is SHA-256 of what is in a read-only block.
-func digest(b qemu.RAMBlock) ([]byte, error) {
+// digest returns the SHA-256 sum of a read-only block's content.
+func digest(b ram.Block) ([]byte, error) {
 	f, err := os.Open(b.Path)
 	if err != nil {
 		return nil, fmt.Errorf("RAM %q, which is read-only: %w", b.ID, err)
@@ -83,19 +87,19 @@ func digest(b qemu.RAMBlock) ([]byte, error) {
 	return sum.Sum(nil), nil
 }
 
-// matchMachine finds the destination's RAM blocks in the order of the
-// source's, or says what keeps the two machines from being one.
-func matchMachine(source *migratedv1.SourceMachine, destination *qemu.Facts) ([]qemu.RAMBlock, error) {
+// matchMachine returns the destination's RAM blocks in the order of the source's, or an error that says how the two
+// machines differ.
+func matchMachine(source *migratedv1.SourceMachine, destination *qemu.Facts) ([]ram.Block, error) {
 	if source.GetMachineType() != destination.MachineType {
 		return nil, withRemedy(
 			fmt.Errorf("the machine types differ: source %s, destination %s", source.GetMachineType(), destination.MachineType),
 			"start the destination QEMU with -machine "+source.GetMachineType())
 	}
-	here := make(map[string]qemu.RAMBlock, len(destination.RAMBlocks))
+	here := make(map[string]ram.Block, len(destination.RAMBlocks))
 	for _, b := range destination.RAMBlocks {
 		here[b.ID] = b
 	}
-	var blocks []qemu.RAMBlock
+	var blocks []ram.Block
 	for _, want := range source.GetRamBlocks() {
 		got, err := matchBlock(want, here, false)
 		if err != nil {
@@ -125,15 +129,16 @@ func matchMachine(source *migratedv1.SourceMachine, destination *qemu.Facts) ([]
 	return blocks, nil
 }
 
-// matchBlock takes the destination's block of that name out of those here, if it is the same.
-func matchBlock(want *migratedv1.RamBlock, here map[string]qemu.RAMBlock, readOnly bool) (qemu.RAMBlock, error) {
+// matchBlock removes the block that want names from here, the destination's blocks, and returns it if it matches want.
+func matchBlock(want *migratedv1.RamBlock, here map[string]ram.Block, readOnly bool) (ram.Block, error) {
 	got, exists := here[want.GetId()]
 	delete(here, want.GetId())
 	switch {
 	case !exists:
 		return got, withRemedy(fmt.Errorf("the destination has no RAM %q of %d bytes", want.GetId(), want.GetSize()),
 			"give the destination QEMU the source's memory and devices, under the same ids: what was plugged in while "+
-				"the VM ran is not on the source's command line, but can be added with --template, or by starting the destination QEMU yourself (--to-qmp)")
+				"the VM ran is not on the source's command line, but can be added with --template, "+
+				"or by starting the destination QEMU yourself (--to-qmp)")
 	case got.Size != want.GetSize():
 		return got, withRemedy(
 			fmt.Errorf("the RAM sizes differ: %q has %d bytes at the source and %d at the destination",
@@ -155,20 +160,21 @@ func matchBlock(want *migratedv1.RamBlock, here map[string]qemu.RAMBlock, readOn
 	return got, nil
 }
 
-// checkVM refuses a VM that cannot migrate, with every reason.
+// checkVM refuses a VM that cannot be migrated. The error has every reason.
 func checkVM(ctx context.Context, vm *qemu.VM) error {
-	return refuse("this VM cannot migrate", qemu.CheckVM(ctx, vm))
+	return refusalOf("this VM cannot migrate", check.VM(ctx, vm))
 }
 
-// checkAlone refuses, right before the VM is stopped, memory of it that another process maps by now.
-func checkAlone(vm *qemu.VM, blocks []qemu.RAMBlock, host string) error {
-	err := vm.CheckAlone(blocks)
-	var bad *qemu.RAMError
+// checkRAMNotShared refuses a VM whose RAM another process maps by now. It is called right before the VM is stopped.
+// host is "source" or "destination".
+func checkRAMNotShared(vm *qemu.VM, blocks []ram.Block, host string) error {
+	err := vm.RAM.CheckAlone(blocks)
+	var bad *ram.Error
 	switch {
 	case errors.As(err, &bad):
 		return withRemedy(fmt.Errorf("RAM %q of the %s: %s", bad.ID, host, bad.Reason), bad.Remedy)
 	case err != nil:
-		return fmt.Errorf("look who maps the RAM of the %s: %w", host, err)
+		return fmt.Errorf("look who maps the RAM of the %s QEMU: %w", host, err)
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -25,7 +26,7 @@ func TestMatchMachine(t *testing.T) {
 	good := func() *qemu.Facts {
 		return &qemu.Facts{
 			MachineType: "pc-q35-7.2",
-			RAMBlocks: []qemu.RAMBlock{ // in an order of its own
+			RAMBlocks: []ram.Block{ // in an order of its own
 				{ID: "ram1", Size: 32 * mib, PageSize: 2 * mib, FileIdentity: "d:1"},
 				{ID: "ram0", Size: 64 * mib, PageSize: 4096, FileIdentity: "d:0"},
 			},
@@ -42,7 +43,7 @@ func TestMatchMachine(t *testing.T) {
 		{"page size", func(f *qemu.Facts) { f.RAMBlocks[0].PageSize = 4096 }, "page sizes differ"},
 		{"missing block", func(f *qemu.Facts) { f.RAMBlocks = f.RAMBlocks[:1] }, `no RAM "ram0"`},
 		{"extra block", func(f *qemu.Facts) {
-			f.RAMBlocks = append(f.RAMBlocks, qemu.RAMBlock{ID: "ram2"})
+			f.RAMBlocks = append(f.RAMBlocks, ram.Block{ID: "ram2"})
 		}, `"ram2" that the source has not`},
 		{"read-only on one host", func(f *qemu.Facts) { f.RAMBlocks[0].ReadOnly = true }, "read-only on one host alone"},
 		{"the source's own file", func(f *qemu.Facts) { f.RAMBlocks[1].FileIdentity = "s:0" }, "very file"},
@@ -71,31 +72,35 @@ func TestMatchMachine(t *testing.T) {
 	}
 }
 
-// What QEMU cannot write to is not moved, and has to be the same.
+// Memory that QEMU cannot write to is not moved, and has to be the same on both hosts.
 func TestMatchReadOnlyImage(t *testing.T) {
-	block := func(content string) qemu.RAMBlock {
+	block := func(content string) ram.Block {
 		path := filepath.Join(t.TempDir(), "image")
 		if err := os.WriteFile(path, []byte("----"+content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		return qemu.RAMBlock{ID: "nv", Size: uint64(len(content)), PageSize: 4096, ReadOnly: true, Path: path, FileOffset: 4, File: path}
+		return ram.Block{
+			ID: "nv", Size: uint64(len(content)), PageSize: 4096, ReadOnly: true, Path: path, FileOffset: 4, File: path,
+		}
 	}
-	ram := qemu.RAMBlock{ID: "ram0", Size: 4096, PageSize: 4096}
-	source, err := machineOf(&qemu.Facts{RAMBlocks: []qemu.RAMBlock{block("image"), ram}}, nil, "/qmp")
+	ram0 := ram.Block{ID: "ram0", Size: 4096, PageSize: 4096}
+	source, err := machineOf(&qemu.Facts{RAMBlocks: []ram.Block{block("image"), ram0}}, nil, "/qmp")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if len(source.GetRamBlocks()) != 1 || len(source.GetReadOnlyBlocks()) != 1 {
 		t.Fatalf("machine %v", source)
 	}
-	blocks, err := matchMachine(source, &qemu.Facts{RAMBlocks: []qemu.RAMBlock{block("image"), ram}})
+	blocks, err := matchMachine(source, &qemu.Facts{RAMBlocks: []ram.Block{block("image"), ram0}})
 	if err != nil || len(blocks) != 1 || blocks[0].ID != "ram0" {
 		t.Errorf("blocks %v, %v", blocks, err)
 	}
-	if _, err := matchMachine(source, &qemu.Facts{RAMBlocks: []qemu.RAMBlock{block("other"), ram}}); err == nil || Remedy(err) == "" {
+	if _, err := matchMachine(source, &qemu.Facts{
+		RAMBlocks: []ram.Block{block("other"), ram0},
+	}); err == nil || Remedy(err) == "" {
 		t.Errorf("another image: %v", err)
 	}
-	if _, err := matchMachine(source, &qemu.Facts{RAMBlocks: []qemu.RAMBlock{ram}}); err == nil || Remedy(err) == "" {
+	if _, err := matchMachine(source, &qemu.Facts{RAMBlocks: []ram.Block{ram0}}); err == nil || Remedy(err) == "" {
 		t.Errorf("no image: %v", err)
 	}
 }

@@ -12,39 +12,39 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// rateWindow is how far back the transfer rate looks.
+// rateWindow is the period over which the transfer rate is measured.
 const rateWindow = time.Second
 
-// A meter turns the engine's counters into what the API shows. Its zero value
-// is ready.
+// A meter turns the engine's counters into what the API shows. The zero value is ready for use.
 type meter struct {
 	mu       sync.Mutex
-	started  time.Time // of the VM on this host; zero before
+	started  time.Time // when the VM started to run on this host; zero: not yet
 	downtime time.Duration
 	samples  []sample // within rateWindow, oldest first
-	best     float64  // the highest rate, bytes a second
+	bestRate float64  // the highest rate, bytes a second
 	curve    curve    // since started
 }
 
 type sample struct {
 	at      time.Time
 	bytes   uint64
-	swept   uint64 // of bytes
+	swept   uint64 // bytes that the sweep brought
 	present uint64
 	faults  uint64
 }
 
-// curvePoints bounds the points of a curve: enough for a figure on a page.
+// curvePoints bounds the points of a curve. They are enough for a figure on a page.
 const curvePoints = 128
 
-// A curve is samples in equal distances, which double whenever there are too many.
+// A curve is a series of samples at equal distances. When it is full, every second one is dropped and the distance
+// doubles.
 type curve struct {
-	points []sample
-	apart  time.Duration
+	points   []sample
+	interval time.Duration // least distance between two points
 }
 
 func (c *curve) add(s sample) {
-	if n := len(c.points); n > 0 && s.at.Sub(c.points[n-1].at) < c.apart {
+	if n := len(c.points); n > 0 && s.at.Sub(c.points[n-1].at) < c.interval {
 		return
 	}
 	if len(c.points) == curvePoints {
@@ -52,19 +52,19 @@ func (c *curve) add(s sample) {
 		for i := 0; i < curvePoints; i += 2 {
 			half = append(half, c.points[i])
 		}
-		c.points, c.apart = half, max(2*c.apart, 2*progressInterval)
+		c.points, c.interval = half, max(2*c.interval, 2*progressInterval)
 	}
 	c.points = append(c.points, s)
 }
 
-// switched says that the VM runs here since the given time, after a downtime of d.
+// switched records that the VM runs here since the given time, after a downtime of d.
 func (m *meter) switched(since time.Time, d time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.started, m.downtime = since, d
 }
 
-// residency is the time from the switch to the last page, zero before that.
+// residency returns the time from the switch to the last page; zero before that.
 func (m *meter) residency(s postcopy.Stats) time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -85,8 +85,8 @@ func sampleOf(s postcopy.Stats) sample {
 	}
 }
 
-// report adds what the meter alone knows: how the figures rose up to s, and the highest rate. One that was over too
-// soon to be measured had the rate of all of it.
+// report adds what only the meter knows: the samples up to s and the highest rate. If the transfer was too short to
+// be measured, the highest rate is the average.
 func (m *meter) report(s postcopy.Stats, to *migratedv1.IncomingPages) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -97,7 +97,7 @@ func (m *meter) report(s postcopy.Stats, to *migratedv1.IncomingPages) {
 	last := sampleOf(s)
 	if took := m.residencyLocked(s); took > 0 {
 		last.at = m.started.Add(took)
-		m.best = max(m.best, float64(s.BytesReceived)/took.Seconds())
+		m.bestRate = max(m.bestRate, float64(s.BytesReceived)/took.Seconds())
 	}
 	for _, p := range append(points[:len(points):len(points)], last) {
 		to.Samples = append(to.Samples, &migratedv1.PageSample{
@@ -105,7 +105,7 @@ func (m *meter) report(s postcopy.Stats, to *migratedv1.IncomingPages) {
 			PagesPresent: p.present, BytesOnWire: p.bytes, Faults: p.faults,
 		})
 	}
-	to.BestBytesPerSecond = m.best
+	to.BestBytesPerSecond = m.bestRate
 }
 
 func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
@@ -117,6 +117,7 @@ func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 		FaultP50: durationpb.New(s.FaultP50), FaultP99: durationpb.New(s.FaultP99), FaultMax: durationpb.New(s.FaultMax),
 		PagesGuessed: s.Guessed, GuessHits: s.GuessHits, Bandwidth: s.Bandwidth,
 		BytesDiscarded: s.Discarded, PagesTouched: s.PagesTouched, PagesUnexplained: s.PagesUnexplained,
+		PagesLost: s.PagesLost, BulkLanes: uint32(s.BulkLanes),
 	}
 	if m.started.IsZero() {
 		return p
@@ -136,7 +137,7 @@ func (m *meter) progress(s postcopy.Stats) *migratedv1.Progress {
 	if elapsed := now.at.Sub(past.at).Seconds(); elapsed > 0 {
 		p.BytesPerSecond = float64(now.bytes-past.bytes) / elapsed
 		if now.at.Sub(past.at) >= progressInterval/2 {
-			m.best = max(m.best, p.GetBytesPerSecond())
+			m.bestRate = max(m.bestRate, p.GetBytesPerSecond())
 		}
 		p.SweepBytesPerSecond = float64(now.swept-past.swept) / elapsed
 		if pages := float64(now.present-past.present) / elapsed; pages > 0 {

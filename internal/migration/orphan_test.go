@@ -16,7 +16,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// endQEMU ends the stage's QEMU behind the source's back.
+// endQEMU kills the stage's QEMU without the source's doing.
 func (s *stage) endQEMU(t *testing.T) {
 	t.Helper()
 	if err := s.qemu.Process.Kill(); err != nil {
@@ -25,7 +25,7 @@ func (s *stage) endQEMU(t *testing.T) {
 	_ = s.qemu.Wait() // it was killed
 }
 
-// shows waits until the source shows an error with all of the words, and returns the migration then.
+// shows waits until the source shows an error with all of the words, and returns the migration.
 func (s *stage) shows(t *testing.T, words ...string) *migratedv1.Migration {
 	t.Helper()
 	for {
@@ -48,7 +48,7 @@ func (s *stage) shows(t *testing.T, words ...string) *migratedv1.Migration {
 	}
 }
 
-// TestSourceQEMUEndsAfterTheSwitch: memory is lost, which its operator is told. Nobody is told to continue the VM here.
+// TestSourceQEMUEndsAfterTheSwitch: the operator is told that memory is lost. No remedy says to continue the VM here.
 func TestSourceQEMUEndsAfterTheSwitch(t *testing.T) {
 	switched := make(chan struct{})
 	s := newStage(t, t.Context(), func(int) (*migratedv1.RunResponse, error) {
@@ -68,7 +68,7 @@ func TestSourceQEMUEndsAfterTheSwitch(t *testing.T) {
 	s.noRecord(t)
 }
 
-// TestSourceQEMUEndsBeforeTheAnswer: where the VM is is not said before the destination has said so.
+// TestSourceQEMUEndsBeforeTheAnswer: the source does not say where the VM is before the destination has answered.
 func TestSourceQEMUEndsBeforeTheAnswer(t *testing.T) {
 	asked, answer := make(chan struct{}), make(chan struct{})
 	s := newStage(t, t.Context(), func(int) (*migratedv1.RunResponse, error) {
@@ -87,7 +87,7 @@ func TestSourceQEMUEndsBeforeTheAnswer(t *testing.T) {
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, endedStatus)
 }
 
-// TestBothQEMUsEnd: a destination that gives the VM back gives back one that is not there any more.
+// TestBothQEMUsEnd: the destination gives back a VM whose source QEMU has ended, too.
 func TestBothQEMUsEnd(t *testing.T) {
 	for _, code := range []codes.Code{codes.Aborted, codes.NotFound} {
 		t.Run(code.String(), func(t *testing.T) {
@@ -106,19 +106,34 @@ func TestBothQEMUsEnd(t *testing.T) {
 	}
 }
 
-// TestWhatAPageServerSaysOfADeadQEMU: text alone crosses the network.
+// said returns a page server's status with a reason. Its text must not matter.
+func said(t *testing.T, code codes.Code, text string, reason migratedv1.Reason) *status.Status {
+	t.Helper()
+	st, err := status.New(code, text).WithDetails(&migratedv1.MigrationError{Reason: reason})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st
+}
+
+// TestWhatAPageServerSaysOfADeadQEMU: the reason decides, and only if the source says it.
 func TestWhatAPageServerSaysOfADeadQEMU(t *testing.T) {
-	lost := func(code codes.Code, err error) error {
-		return fmt.Errorf("bulk lane: %w: %w", postcopy.ErrLaneLost, status.Error(code, err.Error()))
+	const gone = migratedv1.Reason_REASON_SOURCE_QEMU_ENDED
+	lost := func(code codes.Code, text string, reason migratedv1.Reason) error {
+		return fmt.Errorf("bulk lane: %w: %w", postcopy.ErrLaneLost, said(t, code, text, reason).Err())
 	}
 	for name, c := range map[string]struct {
 		err  error
 		want bool
 	}{
-		"gone":              {lost(codes.DataLoss, fmt.Errorf("%w: %w", pagesrv.ErrRAM, pagesrv.ErrProcessGone)), true},
-		"cannot be read":    {lost(codes.DataLoss, pagesrv.ErrRAM), false},
-		"another word":      {lost(codes.Aborted, pagesrv.ErrProcessGone), false},
-		"the network":       {lost(codes.Unavailable, errors.New("reset")), false},
+		"gone": {lost(codes.DataLoss, "it is", gone), true},
+		"another reason": {
+			lost(codes.DataLoss, pagesrv.ErrProcessGone.Error(), migratedv1.Reason_REASON_PAGES_REFUSED), false,
+		},
+		"the text alone": {
+			fmt.Errorf("%w: %w", postcopy.ErrLaneLost, status.Error(codes.DataLoss, pagesrv.ErrProcessGone.Error())), false,
+		},
+		"the network":       {fmt.Errorf("%w: %w", postcopy.ErrLaneLost, status.Error(codes.Unavailable, "reset")), false},
 		"not of the source": {fmt.Errorf("%w: %w", postcopy.ErrNoMemory, pagesrv.ErrProcessGone), false},
 	} {
 		if got := sourceQEMUGone(c.err); got != c.want {
@@ -127,7 +142,8 @@ func TestWhatAPageServerSaysOfADeadQEMU(t *testing.T) {
 	}
 }
 
-// TestWhatEndsWithTheSourceQEMUComesFirst: where all of it does, nothing is first.
+// TestWhatEndsWithTheSourceQEMUComesFirst: memory that ends with the source's QEMU is fetched first. If all of it
+// does, none is first.
 func TestWhatEndsWithTheSourceQEMUComesFirst(t *testing.T) {
 	file, private := &migratedv1.RamBlock{File: "a file"}, &migratedv1.RamBlock{}
 	for name, c := range map[string]struct {
@@ -139,7 +155,7 @@ func TestWhatEndsWithTheSourceQEMUComesFirst(t *testing.T) {
 		"all in files":  {[]*migratedv1.RamBlock{file}, []bool{false}},
 	} {
 		blocks := make([]postcopy.Block, len(c.source))
-		soonest(blocks, c.source)
+		fetchPrivateFirst(blocks, c.source)
 		for i, b := range blocks {
 			if b.First != c.want[i] {
 				t.Errorf("%s: block %d is first: %v", name, i, b.First)
@@ -148,19 +164,20 @@ func TestWhatEndsWithTheSourceQEMUComesFirst(t *testing.T) {
 	}
 }
 
-// TestSourceThatOffersNothing: a daemon that was started again after its QEMU had ended is reachable, but has no pages.
+// TestSourceThatOffersNothing: a daemon that was restarted after its QEMU had ended is reachable and has no pages.
 func TestSourceThatOffersNothing(t *testing.T) {
 	for name, c := range map[string]struct {
-		code codes.Code
-		text string
-		want string
+		status *status.Status
+		want   string
 	}{
-		"refused":       {codes.PermissionDenied, pagesrv.ErrRefused.Error(), "migrated status m1"},
-		"not authentic": {codes.PermissionDenied, "another peer", "reachable"},
-		"unreachable":   {codes.Unavailable, "connection refused", "reachable"},
+		"refused": {
+			said(t, codes.PermissionDenied, "no", migratedv1.Reason_REASON_PAGES_REFUSED), "migrated status m1",
+		},
+		"not authentic": {status.New(codes.PermissionDenied, pagesrv.ErrRefused.Error()), "reachable"},
+		"unreachable":   {status.New(codes.Unavailable, "connection refused"), "reachable"},
 	} {
-		failure := fmt.Errorf("page server: %w", &peerError{status.New(c.code, c.text)})
-		if remedy := Remedy(noLanes("m1", []error{failure})); !strings.Contains(remedy, c.want) {
+		failure := fmt.Errorf("page server: %w", &peerError{c.status})
+		if remedy := Remedy(noLanesError("m1", []error{failure})); !strings.Contains(remedy, c.want) {
 			t.Errorf("%s: %s", name, remedy)
 		}
 	}

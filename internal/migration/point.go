@@ -4,7 +4,6 @@
 
 package migration
 
-// reached marks an arrow of doc.go's picture, so that e2e/chaos can break a
-// daemon right there. It does nothing: only that suite's daemon is built with
-// point_chaos.go.
-func reached(string) {}
+// testPoint marks an arrow of the drawing in doc.go, so that e2e/chaos can break a daemon at that point. It does
+// nothing: only the daemon of that suite is built with point_chaos.go.
+func testPoint(string) {}

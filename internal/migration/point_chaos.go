@@ -12,29 +12,28 @@ import (
 	"time"
 )
 
-// pointDir has, for each point that something is to happen at, a file of the
-// point's name that says what.
+// pointDir holds the orders of a test: a file with the name of a point says what happens there.
 const pointDir = "/run/chaos"
 
-// heldLongest bounds how long a point is held whose file nobody removes.
+// heldLongest bounds how long hold waits if nobody removes the file.
 const heldLongest = time.Minute
 
-// reached does what the point's file says, once: the file is renamed first, to
-// the name with ".reached" at its end, and is then the sign that it was read.
+// testPoint does once what the point's file says. It first renames the file to a
+// name that ends in ".reached", which shows that the order was read.
 //
 //	kill    this daemon kills itself
-//	panic   it ends as by a mistake in its program
-//	freeze  it stops itself, as by SIGSTOP
+//	panic   it panics, as by a bug
+//	freeze  it stops itself by SIGSTOP
 //	hold    the caller waits until the renamed file is removed
-func reached(point string) {
+func testPoint(point string) {
 	path := filepath.Join(pointDir, point)
 	order, err := os.ReadFile(path)
 	if err != nil {
-		return // nothing is to happen here
+		return // there is no order
 	}
 	held := path + ".reached"
 	if os.Rename(path, held) != nil {
-		return // somebody else was here first
+		return // another goroutine took the order
 	}
 	switch strings.TrimSpace(string(order)) {
 	case "kill":

@@ -12,7 +12,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A reasonedError is an error that programs are told the reason of.
+// A reasonedError is an error with a Reason for programs.
 type reasonedError struct {
 	err    error
 	reason migratedv1.Reason
@@ -21,17 +21,18 @@ type reasonedError struct {
 func (e *reasonedError) Error() string { return e.err.Error() }
 func (e *reasonedError) Unwrap() error { return e.err }
 
-// withReason adds to err what it is to a program. That of the outermost step holds.
+// withReason adds a Reason to err. If err is wrapped several times, the outermost Reason holds.
 func withReason(err error, reason migratedv1.Reason) error {
 	return &reasonedError{err: err, reason: reason}
 }
 
-// reasons are those of errors that are always the same, the first that fits.
+// reasons maps errors to their Reason. The first match holds.
 var reasons = []struct {
 	err    error
 	reason migratedv1.Reason
 }{
 	{ErrCancelled, migratedv1.Reason_REASON_CANCELLED},
+	{errLimitMissed, migratedv1.Reason_REASON_LIMIT_MISSED},
 	{errFallBack, migratedv1.Reason_REASON_FELL_BACK},
 	{errReleased, migratedv1.Reason_REASON_RELEASED},
 	{errAbandoned, migratedv1.Reason_REASON_ABANDONED},
@@ -47,7 +48,7 @@ var reasons = []struct {
 	{errDaemonEnded, migratedv1.Reason_REASON_DAEMON_ENDED},
 }
 
-// reasonOf is what err is to a program.
+// reasonOf returns the Reason of err.
 func reasonOf(err error) migratedv1.Reason {
 	var reasoned *reasonedError
 	if errors.As(err, &reasoned) {
@@ -65,7 +66,7 @@ func reasonOf(err error) migratedv1.Reason {
 	return migratedv1.Reason_REASON_UNSPECIFIED
 }
 
-// reasonOfStatus is what the answer of a destination is to a program that says no reason of its own.
+// reasonOfStatus returns the Reason of a destination's status that has none of its own.
 func reasonOfStatus(code codes.Code) migratedv1.Reason {
 	switch code {
 	case codes.Unavailable, codes.DeadlineExceeded:

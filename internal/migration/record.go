@@ -14,48 +14,54 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/atomicfile"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	"github.com/migrated-vm/migrated/internal/version"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A Record says that this host is handing a VM over, or has done so. While a
-// committed one exists the daemon does not continue that VM.
+// A Record says that this host is handing a VM over, or has done so. While a committed record exists, the daemon does
+// not continue that VM.
 type Record struct {
 	Version uint32 `json:"version"`
 	ID      string `json:"id"`
 	VM      string `json:"vm"` // path of the QMP socket
-	qemu.Identity
+	process.Identity
 	Destination string `json:"destination"`
-	// Committed: the commit point has been passed. Before that the record only
-	// serves to continue a VM whose daemon died while it was stopped.
+	// Committed says that the commit point has been passed. Before that, a restarted daemon uses the record only to
+	// continue a VM that was stopped when the daemon died.
 	Committed bool `json:"committed"`
-	// Completed: all memory has left, and nothing of the VM is needed here.
+	// Completed says that all memory has left, and nothing of the VM is needed here.
 	Completed bool `json:"completed,omitempty"`
-	// Ended is why, of a VM that ended by itself at the destination; 0: it did not.
+	// Ended is the Reason of a VM that ended by itself at the destination; 0: it did not.
 	Ended      int32     `json:"ended,omitempty"`
 	HandedOver time.Time `json:"handed_over"` // when the VM was about to stop
+	// Times to show, and Due, by which all memory has to be at the destination. Older daemons did not write them.
+	Created time.Time `json:"created,omitzero"`
+	Started time.Time `json:"started,omitzero"`
+	Over    time.Time `json:"over,omitzero"`
+	Due     time.Time `json:"due,omitzero"` // zero also if there is no limit
 
-	// What a restarted daemon needs to go on.
+	// What a restarted daemon needs to go on with the migration.
 	Protocol   uint32          `json:"protocol"`
 	Spec       json.RawMessage `json:"spec"` // a MigrationSpec
 	Token      string          `json:"token"`
 	WasRunning bool            `json:"was_running"`
-	Settings   *qemu.Settings  `json:"settings"` // to be put back in QEMU; of protocol 1 alone
-	// RAMFiles are to be removed when the QEMU of a completed migration has ended.
-	RAMFiles []qemu.RAMFile `json:"ram_files,omitempty"`
-	// Blocks is the VM's memory, in the order that was agreed on; none: of protocol 1.
+	Settings   *qemu.Settings  `json:"settings"` // to restore in QEMU; protocol 1 only
+	// RAMFiles are the files to remove when the QEMU of a completed migration has ended.
+	RAMFiles []ram.File `json:"ram_files,omitempty"`
+	// Blocks is the VM's memory in the order that both daemons agreed on; empty with protocol 1.
 	Blocks []keptBlock `json:"ram_blocks,omitempty"`
 }
 
-// Records keeps the hand-over records of this host, one file each. The
-// directory should be on a file system in memory, as /run is: a record is
-// about a stopped QEMU process and worth nothing once the host has rebooted,
-// and there writing one down costs the downtime nothing.
+// Records keeps the hand-over records of this host, one file each. The directory should be on a file system in memory,
+// as /run is. A record is about a stopped QEMU process, so it is worth nothing after a reboot, and writing it to memory
+// adds nothing to the downtime.
 type Records struct {
 	dir string
 }
 
-// OpenRecords uses dir, making it where it is missing.
+// OpenRecords uses the directory dir, and makes it if it does not exist.
 func OpenRecords(dir string) (*Records, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("directory of the hand-over records: %w", err)
@@ -65,8 +71,8 @@ func OpenRecords(dir string) (*Records, error) {
 
 func (r *Records) path(id string) string { return filepath.Join(r.dir, id+".json") }
 
-// Prepare writes down, durably, that the VM of rec is about to stop, and all but
-// the commitment itself: Commit then costs the downtime a rename and no more.
+// Prepare writes a record durably: the VM of rec is about to stop. It also writes the committed form to a file beside
+// it, so that Commit adds only a rename to the downtime.
 func (r *Records) Prepare(rec Record) error {
 	if _, err := os.Lstat(r.path(rec.ID)); err == nil {
 		return withRemedy(fmt.Errorf("%s is the hand-over record of another migration of that id", r.path(rec.ID)),
@@ -74,7 +80,7 @@ func (r *Records) Prepare(rec Record) error {
 	}
 	rec.Version = version.State
 	rec.Committed = true
-	err := writeJSON(r.committed(rec.ID), rec)
+	err := writeJSON(r.commitPath(rec.ID), rec)
 	if err == nil {
 		rec.Committed = false
 		err = writeJSON(r.path(rec.ID), rec)
@@ -85,9 +91,9 @@ func (r *Records) Prepare(rec Record) error {
 	return nil
 }
 
-// Commit makes the prepared record a committed one, durably, before it returns.
+// Commit turns the prepared record into a committed one. It is durable when Commit returns.
 func (r *Records) Commit(id string) error {
-	err := os.Rename(r.committed(id), r.path(id))
+	err := os.Rename(r.commitPath(id), r.path(id))
 	if err == nil {
 		err = atomicfile.SyncDir(r.dir)
 	}
@@ -97,16 +103,16 @@ func (r *Records) Commit(id string) error {
 	return nil
 }
 
-// Complete notes, durably, that nothing of the VM is needed here any more, and files of its memory that QEMU leaves; ended
-// is the reason of a VM that ended.
-func (r *Records) Complete(id string, ended migratedv1.Reason, files []qemu.RAMFile) error {
+// Complete notes durably that nothing of the VM is needed here any more. ended is the reason of a VM that ended by
+// itself. files are files of its memory that remain when QEMU has ended.
+func (r *Records) Complete(id string, ended migratedv1.Reason, files []ram.File) error {
 	var rec Record
 	data, err := os.ReadFile(r.path(id))
 	if err == nil {
 		err = json.Unmarshal(data, &rec)
 	}
 	if err == nil {
-		rec.Completed, rec.Ended, rec.RAMFiles = true, int32(ended), files
+		rec.Completed, rec.Ended, rec.RAMFiles, rec.Over = true, int32(ended), files, time.Now()
 		err = writeJSON(r.path(id), rec)
 	}
 	if err != nil {
@@ -115,9 +121,10 @@ func (r *Records) Complete(id string, ended migratedv1.Reason, files []qemu.RAMF
 	return nil
 }
 
-func (r *Records) committed(id string) string { return filepath.Join(r.dir, id+".commit") }
+// commitPath returns the path of the file that Commit renames.
+func (r *Records) commitPath(id string) string { return filepath.Join(r.dir, id+".commit") }
 
-// writeJSON makes a file appear whole or not at all, and durable before it returns.
+// writeJSON writes a file atomically. It is durable when writeJSON returns.
 func writeJSON(path string, content any) error {
 	data, err := json.Marshal(content)
 	if err != nil {
@@ -126,9 +133,9 @@ func writeJSON(path string, content any) error {
 	return atomicfile.Write(path, append(data, '\n'), 0o600)
 }
 
-// Remove forgets a record; one that does not exist is no error.
+// Remove removes a record. A record that does not exist is no error.
 func (r *Records) Remove(id string) error {
-	for _, path := range []string{r.path(id), r.committed(id)} {
+	for _, path := range []string{r.path(id), r.commitPath(id)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove the hand-over record of %s: %w", id, err)
 		}
@@ -136,19 +143,21 @@ func (r *Records) Remove(id string) error {
 	return nil
 }
 
-// All reads every record, also those that an earlier daemon left, but for the damaged ones. One of a newer version is an
-// error.
+// All returns every record that can be read, including those of earlier runs of the daemon. A record of a newer version
+// is an error.
 func (r *Records) All() ([]Record, error) {
 	records, _, err := r.readAll()
 	return records, err
 }
 
-// Damaged are the records that nobody can read, and why; the errors have remedies. Which VMs they are about is not known.
+// Damaged returns the ids of the records that cannot be read, and why. The errors have remedies. Which VMs these
+// records are about is not known.
 func (r *Records) Damaged() (map[string]error, error) {
 	_, damaged, err := r.readAll()
 	return damaged, err
 }
 
+// readAll returns the records that can be read, and for every other one its id and why.
 func (r *Records) readAll() (records []Record, damaged map[string]error, err error) {
 	entries, err := os.ReadDir(r.dir)
 	if err != nil {
@@ -162,7 +171,7 @@ func (r *Records) readAll() (records []Record, damaged map[string]error, err err
 		}
 		data, err := os.ReadFile(filepath.Join(r.dir, entry.Name()))
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // it was removed just now
+			continue // another goroutine has just removed it
 		}
 		if err != nil {
 			damaged[id] = damagedRecord(r.path(id), err)
@@ -185,8 +194,8 @@ func (r *Records) readAll() (records []Record, damaged map[string]error, err err
 	return records, damaged, nil
 }
 
-// Sweep removes what a daemon left that ended while it wrote: files that were not whole, and commitments of VMs that it
-// had not begun to stop.
+// Sweep removes the remains of a daemon that ended while it wrote: files that are not whole, and commit files without a
+// record, whose VMs the daemon had not begun to stop.
 func (r *Records) Sweep() error {
 	entries, err := os.ReadDir(r.dir)
 	errs := []error{err}
@@ -204,8 +213,8 @@ func (r *Records) Sweep() error {
 	return errors.Join(errs...)
 }
 
-// of returns the record of a migration.
-func (r *Records) of(id string) (rec Record, found bool, err error) {
+// find returns the record of migration id.
+func (r *Records) find(id string) (rec Record, found bool, err error) {
 	data, err := os.ReadFile(r.path(id))
 	if errors.Is(err, fs.ErrNotExist) {
 		return rec, false, nil
@@ -216,7 +225,7 @@ func (r *Records) of(id string) (rec Record, found bool, err error) {
 	return rec, err == nil, err
 }
 
-// readRecord reads a record of any version that this daemon knows. The error has a remedy.
+// readRecord decodes a record of any version that this daemon knows. The error has a remedy.
 func readRecord(data []byte, path string) (rec Record, err error) {
 	if err := json.Unmarshal(data, &struct {
 		Version *uint32 `json:"version"`
@@ -236,12 +245,13 @@ func readRecord(data []byte, path string) (rec Record, err error) {
 }
 
 func damagedRecord(path string, err error) error {
-	err = withReason(fmt.Errorf("hand-over record %s is damaged: %w", path, err), migratedv1.Reason_REASON_STATE_UNREADABLE)
+	err = withReason(fmt.Errorf("hand-over record %s is damaged: %w", path, err),
+		migratedv1.Reason_REASON_STATE_UNREADABLE)
 	return withRemedy(err, "look where the VM that it is about runs, then remove the file")
 }
 
-// ForVM returns the record of a VM that was handed over and is still stopped here, by its QEMU's process: it may have
-// several monitors.
+// ForVM returns the record of the VM whose QEMU is process pid, if the VM was handed over and is still stopped here. A
+// VM is found by its process because it may have several monitors.
 func (r *Records) ForVM(pid int) (Record, bool, error) {
 	records, err := r.All()
 	if err != nil {

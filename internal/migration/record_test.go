@@ -16,7 +16,7 @@ import (
 )
 
 func TestRecordsOutliveTheDaemon(t *testing.T) {
-	vm := qemu.VM{Pid: os.Getpid()} // no QEMU is needed to be a process
+	vm := qemu.VM{Pid: os.Getpid()} // this process stands in for a QEMU
 	identity, err := vm.Identity()
 	if err != nil {
 		t.Fatal(err)
@@ -28,7 +28,8 @@ func TestRecordsOutliveTheDaemon(t *testing.T) {
 	}
 	want := Record{
 		Version: version.State, ID: "m1", Protocol: 1, VM: "/run/vm/qmp.sock", Identity: identity,
-		Destination: "192.0.2.2:7600", HandedOver: time.Now().Round(0).UTC(), Spec: []byte(`{"vm":"x"}`), Token: "t", WasRunning: true,
+		Destination: "192.0.2.2:7600", HandedOver: time.Now().Round(0).UTC(), Spec: []byte(`{"vm":"x"}`),
+		Token: "t", WasRunning: true,
 	}
 	if err := records.Prepare(want); err != nil {
 		t.Fatal(err)
@@ -79,7 +80,7 @@ func TestRecordsOutliveTheDaemon(t *testing.T) {
 	}
 }
 
-// A record that can't be read is named: it may be about a VM that runs elsewhere. It is no reason to do nothing for others.
+// A record that cannot be read is reported: it may be about a VM that runs elsewhere. Other records can still be used.
 func TestDamagedRecordIsNamed(t *testing.T) {
 	records, err := OpenRecords(t.TempDir())
 	if err != nil {
@@ -88,7 +89,9 @@ func TestDamagedRecordIsNamed(t *testing.T) {
 	if err := records.Prepare(Record{ID: "good", Protocol: version.Protocol, Spec: []byte("{}")}); err != nil {
 		t.Fatal(err)
 	}
-	for name, content := range map[string]string{"m1.json": `{"id":"m1"`, "m2.json": "", "m3.json": `{"version":1,"id":"good","protocol":2}`} {
+	for name, content := range map[string]string{
+		"m1.json": `{"id":"m1"`, "m2.json": "", "m3.json": `{"version":1,"id":"good","protocol":2}`,
+	} {
 		if err := os.WriteFile(filepath.Join(records.dir, name), []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -110,7 +113,7 @@ func TestDamagedRecordIsNamed(t *testing.T) {
 	}
 }
 
-// TestSweep: what a daemon left that ended while it wrote is removed, and nothing else.
+// TestSweep: the remains of a daemon that ended while it wrote are removed, and nothing else.
 func TestSweep(t *testing.T) {
 	records, err := OpenRecords(t.TempDir())
 	if err != nil {
@@ -133,7 +136,7 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-// What a crash in the middle of Write leaves is not a record.
+// A file that a crash in the middle of Write left is not a record.
 func TestHalfWrittenRecordIsNone(t *testing.T) {
 	dir := t.TempDir()
 	records, err := OpenRecords(dir)

@@ -14,17 +14,17 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errRehearsed is why a destination gives up after a rehearsal.
+// errRehearsed is the reason that a destination is given when a rehearsal is over.
 var errRehearsed = errors.New("the rehearsal is over")
 
-// rehearsed ends a rehearsal whose destination has loaded everything: the VM goes on here.
-func (s *Source) rehearsed(ctx context.Context) {
+// finishRehearsal ends a rehearsal whose destination has loaded everything: it continues the VM here and reports.
+func (s *Source) finishRehearsal(ctx context.Context) {
 	s.export.Withdraw()
 	began := time.Now()
 	note, err := s.continueVM()
 	s.steps.cont = time.Since(began)
 	s.tellToGiveUp(ctx, errRehearsed)
-	where := s.whereNow(note)
+	where := s.whereBeforeCommit(note)
 	if err != nil {
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("after a rehearsal: %w", err), where)
 		return
@@ -35,9 +35,9 @@ func (s *Source) rehearsed(ctx context.Context) {
 		TransferTime: durationpb.New(s.steps.transfer),
 		LoadTime:     durationpb.New(s.steps.load),
 		ContinueTime: durationpb.New(s.steps.cont),
-		// The hand-over crosses the network once more than the state did.
+		// A real hand-over crosses the network once more than a rehearsal.
 		Downtime:    durationpb.New(s.steps.stop + s.steps.save + s.steps.transfer + s.steps.network + s.steps.cont),
-		Differences: s.loaded.GetDifferences(),
+		Differences: s.loadAnswer.GetDifferences(),
 	}
 	for _, b := range s.blocks {
 		result.BytesMemory += b.Size
@@ -49,8 +49,8 @@ func (s *Source) rehearsed(ctx context.Context) {
 	})
 }
 
-// saveAgain has the destination save what it has loaded, and says what became another.
-func (d *Destination) saveAgain(ctx context.Context, loaded []byte) ([]*migratedv1.DeviceDifference, error) {
+// saveAndCompare has the destination's QEMU save the state that it has loaded, and returns how it differs from loaded.
+func (d *Destination) saveAndCompare(ctx context.Context, loaded []byte) ([]*migratedv1.DeviceDifference, error) {
 	saver, err := d.vm.NewSaver(ctx)
 	if err != nil {
 		return nil, err

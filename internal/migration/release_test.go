@@ -15,22 +15,23 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// watched makes a peer that answers WatchIncoming like this once the VM was handed over.
-func (p *peer) watched(watch func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error) {
+// setWatch sets how the peer answers WatchIncoming after the VM was handed over.
+func (p *peer) setWatch(watch func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.watch = watch
 }
 
-// TestReleaseWhereTheDestinationKnowsNothing: a destination that has forgotten the migration is no reason to end it, and
-// its operator may.
+// TestReleaseWhereTheDestinationKnowsNothing: a destination that has forgotten the migration does not end it. The
+// operator may.
 func TestReleaseWhereTheDestinationKnowsNothing(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
-	s.peer.watched(func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+	s.peer.setWatch(func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
 		return status.Error(codes.NotFound, "unheard of")
 	})
 	s.source.Start()
-	view := s.shows(t, "knows nothing of it any more", "migrated release m1 --vm-is-at-destination", "migrated fallback m1")
+	view := s.shows(t, "knows nothing of it any more",
+		"migrated release m1 --vm-is-at-destination", "migrated fallback m1")
 	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED ||
 		view.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN ||
 		view.GetError().GetReason() != migratedv1.Reason_REASON_MIGRATION_UNKNOWN {
@@ -50,7 +51,8 @@ func TestReleaseWhereTheDestinationKnowsNothing(t *testing.T) {
 	s.noRecord(t)
 }
 
-// TestReleaseIsRefused where the destination answers that it has not got all of the VM, and before the commit point.
+// TestReleaseIsRefused: Release fails before the commit point, and if the destination answers that it does not have all
+// of the VM.
 func TestReleaseIsRefused(t *testing.T) {
 	for name, c := range map[string]struct {
 		answer *migratedv1.WatchIncomingResponse
@@ -73,7 +75,7 @@ func TestReleaseIsRefused(t *testing.T) {
 				}
 				return nil, status.Error(codes.Unavailable, "a broken wire")
 			})
-			s.peer.watched(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+			s.peer.setWatch(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
 				return stream.Send(c.answer)
 			})
 			if err := s.source.Release(t.Context()); err == nil || Remedy(err) == "" {
@@ -91,11 +93,11 @@ func TestReleaseIsRefused(t *testing.T) {
 	}
 }
 
-// TestEndedVMIsNotContinued: a destination that says that the VM ended by itself, to a source of any version, says that
-// it failed, and why.
+// TestEndedVMIsNotContinued: a destination reports a VM that ended by itself as FAILED with a reason, which sources of
+// any version understand.
 func TestEndedVMIsNotContinued(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
-	s.peer.watched(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+	s.peer.setWatch(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
 		return stream.Send(&migratedv1.WatchIncomingResponse{
 			State:    migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 			Location: migratedv1.Location_LOCATION_ENDED,
@@ -113,13 +115,15 @@ func TestEndedVMIsNotContinued(t *testing.T) {
 	s.noRecord(t)
 }
 
-// TestDaemonThatEndsHasNotFailed: after the commit point the next daemon goes on, and nobody is told otherwise.
+// TestDaemonThatEndsHasNotFailed: when a daemon ends after the commit point, the migration is not shown as failed. The
+// next daemon goes on with it.
 func TestDaemonThatEndsHasNotFailed(t *testing.T) {
 	ctx, stop := context.WithCancelCause(t.Context())
 	s := newStage(t, ctx, runAtOnce)
 	s.peer.endless = true
 	s.source.Start()
-	for view, changed := s.source.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE; view, changed = s.source.Snapshot() {
+	for view, changed := s.source.Snapshot(); view.GetState() !=
+		migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE; view, changed = s.source.Snapshot() {
 		if Terminal(view.GetState()) {
 			t.Fatal(view.GetError())
 		}
@@ -136,7 +140,7 @@ func TestDaemonThatEndsHasNotFailed(t *testing.T) {
 	}
 }
 
-// TestReasonsCrossTheNetwork: what a destination says of an error is what its source says.
+// TestReasonsCrossTheNetwork: a source reports an error of its destination with the destination's reason.
 func TestReasonsCrossTheNetwork(t *testing.T) {
 	for _, c := range []struct {
 		err  error

@@ -16,13 +16,13 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// What another daemon says for the report is kept as long as the migration is known, and so it is bounded.
+// Bounds for what another daemon says for the report. It is kept as long as the migration is known.
 const (
 	longestVersion = 100      // bytes
-	mostTold       = 64 << 10 // bytes of its counts and states
+	maxToldBytes   = 64 << 10 // bytes of its counts and timeline
 )
 
-// Report is all that is known of the migration. The caller owns it.
+// Report returns everything that is known of the migration. The caller owns it.
 func (t *Tracker) Report() *migratedv1.Report {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -31,28 +31,44 @@ func (t *Tracker) Report() *migratedv1.Report {
 	return r
 }
 
-// WasOver says that an earlier run of the daemon saw the end of the migration: what it has written down of it is more.
+// WasOver says whether an earlier run of the daemon saw the end of the migration. The report that it wrote has more
+// than this one.
 func (t *Tracker) WasOver() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.wasOver
 }
 
-// note adds to the report what the Migration has no place for.
+// setDeleted records that the migration was deleted.
+func (t *Tracker) setDeleted() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.deleted = true
+}
+
+// Deleted says whether the migration was deleted. Its report must not be stored any more.
+func (t *Tracker) Deleted() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.deleted
+}
+
+// note adds to the report what the Migration message has no field for.
 func (t *Tracker) note(add func(*migratedv1.Report)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	add(t.noted)
 }
 
-// noteTakenUp is for a migration that an earlier run of the daemon began, and whose end it saw where over is set.
+// noteTakenUp records that an earlier run of the daemon began the migration. over: that run also saw its end.
 func (t *Tracker) noteTakenUp(over bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.noted.TakenUp, t.wasOver = true, over
 }
 
-// versionsOf is what a host says that runs there, with QEMU's version where that is known from elsewhere.
+// versionsOf returns the versions that a host reports, bounded and printable. qemu replaces its QEMU version if it is
+// not empty.
 func versionsOf(said *migratedv1.HostVersions, qemu string) *migratedv1.HostVersions {
 	line := func(s string) string {
 		s = printable.Line(s)
@@ -64,7 +80,7 @@ func versionsOf(said *migratedv1.HostVersions, qemu string) *migratedv1.HostVers
 	return &migratedv1.HostVersions{Daemon: line(said.GetDaemon()), Qemu: line(qemu), Kernel: line(said.GetKernel())}
 }
 
-// noteSteps adds what the parts of the downtime took, as far as they came.
+// noteSteps adds the durations of the parts of the downtime that were reached.
 func (s *Source) noteSteps(steps *migratedv1.DowntimeSteps) {
 	if s.takenUp || s.steps.stop == 0 {
 		return
@@ -73,15 +89,15 @@ func (s *Source) noteSteps(steps *migratedv1.DowntimeSteps) {
 	if s.steps.save > 0 {
 		steps.SaveTime = durationpb.New(s.steps.save)
 	}
-	if s.loaded != nil {
+	if s.loadAnswer != nil {
 		steps.TransferTime, steps.LoadTime = durationpb.New(s.steps.transfer), durationpb.New(s.steps.load)
 	}
 	s.note(func(r *migratedv1.Report) { r.DowntimeSteps = steps })
 }
 
-// noteTold adds what a destination says when the migration is over there.
-func (s *Source) noteTold(answer *migratedv1.WatchIncomingResponse) {
-	if !Terminal(answer.GetState()) || proto.Size(answer.GetIncoming())+proto.Size(answer.GetTimeline()) > mostTold {
+// noteDestinationReport adds what a destination says when the migration is over there.
+func (s *Source) noteDestinationReport(answer *migratedv1.WatchIncomingResponse) {
+	if !Terminal(answer.GetState()) || proto.Size(answer.GetIncoming())+proto.Size(answer.GetTimeline()) > maxToldBytes {
 		return
 	}
 	s.note(func(r *migratedv1.Report) {
@@ -94,8 +110,8 @@ func (d *Destination) noteQEMU(version qmp.Version) {
 	d.note(func(r *migratedv1.Report) { r.Destination.Qemu = version.String() })
 }
 
-// noteRun adds what is known when the VM runs: what pages were waited for up to then, and how long QEMU took after it
-// was told. A VM that stays paused was not told.
+// noteRun adds what is known when the VM runs: the faults until then, and how long QEMU took to run the VM. took is 0
+// if the VM stays paused.
 func (d *Destination) noteRun(early postcopy.Stats, took time.Duration) {
 	steps := &migratedv1.DowntimeSteps{LoadTime: d.loadTime}
 	if took > 0 {
@@ -105,14 +121,14 @@ func (d *Destination) noteRun(early postcopy.Stats, took time.Duration) {
 	d.note(func(r *migratedv1.Report) { r.DowntimeSteps, r.Incoming = steps, in })
 }
 
-// Report is all that is known of the migration here. The caller owns it.
+// Report returns everything that is known of the migration at this host. The caller owns it.
 func (d *Destination) Report() *migratedv1.Report {
 	r := d.Tracker.Report()
 	var all Counts
 	d.AddCounts(&all)
-	last := d.counted.last()
+	last := d.engines.last()
 	if last == nil {
-		return r // it came to no memory
+		return r // no engine was made: there is no memory to report
 	}
 	times := d.Times()
 	if r.Incoming == nil {
@@ -130,8 +146,8 @@ func (d *Destination) Report() *migratedv1.Report {
 	in.LatencySum = durationpb.New(all.Latency.Sum)
 	in.DemandPages, in.SweepPages = all.DemandPages, all.BulkPages
 	in.DemandBytes, in.SweepBytes, in.UnpackedBytes = all.DemandBytes, all.BulkBytes, all.UnpackedBytes
-	in.LaneReconnections = all.LaneReconnections
-	in.Paused, in.LongestPause = durationpb.New(times.waited()), durationpb.New(times.LongestPause)
+	in.LaneReconnections, in.MostBulkLanes, in.BulkLanesLost = all.LaneReconnections, all.MostBulkLanes, all.BulkLanesLost
+	in.Paused, in.LongestPause = durationpb.New(times.totalPause()), durationpb.New(times.LongestPause)
 	d.meter.report(last.Stats(), in)
 	return r
 }

@@ -11,33 +11,33 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A reserve is memory that a destination holds for a VM which was promised all of its memory, from the time at which
-// its QEMU has dropped what it had preallocated until the VM's pages take its place. The kernel cannot set memory aside
-// otherwise: what is allocated is there, and raises no fault. Huge pages are set aside by the kernel.
+// A reserve holds memory for a VM that was promised all of its memory: from the time at which QEMU has dropped its
+// preallocated memory until the VM's pages take its place. The kernel offers no other way to set memory aside:
+// allocated memory is present and raises no fault. Huge pages need no reserve; the kernel keeps them.
 type reserve struct {
 	mu   sync.Mutex
 	file *os.File // a memfd(2); nil: nothing is held
 	held int64
 }
 
-// errNoReserve says that the host lacks the memory that a VM was promised.
+// errNoReserve says that the host lacks memory that a VM was promised.
 var errNoReserve = errors.New("this host has not the memory that the VM was promised (prealloc=on or mem-lock=on)")
 
 const (
-	// reserveStep is how much is taken at a time: what the host has is asked before each.
+	// reserveStep is how many bytes are reserved at a time. Before each step the host is asked what it has.
 	reserveStep = 64 << 20
-	// reserveLeaves is what must stay for others: the kernel that finds no more memory ends processes, perhaps another
-	// VM's.
-	reserveLeaves = 256 << 20
+	// reserveMargin is how many bytes must stay available for others. A kernel without memory ends processes, perhaps
+	// another VM's.
+	reserveMargin = 256 << 20
 )
 
-// reserveFor takes the memory of all blocks that are to be populated. available says how many bytes the host has to
-// give.
-func reserveFor(blocks []qemu.RAMBlock, available func() (uint64, error)) (_ *reserve, err error) {
+// reserveFor reserves the memory of all blocks that have Populated set and no huge pages. available returns how many
+// bytes the host can give.
+func reserveFor(blocks []ram.Block, available func() (uint64, error)) (_ *reserve, err error) {
 	r := &reserve{}
 	var size int64
 	for _, b := range blocks {
@@ -54,40 +54,39 @@ func reserveFor(blocks []qemu.RAMBlock, available func() (uint64, error)) (_ *re
 	}
 	r.file = os.NewFile(uintptr(fd), "reserve")
 	for r.held < size {
-		if err := enough(uint64(size-r.held), available); err != nil {
+		if err := checkAvailable(uint64(size-r.held), available); err != nil {
 			return nil, errors.Join(err, r.file.Close())
 		}
 		step := min(size-r.held, reserveStep)
 		if err := unix.Fallocate(fd, 0, r.held, step); err != nil {
-			return nil, errors.Join(tooLittle(fmt.Errorf("%d MiB: %w", size>>20, err)), r.file.Close())
+			return nil, errors.Join(reserveError(fmt.Errorf("%d MiB: %w", size>>20, err)), r.file.Close())
 		}
 		r.held += step
 	}
 	return r, nil
 }
 
-// enough says whether the host has so many bytes to give, and something left.
-func enough(bytes uint64, available func() (uint64, error)) error {
+// checkAvailable fails if the host cannot give so many bytes and keep reserveMargin.
+func checkAvailable(bytes uint64, available func() (uint64, error)) error {
 	has, err := available()
 	if err != nil {
 		return err
 	}
-	if has < bytes+reserveLeaves {
-		return tooLittle(fmt.Errorf("%d MiB are missing, and %d MiB are available", bytes>>20, has>>20))
+	if has < bytes+reserveMargin {
+		return reserveError(fmt.Errorf("%d MiB are missing, and %d MiB are available", bytes>>20, has>>20))
 	}
 	return nil
 }
 
-func tooLittle(err error) error {
+func reserveError(err error) error {
 	return withRemedy(fmt.Errorf("%w: %w", errNoReserve, err),
 		"free memory at the destination, or start the VM without that promise")
 }
 
-// availableMemory is what the kernel estimates that it can give without taking from others (MemAvailable in
-// proc_meminfo(5)).
+// availableMemory returns how many bytes the kernel can give without swapping (MemAvailable in proc_meminfo(5)).
 func availableMemory() (uint64, error) { return meminfo("MemAvailable") }
 
-// meminfo is a figure of proc_meminfo(5), in bytes.
+// meminfo returns a value of proc_meminfo(5) in bytes.
 func meminfo(name string) (uint64, error) {
 	text, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
@@ -102,7 +101,7 @@ func meminfo(name string) (uint64, error) {
 	return 0, fmt.Errorf("/proc/meminfo does not say %s", name)
 }
 
-// checkPromise refuses a VM whose memory this host cannot have, before a QEMU is started that takes it.
+// checkPromise refuses a VM whose promised memory this host does not have, before its QEMU is started and takes it.
 func checkPromise(machine *migratedv1.SourceMachine, available func() (uint64, error)) error {
 	var size uint64
 	for _, b := range machine.GetRamBlocks() {
@@ -113,11 +112,11 @@ func checkPromise(machine *migratedv1.SourceMachine, available func() (uint64, e
 	if size == 0 {
 		return nil
 	}
-	return enough(size, available)
+	return checkAvailable(size, available)
 }
 
-// keep gives back all but so many bytes: the rest of the VM has come.
-func (r *reserve) keep(bytes uint64) error {
+// shrink reduces the reserve to at most so many bytes; the VM's pages have taken the place of the rest.
+func (r *reserve) shrink(bytes uint64) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	surplus := r.held - int64(min(bytes, uint64(r.held)))
@@ -129,7 +128,7 @@ func (r *reserve) keep(bytes uint64) error {
 	return unix.Fallocate(int(r.file.Fd()), mode, r.held, surplus)
 }
 
-// release gives all of it back.
+// release returns the whole reserve to the kernel.
 func (r *reserve) release() error {
 	if r == nil {
 		return nil

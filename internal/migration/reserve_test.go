@@ -9,13 +9,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 func TestReserve(t *testing.T) {
 	page := uint64(os.Getpagesize())
-	r, err := reserveFor([]qemu.RAMBlock{
+	r, err := reserveFor([]ram.Block{
 		{ID: "promised", Size: 8 << 20, PageSize: page, Populated: true}, {ID: "not", Size: 1 << 40, PageSize: page},
 		{ID: "huge", Size: 1 << 40, PageSize: 2 << 20, Populated: true},
 	}, availableMemory)
@@ -31,17 +31,17 @@ func TestReserve(t *testing.T) {
 		return st.Blocks * 512
 	}
 	for _, c := range []struct{ keep, want int64 }{{1 << 40, 8 << 20}, {5 << 20, 5 << 20}, {6 << 20, 5 << 20}, {0, 0}} {
-		if err := r.keep(uint64(c.keep)); err != nil || held() != c.want {
+		if err := r.shrink(uint64(c.keep)); err != nil || held() != c.want {
 			t.Errorf("keep %d: %d bytes are held, want %d; %v", c.keep, held(), c.want, err)
 		}
 	}
-	if err := errors.Join(r.release(), r.release(), r.keep(0)); err != nil {
+	if err := errors.Join(r.release(), r.release(), r.shrink(0)); err != nil {
 		t.Error(err)
 	}
 }
 
-// A VM that was promised nothing has nothing set aside for it. What the host does not have is never taken: the kernel
-// would end other processes for it.
+// Nothing is reserved for a VM that was promised nothing. Memory that the host does not have is never taken: the
+// kernel would end other processes for it.
 func TestReserveIsRefused(t *testing.T) {
 	page := uint64(os.Getpagesize())
 	asked := 0
@@ -49,11 +49,11 @@ func TestReserveIsRefused(t *testing.T) {
 		asked++
 		return 300 << 20, nil // until the second step
 	}
-	r, err := reserveFor([]qemu.RAMBlock{{ID: "a", Size: 1 << 30, PageSize: page}}, available)
+	r, err := reserveFor([]ram.Block{{ID: "a", Size: 1 << 30, PageSize: page}}, available)
 	if err != nil || r.file != nil || asked != 0 {
 		t.Errorf("%v, %v", r, err)
 	}
-	promised := []qemu.RAMBlock{{ID: "a", Size: 100 << 20, PageSize: page, Populated: true}}
+	promised := []ram.Block{{ID: "a", Size: 100 << 20, PageSize: page, Populated: true}}
 	if _, err = reserveFor(promised, available); !errors.Is(err, errNoReserve) || Remedy(err) == "" || asked != 1 {
 		t.Errorf("more than there is: %v", err)
 	}

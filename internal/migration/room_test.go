@@ -14,7 +14,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestCheckRoom asks the kernel's own control groups.
+// TestCheckRoom uses real control groups.
 func TestCheckRoom(t *testing.T) {
 	const limit = 128 << 20
 	name := fmt.Sprintf("%s-%d", t.Name(), os.Getpid())
@@ -24,13 +24,16 @@ func TestCheckRoom(t *testing.T) {
 		t.Fatal(err)
 	}
 	machine := func(size uint64) *migratedv1.SourceMachine {
-		return &migratedv1.SourceMachine{RamBlocks: []*migratedv1.RamBlock{{Size: size, PageSize: 4096}, {Size: 1 << 20, PageSize: 4096}}}
+		return &migratedv1.SourceMachine{RamBlocks: []*migratedv1.RamBlock{
+			{Size: size, PageSize: 4096}, {Size: 1 << 20, PageSize: 4096},
+		}}
 	}
-	if err := checkRoom(machine(32<<20), groups, qemuNeeds); err != nil {
+	if err := checkCgroupRoom(machine(32<<20), groups, qemuNeeds); err != nil {
 		t.Errorf("a VM that fits: %v", err)
 	}
-	err = checkRoom(machine(100<<20), groups, qemuNeeds)
-	if !errors.Is(err, errNotInGroup) || !strings.Contains(err.Error(), "it needs 165 MiB, and "+dir+" has 128 MiB left") || Remedy(err) == "" {
+	err = checkCgroupRoom(machine(100<<20), groups, qemuNeeds)
+	if !errors.Is(err, errNotInGroup) ||
+		!strings.Contains(err.Error(), "it needs 165 MiB, and "+dir+" has 128 MiB left") || Remedy(err) == "" {
 		t.Errorf("a VM that does not fit: %v", err)
 	}
 }

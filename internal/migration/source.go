@@ -13,22 +13,23 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Each step of the source is bounded, so that a peer that hangs costs the VM
-// no more than this.
+// Each step of the source has a time limit, so that a peer that hangs delays the VM no longer than this.
 const (
 	attachTimeout  = 10 * time.Second
 	openTimeout    = 30 * time.Second // the VM runs meanwhile
 	prepareTimeout = 60 * time.Second
-	longestPrepare = 20 * time.Minute // of a VM that is preallocated
-	// beginTimeout bounds the destination QEMU's beginning to load; the VM runs.
+	longestPrepare = 20 * time.Minute // the most for a VM whose memory is preallocated
+	// beginTimeout bounds how long the destination's QEMU takes to begin to load. The VM runs meanwhile.
 	beginTimeout  = 10 * time.Second
 	resumeTimeout = 30 * time.Second
 	abortTimeout  = 10 * time.Second
@@ -39,85 +40,101 @@ const (
 type SourceConfig struct {
 	ID   string
 	Spec *migratedv1.MigrationSpec
-	// DestinationXML is MigrationSpec.destination_xml, which is not in Spec: it may have secrets.
+	// DestinationXML is MigrationSpec.destination_xml. It is not in Spec, because it may have secrets.
 	DestinationXML string
 	// Pages serves the VM's RAM once it is stopped.
 	Pages   *pagesrv.Server
 	Records *Records
-	// PageAddresses are told to the destination, see PrepareIncomingRequest.
+	// PageAddresses are sent to the destination, see PrepareIncomingRequest.
 	PageAddresses []string
-	// Versions are of this host, without QEMU's. Check is what the VM's operator was told before. Both are for the
-	// report.
+	// Versions are the versions on this host, without QEMU's. Check is what an earlier check told the VM's operator.
+	// Both are for the report.
 	Versions *migratedv1.HostVersions
 	Check    *migratedv1.EarlierCheck
-	// Bandwidth is this daemon's own limit, bytes a second; 0: none.
+	// Bandwidth is this daemon's own limit, bytes per second; 0: none.
 	Bandwidth uint64
+	// Turn waits until this host may send one more VM. With atOnce it does not wait, and fails if that is not now. It
+	// calls ahead with the number of migrations that wait before this one. nil: there is no limit.
+	Turn func(ctx context.Context, atOnce bool, ahead func(int)) error
+	// Report stores the report of a migration that is shown as over, before its record is removed; nil: reports are not
+	// stored.
+	Report func(*Source)
 	// Dial connects to the destination daemon.
 	Dial Dialer
 	Log  *slog.Logger
 }
 
-// Source drives one migration away from this host. The embedded Tracker shows
-// it.
+// Source drives one migration away from this host. The embedded Tracker shows it.
 type Source struct {
 	*Tracker
 
 	cfg       SourceConfig
 	log       *slog.Logger
-	daemon    context.Context //nolint:containedctx // the daemon's life, longer than the migration's
+	daemonCtx context.Context //nolint:containedctx // ends with the daemon, after the migration's own
 	startOnce sync.Once
 	started   chan struct{}
 	done      chan struct{}
 	cancel    context.CancelCauseFunc
 
-	commitMu  sync.Mutex // guards committed against a cancellation
-	committed bool
+	sourceState
+
+	startedAt    time.Time // set before started is closed
+	prepareBegan time.Time // when preparing began; set before prepare is called
 
 	// Owned by the goroutine of run.
-	vm         *qemu.VM
-	again      *qemu.VM      // the same, over another connection where that of vm was lost; nil: it was not
-	claim      qemu.Identity // of claimed; zero: none
-	facts      *qemu.Facts
-	ram        *pagesrv.RAM
-	export     *pagesrv.Export
-	conn       *grpc.ClientConn
-	peer       migratedv1.PeerServiceClient
-	token      string
-	protocol   uint32      // that both keep to
-	blocks     []keptBlock // the VM's memory, as the destination knows it
-	wasRunning bool
-	stopTried  bool
-	stoppedAt  time.Time
-	stopped    chan struct{} // closed when QEMU has said that the VM is stopped
-	takenUp    bool          // by TakeUpSource
-	// description is what the destination was compared with.
-	description *migratedv1.MachineDescription
-	// gaveUpDisks says that QEMU was asked to give the disks up.
-	gaveUpDisks bool
-	early       *snapshot // that the destination has loaded; nil: none
-	earlyAt     time.Time // when it was saved
-	devices     []string  // that the VM had when it was prepared
-	notEarly    error     // why there is to be none
-	// toldToRun says that the destination may have been told to run the VM, with the last of the devices' state.
-	toldToRun      bool
-	told, answered time.Time                           // when the last was sent, and answered
-	loaded         *migratedv1.LoadDeviceStateResponse // nil: it was told to run, and has not answered
-	steps          steps
-	contLock       *qemu.ContLock // nil: none was made by this daemon
+	attempt
+	token         string
+	protocol      uint32 // the version that both daemons use
+	takenUp       bool   // made by TakeUpSource
+	noEarlyReason error  // why there must be no early load; nil: there may be one
+	steps         steps
 
-	unguard context.CancelFunc // ends guardStopped; nil: it did not begin
-	resumed chan struct{}      // closed when somebody else has continued the VM, after it was stopped
-	resumes *qmp.Subscription  // what QEMU has reported of that; nil: it was not asked to
-	sleeps  *qmp.Subscription  // and of a guest that goes to sleep, since it was last looked at
+	lastIncoming heard // what the destination said last about the VM's memory
 
-	unwatch   func()      // ends watchQEMU
-	gone      atomic.Bool // it has seen QEMU end
-	runsThere atomic.Bool // the destination has said so
+	endWatch func()      // ends watchQEMU
+	qemuGone atomic.Bool // watchQEMU has seen QEMU end
 }
 
-// NewSource begins a migration; it prepares at once and switches when Start is
-// called. It goes on until it is over or ctx ends, which counts as a failure of
-// this daemon.
+// An attempt is what prepare has made and what the switch has done with it. A source that prepares afresh, or starts
+// over, begins another one.
+type attempt struct {
+	vm          *qemu.VM
+	reconnected *qemu.VM         // a second connection to QEMU, after that of vm was lost; nil: it was not
+	claim       process.Identity // the claim on QEMU; zero: none
+	facts       *qemu.Facts
+	devices     []string                       // the VM's devices
+	description *migratedv1.MachineDescription // the machine that the destination has to match
+	ram         *pagesrv.RAM
+	export      *pagesrv.Export
+	blocks      []keptBlock // the VM's memory, as the destination knows it
+	conn        *grpc.ClientConn
+	peer        migratedv1.PeerServiceClient
+
+	earlyState   *snapshot // what the destination has loaded early; nil: nothing
+	earlySavedAt time.Time
+
+	wasRunning  bool // the VM ran before it was stopped
+	stoppedAt   time.Time
+	stopped     chan struct{}  // closed when QEMU has said that the VM is stopped
+	contLock    *qemu.ContLock // nil: this daemon made none
+	gaveUpDisks bool           // QEMU was asked to give the disks up
+
+	endGuard         context.CancelFunc // ends guardStopped; nil: it has not begun
+	continuedByOther chan struct{}      // closed when somebody else has continued the VM after it was stopped
+	resumeEvents     *qmp.Subscription  // QEMU's RESUME events; nil: not subscribed yet
+	sleepEvents      *qmp.Subscription  // QEMU's SUSPEND and WAKEUP events since openDeviceStream
+
+	runSentAt      time.Time                           // when Run was sent, with the end of the device state
+	loadAnsweredAt time.Time                           // when LoadDeviceState was answered
+	loadAnswer     *migratedv1.LoadDeviceStateResponse // nil: not loaded, or told to run without an answer
+}
+
+func newAttempt() attempt {
+	return attempt{stopped: make(chan struct{}), continuedByOther: make(chan struct{})}
+}
+
+// NewSource begins a migration. It prepares at once, and switches over when Start is called. It goes on until it is
+// over or ctx ends, which counts as a failure of this daemon.
 func NewSource(ctx context.Context, cfg SourceConfig) *Source {
 	s, ctx := newSource(ctx, cfg)
 	go s.run(ctx)
@@ -136,27 +153,32 @@ func newSource(ctx context.Context, cfg SourceConfig) (*Source, context.Context)
 		log:     cfg.Log.With("migration", cfg.ID, "role", "source", "vm", cfg.Spec.GetVm()),
 		started: make(chan struct{}),
 		done:    make(chan struct{}),
-		stopped: make(chan struct{}),
-		resumed: make(chan struct{}),
+		attempt: newAttempt(),
 	}
 	s.note(func(r *migratedv1.Report) { r.Source, r.Check = versionsOf(cfg.Versions, ""), cfg.Check })
-	s.daemon = ctx
+	s.daemonCtx = ctx
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	return s, ctx
 }
 
 // Start lets the migration switch over as soon as it is prepared.
-func (s *Source) Start() { s.startOnce.Do(func() { close(s.started) }) }
+func (s *Source) Start() {
+	s.startOnce.Do(func() {
+		s.startedAt = time.Now()
+		s.updateUnlessOver(func(m *migratedv1.Migration) { m.StartTime = timestamppb.New(s.startedAt) })
+		close(s.started)
+	})
+}
 
-// Done is closed when the migration is over and everything it held released.
+// Done returns a channel that is closed when the migration is over and has released everything that it held.
 func (s *Source) Done() <-chan struct{} { return s.done }
 
-// Cancel gives the migration up and returns at once; after the commit point it
-// is ErrCommitted. Cancelling what is over does nothing.
+// Cancel gives the migration up and returns at once. After the commit point it returns ErrCommitted. Cancelling a
+// migration that is over does nothing.
 func (s *Source) Cancel() error {
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
-	if s.committed {
+	if s.isCommitted() {
 		if view, _ := s.Snapshot(); Terminal(view.GetState()) {
 			return nil
 		}
@@ -166,9 +188,8 @@ func (s *Source) Cancel() error {
 	return nil
 }
 
-// writeDown prepares the record: from here on a daemon that is started again
-// knows of this VM.
-func (s *Source) writeDown() error {
+// prepareRecord prepares the record. From then on a restarted daemon knows of this VM.
+func (s *Source) prepareRecord() error {
 	identity, err := s.vm.Identity()
 	if err != nil {
 		return err
@@ -177,23 +198,26 @@ func (s *Source) writeDown() error {
 	if err != nil {
 		return fmt.Errorf("write down the specification: %w", err)
 	}
+	view, _ := s.Snapshot()
 	return s.cfg.Records.Prepare(Record{
 		ID: s.cfg.ID, VM: s.cfg.Spec.GetVm(), Identity: identity,
 		Destination: s.cfg.Spec.GetDestination(), HandedOver: time.Now(),
+		Created: view.GetCreateTime().AsTime(), Started: s.startedAt, Due: s.totalDeadline(),
 		Protocol: s.protocol, Spec: spec, Token: s.token, WasRunning: s.wasRunning, Blocks: s.blocks,
 	})
 }
 
-// commit passes the commit point unless the migration was cancelled first.
+// commit passes the commit point, unless the migration was cancelled first.
 func (s *Source) commit(ctx context.Context) error {
-	s.lockCont() // before the record says so: it is undone by whatever undoes the commit
+	s.lockCont() // before the record is committed: whatever undoes the commit also removes the lock
 	err := s.commitRecord(ctx)
 	if err == nil {
-		reached("source-committed")
+		testPoint("source-committed")
 	}
 	return err
 }
 
+// commitRecord commits the record, unless ctx has ended.
 func (s *Source) commitRecord(ctx context.Context) error {
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
@@ -203,93 +227,116 @@ func (s *Source) commitRecord(ctx context.Context) error {
 	if err := s.cfg.Records.Commit(s.cfg.ID); err != nil {
 		return err
 	}
-	s.committed = true
+	s.moveTo(pastCommit)
+	s.update(func(m *migratedv1.Migration) { m.SwitchTime = timestamppb.Now() })
 	return nil
 }
 
-// giveBack undoes commit after the destination promised ErrNotRun, and where it was never told to run the VM.
-func (s *Source) giveBack() {
-	s.commitMu.Lock()
-	defer s.commitMu.Unlock()
-	s.committed = false
+// undoCommit undoes commit. It is called after the destination promised ErrNotRun, and when the destination was never
+// told to run the VM.
+func (s *Source) undoCommit() {
+	s.clearCommit()
+	s.update(func(m *migratedv1.Migration) { m.SwitchTime = nil })
 }
 
+// clearCommit clears the commit: this source has nothing more to do with the VM that was handed over. A limit that
+// passed while the VM was handed over gives the migration up now.
+func (s *Source) clearCommit() {
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	if s.isCommitted() {
+		s.moveTo(stopAsked)
+	}
+	if s.missedLimit != nil {
+		s.cancel(s.missedLimit)
+	}
+}
+
+// run drives the migration from its turn to its end.
 func (s *Source) run(ctx context.Context) {
 	defer close(s.done)
 	defer s.cancel(nil)
 	defer s.release()
 
-	if err := s.prepare(ctx); err != nil {
-		s.backOut(ctx, err)
+	prepared := func() {}
+	keep, err := s.awaitTurn(ctx)
+	if err == nil {
+		prepared = s.startLimits(ctx) // not before: limits do not count while the migration waits for its turn
+		err = s.prepare(ctx)
+	}
+	keep()
+	if err != nil {
+		s.backOut(ctx, causeOf(ctx, err))
 		return
 	}
+	prepared()
 	s.update(func(m *migratedv1.Migration) { m.Prepared = true })
 	s.log.Info("prepared", "destination", s.cfg.Spec.GetDestination(), "protocol", s.protocol)
-	reached("source-prepared")
+	testPoint("source-prepared")
 
-	err := s.awaitStart(ctx)
-	if err == nil {
+	if err = s.awaitStart(ctx); err == nil {
 		err = s.renew(ctx)
 	}
 	if err != nil {
-		s.backOut(ctx, err)
+		s.backOut(ctx, causeOf(ctx, err))
 		return
 	}
 	if s.switchOver(ctx) {
-		s.seeThrough(ctx)
+		s.followToEnd(ctx)
 	}
 }
 
-// seeThrough follows a migration whose VM runs at the destination to its end.
-func (s *Source) seeThrough(ctx context.Context) {
+// followToEnd follows a migration whose VM runs at the destination until it ends.
+func (s *Source) followToEnd(ctx context.Context) {
 	if err := s.follow(ctx); err != nil {
 		s.failAfterCommit(err)
 		return
 	}
-	s.unwatch() // from here on QEMU may end
+	s.endWatch() // QEMU may end from here on
 	s.complete()
 }
 
-// failAfterCommit ends a migration of which the destination alone could tell where the VM is.
+// failAfterCommit ends a migration after the commit point because of err. Only the destination could tell where the VM
+// is.
 func (s *Source) failAfterCommit(err error) {
-	s.unwatch()
+	s.endWatch()
 	var how *endedError
 	switch {
 	case errors.As(err, &how):
 		s.followEnding(how)
 		return
-	case s.daemon.Err() != nil && errors.Is(err, context.Cause(s.daemon)):
-		s.handedOn(err)
+	case s.daemonCtx.Err() != nil && errors.Is(err, context.Cause(s.daemonCtx)):
+		s.leaveToNextDaemon(err)
 		return
 	}
 	s.log.Error("failed after the commit point", "error", err)
 	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.whereFailedThere())
-	if s.ended() {
-		s.forgetRecord() // of a VM that cannot be continued
+	if s.qemuEnded() {
+		s.removeRecord() // without its QEMU the VM cannot be continued here
 	}
 }
 
-// switchOver moves the VM itself. It is false where it did not: then the
-// migration is over, and the tracker says why and where the VM is.
+// switchOver moves the VM itself. If it returns false, the VM was not moved and the migration is over: the tracker says
+// why and where the VM is.
 func (s *Source) switchOver(ctx context.Context) bool {
-	defer garbage.hold()()
+	defer processGC.hold()()
 	s.guardStopped(ctx)
 	s.setState(migratedv1.MigrationState_MIGRATION_STATE_DEVICE)
 	if err := s.moveDevices(ctx); err != nil {
-		s.giveBack() // it may be committed: the destination was not told, or has promised not to run the VM
+		s.undoCommit() // even if committed: the destination was not told to run the VM, or promised not to
 		if errors.Is(err, devicestate.ErrOtherForm) {
 			return s.startOver(ctx, err)
 		}
 		s.backOut(ctx, err)
 		return false
 	}
-	reached("source-loaded")
+	testPoint("source-loaded")
 	if s.cfg.Spec.GetRehearse() {
-		s.rehearsed(ctx)
+		s.finishRehearsal(ctx)
 		return false
 	}
-	if !s.toldToRun {
-		err := s.stands(ctx)
+	if !s.toldToRun() {
+		err := s.checkStopped(ctx)
 		if err == nil {
 			err = s.commit(ctx)
 		}
@@ -298,34 +345,35 @@ func (s *Source) switchOver(ctx context.Context) bool {
 			return false
 		}
 	}
-	return s.handedOver(ctx)
+	return s.finishHandOver(ctx)
 }
 
-// handedOver is the second half of switchOver, after the commit point.
-func (s *Source) handedOver(ctx context.Context) bool {
-	s.unwatch = s.watchQEMU(ctx)
+// finishHandOver is the second half of switchOver, after the commit point. It reports whether the VM runs at the
+// destination.
+func (s *Source) finishHandOver(ctx context.Context) bool {
+	s.endWatch = s.watchQEMU(ctx)
 	err := s.handOver(ctx)
 	switch {
 	case err == nil:
 		return true
-	case errors.Is(err, ErrNotRun), !s.toldToRun:
-		s.unwatch()
-		s.giveBack()
+	case errors.Is(err, ErrNotRun), !s.toldToRun():
+		s.endWatch()
+		s.undoCommit()
 		s.backOut(ctx, err)
 	case errors.Is(err, errContinued):
-		s.unwatch()
-		s.takeBack(ctx)
+		s.endWatch()
+		s.retractHandOver(ctx)
 	default:
 		s.failAfterCommit(err)
 	}
 	return false
 }
 
-// release lets go of everything; the VM itself is not touched.
+// release frees everything that the source holds. It does not touch the VM itself.
 func (s *Source) release() {
-	s.early.close()
+	s.earlyState.close()
 	s.closeContLock()
-	claimed.give(s.claim)
+	qemuClaims.unclaim(s.claim)
 	if s.export != nil {
 		s.export.Withdraw()
 	}
@@ -334,12 +382,13 @@ func (s *Source) release() {
 			s.log.Warn("close the RAM", "error", err)
 		}
 	}
+	s.lastIncoming.conn.Store(nil)
 	if s.conn != nil {
 		if err := s.conn.Close(); err != nil {
 			s.log.Warn("close the connection to the destination", "error", err)
 		}
 	}
-	for _, vm := range []*qemu.VM{s.again, s.vm} {
+	for _, vm := range []*qemu.VM{s.reconnected, s.vm} {
 		if vm == nil {
 			continue
 		}

@@ -10,17 +10,18 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// prepareContLock makes the lock that keeps the source's QEMU from continuing the VM, which is not locked yet. A QEMU
-// that cannot have it moves its VM without: the locks of its images remain, and that a VM which goes on is noticed.
+// prepareContLock makes, without locking it yet, the lock that keeps the source's QEMU from continuing the VM. If QEMU
+// does not support it, the migration goes on without: the VM is still protected by the locks of its disk images, and a
+// VM that somebody continues is still noticed.
 func (s *Source) prepareContLock(ctx context.Context) {
-	s.closeContLock() // of the move before, where this one starts over
+	s.closeContLock() // that of an earlier attempt, if this one starts over
 	var err error
 	if s.contLock, err = s.vm.NewContLock(ctx); err != nil {
 		s.log.Warn("only the locks of its images will keep QEMU from continuing a VM that was handed over", "error", err)
 	}
 }
 
-// lockCont makes QEMU refuse, from the commit on, to continue the VM for anybody but removeContLock's callers.
+// lockCont makes QEMU refuse to continue the VM, from the commit on, until removeContLock is called.
 func (s *Source) lockCont() {
 	if s.contLock == nil {
 		return
@@ -30,15 +31,15 @@ func (s *Source) lockCont() {
 	}
 }
 
-// closeContLock leaves the lock to QEMU.
+// closeContLock closes the daemon's side of the lock. QEMU keeps it.
 func (s *Source) closeContLock() {
 	if s.contLock != nil {
 		s.contLock.Close() // a file in memory
 	}
 }
 
-// removeContLock lets QEMU continue the VM, which has not run anywhere else, or whose operator says that it does not.
-// QEMU is asked nothing where no lock was made: the VM stands still meanwhile.
+// removeContLock lets QEMU continue the VM again. The VM has not run anywhere else, or its operator says that it does
+// not. If no lock was made, removeContLock does not ask QEMU, because the VM stands still meanwhile.
 func (s *Source) removeContLock(ctx context.Context, vm *qemu.VM) {
 	if s.contLock == nil && !s.takenUp {
 		return

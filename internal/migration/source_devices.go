@@ -18,17 +18,16 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// deviceStream is the call that the state of the devices goes over.
+// deviceStream is the call that carries the device state.
 type deviceStream = grpc.ClientStreamingClient[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]
 
-// moveDevices carries the device state over: when it returns nil, the VM is
-// stopped and the destination has loaded all of it.
+// moveDevices carries the device state over. When it returns nil, the VM is stopped and the destination has loaded all
+// of the state.
 //
-// No wait in it can depend on a lock that a QEMU holds while it waits for us.
-// The source's QEMU stops, and saves into memory: both end by themselves. What it
-// has written is sent meanwhile, and the destination's QEMU begins to load it. It
-// may wait for a page in the middle of that, with its lock; the lanes that bring
-// the page need neither QEMU.
+// No wait in it depends on a lock that a QEMU holds while it waits for this daemon. The source's QEMU stops the VM and
+// saves into memory: both end without help. What it has written is sent meanwhile, and the destination's QEMU begins to
+// load it. That QEMU may wait for a page, with its lock held, in the middle of loading. The lanes that bring the page
+// need neither QEMU.
 func (s *Source) moveDevices(ctx context.Context) error {
 	stream, cancel, err := s.openDeviceStream(ctx)
 	defer cancel()
@@ -48,36 +47,37 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	}()
 	giveUp := !s.cfg.Spec.GetRehearse()
 	if !s.wasRunning && giveUp {
-		// A VM whose disks were given up before, and that never ran since, has none to give up.
+		// A paused VM that arrived here by a migration and never ran may have no disks to give up.
 		if giveUp, err = s.vm.DisksActive(ctx); err != nil {
 			return fmt.Errorf("ask QEMU whether it has the VM's disks: %w", err)
 		}
 	}
-	if err := checkAlone(s.vm, s.facts.RAMBlocks, "source"); err != nil {
+	if err := checkRAMNotShared(s.vm, s.facts.RAMBlocks, "source"); err != nil {
 		return err
 	}
 	jobs := s.vm.QMP.Subscribe("JOB_STATUS_CHANGE")
 	defer jobs.Close()
-	if err := s.askAgain(ctx); err != nil {
+	if err := s.checkUnchanged(ctx); err != nil {
 		return err
 	}
-	if err := s.writeDown(); err != nil {
+	if err := s.prepareRecord(); err != nil {
 		return err
 	}
-	reached("source-recorded")
-	if giveUp { // else QEMU does not take anything back when it continues the VM
+	testPoint("source-recorded")
+	if giveUp { // otherwise QEMU keeps its disks and the lock would have no effect
 		s.prepareContLock(ctx)
 	}
 
 	limit := freezeLimit(s.cfg.Spec)
-	ctx, expire := context.WithTimeoutCause(ctx, limit, withRemedy(fmt.Errorf("the device state did not move within %v", limit),
+	ctx, expire := context.WithTimeoutCause(ctx, limit, withRemedy(
+		fmt.Errorf("the device state did not move within %v", limit),
 		"migrate it again; if it always takes that long, let the VM stand still for longer (--freeze-limit)"))
 	defer expire()
-	if err := s.stop(ctx); err != nil {
+	if err := s.stopVM(ctx); err != nil {
 		return causeOf(ctx, fmt.Errorf("stop the VM: %w", err))
 	}
-	reached("source-stopped")
-	stop := context.AfterFunc(ctx, cancel) // the stream was opened before there was a limit
+	testPoint("source-stopped")
+	stop := context.AfterFunc(ctx, cancel) // the stream was opened with a context that has no limit
 	defer stop()
 	began := time.Now()
 	s.gaveUpDisks = giveUp
@@ -88,41 +88,42 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	if err != nil {
 		err = fmt.Errorf("save the device state: %w", err)
 	}
-	// A job that has begun may be why it was not saved, and comes first.
-	if err := errors.Join(newJob(jobs), err, <-committed); err != nil {
+	// The job comes first: if one has begun, it may be why the save failed.
+	if err := errors.Join(checkNoNewJob(jobs), err, <-committed); err != nil {
 		return causeOf(ctx, err)
 	}
 	s.steps.save = time.Since(began)
-	reached("source-saved")
-	// Asked after the save, which answers of a VM that runs as well, and meanwhile nothing waits for it.
-	stands := make(chan error, 1)
+	testPoint("source-saved")
+	// Ask whether the VM stands still only after the save, because a save also succeeds for a VM that runs. The question
+	// runs beside the rest of the work, so that nothing waits for the answer.
+	stopCheck := make(chan error, 1)
 	var asking sync.WaitGroup
-	asking.Go(func() { stands <- s.stands(ctx) })
+	asking.Go(func() { stopCheck <- s.checkStopped(ctx) })
 	defer asking.Wait()
 	sections, err := devicestate.Parse(state)
 	if err != nil {
 		return withRemedy(err, "use a machine type of QEMU 2.4 or newer; if it is one, report this with the version of QEMU")
 	}
 	body := devicestate.Body(state)
-	if s.early != nil {
-		body, err = devicestate.Changes(s.early.sections, sections, s.readsOther)
-		s.early.close()
+	if s.earlyState != nil {
+		body, err = devicestate.Changes(s.earlyState.sections, sections, s.readPagesChanged)
+		s.earlyState.close()
 		if err != nil {
 			return err
 		}
 	}
-	return s.finishDevices(ctx, sender, body, stands)
+	return s.finishDevices(ctx, sender, body, stopCheck)
 }
 
-// endsInOne says that the destination runs the VM as soon as it has loaded: it has loaded nearly everything already, so
-// that little is left that could fail.
-func (s *Source) endsInOne() bool { return s.early != nil && !s.cfg.Spec.GetRehearse() }
+// runsOnceLoaded reports whether the destination runs the VM as soon as it has loaded the rest of the state. It may
+// after an early load: then it has loaded nearly everything already, and little is left that could fail.
+func (s *Source) runsOnceLoaded() bool { return s.earlyState != nil && !s.cfg.Spec.GetRehearse() }
 
-// commitWhileSaving passes the commit point before the destination is told anything, if that is the way. The channel
-// has the outcome.
+// commitWhileSaving passes the commit point while QEMU saves, if runsOnceLoaded: the destination is then told to run
+// the VM with the last of the device state. The channel delivers the result.
 func (s *Source) commitWhileSaving(ctx context.Context) <-chan error {
 	committed := make(chan error, 1)
-	if !s.endsInOne() {
+	if !s.runsOnceLoaded() {
 		committed <- nil
 		return committed
 	}
@@ -130,9 +131,10 @@ func (s *Source) commitWhileSaving(ctx context.Context) <-chan error {
 	return committed
 }
 
-// whileSaving has what QEMU has saved sent while it saves. Changes are known when all is saved.
+// whileSaving returns the function that sends what QEMU has saved so far, while it saves. After an early load it is
+// nil: the changes are only known when everything is saved.
 func (s *Source) whileSaving(sender *deviceSender) func(state []byte) error {
-	if s.early != nil {
+	if s.earlyState != nil {
 		return nil
 	}
 	return func(state []byte) error {
@@ -144,7 +146,8 @@ func (s *Source) whileSaving(sender *deviceSender) func(state []byte) error {
 	}
 }
 
-// openDeviceStream has the destination's QEMU read, up to the first device's state, while the VM still runs.
+// openDeviceStream opens the call that carries the device state, while the VM still runs. When it returns, the
+// destination's QEMU has read up to the first device's state. The caller calls cancel, also on error.
 func (s *Source) openDeviceStream(ctx context.Context) (_ deviceStream, cancel context.CancelFunc, err error) {
 	destination := s.cfg.Spec.GetDestination()
 	ctx, end := context.WithCancelCause(ctx)
@@ -155,14 +158,14 @@ func (s *Source) openDeviceStream(ctx context.Context) (_ deviceStream, cancel c
 	})
 	defer opening.Stop()
 	failed := func(err error) error { return causeOf(ctx, fromPeer("move the device state", destination, err)) }
-	s.sleeps = s.vm.QMP.Subscribe("SUSPEND", "WAKEUP")
+	s.sleepEvents = s.vm.QMP.Subscribe("SUSPEND", "WAKEUP")
 	if err := s.verifyState(ctx); err != nil {
 		return nil, cancel, causeOf(ctx, err)
 	}
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
 		return nil, cancel, causeOf(ctx, fmt.Errorf("ask QEMU whether the VM runs: %w", err))
 	}
-	if s.early != nil && !s.wasRunning {
+	if s.earlyState != nil && !s.wasRunning {
 		return nil, cancel, errPausedSince
 	}
 	stream, err := s.peer.LoadDeviceState(ctx)
@@ -171,17 +174,17 @@ func (s *Source) openDeviceStream(ctx context.Context) (_ deviceStream, cancel c
 	}
 	asked := time.Now()
 	first := &migratedv1.LoadDeviceStateRequest{
-		Id: s.cfg.ID, Paused: !s.wasRunning, Rehearsal: s.cfg.Spec.GetRehearse(), Changes: s.early != nil,
+		Id: s.cfg.ID, Paused: !s.wasRunning, Rehearsal: s.cfg.Spec.GetRehearse(), Changes: s.earlyState != nil,
+		TotalLeft: s.untilTotalDeadline(),
 	}
-	if s.early == nil {
+	if s.earlyState == nil {
 		first.Data = devicestate.Head(s.facts.MachineType)
 	}
 	if err := stream.Send(first); err != nil {
 		_, err = stream.CloseAndRecv()
 		return nil, cancel, failed(err)
 	}
-	// The header says that the destination's QEMU reads; without one there is a
-	// status instead.
+	// The header says that the destination's QEMU reads. On failure there is a status instead of it.
 	if header, err := stream.Header(); err != nil || header == nil {
 		_, err = stream.CloseAndRecv()
 		return nil, cancel, failed(err)
@@ -190,13 +193,13 @@ func (s *Source) openDeviceStream(ctx context.Context) (_ deviceStream, cancel c
 		_, err = stream.CloseAndRecv()
 		return nil, cancel, failed(err)
 	}
-	reached("source-asked")
+	testPoint("source-asked")
 	return stream, cancel, nil
 }
 
-// stop stops the VM, and lets the page server begin.
-func (s *Source) stop(ctx context.Context) error {
-	s.stopTried = true
+// stopVM stops the VM, and lets the page server begin to serve.
+func (s *Source) stopVM(ctx context.Context) error {
+	s.moveTo(stopAsked)
 	began := time.Now()
 	at, ran, err := s.vm.Stop(ctx)
 	if err != nil {
@@ -212,18 +215,18 @@ func (s *Source) stop(ctx context.Context) error {
 	return nil
 }
 
-// A deviceSender sends the state of the devices while it grows. Sending waits where the destination's QEMU does not read,
-// because it waits for a page, so that whoever saves only offers.
+// A deviceSender sends the device state in a goroutine of its own, while QEMU still saves. Sending can block, because
+// the destination's QEMU does not read while it waits for a page. The saving side must not block, so it only offers.
 type deviceSender struct {
 	stream deviceStream
-	offers chan []byte   // at most one, the newest
-	idle   chan struct{} // closed when all that was offered is sent, after offers was closed
+	offers chan []byte   // holds at most one: the newest state
+	idle   chan struct{} // closed when offers is closed and everything offered is sent
 
-	// Owned by the sender's goroutine until it is idle.
-	sent  int       // bytes
-	began time.Time // when the first of them was sent
-	over  bool      // the destination has ended the call, and will say why
-	err   error
+	// Owned by the sender's goroutine until idle is closed.
+	sent      int       // bytes
+	began     time.Time // when the first byte was sent
+	callEnded bool      // the destination has ended the call; the call's status says why
+	err       error
 }
 
 func newDeviceSender(stream deviceStream) *deviceSender {
@@ -237,88 +240,92 @@ func newDeviceSender(stream deviceStream) *deviceSender {
 	return d
 }
 
-// offer has the beginning of the body sent, in so far as it was not. One goroutine offers.
+// offer queues body, which is the state so far. The sender's goroutine sends the part that it has not sent yet. Only
+// one goroutine may call offer.
 func (d *deviceSender) offer(body []byte) {
 	select {
-	case <-d.offers: // this one has more
+	case <-d.offers: // body includes what was offered before
 	default:
 	}
 	d.offers <- body
 }
 
-// send sends what body has more than was sent.
+// send sends the part of body that was not sent yet.
 func (d *deviceSender) send(body []byte) {
 	if d.sent == 0 && len(body) > 0 {
 		d.began = time.Now()
 	}
-	for d.sent < len(body) && !d.over && d.err == nil {
+	for d.sent < len(body) && !d.callEnded && d.err == nil {
 		n := min(deviceChunk, len(body)-d.sent)
 		switch err := d.stream.Send(&migratedv1.LoadDeviceStateRequest{Data: body[d.sent : d.sent+n]}); {
 		case err == nil:
 			d.sent += n
 		case errors.Is(err, io.EOF):
-			d.over = true
+			d.callEnded = true
 		default:
 			d.err = fmt.Errorf("send the device state: %w", err)
 		}
 	}
 }
 
-// finishDevices sends what is left of the devices' state, and waits until the destination has loaded it. stands gets
-// the answer of stands, without which the destination is not told to run the VM.
-func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body []byte, stands <-chan error) error {
+// finishDevices sends the rest of the device state, and waits until the destination has loaded it. stopCheck delivers
+// the result of checkStopped. Unless that is nil, the destination is not told to run the VM.
+func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body []byte, stopCheck <-chan error) error {
 	saved := time.Now()
+	failed := func(err error) error { return causeOf(firstEnded(ctx, sender.stream.Context()), err) }
 	<-sender.idle
 	if sender.send(body); sender.err != nil {
-		return causeOf(ctx, sender.err)
+		return failed(sender.err)
 	}
 	s.update(func(m *migratedv1.Migration) { m.Progress.BytesDeviceState = uint64(len(body)) })
-	if err := <-stands; err != nil {
+	if err := <-stopCheck; err != nil {
 		return err
 	}
-	if s.endsInOne() && !sender.over {
-		if s.heardResume() {
+	if s.runsOnceLoaded() && !sender.callEnded {
+		if s.resumeReported() {
 			return errContinued
 		}
-		s.toldToRun, s.told = true, time.Now()
-		// An error of it is one of the call, which is asked next.
-		_ = sender.stream.Send(&migratedv1.LoadDeviceStateRequest{Run: s.runRequest(s.told)})
+		s.moveTo(runAsked)
+		s.runSentAt = time.Now()
+		// If Send fails, so does the call, whose error CloseAndRecv returns.
+		_ = sender.stream.Send(&migratedv1.LoadDeviceStateRequest{Run: s.runRequest(s.runSentAt)})
 		s.setLocation(migratedv1.Location_LOCATION_UNKNOWN)
 	}
 	answer, err := sender.stream.CloseAndRecv()
-	s.answered = time.Now()
+	s.loadAnsweredAt = time.Now()
 	if err != nil {
 		err = fromPeer("move the device state", s.cfg.Spec.GetDestination(), err)
 	}
 	switch {
 	case err == nil:
-	case !s.toldToRun:
-		return causeOf(ctx, err)
+	case !s.toldToRun():
+		return failed(err)
 	case status.Code(err) == codes.Aborted:
 		return fmt.Errorf("%w: %w", ErrNotRun, err)
 	default:
 		s.log.Warn("the hand-over is not answered", "error", err)
-		return nil // Run asks for the outcome
+		return nil // handOver sends Run, which returns the outcome
 	}
 	s.countSteps(sender, answer, saved)
 	s.log.Info("the device state is loaded", "bytes", len(body), "stop", s.steps.stop, "save", s.steps.save,
 		"transfer", s.steps.transfer, "load", s.steps.load)
-	s.loaded = answer
+	s.loadAnswer = answer
 	return nil
 }
 
-// countSteps says what the steps took between saved, when the state was saved, and the answer.
+// countSteps records how long the steps took from saved, when the state was saved, until the answer.
 func (s *Source) countSteps(sender *deviceSender, answer *migratedv1.LoadDeviceStateResponse, saved time.Time) {
 	s.steps.load = answer.GetLoadTime().AsDuration()
-	if run := answer.GetRun(); run != nil { // which the way back is no part of
-		s.steps.transfer = s.told.Sub(saved) + max(0, s.answered.Sub(s.told)-run.GetServeTime().AsDuration())/2 + s.steps.load
+	if run := answer.GetRun(); run != nil { // half of the network time is the answer's way back, which does not count
+		network := max(0, s.loadAnsweredAt.Sub(s.runSentAt)-run.GetServeTime().AsDuration())
+		s.steps.transfer = s.runSentAt.Sub(saved) + network/2 + s.steps.load
 		return
 	}
 	compared := answer.GetCompareTime().AsDuration()
-	s.steps.transfer = s.answered.Sub(saved) - compared
-	s.steps.network = max(0, s.answered.Sub(sender.began)-compared-s.steps.load)
+	s.steps.transfer = s.loadAnsweredAt.Sub(saved) - compared
+	s.steps.network = max(0, s.loadAnsweredAt.Sub(sender.began)-compared-s.steps.load)
 }
 
-// steps are what the parts of the downtime took, by this host's clock. The destination begins to load while the source
-// still saves; transfer is what comes after that, and network what the two crossings of the devices' state took.
+// steps are the durations of the parts of the downtime, by this host's clock. The destination begins to load while the
+// source still saves. transfer is the rest after that; network is the time for the two crossings of the device state.
 type steps struct{ stop, save, transfer, load, network, cont time.Duration }

@@ -18,15 +18,15 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A snapshot is the state of devices at a moment, and the memory that loading it reads.
+// A snapshot is the state of the devices at one moment, and the memory that a QEMU reads when it loads that state.
 type snapshot struct {
 	sections []devicestate.Section
 	pages    []*migratedv1.Memory
-	size     int                          // bytes of what QEMU saved, taken of earlyRoom
-	reads    map[int][]*migratedv1.Memory // of the sections: what loading them reads
+	size     int                          // bytes that QEMU saved; taken from earlyRoom
+	reads    map[int][]*migratedv1.Memory // by index of the section: the pages that loading it reads
 }
 
-// close gives back what it has of the process' memory, once.
+// close gives the memory back to earlyRoom. It may be called more than once, and on nil.
 func (e *snapshot) close() {
 	if e != nil {
 		earlyRoom.give(e.size)
@@ -34,11 +34,12 @@ func (e *snapshot) close() {
 	}
 }
 
-// whyNotEarly says why the devices' state is loaded only when the VM has stopped; nil: it may be loaded before.
+// whyNotEarly returns why the device state must not be loaded early, but only after the VM has stopped; nil: it may be
+// loaded early.
 func (s *Source) whyNotEarly() error {
 	switch {
-	case s.notEarly != nil:
-		return s.notEarly
+	case s.noEarlyReason != nil:
+		return s.noEarlyReason
 	case s.cfg.Spec.GetNoEarlyLoad():
 		return errors.New("it was switched off")
 	case s.cfg.Spec.GetDestinationQmp() != "":
@@ -54,15 +55,17 @@ func (s *Source) whyNotEarly() error {
 	return nil
 }
 
-// prepareEarly has a destination that waits for it load the devices' state as it is now. Where that does not work, all
-// is loaded when the VM has stopped. When it returns nil, the destination is prepared.
+// prepareEarly has the destination load the device state as it is now. The destination waits for this call. If an early
+// load does not work, everything is loaded after the VM has stopped. When prepareEarly returns nil, the destination is
+// prepared either way.
 func (s *Source) prepareEarly(ctx context.Context) error {
 	shown := &migratedv1.EarlyLoad{}
 	var missed []*migratedv1.Memory
 	var failed error
 	for try := 0; ; try++ {
 		var state *snapshot
-		// The call is begun before the VM stops: its end tells the destination that this daemon has ended.
+		// The call begins before the VM stops. If this daemon ends meanwhile, so does the call, and the destination
+		// knows.
 		answer, err := s.callEarly(ctx, func() *snapshot {
 			if failed == nil {
 				state, failed = s.takeSnapshot(ctx, missed, shown)
@@ -75,7 +78,7 @@ func (s *Source) prepareEarly(ctx context.Context) error {
 		}
 		shown.LoadTime = answer.GetLoadTime()
 		if answer.GetLoaded() {
-			s.useEarly(state, answer)
+			s.keepEarlyState(state, answer)
 			shown.Loaded, shown.Bytes = true, uint64(state.size)
 			break
 		}
@@ -87,7 +90,7 @@ func (s *Source) prepareEarly(ctx context.Context) error {
 			break // it is prepared
 		}
 		missed = append(missed, answer.GetMissed()...)
-		if err := s.mayPauseAgain(shown); err != nil {
+		if err := s.checkPauseLimit(shown); err != nil {
 			failed = fmt.Errorf("%w; %w", failed, err)
 		} else if try+1 < earlyTries {
 			failed = nil
@@ -102,13 +105,13 @@ func (s *Source) prepareEarly(ctx context.Context) error {
 	return nil
 }
 
-// useEarly keeps what the destination has loaded, and what it has read for that.
-func (s *Source) useEarly(state *snapshot, answer *migratedv1.LoadEarlyStateResponse) {
+// keepEarlyState keeps the state that the destination has loaded, and the pages that it has read for that.
+func (s *Source) keepEarlyState(state *snapshot, answer *migratedv1.LoadEarlyStateResponse) {
 	copied := make(map[earlyPage]*migratedv1.Memory, len(state.pages))
 	for _, p := range state.pages {
 		copied[earlyPage{int(p.GetBlock()), p.GetOffset()}] = p
 	}
-	s.earlyAt = time.Now()
+	s.earlySavedAt = time.Now()
 	state.pages, state.reads = nil, make(map[int][]*migratedv1.Memory, len(answer.GetReaders()))
 	for _, r := range answer.GetReaders() {
 		var pages []*migratedv1.Memory
@@ -117,15 +120,15 @@ func (s *Source) useEarly(state *snapshot, answer *migratedv1.LoadEarlyStateResp
 		}
 		state.reads[int(r.GetSection())] = pages
 	}
-	s.early = state
+	s.earlyState = state
 }
 
-// readsOther says whether loading a section of the early state reads something else in the stopped VM's memory than it
-// did. What has not changed, and reads what it read, need not be loaded again.
-func (s *Source) readsOther(section int) bool {
+// readPagesChanged reports whether the pages that loading a section has read are different in the stopped VM's memory.
+// A section that has not changed need not be loaded again if these pages have not changed either.
+func (s *Source) readPagesChanged(section int) bool {
 	var now [smallPage]byte
-	for _, p := range s.early.reads[section] {
-		// A large page is not compared: that takes longer than loading.
+	for _, p := range s.earlyState.reads[section] {
+		// A large page counts as changed: to compare it takes longer than to load the section.
 		if len(p.GetData()) != len(now) || s.ram.Read(int(p.GetBlock()), p.GetOffset(), now[:]) != nil ||
 			!bytes.Equal(now[:], p.GetData()) {
 			return true
@@ -134,17 +137,17 @@ func (s *Source) readsOther(section int) bool {
 	return false
 }
 
-// mayPauseAgain is nil if the VM has not stood still for too long already. A save under way cannot be bounded: QEMU
-// answers nobody until it has ended.
-func (s *Source) mayPauseAgain(shown *migratedv1.EarlyLoad) error {
+// checkPauseLimit returns nil if the VM may be paused for another save. It checks only before a save: one that is under
+// way cannot be limited, because QEMU answers nobody until it has ended.
+func (s *Source) checkPauseLimit(shown *migratedv1.EarlyLoad) error {
 	if pause, limit := shown.GetPause().AsDuration(), earlyPauseLimit(s.cfg.Spec); pause > limit {
 		return fmt.Errorf("the VM has stood still for %v for it, and may for %v", pause, limit)
 	}
 	return nil
 }
 
-// takeSnapshot saves the devices' state of the running VM, and copies in the same pause what loading is known to read:
-// missed, and the rings of virtio devices. A VM that went on too soon is tried again.
+// takeSnapshot saves the device state of the running VM. In the same pause it copies the pages that loading is known to
+// read: missed, and those of pagesToRead. If the VM went on before they were copied, it tries again.
 func (s *Source) takeSnapshot(
 	ctx context.Context, missed []*migratedv1.Memory, shown *migratedv1.EarlyLoad,
 ) (state *snapshot, err error) {
@@ -171,9 +174,9 @@ func (s *Source) takeSnapshot(
 	}
 	const tries = 3
 	for try := 1; ; try++ {
-		saved, err := s.saveBriefly(ctx, wanted, shown)
+		saved, err := s.saveOnce(ctx, wanted, shown)
 		if errors.Is(err, qemu.ErrTooShort) && try < tries {
-			if err := s.mayPauseAgain(shown); err != nil {
+			if err := s.checkPauseLimit(shown); err != nil {
 				return nil, err
 			}
 			continue
@@ -185,6 +188,8 @@ func (s *Source) takeSnapshot(
 	}
 }
 
+// newSnapshot returns the snapshot of what QEMU has saved, with the pages that were copied in the same pause. It takes
+// memory from earlyRoom, which close gives back.
 func newSnapshot(saved []byte, pages []*migratedv1.Memory) (*snapshot, error) {
 	all, err := devicestate.Parse(saved)
 	if err != nil {
@@ -204,11 +209,11 @@ func newSnapshot(saved []byte, pages []*migratedv1.Memory) (*snapshot, error) {
 	return state, nil
 }
 
-// saveBriefly has QEMU save once, and fills the pages meanwhile.
-func (s *Source) saveBriefly(
+// saveOnce has QEMU save once, and copies the pages during the pause.
+func (s *Source) saveOnce(
 	ctx context.Context, pages []*migratedv1.Memory, shown *migratedv1.EarlyLoad,
 ) ([]byte, error) {
-	for _, p := range pages { // not in the pause
+	for _, p := range pages { // before the pause
 		p.Data = make([]byte, s.blocks[p.GetBlock()].PageSize)
 	}
 	if err := s.readPages(pages); err != nil {
@@ -222,12 +227,12 @@ func (s *Source) saveBriefly(
 	if err != nil {
 		return nil, fmt.Errorf("prepare to save the device state: %w", err)
 	}
-	reached("source-early")
+	testPoint("source-early")
 	saved, pause, err := saver.SaveRunning(ctx, func() error { return s.readPages(pages) })
 	if errors.Is(err, qemu.ErrTooShort) && saved != nil {
-		err = s.sameStill(pages, before, err)
+		err = s.checkPagesSame(pages, before, err)
 	}
-	reached("source-early-saved")
+	testPoint("source-early-saved")
 	shown.Pause = durationpb.New(shown.GetPause().AsDuration() + pause)
 	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), attachTimeout)
 	defer cancel()
@@ -240,7 +245,7 @@ func (s *Source) saveBriefly(
 	return saved, nil
 }
 
-// readPages fills pages with what the VM has there now.
+// readPages fills pages with the VM's memory as it is now.
 func (s *Source) readPages(pages []*migratedv1.Memory) error {
 	for _, p := range pages {
 		if err := s.ram.Read(int(p.GetBlock()), p.GetOffset(), p.GetData()); err != nil {
@@ -250,10 +255,10 @@ func (s *Source) readPages(pages []*migratedv1.Memory) error {
 	return nil
 }
 
-// sameStill is nil if pages have what they had before a pause that was too short to look, and tooShort if not. Were it
-// another in between, no harm is done: what is loaded early is kept only if its section, and what it has read, are the
-// same when the VM has stopped.
-func (s *Source) sameStill(pages []*migratedv1.Memory, before [][]byte, tooShort error) error {
+// checkPagesSame returns nil if pages are the same as before a pause that was too short to copy them, and tooShort if
+// not. They may still have been different in between. That does no harm: an early load is kept only if its section, and
+// the pages that loading has read, are the same after the VM has stopped.
+func (s *Source) checkPagesSame(pages []*migratedv1.Memory, before [][]byte, tooShort error) error {
 	if err := s.readPages(pages); err != nil {
 		return err
 	}
@@ -265,8 +270,8 @@ func (s *Source) sameStill(pages []*migratedv1.Memory, before [][]byte, tooShort
 	return nil
 }
 
-// pagesToRead are the pages that loading is known to read, without data: the rings of virtio devices, and the option
-// ROMs.
+// pagesToRead returns the pages that loading is known to read, without their data: the rings of virtio devices, and the
+// option ROMs.
 func (s *Source) pagesToRead(ctx context.Context) (pages []*migratedv1.Memory, err error) {
 	addresses, err := s.vm.RingPages(ctx)
 	if err != nil {
@@ -287,13 +292,14 @@ func (s *Source) pagesToRead(ctx context.Context) (pages []*migratedv1.Memory, e
 	return pages, nil
 }
 
-// smallPage is the smallest that a PC has.
+// smallPage is the size of the smallest page on a PC, in bytes.
 const smallPage = 4096
 
-// earlyChunk is how much one message carries.
+// earlyChunk is the most that one message carries, in bytes.
 const earlyChunk = 128 << 10
 
-// callEarly sends what take returns, nil: nothing, and returns what the destination says of it.
+// callEarly opens the call LoadEarlyState, sends the snapshot that take returns, and returns the destination's answer.
+// If take returns nil, it sends no state.
 func (s *Source) callEarly(ctx context.Context, take func() *snapshot) (*migratedv1.LoadEarlyStateResponse, error) {
 	stream, err := s.peer.LoadEarlyState(ctx)
 	if err != nil {
@@ -320,7 +326,7 @@ func (s *Source) callEarly(ctx context.Context, take func() *snapshot) (*migrate
 			offset += uint64(len(part))
 		}
 	}
-	// An error of Send is that the call is over: CloseAndRecv has its reason.
+	// Send fails if the call is over: CloseAndRecv then has the reason.
 	answer, recvErr := stream.CloseAndRecv()
 	if recvErr != nil {
 		return nil, recvErr
@@ -328,19 +334,20 @@ func (s *Source) callEarly(ctx context.Context, take func() *snapshot) (*migrate
 	return answer, err
 }
 
-// startOver moves a VM after all whose devices have changed too much since the early load: it goes on, a fresh QEMU is
-// prepared at the destination, and loads everything when the VM has stopped again.
+// startOver begins again with a VM whose devices have changed too much since the early load. It continues the VM, has
+// the destination prepare a fresh QEMU, and stops the VM again. This time everything is loaded after the stop.
 func (s *Source) startOver(ctx context.Context, reason error) bool {
 	s.export.Withdraw()
 	note, err := s.continueVM()
 	pause := time.Since(s.stoppedAt)
 	s.tellToGiveUp(ctx, reason)
 	if err != nil {
-		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, fmt.Errorf("start over: %w: %w", reason, err), s.whereNow(note))
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+			fmt.Errorf("start over: %w: %w", reason, err), s.whereBeforeCommit(note))
 		return false
 	}
 	s.log.Warn("starting over without an early load", "reason", reason, "pause", pause)
-	s.notEarly = reason
+	s.noEarlyReason = reason
 	if err := s.prepareAfresh(ctx, pause); err != nil {
 		s.backOut(ctx, err)
 		return false

@@ -15,74 +15,93 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// complete lets the source's QEMU go: its memory is at the destination.
+// complete ends the source's QEMU, whose memory is all at the destination.
 func (s *Source) complete() {
-	reached("source-last-page")
-	s.letGoOf(migratedv1.Reason_REASON_UNSPECIFIED)
-	s.update(func(m *migratedv1.Migration) {
-		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.Location_LOCATION_DESTINATION
-	})
+	testPoint("source-last-page")
+	s.endSourceVM(migratedv1.Reason_REASON_UNSPECIFIED, s.showCompleted)
 	s.log.Info("completed")
 }
 
-// letGoOf ends what is left of the VM here, which nobody needs any more: all of it is at the destination, or it ended
-// there, for that reason.
-func (s *Source) letGoOf(ended migratedv1.Reason) {
+// showCompleted shows the migration as completed.
+func (s *Source) showCompleted() {
+	s.update(func(m *migratedv1.Migration) {
+		m.State = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED
+		m.Location = migratedv1.Location_LOCATION_DESTINATION
+	})
+}
+
+// endSourceVM ends what is left of the VM here. Nobody needs it any more: all of the VM is at the destination, or the
+// VM ended there by itself, for the reason ended. show is called to show the migration as over.
+func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 	s.export.Withdraw()
-	// A daemon that is started again could not tell a QEMU that quit from one that died with memory still needed.
+	// Note it before QEMU quits: a restarted daemon cannot tell a QEMU that quit from one that died with memory that is
+	// still needed.
 	files := s.ramFiles()
 	if err := s.cfg.Records.Complete(s.cfg.ID, ended, files); err != nil {
 		s.log.Warn("that all memory has left is not written down", "error", err)
 	}
-	reached("source-completing")
+	testPoint("source-completing")
 	if !s.cfg.Spec.GetKeepSource() {
-		s.undefine() // it has a time of its own
+		s.undefine() // has a time limit of its own
 		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 		defer cancel()
 		if err := s.vm.Quit(ctx); err != nil {
 			s.log.Warn("the source's QEMU did not quit; it is stopped and no longer needed", "error", err)
 		} else {
-			s.freeRAM(files)
+			s.removeRAMFiles(files)
 		}
 	}
-	reached("source-quit")
-	if !s.cfg.Spec.GetKeepSource() { // else it says for as long as that QEMU lives that it is not the VM
-		s.forgetRecord()
+	testPoint("source-quit")
+	show()
+	if !s.cfg.Spec.GetKeepSource() { // else the record keeps that QEMU from being taken for the VM while it lives
+		s.reportAndForget()
 	}
-	reached("source-forgotten")
 }
 
-func (s *Source) forgetRecord() {
+// reportAndForget stores the report of a migration that is shown as over, and then removes its record. A restarted
+// daemon finds at least one of the two, and so knows where the VM is.
+func (s *Source) reportAndForget() {
+	if s.cfg.Report != nil {
+		s.cfg.Report(s)
+	}
+	testPoint("source-reported")
+	s.removeRecord()
+	testPoint("source-forgotten")
+}
+
+// removeRecord removes the record, and logs a failure.
+func (s *Source) removeRecord() {
 	if err := s.cfg.Records.Remove(s.cfg.ID); err != nil {
 		s.log.Warn("the record stays", "error", err)
 	}
 }
 
-// backOut ends a migration that did not hand the VM over: the VM goes on here.
-// It does not look at ctx, which may be over, except for why.
+// backOut ends a migration that did not hand the VM over: the VM goes on here. ctx may have ended; backOut uses only
+// its values.
 func (s *Source) backOut(ctx context.Context, reason error) {
 	if s.export != nil {
-		s.export.Withdraw() // no page is read from here on
+		s.export.Withdraw() // pages are not read from here on
 	}
 	note := ""
 	switch {
-	case s.ended():
-		s.forgetRecord()
-	case s.stopTried:
+	case s.qemuEnded():
+		s.removeRecord()
+	case s.stopTried():
 		note, _ = s.continueVM()
 	}
 	s.noteSteps(&migratedv1.DowntimeSteps{})
-	s.tellToGiveUp(ctx, reason) // the VM runs again, or never stopped: this has time
+	s.tellToGiveUp(ctx, reason) // not urgent: the VM runs again, or never stopped
 	state := migratedv1.MigrationState_MIGRATION_STATE_FAILED
 	if errors.Is(reason, ErrCancelled) {
 		state = migratedv1.MigrationState_MIGRATION_STATE_CANCELLED
 	}
-	where := s.whereNow(note)
+	where := s.whereBeforeCommit(note)
 	s.log.Warn("gave up", "state", state, "reason", reason, "where", where.words)
 	s.fail(state, reason, where)
 }
 
-// tellToGiveUp has the destination end its QEMU. It does so by itself where this does not arrive.
+// tellToGiveUp tells the destination to end its QEMU. If the message does not arrive, the destination does so by
+// itself.
 func (s *Source) tellToGiveUp(ctx context.Context, reason error) {
 	if s.peer == nil {
 		return
@@ -95,13 +114,13 @@ func (s *Source) tellToGiveUp(ctx context.Context, reason error) {
 	}
 }
 
-// continueVM puts the VM back to what it was before it was stopped. What its operator has to know besides is to be
-// added to where the VM is. The error is why it is not what it was.
+// continueVM restores the VM to what it was before it was stopped. The caller appends note, which is for the operator,
+// to where the VM is. The error says why the VM is not what it was.
 func (s *Source) continueVM() (note string, err error) {
-	if s.unguard != nil {
-		s.unguard()
+	if s.endGuard != nil {
+		s.endGuard()
 	}
-	reached("source-backing-out")
+	testPoint("source-backing-out")
 	s.awaitMonitor()
 	ctx, cancel := context.WithTimeout(context.Background(), resumeTimeout)
 	defer cancel()
@@ -117,17 +136,17 @@ func (s *Source) continueVM() (note string, err error) {
 	}
 	if _, err = vm.Cont(ctx); err != nil {
 		s.log.Error("cannot continue the VM", "error", err)
-		// The record stays, for a daemon that is started again to try.
+		// The record stays, so that a restarted daemon tries again.
 		return fmt.Sprintf("; it could not be continued (%v): continue it with QMP 'cont' on %s, "+
 				"after blockdev-del of the node %s if it has that", err, s.cfg.Spec.GetVm(), qemu.ContLockNode),
 			fmt.Errorf("continue the VM: %w", err)
 	}
-	reached("source-continued")
-	s.forgetRecord()
+	testPoint("source-continued")
+	s.removeRecord()
 	return "", nil
 }
 
-// leavePaused takes the disks of a VM back that was paused before, and stays so.
+// leavePaused takes back the disks of a VM that was paused before, and leaves it paused.
 func (s *Source) leavePaused(ctx context.Context) (note string, err error) {
 	if s.gaveUpDisks || s.takenUp {
 		able, err := s.monitor().ActivateDisks(ctx)
@@ -137,38 +156,40 @@ func (s *Source) leavePaused(ctx context.Context) (note string, err error) {
 			return fmt.Sprintf(", but QEMU could not take its disks back (%v); it tries again when it is continued", err),
 				fmt.Errorf("take the VM's disks back: %w", err)
 		case !able:
-			s.forgetRecord()
+			s.removeRecord()
 			return "; this QEMU takes its disks back when the VM is continued", nil
 		}
 	}
-	s.forgetRecord()
+	s.removeRecord()
 	return "", nil
 }
 
-// monitor is the connection to QEMU, the second where the first was lost.
+// monitor returns the connection to QEMU: the second one if the first was lost.
 func (s *Source) monitor() *qemu.VM {
-	if s.again != nil {
-		return s.again
+	if s.reconnected != nil {
+		return s.reconnected
 	}
 	return s.vm
 }
 
-// awaitMonitor connects to a QEMU again that lives and whose monitor is lost, as libvirt's are with its daemon: the VM
-// stands still until then. It gives up with QEMU, and with this daemon, whose record the next one takes up.
+// awaitMonitor connects to QEMU again if the monitor connection was lost while QEMU is alive. libvirt's connections are
+// lost with its daemon, for example. The VM stands still until then. awaitMonitor stops when QEMU or this daemon ends;
+// the next daemon takes up the record.
 func (s *Source) awaitMonitor() {
-	for s.vm.QMP.Err() != nil && !s.ended() {
-		vm, err := attachSame(s.daemon, s.cfg.Spec.GetVm(), s.vm)
+	for s.vm.QMP.Err() != nil && !s.qemuEnded() {
+		vm, err := attachSame(s.daemonCtx, s.cfg.Spec.GetVm(), s.vm)
 		if err == nil {
 			vm.PutBack(s.vm.Changed())
-			s.again = vm
+			s.reconnected = vm
 			return
 		}
 		s.log.Warn("the VM's QEMU does not answer yet", "error", err)
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_DEVICE,
 			withRemedy(fmt.Errorf("the connection to the VM's QEMU was lost, and cannot be made again: %w", err),
-				"see that "+s.cfg.Spec.GetVm()+" can be connected to (start libvirt's daemon, if it is libvirt's): the VM goes on then"),
+				"see that "+s.cfg.Spec.GetVm()+" can be connected to (start libvirt's daemon, if it is libvirt's): "+
+					"the VM goes on then"),
 			whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was about to stop on the source"})
-		if sleep(s.daemon, time.Second) != nil {
+		if sleep(s.daemonCtx, time.Second) != nil {
 			return
 		}
 	}

@@ -11,27 +11,24 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errFallBack is why a migration that could not be finished ended.
+// errFallBack is why a migration ended that its operator ended by FallBack.
 var errFallBack = errors.New("its operator declared the destination gone: the VM is again as it was at the switch")
 
-// FallBack continues a VM that was handed over, as it was at the switch, because
-// its destination is gone. The caller knows that the VM runs nowhere else; nobody
-// else can. It returns when the VM runs here.
+// FallBack continues a VM that was handed over, as it was at the switch, because its destination is gone. The caller
+// has to know that the VM runs nowhere else; no daemon can know. FallBack returns when the VM runs here.
 func (s *Source) FallBack(ctx context.Context) error {
-	s.commitMu.Lock()
-	committed := s.committed
-	s.commitMu.Unlock()
 	switch view, _ := s.Snapshot(); view.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
 		return errors.New("all of the VM is at the destination, and nothing of it here any more")
 	case migratedv1.MigrationState_MIGRATION_STATE_ENDED:
-		return withRemedy(errors.New("the VM has ended at the destination, and its disks are newer than what was here of it"), afterEnding)
+		return withRemedy(errors.New("the VM has ended at the destination, and its disks are newer than what was here of it"),
+			afterEnding)
 	}
-	if !committed {
+	if !s.isCommitted() {
 		return withRemedy(errors.New("the VM has not been handed over"), "cancel the migration")
 	}
 	s.cancel(errFallBack)
-	select { // its pages are not served from here on, and nobody repeats Run
+	select { // once done is closed, pages are not served and Run is not repeated
 	case <-s.done:
 	case <-ctx.Done():
 		return context.Cause(ctx)
@@ -43,14 +40,15 @@ func (s *Source) FallBack(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("continue the VM here: %w", err)
 	}
-	s.giveBack()
-	s.forgetRecord()
+	s.clearCommit()
+	s.removeRecord()
 	s.log.Warn("fell back: the VM is here as it was at the switch", "where", where.words)
 	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errFallBack, where)
 	return nil
 }
 
-// announce has the VM's network cards say that they are here again: the destination may have said that they are there.
+// announce has the VM's network cards announce that they are here again, because the destination may have announced
+// them there.
 func (s *Source) announce(ctx context.Context, vm *qemu.VM) {
 	wait, err := vm.BeginAnnouncing(ctx)
 	if err == nil {
@@ -61,11 +59,12 @@ func (s *Source) announce(ctx context.Context, vm *qemu.VM) {
 	}
 }
 
+// fallBackCommand returns the command line for FallBack.
 func (s *Source) fallBackCommand() string {
 	return "migrated fallback " + s.cfg.ID + " --destination-is-gone"
 }
 
-// attachHandedOver connects to the QEMU that the VM was handed over from.
+// attachHandedOver connects to the QEMU that the VM was handed over from. The caller closes the connection.
 func (s *Source) attachHandedOver(ctx context.Context) (*qemu.VM, error) {
 	vm, err := qemu.Attach(ctx, s.cfg.Spec.GetVm())
 	if err != nil {
@@ -81,7 +80,7 @@ func (s *Source) attachHandedOver(ctx context.Context) (*qemu.VM, error) {
 	return vm, nil
 }
 
-// continueHandedOver continues the VM of the record, and says what it is then.
+// continueHandedOver continues the VM of the record, and returns where it is then.
 func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err error) {
 	vm, err := s.attachHandedOver(ctx)
 	if err != nil {
@@ -93,13 +92,13 @@ func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err
 		if _, err = vm.Cont(ctx); err == nil {
 			s.announce(ctx, vm)
 		}
-	default: // it stays paused, and may be moved again: before 10.0 it has its disks when it is continued
+	default: // it stays paused, but needs its disks to be moved again; QEMU before 10.0 takes them only on cont
 		_, err = vm.ActivateDisks(ctx)
 	}
 	if err == nil {
-		where.location, _, where.words = look(vm)
+		where.location, _, where.words = locateVM(vm)
 	}
-	if closeErr := vm.Close(); closeErr != nil { // what was done is done
+	if closeErr := vm.Close(); closeErr != nil { // no failure: the VM was continued, or err says why not
 		s.log.Warn("disconnect from QEMU", "error", closeErr)
 	}
 	return where, err

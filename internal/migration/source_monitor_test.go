@@ -12,8 +12,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A source whose connection to QEMU is lost while the VM stands still, as libvirt's are with its daemon, continues the
-// VM over another one.
+// If the connection to QEMU is lost while the VM stands still, as libvirt's connections are with its daemon, the source
+// continues the VM over a new one.
 func TestSourceContinuesOverAnotherMonitor(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
 	s.peer.load = func(context.Context) error {

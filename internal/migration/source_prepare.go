@@ -15,18 +15,19 @@ import (
 	"github.com/migrated-vm/migrated/internal/machine"
 	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	"github.com/migrated-vm/migrated/internal/version"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// prepare does all that can be done while the VM runs.
+// prepare does everything that can be done while the VM runs.
 func (s *Source) prepare(ctx context.Context) error {
-	if err := s.open(ctx); err != nil {
+	if err := s.attachAndOpen(ctx); err != nil {
 		return err
 	}
 	s.token = rand.Text()
-	if err := s.offer(); err != nil {
+	if err := s.offerPages(); err != nil {
 		return err
 	}
 	destination := s.cfg.Spec.GetDestination()
@@ -37,7 +38,7 @@ func (s *Source) prepare(ctx context.Context) error {
 	notEarly := s.whyNotEarly()
 	ctx, cancel := context.WithTimeout(ctx, timeToPrepare(machine)+earlyTries*earlyTimeout)
 	defer cancel()
-	reached("source-offered")
+	testPoint("source-offered")
 	answer, err := s.peer.PrepareIncoming(ctx, &migratedv1.PrepareIncomingRequest{
 		Id:                  s.cfg.ID,
 		Protocol:            version.Protocol,
@@ -55,7 +56,9 @@ func (s *Source) prepare(ctx context.Context) error {
 	if err != nil {
 		return causeOf(ctx, fromPeer("prepare", destination, err))
 	}
-	if s.protocol, err = version.AgreeOnProtocol("destination "+destination, answer.GetProtocol(), answer.GetProtocol()); err != nil {
+	if s.protocol, err = version.AgreeOnProtocol(
+		"destination "+destination, answer.GetProtocol(), answer.GetProtocol(),
+	); err != nil {
 		return withRemedy(fmt.Errorf("prepare: %w", err), sameVersions)
 	}
 	s.note(func(r *migratedv1.Report) {
@@ -67,6 +70,7 @@ func (s *Source) prepare(ctx context.Context) error {
 	}
 	s.update(func(m *migratedv1.Migration) {
 		m.Supervision, m.UserfaultfdLabel = answer.GetSupervision(), answer.GetUserfaultfdLabel()
+		m.DestinationQemu = toldQEMU(answer.GetQemu())
 	})
 	if err := confirmSupervised(s.cfg.Spec, answer); err != nil {
 		return err
@@ -81,37 +85,39 @@ func (s *Source) prepare(ctx context.Context) error {
 	return nil
 }
 
-// offer lets the destination fetch pages, once the VM stands still, and calls it.
-func (s *Source) offer() (err error) {
-	stopped := s.stopped // startOver makes another
+// offerPages lets the destination fetch pages once the VM stands still, and connects to it.
+func (s *Source) offerPages() (err error) {
+	stopped := s.stopped // startOver replaces the field
 	s.export, err = s.cfg.Pages.Offer(s.cfg.ID, s.token, s.ram, func(ctx context.Context) error {
 		return s.awaitStopped(ctx, stopped)
 	})
 	if err != nil {
 		return fmt.Errorf("offer the RAM of the VM: %w", err)
 	}
+	s.export.SetWeight(s.cfg.Spec.GetWeight())
 	return s.connect()
 }
 
-// connect makes the connection to the destination's daemon, which is dialled when it is used.
+// connect makes the connection to the destination's daemon. gRPC dials when the connection is first used.
 func (s *Source) connect() (err error) {
 	destination := s.cfg.Spec.GetDestination()
 	if s.conn, err = s.cfg.Dial(destination, withToken(s.cfg.ID, s.token)); err != nil {
 		return withRemedy(fmt.Errorf("destination %s: %w", destination, err), "give the destination as HOST:PORT")
 	}
 	s.peer = migratedv1.NewPeerServiceClient(s.conn)
+	s.lastIncoming.conn.Store(s.conn)
 	return nil
 }
 
-// open looks at the VM and opens its RAM.
-func (s *Source) open(ctx context.Context) error {
+// attachAndOpen attaches to the VM, claims and checks it, and opens its RAM.
+func (s *Source) attachAndOpen(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	var err error
 	if s.vm, err = qemu.Attach(ctx, s.cfg.Spec.GetVm()); err != nil {
 		return fmt.Errorf("attach to the VM: %w", err)
 	}
-	if s.claim, err = claimed.takeVM(s.vm, s.cfg.ID); err != nil {
+	if s.claim, err = qemuClaims.claimVM(s.vm, s.cfg.ID); err != nil {
 		return err
 	}
 	stale, err := s.refuseHandedOver(ctx)
@@ -130,28 +136,29 @@ func (s *Source) open(ctx context.Context) error {
 	return s.openVM(ctx)
 }
 
-// openVM asks for all that a destination has to match, and opens the RAM.
+// openVM asks QEMU for everything that a destination has to match, and opens the RAM.
 func (s *Source) openVM(ctx context.Context) (err error) {
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
-		return askQEMU("source", err)
+		return qemuQueryError("source", err)
 	}
 	s.note(func(r *migratedv1.Report) { r.Source.Qemu = s.facts.Version.String() })
 	if s.description, err = machine.Describe(ctx, s.vm); err != nil {
-		return askQEMU("source", err)
+		return qemuQueryError("source", err)
 	}
 	if s.wasRunning, err = s.vm.Running(ctx); err != nil {
-		return askQEMU("source", err)
+		return qemuQueryError("source", err)
 	}
 	if s.devices, err = s.vm.UserDevices(ctx); err != nil {
-		return askQEMU("source", err)
+		return qemuQueryError("source", err)
 	}
 	s.update(func(m *migratedv1.Migration) {
 		m.VmName, m.Location = printable.Line(s.facts.Name), migratedv1.Location_LOCATION_SOURCE
 	})
-	return s.openRAM(movable(s.facts.RAMBlocks))
+	return s.openRAM(writableBlocks(s.facts.RAMBlocks))
 }
 
-// timeToPrepare is what a destination may take: it starts QEMU, which may be told to touch all of its memory first.
+// timeToPrepare returns how long a destination may take to prepare. It starts a QEMU, which may be told to touch all of
+// its memory first.
 func timeToPrepare(machine *migratedv1.SourceMachine) time.Duration {
 	limit := prepareTimeout
 	for _, b := range machine.GetRamBlocks() {
@@ -162,13 +169,14 @@ func timeToPrepare(machine *migratedv1.SourceMachine) time.Duration {
 	return min(limit, longestPrepare)
 }
 
-// movable leaves out what QEMU cannot write to: it is the same at the destination.
-func movable(blocks []qemu.RAMBlock) []qemu.RAMBlock {
-	return slices.DeleteFunc(slices.Clone(blocks), func(b qemu.RAMBlock) bool { return b.ReadOnly })
+// writableBlocks returns the blocks that are moved: all but those that QEMU cannot write to, which are the same at the
+// destination.
+func writableBlocks(blocks []ram.Block) []ram.Block {
+	return slices.DeleteFunc(slices.Clone(blocks), func(b ram.Block) bool { return b.ReadOnly })
 }
 
-// openRAM opens the VM's memory, in the order in which the destination knows it.
-func (s *Source) openRAM(blocks []qemu.RAMBlock) (err error) {
+// openRAM opens the VM's memory. blocks is in the order in which the destination knows it.
+func (s *Source) openRAM(blocks []ram.Block) (err error) {
 	served := make([]pagesrv.Block, 0, len(blocks))
 	s.blocks = nil
 	for _, b := range blocks {
@@ -184,11 +192,11 @@ func (s *Source) openRAM(blocks []qemu.RAMBlock) (err error) {
 	if s.ram, err = pagesrv.OpenRAM(served); err != nil {
 		return fmt.Errorf("open the RAM of the VM: %w", err)
 	}
-	return s.vm.Alive() // or what was opened might be of another process, by the same number
+	return s.vm.Alive() // if QEMU has ended, its number, and what was opened, may be another process's
 }
 
-// refuseHandedOver keeps a QEMU that was left for its memory from being taken
-// for the VM. One that runs was continued by its operator, and is the VM again.
+// refuseHandedOver refuses a QEMU that is only kept for the memory of a VM that was handed over. If that QEMU runs, its
+// operator has continued it: it is the VM again, and stale is its record, which the caller removes.
 func (s *Source) refuseHandedOver(ctx context.Context) (stale *Record, err error) {
 	rec, handedOver, err := s.cfg.Records.ForVM(s.vm.Pid)
 	if err != nil {
@@ -196,7 +204,7 @@ func (s *Source) refuseHandedOver(ctx context.Context) (stale *Record, err error
 	}
 	running, err := s.vm.Running(ctx)
 	if err != nil {
-		return nil, askQEMU("source", err)
+		return nil, qemuQueryError("source", err)
 	}
 	if !handedOver {
 		return nil, s.refuseUnknown(running)
@@ -210,19 +218,21 @@ func (s *Source) refuseHandedOver(ctx context.Context) (stale *Record, err error
 		"migrate the VM from the host on which it runs now")
 }
 
-// refuseUnknown keeps a VM that stands still from being moved where a damaged record may say that it was handed over.
+// refuseUnknown refuses a VM that stands still while there is a damaged record, which may say that the VM was handed
+// over.
 func (s *Source) refuseUnknown(running bool) error {
 	damaged, err := s.cfg.Records.Damaged()
 	if err != nil || running {
 		return err
 	}
 	for _, why := range damaged {
-		return withRemedy(fmt.Errorf("this VM does not run, and may have been handed over to another host: %w", why), Remedy(why))
+		return withRemedy(fmt.Errorf("this VM does not run, and may have been handed over to another host: %w", why),
+			Remedy(why))
 	}
 	return nil
 }
 
-// awaitStart waits for Start while both ends stay alive.
+// awaitStart waits for Start. It fails if the destination gives up or the connection to QEMU ends.
 func (s *Source) awaitStart(ctx context.Context) error {
 	select {
 	case <-s.started:
@@ -232,7 +242,7 @@ func (s *Source) awaitStart(ctx context.Context) error {
 	// The destination ends the stream with a reason when it gives up.
 	ctx, cancel := context.WithCancelCause(ctx)
 	var watching sync.WaitGroup
-	defer watching.Wait() // it uses what renew makes anew
+	defer watching.Wait() // it uses s.peer, which renew replaces
 	defer cancel(nil)
 	watching.Go(func() { cancel(s.watchIdlePeer(ctx)) })
 	select {
@@ -245,7 +255,7 @@ func (s *Source) awaitStart(ctx context.Context) error {
 	}
 }
 
-// watchIdlePeer returns when a prepared destination is no longer prepared.
+// watchIdlePeer returns when a prepared destination is no longer prepared. The error says why.
 func (s *Source) watchIdlePeer(ctx context.Context) error {
 	destination := s.cfg.Spec.GetDestination()
 	stream, err := s.peer.WatchIncoming(ctx, &migratedv1.WatchIncomingRequest{Id: s.cfg.ID})
@@ -260,5 +270,6 @@ func (s *Source) watchIdlePeer(ctx context.Context) error {
 		if Terminal(answer.GetState()) {
 			return fmt.Errorf("wait for start: destination %s gave up: %s", destination, answer.GetError().GetMessage())
 		}
+		s.update(func(m *migratedv1.Migration) { m.DestinationQemu = toldQEMU(answer.GetQemu()) })
 	}
 }

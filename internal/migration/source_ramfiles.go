@@ -6,28 +6,28 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// ramFiles asks what the VM's QEMU will leave of its memory. Nobody needs it once all of it is at the destination, but
-// a file that is not known stays.
-func (s *Source) ramFiles() []qemu.RAMFile {
+// ramFiles returns the files of the VM's memory that remain when its QEMU has ended. Nobody needs them once all memory
+// is at the destination. A file that QEMU does not report stays.
+func (s *Source) ramFiles() []ram.File {
 	if s.cfg.Spec.GetKeepSource() || s.facts == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 	defer cancel()
-	files, err := s.vm.RAMFiles(ctx, s.facts.RAMBlocks)
+	files, err := s.vm.RAM.Files(ctx, s.facts.RAMBlocks)
 	if err != nil {
 		s.log.Warn("files of the VM's memory may stay on this host: QEMU does not say which it has", "error", err)
 	}
 	return files
 }
 
-// freeRAM removes the files of a QEMU that has ended, and shows what became of them.
-func (s *Source) freeRAM(files []qemu.RAMFile) {
-	if s.ram != nil && len(files) > 0 { // who serves the pages has them open
+// removeRAMFiles removes files after QEMU has ended, and shows the result for each.
+func (s *Source) removeRAMFiles(files []ram.File) {
+	if s.ram != nil && len(files) > 0 { // it has the files open
 		if err := s.ram.Close(); err != nil {
 			s.log.Warn("close the VM's memory", "error", err)
 		}

@@ -14,52 +14,51 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errReleased is why a migration ended whose destination could not say how.
-var errReleased = errors.New("its operator declared that the VM is at the destination with all of its memory, or ended there")
+// errReleased is why a migration ended that its operator ended by Release.
+var errReleased = errors.New("its operator declared that the VM is at the destination with all of its memory, " +
+	"or ended there")
 
-// askTimeout is how long a destination may take to say how a migration stands.
+// askTimeout bounds how long a destination may take to report the state of a migration.
 const askTimeout = 5 * time.Second
 
-// Release ends a migration past the commit point, and what is left of the VM here, because the VM is at the destination,
-// which cannot say so. The caller knows that it needs nothing of the source any more; a destination that answers knows
-// better.
+// Release ends a migration after the commit point, and what is left of the VM here, because the VM is at a destination
+// that cannot say so. The caller has to know that the VM needs nothing of the source any more. If the destination
+// answers, its answer decides instead.
 func (s *Source) Release(ctx context.Context) error {
-	s.commitMu.Lock()
-	committed := s.committed
-	s.commitMu.Unlock()
 	switch view, _ := s.Snapshot(); {
 	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
 		view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_ENDED:
 		return errors.New("the source has let go of the VM already")
-	case !committed:
+	case !s.isCommitted():
 		return withRemedy(errors.New("the VM has not been handed over"), "cancel the migration")
 	}
-	if err := s.maySay(ctx); err != nil {
+	if err := s.checkReleasable(ctx); err != nil {
 		return err
 	}
 	s.cancel(errReleased)
-	select { // its pages are not served from here on, and nobody repeats Run
+	select { // once done is closed, pages are not served and Run is not repeated
 	case <-s.done:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 	if view, _ := s.Snapshot(); view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		return nil // at this moment
+		return nil // it completed at this moment
 	}
 	if err := s.endHandedOver(ctx); err != nil {
 		return fmt.Errorf("end what is left of the VM here: %w", err)
 	}
-	s.giveBack()
-	s.forgetRecord()
+	s.clearCommit()
+	s.removeRecord()
 	s.log.Warn("released: the VM is at the destination, its operator says")
 	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errReleased, whereabouts{
-		migratedv1.Location_LOCATION_DESTINATION, "the VM is on the destination, as its operator said; nothing of it is left on the source",
+		migratedv1.Location_LOCATION_DESTINATION,
+		"the VM is on the destination, as its operator said; nothing of it is left on the source",
 	})
 	return nil
 }
 
-// maySay asks the destination, where it answers, whether it needs the source yet.
-func (s *Source) maySay(ctx context.Context) error {
+// checkReleasable fails if the destination answers and still needs the source.
+func (s *Source) checkReleasable(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	destination := s.cfg.Spec.GetDestination()
@@ -84,7 +83,8 @@ func (s *Source) maySay(ctx context.Context) error {
 	case state == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, location == migratedv1.Location_LOCATION_ENDED:
 		return nil
 	case Terminal(state) && location != migratedv1.Location_LOCATION_DESTINATION:
-		return withRemedy(fmt.Errorf("destination %s answers that it has not got the VM: %s", destination, answer.GetError().GetMessage()),
+		return withRemedy(fmt.Errorf("destination %s answers that it has not got the VM: %s",
+			destination, answer.GetError().GetMessage()),
 			"look there with 'migrated status "+s.cfg.ID+"'; only if the VM certainly runs nowhere: "+s.fallBackCommand())
 	default:
 		return withRemedy(fmt.Errorf("destination %s answers, and needs memory of the VM that is here alone", destination),
@@ -92,9 +92,10 @@ func (s *Source) maySay(ctx context.Context) error {
 	}
 }
 
-// endHandedOver ends the QEMU of the record, which stands still, unless that has ended.
+// endHandedOver ends the QEMU of the record, which is stopped. If it has ended already, endHandedOver does nothing.
 func (s *Source) endHandedOver(ctx context.Context) error {
-	if rec, found, err := s.cfg.Records.of(s.cfg.ID); err != nil || !found || !rec.Alive() || s.cfg.Spec.GetKeepSource() {
+	rec, found, err := s.cfg.Records.find(s.cfg.ID)
+	if err != nil || !found || !rec.Alive() || s.cfg.Spec.GetKeepSource() {
 		return err
 	}
 	vm, err := s.attachHandedOver(ctx)
@@ -107,19 +108,21 @@ func (s *Source) endHandedOver(ctx context.Context) error {
 	return errors.Join(err, vm.Close())
 }
 
+// releaseCommand returns the command line for Release.
 func (s *Source) releaseCommand() string {
 	return "migrated release " + s.cfg.ID + " --vm-is-at-destination"
 }
 
-// handedOn says that this daemon ends in the middle, after the commit point: that is no failure. The next one goes on.
-func (s *Source) handedOn(err error) {
-	s.unwatch()
+// leaveToNextDaemon leaves the migration, after the commit point, to the next daemon, because this one ends. That is no
+// failure.
+func (s *Source) leaveToNextDaemon(err error) {
+	s.endWatch()
 	s.log.Warn("left for the next start of this daemon", "reason", err)
-	reached("source-leaving")
-	where := s.whereHandedOver()
+	testPoint("source-leaving")
+	where := s.whereAfterCommit()
 	s.update(func(m *migratedv1.Migration) {
 		m.Location = where.location
-		m.Error = describe(withRemedy(withReason(err, migratedv1.Reason_REASON_DAEMON_ENDED),
+		m.Error = Describe(withRemedy(withReason(err, migratedv1.Reason_REASON_DAEMON_ENDED),
 			"start the source's daemon again: it goes on with the migration"))
 		m.Error.VmStatus = where.words
 	})

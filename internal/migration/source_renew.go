@@ -10,19 +10,18 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 const (
-	// earlyOldest is how old an early state may be when the VM stops. A younger one has changed little.
+	// earlyOldest is how old an early state may be when the VM stops. Until then it has changed little.
 	earlyOldest = 2 * time.Minute
-	// renewals is how often a migration is prepared afresh until somebody has to leave the VM's devices alone.
+	// renewals is how often a migration is prepared afresh before it fails because the VM's devices keep changing.
 	renewals = 3
 )
 
-// renew prepares the migration afresh, while the VM runs, where what was prepared is out of date: the early state is old,
-// or the VM has other devices.
+// renew prepares the migration afresh while the VM runs, if what was prepared is out of date: the early state is old,
+// or the VM's devices have changed.
 func (s *Source) renew(ctx context.Context) error {
 	for range renewals {
 		why, err := s.outdated(ctx)
@@ -44,8 +43,8 @@ func (s *Source) renew(ctx context.Context) error {
 	return err
 }
 
-// prepareAfresh prepares the migration once more, while the VM runs, after the destination was told to give up. pause is for
-// how long the VM stood still for what was in vain; it is shown with all other pauses.
+// prepareAfresh prepares the migration once more while the VM runs. The destination was told to give up before. pause
+// is how long the VM stood still for the attempt that failed; it is shown as part of the sum of all pauses.
 func (s *Source) prepareAfresh(ctx context.Context, pause time.Duration) error {
 	s.reset()
 	s.update(func(m *migratedv1.Migration) {
@@ -61,7 +60,7 @@ func (s *Source) prepareAfresh(ctx context.Context, pause time.Duration) error {
 	return nil
 }
 
-// outdated says why what was prepared is not of the VM as it is now.
+// outdated returns, as why, what has changed about the VM since it was prepared; nil: nothing.
 func (s *Source) outdated(ctx context.Context) (why, err error) {
 	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 	defer cancel()
@@ -73,22 +72,20 @@ func (s *Source) outdated(ctx context.Context) (why, err error) {
 		return fmt.Errorf("the VM's devices are others than when it was prepared: plugged since %q, unplugged %q",
 			without(now, s.devices), without(s.devices, now)), nil
 	}
-	if age := time.Since(s.earlyAt); s.early != nil && age > earlyOldest {
+	if age := time.Since(s.earlySavedAt); s.earlyState != nil && age > earlyOldest {
 		return fmt.Errorf("the early state of the devices is %v old", age.Round(time.Second)), nil
 	}
 	return nil, nil
 }
 
-// without returns what is in list and not in other.
+// without returns the strings of list that are not in other.
 func without(list, other []string) []string {
 	return slices.DeleteFunc(slices.Clone(list), func(s string) bool { return slices.Contains(other, s) })
 }
 
-// reset lets go of all that prepare has made.
+// reset begins another attempt. The VM runs.
 func (s *Source) reset() {
 	s.release()
-	s.vm, s.ram, s.export, s.conn, s.peer, s.claim = nil, nil, nil, nil, nil, qemu.Identity{}
-	s.early, s.loaded, s.unguard = nil, nil, nil
-	s.stopped, s.stopTried, s.gaveUpDisks, s.toldToRun = make(chan struct{}), false, false, false
-	s.resumed, s.resumes = make(chan struct{}), nil
+	s.attempt = newAttempt()
+	s.moveTo(notStopped)
 }

@@ -5,21 +5,24 @@ package migration
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"path/filepath"
 	"testing"
 	"time"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// What was prepared of another VM than there is when it is started is prepared afresh, while the VM runs.
+// If the VM has changed between prepare and Start, the source prepares afresh, while the VM runs.
 func TestRenew(t *testing.T) {
 	for name, c := range map[string]struct {
 		change   func(t *testing.T, s *stage)
 		prepares int
 	}{
 		"all as it was":      {func(*testing.T, *stage) {}, 1},
-		"an old early state": {func(_ *testing.T, s *stage) { s.source.earlyAt = time.Now().Add(-time.Hour) }, 2},
+		"an old early state": {func(_ *testing.T, s *stage) { s.source.earlySavedAt = time.Now().Add(-time.Hour) }, 2},
 		"a device was plugged": {func(t *testing.T, s *stage) {
 			client, err := qmp.Dial(t.Context(), s.other)
 			if err != nil {
@@ -45,12 +48,35 @@ func TestRenew(t *testing.T) {
 			s.source.Start()
 			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
 			view, _ := s.source.Snapshot()
-			if early := view.GetEarlyLoad(); p.prepare != c.prepares || !early.GetLoaded() || p.told == nil || p.runs != 0 {
-				t.Errorf("prepared %d times: %v", p.prepare, early)
+			if early := view.GetEarlyLoad(); p.prepareCalls != c.prepares || !early.GetLoaded() ||
+				p.runRequest == nil || p.runs != 0 {
+				t.Errorf("prepared %d times: %v", p.prepareCalls, early)
 			}
-			if again := view.GetEarlyLoad().GetPause().AsDuration() > before.GetEarlyLoad().GetPause().AsDuration(); again != (c.prepares > 1) {
+			if again := view.GetEarlyLoad().GetPause().AsDuration() >
+				before.GetEarlyLoad().GetPause().AsDuration(); again != (c.prepares > 1) {
 				t.Errorf("pauses of %v, then %v", before.GetEarlyLoad().GetPause(), view.GetEarlyLoad().GetPause())
 			}
 		})
+	}
+}
+
+// TestAttemptsAreApart: a source that begins another attempt has QEMU's monitor from that, and not the connection that
+// replaced a lost one in the attempt before, which is closed.
+func TestAttemptsAreApart(t *testing.T) {
+	dir := t.TempDir()
+	startQEMU(t, ramFile(t), filepath.Join(dir, "qmp.sock"), filepath.Join(dir, "other.sock"))
+	vm, err := qemu.Attach(t.Context(), filepath.Join(dir, "other.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, _ := newSource(t.Context(), SourceConfig{Spec: &migratedv1.MigrationSpec{}, Log: slog.New(slog.DiscardHandler)})
+	s.reconnected = vm
+	s.moveTo(stopAsked)
+	s.gaveUpDisks = true
+	close(s.stopped)
+	s.reset()
+	if s.monitor() != nil || s.gaveUpDisks || s.stopTried() || isClosed(s.stopped) {
+		t.Errorf("the monitor is %v, the disks were given up: %t, the VM was stopped: %t",
+			s.monitor(), s.gaveUpDisks, s.stopTried())
 	}
 }

@@ -2,48 +2,66 @@
 
 package migration
 
-import (
-	"context"
-	"errors"
-	"fmt"
+import "sync"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
-	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+// A sourceStep is how far a migration away from this host has come. It decides who may run the VM, and what a failure
+// does.
+//
+//	notStopped ──▶ stopAsked ──▶ pastCommit ──▶ runAsked ──▶ runsThere
+//	    ▲            │   ▲           │             │            │
+//	    └────────────┘   └───────────┴─────────────┴────────────┘
+//	    to start over        the destination has promised not to run the VM, was not told to,
+//	                         or the operator says where the VM is
+//
+// A restarted daemon goes on at stopAsked or runAsked, as the record says. The record is committed before the
+// destination is told anything.
+type sourceStep int32
+
+const (
+	notStopped sourceStep = iota // the VM was not touched
+	stopAsked                    // QEMU was asked to stop the VM: a failure continues it
+	pastCommit                   // the record is committed: only proof that the VM was not run there continues it
+	runAsked                     // the destination may have been told to run the VM
+	runsThere                    // the destination has said that it runs the VM
 )
 
-// verifyState refuses a VM that was fit to be moved when it was looked at, and has changed by itself since: an error of
-// a disk stopped it, its guest panicked, or sleeps. It would be taken for one that somebody paused.
-func (s *Source) verifyState(ctx context.Context) error {
-	results, err := qemu.CheckState(ctx, s.vm)
-	if err != nil {
-		return fmt.Errorf("ask QEMU what the VM does: %w", err)
-	}
-	if err := refuse("the VM changed by itself", results); err != nil {
-		return withReason(err, migratedv1.Reason_REASON_VM_STOPPED_ITSELF)
-	}
-	return nil
+// sourceStepTable has, for each step, the steps that may follow it.
+var sourceStepTable = [...][]sourceStep{
+	notStopped: {stopAsked},
+	stopAsked:  {notStopped, pastCommit},
+	pastCommit: {stopAsked, runAsked},
+	runAsked:   {stopAsked, runAsked, runsThere},
+	runsThere:  {stopAsked},
 }
 
-// verifyStopped says why a VM did not stand still as it was to when it was stopped: it ran until then, or did not.
-func (s *Source) verifyStopped(ctx context.Context, ran bool) error {
-	slept := false
-	for len(s.sleeps.Events()) > 0 {
-		e, open := <-s.sleeps.Events()
-		slept = open && e.Name == "SUSPEND"
+func (s sourceStep) next() []sourceStep { return sourceStepTable[s] }
+
+// A sourceState is everything that is known of how far a migration away from this host has come. The goroutine of
+// Source.run changes it. After that goroutine has ended, FallBack and Release do.
+type sourceState struct {
+	stepper[sourceStep]
+	commitMu    sync.Mutex // orders a commit and a cancellation
+	missedLimit error      // the limit that passed while the VM was handed over; nil: none; guarded by commitMu
+}
+
+// stopTried reports whether the VM may stand still because of this migration.
+func (s *sourceState) stopTried() bool { return s.step() >= stopAsked }
+
+// isCommitted reports whether the VM is handed over.
+func (s *sourceState) isCommitted() bool { return s.step() >= pastCommit }
+
+// toldToRun reports whether the destination may have been told to run the VM.
+func (s *sourceState) toldToRun() bool { return s.step() >= runAsked }
+
+// confirmedRun reports whether the destination has said that it runs the VM.
+func (s *sourceState) confirmedRun() bool { return s.step() == runsThere }
+
+// takeUpState sets the step from the record of an earlier run of the daemon. If the record is committed, that run may
+// have told the destination to run the VM.
+func (s *sourceState) takeUpState(rec Record) {
+	now := stopAsked
+	if rec.Committed {
+		now = runAsked
 	}
-	if ran == s.wasRunning && !slept {
-		return nil
-	}
-	was := s.wasRunning
-	s.wasRunning = ran // what it has to be put back to
-	switch err := s.verifyState(ctx); {
-	case err != nil:
-		return err
-	case slept: // QEMU 9.0 and newer pause it
-		return withRemedy(withReason(errors.New("its guest went to sleep at this moment"), migratedv1.Reason_REASON_VM_STOPPED_ITSELF),
-			"wake the guest up (QMP system_wakeup), then migrate it again")
-	}
-	return withRemedy(withReason(
-		fmt.Errorf("somebody else paused or continued it at this moment (running: %t, then %t)", was, ran),
-		migratedv1.Reason_REASON_INTERFERED), "migrate it again")
+	s.current.Store(int32(now))
 }

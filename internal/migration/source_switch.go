@@ -16,13 +16,12 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// awaitStopped is what the page server asks before it serves the first page: a
-// destination that needs one early waits for the VM to stand still.
+// awaitStopped makes the page server wait, before it serves the first page, until the VM stands still. A destination
+// may ask for a page earlier.
 //
-// QEMU has answered "stop" when the vCPUs stand and its disks and network cards have
-// written to memory what they had to (do_vm_stop in QEMU's cpus.c). It is not asked
-// again: while it saves the devices' state it answers nobody, and nobody can continue
-// the VM. Before and after that guardStopped hears of it.
+// When QEMU has answered "stop", the vCPUs stand still, and its disks and network cards have written to memory what was
+// pending (do_vm_stop in QEMU's cpus.c). QEMU is not asked again: while it saves the device state it answers nobody,
+// and nobody can continue the VM. Before and after that, guardStopped notices it.
 func (s *Source) awaitStopped(ctx context.Context, stopped <-chan struct{}) error {
 	select {
 	case <-stopped:
@@ -34,12 +33,12 @@ func (s *Source) awaitStopped(ctx context.Context, stopped <-chan struct{}) erro
 	}
 }
 
-// handOver repeats Run until the destination answers it, unless it has answered already. The commit point is
-// behind us: a cancellation no longer counts, only the daemon's own end does, and that somebody continues the VM here.
-// Each time QEMU says before that it stands still.
+// handOver sends Run until the destination answers it, unless it has answered already. This is after the commit point:
+// a cancellation no longer counts. While there is no answer, only two things end the loop: the end of the daemon, and
+// somebody who continues the VM here. Before each Run, QEMU has to say that the VM stands still.
 func (s *Source) handOver(ctx context.Context) error {
-	if answer := s.loaded.GetRun(); answer != nil {
-		s.switched(answer, s.told, s.answered)
+	if answer := s.loadAnswer.GetRun(); answer != nil {
+		s.recordSwitch(answer, s.runSentAt, s.loadAnsweredAt)
 		return nil
 	}
 	ctx, done := s.untilContinued(ctx)
@@ -47,25 +46,25 @@ func (s *Source) handOver(ctx context.Context) error {
 	destination := s.cfg.Spec.GetDestination()
 	s.update(func(m *migratedv1.Migration) {
 		m.Location = migratedv1.Location_LOCATION_UNKNOWN
-		if s.toldToRun || s.takenUp { // it was sent once, and not answered
+		if s.toldToRun() || s.takenUp { // Run was sent before, and not answered
 			m.State = migratedv1.MigrationState_MIGRATION_STATE_HANDOVER
 		}
 	})
 	for delay := 10 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
-		if err := s.stands(ctx); err != nil {
-			if !s.toldToRun || errors.Is(err, errContinued) {
+		if err := s.checkStopped(ctx); err != nil {
+			if !s.toldToRun() || errors.Is(err, errContinued) {
 				return err
 			}
 			s.log.Warn("the destination is not asked again", "error", err)
 			err = withRemedy(err, "see why the source's QEMU does not answer; the hand-over is repeated when it does")
 			s.fail(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER,
-				withReason(err, migratedv1.Reason_REASON_HANDOVER_UNANSWERED), s.whereHandedOver())
+				withReason(err, migratedv1.Reason_REASON_HANDOVER_UNANSWERED), s.whereAfterCommit())
 			if err := sleep(ctx, jitter(delay)); err != nil {
 				return err
 			}
 			continue
 		}
-		s.toldToRun = true
+		s.moveTo(runAsked)
 		sent := time.Now()
 		callCtx, cancel := context.WithTimeout(ctx, resumeTimeout)
 		answer, err := s.peer.Run(callCtx, s.runRequest(sent))
@@ -75,23 +74,24 @@ func (s *Source) handOver(ctx context.Context) error {
 		}
 		switch status.Code(err) {
 		case codes.OK:
-			s.switched(answer, sent, time.Now())
+			s.recordSwitch(answer, sent, time.Now())
 			return nil
 		case codes.Aborted:
 			return fmt.Errorf("%w: %w", ErrNotRun, fromPeer("run the VM", destination, err))
 		case codes.NotFound, codes.FailedPrecondition:
-			// The destination answers, but cannot tell: asking again is no use.
+			// The destination answers that it does not know. Asking again is no use.
 			return withRemedy(fromPeer("run the VM", destination, err),
-				s.unless("look on the destination whether the VM runs there; if it does, and needs nothing of the source: "+
+				s.unlessEnded("look on the destination whether the VM runs there; if it does, and needs nothing of the source: "+
 					s.releaseCommand()+"; only if it certainly does not: "+s.fallBackCommand()))
 		}
 		s.log.Warn("the hand-over is not answered, asking again", "error", err)
 		failure := fromPeer("run the VM", destination, err)
-		if status.Code(err) != codes.Unknown { // that is the destination's own word
-			failure = withRemedy(failure, "restore the network between the two hosts; the hand-over is repeated until it is answered")
+		if status.Code(err) != codes.Unknown { // the destination sends Unknown itself: the network works
+			failure = withRemedy(failure,
+				"restore the network between the two hosts; the hand-over is repeated until it is answered")
 		}
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER,
-			withReason(failure, migratedv1.Reason_REASON_HANDOVER_UNANSWERED), s.whereHandedOver())
+			withReason(failure, migratedv1.Reason_REASON_HANDOVER_UNANSWERED), s.whereAfterCommit())
 		if err := sleep(ctx, jitter(delay)); err != nil {
 			if errors.Is(err, errContinued) {
 				return err
@@ -101,44 +101,45 @@ func (s *Source) handOver(ctx context.Context) error {
 	}
 }
 
-// runRequest has the destination run the VM.
+// runRequest returns the request that has the destination run the VM. sent is when it is sent.
 func (s *Source) runRequest(sent time.Time) *migratedv1.RunRequest {
 	return &migratedv1.RunRequest{Id: s.cfg.ID, Resume: s.wasRunning, StoppedFor: durationpb.New(sent.Sub(s.stoppedAt))}
 }
 
-// switched is what follows when the destination has answered, at answered, what was sent at sent: the VM runs there.
-func (s *Source) switched(answer *migratedv1.RunResponse, sent, answered time.Time) {
-	reached("source-answered")
+// recordSwitch records that the VM runs at the destination. sent is when Run was sent, answered when its answer came.
+func (s *Source) recordSwitch(answer *migratedv1.RunResponse, sent, answered time.Time) {
+	testPoint("source-answered")
 	stoppedFor := sent.Sub(s.stoppedAt)
 	network := max(0, answered.Sub(sent)-answer.GetServeTime().AsDuration())
 	downtime := stoppedFor + network/2 + answer.GetResumeTime().AsDuration()
 	cont := answer.GetResumeTime().AsDuration()
-	if s.loaded.GetRun() != nil {
-		// It begins when the destination's QEMU begins to load, and nothing more crossed the network.
-		cont, network = cont-s.loaded.GetLoadTime().AsDuration(), 0
+	if s.loadAnswer.GetRun() != nil {
+		// Here ResumeTime begins when the destination's QEMU begins to load, and Run did not cross the network by itself.
+		cont, network = cont-s.loadAnswer.GetLoadTime().AsDuration(), 0
 	}
 	s.log.Info("switched over", "downtime", downtime, "stopped_for", stoppedFor, "network", network, "cont", cont)
-	s.runsThere.Store(true)
+	s.moveTo(runsThere)
 	steps := &migratedv1.DowntimeSteps{}
-	if s.loaded != nil { // else the answer does not tell loading from continuing
+	if s.loadAnswer != nil { // else the answer has one time for loading and continuing
 		crossing := network / 2
 		steps.CrossingTime, steps.ContinueTime = durationpb.New(crossing), durationpb.New(cont)
 		steps.CommitTime = durationpb.New(max(0, downtime-s.steps.save-s.steps.transfer-crossing-cont))
 	}
 	s.noteSteps(steps)
 	s.update(func(m *migratedv1.Migration) {
-		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE, migratedv1.Location_LOCATION_DESTINATION
-		if m.Error = nil; s.gone.Load() {
+		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE,
+			migratedv1.Location_LOCATION_DESTINATION
+		if m.Error = nil; s.qemuGone.Load() {
 			m.Error = s.orphanError()
 		}
-		if !s.takenUp { // else the switch may have been long before this daemon
+		if !s.takenUp { // else the switch may have been long before this daemon started
 			m.Progress.Downtime = durationpb.New(downtime)
 		}
 	})
 }
 
-// follow shows the destination's figures until the last page has arrived. A
-// lost connection is no failure of the migration: the pages have their own.
+// follow shows the destination's figures until the last page has arrived. A lost connection is no failure of the
+// migration: pages have connections of their own.
 func (s *Source) follow(ctx context.Context) error {
 	for delay := 50 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
 		over, err := s.followOnce(ctx)
@@ -147,7 +148,7 @@ func (s *Source) follow(ctx context.Context) error {
 		}
 		s.log.Warn("lost sight of the destination, asking again", "error", err)
 		if status.Code(err) == codes.NotFound {
-			s.unheardOf(err)
+			s.showForgotten(err)
 		}
 		if err := sleep(ctx, jitter(delay)); err != nil {
 			return fmt.Errorf("the daemon ended before the last page had left: %w", err)
@@ -155,17 +156,22 @@ func (s *Source) follow(ctx context.Context) error {
 	}
 }
 
-// unheardOf shows that the destination's daemon answers, and knows nothing of the migration: what it kept is lost, or it
-// was over for long. Pages are served on: the VM may be there, and a daemon may find what was kept.
-func (s *Source) unheardOf(err error) {
+// showForgotten shows that the destination's daemon answers and does not know the migration: what it kept is lost, or
+// the migration was over long ago. The source goes on serving pages: the VM may be there, and a later daemon may find
+// what was kept.
+func (s *Source) showForgotten(err error) {
 	destination := s.cfg.Spec.GetDestination()
 	s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, withRemedy(
 		fromPeer("follow the migration", destination, err),
-		s.unless("look on the destination whether the VM runs there, with all of its memory; if it does, or has ended: "+
+		s.unlessEnded("look on the destination whether the VM runs there, with all of its memory; if it does, or has ended: "+
 			s.releaseCommand()+"; only if it certainly never will: "+s.fallBackCommand())),
-		whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the destination said that it runs the VM, and knows nothing of it any more"})
+		whereabouts{
+			migratedv1.Location_LOCATION_UNKNOWN, "the destination said that it runs the VM, and knows nothing of it any more",
+		})
 }
 
+// followOnce opens one WatchIncoming call and shows what it delivers. over says that the migration is over at the
+// destination; err is then nil, or why it failed. Otherwise err is why the call ended.
 func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 	stream, err := s.peer.WatchIncoming(ctx, &migratedv1.WatchIncomingRequest{Id: s.cfg.ID})
 	if err != nil {
@@ -177,29 +183,35 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 			return false, err
 		}
 		state := answer.GetState()
-		s.noteTold(answer)
+		s.noteDestinationReport(answer)
+		s.keepLastIncoming(answer)
 		if state == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
-			return true, s.failedThere(answer)
+			return true, s.destinationFailure(answer)
 		}
 		s.update(func(m *migratedv1.Migration) {
 			downtime, deviceState := m.Progress.GetDowntime(), m.Progress.GetBytesDeviceState()
-			m.Progress = answer.GetProgress()
+			if m.Progress = answer.GetProgress(); m.Progress == nil {
+				m.Progress = &migratedv1.Progress{}
+			}
 			m.Progress.BytesDeviceState = deviceState
-			if !s.takenUp { // else the destination alone knows
+			if !s.takenUp { // else only the destination knows it
 				m.Progress.Downtime = downtime
 			}
 			switch m.Error = answer.GetError(); {
 			case Terminal(state):
-			case s.heardResume():
+			case s.resumeReported():
 				m.Error = runsTwiceError()
-			case m.Error == nil && s.gone.Load():
+			case m.Error == nil && s.qemuGone.Load():
 				m.Error = s.orphanError()
 			}
-			if !Terminal(state) { // complete says so once the source has let go
+			if !Terminal(state) { // complete shows the end, once the source has ended its QEMU
 				m.State = state
 			}
-			if answer.GetLocation() != migratedv1.Location_LOCATION_UNSPECIFIED { // of a daemon that says
+			if answer.GetLocation() != migratedv1.Location_LOCATION_UNSPECIFIED { // older daemons do not send it
 				m.Location = answer.GetLocation()
+			}
+			if answer.GetQemu() != nil {
+				m.DestinationQemu = toldQEMU(answer.GetQemu())
 			}
 		})
 		if Terminal(state) {
@@ -208,10 +220,11 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 	}
 }
 
-// failedThere is what the destination says that has failed after the switch. Its VM may have ended.
-func (s *Source) failedThere(answer *migratedv1.WatchIncomingResponse) error {
+// destinationFailure returns the error for a destination that has failed after the switch. It is an endedError if the
+// VM ended by itself.
+func (s *Source) destinationFailure(answer *migratedv1.WatchIncomingResponse) error {
 	shown := answer.GetError()
-	if how := toldEnding(shown); how != nil {
+	if how := endingFromDestination(shown); how != nil {
 		return how
 	}
 	s.update(func(m *migratedv1.Migration) {
@@ -220,10 +233,12 @@ func (s *Source) failedThere(answer *migratedv1.WatchIncomingResponse) error {
 		}
 	})
 	err := withReason(fmt.Errorf("the destination failed after the switch: %s", shown.GetMessage()), shown.GetReason())
-	return withRemedy(err, s.unless("start the VM anew from its disks, once you are certain that it does not run on the destination; "+
-		"or, only where its disks are as they were at the switch, continue it here as it was then: "+s.fallBackCommand()))
+	return withRemedy(err, s.unlessEnded("start the VM anew from its disks, once you are certain that it does not run "+
+		"on the destination; or, only where its disks are as they were at the switch, "+
+		"continue it here as it was then: "+s.fallBackCommand()))
 }
 
+// sleep waits for d. If ctx ends before, it returns the cause.
 func sleep(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -235,5 +250,6 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// jitter spreads the attempts of many migrations that lost the same network.
+// jitter returns a random duration from d/2 to d. It spreads the attempts of many migrations that lost the same
+// network.
 func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2) }

@@ -10,71 +10,94 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errDaemonEnded is why a migration was not finished by the daemon that began it.
+// errDaemonEnded is why the daemon that began a migration did not finish it.
 var errDaemonEnded = errors.New("the daemon ended in the middle of the migration")
 
-// TakeUpSource goes on with a migration whose record an earlier run of this
-// daemon left: before the commit point the VM is continued, after it the
-// hand-over is repeated and the pages are served. cfg has no ID and no Spec. The
-// RAM is offered when it returns, so that the destination's lanes find it.
+// TakeUpSource goes on with a migration whose record an earlier run of this daemon left. Before the commit point it
+// continues the VM. After it, it repeats the hand-over and serves the pages. cfg has no ID and no Spec: they come from
+// rec. The RAM is offered when TakeUpSource returns, so that the destination's lanes find it.
 func TakeUpSource(ctx context.Context, cfg SourceConfig, rec Record) (*Source, error) {
 	cfg.ID, cfg.Spec = rec.ID, new(migratedv1.MigrationSpec)
 	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(rec.Spec, cfg.Spec); err != nil {
 		return nil, fmt.Errorf("hand-over record of %s: %w", rec.ID, err)
 	}
 	s, ctx := newSource(ctx, cfg)
-	s.Start()
+	s.startOnce.Do(func() { close(s.started) })
 	s.takenUp = true
 	s.noteTakenUp(rec.Completed)
+	s.takeUpTimes(rec)
 	s.protocol = rec.Protocol
 	s.note(func(r *migratedv1.Report) { r.Protocol = rec.Protocol })
-	s.token, s.wasRunning, s.stopTried, s.stoppedAt = rec.Token, rec.WasRunning, true, rec.HandedOver
-	s.committed, s.toldToRun = rec.Committed, rec.Committed // which the daemon before did as it committed
+	s.takeUpState(rec)
+	s.token, s.wasRunning, s.stoppedAt = rec.Token, rec.WasRunning, rec.HandedOver
 	close(s.stopped)
 	s.log.Warn("taking up a migration that an earlier run of this daemon left", "committed", rec.Committed)
-	reached("source-taken-up")
+	testPoint("source-taken-up")
 	if rec.Completed {
-		go s.finish(rec)
+		go s.finishCompleted(rec)
 		return s, nil
 	}
+	s.takeUpTotalLimit(ctx, rec.Due)
 	err := s.takeUp(ctx, rec)
 	go s.runTakenUp(ctx, rec, err)
 	return s, nil
 }
 
-// finish does what complete had not done yet.
-func (s *Source) finish(rec Record) {
+// takeUpTimes shows the times of the record.
+func (s *Source) takeUpTimes(rec Record) {
+	s.startedAt = rec.Started
+	s.update(func(m *migratedv1.Migration) {
+		if !rec.Created.IsZero() {
+			m.CreateTime = timestamppb.New(rec.Created)
+		}
+		m.StartTime, m.EndTime = knownTime(rec.Started), knownTime(rec.Over)
+		if rec.Committed {
+			m.SwitchTime = knownTime(rec.HandedOver)
+		}
+	})
+}
+
+// knownTime converts a time for the API; the zero time, which is not known, becomes nil.
+func knownTime(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+// finishCompleted does the rest of complete that the earlier run of the daemon had not done.
+func (s *Source) finishCompleted(rec Record) {
 	defer close(s.done)
 	defer s.cancel(nil)
 	defer s.release()
 	if rec.Alive() && !s.cfg.Spec.GetKeepSource() {
-		if err := s.quitLeft(rec); err != nil {
+		if err := s.quitKeptQEMU(rec); err != nil {
 			s.log.Warn("the source's QEMU is left; it is no longer needed", "error", err)
 		}
 	}
 	if !rec.Alive() {
-		s.freeRAM(rec.RAMFiles)
-	}
-	if !rec.Alive() || !s.cfg.Spec.GetKeepSource() {
-		s.forgetRecord()
+		s.removeRAMFiles(rec.RAMFiles)
 	}
 	if rec.Ended != 0 {
-		s.showEnded(endingKept(migratedv1.Reason(rec.Ended)))
-		return
+		s.showEnded(endingForReason(migratedv1.Reason(rec.Ended)))
+	} else {
+		s.showCompleted()
 	}
-	s.update(func(m *migratedv1.Migration) {
-		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.Location_LOCATION_DESTINATION
-	})
+	if !rec.Alive() || !s.cfg.Spec.GetKeepSource() {
+		s.reportAndForget()
+	}
 }
 
-// quitLeft ends the QEMU of the record, unless somebody continued the VM: that may be at work.
-func (s *Source) quitLeft(rec Record) (err error) {
+// quitKeptQEMU ends the QEMU of the record. It refuses if somebody continued the VM, which may be in use.
+func (s *Source) quitKeptQEMU(rec Record) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), attachTimeout+quitTimeout)
 	defer cancel()
 	if s.vm, err = qemu.Attach(ctx, rec.VM); err != nil {
@@ -90,12 +113,13 @@ func (s *Source) quitLeft(rec Record) (err error) {
 	return s.vm.Quit(ctx)
 }
 
-// takeUp opens what open and prepare did. QEMU is as it was left.
+// takeUp attaches to QEMU and opens and offers its RAM, as attachAndOpen and prepare did. QEMU is as the earlier run
+// left it.
 func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 	defer cancel()
 	if !rec.Alive() {
-		s.forgetRecord()
+		s.removeRecord()
 		return fmt.Errorf("%w: process %d is gone", errOurQEMUGone, rec.PID)
 	}
 	var err error
@@ -105,7 +129,7 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	if identity, err := s.vm.Identity(); err != nil || identity != rec.Identity {
 		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", rec.VM, s.vm.Pid), err)
 	}
-	if s.claim, err = claimed.takeVM(s.vm, s.cfg.ID); err != nil {
+	if s.claim, err = qemuClaims.claimVM(s.vm, s.cfg.ID); err != nil {
 		return err
 	}
 	s.note(func(r *migratedv1.Report) { r.Source.Qemu = s.vm.QMP.Version().String() })
@@ -113,39 +137,39 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	if !rec.Committed {
 		return nil
 	}
-	// Serving pages of a VM that runs would be serving what never was.
-	if err := s.stands(ctx); err != nil {
+	// The pages of a running VM must not be served: together they are not its memory at any one moment.
+	if err := s.checkStopped(ctx); err != nil {
 		return errors.Join(err, s.connect())
 	}
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
-		return askQEMU("source", err)
+		return qemuQueryError("source", err)
 	}
-	blocks, err := inOrder(rec, s.facts.RAMBlocks)
+	blocks, err := blocksInOrder(rec, s.facts.RAMBlocks)
 	if err != nil {
 		return err
 	}
 	if err := s.openRAM(blocks); err != nil {
 		return err
 	}
-	if err := s.offer(); err != nil {
+	if err := s.offerPages(); err != nil {
 		return err
 	}
 	s.update(func(m *migratedv1.Migration) { m.VmName, m.Prepared = printable.Line(s.facts.Name), true })
 	return nil
 }
 
-// savesDevices is the first version of the protocol in which the source saves the devices' state, and all memory of the
-// VM is moved as blocks.
+// savesDevices is the first version of the protocol in which the source saves the device state, and in which all memory
+// of the VM is moved as blocks.
 const savesDevices = 2
 
-// inOrder returns the VM's memory in the order that was agreed on with the destination.
-func inOrder(rec Record, now []qemu.RAMBlock) ([]qemu.RAMBlock, error) {
-	if rec.Protocol < savesDevices { // memory backends alone, by their ids, as RAMBlocks sorts them
-		return slices.DeleteFunc(slices.Clone(now), func(b qemu.RAMBlock) bool { return !b.IsBackend() }), nil
+// blocksInOrder returns the VM's memory in the order that was agreed on with the destination. now is what QEMU has.
+func blocksInOrder(rec Record, now []ram.Block) ([]ram.Block, error) {
+	if rec.Protocol < savesDevices { // only memory backends, in RAMBlocks' order, by id
+		return slices.DeleteFunc(slices.Clone(now), func(b ram.Block) bool { return !b.IsBackend() }), nil
 	}
-	var blocks []qemu.RAMBlock
+	var blocks []ram.Block
 	for _, want := range rec.Blocks {
-		at := slices.IndexFunc(now, func(b qemu.RAMBlock) bool {
+		at := slices.IndexFunc(now, func(b ram.Block) bool {
 			return b.ID == want.ID && b.Addr == want.Addr && b.Size == want.Size && b.PageSize == want.PageSize
 		})
 		if at < 0 {
@@ -156,18 +180,19 @@ func inOrder(rec Record, now []qemu.RAMBlock) ([]qemu.RAMBlock, error) {
 	return blocks, nil
 }
 
-// takeUpAgain takes up what could not be when the daemon started, because QEMU's monitor was somebody else's: the VM
-// stands still until then.
-func (s *Source) takeUpAgain(ctx context.Context, rec Record, err error) error {
+// retryTakeUp repeats takeUp until it succeeds, if QEMU's monitor was somebody else's when the daemon started. err is
+// the first failure. The VM stands still until then.
+func (s *Source) retryTakeUp(ctx context.Context, rec Record, err error) error {
 	for err != nil && s.vm == nil && rec.Alive() {
 		s.log.Warn("the VM's QEMU does not answer yet", "error", err)
 		state := migratedv1.MigrationState_MIGRATION_STATE_DEVICE
 		where := whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was about to stop on the source"}
 		if rec.Committed {
-			state, where = migratedv1.MigrationState_MIGRATION_STATE_HANDOVER, s.whereHandedOver()
+			state, where = migratedv1.MigrationState_MIGRATION_STATE_HANDOVER, s.whereAfterCommit()
 		}
 		s.fail(state, withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err),
-			"have whoever is connected to "+rec.VM+" leave it: QEMU serves one client there, and the VM waits for this daemon"), where)
+			"have whoever is connected to "+rec.VM+" leave it: QEMU serves one client there, "+
+				"and the VM waits for this daemon"), where)
 		if sleep(ctx, time.Second) != nil {
 			return err
 		}
@@ -176,31 +201,32 @@ func (s *Source) takeUpAgain(ctx context.Context, rec Record, err error) error {
 	return err
 }
 
+// runTakenUp drives a migration that was taken up to its end. err is the error of the first takeUp.
 func (s *Source) runTakenUp(ctx context.Context, rec Record, err error) {
 	defer close(s.done)
 	defer s.cancel(nil)
 	defer s.release()
-	err = s.takeUpAgain(ctx, rec, err)
+	err = s.retryTakeUp(ctx, rec, err)
 	switch {
-	case errors.Is(err, errContinued) && s.committed && s.peer != nil:
-		s.takeBack(ctx)
-	case err != nil && (s.committed || s.vm == nil):
+	case errors.Is(err, errContinued) && s.isCommitted() && s.peer != nil:
+		s.retractHandOver(ctx)
+	case err != nil && (s.isCommitted() || s.vm == nil):
 		s.log.Error("cannot take up the migration", "error", err)
 		remedy := "look where the VM runs; only if it certainly runs nowhere: " + s.fallBackCommand()
 		where := whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "this daemon did not touch the VM"}
 		if errors.Is(err, errOurQEMUGone) {
-			remedy, where.words = fmt.Sprintf(endVM, s.cfg.ID), endedStatus
+			remedy, where.words = fmt.Sprintf(remedyEndVM, s.cfg.ID), endedStatus
 		}
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 			withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err), remedy), where)
-	case !s.committed:
+	case !s.isCommitted():
 		// Run was never sent: the destination has not run the VM.
 		s.backOut(ctx, errors.Join(errDaemonEnded, err))
 	default:
 		s.guardStopped(ctx)
 		s.setState(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER)
-		if s.handedOver(ctx) {
-			s.seeThrough(ctx)
+		if s.finishHandOver(ctx) {
+			s.followToEnd(ctx)
 		}
 	}
 }

@@ -18,7 +18,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// takeUp is what a daemon that is started again does with the record that the stage's source left.
+// takeUp does what a restarted daemon does with the record that the stage's source left.
 func (s *stage) takeUp(t *testing.T) {
 	t.Helper()
 	records, err := s.records.All()
@@ -26,7 +26,7 @@ func (s *stage) takeUp(t *testing.T) {
 		t.Fatalf("records: %v, %v", records, err)
 	}
 	cfg := s.source.cfg
-	cfg.ID, cfg.Spec, cfg.Pages = "", nil, pagesrv.NewServer()
+	cfg.ID, cfg.Spec, cfg.Pages = "", nil, pagesrv.NewServer(pagesrv.Options{})
 	if s.source, err = TakeUpSource(t.Context(), cfg, records[0]); err != nil {
 		t.Fatal(err)
 	}
@@ -36,7 +36,7 @@ func (s *stage) takeUp(t *testing.T) {
 	})
 }
 
-// committed makes a stage whose source ended after the commit point, its hand-over unanswered.
+// committed returns a stage whose source ended after the commit point, with its hand-over unanswered.
 func committed(t *testing.T) *stage {
 	t.Helper()
 	asked := make(chan struct{})
@@ -70,7 +70,7 @@ func TestTakenUpSourceRepeatsTheHandOver(t *testing.T) {
 	s.noRecord(t)
 }
 
-// All memory had left; the QEMU that is no longer needed had quit, or not yet.
+// All memory had left before the daemon ended. The QEMU that is no longer needed had quit, or had not.
 func TestTakenUpSourceWasComplete(t *testing.T) {
 	for name, quit := range map[string]bool{"QEMU has quit": true, "QEMU is left": false} {
 		t.Run(name, func(t *testing.T) {
@@ -96,7 +96,7 @@ func TestTakenUpSourceWasComplete(t *testing.T) {
 	}
 }
 
-// What runs again is the VM, whatever the record says.
+// A QEMU that runs again is the VM, whatever the record says.
 func TestTakenUpSourceWasCompleteAndContinued(t *testing.T) {
 	s := committed(t)
 	if err := s.records.Complete("m1", migratedv1.Reason_REASON_UNSPECIFIED, nil); err != nil {
@@ -122,7 +122,7 @@ func TestTakenUpSourceIsGivenTheVMBack(t *testing.T) {
 	s.noRecord(t)
 }
 
-// Its operator continued the VM: it is the VM again, and none of its pages is served.
+// The operator continued the VM: it is the VM again, and its pages are not served.
 func TestTakenUpSourceThatSomebodyContinued(t *testing.T) {
 	s := committed(t)
 	s.continueAnyway(t)
@@ -145,7 +145,7 @@ func TestTakenUpSourceWhoseQEMUIsGone(t *testing.T) {
 	s.noRecord(t)
 }
 
-// A daemon that dies while the VM stands still, before the commit point, must not leave it like that.
+// If a daemon dies while the VM stands still, before the commit point, the next one continues the VM.
 func TestTakenUpSourceContinuesItsVM(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
 	if err := s.source.Cancel(); err != nil {
@@ -166,7 +166,10 @@ func TestTakenUpSourceContinuesItsVM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rec := Record{Protocol: 1, ID: "m1", VM: s.vm, Identity: identity, Spec: spec, Token: "token", WasRunning: true, HandedOver: time.Now()}
+	rec := Record{
+		Protocol: 1, ID: "m1", VM: s.vm, Identity: identity, Spec: spec,
+		Token: "token", WasRunning: true, HandedOver: time.Now(),
+	}
 	if err := s.records.Prepare(rec); err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +184,7 @@ func TestTakenUpSourceContinuesItsVM(t *testing.T) {
 	s.noRecord(t)
 }
 
-// Somebody else has QEMU's monitor when the daemon is started again: the VM is continued when it is free.
+// If somebody else has QEMU's monitor when the daemon is restarted, the VM is continued when the monitor is free.
 func TestTakenUpSourceWaitsForItsMonitor(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
 	if err := s.source.Cancel(); err != nil {
@@ -201,7 +204,10 @@ func TestTakenUpSourceWaitsForItsMonitor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rec := Record{Protocol: 2, ID: "m1", VM: s.vm, Identity: identity, Spec: spec, Token: "token", WasRunning: true, HandedOver: time.Now()}
+	rec := Record{
+		Protocol: 2, ID: "m1", VM: s.vm, Identity: identity, Spec: spec,
+		Token: "token", WasRunning: true, HandedOver: time.Now(),
+	}
 	if err := s.records.Prepare(rec); err != nil {
 		t.Fatal(err)
 	}
@@ -219,7 +225,7 @@ func TestTakenUpSourceWaitsForItsMonitor(t *testing.T) {
 	s.noRecord(t)
 }
 
-// command is what somebody else at QEMU's other monitor says.
+// command executes a QMP command at QEMU's other monitor, as somebody else would.
 func (s *stage) command(t *testing.T, name string) {
 	t.Helper()
 	client, err := qmp.Dial(t.Context(), s.other)
@@ -231,7 +237,7 @@ func (s *stage) command(t *testing.T, name string) {
 	}
 }
 
-// continueAnyway is what somebody does who wants the VM to run here although it was handed over: QEMU refuses at first.
+// continueAnyway continues a VM that was handed over, as somebody else would: QEMU refuses, until the lock is removed.
 func (s *stage) continueAnyway(t *testing.T) {
 	t.Helper()
 	client, err := qmp.Dial(t.Context(), s.other)
@@ -263,7 +269,7 @@ func TestFallBack(t *testing.T) {
 	}
 }
 
-// The hand-over that is being repeated ends first.
+// FallBack first ends a hand-over that is being repeated.
 func TestFallBackEndsTheHandOver(t *testing.T) {
 	asked := make(chan struct{}, 100)
 	s := newStage(t, t.Context(), func(int) (*migratedv1.RunResponse, error) {
@@ -288,11 +294,13 @@ func TestFallBackIsRefused(t *testing.T) {
 	}
 	s.source.Start()
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
-	if err := s.source.FallBack(t.Context()); err == nil || !strings.Contains(err.Error(), "all of the VM is at the destination") {
+	if err := s.source.FallBack(t.Context()); err == nil ||
+		!strings.Contains(err.Error(), "all of the VM is at the destination") {
 		t.Errorf("after the end: %v", err)
 	}
 }
 
+// noRecord fails the test if a record is left.
 func (s *stage) noRecord(t *testing.T) {
 	t.Helper()
 	if records, err := s.records.All(); err != nil || len(records) != 0 {

@@ -25,39 +25,42 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A peer stands in for the destination daemon where a real one cannot be made
-// to answer as the test needs: around the commit point. The source and its QEMU
-// are real.
+// A peer stands in for the destination daemon in tests around the commit point, where a real daemon cannot be made to
+// answer as the test needs. The source and its QEMU are real.
 type peer struct {
 	migratedv1.UnimplementedPeerServiceServer
 
-	load func(context.Context) error // when the whole device state has come; nil: all is well
+	load func(context.Context) error // called when the whole device state has come; nil: it loads
 	run  func(attempt int) (*migratedv1.RunResponse, error)
-	// abort answers AbortIncoming; nil: it gives up.
+	// abort answers AbortIncoming; nil: the peer gives up.
 	abort func(attempt int) error
 
-	early   bool                                                                     // it loads the devices' state early
-	endless bool                                                                     // the last page never comes
-	watch   func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error // once it was told to run
-	limit   uint64                                                                   // that it was told last
-	misses  bool                                                                     // it never loads early, for want of a page
-	asked   int                                                                      // LoadEarlyState
-	spec    *migratedv1.MigrationSpec                                                // of the migration, without its ends; nil: nothing special
-	prepare int                                                                      // PrepareIncoming
+	early   bool // loads the device state early
+	endless bool // the last page never arrives
+	// watch answers WatchIncoming after the peer was told to run the VM.
+	watch        func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error
+	limit        uint64                    // of the last LimitIncoming
+	incoming     *migratedv1.MemoryMap     // the answer to ShowIncoming
+	earlyMisses  bool                      // LoadEarlyState fails because a page is missing
+	earlyCalls   int                       // number of calls of LoadEarlyState
+	spec         *migratedv1.MigrationSpec // of the migration, without VM and destination; nil: the default
+	prepareCalls int                       // number of calls of PrepareIncoming
 
-	mu      sync.Mutex
-	runs    int
-	told    *migratedv1.RunRequest // with the devices' state
-	ran     bool                   // so it answered
-	aborts  int
-	aborted bool // it has said that it has given up
-	bytes   uint64
+	mu          sync.Mutex
+	runs        int                    // number of calls of Run
+	runRequest  *migratedv1.RunRequest // came with the device state; nil: none
+	runAnswered bool                   // runRequest was answered
+	aborts      int                    // number of calls of AbortIncoming
+	aborted     bool                   // answered that it has given up
+	bytes       uint64                 // of device state
 }
 
-func (p *peer) PrepareIncoming(_ context.Context, r *migratedv1.PrepareIncomingRequest) (*migratedv1.PrepareIncomingResponse, error) {
+func (p *peer) PrepareIncoming(
+	_ context.Context, r *migratedv1.PrepareIncomingRequest,
+) (*migratedv1.PrepareIncomingResponse, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.prepare++
+	p.prepareCalls++
 	return &migratedv1.PrepareIncomingResponse{
 		Protocol: r.GetProtocol(), RamBlocks: r.GetMachine().GetRamBlocks(), Early: p.early && r.GetEarly(),
 	}, nil
@@ -68,7 +71,7 @@ func (p *peer) LoadEarlyState(
 ) error {
 	answer := &migratedv1.LoadEarlyStateResponse{}
 	p.mu.Lock()
-	p.asked++
+	p.earlyCalls++
 	p.mu.Unlock()
 	for {
 		m, err := stream.Recv()
@@ -80,7 +83,7 @@ func (p *peer) LoadEarlyState(
 		}
 		switch {
 		case len(m.GetSections()) == 0:
-		case p.misses:
+		case p.earlyMisses:
 			answer.Reason, answer.Missed = "a page is missing", []*migratedv1.Memory{{}}
 		default:
 			answer.Loaded = true
@@ -88,7 +91,9 @@ func (p *peer) LoadEarlyState(
 	}
 }
 
-func (p *peer) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse]) error {
+func (p *peer) LoadDeviceState(
+	stream grpc.ClientStreamingServer[migratedv1.LoadDeviceStateRequest, migratedv1.LoadDeviceStateResponse],
+) error {
 	if err := stream.SendHeader(nil); err != nil {
 		return err
 	}
@@ -102,9 +107,9 @@ func (p *peer) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.Load
 			}
 			answer := &migratedv1.LoadDeviceStateResponse{Bytes: p.bytes}
 			p.mu.Lock()
-			if p.told != nil {
+			if p.runRequest != nil {
 				answer.Run, _ = runAtOnce(0)
-				p.ran = true
+				p.runAnswered = true
 			}
 			p.mu.Unlock()
 			return stream.SendAndClose(answer)
@@ -114,7 +119,7 @@ func (p *peer) LoadDeviceState(stream grpc.ClientStreamingServer[migratedv1.Load
 		}
 		p.mu.Lock()
 		if run := m.GetRun(); run != nil {
-			p.told = run
+			p.runRequest = run
 		}
 		p.bytes += uint64(len(m.GetData()))
 		p.mu.Unlock()
@@ -129,24 +134,29 @@ func (p *peer) Run(context.Context, *migratedv1.RunRequest) (*migratedv1.RunResp
 	return p.run(attempt)
 }
 
-func (p *peer) WatchIncoming(_ *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+func (p *peer) WatchIncoming(
+	_ *migratedv1.WatchIncomingRequest, stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse],
+) error {
 	p.mu.Lock()
-	told := p.runs > 0 || p.ran
+	told := p.runs > 0 || p.runAnswered
 	wait, watch := !told || p.endless, p.watch
 	p.mu.Unlock()
 	if told && watch != nil {
 		return watch(stream)
 	}
-	if wait { // prepared, or after the switch, and stays so
+	if wait { // it stays prepared, or stays in post-copy
 		<-stream.Context().Done()
 		return stream.Context().Err()
 	}
 	return stream.Send(&migratedv1.WatchIncomingResponse{
-		State: migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, Progress: &migratedv1.Progress{PagesTotal: 1, PagesPresent: 1},
+		State:    migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
+		Progress: &migratedv1.Progress{PagesTotal: 1, PagesPresent: 1},
 	})
 }
 
-func (p *peer) AbortIncoming(context.Context, *migratedv1.AbortIncomingRequest) (*migratedv1.AbortIncomingResponse, error) {
+func (p *peer) AbortIncoming(
+	context.Context, *migratedv1.AbortIncomingRequest,
+) (*migratedv1.AbortIncomingResponse, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.aborts++
@@ -160,7 +170,9 @@ func (p *peer) AbortIncoming(context.Context, *migratedv1.AbortIncomingRequest) 
 }
 
 func runAtOnce(int) (*migratedv1.RunResponse, error) {
-	return &migratedv1.RunResponse{ResumeTime: durationpb.New(time.Millisecond), ServeTime: durationpb.New(time.Millisecond)}, nil
+	return &migratedv1.RunResponse{
+		ResumeTime: durationpb.New(time.Millisecond), ServeTime: durationpb.New(time.Millisecond),
+	}, nil
 }
 
 // A stage is a source with a real QEMU and a peer.
@@ -168,18 +180,23 @@ type stage struct {
 	source  *Source
 	peer    *peer
 	records *Records
-	vm      string // QMP socket
-	other   string // another one, for whoever interferes
+	vm      string // QMP socket for the source
+	other   string // QMP socket for somebody who interferes
 	pages   *pagesrv.Server
 	qemu    *exec.Cmd
 }
 
-func newStage(t *testing.T, ctx context.Context, run func(attempt int) (*migratedv1.RunResponse, error)) *stage { //nolint:revive // t first, as everywhere
+func newStage(
+	t *testing.T, ctx context.Context, //nolint:revive // t first, as everywhere
+	run func(attempt int) (*migratedv1.RunResponse, error),
+) *stage {
 	t.Helper()
 	return newStageWith(t, ctx, &peer{run: run})
 }
 
-func newStageWith(t *testing.T, ctx context.Context, p *peer, devices ...string) *stage { //nolint:revive // t first, as everywhere
+func newStageWith(
+	t *testing.T, ctx context.Context, p *peer, devices ...string, //nolint:revive // t first, as everywhere
+) *stage {
 	t.Helper()
 	dir := t.TempDir()
 	ram, err := os.CreateTemp("/dev/shm", "handover-")
@@ -187,7 +204,10 @@ func newStageWith(t *testing.T, ctx context.Context, p *peer, devices ...string)
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.Remove(ram.Name()) })
-	s := &stage{peer: p, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"), pages: pagesrv.NewServer()}
+	s := &stage{
+		peer: p, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"),
+		pages: pagesrv.NewServer(pagesrv.Options{}),
+	}
 	s.qemu = exec.Command("qemu-system-x86_64", append([]string{
 		"-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
 		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path=" + ram.Name(),
@@ -250,7 +270,7 @@ func dialPlain(address string, options ...grpc.DialOption) (*grpc.ClientConn, er
 	return grpc.NewClient(address, options...)
 }
 
-// vmRuns asks QEMU, once the source has let go of the monitor.
+// vmRuns asks QEMU whether the VM runs. The source must have closed its monitor.
 func (s *stage) vmRuns(t *testing.T) bool {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -269,7 +289,7 @@ func (s *stage) vmRuns(t *testing.T) bool {
 	return state.Running
 }
 
-// handedOver says whether the source has written down that it gave the VM away.
+// handedOver reports whether there is a committed record of the VM.
 func (s *stage) handedOver(t *testing.T) bool {
 	t.Helper()
 	_, found, err := s.records.ForVM(s.qemu.Process.Pid)
@@ -279,6 +299,7 @@ func (s *stage) handedOver(t *testing.T) bool {
 	return found
 }
 
+// expect waits for the end of the migration, and fails the test unless it ended in state want with words in its error.
 func (s *stage) expect(t *testing.T, want migratedv1.MigrationState, words string) {
 	t.Helper()
 	<-s.source.Done()

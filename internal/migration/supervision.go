@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/check"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -17,8 +17,8 @@ var shownSupervision = map[uffd.Supervision]migratedv1.Supervision{
 	uffd.Flagged:      migratedv1.Supervision_SUPERVISION_FLAG,
 }
 
-// supervise shows how the descriptor that was taken is supervised, and refuses
-// one that is not where the source or this host requires it.
+// supervise shows how QEMU's userfaultfd is supervised. It refuses an unsupervised one if the source or this host
+// requires supervision.
 func (d *Destination) supervise() error {
 	var err error
 	d.supervision, d.label, err = d.taken.UFFD.Supervision()
@@ -40,12 +40,12 @@ func (d *Destination) supervise() error {
 		required, unless = "this migration requires a supervised one (--require-secure)", "migrate without --require-secure"
 	}
 	return withRemedy(
-		fmt.Errorf("the destination QEMU's userfaultfd is unsupervised, and %s: %s", required, qemu.Unsupervised),
-		fmt.Sprintf("on the destination, %s; or %s", qemu.Supervise, unless))
+		fmt.Errorf("the destination QEMU's userfaultfd is unsupervised, and %s: %s", required, check.Unsupervised),
+		fmt.Sprintf("on the destination, %s; or %s", check.Supervise, unless))
 }
 
-// confirmSupervised refuses an answer that does not say what was required: a
-// destination of an older version does not know that it was.
+// confirmSupervised refuses a destination's answer that does not confirm the supervision that the migration requires.
+// An older destination does not know of the requirement.
 func confirmSupervised(spec *migratedv1.MigrationSpec, answer *migratedv1.PrepareIncomingResponse) error {
 	switch answer.GetSupervision() {
 	case migratedv1.Supervision_SUPERVISION_LABELLED, migratedv1.Supervision_SUPERVISION_FLAG:
@@ -54,6 +54,7 @@ func confirmSupervised(spec *migratedv1.MigrationSpec, answer *migratedv1.Prepar
 	if !spec.GetRequireSecure() {
 		return nil
 	}
-	return withRemedy(errors.New("the destination does not say that its userfaultfd is supervised, which this migration requires"),
+	return withRemedy(errors.New("the destination does not say that its userfaultfd is supervised, "+
+		"which this migration requires"),
 		"run the same version of migrated on both hosts")
 }

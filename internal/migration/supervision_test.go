@@ -12,8 +12,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Who requires a supervised descriptor gets one, or is told who refused and
-// what to do. Which of the two depends on the host.
+// If supervision is required, the descriptor is supervised, or the error says who required it and what to do. Which
+// of the two happens depends on the host.
 func TestSupervise(t *testing.T) {
 	made, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true})
 	if err != nil {
@@ -31,8 +31,13 @@ func TestSupervise(t *testing.T) {
 		words             []string // of the refusal
 	}{
 		{"nobody", false, false, nil},
-		{"the host", true, false, []string{"unsupervised", "require_secure", "UFFD_SECURE", "unset require_secure", "kernel/README.md", "deploy/selinux"}},
-		{"the migration", false, true, []string{"unsupervised", "--require-secure", "UFFD_SECURE", "without --require-secure", "kernel/README.md", "deploy/selinux"}},
+		{"the host", true, false, []string{
+			"unsupervised", "require_secure", "UFFD_SECURE", "unset require_secure", "kernel/README.md", "deploy/selinux",
+		}},
+		{"the migration", false, true, []string{
+			"unsupervised", "--require-secure", "UFFD_SECURE", "without --require-secure",
+			"kernel/README.md", "deploy/selinux",
+		}},
 		{"both", true, true, []string{"--require-secure"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -52,7 +57,7 @@ func TestSupervise(t *testing.T) {
 			if err == nil {
 				return
 			}
-			shown := describe(err)
+			shown := Describe(err)
 			for _, word := range test.words {
 				if !strings.Contains(shown.GetMessage()+"\n"+shown.GetRemedy(), word) {
 					t.Errorf("%q is not in %v", word, shown)
@@ -62,7 +67,7 @@ func TestSupervise(t *testing.T) {
 	}
 }
 
-// A destination that does not know of the requirement does not meet it.
+// An answer of a destination that does not know of the requirement is refused.
 func TestConfirmSupervised(t *testing.T) {
 	for supervision, met := range map[migratedv1.Supervision]bool{
 		migratedv1.Supervision_SUPERVISION_UNSPECIFIED:  false,

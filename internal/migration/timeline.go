@@ -12,23 +12,23 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A lost network can make a migration change its state once a second, for days. Of so many changes the first and the
-// last tell how it went.
+// A lost network can make a migration change its state once a second, for days. The first and the last changes tell
+// how it went.
 const (
 	firstChanges = 16
 	lastChanges  = 48
 )
 
-// A timeline is the states that a migration was in. The zero value is empty.
+// A timeline holds the states that a migration was in. The zero value is empty.
 type timeline struct {
-	began   time.Time // of the first
+	began   time.Time // time of the first state
 	first   []*migratedv1.StateChange
-	last    []*migratedv1.StateChange // a ring, once it is full
-	oldest  int                       // of the ring
+	last    []*migratedv1.StateChange // a ring when it is full
+	oldest  int                       // index of the ring's oldest change
 	leftOut uint32
 }
 
-// add says that the migration came into the state that view shows, at now.
+// add appends the state that view shows, entered at now.
 func (t *timeline) add(view *migratedv1.Migration, now time.Time) {
 	if t.began.IsZero() {
 		t.began = now
@@ -49,7 +49,7 @@ func (t *timeline) add(view *migratedv1.Migration, now time.Time) {
 	}
 }
 
-// shown is a copy for the API.
+// shown returns a copy for the API.
 func (t *timeline) shown() *migratedv1.Timeline {
 	shown := &migratedv1.Timeline{LeftOut: t.leftOut}
 	if t.leftOut > 0 {

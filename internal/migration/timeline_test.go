@@ -14,7 +14,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestTimelineIsBounded: a network that is lost for days leaves the first states and the last.
+// TestTimelineIsBounded: after days of a lost network, the timeline has the first states and the last.
 func TestTimelineIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tracker := newTracker(&migratedv1.Migration{Id: "m1", State: migratedv1.MigrationState_MIGRATION_STATE_SETUP})
@@ -30,7 +30,7 @@ func TestTimelineIsBounded(t *testing.T) {
 				state = mending
 			}
 			tracker.setState(state)
-			tracker.setState(state) // which is no change
+			tracker.setState(state) // not a change
 		}
 		time.Sleep(time.Second)
 		tracker.update(func(m *migratedv1.Migration) {
@@ -56,13 +56,13 @@ func TestTimelineIsBounded(t *testing.T) {
 			last.GetReason() != migratedv1.Reason_REASON_NO_MEMORY || !last.GetTime().AsTime().Equal(time.Now()) {
 			t.Errorf("from %v to %v", changes[0], last)
 		}
-		if times := tracker.Times(); times.LongestPause != 1000*time.Second || times.waited() != 1000*time.Second {
-			t.Errorf("it waited for %v, for %v at the longest", times.waited(), times.LongestPause)
+		if times := tracker.Times(); times.LongestPause != 1000*time.Second || times.totalPause() != 1000*time.Second {
+			t.Errorf("it waited for %v, for %v at the longest", times.totalPause(), times.LongestPause)
 		}
 	})
 }
 
-// TestReportIsTheCallersOwn: what a caller does to it, and what becomes of the migration, is no part of the other.
+// TestReportIsTheCallersOwn: a caller's change of a report does not affect the migration, and vice versa.
 func TestReportIsTheCallersOwn(t *testing.T) {
 	tracker := newTracker(&migratedv1.Migration{Id: "m1"})
 	tracker.note(func(r *migratedv1.Report) {
@@ -78,8 +78,8 @@ func TestReportIsTheCallersOwn(t *testing.T) {
 	}
 }
 
-// TestCurve: it goes from the switch to the last page, its points are bounded and rise, and the best rate is a
-// second's.
+// TestCurve: the curve spans from the switch to the last page. The number of its points is bounded, and they rise.
+// The best rate is that of the best second.
 func TestCurve(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var m meter
@@ -122,7 +122,7 @@ func TestCurve(t *testing.T) {
 	})
 }
 
-// TestVersionsOfOthers: another daemon's words are bounded, and text.
+// TestVersionsOfOthers: versions that another daemon reports are bounded and valid text.
 func TestVersionsOfOthers(t *testing.T) {
 	long := make([]rune, 1000)
 	for i := range long {
@@ -132,7 +132,7 @@ func TestVersionsOfOthers(t *testing.T) {
 	if len(v.GetDaemon()) > longestVersion || v.GetQemu() != "7.2.22" || v.GetKernel() != `6\x1b[2J` {
 		t.Errorf("%v", v)
 	}
-	if _, err := proto.Marshal(v); err != nil { // of what is no UTF-8
+	if _, err := proto.Marshal(v); err != nil { // it fails for invalid UTF-8
 		t.Error(err)
 	}
 }

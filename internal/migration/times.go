@@ -6,24 +6,29 @@ import (
 	"maps"
 	"time"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Times is how long a migration was in which state, by the monotonic clock, as long as this daemon has known it.
+// Times says how long a migration was in each state. It uses the monotonic clock and starts when this daemon first
+// knew of the migration.
 type Times struct {
-	// In is by state, with the time so far of the one that it is in. Those that are an end have none.
+	// In has the time in each state, including the time so far in the current one. States that end a migration have
+	// no entry.
 	In map[migratedv1.MigrationState]time.Duration
-	// Paused is how long the VM has waited for a connection to its memory now, attempts to make one included; 0: it does not.
+	// Paused is how long the VM's memory has been unreachable now, attempts to reconnect included. 0: it is
+	// reachable.
 	Paused time.Duration
-	// LongestPause is the longest that it has waited so.
+	// LongestPause is the longest time that the memory was unreachable.
 	LongestPause time.Duration
 	// Over is how long ago the migration ended; 0: it has not.
 	Over time.Duration
 
-	pausedAt time.Time // zero: it is not
+	pausedAt time.Time // when the current pause began; zero: no pause
 }
 
-// Times may be called at any time.
+// Times returns the times up to now. It may be called at any time.
 func (t *Tracker) Times() Times {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -41,18 +46,18 @@ func (t *Tracker) Times() Times {
 	return times
 }
 
-// waited is how long the VM has waited for a connection to its memory in all.
-func (t *Times) waited() (all time.Duration) {
+// totalPause returns the sum of all pauses.
+func (t *Times) totalPause() (all time.Duration) {
 	for state, d := range t.In {
-		if waits(state) {
+		if memoryUnreachable(state) {
 			all += d
 		}
 	}
 	return all
 }
 
-// keepTime is for who holds mu and has changed the state, perhaps, from was.
-func (t *Tracker) keepTime(was migratedv1.MigrationState) {
+// recordStateChange records a change of the state since was, if there was one. The caller holds mu.
+func (t *Tracker) recordStateChange(was migratedv1.MigrationState) {
 	state := t.view.GetState()
 	if state == was {
 		return
@@ -61,20 +66,24 @@ func (t *Tracker) keepTime(was migratedv1.MigrationState) {
 	if !Terminal(was) {
 		t.times.In[was] += now.Sub(t.entered)
 	}
+	if Terminal(state) && !Terminal(was) && !t.wasOver { // else an earlier run of the daemon may have written it down
+		t.view.EndTime = timestamppb.New(now)
+	}
 	t.entered = now
 	t.timeline.add(t.view, now)
 	switch {
-	case !waits(state) && !t.times.pausedAt.IsZero():
+	case !memoryUnreachable(state) && !t.times.pausedAt.IsZero():
 		t.times.LongestPause = max(t.times.LongestPause, now.Sub(t.times.pausedAt))
 		t.times.pausedAt = time.Time{}
-	case !waits(state):
+	case !memoryUnreachable(state):
 	case t.times.pausedAt.IsZero():
 		t.times.pausedAt = now
 	}
 }
 
-// waits says whether the VM's memory cannot come in this state. An attempt to connect again is no end of a pause.
-func waits(state migratedv1.MigrationState) bool {
+// memoryUnreachable says whether the VM's memory is unreachable in this state. An attempt to reconnect does not end a
+// pause.
+func memoryUnreachable(state migratedv1.MigrationState) bool {
 	return state == migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED ||
 		state == migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER
 }

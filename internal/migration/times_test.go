@@ -10,7 +10,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestTimes: an attempt to connect again does not make a pause younger, and what is over is in no state any more.
+// TestTimes: an attempt to reconnect does not restart a pause, and the time in an end state is not counted.
 func TestTimes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tracker := newTracker(&migratedv1.Migration{Id: "m1", State: migratedv1.MigrationState_MIGRATION_STATE_SETUP})

@@ -9,15 +9,14 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
 // A Dialer connects to another daemon at HOST:PORT.
 type Dialer func(address string, options ...grpc.DialOption) (*grpc.ClientConn, error)
 
-// withToken makes every call of a connection say which migration it is about
-// and prove that the caller takes part in it. The source makes the token and
-// tells it to the destination alone.
+// withToken adds the migration's id and its token to every call of a connection. The token proves that the caller
+// takes part in the migration: the source makes it and tells only the destination.
 func withToken(id, token string) grpc.DialOption {
 	return grpc.WithPerRPCCredentials(callToken{pagewire.MigrationIDKey: id, pagewire.MigrationTokenKey: token})
 }
@@ -28,12 +27,10 @@ func (t callToken) GetRequestMetadata(context.Context, ...string) (map[string]st
 	return t, nil
 }
 
-// RequireTransportSecurity is false because daemons listen on loopback or a
-// trusted network until they are given certificates.
+// RequireTransportSecurity returns false: without certificates, daemons listen on loopback or a trusted network.
 func (callToken) RequireTransportSecurity() bool { return false }
 
-// Authentic says whether the call ctx belongs to comes from the source of this
-// migration.
+// Authentic says whether the call with context ctx comes from the source of this migration.
 func (d *Destination) Authentic(ctx context.Context) bool {
 	shown := metadata.ValueFromIncomingContext(ctx, pagewire.MigrationTokenKey)
 	return len(shown) == 1 && subtle.ConstantTimeCompare([]byte(shown[0]), []byte(d.cfg.Request.GetToken())) == 1

@@ -13,17 +13,18 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Tracker is what the API shows of one migration. Whoever drives the migration
-// updates it; any number of callers read it and wait for it to change.
+// Tracker holds what the API shows of one migration. The migration updates it; any number of callers read it and wait
+// for changes.
 type Tracker struct {
 	mu       sync.Mutex
 	view     *migratedv1.Migration
-	changed  chan struct{} // closed, and replaced, by every update
+	changed  chan struct{} // every update closes and replaces it
 	times    Times
-	entered  time.Time // into the state
+	entered  time.Time // when the current state began
 	timeline timeline
-	noted    *migratedv1.Report // what the report has besides
+	noted    *migratedv1.Report // what the report has beside view and timeline
 	wasOver  bool               // see WasOver
+	deleted  bool               // see Deleted
 }
 
 func newTracker(view *migratedv1.Migration) *Tracker {
@@ -41,8 +42,7 @@ func newTracker(view *migratedv1.Migration) *Tracker {
 	return t
 }
 
-// Snapshot returns a copy of the migration as it stands, which the caller owns,
-// and a channel that is closed when there is something newer.
+// Snapshot returns a copy of the migration, which the caller owns, and a channel that is closed at the next update.
 func (t *Tracker) Snapshot() (*migratedv1.Migration, <-chan struct{}) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -52,10 +52,23 @@ func (t *Tracker) Snapshot() (*migratedv1.Migration, <-chan struct{}) {
 func (t *Tracker) update(change func(*migratedv1.Migration)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.updateLocked(change)
+}
+
+// updateUnlessOver updates a migration that is not over. The end of a migration stays as it was reported.
+func (t *Tracker) updateUnlessOver(change func(*migratedv1.Migration)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !Terminal(t.view.GetState()) {
+		t.updateLocked(change)
+	}
+}
+
+func (t *Tracker) updateLocked(change func(*migratedv1.Migration)) {
 	was := t.view.GetState()
 	change(t.view)
-	t.keepTime(was)
-	printable.Valid(t.view) // QEMU's words are in it, and what others have named so
+	t.recordStateChange(was)
+	printable.Valid(t.view) // it may have text of QEMU and names that others chose
 	t.view.UpdateTime = timestamppb.New(time.Now())
 	close(t.changed)
 	t.changed = make(chan struct{})
@@ -65,16 +78,16 @@ func (t *Tracker) setState(state migratedv1.MigrationState) {
 	t.update(func(m *migratedv1.Migration) { m.State = state })
 }
 
-// setLocation says where the VM is.
+// setLocation records where the VM is.
 func (t *Tracker) setLocation(location migratedv1.Location) {
 	t.update(func(m *migratedv1.Migration) { m.Location = location })
 }
 
-// fail brings the migration into state with what err says.
+// fail sets the state, the error and the location of the VM.
 func (t *Tracker) fail(state migratedv1.MigrationState, err error, where whereabouts) {
 	t.update(func(m *migratedv1.Migration) {
 		m.State, m.Location = state, where.location
-		m.Error = describe(err)
+		m.Error = Describe(err)
 		m.Error.VmStatus = where.words
 	})
 }

@@ -10,15 +10,15 @@ import (
 	"slices"
 )
 
-// StateDirs are the directories below a daemon's state directory that a daemon which is started again goes by: that of
-// the Records, and that which KeptDirs reads.
+// StateDirs returns the directories below a daemon's state directory from which a restarted daemon takes up migrations:
+// records is the directory of Records, incoming is the one that KeptDirs reads.
 func StateDirs(stateDir string) (records, incoming string) {
 	return filepath.Join(stateDir, "handed-over"), filepath.Join(stateDir, "incoming")
 }
 
-// UnderWay are the ids of the migrations that a daemon has left, or has, in its state directory and that are not over:
-// a VM waits for that daemon, or the memory here is the only one of its VM. What cannot be read counts as one, because
-// it may be. It changes nothing, and may be called beside a daemon that runs.
+// UnderWay returns the sorted ids of the migrations in a daemon's state directory that are not over. For each of them a
+// VM waits for the daemon, or this host has the only copy of the VM's memory. A file that cannot be read counts as such
+// a migration, because it may be one. UnderWay changes nothing and may be called while a daemon runs.
 func UnderWay(stateDir string) (ids []string, err error) {
 	handedOver, incoming := StateDirs(stateDir)
 	records, damaged, err := (&Records{dir: handedOver}).readAll()
@@ -26,7 +26,7 @@ func UnderWay(stateDir string) (ids []string, err error) {
 		return nil, err
 	}
 	for _, rec := range records {
-		if !rec.Completed { // else a QEMU is there yet that nobody needs
+		if !rec.Completed { // else the record is about a QEMU that is no longer needed
 			ids = append(ids, rec.ID)
 		}
 	}
@@ -38,7 +38,7 @@ func UnderWay(stateDir string) (ids []string, err error) {
 		return nil, fmt.Errorf("migrations to this host: %w", err)
 	}
 	for _, dir := range dirs {
-		if !isSettled(dir) {
+		if !keptIsClosed(dir) {
 			ids = append(ids, filepath.Base(dir))
 		}
 	}
@@ -46,12 +46,12 @@ func UnderWay(stateDir string) (ids []string, err error) {
 	return slices.Compact(ids), nil
 }
 
-// isSettled says of a migration to this host whether nothing but word of it is kept in its directory.
-func isSettled(dir string) bool {
+// keptIsClosed reports whether the files of a migration to this host say nothing but how it ended.
+func keptIsClosed(dir string) bool {
 	k, _, _, err := takeUpKept(dir)
 	if err != nil {
-		return errors.Is(err, fs.ErrNotExist) // it was forgotten just now
+		return errors.Is(err, fs.ErrNotExist) // it was removed just now
 	}
-	settled := k.header().settled.Load() != 0
-	return k.close() == nil && settled
+	closed := k.header().closed.Load() != 0
+	return k.close() == nil && closed
 }

@@ -42,18 +42,18 @@ func TestUnderWay(t *testing.T) {
 	write(t, filepath.Join(handedOver, "c.json"), "{")
 	expect("one is damaged", "b", "c")
 
-	var files []*kept
+	var files []*keptFiles
 	for _, id := range []string{"d", "e"} {
 		if err := os.MkdirAll(filepath.Join(incoming, id), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		k, err := keep(filepath.Join(incoming, id), &keptFactsV1{}, &migratedv1.PrepareIncomingRequest{Protocol: 1})
+		k, err := createKept(filepath.Join(incoming, id), &keptFactsV1{}, &migratedv1.PrepareIncomingRequest{Protocol: 1})
 		if err != nil {
 			t.Fatal(err)
 		}
 		files = append(files, k)
 	}
-	files[0].header().settled.Store(1)
+	files[0].header().closed.Store(1)
 	expect("one to this host is over", "b", "c", "e")
 	write(t, filepath.Join(incoming, "d", keptStates), "")
 	expect("it cannot be read any more", "b", "c", "d", "e")

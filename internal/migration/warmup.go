@@ -10,24 +10,24 @@ import (
 )
 
 const (
-	// deviceChunk is the most of a device state that one message carries. With its
-	// header it fits a buffer of 16 KiB: the next larger that gRPC's pool has is of
-	// 1 MiB, and to clear one for every message costs more than all of the copying.
+	// deviceChunk is how many bytes of device state one message carries at most. With its header it fits a buffer of
+	// 16 KiB. The next larger buffer in gRPC's pool has 1 MiB, and clearing one per message costs more than all of
+	// the copying.
 	deviceChunk = 16<<10 - 64
-	// warmBytes is what a connection carries in one round trip after warmUp, about: the state of a dozen devices.
+	// warmBytes is roughly what a connection carries in one round trip after warmUp: the state of a dozen devices.
 	warmBytes = 448 << 10
-	// shortRoundTrip is one that is not worth warming up for.
+	// shortRoundTrip is the round trip below which warming up is not worth it.
 	shortRoundTrip = time.Millisecond
-	// longestRoundTrip is what is waited at most between two steps.
+	// longestRoundTrip bounds the wait between two steps.
 	longestRoundTrip = 250 * time.Millisecond
 )
 
-// padding is what warmUp sends.
+// padding is the content of the messages that warmUp sends.
 var padding [deviceChunk]byte
 
-// warmUp makes a connection ready for the device state, while the VM still runs. One that was idle carries 14 KB in its
-// first round trip, twice that in the next (RFC 6928, RFC 5681): at a round trip of 10 ms a state of 250 KB would take
-// 43 ms.
+// warmUp opens a connection's congestion window for the device state, while the VM still runs. An idle connection
+// carries 14 KB in its first round trip and twice that in the next (RFC 6928, RFC 5681). With a round trip of 10 ms,
+// a state of 250 KB would take 43 ms.
 func warmUp(ctx context.Context, stream deviceStream, roundTrip time.Duration) error {
 	if roundTrip < shortRoundTrip {
 		return nil

@@ -12,24 +12,23 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// A counter is a stream that counts what it is given.
-type counter struct {
+// A countingStream is a stream that counts the bytes of padding that it is given.
+type countingStream struct {
 	deviceStream
 
 	sent  int
 	fails error
 }
 
-func (c *counter) Send(m *migratedv1.LoadDeviceStateRequest) error {
+func (c *countingStream) Send(m *migratedv1.LoadDeviceStateRequest) error {
 	c.sent += len(m.GetPadding())
 	return c.fails
 }
 
-// While the VM runs, padding goes at the pace of a connection that was idle: what it carries doubles with each round
-// trip.
+// Padding is sent at the pace of an idle connection: the amount doubles with each round trip.
 func TestWarmUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var c counter
+		var c countingStream
 		began := time.Now()
 		if err := warmUp(t.Context(), &c, 10*time.Millisecond); err != nil {
 			t.Fatal(err)
@@ -40,14 +39,15 @@ func TestWarmUp(t *testing.T) {
 	})
 }
 
-// A round trip that was measured on a bad moment delays nothing for long, and one that is short is not worth it.
+// A round trip that was measured at a bad moment delays the switch only a little. For a short round trip nothing is
+// sent.
 func TestWarmUpIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
-		if err := warmUp(t.Context(), &counter{}, time.Hour); err != nil || time.Since(began) != 5*longestRoundTrip {
+		if err := warmUp(t.Context(), &countingStream{}, time.Hour); err != nil || time.Since(began) != 5*longestRoundTrip {
 			t.Errorf("it took %v, %v", time.Since(began), err)
 		}
-		var c counter
+		var c countingStream
 		if err := warmUp(t.Context(), &c, shortRoundTrip/2); err != nil || c.sent != 0 {
 			t.Errorf("%d bytes, %v", c.sent, err)
 		}
@@ -57,13 +57,13 @@ func TestWarmUpIsBounded(t *testing.T) {
 func TestWarmUpEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		broken := errors.New("broken")
-		if err := warmUp(t.Context(), &counter{fails: broken}, time.Second); !errors.Is(err, broken) {
+		if err := warmUp(t.Context(), &countingStream{fails: broken}, time.Second); !errors.Is(err, broken) {
 			t.Error(err)
 		}
 		ctx, cancel := context.WithCancelCause(t.Context())
 		gaveUp := errors.New("gave up")
 		time.AfterFunc(time.Millisecond, func() { cancel(gaveUp) })
-		if err := warmUp(ctx, &counter{}, time.Second); !errors.Is(err, gaveUp) {
+		if err := warmUp(ctx, &countingStream{}, time.Second); !errors.Is(err, gaveUp) {
 			t.Error(err)
 		}
 	})

@@ -11,30 +11,32 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// lookTimeout is how long a QEMU may take to say what its VM does.
-const lookTimeout = 2 * time.Second
+// locateTimeout bounds how long a QEMU may take to report the run state of its VM.
+const locateTimeout = 2 * time.Second
 
-// A whereabouts says where a VM is, as far as was found out just now.
+// A whereabouts is where a VM is, as far as this daemon has just found out.
 type whereabouts struct {
 	location migratedv1.Location
-	words    string
+	words    string // a clause for the operator
 }
 
-// look asks the process and its QEMU, now, what has become of the VM on this host, which is its source.
-func look(vm *qemu.VM) (location migratedv1.Location, runState, words string) {
+// locateVM asks the VM's process and its QEMU, now, for the state of the VM on this host, which is its source. runState
+// is QEMU's name for it; it is empty where QEMU did not answer or has ended.
+func locateVM(vm *qemu.VM) (location migratedv1.Location, runState, words string) {
 	const here = migratedv1.Location_LOCATION_SOURCE
 	if vm.Ended() {
 		return migratedv1.Location_LOCATION_ENDED, "", endedStatus
 	}
-	ctx, cancel := context.WithTimeoutCause(context.Background(), lookTimeout, fmt.Errorf("not within %v", lookTimeout))
+	ctx, cancel := context.WithTimeoutCause(
+		context.Background(), locateTimeout, fmt.Errorf("not within %v", locateTimeout))
 	defer cancel()
 	runState, err := vm.Status(ctx)
 	switch {
 	case err != nil && vm.Ended():
 		return migratedv1.Location_LOCATION_ENDED, "", endedStatus
 	case err != nil:
-		return here, "", fmt.Sprintf("whether the VM runs on the source is not known: its QEMU, process %d, lives and does not answer (%v)",
-			vm.Pid, err)
+		return here, "", fmt.Sprintf("whether the VM runs on the source is not known: "+
+			"its QEMU, process %d, lives and does not answer (%v)", vm.Pid, err)
 	}
 	switch runState {
 	case "running":
@@ -51,19 +53,19 @@ func look(vm *qemu.VM) (location migratedv1.Location, runState, words string) {
 	return here, runState, words
 }
 
-// whereNow is where the VM is before the commit point, with the note that continueVM has left. It is asked when all that
-// this daemon did is done.
-func (s *Source) whereNow(note string) whereabouts {
+// whereBeforeCommit returns where the VM is before the commit point. It appends note, which comes from continueVM. Call
+// it after everything else that this daemon does to the VM.
+func (s *Source) whereBeforeCommit(note string) whereabouts {
 	if s.vm == nil {
 		return whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was not touched" + note}
 	}
-	location, runState, words := look(s.monitor())
+	location, runState, words := locateVM(s.monitor())
 	switch {
 	case location == migratedv1.Location_LOCATION_ENDED:
-	case s.stopTried && !s.wasRunning && runState == "paused":
+	case s.stopTried() && !s.wasRunning && runState == "paused":
 		words += ", as it was before"
-	case s.stopTried:
-	case s.notEarly != nil: // startOver
+	case s.stopTried():
+	case s.noEarlyReason != nil: // startOver
 		words = "the VM was continued on the source after its first stop, and was not touched since; " + words
 	default:
 		words = "the VM was not touched; " + words
@@ -71,16 +73,17 @@ func (s *Source) whereNow(note string) whereabouts {
 	return whereabouts{location, words + note}
 }
 
-// whereHandedOver is where the VM is after the commit point, as far as this host can tell without the destination.
-func (s *Source) whereHandedOver() whereabouts {
+// whereAfterCommit returns where the VM is after the commit point, as far as this host can tell without asking the
+// destination.
+func (s *Source) whereAfterCommit() whereabouts {
 	where := whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was handed over"}
-	if s.runsThere.Load() {
+	if s.confirmedRun() {
 		where = whereabouts{migratedv1.Location_LOCATION_DESTINATION, "the destination said that it runs the VM"}
 	}
 	if s.vm == nil {
 		return where
 	}
-	location, runState, words := look(s.vm)
+	location, runState, words := locateVM(s.vm)
 	switch {
 	case location == migratedv1.Location_LOCATION_ENDED:
 		where.words = words
@@ -94,21 +97,22 @@ func (s *Source) whereHandedOver() whereabouts {
 	return where
 }
 
-// neverRun is what a destination says that was not told to run the VM: it knows no more.
-var neverRun = whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was never run on the destination"}
+// whereNeverRun is the location that a destination reports when it was not told to run the VM. It knows no more than
+// that.
+var whereNeverRun = whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was never run on the destination"}
 
-// livesHere says whether the destination's QEMU does. The caller holds mu.
-func (d *Destination) livesHere() bool {
+// qemuAlive reports whether the destination's QEMU process is alive. The caller holds mu.
+func (d *Destination) qemuAlive() bool {
 	if d.vm == nil {
-		return d.left.Alive() // an earlier run of the daemon left it, if there is one
+		return d.left.Alive() // the QEMU that an earlier run of the daemon left, if any
 	}
 	return !d.vm.Ended()
 }
 
-// whereWaiting is where the VM is whose pages do not come.
+// whereWaiting returns where the VM is while its pages do not arrive.
 func (d *Destination) whereWaiting() whereabouts {
 	switch {
-	case d.fate.Load() != toldToRun:
+	case !d.toldToRun():
 		return whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was not run on the destination yet"}
 	case d.kept.header().resumed.Load() == 0:
 		return whereabouts{
@@ -121,10 +125,10 @@ func (d *Destination) whereWaiting() whereabouts {
 	}
 }
 
-// whereFailed is where the VM is when the destination, which was told to run it, cannot go on. The caller holds mu.
+// whereFailed returns where the VM is when the destination was told to run it and cannot go on. The caller holds mu.
 func (d *Destination) whereFailed() whereabouts {
 	switch {
-	case d.livesHere():
+	case d.qemuAlive():
 		return d.whereWaiting()
 	case d.orphan:
 		return whereabouts{
@@ -133,16 +137,18 @@ func (d *Destination) whereFailed() whereabouts {
 	}
 	return whereabouts{
 		migratedv1.Location_LOCATION_NOWHERE,
-		"the VM's QEMU on the destination has ended; its memory as it was at the switch is with the source, if that has it still",
+		"the VM's QEMU on the destination has ended; " +
+			"its memory as it was at the switch is with the source, if that has it still",
 	}
 }
 
-// whereFailedThere is where the VM is when the destination, or the way to it, has failed for good: what it said last,
-// beside what is found here.
+// whereFailedThere returns where the VM is when the destination, or the connection to it, has failed for good. It
+// combines what the destination reported last with what this host finds out now.
 func (s *Source) whereFailedThere() whereabouts {
-	where := s.whereHandedOver()
+	where := s.whereAfterCommit()
 	view, _ := s.Snapshot()
-	if view.GetLocation() == migratedv1.Location_LOCATION_NOWHERE && where.location == migratedv1.Location_LOCATION_DESTINATION {
+	if view.GetLocation() == migratedv1.Location_LOCATION_NOWHERE &&
+		where.location == migratedv1.Location_LOCATION_DESTINATION {
 		where.location = view.GetLocation()
 		where.words = "the destination says that the VM's QEMU there has ended; " + where.words
 	}

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package pki is the certificate authority of a small site: a key and a certificate in a directory, which sign the
-// certificates of its hosts and of those who operate them. They are what package mtls asks for: both ends of a
-// connection show one, and a host's names are its DNS names and addresses.
+// certificates of hosts and operators. The certificates are made for package mtls: both ends of a connection have one,
+// and a host's certificate has its DNS names and addresses.
 //
-// All keys are ECDSA keys on P-256, and no file is ever written over but by Renew.
+// All keys are ECDSA keys on P-256. Only Renew overwrites a file.
 package pki
 
 import (
@@ -26,12 +26,12 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/atomicfile"
-	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/pkg/mtls"
 )
 
 // The names of the files.
 const (
-	caFile          = "ca.pem" // both of the authority and beside each certificate
+	caFile          = "ca.pem" // the authority's own, and the copy beside each certificate
 	caKeyFile       = "ca-key.pem"
 	certificateFile = "cert.pem"
 	keyFile         = "key.pem"
@@ -43,10 +43,10 @@ const (
 	MostCertificateDays = 825
 )
 
-// skew is by how much the clocks of two hosts may differ when a certificate is new.
+// skew is how much the clocks of two hosts may differ: a certificate is valid from so long before it is made.
 const skew = time.Hour
 
-// ErrExists says that there is a file already which would be written over.
+// ErrExists says that a file exists already, and is not overwritten.
 var ErrExists = errors.New("it exists")
 
 // An Authority signs certificates.
@@ -55,7 +55,7 @@ type Authority struct {
 	key         *ecdsa.PrivateKey
 }
 
-// Create makes an authority in a directory, which is made where it is missing.
+// Create makes an authority in a directory, and the directory if it is missing.
 func Create(dir, name string, days int) (*Authority, error) {
 	if err := checkDays(days, MostAuthorityDays); err != nil {
 		return nil, err
@@ -77,7 +77,7 @@ func Create(dir, name string, days int) (*Authority, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	// The key first: it is what must not be there.
+	// The key first: it is the file that must never be overwritten.
 	if err := writeKey(filepath.Join(dir, caKeyFile), key); err != nil {
 		return nil, err
 	}
@@ -104,11 +104,11 @@ func Open(dir string) (*Authority, error) {
 	return a, nil
 }
 
-// A Request is what a certificate is asked for.
+// A Request describes the certificate to be issued.
 type Request struct {
 	Name      string   // a DNS name, the first of the certificate's
 	Addresses []string // IP addresses and further DNS names
-	Client    bool     // an operator's or Prometheus's, not a host's, which others connect to as well
+	Client    bool     // for an operator or Prometheus, to which nobody connects
 	Days      int
 }
 
@@ -161,8 +161,8 @@ func (a *Authority) Issue(dir string, r Request) (*x509.Certificate, error) {
 	return x509.ParseCertificate(der)
 }
 
-// Renew replaces the certificate in a directory by one of the same names for the same key. That is one file, which
-// appears whole: who reads it and the key finds two that belong together.
+// Renew replaces the certificate in a directory by one with the same names for the same key. It replaces only that
+// file, and atomically, so that certificate and key always match.
 func (a *Authority) Renew(dir string, days int) (*x509.Certificate, error) {
 	if err := checkDays(days, MostCertificateDays); err != nil {
 		return nil, err
@@ -195,8 +195,8 @@ func (a *Authority) Renew(dir string, days int) (*x509.Certificate, error) {
 	return x509.ParseCertificate(der)
 }
 
-// sign makes a certificate that does not outlive the authority's: it would be worth nothing then, and nobody would see
-// why.
+// sign makes a certificate. It refuses one that would expire after the authority's, because it would stop working
+// with that, which its own date does not show.
 func (a *Authority) sign(template *x509.Certificate, public *ecdsa.PublicKey) ([]byte, error) {
 	if end := a.Certificate.NotAfter; template.NotAfter.After(end) {
 		return nil, fmt.Errorf("the authority itself expires on %s, in %d days: ask for fewer, or make a new authority",
@@ -210,7 +210,7 @@ func (a *Authority) sign(template *x509.Certificate, public *ecdsa.PublicKey) ([
 	return der, nil
 }
 
-// FilesIn are the files that Issue makes in a directory.
+// FilesIn returns the paths of the files that Issue makes in a directory.
 func FilesIn(dir string) mtls.Files {
 	return mtls.Files{
 		Certificate: filepath.Join(dir, certificateFile),
@@ -219,7 +219,7 @@ func FilesIn(dir string) mtls.Files {
 	}
 }
 
-// Names are what others know the owner of a certificate by.
+// Names returns all names in a certificate: DNS names, addresses and URIs.
 func Names(c *x509.Certificate) []string {
 	names := slices.Clone(c.DNSNames)
 	for _, ip := range c.IPAddresses {
@@ -231,12 +231,12 @@ func Names(c *x509.Certificate) []string {
 	return names
 }
 
-// dnsName is a name without wildcards, which may be a path's element, too.
+// dnsName matches DNS names without wildcards. They can be used as names of directories.
 var dnsName = regexp.MustCompile(`^` + label + `(\.` + label + `)*$`)
 
 const label = `[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?`
 
-// CheckName says whether a certificate may be issued for that name: nil, or why not.
+// CheckName says why no certificate can be issued for a name; nil: one can.
 func CheckName(name string) error {
 	if !dnsName.MatchString(name) || net.ParseIP(name) != nil || len(name) > 253 {
 		return fmt.Errorf("%q is no name of a host, as in host-a or host-a.example.com", name)
@@ -251,7 +251,7 @@ func checkDays(days, most int) error {
 	return nil
 }
 
-// newTemplate is a certificate that is valid from now on for so many days.
+// newTemplate returns a template of a certificate that is valid for days from now on.
 func newTemplate(name string, days int) (*x509.Certificate, error) {
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 	if err != nil {
@@ -296,7 +296,7 @@ func readKey(path string) (*ecdsa.PrivateKey, error) {
 	return ec, nil
 }
 
-// writeNew writes a file that must not be there, and what was asked for must be in it when it returns.
+// writeNew writes and syncs a file. It fails with ErrExists if the file exists.
 func writeNew(path string, content []byte, mode fs.FileMode) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
 	if errors.Is(err, fs.ErrExist) {

@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
-	"github.com/migrated-vm/migrated/internal/mtls"
+	"github.com/migrated-vm/migrated/pkg/mtls"
 )
 
 func authority(t *testing.T) (*Authority, string) {
@@ -53,7 +53,7 @@ func mode(t *testing.T, path string) os.FileMode {
 	return info.Mode().Perm()
 }
 
-// TestFiles: keys are for their owner alone, and nothing that is there is written over.
+// TestFiles: only the owner may read keys, and no file is overwritten.
 func TestFiles(t *testing.T) {
 	a, dir := authority(t)
 	files, _ := issue(t, a, Request{Name: "host-a"})
@@ -92,8 +92,8 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// TestDaemonsBelieveEachOther: two hosts with certificates connect by name and by address, and a client's certificate
-// is good for connecting and for nothing else.
+// TestDaemonsBelieveEachOther: two hosts with certificates connect by name and by address. A client's certificate is
+// accepted from a client, and not from a server.
 func TestDaemonsBelieveEachOther(t *testing.T) {
 	a, _ := authority(t)
 	other, _ := authority(t)
@@ -149,7 +149,7 @@ func call(t *testing.T, server, client mtls.Files) error {
 	return err
 }
 
-// TestRenew: the names and the key stay, and one file changes.
+// TestRenew: the names and the key stay, and only one file changes.
 func TestRenew(t *testing.T) {
 	a, dir := authority(t)
 	files, old := issue(t, a, Request{Name: "host-a", Addresses: []string{"192.0.2.1"}, Days: 3})
@@ -198,8 +198,12 @@ func TestRefusals(t *testing.T) {
 		"no time":             {Request{Name: "host-a"}, "must be 1 to 825"},
 		"too long":            {Request{Name: "host-a", Days: 826}, "must be 1 to 825"},
 		"longer than its own": {Request{Name: "host-a", Days: 31}, "the authority itself expires on"},
-		"a wildcard":          {Request{Name: "host-a", Days: 1, Addresses: []string{"*.example"}}, `"*.example" is neither a DNS name`},
-		"a port":              {Request{Name: "host-a", Days: 1, Addresses: []string{"192.0.2.1:7600"}}, `"192.0.2.1:7600" is neither`},
+		"a wildcard": {
+			Request{Name: "host-a", Days: 1, Addresses: []string{"*.example"}}, `"*.example" is neither a DNS name`,
+		},
+		"a port": {
+			Request{Name: "host-a", Days: 1, Addresses: []string{"192.0.2.1:7600"}}, `"192.0.2.1:7600" is neither`,
+		},
 	} {
 		dir := filepath.Join(t.TempDir(), "out")
 		if _, err := short.Issue(dir, c.request); err == nil || !strings.Contains(err.Error(), c.want) {
@@ -224,7 +228,7 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestOpen: a key that is not the authority's signs nothing.
+// TestOpen: a key and a certificate that do not belong together, or are not an authority's, are refused.
 func TestOpen(t *testing.T) {
 	a, dir := authority(t)
 	_, elsewhere := authority(t)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package printable makes text that others choose fit for a protocol and for a terminal: the name of a VM, or what its
-// QEMU says, may hold escape sequences that repaint an operator's screen, characters that turn its direction round, or
-// bytes that are no text at all.
+// Package printable escapes text from others for a protocol and for a terminal. The name of a VM, or the output of its
+// QEMU, may have escape sequences that repaint an operator's screen, characters that reverse the direction of text, or
+// bytes that are not UTF-8.
 package printable
 
 import (
@@ -15,12 +15,13 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// Text is s with everything escaped, as "\x1b" or "\u202e", that is no character to be seen, but spaces and line feeds.
+// Text returns s with all characters escaped that are not printable, as "\x1b" or "\u202e". Line feeds and tabs stay.
 func Text(s string) string { return escape(s, "\n\t") }
 
-// Line is Text in one line.
+// Line is Text that escapes line feeds and tabs as well.
 func Line(s string) string { return escape(s, "") }
 
+// escape escapes all characters that are not printable, but for those in kept.
 func escape(s, kept string) string {
 	clean := true
 	for _, r := range s {
@@ -47,10 +48,11 @@ func escape(s, kept string) string {
 
 func plain(r rune, kept string) bool { return unicode.IsPrint(r) || strings.ContainsRune(kept, r) }
 
-// Message makes all strings of a message Text, those of the messages in it, too.
+// Message applies Text to all strings of a message, and of the messages in it.
 func Message(m proto.Message) { each(m.ProtoReflect(), Text) }
 
-// Valid makes all strings of a message UTF-8, which Protocol Buffers want: what is not is escaped.
+// Valid makes all strings of a message valid UTF-8, which Protocol Buffers require. It applies Text to those that are
+// not.
 func Valid(m proto.Message) {
 	each(m.ProtoReflect(), func(s string) string {
 		if utf8.ValidString(s) {
@@ -60,7 +62,7 @@ func Valid(m proto.Message) {
 	})
 }
 
-// each replaces all strings of a message, in lists and maps, too. Keys of maps stay.
+// each replaces all strings of a message, also those in lists and maps, but not the keys of maps.
 func each(m protoreflect.Message, replace func(string) string) {
 	m.Range(func(field protoreflect.FieldDescriptor, v protoreflect.Value) bool {
 		switch {
@@ -87,7 +89,7 @@ func each(m protoreflect.Message, replace func(string) string) {
 	})
 }
 
-// value is what becomes of one value, and whether it has to be put back.
+// value replaces the strings in one value. It returns the new value, and whether the caller has to set it.
 func value(
 	field protoreflect.FieldDescriptor, v protoreflect.Value, replace func(string) string,
 ) (is protoreflect.Value, changed bool) {

@@ -43,7 +43,8 @@ func TestMessages(t *testing.T) {
 	}
 	Message(m)
 	got := m.GetMigrations()[0]
-	if want := `\x1b[1mx\xff`; got.GetVmName() != want || got.GetError().GetMessage() != want || got.GetSpec().GetVm() != "/run/vm" {
+	if want := `\x1b[1mx\xff`; got.GetVmName() != want || got.GetError().GetMessage() != want ||
+		got.GetSpec().GetVm() != "/run/vm" {
 		t.Errorf("%v", got)
 	}
 	sources := &migratedv1.SourceMachine{CommandLine: []string{"qemu", bad}}

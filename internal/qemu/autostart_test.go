@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package qemu
+package qemu_test
 
 import (
 	"testing"
+
+	"github.com/migrated-vm/migrated/internal/qemu/qemutest"
 )
 
-// A QEMU that waits for a VM takes "cont" for the wish to run it as soon as it has loaded (autostart, qmp_cont in
-// monitor/qmp-cmds.c). Somebody else may have given it: a manager that goes through all VMs of a host, say.
+// TestLoadedVMDoesNotRunByItself checks that "cont" before the load does not start the VM. A QEMU that waits for a
+// migration takes "cont" as "run the VM as soon as it is loaded" (autostart, qmp_cont in monitor/qmp-cmds.c). Another
+// program may have sent it, for example a manager that goes through all VMs of a host.
 func TestLoadedVMDoesNotRunByItself(t *testing.T) {
-	source, destination, _ := twoVMs(t) // the lock of a disk would refuse it
-	ctx := testContext(t)
+	source, destination, _ := twoVMs(t) // no disk: QEMU would refuse to run it without the disk's lock
+	ctx := qemutest.Context(t)
 	resumes := destination.QMP.Subscribe("RESUME")
 	defer resumes.Close()
 	if err := destination.QMP.Do(ctx, "cont", nil, nil); err != nil {

@@ -15,32 +15,32 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// ContLockNode is the name of the block node by which a ContLock works. An operator who wants the VM to run here
-// although it may run elsewhere removes it, with QMP blockdev-del.
+// ContLockNode is the name of the block node that a ContLock uses. An operator removes it with QMP blockdev-del to run
+// the VM here although it may run elsewhere.
 const ContLockNode = "migrated-moved"
 
-// contLockName is under what name QEMU keeps the descriptor that holds the lock. It stays there when the connection
-// ends, and this process with it.
+// contLockName is the name under which QEMU keeps the descriptor that holds the lock. The descriptor stays in QEMU when
+// the QMP connection or this process ends.
 const contLockName = libvirt.Staying + ContLockNode
 
-// A ContLock keeps a QEMU from continuing a VM that has been handed over, whoever says so on whichever monitor, also
-// of a VM without disks and on storage without locks.
+// A ContLock makes QEMU refuse to continue a VM that has been handed over. It holds for every monitor and every client.
+// It also works for a VM without disks, and on storage without locks.
 //
-// It is an image in memory which no device uses. QEMU gives it up together with the VM's disks when it saves the state
-// of the devices, takes it back together with them when it is to continue the VM, and does not continue it where it
-// cannot (bdrv_activate_all in qmp_cont). It cannot while somebody else says, by the lock of a byte of the image, that
-// it does not share it (block/file-posix.c). That lock belongs to an open file that QEMU itself has, too: it lasts as
-// long as that QEMU, whatever becomes of this process.
+// The lock uses a disk image in memory that belongs to no device. QEMU gives the image up with the VM's disks when it
+// saves the device state. To continue the VM, QEMU must take all disks and the image back; otherwise it refuses
+// (bdrv_activate_all in qmp_cont). Taking the image back fails while another open file has a lock on one byte of it,
+// which says that the image is not shared (block/file-posix.c). QEMU itself holds a descriptor of that open file, so
+// the lock lasts as long as QEMU does, even when this process ends.
 type ContLock struct {
 	holder *os.File
 }
 
-// NewContLock adds the image to a VM. Nothing is locked yet. The error leaves the VM as it was.
+// NewContLock adds the image to the VM's QEMU. It locks nothing yet. When it fails, the VM is as it was before.
 func (vm *VM) NewContLock(ctx context.Context) (_ *ContLock, err error) {
 	fail := func(err error) (*ContLock, error) {
 		return nil, fmt.Errorf("lock that keeps QEMU from continuing the VM: %w", err)
 	}
-	if err := vm.RemoveContLock(ctx); err != nil { // of a migration that failed
+	if err := vm.RemoveContLock(ctx); err != nil { // left by a migration that failed
 		return fail(err)
 	}
 	image, holder, err := memoryFile(ContLockNode, os.O_RDWR)
@@ -58,7 +58,7 @@ func (vm *VM) NewContLock(ctx context.Context) (_ *ContLock, err error) {
 	return l, nil
 }
 
-// addContLock gives QEMU the image, and the descriptor that is to hold the lock.
+// addContLock gives QEMU the image and the descriptor that will hold the lock.
 func (vm *VM) addContLock(ctx context.Context, image, holder *os.File) error {
 	if err := vm.getFD(ctx, contLockName, holder); err != nil {
 		return err
@@ -74,14 +74,14 @@ func (vm *VM) addContLock(ctx context.Context, image, holder *os.File) error {
 	return errors.Join(err, vm.removeFD(ctx, set)) // the node has a descriptor of its own
 }
 
-// What QEMU looks at (RAW_LOCK_SHARED_BASE in block/file-posix.c, BLK_PERM_WRITE in include/block/block-common.h): who
-// has this byte locked does not share the permission to write.
+// The byte of the image that QEMU checks (RAW_LOCK_SHARED_BASE in block/file-posix.c, BLK_PERM_WRITE in
+// include/block/block-common.h). A lock on it means that its holder does not share the permission to write.
 const (
 	sharedBase = 200
 	permWrite  = 1
 )
 
-// Lock makes QEMU refuse to continue the VM once it has given up its disks. It asks nobody.
+// Lock makes QEMU refuse to continue the VM once it has given up its disks. Lock sends no command to QEMU.
 func (l *ContLock) Lock() error {
 	err := unix.FcntlFlock(l.holder.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{
 		Type: unix.F_RDLCK, Whence: unix.SEEK_SET, Start: sharedBase + permWrite, Len: 1,
@@ -92,10 +92,10 @@ func (l *ContLock) Lock() error {
 	return nil
 }
 
-// Close leaves the lock to QEMU.
+// Close closes this process's descriptor. QEMU keeps its own, and with it the lock.
 func (l *ContLock) Close() error { return l.holder.Close() }
 
-// RemoveContLock lets QEMU continue the VM again. That there is no lock is no error.
+// RemoveContLock removes image and lock, so that QEMU can continue the VM again. It returns nil when there is no lock.
 func (vm *VM) RemoveContLock(ctx context.Context) error {
 	here, err := vm.hasContLock(ctx)
 	if err != nil {
@@ -106,14 +106,15 @@ func (vm *VM) RemoveContLock(ctx context.Context) error {
 			return err
 		}
 	}
-	// It may not be there, and is not this connection's where a daemon before this one handed it through libvirt.
+	// closefd fails when there is no lock. It also fails when an earlier daemon gave QEMU the descriptor through libvirt:
+	// this connection does not own it then.
 	if err := vm.closeFD(ctx, contLockName); !errors.Is(err, qmp.ErrGeneric) {
 		return err
 	}
 	return nil
 }
 
-// hasContLock says whether the image is there.
+// hasContLock reports whether QEMU has the image.
 func (vm *VM) hasContLock(ctx context.Context) (bool, error) {
 	var nodes []struct {
 		Name string `json:"node-name"`
@@ -127,16 +128,16 @@ func (vm *VM) hasContLock(ctx context.Context) (bool, error) {
 	return false, err
 }
 
-// contLockImage is an empty image of a format (docs/interop/qcow2.txt) whose nodes want to write for themselves, not
-// only when a device does.
+// contLockImage returns an empty qcow2 image (docs/interop/qcow2.txt). A qcow2 node needs the permission to write for
+// itself, even when no device uses it.
 func contLockImage() []byte {
 	const (
-		cluster   = 512 // bytes, the fewest
-		clusters  = 4   // header, table of counts, counts, table of the content
+		cluster   = 512 // bytes; the minimum
+		clusters  = 4   // header, refcount table, refcount block, L1 table
 		magic     = 'Q'<<24 | 'F'<<16 | 'I'<<8 | 0xfb
 		version   = 3
 		headerLen = 104
-		countBits = 4 // 1 << 4 bits each
+		countBits = 4 // log2 of the bits of a refcount
 	)
 	image := make([]byte, clusters*cluster)
 	put32 := func(at int, v uint32) { binary.BigEndian.PutUint32(image[at:], v) }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package qemu
+package qemu_test
 
 import (
 	"errors"
@@ -9,11 +9,15 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/launch"
+	"github.com/migrated-vm/migrated/internal/qemu/qemutest"
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// TestContLock: a VM that was handed over is not continued, whoever tries however often, with disks and without, locked
-// before QEMU gives the disks up and afterwards, also when the connection and this side's descriptor are gone.
+// TestContLock checks that QEMU never continues a VM that was handed over, however often a client tries. The VM has
+// disks or none, it is locked before or after QEMU gives the disks up, and the QMP connection and this side's
+// descriptor are closed.
 func TestContLock(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(image, make([]byte, 1<<20), 0o666); err != nil {
@@ -29,13 +33,13 @@ func TestContLock(t *testing.T) {
 			"-device", "virtio-blk-pci,drive=f"}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ctx := testContext(t)
-			_, vm := start(t, append(ram(ramFile(t)), c.args...)...)
+			ctx := qemutest.Context(t)
+			_, vm := qemutest.Start(t, append(qemutest.RAM(qemutest.RAMFile(t)), c.args...)...)
 			lock, err := vm.NewContLock(ctx)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, _, err := vm.Stop(ctx); err != nil { // nothing is locked yet: somebody may continue it
+			if _, _, err := vm.Stop(ctx); err != nil { // nothing is locked yet: the VM may be continued
 				t.Fatal(err)
 			}
 			if _, err := vm.Cont(ctx); err != nil {
@@ -58,10 +62,10 @@ func TestContLock(t *testing.T) {
 			if running, err := vm.Running(ctx); err != nil || running {
 				t.Errorf("it runs: %t, %v", running, err)
 			}
-			if err := vm.QMP.Disconnect(); err != nil { // it serves one client
+			if err := vm.QMP.Disconnect(); err != nil { // the socket serves one client at a time
 				t.Fatal(err)
 			}
-			again, err := Attach(ctx, vm.QMP.Path())
+			again, err := qemu.Attach(ctx, vm.QMP.Path())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -76,10 +80,11 @@ func TestContLock(t *testing.T) {
 	}
 }
 
-// TestContLockIsRemoved: nothing of it is left in QEMU, and removing it twice, or one of before, is no error.
+// TestContLockIsRemoved checks that removal leaves nothing in QEMU. It is no error to remove a lock twice, or one that
+// an earlier NewContLock made.
 func TestContLockIsRemoved(t *testing.T) {
-	ctx := testContext(t)
-	p, vm := start(t)
+	ctx := qemutest.Context(t)
+	p, vm := qemutest.Start(t)
 	before := descriptorsOf(t, p)
 	for range 2 {
 		lock, err := vm.NewContLock(ctx)
@@ -100,7 +105,7 @@ func TestContLockIsRemoved(t *testing.T) {
 	}
 }
 
-func descriptorsOf(t *testing.T, p *Process) int {
+func descriptorsOf(t *testing.T, p *launch.Process) int {
 	t.Helper()
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Pid()))
 	if err != nil {

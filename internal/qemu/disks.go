@@ -12,20 +12,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Disk is one image file, backing files included, that the VM has open.
+// Disk is one image file that the VM has open; backing files count.
 type Disk struct {
 	Device string // QEMU's name of the drive; may be empty
 	File   string // as QEMU names it: a path, or "nbd://..."
-	Local  bool   // a file or device that another host probably does not have
+	Local  bool   // another host probably does not have this file or device
 }
 
-// image is the part of ImageInfo (qapi/block-core.json) that is looked at.
+// image holds the used fields of ImageInfo (qapi/block-core.json).
 type image struct {
 	Filename string `json:"filename"`
 	Backing  *image `json:"backing-image"`
 }
 
-// Disks returns the images of all drives that have a medium.
+// Disks returns the images of all drives that have a medium, each followed by its backing images.
 func (vm *VM) Disks(ctx context.Context) ([]Disk, error) {
 	var drives []struct {
 		Device   string `json:"device"`
@@ -48,11 +48,12 @@ func (vm *VM) Disks(ctx context.Context) ([]Disk, error) {
 	return disks, nil
 }
 
-// protocol is a prefix such as "nbd:" or "rbd:", which path_has_protocol in QEMU's block.c looks for before
-// the first slash.
+// protocol matches a prefix such as "nbd:" or "rbd:". It follows path_has_protocol in QEMU's block.c: the colon comes
+// before the first slash.
 var protocol = regexp.MustCompile(`^[^/:]+:`)
 
-// networkFileSystems are those that several hosts mount, from linux/magic.h and the file systems' sources.
+// networkFileSystems are the file systems that several hosts can mount. The numbers are from linux/magic.h and from the
+// sources of the file systems.
 var networkFileSystems = map[int64]bool{
 	unix.NFS_SUPER_MAGIC:   true,
 	unix.SMB_SUPER_MAGIC:   true,
@@ -78,17 +79,17 @@ func (vm *VM) isLocal(file string) bool {
 	if file == "" || HasProtocol(file) {
 		return false
 	}
-	// QEMU may see other mounts than we.
+	// QEMU may be in another mount namespace than this process.
 	path := fmt.Sprintf("/proc/%d/root%s", vm.Pid, file)
 	if !filepath.IsAbs(file) {
 		path = fmt.Sprintf("/proc/%d/cwd/%s", vm.Pid, file)
 	}
 	var fs unix.Statfs_t
 	if err := unix.Statfs(path, &fs); err != nil {
-		return true // we cannot see that it is shared
+		return true // not known to be shared
 	}
 	return !networkFileSystems[fs.Type]
 }
 
-// HasProtocol says whether the name of an image begins with a protocol, so that it is no path.
+// HasProtocol reports whether an image name begins with a protocol; it is not a path then.
 func HasProtocol(name string) bool { return protocol.MatchString(name) }

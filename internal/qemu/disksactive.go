@@ -8,8 +8,8 @@ import (
 	"slices"
 )
 
-// DisksActive says whether QEMU has the VM's disks: not given up by Saver.Save, nor left to a source
-// (late-block-activate). A VM without disks has them.
+// DisksActive reports whether QEMU holds the VM's disks. It does not after Saver.Save gave them up, nor while the
+// source still has them (late-block-activate). For a VM without disks it returns true.
 func (vm *VM) DisksActive(ctx context.Context) (bool, error) {
 	var nodes []struct {
 		Active *bool `json:"active"` // since QEMU 10.0
@@ -28,9 +28,9 @@ func (vm *VM) DisksActive(ctx context.Context) (bool, error) {
 	return true, nil
 }
 
-// disksPermitted tells it from what devices may do with their drives, which QEMU before 10.0 shows. A device has the
-// permission to write from the moment at which its drive is active, unless the drive is read-only, and none at all once
-// it is given up (blk_root_activate and blk_root_inactivate in block/block-backend.c).
+// disksPermitted finds it out from the permissions of the devices on their drives; QEMU before 10.0 shows nothing else.
+// A device has the permission to write as soon as its drive is active, unless the drive is read-only. It has no
+// permission once the drive is given up (blk_root_activate and blk_root_inactivate in block/block-backend.c).
 func (vm *VM) disksPermitted(ctx context.Context) (bool, error) {
 	var graph struct {
 		Nodes []struct {
@@ -55,7 +55,7 @@ func (vm *VM) disksPermitted(ctx context.Context) (bool, error) {
 			continue
 		}
 		if len(e.Perm) == 0 {
-			return false, nil // QEMU may have got others: it takes them one by one
+			return false, nil // QEMU may hold other disks: it takes them one by one
 		}
 		written = written || slices.Contains(e.Perm, "write")
 	}
@@ -66,7 +66,7 @@ func (vm *VM) disksPermitted(ctx context.Context) (bool, error) {
 	return !writable, err
 }
 
-// writableDrives says whether a device has a drive that it may write to when it is active.
+// writableDrives reports whether a device has a drive that it may write to once the drive is active.
 func (vm *VM) writableDrives(ctx context.Context) (bool, error) {
 	var drives []struct {
 		Device   string `json:"qdev"`
@@ -83,8 +83,7 @@ func (vm *VM) writableDrives(ctx context.Context) (bool, error) {
 	return false, err
 }
 
-// ActivateDisks takes the disks of a stopped VM back. It reports whether this QEMU can do that: before 10.0 only Cont
-// does.
+// ActivateDisks takes the disks of a stopped VM back. able is false when this QEMU cannot: before 10.0 only Cont does.
 func (vm *VM) ActivateDisks(ctx context.Context) (able bool, err error) {
 	if v := vm.QMP.Version(); v.Major < 10 {
 		return false, nil

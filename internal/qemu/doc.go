@@ -1,25 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package qemu knows QEMU: what a running one is made of, how the state of its devices is saved and loaded,
-// how a destination is started, and what keeps a VM from being moved.
+// Package qemu controls one VM through its QEMU, over QMP: it reads facts, stops and continues the VM, and saves and
+// loads the state of its devices. internal/migration moves VMs with it; internal/machine describes them.
 //
-// Facts come from two places that check each other: QMP says what QEMU believes, /proc what its process
-// has. The VM's memory, for instance, is listed by "info ramblock" and held against /proc/PID/maps.
+// Facts come from two sources that check each other: QMP says what QEMU believes, /proc shows what its process has.
+// Everything about a QEMU besides its VM is in packages of its own. Of these, only check imports this package:
 //
-// A VM is moved in this order, the caller deciding between the steps:
+//	cmdline    parses QEMU's command line and makes the destination's
+//	process    finds and watches QEMU's process: /proc, identity, end
+//	launch     starts QEMU and reads its output
+//	ram        the VM's memory, VM.RAM here
+//	hugepages  whether memory may have transparent huge pages
+//	qom        reads QEMU's object tree
+//	check      finds what keeps a VM from being moved
+//
+// A migration calls these functions in this order; the caller decides between the steps:
 //
 //	source                             destination
-//	Attach, CheckVM, Facts
-//	                                   DestinationCommand, Start (or Attach)
-//	                                   Facts, PrepareIncoming, DropRAM, then userfaultfd
-//	                                   LoadDevices begins
+//	Attach, check.VM, Facts
+//	                                   cmdline.Destination, Start (or Attach)
+//	                                   Facts, PrepareIncoming, RAM.Drop, then userfaultfd
+//	                                   BeginLoading
 //	NewSaver
 //	Stop
-//	Save                  ── stream ──▶ LoadDevices ends
-//	                                   Cont, Announce
+//	Save                  ── stream ──▶ Loading.Wait ends
+//	                                   BeginAnnouncing, Cont
 //	Quit
 //
-// Up to Cont at the destination, Cont at the source makes the VM go on there: the destination has not
-// activated its disks yet (QEMU's capability late-block-activate). Only the disks of a VM that is paused are taken when
-// it is loaded (TakeDisksWhenLoaded).
+// Until Cont at the destination, Cont at the source continues the VM there: the destination has not activated its disks
+// yet (QEMU's capability late-block-activate). There is one exception: the destination of a paused VM takes the disks
+// when the state is loaded (TakeDisksWhenLoaded).
 package qemu

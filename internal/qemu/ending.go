@@ -4,15 +4,16 @@ package qemu
 
 import "encoding/json"
 
-// An Ending is what QEMU says when its VM ends: the event SHUTDOWN.
+// An Ending is the content of QEMU's event SHUTDOWN, which QEMU sends when its VM ends.
 type Ending struct {
-	// Guest says that the guest asked for it.
+	// Guest is true when the guest asked for the end.
 	Guest bool `json:"guest"`
 	// Reason is ShutdownCause in qapi/run-state.json: "guest-shutdown", "host-qmp-quit", ...
 	Reason string `json:"reason"`
 }
 
-// Ending is the last that QEMU has said of it since Attach; nil: nothing. When the connection has ended it has said all.
+// Ending returns the content of the last SHUTDOWN event since Attach, or nil if there was none. Once the connection has
+// ended, the result no longer changes.
 func (vm *VM) Ending() *Ending {
 	vm.endingMu.Lock()
 	defer vm.endingMu.Unlock()
@@ -23,7 +24,7 @@ func (vm *VM) Ending() *Ending {
 				return vm.ending
 			}
 			said := new(Ending)
-			if json.Unmarshal(e.Data, said) == nil { // QEMU writes nothing else
+			if json.Unmarshal(e.Data, said) == nil { // QEMU sends no other form
 				vm.ending = said
 			}
 		default:

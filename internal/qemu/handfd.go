@@ -11,13 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// handedName is under what name QEMU keeps a handed descriptor.
+// handedName is the name under which QEMU keeps the descriptor of HandFD.
 const handedName = "migrated-handed"
 
-// HandFD gives QEMU a duplicate of f, which stays the caller's. release makes QEMU close it.
+// HandFD gives QEMU a duplicate of f. f stays the caller's. release makes QEMU close its duplicate.
 //
-// It uses getfd and closefd. add-fd's counterpart remove-fd closes nothing as long as the VM does not run
-// (monitor_fdset_cleanup in monitor/misc.c), and a VM that is to come does not.
+// HandFD uses getfd and closefd. add-fd does not fit: its counterpart remove-fd closes nothing while the VM does not
+// run (monitor_fdset_cleanup in monitor/misc.c), and a VM that has not arrived yet does not run.
 func (vm *VM) HandFD(ctx context.Context, f *os.File) (release func(context.Context) error, err error) {
 	if err := vm.getFD(ctx, handedName, f); err != nil {
 		return nil, err
@@ -25,7 +25,7 @@ func (vm *VM) HandFD(ctx context.Context, f *os.File) (release func(context.Cont
 	return func(ctx context.Context) error { return vm.closeFD(ctx, handedName) }, nil
 }
 
-// getFD gives QEMU a duplicate of f under a name, until closeFD, or a command that uses it up.
+// getFD gives QEMU a duplicate of f under a name. QEMU keeps it until closeFD, or until a command uses it up.
 func (vm *VM) getFD(ctx context.Context, name string, f *os.File) error {
 	return vm.QMP.DoWithFD(ctx, "getfd", map[string]string{"fdname": name}, nil, f)
 }
@@ -34,8 +34,8 @@ func (vm *VM) closeFD(ctx context.Context, name string) error {
 	return vm.QMP.Do(ctx, "closefd", map[string]string{"fdname": name}, nil)
 }
 
-// addFD gives QEMU a duplicate of f that it opens as the file fdsetPath(set), which takes the mode that f has
-// (monitor_fdset_dup_fd_add in monitor/fds.c).
+// addFD gives QEMU a duplicate of f and returns the number of its descriptor set. QEMU opens it as the file
+// fdsetPath(set), in the mode in which f is open (monitor_fdset_dup_fd_add in monitor/fds.c).
 func (vm *VM) addFD(ctx context.Context, f *os.File) (set int, err error) {
 	var added struct {
 		Set int `json:"fdset-id"`
@@ -44,15 +44,15 @@ func (vm *VM) addFD(ctx context.Context, f *os.File) (set int, err error) {
 	return added.Set, err
 }
 
-// removeFD has QEMU close it, now or, where the VM does not run, when that does.
+// removeFD makes QEMU close a set from addFD. While the VM does not run, QEMU closes it only when the VM runs again.
 func (vm *VM) removeFD(ctx context.Context, set int) error {
 	return vm.QMP.Do(ctx, "remove-fd", map[string]int{"fdset-id": set}, nil)
 }
 
 func fdsetPath(set int) string { return fmt.Sprintf("/dev/fdset/%d", set) }
 
-// memoryFile is a file in memory, as memfd_create(2) makes it, and the same opened once more: with another mode, and
-// with locks of its own.
+// memoryFile returns a new file in memory (memfd_create(2)) and a second open file of the same content. The second one
+// has its own mode and its own locks. The caller closes both.
 func memoryFile(name string, mode int) (file, again *os.File, err error) {
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
 	if err != nil {

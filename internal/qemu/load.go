@@ -20,22 +20,22 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// cancelTimeout bounds how long a migration that was given up may keep the caller.
+// cancelTimeout bounds how long CancelMigrate may take.
 const cancelTimeout = 5 * time.Second
 
-// fdName is under what name QEMU keeps the stream's descriptor between getfd and its use.
+// fdName is the name under which QEMU keeps the stream's descriptor between getfd and its use.
 const fdName = "migrated-device-state"
 
-// A Loading is a migration stream that QEMU reads.
+// A Loading is a migration stream that QEMU is reading.
 type Loading struct {
 	vm     *VM
 	stream *os.File
 	events *qmp.Subscription
 }
 
-// BeginLoading makes a QEMU that was started with -incoming defer read a migration stream from f, which stays the
-// caller's. PrepareIncoming must have been called. The stream may come in parts, at any time: QEMU waits for the next
-// without its big lock (qemu_loadvm_state in migration/savevm.c runs as a coroutine), and its monitor answers.
+// BeginLoading makes a QEMU that was started with -incoming defer read a migration stream from f. f stays the caller's.
+// Call PrepareIncoming first. The parts of the stream may arrive at any time: QEMU waits for the next one without its
+// big lock (qemu_loadvm_state in migration/savevm.c runs as a coroutine), and its monitor answers meanwhile.
 func (vm *VM) BeginLoading(ctx context.Context, f *os.File) (_ *Loading, err error) {
 	l := &Loading{vm: vm, stream: f, events: vm.QMP.Subscribe("MIGRATION")}
 	defer func() {
@@ -49,7 +49,7 @@ func (vm *VM) BeginLoading(ctx context.Context, f *os.File) (_ *Loading, err err
 	if err := vm.QMP.Do(ctx, "migrate-incoming", map[string]string{"uri": "fd:" + fdName}, nil); err != nil {
 		var refused *qmp.Error
 		if errors.As(err, &refused) {
-			// It may have taken the descriptor before it refused: closefd then fails.
+			// closefd fails when QEMU took the descriptor before it refused.
 			_ = vm.closeFD(ctx, fdName)
 			return nil, err
 		}
@@ -58,14 +58,15 @@ func (vm *VM) BeginLoading(ctx context.Context, f *os.File) (_ *Loading, err err
 	return l, nil
 }
 
-// Feed writes head, then sections one by one to the other end of the stream, each when QEMU has loaded the one before,
-// and returns when it has loaded the last. loaded is called after each, with its index. The stream must have made QEMU
-// answer (devicestate.ReturnPath), by head at the latest; it stays open. The caller bounds the time by ctx, after which
-// the stream is of no use. QEMU's end is then a *qmp.DisconnectedError.
+// Feed writes head and then sections to stream, the other end of the migration stream. It writes each section when QEMU
+// has loaded the one before, and returns when QEMU has loaded the last. It calls loaded with the index of each section
+// after its load. By the end of head, the stream must have made QEMU answer (devicestate.ReturnPath). The stream stays
+// open. The caller bounds the time with ctx; when ctx ends, the stream cannot be used further. If QEMU ends, the error
+// is a *qmp.DisconnectedError.
 func (l *Loading) Feed(
 	ctx context.Context, stream *os.File, head []byte, sections []devicestate.Section, loaded func(index int) error,
 ) error {
-	// A QEMU that cannot load ends. That is not seen on a socket of which this process has both ends.
+	// A QEMU that cannot load exits. The socket does not show this, because this process has both of its ends.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
@@ -101,10 +102,10 @@ func (l *Loading) Feed(
 	return nil
 }
 
-// Wait returns when QEMU has loaded all of the stream. Nobody else may wait.
+// Wait returns when QEMU has loaded the whole stream. Call it from one goroutine only.
 //
-// A QEMU that fails to load exits: the error is then a *qmp.DisconnectedError, and QEMU's own words are in
-// Process.ExitReason. When ctx ends, the stream's socket is shut down, which is a failed load to QEMU.
+// A QEMU that fails to load exits: the error is a *qmp.DisconnectedError, and QEMU's own message is in
+// Process.ExitReason. When ctx ends, Wait shuts the stream's socket down; QEMU takes this as a failed load.
 func (l *Loading) Wait(ctx context.Context) error {
 	defer l.events.Close()
 	err := l.vm.awaitMigration(ctx, l.events)
@@ -115,14 +116,14 @@ func (l *Loading) Wait(ctx context.Context) error {
 }
 
 // UnmapRootComplex makes a stopped q35 unmap the registers of its root complex (RCBA, at 0xf0 of the LPC bridge,
-// 0:1f.0), as the guest could: loading the bridge's state a second time ends QEMU while they are mapped. What the guest
-// has left in the PCI host's address register is lost: load the host's state again, too.
+// 0:1f.0), as the guest could do. While they are mapped, a second load of the bridge's state makes QEMU exit.
+// UnmapRootComplex overwrites the address register of the PCI host, so load the host's state again, too.
 func (vm *VM) UnmapRootComplex(ctx context.Context) error {
 	const address, data, register = 0xcf8, 0xcfc, 1<<31 | 0x1f<<11 | 0xf0 // PCI's configuration mechanism #1
 	for _, line := range []string{
 		fmt.Sprintf("o /w %#x %#x", address, register), fmt.Sprintf("o /w %#x 0", data), // w: a word of 32 bits
 	} {
-		said, err := vm.hmp(ctx, line)
+		said, err := vm.QMP.HMP(ctx, line)
 		if err == nil && said != "" {
 			err = errors.New(strings.TrimSpace(said))
 		}
@@ -133,7 +134,8 @@ func (vm *VM) UnmapRootComplex(ctx context.Context) error {
 	return nil
 }
 
-// abandon makes sure that QEMU does not go on with what nobody waits for any more.
+// abandon shuts the stream down, so that QEMU does not continue a load that has no waiter. It returns reason, joined
+// with the error of the shutdown, if any.
 func abandon(f *os.File, reason error) error {
 	if err := shutdown(f); err != nil {
 		reason = errors.Join(reason, fmt.Errorf("end the migration stream: %w", err))
@@ -141,11 +143,11 @@ func abandon(f *os.File, reason error) error {
 	return reason
 }
 
-// shutdown ends both directions of a socket, for QEMU's duplicate as for ours.
+// shutdown ends both directions of a socket, also for QEMU's duplicate.
 func shutdown(f *os.File) error {
 	raw, err := f.SyscallConn()
 	if errors.Is(err, os.ErrClosed) {
-		return nil // the caller has given it up as well
+		return nil // the caller has closed it already
 	}
 	if err != nil {
 		return err
@@ -153,7 +155,7 @@ func shutdown(f *os.File) error {
 	var shutErr error
 	err = raw.Control(func(fd uintptr) { shutErr = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
 	if errors.Is(shutErr, unix.ENOTCONN) {
-		shutErr = nil // the other end did it
+		shutErr = nil // the other end was shut down already
 	}
 	if errors.Is(err, os.ErrClosed) {
 		err = nil
@@ -161,7 +163,7 @@ func shutdown(f *os.File) error {
 	return errors.Join(err, shutErr)
 }
 
-// awaitMigration waits for the event that says how the migration ended.
+// awaitMigration waits for the MIGRATION event that ends the migration. It returns nil for "completed".
 func (vm *VM) awaitMigration(ctx context.Context, events *qmp.Subscription) error {
 	for {
 		select {
@@ -187,9 +189,9 @@ func (vm *VM) awaitMigration(ctx context.Context, events *qmp.Subscription) erro
 	}
 }
 
-// migrationFailed asks QEMU for the reason.
+// migrationFailed asks QEMU why the migration failed and returns that as an error.
 func (vm *VM) migrationFailed(ctx context.Context, status string) error {
-	info, err := vm.queryMigrate(ctx)
+	info, err := vm.QueryMigrate(ctx)
 	if err != nil {
 		return fmt.Errorf("QEMU's migration stream %s: %w", status, err)
 	}
@@ -199,15 +201,15 @@ func (vm *VM) migrationFailed(ctx context.Context, status string) error {
 	return fmt.Errorf("QEMU's migration stream %s: %s", status, info.ErrorDesc)
 }
 
-// migrationInfo is QEMU's answer to query-migrate (MigrationInfo in qapi/migration.json).
-type migrationInfo struct {
-	Status         string   `json:"status"` // empty: there was none
+// MigrationInfo is QEMU's answer to query-migrate (MigrationInfo in qapi/migration.json).
+type MigrationInfo struct {
+	Status         string   `json:"status"` // empty: there was no migration
 	ErrorDesc      string   `json:"error-desc"`
 	BlockedReasons []string `json:"blocked-reasons"` // QEMU >= 6.0
 }
 
-// active are the states in which a cancelled migration has not ended yet.
-func (i migrationInfo) active() bool {
+// Active reports whether the migration has not ended yet. One that is being cancelled is still active.
+func (i MigrationInfo) Active() bool {
 	switch i.Status {
 	case "", "none", "completed", "failed", "cancelled":
 		return false
@@ -215,28 +217,29 @@ func (i migrationInfo) active() bool {
 	return true
 }
 
-func (vm *VM) queryMigrate(ctx context.Context) (migrationInfo, error) {
-	var info migrationInfo
+// QueryMigrate returns the state of QEMU's own migration.
+func (vm *VM) QueryMigrate(ctx context.Context) (MigrationInfo, error) {
+	var info MigrationInfo
 	err := vm.QMP.Do(ctx, "query-migrate", nil, &info)
 	return info, err
 }
 
-// CancelMigrate cancels QEMU's own migration, if there is one, and returns when it has ended. The VM stays
-// stopped. Daemons that speak protocol 1 alone leave one when they die at the wrong moment.
+// CancelMigrate cancels QEMU's own migration, if there is one, and returns when it has ended. The VM stays stopped. A
+// daemon that speaks only protocol 1 leaves such a migration if it dies at the wrong moment.
 func (vm *VM) CancelMigrate(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, cancelTimeout)
 	defer cancel()
 	events := vm.QMP.Subscribe("MIGRATION")
 	defer events.Close()
-	info, err := vm.queryMigrate(ctx)
-	if err != nil || !info.active() {
+	info, err := vm.QueryMigrate(ctx)
+	if err != nil || !info.Active() {
 		return err
 	}
 	if err := vm.QMP.Do(ctx, "migrate_cancel", nil, nil); err != nil {
 		return err
 	}
 	for {
-		if info, err = vm.queryMigrate(ctx); err != nil || !info.active() {
+		if info, err = vm.QueryMigrate(ctx); err != nil || !info.Active() {
 			return err
 		}
 		select {

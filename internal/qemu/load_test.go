@@ -1,77 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package qemu
+package qemu_test
 
 import (
 	"bytes"
 	"context"
 	"errors"
-	"os"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
+	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qemu/qemutest"
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// twoVMs starts a source and a destination that have the same RAM file: what the page engine does between two
-// files is not the subject here.
-func twoVMs(t *testing.T, extra ...string) (source, destination *VM, process *Process) {
-	t.Helper()
-	path := ramFile(t)
-	_, source = start(t, append(ram(path), extra...)...)
-	process, destination = start(t, append(append(ram(path), extra...), "-S", "-incoming", "defer")...)
-	if err := destination.PrepareIncoming(testContext(t)); err != nil {
-		t.Fatal(err)
-	}
-	return source, destination, process
-}
-
-// save stops a VM and returns the state of its devices as a stream.
-func save(t *testing.T, vm *VM, giveUpDisks bool) []byte {
-	t.Helper()
-	ctx := testContext(t)
-	if _, _, err := vm.Stop(ctx); err != nil {
-		t.Fatal(err)
-	}
-	saver, err := vm.NewSaver(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	state, err := saver.Save(ctx, giveUpDisks, nil)
-	if err := errors.Join(err, saver.Close(ctx)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := devicestate.Parse(state); err != nil {
-		t.Fatal(err)
-	}
-	facts, err := vm.Facts(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return append(devicestate.Head(facts.MachineType), devicestate.Body(state)...)
-}
-
-// load has a destination load a stream.
-func load(t *testing.T, vm *VM, stream []byte) error {
-	t.Helper()
-	in, feed := socketPair(t)
-	go func() {
-		_, _ = feed.Write(stream) // a QEMU that fails does not read it
-		feed.Close()
-	}()
-	loading, err := vm.BeginLoading(testContext(t), in)
-	if err != nil {
-		return err
-	}
-	return loading.Wait(testContext(t))
-}
-
 func TestDeviceStateMoves(t *testing.T) {
 	source, destination, _ := twoVMs(t)
-	ctx := testContext(t)
+	ctx := qemutest.Context(t)
 	stopped, ran, err := source.Stop(ctx)
 	if err != nil || !ran {
 		t.Fatal(ran, err)
@@ -100,24 +48,15 @@ func TestDeviceStateMoves(t *testing.T) {
 	}
 }
 
-// withDisk are the arguments that give a VM a disk in a new image.
-func withDisk(t *testing.T) []string {
-	t.Helper()
-	disk := ramFile(t) + ".disk"
-	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return []string{"-drive", "file=" + disk + ",format=raw,if=none,id=d", "-device", "virtio-blk,drive=d"}
-}
-
-// The source takes its VM back, disks included, as long as the destination has not run it.
+// TestSourceContinuesWithItsDisks checks that the source can continue its VM, disks included, until the destination
+// runs it.
 func TestSourceContinuesWithItsDisks(t *testing.T) {
 	source, destination, _ := twoVMs(t, withDisk(t)...)
 	if err := load(t, destination, save(t, source, true)); err != nil {
 		t.Fatal(err)
 	}
-	ctx := testContext(t)
-	if _, err := source.Cont(ctx); err != nil { // while the destination has loaded everything
+	ctx := qemutest.Context(t)
+	if _, err := source.Cont(ctx); err != nil { // the destination has loaded everything
 		t.Fatal(err)
 	}
 	if _, err := destination.Cont(ctx); err == nil {
@@ -125,11 +64,12 @@ func TestSourceContinuesWithItsDisks(t *testing.T) {
 	}
 }
 
-// Who has the disks is asked, because giving up twice what one has not makes QEMU abort.
+// TestDisksActive checks DisksActive in each state. A wrong answer is dangerous: QEMU aborts when it is to give up
+// disks that it does not hold.
 func TestDisksActive(t *testing.T) {
 	source, destination, _ := twoVMs(t, withDisk(t)...)
-	ctx := testContext(t)
-	has := func(vm *VM, want bool, when string) {
+	ctx := qemutest.Context(t)
+	has := func(vm *qemu.VM, want bool, when string) {
 		t.Helper()
 		if got, err := vm.DisksActive(ctx); err != nil || got != want {
 			t.Errorf("%s: has the disks %t, %v", when, got, err)
@@ -162,16 +102,16 @@ func TestDisksActive(t *testing.T) {
 }
 
 func TestVMWithoutDisksHasThem(t *testing.T) {
-	_, vm := start(t, ram(ramFile(t))...)
-	if active, err := vm.DisksActive(testContext(t)); err != nil || !active {
+	_, vm := qemutest.Start(t, qemutest.RAM(qemutest.RAMFile(t))...)
+	if active, err := vm.DisksActive(qemutest.Context(t)); err != nil || !active {
 		t.Errorf("%t, %v", active, err)
 	}
 }
 
-// TestSaveShowsWhatIsWritten: what is shown while QEMU saves is the beginning of what it has saved in the end.
+// TestSaveShowsWhatIsWritten checks that each part shown during a save is a prefix of the final state.
 func TestSaveShowsWhatIsWritten(t *testing.T) {
-	_, vm := start(t, ram(ramFile(t))...)
-	ctx := testContext(t)
+	_, vm := qemutest.Start(t, qemutest.RAM(qemutest.RAMFile(t))...)
+	ctx := qemutest.Context(t)
 	if _, _, err := vm.Stop(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -187,7 +127,7 @@ func TestSaveShowsWhatIsWritten(t *testing.T) {
 		}
 		return state, err
 	}
-	// It looks now and then: QEMU may have been faster.
+	// Save looks at intervals, so QEMU may finish before the first look.
 	const tries = 1000
 	try := 0
 	for early := false; !early; try++ {
@@ -227,14 +167,14 @@ func TestSaveShowsWhatIsWritten(t *testing.T) {
 	}
 }
 
-// Saving neither runs nor changes a VM: it can be done again, and the VM goes on.
+// TestSaveTwice checks that a save neither runs nor changes a VM: it can be repeated, and the VM can continue.
 func TestSaveTwice(t *testing.T) {
-	_, vm := start(t, ram(ramFile(t))...)
+	_, vm := qemutest.Start(t, qemutest.RAM(qemutest.RAMFile(t))...)
 	first, second := save(t, vm, true), save(t, vm, false)
 	if len(first) == 0 || len(first) != len(second) {
 		t.Errorf("%d bytes, then %d", len(first), len(second))
 	}
-	ctx := testContext(t)
+	ctx := qemutest.Context(t)
 	if status, err := vm.Status(ctx); err != nil || status != "paused" {
 		t.Errorf("the VM is %q, %v", status, err)
 	}
@@ -248,32 +188,32 @@ func TestDestinationKilledWhileLoading(t *testing.T) {
 	stream := save(t, source, true)
 	in, feed := socketPair(t)
 	loaded := make(chan error, 1)
-	loading, err := destination.BeginLoading(testContext(t), in)
+	loading, err := destination.BeginLoading(qemutest.Context(t), in)
 	if err != nil {
 		t.Fatal(err)
 	}
-	go func() { loaded <- loading.Wait(testContext(t)) }()
-	if _, err := feed.Write(stream[:len(stream)/2]); err != nil { // it waits for more
+	go func() { loaded <- loading.Wait(qemutest.Context(t)) }()
+	if _, err := feed.Write(stream[:len(stream)/2]); err != nil { // QEMU waits for more
 		t.Fatal(err)
 	}
-	if err := process.Kill(testContext(t)); err != nil {
+	if err := process.Kill(qemutest.Context(t)); err != nil {
 		t.Fatal(err)
 	}
 	var gone *qmp.DisconnectedError
 	if err := <-loaded; !errors.As(err, &gone) {
 		t.Errorf("loading: %v", err)
 	}
-	if _, err := source.Cont(testContext(t)); err != nil {
+	if _, err := source.Cont(qemutest.Context(t)); err != nil {
 		t.Error(err)
 	}
 }
 
-// A load that nobody wants any more ends, and QEMU with it.
+// TestCancelledWhileLoading checks that the load, and QEMU with it, ends when the caller cancels it.
 func TestCancelledWhileLoading(t *testing.T) {
 	source, destination, process := twoVMs(t)
 	stream := save(t, source, true)
 	in, feed := socketPair(t)
-	ctx, cancel := context.WithCancelCause(testContext(t))
+	ctx, cancel := context.WithCancelCause(qemutest.Context(t))
 	gaveUp := errors.New("gave up")
 	loaded := make(chan error, 1)
 	loading, err := destination.BeginLoading(ctx, in)
@@ -290,7 +230,7 @@ func TestCancelledWhileLoading(t *testing.T) {
 	}
 	select {
 	case <-process.Exited():
-	case <-testContext(t).Done():
+	case <-qemutest.Context(t).Done():
 		t.Error("QEMU waits for the rest")
 	}
 }
@@ -309,14 +249,14 @@ func TestBadStreamIsExplained(t *testing.T) {
 
 func TestContBeforeTheStateIsLoaded(t *testing.T) {
 	_, destination, _ := twoVMs(t)
-	if at, err := destination.Cont(testContext(t)); err == nil {
+	if at, err := destination.Cont(qemutest.Context(t)); err == nil {
 		t.Errorf("an empty VM runs since %v", at)
 	}
 }
 
 func TestStopOfAStoppedVM(t *testing.T) {
-	_, vm := start(t, ram(ramFile(t))...)
-	ctx := testContext(t)
+	_, vm := qemutest.Start(t, qemutest.RAM(qemutest.RAMFile(t))...)
+	ctx := qemutest.Context(t)
 	for _, want := range []bool{true, false} {
 		before := time.Now().Truncate(time.Microsecond)
 		if at, ran, err := vm.Stop(ctx); err != nil || at.Before(before) || ran != want {
@@ -330,12 +270,13 @@ func TestStopOfAStoppedVM(t *testing.T) {
 	}
 }
 
-// A QEMU that arrived here is to be as QEMU made it when it is migrated by others.
+// TestSettingsArePutBack checks that Close restores QEMU's settings for migrations by other programs.
 func TestSettingsArePutBack(t *testing.T) {
-	path := ramFile(t)
+	path := qemutest.RAMFile(t)
 	second := path + ".qmp"
-	_, vm := start(t, append(ram(path), "-S", "-incoming", "defer", "-qmp", "unix:"+second+",server=on,wait=off")...)
-	ctx := testContext(t)
+	_, vm := qemutest.Start(t,
+		append(qemutest.RAM(path), "-S", "-incoming", "defer", "-qmp", "unix:"+second+",server=on,wait=off")...)
+	ctx := qemutest.Context(t)
 	if err := vm.SetCapabilities(ctx, map[string]bool{"auto-converge": true}); err != nil {
 		t.Fatal(err)
 	}
@@ -345,9 +286,16 @@ func TestSettingsArePutBack(t *testing.T) {
 	}
 	now := func() (s settings) {
 		t.Helper()
-		var err error
-		if s.Capabilities, err = vm.capabilities(ctx); err != nil {
+		var list []struct {
+			Name string `json:"capability"`
+			On   bool   `json:"state"`
+		}
+		if err := vm.QMP.Do(ctx, "query-migrate-capabilities", nil, &list); err != nil {
 			t.Fatal(err)
+		}
+		s.Capabilities = map[string]bool{}
+		for _, c := range list {
+			s.Capabilities[c.Name] = c.On
 		}
 		if err := vm.QMP.Do(ctx, "query-migrate-parameters", nil, &s); err != nil {
 			t.Fatal(err)
@@ -355,7 +303,7 @@ func TestSettingsArePutBack(t *testing.T) {
 		return s
 	}
 	before := now()
-	other, err := Attach(ctx, second)
+	other, err := qemu.Attach(ctx, second)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -363,7 +311,7 @@ func TestSettingsArePutBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	during := now()
-	if !during.Capabilities[capLateBlock] || during.Capabilities["auto-converge"] || during.Rounds != 1 {
+	if !during.Capabilities["late-block-activate"] || during.Capabilities["auto-converge"] || during.Rounds != 1 {
 		t.Errorf("prepared: %+v", during)
 	}
 	if err := other.Close(); err != nil {

@@ -11,8 +11,9 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// Sizes of a split virtqueue (virtio 1.2, 2.7): a descriptor, what is before and behind the entries of the other two
-// rings, and their entries. Those of a packed one are in the same places, and smaller.
+// Sizes in bytes of the parts of a split virtqueue (virtio 1.2, 2.7): a descriptor, an entry of each of the other two
+// rings, and the fields before and after those entries. The rings of a packed virtqueue are at the same addresses, and
+// smaller.
 const (
 	descriptorBytes = 16
 	availableEntry  = 2
@@ -20,20 +21,20 @@ const (
 	ringEnds        = 6
 )
 
-// queuesMost bounds the virtqueues that a device is asked for (VIRTIO_QUEUE_MAX in hw/virtio).
+// queuesMost is the maximum number of virtqueues to query per device (VIRTIO_QUEUE_MAX in hw/virtio).
 const queuesMost = 1024
 
-// virtqueue is what x-query-virtio-queue-status says of one (VirtQueueStatus in qapi/virtio.json, since QEMU 7.2).
+// virtqueue is QEMU's answer to x-query-virtio-queue-status (VirtQueueStatus in qapi/virtio.json, since QEMU 7.2).
 type virtqueue struct {
 	Num   uint64 `json:"vring-num"`
-	Desc  uint64 `json:"vring-desc"` // guest-physical addresses; 0: the guest has not made it
+	Desc  uint64 `json:"vring-desc"` // guest-physical addresses; 0: the guest has not set the queue up
 	Avail uint64 `json:"vring-avail"`
 	Used  uint64 `json:"vring-used"`
 }
 
-// RingPages returns where in QEMU's address space the rings of the VM's virtio devices are: the addresses of their
-// pages, of 4 KiB each, sorted. QEMU reads them when it loads those devices' state. A guest whose driver starts anew
-// has them elsewhere.
+// RingPages returns the pages, of 4 KiB each, that hold the rings of the VM's virtio devices: their addresses in QEMU's
+// address space, sorted. QEMU reads these pages when it loads the state of the devices. If the guest's driver restarts,
+// the rings move.
 func (vm *VM) RingPages(ctx context.Context) ([]uint64, error) {
 	var devices []struct {
 		Path string `json:"path"`
@@ -47,7 +48,7 @@ func (vm *VM) RingPages(ctx context.Context) ([]uint64, error) {
 			var q virtqueue
 			err := vm.QMP.Do(ctx, "x-query-virtio-queue-status", map[string]any{"path": d.Path, "queue": n}, &q)
 			if refused := (*qmp.Error)(nil); errors.As(err, &refused) {
-				break // the device has no more, or is not started
+				break // the device has no more queues, or is not started
 			}
 			if err != nil {
 				return nil, err
@@ -57,11 +58,11 @@ func (vm *VM) RingPages(ctx context.Context) ([]uint64, error) {
 	}
 	var pages []uint64
 	for page := range physical {
-		addr, err := vm.hostAddress(ctx, page)
+		addr, err := vm.RAM.HostAddress(ctx, page)
 		if err != nil {
 			return nil, fmt.Errorf("where the virtqueue at %#x is: %w", page, err)
 		}
-		if addr != 0 { // else a device behind an IOMMU, whose addresses are not the guest's
+		if addr != 0 { // 0: a device behind an IOMMU, whose addresses are not guest-physical
 			pages = append(pages, addr)
 		}
 	}
@@ -69,7 +70,7 @@ func (vm *VM) RingPages(ctx context.Context) ([]uint64, error) {
 	return pages, nil
 }
 
-// addPages adds the pages of all three rings.
+// addPages adds the guest-physical addresses of the pages of all three rings.
 func (q virtqueue) addPages(to map[uint64]bool) {
 	const page = 4096
 	if q.Num > 1<<16 {

@@ -14,17 +14,17 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// A Saver takes the state of a VM's devices from its QEMU, once: QEMU would write a second one behind the first. Making it
-// before the VM stops spares the downtime the preparation. Close it when it is no longer needed.
+// A Saver saves the device state of a VM once: QEMU would append a second state to the first. To keep the preparation
+// out of the downtime, create the Saver before the VM stops. Close it when it is no longer needed.
 type Saver struct {
 	vm   *VM
 	file *os.File // a memfd(2): QEMU writes to it without waiting for a reader
-	set  int      // of descriptors in QEMU
+	set  int      // number of the descriptor set in QEMU
 }
 
-// NewSaver hands QEMU a file in memory to save to.
+// NewSaver creates a file in memory and gives it to QEMU to save to.
 func (vm *VM) NewSaver(ctx context.Context) (*Saver, error) {
-	file, writer, err := memoryFile("device-state", os.O_WRONLY) // the mode that QEMU opens it with
+	file, writer, err := memoryFile("device-state", os.O_WRONLY) // the mode in which QEMU opens it
 	if err != nil {
 		return nil, fmt.Errorf("file for the device state: %w", err)
 	}
@@ -36,23 +36,23 @@ func (vm *VM) NewSaver(ctx context.Context) (*Saver, error) {
 	return &Saver{vm: vm, file: file, set: set}, nil
 }
 
-// lookEvery is how often Save looks what QEMU has written: QEMU writes 32 KiB at a time, of which a state of 1 MB has one
-// in 0.6 ms.
+// lookEvery is the interval at which Save looks at what QEMU has written. QEMU writes 32 KiB at a time; a state of 1 MB
+// grows by that much every 0.6 ms.
 const lookEvery = 500 * time.Microsecond
 
-// lookSoon is the same for SaveRunning: of a VM without devices QEMU saves all within a millisecond.
+// lookSoon is the interval for SaveRunning: QEMU saves the whole state of a VM without devices within a millisecond.
 const lookSoon = 50 * time.Microsecond
 
 // Save returns the state of all devices of a stopped VM, as QEMU's savevm.c writes it: magic and version of a migration
-// stream, a section for each device that has state, and the end; the run state in it is "paused" (devicestate.Pause). RAM
-// is not in it. The VM stays stopped.
+// stream, one section per device that has state, and an end mark. The run state in it is "paused" (devicestate.Pause).
+// The state does not contain RAM. The VM stays stopped.
 //
-// With giveUpDisks QEMU also gives the disks up, so that another QEMU can have them, until Cont or ActivateDisks. A
-// QEMU that has given them up must not be asked to do so again: it would abort (see DisksActive).
+// With giveUpDisks QEMU also gives the disks up, so that another QEMU can take them, until Cont or ActivateDisks. Do
+// not set it when QEMU has already given them up: QEMU would abort (see DisksActive).
 //
-// QEMU holds its big lock until it has written the last byte, and waits for nobody: the file is memory. Meanwhile written
-// gets what there is, unless it is nil, each time from the first byte on; it owns nothing of that. Its error is returned once
-// QEMU has answered.
+// QEMU holds its big lock until it has written the last byte. It does not wait for a reader, because the file is
+// memory. Meanwhile Save calls written, unless it is nil, with everything written so far, from the first byte on.
+// written must not keep or change the slice. Save returns the error of written once QEMU has answered.
 func (s *Saver) Save(ctx context.Context, giveUpDisks bool, written func(state []byte) error) ([]byte, error) {
 	return s.save(ctx, giveUpDisks, written, lookEvery)
 }
@@ -60,8 +60,8 @@ func (s *Saver) Save(ctx context.Context, giveUpDisks bool, written func(state [
 func (s *Saver) save(
 	ctx context.Context, giveUpDisks bool, written func(state []byte) error, every time.Duration,
 ) ([]byte, error) {
-	// The name is Xen's, the command is everybody's (qmp_xen_save_devices_state in migration/savevm.c). "live" is what
-	// makes it give up the disks of a VM that was stopped before.
+	// The command has Xen's name but works for every VM (qmp_xen_save_devices_state in migration/savevm.c). With "live" it
+	// also gives up the disks of a VM that was already stopped.
 	args := map[string]any{"filename": fdsetPath(s.set), "live": giveUpDisks}
 	wait, err := s.vm.QMP.Begin(ctx, "xen-save-devices-state", args)
 	if err != nil {
@@ -72,7 +72,7 @@ func (s *Saver) save(
 	look := time.NewTicker(every)
 	defer look.Stop()
 	var state []byte
-	var failed error // of written, or of reading
+	var failed error // from written, or from reading
 	for {
 		select {
 		case err := <-answered:
@@ -91,14 +91,16 @@ func (s *Saver) save(
 	}
 }
 
-// ErrTooShort says that a VM stood still for too short a time.
+// ErrTooShort means that a VM was stopped for too short a time.
 var ErrTooShort = errors.New("the VM went on before its memory was looked at")
 
-// SaveRunning saves the state of all devices of a VM that runs, and returns for how long that stood still: QEMU stops
-// it, saves, and continues it by itself, whatever becomes of this process. look is called while it stands still, once
-// QEMU has written something; its devices have written to memory what they had to. The error is ErrTooShort, with the
-// state, where look returned after the VM went on or was not called: of a small state QEMU shows nothing before it is
-// whole. Without the state, somebody else stopped or continued the VM.
+// SaveRunning saves the state of all devices of a running VM. QEMU stops the VM, saves and continues the VM by itself,
+// even when this process ends. pause is how long the VM was stopped. SaveRunning calls look while the VM is stopped, as
+// soon as QEMU has written something; by then the devices have finished their writes to memory.
+//
+// The error is ErrTooShort, with the state, when look returned after the VM continued, or was not called: QEMU shows
+// nothing of a small state before it is complete. The error is ErrTooShort without the state when another client
+// stopped or continued the VM.
 func (s *Saver) SaveRunning(ctx context.Context, look func() error) (state []byte, pause time.Duration, err error) {
 	events := s.vm.QMP.Subscribe("STOP", "RESUME")
 	defer events.Close()
@@ -128,7 +130,7 @@ func (s *Saver) SaveRunning(ctx context.Context, look func() error) (state []byt
 	return state, resumed.Sub(stopped), nil
 }
 
-// read appends to state what the file has more than that. QEMU only appends.
+// read appends to state the part of the file that state lacks. QEMU only appends to the file.
 func (s *Saver) read(state []byte) ([]byte, error) {
 	info, err := s.file.Stat()
 	if err != nil {
@@ -143,13 +145,13 @@ func (s *Saver) read(state []byte) ([]byte, error) {
 	if _, err := s.file.ReadAt(state[had:], int64(had)); err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("read the device state: %w", err)
 	}
-	devicestate.Pause(state[max(0, had-devicestate.RunStateSize):]) // it may have come in two parts
+	devicestate.Pause(state[max(0, had-devicestate.RunStateSize):]) // the run state may have come in two parts
 	return state, nil
 }
 
-// Close lets QEMU forget the file, and what is in it.
+// Close makes QEMU release the file, and frees the file's memory.
 func (s *Saver) Close(ctx context.Context) error {
-	err := s.file.Truncate(0) // QEMU may keep its descriptor for as long as the VM does not run
+	err := s.file.Truncate(0) // QEMU may keep its descriptor until the VM runs
 	if s.vm.QMP.Err() == nil {
 		err = errors.Join(err, s.vm.removeFD(ctx, s.set))
 	}

@@ -10,33 +10,33 @@ import (
 	"strings"
 )
 
-// QEMU's migration capabilities that we use (qapi/migration.json, MigrationCapability).
+// The migration capabilities of QEMU that this package uses (qapi/migration.json, MigrationCapability).
 const (
-	// capEvents makes QEMU report each step by a MIGRATION event, so that nobody has to ask.
+	// capEvents makes QEMU report each step in a MIGRATION event, so that no polling is needed.
 	capEvents = "events"
-	// capLateBlock leaves a destination's disks to the source until cont.
+	// capLateBlock leaves the disks to the source until cont at the destination.
 	capLateBlock = "late-block-activate"
 )
 
-// Settings are those of QEMU's settings for its own migrations that PrepareIncoming changes. Daemons that speak
-// protocol 1 alone changed the rest as well, at both ends.
+// Settings are the settings of QEMU's own migrations that PrepareIncoming changes. The fields that it leaves alone are
+// for daemons that speak only protocol 1: they changed those as well, at both ends.
 type Settings struct {
 	Capabilities  map[string]bool `json:"capabilities"`
-	MaxBandwidth  uint64          `json:"max_bandwidth"` // bytes a second; 0: not changed
+	MaxBandwidth  uint64          `json:"max_bandwidth"` // bytes per second; 0: not changed
 	NoDescription *bool           `json:"no_description,omitempty"`
-	// AnnounceRounds is how often QEMU announces the VM's network cards when it has loaded.
+	// AnnounceRounds is how many times QEMU announces the VM's network cards after a load.
 	AnnounceRounds *uint64 `json:"announce_rounds,omitempty"`
 }
 
-// Changed returns what Close puts back, nil where that is nothing. With PutBack the Close of a later process
-// does it instead.
+// Changed returns the settings that Close will restore, or nil if there are none. A later process passes them to
+// PutBack, and its Close restores them instead.
 func (vm *VM) Changed() *Settings { return vm.restore }
 
-// PutBack makes Close put these settings back.
+// PutBack makes Close restore these settings.
 func (vm *VM) PutBack(s *Settings) { vm.restore = s }
 
-// PrepareIncoming sets a destination QEMU up for LoadDevices: one that was started with -incoming defer. Every other
-// capability is switched off: multifd, compress or postcopy-ram would want another stream than ours.
+// PrepareIncoming prepares a QEMU that was started with -incoming defer for BeginLoading. It switches every other
+// capability off: with multifd, compress or postcopy-ram QEMU would expect another stream format.
 func (vm *VM) PrepareIncoming(ctx context.Context) error {
 	before, err := vm.capabilities(ctx)
 	if err != nil {
@@ -60,31 +60,32 @@ func (vm *VM) PrepareIncoming(ctx context.Context) error {
 	if err := vm.QMP.Do(ctx, "query-migrate-parameters", nil, &parameters); err != nil {
 		return err
 	}
-	if vm.restore == nil { // else this is a second try, and before is not what we found
+	if vm.restore == nil { // else this is a second try, and before is not the original state
 		vm.restore = &Settings{Capabilities: changed, AnnounceRounds: &parameters.AnnounceRounds}
 	}
-	// That the VM runs here is not certain when it is loaded: BeginAnnouncing says so when it is. The one round that
-	// is left stays in QEMU until the VM runs. With none, virtio-net has no timer once it is loaded
-	// (virtio_net_post_load_device), and QEMU ends of it when the guest resets the device (virtio_net_reset).
+	// A load does not mean that the VM will run here, so QEMU should not announce it then; BeginAnnouncing does it when
+	// that is certain. One round stays configured, and QEMU keeps it until the VM runs. Zero rounds are not safe:
+	// virtio-net then has no timer after the load (virtio_net_post_load_device), and QEMU ends when the guest resets
+	// the device (virtio_net_reset).
 	return vm.apply(ctx, Settings{Capabilities: now, AnnounceRounds: new(uint64(1))})
 }
 
-// TakeDisksWhenLoaded makes LoadDevices take the VM's disks from the source as soon as all is loaded, not when Cont
-// runs the VM: one that arrives paused may never be run, and a QEMU without its disks could not be moved on. Since 10.0
-// QEMU leaves them to cont all the same: ActivateDisks then takes them.
+// TakeDisksWhenLoaded makes QEMU take the VM's disks from the source at the end of the load instead of at Cont. A VM
+// that arrives paused may never run here, and a QEMU without the disks could not be moved on. QEMU 10.0 and newer still
+// waits for cont: call ActivateDisks there.
 func (vm *VM) TakeDisksWhenLoaded(ctx context.Context) error {
 	return vm.SetCapabilities(ctx, map[string]bool{capLateBlock: false})
 }
 
-// BeginAnnouncing makes the VM's network cards announce themselves, as QEMU does after a migration of its own: at once,
-// and four times more within half a second, by RARP, and by the guest itself where it can. While the VM is stopped, QEMU
-// keeps what it would send (qemu_net_queue_send), and Cont sends it first of all (net_vm_change_state_handler). wait waits
-// for QEMU's answer.
+// BeginAnnouncing makes the VM's network cards announce themselves, as QEMU does after its own migrations: at once and
+// four more times within half a second, by RARP and, where the guest supports it, by the guest itself. While the VM is
+// stopped, QEMU queues the announcements (qemu_net_queue_send), and Cont sends them before anything else
+// (net_vm_change_state_handler). wait waits for QEMU's answer.
 func (vm *VM) BeginAnnouncing(ctx context.Context) (wait func(context.Context) error, err error) {
 	return vm.QMP.Begin(ctx, "announce-self", map[string]int{"initial": 50, "max": 550, "rounds": 5, "step": 100})
 }
 
-// capabilities are those that this QEMU knows, and whether they are on.
+// capabilities returns the capabilities that this QEMU knows, and whether each is on.
 func (vm *VM) capabilities(ctx context.Context) (map[string]bool, error) {
 	var list []capability
 	if err := vm.QMP.Do(ctx, "query-migrate-capabilities", nil, &list); err != nil {
@@ -102,13 +103,13 @@ type capability struct {
 	On   bool   `json:"state"`
 }
 
-// SetCapabilities switches migration capabilities on and off, all of them or, with an error, none.
+// SetCapabilities switches migration capabilities on and off. On an error QEMU has changed none of them.
 func (vm *VM) SetCapabilities(ctx context.Context, states map[string]bool) error {
 	list := make([]capability, 0, len(states))
 	for name, on := range states {
 		list = append(list, capability{name, on})
 	}
-	// QEMU checks one after the other, and some need another to be off before.
+	// QEMU checks the list in order, and some capabilities require that another is off. So those to switch off come first.
 	slices.SortFunc(list, func(a, b capability) int {
 		if a.On != b.On {
 			if b.On {

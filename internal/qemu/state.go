@@ -23,19 +23,19 @@ func (vm *VM) runState(ctx context.Context) (runState, error) {
 	return s, err
 }
 
-// Status is QEMU's run state: "running", "paused", "inmigrate", "postmigrate", ...
+// Status returns QEMU's run state: "running", "paused", "inmigrate", "postmigrate", ...
 func (vm *VM) Status(ctx context.Context) (string, error) {
 	s, err := vm.runState(ctx)
 	return s.Status, err
 }
 
-// Running tells whether vCPUs run.
+// Running reports whether the vCPUs run.
 func (vm *VM) Running(ctx context.Context) (bool, error) {
 	s, err := vm.runState(ctx)
 	return s.Running, err
 }
 
-// VerifyStopped is nil only if QEMU says, now, that no vCPU runs.
+// VerifyStopped asks QEMU and returns nil only if no vCPU runs.
 func (vm *VM) VerifyStopped(ctx context.Context) error {
 	s, err := vm.runState(ctx)
 	if err != nil {
@@ -47,9 +47,9 @@ func (vm *VM) VerifyStopped(ctx context.Context) error {
 	return nil
 }
 
-// Stop stops all vCPUs and returns when they stopped, by QEMU's clock, and whether they ran until then; of a VM that
-// was stopped before, it returns the present time. When it returns, what disks and network cards had to write to memory
-// is written (do_vm_stop in QEMU's cpus.c).
+// Stop stops all vCPUs. It returns when they stopped, by QEMU's clock, and whether they ran until then. If the VM was
+// stopped before, at is the present time. When Stop returns, disks and network cards have finished their writes to
+// memory (do_vm_stop in QEMU's cpus.c).
 func (vm *VM) Stop(ctx context.Context) (at time.Time, ran bool, err error) {
 	events := vm.QMP.Subscribe("STOP")
 	defer events.Close()
@@ -62,8 +62,8 @@ func (vm *VM) Stop(ctx context.Context) (at time.Time, ran bool, err error) {
 	return time.Now(), false, nil
 }
 
-// Cont runs the VM, at a destination for the first time, and returns when it began to, by QEMU's clock. An
-// error other than a *qmp.Error leaves open whether it runs.
+// Cont runs the VM, also for the first time at a destination. It returns when the VM began to run, by QEMU's clock. If
+// the error is not a *qmp.Error, the VM may or may not run.
 func (vm *VM) Cont(ctx context.Context) (time.Time, error) {
 	events := vm.QMP.Subscribe("RESUME")
 	defer events.Close()
@@ -73,7 +73,8 @@ func (vm *VM) Cont(ctx context.Context) (time.Time, error) {
 	if at := lastOf(events, time.Time{}); !at.IsZero() {
 		return at, nil
 	}
-	// It ran before, or QEMU only took note: while it waits for a migration, cont means "run then".
+	// The VM ran before, or QEMU only noted the command: while QEMU waits for a migration, cont means "run after the
+	// load".
 	s, err := vm.runState(ctx)
 	if err != nil {
 		return time.Time{}, fmt.Errorf("whether the VM runs: %w", err)
@@ -84,8 +85,9 @@ func (vm *VM) Cont(ctx context.Context) (time.Time, error) {
 	return time.Now(), nil
 }
 
-// cont repeats the command while QEMU refuses it because its own migration, whose end it has reported, still
-// puts its things away ("Migration is not finalized yet"). No event tells when it has.
+// cont sends the command again while QEMU refuses it because its own migration is still cleaning up ("Migration is not
+// finalized yet"). QEMU reports the end of a migration before that clean-up, and no event marks the end of the
+// clean-up.
 func (vm *VM) cont(ctx context.Context) error {
 	const firstPause, longestPause = time.Millisecond, 20 * time.Millisecond
 	finalized := false
@@ -98,7 +100,7 @@ func (vm *VM) cont(ctx context.Context) error {
 		switch {
 		case err == nil && s.Status == "finish-migrate":
 		case err == nil && s.Status == "postmigrate" && !finalized:
-			finalized = true // perhaps just now: what is refused once more is refused for good
+			finalized = true // perhaps only now: a second refusal is final
 		default:
 			return refused
 		}
@@ -110,7 +112,7 @@ func (vm *VM) cont(ctx context.Context) error {
 	}
 }
 
-// lastOf returns the time of the newest event that has arrived.
+// lastOf returns the time of the newest event that has arrived, or at if there is none.
 func lastOf(events *qmp.Subscription, at time.Time) time.Time {
 	for {
 		select {

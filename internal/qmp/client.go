@@ -4,6 +4,7 @@ package qmp
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -21,19 +22,20 @@ type Version struct{ Major, Minor, Micro int }
 
 func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Minor, v.Micro) }
 
-// Client is one connection to a QEMU. Its methods may be called from several goroutines at once. It owns
+// Client is one connection to a QEMU. Its methods may be called by several goroutines at once. It owns
 // the connection until Disconnect.
 type Client struct {
 	path    string
-	via     string // what passes on all that is said; empty: QEMU listens itself
+	via     string // the program that relays all messages, such as libvirt; empty: QEMU itself listens
 	conn    *net.UnixConn
 	peer    credentials
 	version Version
 
 	lastID atomic.Uint64
-	// A slot is taken by sending to it, so that the wait for it can be given up.
-	writing chan struct{} // one command is written at a time
-	passing chan struct{} // one descriptor is on its way at a time, see DoWithFD
+	// Each slot is held by one goroutine at a time: sending takes it, receiving frees it. Unlike a mutex, a slot can be
+	// waited for with a context.
+	writeSlot chan struct{} // held while a command is written
+	fdSlot    chan struct{} // held from the sending of a descriptor to the reply, see DoWithFD
 
 	mu            sync.Mutex // guards what follows; never held while waiting
 	pending       map[uint64]*call
@@ -43,19 +45,20 @@ type Client struct {
 	done chan struct{} // closed when the reader has ended
 }
 
-// A call is a command that was not answered yet. It outlives whoever waits for it, so that a reply that
-// nobody wants any more is recognized.
+// A call is a command without a reply yet. It stays in Client.pending when its caller gives up waiting, so that the
+// late reply is recognized and dropped.
 type call struct {
-	reply  chan reply // has room for the reply
-	passes bool       // holds the slot 'passing'
+	reply       chan reply // has room for the reply
+	holdsFDSlot bool
 }
 
+// A reply is QEMU's reply to a command.
 type reply struct {
 	raw json.RawMessage // the whole reply
 	message
 }
 
-// message is any of the three things that QEMU sends.
+// message is anything that QEMU sends: a result, an error or an event.
 type message struct {
 	ID        *uint64         `json:"id"`
 	Return    json.RawMessage `json:"return"`
@@ -68,30 +71,40 @@ type message struct {
 	} `json:"timestamp"`
 }
 
-// PeerPID is the process that listens at the socket, from SO_PEERCRED. That is QEMU, unless whoever
-// started QEMU made the socket and handed it over (as libvirt does).
+// PeerPID is the process that listens on the socket, from SO_PEERCRED. That is QEMU, unless the program that
+// started QEMU made the socket and passed it on (as libvirt does).
 func (c *Client) PeerPID() int { return c.peer.pid }
 
-// PeerUID is the effective user id that PeerPID had when it began to listen.
+// PeerUID is the effective user id that the process PeerPID had when it began to listen.
 func (c *Client) PeerUID() uint32 { return c.peer.uid }
 
 // Version is the version of the connected QEMU.
 func (c *Client) Version() Version { return c.version }
 
-// Path is the socket's, as given to Dial.
+// Path is the path of the socket, as given to Dial or New.
 func (c *Client) Path() string { return c.path }
 
-// Done is closed when the connection has ended, whoever ended it.
+// Done is closed when the connection has ended, at either end.
 func (c *Client) Done() <-chan struct{} { return c.done }
 
-// Err is nil while the connection lasts, and then a *DisconnectedError.
+// Err is nil while the connection is open, and a *DisconnectedError after that.
 func (c *Client) Err() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.err
 }
 
-// read takes in what QEMU sends until the connection ends.
+// Disconnect ends the connection and returns when the reader has ended. It may be called repeatedly.
+func (c *Client) Disconnect() error {
+	err := c.conn.Close()
+	<-c.done
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// read receives QEMU's messages until the connection ends.
 func (c *Client) read(in *json.Decoder, limit *io.LimitedReader) {
 	defer close(c.done)
 	for {
@@ -111,15 +124,16 @@ func (c *Client) read(in *json.Decoder, limit *io.LimitedReader) {
 			c.publish(Event{
 				Name: m.Event,
 				Data: m.Data,
-				Time: arrivedFrom(time.Unix(m.Timestamp.Seconds, m.Timestamp.Microseconds*int64(time.Microsecond)), time.Now()),
+				Time: eventTime(time.Unix(m.Timestamp.Seconds, m.Timestamp.Microseconds*int64(time.Microsecond)), time.Now()),
 			})
 		case m.ID != nil:
 			c.answer(*m.ID, reply{raw: raw, message: m})
 		}
-		// What is neither carries no id of ours: nobody waits for it.
+		// A message that is neither an event nor has an id is nobody's reply: it is dropped.
 	}
 }
 
+// answer gives a reply to the caller that waits for it, if one does.
 func (c *Client) answer(id uint64, r reply) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -128,12 +142,13 @@ func (c *Client) answer(id uint64, r reply) {
 		return
 	}
 	delete(c.pending, id)
-	if waiting.passes {
-		<-c.passing
+	if waiting.holdsFDSlot {
+		<-c.fdSlot
 	}
 	waiting.reply <- r
 }
 
+// publish offers an event to all subscriptions.
 func (c *Client) publish(e Event) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -142,7 +157,8 @@ func (c *Client) publish(e Event) {
 	}
 }
 
-// end is called once, by the reader; waiting calls learn of it by done.
+// end closes the connection and all subscriptions, and records the cause. The reader calls it once; calls that wait
+// learn of it from done.
 func (c *Client) end(cause error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -154,14 +170,15 @@ func (c *Client) end(cause error) {
 	clear(c.subscriptions)
 }
 
-// longestWay is how long an event may plausibly have been on its way.
-const longestWay = time.Minute
+// maxEventAge is the longest plausible time from an event to its arrival here.
+const maxEventAge = time.Minute
 
-// arrivedFrom is the time of an event that QEMU's clock, the host's, calls stamped and that is read now. It has a reading of
-// the monotonic clock, as far as the wall clock was not put elsewhere between the two: then it is now.
-func arrivedFrom(stamped, now time.Time) time.Time {
-	age := now.Round(0).Sub(stamped)
-	if age < 0 || age > longestWay {
+// eventTime converts the wall-clock timestamp of an event that arrived at the time now into a time with a monotonic
+// reading, which can be compared with other times of this process. It returns now if the wall clock was set in between:
+// the event is then from the future, or older than maxEventAge.
+func eventTime(timestamp, now time.Time) time.Time {
+	age := now.Round(0).Sub(timestamp)
+	if age < 0 || age > maxEventAge {
 		return now
 	}
 	return now.Add(-age)

@@ -103,7 +103,7 @@ func TestDeathOfQEMU(t *testing.T) {
 	var gone *DisconnectedError
 	for name, err := range map[string]error{
 		"Err":     c.Err(),
-		"Connect": c.Connect(),
+		"Connect": c.Monitor(testContext(t)).Connect(),
 		"Do":      c.Do(testContext(t), "query-status", nil, nil),
 	} {
 		if !errors.As(err, &gone) || gone.Cause == nil {
@@ -115,7 +115,8 @@ func TestDeathOfQEMU(t *testing.T) {
 	}
 }
 
-// QEMU closes a descriptor when the next one comes before it was fetched, so these must not be pipelined.
+// QEMU closes a descriptor when the next one arrives before its command was run, so these commands must not be
+// pipelined.
 func TestDescriptorsSentAtOnce(t *testing.T) {
 	c, process := dialQEMU(t)
 	r, w, err := os.Pipe()
@@ -184,20 +185,20 @@ func TestPeer(t *testing.T) {
 
 func TestRun(t *testing.T) {
 	c, _ := dialQEMU(t)
-	reply, err := c.Run([]byte(`{"execute": "query-name", "id": "mine"}`))
+	reply, err := c.Monitor(testContext(t)).Run([]byte(`{"execute": "query-name", "id": "mine"}`))
 	var decoded struct{ Return *struct{} }
 	if err != nil || json.Unmarshal(reply, &decoded) != nil || decoded.Return == nil {
 		t.Errorf("reply %s, %v", reply, err)
 	}
-	if _, err := c.Run([]byte(`{"execute": "no-such"}`)); !errors.Is(err, ErrCommandNotFound) {
+	if _, err := c.Monitor(testContext(t)).Run([]byte(`{"execute": "no-such"}`)); !errors.Is(err, ErrCommandNotFound) {
 		t.Errorf("refusal: %v", err)
 	}
 	for _, bad := range []string{``, `{`, `[]`, `{}`, `{"execute": 1}`} {
-		if _, err := c.Run([]byte(bad)); err == nil {
+		if _, err := c.Monitor(testContext(t)).Run([]byte(bad)); err == nil {
 			t.Errorf("%q was run", bad)
 		}
 	}
-	if err := c.Connect(); err != nil {
+	if err := c.Monitor(testContext(t)).Connect(); err != nil {
 		t.Errorf("after bad commands: %v", err)
 	}
 }

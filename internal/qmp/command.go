@@ -19,27 +19,27 @@ type command struct {
 	ID        uint64 `json:"id"`
 }
 
-// Do runs a command. args is encoded as its arguments unless it is nil; what it returns is decoded into
-// result unless that is nil.
+// Do runs a command and waits for its reply. args is encoded as the arguments of the command unless it is nil; the
+// value that QEMU returns is decoded into result unless that is nil.
 //
-// QEMU's refusal is an *Error, the connection's end a *DisconnectedError. If ctx ends first, the error is
-// its cause: whether QEMU carried the command out, or yet will, is then unknown, but the connection stays
-// usable.
+// The error is an *Error if QEMU refused the command, and a *DisconnectedError if the connection ended. If ctx ends
+// first, the error is its cause: it is then unknown whether QEMU has run or will run the command, but the connection
+// stays usable.
 func (c *Client) Do(ctx context.Context, execute string, args, result any) error {
 	return c.do(ctx, execute, args, result, nil)
 }
 
-// DoWithFD is Do for a command that takes a descriptor along ("getfd", "add-fd"). QEMU gets a duplicate; f
-// stays the caller's.
+// DoWithFD is Do for a command that carries a descriptor ("getfd", "add-fd"). QEMU gets a duplicate; the caller
+// keeps f.
 //
-// A QEMU that reads a second descriptor before it carried out the command of the first closes the first
-// (tcp_chr_recv in chardev/char-socket.c), so these commands wait for each other's replies.
+// QEMU closes a descriptor when the next one arrives before the command of the first was run (tcp_chr_recv in
+// chardev/char-socket.c), so each of these commands waits for the reply to the one before.
 func (c *Client) DoWithFD(ctx context.Context, execute string, args, result any, f *os.File) error {
 	return c.do(ctx, execute, args, result, f)
 }
 
-// Begin sends a command and does not wait for the reply: QEMU carries it out before all that is sent later. wait waits for
-// the reply, once, and returns what Do would.
+// Begin sends a command and does not wait for the reply. QEMU runs it before any command that is sent later. wait waits
+// for the reply and returns the error that Do would; it may be called once.
 func (c *Client) Begin(ctx context.Context, execute string, args any) (wait func(context.Context) error, err error) {
 	waiting, err := c.begin(ctx, execute, args, nil)
 	if err != nil {
@@ -56,14 +56,14 @@ func (c *Client) do(ctx context.Context, execute string, args, result any, f *os
 	return c.finish(ctx, execute, result, waiting)
 }
 
-// begin sends a command.
+// begin encodes a command and sends it.
 func (c *Client) begin(ctx context.Context, execute string, args any, f *os.File) (*call, error) {
 	id := c.lastID.Add(1)
 	line, err := json.Marshal(command{Execute: execute, Arguments: args, ID: id})
 	if err != nil {
 		return nil, fmt.Errorf("%s: encode the arguments: %w", execute, err)
 	}
-	waiting, err := c.enter(ctx, id, line, f)
+	waiting, err := c.submit(ctx, id, line, f)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", execute, err)
 	}
@@ -89,17 +89,17 @@ func (c *Client) finish(ctx context.Context, execute string, result any, waiting
 	return nil
 }
 
-// enter sends the line of a command with that id.
-func (c *Client) enter(ctx context.Context, id uint64, line []byte, f *os.File) (*call, error) {
-	waiting := &call{reply: make(chan reply, 1), passes: f != nil}
-	if waiting.passes {
-		if err := c.take(ctx, c.passing); err != nil {
+// submit sends an encoded command with the given id, and f with it unless that is nil.
+func (c *Client) submit(ctx context.Context, id uint64, line []byte, f *os.File) (*call, error) {
+	waiting := &call{reply: make(chan reply, 1), holdsFDSlot: f != nil}
+	if waiting.holdsFDSlot {
+		if err := c.acquire(ctx, c.fdSlot); err != nil {
 			return nil, err
 		}
 	}
 	if err := c.send(ctx, id, waiting, line, f); err != nil {
-		if waiting.passes {
-			<-c.passing
+		if waiting.holdsFDSlot {
+			<-c.fdSlot
 		}
 		return nil, err
 	}
@@ -116,15 +116,15 @@ func (c *Client) await(ctx context.Context, waiting *call) (reply, error) {
 	case <-c.done:
 	}
 	select {
-	case r := <-waiting.reply: // the last thing QEMU said
+	case r := <-waiting.reply: // QEMU's last message
 		return r, nil
 	default:
 		return reply{}, c.Err()
 	}
 }
 
-// take waits for a slot until ctx or the connection ends.
-func (c *Client) take(ctx context.Context, slot chan struct{}) error {
+// acquire waits for a slot until ctx or the connection ends.
+func (c *Client) acquire(ctx context.Context, slot chan struct{}) error {
 	select {
 	case slot <- struct{}{}:
 		return nil
@@ -142,10 +142,10 @@ func (c *Client) take(ctx context.Context, slot chan struct{}) error {
 
 // send writes a command, with a descriptor if f is not nil. An error means that no reply will come.
 func (c *Client) send(ctx context.Context, id uint64, waiting *call, line []byte, f *os.File) error {
-	if err := c.take(ctx, c.writing); err != nil {
+	if err := c.acquire(ctx, c.writeSlot); err != nil {
 		return err
 	}
-	defer func() { <-c.writing }()
+	defer func() { <-c.writeSlot }()
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
@@ -167,14 +167,14 @@ func (c *Client) send(ctx context.Context, id uint64, waiting *call, line []byte
 	c.mu.Unlock()
 	expired := errors.Is(err, os.ErrDeadlineExceeded)
 	if n > 0 || !expired {
-		// Broken, or half a command is out and nothing after it would be understood.
+		// The connection is broken, or half a command was sent and QEMU would not understand what follows it.
 		c.conn.Close()
 	}
 	if cause := context.Cause(ctx); cause != nil && expired {
 		return fmt.Errorf("QEMU does not take the command: %w", cause)
 	}
 	select {
-	case <-c.done: // the reader knows better why
+	case <-c.done: // the reader has recorded the cause
 		return c.Err()
 	default:
 		return &DisconnectedError{Path: c.path, Via: c.via, Cause: err}
@@ -183,11 +183,11 @@ func (c *Client) send(ctx context.Context, id uint64, waiting *call, line []byte
 
 // write makes one system call for a whole command, unless the socket's buffer is full.
 func (c *Client) write(ctx context.Context, line []byte, f *os.File) (n int, err error) {
-	// A write blocks only when QEMU has long stopped reading. The socket's deadline is touched by a
-	// context's end alone, so that a command costs no timer.
+	// A write blocks only if QEMU stopped reading long ago. Only the end of ctx sets the socket's deadline, so
+	// that a command needs no timer.
 	expired := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
-		_ = c.conn.SetWriteDeadline(time.Unix(1, 0)) // fails on a closed connection alone, as does the write
+		_ = c.conn.SetWriteDeadline(time.Unix(1, 0)) // fails only on a closed connection, where the write fails too
 		close(expired)
 	})
 	defer func() {
@@ -205,7 +205,7 @@ func (c *Client) write(ctx context.Context, line []byte, f *os.File) (n int, err
 	return n + rest, err
 }
 
-// writeWithFD may write less than the line; the descriptor goes with its first byte.
+// writeWithFD may write a part of the line. The descriptor is sent with the first byte.
 func (c *Client) writeWithFD(line []byte, f *os.File) (n int, err error) {
 	raw, err := f.SyscallConn() // f.Fd() would make f blocking
 	if err != nil {

@@ -19,16 +19,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// greetingTimeout bounds the wait for a greeting where the caller's context is more patient: QEMU sends
-// it as soon as its main loop turns.
+// greetingTimeout bounds the wait for the greeting if the caller's context ends later. QEMU sends the greeting in
+// the next turn of its main loop.
 const greetingTimeout = 5 * time.Second
 
-// maxSocketPath is the longest path of a socket, which ends with a zero (sun_path, unix(7)).
+// maxSocketPath is the length in bytes of the longest path of a socket, without its final zero (sun_path in unix(7)).
 const maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 
-// Dial connects to the QMP Unix socket at path and negotiates. The greeting decides whether it is one: a
-// *NotQMPError says that it is not, a *BusyError that another client holds it. Errors of connect(2), such as
-// fs.ErrNotExist, can be found with errors.Is.
+// Dial connects to the QMP Unix socket at path and negotiates capabilities. It fails with a *NotQMPError if the
+// listener does not greet as QMP does, with a *BusyError if another client is connected, and with errors of
+// connect(2), such as fs.ErrNotExist, which errors.Is finds.
 func Dial(ctx context.Context, path string) (*Client, error) {
 	var dialer net.Dialer
 	if len(path) > maxSocketPath {
@@ -66,10 +66,10 @@ func connectRemedy(err error) string {
 	return ""
 }
 
-// New negotiates on a connection that somebody has made, and calls it path. via is the program that passes on what is
-// said, if QEMU does not listen itself. New owns conn unless it fails.
+// New negotiates capabilities on a connection that was already made. path names it in errors. via is the program that
+// relays the messages, or empty if QEMU itself listens. The Client owns conn, unless New fails.
 func New(ctx context.Context, conn *net.UnixConn, path, via string) (*Client, error) {
-	peer, err := peerOf(conn)
+	peer, err := peerCredentials(conn)
 	if err != nil {
 		return nil, fmt.Errorf("who listens at %s: %w", path, err)
 	}
@@ -78,20 +78,20 @@ func New(ctx context.Context, conn *net.UnixConn, path, via string) (*Client, er
 		via:           via,
 		conn:          conn,
 		peer:          peer,
-		writing:       make(chan struct{}, 1),
-		passing:       make(chan struct{}, 1),
+		writeSlot:     make(chan struct{}, 1),
+		fdSlot:        make(chan struct{}, 1),
 		pending:       make(map[uint64]*call),
 		subscriptions: make(map[*Subscription]struct{}),
 		done:          make(chan struct{}),
 	}
-	c.lastID.Store(uint64(rand.Uint32()) << 16) // a late reply to the client before is not taken for one of ours
+	c.lastID.Store(uint64(rand.Uint32()) << 16) // ids differ from those of the previous client, whose replies may be late
 	limit := &io.LimitedReader{R: conn, N: maxMessage}
 	buffered := bufio.NewReaderSize(limit, 64<<10)
 	in := json.NewDecoder(buffered)
 
 	ctx, cancel := context.WithTimeoutCause(ctx, greetingTimeout, fmt.Errorf("no greeting within %v", greetingTimeout))
 	defer cancel()
-	if c.version, err = c.greeting(ctx, buffered, in); err != nil {
+	if c.version, err = c.readGreeting(ctx, buffered, in); err != nil {
 		return nil, err
 	}
 	go c.read(in, limit)
@@ -103,8 +103,8 @@ func New(ctx context.Context, conn *net.UnixConn, path, via string) (*Client, er
 	return c, nil
 }
 
-// hello is a message before the greeting, or the greeting.
-type hello struct {
+// greeting is QEMU's first message to a client, or a message to the previous client that arrives before it.
+type greeting struct {
 	QMP *struct {
 		Version struct {
 			QEMU Version `json:"qemu"`
@@ -115,14 +115,16 @@ type hello struct {
 	Error  json.RawMessage `json:"error"`
 }
 
-// isForAnother says that QEMU meant the message for the client before. Its main thread still writes what it has for that
-// client when the monitor's own thread has taken the next connection, until that thread begins anew with the greeting
-// (QEMU's monitor/qmp.c, monitor_qmp_event and qmp_send_response).
-func (h hello) isForAnother() bool { return h.Event != nil || h.Return != nil || h.Error != nil }
+// isForPreviousClient says whether the message was meant for the previous client. QEMU's main thread may still write
+// to that client after the monitor's thread has accepted the next connection, and before it sends the greeting
+// (monitor_qmp_event and qmp_send_response in QEMU's monitor/qmp.c).
+func (g greeting) isForPreviousClient() bool {
+	return g.Event != nil || g.Return != nil || g.Error != nil
+}
 
-// greeting reads up to the greeting: {"QMP": {"version": ..., "capabilities": [...]}}. The limit of one message holds for
-// all that is before it.
-func (c *Client) greeting(ctx context.Context, buffered *bufio.Reader, in *json.Decoder) (Version, error) {
+// readGreeting reads all messages up to the greeting: {"QMP": {"version": ..., "capabilities": [...]}}. Together they
+// may have maxMessage bytes.
+func (c *Client) readGreeting(ctx context.Context, buffered *bufio.Reader, in *json.Decoder) (Version, error) {
 	expired := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		_ = c.conn.SetReadDeadline(time.Unix(1, 0)) // the connection is open
@@ -130,13 +132,13 @@ func (c *Client) greeting(ctx context.Context, buffered *bufio.Reader, in *json.
 	})
 	first, err := buffered.Peek(1)
 	if err == nil && first[0] != '{' {
-		start, _ := buffered.Peek(min(buffered.Buffered(), 60)) // what is buffered is there
+		start, _ := buffered.Peek(min(buffered.Buffered(), 60)) // buffered bytes can be had without an error
 		return Version{}, &NotQMPError{Path: c.path, Got: strings.TrimSpace(string(start))}
 	}
-	var h hello
+	var g greeting
 	for err == nil {
-		h = hello{}
-		if err = in.Decode(&h); !h.isForAnother() {
+		g = greeting{}
+		if err = in.Decode(&g); !g.isForPreviousClient() {
 			break
 		}
 	}
@@ -145,16 +147,17 @@ func (c *Client) greeting(ctx context.Context, buffered *bufio.Reader, in *json.
 	}
 	switch {
 	case err != nil:
-		return Version{}, c.noGreeting(ctx, err)
+		return Version{}, c.greetingError(ctx, err)
 	case ctx.Err() != nil:
-		return Version{}, c.noGreeting(ctx, context.Cause(ctx))
-	case h.QMP == nil:
+		return Version{}, c.greetingError(ctx, context.Cause(ctx))
+	case g.QMP == nil:
 		return Version{}, &NotQMPError{Path: c.path, Got: "{...}, a JSON object without the member QMP"}
 	}
-	return h.QMP.Version.QEMU, nil
+	return g.QMP.Version.QEMU, nil
 }
 
-func (c *Client) noGreeting(ctx context.Context, err error) error {
+// greetingError says why no greeting was received.
+func (c *Client) greetingError(ctx context.Context, err error) error {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = context.Cause(ctx)
 	}

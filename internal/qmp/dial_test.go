@@ -89,7 +89,8 @@ func TestNobodyListens(t *testing.T) {
 	}
 	l.SetUnlinkOnClose(false)
 	l.Close()
-	if _, err := Dial(t.Context(), stale); !errors.Is(err, syscall.ECONNREFUSED) || !strings.Contains(err.Error(), "nobody listens") {
+	if _, err := Dial(t.Context(), stale); !errors.Is(err, syscall.ECONNREFUSED) ||
+		!strings.Contains(err.Error(), "nobody listens") {
 		t.Errorf("left behind: %v", err)
 	}
 	file := filepath.Join(dir, "file")

@@ -10,15 +10,15 @@ import (
 	"syscall"
 )
 
-// What errors.Is finds in an *Error of that class. QEMU has two more classes, of which nothing here
-// depends, and uses GenericError for almost everything.
+// Classes of QEMU's errors: errors.Is(err, ErrGeneric) is true for an *Error of the class GenericError. QEMU uses that
+// class for almost everything, and has two more that nothing here depends on.
 var (
 	ErrGeneric         = errors.New("GenericError")
 	ErrCommandNotFound = errors.New("CommandNotFound")
 	ErrDeviceNotFound  = errors.New("DeviceNotFound")
 
-	// ErrForbidden is of no QEMU's. What speaks for one (internal/libvirt) says by it that a security module keeps a
-	// descriptor from the process.
+	// ErrForbidden is not a class of QEMU's. internal/libvirt, which passes commands on to a QEMU, uses it where a
+	// security module does not let the process have a descriptor.
 	ErrForbidden = errors.New("Forbidden")
 )
 
@@ -26,7 +26,7 @@ var (
 type Error struct {
 	Class   string // "GenericError", "CommandNotFound", ...: the stable part
 	Desc    string // for people; changes between QEMU versions
-	Command string // what was refused
+	Command string // the command that was refused
 }
 
 func (e *Error) Error() string {
@@ -39,7 +39,7 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("QEMU refused %s: %s (%s)", e.Command, e.Desc, e.Class)
 }
 
-// Is compares the class with those above.
+// Is says whether e is of the class that target, one of the errors above, stands for.
 func (e *Error) Is(target error) bool {
 	switch target {
 	case ErrGeneric, ErrCommandNotFound, ErrDeviceNotFound, ErrForbidden:
@@ -48,11 +48,11 @@ func (e *Error) Is(target error) bool {
 	return false
 }
 
-// DisconnectedError says that the connection is over, and why. A command that fails with it may or may not
-// have been carried out.
+// DisconnectedError says that the connection has ended, and why. QEMU may or may not have run a command that
+// fails with it.
 type DisconnectedError struct {
 	Path  string // of the socket
-	Via   string // the program that passed on what was said; empty: none
+	Via   string // the program that relayed the messages; empty: none
 	Cause error  // io.EOF: QEMU closed it; net.ErrClosed: Disconnect was called
 }
 
@@ -71,28 +71,29 @@ func (e *DisconnectedError) Error() string {
 
 func (e *DisconnectedError) Unwrap() error { return e.Cause }
 
-// NotQMPError says that something answers at the path, but not with QMP: a serial port, a monitor for
-// people (HMP), a guest agent, another program.
+// NotQMPError says that the program that listens at the path does not speak QMP: the socket is a serial port, a human
+// monitor (HMP), a guest agent or another program's.
 type NotQMPError struct {
 	Path  string
-	Got   string // the first bytes that came; empty if none did
-	Cause error  // why nothing came; nil if something did
+	Got   string // the first bytes that were received; empty: none were
+	Cause error  // why nothing was received; nil: something was
 }
 
 func (e *NotQMPError) Error() string {
 	if e.Got == "" {
-		return fmt.Sprintf("%s is not a QMP socket: it sent no greeting (%v); give the socket of QEMU's -qmp option", e.Path, e.Cause)
+		return fmt.Sprintf("%s is not a QMP socket: it sent no greeting (%v); give the socket of QEMU's -qmp option",
+			e.Path, e.Cause)
 	}
 	return fmt.Sprintf("%s is not a QMP socket: its greeting is %q; give the socket of QEMU's -qmp option", e.Path, e.Got)
 }
 
 func (e *NotQMPError) Unwrap() error { return e.Cause }
 
-// BusyError says that a connection waits at the socket without being accepted: QEMU serves one client per
-// socket, and somebody else is connected.
+// BusyError says that QEMU does not accept the connection: it serves one client per socket, and another client is
+// connected.
 type BusyError struct {
 	Path  string
-	Cause error // the end of the wait
+	Cause error // why the wait for QEMU ended
 }
 
 func (e *BusyError) Error() string {

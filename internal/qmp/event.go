@@ -8,18 +8,18 @@ import (
 	"time"
 )
 
-// eventBuffer is how many events a subscription keeps for a slow receiver. QEMU itself limits the rate of
-// the frequent ones (monitor_qapi_event_conf in monitor/monitor.c).
+// eventBuffer is how many events a subscription keeps for a slow receiver. QEMU limits the rate of its most
+// frequent events (monitor_qapi_event_conf in monitor/monitor.c).
 const eventBuffer = 256
 
-// Event is something that QEMU reports by itself.
+// Event is a message that QEMU sends without being asked.
 type Event struct {
 	Name string          // "STOP", "RESUME", "MIGRATION", ...
 	Data json.RawMessage // a JSON object; nil if the event has none
-	Time time.Time       // when QEMU made it, to the microsecond, as this process' clocks show it; see arrivedFrom
+	Time time.Time       // when it happened, to the microsecond, by the clocks of this process; see eventTime
 }
 
-// Subscription receives events from the moment it was made. Close it when it is no longer needed.
+// Subscription receives the events that QEMU sends after it was made. Close it when it is no longer needed.
 type Subscription struct {
 	client  *Client
 	names   map[string]bool // empty: all
@@ -27,8 +27,8 @@ type Subscription struct {
 	dropped atomic.Uint64
 }
 
-// Subscribe makes a subscription to the named events, or to all. An event that QEMU sends before a reply
-// is in the subscription before Do returns that reply.
+// Subscribe makes a subscription to the named events, or to all events if no name is given. An event that QEMU
+// sends before a reply is in the subscription before Do returns that reply.
 func (c *Client) Subscribe(names ...string) *Subscription {
 	s := &Subscription{
 		client: c,
@@ -54,7 +54,7 @@ func (s *Subscription) Events() <-chan Event { return s.events }
 // Dropped is how many events were lost so far because the buffer was full.
 func (s *Subscription) Dropped() uint64 { return s.dropped.Load() }
 
-// Close ends the subscription. What was received before can still be read.
+// Close ends the subscription. Events that were received before it can still be read.
 func (s *Subscription) Close() {
 	s.client.mu.Lock()
 	defer s.client.mu.Unlock()
@@ -64,6 +64,7 @@ func (s *Subscription) Close() {
 	}
 }
 
+// offer adds an event of a subscribed name to the buffer, or counts it as dropped if the buffer is full.
 func (s *Subscription) offer(e Event) {
 	if len(s.names) != 0 && !s.names[e.Name] {
 		return

@@ -14,9 +14,9 @@ import (
 	"time"
 )
 
-// The other end here is the test, not a QEMU: it does what a QEMU cannot be made to do at will.
+// These tests play QEMU themselves, to do what a real one does only by chance.
 
-// listen makes a socket and passes on its connections.
+// listen makes a socket and returns the channel on which its connections arrive.
 func listen(t *testing.T) (path string, conns <-chan net.Conn) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "socket")
@@ -36,21 +36,21 @@ func listen(t *testing.T) (path string, conns <-chan net.Conn) {
 	return path, accepted
 }
 
-// A parked QEMU answers what the test tells it to.
-type parked struct {
+// fakeQEMU sends the messages that a test tells it to.
+type fakeQEMU struct {
 	t    *testing.T
 	conn net.Conn
 	in   *json.Decoder
 }
 
-// dialParked connects to a QEMU that says something before its greeting.
-func dialParked(t *testing.T, before ...string) (*Client, *parked) {
+// dialFake connects to a fakeQEMU that sends the lines before in front of its greeting.
+func dialFake(t *testing.T, before ...string) (*Client, *fakeQEMU) {
 	t.Helper()
 	path, conns := listen(t)
-	ready := make(chan *parked)
+	ready := make(chan *fakeQEMU)
 	go func() {
 		conn := <-conns
-		p := &parked{t, conn, json.NewDecoder(conn)}
+		p := &fakeQEMU{t, conn, json.NewDecoder(conn)}
 		for _, line := range before {
 			p.say("%s", line)
 		}
@@ -70,8 +70,8 @@ func dialParked(t *testing.T, before ...string) (*Client, *parked) {
 	return c, <-ready
 }
 
-// command takes in the next command and returns its id.
-func (p *parked) command(want string) uint64 {
+// command receives the next command, which must be want, and returns its id.
+func (p *fakeQEMU) command(want string) uint64 {
 	var got struct {
 		Execute string
 		ID      uint64
@@ -82,15 +82,16 @@ func (p *parked) command(want string) uint64 {
 	return got.ID
 }
 
-func (p *parked) say(format string, args ...any) {
+// say sends one line to the client.
+func (p *fakeQEMU) say(format string, args ...any) {
 	if _, err := fmt.Fprintf(p.conn, format+"\r\n", args...); err != nil {
 		p.t.Error(err)
 	}
 }
 
-// A new client may get, before the greeting, what was meant for the one before it.
+// A new client may receive messages to the previous client before the greeting.
 func TestGreetingAfterOthersMessages(t *testing.T) {
-	c, qemu := dialParked(t,
+	c, qemu := dialFake(t,
 		`{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "JOB_STATUS_CHANGE", "data": {"status": "null"}}`,
 		`{"return": {}, "id": 1}`,
 		`{"error": {"class": "GenericError", "desc": "late"}}`)
@@ -109,7 +110,7 @@ func TestGreetingAfterOthersMessages(t *testing.T) {
 }
 
 func TestLateReplyIsDropped(t *testing.T) {
-	c, qemu := dialParked(t)
+	c, qemu := dialFake(t)
 	ctx, cancel := context.WithCancelCause(testContext(t))
 	gaveUp := errors.New("gave up")
 	result := make(chan error)
@@ -136,7 +137,7 @@ func TestLateReplyIsDropped(t *testing.T) {
 }
 
 func TestAbandonedDescriptorHoldsBackTheNext(t *testing.T) {
-	c, qemu := dialParked(t)
+	c, qemu := dialFake(t)
 	file := openDirectory(t)
 	ctx, cancel := context.WithCancel(testContext(t))
 	result := make(chan error)
@@ -146,7 +147,7 @@ func TestAbandonedDescriptorHoldsBackTheNext(t *testing.T) {
 	if err := <-result; !errors.Is(err, context.Canceled) {
 		t.Errorf("abandoned descriptor: %v", err)
 	}
-	// QEMU has not fetched the first one yet: a second must not be sent, other commands may.
+	// QEMU has not answered the first getfd yet: a second must not be sent, other commands may.
 	impatient, cancel := context.WithTimeout(testContext(t), 50*time.Millisecond)
 	defer cancel()
 	if err := c.DoWithFD(impatient, "getfd", nil, nil, file); !errors.Is(err, context.DeadlineExceeded) {
@@ -166,8 +167,8 @@ func TestAbandonedDescriptorHoldsBackTheNext(t *testing.T) {
 }
 
 func TestSlowSubscriberLosesItsOwnEventsOnly(t *testing.T) {
-	c, qemu := dialParked(t)
-	slow, picky := c.Subscribe(), c.Subscribe("LAST")
+	c, qemu := dialFake(t)
+	slow, selective := c.Subscribe(), c.Subscribe("LAST")
 	const lost = 7
 	made := time.Unix(time.Now().Add(-2*time.Second).Unix(), 5000)
 	result := make(chan error)
@@ -184,13 +185,14 @@ func TestSlowSubscriberLosesItsOwnEventsOnly(t *testing.T) {
 	if got := slow.Dropped(); got != lost {
 		t.Errorf("the slow one lost %d, want %d", got, lost)
 	}
-	if e := <-picky.Events(); e.Name != "LAST" || string(e.Data) != `{"a": 1}` || !e.Time.Round(0).Equal(made) || picky.Dropped() != 0 {
-		t.Errorf("the picky one got %+v and lost %d", e, picky.Dropped())
+	if e := <-selective.Events(); e.Name != "LAST" || string(e.Data) != `{"a": 1}` || !e.Time.Round(0).Equal(made) ||
+		selective.Dropped() != 0 {
+		t.Errorf("the selective one got %+v and lost %d", e, selective.Dropped())
 	}
 }
 
 func TestGarbageEndsTheConnection(t *testing.T) {
-	c, qemu := dialParked(t)
+	c, qemu := dialFake(t)
 	result := make(chan error)
 	go func() { result <- c.Do(testContext(t), "command", nil, nil) }()
 	qemu.command("command")
@@ -202,12 +204,12 @@ func TestGarbageEndsTheConnection(t *testing.T) {
 	<-c.Done()
 }
 
-// A QEMU that does not read must not keep a sender for longer than its context says.
+// A command to a QEMU that does not read ends with its context.
 func TestBlockedWrite(t *testing.T) {
-	c, qemu := dialParked(t)
+	c, qemu := dialFake(t)
 	ctx, cancel := context.WithCancel(testContext(t))
 	go func() {
-		// The command has begun and does not fit into the socket.
+		// The first byte has arrived; the whole command does not fit into the socket's buffer.
 		if _, err := qemu.conn.Read(make([]byte, 1)); err != nil {
 			t.Error(err)
 		}
@@ -216,7 +218,7 @@ func TestBlockedWrite(t *testing.T) {
 	if err := c.Do(ctx, "command", make([]byte, 8<<20), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("blocked command: %v", err)
 	}
-	<-c.Done() // half a command is out
+	<-c.Done() // half a command was sent
 }
 
 func openDirectory(t *testing.T) *os.File {

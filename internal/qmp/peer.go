@@ -17,9 +17,9 @@ type credentials struct {
 	uid uint32
 }
 
-// peerOf asks who listens at the other end. The kernel keeps the credentials that the process had when it
-// called listen(2) (SO_PEERCRED in socket(7)).
-func peerOf(conn *net.UnixConn) (credentials, error) {
+// peerCredentials returns the credentials of the listener: those that it had when it called listen(2)
+// (SO_PEERCRED in socket(7)).
+func peerCredentials(conn *net.UnixConn) (credentials, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return credentials{}, err
@@ -37,12 +37,12 @@ func peerOf(conn *net.UnixConn) (credentials, error) {
 	return credentials{pid: int(cred.Pid), uid: cred.Uid}, nil
 }
 
-// accepted tells whether the listener has taken a connection from this socket's backlog. The other end of
-// one that was not taken belongs to no file yet: unix_seq_show (net/unix/af_unix.c) shows it as connecting
-// (state 02), under the listener's name. In doubt the answer is yes.
+// accepted says whether the listener has accepted this connection. /proc/net/unix shows the other end of a connection
+// that waits in the backlog as connecting (state 02), under the listener's path (unix_seq_show in net/unix/af_unix.c).
+// If the file cannot be read, the answer is yes.
 //
-// Connections of others that wait at the same listener look the same; then, too, it is true that the
-// listener does not take what comes.
+// Other clients' connections in the same backlog look the same. The answer is still right: a listener with a backlog
+// does not accept connections.
 func (c *Client) accepted() bool {
 	const connecting, stateField, pathField = "02", 5, 7
 	table, err := os.Open("/proc/self/net/unix")
@@ -50,7 +50,7 @@ func (c *Client) accepted() bool {
 		return true
 	}
 	defer table.Close()
-	listener := c.conn.RemoteAddr().String() // the name bind(2) was given, which may be relative
+	listener := c.conn.RemoteAddr().String() // the path that was given to bind(2), which may be relative
 	for lines := bufio.NewScanner(table); lines.Scan(); {
 		fields := strings.SplitN(strings.Join(strings.Fields(lines.Text()), " "), " ", pathField+1)
 		if len(fields) > pathField && fields[stateField] == connecting && fields[pathField] == listener {

@@ -15,8 +15,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// startQEMU starts a QEMU without a machine and returns its pid and a path under which each "%s" of args is
-// a socket. It is killed at the end of the test.
+// startQEMU starts a QEMU without a machine, and kills it at the end of the test.
 func startQEMU(t *testing.T, args ...string) *os.Process {
 	t.Helper()
 	binary, err := exec.LookPath("qemu-system-x86_64")

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package redact takes secrets out of texts that are logged or shown: command lines of QEMU, what QEMU writes about them,
-// and what another host says.
+// Package redact replaces secrets in texts that are logged or shown: command lines of QEMU, QEMU's messages about them,
+// and messages of other hosts.
 package redact
 
 import (
@@ -10,16 +10,16 @@ import (
 	"strings"
 )
 
-// hidden stands where a secret was.
+// hidden replaces a secret.
 const hidden = "***"
 
 var (
-	// settings are "key=value" in a QEMU option, where a doubled comma is a comma. The data of -object secret is the
-	// secret itself. password-secret= and the like are names of such objects.
+	// settings matches "key=value" in a QEMU option, where a doubled comma is a comma. The data of -object secret is the
+	// secret itself. password-secret= and the like have names of such objects, and do not match.
 	settings = regexp.MustCompile(`(?i)\b((?:[a-z]+[-.])*(?:password|passwd|passphrase|data)=)(?:[^,\n]|,,)+`)
-	// members are the same in JSON, also where it is quoted once more.
+	// members matches the same in JSON, also in JSON that is quoted once more.
 	members = regexp.MustCompile(`(?i)((?:password|passwd|passphrase|data)\\*"\s*:\s*\\*")(?:[^"\\]|\\[^"]|\\+"[^,}\s])*`)
-	// users are in a URL: user:password@host, and user%password@host of iSCSI.
+	// users matches passwords in URLs: user:password@host, and user%password@host of iSCSI.
 	users = regexp.MustCompile(`(://[^/\s@:%]*)[:%][^/\s@]*@`)
 )
 
@@ -33,7 +33,7 @@ func Text(text string) string {
 	return text
 }
 
-// Texts is Text of each text.
+// Texts returns a copy of texts with Text applied to each.
 func Texts(texts []string) []string {
 	redacted := slices.Clone(texts)
 	for i, text := range redacted {

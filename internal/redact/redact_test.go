@@ -25,7 +25,7 @@ func TestText(t *testing.T) {
 	}
 }
 
-// FuzzText: what is redacted has no secret left that would be redacted.
+// FuzzText: Text changes nothing in a text that it has redacted.
 func FuzzText(f *testing.F) {
 	f.Add("secret,data=a,,b,id=c")
 	f.Add(`{"data":"a\\\"b"}`)

@@ -12,13 +12,15 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// rules are tried in this order. Each says nothing where it does not apply, or where what it needs is not known.
-// docs/report.md lists them.
+// rules are tried in this order. A rule returns an empty text if it does not apply, or if the report lacks what it
+// needs. docs/report.md lists the rules.
 var rules = []struct {
 	name string
 	find func(*migratedv1.Report) string
 }{
 	{"unexplained-pages", unexplainedPages},
+	{"lost-pages", lostPages},
+	{"overdue", overdue},
 	{"downtime-step", downtimeStep},
 	{"no-early-load", noEarlyLoad},
 	{"longest-stall", longestStall},
@@ -32,7 +34,7 @@ var rules = []struct {
 	{"taken-up", takenUp},
 }
 
-// Findings are what the rules say of a migration.
+// Findings returns the texts of the rules that apply to a report.
 func Findings(r *migratedv1.Report) (findings []*migratedv1.Finding) {
 	for _, rule := range rules {
 		if text := rule.find(r); text != "" {
@@ -40,6 +42,15 @@ func Findings(r *migratedv1.Report) (findings []*migratedv1.Finding) {
 		}
 	}
 	return findings
+}
+
+func lostPages(r *migratedv1.Report) string {
+	n := r.GetMigration().GetProgress().GetPagesLost()
+	if n == 0 {
+		return ""
+	}
+	return "the source could not read " + units.Plural(n, "page") + ": its memory is broken. " +
+		"The VM gets a machine check where it touches one (docs/runbooks.md)."
 }
 
 func unexplainedPages(r *migratedv1.Report) string {
@@ -51,14 +62,27 @@ func unexplainedPages(r *migratedv1.Report) string {
 		"the VM may read zeros there. Do not trust what it writes (docs/runbooks.md)."
 }
 
+func overdue(r *migratedv1.Report) string {
+	m := r.GetMigration()
+	if !m.GetOverdue() {
+		return ""
+	}
+	text := "Its memory was not all at the destination within its total_limit of " +
+		units.Duration(m.GetSpec().GetTotalLimit().AsDuration())
+	if m.GetStartTime() != nil && m.GetEndTime() != nil {
+		text += "; it took " + units.Duration(m.GetEndTime().AsTime().Sub(m.GetStartTime().AsTime())) + " from its start"
+	}
+	return text + "."
+}
+
 // A Step is a part of the downtime.
 type Step struct {
 	Name string
-	Took *durationpb.Duration
-	What string // does the time take
+	Took *durationpb.Duration // nil: unknown
+	What string               // what happens in it
 }
 
-// Steps are the parts that the downtime consists of, in their order. Those that are not known have no time.
+// Steps returns the steps of the downtime, in their order.
 func Steps(s *migratedv1.DowntimeSteps) []Step {
 	return []Step{
 		{"save", s.GetSaveTime(), "the source's QEMU wrote down the state of its devices"},
@@ -69,7 +93,7 @@ func Steps(s *migratedv1.DowntimeSteps) []Step {
 	}
 }
 
-// longStep is the share of the downtime from which a step is most of it.
+// longStep is the share of the downtime from which on a step counts as most of it.
 const longStep = 0.5
 
 func downtimeStep(r *migratedv1.Report) string {
@@ -77,7 +101,7 @@ func downtimeStep(r *migratedv1.Report) string {
 	var longest Step
 	for _, s := range Steps(r.GetDowntimeSteps()) {
 		if s.Took == nil {
-			return "" // of a destination, which knows the last steps alone
+			return "" // this is a destination's report, which has only the last steps
 		}
 		if longest.Took == nil || s.Took.AsDuration() > longest.Took.AsDuration() {
 			longest = s
@@ -112,10 +136,10 @@ func noEarlyLoad(r *migratedv1.Report) string {
 		units.Bytes(m.GetProgress().GetBytesDeviceState()), units.Duration(downtime.AsDuration()), early.GetReason())
 }
 
-// tail is how many times the 99th percentile a fault took that is one of its own kind.
+// tail is how many times longer than the 99th percentile the longest fault is if it counts as an exception.
 const tail = 10
 
-// longestStall says what the longest stall was: of the whole VM, or of a thread that waited for a page.
+// longestStall describes the longest stall: of the whole VM, or of a thread that waited for a page.
 func longestStall(r *migratedv1.Report) string {
 	p, in := r.GetMigration().GetProgress(), r.GetIncoming()
 	downtime, early := p.GetDowntime().AsDuration(), r.GetMigration().GetEarlyLoad().GetPause().AsDuration()
@@ -159,24 +183,26 @@ func reconnects(r *migratedv1.Report) string {
 		units.Duration(in.GetLongestPause().AsDuration()))
 }
 
-// What of the highest rate, or of a limit, counts as all of it, and what as little.
+// nearlyAll and little are shares of the highest rate, or of a limit: from nearlyAll on the rate has reached it, and
+// below little it is far from it.
 const (
 	nearlyAll = 0.8
 	little    = 0.5
 )
 
-// tooShort is what is over before its rate says anything.
+// tooShort is the shortest transfer whose rate means anything.
 const tooShort = time.Second
 
-// filled is how long the memory took, ok where it took long enough for a rate. Pauses are no part of it.
-func filled(r *migratedv1.Report) (took time.Duration, ok bool) {
+// transferTime returns how long the transfer of the memory took, without pauses. ok is false if it was too short for a
+// rate.
+func transferTime(r *migratedv1.Report) (took time.Duration, ok bool) {
 	p := r.GetMigration().GetProgress()
 	took = p.GetResidency().AsDuration() - r.GetIncoming().GetPaused().AsDuration()
 	return took, p.GetResidency() != nil && !r.GetIncoming().GetTakenUp() && took >= tooShort
 }
 
 func bandwidthLimit(r *migratedv1.Report) string {
-	took, ok := filled(r)
+	took, ok := transferTime(r)
 	limit := float64(r.GetMigration().GetProgress().GetBandwidth())
 	rate := float64(r.GetIncoming().GetSweepBytes()) / took.Seconds()
 	if !ok || limit == 0 || rate < nearlyAll*limit {
@@ -187,10 +213,10 @@ func bandwidthLimit(r *migratedv1.Report) string {
 		units.Rate(rate), units.Rate(limit), units.Duration(took))
 }
 
-// pathRates are what memory came at on average, while it took, and at the best; not ok where nothing can be said of the
-// path: it was too short, or a bandwidth limit was the limit.
+// pathRates returns how long the memory took, and its average and best rate in bytes a second. ok is false if they say
+// nothing about the path, because the transfer was too short, or a bandwidth limit was the limit.
 func pathRates(r *migratedv1.Report) (took time.Duration, rate, best float64, ok bool) {
-	took, ok = filled(r)
+	took, ok = transferTime(r)
 	rate = float64(r.GetMigration().GetProgress().GetBytesOnWire()) / took.Seconds()
 	best = r.GetIncoming().GetBestBytesPerSecond()
 	return took, rate, best, ok && best > 0 && bandwidthLimit(r) == ""
@@ -216,7 +242,7 @@ func pathIdle(r *migratedv1.Report) string {
 		units.Rate(rate), units.Duration(took), units.Rate(best))
 }
 
-// someFaults is how many faults say something.
+// someFaults is the lowest number of faults whose causes mean anything.
 const someFaults = 100
 
 func faultCauses(r *migratedv1.Report) string {

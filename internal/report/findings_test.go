@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -18,7 +19,7 @@ const ms = time.Millisecond
 
 func took(d time.Duration) *durationpb.Duration { return durationpb.New(d) }
 
-// plain is a migration of which there is nothing to be said but what its downtime was, and its longest stall.
+// plain returns the report of a migration to which only the rules about downtime and the longest stall apply.
 func plain() *migratedv1.Report {
 	return &migratedv1.Report{
 		Migration: &migratedv1.Migration{
@@ -41,7 +42,7 @@ func plain() *migratedv1.Report {
 	}
 }
 
-// TestFindings: what each rule says of which migration, with its numbers; the others say what they said before.
+// TestFindings: each rule applies to the right reports, and its text has the right numbers.
 func TestFindings(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -49,6 +50,12 @@ func TestFindings(t *testing.T) {
 		change func(r *migratedv1.Report)
 		want   []string // of its text; none: the rule says nothing
 	}{
+		{"within its limit", "overdue", func(*migratedv1.Report) {}, nil},
+		{"overdue", "overdue", func(r *migratedv1.Report) {
+			m := r.GetMigration()
+			m.Overdue, m.Spec = true, &migratedv1.MigrationSpec{TotalLimit: took(5 * time.Second)}
+			m.StartTime, m.EndTime = timestamppb.New(time.Unix(100, 0)), timestamppb.New(time.Unix(112, 0))
+		}, []string{"total_limit of 5.0 s", "took 12.0 s"}},
 		{"saving", "downtime-step", func(*migratedv1.Report) {},
 			[]string{"10.0 ms", "most of it, 6.0 ms or 60 %", `"save"`}},
 		{"nothing is most", "downtime-step", func(r *migratedv1.Report) {
@@ -135,6 +142,9 @@ func TestFindings(t *testing.T) {
 		{"unexplained", "unexplained-pages", func(r *migratedv1.Report) {
 			r.Migration.Progress.PagesUnexplained = 2
 		}, []string{"2 pages", "Do not trust"}},
+		{"lost", "lost-pages", func(r *migratedv1.Report) {
+			r.Migration.Progress.PagesLost = 3
+		}, []string{"3 pages", "machine check"}},
 		{"touched", "touched-pages", func(r *migratedv1.Report) {
 			r.Migration.Progress.PagesTouched = 1
 		}, []string{"1 page"}},
@@ -171,7 +181,7 @@ func TestFindings(t *testing.T) {
 	}
 }
 
-// TestFindingsAreDocumented: programs go by their names.
+// TestFindingsAreDocumented: docs/report.md lists the names of all rules, which programs use.
 func TestFindingsAreDocumented(t *testing.T) {
 	text, err := os.ReadFile("../../docs/report.md")
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Percentile is how long the share q of the timed faults took at most, 0 if there is none. It is what the engine says
-// of 0.5 and 0.99: the end of a bucket, but none is longer than the longest fault.
+// Percentile returns the time within which the share q of the timed faults was resolved, 0 if there are none. It is the
+// upper end of a bucket, but at most longest, the longest fault. The engine computes its percentiles in the same way.
 func Percentile(latency []*migratedv1.LatencyBucket, longest time.Duration, q float64) time.Duration {
 	total := Timed(latency)
 	if total == 0 {
@@ -24,7 +24,7 @@ func Percentile(latency []*migratedv1.LatencyBucket, longest time.Duration, q fl
 	return longest
 }
 
-// Timed is how many faults were timed.
+// Timed returns the number of faults that were timed.
 func Timed(latency []*migratedv1.LatencyBucket) (n uint64) {
 	for _, b := range latency {
 		n += b.GetCount()
@@ -32,14 +32,14 @@ func Timed(latency []*migratedv1.LatencyBucket) (n uint64) {
 	return n
 }
 
-// A Column is how many faults took longer than the one before it says, and at most so long.
+// A Column is the number of faults that took at most Longest, and longer than the previous Column's Longest.
 type Column struct {
 	Longest time.Duration
 	Count   uint64
 }
 
-// Columns joins buckets to powers of two of a microsecond, without a gap from the shortest to the longest. A bucket
-// counts whole where its end is.
+// Columns joins buckets into columns that end at powers of two of a microsecond, without a gap from the shortest to the
+// longest. All faults in a bucket count as its upper end.
 func Columns(latency []*migratedv1.LatencyBucket) (columns []Column) {
 	for _, b := range latency {
 		bound := time.Microsecond

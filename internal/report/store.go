@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package report keeps the reports of migrations that are over, and says by plain rules what was slow in them.
+// Package report keeps the reports of migrations that are over, and finds out by rules what was slow in them.
 package report
 
 import (
@@ -25,28 +25,28 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// mostBytes bounds a file. Reports have some ten KB; what makes one long is what a QEMU has said in its error.
+// mostBytes is the largest file. Reports usually have about ten KB; a long error message of a QEMU makes one larger.
 const mostBytes = 256 << 10
 
-// A Store keeps the last reports in a directory, a file each. Any number of goroutines may use it.
+// A Store keeps the last reports in a directory, one in a file. Several goroutines may use it at once.
 type Store struct {
 	dir  string
 	most int
 	log  *slog.Logger
 
 	mu    sync.Mutex
-	files []string             // names, the oldest first
-	kept  map[string]time.Time // by name: when that migration had changed last, of those that this Store has written
+	files []string             // names of files, the oldest first
+	kept  map[string]time.Time // by name of a file that this Store has written: the update time of its migration
 }
 
-// content is that of a file.
+// content is the content of a file.
 type content struct {
 	Version uint32          `json:"version"`
-	Report  json.RawMessage `json:"report"` // a Report
+	Report  json.RawMessage `json:"report"` // a Report of the API
 }
 
-// Open uses dir, which need not exist, for as many reports. What is wrong with it is logged: a daemon for which VMs may
-// be waiting serves without reports, too.
+// Open returns a Store of at most most reports in dir, which need not exist. It logs errors and does not fail, because
+// VMs may wait for the daemon, which can serve without reports.
 func Open(dir string, most int, log *slog.Logger) *Store {
 	s := &Store{dir: dir, most: most, log: log, kept: make(map[string]time.Time)}
 	entries, err := os.ReadDir(dir)
@@ -56,7 +56,7 @@ func Open(dir string, most int, log *slog.Logger) *Store {
 	written := make(map[string]time.Time)
 	for _, e := range entries {
 		name := e.Name()
-		if strings.HasSuffix(name, ".tmp") { // of a daemon that ended while it wrote
+		if strings.HasSuffix(name, ".tmp") { // left by a daemon that ended while writing
 			s.remove(name)
 			continue
 		}
@@ -74,19 +74,19 @@ func Open(dir string, most int, log *slog.Logger) *Store {
 
 const suffix = ".json"
 
-// nameOf is the file's: a host can be both sides of a migration.
+// nameOf returns the name of a report's file. It has the role, because a host can be both sides of a migration.
 func nameOf(id string, role migratedv1.MigrationRole) string {
 	return id + "." + migration.RoleName(role) + suffix
 }
 
-// Keep writes a report down, and removes the oldest where there are too many. One that it has written as it is is left
-// alone.
+// Keep writes a report, and removes the oldest ones if there are too many. It does nothing if it has written this
+// report before and its migration has not changed since.
 func (s *Store) Keep(r *migratedv1.Report) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	m := r.GetMigration()
 	name, changed := nameOf(m.GetId(), m.GetRole()), m.GetUpdateTime().AsTime()
-	if at, is := s.kept[name]; s.most == 0 || is && at.Equal(changed) {
+	if written, found := s.kept[name]; s.most == 0 || found && written.Equal(changed) {
 		return nil
 	}
 	if err := s.write(name, r); err != nil {
@@ -116,7 +116,7 @@ func (s *Store) write(name string, r *migratedv1.Report) error {
 	return atomicfile.Write(filepath.Join(s.dir, name), text, 0o600)
 }
 
-// trim removes the oldest files. The caller holds mu, or is alone.
+// trim removes the oldest files while there are too many. The caller holds mu, or is Open.
 func (s *Store) trim() {
 	for len(s.files) > s.most {
 		s.remove(s.files[0])
@@ -131,14 +131,34 @@ func (s *Store) remove(name string) {
 	}
 }
 
-// Has says whether there is a file for that migration.
+// Has says whether there is a report of that side of a migration.
 func (s *Store) Has(id string, role migratedv1.MigrationRole) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Contains(s.files, nameOf(id, role))
 }
 
-// Load reads a report; nil: there is none, or none that this daemon can read, which is logged.
+// Delete removes the reports of both sides of a migration.
+func (s *Store) Delete(id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, role := range []migratedv1.MigrationRole{
+		migratedv1.MigrationRole_MIGRATION_ROLE_SOURCE, migratedv1.MigrationRole_MIGRATION_ROLE_DESTINATION,
+	} {
+		name := nameOf(id, role)
+		if !slices.Contains(s.files, name) {
+			continue
+		}
+		if err := os.Remove(filepath.Join(s.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove the report of migration %s: %w", id, err)
+		}
+		s.files = slices.DeleteFunc(s.files, func(old string) bool { return old == name })
+		delete(s.kept, name)
+	}
+	return nil
+}
+
+// Load reads a report; nil: there is none, or it cannot be read, which is logged.
 func (s *Store) Load(id string, role migratedv1.MigrationRole) *migratedv1.Report {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -155,7 +175,7 @@ func (s *Store) Load(id string, role migratedv1.MigrationRole) *migratedv1.Repor
 	return r
 }
 
-// read reads a file of any version that this daemon knows.
+// read reads a file, of any version that this daemon knows.
 func read(path string) (*migratedv1.Report, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -183,7 +203,7 @@ func read(path string) (*migratedv1.Report, error) {
 	return r, nil
 }
 
-// IDs are those of the migrations that there are files of, the last written first, each once.
+// IDs returns the ids of the migrations that have reports, the last written first, each id once.
 func (s *Store) IDs() (ids []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

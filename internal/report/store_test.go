@@ -27,10 +27,10 @@ const (
 
 var quiet = slog.New(slog.DiscardHandler)
 
-// over is the report of a migration that ended so many seconds after the beginning of time.
-func over(id string, role migratedv1.MigrationRole, at int64) *migratedv1.Report {
+// over returns the report of a migration that ended at a time, in Unix seconds.
+func over(id string, role migratedv1.MigrationRole, seconds int64) *migratedv1.Report {
 	r := plain()
-	r.Migration.Id, r.Migration.Role, r.Migration.UpdateTime = id, role, timestamppb.New(time.Unix(at, 0))
+	r.Migration.Id, r.Migration.Role, r.Migration.UpdateTime = id, role, timestamppb.New(time.Unix(seconds, 0))
 	return r
 }
 
@@ -41,7 +41,7 @@ func keep(t *testing.T, s *Store, r *migratedv1.Report) {
 	}
 }
 
-// TestKeepOverRestarts: both sides of a migration, as they were, and what an operator did to one that was over.
+// TestKeepOverRestarts: a Store opened again has the reports of both sides of a migration, and takes a newer one.
 func TestKeepOverRestarts(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "reports")
 	a, b := over("m.source", source, 1), over("m.source", destination, 2)
@@ -68,20 +68,20 @@ func TestKeepOverRestarts(t *testing.T) {
 	}
 }
 
-// TestRemovesTheOldest: by when they were written, also those of an earlier run.
+// TestRemovesTheOldest: the reports that were written first are removed first, also those of an earlier run.
 func TestRemovesTheOldest(t *testing.T) {
 	dir := t.TempDir()
 	s := Open(dir, 3, quiet)
 	for i := range 5 {
-		keep(t, s, over(fmt.Sprint("m", i), source, int64(100-i))) // whatever the clock says
+		keep(t, s, over(fmt.Sprint("m", i), source, int64(100-i))) // the clock does not matter
 	}
 	keep(t, s, over("m2", source, 200)) // is the newest now
 	if got := s.IDs(); !slices.Equal(got, []string{"m2", "m4", "m3"}) {
 		t.Errorf("kept are %v", got)
 	}
 	for i, id := range []string{"m3", "m4", "m2"} {
-		at := time.Unix(int64(1000+i), 0)
-		if err := os.Chtimes(filepath.Join(dir, id+".source.json"), at, at); err != nil {
+		written := time.Unix(int64(1000+i), 0)
+		if err := os.Chtimes(filepath.Join(dir, id+".source.json"), written, written); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -103,7 +103,7 @@ func TestRemovesTheOldest(t *testing.T) {
 	}
 }
 
-// TestPassesOver: what cannot be read is no report, and is logged.
+// TestPassesOver: a file that cannot be read is logged, and Load returns nil.
 func TestPassesOver(t *testing.T) {
 	dir := t.TempDir()
 	whole := Open(dir, 9, quiet)
@@ -132,7 +132,7 @@ func TestPassesOver(t *testing.T) {
 			t.Errorf("%s: the one beside it is passed over, too", id)
 		}
 	}
-	// What a newer daemon has added is of no use here, and no reason to pass the rest over.
+	// Fields that a newer daemon has added are ignored.
 	added := strings.Replace(string(text), `"report":{`, `"added":1,"report":{"added":{"x":1},`, 1)
 	if err := os.WriteFile(filepath.Join(dir, "added.source.json"), []byte(added), 0o600); err != nil {
 		t.Fatal(err)
@@ -142,7 +142,7 @@ func TestPassesOver(t *testing.T) {
 	}
 }
 
-// TestTooLong: a report that is longer than may be kept is refused, and leaves the one that is there.
+// TestTooLong: a report that is too long is refused, and the earlier one stays.
 func TestTooLong(t *testing.T) {
 	dir := t.TempDir()
 	s := Open(dir, 9, quiet)
@@ -158,7 +158,7 @@ func TestTooLong(t *testing.T) {
 	}
 }
 
-// TestKeepsWithoutADirectory: Open makes do, and Keep says what is wrong.
+// TestKeepsWithoutADirectory: if the directory cannot be used, Open logs it, and Keep fails.
 func TestKeepsWithoutADirectory(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
@@ -171,7 +171,7 @@ func TestKeepsWithoutADirectory(t *testing.T) {
 	}
 }
 
-// TestReadsVersion1 holds later daemons to what this one writes; see internal/version.
+// TestReadsVersion1: later daemons read what this one writes; see internal/version.
 func TestReadsVersion1(t *testing.T) {
 	r, err := read(filepath.Join("testdata", "state-v1", "m1.destination.json"))
 	if err != nil {

@@ -12,14 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Listeners are sockets that a service manager handed over.
+// Listeners are sockets that a service manager has passed to this process.
 type Listeners struct{ files []*os.File }
 
-// Inherited takes what the service manager handed to this process, once: children are handed nothing.
+// Inherited returns the sockets that the service manager has passed. It works once: it removes the environment
+// variables that name them, so that children do not inherit them.
 func Inherited() *Listeners { return &Listeners{activation.Files(true)} }
 
-// Take returns the socket that listens at exactly that address, nil where none does. A name proves nothing: the
-// configuration may have changed, or a unit may hand over something else. network is "tcp" or "unix".
+// Take returns the socket that listens at exactly that address; nil: there is none. network is "tcp" or "unix". It does
+// not go by the sockets' names, because the configuration may have changed, or a unit may have passed another socket.
 func (l *Listeners) Take(network, address string) net.Listener {
 	for i, f := range l.files {
 		if f == nil {
@@ -40,26 +41,28 @@ func (l *Listeners) Take(network, address string) net.Listener {
 	return nil
 }
 
-// Rest closes what nobody took and returns its names.
+// Rest closes the sockets that were not taken, and returns their names.
 func (l *Listeners) Rest() (names []string) {
 	for _, f := range l.files {
 		if f != nil {
 			names = append(names, f.Name())
-			_ = f.Close() // nobody uses it
+			_ = f.Close() // an error would not matter
 		}
 	}
 	l.files = nil
 	return names
 }
 
-// listenerOf makes a listener of a duplicate of f, if it is a socket that listens.
+// listenerOf returns a listener with a duplicate of f. It fails unless f is a listening socket.
 func listenerOf(f *os.File) (net.Listener, error) {
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
 	listens, optErr := 0, error(nil)
-	if err := raw.Control(func(fd uintptr) { listens, optErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ACCEPTCONN) }); err != nil {
+	if err := raw.Control(func(fd uintptr) {
+		listens, optErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	}); err != nil {
 		return nil, err
 	}
 	if optErr != nil {
@@ -71,18 +74,19 @@ func listenerOf(f *os.File) (net.Listener, error) {
 	return net.FileListener(f)
 }
 
+// listensAt says whether a listener has that address.
 func listensAt(l net.Listener, network, address string) bool {
-	switch at := l.Addr().(type) {
+	switch have := l.Addr().(type) {
 	case *net.UnixAddr:
-		// A socket whose file is gone is one that nobody finds.
+		// A socket without its file cannot be connected to.
 		info, err := os.Lstat(address)
-		return network == "unix" && at.Name == address && err == nil && info.Mode().Type() == os.ModeSocket
+		return network == "unix" && have.Name == address && err == nil && info.Mode().Type() == os.ModeSocket
 	case *net.TCPAddr:
 		want, err := net.ResolveTCPAddr("tcp", address)
-		if network != "tcp" || err != nil || want.Port != at.Port {
+		if network != "tcp" || err != nil || want.Port != have.Port {
 			return false
 		}
-		return at.IP.Equal(want.IP) || want.IP == nil && at.IP.IsUnspecified()
+		return have.IP.Equal(want.IP) || want.IP == nil && have.IP.IsUnspecified()
 	}
 	return false
 }

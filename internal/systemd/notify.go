@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package systemd is what the daemon and its service manager say to each other: sd_notify(3), and the descriptors that
-// the manager keeps while no daemon runs (FileDescriptorStoreMax= in systemd.service(5)) or opened before one did
-// (systemd.socket(5)). Without a service manager, or with another one, there is nobody to tell, and nothing is handed over.
+// Package systemd is the daemon's interface to its service manager: sd_notify(3), and descriptors that the
+// manager keeps while the daemon restarts (FileDescriptorStoreMax= in systemd.service(5)) or has opened
+// before it started (systemd.socket(5)). Without systemd, its functions do nothing.
 package systemd
 
 import (
@@ -13,11 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Notify tells the service manager the daemon's state, as in "READY=1". An error is one of a service manager that exists.
+// Notify sends the daemon's state, such as "READY=1", to the service manager. Without a service manager it
+// does nothing.
 func Notify(state string) error { return notify(state) }
 
-// Keep gives the service manager a duplicate of a descriptor, which it hands to the next daemon under that name, and says
-// whether there is one to give it to. One whose unit does not let it keep descriptors drops it without a word.
+// Keep gives the service manager a duplicate of a descriptor, which it passes to the next daemon under that name. kept
+// is false if there is no service manager. One whose unit does not allow it to keep descriptors silently drops it.
 func Keep(name string, c syscall.Conn) (kept bool, err error) {
 	if os.Getenv(socketVariable) == "" {
 		return false, nil
@@ -33,12 +34,12 @@ func Keep(name string, c syscall.Conn) (kept bool, err error) {
 	return notifyErr == nil, notifyErr
 }
 
-// Forget has the service manager close what it keeps under that name.
+// Forget makes the service manager close the descriptors that it keeps under that name.
 func Forget(name string) error { return notify("FDSTOREREMOVE=1\nFDNAME=" + name) }
 
 const socketVariable = "NOTIFY_SOCKET"
 
-// notify sends one datagram, and the descriptors with it.
+// notify sends one datagram with descriptors.
 func notify(state string, fds ...int) error {
 	path := os.Getenv(socketVariable)
 	if path == "" {
@@ -53,7 +54,7 @@ func notify(state string, fds ...int) error {
 	if len(fds) > 0 {
 		rights = unix.UnixRights(fds...)
 	}
-	// A leading @ means the abstract name space, here as in the protocol.
+	// SockaddrUnix, like the protocol, uses a leading @ for the abstract name space.
 	if err := unix.Sendmsg(fd, []byte(state), rights, &unix.SockaddrUnix{Name: path}, unix.MSG_NOSIGNAL); err != nil {
 		return fmt.Errorf("service manager: %s: %w", path, err)
 	}

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// manager is a service manager's end of sd_notify(3).
+// manager returns a service manager's end of sd_notify(3).
 func manager(t *testing.T) *net.UnixConn {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "notify")
@@ -50,7 +50,8 @@ func told(t *testing.T, conn *net.UnixConn) (message string, files []*os.File) {
 	return string(text[:n]), files
 }
 
-// TestKeptSocketAccepts: a socket outlives the daemon that opened it, and who called in between is served by the next.
+// TestKeptSocketAccepts: a kept socket outlives the daemon that opened it. The next daemon accepts connections that
+// were made in between.
 func TestKeptSocketAccepts(t *testing.T) {
 	for network, address := range map[string]string{"tcp": "127.0.0.1:0", "unix": filepath.Join(t.TempDir(), "s")} {
 		t.Run(network, func(t *testing.T) {
@@ -96,7 +97,7 @@ func TestKeptSocketAccepts(t *testing.T) {
 	}
 }
 
-// TestOthersAreNotTaken: whatever their names say.
+// TestOthersAreNotTaken: descriptors that do not listen at the address are not taken.
 func TestOthersAreNotTaken(t *testing.T) {
 	const address = "127.0.0.1:0"
 	path := filepath.Join(t.TempDir(), "s")
@@ -104,7 +105,9 @@ func TestOthersAreNotTaken(t *testing.T) {
 		make func() (*os.File, error)
 		want [2]string
 	}{
-		"another port": {func() (*os.File, error) { return fileOf(net.Listen("tcp", address)) }, [2]string{"tcp", "127.0.0.1:1"}},
+		"another port": {func() (*os.File, error) {
+			return fileOf(net.Listen("tcp", address))
+		}, [2]string{"tcp", "127.0.0.1:1"}},
 		"a connection's end": {func() (*os.File, error) {
 			fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 			return os.NewFile(uintptr(fds[0]), "x"), errors.Join(err, unix.Close(fds[1]))
@@ -134,7 +137,7 @@ func TestOthersAreNotTaken(t *testing.T) {
 	}
 }
 
-// fileOf is a duplicate of a listener's descriptor, whose listener stays open until the test's process ends.
+// fileOf returns a duplicate of a listener's descriptor. The listener itself stays open until the test's process ends.
 func fileOf(l net.Listener, err error) (*os.File, error) {
 	if err != nil {
 		return nil, err

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package traces tells an OpenTelemetry collector of migrations: a span for each at either host, one for each of its
-// states, and those of the calls between an orchestrator and the daemons, all of one migration in one trace. Pages are
-// in none: nothing is added to a fault's way.
+// Package traces sends traces of migrations to an OpenTelemetry collector. A trace has a span for the migration at each
+// host, a span for each of its states, and the spans of the calls between an orchestrator and the daemons. Transfers of
+// pages are not traced, so that faults are not slowed down.
 package traces
 
 import (
@@ -35,11 +35,11 @@ type Tracer struct {
 	conn     *grpc.ClientConn
 }
 
-// propagator carries a trace from one process to the next (W3C Trace Context).
+// propagator passes a trace from one process to the next (W3C Trace Context).
 var propagator = propagation.TraceContext{}
 
-// New returns a Tracer that sends to the collector which conn leads to, by OTLP. What the collector does not take in
-// time is dropped, and logged. Close closes conn.
+// New returns a Tracer that sends spans over conn to a collector, by OTLP. Spans that the collector does not take in
+// time are dropped, which is logged. Close closes conn.
 func New(ctx context.Context, conn *grpc.ClientConn, version string, log *slog.Logger) (*Tracer, error) {
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Warn("traces are lost", "error", err) }))
 	exporter, err := otlptracegrpc.New(ctx, otlptracegrpc.WithGRPCConn(conn))
@@ -57,7 +57,7 @@ func New(ctx context.Context, conn *grpc.ClientConn, version string, log *slog.L
 	return &Tracer{provider: provider, tracer: provider.Tracer("migrated"), conn: conn}, nil
 }
 
-// Close sends what is left, until ctx ends.
+// Close sends the spans that are left, until ctx ends, and closes the connection.
 func (t *Tracer) Close(ctx context.Context) error {
 	if t == nil {
 		return nil
@@ -69,7 +69,7 @@ func (t *Tracer) Close(ctx context.Context) error {
 	return err
 }
 
-// ServerOptions make spans of the calls that a gRPC server answers.
+// ServerOptions returns options with which a gRPC server makes spans of its calls.
 func (t *Tracer) ServerOptions() []grpc.ServerOption {
 	if t == nil {
 		return nil
@@ -77,7 +77,7 @@ func (t *Tracer) ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{grpc.StatsHandler(otelgrpc.NewServerHandler(t.options()...))}
 }
 
-// DialOptions make spans of the calls of a gRPC client.
+// DialOptions returns options with which a gRPC client makes spans of its calls.
 func (t *Tracer) DialOptions() []grpc.DialOption {
 	if t == nil {
 		return nil
@@ -85,7 +85,7 @@ func (t *Tracer) DialOptions() []grpc.DialOption {
 	return []grpc.DialOption{grpc.WithStatsHandler(otelgrpc.NewClientHandler(t.options()...))}
 }
 
-// options leave out calls that are none of a migration's steps: its pages, and those that last as long as somebody
+// options leaves out calls that are not steps of a migration: those for pages, and those that last as long as a client
 // watches.
 func (t *Tracer) options() []otelgrpc.Option {
 	return []otelgrpc.Option{
@@ -104,8 +104,8 @@ type Migration interface {
 	Done() <-chan struct{}
 }
 
-// Begin begins the span of one side of a migration, which the call of caller led to. The context is life with that
-// span, to be used for the migration's own calls; Follow ends it.
+// Begin begins the span of one side of a migration, as a child of the span in caller. It returns life with that span,
+// for the migration's own calls. Follow ends the span.
 func (t *Tracer) Begin(life, caller context.Context, id string, role migratedv1.MigrationRole) context.Context {
 	if t == nil {
 		return life
@@ -113,13 +113,13 @@ func (t *Tracer) Begin(life, caller context.Context, id string, role migratedv1.
 	ctx := trace.ContextWithSpanContext(life, trace.SpanContextFromContext(caller))
 	ctx, _ = t.tracer.Start(ctx, "migration", trace.WithAttributes(
 		attribute.String("migration.id", id),
-		attribute.String("migration.role", word(role.String(), "MIGRATION_ROLE_")),
+		attribute.String("migration.role", shortName(role.String(), "MIGRATION_ROLE_")),
 	))
 	return ctx
 }
 
-// Follow makes a span of each state of the migration until it is over, and then ends the span that ctx has from Begin.
-// It returns at once.
+// Follow makes a span for each state of the migration until it is over, and then ends the span that ctx has from Begin.
+// It does so in a goroutine, and returns at once.
 func (t *Tracer) Follow(ctx context.Context, m Migration) {
 	if t == nil {
 		return
@@ -133,7 +133,7 @@ func (t *Tracer) follow(ctx context.Context, m Migration) {
 	var step trace.Span
 	state, reason := migratedv1.MigrationState(-1), migratedv1.Reason_REASON_UNSPECIFIED
 	for {
-		// Asked first: what is seen afterwards is then the last.
+		// Done is checked before the snapshot: if it is closed, the snapshot is the last state.
 		over := false
 		select {
 		case <-m.Done():
@@ -146,12 +146,12 @@ func (t *Tracer) follow(ctx context.Context, m Migration) {
 			if step != nil {
 				step.End()
 			}
-			_, step = t.tracer.Start(ctx, word(state.String(), "MIGRATION_STATE_"))
+			_, step = t.tracer.Start(ctx, shortName(state.String(), "MIGRATION_STATE_"))
 		}
 		if failure := view.GetError(); failure.GetReason() != reason {
 			if reason = failure.GetReason(); failure != nil {
 				message := attribute.String("message", failure.GetMessage())
-				step.AddEvent(word(reason.String(), "REASON_"), trace.WithAttributes(message))
+				step.AddEvent(shortName(reason.String(), "REASON_"), trace.WithAttributes(message))
 			}
 		}
 		if over {
@@ -166,13 +166,13 @@ func (t *Tracer) follow(ctx context.Context, m Migration) {
 	}
 }
 
-// end says how the migration went.
+// end adds the outcome of the migration to its span.
 func (t *Tracer) end(whole trace.Span, view *migratedv1.Migration) {
 	p := view.GetProgress()
 	whole.SetAttributes(
 		attribute.String("vm.name", view.GetVmName()),
-		attribute.String("migration.state", word(view.GetState().String(), "MIGRATION_STATE_")),
-		attribute.String("migration.location", word(view.GetLocation().String(), "LOCATION_")),
+		attribute.String("migration.state", shortName(view.GetState().String(), "MIGRATION_STATE_")),
+		attribute.String("migration.location", shortName(view.GetLocation().String(), "LOCATION_")),
 		attribute.Float64("migration.downtime_ms", float64(p.GetDowntime().AsDuration())/float64(time.Millisecond)),
 		attribute.Int64("migration.pages", int64(p.GetPagesTotal())),
 	)
@@ -181,5 +181,5 @@ func (t *Tracer) end(whole trace.Span, view *migratedv1.Migration) {
 	}
 }
 
-// word is a name of the API's in lower case, without its prefix.
-func word(name, prefix string) string { return strings.ToLower(strings.TrimPrefix(name, prefix)) }
+// shortName returns the name of a value of the API's enumerations without its prefix, in lower case.
+func shortName(name, prefix string) string { return strings.ToLower(strings.TrimPrefix(name, prefix)) }

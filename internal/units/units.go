@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package units writes figures as people read them: durations, bytes and rates with the digits that matter.
+// Package units formats durations, bytes and rates for people, with few digits.
 package units
 
 import (
@@ -48,7 +48,7 @@ func Plural(n uint64, noun string) string {
 	return fmt.Sprintf("%d %ss", n, noun)
 }
 
-// Percent returns a share of a whole as "43 %"; one that is not 0 is not written so: "under 1 %".
+// Percent returns a share of a whole as "43 %". A share below 1 % that is not 0 is "under 1 %".
 func Percent(part, whole float64) string {
 	switch percent := 100 * part / whole; {
 	case whole == 0 || part == 0:

@@ -4,5 +4,5 @@
 
 package version
 
-// raised is 0 but in raised.go.
+// raised is 0 unless raised.go is built instead.
 const raised = 0

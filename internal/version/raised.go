@@ -4,5 +4,5 @@
 
 package version
 
-// raised makes the daemon that comes after the present one, for the end-to-end tests of upgrades (e2e/upgrade_test.go).
+// raised makes this a daemon of the next version, for the end-to-end tests of upgrades (e2e/upgrade_test.go).
 const raised = 1

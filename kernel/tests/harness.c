@@ -297,6 +297,34 @@ void watch(int uffd, void *at, int pages)
 	MUST(ioctl(uffd, UFFDIO_REGISTER, &r));
 }
 
+void rwprotect(int uffd, void *page, uint64_t mode)
+{
+	struct uffdio_rwprotect p = {
+		.range = { .start = (uintptr_t)page, .len = PAGE },
+		.mode = mode,
+	};
+
+	MUST(ioctl(uffd, UFFDIO_RWPROTECT, &p));
+}
+
+void protect(int uffd, void *page)
+{
+	struct uffdio_register r = {
+		.range = { .start = (uintptr_t)page, .len = PAGE },
+		.mode = UFFDIO_REGISTER_MODE_RWP,
+	};
+
+	MUST(ioctl(uffd, UFFDIO_REGISTER, &r));
+	rwprotect(uffd, page, UFFDIO_RWPROTECT_MODE_RWP);
+}
+
+int set_mode(int uffd, uint64_t enable, uint64_t disable)
+{
+	struct uffdio_set_mode m = { .enable = enable, .disable = disable };
+
+	return ioctl(uffd, UFFDIO_SET_MODE, &m);
+}
+
 void fill(int uffd, void *page, int value)
 {
 	static char source[PAGE] __attribute__((aligned(PAGE)));

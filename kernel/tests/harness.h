@@ -29,6 +29,24 @@
 #define UFFD_SECURE 2 /* new: the headers of the build machine lack it */
 #endif
 
+#ifndef UFFDIO_RWPROTECT /* as new, and of Linux 7.3 */
+#define UFFDIO_REGISTER_MODE_RWP (1ULL << 3)
+#define UFFD_FEATURE_RWP (1 << 17)
+#define UFFD_FEATURE_RWP_ASYNC (1 << 18)
+#define UFFD_PAGEFAULT_FLAG_RWP (1 << 3)
+#define UFFDIO_RWPROTECT_MODE_RWP (1ULL << 0)
+struct uffdio_rwprotect {
+	struct uffdio_range range;
+	__u64 mode;
+};
+#define UFFDIO_RWPROTECT _IOWR(UFFDIO, 0x09, struct uffdio_rwprotect)
+struct uffdio_set_mode {
+	__u64 enable;
+	__u64 disable;
+};
+#define UFFDIO_SET_MODE _IOW(UFFDIO, 0x0a, struct uffdio_set_mode)
+#endif
+
 #define PAGE 4096
 
 /* All waits for what must come end here; only a defect waits that long. */
@@ -48,7 +66,7 @@ int receive_exec(const char *number); /* main() of what the test executes */
 
 extern const struct test secure_tests[], create_tests[], sysctl_tests[],
 	fork_tests[], ring_tests[], receive_tests[], others_tests[],
-	stress_tests[], selftests[];
+	rwp_tests[], stress_tests[], selftests[];
 
 /* Ends the test. */
 void outcome(const char *format, ...)
@@ -116,5 +134,10 @@ void *region(int pages);
 void watch(int uffd, void *at, int pages);
 void fill(int uffd, void *page, int value); /* UFFDIO_COPY */
 void serve(int uffd, void *page, int value); /* one fault on page */
+
+/* Read-write protection of one page. */
+void protect(int uffd, void *page); /* and register it for that */
+void rwprotect(int uffd, void *page, uint64_t mode);
+int set_mode(int uffd, uint64_t enable, uint64_t disable); /* of features */
 
 #endif

@@ -26,7 +26,8 @@ static long file_max; /* as the kernel set it */
 
 static const struct test *const themes[] = {
 	secure_tests, create_tests, sysctl_tests, fork_tests,
-	ring_tests, receive_tests, others_tests, selftests, stress_tests,
+	ring_tests, receive_tests, others_tests, rwp_tests, selftests,
+	stress_tests,
 };
 
 /* The host has the reason in the LOG lines before. */

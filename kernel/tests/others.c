@@ -32,7 +32,7 @@ static int secret(int prepared)
 	return syscall(SYS_memfd_secret, O_CLOEXEC);
 }
 
-static bool secret_works(int fd)
+static bool memory_works(int fd)
 {
 	volatile char *at;
 
@@ -41,6 +41,12 @@ static bool secret_works(int fd)
 	CHECK(at != MAP_FAILED);
 	*at = 's';
 	return *at == 's';
+}
+
+/* Of tmpfs, where there is no class of its own for it. */
+static int memory(int prepared)
+{
+	return syscall(SYS_memfd_create, "memory", MFD_CLOEXEC);
 }
 
 static struct io_uring_params params;
@@ -138,7 +144,8 @@ static void barred(const void *arg)
 	outcome("%s", made(create(arg, "barred_t") < 0 ? errno : 0));
 }
 
-static const struct kind secretmem = { NULL, secret, secret_works, "secret_t" };
+static const struct kind secretmem = { NULL, secret, memory_works, "secret_t" };
+static const struct kind memfd = { NULL, memory, memory_works, "memory_t" };
 static const struct kind io_uring = { NULL, ring, ring_works, "ring_t" };
 static const struct kind guest = { vm, gmem, gmem_works, "gmem_t" };
 static const struct kind eventfds = { NULL, event, event_works, NULL };
@@ -149,6 +156,7 @@ static const struct kind eventfds = { NULL, event, event_works, NULL };
 
 const struct test others_tests[] = {
 	KIND("others-secretmem", &secretmem),
+	KIND("others-memfd", &memfd),
 	KIND("others-io-uring", &io_uring),
 	KIND("others-guest-memfd", &guest),
 	{ "others-eventfd-works", works, &eventfds },

@@ -60,8 +60,14 @@ static void forker(void *arg)
 	for (int i = 0; i < s->descriptors; i++) {
 		int fd = MUST(new_uffd(s->flags));
 
-		MUST(api(fd, UFFD_FEATURE_EVENT_FORK));
-		watch(fd, s->stage + i * PAGE, 1);
+		MUST(api(fd, UFFD_FEATURE_EVENT_FORK |
+				     (s->rwp ? UFFD_FEATURE_RWP : 0)));
+		if (s->rwp) {
+			s->stage[i * PAGE] = RWP_DATA;
+			protect(fd, s->stage + i * PAGE);
+		} else {
+			watch(fd, s->stage + i * PAGE, 1);
+		}
 		send_fd(s->sock[1], fd);
 		close(fd);
 	}

@@ -16,6 +16,7 @@ struct scene {
 	int flags;	   /* of the userfaultfds */
 	bool unprivileged; /* the forker, once it has its descriptors */
 	bool abandoned;	   /* the child leaves at once and is reaped */
+	bool rwp;	   /* the pages hold RWP_DATA and are protected */
 
 	char *stage;	   /* the pages, one for a descriptor */
 	int uffd[2];	   /* the reader's */
@@ -27,6 +28,8 @@ struct scene {
 	int child_seen[2]; /* from its child: likewise, page by page */
 	int sock[2];
 };
+
+#define RWP_DATA 'r'
 
 enum order {
 	FORK,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The race detector makes sync.Pool forget at random.
+// The race detector makes sync.Pool drop items at random.
 //go:build !race
 
 package pagesrv
@@ -10,43 +10,45 @@ import (
 	"math"
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// wire is a stream without a network: it repeats one request and encodes the replies as gRPC would.
+// wire is a stream without a network: it returns the same request again and again, and encodes the replies as gRPC's
+// library would.
 type wire struct {
 	ranges []pagewire.Range
-	left   int // requests
+	left   int // requests still to come
 }
 
-func (w *wire) RecvMsg(m any) error {
+func (w *wire) Recv(r *pagewire.Request) error {
 	if w.left == 0 {
 		return io.EOF
 	}
 	w.left--
-	r := m.(*pagewire.Request)
 	r.Ranges = append(r.Ranges[:0], w.ranges...)
 	return nil
 }
 
-func (w *wire) SendMsg(m any) error {
-	message, err := pagewire.Codec{}.Marshal(m)
+func (w *wire) Send(reply *pagewire.Reply) error {
+	message, err := pagewire.Codec{}.Marshal(reply)
 	if err == nil {
 		message.Free()
 	}
 	return err
 }
 
-// gRPC allocates for each message; the page server must add nothing to that.
+// TestServingAllocatesNothing: gRPC's library allocates for each message. The page server must not add to that.
 func TestServingAllocatesNothing(t *testing.T) {
 	f := ramFile(t, 4<<20, mixed)
-	s := NewServer()
-	e, err := s.Offer(testID, testToken, openRAM(t, Block{ID: "ram", Path: f.Name(), Size: 4 << 20, PageSize: 4096}), isStopped)
+	s := NewServer(Options{})
+	e, err := s.Offer(
+		testID, testToken, openRAM(t, Block{ID: "ram", Path: f.Name(), Size: 4 << 20, PageSize: 4096}), isStopped,
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer e.Withdraw()
-	e.greed.fair = math.MaxUint64 // no destination asks for as much as all the runs below together
+	e.quota.fair = math.MaxUint64 // no destination asks for as much as all the runs below together
 	for name, ranges := range map[string][]pagewire.Range{
 		"zero page":     {{Offset: 4096, Length: 4096}},
 		"one page":      {{Offset: 2 * 4096, Length: 4096}},
@@ -68,7 +70,7 @@ func servingAllocatesNothing(t *testing.T, e *Export, ranges []pagewire.Range, u
 	}
 	defer e.close(l)
 	w := &wire{ranges: ranges}
-	// Many requests a run: what the end of a lane and a collected pool cost does not count.
+	// Each run has many requests, so that what the end of a lane allocates, and a pool that was collected, hardly counts.
 	const requests = 1000
 	allocs := testing.AllocsPerRun(5, func() {
 		e.link.ps.Store(allPays)

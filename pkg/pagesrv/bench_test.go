@@ -5,11 +5,11 @@ package pagesrv
 import (
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// BenchmarkFetch is a round trip over gRPC on loopback with both ends in this process, so its
-// allocations are those of both ends.
+// BenchmarkFetch measures a round trip over gRPC's library and the loopback. Both ends are in this process, so the
+// allocations are those of both.
 func BenchmarkFetch(b *testing.B) {
 	const size = 64 << 20
 	for _, bench := range []struct {
@@ -50,7 +50,7 @@ func BenchmarkFetch(b *testing.B) {
 	}
 }
 
-// BenchmarkBulkPipelined keeps several requests on their way, as the sweep does.
+// BenchmarkBulkPipelined keeps several requests in flight, as the sweep does.
 func BenchmarkBulkPipelined(b *testing.B) {
 	const size, run, depth = 64 << 20, 512 << 10, 4
 	f := ramFile(b, size, pattern)

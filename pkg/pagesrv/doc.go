@@ -8,22 +8,23 @@
 //
 // What happens to a request here (lane.go), all in the lane's one goroutine:
 //
-//	RecvMsg ─► check the ranges ─► VM stopped? (once) ─┐
+//	Recv    ─► check the ranges ─► VM stopped? (once) ─┐
 //	  ▲                                                ▼
 //	  │        ┌────────────────────────────► begin ─► find a hole, or pread(2) ─► end
 //	  │        │ more to read                              │ into a leased frame
 //	  │        │                                           ▼
-//	  └── SendMsg ◄─ pack? ◄─ reply is full, or request done ◄─ sort pages: zero or data
+//	  └── Send    ◄─ pack? ◄─ reply is full, or request done ◄─ sort pages: zero or data
 //
 // Nothing on this way takes a lock or allocates memory of its own. The pages of a reply are read right
-// behind the place of the message's header, see internal/pagewire, and are sent from there.
+// behind the place of the message's header, see pkg/pagewire, and are sent from there.
 //
 // # Packing
 //
 // The pages of a reply are packed (S2, or Zstd for bulk) where that costs less than it saves. Both are measured, never
-// configured: what packing takes and how much it shrinks by each lane (pays.go), what a byte costs on the
-// network by all lanes of an export together (link.go), as the bulk lane finds itself waiting. On a fast network only what packs very well is packed, as copying bytes through two kernels also takes
-// time; on a slow one almost everything. Memory that does not pack costs a small sample now and then (pack.go).
+// configured. Each lane measures how long packing takes and how much it shrinks pages (pays.go). What a byte costs on
+// the network is measured for all lanes of an export together (link.go), by how long the bulk lane waits. On a fast
+// network only pages that pack very well are packed, because copying bytes through two kernels also takes time. On a
+// slow network almost everything is packed. Memory that does not pack costs a small sample now and then (pack.go).
 //
 // # Only memory of a stopped VM
 //
@@ -41,11 +42,10 @@
 //
 // # Why pread and no mapping
 //
-// RAM is read with pread(2), never mapped. A mapping spares a copy only if gRPC were given the mapped
-// memory itself, and then nobody could tell when the last read of it is over. Copying out of it costs
-// page faults: measured on tmpfs (BenchmarkReadRAM), pread takes as long as a fresh mapping for data,
-// give or take a fifth, but for holes it is 5 to 8 times faster in pieces of 4 KiB and 25 to 50 times in
-// pieces of 512 KiB, because a read fault on a hole makes tmpfs allocate the page. On hugetlbfs it would
-// even take a huge page from the pool. pread allocates nothing for a hole, and where the file was
-// truncated it returns an error, not SIGBUS.
+// RAM is read with pread(2), never mapped. A mapping would spare a copy only if gRPC were given the mapped memory
+// itself, and then nobody could tell when the last read of it is over. Copying out of it costs page faults: measured on
+// tmpfs (BenchmarkReadRAM), pread takes as long as a fresh mapping for data, give or take a fifth, but for holes it is
+// 5 to 8 times faster in pieces of 4 KiB and 25 to 50 times in pieces of 512 KiB, because a read fault on a hole makes
+// tmpfs allocate the page. On hugetlbfs it would even take a huge page from the pool. pread allocates nothing for a
+// hole, and where the file was truncated it returns an error, not SIGBUS.
 package pagesrv

@@ -8,6 +8,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 var (
@@ -16,8 +18,8 @@ var (
 	ErrNotStopped = errors.New("the VM is not stopped, its pages cannot be served")
 	// ErrWithdrawn says that the source took its offer back: codes.Aborted.
 	ErrWithdrawn = errors.New("the source has withdrawn the pages of this VM")
-	// ErrRefused says that the migration is not offered, or no longer, or that the token is wrong. Which
-	// of them is not told, so that nobody can find out ids by asking: codes.PermissionDenied.
+	// ErrRefused says that the migration is not offered, or no longer, or that the token is wrong. The peer is not told
+	// which, so that nobody can find out ids by asking: codes.PermissionDenied.
 	ErrRefused = errors.New("no such migration is offered here, or its token is another one")
 	// ErrTooManyLanes says that an export serves MaxLanes lanes already: codes.ResourceExhausted.
 	ErrTooManyLanes = errors.New("too many lanes for one migration")
@@ -35,9 +37,30 @@ type laneError struct {
 	err  error
 }
 
-func (e *laneError) Error() string              { return e.err.Error() }
-func (e *laneError) Unwrap() error              { return e.err }
-func (e *laneError) GRPCStatus() *status.Status { return status.New(e.code, e.err.Error()) }
+func (e *laneError) Error() string { return e.err.Error() }
+func (e *laneError) Unwrap() error { return e.err }
+
+// reasons are told to a peer for those errors that it handles in a way of their own. A peer must not read the text.
+var reasons = []struct {
+	err    error
+	reason migratedv1.Reason
+}{
+	{ErrProcessGone, migratedv1.Reason_REASON_SOURCE_QEMU_ENDED},
+	{ErrRefused, migratedv1.Reason_REASON_PAGES_REFUSED},
+}
+
+// GRPCStatus has a MigrationError with the reason among its details, where there is one.
+func (e *laneError) GRPCStatus() *status.Status {
+	st := status.New(e.code, e.err.Error())
+	for _, r := range reasons {
+		if errors.Is(e.err, r.err) {
+			if detailed, err := st.WithDetails(&migratedv1.MigrationError{Reason: r.reason}); err == nil {
+				return detailed
+			}
+		}
+	}
+	return st
+}
 
 func endLane(code codes.Code, err error, format string, args ...any) error {
 	if format != "" {

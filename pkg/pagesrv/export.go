@@ -12,10 +12,10 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// An Export is the RAM of one VM while it is offered.
+// Export is the RAM of one VM while it is offered.
 //
 //	offered ── first request: stopped() is nil ──► serving ── Withdraw ──► withdrawn
 //	   └───────────────────────────────────────────────────── Withdraw ──────┘
@@ -31,7 +31,11 @@ type Export struct {
 	withdrawn atomic.Bool
 
 	link  link // what lanes find out about the network
-	greed *greed
+	quota *quota
+
+	// The export's part of the server's rate; guarded by shared.mu.
+	weight float64
+	finish float64
 
 	asking      sync.Mutex    // one lane at a time asks stopped
 	withdrawing sync.Mutex    // one Withdraw at a time waits for the lanes
@@ -43,6 +47,14 @@ type Export struct {
 
 	// park is nil except in tests, which stop a lane at the point that is named.
 	park func(point string)
+}
+
+// SetWeight changes the export's part of the rate that Server.SetBandwidth gives to all. The weight is 1 at first; 0
+// means 1.
+func (e *Export) SetWeight(weight uint32) {
+	e.server.shared.mu.Lock()
+	defer e.server.shared.mu.Unlock()
+	e.weight = float64(max(1, weight))
 }
 
 // confirm returns nil once the VM was seen stopped.
@@ -66,7 +78,10 @@ func (e *Export) confirm(ctx context.Context) error {
 func (e *Export) open(ctx context.Context) (*lane, error) {
 	announced := pagewire.Announced(metadata.ValueFromIncomingContext(ctx, pagewire.CompressionKey))
 	bulk := one(ctx, pagewire.LaneKey) == pagewire.BulkLane
-	l := &lane{export: e, bulk: bulk, packer: newPacker(announced, bulk, &e.link), idle: make(chan struct{}, 1)}
+	l := &lane{
+		export: e, bulk: bulk, loses: one(ctx, pagewire.LostKey) == pagewire.CanLose,
+		packer: newPacker(announced, bulk, &e.link), idle: make(chan struct{}, 1),
+	}
 	if p, ok := peer.FromContext(ctx); ok {
 		l.peer = p.Addr.String()
 	}
@@ -89,9 +104,9 @@ func (e *Export) close(l *lane) {
 	e.past.add(l.counters.load())
 }
 
-// Withdraw ends all lanes and returns when no read of RAM is under way; none begins after that. The VM
-// may be continued and the RAM closed then. Peers see codes.Aborted, and PermissionDenied when they come
-// again. It may be called more than once, and waits each time.
+// Withdraw ends all lanes and returns when no read of RAM is under way; none begins after that. The VM may be continued
+// and the RAM closed then. Peers get codes.Aborted, and codes.PermissionDenied when they open a lane again. It may be
+// called more than once, and waits each time.
 func (e *Export) Withdraw() {
 	e.withdrawing.Lock()
 	defer e.withdrawing.Unlock()

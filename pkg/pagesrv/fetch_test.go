@@ -6,16 +6,16 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"slices"
 	"syscall"
 	"testing"
 
 	"pgregory.net/rapid"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// Whatever is asked for, each requested page is answered as often as it was asked for, with the bytes of
-// the file.
+// TestFetchYieldsTheFile: random requests get each page as often as they ask for it, with the content of the file.
 func TestFetchYieldsTheFile(t *testing.T) {
 	const size = 4 << 20
 	f := ramFile(t, size, mixed)
@@ -50,7 +50,9 @@ func TestFetchYieldsTheFile(t *testing.T) {
 			if pages*b.PageSize > 2<<20 {
 				pages = (2 << 20) / b.PageSize
 			}
-			ranges = append(ranges, pagewire.Range{Block: number, Offset: first * b.PageSize, Length: uint32(pages * b.PageSize)})
+			ranges = append(ranges, pagewire.Range{
+				Block: number, Offset: first * b.PageSize, Length: uint32(pages * b.PageSize),
+			})
 			for i := range pages {
 				want[page{number, (first + i) * b.PageSize}]++
 			}
@@ -83,7 +85,7 @@ func TestFetchYieldsTheFile(t *testing.T) {
 	})
 }
 
-// Replies are what the sweep and a huge page expect.
+// TestRepliesOfBulkRequests: a run of the sweep and a huge page come in one reply, whether they are data or a hole.
 func TestRepliesOfBulkRequests(t *testing.T) {
 	const size = 8 << 20
 	f := ramFile(t, size, func(page int64) []byte {
@@ -94,7 +96,7 @@ func TestRepliesOfBulkRequests(t *testing.T) {
 	})
 	ram := openRAM(t, Block{ID: "ram", Path: f.Name(), Size: size, PageSize: 4096},
 		Block{ID: "huge", Path: f.Name(), Size: size, PageSize: 2 << 20})
-	_, lane := offer(t, ram)
+	_, lane := offer(t, ram, "")
 	for _, test := range []struct {
 		name  string
 		ask   pagewire.Range
@@ -123,7 +125,85 @@ func TestRepliesOfBulkRequests(t *testing.T) {
 	}
 }
 
-// Looking at holes must not make the source's RAM file larger: its host may be out of memory.
+// TestRepliesAreOfTheWantedPieces: a request may say how many bytes each of its replies carries.
+func TestRepliesAreOfTheWantedPieces(t *testing.T) {
+	const ask = 256 << 10
+	ram := openRAM(t, Block{ID: "ram", Path: ramFile(t, 2<<20, pattern).Name(), Size: 2 << 20, PageSize: 4096},
+		Block{ID: "huge", Path: ramFile(t, 2<<20, pattern).Name(), Size: 2 << 20, PageSize: 2 << 20})
+	_, lane := offer(t, ram, "")
+	for _, c := range []struct {
+		piece uint32
+		want  int
+	}{
+		{0, ask}, {64 << 10, 64 << 10}, {pagewire.LeastPiece, pagewire.LeastPiece}, {1, pagewire.LeastPiece},
+		{40 << 10, 40 << 10}, {8 << 20, ask},
+	} {
+		got := repliesTo(t, lane, pagewire.Request{Ranges: []pagewire.Range{{Length: ask}}, Piece: c.piece})
+		if largest := slices.Max(got); largest != c.want || len(got) != (ask+c.want-1)/c.want {
+			t.Errorf("pieces of %d bytes: replies of %d", c.piece, got)
+		}
+	}
+	got := repliesTo(t, lane, pagewire.Request{
+		Ranges: []pagewire.Range{{Block: 1, Length: 2 << 20}}, Piece: pagewire.LeastPiece,
+	})
+	if !slices.Equal(got, []int{2 << 20}) {
+		t.Errorf("a page of 2 MiB: replies of %d bytes", got)
+	}
+}
+
+// repliesTo returns how many bytes each reply to a request carries.
+func repliesTo(t *testing.T, lane testLane, request pagewire.Request) (bytes []int) {
+	t.Helper()
+	left := 0
+	for _, r := range request.Ranges {
+		left += int(r.Length)
+	}
+	if err := lane.SendMsg(&request); err != nil {
+		t.Fatal(err)
+	}
+	for left > 0 {
+		var reply pagewire.Reply
+		if err := lane.RecvMsg(&reply); err != nil {
+			t.Fatal(err)
+		}
+		bytes = append(bytes, len(reply.Data))
+		left -= len(reply.Data)
+		reply.Release()
+	}
+	return bytes
+}
+
+// TestDemandRepliesGrow: on a slow link the first reply on a demand lane is small, so that the page that a thread waits
+// for comes first. The next replies are larger and larger.
+func TestDemandRepliesGrow(t *testing.T) {
+	ram := openRAM(t, Block{ID: "ram", Path: ramFile(t, 2<<20, pattern).Name(), Size: 2 << 20, PageSize: 4096})
+	for _, c := range []struct {
+		name string
+		cost float64 // of a byte on the link, in ns
+		ask  uint32
+		want []int
+	}{
+		{"1 Gbit/s", 8, 256 << 10, []int{16 << 10, 32 << 10, 64 << 10, 128 << 10, 16 << 10}},
+		{"10 Gbit/s", 0.8, 256 << 10, []int{120 << 10, 136 << 10}},
+		{"nothing is known", 0, 256 << 10, []int{192 << 10, 64 << 10}},
+		{"one page", 8, 4096, []int{4096}},
+		{"more than a reply", 8, 1 << 20, []int{16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 16 << 10}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			e, lane := offer(t, ram)
+			e.link.ps.Store(int64(1000 * c.cost))
+			for range 2 { // the second request begins with a small reply, too
+				got := repliesTo(t, lane, pagewire.Request{Ranges: []pagewire.Range{{Length: c.ask}}})
+				if !slices.Equal(got, c.want) {
+					t.Fatalf("replies of %d bytes, want %d", got, c.want)
+				}
+			}
+		})
+	}
+}
+
+// TestServingDoesNotFillHoles: serving holes must not allocate pages of the source's RAM file, because the host may be
+// short of memory.
 func TestServingDoesNotFillHoles(t *testing.T) {
 	const size = 16 << 20
 	f := ramFile(t, size, func(page int64) []byte {
@@ -136,7 +216,9 @@ func TestServingDoesNotFillHoles(t *testing.T) {
 	_, lane := offer(t, openRAM(t, Block{ID: "ram", Path: f.Name(), Size: size, PageSize: 4096}))
 	nothing := func(pagewire.Run, []byte) {}
 	for at := uint64(0); at < size; at += 64 << 10 {
-		if err := lane.fetch([]pagewire.Range{{Offset: at, Length: 4096}, {Offset: at, Length: 64 << 10}}, nothing); err != nil {
+		if err := lane.fetch([]pagewire.Range{
+			{Offset: at, Length: 4096}, {Offset: at, Length: 64 << 10},
+		}, nothing); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -161,8 +243,10 @@ func TestStatsCountEachLane(t *testing.T) {
 		}
 		return nil
 	})
-	s := NewServer()
-	e, err := s.Offer(testID, testToken, openRAM(t, Block{ID: "ram", Path: f.Name(), Size: 1 << 20, PageSize: 4096}), isStopped)
+	s := NewServer(Options{})
+	e, err := s.Offer(
+		testID, testToken, openRAM(t, Block{ID: "ram", Path: f.Name(), Size: 1 << 20, PageSize: 4096}), isStopped,
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,7 +260,10 @@ func TestStatsCountEachLane(t *testing.T) {
 	if err := second.fetch([]pagewire.Range{{Length: 1 << 20}}, nothing); err != nil {
 		t.Fatal(err)
 	}
-	want := Stats{Lanes: 2, Requests: 2, Replies: 2, Pages: 3 + 256, ZeroPages: 1 + 253, PageBytes: 5 * 4096, Bytes: 5 * 4096}
+	want := Stats{
+		Lanes: 2, Requests: 2, Replies: 2,
+		Pages: 3 + 256, ZeroPages: 1 + 253, PageBytes: 5 * 4096, Bytes: 5 * 4096,
+	}
 	if got := e.Stats(); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
@@ -187,7 +274,7 @@ func TestStatsCountEachLane(t *testing.T) {
 	if fmt.Sprint(pages) != "map[3:true 256:true]" {
 		t.Errorf("pages of the lanes: %v", pages)
 	}
-	// A lane that has ended stays counted.
+	// The counters of a lane stay in the sums when it has ended.
 	if err := second.CloseSend(); err != nil {
 		t.Fatal(err)
 	}

@@ -16,10 +16,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// heapOf is the heap of a process, as a block.
+// heapOf returns the heap of a process as a block.
 func heapOf(t *testing.T, pid int) Block {
 	t.Helper()
 	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
@@ -41,7 +41,7 @@ func heapOf(t *testing.T, pid int) Block {
 	return Block{}
 }
 
-// openHeap opens the heap of a process that has something in its first page.
+// openHeap opens the heap of a process, whose first page has content.
 func openHeap(t *testing.T, pid int) *openBlock {
 	t.Helper()
 	ram, err := OpenRAM([]Block{heapOf(t, pid)})
@@ -60,7 +60,8 @@ func openHeap(t *testing.T, pid int) *openBlock {
 	return b
 }
 
-// pipes connects a cat that will be started. What that sends back says that it has begun.
+// pipes returns the input of cmd, a cat that is started later, and a function that waits until it runs: it sends a byte
+// and waits for its echo.
 func pipes(t *testing.T, cmd *exec.Cmd) (in io.Closer, awaitBegun func()) {
 	t.Helper()
 	to, err := cmd.StdinPipe()
@@ -82,7 +83,8 @@ func pipes(t *testing.T, cmd *exec.Cmd) (in io.Closer, awaitBegun func()) {
 	}
 }
 
-// TestMemoryOfAProcessThatEnded: all of it is lost, and none of it reads as zeros.
+// TestMemoryOfAProcessThatEnded: reading memory of a process that has ended fails with ErrProcessGone. Nothing of it is
+// taken for a hole.
 func TestMemoryOfAProcessThatEnded(t *testing.T) {
 	cmd := exec.Command("cat")
 	in, awaitBegun := pipes(t, cmd)
@@ -112,16 +114,16 @@ func TestMemoryOfAProcessThatEnded(t *testing.T) {
 	}
 }
 
-// TestMemoryThatTheKernelTakesAway has the kernel take the memory of a dying process, which it does when it is short of
-// some, before the process has ended.
+// TestMemoryThatTheKernelTakesAway: when memory is short, the kernel takes the memory of a process that it kills before
+// the process has ended. That memory must not be taken for a hole either.
 func TestMemoryThatTheKernelTakesAway(t *testing.T) {
-	runtime.LockOSThread() // one thread traces
+	runtime.LockOSThread() // ptrace wants all requests from one thread
 	defer runtime.UnlockOSThread()
 	cmd := exec.Command("cat")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
 	_, awaitBegun := pipes(t, cmd)
 	if err := cmd.Start(); err != nil {
-		cannot.Run(t, "it cannot be traced: %v", err)
+		testenv.CannotRun(t, "it cannot be traced: %v", err)
 	}
 	pid := cmd.Process.Pid
 	var status unix.WaitStatus
@@ -141,20 +143,20 @@ func TestMemoryThatTheKernelTakesAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !status.Stopped() {
-		cannot.Run(t, "this kernel does not stop what was killed before it ends")
+		testenv.CannotRun(t, "this kernel does not stop what was killed before it ends")
 	}
 	defer func() {
 		_ = unix.PtraceCont(pid, 0)
-		_, _ = unix.Wait4(pid, nil, 0, nil) // it was killed
+		_, _ = unix.Wait4(pid, nil, 0, nil) // its status does not matter
 	}()
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Close(pidfd)
-	const processMrelease = 448 // process_mrelease(2), of Linux 5.15
+	const processMrelease = 448 // process_mrelease(2), Linux 5.15
 	if _, _, errno := unix.Syscall(processMrelease, uintptr(pidfd), 0, 0); errno != 0 {
-		cannot.Run(t, "process_mrelease: %v", errno)
+		testenv.CannotRun(t, "process_mrelease: %v", errno)
 	}
 	at, err := b.pages.Next(b.Addr, b.Addr+b.Size)
 	if err != nil || at == b.Addr {

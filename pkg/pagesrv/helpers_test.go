@@ -14,7 +14,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -24,7 +24,7 @@ const testID, testToken = "migration-1", "secret"
 
 func isStopped(context.Context) error { return nil }
 
-// serve starts a gRPC server on loopback and returns a connection to it.
+// serve starts a gRPC server on the loopback and returns a connection to it.
 func serve(t testing.TB, s *Server) *grpc.ClientConn {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -55,18 +55,20 @@ func dial(t testing.TB, address string) *grpc.ClientConn {
 	return conn
 }
 
-// allPays is the speed of a link on which all packing pays that makes anything shorter: 1 kB/s, in ps per byte.
+// allPays is the cost of a byte, in ps, on a link of 1 kB/s. On that, all packing pays that makes anything shorter.
 const allPays = 1_000_000_000
 
-// announcing makes a context look like that of a bulk lane that announces these compressions.
+// announcing returns the context of a call on a bulk lane that announces these compressions.
 func announcing(ctx context.Context, unpackable string) context.Context {
-	return metadata.NewIncomingContext(ctx, metadata.Pairs(pagewire.CompressionKey, unpackable, pagewire.LaneKey, pagewire.BulkLane))
+	return metadata.NewIncomingContext(ctx, metadata.Pairs(
+		pagewire.CompressionKey, unpackable, pagewire.LaneKey, pagewire.BulkLane,
+	))
 }
 
-// offer serves one export and returns it with a lane to it.
+// offer offers ram on a server of its own, and returns the export and a lane to it.
 func offer(t testing.TB, ram *RAM, unpackable ...string) (*Export, testLane) {
 	t.Helper()
-	s := NewServer()
+	s := NewServer(Options{})
 	e, err := s.Offer(testID, testToken, ram, isStopped)
 	if err != nil {
 		t.Fatal(err)
@@ -79,7 +81,7 @@ type testLane struct {
 	migratedv1.PageService_FetchClient
 }
 
-// openLane opens a lane that announces these compressions, then as the bulk lane.
+// openLane opens a lane: a bulk lane that announces unpackable if that is given, and otherwise a demand lane.
 func openLane(t testing.TB, conn *grpc.ClientConn, id, token string, unpackable ...string) testLane {
 	t.Helper()
 	ctx, cancel := context.WithCancel(metadata.AppendToOutgoingContext(t.Context(),
@@ -95,7 +97,7 @@ func openLane(t testing.TB, conn *grpc.ClientConn, id, token string, unpackable 
 	return testLane{stream}
 }
 
-// accepted waits for the header, which an accepted lane gets before it asks for anything.
+// accepted waits for the header, which the server sends when it accepts the lane, before the first request.
 func (l testLane) accepted(t testing.TB) testLane {
 	t.Helper()
 	if _, err := l.Header(); err != nil {
@@ -104,13 +106,18 @@ func (l testLane) accepted(t testing.TB) testLane {
 	return l
 }
 
-// fetch sends one request and hands over the bytes of each run of the replies, until all is answered.
+// fetch requests ranges, and calls got for each run of the replies, until all ranges are answered.
 func (l testLane) fetch(ranges []pagewire.Range, got func(run pagewire.Run, data []byte)) error {
-	if err := l.SendMsg(&pagewire.Request{Ranges: ranges}); err != nil {
-		return l.RecvMsg(&pagewire.Reply{}) // the reason
+	return l.request(&pagewire.Request{Ranges: ranges}, got)
+}
+
+// request is fetch with a whole request. Runs that are holes do not count as answers; they come with the last one.
+func (l testLane) request(request *pagewire.Request, got func(run pagewire.Run, data []byte)) error {
+	if err := l.SendMsg(request); err != nil {
+		return l.RecvMsg(&pagewire.Reply{}) // Recv returns why Send failed
 	}
 	left := uint64(0)
-	for _, r := range ranges {
+	for _, r := range request.Ranges {
 		left += uint64(r.Length)
 	}
 	var reply pagewire.Reply
@@ -121,11 +128,18 @@ func (l testLane) fetch(ranges []pagewire.Range, got func(run pagewire.Run, data
 		}
 		data := reply.Data
 		for _, run := range reply.Runs {
+			if run.Hole {
+				if left > 0 {
+					return fmt.Errorf("a hole comes where %d bytes are unanswered", left)
+				}
+				got(run, nil)
+				continue
+			}
 			if uint64(run.Length) > left {
 				return fmt.Errorf("run of %d bytes where %d are unanswered", run.Length, left)
 			}
 			left -= uint64(run.Length)
-			if run.Zero {
+			if !run.Carries() {
 				got(run, nil)
 				continue
 			}
@@ -136,7 +150,7 @@ func (l testLane) fetch(ranges []pagewire.Range, got func(run pagewire.Run, data
 	return nil
 }
 
-// ramFile makes a sparse file with the pages that fill says, in a directory of tmpfs.
+// ramFile makes a sparse file on a tmpfs. fill returns the content of a page; nil makes a hole.
 func ramFile(t testing.TB, size int64, fill func(page int64) []byte) *os.File {
 	t.Helper()
 	f, err := os.CreateTemp("/dev/shm", "pagesrv-test-")
@@ -160,7 +174,8 @@ func ramFile(t testing.TB, size int64, fill func(page int64) []byte) *os.File {
 	return f
 }
 
-// pattern is a page that tells its number and that has one byte at its very end or throughout.
+// pattern returns a page that depends on its number. An even page has one byte that is not zero, the last one. An odd
+// page has no zero byte.
 func pattern(page int64) []byte {
 	p := make([]byte, 4096)
 	if page%2 == 0 {
@@ -173,7 +188,7 @@ func pattern(page int64) []byte {
 	return p
 }
 
-// mixed has pages with data, pages that were written with zeros, and holes short and long.
+// mixed fills a file with data, zeros that were written, and short and long holes.
 func mixed(page int64) []byte {
 	switch {
 	case page%97 > 50:

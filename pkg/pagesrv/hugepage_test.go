@@ -13,13 +13,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 const hugePage = 2 << 20
 
-// mapFile returns the path by which /proc names the file of a mapping.
+// mapFile returns the path in /proc of the file of a mapping.
 func mapFile(t testing.TB, memory []byte) string {
 	t.Helper()
 	start := uintptr(unsafe.Pointer(&memory[0]))
@@ -32,7 +32,7 @@ func hugePageCount(t *testing.T, name string) int {
 	t.Helper()
 	text, err := os.ReadFile(hugePages + name)
 	if err != nil {
-		cannot.Run(t, "no huge pages of 2 MiB: %v", err)
+		testenv.CannotRun(t, "no huge pages of 2 MiB: %v", err)
 	}
 	n, err := strconv.Atoi(strings.TrimSpace(string(text)))
 	if err != nil {
@@ -41,13 +41,13 @@ func hugePageCount(t *testing.T, name string) int {
 	return n
 }
 
-// reserveHugePages gets n more huge pages for the test.
+// reserveHugePages reserves n more huge pages for the test.
 func reserveHugePages(t *testing.T, n int) {
 	t.Helper()
 	before := hugePageCount(t, "nr_hugepages")
 	set := func(n int) error { return os.WriteFile(hugePages+"nr_hugepages", []byte(strconv.Itoa(n)), 0) }
 	if err := set(before + n); err != nil {
-		cannot.Run(t, "reserving huge pages needs root: %v", err)
+		testenv.CannotRun(t, "reserving huge pages needs root: %v", err)
 	}
 	t.Cleanup(func() {
 		if err := set(before); err != nil {
@@ -55,17 +55,18 @@ func reserveHugePages(t *testing.T, n int) {
 		}
 	})
 	if free := hugePageCount(t, "free_hugepages"); free < n {
-		cannot.Run(t, "only %d huge pages of 2 MiB could be had, %d are needed", free, n)
+		testenv.CannotRun(t, "only %d huge pages of 2 MiB could be had, %d are needed", free, n)
 	}
 }
 
-// Huge pages are served whole, and the pages that the VM never touched take none from the pool.
+// TestHugePagesAreServedWhole: huge pages are served whole. Serving a page that the VM never touched takes none from
+// the pool.
 func TestHugePagesAreServedWhole(t *testing.T) {
 	reserveHugePages(t, 4)
-	// memfd_create(2) with MFD_HUGETLB is a file of hugetlbfs without a mount.
+	// A memfd with MFD_HUGETLB is a file on hugetlbfs, for which nothing has to be mounted.
 	fd, err := unix.MemfdCreate("pagesrv-test", unix.MFD_CLOEXEC|unix.MFD_HUGETLB|unix.MFD_HUGE_2MB)
 	if err != nil {
-		cannot.Run(t, "memfd_create with huge pages: %v", err)
+		testenv.CannotRun(t, "memfd_create with huge pages: %v", err)
 	}
 	defer func() { _ = unix.Close(fd) }()
 	const pages = 3
@@ -77,11 +78,13 @@ func TestHugePagesAreServedWhole(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = unix.Munmap(memory) }()
-	memory[hugePage-1] = 7 // the first page has data, the second zeros, the third is a hole
+	memory[hugePage-1] = 7 // the first page has data, the second one zeros, the third one is a hole
 	memory[hugePage] = 0
 	free := hugePageCount(t, "free_hugepages")
 
-	_, lane := offer(t, openRAM(t, Block{ID: "huge", Path: fmt.Sprintf("/proc/self/fd/%d", fd), Size: pages * hugePage, PageSize: hugePage}))
+	_, lane := offer(t, openRAM(t, Block{
+		ID: "huge", Path: fmt.Sprintf("/proc/self/fd/%d", fd), Size: pages * hugePage, PageSize: hugePage,
+	}))
 	var runs []pagewire.Run
 	err = lane.fetch([]pagewire.Range{{Length: pages * hugePage}}, func(run pagewire.Run, data []byte) {
 		runs = append(runs, run)
@@ -93,7 +96,7 @@ func TestHugePagesAreServedWhole(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []pagewire.Run{{Length: hugePage}, {Offset: hugePage, Length: 2 * hugePage, Zero: true}}
-	// The first reply is full with one page, so zero pages come in the second.
+	// The first page fills the first reply, so the others come in a second one.
 	if fmt.Sprint(runs) != fmt.Sprint(want) {
 		t.Errorf("runs %+v, want %+v", runs, want)
 	}

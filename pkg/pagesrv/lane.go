@@ -8,18 +8,24 @@ import (
 	"io"
 	"math"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc/codes"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
 const (
 	// replyData is how many page bytes a reply carries at most, unless one page is larger: what the
 	// sweep asks for at a time, and what one UFFDIO_COPY installs.
 	replyData = 512 << 10
-	// holeSearch is the smallest piece, in bytes, before which a hole is looked for. The lseek costs about
-	// as much as reading one page: too much for the page of a fault, a tenth of reading this many.
+	// pieceTime is how long the network is to take for the first reply to a request of a demand lane. That reply has
+	// pagewire.LeastPiece page bytes at least. A page is installed when its reply is there, and the first page must not
+	// wait for the last. Each further reply has twice as many bytes, so that many pages do not cost as many messages. On a
+	// bulk lane a request says how many bytes each reply is to have (Request.Piece).
+	pieceTime = 100 * time.Microsecond
+	// holeSearch is the smallest piece, in bytes, before which a hole is looked for. The lseek costs about as much as
+	// reading one page. That is too much for the page of a fault, but only a tenth of what reading this many bytes costs.
 	holeSearch = 64 << 10
 )
 
@@ -28,15 +34,20 @@ type lane struct {
 	export *Export
 	peer   string
 	bulk   bool // the peer says that it is the bulk lane
+	loses  bool // the peer says that it can deal with lost pages
 
 	request pagewire.Request
 	reply   pagewire.Reply
 	used    int // bytes of reply.Data that hold pages
+	piece   int // page bytes that the next reply carries at most, unless one page is larger
 	packer  packer
 
 	// Pages of holeBlock in [holeStart, holeEnd) are known to be a hole. The VM is stopped, so it stays one.
 	holeBlock          uint32
 	holeStart, holeEnd uint64
+	scouted            [scouts]scouted // where the peer was told of holes, see holes.go
+	scout              int             // the one that was begun last
+	searched           uint64          // bytes that the searches for holes count as, with the next request
 
 	counters counters
 	reading  atomic.Bool
@@ -45,17 +56,20 @@ type lane struct {
 
 // A messageStream is what a lane needs of its call.
 type messageStream interface {
-	RecvMsg(any) error
-	SendMsg(any) error
+	Recv(*pagewire.Request) error
+	Send(*pagewire.Reply) error
 }
 
 func (l *lane) serve(ctx context.Context, stream messageStream) error {
 	defer l.reply.Release()
 	if l.bulk {
+		stream = &sharingStream{
+			messageStream: stream, ctx: ctx, shared: &l.export.server.shared, export: l.export, turn: newTurn(),
+		}
 		stream = &pacedStream{messageStream: stream, link: &l.export.link}
 	}
 	for {
-		if err := stream.RecvMsg(&l.request); err != nil {
+		if err := stream.Recv(&l.request); err != nil {
 			if errors.Is(err, io.EOF) {
 				return nil
 			}
@@ -69,16 +83,22 @@ func (l *lane) serve(ctx context.Context, stream messageStream) error {
 			return err
 		}
 		l.counters.requests.Add(1)
-		if waited, err := l.export.greed.take(ctx, left); err != nil {
+		asked := min(left+l.searched, pagewire.MaxRequestedBytes)
+		l.searched = 0
+		if waited, err := l.export.quota.take(ctx, asked); err != nil {
 			return err
 		} else if waited {
 			l.counters.throttled.Add(1)
 		}
+		l.piece = l.firstPiece()
 		for _, r := range l.request.Ranges {
 			if err := l.answer(stream, r, left); err != nil {
 				return err
 			}
 			left -= uint64(r.Length)
+		}
+		if err := l.tellHoles(); err != nil {
+			return err
 		}
 		if err := l.flush(stream); err != nil {
 			return err
@@ -86,17 +106,30 @@ func (l *lane) serve(ctx context.Context, stream messageStream) error {
 	}
 }
 
+// firstPiece is what the first reply to a request carries at most.
+func (l *lane) firstPiece() int {
+	switch {
+	case l.request.Piece > 0:
+		return int(min(max(pagewire.LeastPiece, l.request.Piece), replyData))
+	case l.bulk:
+		return replyData
+	}
+	return int(min(max(pagewire.LeastPiece, float64(pieceTime)/l.export.link.cost()), replyData))
+}
+
 // check validates all ranges of the request before any is served, and returns the sum of their lengths.
 func (l *lane) check() (sum uint64, err error) {
 	for i, r := range l.request.Ranges {
 		if r.Block >= uint32(len(l.export.ram.blocks)) {
-			return 0, endLane(codes.InvalidArgument, ErrBadRange, "range %d: block %d, there are %d", i, r.Block, len(l.export.ram.blocks))
+			return 0, endLane(codes.InvalidArgument, ErrBadRange, "range %d: block %d, there are %d",
+				i, r.Block, len(l.export.ram.blocks))
 		}
 		b := &l.export.ram.blocks[r.Block]
 		length := uint64(r.Length)
 		switch {
 		case length == 0 || length%b.PageSize != 0 || r.Offset%b.PageSize != 0:
-			return 0, endLane(codes.InvalidArgument, ErrBadRange, "range %d: %d bytes at %#x of block %d (%s) are not whole pages of %d bytes",
+			return 0, endLane(codes.InvalidArgument, ErrBadRange,
+				"range %d: %d bytes at %#x of block %d (%s) are not whole pages of %d bytes",
 				i, length, r.Offset, r.Block, b.ID, b.PageSize)
 		case r.Offset > b.Size || length > b.Size-r.Offset:
 			return 0, endLane(codes.InvalidArgument, ErrBadRange, "range %d: %d bytes at %#x exceed block %d (%s) of %#x bytes",
@@ -105,7 +138,8 @@ func (l *lane) check() (sum uint64, err error) {
 		sum += length
 	}
 	if sum > pagewire.MaxRequestedBytes {
-		return 0, endLane(codes.InvalidArgument, ErrBadRange, "a request for %d bytes, at most %d may be asked for at once", sum, pagewire.MaxRequestedBytes)
+		return 0, endLane(codes.InvalidArgument, ErrBadRange,
+			"a request for %d bytes, at most %d may be asked for at once", sum, pagewire.MaxRequestedBytes)
 	}
 	return sum, nil
 }
@@ -131,16 +165,23 @@ func (l *lane) answer(stream messageStream, r pagewire.Range, left uint64) error
 			continue
 		}
 		if l.reply.Data == nil {
-			l.reply.Lease(int(max(min(left, replyData), b.PageSize)))
+			l.reply.Lease(int(max(min(left, uint64(l.piece)), b.PageSize)))
 		}
 		// As many pages as fit, even if each of them becomes a run.
 		room := min(uint64(len(l.reply.Data)-l.used)/b.PageSize, uint64(pagewire.MaxRuns-len(l.reply.Runs)))
 		n := min(end-at, room*b.PageSize)
 		pages := l.reply.Data[l.used : l.used+int(n)]
-		if err := l.read(b, pages, at); err != nil {
+		n, err = l.readable(b, pages, at)
+		if err != nil {
 			return err
 		}
-		l.sort(r.Block, at, pages, int(b.PageSize))
+		if n == 0 {
+			l.add(pagewire.Run{Block: r.Block, Offset: at, Length: uint32(b.PageSize), Lost: true})
+			l.counters.lostPages.Add(1)
+			left, at = left-b.PageSize, at+b.PageSize
+			continue
+		}
+		l.sort(r.Block, at, pages[:n], int(b.PageSize))
 		left, at = left-n, at+n
 	}
 	l.counters.pages.Add(uint64(r.Length) / b.PageSize)
@@ -155,18 +196,48 @@ func (l *lane) findHole(block uint32, at, end uint64) (uint64, error) {
 	if end-at < holeSearch {
 		return at, nil
 	}
+	data, err := l.seekData(block, at)
+	return min(data, end), err
+}
+
+// seekData returns where data may begin, at or behind at: the end of the hole at that place, or at.
+func (l *lane) seekData(block uint32, at uint64) (uint64, error) {
 	if err := l.begin(); err != nil {
 		return 0, err
 	}
 	data, err := l.export.ram.blocks[block].hole(at)
 	l.end()
+	if err != nil && l.loses && l.export.ram.blocks[block].isLost(err) {
+		return at, nil // no hole: each page is read
+	}
 	if err != nil {
 		return 0, endLane(codes.DataLoss, ErrRAM, "%w", err)
 	}
 	if data > at {
 		l.holeBlock, l.holeStart, l.holeEnd = block, at, data
 	}
-	return min(data, end), nil
+	return data, nil
+}
+
+// readable fills pages from the block, up to the first page that nobody can read any more, and says how many bytes it
+// has filled. 0: the first page is one that nobody can read.
+func (l *lane) readable(b *openBlock, pages []byte, at uint64) (n uint64, err error) {
+	err = l.read(b, pages, at)
+	if err == nil || !l.loses || !b.isLost(err) {
+		return uint64(len(pages)), err
+	}
+	for n < uint64(len(pages)) {
+		err = l.read(b, pages[n:n+b.PageSize], at+n)
+		switch {
+		case err == nil:
+			n += b.PageSize
+		case b.isLost(err):
+			return n, nil
+		default:
+			return n, err
+		}
+	}
+	return n, nil // a moment ago it could not be read
 }
 
 // read fills pages from the block.
@@ -182,8 +253,8 @@ func (l *lane) read(b *openBlock, pages []byte, at uint64) error {
 	return nil
 }
 
-// sort makes runs of pages that were read to the end of the reply's data, and closes the gaps that zero
-// pages leave there.
+// sort makes runs of the pages that were read into the end of the reply's data, and closes the gaps that zero pages
+// leave there.
 func (l *lane) sort(block uint32, at uint64, pages []byte, pageSize int) {
 	zeroPages := uint64(0)
 	for i := 0; i < len(pages); i += pageSize {
@@ -206,8 +277,8 @@ func (l *lane) sort(block uint32, at uint64, pages []byte, pageSize int) {
 func (l *lane) add(r pagewire.Run) {
 	if n := len(l.reply.Runs); n > 0 {
 		last := &l.reply.Runs[n-1]
-		if last.Block == r.Block && last.Zero == r.Zero && last.Offset+uint64(last.Length) == r.Offset &&
-			last.Length <= math.MaxUint32-r.Length {
+		if last.Block == r.Block && last.Zero == r.Zero && last.Lost == r.Lost && last.Hole == r.Hole &&
+			last.Offset+uint64(last.Length) == r.Offset && last.Length <= math.MaxUint32-r.Length {
 			last.Length += r.Length
 			return
 		}
@@ -215,7 +286,7 @@ func (l *lane) add(r pagewire.Run) {
 	l.reply.Runs = append(l.reply.Runs, r)
 }
 
-// flush sends the reply, if it has any run, packed where that pays.
+// flush sends the reply, if it has any run. It packs the reply where that pays.
 func (l *lane) flush(stream messageStream) error {
 	if len(l.reply.Runs) == 0 {
 		return nil
@@ -225,9 +296,12 @@ func (l *lane) flush(stream messageStream) error {
 	l.counters.replies.Add(1)
 	l.counters.pageBytes.Add(uint64(l.used))
 	l.counters.bytes.Add(uint64(l.reply.Carried()))
-	err := stream.SendMsg(&l.reply)
+	err := stream.Send(&l.reply)
 	l.reply.Release()
 	l.reply.Runs, l.used = l.reply.Runs[:0], 0
+	if l.request.Piece == 0 {
+		l.piece = min(2*l.piece, replyData)
+	}
 	return err
 }
 

@@ -7,7 +7,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
 func TestTruncatedRAMEndsTheLane(t *testing.T) {
@@ -16,11 +16,13 @@ func TestTruncatedRAMEndsTheLane(t *testing.T) {
 	if err := f.Truncate(512 << 10); err != nil {
 		t.Fatal(err)
 	}
-	err := lane.fetch([]pagewire.Range{{Offset: 512<<10 - 4096, Length: 8192}}, func(pagewire.Run, []byte) { t.Error("served") })
+	err := lane.fetch([]pagewire.Range{{Offset: 512<<10 - 4096, Length: 8192}}, func(pagewire.Run, []byte) {
+		t.Error("served")
+	})
 	wantCode(t, err, codes.DataLoss, "truncated")
 }
 
-// More runs than a reply may have: every second page is zero.
+// TestManyRunsTakeSeveralReplies: every second page is zero, which makes more runs than one reply may have.
 func TestManyRunsTakeSeveralReplies(t *testing.T) {
 	const pages = 4 * pagewire.MaxRuns
 	f := ramFile(t, pages*4096, func(page int64) []byte {
@@ -29,7 +31,7 @@ func TestManyRunsTakeSeveralReplies(t *testing.T) {
 		}
 		return pattern(page)
 	})
-	e, lane := offer(t, openRAM(t, Block{ID: "ram", Path: f.Name(), Size: pages * 4096, PageSize: 4096}))
+	e, lane := offer(t, openRAM(t, Block{ID: "ram", Path: f.Name(), Size: pages * 4096, PageSize: 4096}), "")
 	next := uint64(0)
 	err := lane.fetch([]pagewire.Range{{Length: pages * 4096}}, func(run pagewire.Run, _ []byte) {
 		if run.Offset != next || run.Length != 4096 || run.Zero != (next/4096%2 == 0) {

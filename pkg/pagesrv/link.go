@@ -6,30 +6,30 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
 const (
-	// copying is what a byte costs at least, in ns, both hosts together, on a link without end like
-	// the loopback: to be copied into the socket and out of it, and by gRPC. BenchmarkPacking shows
-	// it: what a byte of memory that packs to nothing takes of the processors' time raw, less
-	// what it takes packed, and back what the packing and unpacking took of that.
+	// copying is what a byte costs at least, in ns, on both hosts together, on a link of unlimited speed like the
+	// loopback: it is copied into the socket and out of it, and by gRPC. BenchmarkPacking shows it, with memory that packs
+	// to nothing: the processors' time for a byte sent raw, minus the time for a byte sent packed, plus the part of the
+	// latter that packing and unpacking took.
 	copying = 0.5
 
 	// linkReply is the smallest reply, in bytes of pages, from which the speed of the link is learned: half of the
-	// shortest run that the sweep asks for. Of a smaller one, what takes time is the message, not its bytes.
+	// shortest run that the sweep asks for. In a smaller one the message takes the time, not its bytes.
 	linkReply = 32 << 10
 
 	// linkMemory is how many bytes it takes for a measurement to be largely forgotten.
 	linkMemory = 4 << 20
 
-	// linkGrowth bounds how many times slower than known one reply may make the link look: an
+	// linkGrowth bounds how many times slower one reply may make the link look than it is known to be, because an
 	// interrupted goroutine looks like a slow link.
 	linkGrowth = 8
 )
 
-// A link is what the lanes of an export know of the network. All lanes go to one peer, so what the bulk lane
-// finds out is good for all. Two that write at once lose one of the measurements: no harm.
+// A link is what the lanes of an export know of the network. All lanes go to one peer, so what the bulk lane finds out
+// is good for all. If two lanes write at once, one of the measurements is lost, which does no harm.
 type link struct {
 	ps atomic.Int64 // per byte; below copying: nothing known
 }
@@ -37,19 +37,19 @@ type link struct {
 // cost is what a byte on the wire costs, in ns.
 func (l *link) cost() float64 { return max(copying, float64(l.ps.Load())/1000) }
 
-// learn takes into account that it took so long from one reply to the next one, which had size bytes of pages in
-// carried bytes, and that waited of it was spent waiting for the network.
+// learn takes into account how long it took from one reply to the next one. The latter had size bytes of pages in
+// carried bytes. waited is how much of that time was spent waiting for the network.
 func (l *link) learn(size, carried int, took, waited time.Duration) {
 	l.ps.Store(int64(1000 * averaged(l.cost(), size, carried, took, waited)))
 }
 
-// averaged is the average of what a byte costs, weighted by bytes: what a link once showed is not forgotten
-// before about linkMemory bytes have been sent without waiting.
+// averaged is the average of what a byte costs, weighted by bytes. What a link once showed is forgotten only after
+// about linkMemory bytes have been sent without waiting.
 //
-// Who waits a lot is slower than the network by nothing: then all of the time is the network's, which
-// goes on sending what is in the buffers while we read and pack. Who hardly waits learns only that the network is
-// not slower than we are. And when few bytes were sent for many pages, it is rather the receiver, busy with the
-// pages, that was waited for.
+// If the lane waits a lot, the network is the bottleneck. Then all of the time counts as the network's, because the
+// network goes on sending what is in the buffers while we read and pack. If the lane hardly waits, it learns only that
+// the network is not slower than we are. If few bytes were sent for many pages, the lane has rather waited for the
+// receiver, which was busy with the pages.
 func averaged(cost float64, size, carried int, took, waited time.Duration) float64 {
 	if waited < took/4 {
 		took = waited
@@ -61,10 +61,10 @@ func averaged(cost float64, size, carried int, took, waited time.Duration) float
 	return cost + (now-cost)*float64(carried)/float64(carried+linkMemory)
 }
 
-// A pacedStream is the stream of a bulk lane. It measures how long the lane waits for the network: in SendMsg,
-// while the buffers on the way are full, and in RecvMsg, as the sweep asks for more when it has got what it
-// asked for before. The latter is what a slow link mostly shows: all that the sweep may ask for at once
-// fits into the buffers. (It would show a receiver that is slower than the network as well.)
+// A pacedStream is the stream of a bulk lane. It measures how long the lane waits for the network. The lane waits in
+// Send while the buffers on the way are full. It waits in Recv because the sweep asks for more only when it has got
+// what it asked for before. On a slow link most of the waiting is in Recv, because all that the sweep may ask for at
+// once fits into the buffers. (A receiver that is slower than the network would show in the same way.)
 type pacedStream struct {
 	messageStream
 	link   *link
@@ -72,18 +72,17 @@ type pacedStream struct {
 	waited time.Duration // since then
 }
 
-func (s *pacedStream) RecvMsg(m any) error {
+func (s *pacedStream) Recv(request *pagewire.Request) error {
 	began := time.Now()
-	err := s.messageStream.RecvMsg(m)
+	err := s.messageStream.Recv(request)
 	s.waited += time.Since(began)
 	return err
 }
 
-func (s *pacedStream) SendMsg(m any) error {
-	reply := m.(*pagewire.Reply) // a lane sends nothing else
+func (s *pacedStream) Send(reply *pagewire.Reply) error {
 	size, carried := len(reply.Data), reply.Carried()
 	began := time.Now()
-	err := s.messageStream.SendMsg(m)
+	err := s.messageStream.Send(reply)
 	end := time.Now()
 	s.waited += end.Sub(began)
 	if size < linkReply {

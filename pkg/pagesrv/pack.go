@@ -7,7 +7,7 @@ import (
 
 	"github.com/klauspost/compress/s2"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
 // samplePiece is the size of half a sample, in bytes; the whole is 3 % of a run of the sweep.
@@ -44,11 +44,11 @@ func (p *packer) pack(r *pagewire.Reply) {
 	p.paid(c, size, packed, time.Since(began), link)
 }
 
-// sample says whether packing a piece of data paid. Each time it is a piece from another place: what lies at
-// the beginning of a huge page, say, is not what lies in its middle.
+// sample says whether packing a piece of data paid. Each time the piece is from another place, because the beginning of
+// a huge page, for example, may hold other data than its middle.
 //
-// Only its second half is timed. What packs the first one must come into the processor's caches before, which
-// takes longer than the packing, and is nothing for a whole reply.
+// Only its second half is timed. For the first half the code and tables of the packing must first come into the
+// processor's caches. That takes longer than packing a sample, but hardly counts for a whole reply.
 func (p *packer) sample(data []byte, link float64) bool {
 	at := p.place % (len(data) / (2 * samplePiece)) * 2 * samplePiece
 	p.place++

@@ -15,10 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// stamped is the memory that the guests of e2e/ have.
+// stamped returns the fill of the memory that the guests of e2e/ have.
 func stamped(fill stamp.Fill) func(int64) []byte {
 	return func(page int64) []byte {
 		p := new(stamp.Page)
@@ -27,7 +27,7 @@ func stamped(fill stamp.Fill) func(int64) []byte {
 	}
 }
 
-// program is memory as programs have it: this one's file, over and over.
+// program fills memory with the file of this program, over and over, as an example of what programs have.
 func program(t testing.TB) func(int64) []byte {
 	content, err := os.ReadFile("/proc/self/exe")
 	if err != nil {
@@ -37,10 +37,9 @@ func program(t testing.TB) func(int64) []byte {
 	return func(page int64) []byte { return content[page%pages*4096:][:4096] }
 }
 
-// BenchmarkPacking compares lanes over the loopback that carry the same memory raw, packed by one
-// compression whatever it costs, and as the page server decides. Both ends are in this process, so cpu-ns/B
-// is the processor's time, of user and kernel, that both ends take for a byte of a page; wire/B is what is
-// sent for it.
+// BenchmarkPacking sends the same memory over lanes on the loopback: raw, packed by each compression whatever it costs,
+// and as the page server decides. cpu-ns/B is the CPU time, user and kernel, of both ends for a byte of a page. wire/B
+// is how many bytes are sent for it.
 func BenchmarkPacking(b *testing.B) {
 	const size = 128 << 20
 	for _, memory := range []struct {
@@ -63,7 +62,7 @@ func BenchmarkPacking(b *testing.B) {
 				always bool
 			}{{"raw", "", false}, {"s2", "s2", true}, {"zstd", "zstd", true}, {"decided", pagewire.Unpackable, false}} {
 				if kind.name == "demand" && way.name == "zstd" {
-					continue // never
+					continue // the page server never packs demand lanes with Zstd
 				}
 				b.Run(fmt.Sprint(memory.name, "/", kind.name, "/", way.name), func(b *testing.B) {
 					e, lane := offer(b, openRAM(b, Block{ID: "ram", Path: f.Name(), Size: size, PageSize: 4096}), way.names)
@@ -74,28 +73,31 @@ func BenchmarkPacking(b *testing.B) {
 	}
 }
 
-// BenchmarkPackingSlowLink does the same for the sweep where the network is slow. What is unpacked a second is
-// the figure of interest.
+// BenchmarkPackingSlowLink does the same for the sweep on a slow network. What counts is how many bytes of pages come
+// per second.
 func BenchmarkPackingSlowLink(b *testing.B) {
 	const size = 128 << 20
 	f := ramFile(b, size, program(b))
 	for _, mbits := range []int{100, 1000} {
 		for _, names := range []string{"", "s2", pagewire.Unpackable} {
 			b.Run(fmt.Sprint(mbits, "Mbit/", names), func(b *testing.B) {
-				s := NewServer()
-				e, err := s.Offer(testID, testToken, openRAM(b, Block{ID: "ram", Path: f.Name(), Size: size, PageSize: 4096}), isStopped)
+				s := NewServer(Options{})
+				e, err := s.Offer(
+					testID, testToken, openRAM(b, Block{ID: "ram", Path: f.Name(), Size: size, PageSize: 4096}), isStopped,
+				)
 				if err != nil {
 					b.Fatal(err)
 				}
 				b.Cleanup(e.Withdraw)
 				slow := slowly(b, serve(b, s).Target()[len("passthrough:///"):], mbits*1e6/8)
-				benchmarkLane(b, e, openLane(b, dial(b, slow), testID, testToken, names), size, 64<<10, 8, false) // such short runs are the sweep's there
+				// On such a link the sweep asks for such short runs.
+				benchmarkLane(b, e, openLane(b, dial(b, slow), testID, testToken, names), size, 64<<10, 8, false)
 			})
 		}
 	}
 }
 
-// slowly returns an address that leads to the given one, whose answers come with so many bytes a second.
+// slowly returns the address of a proxy for address that forwards so many bytes a second to the client.
 func slowly(b *testing.B, address string, rate int) string {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -115,7 +117,7 @@ func slowly(b *testing.B, address string, rate int) string {
 			return
 		}
 		defer far.Close()
-		// As a connection has it that fills a link: a window of some round trips.
+		// The queue is as long as a connection has it that fills a link: a window of some round trips.
 		_ = far.(*net.TCPConn).SetReadBuffer(256 << 10)
 		both.Go(func() {
 			_, _ = io.Copy(far, near)
@@ -128,7 +130,7 @@ func slowly(b *testing.B, address string, rate int) string {
 				return
 			}
 			if now := time.Now(); next.Before(now.Add(-10 * time.Millisecond)) {
-				next = now // nothing was to be sent
+				next = now // the link was idle
 			}
 			next = next.Add(time.Second * time.Duration(n) / time.Duration(rate))
 			time.Sleep(time.Until(next))

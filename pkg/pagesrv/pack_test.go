@@ -9,10 +9,10 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// alike is every kind of page side by side: holes, zeros, such that pack and such that do not.
+// alike fills a file with all kinds of pages next to each other: holes, zeros, data that packs, and data that does not.
 func alike(page int64) []byte {
 	if page%10 < 2 {
 		return stamped(stamp.Random)(page)
@@ -20,13 +20,13 @@ func alike(page int64) []byte {
 	return mixed(page)
 }
 
-// seen is what replies of a lane had.
+// seen counts what the replies of a lane had: how many with which compression, and bytes as sent and unpacked.
 type seen struct {
 	how              map[pagewire.Compression]int
 	carried, content uint64
 }
 
-// fetchAll reads the whole file through a lane and compares it.
+// fetchAll requests the whole file on a lane, in runs of so many bytes, and compares it.
 func fetchAll(t *testing.T, lane testLane, file string, run uint32) seen {
 	t.Helper()
 	content, err := os.ReadFile(file)
@@ -66,7 +66,8 @@ func fetchAll(t *testing.T, lane testLane, file string, run uint32) seen {
 	return s
 }
 
-// A lane gets what it announced, whatever pays, and its pages arrive as they are.
+// TestOnlyWhatIsAnnounced: a lane gets only compressions that it announced, whether packing pays or not, and all pages
+// come as they are.
 func TestOnlyWhatIsAnnounced(t *testing.T) {
 	const size = 2 << 20
 	f := ramFile(t, size, alike)
@@ -78,7 +79,7 @@ func TestOnlyWhatIsAnnounced(t *testing.T) {
 			{nil, false, false},
 			{[]string{"lz9"}, false, false},
 			{[]string{"s2"}, true, false},
-			{[]string{"zstd"}, false, run >= bulkReply/2}, // half of the pages are zero
+			{[]string{"zstd"}, false, run >= bulkReply/2}, // half of the pages are zero, so a reply has half as many bytes
 			{[]string{pagewire.Unpackable}, true, run >= bulkReply/2},
 		} {
 			t.Run(fmt.Sprint(run>>10, "KiB/", test.unpackable), func(t *testing.T) {
@@ -102,12 +103,12 @@ func TestOnlyWhatIsAnnounced(t *testing.T) {
 	}
 }
 
-// What the guests of e2e/ hold, on a link on which all pays.
+// TestStampedMemory: noise is sent raw, and other memory packed, on a link on which all packing pays.
 func TestStampedMemory(t *testing.T) {
 	const size = 4 << 20
 	for _, test := range []struct {
 		fill      stamp.Fill
-		numerator uint64 // sent at most, in twentieths
+		numerator uint64 // of 20 bytes of content, how many are sent at most
 	}{{stamp.Random, 20}, {stamp.ZeroMix, 20}, {stamp.Compressible, 1}} {
 		for _, run := range []uint32{4 << 10, 512 << 10} {
 			t.Run(fmt.Sprint(test.fill, "/", run>>10, "KiB"), func(t *testing.T) {

@@ -5,40 +5,40 @@ package pagesrv
 import (
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// Does packing pay? A byte of a page that is sent raw costs what the link takes for it. A packed one costs
-// the packing, the unpacking, and what the link takes for that which is left of it:
+// Does packing pay? A byte of a page that is sent raw costs what the link takes for it. A packed byte costs the
+// packing, the unpacking, and what the link takes for the part that is left of it:
 //
 //	pack + unpack + ratio × link < link        all in ns per byte of the page
 //
-// Which data come next nobody knows, so a judge goes by what was: it packs as long as each reply that it
-// packs pays, and rests when one did not. After a rest it tries a sample first, and rests twice as long if
-// that does not pay either.
+// Nobody knows which data come next, so a judge goes by the replies before. It packs as long as each reply that it
+// packs pays, and rests when one did not. After a rest it tries a sample first, and rests twice as long if that does
+// not pay either.
 
 const (
 	// unpackS2 and unpackZstd are the time of unpacking as a part of the time of packing: measured
 	// (pagewire's BenchmarkReply) it is 0.2 to 0.8 for S2 and 0.1 to 0.3 for Zstd, more for what packs well.
 	unpackS2, unpackZstd = 0.8, 0.3
 
-	// worthwhileNum / worthwhileDen of its size is what packed data may have: a little less is not worth
-	// the second buffer and the unpacking.
+	// Packed data may have at most worthwhileNum / worthwhileDen of its size: saving less is not worth the second buffer
+	// and the unpacking.
 	worthwhileNum, worthwhileDen = 7, 8
 
-	// longestRest is the most replies that are sent raw before the next sample. The samples of memory that
-	// does not pack, or not fast enough, then cost less than a percent of sending it, and where the sweep
-	// comes to memory that does, it notices within 8 MiB.
+	// longestRest is the most replies that are sent raw before the next sample. For memory that does not pack, or not fast
+	// enough, the samples then cost less than a percent of sending it. When the sweep comes to memory that does pack, it
+	// notices within 8 MiB.
 	longestRest = 16
-	// longestPageRest is the same for replies that are too small for a sample: those of a few faults are
-	// packed whole to find out, which takes a third of the time that sending them does.
+	// longestPageRest is the same for replies that are too small for a sample. The replies to a few faults are packed
+	// whole to find out, which takes a third of the time that sending them does.
 	longestPageRest = 64
 
 	// bulkReply is the smallest size, in bytes, of a reply of the bulk lane for which Zstd may be taken. Below
 	// it, Zstd's tables cost more than its better packing gains.
 	bulkReply = 32 << 10
 
-	// otherTurn is how often the method that seems worse is tried, in replies: what is known of it is old.
+	// otherTurn is how often the method that seems worse is tried, in replies, because what is known of it is old.
 	otherTurn = 32
 
 	// learning is the weight of the newest reply in what is known of a method.
@@ -52,8 +52,8 @@ type method struct {
 	ratio  float64 // packed size to size
 }
 
-// learn takes the packing of size bytes into account. Whatever disturbs a measurement of time makes it
-// longer, so less time is believed at once, more by and by: an interruption changes pack by three eighths.
+// learn takes the packing of size bytes into account. A disturbance only ever makes a measured time longer. So a
+// shorter time is believed at once, and a longer one by and by: an interruption changes pack by three eighths.
 func (m *method) learn(size, packed int, took time.Duration) {
 	pack := float64(took) / float64(size)
 	if pack > m.pack {
@@ -74,12 +74,12 @@ type judge struct {
 	announced pagewire.Compressions // by the peer
 	bulk      bool                  // the lane is the bulk lane
 	s2, zstd  method
-	rest      int  // replies that a rest has; 0: not resting
-	resting   int  // of them, those to come
+	rest      int  // how many replies a rest has; 0: not resting
+	resting   int  // how many of them are still to come
 	turn      uint // of bulk replies packed
 }
 
-// newJudge begins with what a sample must confirm, and with typical figures of each method.
+// newJudge makes a judge that doubts until a sample has paid, with typical figures of each method.
 func newJudge(announced pagewire.Compressions, bulk bool) judge {
 	return judge{
 		announced: announced, bulk: bulk,
@@ -101,7 +101,7 @@ func (j *judge) sleeps() bool {
 	return false
 }
 
-// doubts says that the next reply must not be packed before a sample of it paid.
+// doubts says that the next reply must not be packed before a sample of it has paid.
 func (j *judge) doubts() bool { return j.rest > 0 }
 
 // choose returns the best method for a reply of size bytes.
@@ -117,7 +117,7 @@ func (j *judge) choose(size int, link float64) pagewire.Compression {
 		return pagewire.S2
 	}
 	zstd := j.zstd.saves(link) > j.s2.saves(link)
-	if j.turn++; j.turn%otherTurn == 0 && j.zstd.cost() < link { // where it cannot pay it is not tried
+	if j.turn++; j.turn%otherTurn == 0 && j.zstd.cost() < link { // Zstd is not tried where it cannot pay
 		zstd = !zstd
 	}
 	if zstd {

@@ -7,12 +7,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
 var all = pagewire.Announced([]string{pagewire.Unpackable})
 
-// at is the time that size bytes take at so many ns per byte.
+// at returns how long size bytes take, at so many ns per byte.
 func at(size int, ns float64) time.Duration { return time.Duration(float64(size) * ns) }
 
 func TestWhatPays(t *testing.T) {
@@ -86,7 +86,7 @@ func TestWhichMethod(t *testing.T) {
 					}
 				}
 			}
-			// The other one is tried now and then where it might pay.
+			// The other compression is tried now and then, where it might pay.
 			retried := test.j.bulk && test.size >= bulkReply && test.link > 1 && test.j.announced == all
 			if want := 10; retried && others != want || !retried && others != 0 {
 				t.Errorf("the other one was tried %d times", others)
@@ -95,7 +95,7 @@ func TestWhichMethod(t *testing.T) {
 	}
 }
 
-// Nothing announced: no reply is looked at.
+// TestNothingAnnounced: if the peer announced no compression, packing is never tried.
 func TestNothingAnnounced(t *testing.T) {
 	j := newJudge(0, true)
 	for range 3 * longestPageRest {
@@ -105,7 +105,8 @@ func TestNothingAnnounced(t *testing.T) {
 	}
 }
 
-// On memory that does not pack, rests double up to the longest, and end at once where it packs.
+// TestRests: while memory does not pack, the rests between two tries get twice as long each time, up to a limit. They
+// end as soon as it packs.
 func TestRests(t *testing.T) {
 	for size, want := range map[int]string{
 		2 * samplePiece: "[2 4 8 16 16 16 16]",
@@ -141,7 +142,8 @@ func TestRests(t *testing.T) {
 	}
 }
 
-// One interruption changes nothing; what is slower stays known as slower.
+// TestInterruptedPacking: one packing that took long, because of an interruption, changes nothing. Packing that stays
+// slow is noticed soon.
 func TestInterruptedPacking(t *testing.T) {
 	const size = 512 << 10
 	j := newJudge(all, true)
@@ -192,13 +194,14 @@ func TestLinkIsLearned(t *testing.T) {
 	within("forgotten", copying, copying)
 }
 
-// still is a stream whose peer takes its time.
+// still is a stream on which each Recv and Send takes so long.
 type still struct{ takes time.Duration }
 
-func (s still) RecvMsg(any) error { time.Sleep(s.takes); return nil }
-func (s still) SendMsg(any) error { time.Sleep(s.takes); return nil }
+func (s still) Recv(*pagewire.Request) error { time.Sleep(s.takes); return nil }
+func (s still) Send(*pagewire.Reply) error   { time.Sleep(s.takes); return nil }
 
-// Only what the bulk lane carries in large replies, one after the other, says something.
+// TestWhatShowsTheLink: only large replies of the bulk lane, one directly after another, change what is known of the
+// link.
 func TestWhatShowsTheLink(t *testing.T) {
 	const takes = 5 * time.Millisecond
 	for _, test := range []struct {
@@ -215,10 +218,10 @@ func TestWhatShowsTheLink(t *testing.T) {
 			var l link
 			s := pacedStream{messageStream: still{takes}, link: &l}
 			for _, size := range test.sizes {
-				if err := s.RecvMsg(&pagewire.Request{}); err != nil {
+				if err := s.Recv(&pagewire.Request{}); err != nil {
 					t.Fatal(err)
 				}
-				if err := s.SendMsg(&pagewire.Reply{Data: make([]byte, size)}); err != nil {
+				if err := s.Send(&pagewire.Reply{Data: make([]byte, size)}); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -12,13 +12,13 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Any gRPC program can be the peer: this one uses the generated messages and gRPC's own codec.
+// TestPlainGRPCClient: any gRPC program can fetch pages. This one uses the generated messages and gRPC's own codec.
 func TestPlainGRPCClient(t *testing.T) {
-	s := NewServer()
+	s := NewServer(Options{})
 	e, err := s.Offer(testID, testToken, smallRAM(t), isStopped)
 	if err != nil {
 		t.Fatal(err)
@@ -36,8 +36,10 @@ func TestPlainGRPCClient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const pages = 20 // more than one HTTP/2 frame
-	if err := lane.Send(&migratedv1.FetchRequest{Ranges: []*migratedv1.PageRange{{Offset: 3 * 4096, Length: pages * 4096}}}); err != nil {
+	const pages = 20 // so many that a reply takes more than one HTTP/2 frame
+	if err := lane.Send(&migratedv1.FetchRequest{
+		Ranges: []*migratedv1.PageRange{{Offset: 3 * 4096, Length: pages * 4096}},
+	}); err != nil {
 		t.Fatal(err)
 	}
 	reply, err := lane.Recv()
@@ -53,14 +55,15 @@ func TestPlainGRPCClient(t *testing.T) {
 	}
 }
 
-// A peer that asks and never reads blocks its lane in SendMsg; that must not hold up Withdraw.
+// TestWithdrawWhilePeerDoesNotRead: a peer that sends requests and never reads blocks its lane in Send. That must not
+// block Withdraw.
 func TestWithdrawWhilePeerDoesNotRead(t *testing.T) {
 	e, lane := offer(t, smallRAM(t))
 	request := &pagewire.Request{}
 	for range pagewire.MaxRequestedBytes >> 20 {
 		request.Ranges = append(request.Ranges, pagewire.Range{Length: 1 << 20})
 	}
-	for range 2 { // more than all buffers on the way
+	for range 2 { // so many that all buffers on the way are full
 		if err := lane.SendMsg(request); err != nil {
 			t.Fatal(err)
 		}
@@ -68,7 +71,7 @@ func TestWithdrawWhilePeerDoesNotRead(t *testing.T) {
 	eventually(t, "the windows to fill", func() bool { return e.Stats().Bytes >= 16<<20 })
 	e.Withdraw()
 	eventually(t, "the lane to end", func() bool { return e.Stats().Lanes == 0 })
-	// What was sent may still be read, then comes the reason.
+	// The peer may still get what was sent before. Then it gets the reason.
 	var reply pagewire.Reply
 	defer reply.Release()
 	var err error
@@ -80,7 +83,7 @@ func TestWithdrawWhilePeerDoesNotRead(t *testing.T) {
 	wantCode(t, err, codes.Aborted, ErrWithdrawn.Error())
 }
 
-// A message that is no valid request ends the lane.
+// TestMalformedRequestEndsTheLane: a message that is no valid request ends the lane.
 func TestMalformedRequestEndsTheLane(t *testing.T) {
 	_, lane := offer(t, smallRAM(t))
 	many := &migratedv1.FetchRequest{}

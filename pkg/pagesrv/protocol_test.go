@@ -3,28 +3,34 @@
 package pagesrv
 
 import (
-	"strconv"
+	"fmt"
 	"testing"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
-	"github.com/migrated-vm/migrated/internal/version"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// TestProtocolOfLanes: a lane of a migration that another version of the daemon began is refused with the reason.
+// TestProtocolOfLanes: a lane is refused, with the reason, if CheckProtocol refuses the version that it names.
 func TestProtocolOfLanes(t *testing.T) {
-	s := NewServer()
-	e, err := s.Offer(testID, testToken, openRAM(t, Block{ID: "a", Path: ramFile(t, 4096, pattern).Name(), Size: 4096, PageSize: 4096}), isStopped)
+	s := NewServer(Options{CheckProtocol: func(v uint32) error {
+		if v != 7 {
+			return fmt.Errorf("version %d", v)
+		}
+		return nil
+	}})
+	e, err := s.Offer(testID, testToken, openRAM(t, Block{
+		ID: "a", Path: ramFile(t, 4096, pattern).Name(), Size: 4096, PageSize: 4096,
+	}), isStopped)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer e.Withdraw()
 	for shown, want := range map[string]codes.Code{
-		"none": codes.OK, strconv.Itoa(version.Protocol): codes.OK, strconv.Itoa(version.Protocol + 1): codes.FailedPrecondition,
-		strconv.Itoa(version.OldestProtocol - 1): codes.FailedPrecondition, "-1": codes.FailedPrecondition, "x": codes.FailedPrecondition,
+		"none": codes.OK, "7": codes.OK,
+		"8": codes.FailedPrecondition, "-1": codes.FailedPrecondition, "x": codes.FailedPrecondition,
 	} {
 		t.Run(shown, func(t *testing.T) {
 			call := metadata.Pairs(pagewire.MigrationIDKey, testID, pagewire.MigrationTokenKey, testToken)

@@ -11,23 +11,23 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
-	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
+	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
 // minPageSize is the smallest page of the architectures that are served, in bytes.
 const minPageSize = 4096
 
-// LargestPage is that of the largest pages that are served whole, in bytes. Larger ones are served in parts of that
-// size.
+// LargestPage is the size of the largest pages that are served whole, in bytes. Larger pages are served in parts of
+// that size.
 const LargestPage = pagewire.MaxData
 
-// A Block is a piece of memory of a VM. Its index in the list given to OpenRAM is the block number in page
+// Block is a piece of memory of a VM. Its index in the list given to OpenRAM is the block number in page
 // requests.
 //
-// All of it is in a file that the VM shares (Path and Offset alone), or in memory of a process (PID and Addr). A
-// process may have it from a file that it does not write to (a private mapping): that is Path and Offset then, or there
-// is none.
+// All of it is in a file that the VM shares (Path and Offset alone), or in memory of a process (PID and Addr). If the
+// process has the memory from a file that it does not write to (a private mapping), Path and Offset say which;
+// otherwise there is no Path.
 type Block struct {
 	ID       string // QEMU's name of it, for messages
 	Size     uint64 // bytes, a multiple of PageSize
@@ -38,14 +38,15 @@ type Block struct {
 
 	PID  int    // the process; 0: the file has all
 	Addr uint64 // of the first byte in the process
-	// Shared says that others may have memory of the process, too: what it has not mapped is not therefore empty.
+	// Shared says that other processes may have the memory, too. Then pages that the process has not mapped may still have
+	// content.
 	Shared bool
 }
 
 // RAM is the memory of one VM, open for reading. Close it after the export that serves it is withdrawn.
 //
-// It refers to the files and to the memory of the process as they were when it was opened: another process that gets
-// the number of one that has ended is never read.
+// It refers to the files and to the memory of the process as they were when it was opened. If the process ends and
+// another one gets its number, that other one is never read.
 type RAM struct {
 	blocks []openBlock
 	opened []io.Closer
@@ -57,11 +58,11 @@ type openBlock struct {
 	file *os.File
 	base int64
 
-	pages *pagemap.Map // of a process' private memory, else nil
-	under *os.File     // shows through where pages have nothing; nil: zeros do
+	pages *uffd.Pagemap // of a process' private memory, else nil
+	under *os.File      // shows through where there are no pages; nil: there are zeros
 }
 
-// ErrProcessGone says that the process ended whose memory was to be read.
+// ErrProcessGone says that the process whose memory was to be read has ended.
 var ErrProcessGone = errors.New("QEMU has ended, and with it the VM's memory that was not a file's")
 
 // OpenRAM opens the files and the memory of all blocks read-only and checks that they hold the blocks.
@@ -81,10 +82,10 @@ func OpenRAM(blocks []Block) (*RAM, error) {
 	return ram, nil
 }
 
-// A process is one whose memory is read.
+// process refers to a process whose memory is read.
 type process struct {
 	memory *os.File
-	pages  *pagemap.Map
+	pages  *uffd.Pagemap
 }
 
 func (r *RAM) open(b Block, processes map[int]process) (open openBlock, err error) {
@@ -119,7 +120,7 @@ func (r *RAM) openProcess(pid int) (p process, err error) {
 		return p, err
 	}
 	r.opened = append(r.opened, p.memory)
-	if p.pages, err = pagemap.Open(pid); err != nil {
+	if p.pages, err = uffd.OpenPagemap(pid); err != nil {
 		return p, err
 	}
 	r.opened = append(r.opened, p.pages)
@@ -185,7 +186,7 @@ func (r *RAM) Read(block int, offset uint64, dst []byte) error {
 func (b *openBlock) read(dst []byte, offset uint64) error {
 	_, err := b.file.ReadAt(dst, b.base+int64(offset))
 	switch {
-	case errors.Is(err, io.EOF) && b.PID != 0: // there is no end of an address space that exists
+	case errors.Is(err, io.EOF) && b.PID != 0: // an address space that exists has no end
 		return ErrProcessGone
 	case errors.Is(err, io.EOF):
 		return fmt.Errorf("%s: the file was truncated below offset %d", b.Path, b.base+int64(offset)+int64(len(dst)))
@@ -193,8 +194,13 @@ func (b *openBlock) read(dst []byte, offset uint64) error {
 	return err // names the path
 }
 
-// hole returns where the next page with possible data begins, at offset or after it; at most Size. What
-// lies before it was never written and reads as zero.
+// holeReach is how far a hole of private memory is followed at a time, in bytes. Withdraw waits for the search. Without
+// PAGEMAP_SCAN (Linux 6.7) the search reads 8 bytes for each page, which takes some 10 ms.
+const holeReach = 8 << 30
+
+// hole returns where the next page with possible data begins, at offset or after it. It returns at most Size. Where it
+// looks no further, it returns the end of what is known to be a hole. The memory before that was never written and
+// reads as zero.
 func (b *openBlock) hole(offset uint64) (uint64, error) {
 	if b.PID == 0 {
 		return b.fileHole(b.file, offset)
@@ -203,7 +209,7 @@ func (b *openBlock) hole(offset uint64) (uint64, error) {
 		return offset, nil
 	}
 	start := uint64(b.base)
-	at, err := b.pages.Next(start+offset, start+b.Size)
+	at, err := b.pages.Next(start+offset, start+min(b.Size, offset+holeReach))
 	if err != nil {
 		return 0, gone(err)
 	}
@@ -220,11 +226,11 @@ func (b *openBlock) hole(offset uint64) (uint64, error) {
 	return min(data, shown), err
 }
 
-// confirm says whether what the map called a hole at offset was one. It was not, if the process was dying: Linux takes
-// the memory of a process that it kills for want of memory while that still exists (oom_reaper in mm/oom_kill.c), and
-// PAGEMAP_SCAN looks into memory that is being taken down, before it learnt not to. Both end for good all reading of
-// pages that are not there, so that one read afterwards tells. A huge page is not read, it might be made for that;
-// those the kernel takes last.
+// confirm says whether what the map called a hole at offset was one. It was not, if the process was dying. When Linux
+// kills a process for want of memory, it takes the memory while the process still exists (oom_reaper in mm/oom_kill.c).
+// And older versions of PAGEMAP_SCAN look into memory that is being taken down. In both cases pages that are not there
+// cannot be read from then on, so one read afterwards tells. A huge page is not read, because the read might make it;
+// the kernel takes huge pages last.
 func (b *openBlock) confirm(offset uint64) error {
 	if b.PageSize > minPageSize {
 		return gone(b.pages.Exists(uint64(b.base) + offset))

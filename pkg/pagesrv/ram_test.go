@@ -48,7 +48,9 @@ func TestOpenRAMRefusesWhatItCannotServe(t *testing.T) {
 			}
 		})
 	}
-	if _, err := OpenRAM([]Block{{ID: "gone", Path: file + "-missing", Size: 4096, PageSize: 4096}}); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := OpenRAM([]Block{
+		{ID: "gone", Path: file + "-missing", Size: 4096, PageSize: 4096},
+	}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("untyped: %v", err)
 	}
 	if _, err := OpenRAM(nil); err == nil {
@@ -56,7 +58,7 @@ func TestOpenRAMRefusesWhatItCannotServe(t *testing.T) {
 	}
 }
 
-// Also the file of another process that has no name any more can be opened through /proc.
+// TestDeletedFileIsServed: the file of another process can be opened by way of /proc, also if it has no name any more.
 func TestDeletedFileIsServed(t *testing.T) {
 	f := ramFile(t, 1<<20, pattern)
 	if err := unix.Unlink(f.Name()); err != nil {

@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// BenchmarkReadRAM compares the two ways to read RAM: pread(2) into a leased buffer, and a mapping whose
-// pages are touched for the first time, as those of a stopped VM are: each page is served once. Reading
-// holes through the mapping makes the kernel allocate them, so it gets a new file when it is through.
+// BenchmarkReadRAM compares two ways to read RAM: pread(2) into a leased buffer, and copying from a mapping that is
+// touched for the first time, because each page is served once. Reading a hole through the mapping makes the kernel
+// allocate it, so the benchmark makes a new file after each pass.
 func BenchmarkReadRAM(b *testing.B) {
 	const size = 256 << 20
 	for _, content := range []string{"data", "holes"} {

@@ -14,10 +14,10 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// eventually polls, with a deadline far beyond what is needed.
+// eventually polls until the condition holds, with a deadline far beyond what is needed.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !is(); time.Sleep(time.Millisecond) {
@@ -40,9 +40,9 @@ func smallRAM(t testing.TB) *RAM {
 		Block{ID: "huge", Path: f.Name(), Size: 1 << 20, PageSize: 64 << 10})
 }
 
-// A wrong token and an unknown id must look alike.
+// TestStrangersAreRefused: a wrong token and an unknown id get the same answer.
 func TestStrangersAreRefused(t *testing.T) {
-	s := NewServer()
+	s := NewServer(Options{})
 	e, err := s.Offer(testID, testToken, smallRAM(t), isStopped)
 	if err != nil {
 		t.Fatal(err)
@@ -59,7 +59,7 @@ func TestStrangersAreRefused(t *testing.T) {
 }
 
 func TestInvalidRangesEndTheLane(t *testing.T) {
-	s := NewServer()
+	s := NewServer(Options{})
 	e, err := s.Offer(testID, testToken, smallRAM(t), isStopped)
 	if err != nil {
 		t.Fatal(err)
@@ -97,12 +97,13 @@ func TestInvalidRangesEndTheLane(t *testing.T) {
 	}
 }
 
-// A lane opens while the VM still runs, but yields no page; once the VM was seen stopped nobody asks again.
+// TestRunningVMIsNotServed: a lane can be opened while the VM still runs, but gets no page. Once the VM was seen
+// stopped, stopped is not called again.
 func TestRunningVMIsNotServed(t *testing.T) {
 	running := errors.New("query-status says running")
 	var asked atomic.Int32
 	var stopped atomic.Bool
-	s := NewServer()
+	s := NewServer(Options{})
 	e, err := s.Offer(testID, testToken, smallRAM(t), func(context.Context) error {
 		asked.Add(1)
 		if !stopped.Load() {
@@ -141,7 +142,7 @@ func TestRunningVMIsNotServed(t *testing.T) {
 }
 
 func TestLanesAreLimited(t *testing.T) {
-	s := NewServer()
+	s := NewServer(Options{})
 	e, err := s.Offer(testID, testToken, smallRAM(t), isStopped)
 	if err != nil {
 		t.Fatal(err)

@@ -15,42 +15,55 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
-	"github.com/migrated-vm/migrated/internal/version"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // MaxLanes bounds the lanes that one export serves at a time.
 const MaxLanes = 64
 
-// Server is migrated.v1.PageService. Its gRPC server must use pagewire.ServerOptions.
+// Server serves the RAM of VMs: it is migrated.v1.PageService. Its gRPC server must have pagewire.ServerOptions.
 type Server struct {
 	migratedv1.UnimplementedPageServiceServer
 
+	options Options
+
 	mu      sync.Mutex // opening and ending exports and lanes, never a page
 	exports map[string]*Export
+	shared  shared
 }
 
 var _ migratedv1.PageServiceServer = (*Server)(nil)
 
-// NewServer returns a server that offers nothing yet.
-func NewServer() *Server {
-	return &Server{exports: map[string]*Export{}}
+// Options are the options of a Server. The zero value can be used.
+type Options struct {
+	// CheckProtocol returns nil if lanes that keep to this version of the protocol can be served, and otherwise why not.
+	// The migration may have been begun by another release. A nil CheckProtocol accepts all versions.
+	CheckProtocol func(version uint32) error
 }
 
-// Offer makes the RAM of one VM fetchable under id by who shows token. Lanes may open at once. The
-// first request for pages makes the export call stopped, which must return nil only while the VM is
-// verifiably stopped; from then on the VM must stay stopped until Withdraw has returned. stopped may be
-// called again after it failed, with the context of a lane.
+// NewServer returns a server that offers nothing yet.
+func NewServer(o Options) *Server {
+	return &Server{options: o, exports: map[string]*Export{}}
+}
+
+// SetBandwidth limits the bytes a second, as packed, of the pages that no thread waits for, of all exports together. 0:
+// there is no limit. Exports share it by their weights.
+func (s *Server) SetBandwidth(bytesPerSecond uint64) { s.shared.setRate(bytesPerSecond) }
+
+// Offer makes the RAM of one VM fetchable under id, for peers that show token. Lanes may open at once. The first
+// request for pages makes the export call stopped, which must return nil only while the VM is verifiably stopped. From
+// then on the VM must stay stopped until Withdraw has returned. stopped is called with the context of a lane, and may
+// be called again after it failed.
 //
-// ram stays the caller's, to be closed after Withdraw.
+// The caller closes ram, after Withdraw.
 func (s *Server) Offer(id, token string, ram *RAM, stopped func(context.Context) error) (*Export, error) {
 	if id == "" || token == "" {
 		return nil, errors.New("offer RAM: a migration needs an id and a token")
 	}
 	e := &Export{
 		server: s, id: id, token: sha256.Sum256([]byte(token)),
-		ram: ram, stopped: stopped, greed: newGreed(ram),
+		ram: ram, weight: 1, stopped: stopped, quota: newQuota(ram),
 		lanes: map[*lane]struct{}{}, done: make(chan struct{}),
 	}
 	s.mu.Lock()
@@ -70,21 +83,23 @@ func (s *Server) forget(e *Export) {
 	}
 }
 
-// Stream is a call of PageService.Fetch: gRPC's, or a *pagelane.Stream.
+// Stream is the source's side of a lane, a call of PageService.Fetch: a *pagelane.Stream or a pagewire.ServerStream.
+// One goroutine uses it.
 type Stream interface {
-	messageStream
-	Context() context.Context
-	SendHeader(metadata.MD) error
+	Context() context.Context     // has the metadata of the call
+	Accept() error                // called before the first message
+	Recv(*pagewire.Request) error // io.EOF: there are no more
+	Send(*pagewire.Reply) error   // takes Data away
 }
 
-// Fetch implements migrated.v1.PageService for lanes that come through gRPC.
+// Fetch implements migrated.v1.PageService for lanes that gRPC's library carries.
 func (s *Server) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, migratedv1.FetchResponse]) error {
-	return s.ServeLane(stream)
+	return s.ServeLane(pagewire.ServerStream{ServerStream: stream})
 }
 
-// ServeLane serves one lane until the peer ends it, a request is invalid, or the export is withdrawn. It
-// sends the header at once, so that the peer knows that its lane was accepted before the first fault. RecvMsg may still
-// be waiting when it returns; whoever called it ends that wait.
+// ServeLane serves one lane until the peer ends it, a request is invalid, or the export is withdrawn. It sends the
+// header at once, so that the peer knows that its lane was accepted before the first fault. Recv may still be waiting
+// when ServeLane returns; the caller of ServeLane ends that wait.
 func (s *Server) ServeLane(stream Stream) error {
 	ctx := stream.Context()
 	e, err := s.admit(ctx)
@@ -95,11 +110,11 @@ func (s *Server) ServeLane(stream Stream) error {
 	if err != nil {
 		return err
 	}
-	if err := stream.SendHeader(nil); err != nil {
+	if err := stream.Accept(); err != nil {
 		e.close(l)
 		return err
 	}
-	// The lane waits in RecvMsg most of the time, and only the end of this handler ends that wait. So the lane has a
+	// The lane waits in Recv most of the time, and only the end of this handler ends that wait. So the lane has a
 	// goroutine of its own, and this one waits for whichever end comes first.
 	ended := make(chan error, 1)
 	go func() {
@@ -120,7 +135,7 @@ func (s *Server) admit(ctx context.Context) (*Export, error) {
 	s.mu.Lock()
 	e := s.exports[id]
 	s.mu.Unlock()
-	// Digests are compared, of one length, also for an id that is unknown: the time says nothing.
+	// Digests of one length are compared, also for an unknown id, so that the time tells nothing.
 	shown, want := sha256.Sum256([]byte(token)), [sha256.Size]byte{}
 	if e != nil {
 		want = e.token
@@ -128,23 +143,22 @@ func (s *Server) admit(ctx context.Context) (*Export, error) {
 	if subtle.ConstantTimeCompare(shown[:], want[:]) != 1 || e == nil {
 		return nil, endLane(codes.PermissionDenied, ErrRefused, "")
 	}
-	if err := checkProtocol(one(ctx, pagewire.ProtocolKey)); err != nil {
+	if err := s.checkProtocol(one(ctx, pagewire.ProtocolKey)); err != nil {
 		return nil, endLane(codes.FailedPrecondition, err, "")
 	}
 	return e, nil
 }
 
-// checkProtocol refuses a lane that keeps to a protocol that this daemon does not speak: the migration was begun by another
-// version of it, which can go on with it.
-func checkProtocol(shown string) error {
-	if shown == "" {
+// checkProtocol refuses a lane whose version of the protocol is not served.
+func (s *Server) checkProtocol(shown string) error {
+	if shown == "" || s.options.CheckProtocol == nil {
 		return nil
 	}
 	v, err := strconv.ParseUint(shown, 10, 32)
 	if err != nil {
 		return fmt.Errorf("%s: %w", pagewire.ProtocolKey, err)
 	}
-	return version.CheckProtocol("the destination", uint32(v))
+	return s.options.CheckProtocol(uint32(v))
 }
 
 // one returns the value of a metadata key that must be there exactly once, or "".

@@ -4,25 +4,27 @@ package pagesrv
 
 import "sync/atomic"
 
-// Stats says what an export or a lane has served.
+// Stats are counters of what an export or a lane has served.
 type Stats struct {
 	Lanes     int    // open now
 	Requests  uint64 // messages with ranges
 	Replies   uint64 // messages with runs
 	Pages     uint64 // all pages, in the block's page size
-	ZeroPages uint64 // those of them of which no bytes were sent
+	ZeroPages uint64 // how many of them are zero; no bytes are sent for these
+	LostPages uint64 // how many of them cannot be read
+	HolePages uint64 // told of as holes, without being asked for; a page counts each time
 	PageBytes uint64 // of the pages whose bytes were sent
 	Bytes     uint64 // sent for them, fewer where they were packed; without any framing
-	Throttled uint64 // requests that had to wait because far more was asked for than there is
+	Throttled uint64 // requests that had to wait, because far more was asked for than there is
 }
 
-// LaneStats are those of one open lane.
+// LaneStats are the figures of one open lane.
 type LaneStats struct {
 	Peer string // network address
 	Stats
 }
 
-// Stats sums over all lanes, also those that have ended.
+// Stats returns the sums over all lanes, also those that have ended.
 func (e *Export) Stats() Stats {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -52,20 +54,22 @@ func (s *Stats) add(o Stats) {
 	s.Replies += o.Replies
 	s.Pages += o.Pages
 	s.ZeroPages += o.ZeroPages
+	s.LostPages += o.LostPages
+	s.HolePages += o.HolePages
 	s.PageBytes += o.PageBytes
 	s.Bytes += o.Bytes
 	s.Throttled += o.Throttled
 }
 
-// counters are written by a lane alone and read by anybody.
+// counters are written by one lane only. Any goroutine may read them.
 type counters struct {
-	requests, replies, pages, zeroPages, pageBytes, bytes, throttled atomic.Uint64
+	requests, replies, pages, zeroPages, lostPages, holePages, pageBytes, bytes, throttled atomic.Uint64
 }
 
 func (c *counters) load() Stats {
 	return Stats{
 		Requests: c.requests.Load(), Replies: c.replies.Load(),
-		Pages: c.pages.Load(), ZeroPages: c.zeroPages.Load(),
+		Pages: c.pages.Load(), ZeroPages: c.zeroPages.Load(), LostPages: c.lostPages.Load(), HolePages: c.holePages.Load(),
 		PageBytes: c.pageBytes.Load(), Bytes: c.bytes.Load(), Throttled: c.throttled.Load(),
 	}
 }

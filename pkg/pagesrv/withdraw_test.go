@@ -9,11 +9,11 @@ import (
 
 	"google.golang.org/grpc/codes"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// A lane is parked with its read announced and not begun, the moment at which a Withdraw that only sets
-// a flag would let the VM continue under it.
+// TestWithdrawWaitsForTheReadUnderWay: a lane is stopped when it has announced a read and not begun it. A Withdraw that
+// only set a flag would return then, the VM would continue, and the read would follow.
 func TestWithdrawWaitsForTheReadUnderWay(t *testing.T) {
 	e, remote := offer(t, smallRAM(t))
 	parked, resume := make(chan struct{}), make(chan struct{})
@@ -31,7 +31,7 @@ func TestWithdrawWaitsForTheReadUnderWay(t *testing.T) {
 	go func() { fetched <- remote.fetch([]pagewire.Range{{Length: 8192}}, func(pagewire.Run, []byte) {}) }()
 	<-parked
 
-	// Two at once: each must wait.
+	// Two calls of Withdraw at a time: each one must wait.
 	returned := make(chan struct{}, 2)
 	for range 2 {
 		go func() {
@@ -39,7 +39,7 @@ func TestWithdrawWaitsForTheReadUnderWay(t *testing.T) {
 			returned <- struct{}{}
 		}()
 	}
-	// The peer learns of it although the lane is still parked.
+	// The peer gets the reason although the lane is still stopped.
 	wantCode(t, <-fetched, codes.Aborted, ErrWithdrawn.Error())
 	select {
 	case <-returned:
@@ -59,7 +59,7 @@ func TestWithdrawWaitsForTheReadUnderWay(t *testing.T) {
 }
 
 func TestWithdrawEndsIdleLanes(t *testing.T) {
-	s := NewServer()
+	s := NewServer(Options{})
 	e, err := s.Offer(testID, testToken, smallRAM(t), isStopped)
 	if err != nil {
 		t.Fatal(err)
@@ -77,7 +77,7 @@ func TestWithdrawEndsIdleLanes(t *testing.T) {
 	wantCode(t, err, codes.PermissionDenied, ErrRefused.Error())
 	e.Withdraw()
 
-	// The id is free again, and the end of the old export does not touch the new one.
+	// The id can be offered again. The old export does not affect the new one when it ends.
 	again, err := s.Offer(testID, testToken, smallRAM(t), isStopped)
 	if err != nil {
 		t.Fatal(err)
@@ -87,10 +87,10 @@ func TestWithdrawEndsIdleLanes(t *testing.T) {
 	openLane(t, conn, testID, testToken).accepted(t)
 }
 
-// Lanes that read as fast as they can while Withdraw comes: none may be reading after it.
+// TestWithdrawRacesWithReaders: lanes read as fast as they can when Withdraw comes. None reads after it.
 func TestWithdrawRacesWithReaders(t *testing.T) {
 	for range 20 {
-		s := NewServer()
+		s := NewServer(Options{})
 		ram := smallRAM(t)
 		e, err := s.Offer(testID, testToken, ram, isStopped)
 		if err != nil {
@@ -109,7 +109,7 @@ func TestWithdrawRacesWithReaders(t *testing.T) {
 				for i := 0; ; i++ {
 					if err := l.read(&ram.blocks[0], page, 0); err != nil {
 						if !errors.Is(err, ErrWithdrawn) {
-							t.Error(err) // a closed file: it was read after Withdraw
+							t.Error(err) // the file is closed: a lane has read after Withdraw
 						}
 						return
 					}

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// isZeroWords and isZeroShifted are the ways that isZero was measured against.
+// isZeroWords and isZeroShifted are other ways to write isZero, which is compared with them.
 func isZeroWords(page []byte) bool {
 	for ; len(page) >= 32; page = page[32:] {
 		if binary.NativeEndian.Uint64(page)|binary.NativeEndian.Uint64(page[8:])|

@@ -5,23 +5,24 @@ package postcopy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// nullLane takes requests and does nothing: gRPC's own costs are not what is measured here.
+// nullLane discards requests, because the cost of gRPC is not what is measured here.
 type nullLane struct{ Lane }
 
-func (nullLane) SendMsg(any) error { return nil }
-func (nullLane) CloseSend() error  { return nil }
+func (nullLane) Send(*pagewire.Request) error { return nil }
+func (nullLane) CloseSend() error             { return nil }
 
-// newIdle makes a session without goroutines: a worker and a lane for a test to drive by itself.
+// newIdle returns a session without goroutines, and a worker and a lane of it that a test drives itself.
 func newIdle(t testing.TB, kind uffdtest.Kind, pages uint64) (*target, *worker, *lane) {
 	t.Helper()
-	g := newTarget(t, layout{{kind: kind, pages: pages}}, Options{Workers: 1, Discards: true})
+	g := newTarget(t, layout{{kind: kind, pages: pages}}, Options{Workers: 1})
 	s := &session{e: g.Engine}
 	s.ctx, s.fail = context.WithCancelCause(context.Background())
 	t.Cleanup(func() { s.fail(nil) })
@@ -35,7 +36,7 @@ func newIdle(t testing.TB, kind uffdtest.Kind, pages uint64) (*target, *worker, 
 	return g, w, l
 }
 
-// await deals with the message of a thread that waits.
+// await handles the message of a thread that waits.
 func (w *worker) await(t testing.TB, u *uffd.UFFD) {
 	t.Helper()
 	if ready, err := w.poller.wait(); len(ready) != 1 || err != nil {
@@ -46,7 +47,7 @@ func (w *worker) await(t testing.TB, u *uffd.UFFD) {
 	}
 }
 
-// TestNoAllocations: nothing of ours is allocated for an event, a claim, a request, or the installation of what came.
+// TestNoAllocations: the engine allocates nothing to handle an event, claim a page, request it, and install it.
 func TestNoAllocations(t *testing.T) {
 	const pages = 512
 	g, w, l := newIdle(t, uffdtest.Shmem, pages)
@@ -101,7 +102,7 @@ func TestNoAllocations(t *testing.T) {
 	if s := g.Stats(); s.PagesPresent != 202 || s.PagesZero != 101 || s.FaultP50 == 0 {
 		t.Errorf("not what was to be measured: %+v", s)
 	}
-	// The rest of the way, with messages of the kernel.
+	// Now a whole fault, with messages of the kernel.
 	thread := g.child.Go(uffdtest.Touch(uffd.Range{Start: b.addr(300), Len: 150 * pageSize}, uffdtest.Shmem))
 	next = 300
 	check("message, request, reply", func() {
@@ -116,7 +117,7 @@ func TestNoAllocations(t *testing.T) {
 	_ = thread
 }
 
-// BenchmarkClaim is the page table's share of a fault: claimed, arrived, finished.
+// BenchmarkClaim measures the page table's part of a fault: claim, arrive, finish.
 func BenchmarkClaim(b *testing.B) {
 	table := mustPages(b, 1<<20)
 	table.left.Store(1 << 62)
@@ -129,10 +130,10 @@ func BenchmarkClaim(b *testing.B) {
 	}
 }
 
-// BenchmarkInstall4K installs a page that a decoded reply holds, in a process that does not run.
+// BenchmarkInstall4K installs the page of a decoded reply in a process that does not run.
 func BenchmarkInstall4K(b *testing.B) { benchmarkInstall(b, 1) }
 
-// BenchmarkInstall512K is a run of the sweep.
+// BenchmarkInstall512K installs a run of the sweep.
 func BenchmarkInstall512K(b *testing.B) { benchmarkInstall(b, 128) }
 
 func benchmarkInstall(b *testing.B, n uint64) {
@@ -170,7 +171,8 @@ func (g *target) forget() {
 	}
 }
 
-// BenchmarkFaultLoopback is a thread's whole wait for a page, through gRPC over the loopback and back, one after the other.
+// BenchmarkFaultLoopback measures how long a thread waits for a page over a lane on the loopback, one fault after
+// another.
 func BenchmarkFaultLoopback(b *testing.B) {
 	const pages = 1 << 15
 	l := layout{{kind: uffdtest.Shmem, pages: pages + 1}}
@@ -198,7 +200,7 @@ func BenchmarkFaultLoopback(b *testing.B) {
 	}
 }
 
-// BenchmarkLaneLoopback is the part of BenchmarkFaultLoopback that is not ours: a page asked for and received.
+// BenchmarkLaneLoopback measures the part of BenchmarkFaultLoopback that the lane takes: a request and its reply.
 func BenchmarkLaneLoopback(b *testing.B) {
 	const pages = 1 << 12
 	lane := dial(b, realSource(b, layout{{kind: uffdtest.Shmem, pages: pages}}), 1).demand[0]
@@ -209,17 +211,24 @@ func BenchmarkLaneLoopback(b *testing.B) {
 	b.ReportAllocs()
 	for i := uint64(0); b.Loop(); i++ {
 		request.Ranges[0] = pagewire.Range{Offset: i % pages * pageSize, Length: pageSize}
-		if err := lane.SendMsg(&request); err != nil {
+		if err := lane.Send(&request); err != nil {
 			b.Fatal(err)
 		}
-		if err := lane.RecvMsg(&reply); err != nil {
+		if err := lane.Recv(&reply); err != nil {
 			b.Fatal(err)
 		}
 	}
 }
 
-// BenchmarkSweepLoopback fills a VM that nobody touches, over loopback connections: what a byte in bulk costs.
+// BenchmarkSweepLoopback measures the sweep over lanes on the loopback, by the number of bulk lanes. No thread of the
+// VM runs.
 func BenchmarkSweepLoopback(b *testing.B) {
+	for _, n := range []int{1, 2, 4} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) { benchmarkSweep(b, n) })
+	}
+}
+
+func benchmarkSweep(b *testing.B, bulk int) {
 	const pages = 1 << 15
 	l := layout{{kind: uffdtest.Shmem, pages: pages}}
 	address := realSource(b, l)
@@ -227,7 +236,9 @@ func BenchmarkSweepLoopback(b *testing.B) {
 	for b.Loop() {
 		b.StopTimer()
 		g := newTarget(b, l, Options{})
+		g.bulkLanes = bulk
 		lanes := dial(b, address, g.workers)
+		lanes.more = lanes.open
 		b.StartTimer()
 		g.StartSweep()
 		if err := await(b, "end of Run", g.run(context.Background(), lanes)); err != nil {
@@ -237,5 +248,28 @@ func BenchmarkSweepLoopback(b *testing.B) {
 		lanes.cancel()
 		g.child.Kill()
 		b.StartTimer()
+	}
+}
+
+// BenchmarkHandleFault measures what a worker does for a fault up to the request, without system calls.
+func BenchmarkHandleFault(b *testing.B) {
+	const pages = 1 << 16
+	g, w, _ := newIdle(b, uffdtest.Shmem, pages)
+	g.pages.left.Store(1 << 62)
+	g.started.Store(true)
+	ev := uffd.Event{Kind: uffd.EventPagefault}
+	b.ReportAllocs()
+	for i := uint64(0); b.Loop(); i++ {
+		p := i * 4099 % pages // no stride that is predicted
+		ev.Pagefault.Addr = g.blocks[0].addr(p)
+		if err := w.handle(g.uffd, ev, int64(i)); err != nil {
+			b.Fatal(err)
+		}
+		if err := w.send(); err != nil {
+			b.Fatal(err)
+		}
+		g.pending.end(p)
+		g.pages.swap(p, demanded, missing)
+		w.guesses = w.guesses[:0]
 	}
 }

@@ -7,23 +7,24 @@ import (
 	"sync/atomic"
 )
 
-// budget is what pages that no thread waits for may take of the network: so many bytes a second, as packed as they come.
-// Faults neither ask it nor count: who waits for a page does not wait for the budget, and what it costs is no reason to
-// leave the rest of the memory behind for longer.
+// budget is what pages that no thread waits for may take of the network: so many bytes a second, as packed as they
+// come. Faults neither ask it nor count. A thread that waits for a page does not wait for the budget, and the cost of
+// that page does not delay the rest of the memory.
 //
 //	sweep, guesses ── wait: is all paid? ──► asked for ──► answered ── spend: due += bytes / limit
 //
-// It is paid afterwards, because only what came tells how well it packs: pages that come while nothing is due may be as
-// many as pace.go lets be in flight. In any span of time no more comes than the limit's share of it, and of budgetCredit,
-// and those.
+// A page is paid for after it came, because only then it is known how well it packs. While nothing is due, as many
+// pages may come as pace.go lets be in flight. So no more comes in a span of time than the limit allows for that span
+// and for budgetCredit, plus what pace.go lets be in flight.
 //
-// spend may be called by anybody.
+// spend may be called from any goroutine.
 type budget struct {
 	limit atomic.Uint64 // bytes a second; 0: none
-	due   atomic.Int64  // ns of the engine's clock: when what has come is paid
-	// weight is how many bytes a byte of RAM took on the bulk lane of late, as the bits of a float64. Its receiver sets it.
+	due   atomic.Int64  // ns of the engine's clock: from then on what has come is paid for
+	// weight is how many bytes a byte of RAM took on the bulk lane of late, as the bits of a float64. Its receiver sets
+	// it.
 	weight  atomic.Uint64
-	changed chan struct{} // the limit is another; holds one
+	changed chan struct{} // the limit has changed; holds one
 }
 
 func newBudget(limit uint64) *budget {
@@ -38,7 +39,7 @@ func (b *budget) set(limit uint64) {
 	b.forgive()
 }
 
-// forgive forgets what is due: after a change of the limit it is of another rate.
+// forgive forgets what is due. It is called after a change of the limit: what is due was reckoned by the old limit.
 func (b *budget) forgive() {
 	b.due.Store(0)
 	select {
@@ -47,7 +48,7 @@ func (b *budget) forgive() {
 	}
 }
 
-// wait is for how many ns, from now on, nothing may be asked for; 0: it may.
+// wait returns for how many ns, from now on, nothing may be asked for; 0: something may be.
 func (b *budget) wait(now int64) int64 {
 	if b.limit.Load() == 0 {
 		return 0
@@ -82,7 +83,7 @@ func (b *budget) weigh(ram, carried int64) {
 
 func (b *budget) weighs() float64 { return math.Float64frombits(b.weight.Load()) }
 
-// most is how many bytes may be in flight while nothing is known of them: those of budgetBurst, or two runs.
+// most is how many bytes may be in flight while it is not known how they pack: those of budgetBurst, or two runs.
 func (b *budget) most() int64 {
 	limit := b.limit.Load()
 	if limit == 0 {

@@ -9,8 +9,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// TestLimitIsNotForFaults: with a limit under which a run of the sweep takes a minute, a thread that goes through all of
-// memory waits for no page longer than without, and no page is asked for ahead of it.
+// TestLimitIsNotForFaults: under a limit with which a run of the sweep takes a minute, faults are answered as fast as
+// without. Nothing is prefetched, because prefetches count for the limit.
 func TestLimitIsNotForFaults(t *testing.T) {
 	const pages = 4096
 	l := layout{{kind: uffdtest.Shmem, pages: pages}}
@@ -22,7 +22,8 @@ func TestLimitIsNotForFaults(t *testing.T) {
 	g.child.Do(uffdtest.Touch(g.blocks[0].all(), uffdtest.Shmem))
 	after := g.Stats()
 	if swept := after.BytesReceived - after.DemandBytes; swept > firstWindow || after.Guessed != before.Guessed {
-		t.Errorf("in debt the sweep brought %d bytes, and %d pages were asked for ahead of a thread", swept, after.Guessed-before.Guessed)
+		t.Errorf("in debt the sweep brought %d bytes, and %d pages were asked for ahead of a thread",
+			swept, after.Guessed-before.Guessed)
 	}
 	if after.Bandwidth != 1<<10 {
 		t.Errorf("the limit is shown as %d", after.Bandwidth)
@@ -31,7 +32,7 @@ func TestLimitIsNotForFaults(t *testing.T) {
 	g.verify()
 }
 
-// TestSweepHearsOfAnotherLimit: it sleeps until what came is paid, but no longer than the limit stands.
+// TestSweepHearsOfAnotherLimit: a sweep that sleeps because of the limit wakes when the limit changes.
 func TestSweepHearsOfAnotherLimit(t *testing.T) {
 	l := layout{{kind: uffdtest.Shmem, pages: 1024}}
 	g := newTarget(t, l, Options{Bandwidth: 1 << 10})

@@ -12,7 +12,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// complete unregisters everything: all pages are in. The kernel wakes the threads that still wait, for
+// complete unregisters everything, as all pages are in. The kernel wakes the threads that still wait. They wait for
 // holes, which read as zero now.
 func (e *Engine) complete() error {
 	e.counters.lastPage.CompareAndSwap(0, e.now())
@@ -34,8 +34,8 @@ func (e *Engine) complete() error {
 	return nil
 }
 
-// settle reads the last events. No new one can begin, but a thread that is about to queue one, or has, sleeps
-// until it is read, perhaps with QEMU's big lock. The kernel answers EAGAIN while there is one.
+// settle reads the last events. No new event can begin. But a thread that has queued one, or is about to, sleeps until
+// it is read, perhaps with QEMU's big lock. While there is an event, the kernel answers EAGAIN.
 func (e *Engine) settle(u *uffd.UFFD) {
 	buf := uffd.NewEventBuffer(eventBatch)
 	page := e.blocks[e.first(u)].page(e.blocks[e.first(u)].first)

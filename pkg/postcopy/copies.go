@@ -8,20 +8,23 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// takeUpCopies goes through what the kernel has answered to the last copies of an earlier engine, and marks what is there.
+// takeUpCopies goes through what the kernel has answered to the last copies of an earlier engine, and marks what is
+// there.
 //
-// A process that is killed in UFFDIO_COPY ends when the copy has, so that pages are there, and used by the guest, of which
-// the table says that they are being installed. To ask for such a page again does no harm as long as it is there: the
-// kernel answers EEXIST. But the guest may have cleared and freed it meanwhile, and QEMU punched it out of the file, for which
-// there is no event (see the package comment). Then what it held at the switch would come back in a page that the guest
-// knows to be zero (init_on_free=1). Only the kernel's answer tells that page from one that never came.
+// A process that is killed in UFFDIO_COPY ends only when the copy has ended. So pages may be there, and in use by the
+// guest, while the table says that they are being installed. To ask for such a page again does no harm as long as it is
+// there: the kernel answers EEXIST. But the guest may have cleared and freed it meanwhile, and QEMU may have punched it
+// out of the file, for which there is no event (discard.go). Then what the page held at the switch would
+// come back, although the guest knows it to be zero (init_on_free=1). Only the kernel's answer tells such a page from
+// one that never came.
 func (e *Engine) takeUpCopies(memory []byte) error {
 	if memory == nil {
-		e.copies = make([]uffd.CopyRecord, e.workers+1)
+		e.copies = make([]uffd.CopyRecord, e.workers+mostBulkLanes)
 		return nil
 	}
 	if e.copies = uffd.CopyRecords(memory); len(e.copies) <= e.workers {
-		return fmt.Errorf("post-copy: %w: %d bytes for the copies of %d workers, or not aligned", ErrState, len(memory), e.workers)
+		return fmt.Errorf("post-copy: %w: %d bytes for the copies of %d workers, or not aligned",
+			ErrState, len(memory), e.workers)
 	}
 	for i := range e.copies {
 		dst, n, exists := e.copies[i].Answer()
@@ -30,7 +33,7 @@ func (e *Engine) takeUpCopies(memory []byte) error {
 			continue // no answer, or another VM's
 		}
 		if exists && b.minor {
-			continue // it is another process', and its content was to be written, see others.go
+			continue // another process made it, and its content was to be written, see others.go
 		}
 		n = min(n, b.Addr+b.Size-dst) >> b.shift
 		if exists {

@@ -7,10 +7,10 @@ import (
 	"time"
 )
 
-// Durations is a histogram of durations, a copy that its owner alone uses. Its buckets are at most 1/16 of what they hold
-// wide. The zero value is empty.
+// Durations is a histogram of durations, a copy that its owner alone uses. A bucket is at most 1/16 as wide as the
+// durations in it are long. The zero value is empty.
 type Durations struct {
-	// Sum is of all durations. That of an engine is made of its buckets, and exact to 1/32.
+	// Sum is the sum of all durations. The sum of an engine's durations is made of its buckets, and exact to 1/32.
 	Sum    time.Duration
 	counts [buckets]uint64
 }
@@ -30,7 +30,8 @@ func (h *Durations) Add(o *Durations) {
 	h.Sum += o.Sum
 }
 
-// All yields the buckets that are not empty, shortest first: the longest duration that counts there, and how many there are.
+// All yields the buckets that are not empty, shortest first: the longest duration that counts there, and how many there
+// are.
 func (h *Durations) All() iter.Seq2[time.Duration, uint64] {
 	return func(yield func(time.Duration, uint64) bool) {
 		for i, n := range &h.counts {
@@ -42,18 +43,14 @@ func (h *Durations) All() iter.Seq2[time.Duration, uint64] {
 }
 
 // AddLatency adds to h how long the faults so far took, from a fault's message being read to its page being installed.
-// It may be called at any time, and takes no lock: whoever adds a duration meanwhile does not wait.
+// It may be called at any time, and takes no lock: a goroutine that adds a duration meanwhile does not wait.
 func (e *Engine) AddLatency(h *Durations) {
 	for i := range e.latency.counts {
 		n := e.latency.counts[i].Load()
 		if n == 0 {
 			continue
 		}
-		least := uint64(0)
-		if i > 0 {
-			least = upper(i-1) + 1
-		}
 		h.counts[i] += n
-		h.Sum += time.Duration((least + (upper(i)-least)/2) * n)
+		h.Sum += time.Duration(middle(i) * n)
 	}
 }

@@ -7,10 +7,10 @@ import (
 	"fmt"
 	"math/bits"
 	"os"
+	"slices"
 	"sync/atomic"
 	"time"
 
-	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -20,18 +20,22 @@ type Block struct {
 	Addr     uint64 // of its first byte in the destination process
 	Size     uint64 // bytes, a multiple of PageSize
 	PageSize uint64 // bytes, a power of two from 4 KiB to 1 GiB
-	// UFFD belongs to the destination process and is non-blocking. It may serve several blocks. It stays the
-	// caller's, who closes it after the last Run has returned.
+	// UFFD belongs to the destination process and is non-blocking. It may serve several blocks. The caller closes it after
+	// the last Run has returned.
 	UFFD *uffd.UFFD
-	// Populated says that all of it is to be there in the end, pages of zeros as well: the VM was promised its memory.
-	// Others leave those as holes.
+	// Populated says that all of the block is to be there in the end, pages of zeros as well, because the VM was promised
+	// its memory. In other blocks pages of zeros are left as holes.
 	Populated bool
-	// File is what Addr maps, shared and from FileOffset on, open for reading and writing: with it a page that another
-	// process touches before it has come does no harm to the VM, see others.go. It stays the caller's, as UFFD does. nil:
-	// the memory is private, or the file is not known.
+	// File is the file that Addr maps, shared and from FileOffset on, open for reading and writing. With it, a page that
+	// another process touches before it has come does no harm to the VM, see others.go. The caller closes it, as UFFD.
+	// nil: the memory is private, or the file is not known.
 	File       *os.File
 	FileOffset int64
-	// First says that the sweep is to bring it before all blocks that are not First: the source may lose it soonest.
+	// Private says that nobody but the process has the memory. A poisoned page is then lost to all: no other process reads
+	// it in another way and takes it for zeros.
+	Private bool
+	// First says that the sweep is to bring this block before all blocks that are not First, because the source may lose
+	// it soonest.
 	First bool
 }
 
@@ -40,36 +44,42 @@ type Options struct {
 	Blocks []Block
 	// Workers is how many fault workers, and so how many demand lanes, there are. 0: 2.
 	Workers int
-	// Discards says that the VM has a device that gives memory back while it runs (virtio-balloon, free
-	// page reporting, virtio-mem). It makes discards exact and each read of messages wait for the copies
-	// that are under way; see the package comment.
-	Discards bool
-	// State is where the states of all pages are kept: StateSize bytes, aligned to 8, that the caller leaves alone
-	// until Run has succeeded. Zeros: everything is missing. Memory that outlives the process (a mapped file on tmpfs)
-	// makes another Engine, of a later process, go on where this one ended, however that was. nil: memory of the
+	// State is where the states of all pages are kept: StateSize bytes, aligned to 8, that the caller leaves alone until
+	// Run has succeeded. Zeros: everything is missing. If the memory outlives the process (a mapped file on tmpfs),
+	// another Engine, of a later process, goes on where this one ended, no matter how it ended. nil: memory of the
 	// engine's own.
 	State []byte
-	// Copies is where the kernel answers the engine's copies: CopiesSize bytes at least, aligned to 8. It goes with State,
-	// and says of pages that were being installed when a process ended whether they are there. nil: memory of the engine's own.
+	// Copies is where the kernel answers the engine's copies: CopiesSize bytes at least, aligned to 8. It goes with
+	// State, and says of pages that were being installed when a process ended whether they are there. nil: memory of
+	// the engine's own.
 	Copies []byte
-	// Pagemap is the process', for as long as UFFD; without it no Block's File is of use.
-	Pagemap *pagemap.Map
-	// LoadAhead is what a fault asks for, in bytes, before StartSweep: what loading all of the device state touches lies
-	// together (option ROMs, on a PC), and the VM stands still for each of these faults. 0: its page alone.
+	// Pagemap is the pagemap of the process. It must stay open as long as UFFD. Without it no Block's File is of use.
+	Pagemap *uffd.Pagemap
+	// LoadAhead is how much a fault asks for, in bytes, before StartSweep. The memory that loading the device state
+	// touches lies together (option ROMs, on a PC), and the VM stands still for each of these faults. 0: a fault asks for
+	// its page alone.
 	LoadAhead uint64
+	// Sleeps is told how many threads more, or fewer (negative), sleep in system calls of this engine. Where there are too
+	// few processors (runtime.GOMAXPROCS), Go's runtime takes the processor away from a goroutine in a system call, and
+	// waking it takes longer then. The program decides whether there are to be more. nil: nobody is told.
+	Sleeps func(threads int)
 	// Bandwidth is the limit that SetBandwidth changes, in bytes a second. 0: none.
 	Bandwidth uint64
 }
 
-// CopiesSize is how many bytes Options.Copies has for so many workers. More may be given, and must be where an earlier engine
-// had more workers.
-func CopiesSize(workers int) int { return (workers + 1) * uffd.CopyRecordSize }
+// CopiesSize is how many bytes Options.Copies has for so many workers and all bulk lanes. More may be given, and more
+// must be given where an earlier engine had more workers. With less there are fewer bulk lanes; the least is one record
+// more than there are workers.
+func CopiesSize(workers int) int { return (workers + mostBulkLanes) * uffd.CopyRecordSize }
 
-// StateSize is how many bytes Options.State has for these blocks: half a byte a page.
+// StateSize is how many bytes Options.State has for these blocks: half a byte a page. Blocks that New refuses have
+// none.
 func StateSize(blocks []Block) int {
 	words := uint64(0)
 	for _, b := range blocks {
-		words += wordsFor(b.Size / unit(b.PageSize))
+		if b.PageSize > 0 {
+			words += wordsFor(b.Size / unit(b.PageSize))
+		}
 	}
 	return int(words * wordSize)
 }
@@ -82,8 +92,10 @@ type block struct {
 	pages    uint64
 	shift    int  // log2 of a page's size: of PageSize, or of a part of it
 	zeropage bool // UFFDIO_ZEROPAGE works; hugetlbfs has none
+	poison   bool // UFFDIO_POISON works, and is enough
 	minor    bool // registered for minor faults, see others.go
 
+	heat     heat       // what threads waited for
 	gigantic []gigantic // one for each of the kernel's pages, where those cross the network in parts; else nil
 }
 
@@ -95,8 +107,8 @@ func (b *block) page(p uint64) uffd.Range {
 }
 func (b *block) unit() uint64 { return 1 << b.shift }
 
-// unit is what one state is about, of memory in pages of that size: a page, or the part of a gigantic one that crosses
-// the network at a time.
+// unit is the size of the memory that one state describes, for pages of that size: a page, or the part of a gigantic
+// page that crosses the network at a time.
 func unit(pageSize uint64) uint64 { return min(pageSize, partSize) }
 
 // Engine fills the memory of one destination process. Its methods may be called from any goroutine.
@@ -104,30 +116,33 @@ type Engine struct {
 	blocks  []block
 	uffds   []*uffd.UFFD // each once
 	workers int
-	gate    gate
 
 	pages     *pages
-	pagemap   *pagemap.Map      // Options.Pagemap
-	copies    []uffd.CopyRecord // of each worker's lane, then the bulk lane's
+	pagemap   *uffd.Pagemap     // Options.Pagemap
+	copies    []uffd.CopyRecord // of each worker's lane, then of each bulk lane
 	pending   pending
 	fastest   fastest // answer to a fault that was the first to ask
 	latency   histogram
 	counters  counters
 	predictor predictor
 	budget    *budget
+	later     later
 	epoch     time.Time // pending's times count from here
 	hints     hints
 
 	started  atomic.Bool
-	sweeping chan struct{}  // closed by StartSweep
-	foreseen chan []Stretch // from Foresee
+	sweeping chan struct{} // closed by StartSweep
+	foreseen chan []Range  // from Foresee
 	running  atomic.Bool
 	done     chan struct{} // closed when Run has succeeded
 
-	ahead uint64 // Options.LoadAhead
+	ahead  uint64    // Options.LoadAhead
+	sleeps func(int) // Options.Sleeps, or a function that does nothing
 
 	// park is nil except in tests, which stop a goroutine at the point that is named.
 	park func(point string, page uint64)
+	// bulkLanes is 0 except in tests, which say how many lanes the sweep has, from its beginning and at most 8.
+	bulkLanes int
 }
 
 // New makes the handshake on each descriptor, unless it was made before, and registers the blocks for
@@ -140,12 +155,15 @@ func New(o Options) (*Engine, error) {
 		return nil, errors.New("post-copy: the VM has no RAM block")
 	}
 	e := &Engine{
-		workers: o.Workers, gate: gate{on: o.Discards}, epoch: time.Now(), budget: newBudget(o.Bandwidth),
-		sweeping: make(chan struct{}), foreseen: make(chan []Stretch, 1), done: make(chan struct{}),
+		workers: o.Workers, epoch: time.Now(), budget: newBudget(o.Bandwidth),
+		sweeping: make(chan struct{}), foreseen: make(chan []Range, 1), done: make(chan struct{}),
 		ahead: o.LoadAhead, pagemap: o.Pagemap,
 	}
 	if e.workers <= 0 {
 		e.workers = defaultWorkers
+	}
+	if e.sleeps = o.Sleeps; e.sleeps == nil {
+		e.sleeps = func(int) {}
 	}
 	counts := make([]uint64, len(o.Blocks))
 	for i, b := range o.Blocks {
@@ -169,6 +187,9 @@ func New(o Options) (*Engine, error) {
 		}
 		e.blocks = append(e.blocks, nb)
 	}
+	for i, h := range heatOf(e.blocks) {
+		e.blocks[i].heat = h
+	}
 	return e, e.takeUpCopies(o.Copies)
 }
 
@@ -185,15 +206,15 @@ func check(b Block) error {
 }
 
 // The events that must not be missed: without them the process would go on at once, and pages in flight would land in
-// memory that means something else by now. See fault.go for what is done about each. And the thread that faults, for
-// predict.go.
+// memory that means something else by now. fault.go has what is done about each of them. predict.go needs the id of the
+// thread that faults.
 const features = uffd.FeatureEventRemove | uffd.FeatureEventUnmap | uffd.FeatureEventRemap | uffd.FeatureThreadID
 
 // register makes sure that faults in b become messages.
 func (e *Engine) register(b *block) error {
 	if e.index(b.UFFD) < 0 {
 		_, _, err := b.UFFD.API(features | uffd.FeatureEventFork)
-		// No CAP_SYS_PTRACE, or UFFD_SECURE. QEMU's RAM is not inherited anyway: MADV_DONTFORK.
+		// There is no CAP_SYS_PTRACE, or the descriptor is UFFD_SECURE. QEMU's RAM is not inherited anyway: MADV_DONTFORK.
 		if errors.Is(err, uffd.ErrPermission) || errors.Is(err, uffd.ErrForkRefused) {
 			_, _, err = b.UFFD.API(features)
 		}
@@ -216,6 +237,7 @@ func (e *Engine) register(b *block) error {
 		return err
 	}
 	b.zeropage = uffd.CanZeropage(ioctls)
+	b.poison = b.Private && b.gigantic == nil && uffd.CanPoison(ioctls)
 	return nil
 }
 
@@ -228,6 +250,32 @@ func (e *Engine) index(u *uffd.UFFD) int {
 	return -1
 }
 
+// CanLose says whether the process can be told of pages that the source has lost: all of its memory is private, and the
+// kernel has UFFDIO_POISON (Linux 6.6). The lanes that are given to Run may ask for them then (pagewire.LostKey).
+func (e *Engine) CanLose() bool {
+	return !slices.ContainsFunc(e.blocks, func(b block) bool { return !b.poison })
+}
+
+// Lost are the pages that the source has lost, at most so many ranges of them.
+func (e *Engine) Lost(most int) (all []Range) {
+	if e.pages.lost.Load() == 0 {
+		return nil
+	}
+	for p := range e.pages.each(lost) {
+		b := e.holder(p)
+		at := (p - b.first) << b.shift
+		if n := len(all); n > 0 && all[n-1].Block == b.index && all[n-1].Offset+all[n-1].Bytes == at {
+			all[n-1].Bytes += b.unit()
+			continue
+		}
+		if len(all) == most {
+			break
+		}
+		all = append(all, Range{Block: b.index, Offset: at, Bytes: b.unit()})
+	}
+	return all
+}
+
 // StartSweep lets the background sweep begin, in this Run or the next. Call it when the VM runs here: before that
 // the sweep would only compete with the device state for the network.
 func (e *Engine) StartSweep() {
@@ -236,25 +284,25 @@ func (e *Engine) StartSweep() {
 	}
 }
 
-// A Stretch is memory of the block with that index: so many bytes from Offset on.
-type Stretch struct {
+// A Range is memory of the block with that index: so many bytes from Offset on.
+type Range struct {
 	Block         int
 	Offset, Bytes uint64
 }
 
-// Foresee says that loading the device state will touch these stretches, so that Run asks for them before a thread waits
-// there. Call it once, before QEMU loads, with the stretches in the order in which that will touch them; the source answers
-// as soon as it has stopped the VM. What is beyond a block, or beyond foreseenMost stretches, is left to faults.
-func (e *Engine) Foresee(all []Stretch) {
+// Foresee says that loading the device state will touch these ranges, so that Run asks for them before a thread waits
+// there. Call it once, before QEMU loads, with the ranges in the order in which the loading will touch them. The source
+// answers as soon as it has stopped the VM. What is beyond a block, or beyond foreseenMost ranges, is left to faults.
+func (e *Engine) Foresee(all []Range) {
 	select {
 	case e.foreseen <- all[:min(len(all), foreseenMost)]:
 	default: // the first call's are not asked for yet: faults bring these
 	}
 }
 
-// SetBandwidth limits, from now on, what crosses the network of pages that no thread waits for: the sweep's and those that
-// faults foretell, in bytes a second, as packed as they come. Pages that a thread waits for are neither held up nor
-// counted, and nothing is held up before StartSweep. 0: no limit.
+// SetBandwidth limits, from now on, how much the pages that no thread waits for take of the network, in bytes a second,
+// as packed as they come. These are the pages of the sweep and those that faults foretell. Pages that a thread waits
+// for are neither held up nor counted, and nothing is held up before StartSweep. 0: no limit.
 func (e *Engine) SetBandwidth(bytesPerSecond uint64) { e.budget.set(bytesPerSecond) }
 
 // Done is closed when all memory is in and nothing is registered any more.
@@ -287,7 +335,7 @@ func (e *Engine) answered(p uint64) {
 	if when, trip, ok := e.pending.end(p); ok {
 		d := time.Duration(e.now() - when)
 		e.latency.add(d)
-		if trip { // what was on its way already comes at any time
+		if trip { // a page that was on its way already may come at any time
 			e.fastest.add(d)
 		}
 	}

@@ -9,14 +9,14 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// Why Run ended before the last page was in. In every case the missing pages stay missing and registered:
-// what needs one waits, nothing reads a zero in its place, and Run may be called again.
+// Why Run ended before the last page was in. In every case the missing pages stay missing and registered: a thread that
+// needs one waits, none reads a zero in its place, and Run may be called again.
 var (
 	// ErrLaneLost says that the connection to the source broke or was ended by it. It wraps the status
 	// that the lane gave. Call Run with new lanes.
 	ErrLaneLost = errors.New("a page lane to the source is lost")
-	// ErrProtocol says that the source sent what no source sends: pages that were not asked for, that lie outside of
-	// the RAM, or that are no whole pages. It is broken, hostile or of another version.
+	// ErrProtocol says that the source sent what no source should send: pages that were not asked for, that lie outside of
+	// the RAM, or that are not whole. The source is broken, hostile or of another version.
 	ErrProtocol = errors.New("the source broke the page protocol")
 	// ErrProcessGone says that the process whose memory is filled has exited.
 	ErrProcessGone = errors.New("the destination VM's process is gone")
@@ -29,19 +29,21 @@ var (
 	ErrMoved = errors.New("the destination VM's process moved its RAM: it can not be completed, end it")
 	// ErrForeignFault says that a descriptor reports faults of memory that is in no block: the thread would wait for ever.
 	ErrForeignFault = errors.New("fault outside of all RAM blocks: give all memory that is registered with the descriptor")
-	// ErrState says that Options.State is no table of these blocks: of another VM or version, or damaged.
+	// ErrState says that Options.State is not a table of these blocks: it is of another VM or version, or damaged.
 	ErrState = errors.New("the kept page states are not those of this VM's RAM blocks")
 	// ErrRunning says that Run is already under way.
 	ErrRunning = errors.New("the post-copy engine runs already")
 )
 
-// ForkError says that the process forked with RAM that its child would share, incomplete. QEMU's RAM is
-// MADV_DONTFORK, so it is another program, or another QEMU.
+// ForkError says that the process forked, and that its child would share RAM that is incomplete. QEMU's RAM is
+// MADV_DONTFORK, so the process is another program, or another QEMU.
 type ForkError struct {
 	// Child is the userfaultfd of the child's memory. While it is open the child waits where it needs a
 	// missing page; if it closes, the child reads zeros there, and the kernel puts these into the
 	// shared RAM. So end the child, then close it.
 	Child *uffd.UFFD
+	// More are the userfaultfds of its other children. The same is true of each of them.
+	More []*uffd.UFFD
 }
 
 func (e *ForkError) Error() string {

@@ -6,17 +6,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"sync"
 	"testing"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// resume runs again over new lanes to a sound source of that many pages, until the end, and compares all memory.
+// resume calls Run again, with new lanes to a source of so many pages that works, waits until it ends, and compares all
+// memory.
 func (g *target) resume(pages uint64) {
 	g.t.Helper()
 	g.park = nil
@@ -26,7 +29,7 @@ func (g *target) resume(pages uint64) {
 	g.verify()
 }
 
-// TestLaneLost cuts a lane while pages are in every state, and goes on over new lanes.
+// TestLaneLost: a lane is cut while there are pages in every state. Run continues with new lanes.
 func TestLaneLost(t *testing.T) {
 	const pages = 600
 	for _, cut := range []string{"demand", "bulk", "both"} {
@@ -42,17 +45,17 @@ func TestLaneLost(t *testing.T) {
 			}
 			g.StartSweep()
 			result := run()
-			bulk.send(t, pageSize, func() pagewire.Run { // present and zero
+			bulk.send(t, pageSize, func() pagewire.Run { // makes pages present and zero
 				bulk.asked(t)
 				return pagesOf(0, 1)
 			}(), zerosOf(3, 1))
 			until(t, "two pages", func() bool { return g.Stats().PagesPresent == 2 })
-			wait := []uffdtest.Pending{g.read(0, 5, 0), g.read(0, 1, 0), g.read(0, 590, 0)} // demanded
+			wait := []uffdtest.Pending{g.read(0, 5, 0), g.read(0, 1, 0), g.read(0, 590, 0)} // makes pages demanded
 			for range wait {
 				demand.asked(t)
 			}
-			expect(t, g.read(0, 3, 0), 0)         // zero, then zeroing, then present
-			bulk.send(t, pageSize, pagesOf(1, 2)) // installing
+			expect(t, g.read(0, 3, 0), 0)         // this page was zero, then zeroing, and is present
+			bulk.send(t, pageSize, pagesOf(1, 2)) // makes pages installing
 			park.await()
 			thread := g.read(0, 2, 0)
 			if cut != "bulk" {
@@ -61,7 +64,7 @@ func TestLaneLost(t *testing.T) {
 			if cut != "demand" {
 				bulk.end <- nil
 			}
-			if cut == "demand" { // page 1 is still installing when the session ends
+			if cut == "demand" { // page 1 is still being installed when the session ends
 				await(t, "end of the session", ending)
 			}
 			park.unpark()
@@ -80,10 +83,8 @@ func TestLaneLost(t *testing.T) {
 					t.Fatalf("page %d is in state %d", p, s)
 				}
 			}
-			for _, w := range []uffdtest.Pending{wait[0], wait[2]} {
-				if !w.Waiting() {
-					t.Error("a thread went on without its page")
-				}
+			for _, w := range []uffdtest.Pending{wait[0], wait[2]} { // these have not continued without their pages
+				w.WaitWaiting()
 			}
 			g.resume(pages)
 			expect(t, wait[0], word(0, 5, 0))
@@ -94,88 +95,7 @@ func TestLaneLost(t *testing.T) {
 	}
 }
 
-// TestHostileSource: whatever a source sends, nothing is installed that was not asked for, Run says why it ended, and
-// the memory is as it was.
-func TestHostileSource(t *testing.T) {
-	const pages = 32
-	for name, reply := range map[string]pagewire.Reply{
-		"unasked page":      {Runs: []pagewire.Run{pagesOf(9, 1)}},
-		"unasked zeros":     {Runs: []pagewire.Run{zerosOf(9, 1)}},
-		"after asked page":  {Runs: []pagewire.Run{pagesOf(5, 2)}},
-		"asked page twice":  {Runs: []pagewire.Run{pagesOf(5, 1), pagesOf(5, 1)}},
-		"zeros twice":       {Runs: []pagewire.Run{zerosOf(5, 1), zerosOf(5, 1)}},
-		"another block":     {Runs: []pagewire.Run{{Block: 1, Offset: 5 * pageSize, Length: pageSize}}},
-		"beyond the end":    {Runs: []pagewire.Run{pagesOf(pages, 1)}},
-		"across the end":    {Runs: []pagewire.Run{zerosOf(pages-1, 2)}},
-		"far beyond":        {Runs: []pagewire.Run{{Offset: 1<<64 - 2*pageSize, Length: pageSize}}},
-		"misaligned":        {Runs: []pagewire.Run{{Offset: 5*pageSize + 512, Length: pageSize}}},
-		"half a page":       {Runs: []pagewire.Run{{Offset: 5 * pageSize, Length: pageSize / 2}}},
-		"huge run of zeros": {Runs: []pagewire.Run{{Length: 1<<32 - pageSize, Zero: true}}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			g, demand, _, run := start(t, pages, Options{})
-			result := run()
-			thread := g.read(0, 5, 0)
-			demand.asked(t)
-			for _, r := range reply.Runs {
-				if !r.Zero {
-					reply.Data = append(reply.Data, make([]byte, r.Length)...)
-				}
-			}
-			// What is asked for may be installed before the error is found: give the right bytes.
-			if r := reply.Runs[0]; r == pagesOf(5, 1) || r == pagesOf(5, 2) {
-				fill(reply.Data[:pageSize], 0, 5)
-			}
-			if err := demand.stream.SendMsg(&reply); err != nil {
-				t.Fatal(err)
-			}
-			if err := await(t, "end of Run", result); !errors.Is(err, ErrProtocol) {
-				t.Fatalf("Run: %v, want ErrProtocol", err)
-			}
-			if name == "zeros twice" {
-				expect(t, thread, 0) // the source may say so of a page that was asked for
-				return
-			}
-			g.resume(pages)
-			expect(t, thread, word(0, 5, 0))
-		})
-	}
-}
-
-// TestSweepCheated: the source answers all the bytes that the sweep asked for, but not all pages.
-func TestSweepCheated(t *testing.T) {
-	g, _, bulk, run := start(t, 8, Options{})
-	g.StartSweep()
-	result := run()
-	bulk.asked(t)
-	bulk.send(t, pageSize, pagesOf(0, 2))
-	bulk.send(t, pageSize, pagesOf(0, 2), pagesOf(4, 4))
-	if err := await(t, "end of Run", result); !errors.Is(err, ErrProtocol) {
-		t.Fatalf("Run: %v, want ErrProtocol", err)
-	}
-	if s := g.Stats(); s.PagesPresent != 6 {
-		t.Errorf("%d pages present, want 6", s.PagesPresent)
-	}
-}
-
-// TestMalformedReply: bytes that are no message at all are the source's fault too, not the network's.
-func TestMalformedReply(t *testing.T) {
-	g, demand, _, run := start(t, 8, Options{})
-	result := run()
-	thread := g.read(0, 5, 0)
-	demand.asked(t)
-	// A run without a byte.
-	if err := demand.stream.SendMsg(&pagewire.Reply{Runs: []pagewire.Run{{Offset: 5 * pageSize, Zero: true}}}); err != nil {
-		t.Fatal(err)
-	}
-	if err := await(t, "end of Run", result); !errors.Is(err, ErrProtocol) {
-		t.Fatalf("Run: %v, want ErrProtocol", err)
-	}
-	g.resume(8)
-	expect(t, thread, word(0, 5, 0))
-}
-
-// TestCancel: Run ends with its context, all stays registered, and a silent source cannot keep it.
+// TestCancel: Run returns when its context ends, although the source is silent. The memory stays registered.
 func TestCancel(t *testing.T) {
 	g, demand, _, run := startSilent(t, 8, Options{})
 	ctx, cancel := context.WithCancelCause(context.Background())
@@ -194,66 +114,7 @@ func TestCancel(t *testing.T) {
 	expect(t, thread, word(0, 5, 0))
 }
 
-// TestAdopt: another engine goes on with a descriptor whose messages were read by the first one, as a daemon does that
-// was started again.
-func TestAdopt(t *testing.T) {
-	g, demand, _, run := startSilent(t, 8, Options{})
-	ctx, cancel := context.WithCancel(context.Background())
-	result := run(ctx)
-	thread := g.read(0, 5, 0)
-	demand.asked(t)
-	cancel()
-	if err := await(t, "end of Run", result); !errors.Is(err, context.Canceled) {
-		t.Fatalf("Run: %v, want that it was cancelled", err)
-	}
-	second, err := New(Options{Blocks: []Block{g.blocks[0].Block}, Workers: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	g.Engine = second
-	again := g.run(context.Background(), dial(t, realSource(t, layout{{kind: uffdtest.Shmem, pages: 8}}), 1))
-	expect(t, thread, word(0, 5, 0)) // without the sweep: its fault was read again
-	g.StartSweep()
-	mustEnd(t, again)
-	g.verify()
-}
-
-// TestTakeUp: with the page states of the first engine, the second asks for nothing that is there already, the pages
-// that were known to be zero included.
-func TestTakeUp(t *testing.T) {
-	state := stateMemory([]uint64{8})
-	g, demand, bulk, run := startSilent(t, 8, Options{State: state})
-	ctx, cancel := context.WithCancel(context.Background())
-	g.StartSweep()
-	result := run(ctx)
-	bulk.asked(t)
-	bulk.sendPages(t, 0, 4) // page 3 is zero
-	thread := g.read(0, 5, 0)
-	demand.asked(t)
-	until(t, "present", func() bool { return g.Stats().PagesPresent == 4 })
-	cancel()
-	if err := await(t, "end of Run", result); !errors.Is(err, context.Canceled) {
-		t.Fatalf("Run: %v, want that it was cancelled", err)
-	}
-	second, err := New(Options{Blocks: []Block{g.blocks[0].Block}, Workers: 1, State: state})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if s := second.Stats(); s.PagesPresent != 4 || s.PagesZero != 1 {
-		t.Errorf("taken up: %+v", s)
-	}
-	g.Engine = second
-	again := g.run(context.Background(), dial(t, realSource(t, layout{{kind: uffdtest.Shmem, pages: 8}}), 1))
-	expect(t, thread, word(0, 5, 0))
-	g.StartSweep()
-	mustEnd(t, again)
-	if s := second.Stats(); s.PageBytes != 4*pageSize || s.PagesPresent != 8 {
-		t.Errorf("at the end: %+v", s)
-	}
-	g.verify()
-}
-
-// TestSilentSourceAtTheEnd: a source that does not end its lanes cannot keep Run from ending well.
+// TestSilentSourceAtTheEnd: Run returns nil although the source does not end its lanes.
 func TestSilentSourceAtTheEnd(t *testing.T) {
 	g, _, bulk, run := startSilent(t, 8, Options{})
 	g.StartSweep()
@@ -264,8 +125,10 @@ func TestSilentSourceAtTheEnd(t *testing.T) {
 	g.verify()
 }
 
-// startSilent is start with a source that leaves its lanes open for ever.
-func startSilent(t *testing.T, pages uint64, o Options) (g *target, demand, bulk *scriptedLane, run func(context.Context) <-chan error) {
+// startSilent is start with a source that never ends its lanes.
+func startSilent(
+	t *testing.T, pages uint64, o Options,
+) (g *target, demand, bulk *scriptedLane, run func(context.Context) <-chan error) {
 	t.Helper()
 	o.Workers = 1
 	g = newTarget(t, layout{{kind: uffdtest.Shmem, pages: pages}}, o)
@@ -289,7 +152,7 @@ func TestProcessGone(t *testing.T) {
 	}
 }
 
-// TestRangeGone: without an event (somebody unregistered the range) it is an error, after a while.
+// TestRangeGone: if somebody unregisters the memory, of which no event tells, Run returns an error after a while.
 func TestRangeGone(t *testing.T) {
 	g, demand, _, run := start(t, 8, Options{})
 	result := run()
@@ -329,12 +192,12 @@ func TestMove(t *testing.T) {
 	if err := await(t, "end of Run", result); !errors.Is(err, ErrMoved) {
 		t.Fatalf("Run: %v, want ErrMoved", err)
 	}
-	uffdtest.EventsUntil(t, g.uffd, mover) // it goes on with unmapping, an event that nobody reads after Run
+	uffdtest.EventsUntil(t, g.uffd, mover) // the thread continues with munmap(2), whose event must be read after Run
 	mover.Join()
 }
 
-// TestExplain: what the kernel says about a page, and what it means to a caller. (Memory limits of a
-// tmpfs or a cgroup cannot be had in every place where tests run.)
+// TestExplain: errors of the kernel become those of this package. Limits of a tmpfs or a cgroup cannot be set
+// everywhere where tests run, so the errors are made by hand.
 func TestExplain(t *testing.T) {
 	b := &block{Block: Block{ID: "ram"}}
 	for said, want := range map[error]error{
@@ -372,18 +235,69 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
-// TestRunMisuse: the wrong number of lanes, and a second Run at a time.
+// TestRunMisuse: Run refuses a wrong number of lanes, and a second call at a time.
 func TestRunMisuse(t *testing.T) {
 	g, _, bulk, run := start(t, 8, Options{})
-	if err := g.Run(context.Background(), nil, nil); err == nil {
+	if err := g.Run(context.Background(), nil, nil, nil); err == nil {
 		t.Error("ran without lanes")
 	}
 	g.StartSweep()
 	result := run()
 	bulk.asked(t)
-	if err := g.Run(context.Background(), nil, nil); !errors.Is(err, ErrRunning) {
+	if err := g.Run(context.Background(), nil, nil, nil); !errors.Is(err, ErrRunning) {
 		t.Errorf("a second Run: %v, want ErrRunning", err)
 	}
 	bulk.sendPages(t, 0, 8)
 	mustEnd(t, result)
+}
+
+// stuck is a lane whose Send waits until Abort.
+type stuck struct {
+	Lane
+	sends, aborted chan struct{}
+	once           sync.Once
+}
+
+func (l *stuck) Send(*pagewire.Request) error {
+	close(l.sends)
+	<-l.aborted
+	return io.EOF
+}
+
+func (l *stuck) CloseSend() error { return nil }
+
+func (l *stuck) Abort() {
+	l.once.Do(func() { close(l.aborted) })
+	l.Lane.Abort()
+}
+
+// TestSenderIsReleased: a worker in Send does not delay the end of the session.
+func TestSenderIsReleased(t *testing.T) {
+	const pages = 64
+	g := newTarget(t, layout{{kind: uffdtest.Shmem, pages: pages}}, Options{Workers: 1})
+	l, theirs := scripted(t, 1)
+	lane := &stuck{Lane: l.demand[0], sends: make(chan struct{}), aborted: make(chan struct{})}
+	l.demand[0] = lane
+	g.StartSweep()
+	result := g.run(context.Background(), l)
+	thread := g.read(0, 5, 0)
+	await(t, "request", lane.sends)
+	theirs[1].end <- status.Error(codes.Unavailable, "cut")
+	if err := await(t, "end of Run", result); !errors.Is(err, ErrLaneLost) {
+		t.Fatalf("Run: %v, want ErrLaneLost", err)
+	}
+	g.resume(pages)
+	expect(t, thread, word(0, 5, 0))
+}
+
+// TestForks: if a process forks twice before the first event is handled, the error has both children. A child whose
+// descriptor were lost would wait for ever. Other errors are reported beside them.
+func TestForks(t *testing.T) {
+	first, second := uffd.FromFD(-1), uffd.FromFD(-1)
+	err := joined(joined(joined(nil, ErrForeignFault), &ForkError{Child: first}), &ForkError{Child: second})
+	var fork *ForkError
+	if !errors.As(err, &fork) || fork.Child != first || len(fork.More) != 1 || fork.More[0] != second ||
+		!errors.Is(err, ErrForeignFault) {
+		t.Errorf("%v: %+v", err, fork)
+	}
 }

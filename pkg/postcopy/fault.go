@@ -10,8 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
-	"github.com/migrated-vm/migrated/internal/processors"
+	"github.com/migrated-vm/migrated/pkg/internal/schedule"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -22,12 +22,12 @@ type worker struct {
 	poller  *poller
 	events  *uffd.EventBuffer
 	request pagewire.Request
-	bytes   uint64  // asked for by request
-	guesses []hunch // of this batch
+	bytes   uint64       // asked for by request
+	guesses []prediction // of this batch
 }
 
-// hunch is a guess, the block that it is about, and the thread.
-type hunch struct {
+// prediction is what a thread is expected to fault on next, in a block.
+type prediction struct {
 	block  *block
 	thread uint32
 	guess  guess
@@ -41,7 +41,7 @@ func newWorker(s *session, l *lane) (*worker, error) {
 	return &worker{
 		s: s, lane: l, poller: p, events: uffd.NewEventBuffer(eventBatch),
 		request: pagewire.Request{Ranges: make([]pagewire.Range, 0, pagewire.MaxRanges)},
-		guesses: make([]hunch, 0, eventBatch),
+		guesses: make([]prediction, 0, eventBatch),
 	}, nil
 }
 
@@ -67,16 +67,16 @@ func (w *worker) run() error {
 // poller waits for messages of several userfaultfds. Its worker sleeps in epoll_wait(2) itself: Go's poller would wake
 // more threads than there is work for (docs/fault-budget.md). EPOLLEXCLUSIVE makes a message wake one worker.
 type poller struct {
-	epoll, bell int
-	sleeper     processors.Sleeper
+	epoll, wake int
+	sleeper     schedule.Sleeper
 	ready       [pollBatch]unix.EpollEvent
 }
 
-const bell = -1 // in place of an index
+// wakeIndex is the epoll data of the eventfd that stops the poller, in place of the index of a userfaultfd.
+const wakeIndex = -1
 
 func newPoller(uffds []*uffd.UFFD) (_ *poller, err error) {
-	p := &poller{epoll: -1, bell: -1}
-	processors.Add(1)
+	p := &poller{epoll: -1, wake: -1}
 	defer func() {
 		if err != nil {
 			p.close()
@@ -85,13 +85,15 @@ func newPoller(uffds []*uffd.UFFD) (_ *poller, err error) {
 	if p.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("epoll_create1: %w", err)
 	}
-	if p.bell, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+	if p.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	err = unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, p.bell, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: bell})
+	err = unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, p.wake, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: wakeIndex})
 	for i, u := range uffds {
 		if err == nil {
-			err = unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, u.FD(), &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: int32(i)})
+			err = unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, u.FD(), &unix.EpollEvent{
+				Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: int32(i),
+			})
 		}
 	}
 	if err != nil {
@@ -112,7 +114,7 @@ func (p *poller) wait() ([]unix.EpollEvent, error) {
 			return nil, fmt.Errorf("epoll_wait: %w", err)
 		}
 		for _, r := range p.ready[:n] {
-			if r.Fd == bell {
+			if r.Fd == wakeIndex {
 				return nil, nil
 			}
 		}
@@ -121,12 +123,11 @@ func (p *poller) wait() ([]unix.EpollEvent, error) {
 }
 
 // stop makes this and every later wait return nothing.
-func (p *poller) stop() { _, _ = unix.Write(p.bell, []byte{1, 0, 0, 0, 0, 0, 0, 0}) }
+func (p *poller) stop() { _, _ = unix.Write(p.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0}) }
 
 // close is for when nobody waits any more.
 func (p *poller) close() {
-	processors.Add(-1)
-	for _, fd := range []int{p.epoll, p.bell} {
+	for _, fd := range []int{p.epoll, p.wake} {
 		if fd >= 0 {
 			_ = unix.Close(fd)
 		}
@@ -136,17 +137,17 @@ func (p *poller) close() {
 // batch is step 1: it takes what one read(2) gives and deals with it.
 func (w *worker) batch(u *uffd.UFFD) error {
 	e := w.s.e
-	e.gate.shut()
 	n, err := u.Read(w.events)
 	e.at("read", 0)
-	for i := range n { // before any fault, and before a copy can go on
-		if ev := w.events.At(i); ev.Kind == uffd.EventRemove {
+	for i := range n { // before any fault, and soon: see discard.go
+		if ev := w.events.At(i); ev.Kind == uffd.EventRemap {
+			w.s.end(moved(ev)) // first: what it leaves behind may look like the end of everything
+		} else if ev.Kind == uffd.EventRemove {
 			e.discard(u, ev.Remove.Start, ev.Remove.End)
 		} else if ev.Kind == uffd.EventUnmap {
 			e.discard(u, ev.Unmap.Start, ev.Unmap.End)
 		}
 	}
-	e.gate.open()
 	if errors.Is(err, uffd.ErrWouldBlock) { // another worker was faster
 		return nil
 	}
@@ -155,14 +156,33 @@ func (w *worker) batch(u *uffd.UFFD) error {
 	}
 	now := e.now()
 	for i := range n {
-		if handleErr := w.handle(u, w.events.At(i), now); handleErr != nil && err == nil {
-			err = handleErr // the rest of the batch must not be forgotten
-		}
+		err = joined(err, w.handle(u, w.events.At(i), now)) // the rest of the batch must not be forgotten
 	}
 	if err := errors.Join(err, w.send()); err != nil {
 		return err
 	}
 	return w.follow()
+}
+
+// joined returns both errors as one.
+func joined(err, next error) error {
+	switch {
+	case next == nil:
+		return err
+	case err == nil:
+		return next
+	}
+	return bothOf(err, next)
+}
+
+// bothOf joins two errors. Two ForkErrors become one with the children of both.
+func bothOf(err, next error) error {
+	var first, fork *ForkError // allocated: not in the way of a fault
+	if errors.As(next, &fork) && errors.As(err, &first) {
+		first.More = append(first.More, fork.Child)
+		return err
+	}
+	return errors.Join(err, next)
 }
 
 // handle deals with one message.
@@ -173,16 +193,20 @@ func (w *worker) handle(u *uffd.UFFD, ev uffd.Event, now int64) error {
 	case uffd.EventRemove:
 		return w.s.e.wake(u, ev.Remove.Start, ev.Remove.End)
 	case uffd.EventUnmap:
-		return nil // who waited there gets SIGSEGV: the kernel woke it
+		return nil // the kernel woke the threads that waited there: they get SIGSEGV
 	case uffd.EventFork:
 		return &ForkError{Child: uffd.FromFD(ev.Fork.FD)}
 	case uffd.EventRemap:
-		return fmt.Errorf("%w: %d bytes from %#x to %#x", ErrMoved, ev.Remap.Len, ev.Remap.From, ev.Remap.To)
+		return moved(ev)
 	}
 	return fmt.Errorf("message of unknown kind %v from the userfaultfd", ev.Kind)
 }
 
-// fault is step 2: it claims the page and, if it is this worker's to ask for, puts it into the request.
+func moved(ev uffd.Event) error {
+	return fmt.Errorf("%w: %d bytes from %#x to %#x", ErrMoved, ev.Remap.Len, ev.Remap.From, ev.Remap.To)
+}
+
+// fault is step 2: it claims the page and, if this worker has to ask for it, puts it into the request.
 func (w *worker) fault(u *uffd.UFFD, ev *uffd.Event, now int64) error {
 	e, addr, thread := w.s.e, ev.Pagefault.Addr, ev.Pagefault.ThreadID
 	b := e.find(u, addr)
@@ -201,15 +225,28 @@ func (w *worker) fault(u *uffd.UFFD, ev *uffd.Event, now int64) error {
 	case claimZero:
 		e.at("zero", p)
 		err := e.zero(b, p)
+		e.pending.end(p) // of a session that could not install it
 		e.latency.add(time.Duration(e.now() - now))
 		return err
+	case claimLost: // its message was read late, or it was discarded without an event: then it is lost again
+		if _, err := b.UFFD.Poison(b.page(p), 0); err != nil &&
+			!errors.Is(err, uffd.ErrExist) && !errors.Is(err, uffd.ErrAgain) {
+			return explain(b, b.addr(p), err)
+		}
+		return b.UFFD.Wake(b.page(p))
 	case claimPresent:
+		e.pending.end(p) // likewise
 		if ev.Pagefault.Flags&uffd.FaultMinor != 0 {
 			return e.remap(b, p)
 		}
 		return e.refill(b, p)
 	}
+	b.heat.add(p - b.first)
+	e.at("claimed", p)
 	e.pending.start(p, now, claim == claimRequest)
+	if !e.pages.isWaitedFor(p) { // the page has come meanwhile, and nobody else will end the time of this fault
+		e.pending.end(p)
+	}
 	if claim != claimWait {
 		if err := w.ask(b, p); err != nil {
 			return err
@@ -226,15 +263,15 @@ func (w *worker) fault(u *uffd.UFFD, ev *uffd.Event, now int64) error {
 		most = 0
 	}
 	if g := e.predictor.fault(thread, p, most); g.count > 0 {
-		w.guesses = append(w.guesses, hunch{b, thread, g})
+		w.guesses = append(w.guesses, prediction{b, thread, g})
 	} else if g.step == 0 || most == 0 {
-		e.hints.set(thread, p+1)
+		e.hints.faulted(thread, p)
 	}
 	return nil
 }
 
-// askAhead adds the missing pages behind page p, for as long as the sweep does not come for them: while the
-// device state is loaded.
+// askAhead adds the missing pages behind page p. It does so only while the device state is loaded: the sweep does not
+// come for them yet.
 func (w *worker) askAhead(b *block, p uint64) error {
 	for q := p + 1; q < min(p+w.s.e.ahead>>b.shift, b.end()); q++ {
 		if !w.s.e.pages.claimAhead(q) {
@@ -247,8 +284,8 @@ func (w *worker) askAhead(b *block, p uint64) error {
 	return nil
 }
 
-// follow asks for the pages that the threads of this batch will want next, in a message of its own: those that they
-// wait for must not wait for these.
+// follow asks for the pages that the threads of this batch will want next. It does so in a message of its own, so that
+// the pages that the threads wait for do not come later because of these.
 func (w *worker) follow() error {
 	for i := range w.guesses {
 		h := &w.guesses[i]
@@ -274,8 +311,8 @@ func (w *worker) follow() error {
 	return w.send()
 }
 
-// guessed counts pages that were asked for ahead. What they will take is spent now: an answer on a demand lane does not
-// say whether a thread waits for it.
+// guessed counts pages that were asked for ahead. Their cost is taken from the budget now, because an answer on a
+// demand lane does not say whether a thread waits for it.
 func (e *Engine) guessed(b *block, pages int64) {
 	e.counters.guessed.Add(uint64(pages))
 	e.budget.spend(int64(e.budget.weighs()*float64(pages<<b.shift)), e.now())
@@ -313,16 +350,16 @@ func (w *worker) send() error {
 
 // ask sends a request for so many bytes. Pages of a request that fails are asked for by the next Run.
 func (l *lane) ask(r *pagewire.Request, bytes uint64) error {
-	l.asked.Add(int64(bytes)) // first: the answer may be faster than SendMsg
-	err := l.stream.SendMsg(r)
+	l.asked.Add(int64(bytes)) // first: the answer may be faster than Send
+	err := l.stream.Send(r)
 	if err == nil || errors.Is(err, io.EOF) { // EOF: the lane is over, and its receiver learns why
 		return nil
 	}
 	return l.lost(err)
 }
 
-// covered calls f for each block of u with the whole pages of it that lie in [start, end). Addresses outside of
-// the blocks are none of ours.
+// covered calls f for each block of u with the whole pages of it that lie in [start, end). Addresses outside of the
+// blocks are passed over.
 func (e *Engine) covered(u *uffd.UFFD, start, end uint64, f func(b *block, p, n uint64)) {
 	for i := range e.blocks {
 		b := &e.blocks[i]
@@ -337,7 +374,7 @@ func (e *Engine) covered(u *uffd.UFFD, start, end uint64, f func(b *block, p, n 
 	}
 }
 
-// discard marks what the process gave up.
+// discard marks the pages that the process gave up.
 func (e *Engine) discard(u *uffd.UFFD, start, end uint64) {
 	e.covered(u, start, end, func(b *block, p, n uint64) {
 		e.pages.discard(p, n)
@@ -348,11 +385,11 @@ func (e *Engine) discard(u *uffd.UFFD, start, end uint64) {
 	})
 }
 
-// wake lets the threads that wait for a page in the range look again: what they wait for will not come any more.
+// wake lets the threads that wait for a page in the range look again, because their page will not come any more.
 func (e *Engine) wake(u *uffd.UFFD, start, end uint64) (err error) {
 	e.covered(u, start, end, func(b *block, p, n uint64) {
-		if wakeErr := u.Wake(uffd.Range{Start: b.addr(p), Len: n << b.shift}); wakeErr != nil && err == nil {
-			err = explain(b, b.addr(p), wakeErr)
+		if wakeErr := b.wake(p, n); err == nil {
+			err = wakeErr
 		}
 	})
 	return err

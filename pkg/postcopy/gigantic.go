@@ -9,38 +9,38 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
 // The kernel installs a page of hugetlbfs whole, and one of 1 GiB is too large for a message. It crosses the network in
 // parts, each with a state of its own in the page table, and is put together in memory of ours:
 //
-//	missing ─► swept, demanded, ahead ─► installing (the part is in memory of ours) ─┐
-//	                                                                               ├─► all of them: UFFDIO_COPY ─► present
-//	missing ─► ... ─► zero (the process has given it up)  ─────────────────────────────┘
+//	missing ─► swept, demanded, ahead ─► installing (the part is in memory of ours) ──┐
+//	                                                                                  ├─► all: UFFDIO_COPY ─► present
+//	missing ─► ... ─► zero, revoked (the process has given it up) ────────────────────┘
 //
 // A thread that faults on such a page waits for all of its parts, which are asked for at once. A page of which all
-// parts are zero stays a hole until a thread waits for it. What was put together when a daemon ends is fetched again by
-// the next: that a part is installing means to that one that it is missing.
+// parts are zero stays a hole until a thread waits for it. When a daemon ends, the next one fetches again what was put
+// together: it takes a part that is installing for one that is missing.
 //
-// The lock of such a page is taken twice for each part of 2 MiB, never for another page.
+// The lock of such a page is taken twice for each part of 2 MiB. Other pages take no lock.
 type gigantic struct {
 	mu     sync.Mutex
 	memory []byte // of the page's size; nil: no part with anything in it has come
 	waited bool   // a thread waits for the page, or has
 }
 
-// partSize is that of a part, in bytes: what a message carries. Tests make it smaller.
+// partSize is the size of a part, in bytes: what a message carries. Tests make it smaller.
 var partSize uint64 = pagewire.MaxData
 
-// largestPage is that of the largest pages that x86-64 has, in bytes.
+// largestPage is the size of the largest pages that x86-64 has, in bytes.
 const largestPage = 1 << 30
 
-// parts is how many there are of a gigantic page.
+// parts is how many parts a gigantic page has.
 func (b *block) parts() uint64 { return b.PageSize >> b.shift }
 
-// whole returns the gigantic page that part p is of, and the number of its first part.
+// whole returns the gigantic page to which part p belongs, and the number of its first part.
 func (b *block) whole(p uint64) (*gigantic, uint64) {
 	i := (p - b.first) / b.parts()
 	return &b.gigantic[i], b.first + i*b.parts()
@@ -58,6 +58,7 @@ func (w *worker) faultGigantic(b *block, p uint64, now int64) error {
 	g.waited = true
 	g.mu.Unlock()
 	e.counters.faults[claimRequest].Add(1)
+	b.heat.add(p - b.first)
 	e.pending.start(p, now, true)
 	for q := first; q < first+b.parts(); q++ {
 		switch e.pages.claimFault(q) {
@@ -71,9 +72,13 @@ func (w *worker) faultGigantic(b *block, p uint64, now int64) error {
 	}
 	// The last part may have come before this.
 	err := e.assemble(w.lane.record, b, first)
+	if !e.pages.isWaitedFor(p) { // as in fault
+		e.pending.end(p)
+	}
 	if errors.Is(err, uffd.ErrAgain) {
-		// Nobody may wait here for the address space to settle, see zero: the thread looks again.
-		return b.UFFD.Wake(b.wholeRange(first))
+		// Nobody may wait here for the address space to settle, see zero.
+		e.later.wake(b.UFFD, b.wholeRange(first))
+		return nil
 	}
 	return err
 }
@@ -107,8 +112,8 @@ func (s *session) acceptParts(record *uffd.CopyRecord, b *block, p, n uint64, da
 	return nil
 }
 
-// resume goes on with gigantic pages of which an earlier session has brought all parts, and could not install them. One
-// that cannot be installed now either is fetched once more.
+// resume goes on with gigantic pages of which an earlier session has brought all parts but could not install them. If a
+// page cannot be installed now either, it is fetched once more.
 func (e *Engine) resume() error {
 	for i := range e.blocks {
 		b := &e.blocks[i]
@@ -127,8 +132,9 @@ func (e *Engine) resume() error {
 	return nil
 }
 
-// arrivePart claims a part that came, and puts it where its page is put together; nil: zeros. That is one step: another
-// lane, which has brought the rest of the page, takes a part that is installing for one that is there.
+// arrivePart claims a part that came, and puts it where its page is put together; a nil part is zeros. Both are one
+// step, because another lane that has brought the rest of the page takes a part that is installing for one that is
+// there.
 func (e *Engine) arrivePart(b *block, p uint64, part []byte) (claimed bool, err error) {
 	g, first := b.whole(p)
 	g.mu.Lock()
@@ -146,7 +152,7 @@ func (e *Engine) arrivePart(b *block, p uint64, part []byte) (claimed bool, err 
 	return true, nil
 }
 
-// put does the second half of it.
+// put does the second half of arrivePart.
 func (b *block) put(g *gigantic, first, p uint64, part []byte) (err error) {
 	if g.memory == nil && part == nil {
 		return nil
@@ -171,15 +177,13 @@ func (e *Engine) assemble(record *uffd.CopyRecord, b *block, first uint64) error
 	g, _ := b.whole(first)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	e.gate.enter()
-	defer e.gate.leave()
 	there := false
 	for q := first; q < first+b.parts(); q++ {
 		switch e.pages.get(q) {
 		case installing, zeroing:
 		case present:
 			there = true
-		case zero:
+		case zero, revoked:
 			if g.memory != nil {
 				clear(g.memory[(q-first)<<b.shift:][:b.unit()])
 			}
@@ -197,24 +201,27 @@ func (e *Engine) assemble(record *uffd.CopyRecord, b *block, first uint64) error
 	if err := e.installWhole(record, b, g, first, there); err != nil {
 		return err
 	}
-	e.pages.finish(first, b.parts())
+	again := e.pages.finish(first, b.parts())
 	e.pages.fillHoles(first, b.parts())
 	for q := range b.parts() {
 		e.answered(first + q)
 	}
 	g.waited = false
-	if g.memory == nil {
-		return nil
+	var err error
+	if again {
+		err = b.wake(first, b.parts())
 	}
-	memory := g.memory
-	g.memory = nil
-	return unix.Munmap(memory)
+	if g.memory != nil {
+		err = errors.Join(err, unix.Munmap(g.memory))
+		g.memory = nil
+	}
+	return err
 }
 
 // installWhole puts a page in, or zeros where nothing else has come. there: it has been there before.
 func (e *Engine) installWhole(record *uffd.CopyRecord, b *block, g *gigantic, first uint64, there bool) (err error) {
 	memory := g.memory
-	if memory == nil { // reading it makes no page
+	if memory == nil { // reading the zeros makes no page
 		const flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE
 		if memory, err = unix.Mmap(-1, 0, int(b.PageSize), unix.PROT_READ, flags); err != nil {
 			return fmt.Errorf("a page of %d zeros: %w: %w", b.PageSize, ErrNoMemory, err)

@@ -7,11 +7,11 @@ import (
 	"math/rand/v2"
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// inParts makes huge pages of 2 MiB come in parts, as those of 1 GiB do.
+// inParts has huge pages of 2 MiB come in parts, as those of 1 GiB do.
 func inParts(t *testing.T, size uint64) {
 	t.Helper()
 	before := partSize
@@ -24,10 +24,10 @@ func TestGiganticPages(t *testing.T) {
 	inParts(t, 256<<10)
 	l := layout{{kind: uffdtest.Shmem, pages: 300}, {kind: uffdtest.Hugetlb, pages: 12}}
 	for _, populated := range []bool{false, true} {
-		g := newTarget(t, l, Options{Discards: true})
+		g := newTarget(t, l, Options{})
 		g.blocks[1].Populated = populated
 		result := g.run(context.Background(), dial(t, realSource(t, l), defaultWorkers))
-		g.touch(rand.New(rand.NewPCG(1, 2)), 20) // before the sweep may begin
+		g.touch(rand.New(rand.NewPCG(1, 2)), 20) // faults come before the sweep may begin
 		if s := g.Stats(); s.Faults == 0 || s.BulkPages != 0 || s.PagesTotal != 300+12*8 {
 			t.Errorf("before the sweep: %+v", s)
 		}
@@ -49,13 +49,13 @@ func (l *scriptedLane) sendPart(t *testing.T, n, size, pageSize uint64) {
 	page := make([]byte, pageSize)
 	fill(page, 0, 0)
 	r := pagewire.Reply{Runs: []pagewire.Run{{Offset: n * size, Length: uint32(size)}}, Data: page[n*size:][:size]}
-	if err := l.stream.SendMsg(&r); err != nil {
+	if err := l.stream.Send(&r); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// TestGiganticPageWaitsForItsParts: a thread waits until the last part has come, all parts are asked for at once, and a
-// part that a session brought is not asked for by the next.
+// TestGiganticPageWaitsForItsParts: a thread waits until the last part of its page has come. All parts are requested at
+// once. A part that came in one session is not requested in the next one.
 func TestGiganticPageWaitsForItsParts(t *testing.T) {
 	const part, parts = 512 << 10, 4
 	inParts(t, part)

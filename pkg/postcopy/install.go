@@ -8,7 +8,7 @@ import (
 	"runtime"
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -21,10 +21,20 @@ func (s *session) accept(l *lane) error {
 		if err != nil {
 			return err
 		}
+		if r.Hole {
+			n, err := s.acceptHole(l, b, p, n, answered)
+			if err != nil {
+				return err
+			}
+			pages += n
+			continue
+		}
 		if answered += int64(r.Length); answered > asked {
 			return protocolError("pages of block %d (%s) at %#x that nobody asked for", r.Block, b.ID, r.Offset)
 		}
 		switch {
+		case r.Lost:
+			err = s.acceptLost(b, p, n)
 		case b.gigantic != nil:
 			n := uint64(0)
 			if !r.Zero {
@@ -49,8 +59,8 @@ func (s *session) accept(l *lane) error {
 	l.bytes.Add(uint64(l.reply.Carried()))
 	s.e.counters.pageBytes.Add(uint64(len(l.reply.Data)))
 	l.asked.Add(-answered)
-	if l == s.bulk {
-		s.pace.answered(answered, int64(len(l.reply.Data)), int64(l.reply.Carried()), s.e.now(), s.e.fastest.ns.Load())
+	if l.bulk != nil {
+		s.answered(l, answered, int64(len(l.reply.Data)), int64(l.reply.Carried()))
 	}
 	return nil
 }
@@ -67,7 +77,8 @@ func (e *Engine) locate(r pagewire.Run) (b *block, p, n uint64, err error) {
 		return nil, 0, 0, protocolError("%d bytes at %#x of block %d (%s) are not whole pages of %d bytes",
 			length, r.Offset, r.Block, b.ID, b.unit())
 	case r.Offset > b.Size || length > b.Size-r.Offset:
-		return nil, 0, 0, protocolError("%d bytes at %#x exceed block %d (%s) of %#x bytes", length, r.Offset, r.Block, b.ID, b.Size)
+		return nil, 0, 0, protocolError("%d bytes at %#x exceed block %d (%s) of %#x bytes",
+			length, r.Offset, r.Block, b.ID, b.Size)
 	}
 	return b, b.first + r.Offset>>b.shift, length >> b.shift, nil
 }
@@ -86,6 +97,54 @@ func (s *session) acceptZeros(b *block, p, n uint64) error {
 		}
 	}
 	return nil
+}
+
+// acceptLost tells the process of pages that nobody can read any more. A thread that touches one gets SIGBUS, which
+// QEMU turns into a machine check of its guest.
+func (s *session) acceptLost(b *block, p, n uint64) error {
+	if !b.poison {
+		return protocolError("lost pages of block %d (%s), which were not asked for", b.index, b.ID)
+	}
+	for end := p + n; p < end; p++ {
+		switch s.e.pages.arrive(p) {
+		case arrivalUnasked:
+			return unasked(b, p)
+		case arrivalDrop:
+			s.e.answered(p)
+			continue
+		}
+		if err := s.poison(b, p); err != nil {
+			return err
+		}
+		s.e.answered(p)
+	}
+	return nil
+}
+
+// poison poisons a page that the caller holds (installing).
+func (s *session) poison(b *block, p uint64) error {
+	e := s.e
+	for tries := 0; ; tries++ {
+		if e.pages.stillWanted(p, 1) == 0 {
+			return e.dropRevoked(b, p)
+		}
+		_, err := b.UFFD.Poison(b.page(p), 0)
+		if err == nil || errors.Is(err, uffd.ErrExist) {
+			if err != nil { // it reads as it was put there by somebody else
+				e.unexplained()
+			}
+			e.pages.lose(p)
+			return b.UFFD.Wake(b.page(p))
+		}
+		if errors.Is(err, uffd.ErrAgain) && s.again(tries) {
+			continue
+		}
+		e.pages.giveUp(p, 1)
+		if errors.Is(err, uffd.ErrAgain) {
+			return s.ctx.Err()
+		}
+		return explain(b, b.addr(p), err)
+	}
 }
 
 // acceptFilled installs pages that are zero where no hole may stay.
@@ -131,16 +190,18 @@ func unasked(b *block, p uint64) error {
 	return protocolError("the page at %#x of block %d (%s), which nobody asked for", (p-b.first)<<b.shift, b.index, b.ID)
 }
 
-// install puts n pages in, which are the caller's (installing). What cannot be put in is missing again.
+// install puts n pages in that the caller holds (installing). Pages that cannot be put in are missing again.
 func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data []byte) error {
 	e := s.e
 	single := false // the kernel wants one page at a time
 	for tries := 0; n > 0; {
 		e.at("install", p)
-		e.gate.enter()
-		k := e.pages.stillInstalling(p, n)
-		if k == 0 { // discarded: it reads as zero now
-			e.gate.leave()
+		k := e.pages.stillWanted(p, n)
+		if k == 0 {
+			if err := e.dropRevoked(b, p); err != nil {
+				e.pages.giveUp(p+1, n-1)
+				return err
+			}
 			p, n, data = p+1, n-1, data[b.unit():]
 			continue
 		}
@@ -156,8 +217,12 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 			}
 		}
 		e.at("copied", p)
-		e.pages.finish(p, k)
-		e.gate.leave()
+		if e.pages.finish(p, k) {
+			if err := b.wake(p, k); err != nil {
+				e.pages.giveUp(p+k, n-k)
+				return err
+			}
+		}
 		for q := range k {
 			e.answered(p + q)
 		}
@@ -166,7 +231,7 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 		case err == nil || k > 0:
 			tries = 0
 		case errors.Is(err, uffd.ErrNotRegistered) && !single && n > 1:
-			single = true // perhaps only not in one piece: memory policies and madvise cut mappings
+			single = true // perhaps it works page by page: memory policies and madvise cut mappings
 		case errors.Is(err, uffd.ErrAgain) && s.again(tries),
 			errors.Is(err, uffd.ErrNotRegistered) && tries < goneTries && s.again(tries):
 			tries++
@@ -179,6 +244,22 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 		}
 	}
 	return nil
+}
+
+// wake lets the threads that wait for n pages from page p on look again.
+func (b *block) wake(p, n uint64) error {
+	if err := b.UFFD.Wake(uffd.Range{Start: b.addr(p), Len: n << b.shift}); err != nil {
+		return explain(b, b.addr(p), err)
+	}
+	return nil
+}
+
+// dropRevoked marks a page zero whose content came, if the process gave the page up before the content was put in.
+// Threads that have faulted on it since then wait for its installer, and are to look again.
+func (e *Engine) dropRevoked(b *block, p uint64) error {
+	e.pages.drop(p)
+	e.pending.end(p)
+	return b.wake(p, 1)
 }
 
 // again waits a little before a try is repeated. It says false when the session is over.
@@ -197,39 +278,47 @@ func (s *session) again(tries int) bool {
 // zeros is what a huge page of zeros is copied from.
 var zeros [pagewire.MaxData]byte
 
-// zero puts a page of zeros in where a thread waits; the page is the caller's (zeroing).
+// zero puts a page of zeros in where a thread waits; the caller holds the page (zeroing).
 func (e *Engine) zero(b *block, p uint64) error {
 	existed, err := e.fillZero(b, p)
 	if err == nil {
-		if existed && !b.minor && e.counters.discarded.Load() == 0 { // else it may have come before it was given up
+		if existed && !b.minor && e.counters.discarded.Load() == 0 { // else the page may have come before it was given up
 			e.unexplained()
 		}
 		e.pages.finishZero(p)
 		return nil
 	}
-	// It stays a hole. Nobody may wait here for the address space to settle: this may be the worker that
-	// has to read the event. The thread looks again, and its fault is read after that event.
+	// It stays a hole. This must not wait for the address space to settle, because it may run in the worker that has to
+	// read the event. The thread looks again in a while.
 	e.pages.giveUpZero(p)
+	if errors.Is(err, uffd.ErrAgain) {
+		e.later.wake(b.UFFD, b.page(p))
+		return nil
+	}
 	if wakeErr := b.UFFD.Wake(b.page(p)); wakeErr != nil {
 		return explain(b, b.addr(p), wakeErr)
 	}
-	if errors.Is(err, uffd.ErrAgain) || e.pages.left.Load() == 0 && errors.Is(err, uffd.ErrNotRegistered) {
-		return nil // the latter: all memory is in and unregistered
+	if e.pages.left.Load() == 0 && errors.Is(err, uffd.ErrNotRegistered) {
+		return nil // all memory is in and unregistered
 	}
 	return explain(b, b.addr(p), err)
 }
 
-// refill answers a fault on a page that was there. Mostly its message is only read late. But if the page was
-// discarded without an event (fallocate(2) on the file), it reads as zero.
+// refill answers a fault on a page that was there. Mostly its message was just read late. But if the page was discarded
+// without an event (fallocate(2) on the file), it reads as zero.
 func (e *Engine) refill(b *block, p uint64) error {
-	_, err := e.fillZero(b, p)
-	if err == nil || errors.Is(err, uffd.ErrAgain) {
+	switch _, err := e.fillZero(b, p); {
+	case err == nil:
 		return b.UFFD.Wake(b.page(p))
+	case errors.Is(err, uffd.ErrAgain):
+		e.later.wake(b.UFFD, b.page(p))
+		return nil
+	default:
+		return explain(b, b.addr(p), err)
 	}
-	return explain(b, b.addr(p), err)
 }
 
-// fillZero makes one page of zeros; that there is a page already (existed) is as good.
+// fillZero makes one page of zeros. If there is a page already (existed), that is as good.
 func (e *Engine) fillZero(b *block, p uint64) (existed bool, err error) {
 	if b.zeropage {
 		_, err = b.UFFD.Zeropage(b.page(p), 0)

@@ -16,16 +16,17 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// copierEnv makes this test program one that copies and is killed: the address of the memory, and how many pieces.
+// copierEnv is the variable that makes this program the one that copies and is killed. Its value has the address of the
+// memory and the number of pieces.
 const copierEnv = "POSTCOPY_TEST_COPIER"
 
-// pieceSize is what it copies at a time, as the engine does.
+// pieceSize is how many bytes the copier copies at a time, as the engine does.
 const pieceSize = copyBytes
 
-// copierMemory is a page that the copier and who kills it share.
+// copierMemory is a page that the copier and the test share.
 type copierMemory struct {
 	record [uffd.CopyRecordSize]byte
-	done   atomic.Uint64 // pieces whose copy has returned
+	done   atomic.Uint64 // pieces whose UFFDIO_COPY has returned
 }
 
 func mapCopierMemory(fd int) (*copierMemory, []uffd.CopyRecord, error) {
@@ -37,7 +38,7 @@ func mapCopierMemory(fd int) (*copierMemory, []uffd.CopyRecord, error) {
 	return m, uffd.CopyRecords(memory[:uffd.CopyRecordSize]), nil
 }
 
-// copier is the process that is killed.
+// copier copies piece after piece, and counts them. It is killed meanwhile.
 func copier(arguments string) error {
 	var addr, pieces uint64
 	if _, err := fmt.Sscan(arguments, &addr, &pieces); err != nil {
@@ -57,8 +58,8 @@ func copier(arguments string) error {
 	return nil
 }
 
-// TestKernelAnswersWhoIsKilled: a process is killed in the middle of copies, and what the kernel has answered says to the
-// page what is in place.
+// TestKernelAnswersWhoIsKilled: if a process is killed in UFFDIO_COPY, the kernel's answer says to the page what was
+// copied.
 func TestKernelAnswersWhoIsKilled(t *testing.T) {
 	const pieces, rounds = 64, 12
 	within := 0
@@ -98,14 +99,15 @@ func TestKernelAnswersWhoIsKilled(t *testing.T) {
 		done := m.done.Load() * pieceSize
 		dst, n, _ := records[0].Answer()
 		in := done
-		if dst == addr+done { // it was killed before it could count this one
+		if dst == addr+done { // it was killed before it could count this piece
 			in += n
 		}
 		if dst == addr+done && n > 0 {
 			within++
 		}
 		if got := uint64(g.allocated()) * pageSize; got != in {
-			t.Errorf("round %d: %d bytes are there, the kernel's answer says %d: %d and %d at %d", round, got, in, done, n, dst-addr)
+			t.Errorf("round %d: %d bytes are there, the kernel's answer says %d: %d and %d at %d",
+				round, got, in, done, n, dst-addr)
 		}
 	}
 	t.Logf("%d of %d were killed between a copy and its mark", within, rounds)

@@ -12,10 +12,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// A life is the memory of an engine that outlives its process.
+// life is the memory of an engine that remains when its process is killed.
 type life struct {
 	state, copies []byte
 }
@@ -30,7 +31,7 @@ func bytesOf(words []uint64) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(&words[0])), len(words)*wordSize)
 }
 
-// asKilled is what is left of it if the process is killed now.
+// asKilled returns what would remain if the process were killed now.
 func (l life) asKilled() life {
 	left := func(memory []byte) []byte {
 		words := make([]uint64, len(memory)/wordSize)
@@ -42,12 +43,12 @@ func (l life) asKilled() life {
 	return life{left(l.state), left(l.copies)}
 }
 
-// next replaces the engine by one that takes up what was left, and runs it with a sound source.
+// next replaces the engine by one that takes up what remained, and runs it with a source that works.
 func (g *target) next(left life, kind uffdtest.Kind) <-chan error {
 	g.t.Helper()
 	b := g.blocks[0]
 	second, err := New(Options{
-		Blocks: []Block{b.Block}, Workers: 1, Discards: true, State: left.state, Copies: left.copies, Pagemap: g.pagemap,
+		Blocks: []Block{b.Block}, Workers: 1, State: left.state, Copies: left.copies, Pagemap: g.pagemap,
 	})
 	if err != nil {
 		g.t.Fatal(err)
@@ -56,7 +57,7 @@ func (g *target) next(left life, kind uffdtest.Kind) <-chan error {
 	return g.run(context.Background(), dial(g.t, realSource(g.t, layout{{kind: kind, pages: b.pages}}), 1))
 }
 
-// punch makes a hole in the RAM file where page p is: fallocate(2), of which userfaultfd knows nothing.
+// punch makes a hole of page p in the RAM file by fallocate(2), which makes no event.
 func (g *target) punch(p uint64) {
 	g.t.Helper()
 	r := g.blocks[0].all()
@@ -66,16 +67,20 @@ func (g *target) punch(p uint64) {
 	}
 	defer f.Close()
 	size := int64(g.blocks[0].PageSize)
-	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(p)*size, size); err != nil {
+	if err := unix.Fallocate(
+		int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(p)*size, size,
+	); err != nil {
 		g.t.Fatal(err)
 	}
 }
 
-// startLife is start with a state that outlives the engine, and one worker.
-func startLife(t *testing.T, kind uffdtest.Kind, pages uint64) (g *target, l life, demand *scriptedLane, run func() <-chan error, stop func()) {
+// startLife is start with one worker, and memory that remains.
+func startLife(
+	t *testing.T, kind uffdtest.Kind, pages uint64,
+) (g *target, l life, demand *scriptedLane, run func() <-chan error, stop func()) {
 	t.Helper()
 	l = newLife(kind, pages)
-	g = newTarget(t, layout{{kind: kind, pages: pages}}, Options{Workers: 1, Discards: true, State: l.state, Copies: l.copies})
+	g = newTarget(t, layout{{kind: kind, pages: pages}}, Options{Workers: 1, State: l.state, Copies: l.copies})
 	ours, theirs := scripted(t, 1)
 	ctx, cancel := context.WithCancel(context.Background())
 	var result <-chan error
@@ -87,13 +92,13 @@ func startLife(t *testing.T, kind uffdtest.Kind, pages uint64) (g *target, l lif
 		t.Helper()
 		cancel()
 		ours.cancel()
-		_ = await(t, "end of Run", result) // however it ends: the process is killed
+		_ = await(t, "end of Run", result) // any result will do: the process is killed
 	}
 	return g, l, theirs[0], run, stop
 }
 
-// TestKilledBetweenCopyAndMark: a page was copied in, and the process killed before the table said so. The guest clears the
-// page and frees it, QEMU punches it out without an event: it must read as zero, whatever the table says.
+// TestKilledBetweenCopyAndMark: the process is killed when a page was copied and the table does not have it yet. Then
+// the guest clears and frees the page, and QEMU makes a hole of it without an event. The page must read as zero.
 func TestKilledBetweenCopyAndMark(t *testing.T) {
 	for _, kind := range []uffdtest.Kind{uffdtest.Shmem, uffdtest.Hugetlb} {
 		for name, punched := range map[string]bool{"punched": true, "kept": false} {
@@ -105,7 +110,7 @@ func TestKilledBetweenCopyAndMark(t *testing.T) {
 				thread := g.read(0, page, 0)
 				demand.answer(t, kind.PageSize())
 				park.await()
-				expect(t, thread, word(0, page, 0)) // the kernel has woken it
+				expect(t, thread, word(0, page, 0)) // the kernel has woken the thread
 				left := l.asKilled()
 				if s := (&pageView{left.state}).get(page); s != installing {
 					t.Fatalf("the table says %d", s)
@@ -130,21 +135,21 @@ func TestKilledBetweenCopyAndMark(t *testing.T) {
 	}
 }
 
-// pageView reads a table that no engine has taken up.
+// pageView reads a page table that no engine has taken up.
 type pageView struct{ state []byte }
 
 func (v *pageView) get(p uint64) state {
 	return state(v.state[p/2] >> (p % 2 * stateBits) & stateMask)
 }
 
-// TestKilledWithADiscard: the process gives up pages in every state, and the daemon is killed before it has read the event, or
-// after, before the table knows of it. What the guest had here reads as zero; what it never touched here as what it left
-// at the source, or zero; and nobody waits for ever.
+// TestKilledWithADiscard: the process gives up pages in every state, and the daemon is killed before it reads the
+// event, or after that and before it marks the pages. A page that the guest used here reads as zero. A page that it did
+// not use here reads as zero or as it was at the source. No thread waits for ever.
 func TestKilledWithADiscard(t *testing.T) {
 	for _, point := range []string{"not read", "read"} {
 		t.Run(point, func(t *testing.T) {
 			const pages = 8
-			const here, awaited, untouched = 1, 4, 5 // of 8, 3 is zero
+			const here, awaited, untouched = 1, 4, 5 // pages; page 3 of the 8 is zero
 			g, l, demand, run, stop := startLife(t, uffdtest.Shmem, pages)
 			reads := atomic.Int64{}
 			parked, leave := make(chan struct{}), make(chan struct{})
@@ -172,7 +177,7 @@ func TestKilledWithADiscard(t *testing.T) {
 				discard = g.child.Go(uffdtest.Punch(all))
 				await(t, "reader", parked)
 				left = l.asKilled()
-				discard.JoinOK() // it was read
+				discard.JoinOK() // it returns because the event was read
 				close(leave)
 				stop()
 			} else {
@@ -191,7 +196,9 @@ func TestKilledWithADiscard(t *testing.T) {
 			if point == "not read" {
 				discard.JoinOK()
 			}
-			for p, w := range map[uint64]uffdtest.Pending{here: g.read(0, here, 0), awaited: thread, untouched: g.read(0, untouched, 0)} {
+			for p, w := range map[uint64]uffdtest.Pending{
+				here: g.read(0, here, 0), awaited: thread, untouched: g.read(0, untouched, 0),
+			} {
 				v := w.JoinOK()
 				if v != 0 && (p == here || point == "not read" || v != word(0, p, 0)) {
 					t.Errorf("page %d reads %#x", p, v)
@@ -202,10 +209,12 @@ func TestKilledWithADiscard(t *testing.T) {
 	}
 }
 
-// TestCopiesOfAnotherVM: answers that cannot be those of these blocks say nothing.
+// TestCopiesOfAnotherVM: answers of the kernel that cannot be for these blocks are passed over.
 func TestCopiesOfAnotherVM(t *testing.T) {
 	g, l, _, _, _ := startLife(t, uffdtest.Shmem, 4)
-	for name, bad := range map[string][]byte{"too short": l.copies[:len(l.copies)-8], "not aligned": l.copies[1:], "none": {}} {
+	for name, bad := range map[string][]byte{
+		"too short": l.copies[:2*uffd.CopyRecordSize-8], "not aligned": l.copies[1:], "none": {},
+	} {
 		if _, err := New(Options{Blocks: []Block{g.blocks[0].Block}, Workers: 1, Copies: bad}); err == nil {
 			t.Errorf("%s: accepted", name)
 		}

@@ -31,7 +31,7 @@ func (h *histogram) add(d time.Duration) {
 	}
 }
 
-// bucket of v: v itself below 16, then the exponent and the four bits after the leading one.
+// bucket returns the bucket of v: v itself below 16, otherwise the exponent and the four bits after the leading one.
 func bucket(v uint64) int {
 	if v < 1<<subBits {
 		return int(v)
@@ -49,12 +49,29 @@ func upper(bucket int) uint64 {
 	return (1<<subBits|uint64(bucket)&(1<<subBits-1)+1)<<shift - 1
 }
 
-// quantile returns a value that the share q of all is not above, 0 if there is none.
-func (h *histogram) quantile(q float64) time.Duration {
-	total := uint64(0)
-	for i := range h.counts {
-		total += h.counts[i].Load()
+// middle is the value in the middle of a bucket. It differs by at most 1/32 from each value that the bucket counts.
+func middle(bucket int) uint64 {
+	least := uint64(0)
+	if bucket > 0 {
+		least = upper(bucket-1) + 1
 	}
+	return least + (upper(bucket)-least)/2
+}
+
+// total is how many durations there are, and their sum in ns, to 1/32. The sum is made of the buckets, so that adding a
+// duration writes one counter less.
+func (h *histogram) total() (n uint64, sum int64) {
+	for i := range h.counts {
+		if here := h.counts[i].Load(); here > 0 {
+			n, sum = n+here, sum+int64(middle(i)*here)
+		}
+	}
+	return n, sum
+}
+
+// quantile returns a value that the share q of all durations does not exceed, 0 if there are none.
+func (h *histogram) quantile(q float64) time.Duration {
+	total, _ := h.total()
 	if total == 0 {
 		return 0
 	}
@@ -64,7 +81,7 @@ func (h *histogram) quantile(q float64) time.Duration {
 			return min(time.Duration(upper(i)), time.Duration(h.max.Load()))
 		}
 	}
-	return time.Duration(h.max.Load()) // some were added meanwhile
+	return time.Duration(h.max.Load()) // some durations were added meanwhile
 }
 
 // pending remembers when the fault of a page was read, for faults whose page is on its way: a hash table of
@@ -74,14 +91,14 @@ type pending struct {
 	slots [pendingSlots]struct {
 		page atomic.Uint64 // page number + 1, 0: free, reserved: being filled
 		when atomic.Int64
-		trip atomic.Bool // nobody had asked for the page before: its time is a whole round trip at least
+		trip atomic.Bool // nobody had asked for the page before, so its time is at least a whole round trip
 	}
 }
 
 const reserved = ^uint64(0)
 
-// start remembers a fault on page p, read at now; trip says that nobody had asked for the page before. A page that is there already keeps its time: it waited
-// through a lost lane.
+// start remembers a fault on page p, read at now; trip says that nobody had asked for the page before. A page that is
+// in the table already keeps its time: it waited through a lost lane.
 func (t *pending) start(p uint64, now int64, trip bool) {
 	if t.find(p) >= 0 {
 		return
@@ -110,7 +127,7 @@ func (t *pending) find(p uint64) int {
 	return -1
 }
 
-// end forgets page p and says when its fault was read, if that is known, and what start was told.
+// end forgets page p. It returns when its fault was read, if that is known, and the trip that start was given.
 func (t *pending) end(p uint64) (when int64, trip, ok bool) {
 	i := t.find(p)
 	if i < 0 {

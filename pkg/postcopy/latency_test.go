@@ -34,14 +34,14 @@ func TestHistogram(t *testing.T) {
 	if none.quantile(0.5) != 0 {
 		t.Error("a median of nothing")
 	}
-	none.add(-time.Second) // cannot be, but must not panic
+	none.add(-time.Second) // impossible, but must not panic
 }
 
 func TestPending(t *testing.T) {
 	var p pending
 	for i := range uint64(pendingSlots) {
 		p.start(i*3, int64(i), i%2 == 0)
-		p.start(i*3, -1, i%2 != 0) // waits since before
+		p.start(i*3, -1, i%2 != 0) // changes nothing: the page waits already
 	}
 	for i := range uint64(pendingSlots) {
 		if when, trip, ok := p.end(i * 3); ok && (when != int64(i) || trip != (i%2 == 0)) {
@@ -58,8 +58,8 @@ func TestPending(t *testing.T) {
 	}
 }
 
-// TestDurations: what is recorded, and what is read of an engine's histogram, is in the same buckets, and the sum of the
-// latter is exact to 1/32.
+// TestDurations: a recorded duration and one of an engine's histogram go into the same buckets. The sum of a histogram
+// is exact to 1/32.
 func TestDurations(t *testing.T) {
 	var e Engine
 	var recorded, read Durations

@@ -7,11 +7,11 @@ import (
 	"math/rand/v2"
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// TestMigrate fills memory of both kinds while threads read it everywhere, and compares every byte.
+// TestMigrate fills shared and private memory while threads read everywhere, and compares every byte.
 func TestMigrate(t *testing.T) {
 	for name, l := range map[string]layout{
 		"tmpfs":     {{kind: uffdtest.Shmem, pages: 4096 + 5}},
@@ -25,9 +25,9 @@ func TestMigrate(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			uffdtest.CheckDescriptors(t)
-			g := newTarget(t, l, Options{Discards: true})
+			g := newTarget(t, l, Options{})
 			result := g.run(context.Background(), dial(t, realSource(t, l), defaultWorkers))
-			g.touch(rand.New(rand.NewPCG(1, 2)), 200) // faults are answered before the sweep may begin
+			g.touch(rand.New(rand.NewPCG(1, 2)), 200) // faults come before the sweep may begin
 			if s := g.Stats(); s.Faults == 0 || s.BulkPages != 0 || s.DemandPages == 0 {
 				t.Errorf("before the sweep: %+v", s)
 			}
@@ -46,7 +46,7 @@ func TestMigrate(t *testing.T) {
 	}
 }
 
-// TestPackedPages: what the source packs is installed as it was before, and counted as it came.
+// TestPackedPages: packed pages are installed with their content, and counted as they came.
 func TestPackedPages(t *testing.T) {
 	const pages = 16
 	g, _, bulk, run := startSilent(t, pages, Options{})
@@ -58,14 +58,14 @@ func TestPackedPages(t *testing.T) {
 		const size = pages / 2 * pageSize
 		reply := pagewire.Reply{Runs: []pagewire.Run{{Offset: uint64(half * size), Length: size}}}
 		reply.Lease(size)
-		for p := range uint64(pages / 2) { // one of them zero: carried all the same, it makes them pack
+		for p := range uint64(pages / 2) { // one page of these is zero, which makes the reply shorter when packed
 			fill(reply.Data[p*pageSize:][:pageSize], 0, uint64(half)*pages/2+p)
 		}
 		if packed := reply.Pack(c, size-pageSize/2); reply.Compression() != c {
 			t.Fatalf("%v makes %d bytes of %d", c, packed, size)
 		}
 		want += uint64(reply.Carried())
-		if err := bulk.stream.SendMsg(&reply); err != nil {
+		if err := bulk.stream.Send(&reply); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -76,7 +76,7 @@ func TestPackedPages(t *testing.T) {
 	}
 }
 
-// touch has threads of the process read random words, eight at a time.
+// touch has eight threads at a time read random words.
 func (g *target) touch(random *rand.Rand, times int) {
 	g.t.Helper()
 	type touched struct {

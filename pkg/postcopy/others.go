@@ -11,13 +11,13 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// A page that has not come may be there all the same, when UFFDIO_COPY says EEXIST: another process has the RAM file
-// mapped and has touched it. That one gets a page of zeros, at once: no userfaultfd of QEMU's sees it. The page is in the
-// file from then on, and the VM would find it.
+// A page that has not come may be there all the same; UFFDIO_COPY then says EEXIST. Another process has the RAM file
+// mapped and has touched the page. That process gets a page of zeros at once, and no userfaultfd of QEMU's sees it. The
+// page is in the file from then on, and the VM would find it.
 //
-// So shared memory whose file is known is registered for minor faults, too (UFFD_FEATURE_MINOR_SHMEM, of Linux 5.14): the
-// kernel maps nothing into the VM but what the engine lets it, by UFFDIO_COPY, which does so at once and costs no minor
-// fault, or UFFDIO_CONTINUE:
+// So shared memory whose file is known is registered for minor faults, too (UFFD_FEATURE_MINOR_SHMEM, of Linux 5.14).
+// The kernel then maps nothing into the VM but what the engine lets it. The engine does so by UFFDIO_COPY, which maps
+// at once and costs no minor fault, or by UFFDIO_CONTINUE:
 //
 //	page in the file   mapped in the process   state        a touch raises
 //	no                 no                      not present  a fault on a missing page, as ever
@@ -29,17 +29,18 @@ import (
 //	                   away (it swaps, or made
 //	                   a huge page of it)
 //
-// The VM so never reads what the other process made. That one may read zeros: it looks at memory that has not come. What
-// it writes there is overwritten; where the VM's page is zero it stays, as it would in memory that has come.
+// So the VM never reads the zeros that the other process made. The other process may read zeros, because it looks at
+// memory that has not come. What it writes there is overwritten. Where the VM's page is zero, what it writes stays, as
+// it would in memory that has come.
 //
-// What no kernel can make so (private memory, a file that is not known, Linux before 5.14) keeps what is there: it is
-// counted in Stats.PagesUnexplained, and the VM may be corrupt.
+// For private memory, a file that is not known, and Linux before 5.14, that is not possible. There the page keeps what
+// is in it. It is counted in Stats.PagesUnexplained, and the VM may be corrupt.
 
-// occupied deals with EEXIST for pages at addr that have never been there, as far as the engine knows, and whose content
-// is the caller's to install. When it returns nil, the content is there, or what was there stays.
+// occupied deals with EEXIST for pages at addr that have never been there, as far as the engine knows. The caller has
+// their content to install. When occupied returns nil, the content is there, or what was there stays.
 //
-// Its caller holds the gate: a page that the process gives up in this moment would be written after that. Without
-// Options.Discards no process does so.
+// If the process gives a page up at this moment, the page stays the caller's (revoked). So nobody maps it, and no
+// thread writes to it, before occupied is done.
 func (e *Engine) occupied(record *uffd.CopyRecord, b *block, addr uint64, content []byte) error {
 	there := uffd.Range{Start: addr, Len: uint64(len(content))}
 	e.at("exists", b.first+(addr-b.Addr)>>b.shift)
@@ -48,7 +49,7 @@ func (e *Engine) occupied(record *uffd.CopyRecord, b *block, addr uint64, conten
 		if err != nil {
 			return fmt.Errorf("page at %#x of RAM block %s: ask whether it is mapped: %w", addr-b.Addr, b.ID, err)
 		}
-		if at >= addr+there.Len { // nothing of it: the VM has not seen it
+		if at >= addr+there.Len { // none of the page is there: the VM has not seen it
 			return e.replace(record, b, there, content)
 		}
 	}
@@ -56,10 +57,11 @@ func (e *Engine) occupied(record *uffd.CopyRecord, b *block, addr uint64, conten
 	return b.UFFD.Wake(there)
 }
 
-// replace writes a page that another process has made, and maps it.
+// replace writes the content over a page that another process has made, and maps the page.
 func (e *Engine) replace(record *uffd.CopyRecord, b *block, there uffd.Range, content []byte) error {
 	if err := writeFile(b, there.Start, content); err != nil {
-		return fmt.Errorf("page at %#x of RAM block %s, which another process has touched: write it: %w", there.Start-b.Addr, b.ID, err)
+		return fmt.Errorf("page at %#x of RAM block %s, which another process has touched: write it: %w",
+			there.Start-b.Addr, b.ID, err)
 	}
 	// From here on it is there, also for the next daemon: the VM may write to it as soon as it is mapped.
 	record.Landed(there.Len)
@@ -71,8 +73,8 @@ func (e *Engine) replace(record *uffd.CopyRecord, b *block, there uffd.Range, co
 	return err
 }
 
-// keep lets threads find what is there. Where it is in the file alone, it has to be mapped, or they would come back.
-// uffd.ErrAgain: try again.
+// keep lets threads find what is there. A page that is only in the file has to be mapped, or the threads would fault
+// again. uffd.ErrAgain: try again.
 func (e *Engine) keep(b *block, there uffd.Range) error {
 	if !b.minor {
 		return b.UFFD.Wake(there)
@@ -87,8 +89,8 @@ func (e *Engine) keep(b *block, there uffd.Range) error {
 	return err
 }
 
-// remap maps a page that is there and that the kernel took away, and those behind it, as far as they are there: it takes
-// away many at a time.
+// remap maps a page that is there and that the kernel took away, and the pages behind it, as far as they are there. The
+// kernel takes away many pages at a time.
 func (e *Engine) remap(b *block, p uint64) error {
 	n, most := uint64(1), max(1, uint64(remapBytes)>>b.shift)
 	for n < most && p+n < b.end() && e.pages.get(p+n) == present {
@@ -101,15 +103,15 @@ func (e *Engine) remap(b *block, p uint64) error {
 	return e.refill(b, p)
 }
 
-// unexplained counts a page that was there before its content came, unless it may be one of which an earlier engine could
-// not say that it had installed it.
+// unexplained counts a page that was there before its content came. It does not count a page that an earlier engine may
+// have installed without being able to say so.
 func (e *Engine) unexplained() {
 	if e.pages.unsure.Add(-1) < 0 {
 		e.counters.unexplained.Add(1)
 	}
 }
 
-// writeFile writes to the file behind addr. Not through the process: its mapping would fault.
+// writeFile writes to the file behind addr. It does not write through the process, whose mapping would fault.
 func writeFile(b *block, addr uint64, content []byte) error {
 	fd, offset := int(b.File.Fd()), b.FileOffset+int64(addr-b.Addr)
 	for done := 0; done < len(content); {

@@ -15,7 +15,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// mapped is block i of the process in this one, as another process has it: no userfaultfd sees what is done here.
+// mapped maps the memory of block i in this process, which is another process for the VM. The userfaultfd does not see
+// accesses by way of this mapping.
 func (g *target) mapped(i int) []byte {
 	g.t.Helper()
 	b := &g.blocks[i]
@@ -31,8 +32,8 @@ func (g *target) mapped(i int) []byte {
 	return memory
 }
 
-// TestForeignReader: another process reads the RAM file before and all through the migration, and gets pages of zeros
-// where the VM's have not come. The VM finds its own everywhere.
+// TestForeignReader: another process reads the RAM file before and during the migration. It reads zeros where pages
+// have not come. The VM must read the right content everywhere.
 func TestForeignReader(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -46,10 +47,10 @@ func TestForeignReader(t *testing.T) {
 		for _, populated := range []bool{false, true} {
 			t.Run(c.name, func(t *testing.T) {
 				inParts(t, c.part)
-				g := newTarget(t, c.l, Options{Discards: true})
+				g := newTarget(t, c.l, Options{})
 				g.blocks[0].Populated = populated
 				memory, size := g.mapped(0), g.blocks[0].PageSize
-				content := uint64(0) // pages that were touched before and have something in them
+				content := uint64(0) // pages that another process touched, and that are not zero
 				for p := uint64(0); p < c.l[0].pages; p += 2 {
 					if memory[p*size] != 0 {
 						t.Fatalf("page %d is there", p)
@@ -83,8 +84,8 @@ func TestForeignReader(t *testing.T) {
 	}
 }
 
-// TestInstalledPagesRaiseNoFault: what the engine has installed is mapped, so that minor faults cost nothing where
-// nobody else touches the memory.
+// TestInstalledPagesRaiseNoFault: pages that the engine has installed are mapped, so there are no minor faults where no
+// other process touches the memory.
 func TestInstalledPagesRaiseNoFault(t *testing.T) {
 	const pages = 4
 	for _, kind := range []uffdtest.Kind{uffdtest.Shmem, uffdtest.Hugetlb} {
@@ -94,7 +95,9 @@ func TestInstalledPagesRaiseNoFault(t *testing.T) {
 			t.Fatalf("%v is not registered for minor faults", kind)
 		}
 		for p := range uint64(pages) {
-			if err := w.handle(g.uffd, uffd.Event{Kind: uffd.EventPagefault, Pagefault: faultAt(b.addr(p))}, g.now()); err != nil {
+			if err := w.handle(g.uffd, uffd.Event{
+				Kind: uffd.EventPagefault, Pagefault: faultAt(b.addr(p)),
+			}, g.now()); err != nil {
 				t.Fatal(err)
 			}
 			l.asked.Store(int64(b.PageSize))
@@ -107,7 +110,7 @@ func TestInstalledPagesRaiseNoFault(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		g.child.Go(uffdtest.Touch(b.all(), kind)).JoinOK() // it would wait for ever
+		g.child.Go(uffdtest.Touch(b.all(), kind)).JoinOK() // would wait for ever if there were a fault
 		g.child.Go(uffdtest.Write(b.Addr, 1)).JoinOK()
 		if _, err := g.uffd.Read(w.events); !errors.Is(err, uffd.ErrWouldBlock) {
 			t.Errorf("%v: a message: %v", kind, err)
@@ -115,7 +118,7 @@ func TestInstalledPagesRaiseNoFault(t *testing.T) {
 	}
 }
 
-// faultAt is a fault on a missing page.
+// faultAt is the event of a fault on a missing page.
 func faultAt(addr uint64) (f struct {
 	Addr     uint64
 	Flags    uffd.FaultFlags
@@ -125,8 +128,8 @@ func faultAt(addr uint64) (f struct {
 	return f
 }
 
-// TestPagesThatTheKernelTookAway: a page that was there, and that the kernel does not have mapped any more, is mapped
-// again with its neighbours, whatever is in it.
+// TestPagesThatTheKernelTookAway: a page that had come, and that the kernel has unmapped since, is mapped again at the
+// next fault, with its neighbours. Its content is kept.
 func TestPagesThatTheKernelTookAway(t *testing.T) {
 	g, _, bulk, run := start(t, 16, Options{})
 	memory := g.mapped(0)
@@ -135,7 +138,7 @@ func TestPagesThatTheKernelTookAway(t *testing.T) {
 	bulk.asked(t)
 	bulk.send(t, pageSize, pagesOf(0, 8))
 	until(t, "installed", func() bool { return g.Stats().PagesPresent == 8 })
-	for p := range uint64(8) { // it is unmapped with the hole, and what is written then is in the file alone
+	for p := range uint64(8) { // the hole unmaps the page, and what is written then is in the file only
 		g.punch(p)
 		memory[p*pageSize] = 42
 	}
@@ -146,7 +149,7 @@ func TestPagesThatTheKernelTookAway(t *testing.T) {
 	if s := g.Stats(); s.Faults != 1 {
 		t.Errorf("%d faults", s.Faults)
 	}
-	g.punch(1) // and a hole is one
+	g.punch(1) // this page is a hole
 	expect(t, g.read(0, 1, 0), 0)
 	bulk.send(t, pageSize, pagesOf(8, 8))
 	mustEnd(t, result)
@@ -155,8 +158,8 @@ func TestPagesThatTheKernelTookAway(t *testing.T) {
 	}
 }
 
-// TestKilledBeforeItIsWritten: the daemon is killed when the kernel has said that a page is there that another process
-// made: it has not come. Once it is written, it has, and what the VM writes there stays.
+// TestKilledBeforeItIsWritten: the kernel says that a page exists, because another process touched it, and the daemon
+// is killed. The page has not come until the daemon has written it. From then on what the VM writes must stay.
 func TestKilledBeforeItIsWritten(t *testing.T) {
 	for _, point := range []string{"exists", "written", "copied"} {
 		t.Run(point, func(t *testing.T) {
@@ -172,7 +175,7 @@ func TestKilledBeforeItIsWritten(t *testing.T) {
 			demand.answer(t, pageSize)
 			park.await()
 			want := word(0, page, 0)
-			if point == "copied" { // the VM goes on
+			if point == "copied" { // the VM continues
 				expect(t, thread, want)
 				g.child.Go(uffdtest.Write(g.blocks[0].addr(page), 7)).JoinOK()
 				want = 7
@@ -183,7 +186,7 @@ func TestKilledBeforeItIsWritten(t *testing.T) {
 			}
 			park.unpark()
 			stop()
-			if point != "copied" { // it went on: what was in the file when it was killed comes back, mapped nowhere
+			if point != "copied" { // the file gets what it had when the daemon was killed, and nobody maps it
 				expect(t, thread, want)
 				g.punch(page)
 				if memory[page*pageSize] != 0 {

@@ -3,8 +3,7 @@
 package postcopy
 
 import (
-	"bytes"
-	"errors"
+	"math/bits"
 	"math/rand/v2"
 	"runtime"
 	"sync"
@@ -15,7 +14,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// TestPagesModel drives the page table with random calls beside a model that is as plain as possible.
+// TestPagesModel compares the page table with a simple model, by random calls.
 func TestPagesModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		counts := rapid.SliceOfN(rapid.Uint64Range(1, 40), 1, 3).Draw(t, "blocks")
@@ -33,7 +32,7 @@ func TestPagesModel(t *testing.T) {
 			}
 		}
 		page := func(t *rapid.T) uint64 { return rapid.SampledFrom(all).Draw(t, "page") }
-		// move changes the model like one call, by the arrows of the picture.
+		// move changes the state of a page in the model, along the arrows of the drawing in pages.go.
 		move := func(p uint64, arrows map[state]state) (from state) {
 			from = model[p]
 			if to, ok := arrows[from]; ok {
@@ -41,7 +40,7 @@ func TestPagesModel(t *testing.T) {
 			}
 			return from
 		}
-		// run is how many pages from p on lie in the block.
+		// run returns how many pages from p on a call is for. They are in one block.
 		run := func(t *rapid.T, p uint64) uint64 {
 			for i, n := range counts {
 				if p >= first[i] && p < first[i]+n {
@@ -53,7 +52,9 @@ func TestPagesModel(t *testing.T) {
 		t.Repeat(map[string]func(*rapid.T){
 			"the process ends, another takes up": func(t *rapid.T) {
 				for _, p := range all {
-					move(p, map[state]state{swept: missing, ahead: missing, demanded: missing, installing: missing, zeroing: zero})
+					move(p, map[state]state{
+						swept: missing, ahead: missing, demanded: missing, installing: missing, zeroing: zero, revoked: zero,
+					})
 				}
 				if table, _, err = newPages(counts, memory); err != nil {
 					t.Fatal(err)
@@ -62,8 +63,10 @@ func TestPagesModel(t *testing.T) {
 			"fault": func(t *rapid.T) {
 				p := page(t)
 				from := move(p, map[state]state{missing: demanded, swept: demanded, ahead: demanded, zero: zeroing})
-				want := map[state]claim{missing: claimRequest, swept: claimAgain, ahead: claimWait, zero: claimZero, present: claimPresent,
-					demanded: claimNothing, installing: claimNothing, zeroing: claimNothing}[from]
+				want := map[state]claim{
+					missing: claimRequest, swept: claimAgain, ahead: claimWait, zero: claimZero, present: claimPresent,
+					demanded: claimNothing, installing: claimNothing, revoked: claimNothing, zeroing: claimNothing,
+				}[from]
 				if got := table.claimFault(p); got != want {
 					t.Fatalf("fault in state %d: %d, want %d", from, got, want)
 				}
@@ -72,7 +75,7 @@ func TestPagesModel(t *testing.T) {
 				from := page(t)
 				p, ok := table.nextMissing(from)
 				want, wantOK := uint64(0), false
-				for i := range all { // the first missing page at from or after, else the first of all
+				for i := range all { // the first missing page from there on, or else the first of all
 					if q := all[len(all)-1-i]; model[q] == missing && (q >= from || !wantOK || want < from) {
 						want, wantOK = q, true
 					}
@@ -101,7 +104,9 @@ func TestPagesModel(t *testing.T) {
 			"arrive": func(t *rapid.T) {
 				p := page(t)
 				from := move(p, map[state]state{swept: installing, ahead: installing, demanded: installing})
-				want, ok := map[state]arrival{missing: arrivalUnasked, swept: arrivalInstall, ahead: arrivalInstall, demanded: arrivalInstall}[from]
+				want, ok := map[state]arrival{
+					missing: arrivalUnasked, swept: arrivalInstall, ahead: arrivalInstall, demanded: arrivalInstall,
+				}[from]
 				if !ok {
 					want = arrivalDrop
 				}
@@ -120,22 +125,49 @@ func TestPagesModel(t *testing.T) {
 					t.Fatalf("zero arrival in state %d: %d, want %d", from, got, want)
 				}
 			},
+			"hole": func(t *rapid.T) {
+				p := page(t)
+				end, marked := p+run(t, p), uint64(0)
+				for q := p; q < end; q = wordEnd(q) {
+					want, waits := uint64(0), uint16(0)
+					for r := q; r < min(end, wordEnd(q)); r++ {
+						switch move(r, map[state]state{missing: zero, demanded: zeroing}) {
+						case demanded:
+							waits |= 1 << (r % pagesPerWord)
+							want++
+						case missing:
+							want++
+						}
+					}
+					n, waited := table.hole(q, end)
+					if n != want || waited != waits {
+						t.Fatalf("a hole from %d to %d: %d marked, %#x waited for; want %d, %#x", q, end, n, waited, want, waits)
+					}
+					marked += n
+				}
+				table.hollowed(marked)
+			},
 			"finish": func(t *rapid.T) {
 				p := page(t)
 				n := run(t, p)
 				for q := range n {
-					move(p+q, map[state]state{installing: present})
+					move(p+q, map[state]state{installing: present, revoked: present})
 				}
 				table.finish(p, n)
 			},
-			"give up":      func(t *rapid.T) { p := page(t); move(p, map[state]state{installing: missing}); table.giveUp(p, 1) },
+			"give up": func(t *rapid.T) {
+				p := page(t)
+				move(p, map[state]state{installing: missing, revoked: zero})
+				table.giveUp(p, 1)
+			},
+			"drop":         func(t *rapid.T) { p := page(t); move(p, map[state]state{revoked: zero}); table.drop(p) },
 			"finish zero":  func(t *rapid.T) { p := page(t); move(p, map[state]state{zeroing: present}); table.finishZero(p) },
 			"give up zero": func(t *rapid.T) { p := page(t); move(p, map[state]state{zeroing: zero}); table.giveUpZero(p) },
 			"discard": func(t *rapid.T) {
 				p := page(t)
 				n := run(t, p)
 				for q := range n {
-					move(p+q, map[state]state{missing: zero, swept: zero, ahead: zero, demanded: zero, installing: zero})
+					move(p+q, map[state]state{missing: zero, swept: zero, ahead: zero, demanded: zero, installing: revoked})
 				}
 				table.discard(p, n)
 			},
@@ -169,12 +201,13 @@ func TestPagesModel(t *testing.T) {
 	})
 }
 
-// TestPagesParallel: with everyone at it at once, each page is installed by one, and all become known.
+// TestPagesParallel: when all kinds of callers work at once, each page is installed by one of them, and all pages
+// become known.
 func TestPagesParallel(t *testing.T) {
 	const n = 5000
 	table := mustPages(t, n)
 	var installers [n]atomic.Int32
-	// A page that is given up while it is installed may get a second installer, of zeros.
+	// If a page is given up while it is being installed, it may be installed once more, as zeros.
 	givenUp := func(p uint64) bool { return p%64 < 8 }
 	install := func(p uint64) {
 		if installers[p].Add(1) != 1 && !givenUp(p) {
@@ -185,7 +218,7 @@ func TestPagesParallel(t *testing.T) {
 	}
 	var wg sync.WaitGroup
 	for seed := range uint64(4) {
-		wg.Go(func() { // a worker, and the source's answers
+		wg.Go(func() { // a worker, and the receiver of its lane
 			random := rand.New(rand.NewPCG(seed, 0))
 			for range 4 * n {
 				p := random.Uint64N(n)
@@ -212,6 +245,19 @@ func TestPagesParallel(t *testing.T) {
 			}
 		})
 	}
+	wg.Go(func() { // holes, which come on other lanes
+		random := rand.New(rand.NewPCG(4, 0))
+		for range n / 8 {
+			p := random.Uint64N(n)
+			marked, waited := table.hole(p, min(n, p+random.Uint64N(40)+1))
+			for ; waited != 0; waited &= waited - 1 {
+				q := p/pagesPerWord*pagesPerWord + uint64(bits.TrailingZeros16(waited))
+				install(q)
+				table.finishZero(q)
+			}
+			table.hollowed(marked)
+		}
+	})
 	wg.Go(func() { // the sweep
 		for {
 			p, ok := table.nextMissing(0)
@@ -234,13 +280,13 @@ func TestPagesParallel(t *testing.T) {
 	}
 }
 
-// stateMemory is memory for Options.State of blocks of so many pages.
+// stateMemory returns memory for Options.State of blocks of so many pages.
 func stateMemory(pages []uint64) []byte {
 	size := 0
 	for _, n := range pages {
 		size += StateSize([]Block{{Size: n * pageSize, PageSize: pageSize}})
 	}
-	words := make([]uint64, size/wordSize) // a []byte need not be aligned
+	words := make([]uint64, size/wordSize) // a []byte may not be aligned
 	return unsafe.Slice((*byte)(unsafe.Pointer(&words[0])), size)
 }
 
@@ -251,38 +297,4 @@ func mustPages(t testing.TB, n uint64) *pages {
 		t.Fatal(err)
 	}
 	return table
-}
-
-func TestStateOfAnotherVM(t *testing.T) {
-	memory := stateMemory([]uint64{100})
-	for name, bad := range map[string][]byte{
-		"too short": memory[:len(memory)-wordSize], "not aligned": stateMemory([]uint64{200})[1 : 1+len(memory)],
-		"no states": append([]byte{0x0f}, memory[1:]...),
-	} {
-		if _, _, err := newPages([]uint64{100}, bad); !errors.Is(err, ErrState) {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-}
-
-// TestStatesAreAFormat: a table outlives the daemon, and the next one, of another version, takes it up. Who changes a
-// number here raises version.State.
-func TestStatesAreAFormat(t *testing.T) {
-	const n = 8
-	memory := stateMemory([]uint64{n})
-	for i, s := range []state{missing, swept, demanded, installing, present, zero, zeroing, ahead} { // 0 to 7
-		memory[i/2] |= byte(s) << (i % 2 * stateBits)
-	}
-	if want := []byte{0x10, 0x32, 0x54, 0x76, 0, 0, 0, 0}; !bytes.Equal(memory, want) {
-		t.Fatalf("states are %x, want %x", memory, want)
-	}
-	table, _, err := newPages([]uint64{n}, memory)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i, want := range []state{missing, missing, missing, missing, present, zero, zero, missing} {
-		if got := table.get(uint64(i)); got != want {
-			t.Errorf("state %d is taken up as %d, want %d", i, got, want)
-		}
-	}
 }

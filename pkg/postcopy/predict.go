@@ -6,18 +6,19 @@ import "sync/atomic"
 
 // predictor learns in which order each thread touches pages, and says which ones it will want next.
 //
-// A fault tells two things: where the thread is, and what it did not fault on since the last time: pages that were
-// asked for ahead of it and came in time. That makes the usefulness of guesses observable without looking at a page: a
-// stream that was right shows its next fault behind the pages that were asked for, or on one that is still on its way.
+// A fault tells two things: where the thread is, and which pages it did not fault on since the last time, because they
+// were asked for ahead of it and came in time. So the engine sees whether guesses are useful without looking at a page:
+// the next fault of a stream that was right is behind the pages that were asked for, or on one that is still on its
+// way.
 //
 //	faults of one thread:   p   p+s  p+2s                              p+7s
 //	learnt:                 -   s?   s: ask for p+3s … p+6s            right: ask for twice as many
 //
-// A thread has several streams, because a vCPU runs several programs and a program copies from one place to another.
-// One that is wrong is forgotten, so for a guest without any order nothing is asked ahead.
+// A thread has several streams, because a vCPU runs several programs and a program copies from one place to another. A
+// stream that is wrong is forgotten, so for a guest without any order nothing is asked for ahead.
 //
-// A thread's faults come one after the other, so its entry is not contended for; which worker reads a fault changes.
-// Where two threads share an entry, they disturb each other's guesses and nothing else: whatever it says, each page is
+// A thread's faults come one after the other, so its entry is not contended for, although different workers read them.
+// Where two threads share an entry, they disturb each other's guesses and nothing else. In any case each page is
 // claimed before it is asked for, and crosses the network once.
 type predictor struct {
 	threads [predictThreads]threadStreams
@@ -45,7 +46,7 @@ type guess struct {
 	count int64
 }
 
-// fault learns from a fault of a thread on page p, and says what to ask for so that at most so many pages are asked for
+// fault learns from a fault of a thread on page p, and says what to ask for. No more than most pages are then asked for
 // ahead of the thread.
 func (t *predictor) fault(thread uint32, p uint64, most int64) guess {
 	streams := &t.threads[thread%predictThreads]
@@ -57,7 +58,7 @@ func (t *predictor) fault(thread uint32, p uint64, most int64) guess {
 			continue
 		}
 		t.right.Add(uint64(min(passed, depth)))
-		before := max(0, depth-passed) // of those that were asked for, still before the thread
+		before := max(0, depth-passed) // pages that were asked for and that the thread has still before it
 		depth = min(max(firstDepth, 2*depth), most)
 		if t.guessed.Load() > 2*t.right.Load()+trial {
 			depth = min(firstDepth, most) // streams here end too soon
@@ -72,9 +73,9 @@ func (t *predictor) fault(thread uint32, p uint64, most int64) guess {
 	return guess{}
 }
 
-// passed says how many steps a thread that faults on page p has gone on in the stream, and whether p belongs to it: among
-// the pages that were asked for, next behind them, or a little further on, because the sweep or another thread has
-// brought some.
+// passed says how many steps a thread that faults on page p has gone on in the stream, and whether p belongs to the
+// stream. It does if it is among the pages that were asked for, next behind them, or a little further on, because the
+// sweep or another thread has brought some.
 func (s *stream) passed(p uint64, step, depth int64) (int64, bool) {
 	last := s.last.Load()
 	if last == 0 || step == 0 {
@@ -85,7 +86,7 @@ func (s *stream) passed(p uint64, step, depth int64) (int64, bool) {
 	return steps, distance%step == 0 && steps >= 1 && steps <= depth+1+skipped
 }
 
-// learn takes the fault as the second of a stream whose first one is near, or as the first one of a new stream.
+// learn takes the fault as the second one of a stream whose first fault is near, or as the first one of a new stream.
 func (t *threadStreams) learn(p uint64) {
 	for i := range t.streams {
 		s := &t.streams[i]

@@ -10,7 +10,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// walker is a thread that touches pages in some order and faults on those that were not asked for ahead.
+// walker is a thread that touches pages in some order. A touch is a fault unless the page was prefetched.
 type walker struct {
 	t       *predictor
 	thread  uint32
@@ -59,8 +59,8 @@ func TestPredictTellsThreadsAndStreamsApart(t *testing.T) {
 	var table predictor
 	a, b := newWalker(&table, 1), newWalker(&table, 2)
 	for i := range uint64(1000) {
-		a.touch(10_000 + i)    // copies from here
-		a.touch(900_000 + 2*i) // to there
+		a.touch(10_000 + i)    // reads what it copies,
+		a.touch(900_000 + 2*i) // and writes it
 		b.touch(500_000 - 5*i)
 	}
 	for _, w := range []*walker{a, b} {
@@ -87,7 +87,7 @@ func TestPredictGivesUpOnShortRuns(t *testing.T) {
 	w := newWalker(&table, 1)
 	random := rand.New(rand.NewPCG(3, 4))
 	guessedEarly := uint64(0)
-	for i := range 4000 { // always three pages in a row, then elsewhere
+	for i := range 4000 { // three pages in a row, at a random place each time
 		start := random.Uint64N(1 << 40)
 		for p := range uint64(3) {
 			w.touch(start + p)
@@ -101,12 +101,13 @@ func TestPredictGivesUpOnShortRuns(t *testing.T) {
 	}
 }
 
-// TestGuessesAreAskedForAndInstalled: a thread that goes through memory from page to page, with a real source.
+// TestGuessesAreAskedForAndInstalled: a thread goes through memory from page to page. Pages are prefetched from a real
+// source.
 func TestGuessesAreAskedForAndInstalled(t *testing.T) {
 	const pages = 4096
 	l := layout{{kind: uffdtest.Shmem, pages: pages}}
 	g := newTarget(t, l, Options{})
-	g.started.Store(true) // as if the sweep had begun, but it has not
+	g.started.Store(true) // as if the sweep had begun, which only then allows prefetching
 	run := g.run(context.Background(), dial(t, realSource(t, l), g.workers))
 	g.child.Do(uffdtest.Touch(g.blocks[0].all(), uffdtest.Shmem))
 	s := g.Stats()

@@ -7,18 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
 const pageSize = 4096
 
-// expect joins a thread that reads and compares.
+// expect waits for a thread that reads a word, and compares the word.
 func expect(t testing.TB, p uffdtest.Pending, want uint64) {
 	t.Helper()
 	if v := p.JoinOK(); v != want {
@@ -26,7 +27,7 @@ func expect(t testing.TB, p uffdtest.Pending, want uint64) {
 	}
 }
 
-// pagesOf is a run of pages of block 0.
+// pagesOf returns a run of pages of block 0.
 func pagesOf(page, n uint64) pagewire.Run {
 	return pagewire.Run{Offset: page * pageSize, Length: uint32(n * pageSize)}
 }
@@ -37,7 +38,7 @@ func zerosOf(page, n uint64) pagewire.Run {
 	return r
 }
 
-// sendPages answers for pages one by one, zero ones as such.
+// sendPages answers for pages one by one, and sends zero pages as zero.
 func (l *scriptedLane) sendPages(t testing.TB, page, n uint64) {
 	t.Helper()
 	for p := page; p < page+n; p++ {
@@ -47,14 +48,30 @@ func (l *scriptedLane) sendPages(t testing.TB, page, n uint64) {
 	}
 }
 
-// start runs a target of that many pages with one worker over a script; the demand lane and the bulk lane are the
-// test's to play.
+// start runs a target of so many pages with one worker. The test plays the source on the demand lane and on the bulk
+// lane.
 func start(t *testing.T, pages uint64, o Options) (g *target, demand, bulk *scriptedLane, run func() <-chan error) {
 	t.Helper()
 	o.Workers = 1
 	g = newTarget(t, layout{{kind: uffdtest.Shmem, pages: pages}}, o)
 	l, theirs := scripted(t, 1)
 	return g, theirs[0], theirs[1], func() <-chan error { return g.run(context.Background(), l) }
+}
+
+// TestSleepers: Options.Sleeps is called for each worker, when it starts and when it ends.
+func TestSleepers(t *testing.T) {
+	var now, most atomic.Int64
+	g, demand, _, run := start(t, 1, Options{Sleeps: func(threads int) {
+		most.Store(max(most.Load(), now.Add(int64(threads))))
+	}})
+	result := run()
+	thread := g.read(0, 0, 0)
+	demand.answer(t, pageSize)
+	expect(t, thread, word(0, 0, 0))
+	mustEnd(t, result)
+	if now.Load() != 0 || most.Load() != 1 {
+		t.Errorf("%d threads sleep after Run, %d at most while it ran", now.Load(), most.Load())
+	}
 }
 
 func mustEnd(t testing.TB, result <-chan error) {
@@ -64,8 +81,8 @@ func mustEnd(t testing.TB, result <-chan error) {
 	}
 }
 
-// TestPromotion: a fault on a page that the sweep has asked for is asked for again, and whichever answer
-// comes first is installed.
+// TestPromotion: a page that the sweep has requested, and on which a thread faults, is requested again on the demand
+// lane. The answer that comes first is installed.
 func TestPromotion(t *testing.T) {
 	for _, bulkFirst := range []bool{true, false} {
 		t.Run(fmt.Sprintf("bulk first %v", bulkFirst), func(t *testing.T) {
@@ -98,7 +115,7 @@ func TestPromotion(t *testing.T) {
 			}
 			mustEnd(t, result)
 			g.verify()
-			// What was on its way came at any time: that is no round trip of the network.
+			// The page was already on its way, so the time from the fault to its arrival is no round trip.
 			if ns := g.fastest.ns.Load(); ns != 0 {
 				t.Errorf("a round trip of %d ns is taken for one", ns)
 			}
@@ -106,7 +123,7 @@ func TestPromotion(t *testing.T) {
 	}
 }
 
-// TestTwoFaultsOnePage: the page is asked for once, and both threads go on.
+// TestTwoFaultsOnePage: the page is requested once, and both threads continue.
 func TestTwoFaultsOnePage(t *testing.T) {
 	g, demand, _, run := start(t, 2, Options{})
 	result := run()
@@ -127,7 +144,7 @@ func TestTwoFaultsOnePage(t *testing.T) {
 	}
 }
 
-// TestSparse: zero pages that nobody waits for are not allocated; a thread that comes to one goes on at once.
+// TestSparse: a zero page for which no thread waits is not allocated. A thread that touches it later continues at once.
 func TestSparse(t *testing.T) {
 	g, _, bulk, run := start(t, 64, Options{})
 	g.StartSweep()
@@ -147,10 +164,10 @@ func TestSparse(t *testing.T) {
 	if n := g.allocated(); n != 2 {
 		t.Errorf("%d pages are allocated, want 2", n)
 	}
-	expect(t, g.read(0, 20, 0), 0) // not registered any more
+	expect(t, g.read(0, 20, 0), 0) // the memory is no longer registered
 }
 
-// allocated is how many pages the file behind block 0 has.
+// allocated returns how many pages the file behind block 0 has.
 func (g *target) allocated() int64 {
 	g.t.Helper()
 	var s unix.Stat_t
@@ -161,147 +178,7 @@ func (g *target) allocated() int64 {
 	return s.Blocks * 512 / int64(os.Getpagesize())
 }
 
-// TestDiscardInFlight: the process gives a page up while its old content is about to be installed.
-func TestDiscardInFlight(t *testing.T) {
-	for _, c := range []struct {
-		point    string
-		discards bool
-	}{
-		{"install", false}, // the installer has not looked yet whether the page is still its own
-		{"install", true},
-		{"copy", true}, // it has looked, and is within the gate: the event must not be read
-	} {
-		t.Run(fmt.Sprintf("%s, gate %v", c.point, c.discards), func(t *testing.T) {
-			g, demand, _, run := start(t, 2, Options{Discards: c.discards})
-			park := g.parkAt(c.point, 1)
-			result := run()
-			thread := g.read(0, 1, 0)
-			demand.answer(t, pageSize)
-			park.await()
-
-			b := &g.blocks[0]
-			punch := g.child.Go(uffdtest.Punch(b.page(1)))
-			if c.point == "install" {
-				punch.JoinOK()   // the event is read meanwhile
-				if !c.discards { // and marked: who comes between finds what doc.go says, unless the gate is there
-					until(t, "marked", func() bool { return g.pages.get(1) != installing })
-				}
-			} else {
-				until(t, "reader at the gate", func() bool {
-					if g.gate.mu.TryRLock() {
-						g.gate.mu.RUnlock()
-						return false
-					}
-					return true
-				})
-				punch.WaitWaiting()
-			}
-			park.unpark()
-			expect(t, thread, 0)
-			if c.point == "copy" {
-				punch.JoinOK()
-			}
-			expect(t, g.read(0, 1, 0), 0)
-			expectAfter := g.read(0, 0, 0)
-			demand.answer(t, pageSize)
-			expect(t, expectAfter, word(0, 0, 0))
-			mustEnd(t, result)
-			expect(t, g.read(0, 1, 0), 0)
-		})
-	}
-}
-
-// TestDiscardReadNotMarked is gate.go's picture: the event is read, so the process drops the page, and its old content is
-// to be copied before the reader has marked it. Without the gate it comes back, as doc.go says.
-func TestDiscardReadNotMarked(t *testing.T) {
-	for _, discards := range []bool{false, true} {
-		t.Run(fmt.Sprintf("gate %v", discards), func(t *testing.T) {
-			g, _, bulk, run := start(t, 2, Options{Discards: discards})
-			installer, reader := g.parkAt("install", 1), g.parkAt("read", 0)
-			g.StartSweep()
-			result := run()
-			bulk.asked(t)
-			bulk.send(t, pageSize, pagesOf(1, 1))
-			installer.await()
-			punch := g.child.Go(uffdtest.Punch(g.blocks[0].page(1)))
-			reader.await()
-			punch.JoinOK()
-			installer.unpark()
-			want := uint64(0)
-			if !discards {
-				until(t, "installed", func() bool { return g.pages.get(1) == present })
-				want = word(0, 1, 0)
-			}
-			reader.unpark()
-			bulk.send(t, pageSize, pagesOf(0, 1))
-			mustEnd(t, result)
-			expect(t, g.read(0, 1, 0), want)
-		})
-	}
-}
-
-// TestDiscardWithWaiter: who waits for a page that is given up reads zero, and its content is dropped when it comes.
-func TestDiscardWithWaiter(t *testing.T) {
-	g, demand, _, run := start(t, 2, Options{})
-	result := run()
-	thread := g.read(0, 1, 0)
-	demand.asked(t)
-	g.child.Go(uffdtest.Punch(g.blocks[0].page(1))).JoinOK()
-	expect(t, thread, 0)
-	demand.send(t, pageSize, pagesOf(1, 1))
-	last := g.read(0, 0, 0)
-	demand.answer(t, pageSize)
-	expect(t, last, word(0, 0, 0))
-	mustEnd(t, result)
-	expect(t, g.read(0, 1, 0), 0)
-	if s := g.Stats(); s.Discarded != pageSize {
-		t.Errorf("%d bytes discarded", s.Discarded)
-	}
-}
-
-// TestDiscardDuringZero: the only worker is about to install a zero page when an event comes that only it can
-// read. It must not wait for that.
-func TestDiscardDuringZero(t *testing.T) {
-	g, demand, bulk, run := start(t, 8, Options{Discards: true})
-	park := g.parkAt("zero", 3)
-	g.StartSweep()
-	result := run()
-	bulk.asked(t)
-	bulk.send(t, pageSize, zerosOf(3, 1))
-	until(t, "marked", func() bool { return g.Stats().PagesZero == 1 })
-	thread := g.read(0, 3, 0)
-	park.await()
-	punch := g.child.Go(uffdtest.Punch(g.blocks[0].page(4)))
-	punch.WaitWaiting()
-	park.unpark()
-	expect(t, thread, 0)
-	punch.JoinOK()
-	bulk.sendPages(t, 0, 3)
-	bulk.sendPages(t, 4, 4) // the first of them is dropped
-	mustEnd(t, result)
-	expect(t, g.read(0, 4, 0), 0)
-	expect(t, g.read(0, 5, 0), word(0, 5, 0))
-	if len(demand.requests) != 0 {
-		t.Error("a zero page was asked for")
-	}
-}
-
-// TestDiscardOfPresentPage: also without an event it reads as zero (QEMU punches holes with fallocate).
-func TestDiscardOfPresentPage(t *testing.T) {
-	g, demand, _, run := start(t, 2, Options{})
-	result := run()
-	thread := g.read(0, 1, 0)
-	demand.answer(t, pageSize)
-	expect(t, thread, word(0, 1, 0))
-	g.child.Go(uffdtest.Punch(g.blocks[0].page(1))).JoinOK()
-	expect(t, g.read(0, 1, 0), 0)
-	thread = g.read(0, 0, 0)
-	demand.answer(t, pageSize)
-	expect(t, thread, word(0, 0, 0))
-	mustEnd(t, result)
-}
-
-// TestLateFaults: the last page comes while one fault is being dealt with and another is not read yet.
+// TestLateFaults: the last page comes while the worker handles one fault, and another one has not been read.
 func TestLateFaults(t *testing.T) {
 	g, _, bulk, run := start(t, 8, Options{})
 	park := g.parkAt("zero", 3)
@@ -311,7 +188,7 @@ func TestLateFaults(t *testing.T) {
 	bulk.send(t, pageSize, zerosOf(1, 7))
 	until(t, "marked", func() bool { return g.Stats().PagesZero == 7 })
 	dealtWith := g.read(0, 3, 0)
-	park.await() // the only worker
+	park.await() // this is the only worker
 	unread := g.read(0, 4, 0)
 	unread.WaitWaiting()
 	bulk.send(t, pageSize, pagesOf(0, 1))
@@ -322,8 +199,9 @@ func TestLateFaults(t *testing.T) {
 	expect(t, unread, 0)
 }
 
-// TestExist: a page that somebody else put there stays where the file is not known, and is counted; where it is, the VM's
-// content is written over it. Who waits for it goes on, and the pages around it come in.
+// TestExist: if another process has made a page, and the engine does not know the file, the page stays as it is and is
+// counted. If it knows the file, it writes the VM's content over it. Either way the thread that waits continues, and
+// the pages around it come.
 func TestExist(t *testing.T) {
 	for _, unknown := range []bool{false, true} {
 		t.Run(fmt.Sprintf("unknown file %v", unknown), func(t *testing.T) {
@@ -356,7 +234,7 @@ func TestExist(t *testing.T) {
 	}
 }
 
-// TestUnmap: memory that is unmapped is not waited for.
+// TestUnmap: memory that is unmapped is not fetched.
 func TestUnmap(t *testing.T) {
 	g, demand, _, run := start(t, 8, Options{})
 	result := run()
@@ -368,7 +246,7 @@ func TestUnmap(t *testing.T) {
 	mustEnd(t, result)
 }
 
-// Before the sweep a fault brings its neighbours along; they are there when they are needed.
+// TestFaultAsksAhead: before the sweep begins, a fault requests the pages around it as well, and they are installed.
 func TestFaultAsksAhead(t *testing.T) {
 	g := newTarget(t, layout{{kind: uffdtest.Shmem, pages: 20}}, Options{Workers: 1, LoadAhead: 8 * pageSize})
 	lanes, theirs := scripted(t, 1)
@@ -383,7 +261,7 @@ func TestFaultAsksAhead(t *testing.T) {
 	demand.sendPages(t, 5, 8)
 	expect(t, first, word(0, 5, 0))
 	expect(t, g.read(0, 12, 0), word(0, 12, 0))
-	// A neighbour that is there already is not asked for again.
+	// A neighbour that has come is not requested again.
 	before := g.read(0, 2, 0)
 	if r := demand.asked(t); r.Offset != 2*pageSize || r.Length != 3*pageSize {
 		t.Errorf("asked for %d bytes at %#x", r.Length, r.Offset)
@@ -393,5 +271,34 @@ func TestFaultAsksAhead(t *testing.T) {
 	cancel()
 	if err := await(t, "end of Run", result); !errors.Is(err, context.Canceled) {
 		t.Errorf("Run ended with %v", err)
+	}
+}
+
+// TestAnswerOvertakesItsFault: a page that the sweep requested comes when the worker has claimed it for a fault and not
+// yet recorded the time. The fault must not stay recorded as waiting, because the sweep would leave room for it on the
+// link for ever.
+func TestAnswerOvertakesItsFault(t *testing.T) {
+	for name, page := range map[string]uint64{"data": 5, "zeros": 3} {
+		t.Run(name, func(t *testing.T) {
+			const pages = firstWindow / pageSize
+			g, demand, bulk, run := start(t, pages, Options{})
+			park := g.parkAt("claimed", page)
+			g.StartSweep()
+			result := run()
+			const ran = pages / 2
+			bulk.asked(t)
+			thread := g.read(0, page, 8)
+			park.await()
+			bulk.sendPages(t, 0, ran)
+			until(t, "the page is there", func() bool { return !g.pages.isWaitedFor(page) })
+			expect(t, thread, word(0, page, 8))
+			park.unpark()
+			demand.answer(t, pageSize) // it was requested again on the demand lane
+			until(t, "nothing waits", func() bool { return g.pending.count.Load() == 0 })
+			bulk.asked(t)
+			bulk.sendPages(t, ran, ran)
+			mustEnd(t, result)
+			g.verify()
+		})
 	}
 }

@@ -6,26 +6,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"io"
-	"net"
 	"os"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/metadata"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
-	"github.com/migrated-vm/migrated/internal/pagelane"
-	"github.com/migrated-vm/migrated/internal/pagewire"
-	"github.com/migrated-vm/migrated/pkg/pagesrv"
-	"github.com/migrated-vm/migrated/pkg/pagesrv/pagemap"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
@@ -41,13 +31,13 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// patience bounds every wait, so that what never comes fails a test.
+// patience is the longest that a test waits for anything.
 const patience = 20 * time.Second
 
 // isZero says which pages of the source are zero.
 func isZero(block int, page uint64) bool { return (page+uint64(block))%8 == 3 }
 
-// fill makes the content of a source page: every word tells where it belongs.
+// fill makes the content of a page of the source. Each word depends on its place.
 func fill(dst []byte, block int, page uint64) {
 	if isZero(block, page) {
 		clear(dst)
@@ -65,7 +55,7 @@ func word(block int, page, offset uint64) uint64 {
 	return (page<<20|offset|uint64(block)<<60)*0x9E3779B97F4A7C15 | 1
 }
 
-// target is a process whose memory is filled, and the engine that fills it.
+// target is a process whose memory is filled, with its engine.
 type target struct {
 	*Engine
 	t     testing.TB
@@ -79,8 +69,8 @@ type layout []ram
 type ram struct {
 	kind  uffdtest.Kind
 	pages uint64
-	own   bool // a userfaultfd of its own, not that of the blocks before
-	// unknown: the engine does not have its file, as of private memory.
+	own   bool // has a userfaultfd of its own, not that of the blocks before it
+	// unknown says that the engine does not have the file, as with private memory.
 	unknown bool
 }
 
@@ -93,7 +83,7 @@ func newTarget(t testing.TB, l layout, o Options) *target {
 		}
 	}
 	if huge > 0 {
-		uffdtest.ReserveHugePages(t, 2*huge) // the source has its own
+		uffdtest.ReserveHugePages(t, 2*huge) // the source needs as many
 	}
 	c := uffdtest.Start(t)
 	var err error
@@ -103,16 +93,22 @@ func newTarget(t testing.TB, l layout, o Options) *target {
 			u = c.NewUFFD(uffd.OpenSyscall)
 		}
 		r := c.Map(b.kind, b.pages)
-		block := Block{ID: fmt.Sprint("ram", i), Addr: r.Start, Size: r.Len, PageSize: b.kind.PageSize(), UFFD: u}
+		block := Block{
+			ID: fmt.Sprint("ram", i), Addr: r.Start, Size: r.Len, PageSize: b.kind.PageSize(),
+			UFFD: u, Private: b.kind == uffdtest.Anon,
+		}
 		if b.kind != uffdtest.Anon && !b.unknown {
 			block.File = fileOf(t, c.Pid, r)
 		}
 		o.Blocks = append(o.Blocks, block)
 	}
-	if o.Pagemap, err = pagemap.Open(c.Pid); err != nil {
+	if o.Pagemap, err = uffd.OpenPagemap(c.Pid); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { o.Pagemap.Close() })
+	if o.Sleeps == nil {
+		o.Sleeps = processors
+	}
 	e, err := New(o)
 	if err != nil {
 		t.Fatal(err)
@@ -125,19 +121,19 @@ func fileOf(t testing.TB, pid int, r uffd.Range) *os.File {
 	t.Helper()
 	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/map_files/%x-%x", pid, r.Start, r.Start+r.Len), os.O_RDWR, 0)
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	t.Cleanup(func() { f.Close() })
 	return f
 }
 
-// word reads a word of the process' memory as a thread of it does.
+// word reads a word of memory in a thread of the process.
 func (g *target) read(block int, page, offset uint64) uffdtest.Pending {
 	b := &g.blocks[block]
 	return g.child.Go(uffdtest.Read(b.Addr + page*b.PageSize + offset))
 }
 
-// verify compares all memory; the engine is done.
+// verify compares all memory, after Run.
 func (g *target) verify() {
 	g.t.Helper()
 	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", g.child.Pid))
@@ -160,15 +156,15 @@ func (g *target) verify() {
 	}
 }
 
-// run starts Run; the result comes on the channel.
+// run calls Run in a goroutine. Its result comes on the channel.
 func (g *target) run(ctx context.Context, l lanes) <-chan error {
 	g.t.Helper()
 	result := make(chan error, 1)
-	go func() { result <- g.Run(ctx, l.demand, l.bulk) }()
+	go func() { result <- g.Run(ctx, l.demand, l.bulk, l.more) }()
 	return result
 }
 
-// await is the next value of a channel, within a deadline.
+// await receives a value from a channel, or fails after patience.
 func await[T any](t testing.TB, what string, c <-chan T) (v T) {
 	t.Helper()
 	select {
@@ -179,7 +175,7 @@ func await[T any](t testing.TB, what string, c <-chan T) (v T) {
 	return v
 }
 
-// until polls for a condition within a deadline.
+// until polls until the condition holds, or fails after patience.
 func until(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !ok(); time.Sleep(100 * time.Microsecond) {
@@ -189,201 +185,13 @@ func until(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-type lanes struct {
-	demand []Lane
-	bulk   Lane
-	cancel context.CancelFunc
-}
-
-// serve serves lanes on the loopback and returns its address.
-func serve(t testing.TB, handle func(*pagelane.Stream) error) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	lanes := pagelane.NewServer(handle)
-	server := grpc.NewServer(grpc.Creds(lanes.Credentials(insecure.NewCredentials())))
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
-	t.Cleanup(func() {
-		server.Stop()
-		lanes.Close()
-		if err := <-served; err != nil {
-			t.Error(err)
-		}
-	})
-	return listener.Addr().String()
-}
-
-// dial opens the demand lanes, then the bulk lane, each on its own connection.
-func dial(t testing.TB, address string, demand int) lanes {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	l := lanes{cancel: cancel}
-	t.Cleanup(cancel)
-	for i := range demand + 1 {
-		md := metadata.Pairs(pagewire.MigrationIDKey, "m", pagewire.MigrationTokenKey, "secret", pagewire.CompressionKey, pagewire.Unpackable)
-		if i == demand {
-			md.Set(pagewire.LaneKey, pagewire.BulkLane)
-		}
-		conn, err := pagelane.Dial(ctx, address, insecure.NewCredentials())
-		if err != nil {
-			t.Fatal(err)
-		}
-		lane, err := pagelane.Open(ctx, conn, md)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if l.bulk = lane; i < demand {
-			l.demand = append(l.demand, lane)
-		}
-	}
-	return l
-}
-
-// realSource offers RAM of that layout with the page server of the source host.
-func realSource(t testing.TB, l layout) string {
-	t.Helper()
-	var blocks []pagesrv.Block
-	for i, b := range l {
-		flags := unix.MFD_CLOEXEC
-		if b.kind == uffdtest.Hugetlb {
-			flags |= unix.MFD_HUGETLB
-		}
-		fd, err := unix.MemfdCreate("source", flags)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { unix.Close(fd) })
-		size := b.kind.PageSize()
-		if err := unix.Ftruncate(fd, int64(size*b.pages)); err != nil {
-			t.Fatal(err)
-		}
-		memory, err := unix.Mmap(fd, 0, int(size*b.pages), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for p := range b.pages {
-			if !isZero(i, p) || p%3 == 0 { // some zero pages are holes, some are written
-				fill(memory[p*size:(p+1)*size], i, p)
-			}
-		}
-		if err := unix.Munmap(memory); err != nil {
-			t.Fatal(err)
-		}
-		blocks = append(blocks, pagesrv.Block{ID: fmt.Sprint("ram", i), Path: fmt.Sprintf("/proc/self/fd/%d", fd), Size: size * b.pages, PageSize: unit(size)})
-	}
-	ram, err := pagesrv.OpenRAM(blocks)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ram.Close() })
-	server := pagesrv.NewServer()
-	export, err := server.Offer("m", "secret", ram, func(context.Context) error { return nil })
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(export.Withdraw)
-	return serve(t, func(s *pagelane.Stream) error { return server.ServeLane(s) })
-}
-
-// script is a source whose answers a test gives by hand.
-type script struct {
-	lanes  chan *scriptedLane // in the order in which they open
-	silent <-chan struct{}    // not nil: do not end a lane that its client has ended before it is closed
-}
-
-type scriptedLane struct {
-	stream   *pagelane.Stream
-	requests chan pagewire.Range // what was asked for, range by range
-	end      chan error          // ends the lane
-}
-
-func (s *script) serve(stream *pagelane.Stream) error {
-	l := &scriptedLane{stream: stream, requests: make(chan pagewire.Range, 1<<16), end: make(chan error, 1)}
-	s.lanes <- l // before the header, after which the client opens the next one
-	if err := stream.SendHeader(nil); err != nil {
-		return err
-	}
-	received := make(chan error, 1)
-	go func() {
-		var r pagewire.Request
-		for {
-			if err := stream.RecvMsg(&r); err != nil {
-				if errors.Is(err, io.EOF) {
-					if s.silent != nil {
-						<-s.silent
-					}
-					err = nil
-				}
-				received <- err
-				return
-			}
-			for _, g := range r.Ranges {
-				l.requests <- g
-			}
-		}
-	}()
-	select {
-	case err := <-received:
-		return err
-	case err := <-l.end:
-		return err
-	}
-}
-
-// scripted serves a script over demand lanes and a bulk lane.
-func scripted(t testing.TB, demand int) (lanes, []*scriptedLane) {
-	t.Helper()
-	s := &script{lanes: make(chan *scriptedLane, demand+1)}
-	l := dial(t, serve(t, s.serve), demand)
-	var theirs []*scriptedLane
-	for range demand + 1 {
-		theirs = append(theirs, await(t, "lane", s.lanes))
-	}
-	return l, theirs
-}
-
-// send answers with these runs, with the right content.
-func (l *scriptedLane) send(t testing.TB, pageSize uint64, runs ...pagewire.Run) {
-	t.Helper()
-	r := pagewire.Reply{Runs: runs}
-	for _, run := range runs {
-		for o := uint64(0); o < uint64(run.Length) && !run.Zero; o += pageSize {
-			page := make([]byte, pageSize)
-			fill(page, int(run.Block), (run.Offset+o)/pageSize)
-			r.Data = append(r.Data, page...)
-		}
-	}
-	if err := l.stream.SendMsg(&r); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// asked waits for the next range asked for on the lane.
-func (l *scriptedLane) asked(t testing.TB) pagewire.Range {
-	t.Helper()
-	return await(t, "request", l.requests)
-}
-
-// answer waits for a range to be asked for and answers it rightly.
-func (l *scriptedLane) answer(t testing.TB, pageSize uint64) {
-	t.Helper()
-	r := l.asked(t)
-	for o := uint64(0); o < uint64(r.Length); o += pageSize {
-		page := (r.Offset + o) / pageSize
-		l.send(t, pageSize, pagewire.Run{Block: r.Block, Offset: r.Offset + o, Length: uint32(pageSize), Zero: isZero(int(r.Block), page)})
-	}
-}
-
 // parking stops the first goroutine that comes to a point with a page.
 type parking struct {
 	t              testing.TB
 	reached, leave chan struct{}
 }
 
-// parkAt is to be called before Run, once for each point.
+// parkAt must be called before Run, at most once for each point.
 func (g *target) parkAt(point string, page uint64) *parking {
 	p := &parking{g.t, make(chan struct{}), make(chan struct{})}
 	var once sync.Once
@@ -414,4 +222,17 @@ func (p *parking) unpark() {
 	default:
 		close(p.leave)
 	}
+}
+
+// allocated returns how many bytes a file takes in its file system.
+func allocated(info os.FileInfo) uint64 { return uint64(info.Sys().(*syscall.Stat_t).Blocks) * 512 }
+
+// allocatedPages returns how many pages the file of a target's first block has.
+func allocatedPages(t testing.TB, g *target) uint64 {
+	t.Helper()
+	info, err := g.blocks[0].File.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return allocated(info) / pageSize
 }

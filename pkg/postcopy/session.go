@@ -6,22 +6,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/pagewire"
+	"github.com/migrated-vm/migrated/pkg/pagewire"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// Lane is a call of PageService.Fetch: a *pagelane.Client, or gRPC's own on a connection that was dialled with
-// pagewire.DialOptions. The engine sends *pagewire.Request and receives *pagewire.Reply. One goroutine sends and another receives,
-// but for the bulk lane, where one does both; that lane is told by its method Alone, if it has it.
+// Lane is a call of PageService.Fetch, as a *pagelane.Client is. One goroutine sends and another receives. On a bulk
+// lane one goroutine does both, so the lane has to take in what comes while it waits to send.
 type Lane interface {
-	SendMsg(request any) error // io.EOF: the call is over, and RecvMsg says why
-	RecvMsg(reply any) error
+	Send(*pagewire.Request) error // io.EOF: the call is over, and Recv says why
+	Recv(*pagewire.Reply) error
 	CloseSend() error
+	// Abort ends the call at once, whatever the peer does: calls of the other methods that are under way return.
+	Abort()
 }
 
 // lane is a Lane in use by one session.
@@ -32,22 +32,15 @@ type lane struct {
 	bytes  *atomic.Uint64 // counters of this kind of lane
 	pages  *atomic.Uint64
 	record *uffd.CopyRecord // owned by the receiver
+	bulk   *bulkLane        // nil: a demand lane
 
 	reply pagewire.Reply // owned by the receiver
-	state atomic.Int32   // of the receiver
 	ended chan struct{}  // closed when the receiver has ended
 }
 
-// The receiver changes between the first two, Run ends that by the third.
-const (
-	busy      = iota // not waiting
-	waiting          // in RecvMsg
-	abandoned        // Run returns: whatever comes is nothing to us
-)
-
 // lost makes an error of what the lane said.
 func (l *lane) lost(err error) error {
-	if strings.Contains(err.Error(), pagewire.ErrMalformed.Error()) { // gRPC keeps only the text of a codec's error
+	if errors.Is(err, pagewire.ErrMalformed) {
 		return fmt.Errorf("%s: %w: %w", l.name, ErrProtocol, err)
 	}
 	return fmt.Errorf("%s: %w: %w", l.name, ErrLaneLost, err)
@@ -57,13 +50,12 @@ func (l *lane) lost(err error) error {
 type session struct {
 	e       *Engine
 	demand  []*lane
-	bulk    *lane
-	pace    *pace
+	bulk    bulk
 	workers []*worker
 
 	ctx    context.Context //nolint:containedctx // it is the life of this struct
 	fail   context.CancelCauseFunc
-	asking sync.WaitGroup // the workers
+	asking sync.WaitGroup // the workers, and the goroutines that open lanes
 }
 
 // Run fills the memory over these lanes until the last page is in; then nothing is registered any more and it
@@ -71,10 +63,13 @@ type session struct {
 // StartSweep. The errors are those of this package, context.Cause(ctx), or what the kernel said; after each of them Run
 // may be called again, with new lanes, and goes on where it was. In between nobody answers faults or reads events.
 //
-// The caller ends the lanes (by their context) when Run has returned. Run closes them for sending and waits for
-// the source to end them, but not longer than a second: a receiver that still waits in RecvMsg
-// then ends when the lane does and does nothing any more.
-func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
+// Where more bulk lanes make the sweep faster, Run opens them by more, at most 8 in all and at most one for each
+// processor. Run owns the lane that more returns; more may take until its ctx ends. If more is nil, there is one bulk
+// lane. Run does not end when one of several bulk lanes is lost.
+//
+// At its end Run closes the lanes for sending and waits for the source to end them, but not longer than a second. Then
+// it aborts them, so that nothing of Run waits for the source any more when it returns.
+func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane, more func(context.Context) (Lane, error)) error {
 	if !e.running.CompareAndSwap(false, true) {
 		return ErrRunning
 	}
@@ -87,32 +82,43 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane) error {
 		return nil
 	default:
 	}
-	s := &session{e: e, pace: newPace(e.budget)}
+	s := &session{e: e}
+	s.bulk.open, s.bulk.pace, s.bulk.fronts, s.bulk.missing = more, newPace(e.budget), fronts{firsts: e.firsts()}, true
+	s.bulk.scale = scale{lanes: 1, most: 1}
+	if more != nil && e.bulkLanes == 0 {
+		s.bulk.scale.most = e.mostLanes()
+	}
 	s.ctx, s.fail = context.WithCancelCause(ctx)
 	defer s.fail(nil)
 	c := &e.counters
 	for i, stream := range demand {
-		s.demand = append(s.demand, newLane(fmt.Sprintf("demand lane %d", i), stream, &c.demandBytes, &c.demandPages, &e.copies[i]))
+		s.demand = append(s.demand, newLane(
+			fmt.Sprintf("demand lane %d", i), stream, &c.demandBytes, &c.demandPages, &e.copies[i],
+		))
 	}
-	if lone, ok := bulk.(interface{ Alone() }); ok { // see sweep
-		lone.Alone()
-	}
-	s.bulk = newLane("bulk lane", bulk, &c.bulkBytes, &c.bulkPages, &e.copies[e.workers])
+	s.newBulk(bulk)
 	for _, l := range s.demand {
 		w, err := newWorker(s, l)
 		if err != nil {
 			return err
 		}
+		e.sleeps(1)
+		defer e.sleeps(-1)
 		defer w.poller.close()
 		s.workers = append(s.workers, w)
 	}
 
-	// What an earlier session had asked for will not come any more. Threads whose messages it had read look
+	// What an earlier session had asked for will not come any more. Threads whose messages that session had read look
 	// again: their faults come first now.
+	e.fastest.take() // perhaps it was measured on another path
+	e.later.open()
+	defer e.later.stop()
 	e.pages.putBack()
 	if err := errors.Join(e.resume(), e.wakeAll()); err != nil {
 		return err
 	}
+	e.counters.lanes(1)
+	defer e.counters.lanes(0)
 	s.start()
 	select {
 	case <-e.pages.full:
@@ -139,10 +145,10 @@ func (s *session) start() {
 	for _, l := range s.demand {
 		go s.receive(l)
 	}
-	go s.sweep()
+	go s.sweep(s.bulk.lanes[0], true)
 	for _, w := range s.workers {
 		s.asking.Go(func() {
-			s.end(w.run()) // first: the end of the lane is the smaller news
+			s.end(w.run()) // first: that the lane ends says less
 			_ = w.lane.stream.CloseSend()
 		})
 	}
@@ -165,15 +171,8 @@ func (s *session) receive(l *lane) {
 
 // take is step 5: it waits for one reply and deals with it. It says false when there will be no more.
 func (s *session) take(l *lane) bool {
-	if !l.state.CompareAndSwap(busy, waiting) {
-		return false
-	}
-	err := l.stream.RecvMsg(&l.reply)
-	if !l.state.CompareAndSwap(waiting, busy) {
-		return false
-	}
-	if err != nil {
-		s.end(l.lost(err))
+	if err := l.stream.Recv(&l.reply); err != nil {
+		s.lose(l, err)
 		return false
 	}
 	s.e.at("reply", 0)
@@ -186,32 +185,37 @@ func (s *session) take(l *lane) bool {
 
 // finish ends all goroutines and says how Run went.
 func (s *session) finish() error {
-	err := context.Cause(s.ctx) // before it is us who end it
+	err := context.Cause(s.ctx) // before this ends it
 	s.fail(nil)
 	s.e.at("ending", 0)
 	for _, w := range s.workers {
 		w.poller.stop()
 	}
+	s.bulk.close()
+	// A sender may wait for a window that nobody opens, or for a peer that takes nothing.
+	grace := time.AfterFunc(laneGrace, s.abort)
+	defer grace.Stop()
 	s.asking.Wait()
 	select {
 	case <-s.e.pages.full: // also when something failed meanwhile: nothing was needed of it
-		err = s.e.complete()
+		if !errors.Is(err, ErrMoved) { // else what the table calls present is elsewhere
+			err = s.e.complete()
+		}
 	default:
 	}
-	grace := time.NewTimer(laneGrace)
-	defer grace.Stop()
-	over := false
-	for _, l := range append(s.demand[:len(s.demand):len(s.demand)], s.bulk) {
-		if !over {
-			select {
-			case <-l.ended:
-			case <-grace.C:
-				over = true
-			}
-		}
-		if over && l.state.Swap(abandoned) != waiting {
-			<-l.ended
-		}
+	for _, l := range s.all() {
+		<-l.ended
 	}
 	return err
+}
+
+func (s *session) all() []*lane {
+	return append(s.demand[:len(s.demand):len(s.demand)], s.bulk.all()...)
+}
+
+// abort ends the lanes, even if goroutines wait in them.
+func (s *session) abort() {
+	for _, l := range s.all() {
+		l.stream.Abort()
+	}
 }

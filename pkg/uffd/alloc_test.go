@@ -10,7 +10,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// TestNoAllocations: the way of a fault makes no garbage, also not where it fails.
+// TestNoAllocations checks that the calls on the path of a fault do not allocate, also not when they fail.
 func TestNoAllocations(t *testing.T) {
 	const runs, pages = 50, 64
 	c := uffdtest.Start(t)
@@ -22,7 +22,7 @@ func TestNoAllocations(t *testing.T) {
 	page := uffdtest.Page(uffdtest.Shmem, 1)
 	at := func(i uint64) uffd.Range { return uffd.Range{Start: r.Start + i*4096, Len: 4096} }
 
-	// Threads that wait in the last third, one message each.
+	// Threads wait in the last third of the pages. Each has made one message.
 	for i := range uint64(pages) {
 		c.Go(uffdtest.Read(at(2*pages + i).Start)).WaitWaiting()
 	}
@@ -45,7 +45,9 @@ func TestNoAllocations(t *testing.T) {
 		{"Zeropage, present", func() error { _, err := u.Zeropage(at(pages), 0); return err }, uffd.ErrExist},
 		{"Wake", func() error { return u.Wake(at(0)) }, nil},
 		{"Wake, invalid", func() error { return u.Wake(uffd.Range{}) }, uffd.ErrInvalid},
-		{"WriteProtect, not registered for it", func() error { return u.WriteProtect(at(0), uffd.WPProtect) }, uffd.ErrNotRegistered},
+		{"WriteProtect, not registered for it", func() error {
+			return u.WriteProtect(at(0), uffd.WPProtect)
+		}, uffd.ErrNotRegistered},
 	} {
 		var wrong error
 		if n := testing.AllocsPerRun(runs, func() {
@@ -63,7 +65,7 @@ func TestNoAllocations(t *testing.T) {
 		t.Errorf("the last event is %v", e.Kind)
 	}
 
-	// Nothing left to read.
+	// Read everything, so that nothing is left.
 	all := uffd.NewEventBuffer(pages)
 	if _, err := u.Read(all); err != nil {
 		t.Fatal(err)

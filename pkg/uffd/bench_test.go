@@ -13,7 +13,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// BenchmarkCopy fills shared memory in order, as the sweep does; discarding it again is not counted.
+// BenchmarkCopy fills shared memory in order, as the sweep does. The time does not include discarding it again.
 func BenchmarkCopy(b *testing.B) {
 	for _, size := range []int{4 << 10, 512 << 10} {
 		b.Run(fmt.Sprintf("%dKiB", size>>10), func(b *testing.B) {
@@ -47,7 +47,7 @@ func BenchmarkCopy(b *testing.B) {
 }
 
 // BenchmarkRead reads the messages of 16 waiting threads, in one batch or one by one, and reports the time for
-// all 16. Waking them, so that they fault again, is not counted.
+// all 16. The time does not include waking them so that they fault again.
 func BenchmarkRead(b *testing.B) {
 	const threads = 16
 	for _, batch := range []int{1, threads} {
@@ -88,8 +88,8 @@ func BenchmarkRead(b *testing.B) {
 	}
 }
 
-// BenchmarkFault is the whole way without a network: a thread of another process touches a page, we read its
-// message, copy the page in, and it goes on to the next.
+// BenchmarkFault measures a whole fault without a network: a thread of another process touches a page, we read the
+// message and copy the page, and the thread continues with the next page.
 func BenchmarkFault(b *testing.B) {
 	c := uffdtest.Start(b)
 	u := c.Supervise(0)

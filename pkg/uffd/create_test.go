@@ -12,8 +12,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/internal/abi"
 )
 
-// TestCreate has the kernels that this machine does not run: what each looks at first decides what may be
-// concluded from its answer.
+// TestCreate simulates kernels that this machine does not run. What a kernel checks first decides what its answer
+// means.
 func TestCreate(t *testing.T) {
 	const userMode, secure = abi.UFFD_USER_MODE_ONLY, abi.UFFD_SECURE
 	knows := func(flags, known uintptr) unix.Errno {
@@ -55,7 +55,7 @@ func TestCreate(t *testing.T) {
 		flags  uintptr
 		secure bool // asked for
 		want   unix.Errno
-		got    bool // secure
+		got    bool // the descriptor is secure
 	}{
 		{"series", 0, true, 0, true},
 		{"series", userMode, true, 0, true},
@@ -87,7 +87,8 @@ func TestCreate(t *testing.T) {
 	}
 }
 
-// A policy without the class lets everything pass, whatever the labels are.
+// TestPolicyHasClass checks that a policy without the class counts as none: it permits everything, whatever the labels
+// are.
 func TestPolicyHasClass(t *testing.T) {
 	classes := filepath.Join(t.TempDir(), "class")
 	if !policyHasClass(classes) {
@@ -104,5 +105,32 @@ func TestPolicyHasClass(t *testing.T) {
 	}
 	if !policyHasClass(classes) {
 		t.Error("a policy with the class")
+	}
+}
+
+// TestSecureFlagOfAnotherKind checks that the flag is not used on a kernel that gives it another meaning. Such a kernel
+// offers fork events with it.
+func TestSecureFlagOfAnotherKind(t *testing.T) {
+	other := func(flags uintptr) (int, unix.Errno) {
+		fd, errno := sysUserfaultfd(flags &^ abi.UFFD_SECURE) // the flag means something else here
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		return fd, 0
+	}
+	if isSecureFlag(other) {
+		t.Error("a flag with fork events is taken for UFFD_SECURE")
+	}
+	for errno, want := range map[unix.Errno]bool{unix.EINVAL: false, unix.EPERM: true, unix.EACCES: true} {
+		if got := isSecureFlag(func(uintptr) (int, unix.Errno) { return -1, errno }); got != want {
+			t.Errorf("after %v it is asked for: %v", errno, got)
+		}
+	}
+	fd, errno := sysUserfaultfd(unix.O_CLOEXEC | abi.UFFD_USER_MODE_ONLY | abi.UFFD_SECURE)
+	if errno == 0 {
+		unix.Close(fd)
+	}
+	if AsksSecure() != (errno == 0) {
+		t.Errorf("this kernel says %v to the flag, and it is asked for: %v", errno, AsksSecure())
 	}
 }

@@ -2,29 +2,32 @@
 
 // Package uffd is userfaultfd(2) for Go, without cgo: descriptors, ranges, filling pages, events.
 //
-// In the way of one page fault through this program it is the first step and the last: [UFFD.Read]
-// takes the fault from the kernel, [UFFD.Copy] puts the page in and wakes the thread that waits.
+// It is the first and the last step of a page fault's way through this program: [UFFD.Read] takes the
+// fault from the kernel; [UFFD.Copy] installs the page and wakes the thread that waits.
 //
-// A userfaultfd belongs to the address space of the process that made it, which need not be the
-// process that reads it: all addresses here are numbers in that other address space, never pointers.
-// Take care that no Go thread touches memory that its own process registered: the garbage collector
-// may stop the very goroutine that would have to answer the fault.
+// A userfaultfd belongs to the address space of the process that made it. Another process may read it:
+// all addresses here are numbers in that address space, never pointers.
+// No Go thread may touch memory that its own process registered: the garbage collector
+// may stop the goroutine that has to answer the fault.
 //
 // A descriptor's life:
 //
 //	Open or FromFD ──► API (once) ──► Register ──► Read / Copy / … ──► Unregister ──► Close
 //
-// Copy, Zeropage, Continue, Poison, WriteProtect, Wake and Read do not allocate, also not when they
-// fail with an error that the kernel is documented to give: such errors are made once (errors.go).
+// Copy, Zeropage, Continue, Poison, WriteProtect, RWProtect, Wake, Read and Scan do not allocate, nor do their
+// documented errors: each is made once (errors.go).
+//
+// # What a process touches
+//
+// [UFFD.RWProtect] protects pages against access and leaves them in memory (Linux 7.3). [Pagemap.Scan] then finds the
+// pages that were accessed since, in private memory, shared memory and hugetlbfs. That is the working set, without a
+// message for each access. [UFFD.WriteProtect] with FeatureWPAsync does it for writes (Linux 6.7). See the example.
 //
 // # Supervision
 //
-// Who holds a userfaultfd decides what a process finds in its memory. Open therefore makes it with UFFD_SECURE where
-// the kernel has that flag, which comes with this project's series (kernel/patches) and is in no released Linux;
-// [UFFD.Supervision] says whether that was so or whether SELinux labels the descriptor anyway. With the flag, forks
-// are not reported. Without FeatureEventFork a forked process's copy of the memory is registered with nothing: of private
-// memory it sees zeros where pages are missing; of shared memory, too, and they are then in everybody's, as if they had been
-// put there. Such memory must be MADV_DONTFORK, as QEMU's guest RAM is; a forked process does not have it then.
+// The holder of a userfaultfd decides what a process finds in its memory. Open makes descriptors that a security module
+// can control, where the kernel supports that: see [Supervision].
 //
-// Sources: userfaultfd(2), ioctl_userfaultfd(2), the kernel's fs/userfaultfd.c and mm/userfaultfd.c.
+// Sources: userfaultfd(2), ioctl_userfaultfd(2), PAGEMAP_SCAN(2const), the kernel's
+// mm/userfaultfd.c, fs/proc/task_mmu.c and, in 6.12, fs/userfaultfd.c.
 package uffd

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Outcome is one way a userfaultfd operation can end other than well. errors.Is finds both the
-// outcome and its errno: an error that is ErrExist is unix.EEXIST too.
+// Outcome is one documented way in which a userfaultfd operation can fail. errors.Is finds both the
+// outcome and its errno: an error that is ErrExist is unix.EEXIST, too.
 type Outcome struct {
 	errno error // a unix.Errno, kept as an interface so that Unwrap does not make one
 	text  string
@@ -19,52 +19,54 @@ type Outcome struct {
 
 func (o *Outcome) Error() string { return o.text }
 
-// Unwrap gives the unix.Errno.
+// Unwrap returns the unix.Errno.
 func (o *Outcome) Unwrap() error { return o.errno }
 
-// The outcomes the kernel is documented to give. Where one errno means different things to different
-// operations, the text says what it may mean; what to do is in the comment.
+// The outcomes that the kernel documents. Where one errno has several meanings, the text of the error lists
+// them. The comments say what to do.
 var (
-	// ErrExist: a page is there already. Its content is somebody else's and stays; call Wake for it,
-	// because the kernel did not.
+	// ErrExist: a page is there already, and its content stays. Call Wake for it, because the kernel did not
+	// wake the threads that wait.
 	ErrExist = &Outcome{unix.EEXIST, "the page is already there"}
 
-	// ErrAgain: the address space is changing (a fork, mremap or discard has an event that nobody has read
-	// yet), or the kernel stopped after part of the work. Read events, then repeat what is left.
+	// ErrAgain: the address space is changing (the event of a fork, mremap or discard was not read
+	// yet), or the kernel stopped after part of the work. Read events, then repeat the rest.
 	ErrAgain = &Outcome{unix.EAGAIN, "the address space is changing, repeat what is left"}
 
 	// ErrWouldBlock: Read on a non-blocking descriptor found no message.
 	ErrWouldBlock = &Outcome{unix.EAGAIN, "no message is waiting"}
 
-	// ErrNotRegistered: the range is not, or no longer, registered with this descriptor, or not in one
-	// piece of memory: it was unmapped, moved or unregistered.
+	// ErrNotRegistered: the range is not registered with this descriptor, or does not lie in one mapping.
+	// It may have been unmapped, moved or unregistered.
 	ErrNotRegistered = &Outcome{unix.ENOENT, "the range is not registered with this userfaultfd"}
 
 	// ErrProcessGone: the process the descriptor belongs to has exited.
 	ErrProcessGone = &Outcome{unix.ESRCH, "the process the userfaultfd belongs to is gone"}
 
-	// ErrNoSpace: no room in the backing store. Kernels 4.11 and 4.12 said this for a process that is gone.
+	// ErrNoSpace: no room in the backing store. Linux 4.11 and 4.12 also return it if the process is gone.
 	ErrNoSpace = &Outcome{unix.ENOSPC, "no space in what backs the memory (or, before Linux 4.13, the process is gone)"}
 
-	// ErrNoMemory: no page could be had (cgroup or tmpfs limit, no free huge page). Register and
-	// Unregister say this also for a process that is gone.
+	// ErrNoMemory: no page could be allocated (cgroup or tmpfs limit, no free huge page). Register and
+	// Unregister also return it if the process is gone. In Linux 7.3, Copy also returns it beyond the end of a file.
 	ErrNoMemory = &Outcome{unix.ENOMEM, "no page could be had, or the process is gone"}
 
-	// ErrPermission: see the operation; to Register it means memory the process may not write.
+	// ErrPermission: see the operation. From Register, it means memory that the process may not write.
 	ErrPermission = &Outcome{unix.EPERM, "not permitted"}
 
-	// ErrInvalid: misaligned or empty range, a mode the memory's kind does not support, or no API
+	// ErrInvalid: a misaligned or empty range, a mode that this kind of memory does not support, or no API
 	// handshake yet.
-	ErrInvalid = &Outcome{unix.EINVAL, "invalid: misaligned or empty range, a mode this memory does not support, or API was not called"}
+	ErrInvalid = &Outcome{unix.EINVAL,
+		"invalid: misaligned or empty range, a mode this memory does not support, or API was not called"}
 
-	// ErrFault: the source of a Copy is unreadable, or the destination lies beyond the end of its file.
+	// ErrFault: the source of a Copy is unreadable, or the destination lies beyond the end of its file (not in Linux
+	// 7.3, see ErrNoMemory).
 	ErrFault = &Outcome{unix.EFAULT, "unreadable source, or the page lies beyond the end of its file"}
 
 	// ErrBusy: the range is registered with another userfaultfd, or (Move) a page is pinned or shared.
 	ErrBusy = &Outcome{unix.EBUSY, "registered with another userfaultfd, or a page is in use"}
 )
 
-// outcomes is every outcome an ioctl can have. ErrWouldBlock is read(2)'s meaning of EAGAIN.
+// outcomes are all outcomes of ioctls. ErrWouldBlock is missing: it is what EAGAIN means for read(2).
 var outcomes = []*Outcome{
 	ErrExist, ErrAgain, ErrNotRegistered, ErrProcessGone, ErrNoSpace, ErrNoMemory,
 	ErrPermission, ErrInvalid, ErrFault, ErrBusy,
@@ -78,7 +80,7 @@ type OpError struct {
 
 func (e *OpError) Error() string { return "userfaultfd: " + e.Op + ": " + describe(e.Err) }
 
-// Unwrap gives Err.
+// Unwrap returns Err.
 func (e *OpError) Unwrap() error { return e.Err }
 
 // describe adds the errno's name to an outcome's text.
@@ -91,11 +93,11 @@ func describe(err error) string {
 	return err.Error()
 }
 
-// operation has the errors of one operation ready, so that failing does not allocate.
+// operation holds the errors of one operation. They are made once, so that a failure does not allocate.
 type operation struct {
 	name   string
 	closed error
-	byErr  [unix.EDEADLK]error // indexed by errno; the documented ones are all below EDEADLK
+	byErr  [unix.EDEADLK]error // indexed by errno; all documented errnos are below EDEADLK
 }
 
 func newOperation(name string) *operation {
@@ -122,15 +124,15 @@ func (op *operation) err(errno unix.Errno) error {
 	return &OpError{op.name, errno}
 }
 
-// filled interprets the two answers of the ioctls that fill pages: the errno, and the field into which the
-// kernel writes either the bytes done or a negative errno. n is what was done, also with an error.
+// filled interprets the two results of an ioctl that fills pages: the errno, and the field into which the
+// kernel writes either the number of bytes filled or a negative errno. n is in bytes, and valid with an error, too.
 //
 //	errno   field    meaning
 //	0       n        all done
-//	EAGAIN  n > 0    partly done, and what was done is woken
-//	EAGAIN  0        the address space is changing (kernels that leave the field alone)
-//	e       -e       failed, nothing done; the field is the more precise of the two
-//	ESRCH   0        the process is gone (the field is left alone)
+//	EAGAIN  n > 0    partly done; threads that wait for the filled pages were woken
+//	EAGAIN  0        the address space is changing (these kernels do not write the field)
+//	e       -e       failed, nothing done; the field is more precise than the errno
+//	ESRCH   0        the process is gone (the kernel does not write the field)
 func (op *operation) filled(errno unix.Errno, field int64) (n int, err error) {
 	switch {
 	case errno == 0:

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestFilled has every pair of answers that the kernel's fill ioctls can give (see operation.filled).
+// TestFilled checks every pair of results of the kernel's fill ioctls (see operation.filled).
 func TestFilled(t *testing.T) {
 	op := newOperation("UFFDIO_TEST")
 	for _, tt := range []struct {
@@ -87,7 +87,7 @@ func TestOutcomesDoNotAllocate(t *testing.T) {
 	}
 }
 
-// TestWouldBlock: the same errno means something else to read(2).
+// TestWouldBlock checks that EAGAIN from read(2) is ErrWouldBlock, and not ErrAgain.
 func TestWouldBlock(t *testing.T) {
 	if err := opRead.err(unix.EAGAIN); !errors.Is(err, ErrWouldBlock) || errors.Is(err, ErrAgain) {
 		t.Error(err)
@@ -97,7 +97,7 @@ func TestWouldBlock(t *testing.T) {
 	}
 }
 
-// TestStandardErrors: who does not know this package still recognizes what the errno says.
+// TestStandardErrors checks that errors also match the standard library's errors for their errno.
 func TestStandardErrors(t *testing.T) {
 	if err := opCopy.err(unix.EEXIST); !errors.Is(err, fs.ErrExist) {
 		t.Error(err)
@@ -117,10 +117,11 @@ func TestNotSupported(t *testing.T) {
 	}{
 		{FeatureMove, "UFFD_FEATURE_MOVE", "6.8"},
 		{FeatureEventRemove | FeaturePoison, "UFFD_FEATURE_EVENT_REMOVE|UFFD_FEATURE_POISON", "6.6"},
+		{FeatureRWP | FeatureRWPAsync, "UFFD_FEATURE_RWP|UFFD_FEATURE_RWP_ASYNC", "7.3"},
 		{1 << 40, "0x10000000000", ""},
 		{FeatureMove | 1<<40, "UFFD_FEATURE_MOVE|0x10000000000", ""},
 	} {
-		err := notSupported(tt.missing)
+		err := featureTable.notSupported(tt.missing)
 		if err.Feature != tt.name || err.MinKernel != tt.version || !errors.Is(err, ErrNotSupported) {
 			t.Errorf("%#x: %+v", tt.missing, err)
 		}
@@ -131,7 +132,7 @@ func TestNotSupported(t *testing.T) {
 }
 
 func TestProbeRemembersOnlyAnswers(t *testing.T) {
-	var p probe
+	var p probe[Features]
 	asked := 0
 	refused := errors.New("no descriptors left")
 	answers := []error{refused, nil, nil}

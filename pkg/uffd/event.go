@@ -22,8 +22,8 @@ const (
 	// EventRemap: mremap(2) moved registered memory (Event.Remap).
 	EventRemap EventKind = abi.UFFD_EVENT_REMAP
 
-	// EventRemove: pages were discarded (Event.Remove) and must read as zeros from now on, also where a copy of
-	// their old content is on its way. MADV_DONTNEED, MADV_REMOVE, MADV_FREE.
+	// EventRemove: pages were discarded (Event.Remove) by MADV_DONTNEED, MADV_REMOVE or MADV_FREE. They must read as
+	// zeros from now on, even if their old content is in flight.
 	EventRemove EventKind = abi.UFFD_EVENT_REMOVE
 
 	// EventUnmap: the range is gone (Event.Unmap).
@@ -58,9 +58,12 @@ const (
 
 	// FaultMinor: the page is in the page cache.
 	FaultMinor FaultFlags = abi.UFFD_PAGEFAULT_FLAG_MINOR
+
+	// FaultRWP: the page is there and protected against reading and writing.
+	FaultRWP FaultFlags = abi.UFFD_PAGEFAULT_FLAG_RWP
 )
 
-// Event is one message of the kernel. Only the part that Kind names is filled in. A value, so that
+// Event is one message of the kernel. Only the part that Kind names is filled in. It is a value, so that
 // reading does not allocate.
 type Event struct {
 	Kind EventKind
@@ -71,15 +74,15 @@ type Event struct {
 		ThreadID uint32 // with FeatureThreadID, otherwise 0
 	}
 	Fork struct {
-		FD int // the child's userfaultfd, new in this process: the reader's to own (FromFD) or close
+		FD int // the child's userfaultfd, new in this process; the reader owns it (FromFD) or closes it
 	}
 	Remap  struct{ From, To, Len uint64 }
 	Remove struct{ Start, End uint64 }
 	Unmap  struct{ Start, End uint64 }
 }
 
-// EventBuffer holds the messages of one Read. It is reused from one Read to the next and is not for
-// several goroutines at once.
+// EventBuffer holds the messages of one Read. Each Read reuses it. Only one goroutine may use it at a
+// time.
 type EventBuffer struct {
 	raw []byte
 	n   int
@@ -90,10 +93,10 @@ func NewEventBuffer(messages int) *EventBuffer {
 	return &EventBuffer{raw: make([]byte, max(1, messages)*abi.Sizeof_uffd_msg)}
 }
 
-// Len is how many messages the last Read got.
+// Len is the number of messages of the last Read.
 func (b *EventBuffer) Len() int { return b.n }
 
-// At decodes message i, 0 <= i < Len. It panics outside of that, as a slice would.
+// At decodes message i, 0 <= i < Len. It panics if i is out of range, as a slice would.
 func (b *EventBuffer) At(i int) Event {
 	return decode(b.raw[:b.n*abi.Sizeof_uffd_msg][i*abi.Sizeof_uffd_msg:])
 }
@@ -104,12 +107,12 @@ var opRead = func() *operation {
 	return op
 }()
 
-// Read takes as many messages as one read(2) gives and buf has room for, and says how many. It waits for the
-// first, or on a non-blocking descriptor gives ErrWouldBlock. The order is the kernel's: faults before
-// other events. A thread whose fault was read may have gone on since, woken by another's Copy.
+// Read makes one read(2) for as many messages as buf has room for, and returns how many it got. It waits for the
+// first message; on a non-blocking descriptor it returns ErrWouldBlock instead. The kernel returns faults before
+// other events. A thread whose fault was read may be running again already, woken by somebody else's Copy.
 //
-// Who reads must keep reading: fork, mremap, munmap and madvise wait in the process until their event is
-// read, and until then Copy gives ErrAgain.
+// The reader must keep reading: with the EVENT features, fork, mremap, munmap and madvise wait in the process until
+// their event is read, and Copy returns ErrAgain until then.
 func (u *UFFD) Read(buf *EventBuffer) (n int, err error) {
 	buf.n = 0
 	if !u.acquire() {

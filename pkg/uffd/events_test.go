@@ -35,7 +35,7 @@ func TestBatch(t *testing.T) {
 	}
 
 	buf := uffd.NewEventBuffer(16)
-	for _, want := range []int{16, 4} { // as many as there is room for, then the rest
+	for _, want := range []int{16, 4} { // a full buffer, then the rest
 		n, err := u.Read(buf)
 		if n != want || err != nil || buf.Len() != want {
 			t.Fatalf("read: %d, %v; want %d", n, err, want)
@@ -43,7 +43,8 @@ func TestBatch(t *testing.T) {
 		for i := range n {
 			e := buf.At(i)
 			if e.Kind != uffd.EventPagefault || byThread[e.Pagefault.ThreadID] != e.Pagefault.Addr {
-				t.Errorf("%v of thread %d at %#x, want %#x", e.Kind, e.Pagefault.ThreadID, e.Pagefault.Addr, byThread[e.Pagefault.ThreadID])
+				t.Errorf("%v of thread %d at %#x, want %#x",
+					e.Kind, e.Pagefault.ThreadID, e.Pagefault.Addr, byThread[e.Pagefault.ThreadID])
 			}
 			delete(byThread, e.Pagefault.ThreadID)
 		}
@@ -59,7 +60,7 @@ func TestBatch(t *testing.T) {
 	}
 }
 
-// TestWaiterReady: Wait ends when a thread faults, and there is a message then.
+// TestWaiterReady checks that Wait returns when a thread faults, and that a message can then be read.
 func TestWaiterReady(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	c := uffdtest.Start(t)
@@ -88,7 +89,8 @@ func TestWaiterReady(t *testing.T) {
 	reader.JoinOK()
 }
 
-// TestRemove: while nobody has read the event, copies say ErrAgain; the discarded page is missing again.
+// TestRemove checks that copies fail with ErrAgain until the event is read, and that the discarded page is missing
+// again.
 func TestRemove(t *testing.T) {
 	for _, tt := range []struct {
 		kind    uffdtest.Kind
@@ -145,10 +147,11 @@ func TestUnmap(t *testing.T) {
 		t.Fatalf("%v [%#x, %#x)", e.Kind, e.Unmap.Start, e.Unmap.End)
 	}
 	unmapping.JoinOK()
-	if n, err := u.Copy(second.Start, uffdtest.Page(uffdtest.Shmem, 1), 0); n != 0 || !errors.Is(err, uffd.ErrNotRegistered) {
+	if n, err := u.Copy(second.Start, uffdtest.Page(uffdtest.Shmem, 1), 0); n != 0 ||
+		!errors.Is(err, uffd.ErrNotRegistered) {
 		t.Errorf("copy: %d, %v", n, err)
 	}
-	// Across the border only the first page is there to be filled.
+	// Of a copy across the border, only the first page is still mapped.
 	two := append(uffdtest.Page(uffdtest.Shmem, 1), uffdtest.Page(uffdtest.Shmem, 2)...)
 	if n, err := u.Copy(r.Start, two, 0); n != 0 || !errors.Is(err, uffd.ErrNotRegistered) {
 		t.Errorf("copy across the border: %d, %v", n, err)
@@ -165,7 +168,7 @@ func TestRemap(t *testing.T) {
 	}
 	moving := c.Go(uffdtest.Move(r, to.Start))
 	var remaps []uffd.Event
-	for _, e := range uffdtest.EventsUntil(t, u, moving) { // the old address may be reported as unmapped as well
+	for _, e := range uffdtest.EventsUntil(t, u, moving) { // the old address may be reported as unmapped, too
 		if e.Kind == uffd.EventRemap {
 			remaps = append(remaps, e)
 		} else if e.Kind != uffd.EventUnmap {
@@ -190,7 +193,7 @@ func TestRemap(t *testing.T) {
 	}
 }
 
-// TestFork: the child process has a userfaultfd of its own, delivered with the event.
+// TestFork checks that the event of a fork contains the child process's own userfaultfd.
 func TestFork(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	c := uffdtest.Start(t)
@@ -224,16 +227,16 @@ func TestFork(t *testing.T) {
 	}
 }
 
-// TestForkWithoutEvent: nobody is told of a fork where that was not asked for, or cannot be because of
-// UFFD_SECURE. The forked process's memory is then registered with nothing, and what that means depends
-// on the memory. Shared memory is why RAM must not be inherited, as QEMU's is not.
+// TestForkWithoutEvent checks a fork that is not reported, because FeatureEventFork was not asked for or UFFD_SECURE
+// refuses it. The forked process's memory is then not registered. The consequence depends on the kind of
+// memory. Because of shared memory, guest RAM must not be inherited; QEMU's is not.
 func TestForkWithoutEvent(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
 		kind      uffdtest.Kind
 		inherited bool
-		sees      int64 // the forked process, in a page that is missing
-		shared    bool  // what it sees is in the parent's memory from then on
+		sees      int64 // what the forked process reads in a missing page
+		shared    bool  // the parent's memory has the same content afterwards
 	}{
 		{"private: zeros of its own", uffdtest.Anon, true, 0, false},
 		{"shared: zeros, which are in everybody's memory", uffdtest.Shmem, true, 0, true},
@@ -260,7 +263,7 @@ func TestForkWithoutEvent(t *testing.T) {
 				t.Errorf("the forked process: %v, want %#x", res, tt.sees)
 			}
 
-			// The parent's faults are as they were: the one from before the fork, and a new one.
+			// The parent's faults still work: the one from before the fork, and a new one.
 			uffdtest.NextFault(t, u, second)
 			page := uffdtest.Page(tt.kind, 3)
 			if _, err := u.Copy(second, page, 0); err != nil {

@@ -2,19 +2,14 @@
 
 package uffd
 
-import (
-	"fmt"
-	"strings"
-
-	"github.com/migrated-vm/migrated/pkg/uffd/internal/abi"
-)
+import "github.com/migrated-vm/migrated/pkg/uffd/internal/abi"
 
 // Features is a set of UFFD_FEATURE_* bits.
 type Features uint64
 
-// What a userfaultfd can be asked for in the API handshake. The EVENT features make more kinds of messages
-// readable and must be enabled to have an effect; so must THREAD_ID, SIGBUS, EXACT_ADDRESS, the WP ones.
-// The MISSING and MINOR ones, POISON and MOVE only state what the kernel has.
+// The features that the API handshake can ask for. The EVENT features make more kinds of messages readable.
+// EVENT, THREAD_ID, SIGBUS, EXACT_ADDRESS, WP and RWP features have an effect only when they are enabled.
+// MISSING and MINOR features, POISON and MOVE only state what the kernel has.
 const (
 	FeatureWP               Features = abi.UFFD_FEATURE_PAGEFAULT_FLAG_WP
 	FeatureEventFork        Features = abi.UFFD_FEATURE_EVENT_FORK // needs CAP_SYS_PTRACE
@@ -33,15 +28,13 @@ const (
 	FeaturePoison           Features = abi.UFFD_FEATURE_POISON
 	FeatureWPAsync          Features = abi.UFFD_FEATURE_WP_ASYNC
 	FeatureMove             Features = abi.UFFD_FEATURE_MOVE
+	FeatureRWP              Features = abi.UFFD_FEATURE_RWP
+	FeatureRWPAsync         Features = abi.UFFD_FEATURE_RWP_ASYNC // only together with FeatureRWP
 )
 
-// featureTable has the features in the order of their bits, each with the first kernel that has it
-// (ioctl_userfaultfd(2)); an architecture may have it later.
-var featureTable = []struct {
-	bit       Features
-	name      string
-	minKernel kernelVersion
-}{
+// featureTable lists the features in the order of their bits, each with the first kernel that has it
+// (ioctl_userfaultfd(2)). An architecture may have got it later.
+var featureTable = capabilities[Features]{
 	{FeatureWP, "UFFD_FEATURE_PAGEFAULT_FLAG_WP", kernelVersion{5, 7}},
 	{FeatureEventFork, "UFFD_FEATURE_EVENT_FORK", kernelVersion{4, 11}},
 	{FeatureEventRemap, "UFFD_FEATURE_EVENT_REMAP", kernelVersion{4, 11}},
@@ -59,31 +52,9 @@ var featureTable = []struct {
 	{FeaturePoison, "UFFD_FEATURE_POISON", kernelVersion{6, 6}},
 	{FeatureWPAsync, "UFFD_FEATURE_WP_ASYNC", kernelVersion{6, 7}},
 	{FeatureMove, "UFFD_FEATURE_MOVE", kernelVersion{6, 8}},
+	{FeatureRWP, "UFFD_FEATURE_RWP", kernelVersion{7, 3}},
+	{FeatureRWPAsync, "UFFD_FEATURE_RWP_ASYNC", kernelVersion{7, 3}},
 }
 
 // String lists the names, joined by "|".
-func (f Features) String() string {
-	if f == 0 {
-		return "none"
-	}
-	var names []string
-	for _, e := range featureTable {
-		if f&e.bit != 0 {
-			names = append(names, e.name)
-			f &^= e.bit
-		}
-	}
-	if f != 0 {
-		names = append(names, fmt.Sprintf("%#x", uint64(f)))
-	}
-	return strings.Join(names, "|")
-}
-
-// kernelVersion is the release that brought something: 6.12 is {6, 12}.
-type kernelVersion struct{ major, minor int }
-
-func (v kernelVersion) String() string { return fmt.Sprintf("%d.%d", v.major, v.minor) }
-
-func (v kernelVersion) less(w kernelVersion) bool {
-	return v.major < w.major || v.major == w.major && v.minor < w.minor
-}
+func (f Features) String() string { return featureTable.names(f) }

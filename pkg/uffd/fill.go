@@ -10,12 +10,12 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/internal/abi"
 )
 
-// The ways to put something where a page is missing. All of them stop at the first page that cannot be
-// had and report what they did before it: n bytes are in place, and unless the mode says DontWake their
-// waiting threads are woken, also when err is not nil. Repeat the rest on ErrAgain.
+// The methods in this file fill missing pages. Each stops at the first page that it cannot fill. n is how many bytes
+// are in place, also when err is not nil. The threads that wait for these bytes are woken, unless the mode says
+// DontWake. On ErrAgain, repeat the rest.
 //
-//	ErrExist          the first page is there already: Wake it, go on with the next
-//	ErrAgain          the address space is changing: read events, repeat
+//	ErrExist          the first page is there already: Wake it, continue with the next
+//	ErrAgain          the address space is changing: read events, repeat the rest
 //	ErrNotRegistered  the range was unmapped, moved or unregistered
 //	ErrProcessGone    nobody is left to fill pages for
 
@@ -32,8 +32,8 @@ const (
 
 var opCopy = newOperation("UFFDIO_COPY")
 
-// Copy puts a copy of src at dst, at once as far as the threads there can tell. len(src) and dst must be
-// multiples of the page size; src stays the caller's. n is what was installed, also when err is not nil.
+// Copy installs a copy of src at dst. Each page appears to the threads there as a whole. len(src) and dst must be
+// multiples of the page size. The caller keeps src. n is how many bytes were installed, also when err is not nil.
 func (u *UFFD) Copy(dst uint64, src []byte, mode CopyMode) (n int, err error) {
 	if !u.acquire() {
 		return 0, opCopy.closed
@@ -43,11 +43,11 @@ func (u *UFFD) Copy(dst uint64, src []byte, mode CopyMode) (n int, err error) {
 	return opCopy.filled(errno, field)
 }
 
-// A CopyRecord is where the kernel answers a CopyRecorded, the UFFDIO_COPY's own struct. In memory that outlives the
-// process (CopyRecords of a mapped file) it says afterwards what the last copy has done, however the process ended: a
-// process that is killed while the kernel copies does not end before the kernel has answered.
+// CopyRecord is UFFDIO_COPY's struct: CopyRecorded has the kernel write its answer there. In memory that outlives the
+// process (CopyRecords of a mapped file), the record says afterwards what the last copy did, however the process ended:
+// a process that is killed while the kernel copies does not end before the kernel has written the answer.
 //
-// A record is one goroutine's at a time.
+// Only one goroutine may use a record at a time.
 type CopyRecord struct {
 	arg abi.UffdioCopy
 }
@@ -55,15 +55,16 @@ type CopyRecord struct {
 // CopyRecordSize is the size of a CopyRecord in bytes.
 const CopyRecordSize = 40
 
-// Answer says what the last copy has done: n bytes at dst are in place. exists says that the first page was there before
-// it came to it. Neither: nothing was done, or it is not known, because the kernel could not write the answer.
+// Answer returns what the last copy did: n bytes at dst are in place. exists is true if the first page was there
+// before the copy. If n is 0 and exists is false, either nothing was done, or it is unknown what was done, because the
+// kernel could not write the answer.
 func (r *CopyRecord) Answer() (dst, n uint64, exists bool) {
 	answer := atomic.LoadInt64(&r.arg.Copy)
 	return atomic.LoadUint64(&r.arg.Dst), uint64(max(0, answer)), answer == -int64(unix.EEXIST)
 }
 
-// Landed makes the record say that n bytes are in place where its last copy found a page. Whoever writes that page by
-// other means calls it before anybody can use what is there.
+// Landed records that n bytes are in place at the page that the last copy found there. A caller that writes that page
+// by other means calls Landed before anybody can use the content.
 func (r *CopyRecord) Landed(n uint64) { atomic.StoreInt64(&r.arg.Copy, int64(n)) }
 
 // CopyRecorded is Copy with the kernel's answer in r.
@@ -84,7 +85,7 @@ const ZeroDontWake ZeroMode = abi.UFFDIO_ZEROPAGE_MODE_DONTWAKE
 
 var opZeropage = newOperation("UFFDIO_ZEROPAGE")
 
-// Zeropage makes r read as zeros without anything being copied. Not on hugetlbfs (ErrInvalid): Copy zeros there.
+// Zeropage makes r read as zeros without a copy. hugetlbfs does not support it (ErrInvalid): Copy zeros there.
 func (u *UFFD) Zeropage(r Range, mode ZeroMode) (n int, err error) {
 	if !u.acquire() {
 		return 0, opZeropage.closed
@@ -102,13 +103,13 @@ const (
 	// ContinueDontWake leaves waiting threads asleep until Wake.
 	ContinueDontWake ContinueMode = abi.UFFDIO_CONTINUE_MODE_DONTWAKE
 
-	// ContinueWriteProtect maps the page write-protected; the range must be registered with ModeWP (6.4).
+	// ContinueWriteProtect maps the page write-protected; the range must be registered with ModeWP (Linux 6.4).
 	ContinueWriteProtect ContinueMode = abi.UFFDIO_CONTINUE_MODE_WP
 )
 
 var opContinue = newOperation("UFFDIO_CONTINUE")
 
-// Continue answers minor faults: it maps the pages which the page cache already has for r. ErrFault if one is
+// Continue answers minor faults: it maps the pages of r that are in the page cache already. ErrFault: a page is
 // not in the page cache.
 func (u *UFFD) Continue(r Range, mode ContinueMode) (n int, err error) {
 	if !u.acquire() {
@@ -128,8 +129,8 @@ const PoisonDontWake PoisonMode = abi.UFFDIO_POISON_MODE_DONTWAKE
 
 var opPoison = newOperation("UFFDIO_POISON")
 
-// Poison marks the missing pages of r as lost: touching one gives SIGBUS, as memory with a hardware error
-// would (Linux 6.6, FeaturePoison). A later Copy puts a page in all the same.
+// Poison marks the missing pages of r as lost: access to one gives SIGBUS, as memory with a hardware error
+// does (Linux 6.6, FeaturePoison). A later Copy can still install a page there.
 func (u *UFFD) Poison(r Range, mode PoisonMode) (n int, err error) {
 	if !u.acquire() {
 		return 0, opPoison.closed
@@ -147,15 +148,15 @@ const (
 	// MoveDontWake leaves waiting threads asleep until Wake.
 	MoveDontWake MoveMode = abi.UFFDIO_MOVE_MODE_DONTWAKE
 
-	// MoveAllowHoles passes over pages that src does not have, instead of failing with ErrNotRegistered.
+	// MoveAllowHoles skips pages that are missing at src, instead of failing with ErrNotRegistered.
 	MoveAllowHoles MoveMode = abi.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES
 )
 
 var opMove = newOperation("UFFDIO_MOVE")
 
-// Move takes the pages of [src, src+length) away and puts them, not copied, at dst (Linux 6.8, FeatureMove).
-// Private anonymous memory only, and only within the calling process: a descriptor of another
-// process gives ErrInvalid. ErrBusy: a page is pinned or shared with a fork child.
+// Move moves the pages of [src, src+length) to dst without a copy (Linux 6.8, FeatureMove). It works
+// only on private anonymous memory, and only within the calling process: a descriptor of another
+// process gives ErrInvalid. ErrBusy: a page is pinned or shared with a forked child.
 func (u *UFFD) Move(dst, src, length uint64, mode MoveMode) (n int, err error) {
 	if !u.acquire() {
 		return 0, opMove.closed

@@ -15,12 +15,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// TestMain lets the test binary be the unprivileged process of TestOpenUnprivileged.
+// TestMain runs the test binary as the unprivileged process of TestOpenUnprivileged, if the environment says so.
 func TestMain(m *testing.M) {
 	switch os.Getenv("UFFD_TEST_UNPRIVILEGED") {
 	case "0":
@@ -31,12 +31,12 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// open opens a userfaultfd of this process, on which no memory will be registered that a test touches.
+// open opens a userfaultfd of this process. A test must not register memory with it that the test itself touches.
 func open(t testing.TB, o uffd.OpenOptions) *uffd.UFFD {
 	t.Helper()
 	u, err := uffd.Open(o)
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	t.Cleanup(func() { u.Close() })
 	return u
@@ -83,7 +83,8 @@ func TestHandshake(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, _, err := u.API(0)
-		if !errors.Is(err, uffd.ErrInvalid) || errors.Is(err, uffd.ErrNotSupported) || !strings.Contains(err.Error(), "before") {
+		if !errors.Is(err, uffd.ErrInvalid) || errors.Is(err, uffd.ErrNotSupported) ||
+			!strings.Contains(err.Error(), "before") {
 			t.Errorf("error %v", err)
 		}
 	})
@@ -98,8 +99,8 @@ func TestHandshake(t *testing.T) {
 	})
 }
 
-// TestProbeOutOfDescriptors: a real inconclusive answer, then the real one. In a process of its own, as this
-// one's answer is known by now.
+// TestProbeOutOfDescriptors checks that an inconclusive answer is not remembered, and that the next answer is right. It
+// runs in another process, because this one may remember an answer already.
 func TestProbeOutOfDescriptors(t *testing.T) {
 	if os.Getenv("UFFD_TEST_PROBE") == "" {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestProbeOutOfDescriptors$", "-test.v")
@@ -170,8 +171,8 @@ func TestClosed(t *testing.T) {
 	}
 }
 
-// TestCloseUnderUse closes while others use the descriptor: each of them gets a true answer or ErrClosed,
-// never EBADF or an answer of another file that got the same number.
+// TestCloseUnderUse closes the descriptor while other goroutines use it. Each of them gets a correct answer or
+// ErrClosed, and never EBADF or an answer of another file with the same number.
 func TestCloseUnderUse(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	for range 50 {
@@ -232,19 +233,19 @@ func TestWaiter(t *testing.T) {
 // TestOpenUnprivileged runs Open as a user without capabilities.
 func TestOpenUnprivileged(t *testing.T) {
 	if os.Geteuid() != 0 {
-		cannot.Run(t, "needs root to start a process of another user")
+		testenv.CannotRun(t, "needs root to start a process of another user")
 	}
 	if b, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd"); err != nil || strings.TrimSpace(string(b)) != "0" {
-		cannot.Run(t, "vm.unprivileged_userfaultfd is %q (%v), not 0", b, err)
+		testenv.CannotRun(t, "vm.unprivileged_userfaultfd is %q (%v), not 0", b, err)
 	}
 	runUnprivileged(t, "0")
 }
 
-// TestOpenSecureAlone runs Open as such a user where none but secure descriptors are for him.
+// TestOpenSecureAlone runs Open as a user without capabilities, with a setting that permits only secure descriptors.
 func TestOpenSecureAlone(t *testing.T) {
 	const sysctl = "/proc/sys/vm/unprivileged_userfaultfd"
 	if os.Geteuid() != 0 {
-		cannot.Run(t, "needs root to start a process of another user")
+		testenv.CannotRun(t, "needs root to start a process of another user")
 	}
 	if !kernelHasFlag() {
 		t.Skip("vm.unprivileged_userfaultfd=2 comes with UFFD_SECURE, which this kernel has not")
@@ -264,10 +265,10 @@ func TestOpenSecureAlone(t *testing.T) {
 	runUnprivileged(t, "2")
 }
 
-// runUnprivileged runs this program, to act as TestMain says, as a user without capabilities.
+// runUnprivileged runs this program as a user without capabilities. act tells TestMain what to do.
 func runUnprivileged(t *testing.T, act string) {
 	t.Helper()
-	binary, err := os.Open(os.Args[0]) // its directory may be closed to others
+	binary, err := os.Open(os.Args[0]) // that user may not be permitted to enter its directory
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,13 +283,14 @@ func runUnprivileged(t *testing.T, act string) {
 	}
 }
 
-// unprivileged is main of that process; what goes wrong goes to standard error.
+// unprivileged is main of the unprivileged process. It prints failures to standard error.
 func unprivileged() (status int) {
 	failed := func(what string, err error) {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", what, err)
 		status = 1
 	}
-	if _, err := uffd.Open(uffd.OpenOptions{}); !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "unprivileged_userfaultfd") {
+	if _, err := uffd.Open(uffd.OpenOptions{}); !errors.Is(err, fs.ErrPermission) ||
+		!strings.Contains(err.Error(), "unprivileged_userfaultfd") {
 		failed("userfaultfd(2)", err)
 	}
 	if _, err := uffd.Open(uffd.OpenOptions{Method: uffd.OpenDevice}); !errors.Is(err, fs.ErrPermission) {
@@ -302,7 +304,8 @@ func unprivileged() (status int) {
 		failed("user mode only", err)
 		return status
 	}
-	if _, _, err := u.API(uffd.FeatureEventFork); !errors.Is(err, uffd.ErrPermission) || !strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
+	if _, _, err := u.API(uffd.FeatureEventFork); !errors.Is(err, uffd.ErrPermission) ||
+		!strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
 		failed("fork events", err)
 	}
 	secure, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true})
@@ -317,7 +320,7 @@ func unprivileged() (status int) {
 	return status
 }
 
-// unprivilegedSecure is main of the process for which vm.unprivileged_userfaultfd is 2.
+// unprivilegedSecure is main of the unprivileged process of TestOpenSecureAlone: vm.unprivileged_userfaultfd is 2.
 func unprivilegedSecure() (status int) {
 	failed := func(what string, err error) {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", what, err)
@@ -332,7 +335,9 @@ func unprivilegedSecure() (status int) {
 		if state, _, err := u.Supervision(); state != uffd.Flagged || err != nil {
 			failed(state.String(), err)
 		}
-		if _, err := uffd.Open(uffd.OpenOptions{UserModeOnly: userMode, ForkEvents: true}); !errors.Is(err, fs.ErrPermission) {
+		if _, err := uffd.Open(uffd.OpenOptions{
+			UserModeOnly: userMode, ForkEvents: true,
+		}); !errors.Is(err, fs.ErrPermission) {
 			failed("not secure", err)
 		}
 	}

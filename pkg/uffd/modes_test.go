@@ -30,7 +30,7 @@ func TestWriteProtect(t *testing.T) {
 			first, second := uffd.Range{Start: r.Start, Len: 4096}, uffd.Range{Start: r.Start + 4096, Len: 4096}
 			page := uffdtest.Page(kind, 1)
 
-			// One page is protected afterwards, the other from the moment it is there.
+			// One page is protected after the copy, the other by the copy.
 			if _, err := u.Copy(first.Start, page, 0); err != nil {
 				t.Fatal(err)
 			}
@@ -64,7 +64,7 @@ func TestWriteProtect(t *testing.T) {
 	}
 }
 
-// TestContinue: pages that the page cache has, put there by an unsupervised mapping.
+// TestContinue maps pages that are in the page cache: a mapping that is not registered wrote them.
 func TestContinue(t *testing.T) {
 	uffdtest.Need(t, uffd.FeatureMinorShmem|uffd.FeatureMinorHugetlbfs)
 	for _, kind := range []uffdtest.Kind{uffdtest.Shmem, uffdtest.Hugetlb} {
@@ -95,7 +95,8 @@ func TestContinue(t *testing.T) {
 			if v := reader.JoinOK(); v != 100 {
 				t.Errorf("read %d", v)
 			}
-			if n, err := u.Continue(uffd.Range{Start: r.Start + 2*size, Len: size}, 0); n != 0 || !errors.Is(err, uffd.ErrFault) {
+			if n, err := u.Continue(uffd.Range{Start: r.Start + 2*size, Len: size}, 0); n != 0 ||
+				!errors.Is(err, uffd.ErrFault) {
 				t.Errorf("not in the page cache: %d, %v", n, err)
 			}
 			if n, err := u.Continue(uffd.Range{Start: r.Start, Len: size}, 0); n != 0 || !errors.Is(err, uffd.ErrExist) {
@@ -124,7 +125,7 @@ func TestPoison(t *testing.T) {
 			if v := reader.Join(); v.Errno != syscall.Errno(unix.SIGBUS) {
 				t.Errorf("the thread: %v, want SIGBUS", v)
 			}
-			// The page can be had after all.
+			// A copy can still install the page.
 			page := uffdtest.Page(kind, 1)
 			if _, err := u.Copy(r.Start, page, 0); err != nil {
 				t.Errorf("copy over poison: %v", err)
@@ -139,8 +140,8 @@ func TestPoison(t *testing.T) {
 	}
 }
 
-// TestMove is about memory of this process, as the kernel wants it: its own thread touches pages only before
-// they are registered and after they are there.
+// TestMove moves memory of this process, as the kernel requires. The test's own thread touches pages only before
+// they are registered and after they are installed.
 func TestMove(t *testing.T) {
 	uffdtest.Need(t, uffd.FeatureMove)
 	uffdtest.CheckDescriptors(t)
@@ -159,7 +160,7 @@ func TestMove(t *testing.T) {
 		t.Logf("no huge pages here: %v", err)
 	}
 	src, dst := base, uffd.Range{Start: base + 3*size, Len: 3 * size}
-	copy(m[:size], uffdtest.Page(uffdtest.Anon, 5)) // the first of three; the others are holes
+	copy(m[:size], uffdtest.Page(uffdtest.Anon, 5)) // the first of three pages; the others are holes
 	if _, err := u.Register(dst, uffd.ModeMissing); err != nil {
 		t.Fatal(err)
 	}

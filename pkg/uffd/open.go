@@ -13,8 +13,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/internal/abi"
 )
 
-// DevicePath is the device whose file permissions decide who may make userfaultfds that also see
-// faults taken by the kernel, without any capability (Linux 6.1).
+// DevicePath is the device that makes userfaultfds (Linux 6.1). Whoever may open the file needs no capability for
+// descriptors that also see faults taken by the kernel.
 const DevicePath = "/dev/userfaultfd"
 
 // OpenMethod is a way to make a userfaultfd.
@@ -36,27 +36,27 @@ func (m OpenMethod) String() string {
 	return "userfaultfd(2)"
 }
 
-// OpenOptions chooses how Open makes a descriptor. It is always close-on-exec.
+// OpenOptions says how Open makes a descriptor. Every descriptor is close-on-exec.
 type OpenOptions struct {
 	Method OpenMethod
 
-	// UserModeOnly asks for a descriptor that any process may make, but that turns faults taken inside
-	// the kernel into SIGBUS or EFAULT. KVM takes its faults there: virtual machines cannot use it.
+	// UserModeOnly asks for a descriptor that any process may make. Faults taken inside the kernel then
+	// become SIGBUS or EFAULT. KVM takes its faults in the kernel: virtual machines cannot use it.
 	UserModeOnly bool
 
-	// NonBlocking makes Read give ErrWouldBlock instead of waiting. poll(2) works on a
+	// NonBlocking makes Read return ErrWouldBlock instead of waiting. poll(2) works on a
 	// userfaultfd only in this mode.
 	NonBlocking bool
 
-	// ForkEvents asks for a descriptor on which API can enable FeatureEventFork. Every other one is
-	// made with UFFD_SECURE where the kernel has that.
+	// ForkEvents asks for a descriptor on which API can enable FeatureEventFork. Without it, the descriptor is
+	// made with UFFD_SECURE where the kernel has that flag.
 	ForkEvents bool
 }
 
-// Open makes a userfaultfd for the address space of this process. Before anything else, call API.
+// Open makes a userfaultfd for the address space of this process. Call API before anything else.
 //
-// It fails with a *NotSupportedError where the kernel lacks the method, and with an error that is
-// fs.ErrPermission, and says what would permit it, where the process may not.
+// It fails with a *NotSupportedError if the kernel lacks the method. If the process lacks permission, the error
+// is fs.ErrPermission and says what would permit it.
 func Open(o OpenOptions) (*UFFD, error) {
 	flags := uintptr(unix.O_CLOEXEC)
 	if o.NonBlocking {
@@ -66,10 +66,10 @@ func Open(o OpenOptions) (*UFFD, error) {
 		flags |= abi.UFFD_USER_MODE_ONLY
 	}
 	if o.Method == OpenDevice {
-		return openDevice(flags, !o.ForkEvents)
+		return openDevice(flags, !o.ForkEvents && AsksSecure())
 	}
 
-	u, errno := create(flags, !o.ForkEvents, sysUserfaultfd)
+	u, errno := create(flags, !o.ForkEvents && AsksSecure(), sysUserfaultfd)
 	switch {
 	case errno == 0:
 		return u, nil
@@ -78,7 +78,8 @@ func Open(o OpenOptions) (*UFFD, error) {
 	case errno == unix.EINVAL && o.UserModeOnly:
 		return nil, &NotSupportedError{Feature: "UFFD_USER_MODE_ONLY", MinKernel: "5.11"}
 	case errno == unix.EPERM:
-		return nil, fmt.Errorf("userfaultfd(2): %w: it needs CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1; otherwise use %s",
+		return nil, fmt.Errorf(
+			"userfaultfd(2): %w: it needs CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1; otherwise use %s",
 			errno, DevicePath)
 	case errno == unix.EACCES:
 		return nil, fmt.Errorf("userfaultfd(2): %w: a security module refuses; see the audit log", errno)
@@ -86,9 +87,9 @@ func Open(o OpenOptions) (*UFFD, error) {
 	return nil, fmt.Errorf("userfaultfd(2): %w", errno)
 }
 
-// create asks for a userfaultfd, with UFFD_SECURE first if it is to be secure. A kernel without the flag
-// says EINVAL to it, but only to who may make one at all: permission comes first, and EPERM would be the
-// answer without the flag, too. Whether another flag was the invalid one, asking again tells.
+// create asks for a userfaultfd. If secure is true, it first asks with UFFD_SECURE. A kernel without the flag answers
+// EINVAL, but checks permission first: EPERM would be the answer without the flag, too. After EINVAL, create asks
+// again without UFFD_SECURE; a second EINVAL means that another flag is invalid.
 func create(flags uintptr, secure bool, ask func(flags uintptr) (int, unix.Errno)) (*UFFD, unix.Errno) {
 	if secure {
 		fd, errno := ask(flags | abi.UFFD_SECURE)

@@ -10,16 +10,16 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// These tests hold on every kernel: on one with this project's series (kernel/) they see the flag, on
-// another what comes in its place.
+// These tests hold on every kernel. On one with this project's series (kernel/) they test the flag, on
+// others the behaviour without it.
 
-// kernelHasFlag asks the kernel for UFFD_USER_MODE_ONLY|UFFD_SECURE, which it lets everybody have if it
-// knows the flags.
+// kernelHasFlag asks the kernel for UFFD_USER_MODE_ONLY|UFFD_SECURE. A kernel with these flags permits them to
+// every process.
 func kernelHasFlag() bool {
 	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|1|2, 0, 0)
 	if errno != 0 {
@@ -29,13 +29,13 @@ func kernelHasFlag() bool {
 	return true
 }
 
-// policyLabels says whether SELinux has a policy with the class of userfaultfds, as far as its own files tell.
+// policyLabels reports whether selinuxfs shows a policy with the class of userfaultfds.
 func policyLabels() bool {
 	_, err := os.Stat("/sys/fs/selinux/class/anon_inode")
 	return err == nil
 }
 
-// wantState is what a descriptor must be that is known to be made with the flag, or not.
+// wantState checks the supervision of u. flagged says whether u is known to be made with the flag.
 func wantState(t *testing.T, u *uffd.UFFD, flagged bool) {
 	t.Helper()
 	want := uffd.Unsupervised
@@ -51,7 +51,7 @@ func wantState(t *testing.T, u *uffd.UFFD, flagged bool) {
 	}
 }
 
-// copyOf is u's descriptor as somebody gets it who does not know how it was made.
+// copyOf returns a duplicate of u that does not know how the descriptor was made.
 func copyOf(t *testing.T, u *uffd.UFFD) *uffd.UFFD {
 	t.Helper()
 	fd, err := unix.FcntlInt(uintptr(u.FD()), unix.F_DUPFD_CLOEXEC, 0)
@@ -81,16 +81,17 @@ func TestOpenSecure(t *testing.T) {
 					t.Errorf("%+v: fork events asked for: %v", o, err)
 				}
 				if !flagged {
-					continue // the handshake is made
+					continue // the handshake has been made
 				}
-				// The kernel, too, refuses it, and has not taken that for the handshake.
-				if _, _, err := stranger.API(uffd.FeatureEventFork); !errors.Is(err, uffd.ErrInvalid) || !strings.Contains(err.Error(), "UFFD_SECURE") {
+				// The kernel refuses it, too, and does not count this attempt as the handshake.
+				if _, _, err := stranger.API(uffd.FeatureEventFork); !errors.Is(err, uffd.ErrInvalid) ||
+					!strings.Contains(err.Error(), "UFFD_SECURE") {
 					t.Errorf("%+v: fork events asked for by who does not know of the flag: %v", o, err)
 				}
 				if have, _, err := stranger.API(uffd.FeatureEventRemove); err != nil || have&uffd.FeatureEventFork != 0 {
 					t.Errorf("%+v: offers %v (%v)", o, have, err)
 				}
-				wantState(t, stranger, true) // it has learned that
+				wantState(t, stranger, true) // API has found out that it was made with the flag
 			}
 		}
 	}
@@ -100,7 +101,7 @@ func TestProbeSupervision(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	state, label, err := uffd.ProbeSupervision()
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	u := open(t, uffd.OpenOptions{})
 	if s, l, err := u.Supervision(); s != state || l != label || err != nil {

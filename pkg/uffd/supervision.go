@@ -11,17 +11,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Supervision says how a security module (SELinux) can watch over a userfaultfd.
+// Supervision says how a security module (SELinux) can control a userfaultfd. UFFD.Supervision returns it.
+//
+// Open makes descriptors with UFFD_SECURE where the kernel has that flag. The flag comes with this project's series
+// (kernel/patches) and is in no released Linux. With the flag, forks are not reported. Without FeatureEventFork a
+// forked process's copy of the memory is not registered. Where pages are missing, the forked process sees
+// zeros. In shared memory all other processes then see these zeros, too, as if they had been installed. Such memory
+// must be MADV_DONTFORK, as QEMU's guest RAM is; a forked process then does not have it.
 type Supervision uint8
 
 const (
-	// Unsupervised: nothing stands between a process that gets hold of the descriptor and the memory.
+	// Unsupervised: any process that gets the descriptor can use it.
 	Unsupervised Supervision = iota
 
-	// Labelled: the descriptor has a label of its own, which the policy has rules for (Linux 5.12).
+	// Labelled: the descriptor has its own label, and the policy has rules for it (Linux 5.12).
 	Labelled
 
-	// Flagged: it was made with UFFD_SECURE, so that no fork makes further ones. It is labelled too
+	// Flagged: the descriptor was made with UFFD_SECURE, so no fork makes further descriptors. It has a label, too,
 	// where a policy is loaded.
 	Flagged
 )
@@ -35,7 +41,7 @@ func (s Supervision) String() string {
 	return fmt.Sprintf("supervision %d", uint8(s))
 }
 
-// MarshalText gives String.
+// MarshalText returns String. It fails for a value that is none of the constants.
 func (s Supervision) MarshalText() ([]byte, error) {
 	if int(s) >= len(supervisions) {
 		return nil, fmt.Errorf("there is no %v", s)
@@ -43,7 +49,7 @@ func (s Supervision) MarshalText() ([]byte, error) {
 	return []byte(s.String()), nil
 }
 
-// UnmarshalText takes what String gives.
+// UnmarshalText sets s from the text that String returns. It fails for any other text.
 func (s *Supervision) UnmarshalText(text []byte) error {
 	for i, name := range supervisions {
 		if name == string(text) {
@@ -54,11 +60,11 @@ func (s *Supervision) UnmarshalText(text []byte) error {
 	return fmt.Errorf("%q is none of %q", text, supervisions)
 }
 
-// Supervision says how u is supervised, and its label, which is empty where there is none.
+// Supervision returns how u is supervised, and its label. The label is empty if there is none.
 //
-// The kernel does not tell of a descriptor whether it was made with UFFD_SECURE. It is known of those
-// that Open made or package inject had made, and of others after API, by what that offers. One that comes with
-// its handshake made (package handover, a duplicate of another process's) is never more than Labelled.
+// The kernel does not say whether a descriptor was made with UFFD_SECURE. It is known for descriptors that Open
+// or package inject made, and for others after API, from the features that API offers. A descriptor whose handshake
+// was made elsewhere (from package handover, or a duplicate of another process's) is at most Labelled.
 func (u *UFFD) Supervision() (Supervision, string, error) {
 	if !u.acquire() {
 		return Unsupervised, "", opLabel.closed
@@ -77,7 +83,7 @@ func (u *UFFD) Supervision() (Supervision, string, error) {
 	return Unsupervised, "", err
 }
 
-// ProbeSupervision says what a userfaultfd would be that this process makes now, and its label.
+// ProbeSupervision makes a userfaultfd, returns its supervision and label, and closes it.
 func ProbeSupervision() (Supervision, string, error) {
 	u, err := openAny(OpenOptions{})
 	if err != nil {
@@ -92,8 +98,8 @@ var opLabel = newOperation("fgetxattr")
 // labelSize is room for any label (SELINUX_LABEL_LENGTH in libselinux).
 const labelSize = 4096
 
-// readLabel reads the SELinux label. A kernel without SELinux answers that it does not support that, and
-// so does one that has SELinux but no policy: until one is loaded nothing has a label.
+// readLabel reads the SELinux label. It is empty on a kernel without SELinux, and on one with SELinux but without
+// a policy: nothing has a label until a policy is loaded. Both kernels answer EOPNOTSUPP.
 func readLabel(fd int) (string, error) {
 	label := make([]byte, labelSize)
 	n, err := unix.Fgetxattr(fd, "security.selinux", label)
@@ -111,8 +117,9 @@ func readLabel(fd int) (string, error) {
 // policyClasses is where selinuxfs shows the object classes of the loaded policy.
 const policyClasses = "/sys/fs/selinux/class"
 
-// policyHasClass says whether the policy has rules for anonymous inodes. One that lacks the class lets
-// everything pass, although the kernel labels them all the same. Where selinuxfs is not mounted the label must do.
+// policyHasClass reports whether the policy has rules for anonymous inodes. A policy without the class permits
+// everything, although the kernel labels these inodes all the same. If selinuxfs is not mounted, policyHasClass
+// returns true: the label decides alone.
 func policyHasClass(classes string) bool {
 	if _, err := os.Stat(classes); err != nil {
 		return true

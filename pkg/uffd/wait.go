@@ -10,17 +10,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrInterrupted is what Wait gives after Interrupt.
+// ErrInterrupted is the error of Wait after Interrupt.
 var ErrInterrupted = errors.New("userfaultfd: waiting was interrupted")
 
-// Waiter waits until a userfaultfd has a message, and can be told to stop waiting, which a blocking
-// Read cannot. It holds an eventfd of its own.
+// Waiter waits until a userfaultfd has a message. Unlike a blocking Read, it can be interrupted. It owns an
+// eventfd for that.
 type Waiter struct {
 	u    *UFFD
 	wake *os.File
 }
 
-// NewWaiter makes a Waiter for u, which must be non-blocking, have made its handshake, and outlive it.
+// NewWaiter makes a Waiter for u. u must be non-blocking, have made its handshake, and outlive the Waiter.
 func NewWaiter(u *UFFD) (*Waiter, error) {
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
@@ -29,11 +29,11 @@ func NewWaiter(u *UFFD) (*Waiter, error) {
 	return &Waiter{u: u, wake: os.NewFile(uintptr(fd), "eventfd")}, nil
 }
 
-// Wait returns nil when a Read is likely to find a message: another reader, or a Copy, may be faster. It
-// occupies an operating system thread while it waits, which makes it quicker than the runtime's
-// poller. Close of the userfaultfd during a Wait takes effect after Interrupt.
+// Wait returns nil when a Read is likely to find a message. Another reader may take it first, or a Copy may answer
+// it. Wait occupies an operating system thread, which makes it faster than the runtime's
+// poller. If the userfaultfd is closed during a Wait, it stays open until Interrupt.
 //
-// The death of the process is not a message: watch a pidfd for it.
+// The death of the process gives no message: watch a pidfd for it.
 func (w *Waiter) Wait() error {
 	if !w.u.acquire() {
 		return opPoll.closed
@@ -57,28 +57,28 @@ func pollEither(fd, wake int) error {
 	for {
 		_, err := unix.Poll(fds[:], -1)
 		switch {
-		case err == unix.EINTR: // a signal to this thread; the runtime sends them to preempt goroutines
+		case err == unix.EINTR: // a signal to this thread; the runtime sends signals to preempt goroutines
 			continue
 		case err != nil:
 			return fmt.Errorf("userfaultfd: poll: %w", err)
 		case fds[1].Revents != 0:
 			return ErrInterrupted
 		case fds[0].Revents&unix.POLLERR != 0:
-			// fs/userfaultfd.c, userfaultfd_poll: the only two reasons.
+			// These are the only two reasons (fs/userfaultfd.c, userfaultfd_poll).
 			return fmt.Errorf("%w: the descriptor is blocking or had no API handshake", opPoll.err(unix.EINVAL))
 		}
 		return nil
 	}
 }
 
-// Interrupt makes this and every later Wait return ErrInterrupted.
+// Interrupt makes the Wait that is under way and every later Wait return ErrInterrupted.
 func (w *Waiter) Interrupt() error {
-	one := [8]byte{1, 1, 1, 1, 1, 1, 1, 1} // any number but 0, in any byte order
+	one := [8]byte{1, 1, 1, 1, 1, 1, 1, 1} // not 0, in either byte order
 	if _, err := w.wake.Write(one[:]); err != nil && !errors.Is(err, unix.EAGAIN) {
 		return fmt.Errorf("userfaultfd: interrupt: %w", err)
 	}
 	return nil
 }
 
-// Close frees the eventfd. Interrupt first if a Wait may be under way. The userfaultfd stays open.
+// Close closes the eventfd. Call Interrupt first if a Wait may be under way. The userfaultfd stays open.
 func (w *Waiter) Close() error { return w.wake.Close() }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What the programs of this directory share: the clock, pinning, and the line of JSON that each prints. All
- * of them are bare loops on purpose: they are what the machine and its kernel can do.
+ * of them are bare loops on purpose: they show what the machine and its kernel can do.
  */
 #ifndef BENCH_H
 #define BENCH_H
@@ -28,7 +28,7 @@ static inline int64_t now(void)
 	return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-/* pin keeps the calling thread on a CPU; -1: wherever the kernel likes. */
+/* pin keeps the calling thread on a CPU; -1: the kernel chooses. */
 static inline void pin(int cpu)
 {
 	cpu_set_t set;
@@ -47,7 +47,7 @@ static inline int ascending(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* report prints n latencies, in ns, and how long all of it took. It sorts them. */
+/* report prints quantiles of n latencies, in ns, and how long everything took. It sorts the latencies. */
 static inline void report(uint32_t *ns, size_t n, size_t bytes, int64_t wall)
 {
 	if (n)

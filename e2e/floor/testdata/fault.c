@@ -2,19 +2,19 @@
 /*
  * fault HANDLER ORDER SIZE PAGES THREADS UFFDS TOUCHER-CPU HANDLER-CPU
  *
- * THREADS threads touch PAGES of SIZE pages of shared memory, evenly spread, each thread its part one page after the
- * other, and time each touch. ORDER is "rising", or "shuffled", which nobody can guess: then each touch is a fault. The memory is registered with UFFDS userfaultfds, a part each. HANDLER is who
- * answers:
+ * THREADS threads touch PAGES of SIZE pages of shared memory, evenly spread, and time each touch. Each thread touches
+ * its part one page after the other. ORDER is "rising", or "shuffled", which cannot be predicted, so that each touch
+ * is a fault. The memory is registered with UFFDS userfaultfds, a part each. HANDLER answers the faults:
  *
  *	read   a thread here: read(2) that blocks, UFFDIO_COPY
  *	poll   the same with poll(2) and a read(2) that does not block
  *	spin   the same with nothing but reads that do not block
  *	tcp    read, and each page is asked for and received over TCP (pair.h), from a process on the toucher's CPU,
- *	       which has nothing to do meanwhile
+ *	       which is idle meanwhile
  *	away   the process at the other end of descriptor 3. It gets {address, bytes} with the descriptors, answers
  *	       with one byte when the threads may begin, and closes the socket when this process may end.
  *
- * Nothing but the memory at hand is ever missing while a touch is timed: all else is written before.
+ * While a touch is timed, only this memory can be missing: all other memory is written before.
  */
 #define _GNU_SOURCE
 #include "bench.h"
@@ -31,13 +31,13 @@
 #include <sys/syscall.h>
 
 #define PAGE 4096ul
-#define MOST 16
+#define MOST 64
 
 static char *memory;
 static size_t size, pages, threads, uffds;
 static int uffd[MOST], toucher_cpu, handler_cpu, lane = -1;
 static const char *handler;
-static uint32_t *order, *latency; /* which page is touched when, and how long it took, in ns */
+static uint32_t *order, *latency; /* the page of each touch, and how long the touch took, in ns */
 static pthread_barrier_t barrier;
 static char page[PAGE] __attribute__((aligned(4096)));
 
@@ -57,7 +57,7 @@ static void *touch(void *arg)
 	return NULL;
 }
 
-/* shuffle is Fisher and Yates', of each thread's part, always the same. */
+/* shuffle shuffles each thread's part (Fisher and Yates), always in the same way. */
 static void shuffle(void)
 {
 	uint32_t seed = 1;
@@ -122,7 +122,7 @@ static void supervise(void)
 	must("UFFDIO_REGISTER", ioctl(uffd[0], UFFDIO_REGISTER, &r));
 }
 
-/* hand_over gives the descriptors away: with the process at the other end they are gone, and nobody waits for ever. */
+/* hand_over gives the descriptors away. They close when the other process ends, so that no thread waits for ever. */
 static void hand_over(void)
 {
 	uint64_t where[2] = { (uintptr_t)memory, size * PAGE };
@@ -165,7 +165,7 @@ int main(int argc, char **argv)
 	if (pages > size || threads > MOST || uffds < 1 || uffds > (away ? MOST : 1))
 		return 2;
 
-	if (!strcmp(handler, "tcp")) /* before there is memory that it could inherit */
+	if (!strcmp(handler, "tcp")) /* before there is memory that the process could inherit */
 		lane = answering((long)pages, toucher_cpu);
 	fd = memfd_create("floor", MFD_CLOEXEC);
 	must("memfd_create", fd);

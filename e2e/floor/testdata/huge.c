@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What huge pages are worth for memory that UFFDIO_COPY filled, and what they cost: docs/huge-pages.md.
+// What huge pages gain for memory that UFFDIO_COPY filled, and what they cost: docs/huge-pages.md.
 //
 //	huge pidfd FILE		process_madvise(2) by another process
 //	huge file FILE		madvise(2) by another process, on its own mapping of the file
 //
-// FILE does not exist yet and is on a tmpfs with 1.1 GiB of room.
+// FILE must not exist yet, and must be on a tmpfs with 1.1 GiB of room.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -46,7 +46,7 @@ static double now(void)
 	return t.tv_sec + t.tv_nsec / 1e9;
 }
 
-// mapped is how much of this process' shared memory huge pages map, in MiB.
+// mapped returns how much of this process' shared memory huge pages map, in MiB.
 static long mapped(void)
 {
 	char line[256];
@@ -59,7 +59,7 @@ static long mapped(void)
 	return kb >> 10;
 }
 
-// walk touches words in random order, each when the last one is known: ns a step.
+// walk reads words in random order, each only when the last one is known. It returns ns per step.
 static double walk(const volatile uint64_t *m)
 {
 	uint64_t x = 88172645463325252ull, last = 0;
@@ -77,7 +77,7 @@ static const volatile uint64_t *shared;
 static volatile int over;
 static double longest;
 
-// victim is a thread that works in the memory meanwhile: the longest that one access takes.
+// victim is a thread that works in the memory meanwhile. It notes the longest time of one access.
 static void *victim(void *unused)
 {
 	uint64_t x = 1;
@@ -92,7 +92,7 @@ static void *victim(void *unused)
 	return unused;
 }
 
-// collapse makes huge pages of all of it, from another process.
+// collapse makes huge pages of all the memory, from another process.
 static void collapse(const char *way, int fd, int pidfd, char *m)
 {
 	double began = now(), most = 0;
@@ -116,7 +116,7 @@ static void collapse(const char *way, int fd, int pidfd, char *m)
 	       failed ? strerror(why) : "none");
 }
 
-// disturbed says what the longest access of a thread is, while way is gone; NULL: none.
+// disturbed prints the longest access of a thread while huge pages are made in that way; NULL: while nothing is done.
 static void disturbed(const char *what, const char *way, int fd, char *m)
 {
 	pthread_t thread;
@@ -179,7 +179,7 @@ int main(int argc, char **argv)
 	printf("after a walk: %ld of 1024 MiB by huge pages\n", mapped());
 	printf("a random walk: %.0f ns a step before, %.0f after, ratio %.2f\n", before, after, after / before);
 
-	// A range that is a hole but for one page, after everything is unregistered.
+	// A range that is a hole except for one page, after everything is unregistered.
 	must(!fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 4096, HUGE - 4096), "punch");
 	fstat(fd, &st);
 	long had = st.st_blocks / 2;

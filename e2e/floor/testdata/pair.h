@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A second process that answers 16 bytes with 4 KiB over the loopback device: a page asked for and received, with
- * nothing in between but the kernel's TCP.
+ * A second process that answers 16 bytes with 4 KiB over the loopback device: a page is asked for and received with
+ * only the kernel's TCP in between.
  */
 #ifndef PAIR_H
 #define PAIR_H
@@ -45,7 +45,7 @@ static inline int quick(int fd)
 	return fd;
 }
 
-/* answering starts the process, which answers so many times on that CPU, and returns a connection to it. */
+/* answering starts the process, which answers that many times on that CPU, and returns a connection to it. */
 static inline int answering(long times, int cpu)
 {
 	struct sockaddr_in a = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package card is the guest's work on its network cards: it gives them their addresses, so that its kernel answers
-// pings, and has a client far away send back what it sends. The addresses are agreed upon here, for both ends.
+// pings, and sends messages to a remote client, which sends them back. It defines the addresses for both ends.
 package card
 
 import (
@@ -11,10 +11,10 @@ import (
 	"net/netip"
 )
 
-// EchoPort is the UDP port at which a client sends back whatever comes.
+// EchoPort is the UDP port at which a client sends back what it receives.
 const EchoPort = 7007
 
-// Numbers of VMs and of a VM's cards are below these.
+// The numbers of VMs, and of a VM's cards, are below these.
 const (
 	MaxVMs   = 200
 	MaxCards = 64
@@ -23,18 +23,18 @@ const (
 // firstHost is the last byte of the address of VM 0.
 const firstHost = 10
 
-// maker begins the hardware addresses: of QEMU's, those with the byte 78.
+// maker has the first bytes of the hardware addresses: QEMU's range, with the byte 78.
 var maker = []byte{0x52, 0x54, 0x00, 0x78}
 
-// MAC is the hardware address of a card.
+// MAC returns the hardware address of a card.
 func MAC(vm, card int) net.HardwareAddr {
 	return append(bytes.Clone(maker), byte(vm), byte(card))
 }
 
-// ErrForeign says that a card is none of those that MAC names.
+// ErrForeign says that a card's address is none of MAC's.
 var ErrForeign = errors.New("not a card of the lab")
 
-// Of returns which VM's card has that hardware address, and which of its cards it is.
+// Of returns the VM whose card has that hardware address, and the number of the card.
 func Of(mac net.HardwareAddr) (vm, card int, err error) {
 	if len(mac) != 6 || !bytes.HasPrefix(mac, maker) {
 		return 0, 0, ErrForeign
@@ -42,11 +42,10 @@ func Of(mac net.HardwareAddr) (vm, card int, err error) {
 	return int(mac[4]), int(mac[5]), nil
 }
 
-// Addr is the address of a VM's card. Each card is in a network of its own, of 24 bits, with the cards of the same
-// number that other VMs have.
+// Addr returns the address of a VM's card. All cards with the same number are in one network, of 24 bits.
 func Addr(vm, card int) netip.Addr {
 	return netip.AddrFrom4([4]byte{10, 78, byte(card), byte(firstHost + vm)})
 }
 
-// Client is the address of the client in the network of the cards with that number.
+// Client returns the address of the client in the network of the cards with that number.
 func Client(card int) netip.Addr { return netip.AddrFrom4([4]byte{10, 78, byte(card), 1}) }

@@ -20,19 +20,19 @@ import (
 )
 
 const (
-	// patience is how long an answer is waited for before it is lost.
+	// patience is how long a card waits for an answer before it counts it as lost.
 	patience = 500 * time.Millisecond
 	largest  = 1400 // bytes of a message
 	smallest = 64
 )
 
-// Config is what is done with the cards.
+// Config says what is done with the cards.
 type Config struct {
-	Cards int // how many; they are found by their hardware addresses
+	Cards int // their number; they are found by their hardware addresses
 	Rate  int // messages a second and card; 0: as many as the client answers
 }
 
-// Validate says which parameter makes no sense.
+// Validate returns an error if a parameter makes no sense.
 func (c Config) Validate() error {
 	if c.Cards < 0 || c.Cards > MaxCards || c.Rate < 0 {
 		return fmt.Errorf("%d cards at %d messages a second: neither is negative, and there are no more than %d cards",
@@ -41,10 +41,10 @@ func (c Config) Validate() error {
 	return nil
 }
 
-// A Set is all cards at work.
+// A Set is all cards of the guest.
 type Set struct{ cards []*card }
 
-// Open turns the cards on with their addresses. Pings are answered from here; messages begin with Run(true).
+// Open turns the cards on with their addresses. From then on the kernel answers pings; messages begin with Run(true).
 func Open(c Config) (*Set, error) {
 	s := &Set{}
 	for i := range c.Cards {
@@ -65,7 +65,7 @@ func Open(c Config) (*Set, error) {
 	return s, nil
 }
 
-// Run has the cards send or not. When it returns, they do.
+// Run makes the cards send or stop. It returns when they do.
 func (s *Set) Run(on bool) {
 	for _, c := range s.cards {
 		c.pace.Set(on)
@@ -84,7 +84,7 @@ func (s *Set) Report() []report.Card {
 	return all
 }
 
-// A card sends one message after the other.
+// A card sends one message at a time.
 type card struct {
 	name   string
 	number int
@@ -107,15 +107,15 @@ func newCard(name string, number, rate int, conn net.Conn) *card {
 	return &card{name: name, number: number, conn: conn, pace: pace.New(interval)}
 }
 
-// step is one message. A card that cannot send fails at once, and is not asked at once again.
+// step exchanges one message. It pauses after a failure, because a card that cannot send fails at once.
 func (c *card) step() {
 	if c.exchange() {
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// exchange sends a message and waits for it to come back. Every byte of it follows from the card and the number of the
-// message, which is its stamp.
+// exchange sends a message and waits until it comes back. The message is a stamp: all its bytes follow from the card
+// and the number of the message.
 func (c *card) exchange() (failed bool) {
 	c.seq++
 	var page stamp.Page
@@ -142,7 +142,7 @@ func (c *card) exchange() (failed bool) {
 			return true
 		}
 		if n >= 8 && binary.LittleEndian.Uint32(c.answer[:]) != c.seq {
-			continue // of one that was taken for lost
+			continue // the answer to a message that was counted as lost
 		}
 		if !bytes.Equal(c.answer[:n], message) {
 			c.wrong.Add(1)

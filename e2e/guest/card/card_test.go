@@ -20,7 +20,7 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
-// TestExchange has a client that sends back, one that does not, and one that changes a byte.
+// TestExchange: a client sends back messages, leaves one out, and changes a byte of one.
 func TestExchange(t *testing.T) {
 	client, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {

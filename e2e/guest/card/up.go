@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// up gives the card with that number its address and turns it on. It returns its name and whose it is.
+// up gives the card with that number its address and turns it on. It returns the card's name and its VM.
 func up(number int) (name string, vm int, err error) {
 	interfaces, err := net.Interfaces()
 	if err != nil {
@@ -23,7 +23,7 @@ func up(number int) (name string, vm int, err error) {
 		if err != nil || n != number {
 			continue
 		}
-		// Nothing but what is meant: no address of its own making, no looking for routers.
+		// Without IPv6 the kernel makes no addresses of its own and looks for no routers.
 		knob := "/proc/sys/net/ipv6/conf/" + i.Name + "/disable_ipv6"
 		if err := os.WriteFile(knob, []byte("1"), 0o644); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "", 0, err

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package disk is the guest's work on its disks: it writes stamped blocks, reads them back, and knows what each of them
-// must hold. A block of storage can be hurt in the same ways as a page of memory, so blocks are stamped pages (package
-// stamp): each names its disk, its place there and its generation, all of its words follow from these, and the
+// must hold. A block of storage can be damaged in the same ways as a page of memory, so blocks are stamped pages
+// (package stamp): each names its disk, its place there and its generation, all of its words follow from these, and the
 // generations are kept in memory.
 //
 //	lane 0 ──► blocks [0, n/2)   table [0, n/2)   ┐ O_DIRECT
 //	lane 1 ──► blocks [n/2, n)   table [n/2, n)   ┴──────────► /dev/vda
 //
-// A lane has one request at a time, so a disk has two.
+// A lane has one request in flight, so a disk has two.
 package disk
 
 import (
@@ -28,26 +28,26 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
 
-// Lanes is how many requests a disk has at a time.
+// Lanes is how many requests a disk has in flight.
 const Lanes = 2
 
 const (
 	blockSize  = stamp.PageSize
 	blockBits  = 20                   // a stamp's index is disk<<blockBits | block
-	maxBlocks  = 64 << 20 / blockSize // of a disk that are used, so that all can be checked
+	maxBlocks  = 64 << 20 / blockSize // the blocks of a disk that are used; few enough to check all of them
 	maxDisks   = 1 << (32 - blockBits)
 	chunk      = 64 // blocks that a check reads at once
 	flushEvery = 64 // writes of a lane
-	maxPending = 64 // findings that wait for being written out
+	maxPending = 64 // findings that wait to be written out
 )
 
-// Config is what is done to the disks.
+// Config says what is done with the disks.
 type Config struct {
-	Disks int // how many; they are found by their serial numbers disk0, disk1, …
+	Disks int // their number; they are found by their serial numbers disk0, disk1, …
 	Rate  int // requests a second and disk; 0: as many as possible
 }
 
-// Validate says which parameter makes no sense.
+// Validate returns an error if a parameter makes no sense.
 func (c Config) Validate() error {
 	if c.Disks < 0 || c.Disks > maxDisks || c.Rate < 0 {
 		return fmt.Errorf("%d disks at %d requests a second: neither is negative, and there are no more than %d disks",
@@ -56,7 +56,7 @@ func (c Config) Validate() error {
 	return nil
 }
 
-// interval is that between two requests of a lane.
+// interval returns the time between two requests of a lane.
 func (c Config) interval() time.Duration {
 	if c.Rate == 0 {
 		return 0
@@ -64,7 +64,7 @@ func (c Config) interval() time.Duration {
 	return Lanes * time.Second / time.Duration(c.Rate)
 }
 
-// A Set is all disks at work.
+// A Set is all disks of the guest.
 type Set struct {
 	disks    []*disk
 	findings chan Finding
@@ -77,7 +77,7 @@ type Finding struct {
 	Err    error        // of the request that failed; nil for damage
 }
 
-// Open finds the disks. They are not touched until Run(true).
+// Open finds the disks. It sends no requests to them; these begin with Run(true).
 func Open(c Config) (*Set, error) {
 	s := &Set{findings: make(chan Finding, maxPending)}
 	for i := range c.Disks {
@@ -104,7 +104,7 @@ func Open(c Config) (*Set, error) {
 	return s, nil
 }
 
-// Run has the disks work or rest. When it returns, they do.
+// Run makes the disks work or rest. It returns when they do.
 func (s *Set) Run(on bool) {
 	for _, d := range s.disks {
 		for _, l := range d.lanes {
@@ -122,7 +122,7 @@ func (s *Set) Report() []report.Disk {
 	return all
 }
 
-// Verify reads every block that was ever written and compares it. Work pauses meanwhile, disk by disk. It returns how
+// Verify reads every block that was ever written and compares it. Work pauses meanwhile, lane by lane. It returns how
 // many blocks there are, and how many of them are damaged or cannot be read.
 func (s *Set) Verify() (blocks, found uint64) {
 	for _, d := range s.disks {
@@ -153,7 +153,7 @@ func (s *Set) found(f Finding) {
 	}
 }
 
-// A disk is one of the set.
+// A disk is one disk of the set.
 type disk struct {
 	set    *Set
 	serial string
@@ -166,7 +166,7 @@ type disk struct {
 	slowest                                   pace.Slowest
 }
 
-// newDisk takes over a disk that was opened, with lanes that rest. Each lane is to have a request at that interval.
+// newDisk takes over an open disk, and makes its lanes, which rest. Each lane has a request at that interval.
 func newDisk(s *Set, serial string, number int, f *os.File, interval time.Duration) (*disk, error) {
 	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
@@ -204,7 +204,7 @@ func (d *disk) report() report.Disk {
 
 // damaged counts and reports a damaged block.
 func (d *disk) damaged(damage stamp.Damage) {
-	d.corruptions.Add(1) // first: the count is what must not be lost
+	d.corruptions.Add(1) // counted first, because the count must not be lost
 	d.set.found(Finding{Disk: d.serial, Damage: damage})
 }
 
@@ -214,10 +214,10 @@ func (d *disk) failed(err error) {
 	d.set.found(Finding{Disk: d.serial, Err: err})
 }
 
-// index is what a block's stamp names.
+// index returns the index in a block's stamp.
 func (d *disk) index(block uint32) uint32 { return uint32(d.number)<<blockBits | block }
 
-// timed runs a request.
+// timed runs a request and notes its time.
 func (d *disk) timed(request func() (int, error)) (int, error) {
 	began := time.Now()
 	n, err := request()
@@ -225,16 +225,16 @@ func (d *disk) timed(request func() (int, error)) (int, error) {
 	return n, err
 }
 
-// errShort is a request that moved less than it was to.
+// errShort says that a request moved less than it should.
 var errShort = errors.New("short transfer")
 
-// A lane owns blocks [from, to) and their table entries: a difference there is damage and never a race.
+// A lane owns blocks [from, to) and their table entries, so that a difference is damage and never a race.
 type lane struct {
 	disk     *disk
 	pace     *pace.Worker
 	from, to uint32
 
-	// Owned by step, and between two steps by check.
+	// Owned by step, and by check between two steps.
 	random  uint64 // xorshift64 state
 	sum     uint64 // of the generations in [from, to), see stamp.Table
 	unsaved int    // writes since the last flush

@@ -10,7 +10,7 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
 
-// newSet makes two disks of so many blocks out of files, at rest.
+// newSet makes two disks of so many blocks from files. They rest.
 func newSet(t *testing.T, blocks int64) *Set {
 	t.Helper()
 	s := &Set{findings: make(chan Finding, maxPending)}
@@ -60,7 +60,7 @@ func TestWorkLeavesNoDamage(t *testing.T) {
 	}
 }
 
-// TestDamageIsFound does to one block what storage can do to it.
+// TestDamageIsFound damages one block in each way in which storage can.
 func TestDamageIsFound(t *testing.T) {
 	const block = 40
 	at := func(d *disk, block int64) []byte {
@@ -108,13 +108,13 @@ func TestDamageIsFound(t *testing.T) {
 	}
 }
 
-// TestTableIsChecked: what the guest knows of its disks is in memory that moves.
+// TestTableIsChecked: the guest's table of its disks is in memory that moves, so it is checked as well.
 func TestTableIsChecked(t *testing.T) {
 	s := newSet(t, 300)
 	s.work(2000)
 	d := s.disks[1]
 	d.table[7] = 0
-	d.table.Set(200, uint32(d.table.Sum(200, 201))-1) // with its block, it went back
+	d.table.Set(200, uint32(d.table.Sum(200, 201))-1) // as if it and its block went back
 	if _, found := s.Verify(); found < 2 || d.corruptions.Load() < 2 {
 		t.Errorf("%d found, %d corruptions", found, d.corruptions.Load())
 	}

@@ -9,7 +9,8 @@ import (
 	"strings"
 )
 
-// find returns the device of the disk with that serial number. The driver has made it by the time that it is loaded.
+// find returns the device of the disk with that serial number. The driver has made all devices when its module has been
+// loaded.
 func find(serial string) (string, error) {
 	paths, err := filepath.Glob("/sys/block/*/serial")
 	if err != nil {

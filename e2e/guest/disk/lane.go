@@ -30,8 +30,8 @@ func (l *lane) step() {
 	}
 }
 
-// generation is what a block must be of. What a damaged entry was is not known any more, nor is what its block must
-// hold.
+// generation returns the generation that a block must have. A damaged entry is reported, and its block is then treated
+// as one that was never written, because its content is no longer known.
 func (l *lane) generation(block uint32) uint32 {
 	generation, ok := l.disk.table.Get(block)
 	if !ok {
@@ -42,19 +42,19 @@ func (l *lane) generation(block uint32) uint32 {
 	return generation
 }
 
-// forget makes a block one that was never written.
+// forget marks a block as never written.
 func (l *lane) forget(block uint32) {
 	l.disk.table.Set(block, 0)
 	l.sum = l.disk.table.Sum(l.from, l.to)
 }
 
-// write writes a block, and now and then has the disk keep all that was written.
+// write writes a block, and now and then flushes the disk.
 func (l *lane) write(block, generation uint32) {
 	d := l.disk
 	l.pages[0].Write(stamp.Random, d.index(block), generation)
 	if err := l.transfer(unix.Pwrite, block, 1); err != nil {
 		d.failed(fmt.Errorf("write block %d: %w", block, err))
-		l.forget(block) // it may hold either
+		l.forget(block) // it may hold the old content or the new
 		return
 	}
 	d.writes.Add(1)
@@ -90,7 +90,7 @@ func (l *lane) transfer(call func(int, []byte, int64) (int, error), block, n uin
 	return err
 }
 
-// compare says whether a block that was read is what it must be.
+// compare reports whether a block that was read holds what it must.
 func (l *lane) compare(p *stamp.Page, block, generation uint32) bool {
 	index := l.disk.index(block)
 	first := p.Check(stamp.Random, index, generation)
@@ -103,8 +103,8 @@ func (l *lane) compare(p *stamp.Page, block, generation uint32) bool {
 	return false
 }
 
-// check reads all blocks of the lane that were ever written, and adds up their generations, while no step is under way.
-// It returns how many there are and how many are not as they must be.
+// check reads all blocks of the lane that were ever written, and adds up their generations, while no step runs. It
+// returns how many blocks there are and how many of them are damaged or cannot be read.
 func (l *lane) check() (blocks, found uint64) {
 	d := l.disk
 	if sum := d.table.Sum(l.from, l.to); sum != l.sum {

@@ -17,8 +17,8 @@ const (
 	churnFree = 3 * time.Second // the kernel reports free pages to a balloon after two
 )
 
-// churn takes memory from the kernel, uses it, checks it and gives it back, so that a guest with a balloon discards pages,
-// and uses them anew, while it moves.
+// churn takes memory from the kernel, uses it, checks it and gives it back. So a guest with a balloon discards pages,
+// and uses them again, while it moves.
 type churn struct {
 	rounds, corruptions atomic.Uint64
 }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package load is the guest's work: threads that visit stamped pages, check
-// them completely and write new generations, and say how long each visit took.
+// Package load is the guest's work: threads that visit stamped pages, check them completely and write new generations,
+// and report how long each visit took.
 //
 //	worker 0 ──► pages [0, n/2)   table [0, n/2)   ┐ atomics      ┌─► Window
 //	worker 1 ──► pages [n/2, n)   table [n/2, n)   ┴────────────► reporter ─┴─► Corruption
 //
-// Workers share nothing but atomic counters with the reporter, and allocate
-// nothing once they run.
+// Workers share only atomic counters with the reporter, and allocate nothing once they run.
 package load
 
 import (
@@ -39,19 +38,19 @@ const (
 const (
 	strideStep      = 17 // pages
 	firstGeneration = 1
-	maxDescribed    = 64 // corruptions that wait for being written out
+	maxDescribed    = 64 // corruptions that wait to be written out
 )
 
-// Config is what the load does.
+// Config says what the load does.
 type Config struct {
 	Memory       uint64 // bytes to stamp
 	WorkingSet   uint64 // bytes of it that are visited; the rest stays untouched
 	Workers      int    // threads
 	Rate         int    // visits a second and worker; 0: as many as possible
-	WritePercent int    // of visits that write a new generation
+	WritePercent int    // share of the visits that write a new generation
 	Pattern      Pattern
 	Fill         stamp.Fill
-	Churn        uint64 // bytes that are used for a while and given back to the kernel, again and again
+	Churn        uint64 // bytes that are used and given back to the kernel, again and again
 }
 
 // Load is a running load.
@@ -66,20 +65,20 @@ type Load struct {
 	damages  chan stamp.Damage
 	start    time.Time
 
-	// Of the reporter.
+	// Owned by the reporter.
 	seq  uint64
 	ops  uint64 // total at the last window
 	seen [][report.Buckets]uint64
 }
 
-// New maps and stamps the memory and starts the workers; the load is off until
-// Run(true). They never end: this is the only work of its process.
+// New maps and stamps the memory and starts the workers. The load is off until Run(true). The workers never end,
+// because they are the only work of their process.
 func New(c Config) (*Load, error) {
 	n := c.Memory / stamp.PageSize
 	working := c.WorkingSet / stamp.PageSize
 	if c.Workers < 1 || working < uint64(c.Workers) || working > n || n >= 1<<32 {
-		return nil, fmt.Errorf("a load of %d workers needs at least a page of working set for each, within its memory: working set %d of %d bytes",
-			c.Workers, c.WorkingSet, c.Memory)
+		return nil, fmt.Errorf("a load of %d workers needs at least a page of working set for each, "+
+			"within its memory: working set %d of %d bytes", c.Workers, c.WorkingSet, c.Memory)
 	}
 	pages, err := mapMemory(n * stamp.PageSize)
 	if err != nil {
@@ -136,7 +135,7 @@ func mapMemory(size uint64) ([]byte, error) {
 
 func (l *Load) now() time.Duration { return time.Since(l.start) }
 
-// each has every worker run f between two visits, in parallel, and waits.
+// each makes every worker run f between two visits, in parallel, and waits for all.
 func (l *Load) each(f func(*worker)) {
 	done := make(chan struct{})
 	for _, w := range l.workers {
@@ -147,14 +146,13 @@ func (l *Load) each(f func(*worker)) {
 	}
 }
 
-// Run switches the load on or off. When it returns, it is.
+// Run switches the load on or off. It returns when that is done.
 func (l *Load) Run(on bool) {
 	l.running.Store(on)
-	l.each(func(*worker) {}) // wakes the idle, waits for running visits
+	l.each(func(*worker) {}) // wakes idle workers, and waits for visits to end
 }
 
-// Pages returns how many pages are stamped, and how many of them are in the
-// working set.
+// Pages returns how many pages are stamped, and how many of them are in the working set.
 func (l *Load) Pages() (all, working uint32) {
 	for _, w := range l.workers {
 		working += w.working
@@ -162,7 +160,7 @@ func (l *Load) Pages() (all, working uint32) {
 	return uint32(len(l.pages)), working
 }
 
-// Counters returns the cumulative counters; uptime is the caller's.
+// Counters returns the cumulative counters; the caller passes the uptime.
 func (l *Load) Counters(uptime time.Duration) report.Counters {
 	c := report.Counters{UptimeMS: uptime.Milliseconds()}
 	for _, w := range l.workers {
@@ -182,8 +180,7 @@ func (l *Load) Verify() (pages uint32, found uint64) {
 	return uint32(len(l.pages)), sum.Load()
 }
 
-// Window returns what happened since the last call of Window. Only one
-// goroutine may call it.
+// Window returns what happened since the last call of Window. Only one goroutine may call it.
 func (l *Load) Window(uptime time.Duration) report.Window {
 	l.seq++
 	latencies := report.Histogram{}
@@ -210,7 +207,7 @@ func (l *Load) Window(uptime time.Duration) report.Window {
 
 // report counts damage, and describes it if there is room.
 func (l *Load) report(corruptions *atomic.Uint64, d stamp.Damage) {
-	corruptions.Add(1) // first: the count is what must not be lost
+	corruptions.Add(1) // counted first, because the count must not be lost
 	select {
 	case l.damages <- d:
 	default:
@@ -232,7 +229,7 @@ func (l *Load) Corruption(uptime time.Duration) (report.Corruption, bool) {
 	}
 }
 
-// Validate says which parameter makes no sense.
+// Validate returns an error if a parameter makes no sense.
 func (c Config) Validate() error {
 	var errs []error
 	switch c.Pattern {

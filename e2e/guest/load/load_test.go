@@ -31,7 +31,7 @@ func start(t *testing.T, c Config) *Load {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Workers never end; without load they wait for a task for ever.
+	// Workers never end; without load they only wait for tasks.
 	t.Cleanup(func() { l.Run(false) })
 	return l
 }
@@ -43,7 +43,7 @@ func untilOps(t *testing.T, l *Load, n uint64) {
 	runUntil(t, l, func(c report.Counters) bool { return c.TotalOps >= want })
 }
 
-// runUntil has the load on until its counters are as they should be.
+// runUntil runs the load until ok accepts its counters.
 func runUntil(t *testing.T, l *Load, ok func(report.Counters) bool) {
 	t.Helper()
 	l.Run(true)
@@ -71,7 +71,7 @@ func TestCleanMemoryStaysClean(t *testing.T) {
 	}
 }
 
-// Every kind of damage, outside the working set where only Verify looks.
+// Each kind of damage is found outside the working set, where only Verify looks.
 func TestVerifyFindsDamageEverywhere(t *testing.T) {
 	damages := map[stamp.Kind]func(*Load){
 		stamp.Lost:      func(l *Load) { clear(l.pages[63][:]) },
@@ -104,7 +104,7 @@ func TestVerifyFindsDamageEverywhere(t *testing.T) {
 func TestStalePageWithItsStaleTableEntry(t *testing.T) {
 	l := start(t, Config{WritePercent: 100})
 	page, entry := l.pages[3], l.table[3]
-	for range 100 { // the worker that has it is one of several
+	for range 100 { // only one of several workers visits it
 		if untilOps(t, l, 5000); l.pages[3] != page {
 			break
 		}
@@ -121,7 +121,7 @@ func TestStalePageWithItsStaleTableEntry(t *testing.T) {
 func TestLoadFindsDamage(t *testing.T) {
 	l := start(t, Config{Pattern: Sequential})
 	l.pages[40][5]++
-	runUntil(t, l, func(c report.Counters) bool { return c.Corruptions > 0 }) // its worker is one of several
+	runUntil(t, l, func(c report.Counters) bool { return c.Corruptions > 0 }) // only one of several workers visits it
 	untilOps(t, l, 1000)
 	if c := l.Counters(0); c.Corruptions != 1 {
 		t.Errorf("corruptions %d, want 1", c.Corruptions)

@@ -10,8 +10,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/guest/stamp"
 )
 
-// worker owns pages [from, to) and their table entries: no other thread
-// touches them, so that a difference is damage and never a race.
+// worker owns pages [from, to) and their table entries. No other thread touches them, so a difference is damage and
+// never a race.
 type worker struct {
 	load     *Load
 	from, to uint32
@@ -29,7 +29,7 @@ type worker struct {
 	tasks chan task
 }
 
-// task is work for a worker in between operations, on its own pages.
+// task is work for a worker between operations, on its own pages.
 type task struct {
 	run  func(*worker)
 	done chan<- struct{}
@@ -60,8 +60,7 @@ func (w *worker) run() {
 			last = w.load.now()
 			next = max(next, last-pace.MaxBehind) + interval
 		}
-		// Without a rate an operation begins where the one before it ended, so
-		// no stall falls between two of them.
+		// Without a rate an operation begins where the one before it ended, so that no stall falls between two operations.
 		w.began.Store(int64(last))
 		w.visit(w.pick())
 		end := w.load.now()
@@ -106,8 +105,7 @@ func (w *worker) pick() uint32 {
 	return w.from + w.cursor
 }
 
-// visit checks one page completely and, with the configured probability,
-// writes its next generation.
+// visit checks one page completely and, with the configured probability, writes its next generation.
 func (w *worker) visit(index uint32) {
 	generation, ok := w.load.table.Get(index)
 	if !ok {
@@ -127,8 +125,8 @@ func (w *worker) visit(index uint32) {
 	}
 }
 
-// check verifies all pages of the worker, in the working set or not, and the
-// sum over their table entries. It returns how much damage it found.
+// check verifies all pages of the worker, in the working set or not, and the sum over their table entries. It returns
+// how much damage it found.
 func (w *worker) check() uint64 {
 	before := w.corruptions.Load()
 	for i := w.from; i < w.to; i++ {
@@ -149,8 +147,8 @@ func (w *worker) check() uint64 {
 	return w.corruptions.Load() - before
 }
 
-// repairEntry reports a damaged table entry and starts its page anew: what the
-// page had to be is not known any more.
+// repairEntry reports a damaged table entry and stamps its page anew, because the page's proper content is no longer
+// known.
 func (w *worker) repairEntry(index uint32) uint32 {
 	w.report(stamp.Damage{Page: index, Word: -1, Got: w.load.table[index], Kind: stamp.BadTable})
 	w.load.pages[index].Write(w.load.config.Fill, index, firstGeneration)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package pace is what all of the guest's work has in common: it is done at a rate, rests when it is told to, and says
-// how long its slowest piece took.
+// Package pace has what all of the guest's work shares: it is done at a rate, rests on demand, and reports how long its
+// slowest piece took.
 package pace
 
 import (
@@ -13,7 +13,7 @@ import (
 // MaxBehind bounds the burst with which work catches up with its rate after a stall.
 const MaxBehind = 100 * time.Millisecond
 
-// A Worker does one piece of work after the other while it is on. It rests at first.
+// A Worker does one piece of work after the other while it is on. It is off at first.
 type Worker struct {
 	interval time.Duration // between two pieces; 0: none
 
@@ -22,14 +22,14 @@ type Worker struct {
 	on     bool
 }
 
-// New returns a worker whose pieces of work begin at that interval; 0: one follows the other.
+// New returns a worker whose pieces of work begin at that interval; 0: each follows the one before it at once.
 func New(interval time.Duration) *Worker {
 	w := &Worker{interval: interval}
 	w.resume.L = &w.mu
 	return w
 }
 
-// Run does the work, a piece a call. It does not return.
+// Run calls work for each piece. It does not return.
 func (w *Worker) Run(work func()) {
 	next := time.Now()
 	for {
@@ -51,7 +51,7 @@ func (w *Worker) Run(work func()) {
 	}
 }
 
-// Set has the worker work or rest. When it returns, it does.
+// Set makes the worker work or rest. It returns when the worker does.
 func (w *Worker) Set(on bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -69,7 +69,7 @@ func (w *Worker) Between(f func()) {
 // Slowest is the longest time that a piece of work took. Any goroutine may use it.
 type Slowest struct{ ns atomic.Int64 }
 
-// Note says how long one took.
+// Note records how long a piece took.
 func (s *Slowest) Note(took time.Duration) {
 	for {
 		old := s.ns.Load()
@@ -79,5 +79,5 @@ func (s *Slowest) Note(took time.Duration) {
 	}
 }
 
-// Take returns the longest since it was taken last.
+// Take returns the longest time since the last call of Take.
 func (s *Slowest) Take() time.Duration { return time.Duration(s.ns.Swap(0)) }

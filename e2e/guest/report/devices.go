@@ -7,7 +7,7 @@ import (
 	"fmt"
 )
 
-// ErrDisk is what Err returns, wrapped with details, for a guest whose disks failed, or do not hold what it wrote.
+// ErrDisk is what Err returns, with details, for a guest whose disks failed, or do not hold what it wrote.
 var ErrDisk = errors.New("guest disk is damaged")
 
 // Disks returns the newest counters of each disk.
@@ -24,7 +24,7 @@ func (l *Log) Cards() []Card {
 	return append([]Card(nil), l.cards...)
 }
 
-// addDevices needs l.mu.
+// addDevices takes over the counters of disks and cards from a line. The caller holds l.mu.
 func (l *Log) addDevices(line Line) {
 	switch {
 	case line.Window != nil:
@@ -36,7 +36,7 @@ func (l *Log) addDevices(line Line) {
 	}
 }
 
-// addDisks needs l.mu.
+// addDisks takes over the counters of disks, and notes counters that ran backwards. The caller holds l.mu.
 func (l *Log) addDisks(disks []Disk) {
 	for i, d := range disks {
 		if i >= len(l.disks) {
@@ -51,7 +51,7 @@ func (l *Log) addDisks(disks []Disk) {
 	l.disks = disks
 }
 
-// disksErr needs l.mu.
+// disksErr returns ErrDisk, with details, if a disk failed or is damaged. The caller holds l.mu.
 func (l *Log) disksErr() error {
 	for _, d := range l.disks {
 		if d.Errors+d.Corruptions == 0 {

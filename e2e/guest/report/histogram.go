@@ -4,15 +4,14 @@ package report
 
 import "math/bits"
 
-// Latencies are counted in buckets of 1/8 of their power of two: 12 % precise,
-// which is enough to tell a stall from none.
+// Latencies are counted in buckets of 1/8 of their power of two: to within 12 %, which is enough to recognize a stall.
 const (
 	subBits = 3
-	// Buckets is how many there are.
+	// Buckets is the number of buckets.
 	Buckets = 64 << subBits
 )
 
-// Bucket is the bucket of a latency in nanoseconds.
+// Bucket returns the bucket of a latency in nanoseconds.
 func Bucket(ns int64) int {
 	v := uint64(max(ns, 1))
 	exp := bits.Len64(v) - 1
@@ -23,7 +22,7 @@ func Bucket(ns int64) int {
 	return exp<<subBits + int(sub)
 }
 
-// upperBound is the largest latency in nanoseconds that bucket b counts.
+// upperBound returns the largest latency in nanoseconds that bucket b counts.
 func upperBound(b int) int64 {
 	if b < 1<<subBits {
 		return int64(b)
@@ -32,19 +31,17 @@ func upperBound(b int) int64 {
 	return (int64(1<<subBits|sub)+1)<<(exp-subBits) - 1
 }
 
-// A Histogram says how many latencies fell into each bucket. Empty ones are
-// left out.
+// A Histogram counts the latencies in each bucket. Empty buckets are left out.
 type Histogram map[int]uint64
 
-// Add adds what another one counts.
+// Add adds the counts of another histogram.
 func (h Histogram) Add(o Histogram) {
 	for b, n := range o {
 		h[b] += n
 	}
 }
 
-// Quantile is the latency in nanoseconds that so many per mille of all are not
-// above; 0 if there are none.
+// Quantile returns the latency in nanoseconds that is not exceeded by so many per mille of all; 0 if there are none.
 func (h Histogram) Quantile(permille uint64) int64 {
 	total := uint64(0)
 	for _, n := range h {

@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package report is what the test guest says on its second serial port, and
-// the host's side of listening to it.
+// Package report defines what the test guest writes to its second serial port, and reads it on the host.
 //
-// The guest writes one JSON object a line; its "type" says which of the types
-// below it is. Counters are cumulative from the boot of the guest, so a line
-// that gets lost with the source's serial port, or between two connections,
-// loses no finding: the next line repeats it. All times are the guest's own
-// CLOCK_MONOTONIC, which stands still while the VM does.
+// The guest writes one JSON object a line; its "type" names one of the types below. Counters are cumulative from the
+// boot of the guest. So a line that is lost with the source's serial port, or between two connections, loses no
+// finding: the next line repeats it. All times are the guest's own CLOCK_MONOTONIC, which stands still while the VM
+// does.
 package report
 
 import (
@@ -40,10 +38,10 @@ type Ready struct {
 	Workers  int    `json:"workers"`  // threads
 	StampMS  int64  `json:"stamp_ms"` // how long stamping took
 	Disks    int    `json:"disks,omitempty"`
-	Cards    int    `json:"cards,omitempty"` // network cards, which are on by now
+	Cards    int    `json:"cards,omitempty"` // network cards, which are on already
 }
 
-// Counters are cumulative and part of every later line.
+// Counters are cumulative and in every later line.
 type Counters struct {
 	UptimeMS    int64  `json:"uptime_ms"`
 	TotalOps    uint64 `json:"total_ops"`    // pages visited by the load
@@ -59,9 +57,8 @@ type Window struct {
 	Seq  uint64 `json:"seq"` // counts up from 1 without gaps
 	Counters
 	Ops uint64 `json:"ops"` // in this window
-	// MaxUS is the guest's longest stall in microseconds: the slowest
-	// operation that ended in this window, or the age of one that has not
-	// ended yet.
+	// MaxUS is the guest's longest stall in microseconds: the slowest operation that ended in this window, or the age of
+	// one that has not ended yet.
 	MaxUS int64 `json:"max_us"`
 	P50US int64 `json:"p50_us"`
 	P99US int64 `json:"p99_us"`
@@ -71,12 +68,11 @@ type Window struct {
 	Cards     []Card    `json:"cards,omitempty"`
 }
 
-// Corruption describes one damaged page, or block of a disk. Only the first of them are described,
-// all are counted.
+// Corruption describes one damaged page, or block of a disk. Only the first ones are described, but all are counted.
 type Corruption struct {
 	Type string `json:"type"`
 	Counters
-	Disk     string     `json:"disk,omitempty"` // whose block it is, not a page of memory
+	Disk     string     `json:"disk,omitempty"` // the disk with the block; empty: a page of memory
 	Page     uint32     `json:"page"`
 	Word     int        `json:"word"`     // first 8-byte word that differs
 	Expected string     `json:"expected"` // hexadecimal
@@ -90,36 +86,37 @@ type Verified struct {
 	Counters
 	ID    string `json:"id,omitempty"` // as in the command
 	Pages uint32 `json:"pages"`        // checked: all of them
-	// Found is how many damaged pages and table entries this walk met. Damage
-	// that the load met earlier is repaired then; it is in Corruptions.
+	// Found is how many damaged pages and table entries this check met. Damage that the load met earlier is repaired by
+	// then; it is in Corruptions.
 	Found uint64 `json:"found"`
-	// Blocks were ever written to a disk and are read now, all of them; BlocksFound are damaged or cannot be read.
+	// Blocks is how many blocks of disks were ever written; all are read now. BlocksFound of them are damaged or cannot be
+	// read.
 	Blocks      uint64 `json:"blocks,omitempty"`
 	BlocksFound uint64 `json:"blocks_found,omitempty"`
 	Disks       []Disk `json:"disks,omitempty"`
 	Cards       []Card `json:"cards,omitempty"`
 }
 
-// Disk is what was done with one disk. All but MaxUS are cumulative.
+// Disk has the counters of one disk. All but MaxUS are cumulative.
 type Disk struct {
 	Name        string `json:"name"` // its serial number: disk0
 	Reads       uint64 `json:"reads"`
 	Writes      uint64 `json:"writes"`
 	Flushes     uint64 `json:"flushes"`
 	Errors      uint64 `json:"errors"`      // requests that failed
-	Corruptions uint64 `json:"corruptions"` // blocks that did not hold what was written last
+	Corruptions uint64 `json:"corruptions"` // blocks that do not hold what was written last
 	// MaxUS is the slowest request, in microseconds, that ended since the line before.
 	MaxUS int64 `json:"max_us"`
 }
 
-// Card is what was sent by one network card, to a client that sends it back. All but MaxUS are cumulative.
+// Card has the counters of one network card, whose messages a client sends back. All but MaxUS are cumulative.
 type Card struct {
 	Name     string `json:"name"` // eth0
 	Sent     uint64 `json:"sent"`
 	Answered uint64 `json:"answered"`
 	Lost     uint64 `json:"lost"`   // no answer within half a second
-	Wrong    uint64 `json:"wrong"`  // what came back was not what was sent
-	Errors   uint64 `json:"errors"` // could not be sent, or were refused
+	Wrong    uint64 `json:"wrong"`  // the answer differed from the message
+	Errors   uint64 `json:"errors"` // messages that could not be sent, or were refused
 	// MaxUS is the slowest answer, in microseconds, since the line before.
 	MaxUS int64 `json:"max_us"`
 }
@@ -132,7 +129,7 @@ type State struct {
 	Loaded bool   `json:"loaded"`
 }
 
-// Error says that the guest cannot do what it was told.
+// Error says that the guest cannot do what it was asked.
 type Error struct {
 	Type    string `json:"type"`
 	Message string `json:"message"`
@@ -164,11 +161,11 @@ func (l Line) Counters() (Counters, bool) {
 	return Counters{}, false
 }
 
-// An Encoder writes lines, each with a checksum behind a tab: a serial port whose client comes or goes, or whose VM moves,
-// may lose a byte or have one twice, and what is left can be a good line that says something else.
+// An Encoder writes lines, each with a checksum after a tab. A serial port whose client comes or goes, or whose VM
+// moves, may lose a byte or repeat one, and the rest may be a valid line that says something else.
 type Encoder struct{ to io.Writer }
 
-// NewEncoder returns one that writes each line at once.
+// NewEncoder returns an Encoder that writes each line at once.
 func NewEncoder(to io.Writer) *Encoder { return &Encoder{to} }
 
 // Encode writes one line.

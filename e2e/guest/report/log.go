@@ -13,9 +13,8 @@ import (
 	"time"
 )
 
-// Log collects what one guest says, across all the serial ports that it says
-// it on: the source's before a migration, the destination's after it. It is
-// safe for concurrent use. The zero value is an empty log.
+// Log collects what one guest says on all its serial ports: the source's before a migration, the destination's after
+// it. It is safe for concurrent use. The zero value is an empty log.
 type Log struct {
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced on each change
@@ -27,9 +26,8 @@ type Log struct {
 	back    []string
 }
 
-// Follow reads lines from r into the log until r ends, and returns the error
-// that is not io.EOF. Empty lines are left out. A line that does not parse is
-// kept apart (see Garbled): a connection may begin or end in the middle of one.
+// Follow reads lines from r into the log until r ends, and returns any error but io.EOF. Empty lines are left out. A
+// line that does not parse is kept apart (see Garbled), because a connection may begin or end in the middle of a line.
 func (l *Log) Follow(r io.Reader) error {
 	b := bufio.NewReader(r)
 	for {
@@ -59,8 +57,8 @@ func (l *Log) add(line Line) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if c, ok := line.Counters(); ok {
-		// The guest keeps its counters in the memory under test. One that
-		// runs backwards is damage that the guest itself cannot see.
+		// The guest keeps its counters in the memory under test. A counter that runs backwards is damage that the guest
+		// itself cannot see.
 		if c.TotalOps < l.last.TotalOps || c.TotalWrites < l.last.TotalWrites ||
 			c.Corruptions < l.last.Corruptions || c.UptimeMS < l.last.UptimeMS {
 			l.back = append(l.back, fmt.Sprintf("%+v after %+v", c, l.last))
@@ -79,7 +77,7 @@ func (l *Log) garble(text string) {
 	l.wake()
 }
 
-// wake needs l.mu.
+// wake wakes the callers of Wait. The caller holds l.mu.
 func (l *Log) wake() {
 	if l.changed != nil {
 		close(l.changed)
@@ -94,26 +92,14 @@ func (l *Log) Len() int {
 	return len(l.lines)
 }
 
-// Lines returns the lines from position from on. The caller must not change
-// what they point to.
+// Lines returns the lines from position from on. The caller must not change what they point to.
 func (l *Log) Lines(from int) []Line {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return append([]Line(nil), l.lines[min(from, len(l.lines)):]...)
 }
 
-// Windows returns the windows from position from on.
-func (l *Log) Windows(from int) []Window {
-	var w []Window
-	for _, line := range l.Lines(from) {
-		if line.Window != nil {
-			w = append(w, *line.Window)
-		}
-	}
-	return w
-}
-
-// Garbled returns what was not understood.
+// Garbled returns the lines that did not parse.
 func (l *Log) Garbled() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -127,12 +113,11 @@ func (l *Log) Last() Counters {
 	return l.last
 }
 
-// ErrDamaged is what Err returns, wrapped with details, for a guest whose
-// memory is not what it wrote.
+// ErrDamaged is what Err returns, with details, for a guest whose memory does not hold what it wrote.
 var ErrDamaged = errors.New("guest memory is damaged")
 
-// Err returns nil if nothing in the log shows damage: no corruption is
-// counted, no counter ever ran backwards, and no disk failed (ErrDisk).
+// Err returns nil if nothing in the log shows damage: no corruption is counted, no counter ever ran backwards, and no
+// disk failed (ErrDisk).
 func (l *Log) Err() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -152,8 +137,8 @@ func (l *Log) Err() error {
 	return l.disksErr()
 }
 
-// linesOrWait returns the lines from position from on, or, if there are none, a
-// channel that is closed when there may be.
+// linesOrWait returns the lines from position from on or, if there are none, a channel that is closed when there may be
+// some.
 func (l *Log) linesOrWait(from int) ([]Line, <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -166,8 +151,7 @@ func (l *Log) linesOrWait(from int) ([]Line, <-chan struct{}) {
 	return nil, l.changed
 }
 
-// Wait returns the first line at or after position from that matches, and the
-// position behind it.
+// Wait returns the first line at or after position from that matches, and the position after it.
 func (l *Log) Wait(ctx context.Context, from int, match func(Line) bool) (Line, int, error) {
 	for {
 		lines, changed := l.linesOrWait(from)
@@ -189,7 +173,7 @@ func (l *Log) Wait(ctx context.Context, from int, match func(Line) bool) (Line, 
 	}
 }
 
-// WaitReady waits for the guest to have stamped its memory.
+// WaitReady waits until the guest has stamped its memory.
 func (l *Log) WaitReady(ctx context.Context) (*Ready, error) {
 	line, _, err := l.Wait(ctx, 0, func(l Line) bool { return l.Ready != nil || l.Error != nil })
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// Port is a connection to a guest's serial port that QEMU offers as a Unix
-// socket (-serial unix:PATH,server=on,wait=off).
+// Port is a connection to a guest's serial port that QEMU offers as a Unix socket
+// (-serial unix:PATH,server=on,wait=off).
 type Port struct {
 	conn net.Conn
 	log  *Log
@@ -23,9 +23,8 @@ type Port struct {
 	err  error // valid when done is closed
 }
 
-// Open connects to the socket at path, waiting for QEMU to offer it, and
-// follows it into log until the port is closed by either side. The caller owns
-// the port and closes it; log outlives it.
+// Open connects to the socket at path, waiting for QEMU to offer it, and follows it into log until either side closes
+// it. The caller owns the port and closes it; log outlives it.
 func Open(ctx context.Context, path string, log *Log) (*Port, error) {
 	conn, err := Dial(ctx, path)
 	if err != nil {
@@ -41,7 +40,7 @@ func Open(ctx context.Context, path string, log *Log) (*Port, error) {
 	return p, nil
 }
 
-// Done is closed when the port is: QEMU ended, or Close was called.
+// Done returns a channel that is closed with the port: when QEMU ends, or Close is called.
 func (p *Port) Done() <-chan struct{} { return p.done }
 
 // Close closes the connection and waits until all that was read is in the log.
@@ -53,8 +52,7 @@ func (p *Port) Close() error {
 
 var commandID atomic.Uint64
 
-// Verify has the guest check all its memory and returns what it says. A
-// finding is not an error of Verify; see Log.Err.
+// Verify makes the guest check all its memory and returns its answer. Damage is no error of Verify; see Log.Err.
 func (p *Port) Verify(ctx context.Context) (*Verified, error) {
 	id := strconv.FormatUint(commandID.Add(1), 10)
 	line, err := p.command(ctx, "verify "+id, func(l Line) bool { return l.Verified != nil && l.Verified.ID == id })
@@ -64,7 +62,7 @@ func (p *Port) Verify(ctx context.Context) (*Verified, error) {
 	return line.Verified, nil
 }
 
-// SetLoad switches the guest's load on or off and waits until it is.
+// SetLoad switches the guest's load on or off and waits until that is done.
 func (p *Port) SetLoad(ctx context.Context, on bool) (*State, error) {
 	name := "stop "
 	if on {
@@ -78,13 +76,13 @@ func (p *Port) SetLoad(ctx context.Context, on bool) (*State, error) {
 	return line.State, nil
 }
 
-// PowerOff asks the guest to power off; Done says when QEMU has ended.
+// PowerOff asks the guest to power off. Done is closed when QEMU has ended.
 func (p *Port) PowerOff() error {
 	_, err := io.WriteString(p.conn, "poweroff\n")
 	return err
 }
 
-// Panic asks the guest for a panic of its kernel; it boots anew then.
+// Panic makes the guest's kernel panic. The guest then boots anew.
 func (p *Port) Panic() error {
 	_, err := io.WriteString(p.conn, "panic\n")
 	return err

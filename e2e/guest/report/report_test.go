@@ -43,8 +43,8 @@ func TestLogCountsWhatItDoesNotUnderstand(t *testing.T) {
 	if r, err := l.WaitReady(deadline(t)); err != nil || r.Pages != 10 {
 		t.Errorf("WaitReady = %+v, %v", r, err)
 	}
-	if w := l.Windows(0); len(w) != 1 || w[0].TotalOps != 5 {
-		t.Errorf("Windows = %+v", w)
+	if w := l.Lines(0)[1].Window; w == nil || w.TotalOps != 5 {
+		t.Errorf("the second line is of the window %+v", w)
 	}
 }
 
@@ -65,7 +65,7 @@ func TestDamageIsKnownWithoutItsLine(t *testing.T) {
 	}
 }
 
-// TestDisks: a disk that failed or is damaged is seen, and is not taken for memory.
+// TestDisks: a disk that failed or is damaged is reported, and not as damage to memory.
 func TestDisks(t *testing.T) {
 	const good = `{"type":"window","total_ops":5,` +
 		`"disks":[{"name":"disk0","reads":7,"writes":9},{"name":"disk1","reads":1}]}` + "\n"
@@ -167,7 +167,7 @@ func TestTailWaitsForMore(t *testing.T) {
 	go func() {
 		line, err := WaitLine(b, func(s string) bool {
 			if s == "one" {
-				close(seen) // the rest is written only after the reader met the end
+				close(seen) // the rest is written only after the reader has met the end
 			}
 			return s == "two"
 		})
@@ -185,10 +185,12 @@ func TestTailWaitsForMore(t *testing.T) {
 	}
 }
 
-// TestChecksum: a line of which a byte came twice, or not at all, is none, though it may be good JSON.
+// TestChecksum: a line with a repeated or missing byte is refused, even if it is valid JSON.
 func TestChecksum(t *testing.T) {
 	var b bytes.Buffer
-	if err := NewEncoder(&b).Encode(Window{Type: TypeWindow, Seq: 7, Counters: Counters{UptimeMS: 1200, TotalOps: 5}}); err != nil {
+	if err := NewEncoder(&b).Encode(Window{
+		Type: TypeWindow, Seq: 7, Counters: Counters{UptimeMS: 1200, TotalOps: 5},
+	}); err != nil {
 		t.Fatal(err)
 	}
 	line := b.Bytes()

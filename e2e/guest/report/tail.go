@@ -14,14 +14,14 @@ import (
 
 const pollInterval = 10 * time.Millisecond
 
-// tail turns the end of a growing file into a wait.
+// tail waits at the end of a growing file.
 type tail struct {
 	ctx context.Context
 	r   io.Reader
 }
 
-// Tail returns a reader of r that waits for more where r ends, as with a serial
-// log that QEMU is still writing. It ends with ctx's error.
+// Tail returns a reader of r that waits for more at the end of r, as for a serial log that QEMU is still writing. It
+// ends with ctx's error.
 func Tail(ctx context.Context, r io.Reader) io.Reader { return tail{ctx, r} }
 
 func (t tail) Read(p []byte) (int, error) {
@@ -38,9 +38,8 @@ func (t tail) Read(p []byte) (int, error) {
 	}
 }
 
-// WaitLine reads r line by line until one matches, and returns that line
-// without its end. For a connection set a read deadline; for a file wrap it in
-// Tail.
+// WaitLine reads r line by line until one matches, and returns that line without its end. For a connection, set a read
+// deadline; for a file, wrap it in Tail.
 func WaitLine(r *bufio.Reader, match func(line string) bool) (string, error) {
 	var last string
 	for {

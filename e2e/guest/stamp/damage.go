@@ -4,8 +4,7 @@ package stamp
 
 import "math/bits"
 
-// Kind is a guess at what happened to a page. The damage itself is certain,
-// its kind is what the content looks like.
+// Kind is a guess at what happened to a page. The damage itself is certain; its kind is what the content looks like.
 type Kind string
 
 const (
@@ -13,10 +12,9 @@ const (
 	Lost Kind = "lost"
 	// Stale: the page is whole, in an older generation.
 	Stale Kind = "stale"
-	// Ahead: the page is whole, in a newer generation than the table has:
-	// the table is what is stale.
+	// Ahead: the page is whole, in a newer generation than the table has, so the table is stale.
 	Ahead Kind = "ahead"
-	// Misplaced: the page is whole, and is another page.
+	// Misplaced: the page is whole, but it is another page.
 	Misplaced Kind = "misplaced"
 	// Torn: parts of the page are from another generation, or are zeros.
 	Torn Kind = "torn"
@@ -37,12 +35,10 @@ type Damage struct {
 	Kind     Kind
 }
 
-// tornDepth is how many generations back Explain looks for the origin of a
-// torn part.
+// tornDepth is how many generations back and ahead Explain looks for the origin of a torn part.
 const tornDepth = 64
 
-// Explain describes the difference between p and the stamp that it must hold.
-// first is what Check returned.
+// Explain describes the difference between p and the stamp that it must hold. first is the result of Check.
 func (p *Page) Explain(fill Fill, index, generation uint32, first int) Damage {
 	return Damage{
 		Page:     index,
@@ -96,8 +92,7 @@ func (p *Page) header() (index, generation uint32, ok bool) {
 	return uint32(p[0]), uint32(p[1]), p[0]&high == indexMagic && p[1]&high == genMagic
 }
 
-// isTorn reports whether the first wrong word belongs to another generation of
-// the same page.
+// isTorn reports whether the first wrong word belongs to another generation of the same page.
 func (p *Page) isTorn(fill Fill, index, generation uint32, first int) bool {
 	for d := uint32(1); d <= tornDepth; d++ {
 		if d <= generation && word(fill, index, generation-d, first) == p[first] {

@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package stamp fills memory pages with content that proves where a page
-// belongs and when it was written, and checks such pages completely.
+// Package stamp fills memory pages with content that proves where a page belongs and when it was written, and checks
+// such pages completely.
 //
-// A migration engine can hurt a guest in few ways: a page is lost and reads as
-// zeros, an old version of it is delivered, one version is torn by another, it
-// lands at another page's place, or bits change. A stamp makes each of them
-// visible: every 8-byte word of a page depends on the page's index and on its
-// generation, a number that grows with each write, and the generation that a
-// page must have is kept apart from it, in a [Table].
+// A migration engine can damage a guest in few ways: a page is lost and reads as zeros, an old version of it is
+// delivered, it is a mixture of two versions, it lands at another page's place, or bits change. A stamp makes each of
+// them visible. Every 8-byte word of a page depends on the page's index and on its generation, a number that grows with
+// each write. The generation that a page must have is kept apart from it, in a [Table].
 //
-// The generator is a Weyl sequence with a xor-fold: an addition, a shift and a
-// xor per word. That is weak as a hash and strong enough here, because damage
-// does not aim; and it keeps one visit near a microsecond even in a guest
-// whose instructions are translated (QEMU's TCG).
+// The generator is a Weyl sequence with a xor-fold: an addition, a shift and a xor per word. That is weak as a hash and
+// strong enough here, because damage is not aimed. It keeps one visit near a microsecond even in a guest whose
+// instructions are translated (QEMU's TCG).
 package stamp
 
 import "fmt"
@@ -24,13 +21,11 @@ const PageSize = 4096
 // Words is the number of 8-byte words in a page.
 const Words = PageSize / 8
 
-// Page is one stamped page. Word 0 names its index and word 1 its generation
-// (both offset by a constant, so that neither is zero); the rest follow from
-// these two.
+// Page is one stamped page. Word 0 names its index and word 1 its generation (both offset by a constant, so that
+// neither is zero); the other words follow from these two.
 type Page [Words]uint64
 
-// Fill is how page content looks to a compressor. All fills detect the same
-// damage, but for what [ZeroMix] says.
+// Fill is how page content looks to a compressor. All fills detect the same damage, except as [ZeroMix] says.
 type Fill uint8
 
 const (
@@ -38,9 +33,8 @@ const (
 	Random Fill = iota
 	// Compressible repeats a period of 16 words.
 	Compressible
-	// ZeroMix makes about half of all (page, generation) pairs an all-zero
-	// page, the others random. A lost page that should be zero anyway is no
-	// damage and is not reported.
+	// ZeroMix makes about half of all (page, generation) pairs an all-zero page, and the others random. A lost page that
+	// should be zero anyway is no damage and is not reported.
 	ZeroMix
 )
 
@@ -72,8 +66,8 @@ func mix(x uint64) uint64 {
 	return x ^ x>>31
 }
 
-// sequence is where the words of one (index, generation) pair start and how
-// far apart the terms of their Weyl sequence are.
+// sequence returns where the words of an (index, generation) pair start and how far apart the terms of their Weyl
+// sequence are.
 func sequence(index, generation uint32) (start, step uint64) {
 	start = mix(uint64(index)<<32 | uint64(generation) + golden)
 	return start, mix(start) | 1
@@ -100,8 +94,7 @@ func (p *Page) Write(fill Fill, index, generation uint32) {
 	}
 }
 
-// word is word i of the given stamp: what Write puts there, for one word.
-// It is for the rare path that explains damage.
+// word returns word i of the given stamp, the same that Write puts there. It is for the rare path that explains damage.
 func word(fill Fill, index, generation uint32, i int) uint64 {
 	start, step := sequence(index, generation)
 	switch {
@@ -120,8 +113,8 @@ func word(fill Fill, index, generation uint32, i int) uint64 {
 	return x ^ x>>29
 }
 
-// Check compares every word of p with the stamp that it must hold. It returns
-// the first word that differs, or -1. It does not write and does not allocate.
+// Check compares every word of p with the stamp that it must hold. It returns the first word that differs, or -1. It
+// does not write and does not allocate.
 func (p *Page) Check(fill Fill, index, generation uint32) int {
 	start, step := sequence(index, generation)
 	if isZero(fill, start) {

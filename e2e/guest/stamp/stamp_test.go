@@ -11,8 +11,8 @@ import (
 
 var fills = map[string]Fill{"random": Random, "compressible": Compressible, "zero-mix": ZeroMix}
 
-// written finds a page at or after index whose stamp in the given generation,
-// and the one before it, are not all zeros, so that damage to it is damage.
+// written finds a page at or after index that is not all zeros in the given generation or in the one before it, so that
+// any damage to it changes it.
 func written(fill Fill, index, generation uint32) (uint32, *Page) {
 	for ; ; index++ {
 		var old, p Page
@@ -156,7 +156,7 @@ func TestTableFindsDamage(t *testing.T) {
 	if _, ok := table.Get(5); ok {
 		t.Error("Get accepts the entry of another page")
 	}
-	table.Set(5, 34) // an older, valid entry: only the sum shows it
+	table.Set(5, 34) // an older, valid entry, which only the sum reveals
 	if table.Sum(0, 64) == sum {
 		t.Error("Sum does not show a stale entry")
 	}

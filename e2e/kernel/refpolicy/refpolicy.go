@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package refpolicy has the SELinux policy of a Debian 12 host, for tests that compile something together with
-// it.
+// Package refpolicy provides the SELinux policy of a Debian 12 host, for tests that compile something together with it.
 package refpolicy
 
 import (
@@ -22,7 +21,7 @@ const (
 	pkg     = "selinux-policy-default"
 	version = "2:2.20221101-9"
 
-	// toCIL, of policycoreutils, turns a compiled module into CIL, as semodule does.
+	// toCIL is policycoreutils' program that turns a compiled module into CIL, as semodule does.
 	toCIL = "/usr/libexec/selinux/hll/pp"
 )
 
@@ -49,7 +48,7 @@ func Modules(ctx context.Context) ([]string, error) {
 	return modules, nil
 }
 
-// convert makes a CIL file in the directory to of each compiled module in from.
+// convert makes a CIL file in the directory to for each compiled module in from.
 func convert(ctx context.Context, from, to string) error {
 	modules, err := filepath.Glob(filepath.Join(from, "*.pp.bz2"))
 	if err != nil {

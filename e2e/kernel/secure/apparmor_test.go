@@ -15,10 +15,11 @@ import (
 	"github.com/migrated-vm/migrated/e2e/debian"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/kernel"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// apparmorClaims are what the guest reports of a domain of libvirt's whose QEMU AppArmor confines (guest/apparmor.go).
+// apparmorClaims are what the guest reports about a domain of libvirt's whose QEMU AppArmor confines
+// (guest/apparmor.go).
 var apparmorClaims = map[string]string{
 	"apparmor-source": "enforced",
 
@@ -41,8 +42,8 @@ var apparmorClaims = map[string]string{
 	"apparmor-back-log":     "clean",
 }
 
-// TestAppArmor moves a domain of libvirt's there and back under AppArmor, with Debian's kernel, libvirt and profiles:
-// from a host without what deploy/apparmor adds to them, and from one with it.
+// TestAppArmor moves a domain of libvirt's there and back under AppArmor, with Debian's kernel, libvirt and profiles,
+// from a host without deploy/apparmor to one with it.
 func TestAppArmor(t *testing.T) {
 	if os.Getenv("APPARMOR") != "1" {
 		t.Skip("takes minutes, and is about Debian's profiles alone: 'make -C kernel apparmor' runs it")
@@ -50,7 +51,7 @@ func TestAppArmor(t *testing.T) {
 	initrd := rootfs(t, slices.Concat(libvirtFiles(t), apparmorFiles(t))...)
 	bzImage, modules, err := image.DebianWithKVM(t.Context())
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	if err := appendFile(initrd, modules); err != nil {
 		t.Fatal(err)
@@ -66,7 +67,7 @@ func TestAppArmor(t *testing.T) {
 	}
 }
 
-// apparmorFiles are Debian's profiles, the programs that load them, and deploy/apparmor.
+// apparmorFiles returns Debian's profiles, the programs that load them, and deploy/apparmor.
 func apparmorFiles(t *testing.T) []kernel.File {
 	t.Helper()
 	const parser = "sbin/apparmor_parser"
@@ -77,11 +78,11 @@ func apparmorFiles(t *testing.T) []kernel.File {
 	} {
 		version, err := debian.Installed(t.Context(), pkg.installed)
 		if err != nil {
-			cannot.Run(t, "%v: install the packages of scripts/setup test", err)
+			testenv.CannotRun(t, "%v: install the packages of scripts/setup test", err)
 		}
 		root, err := debian.Extract(t.Context(), pkg.name, version)
 		if err != nil {
-			cannot.Run(t, "%v", err)
+			testenv.CannotRun(t, "%v", err)
 		}
 		roots = append(roots, root)
 		for _, dir := range []string{"etc/apparmor", "etc/apparmor.d", "usr/share/apparmor-features"} {
@@ -97,7 +98,7 @@ func apparmorFiles(t *testing.T) []kernel.File {
 	return append(files, program(t, "/usr/lib/libvirt/virt-aa-helper")...)
 }
 
-// below are the files of a directory in root, and its empty directories; none where it is not there.
+// below returns the files of a directory in root, and its empty directories; none if the directory is missing.
 func below(t *testing.T, root, dir string) (files []kernel.File) {
 	t.Helper()
 	err := fs.WalkDir(os.DirFS(root), dir, func(path string, entry fs.DirEntry, err error) error {

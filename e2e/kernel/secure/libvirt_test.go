@@ -11,10 +11,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/migrated-vm/migrated/e2e/kernel"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// svirtClaims are what the guest reports of a domain of libvirt's (guest/libvirt.go).
+// svirtClaims are what the guest reports about a domain of libvirt's (guest/libvirt.go).
 var svirtClaims = map[string]string{
 	"svirt-policy":       "enforcing",
 	"svirt-shared-label": "refused",
@@ -39,13 +39,15 @@ var svirtClaims = map[string]string{
 	"svirt-stranger-create": "EACCES",
 }
 
-// TestLibvirt moves a domain of libvirt's there and back under SELinux, which confines its QEMU by categories of its
-// own, and both daemons.
+// TestLibvirt moves a domain of libvirt's there and back under SELinux, which confines both daemons, and the domain's
+// QEMU by categories of its own.
 func TestLibvirt(t *testing.T) {
+	t.Parallel()
+	kernel.Only(t, kernel.Linux612)
 	initrd := rootfs(t, slices.Concat(policies(t), libvirtFiles(t), selinuxFiles())...)
-	tree, err := kernel.Build(t.Context(), kernel.Patched)
+	tree, err := kernel.Build(t.Context(), kernel.Linux612, kernel.Patched)
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	got, err := bootAgain(t, underSELinux(tree, initrd), "svirt")
 	if err != nil {
@@ -56,7 +58,7 @@ func TestLibvirt(t *testing.T) {
 	}
 }
 
-// selinuxFiles are what libselinux and libvirt's driver for it ask a host for.
+// selinuxFiles returns the files that libselinux and libvirt's driver for it read on a host.
 func selinuxFiles() []kernel.File {
 	files := []kernel.File{
 		{Name: "etc/selinux/config", Data: []byte("SELINUX=enforcing\nSELINUXTYPE=small\n")},
@@ -72,7 +74,7 @@ func selinuxFiles() []kernel.File {
 	return files
 }
 
-// libvirtFiles are libvirtd, virsh, and what they load.
+// libvirtFiles returns libvirtd, virsh, and what they load.
 func libvirtFiles(t *testing.T) []kernel.File {
 	t.Helper()
 	files := []kernel.File{
@@ -88,7 +90,7 @@ func libvirtFiles(t *testing.T) []kernel.File {
 	} {
 		found, err := filepath.Glob(pattern)
 		if err != nil || len(found) == 0 {
-			cannot.Run(t, "%s is not there: install the packages of scripts/setup test", pattern)
+			testenv.CannotRun(t, "%s is not there: install the packages of scripts/setup test", pattern)
 		}
 		for _, name := range found {
 			files = append(files, kernel.File{Name: name, Path: name})
@@ -98,7 +100,7 @@ func libvirtFiles(t *testing.T) []kernel.File {
 		program(t, "/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so"))
 }
 
-// program is a program of this machine and what it loads.
+// program returns a program of this machine and what it loads.
 func program(t *testing.T, path string) []kernel.File {
 	t.Helper()
 	files := []kernel.File{{Name: path, Path: path}}

@@ -14,10 +14,10 @@ import (
 
 var update = flag.Bool("update", false, "write the table of README.md instead of comparing with it")
 
-// tableStart begins the table of README.md, which goes on to its end.
+// tableStart is the first line of the table in README.md. The table goes on to the end of the file.
 const tableStart = "| claim | | stock | patched |\n"
 
-// README.md shows the claims as they are.
+// README.md shows the present claims.
 func TestReadme(t *testing.T) {
 	const readme = "README.md"
 	have, err := os.ReadFile(readme)

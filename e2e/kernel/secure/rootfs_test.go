@@ -14,7 +14,7 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/kernel"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 const (
@@ -23,8 +23,7 @@ const (
 	qemuBinary = "/usr/bin/qemu-system-x86_64"
 )
 
-// variants are those of the policy that the guest loads: each is
-// everything plus some CIL.
+// variants are the variants of the policy that the guest loads: the whole policy and some more CIL.
 var variants = map[string]string{
 	"base": "",
 	// QEMU may not create a descriptor.
@@ -33,8 +32,7 @@ var variants = map[string]string{
 	"no-receive": `(constrain (anon_inode (read)) (or (neq t1 migrated_t) (neq t2 migrated_uffd_t)))`,
 }
 
-// rootfs makes the initramfs: the driver as /init, the daemon, QEMU with what
-// it needs, the VM's disk, and more.
+// rootfs makes the initramfs: the driver as /init, the daemon, QEMU with what it needs, the VM's disk, and more.
 func rootfs(t *testing.T, more ...kernel.File) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -50,7 +48,7 @@ func rootfs(t *testing.T, more ...kernel.File) string {
 	}
 	disk, err := image.Metal(t.Context(), guestRAM)
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	files = append(files, kernel.File{Name: "disk", Path: disk})
 	for _, name := range slices.Concat([]string{qemuBinary}, libraries(t, qemuBinary), []string{
@@ -71,7 +69,7 @@ func rootfs(t *testing.T, more ...kernel.File) string {
 	return path
 }
 
-// policies are the compiled variants of SELinux's policy.
+// policies returns the compiled variants of SELinux's policy.
 func policies(t *testing.T) (files []kernel.File) {
 	t.Helper()
 	dir := t.TempDir()
@@ -85,22 +83,20 @@ func policies(t *testing.T) (files []kernel.File) {
 func build(t *testing.T, dir, pkg string) string {
 	t.Helper()
 	out := filepath.Join(dir, filepath.Base(pkg))
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, module+"/"+pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=")
-	if msg, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v\n%s", cmd, err, msg)
+	if err := kernel.Program(t.Context(), out, module+"/"+pkg); err != nil {
+		t.Fatal(err)
 	}
 	return out
 }
 
-// loaded matches the files in what ldd says.
+// loaded matches the files in ldd's output.
 var loaded = regexp.MustCompile(`(?:=> )?(/\S+) \(0x`)
 
-// libraries are what the loader loads for a program, the loader included.
+// libraries returns what the loader loads for a program, the loader included.
 func libraries(t *testing.T, program string) []string {
 	t.Helper()
 	if _, err := os.Stat(program); err != nil {
-		cannot.Run(t, "%v: install the packages of scripts/setup", err)
+		testenv.CannotRun(t, "%v: install the packages of scripts/setup", err)
 	}
 	out, err := exec.CommandContext(t.Context(), "ldd", program).CombinedOutput()
 	if err != nil {
@@ -120,7 +116,7 @@ func libraries(t *testing.T, program string) []string {
 func compile(t *testing.T, dir, name, extra string) string {
 	t.Helper()
 	if _, err := exec.LookPath("secilc"); err != nil {
-		cannot.Run(t, "%v: install the packages of scripts/setup", err)
+		testenv.CannotRun(t, "%v: install the packages of scripts/setup", err)
 	}
 	files, err := filepath.Glob("../../../deploy/selinux/*.cil")
 	if err != nil || len(files) == 0 {
@@ -131,7 +127,9 @@ func compile(t *testing.T, dir, name, extra string) string {
 		t.Fatal(err)
 	}
 	out := filepath.Join(dir, name+".policy")
-	if err := kernel.CompilePolicy(t.Context(), out, slices.Concat([]string{"policy/base.cil", variant}, files)...); err != nil {
+	if err := kernel.CompilePolicy(
+		t.Context(), out, slices.Concat([]string{"policy/base.cil", variant}, files)...,
+	); err != nil {
 		t.Fatal(err)
 	}
 	return out

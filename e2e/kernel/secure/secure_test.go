@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package secure migrates a KVM VM inside a booted kernel, between two daemons
-// that SELinux confines, and looks at what it may and may not do there. What
-// runs in that kernel is in guest, the policy in policy and deploy/selinux.
+// Package secure migrates a KVM VM inside a booted kernel, between two daemons that SELinux confines, and checks what
+// they may and may not do. The programs that run in that kernel are in guest, the policy in policy and deploy/selinux.
 package secure
 
 import (
@@ -17,28 +16,27 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/e2e/kernel"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 // patience bounds one boot. Nothing waits that long unless it is broken.
 const patience = 11 * time.Minute
 
-// Labels of userfaultfds: the VM's QEMU has two categories, the one that a
-// daemon starts has none.
+// Labels of userfaultfds. The VM's QEMU has two categories; a QEMU that a daemon starts has none.
 const (
 	descriptorLabel = "system_u:object_r:migrated_uffd_t:s0:c1,c2"
 	plainLabel      = "system_u:object_r:migrated_uffd_t:s0"
 )
 
-// claims are what the guest reports, in its order. One that a kernel does not
-// come to has no outcome there.
+// claims are what the guest reports, in its order. A claim has no outcome for a kernel that does not get there.
 var claims = []struct {
 	name           string
 	shows          string
 	stock, patched string
 }{
 	// Without a policy (bare.go).
-	{"bare-require", "without a policy only the flag supervises; --require-secure refuses a migration without it", "refused", "flag"},
+	{"bare-require", "without a policy only the flag supervises; --require-secure refuses a migration without it",
+		"refused", "flag"},
 	{"bare-require-arrived", "every page is there when the migration is complete", "", "whole"},
 	{"bare-require-guest", "the VM counts on, at the source after a refusal", "counts", "counts"},
 	{"bare-require-destination", "a QEMU that was to be arrived in is ended with the refusal", "gone", ""},
@@ -52,7 +50,8 @@ var claims = []struct {
 	// Under the policy, everything with --require-secure (confined.go).
 	{"policy", "the policy is loaded and enforced", "enforcing", "enforcing"},
 	{"domains", "both daemons run in migrated_t, both QEMUs in svirt_t with the VM's categories", "confined", "confined"},
-	{"there-vcpu", "a KVM vCPU sleeps in a page fault that the descriptor is about, while no page comes", "waits", "waits"},
+	{"there-vcpu", "a KVM vCPU sleeps in a page fault that the descriptor is about, while no page comes",
+		"waits", "waits"},
 	{"there", "the migration completes", "labelled", "flag"},
 	{"there-label", "the descriptor's label", descriptorLabel, descriptorLabel},
 	{"there-arrived", "every page is there when the migration is complete", "whole", "whole"},
@@ -89,10 +88,10 @@ var claims = []struct {
 	{"no-receive-destination", "the destination's QEMU is ended", "gone", "gone"},
 	{"no-receive-log", "the kernel logs what it refused", "denied", "denied"},
 
-	// And with the policy again, into a QEMU that the daemon starts; another
-	// daemon takes its place in the middle.
+	// And under the first policy again, into a QEMU that the daemon starts; another daemon takes its place in between.
 	{"again-vcpu", "a KVM vCPU waits, also for a daemon that is killed meanwhile", "waits", "waits"},
-	{"again-successor", "the daemon that is started instead takes the descriptor from QEMU once more", "took-up", "took-up"},
+	{"again-successor", "the daemon that is started instead takes the descriptor from QEMU once more",
+		"took-up", "took-up"},
 	{"again", "the migration completes", "labelled", "flag"},
 	{"again-label", "the descriptor's label, without categories", plainLabel, plainLabel},
 	{"again-arrived", "every page is there when the migration is complete", "whole", "whole"},
@@ -118,13 +117,21 @@ var claims = []struct {
 	{"private-stranger-create", "and others still may not create a userfaultfd", "EACCES", "EACCES"},
 }
 
+// TestSecureMigration runs in parallel with the other tests that boot a kernel, because a boot keeps one processor
+// busy.
 func TestSecureMigration(t *testing.T) {
+	t.Parallel()
 	initrd := rootfs(t, policies(t)...)
-	for _, variant := range []kernel.Variant{kernel.Stock, kernel.Patched} {
-		t.Run(string(variant), func(t *testing.T) {
-			tree, err := kernel.Build(t.Context(), variant)
+	for _, booted := range []struct {
+		version kernel.Version
+		variant kernel.Variant
+	}{{kernel.Linux612, kernel.Stock}, {kernel.Linux612, kernel.Patched}, {kernel.Linux73, kernel.Patched}} {
+		t.Run(string(booted.version)+"/"+string(booted.variant), func(t *testing.T) {
+			t.Parallel()
+			kernel.Only(t, booted.version)
+			tree, err := kernel.Build(t.Context(), booted.version, booted.variant)
 			if err != nil {
-				cannot.Run(t, "%v", err)
+				testenv.CannotRun(t, "%v", err)
 			}
 			results, err := bootAgain(t, underSELinux(tree, initrd))
 			if err != nil {
@@ -132,7 +139,7 @@ func TestSecureMigration(t *testing.T) {
 			}
 			for _, c := range claims {
 				want := c.stock
-				if variant == kernel.Patched {
+				if booted.variant == kernel.Patched {
 					want = c.patched
 				}
 				got, reported := results[c.name]
@@ -160,9 +167,9 @@ const attempts = 2
 // ours matches a line of the kernel's that names what the patches touch.
 var ours = regexp.MustCompile(`(?im)^\[.*(userfault|uffd|anon_inode|selinux|apparmor|security_)`)
 
-// emulators says whether a boot failed because the emulator mixed the nested machine up with the one around it. The
-// outer kernel stumbles over its own memory then, if it can still say so: wherever it happens to be, but not over and over in
-// what the patches touch, so a complaint that names that is never forgiven.
+// emulators reports whether a boot failed because the emulator mixed up the nested machine and the one around it. The
+// outer kernel then fails on its own damaged memory, and may still be able to say so. Such failures come anywhere, but
+// not repeatedly in code that the patches touch. So a complaint that names that code always counts.
 func emulators(results map[string]string, err error) bool {
 	switch {
 	case lostLater(results):
@@ -189,8 +196,10 @@ func TestEmulators(t *testing.T) {
 		{"it ends early", some, errors.New("the guest did not come to its end"), false},
 		{"it says nothing", nil, errors.New("the guest did not come to its end"), true},
 		{"the machine is reset", some, fmt.Errorf("boot: %w", kernel.ErrTripleFault), true},
-		{"the kernel stumbles", some, splat("[   12.2] BUG: kernel NULL pointer dereference\nLOG anon_inode:[userfaultfd]\n[   12.2] RIP: 0010:generic_permission+0x21/0x230"), true},
-		{"the kernel stumbles in ours", some, splat("[   12.2] BUG: kernel NULL pointer dereference\n[   12.2] RIP: 0010:userfaultfd_ioctl+0x21/0x230"), false},
+		{"the kernel stumbles", some, splat("[   12.2] BUG: kernel NULL pointer dereference\n" +
+			"LOG anon_inode:[userfaultfd]\n[   12.2] RIP: 0010:generic_permission+0x21/0x230"), true},
+		{"the kernel stumbles in ours", some, splat("[   12.2] BUG: kernel NULL pointer dereference\n" +
+			"[   12.2] RIP: 0010:userfaultfd_ioctl+0x21/0x230"), false},
 		{"SELinux complains", some, splat("[   12.2] WARNING: CPU: 1 PID: 1 at security/selinux/hooks.c:1"), false},
 	} {
 		if got := emulators(c.results, c.err); got != c.want {
@@ -199,8 +208,8 @@ func TestEmulators(t *testing.T) {
 	}
 }
 
-// lostLater says whether the guest went astray although every page had been there when its migration was complete. A
-// page that did not arrive is never forgiven.
+// lostLater reports whether the guest went astray although every page was there when its migration was complete. A page
+// that did not arrive always counts.
 func lostLater(results map[string]string) bool {
 	lost := false
 	for name, outcome := range results {
@@ -242,12 +251,13 @@ func TestLostLater(t *testing.T) {
 	}
 }
 
-// underSELinux is one of our kernels. With nested page tables the emulator loses its way (README.md, "The emulator").
+// underSELinux returns the options for one of our kernels. With nested page tables the emulator goes astray (README.md,
+// "The emulator").
 func underSELinux(tree kernel.Tree, initrd string) kernel.Options {
 	return kernel.Options{Kernel: tree.BzImage, Initrd: initrd, CommandLine: "lsm=selinux kvm_amd.npt=0"}
 }
 
-// bootAgain is boot, once more where the emulator lost its way.
+// bootAgain is boot, and boots once more if the emulator went astray.
 func bootAgain(t *testing.T, o kernel.Options, args ...string) (map[string]string, error) {
 	t.Helper()
 	results, err := boot(t, o, args...)
@@ -259,33 +269,14 @@ func bootAgain(t *testing.T, o kernel.Options, args ...string) (map[string]strin
 	return results, err
 }
 
-// boot boots a kernel, gives args to its /init, and returns
-// what the guest reported. The error says that it did not come to its end.
+// boot boots a kernel, gives args to its /init, and returns what the guest reported. The error says that the guest did
+// not come to its end.
 func boot(t *testing.T, o kernel.Options, args ...string) (map[string]string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	results := map[string]string{}
-	done := false
 	o.MemoryMiB = 1024
-	// What the kernel merely notes, refused accesses among it, would come in between the guest's lines.
+	// Notices of the kernel's, refused accesses among them, would come between the guest's lines.
 	o.CommandLine = strings.Join(append([]string{o.CommandLine, "loglevel=5 --"}, args...), " ")
-	err := kernel.Boot(ctx, o, func(line string) error {
-		t.Log(line)
-		words := strings.Fields(line)
-		switch {
-		case len(words) == 3 && words[0] == "RESULT":
-			if _, twice := results[words[1]]; twice {
-				return fmt.Errorf("%s is reported twice", words[1])
-			}
-			results[words[1]] = words[2]
-		case line == "DONE":
-			done = true
-		}
-		return nil
-	})
-	if !done {
-		err = errors.Join(err, errors.New("the guest did not come to its end"))
-	}
-	return results, err
+	return kernel.Results(ctx, o, func(line string) { t.Log(line) })
 }

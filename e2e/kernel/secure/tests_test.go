@@ -12,18 +12,19 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/migrated-vm/migrated/e2e/kernel"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// TestUserSpace runs the tests of the packages that know userfaultfds inside
-// the patched kernel, where they find the flag.
+// TestUserSpace runs the tests of the packages for userfaultfds inside the patched kernel, where they find the flag.
 func TestUserSpace(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("gcc"); err != nil {
-		cannot.Run(t, "%v: install the packages of scripts/setup", err)
+		testenv.CannotRun(t, "%v: install the packages of scripts/setup", err)
 	}
-	tree, err := kernel.Build(t.Context(), kernel.Patched)
+	kernel.Only(t, kernel.Linux612)
+	tree, err := kernel.Build(t.Context(), kernel.Linux612, kernel.Patched)
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	dir := t.TempDir()
 	files := []kernel.File{
@@ -40,7 +41,7 @@ func TestUserSpace(t *testing.T) {
 		name := filepath.Base(c.pkg)
 		source := filepath.Join("../../..", c.pkg, c.source)
 		program := filepath.Join(dir, c.program)
-		// As the packages themselves compile them.
+		// With the flags that the packages themselves use.
 		if err := kernel.CompileC(t.Context(), ".", program, "-O1", "-pthread", source); err != nil {
 			t.Fatal(err)
 		}

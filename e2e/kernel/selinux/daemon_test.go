@@ -13,15 +13,15 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/kernel"
 	"github.com/migrated-vm/migrated/e2e/kernel/refpolicy"
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// TestDaemonOnDebian: under all of Debian's policy, enforced, init starts the daemon into its domain, it says that it
-// is ready, finds that nothing on this host keeps it from working, and nothing that it does is denied.
+// TestDaemonOnDebian: under all of Debian's policy, enforced, init starts the daemon into its domain. The daemon says
+// that it is ready, finds that nothing on this host keeps it from working, and is denied nothing.
 func TestDaemonOnDebian(t *testing.T) {
 	modules, err := refpolicy.Modules(t.Context())
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	program := compileC(t, "testdata/daemon.c")
 	got := boot(t, []kernel.File{
@@ -34,10 +34,10 @@ func TestDaemonOnDebian(t *testing.T) {
 	})
 	want := map[string]string{
 		"init":         "system_u:system_r:init_t:s0",
-		"kept":         "2", // the sockets of its peers and of its operators
+		"kept":         "2", // the sockets for peers and for operators
 		"notification": "READY=1",
 		"daemon":       "system_u:system_r:migrated_t:s0",
-		"check":        "0", // of both ends, which are one
+		"check":        "0", // of both ends, which are the same host
 		"list":         "0",
 		"end":          "0",
 		"output":       "serving",

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * The first process of a guest that only shows that it boots. Its argument, after '--' on the kernel's
- * command line, says how it ends: "off", "crash", "reset" or "hang".
+ * command line, is how it ends: "off", "crash", "reset" or "hang".
  */
 #include <fcntl.h>
 #include <stdio.h>

@@ -13,16 +13,18 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// mounts are where the control groups of memory may be, and the file that has the limit.
+// mounts are the mount points where memory may be limited, each with the name of the file that sets the limit.
 var mounts = map[string]string{
-	"/sys/fs/cgroup": "memory.max", "/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup/unified": "memory.max",
+	"/sys/fs/cgroup":         "memory.max",
+	"/sys/fs/cgroup/memory":  "memory.limit_in_bytes",
+	"/sys/fs/cgroup/unified": "memory.max",
 }
 
-// Limited makes a group that may have so many bytes of memory, and returns its directory. The test has to leave it
-// empty.
+// Limited makes a group with that limit of memory, in bytes, and returns its directory. It is removed at the end of the
+// test, which must leave no process in it.
 func Limited(t *testing.T, name string, bytes int) (dir string) {
 	t.Helper()
 	for mount, file := range mounts {
@@ -35,17 +37,17 @@ func Limited(t *testing.T, name string, bytes int) (dir string) {
 			return made
 		}
 	}
-	cannot.Run(t, "no control group can be made here that limits memory")
+	testenv.CannotRun(t, "no control group can be made here that limits memory")
 	return ""
 }
 
-// isCgroup says whether groups can be made in a directory: where version 1 is used, the highest is a tmpfs.
+// isCgroup says whether groups can be made in a directory. With version 1, /sys/fs/cgroup itself is a tmpfs.
 func isCgroup(dir string) bool {
 	var fs unix.Statfs_t
 	return unix.Statfs(dir, &fs) == nil && (fs.Type == unix.CGROUP_SUPER_MAGIC || fs.Type == unix.CGROUP2_SUPER_MAGIC)
 }
 
-// RemoveAll removes the groups of that name, and those below them, wherever they are.
+// RemoveAll removes the groups of that name in all mounts, and the groups below them.
 func RemoveAll(t *testing.T, name string) {
 	t.Helper()
 	for mount := range mounts {
@@ -58,11 +60,12 @@ func RemoveAll(t *testing.T, name string) {
 	}
 }
 
-// Remove removes one group, whose last processes may be about to end.
+// Remove removes one group. It waits up to ten seconds for its last processes to end.
 func Remove(t *testing.T, dir string) {
 	t.Helper()
 	err := unix.Rmdir(dir)
-	for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(end); err = unix.Rmdir(dir) {
+	for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) &&
+		time.Now().Before(end); err = unix.Rmdir(dir) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	if err != nil {

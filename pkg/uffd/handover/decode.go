@@ -11,12 +11,12 @@ import (
 	"strconv"
 )
 
-// decode reads the JSON array. encoding/json alone is too lenient for a peer that is not trusted: it would
-// take the last of two equal keys, keys in another case, null for a number, and ignore keys it does not
-// know, which may be ones that change the meaning of the others.
+// decode reads the JSON array. encoding/json alone is too lenient for a peer that is not trusted: it accepts
+// duplicate keys, keys in another case, and null as a number. It also ignores unknown keys, which may change the
+// meaning of the others.
 func decode(text []byte) ([]Mapping, error) {
 	d := json.NewDecoder(bytes.NewReader(text))
-	d.UseNumber() // a float64 holds 53 bits only
+	d.UseNumber() // a float64 has only 53 bits
 	if err := delim(d, '['); err != nil {
 		return nil, err
 	}
@@ -57,7 +57,7 @@ func decodeMapping(d *json.Decoder) (Mapping, error) {
 		if err != nil {
 			return m, fmt.Errorf("%w: %w", ErrInvalid, err)
 		}
-		key, _ := token.(string) // the decoder gives nothing else here
+		key, _ := token.(string) // the decoder returns nothing else here
 		field := fields[key]
 		switch {
 		case field == nil:
@@ -85,7 +85,8 @@ func decodeMapping(d *json.Decoder) (Mapping, error) {
 	case !seen["page_size"]:
 		m.PageSize = pageSizeKiB // bytes, see the package comment
 	case seen["page_size_kib"] && pageSizeKiB != m.PageSize:
-		return m, fmt.Errorf("%w: page_size %d and page_size_kib %d (which is in bytes, too) differ", ErrInvalid, m.PageSize, pageSizeKiB)
+		return m, fmt.Errorf("%w: page_size %d and page_size_kib %d (which is in bytes, too) differ",
+			ErrInvalid, m.PageSize, pageSizeKiB)
 	}
 	return m, nil
 }
@@ -102,7 +103,7 @@ func delim(d *json.Decoder, want json.Delim) error {
 	return nil
 }
 
-// number reads an integer of 64 bits without a sign, a fraction or an exponent.
+// number reads a 64-bit integer without a sign, a fraction or an exponent.
 func number(d *json.Decoder) (uint64, error) {
 	token, err := d.Token()
 	if err != nil {

@@ -10,9 +10,12 @@ import (
 	"testing"
 )
 
-// object is a valid mapping with one thing replaced.
+// object is the JSON of a valid mapping, with old replaced.
 func object(old, replacement string) string {
-	return strings.Replace(`{"base_host_virt_addr":16777216,"size":2097152,"offset":4194304,"page_size":4096,"page_size_kib":4096}`, old, replacement, 1)
+	return strings.Replace(
+		`{"base_host_virt_addr":16777216,"size":2097152,"offset":4194304,"page_size":4096,"page_size_kib":4096}`,
+		old, replacement, 1,
+	)
 }
 
 func TestDecode(t *testing.T) {
@@ -43,48 +46,58 @@ func TestDecodeErrors(t *testing.T) {
 		return strings.Replace(object("16777216", addr), "4194304", offset, 1)
 	}
 	for name, tt := range map[string]struct{ text, says string }{
-		"empty":                    {"", "EOF"},
-		"no mappings":              {"[]", "no mappings"},
-		"null":                     {"null", "belongs"},
-		"object":                   {object("", ""), "belongs"},
-		"array of numbers":         {"[1]", "belongs"},
-		"array of null":            {"[null]", "belongs"},
-		"array of arrays":          {"[[]]", "belongs"},
-		"cut off":                  {"[" + object("", ""), "EOF"},
-		"trailing":                 {"[" + object("", "") + "] 1", "follows"},
-		"trailing comma":           {"[" + object("", "") + ",]", "mapping 1"},
-		"string for a number":      {"[" + object(":4096", `:"4096"`) + "]", "not a number"},
-		"null for a number":        {"[" + object(":4096", ":null") + "]", "not a number"},
-		"array for a number":       {"[" + object(":4096", ":[4096]") + "]", "not a number"},
-		"negative":                 {"[" + object("16777216", "-4096") + "]", "not an integer"},
-		"fraction":                 {"[" + object("16777216", "16777216.0") + "]", "not an integer"},
-		"exponent":                 {"[" + object("16777216", "1e9") + "]", "not an integer"},
-		"more than 64 bits":        {"[" + object("16777216", "18446744073709551616") + "]", "not an integer"},
-		"unknown field":            {"[" + object(`"size"`, `"flags":0,"size"`) + "]", `unknown field "flags"`},
-		"other case":               {"[" + object(`"size"`, `"Size"`) + "]", `unknown field "Size"`},
-		"twice":                    {"[" + object(`"size"`, `"size":4096,"size"`) + "]", "size occurs twice"},
-		"no address":               {"[" + object(`"base_host_virt_addr":16777216,`, "") + "]", "base_host_virt_addr is missing"},
-		"no size":                  {"[" + object(`"size":2097152,`, "") + "]", "size is missing"},
-		"no offset":                {"[" + object(`"offset":4194304,`, "") + "]", "offset is missing"},
-		"no page size":             {`[{"base_host_virt_addr":0,"size":4096,"offset":0}]`, "page_size is missing"},
-		"page sizes differ":        {"[" + object(`"page_size":4096`, `"page_size":8192`) + "]", "differ"},
-		"page size in KiB":         {"[" + object(`_kib":4096`, `_kib":4`) + "]", "differ"},
-		"page size 0":              {"[" + strings.ReplaceAll(object("", ""), ":4096", ":0") + "]", "power of two"},
-		"page size 1":              {"[" + strings.ReplaceAll(object("", ""), ":4096", ":1") + "]", "power of two"},
-		"page size 12288":          {"[" + strings.ReplaceAll(object("", ""), ":4096", ":12288") + "]", "power of two"},
-		"page size 2^63":           {"[" + strings.ReplaceAll(object("", ""), ":4096", ":9223372036854775808") + "]", "power of two"},
-		"size 0":                   {"[" + object("2097152", "0") + "]", "size 0"},
-		"misaligned address":       {"[" + object("16777216", "16777217") + "]", "multiple"},
-		"misaligned size":          {"[" + object("2097152", "2097153") + "]", "multiple"},
-		"misaligned offset":        {"[" + object("4194304", "4194305") + "]", "multiple"},
-		"not of huge pages":        {"[" + strings.ReplaceAll(object("2097152", "4096"), `":4096}`, `":2097152}`) + "]", "differ"},
-		"address overflows":        {"[" + object("16777216", "18446744073709547520") + "]", "overflows"},
-		"address plus size":        {"[" + object("16777216", "9223372036854771712") + "]", "overflows"},
-		"size overflows":           {"[" + object("2097152", "18446744073709547520") + "]", "overflows"},
-		"offset overflows":         {"[" + object("4194304", "18446744073709547520") + "]", "overflows"},
-		"same mapping twice":       {"[" + object("", "") + "," + object("", "") + "]", "overlap"},
-		"addresses overlap":        {"[" + object("", "") + "," + next("18870272", "0") + "]", "addresses of two mappings overlap"},
-		"offsets overlap":          {"[" + object("", "") + "," + next("0", "4198400") + "]", "offsets of two mappings overlap"},
+		"empty":               {"", "EOF"},
+		"no mappings":         {"[]", "no mappings"},
+		"null":                {"null", "belongs"},
+		"object":              {object("", ""), "belongs"},
+		"array of numbers":    {"[1]", "belongs"},
+		"array of null":       {"[null]", "belongs"},
+		"array of arrays":     {"[[]]", "belongs"},
+		"cut off":             {"[" + object("", ""), "EOF"},
+		"trailing":            {"[" + object("", "") + "] 1", "follows"},
+		"trailing comma":      {"[" + object("", "") + ",]", "mapping 1"},
+		"string for a number": {"[" + object(":4096", `:"4096"`) + "]", "not a number"},
+		"null for a number":   {"[" + object(":4096", ":null") + "]", "not a number"},
+		"array for a number":  {"[" + object(":4096", ":[4096]") + "]", "not a number"},
+		"negative":            {"[" + object("16777216", "-4096") + "]", "not an integer"},
+		"fraction":            {"[" + object("16777216", "16777216.0") + "]", "not an integer"},
+		"exponent":            {"[" + object("16777216", "1e9") + "]", "not an integer"},
+		"more than 64 bits":   {"[" + object("16777216", "18446744073709551616") + "]", "not an integer"},
+		"unknown field":       {"[" + object(`"size"`, `"flags":0,"size"`) + "]", `unknown field "flags"`},
+		"other case":          {"[" + object(`"size"`, `"Size"`) + "]", `unknown field "Size"`},
+		"twice":               {"[" + object(`"size"`, `"size":4096,"size"`) + "]", "size occurs twice"},
+		"no address": {
+			"[" + object(`"base_host_virt_addr":16777216,`, "") + "]", "base_host_virt_addr is missing",
+		},
+		"no size":           {"[" + object(`"size":2097152,`, "") + "]", "size is missing"},
+		"no offset":         {"[" + object(`"offset":4194304,`, "") + "]", "offset is missing"},
+		"no page size":      {`[{"base_host_virt_addr":0,"size":4096,"offset":0}]`, "page_size is missing"},
+		"page sizes differ": {"[" + object(`"page_size":4096`, `"page_size":8192`) + "]", "differ"},
+		"page size in KiB":  {"[" + object(`_kib":4096`, `_kib":4`) + "]", "differ"},
+		"page size 0":       {"[" + strings.ReplaceAll(object("", ""), ":4096", ":0") + "]", "power of two"},
+		"page size 1":       {"[" + strings.ReplaceAll(object("", ""), ":4096", ":1") + "]", "power of two"},
+		"page size 12288":   {"[" + strings.ReplaceAll(object("", ""), ":4096", ":12288") + "]", "power of two"},
+		"page size 2^63": {
+			"[" + strings.ReplaceAll(object("", ""), ":4096", ":9223372036854775808") + "]", "power of two",
+		},
+		"size 0":             {"[" + object("2097152", "0") + "]", "size 0"},
+		"misaligned address": {"[" + object("16777216", "16777217") + "]", "multiple"},
+		"misaligned size":    {"[" + object("2097152", "2097153") + "]", "multiple"},
+		"misaligned offset":  {"[" + object("4194304", "4194305") + "]", "multiple"},
+		"not of huge pages": {
+			"[" + strings.ReplaceAll(object("2097152", "4096"), `":4096}`, `":2097152}`) + "]", "differ",
+		},
+		"address overflows":  {"[" + object("16777216", "18446744073709547520") + "]", "overflows"},
+		"address plus size":  {"[" + object("16777216", "9223372036854771712") + "]", "overflows"},
+		"size overflows":     {"[" + object("2097152", "18446744073709547520") + "]", "overflows"},
+		"offset overflows":   {"[" + object("4194304", "18446744073709547520") + "]", "overflows"},
+		"same mapping twice": {"[" + object("", "") + "," + object("", "") + "]", "overlap"},
+		"addresses overlap": {
+			"[" + object("", "") + "," + next("18870272", "0") + "]", "addresses of two mappings overlap",
+		},
+		"offsets overlap": {
+			"[" + object("", "") + "," + next("0", "4198400") + "]", "offsets of two mappings overlap",
+		},
 		"invalid second mapping":   {"[" + object("", "") + "," + next("1", "0") + "]", "mapping 1"},
 		"control character":        {"[\x00]", "invalid"},
 		"key that is not a string": {"[{1:2}]", "invalid"},
@@ -98,8 +111,8 @@ func TestDecodeErrors(t *testing.T) {
 	}
 }
 
-// FuzzDecode: whatever comes, decode does not panic, what it accepts is sound and survives being sent on, and
-// the framing gives decode the same text, however the message is cut.
+// FuzzDecode checks that decode never panics, that accepted mappings are valid and are the same after encode and
+// decode, and that frame gives decode the same text, however the message is cut.
 func FuzzDecode(f *testing.F) {
 	f.Add([]byte("["+object("", "")+"]"), 7)
 	f.Add([]byte(`[{"a\"]":1}]`), 4)
@@ -122,7 +135,7 @@ func FuzzDecode(f *testing.F) {
 			t.Errorf("%+v became %+v, %v", mappings, got, err)
 		}
 
-		if len(text) > MaxMessage {
+		if len(text) > maxMessage {
 			return
 		}
 		cut = max(0, min(cut, len(text)))

@@ -4,11 +4,11 @@ package handover
 
 import "fmt"
 
-// MaxMessage bounds the JSON text, in bytes: some 400 mappings, where a virtual machine has a handful.
-const MaxMessage = 64 << 10
+// maxMessage limits the JSON text, in bytes. It is room for some 400 mappings; a virtual machine has a handful.
+const maxMessage = 64 << 10
 
-// frame collects a message that may come in any number of pieces. The protocol has no length and the peer need
-// not close: the message ends with the bracket that closes the array.
+// frame collects a message that may come in any number of pieces. The protocol has no length, and the peer need
+// not close the connection: the message ends with the bracket that closes the array.
 type frame struct {
 	text     []byte
 	depth    int
@@ -17,10 +17,10 @@ type frame struct {
 	done     bool
 }
 
-// add takes the next piece and says whether the message is complete. Each byte is looked at once.
+// add takes the next piece and reports whether the message is complete. It looks at each byte once.
 func (f *frame) add(piece []byte) (done bool, err error) {
-	if len(f.text)+len(piece) > MaxMessage {
-		return false, fmt.Errorf("%w: longer than %d bytes", ErrInvalid, MaxMessage)
+	if len(f.text)+len(piece) > maxMessage {
+		return false, fmt.Errorf("%w: longer than %d bytes", ErrInvalid, maxMessage)
 	}
 	f.text = append(f.text, piece...)
 	for _, c := range piece {

@@ -11,20 +11,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrPeerRefused says that the connection came from a process the policy does not allow.
+// ErrPeerRefused says that the connection came from a process that the policy does not allow.
 var ErrPeerRefused = errors.New("peer is not allowed to hand over a userfaultfd")
 
-// PeerPolicy says who may hand over a descriptor. Its zero value allows nobody.
+// PeerPolicy says which processes may hand over a descriptor. Its zero value allows none.
 type PeerPolicy struct {
-	// UIDs are the effective user ids allowed, as this process's user namespace numbers them.
+	// UIDs are the allowed effective user ids, as numbered in this process's user namespace.
 	UIDs []uint32
 
-	// PIDs, if not empty, are the only processes allowed, and must be of such a user as well.
+	// PIDs, if not empty, are the only allowed processes. Each must have an allowed user, too.
 	PIDs []int32
 }
 
-// check asks the kernel who made the connection (SO_PEERCRED, unix(7)): the process and its ids at the time of
-// connect(2). Its number may have been given to another process since, if it has exited.
+// check asks the kernel which process made the connection (SO_PEERCRED, unix(7)): its number and ids at the time of
+// connect(2). If that process has exited, the number may belong to another process now.
 func (p PeerPolicy) check(conn *net.UnixConn) (unix.Ucred, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {

@@ -17,19 +17,19 @@ import (
 
 // Handover is what a monitor handed over. The receiver owns UFFD.
 type Handover struct {
-	Mappings []Mapping // as sent: at least one, none overlapping
+	Mappings []Mapping // as sent: at least one, without overlaps
 	UFFD     *uffd.UFFD
-	Peer     unix.Ucred // who connected
+	Peer     unix.Ucred // the process that connected
 }
 
-// Receive reads the one message from conn, which stays open and the caller's. The userfaultfd comes
-// with its handshake made and its memory registered, by the monitor; Receive makes it non-blocking, for
-// all who share it. Whether it was made with UFFD_SECURE cannot be found out any more: UFFD.Supervision says
-// Labelled at most.
+// Receive reads the one message from conn. conn stays open, and the caller's. The monitor has already made the
+// userfaultfd's handshake and registered its memory. Receive makes the userfaultfd non-blocking, for
+// all processes that share it. It cannot find out whether it was made with UFFD_SECURE: UFFD.Supervision is
+// at most Labelled.
 //
-// Nothing proves that the mappings, or the descriptor, are of the peer's own memory: allow only
-// peers that may cause faults to be answered as they please. The error is ErrPeerRefused, ErrInvalid, the
-// context's, or of the socket; no descriptor stays open then.
+// Nothing proves that the mappings or the descriptor belong to the peer's own memory: allow only
+// peers that may have any faults answered. The error is ErrPeerRefused, ErrInvalid, the
+// context's, or that of the socket. After an error no descriptor stays open.
 func Receive(ctx context.Context, conn *net.UnixConn, allowed PeerPolicy) (*Handover, error) {
 	h, err := receive(ctx, conn, allowed)
 	if err != nil {
@@ -83,7 +83,7 @@ func receive(ctx context.Context, conn *net.UnixConn, allowed PeerPolicy) (*Hand
 	return &Handover{Mappings: mappings, UFFD: uffd.FromFD(fd), Peer: peer}, nil
 }
 
-// interruptible makes the connection's reads or writes fail when ctx ends. What it returns undoes that.
+// interruptible makes the connection's reads or writes fail when ctx ends. undo takes that back.
 func interruptible(ctx context.Context, setDeadline func(time.Time) error) (undo func()) {
 	done := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {

@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
@@ -41,7 +41,7 @@ func pair(t *testing.T) (ours, theirs *net.UnixConn) {
 	return conns[0], conns[1]
 }
 
-// listen gives a path and a function that accepts one connection there.
+// listen returns the path of a socket and a function that accepts one connection there.
 func listen(t *testing.T) (path string, accept func() *net.UnixConn) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "uffd.sock")
@@ -62,11 +62,11 @@ func listen(t *testing.T) (path string, accept func() *net.UnixConn) {
 
 func me() PeerPolicy { return PeerPolicy{UIDs: []uint32{uint32(os.Geteuid())}} }
 
-// TestMonitor: another process hands its memory over as Firecracker does, faults, and goes on.
+// TestMonitor has another process hand its memory over as Firecracker does. The process then faults and continues.
 func TestMonitor(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	c := uffdtest.Start(t)
-	monitor := c.Supervise(0) // the handshake is the monitor's, made through our copy of its descriptor
+	monitor := c.Supervise(0) // makes the monitor's handshake on our copy of its descriptor
 	r := c.Map(uffdtest.Anon, 2)
 	if _, err := monitor.Register(r, uffd.ModeMissing); err != nil {
 		t.Fatal(err)
@@ -76,7 +76,9 @@ func TestMonitor(t *testing.T) {
 	}
 
 	path, accept := listen(t)
-	c.Send(path, fmt.Sprintf(`[{"base_host_virt_addr":%d,"size":%d,"offset":0,"page_size":4096,"page_size_kib":4096}]`, r.Start, r.Len))
+	c.Send(path, fmt.Sprintf(
+		`[{"base_host_virt_addr":%d,"size":%d,"offset":0,"page_size":4096,"page_size_kib":4096}]`, r.Start, r.Len,
+	))
 	policy := me()
 	policy.PIDs = []int32{int32(c.Pid)}
 	h, err := Receive(t.Context(), accept(), policy)
@@ -133,12 +135,12 @@ func TestSend(t *testing.T) {
 
 const good = `[{"base_host_virt_addr":4096,"size":8192,"offset":0,"page_size":4096}]`
 
-// TestHostile has what a peer may send that is not a hand-over. After each, no descriptor is left.
+// TestHostile sends messages that are no hand-over. After each, no descriptor is left.
 func TestHostile(t *testing.T) {
 	newUFFD := func(t *testing.T) int {
 		u, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true})
 		if err != nil {
-			cannot.Run(t, "%v", err)
+			testenv.CannotRun(t, "%v", err)
 		}
 		t.Cleanup(func() { u.Close() })
 		return u.FD()
@@ -154,9 +156,13 @@ func TestHostile(t *testing.T) {
 		says   string
 	}{
 		{"nothing", func(*testing.T) []piece { return nil }, io.ErrUnexpectedEOF, "ends after 0 bytes"},
-		{"cut off", func(t *testing.T) []piece { return []piece{{good[:20], []int{newUFFD(t)}}} }, io.ErrUnexpectedEOF, "ends after 20 bytes"},
+		{"cut off", func(t *testing.T) []piece {
+			return []piece{{good[:20], []int{newUFFD(t)}}}
+		}, io.ErrUnexpectedEOF, "ends after 20 bytes"},
 		{"no descriptor", func(*testing.T) []piece { return []piece{{good, nil}} }, ErrInvalid, "no descriptor"},
-		{"two descriptors", func(t *testing.T) []piece { return []piece{{good, []int{newUFFD(t), newUFFD(t)}}} }, ErrInvalid, "2 descriptors"},
+		{"two descriptors", func(t *testing.T) []piece {
+			return []piece{{good, []int{newUFFD(t), newUFFD(t)}}}
+		}, ErrInvalid, "2 descriptors"},
 		{"two, one by one", func(t *testing.T) []piece {
 			return []piece{{good[:5], []int{newUFFD(t)}}, {good[5:], []int{newUFFD(t)}}}
 		}, ErrInvalid, "2 descriptors"},
@@ -168,11 +174,17 @@ func TestHostile(t *testing.T) {
 			return []piece{{good, fds}}
 		}, ErrInvalid, "253 descriptors"},
 		{"another file", func(*testing.T) []piece { return []piece{{good, []int{0}}} }, ErrInvalid, "not a userfaultfd"},
-		{"not an array", func(t *testing.T) []piece { return []piece{{"{}", []int{newUFFD(t)}}} }, ErrInvalid, "begin with an array"},
-		{"two messages", func(t *testing.T) []piece { return []piece{{good + good, []int{newUFFD(t)}}} }, ErrInvalid, "follows"},
-		{"bad mapping", func(t *testing.T) []piece { return []piece{{`[{"size":-1}]`, []int{newUFFD(t)}}} }, ErrInvalid, "size"},
+		{"not an array", func(t *testing.T) []piece {
+			return []piece{{"{}", []int{newUFFD(t)}}}
+		}, ErrInvalid, "begin with an array"},
+		{"two messages", func(t *testing.T) []piece {
+			return []piece{{good + good, []int{newUFFD(t)}}}
+		}, ErrInvalid, "follows"},
+		{"bad mapping", func(t *testing.T) []piece {
+			return []piece{{`[{"size":-1}]`, []int{newUFFD(t)}}}
+		}, ErrInvalid, "size"},
 		{"without end", func(t *testing.T) []piece {
-			return []piece{{"[" + strings.Repeat(" ", MaxMessage), []int{newUFFD(t)}}}
+			return []piece{{"[" + strings.Repeat(" ", maxMessage), []int{newUFFD(t)}}}
 		}, ErrInvalid, "longer than 65536"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -198,7 +210,7 @@ func TestHostile(t *testing.T) {
 				}
 			}()
 			h, err := Receive(t.Context(), ours, me())
-			ours.Close() // ends a sender that still has something to say
+			ours.Close() // ends a sender that is still sending
 			<-sent
 			if err == nil {
 				h.UFFD.Close()
@@ -211,12 +223,12 @@ func TestHostile(t *testing.T) {
 	}
 }
 
-// TestPieces: a byte at a time, white space around it, the descriptor in the middle.
+// TestPieces sends the message byte by byte, with white space around it and the descriptor in the middle.
 func TestPieces(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	u, err := uffd.Open(uffd.OpenOptions{UserModeOnly: true})
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	defer u.Close()
 	ours, theirs := pair(t)
@@ -252,7 +264,7 @@ func TestPieces(t *testing.T) {
 	}
 }
 
-// TestTruncated: the kernel cannot give us the descriptor, as we may have no more.
+// TestTruncated checks the error when the kernel cannot give us the descriptor, because we may have no more.
 func TestTruncated(t *testing.T) {
 	ours, theirs := pair(t)
 	if _, _, err := theirs.WriteMsgUnix([]byte(good), unix.UnixRights(0), nil); err != nil {
@@ -291,7 +303,7 @@ func TestPeerPolicy(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			uffdtest.CheckDescriptors(t)
 			ours, theirs := pair(t)
-			theirs.Close() // who is allowed gets as far as the end of the message
+			theirs.Close() // an allowed peer gets the error of a message that ends early
 			_, err := Receive(t.Context(), ours, tt.policy)
 			if refused := errors.Is(err, ErrPeerRefused); refused == tt.allowed {
 				t.Errorf("error %v", err)
@@ -300,8 +312,8 @@ func TestPeerPolicy(t *testing.T) {
 	}
 }
 
-// TestCancel: a peer that says nothing is not waited for longer than the context wants, and the connection
-// can be used again.
+// TestCancel checks that Receive returns at the end of the context if the peer sends nothing, and that the
+// connection can be used again.
 func TestCancel(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	ours, theirs := pair(t)
@@ -325,12 +337,13 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// TestSupervisionOfReceived: who receives a descriptor sees its label, but not whether it was made with UFFD_SECURE.
+// TestSupervisionOfReceived checks that a received descriptor shows its label, but not whether it was made with
+// UFFD_SECURE.
 func TestSupervisionOfReceived(t *testing.T) {
 	uffdtest.CheckDescriptors(t)
 	made, err := uffd.Open(uffd.OpenOptions{})
 	if err != nil {
-		cannot.Run(t, "%v", err)
+		testenv.CannotRun(t, "%v", err)
 	}
 	defer made.Close()
 	if _, _, err := made.API(0); err != nil {
@@ -341,7 +354,9 @@ func TestSupervisionOfReceived(t *testing.T) {
 		t.Fatal(err)
 	}
 	ours, theirs := pair(t)
-	if err := Send(t.Context(), theirs, []Mapping{{BaseHostVirtAddr: 4096, Size: 4096, PageSize: 4096}}, made); err != nil {
+	if err := Send(t.Context(), theirs, []Mapping{
+		{BaseHostVirtAddr: 4096, Size: 4096, PageSize: 4096},
+	}, made); err != nil {
 		t.Fatal(err)
 	}
 	h, err := Receive(t.Context(), ours, me())

@@ -9,15 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// scmMaxFD is the kernel's limit of descriptors per message (SCM_MAX_FD): with room for so many, none is cut off.
+// scmMaxFD is the kernel's limit of descriptors per message (SCM_MAX_FD): with room for them, none is cut off.
 const scmMaxFD = 253
 
-// rights owns the descriptors that have arrived.
+// rights owns the descriptors that arrived.
 type rights struct {
 	fds []int
 }
 
-// add takes what came with one recvmsg(2). Descriptors are taken into possession before anything is checked.
+// add takes the descriptors that came with one recvmsg(2). It takes all of them before it checks anything, so that
+// close closes them after an error.
 func (r *rights) add(control []byte, flags int) error {
 	messages, err := unix.ParseSocketControlMessage(control)
 	if err != nil {
@@ -34,7 +35,8 @@ func (r *rights) add(control []byte, flags int) error {
 	}
 	switch {
 	case flags&unix.MSG_CTRUNC != 0:
-		return fmt.Errorf("the kernel could not give us the descriptor (MSG_CTRUNC): this process has too many open, or a security module refused it")
+		return fmt.Errorf("the kernel could not give us the descriptor (MSG_CTRUNC): this process has too many open, " +
+			"or a security module refused it")
 	case other:
 		return fmt.Errorf("%w: a control message that is not SCM_RIGHTS", ErrInvalid)
 	case len(r.fds) > 1:
@@ -43,7 +45,7 @@ func (r *rights) add(control []byte, flags int) error {
 	return nil
 }
 
-// take gives away the one descriptor, which must be a userfaultfd, and makes it non-blocking.
+// take checks that the one descriptor is a userfaultfd, makes it non-blocking and returns it. The caller then owns it.
 func (r *rights) take() (int, error) {
 	if len(r.fds) != 1 {
 		return -1, fmt.Errorf("%w: no descriptor came with it", ErrInvalid)
@@ -63,7 +65,7 @@ func (r *rights) take() (int, error) {
 	return fd, nil
 }
 
-// close closes whatever was not taken.
+// close closes the descriptors that were not taken.
 func (r *rights) close() {
 	for _, fd := range r.fds {
 		_ = unix.Close(fd)

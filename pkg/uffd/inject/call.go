@@ -12,20 +12,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// before is what an injected call changes in the thread and what has to be put back.
+// before is the state of the thread that an injected call changes and that has to be restored.
 type before struct {
 	regs regs
 	mask sigset
 	rseq rseqState
+
+	frame uint64 // address of the signal frame from which the thread can restore itself
 }
 
-// Syscall makes the thread execute one system call and returns its result. An error the kernel returned to the
-// thread is a unix.Errno; ErrSeccomp and ErrProcessGone are what a seccomp filter may make of it. Pointer
+// Syscall makes the thread execute one system call and returns its result. An error that the kernel returned to the
+// thread is a unix.Errno. A seccomp filter may cause ErrSeccomp or ErrProcessGone. Pointer
 // arguments are addresses in the other process.
 //
-// When ctx ends, after 5 seconds at the latest, a call that still blocks is interrupted and the error is the
-// context's. Whatever happens, the thread is back in its former state when Syscall returns, except for
-// ErrNotRestored, which says that the call hangs and what becomes of it.
+// When ctx ends, or after 5 seconds, a call that still blocks is interrupted, and the error is the
+// context's. When Syscall returns, the thread is back in its former state, unless the error is ErrNotRestored, which
+// says what happens to the thread. With ErrNotRestored, the result is still that of the call, if it has returned.
 func (p *Process) Syscall(ctx context.Context, nr uintptr, args ...uintptr) (uintptr, error) {
 	if len(args) > 6 {
 		return 0, fmt.Errorf("system call %d with %d arguments: the kernel takes 6", nr, len(args))
@@ -52,11 +54,11 @@ func (p *Process) Syscall(ctx context.Context, nr uintptr, args ...uintptr) (uin
 
 // syscall runs on the tracer's thread.
 //
-// PTRACE_SYSCALL and not PTRACE_SINGLESTEP, because (1) at the entry stop it is certain which call is going to
+// It uses PTRACE_SYSCALL and not PTRACE_SINGLESTEP, because (1) the entry stop shows which call is about to
 // run, (2) a single step ends with a SIGTRAP that the kernel forces, and forcing a blocked signal resets its
-// handler to SIG_DFL: a lasting change in the target.
+// handler to SIG_DFL, a lasting change in the target.
 func (p *Process) syscall(ctx context.Context, nr uintptr, args []uintptr) (result uintptr, err error) {
-	kills, err := wouldKill(p.tid, p.insn, nr, args)
+	kills, err := wouldKill(p.tid, p.code.call, nr, args)
 	if err != nil {
 		return 0, fmt.Errorf("look at system call %d first: %w", nr, p.died(err))
 	}
@@ -64,9 +66,13 @@ func (p *Process) syscall(ctx context.Context, nr uintptr, args []uintptr) (resu
 		return 0, fmt.Errorf("%w, which would kill the process", ErrSeccomp)
 	}
 	was, err := p.save()
+	if err == nil {
+		was.frame, err = p.putFrame(was)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("save the state of thread %d: %w", p.tid, p.died(err))
 	}
+	p.reached("saved")
 	defer func() {
 		if restoreErr := p.restore(was); restoreErr != nil {
 			err = both(err, restoreErr)
@@ -83,10 +89,12 @@ func (p *Process) syscall(ctx context.Context, nr uintptr, args []uintptr) (resu
 		return 0, fmt.Errorf("thread %d entered system call %d (stop %d) instead of %d",
 			p.tid, entry.word, entry.op, nr)
 	}
+	p.reached("entered")
 	exit, err := p.runToReturn(ctx)
 	if err != nil {
 		return 0, err
 	}
+	p.reached("returned")
 	if exit.op != unix.PTRACE_SYSCALL_INFO_EXIT {
 		return 0, fmt.Errorf("thread %d did not return from system call %d (stop %d)", p.tid, nr, exit.op)
 	}
@@ -100,7 +108,7 @@ func (p *Process) syscall(ctx context.Context, nr uintptr, args []uintptr) (resu
 	return decodeResult(exit.word)
 }
 
-// save runs at a stopEvent and changes nothing.
+// save reads the thread's state at a stopEvent. It changes nothing.
 func (p *Process) save() (was before, err error) {
 	if was.regs, err = getRegs(p.tid); err != nil {
 		return was, err
@@ -112,26 +120,41 @@ func (p *Process) save() (was before, err error) {
 	return was, err
 }
 
-// prepare points the thread at a system call instruction. From here to the end of restore the process dies if
-// we do.
+// putFrame writes a signal frame below the thread's stack, where the kernel would write it for a signal. The thread can
+// restore itself from it by rt_sigreturn(2).
+func (p *Process) putFrame(was before) (uint64, error) {
+	xstate, err := getXstate(p.tid)
+	if err != nil {
+		return 0, err
+	}
+	r := was.regs.withoutCall()
+	if err := was.rseq.abort(p.tid, &r); err != nil {
+		return 0, err
+	}
+	sp, image := r.frame(p.code.returns, was.mask, xstate)
+	if n, err := unix.PtracePokeData(p.tid, uintptr(sp), image); err != nil {
+		return 0, fmt.Errorf("its stack at %#x: %w", sp+uint64(n), err)
+	}
+	return sp, nil
+}
+
+// prepare points the thread at a system call instruction. After the call, the thread would restore itself.
 //
-// All signals are blocked: those that arrive stay pending and find the thread as they expect it, after the
-// call. SIGSTOP and SIGKILL cannot be blocked, and need not be. SIGSYS is left open for dropSeccompSignal: see
-// there.
+// All signals are blocked: those that arrive stay pending until the thread is restored. SIGSTOP and SIGKILL
+// cannot be blocked, and need not be. SIGSYS stays unblocked for dropSeccompSignal: see there. The registers are set
+// first: if we die after only the signals were blocked, they would stay blocked.
 func (p *Process) prepare(was before, nr uintptr, args []uintptr) error {
 	p.injecting = true
-	if err := p.setOptions(unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_EXITKILL); err != nil {
+	ours := was.regs.forCall(p.code.call, was.frame, nr, args)
+	if err := setRegs(p.tid, &ours); err != nil {
 		return err
 	}
+	p.reached("set")
 	if err := setSigmask(p.tid, ^sigset(0).without(unix.SIGSYS)); err != nil {
 		return err
 	}
-	ours := was.regs.forCall(p.insn, nr, args)
-	return setRegs(p.tid, &ours)
-}
-
-func (p *Process) setOptions(options uintptr) error {
-	return ptrace(unix.PTRACE_SETOPTIONS, p.tid, 0, options)
+	p.reached("masked")
+	return nil
 }
 
 // runToSyscallStop lets the thread run to the entry or the exit of our system call.
@@ -152,16 +175,16 @@ func (p *Process) runToSyscallStop(ctx context.Context) (syscallInfo, error) {
 			}
 			return info, nil
 		}
-		// A SIGSTOP goes on to the process: all its threads stop, this one comes to a stopEvent that counts as
-		// stopped. Resuming it from there leaves the process stopped; on detaching the kernel stops this thread
-		// too, unless a SIGCONT came in between. Nothing of that has to be kept here.
+		// A SIGSTOP is passed on to the process: all its threads stop, and this one comes to a stopEvent that counts
+		// as stopped. Resuming it from there leaves the process stopped. On detach the kernel stops this thread,
+		// too, unless a SIGCONT came in between. So nothing has to be recorded here.
 		signal = p.signalFor(s)
 	}
 	return syscallInfo{}, fmt.Errorf("thread %d makes no progress: %d stops", p.tid, maxStops)
 }
 
-// runToReturn lets the thread run to the exit stop. When the context ends first the call is interrupted; but if
-// it has done its work nevertheless, then its result counts: it may be a descriptor that somebody has to close.
+// runToReturn lets the thread run to the exit stop. If the context ends first, the call is interrupted. If the call
+// has completed nevertheless, its result is returned: it may be a descriptor that has to be closed.
 func (p *Process) runToReturn(ctx context.Context) (syscallInfo, error) {
 	exit, err := p.runToSyscallStop(ctx)
 	if err == nil || ctx.Err() == nil {
@@ -190,14 +213,15 @@ func (p *Process) runToReturn(ctx context.Context) (syscallInfo, error) {
 }
 
 // dropSeccompSignal runs at the exit stop. A filter that answered SECCOMP_RET_TRAP has queued a SIGSYS whose
-// default action kills the process; it is taken off the queue by letting it be delivered to the tracer alone.
-// It must not be blocked, because the kernel resets the handler of a signal it has to force through.
+// default action kills the process. dropSeccompSignal removes it from the queue: it lets the kernel deliver it to the
+// tracer, which drops it. SIGSYS must not be blocked, because the kernel resets the handler of a blocked signal that it
+// forces.
 func (p *Process) dropSeccompSignal() (trapped bool, err error) {
 	trapped, err = p.seccompSignalPending()
 	if err != nil || !trapped {
 		return false, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), p.restoreLimit) // it is pending: a moment is enough
+	ctx, cancel := context.WithTimeout(context.Background(), p.restoreLimit) // it is pending, so this is short
 	defer cancel()
 	return true, p.runToSeccompSignal(ctx) // restore resumes from there, without the signal
 }
@@ -210,8 +234,8 @@ func (p *Process) seccompSignalPending() (bool, error) {
 	return slices.ContainsFunc(pending, siginfo.isSeccompTrap), nil
 }
 
-// runToSeccompSignal wants such a signal to be pending. The kernel delivers it before the thread can reach user
-// space.
+// runToSeccompSignal lets the thread run until a SIGSYS of seccomp is delivered. One must be pending. The kernel
+// delivers it before the thread reaches user space.
 func (p *Process) runToSeccompSignal(ctx context.Context) error {
 	for range maxStops {
 		s, err := waitStop(ctx, p.tid)
@@ -228,72 +252,103 @@ func (p *Process) runToSeccompSignal(ctx context.Context) error {
 	return fmt.Errorf("thread %d: SIGSYS of its seccomp filter does not arrive", p.tid)
 }
 
-// restore puts back what save saw. It does not use the caller's context: giving up here would damage the
+// restore puts back the state that save read. It does not use the caller's context: giving up here would damage the
 // process.
 //
-// Registers are set at a stopEvent, never at the exit stop. There the kernel is at the same point as when they
-// were read: in get_signal(), before the code that restarts an interrupted call, which works from rax =
-// -ERESTART… and orig_rax, the very registers put back. current->restart_block, from which nanosleep and poll
-// continue with the time that is left, was not touched, since none of the calls we inject is such a call
-// itself.
+// Registers are set at a stopEvent, never at the exit stop. At a stopEvent the kernel is at the same point as when they
+// were read: in get_signal(), before the code that restarts an interrupted call. That code uses rax =
+// -ERESTART… and orig_rax, which restore puts back. nanosleep and poll continue with the time that is left, from
+// current->restart_block. It is unchanged, because no call that we inject uses it.
+//
+// restore never lets the thread run with our registers: while they cannot be replaced, the thread stays stopped.
 func (p *Process) restore(was before) error {
 	ctx, cancel := context.WithTimeout(context.Background(), p.restoreLimit)
 	defer cancel()
-	err := p.restoreOnce(ctx, was)
-	if !errors.Is(err, context.DeadlineExceeded) {
+	err := p.restoreRepeatedly(ctx, was)
+	switch {
+	case err == nil:
+		return p.sendPostponed()
+	case errors.Is(err, ErrProcessGone):
 		return err
 	}
 	go p.restoreLater(was)
-	return fmt.Errorf("thread %d: %w: %w", p.tid, ErrNotRestored, err)
+	return fmt.Errorf("thread %d: %w: %w; it goes on as soon as that works, or when this program ends",
+		p.tid, ErrNotRestored, err)
 }
 
+// restoreRepeatedly calls restoreOnce until the thread is restored or gone, or the context ends.
+func (p *Process) restoreRepeatedly(ctx context.Context, was before) error {
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		err := p.restoreOnce(ctx, was)
+		if err == nil || errors.Is(err, ErrProcessGone) || ctx.Err() != nil {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// restoreOnce tries once to restore the thread, and may be repeated. It sets the registers last: until then the thread
+// restores itself if we die.
 func (p *Process) restoreOnce(ctx context.Context, was before) error {
 	if err := p.settle(ctx); err != nil {
 		return err
 	}
-	err := errors.Join(
-		setRegs(p.tid, &was.regs),
-		was.rseq.restore(p.tid),
-		setSigmask(p.tid, was.mask),
-		p.setOptions(unix.PTRACE_O_TRACESYSGOOD),
-	)
-	if err != nil {
-		return fmt.Errorf("restore thread %d: %w", p.tid, p.died(err))
+	if err := setSigmask(p.tid, was.mask); err != nil {
+		return fmt.Errorf("write the signal mask of thread %d: %w", p.tid, p.died(err))
+	}
+	p.reached("unmasked")
+	if err := was.rseq.restore(p.tid); err != nil {
+		return fmt.Errorf("write the restartable sequence of thread %d: %w", p.tid, p.died(err))
+	}
+	if err := p.setRegs(p.tid, &was.regs); err != nil {
+		return fmt.Errorf("write the registers of thread %d: %w", p.tid, p.died(err))
 	}
 	p.injecting = false
-	if p.postponed {
-		p.postponed = false
-		if err := unix.Kill(p.tid, unix.SIGSYS); err != nil {
-			return fmt.Errorf("send SIGSYS to %d again: %w", p.tid, p.died(err))
-		}
+	p.reached("restored")
+	return nil
+}
+
+// sendPostponed sends SIGSYS again, if somebody else sent one during the injected call: signalFor dropped it.
+func (p *Process) sendPostponed() error {
+	if !p.postponed {
+		return nil
+	}
+	p.postponed = false
+	if err := unix.Kill(p.tid, unix.SIGSYS); err != nil {
+		return fmt.Errorf("send SIGSYS to %d again: %w", p.tid, p.died(err))
 	}
 	return nil
 }
 
-// restoreLater ends when the call has returned or the process has died.
+// restoreLater tries to restore the thread until it is restored and detached, or gone.
 func (p *Process) restoreLater(was before) {
 	for {
 		err := p.tracer.do(func() error {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 			defer cancel()
-			if err := p.restoreOnce(ctx, was); err != nil {
+			if err := p.restoreRepeatedly(ctx, was); err != nil {
 				return err
 			}
-			return ptrace(unix.PTRACE_DETACH, p.tid, 0, 0)
+			_ = p.sendPostponed()                          // no caller is left that could get the error
+			return ptrace(unix.PTRACE_DETACH, p.tid, 0, 0) // if it fails, the next round repeats it
 		})
 		switch {
 		case err == nil:
 			p.tracer.end()
 			return
-		case !errors.Is(err, context.DeadlineExceeded): // dead, or beyond repair: PTRACE_O_EXITKILL
+		case errors.Is(err, ErrProcessGone):
 			p.tracer.endByExit()
 			return
 		}
 	}
 }
 
-// decodeResult applies the kernel's convention that -4095…-1 are errors. The ERESTART codes (512…516) say EINTR
-// to a program.
+// decodeResult applies the kernel's convention that -4095…-1 are errors. A program sees the ERESTART codes (512…516)
+// as EINTR.
 func decodeResult(word uint64) (uintptr, error) {
 	value := int64(word)
 	switch {

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 func TestTwoTracers(t *testing.T) {
@@ -25,7 +25,8 @@ func TestTwoTracers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Seize(t.Context(), v.pid); !errors.Is(err, ErrAlreadyTraced) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
+	if _, err := Seize(t.Context(), v.pid); !errors.Is(err, ErrAlreadyTraced) ||
+		!strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
 		t.Errorf("second Seize: %v", err)
 	}
 	if _, err := Take(t.Context(), v.pid, TakeOptions{}); !errors.Is(err, ErrAlreadyTraced) {
@@ -41,7 +42,8 @@ func TestTwoTracers(t *testing.T) {
 func TestDenied(t *testing.T) {
 	if pid, err := strconv.Atoi(os.Getenv("INJECT_TEST_SEIZE")); err == nil {
 		_, err := Seize(t.Context(), pid)
-		if !errors.Is(err, ErrPtraceDenied) || !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
+		if !errors.Is(err, ErrPtraceDenied) || !errors.Is(err, unix.EPERM) ||
+			!strings.Contains(err.Error(), "CAP_SYS_PTRACE") {
 			t.Errorf("Seize: %v", err)
 		}
 		_, err = Take(t.Context(), pid, TakeOptions{})
@@ -52,10 +54,11 @@ func TestDenied(t *testing.T) {
 		return
 	}
 	if os.Geteuid() != 0 {
-		cannot.Run(t, "needs root to become another user")
+		testenv.CannotRun(t, "needs root to become another user")
 	}
 	v := startVictim(t, "read")
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestDenied$", "-test.v") // not by its path, which others may not enter
+	// Do not use its path: that user may not be permitted to enter the directory.
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestDenied$", "-test.v")
 	cmd.Env = append(os.Environ(), fmt.Sprintf("INJECT_TEST_SEIZE=%d", v.pid), "TMPDIR=/tmp")
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
@@ -64,7 +67,7 @@ func TestDenied(t *testing.T) {
 	}
 }
 
-// TestForbidden: EACCES is a security module's, and says who was refused what.
+// TestForbidden checks that EACCES becomes the error of a security module, and says which process was refused what.
 func TestForbidden(t *testing.T) {
 	for _, method := range []string{MethodSyscall, MethodDevice} {
 		err := target{pid: os.Getpid()}.explain(method, unix.EACCES)

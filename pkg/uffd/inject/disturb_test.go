@@ -17,13 +17,13 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// Signals sent while the thread is held arrive afterwards, each once. SIGRTMIN queues, so that they can be
-// counted.
+// TestSignalsArriveOnce checks that signals sent while the thread is held arrive afterwards, each once. SIGRTMIN is
+// queued, so that they can be counted.
 func TestSignalsArriveOnce(t *testing.T) {
 	for _, mode := range []string{"read", "busy"} {
 		t.Run(mode, func(t *testing.T) {
 			v := startVictim(t, mode)
-			const rounds, perRound, sigrtmin = 50, 4, 34 // glibc keeps 32 and 33 to itself
+			const rounds, perRound, sigrtmin = 50, 4, 34 // glibc uses 32 and 33 itself
 			for range rounds {
 				stop := make(chan error)
 				go func() { // at any moment of the injection
@@ -48,8 +48,8 @@ func TestSignalsArriveOnce(t *testing.T) {
 	}
 }
 
-// A handler without SA_RESTART ends the call, as it does when nobody injects. epoll_wait is the one whose
-// result we touch (keepCallGoing).
+// TestSignalStillInterrupts checks that a handler without SA_RESTART ends the call, as it does without an injected
+// call. epoll_wait is the call whose result we change (keepCallGoing).
 func TestSignalStillInterrupts(t *testing.T) {
 	for _, mode := range []string{"epoll", "ppoll", "pause", "futex", "nanosleep"} {
 		t.Run(mode, func(t *testing.T) {
@@ -59,7 +59,7 @@ func TestSignalStillInterrupts(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// To this thread: while it is held, the kernel would give a signal for the process to another one.
+			// Send it to this thread: while it is held, the kernel gives signals of the process to another thread.
 			if err := unix.Tgkill(v.pid, v.pid, unix.SIGUSR1); err != nil {
 				t.Fatal(err)
 			}
@@ -92,7 +92,7 @@ func TestStoppedProcessStaysStopped(t *testing.T) {
 	}
 }
 
-// Stopped and continued at the moments that matter: while held, before the call.
+// TestStopAndContinueWhileHeld stops and continues the process while the thread is held, before the call.
 func TestStopAndContinueWhileHeld(t *testing.T) {
 	tests := []struct {
 		name    string
@@ -140,7 +140,8 @@ func mustKill(t *testing.T, pid int, sig unix.Signal) {
 	}
 }
 
-// A call that blocks ends with the context, and the thread goes on as before.
+// TestBlockingCallIsInterrupted checks that a call that blocks ends with the context, and that the thread continues as
+// before.
 func TestBlockingCallIsInterrupted(t *testing.T) {
 	v := startVictim(t, "ppoll")
 	v.awaitBlocked(unix.SYS_PPOLL)
@@ -190,8 +191,8 @@ func TestUninterruptibleSleep(t *testing.T) {
 	}
 }
 
-// A call that hangs in the kernel: the caller is told, and the thread is put right when the call returns after
-// all.
+// TestCallThatHangs makes a call that hangs in the kernel. The caller gets ErrNotRestored, and the thread is restored
+// when the call returns.
 func TestCallThatHangs(t *testing.T) {
 	v := startVictim(t, "ppoll")
 	v.awaitBlocked(unix.SYS_PPOLL)
@@ -205,7 +206,10 @@ func TestCallThatHangs(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.restoreLimit = 100 * time.Millisecond
-	page, err := p.Syscall(t.Context(), unix.SYS_MMAP, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 0)
+	page, err := p.Syscall(
+		t.Context(), unix.SYS_MMAP,
+		0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 0,
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -238,7 +242,8 @@ func TestCallThatHangs(t *testing.T) {
 	}
 }
 
-// Somebody else in this process waits for the target, and so gets to see our stops (see the package comment).
+// TestWithWaiterInSameProcess has another goroutine of this process wait for the target. It sees our stops (see the
+// package comment).
 func TestWithWaiterInSameProcess(t *testing.T) {
 	v := startVictim(t, "read")
 	waited := make(chan error, 1)

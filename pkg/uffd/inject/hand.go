@@ -13,24 +13,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Where Hand's page has what the injected calls read and write, bytes from its beginning.
+// Offsets in bytes in Hand's page of what the injected calls read and write.
 const (
 	pairAt    = 0   // int[2], of socketpair(2)
-	byteAt    = 16  // what comes along with the descriptor
+	byteAt    = 16  // the byte that is sent with the descriptor
 	vectorAt  = 32  // struct iovec
 	messageAt = 64  // struct msghdr
 	controlAt = 128 // struct cmsghdr with one int
 	pageSize  = 4096
 )
 
-// errTakenOut is how a process learns that a security module keeps a file from it (scm_detach_fds in net/core/scm.c).
+// errTakenOut says that the message came without its descriptor. The kernel removes a descriptor that a security module
+// does not let the process have (scm_detach_fds in net/core/scm.c).
 var errTakenOut = errors.New("the kernel took it out of the message")
 
-// Hand gives process pid a duplicate of f, which stays the caller's, and returns its number there; it is close-on-exec.
-// No name, no permission on a file system and no namespace matter: the process makes a pair of sockets, this process
-// takes one end of it (pidfd_getfd(2)) and sends f through it (SCM_RIGHTS, unix(7)), and the process receives it.
-// Nothing else is left there. CloseHanded closes it. Errors are those of Seize, and of the process' calls; ErrForbidden
-// where a security module does not let the process have the file.
+// Hand gives process pid a duplicate of f and returns its number there. The duplicate is close-on-exec; CloseHanded
+// closes it. The caller keeps f. File names, file permissions and namespaces do not matter: the process makes a pair of
+// sockets, this process takes one end (pidfd_getfd(2)) and sends f through it (SCM_RIGHTS, unix(7)), and the process
+// receives it. Nothing else is left in the process. Errors are those of Seize and of the process' calls. ErrForbidden:
+// a security module does not let the process have the file.
 func Hand(ctx context.Context, pid int, f *os.File) (fd int, err error) {
 	wrap := func(err error) error { return fmt.Errorf("hand %s to process %d: %w", f.Name(), pid, err) }
 	pidfd, err := openPidfd(pid)
@@ -50,9 +51,9 @@ func Hand(ctx context.Context, pid int, f *os.File) (fd int, err error) {
 	return fd, nil
 }
 
-// receive makes the process receive f. Whatever fails, the process is left as it was.
+// receive makes the process receive f. If it fails, it undoes its changes in the process.
 func (p *Process) receive(ctx context.Context, t target, f *os.File) (fd int, err error) {
-	undo := func(nr uintptr, args ...uintptr) { // not with ctx, which may be over
+	undo := func(nr uintptr, args ...uintptr) { // not with ctx, which may have ended
 		_, undoErr := p.Syscall(context.WithoutCancel(ctx), nr, args...)
 		err = both(err, undoErr)
 	}
@@ -104,8 +105,8 @@ func send(pidfd, socket int, f *os.File) error {
 	return errors.Join(err, unix.Close(local))
 }
 
-// messageOf is the page that recvmsg(2) works on, which is at that address: struct msghdr as linux/socket.h has it on
-// 64 bits.
+// messageOf returns the content of Hand's page at address page, for recvmsg(2): struct msghdr of linux/socket.h on 64
+// bits, and what it points to.
 func messageOf(page uintptr) []byte {
 	image := make([]byte, controlAt+unix.CmsgSpace(4))
 	put := func(at int, value uintptr) { binary.NativeEndian.PutUint64(image[at:], uint64(value)) }
@@ -131,7 +132,7 @@ func (p *Process) peek(at uintptr, size int) (data []byte, err error) {
 	return data, nil
 }
 
-// poke writes to it.
+// poke writes to the process' memory.
 func (p *Process) poke(at uintptr, data []byte) error {
 	err := p.tracer.do(func() error {
 		_, err := unix.PtracePokeData(p.tid, at, data)
@@ -143,8 +144,8 @@ func (p *Process) poke(at uintptr, data []byte) error {
 	return nil
 }
 
-// CloseHanded makes process pid close a descriptor that Hand gave it, after checking that it is still of the same file
-// as f.
+// CloseHanded makes process pid close descriptor fd, which Hand returned. It first checks that fd is still the same
+// file as f (otherwise ErrNotUserfault, and nothing is closed).
 func CloseHanded(ctx context.Context, pid, fd int, f *os.File) (err error) {
 	p, err := Seize(ctx, pid)
 	if err != nil {

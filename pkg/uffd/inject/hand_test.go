@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// descriptors are those of the process, and what they are of.
+// descriptors returns the process' descriptors and their files.
 func descriptors(t *testing.T, pid int) map[int]string {
 	t.Helper()
 	fds, err := selectFDs(pid, func(int) bool { return true })
@@ -30,7 +30,7 @@ func descriptors(t *testing.T, pid int) map[int]string {
 	return of
 }
 
-// mappings is how many the process has.
+// mappings returns the process' mappings, to compare them.
 func mappings(t *testing.T, pid int) string {
 	t.Helper()
 	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
@@ -86,7 +86,7 @@ func TestHand(t *testing.T) {
 	v.wantUntraced()
 }
 
-// TestHandFails: what fails in the middle leaves nothing.
+// TestHandFails checks that a failure in the middle leaves nothing in the process.
 func TestHandFails(t *testing.T) {
 	v := startVictim(t, "read")
 	before := descriptors(t, v.pid)

@@ -38,7 +38,7 @@ func wantNil(t testing.TB, err error) {
 func TestBlockedCallContinues(t *testing.T) {
 	tests := []struct {
 		mode  string
-		calls []int // where it sleeps before and after
+		calls []int // system calls in which it sleeps before and after
 		want  string
 	}{
 		{"read", []int{unix.SYS_READ}, "ret=1 errno=0 signals=0"},
@@ -68,7 +68,7 @@ func TestBlockedCallContinues(t *testing.T) {
 	}
 }
 
-// Looking alone must not disturb either.
+// TestSeizeAndDetach checks that the process is not disturbed without an injected call, either.
 func TestSeizeAndDetach(t *testing.T) {
 	v := startVictim(t, "epoll")
 	v.awaitBlocked(unix.SYS_EPOLL_WAIT)
@@ -92,7 +92,8 @@ func TestSeizeAndDetach(t *testing.T) {
 	}
 }
 
-// If each injection restarted the sleep of one second from the beginning, it would not end while they go on.
+// TestNanosleepKeepsItsTime injects calls during a sleep of one second. If each restarted the sleep from the beginning,
+// it would not end while they continue.
 func TestNanosleepKeepsItsTime(t *testing.T) {
 	v := startVictim(t, "nanosleep")
 	result := make(chan string)
@@ -112,7 +113,7 @@ func TestNanosleepKeepsItsTime(t *testing.T) {
 		}
 		p, err := Seize(t.Context(), v.pid)
 		if errors.Is(err, ErrProcessGone) {
-			continue // it has ended between the two looks
+			continue // it ended after the list was made
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -134,17 +135,21 @@ func TestResultsAndErrno(t *testing.T) {
 	if _, err := p.Syscall(t.Context(), unix.SYS_CLOSE, 9999); err != unix.EBADF {
 		t.Errorf("close(9999): %v, want EBADF", err)
 	}
-	// all six arguments arrive: an anonymous private page
-	addr, err := p.Syscall(t.Context(), unix.SYS_MMAP, 0, 4096, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 0)
+	// mmap(2) of an anonymous private page needs all six arguments.
+	addr, err := p.Syscall(
+		t.Context(), unix.SYS_MMAP, 0, 4096, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 0,
+	)
 	if err != nil || addr&4095 != 0 {
 		t.Errorf("mmap: %#x, %v", addr, err)
 	}
-	if _, err := p.Syscall(t.Context(), unix.SYS_MMAP, 0, 4096, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 1); err != unix.EINVAL {
+	if _, err := p.Syscall(
+		t.Context(), unix.SYS_MMAP, 0, 4096, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 1,
+	); err != unix.EINVAL {
 		t.Errorf("mmap at offset 1: %v, want EINVAL", err)
 	}
 }
 
-// BenchmarkSyscall is what a thread loses by one injected call once it is stopped.
+// BenchmarkSyscall measures the time of one injected call in a stopped thread.
 func BenchmarkSyscall(b *testing.B) {
 	v := startVictim(b, "ppoll")
 	p, err := Seize(b.Context(), v.pid)

@@ -12,31 +12,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The bounds that hold even if the caller's context has none.
+// Limits that hold even if the caller's context has no deadline.
 const (
-	// stopLimit: how long a thread may take to stop. Only uninterruptible sleep makes it longer than a
-	// millisecond.
+	// stopLimit is how long a thread may take to stop. More than a millisecond means uninterruptible sleep.
 	stopLimit = 5 * time.Second
-	// callLimit: how long an injected call may run before it is interrupted.
+	// callLimit is how long an injected call may run before it is interrupted.
 	callLimit = 5 * time.Second
-	// restoreLimit: how long to wait for an injected call that does not return, before the caller is told so.
+	// restoreLimit is how long to wait for an injected call that does not return, before the caller gets the error.
 	restoreLimit = 5 * time.Second
-	// maxStops: how many other stops (SIGSTOP, SIGCONT, group stop) may come in between those we wait for.
+	// maxStops is how many other stops (SIGSTOP, SIGCONT, group stop) may come before the one that we wait for.
 	maxStops = 1000
 )
 
-// Process is a thread of another process, stopped by us so that it can run system calls on our behalf. The
-// other threads of that process run on. Its methods may be called from any goroutine; one at a time takes
-// effect.
+// Process is a thread of another process. We stopped it so that it can run system calls for us. The
+// other threads of that process continue to run. Its methods may be called from any goroutine; they run one at a
+// time.
 type Process struct {
 	tid    int
-	insn   uint64 // address of a system call instruction
+	code   code // what an injected call runs
 	tracer *thread
 
 	mu   sync.Mutex
-	done error // why this Process can no longer be used; nil: it can
+	done error // why this Process can no longer be used; nil while it can
 
 	restoreLimit time.Duration // the constant of this name
+	// Tests replace these functions.
+	setRegs func(tid int, r *regs) error // restores the registers
+	reached func(point string)           // called between the steps of an injected call
 
 	// Owned by the tracer's thread.
 	injecting bool // between prepare and restore
@@ -45,15 +47,18 @@ type Process struct {
 
 var errDetached = errors.New("process is detached")
 
-// Seize stops thread tid (for a process: its main thread, whose number is the process') and takes control of
-// it. The caller must call Detach. Errors: ErrPtraceDenied, ErrAlreadyTraced, ErrProcessGone, ErrUnsupported,
-// or the context's if the thread did not stop in time (at most 5 seconds); in each case the process is as it
+// Seize stops thread tid and takes control of it. The number of a process is that of its main thread. The caller must
+// call Detach. Errors: ErrPtraceDenied, ErrAlreadyTraced, ErrProcessGone, ErrUnsupported,
+// or the context's if the thread did not stop in time (at most 5 seconds). After an error the process is as it
 // was before.
 func Seize(ctx context.Context, tid int) (*Process, error) {
 	if err := supported(); err != nil {
 		return nil, err
 	}
-	p := &Process{tid: tid, tracer: startThread(), restoreLimit: restoreLimit}
+	p := &Process{
+		tid: tid, tracer: startThread(), restoreLimit: restoreLimit,
+		setRegs: setRegs, reached: func(string) {},
+	}
 	attached := false
 	err := p.tracer.do(func() error {
 		if err := attach(tid); err != nil {
@@ -75,8 +80,8 @@ func Seize(ctx context.Context, tid int) (*Process, error) {
 
 func attach(tid int) error {
 	var err error
-	// Another tracer that lets go between our attempt and the look at TracerPid would be mistaken for a missing
-	// permission: in that case there is nothing in the way any more, so just try again.
+	// If another tracer detaches between our attempt and our look at TracerPid, the error looks like a missing
+	// permission. The process is free then, so try again.
 	for range 3 {
 		if err = ptrace(unix.PTRACE_SEIZE, tid, 0, unix.PTRACE_O_TRACESYSGOOD); err == nil {
 			return nil
@@ -89,7 +94,7 @@ func attach(tid int) error {
 	return err
 }
 
-// stopFirst brings a freshly seized thread to a stopEvent and looks whether it is one that we can use.
+// stopFirst brings a newly seized thread to a stopEvent and checks whether we can use the thread.
 func (p *Process) stopFirst(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, stopLimit,
 		fmt.Errorf("no stop within %v: %w", stopLimit, context.DeadlineExceeded))
@@ -112,12 +117,12 @@ func (p *Process) stopFirst(ctx context.Context) error {
 			return fmt.Errorf("write registers of thread %d: %w", p.tid, p.died(err))
 		}
 	}
-	p.insn, err = findSyscallInstruction(p.tid)
+	p.code, err = findCode(p.tid)
 	return err
 }
 
-// deliverOwnTrap lets the thread have a SIGSYS that a seccomp filter sent it for a call of its own just before
-// we came, since later it could not be told from one for our call.
+// deliverOwnTrap delivers a pending SIGSYS that a seccomp filter sent for one of the thread's own calls, just before
+// Seize. Later it could not be distinguished from a SIGSYS for our call.
 func (p *Process) deliverOwnTrap(ctx context.Context) error {
 	trapped, err := p.seccompSignalPending()
 	if err != nil || !trapped {
@@ -129,8 +134,8 @@ func (p *Process) deliverOwnTrap(ctx context.Context) error {
 	return p.settle(ctx)
 }
 
-// settle brings the thread to a stopEvent from wherever it is, delivering signals it meets on the way. A system
-// call that has not begun yet is skipped (settle is called at an entry stop only after something went wrong).
+// settle brings the thread to a stopEvent from any state, and delivers the signals that arrive meanwhile. It skips a
+// system call that has not begun yet: settle is called at an entry stop only after a failure.
 func (p *Process) settle(ctx context.Context) error {
 	if err := p.interrupt(); err != nil {
 		return err
@@ -148,7 +153,7 @@ func (p *Process) settle(ctx context.Context) error {
 				return err
 			}
 		}
-		// Again, because any stop takes back an interrupt that is still due (ptrace_stop in kernel/signal.c).
+		// Interrupt again, because every stop clears a pending interrupt (ptrace_stop in kernel/signal.c).
 		if err := p.interrupt(); err != nil {
 			return err
 		}
@@ -166,8 +171,8 @@ func (p *Process) interrupt() error {
 	return nil
 }
 
-// forgetCall makes the kernel neither execute (at an entry stop) nor restart (at an exit stop) the current
-// call.
+// forgetCall drops the current call: the kernel then neither executes it (at an entry stop) nor restarts it (at an exit
+// stop).
 func (p *Process) forgetCall() error {
 	r, err := getRegs(p.tid)
 	if err == nil {
@@ -180,17 +185,26 @@ func (p *Process) forgetCall() error {
 	return nil
 }
 
-// died makes ErrProcessGone of the ESRCH that ptrace answers once the thread was killed under our hands.
+// died returns ErrProcessGone if err is ESRCH because the thread was killed. ptrace also answers ESRCH for a thread
+// that is not stopped; died then returns err.
 func (p *Process) died(err error) error {
-	if errors.Is(err, unix.ESRCH) {
-		hasEnded(p.tid) // releases it
-		return ErrProcessGone
+	if !errors.Is(err, unix.ESRCH) {
+		return err
+	}
+	for range 1000 { // a thread that was killed takes a moment before it is seen to end
+		if hasEnded(p.tid) || isExiting(p.tid) {
+			return ErrProcessGone
+		}
+		if _, stopErr := currentStop(p.tid); stopErr == nil {
+			break
+		}
+		time.Sleep(time.Millisecond)
 	}
 	return err
 }
 
-// Detach lets the thread continue exactly where it was. It returns ErrProcessGone if the process has died
-// meanwhile. The Process cannot be used afterwards; a second Detach does nothing.
+// Detach lets the thread continue where it was stopped. It returns ErrProcessGone if the process has died
+// meanwhile. The Process cannot be used afterwards. A second Detach does nothing.
 func (p *Process) Detach() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -198,7 +212,7 @@ func (p *Process) Detach() error {
 	case errors.Is(p.done, errDetached):
 		return nil
 	case p.done != nil:
-		return p.done // ErrNotRestored: the background job detaches
+		return p.done // ErrNotRestored: restoreLater detaches
 	}
 	p.done = errDetached
 	err := p.tracer.do(func() error { return ptrace(unix.PTRACE_DETACH, p.tid, 0, 0) })

@@ -5,13 +5,16 @@ package inject
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
-// status holds the lines of /proc/TID/status that matter here, see proc_pid_status(5).
+// status holds the lines of /proc/TID/status that this package uses, see proc_pid_status(5).
 type status struct {
 	state   byte // R, S, D (uninterruptible), T (stopped), t (traced), Z (zombie), X
 	parent  int  // PPid
@@ -33,7 +36,7 @@ func readStatus(tid int) (status, error) {
 		if len(fields) == 0 {
 			continue
 		}
-		number, _ := strconv.Atoi(fields[0]) // 0 for the lines that are not numbers; those are not used
+		number, _ := strconv.Atoi(fields[0]) // 0 if it is no number; such lines do not use it
 		switch key {
 		case "State":
 			st.state = fields[0][0]
@@ -54,33 +57,19 @@ func readStatus(tid int) (status, error) {
 	return st, nil
 }
 
-// findSyscallInstruction returns the address of a system call instruction in the process' vDSO: code that the
-// kernel maps into every process, so nothing has to be written into the target.
-func findSyscallInstruction(pid int) (uint64, error) {
-	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+// isExiting reports whether a thread has begun to exit. It may still hold memory for seconds (proc_pid_stat(5)).
+func isExiting(tid int) bool {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", tid))
 	if err != nil {
-		return 0, fmt.Errorf("find the vDSO of process %d: %w", pid, err)
+		return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH)
 	}
-	for line := range strings.Lines(string(maps)) {
-		if !strings.HasSuffix(strings.TrimSpace(line), "[vdso]") {
-			continue
-		}
-		var start, end uint64
-		if _, err := fmt.Sscanf(line, "%x-%x", &start, &end); err != nil {
-			return 0, fmt.Errorf("find the vDSO of process %d in %q: %w", pid, line, err)
-		}
-		code := make([]byte, end-start)
-		if err := readMemory(pid, start, code); err != nil {
-			return 0, fmt.Errorf("read the vDSO of process %d: %w", pid, err)
-		}
-		// The bytes may also be the middle of a longer instruction. That is no harm: the processor decodes from
-		// where it is sent to, and what follows is never executed.
-		if i := bytes.Index(code, syscallInstruction); i >= 0 {
-			return start + uint64(i), nil
-		}
-		return 0, fmt.Errorf("the vDSO of process %d has no system call instruction: %w", pid, ErrUnsupported)
+	const flagsAt, exiting = 6, 4 // index after the name; PF_EXITING of linux/sched.h
+	fields := strings.Fields(string(raw[bytes.LastIndexByte(raw, ')')+1:]))
+	if len(fields) <= flagsAt {
+		return false
 	}
-	return 0, fmt.Errorf("process %d has no vDSO (booted with vdso=0?): %w", pid, ErrUnsupported)
+	flags, err := strconv.ParseUint(fields[flagsAt], 10, 64)
+	return err == nil && flags&exiting != 0
 }
 
 func readMemory(pid int, addr uint64, buf []byte) error {
@@ -88,7 +77,7 @@ func readMemory(pid int, addr uint64, buf []byte) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = mem.Close() }() // read only: nothing can be lost
+	defer func() { _ = mem.Close() }() // opened for reading: an error of Close loses nothing
 	_, err = mem.ReadAt(buf, int64(addr))
 	return err
 }

@@ -18,8 +18,8 @@ func ptrace(request, tid int, addr, data uintptr) error {
 	return nil
 }
 
-// ptraceAt is for requests that read or write our memory. The conversion to uintptr has to stand in the call of
-// Syscall6, or else a growing stack may move what data points to.
+// ptraceAt makes a request that reads or writes our memory at data. The conversion to uintptr must be in the argument
+// list of Syscall6: otherwise a growing stack may move what data points to.
 func ptraceAt(request, tid int, addr uintptr, data unsafe.Pointer) error {
 	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, uintptr(request), uintptr(tid), addr, uintptr(data), 0, 0)
 	if errno != 0 {
@@ -55,8 +55,8 @@ func setSigmask(tid int, set sigset) error {
 	return ptraceAt(unix.PTRACE_SETSIGMASK, tid, unsafe.Sizeof(set), unsafe.Pointer(&set))
 }
 
-// syscallInfo is struct ptrace_syscall_info of linux/ptrace.h, with the union's two variants laid over each
-// other: word is the call's number at an entry stop and its result at an exit stop.
+// syscallInfo is struct ptrace_syscall_info of linux/ptrace.h. Two variants of the union share the member word: it is
+// the call's number at an entry stop and its result at an exit stop.
 type syscallInfo struct {
 	op   uint8
 	_    [3]uint8
@@ -73,8 +73,8 @@ func getSyscallInfo(tid int) (syscallInfo, error) {
 	return info, err
 }
 
-// pendingSiginfo lists the signals that wait for this thread (not those for the process as a whole), without
-// taking any of them off the queue.
+// pendingSiginfo lists the pending signals of this thread, without those of the process as a whole. The signals stay
+// in the queue.
 func pendingSiginfo(tid int) ([]siginfo, error) {
 	args := struct { // struct ptrace_peeksiginfo_args
 		off   uint64

@@ -22,11 +22,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// vm is a QEMU as the destination of a migration starts it.
+// vm is a QEMU, started as a migration's destination starts it.
 type vm struct {
 	t    testing.TB
 	pid  int
@@ -39,10 +39,10 @@ func startQEMU(t testing.TB, uid uint32, extra ...string) *vm {
 	t.Helper()
 	bin, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
-		cannot.Run(t, "no QEMU: %v", err)
+		testenv.CannotRun(t, "no QEMU: %v", err)
 	}
 	if os.Geteuid() != 0 {
-		cannot.Run(t, "needs root to start QEMU as uid %d", uid)
+		testenv.CannotRun(t, "needs root to start QEMU as uid %d", uid)
 	}
 	dir, err := os.MkdirTemp("/dev/shm", "inject")
 	if err != nil {
@@ -56,7 +56,8 @@ func startQEMU(t testing.TB, uid uint32, extra ...string) *vm {
 	socket := filepath.Join(dir, "qmp")
 	cmd := exec.Command(bin, append([]string{"-M", "q35", "-accel", "tcg", "-m", "64",
 		"-object", "memory-backend-file,id=ram0,size=64M,share=on,mem-path=" + v.ram, "-machine", "memory-backend=ram0",
-		"-S", "-incoming", "defer", "-nodefaults", "-display", "none", "-qmp", "unix:" + socket + ",server=on,wait=off"}, extra...)...)
+		"-S", "-incoming", "defer", "-nodefaults", "-display", "none",
+		"-qmp", "unix:" + socket + ",server=on,wait=off"}, extra...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 	cmd.Dir = "/"
 	cmd.Stderr = os.Stderr
@@ -84,7 +85,7 @@ func startQEMU(t testing.TB, uid uint32, extra ...string) *vm {
 	return v
 }
 
-// qmp sends one command, with a descriptor if fd >= 0, and returns what is under "return".
+// qmp sends one command, with a descriptor if fd >= 0, and returns the value of "return".
 func (v *vm) qmp(command string, fd int) (json.RawMessage, error) {
 	var rights []byte
 	if fd >= 0 {
@@ -107,7 +108,7 @@ func (v *vm) qmp(command string, fd int) (json.RawMessage, error) {
 		}
 		if reply.Return != nil {
 			return reply.Return, nil
-		} // else an event
+		} // otherwise it is an event
 	}
 }
 
@@ -148,8 +149,8 @@ func (v *vm) ramRange() uffd.Range {
 	return uffd.Range{}
 }
 
-// TestRAMIsNotInherited: a process that QEMU forks has not got the guest's RAM, so that it does no harm
-// that UFFD_SECURE keeps us from hearing of it (pkg/uffd's TestForkWithoutEvent).
+// TestRAMIsNotInherited checks that a process that QEMU forks does not get the guest's RAM. So it does no harm
+// that UFFD_SECURE does not report forks (pkg/uffd's TestForkWithoutEvent).
 func TestRAMIsNotInherited(t *testing.T) {
 	v := startQEMU(t, 65534)
 	ram := v.ramRange()
@@ -182,11 +183,11 @@ func TestTakeFromQEMU(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			if test.method == MethodDevice {
 				if _, err := os.Stat(uffd.DevicePath); err != nil {
-					cannot.Run(t, "needs Linux 6.1: %v", err)
+					testenv.CannotRun(t, "needs Linux 6.1: %v", err)
 				}
 				raw, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd")
 				if err == nil && strings.TrimSpace(string(raw)) != "0" {
-					cannot.Run(t, "vm.unprivileged_userfaultfd is not 0, so userfaultfd(2) will not be refused")
+					testenv.CannotRun(t, "vm.unprivileged_userfaultfd is not 0, so userfaultfd(2) will not be refused")
 				}
 			}
 			v := startQEMU(t, test.uid, test.args...)
@@ -230,13 +231,13 @@ func TestTakeFromQEMU(t *testing.T) {
 	}
 }
 
-// Without the device the reason has to be in the error, and QEMU has to be unharmed.
+// TestQEMURefuses checks that without the device the error says the reason, and that QEMU is unharmed.
 func TestQEMURefuses(t *testing.T) {
 	v := startQEMU(t, 65534, "-sandbox", sandbox)
 	taken, err := Take(t.Context(), v.pid, TakeOptions{})
 	if err == nil {
 		_ = taken.UFFD.Close()
-		cannot.Run(t, "vm.unprivileged_userfaultfd is 1 here")
+		testenv.CannotRun(t, "vm.unprivileged_userfaultfd is 1 here")
 	}
 	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "uid 65534") {
 		t.Errorf("error does not say why: %v", err)

@@ -9,9 +9,11 @@ import (
 	"runtime"
 )
 
-// To support an architecture write a regs_GOARCH.go with what is in this file; regs_amd64.go is the example.
+// To support an architecture, write a regs_GOARCH.go that defines what this file defines, as regs_amd64.go does.
 
 var syscallInstruction []byte
+
+var callInstructions, returnInstructions [][]byte
 
 const auditArch = 0
 
@@ -22,7 +24,12 @@ func supported() error { return fmt.Errorf("%w on %s", ErrUnsupported, runtime.G
 func getRegs(int) (regs, error) { return regs{}, supported() }
 func setRegs(int, *regs) error  { return supported() }
 
-func (r *regs) check() error                            { return supported() }
-func (r *regs) forCall(uint64, uintptr, []uintptr) regs { return *r }
-func (r *regs) forgetCall()                             {}
-func (r *regs) keepCallGoing() bool                     { return false }
+func (r *regs) check() error                                     { return supported() }
+func (r *regs) forCall(_, _ uint64, _ uintptr, _ []uintptr) regs { return *r }
+func (r *regs) forgetCall()                                      {}
+func (r *regs) keepCallGoing() bool                              { return false }
+func (r *regs) instruction() *uint64                             { return new(uint64) }
+
+func (r regs) withoutCall() regs                              { return r }
+func (r *regs) frame(uint64, sigset, []byte) (uint64, []byte) { return 0, nil }
+func getXstate(int) ([]byte, error)                           { return nil, supported() }

@@ -15,14 +15,10 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// anonName is how /proc names a userfaultfd (fs/userfaultfd.c).
+// anonName is the name of a userfaultfd in /proc (fs/userfaultfd.c).
 const anonName = "anon_inode:[userfaultfd]"
 
-// Find lists the descriptor numbers under which process pid holds userfaultfds, in ascending order.
-func Find(pid int) ([]int, error) {
-	return selectFDs(pid, func(fd int) bool { return checkUserfault(pid, fd) == nil })
-}
-
+// selectFDs returns the descriptor numbers of process pid for which wanted returns true, in ascending order.
 func selectFDs(pid int, wanted func(fd int) bool) ([]int, error) {
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	if err != nil {
@@ -38,7 +34,7 @@ func selectFDs(pid int, wanted func(fd int) bool) ([]int, error) {
 	return fds, nil
 }
 
-// findFile returns the number of a descriptor of process pid that is open on the same file as f.
+// findFile returns the lowest descriptor number of process pid that is open on the same file as f.
 func findFile(pid int, f *os.File) (int, error) {
 	fds, err := selectFDs(pid, func(fd int) bool { return sameFile(pid, fd, int(f.Fd())) == nil })
 	if err != nil {
@@ -50,9 +46,9 @@ func findFile(pid int, f *os.File) (int, error) {
 	return fds[0], nil
 }
 
-// Duplicate takes a userfaultfd that process pid holds already, one of those from Find. The process need not be
-// stopped. A daemon that was restarted in mid-migration continues with it; UFFD.API has been called on it then, and
-// whether it was made with UFFD_SECURE is not to be seen.
+// Duplicate returns a duplicate of a userfaultfd that process pid has already, as descriptor fd. The process need not
+// be stopped. A daemon that was restarted in mid-migration uses it to continue: UFFD.API has been called on that
+// descriptor already, and it cannot be seen whether it was made with UFFD_SECURE.
 func Duplicate(pid, fd int) (*Taken, error) {
 	pidfd, err := openPidfd(pid)
 	if err != nil {
@@ -66,22 +62,22 @@ func Duplicate(pid, fd int) (*Taken, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := sameFile(pid, fd, local); err != nil { // the process closed it in between and reused the number
+	if err := sameFile(pid, fd, local); err != nil { // the process closed it meanwhile and reused the number
 		return nil, errors.Join(err, unix.Close(local))
 	}
 	return &Taken{UFFD: uffd.FromFD(local), RemoteFD: fd, Pid: pid, Method: MethodDuplicate}, nil
 }
 
-// CloseRemote makes the process close its own descriptor, after checking that the number still stands for the
-// same userfaultfd as t.UFFD, which therefore has to be open. ErrNotUserfault: the number now means something
-// else; nothing is closed.
+// CloseRemote makes the process close its own descriptor. It first checks that the number still means the
+// same userfaultfd as t.UFFD, which must be open for that. ErrNotUserfault: the number now means something
+// else, and nothing was closed.
 func (t *Taken) CloseRemote(ctx context.Context) error {
 	return closeRemote(ctx, t.Pid, t.RemoteFD, func() error { return sameFile(t.Pid, t.RemoteFD, t.UFFD.FD()) })
 }
 
-// CloseRemote makes process pid close its descriptor fd, after checking that it is a userfaultfd
-// (ErrNotUserfault: it is not, and nothing is closed). With a Taken at hand use its method, which also notices
-// another userfaultfd under the same number.
+// CloseRemote makes process pid close its descriptor fd. It first checks that fd is a userfaultfd
+// (ErrNotUserfault: it is not, and nothing was closed). Taken.CloseRemote is stricter: it also detects
+// another userfaultfd with the same number.
 func CloseRemote(ctx context.Context, pid, fd int) error {
 	return closeRemote(ctx, pid, fd, func() error { return nil })
 }
@@ -115,8 +111,8 @@ func checkUserfault(pid, fd int) error {
 	return nil
 }
 
-// sameFile compares inodes. Each userfaultfd has its own since Linux 5.12; before that all look alike and this
-// accepts any of them.
+// sameFile checks that descriptor fd of process pid and our descriptor local are the same file, by inode. Since Linux
+// 5.12 each userfaultfd has its own inode. Before, all share one, and sameFile accepts any of them.
 func sameFile(pid, fd, local int) error {
 	var theirs, ours unix.Stat_t
 	if err := unix.Stat(fmt.Sprintf("/proc/%d/fd/%d", pid, fd), &theirs); err != nil {

@@ -12,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// wouldKill says whether a seccomp filter of the thread answers the call by killing it. The filters are read
-// with ptrace and run here: to find it out by trying costs a VM.
+// wouldKill reports whether a seccomp filter of the thread would kill it for the call. It reads the filters
+// with ptrace and runs them here: a real attempt would kill the VM.
 //
-// Reading them needs CAP_SYS_ADMIN and CONFIG_CHECKPOINT_RESTORE. Where that is missing the answer is no.
+// Reading filters needs CAP_SYS_ADMIN and CONFIG_CHECKPOINT_RESTORE. Without them the answer is false.
 // QEMU's own -sandbox denies nothing that Take injects.
 func wouldKill(tid int, insn uint64, nr uintptr, args []uintptr) (bool, error) {
 	const filterMode = 2 // SECCOMP_MODE_FILTER
@@ -42,7 +42,7 @@ func wouldKill(tid int, insn uint64, nr uintptr, args []uintptr) (bool, error) {
 		if err != nil {
 			return false, fmt.Errorf("seccomp filter %d of thread %d: %w", index, tid, err)
 		}
-		// Of several filters the strictest decides, and nothing is stricter than this.
+		// The strictest answer of all filters decides, and these two are the strictest.
 		switch uint32(verdict) & unix.SECCOMP_RET_ACTION_FULL {
 		case unix.SECCOMP_RET_KILL_PROCESS, unix.SECCOMP_RET_KILL_THREAD:
 			return true, nil
@@ -50,8 +50,8 @@ func wouldKill(tid int, insn uint64, nr uintptr, args []uintptr) (bool, error) {
 	}
 }
 
-// seccompData is struct seccomp_data as a filter sees it. Filters read it in words of 32 bits of the machine's
-// byte order, the virtual machine reads words in network order; so each is stored in that.
+// seccompData is struct seccomp_data as a filter sees it. Filters read it in words of 32 bits in the machine's
+// byte order. The virtual machine of package bpf reads words in network order, so each word is stored in that order.
 func seccompData(insn uint64, nr uintptr, args []uintptr) []byte {
 	long := func(v uint64) []uint32 {
 		native := binary.NativeEndian.AppendUint64(nil, v)
@@ -73,7 +73,8 @@ func seccompData(insn uint64, nr uintptr, args []uintptr) []byte {
 	return data
 }
 
-// seccompFilter reads the index-th filter, counted from the one installed last; ENOENT if there are fewer.
+// seccompFilter reads the filter with that index; 0 is the filter installed last. The error is ENOENT if there are
+// fewer.
 func seccompFilter(tid int, index uintptr) ([]bpf.RawInstruction, error) {
 	n, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SECCOMP_GET_FILTER, uintptr(tid), index, 0, 0, 0)
 	if errno != 0 {

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stop is one of the ways in which a seized thread stands still, see 'Stopped states' in ptrace(2).
+// stop is a stop of a seized thread, see 'Stopped states' in ptrace(2).
 type stop struct {
 	kind stopKind
 	info siginfo
@@ -20,18 +20,17 @@ type stop struct {
 type stopKind int
 
 const (
-	// stopEvent: PTRACE_EVENT_STOP, by PTRACE_INTERRUPT or because the process is stopped by SIGSTOP. The
-	// thread is inside get_signal() of kernel/signal.c: pending signals and the restart of an interrupted call
+	// stopEvent is PTRACE_EVENT_STOP, because of PTRACE_INTERRUPT or a SIGSTOP of the process. The
+	// thread is in get_signal() of kernel/signal.c: pending signals and the restart of an interrupted call
 	// come after it.
 	stopEvent stopKind = iota
 	stopSyscall
 	stopSignal // a signal is about to be delivered; it is lost unless the thread is resumed with it
 )
 
-// currentStop asks ptrace whether and how the thread is stopped; ESRCH if it is not.
+// currentStop asks ptrace whether and how the thread is stopped. The error is ESRCH if it is not.
 //
-// wait(2) would say the same, but its answer is given only once, and any other waiter in our process may have
-// got it.
+// wait(2) would return the same, but only once, and another waiter in our process may have got it.
 func currentStop(tid int) (stop, error) {
 	info, err := getSiginfo(tid)
 	if err != nil {
@@ -46,16 +45,16 @@ func currentStop(tid int) (stop, error) {
 	return stop{stopSignal, info}, nil
 }
 
-// isSeccompTrap says that the signal is the answer of SECCOMP_RET_TRAP to a system call.
+// isSeccompTrap reports whether the signal is the answer of SECCOMP_RET_TRAP to a system call.
 func (si siginfo) isSeccompTrap() bool {
 	const sysSeccomp = 1 // SYS_SECCOMP of asm-generic/siginfo.h
 	return si.signo == int32(unix.SIGSYS) && si.code == sysSeccomp
 }
 
-// signalFor is the signal with which to resume the thread from s so that none is lost or added.
+// signalFor returns the signal with which to resume the thread from s, so that no signal is lost or added.
 //
-// While our own call runs, SIGSYS is the only one that can arrive here besides SIGSTOP. If seccomp sent it, it
-// is ours and is dropped; if somebody else did, it is sent again when the thread is restored.
+// While our call runs, only SIGSYS and SIGSTOP can arrive here. A SIGSYS that seccomp sent is for our call, and is
+// dropped. Any other SIGSYS is sent again when the thread is restored.
 func (p *Process) signalFor(s stop) uintptr {
 	switch {
 	case s.kind != stopSignal:
@@ -69,8 +68,8 @@ func (p *Process) signalFor(s stop) uintptr {
 
 // waitStop waits until the thread is stopped.
 //
-// It polls. The alternative, a blocking wait(2), cannot be ended by a context. The first rounds only yield the
-// CPU, since a stop usually takes microseconds.
+// It polls, because a context cannot end a blocking wait(2). The first rounds only yield the
+// CPU, because a stop usually takes microseconds.
 func waitStop(ctx context.Context, tid int) (stop, error) {
 	const yields = 100
 	pause := 20 * time.Microsecond
@@ -106,7 +105,7 @@ func didNotStop(tid int, cause error) error {
 	return fmt.Errorf("thread %d did not stop (state %c%s): %w", tid, st.state, hint, cause)
 }
 
-// hasEnded says whether a thread we trace is dead, and if so releases it from us.
+// hasEnded reports whether a thread that we trace is dead. If so, it ends the tracing.
 func hasEnded(tid int) bool {
 	var info unix.Siginfo
 	const look = unix.WEXITED | unix.WNOHANG | unix.WNOWAIT | unix.WALL
@@ -117,8 +116,8 @@ func hasEnded(tid int) bool {
 	if info.Signo == 0 || info.Code != exited && info.Code != killed && info.Code != dumped {
 		return false // alive; a stop is reported here too, with another code
 	}
-	// The real parent learns of the death only when the tracer has seen it. If we are the parent ourselves, the
-	// exit status belongs to whoever calls Wait for that child.
+	// The real parent learns of the death only after the tracer has waited for it. If we are the parent ourselves,
+	// leave the exit status for the caller of Wait.
 	if st, err := readStatus(tid); err == nil && st.parent != unix.Getpid() {
 		_, _ = unix.Wait4(tid, nil, unix.WNOHANG|unix.WALL|unix.WNOTHREAD, nil) // ECHILD: already seen
 	}

@@ -20,40 +20,40 @@ import (
 const (
 	MethodSyscall   = "userfaultfd(2)"
 	MethodDevice    = uffd.DevicePath
-	MethodDuplicate = "duplicate" // the process had it already
+	MethodDuplicate = "duplicate" // the process had the userfaultfd already
 )
 
-// newFlags of a new userfaultfd, besides UFFD_SECURE. Not UFFD_USER_MODE_ONLY: KVM takes a guest's faults in kernel mode, and such a
-// descriptor turns them into a guest crash.
+// newFlags are the flags of a new userfaultfd, besides UFFD_SECURE. UFFD_USER_MODE_ONLY is missing: KVM takes a guest's
+// faults in kernel mode, and that flag would turn them into a guest crash.
 const newFlags = unix.O_CLOEXEC | unix.O_NONBLOCK
 
 // TakeOptions says what Take may use.
 type TakeOptions struct {
-	// HandDevice passes dev, our open /dev/userfaultfd, into the process, which runs meanwhile; Take finds its
-	// number there by itself. release takes it out again; Take calls it once, whether or not it got a
-	// userfaultfd. dev belongs to Take. nil: the process cannot be handed descriptors.
+	// HandDevice passes dev, our open /dev/userfaultfd, to the process, which runs meanwhile. Take finds the
+	// descriptor number there by itself. release makes the process close it; Take calls it once, whether or not it got
+	// a userfaultfd. Take owns dev. If HandDevice is nil, Take does not use the device.
 	//
 	// With QEMU use getfd and closefd. After add-fd and remove-fd the device stays open for as long as the VM
 	// does not run (monitor_fdset_cleanup in QEMU 7.2).
 	HandDevice func(ctx context.Context, dev *os.File) (release func(context.Context) error, err error)
 }
 
-// Taken is a userfaultfd of another process. The two descriptors are one file: what is registered stays so
+// Taken is a userfaultfd of another process. The two descriptors are one file: registered memory stays registered
 // while either is open.
 type Taken struct {
-	UFFD     *uffd.UFFD // our duplicate, owned by the holder of Taken; before anything else it needs UFFD.API
-	RemoteFD int        // the process' own, kept open until CloseRemote
+	UFFD     *uffd.UFFD // our duplicate, owned by the owner of Taken; call UFFD.API first (not after Duplicate)
+	RemoteFD int        // the process' own descriptor, open until CloseRemote
 	Pid      int
 	Method   string
 }
 
-// Attempt is one way in which a userfaultfd was asked for, and why that failed.
+// Attempt is a failed attempt to make a userfaultfd: how, and why it failed.
 type Attempt struct {
 	Method string
 	Err    error
 }
 
-// TakeError lists all that Take tried. errors.Is and errors.As look at each attempt's error.
+// TakeError lists all attempts of Take. errors.Is and errors.As look at the error of each.
 type TakeError struct {
 	Pid      int
 	Attempts []Attempt
@@ -71,7 +71,7 @@ func (e *TakeError) Error() string {
 	return b.String()
 }
 
-// Unwrap gives the attempts' errors.
+// Unwrap returns the attempts' errors.
 func (e *TakeError) Unwrap() []error {
 	errs := make([]error, len(e.Attempts))
 	for i, a := range e.Attempts {
@@ -80,11 +80,11 @@ func (e *TakeError) Unwrap() []error {
 	return errs
 }
 
-// Take makes process pid create a userfaultfd for its memory, with UFFD_SECURE where the kernel has that, and
-// returns a duplicate. It tries userfaultfd(2)
-// first; where the process may not call it (unprivileged, and vm.unprivileged_userfaultfd is 0) it uses
-// /dev/userfaultfd, which opts.HandDevice puts into the process. Every error is a *TakeError; then the process
-// has no more descriptors than before, unless the error says that one could not be closed.
+// Take makes process pid create a userfaultfd for its memory, with UFFD_SECURE where the kernel has that flag, and
+// returns a duplicate. It tries userfaultfd(2) first. If the process may not call it (it is unprivileged, and
+// vm.unprivileged_userfaultfd is 0), Take uses /dev/userfaultfd, which opts.HandDevice passes to the process. Every
+// error is a *TakeError. After an error the process has no more descriptors than before, unless the error says that one
+// could not be closed.
 func Take(ctx context.Context, pid int, opts TakeOptions) (*Taken, error) {
 	failed := &TakeError{Pid: pid}
 	pidfd, err := openPidfd(pid)
@@ -101,7 +101,7 @@ func Take(ctx context.Context, pid int, opts TakeOptions) (*Taken, error) {
 	}
 	failed.Attempts = append(failed.Attempts, Attempt{MethodSyscall, err})
 	if !refused(err) {
-		return nil, failed // no ptrace, or process gone: the other way needs both too
+		return nil, failed // no ptrace, or process gone: the device would fail, too
 	}
 	taken, err = target.takeByDevice(ctx, opts)
 	if err == nil {
@@ -111,7 +111,7 @@ func Take(ctx context.Context, pid int, opts TakeOptions) (*Taken, error) {
 	return nil, failed
 }
 
-// refusal is the answer of a kernel or a filter that would not make a userfaultfd.
+// refusal says that the kernel or a filter refused to make a userfaultfd.
 type refusal struct {
 	cause  error
 	remedy string
@@ -125,7 +125,7 @@ func refused(err error) bool {
 	return errors.As(err, &r)
 }
 
-// target is the process of one Take. pidfd keeps its number from meaning another process.
+// target is the process of one Take. pidfd identifies it, even if pid is given to another process.
 type target struct{ pid, pidfd int }
 
 func openPidfd(pid int) (int, error) {
@@ -139,21 +139,21 @@ func openPidfd(pid int) (int, error) {
 	return pidfd, nil
 }
 
-// seize is Seize for exactly the process of pidfd.
+// seize is Seize for the process of pidfd.
 func (t target) seize(ctx context.Context) (*Process, error) {
 	p, err := Seize(ctx, t.pid)
 	if err != nil {
 		return nil, err
 	}
-	// While we trace it, the number cannot be given to another process any more; but it might have been before.
+	// While we trace it, the number cannot be given to another process. It might have been given away before.
 	if err := unix.PidfdSendSignal(t.pidfd, 0, nil, 0); err != nil {
 		return nil, errors.Join(fmt.Errorf("process %d: %w", t.pid, ErrProcessGone), p.Detach())
 	}
 	return p, nil
 }
 
-// take seizes the process, makes it create a userfaultfd by the given call, whose last argument is the flags,
-// duplicates that and lets go.
+// take seizes the process, makes it create a userfaultfd by the given call, duplicates that and detaches. The call's
+// last argument is the flags.
 func (t target) take(ctx context.Context, method string, nr uintptr, args ...uintptr) (*Taken, error) {
 	p, err := t.seize(ctx)
 	if err != nil {
@@ -162,17 +162,23 @@ func (t target) take(ctx context.Context, method string, nr uintptr, args ...uin
 	own := uffd.FromSecureFD
 	secure := slices.Clone(args)
 	secure[len(secure)-1] |= abi.UFFD_SECURE
-	remote, err := p.Syscall(ctx, nr, secure...)
-	if errors.Is(err, unix.EINVAL) { // the kernel does not know the flag
+	remote, err := uintptr(0), error(unix.EINVAL)
+	if uffd.AsksSecure() {
+		remote, err = p.Syscall(ctx, nr, secure...)
+	}
+	if errors.Is(err, unix.EINVAL) { // the kernel does not have UFFD_SECURE, or AsksSecure said no
 		own = uffd.FromFD
 		remote, err = p.Syscall(ctx, nr, args...)
+	}
+	if errors.Is(err, ErrNotRestored) && remote != 0 { // it was made, and the thread cannot close it now
+		err = fmt.Errorf("descriptor %d stays open in process %d: %w", remote, t.pid, err)
 	}
 	if err != nil {
 		return nil, both(t.explain(method, err), p.Detach())
 	}
 	local, err := t.duplicate(int(remote))
 	if err != nil {
-		// Not with the caller's context: it may be over, and a descriptor must not stay behind.
+		// Do not use the caller's context: it may have ended, and the descriptor must be closed.
 		_, closeErr := p.Syscall(context.WithoutCancel(ctx), unix.SYS_CLOSE, remote)
 		if closeErr != nil {
 			closeErr = fmt.Errorf("descriptor %d stays open in process %d: %w", remote, t.pid, closeErr)
@@ -180,13 +186,13 @@ func (t target) take(ctx context.Context, method string, nr uintptr, args ...uin
 		return nil, both(both(err, closeErr), p.Detach())
 	}
 	taken := &Taken{UFFD: own(local), RemoteFD: int(remote), Pid: t.pid, Method: method}
-	if err := p.Detach(); err != nil { // killed after the call: there is no memory left to serve
+	if err := p.Detach(); err != nil { // killed after the call: its memory is gone
 		return nil, errors.Join(err, taken.UFFD.Close())
 	}
 	return taken, nil
 }
 
-// explain adds the remedy to what the process was answered.
+// explain adds the remedy to the error that the process got.
 func (t target) explain(method string, err error) error {
 	switch {
 	case errors.Is(err, ErrSeccomp):
@@ -201,13 +207,13 @@ func (t target) explain(method string, err error) error {
 		if statErr == nil {
 			who = fmt.Sprintf("the process (uid %d, seccomp mode %d)", st.uid, st.seccomp)
 		}
-		return &refusal{err, who + " has no CAP_SYS_PTRACE and vm.unprivileged_userfaultfd is not 1, or its seccomp filter or " +
-			"a security module refuses; use " + uffd.DevicePath}
+		return &refusal{err, who + " has no CAP_SYS_PTRACE and vm.unprivileged_userfaultfd is not 1, " +
+			"or its seccomp filter or a security module refuses; use " + uffd.DevicePath}
 	}
 	return err
 }
 
-// duplicate makes a descriptor of ours from one of the process', if that is a userfaultfd.
+// duplicate returns our duplicate of the process' descriptor fd, if that is a userfaultfd.
 func (t target) duplicate(fd int) (int, error) {
 	if err := checkUserfault(t.pid, fd); err != nil {
 		return -1, err
@@ -222,7 +228,7 @@ func (t target) duplicate(fd int) (int, error) {
 	return local, nil
 }
 
-// takeByDevice uses /dev/userfaultfd: its ioctl asks for no capability, opening it did.
+// takeByDevice uses /dev/userfaultfd. Only opening it needs permission; the process' ioctl needs none.
 func (t target) takeByDevice(ctx context.Context, opts TakeOptions) (taken *Taken, err error) {
 	if opts.HandDevice == nil {
 		return nil, errors.New("not tried: there is no way to hand the process a descriptor (no QMP connection)")
@@ -249,7 +255,7 @@ func (t target) takeByDevice(ctx context.Context, opts TakeOptions) (taken *Take
 			return
 		}
 		releaseErr = fmt.Errorf("take it out of process %d again: %w", t.pid, releaseErr)
-		if taken != nil { // a device left behind lets the process make more userfaultfds: not what was asked for
+		if taken != nil { // with the device still open, the process could make more userfaultfds: give up
 			releaseErr = errors.Join(releaseErr, taken.CloseRemote(context.WithoutCancel(ctx)), taken.UFFD.Close())
 		}
 		taken, err = nil, errors.Join(err, releaseErr)

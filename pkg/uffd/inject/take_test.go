@@ -16,16 +16,16 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// takeOrSkip needs root: the targets inherit our credentials.
+// takeOrSkip takes a userfaultfd, or skips the test. It needs root: the targets inherit our credentials.
 func takeOrSkip(t testing.TB, pid int) *Taken {
 	t.Helper()
 	taken, err := Take(t.Context(), pid, TakeOptions{})
 	if errors.Is(err, unix.EPERM) && os.Geteuid() != 0 {
-		cannot.Run(t, "needs root: %v", err)
+		testenv.CannotRun(t, "needs root: %v", err)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -35,7 +35,7 @@ func takeOrSkip(t testing.TB, pid int) *Taken {
 
 func wantFound(t *testing.T, pid int, want ...int) {
 	t.Helper()
-	got, err := Find(pid)
+	got, err := selectFDs(pid, func(fd int) bool { return checkUserfault(pid, fd) == nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +44,8 @@ func wantFound(t *testing.T, pid int, want ...int) {
 	}
 }
 
-// wantSupervision: what another process makes for us has the flag where what we make has it. Its label is of its own.
+// wantSupervision checks that a descriptor that another process made for us has the flag if our own ones have it. Its
+// label may differ.
 func wantSupervision(t *testing.T, taken *Taken) {
 	t.Helper()
 	ours, _, err := uffd.ProbeSupervision()
@@ -74,7 +75,7 @@ func TestTake(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Ours may be closed first; the process' keeps the userfaultfd alive, and the duplicate is the same.
+	// We may close our descriptor first: the process' own keeps the userfaultfd open, and a duplicate of it is the same.
 	if err := taken.UFFD.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -125,7 +126,7 @@ func TestSeccompFilter(t *testing.T) {
 	for _, mode := range []string{"seccomp-trap", "seccomp-errno", "seccomp-kill"} {
 		t.Run(mode, func(t *testing.T) {
 			if mode == "seccomp-kill" && os.Geteuid() != 0 {
-				cannot.Run(t, "needs root to read the filter")
+				testenv.CannotRun(t, "needs root to read the filter")
 			}
 			v := startVictim(t, mode)
 			_, err := Take(t.Context(), v.pid, TakeOptions{})
@@ -138,7 +139,7 @@ func TestSeccompFilter(t *testing.T) {
 			}
 			injectGetpid(t, v.pid)
 			v.awaitBlocked(unix.SYS_READ)
-			v.poke() // the target counts SIGSYS
+			v.poke() // the target prints how many SIGSYS it got
 			if got, want := v.line(), "ret=1 errno=0 signals=0"; got != want {
 				t.Errorf("%q, want %q", got, want)
 			}
@@ -146,7 +147,7 @@ func TestSeccompFilter(t *testing.T) {
 	}
 }
 
-// A descriptor that turns out to be of no use must not stay behind.
+// TestNothingStaysBehind checks that a descriptor that cannot be used does not stay open.
 func TestNothingStaysBehind(t *testing.T) {
 	v := startVictim(t, "read")
 	pidfd, err := unix.PidfdOpen(v.pid, 0)
@@ -155,7 +156,9 @@ func TestNothingStaysBehind(t *testing.T) {
 	}
 	defer unix.Close(pidfd)
 	before := openFDs(t, v.pid)
-	if _, err = (target{v.pid, pidfd}).take(t.Context(), MethodSyscall, unix.SYS_DUP, 0); !errors.Is(err, ErrNotUserfault) {
+	if _, err = (target{v.pid, pidfd}).take(
+		t.Context(), MethodSyscall, unix.SYS_DUP, 0,
+	); !errors.Is(err, ErrNotUserfault) {
 		t.Errorf("dup(0) passed for a userfaultfd: %v", err)
 	}
 	if after := openFDs(t, v.pid); after != before {
@@ -163,7 +166,8 @@ func TestNothingStaysBehind(t *testing.T) {
 	}
 }
 
-// However late the context ends: either the caller gets the descriptor, or there is none.
+// TestCancelledCallLeavesNoDescriptor ends the context at different moments. Either the caller gets the descriptor, or
+// there is none.
 func TestCancelledCallLeavesNoDescriptor(t *testing.T) {
 	v := startVictim(t, "read")
 	p, err := Seize(t.Context(), v.pid)
@@ -185,7 +189,7 @@ func TestCancelledCallLeavesNoDescriptor(t *testing.T) {
 		case errors.Is(err, context.Canceled):
 			cancelled++
 		case errors.Is(err, unix.EPERM):
-			cannot.Run(t, "needs root: %v", err)
+			testenv.CannotRun(t, "needs root: %v", err)
 		default:
 			t.Fatal(err)
 		}
@@ -210,11 +214,13 @@ func openFDs(t *testing.T, pid int) int {
 func TestDeviceNotAvailable(t *testing.T) {
 	v := startVictim(t, "seccomp-errno")
 	refuse := errors.New("no QMP today")
-	_, err := Take(t.Context(), v.pid, TakeOptions{HandDevice: func(context.Context, *os.File) (func(context.Context) error, error) {
+	_, err := Take(t.Context(), v.pid, TakeOptions{HandDevice: func(
+		context.Context, *os.File,
+	) (func(context.Context) error, error) {
 		return nil, refuse
 	}})
 	if _, statErr := os.Stat(uffd.DevicePath); statErr != nil {
-		cannot.Run(t, "no device: %v", statErr)
+		testenv.CannotRun(t, "no device: %v", statErr)
 	}
 	if !errors.Is(err, refuse) || !errors.Is(err, unix.EPERM) {
 		t.Errorf("error does not tell both reasons: %v", err)
@@ -240,8 +246,8 @@ func BenchmarkTake(b *testing.B) {
 	}
 }
 
-// BenchmarkTakeUp is what a daemon that is started again pays for the descriptor: by a duplicate of the process' own, and,
-// if it were handed to it, for the proof that it is that of the process.
+// BenchmarkTakeUp measures how long a daemon that was started again needs for the descriptor. It may duplicate the
+// process' own. Or it may have received one, and then proves that it is the same as the process' own.
 func BenchmarkTakeUp(b *testing.B) {
 	v := startVictim(b, "ppoll")
 	taken := takeOrSkip(b, v.pid)

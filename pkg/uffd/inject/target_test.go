@@ -20,7 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 var targetDir string // made by buildTarget
@@ -33,8 +33,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// buildTarget compiles testdata/target.c. Where there is no compiler, as in the initramfs that tests of the kernel
-// series run in, INJECT_TEST_TARGET names a program compiled before.
+// buildTarget compiles testdata/target.c. Where there is no compiler, as in the initramfs of the tests of the kernel
+// series, INJECT_TEST_TARGET names a program that was compiled before.
 var buildTarget = sync.OnceValues(func() (string, error) {
 	if path := os.Getenv("INJECT_TEST_TARGET"); path != "" {
 		return path, nil
@@ -60,20 +60,20 @@ type victim struct {
 	lines *bufio.Scanner
 }
 
-// startVictim returns when the target says that it is ready. Nobody waits for the process before it has ended,
-// see the package comment.
+// startVictim starts a target and returns when the target is ready. No goroutine calls Wait before the process has
+// ended, see the package comment.
 func startVictim(t testing.TB, mode string) *victim {
 	t.Helper()
 	if _, err := exec.LookPath("gcc"); err != nil && os.Getenv("INJECT_TEST_TARGET") == "" {
-		cannot.Run(t, "no C compiler: %v", err)
+		testenv.CannotRun(t, "no C compiler: %v", err)
 	}
 	bin, err := buildTarget()
 	if err != nil {
 		t.Fatal(err)
 	}
 	v := &victim{t: t, cmd: exec.Command(bin, mode)}
-	// A group of its own, whose parent is this process: SIGTSTP stops nobody in an orphaned group (setpgid(2)), and who
-	// starts the tests may have made them one.
+	// The target gets its own process group, whose parent is this process. SIGTSTP stops no process of an orphaned group
+	// (setpgid(2)), and the group of the tests may be orphaned.
 	v.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	v.stdin, err = v.cmd.StdinPipe()
 	if err != nil {
@@ -99,8 +99,8 @@ func startVictim(t testing.TB, mode string) *victim {
 	return v
 }
 
-// line reads the next line; "" at the end of output. A target that hangs is killed after 30 s, which ends the
-// output.
+// line reads the next line; it is "" at the end of the output. A target that hangs is killed after 30 s, which ends
+// the output.
 func (v *victim) line() string {
 	killer := time.AfterFunc(30*time.Second, func() { _ = unix.Kill(v.pid, unix.SIGKILL) })
 	defer killer.Stop()
@@ -117,7 +117,7 @@ func (v *victim) poke() {
 	}
 }
 
-// eventually polls until ok, at most 20 s.
+// eventually polls ok until it is true. It fails the test after 20 s.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
@@ -130,7 +130,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// blockedIn says which system call the thread sleeps in; -1 if it is not asleep in one.
+// blockedIn returns the number of the system call in which the thread sleeps, or -1 if it does not sleep in one.
 func blockedIn(pid int) int {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", pid))
 	if err != nil {
@@ -147,8 +147,8 @@ func (v *victim) awaitBlocked(calls ...int) {
 	v.t.Helper()
 	eventually(v.t, fmt.Sprintf("target is blocked in system call %v", calls), func() bool {
 		for _, nr := range calls {
-			// Asleep, too: one that was just detached is still in the call, on its
-			// way to begin it again.
+			// Check the state, too: a thread that was just detached is still in the call, but about to
+			// repeat it.
 			if blockedIn(v.pid) == nr && v.state() == 'S' {
 				return true
 			}
@@ -166,7 +166,7 @@ func (v *victim) state() byte {
 	return st.state
 }
 
-// wantUntraced is part of 'as found'.
+// wantUntraced checks that no process traces the target.
 func (v *victim) wantUntraced() {
 	v.t.Helper()
 	st, err := readStatus(v.pid)
@@ -176,4 +176,24 @@ func (v *victim) wantUntraced() {
 	if st.tracer != 0 {
 		v.t.Errorf("still traced by %d", st.tracer)
 	}
+}
+
+// pending reports whether the signal is pending or blocked in the main thread.
+func (v *victim) pending(sig int) bool {
+	v.t.Helper()
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", v.pid))
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(raw)) {
+		key, value, _ := strings.Cut(line, ":")
+		if key != "SigPnd" && key != "SigBlk" {
+			continue
+		}
+		set, err := strconv.ParseUint(strings.TrimSpace(value), 16, 64)
+		if err != nil || set&(1<<(sig-1)) != 0 {
+			return true
+		}
+	}
+	return false
 }

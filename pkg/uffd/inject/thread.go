@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// thread is an OS thread of ours that serves as a tracer. Linux binds a tracee to the thread that attached, not
-// to its process: any other thread's ptrace request fails with ESRCH.
+// thread is an OS thread of ours that is a tracer. Linux binds a tracee to the thread that attached, not
+// to that thread's process: a ptrace request of any other thread fails with ESRCH.
 type thread struct {
 	jobs  chan func()
 	tid   int
@@ -32,8 +32,8 @@ func startThread() *thread {
 func (t *thread) serve(ready chan struct{}) {
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
-		// The Go runtime never ends the process' first thread, which endByExit relies on. While we sit on it,
-		// the next goroutine necessarily gets another one.
+		// endByExit needs a thread that ends, but the Go runtime never ends the process' first thread. While we
+		// occupy it, the next goroutine gets another one.
 		go t.serve(ready)
 		<-ready
 		runtime.UnlockOSThread()
@@ -57,19 +57,19 @@ func (t *thread) do(f func() error) error {
 	return <-result
 }
 
-// end gives the thread back to the Go runtime. Nothing may be attached to it any more.
+// end gives the thread back to the Go runtime. No tracee may be attached to it any more.
 func (t *thread) end() {
 	close(t.jobs)
 	<-t.ended
 }
 
-// endByExit ends the OS thread itself. The kernel detaches what is attached to an exiting tracer, which is the
-// only way to let go of a tracee that does not stop: PTRACE_DETACH wants a stopped one.
+// endByExit ends the OS thread itself. The kernel detaches the tracees of a tracer that exits. That is the
+// only way to detach a tracee that does not stop: PTRACE_DETACH needs a stopped one.
 func (t *thread) endByExit() {
 	t.jobs <- func() { t.abandon = true }
 	t.end()
-	// A locked goroutine's thread exits some time after the goroutine. Wait so that the caller finds the tracee
-	// free.
+	// A locked goroutine's thread exits some time after the goroutine. Wait for it, so that the tracee is free when
+	// endByExit returns.
 	for range 1000 {
 		if _, err := os.Stat(fmt.Sprintf("/proc/self/task/%d", t.tid)); err != nil {
 			return

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package uffdtest gives tests a process whose memory they may supervise: no Go thread ever waits for a
-// page of its own process. The process is a small C program, compiled on first use, that does
-// what it is told (testdata/child.c).
+// Package uffdtest gives tests a process whose memory they may register: no Go thread ever waits for a
+// page of its own process. The process is a small C program, compiled on first use, that executes
+// requests (testdata/child.c).
 package uffdtest
 
 import (
@@ -21,17 +21,17 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// patience bounds every wait for the child, so that a lost wake-up fails a test instead of hanging it.
+// patience limits every wait for the child, so that a lost wake-up fails a test instead of blocking it.
 const patience = 20 * time.Second
 
 //go:embed testdata/child.c
 var childSource []byte
 
-// childBinary puts the program into a memfd: nothing is left behind, however a test ends.
+// childBinary writes the program to a memfd: no file is left behind, however a test ends.
 var childBinary = sync.OnceValues(func() (*os.File, error) {
 	elf, err := childProgram()
 	if err != nil {
@@ -42,7 +42,7 @@ var childBinary = sync.OnceValues(func() (*os.File, error) {
 		return nil, err
 	}
 	defer unix.Close(fd)
-	// Out of the way of the child's descriptor 3: it is executed by its number.
+	// The program is executed by its descriptor number, which must not be the child's descriptor 3.
 	high, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 10)
 	if err != nil {
 		return nil, err
@@ -54,8 +54,8 @@ var childBinary = sync.OnceValues(func() (*os.File, error) {
 	return f, nil
 })
 
-// childProgram compiles it. Where there is no compiler, as in the initramfs that tests of the kernel series
-// run in, UFFDTEST_CHILD names a program compiled before.
+// childProgram compiles the program. Where there is no compiler, as in the initramfs of the tests of the kernel
+// series, UFFDTEST_CHILD names a program that was compiled before.
 func childProgram() ([]byte, error) {
 	if path := os.Getenv("UFFDTEST_CHILD"); path != "" {
 		return os.ReadFile(path)
@@ -69,7 +69,9 @@ func childProgram() ([]byte, error) {
 	if err := os.WriteFile(source, childSource, 0o600); err != nil {
 		return nil, err
 	}
-	if out, err := exec.Command("gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", binary, source).CombinedOutput(); err != nil {
+	if out, err := exec.Command(
+		"gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", binary, source,
+	).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("gcc: %w: %s", err, out)
 	}
 	return os.ReadFile(binary)
@@ -77,7 +79,7 @@ func childProgram() ([]byte, error) {
 
 const memfdName = "uffdtest-child"
 
-// Child is the process. Its methods fail the test where the process does not answer.
+// Child is the process. Its methods fail the test if the process does not answer.
 type Child struct {
 	Pid int
 
@@ -92,7 +94,7 @@ func Start(t testing.TB) *Child {
 	t.Helper()
 	binary, err := childBinary()
 	if err != nil {
-		cannot.Run(t, "cannot build the child: %v", err)
+		testenv.CannotRun(t, "cannot build the child: %v", err)
 	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -108,7 +110,7 @@ func Start(t testing.TB) *Child {
 	cmd := exec.Command(fmt.Sprintf("/proc/self/fd/%d", binary.Fd()))
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Stderr = os.Stderr
-	// No Pdeathsig here: it follows the thread that started the process, which Go may end.
+	// Do not use Pdeathsig: it depends on the thread that started the process, and Go may end that thread.
 	if err := cmd.Start(); err != nil {
 		unix.Close(pair[0])
 		t.Fatal(err)
@@ -118,10 +120,13 @@ func Start(t testing.TB) *Child {
 		c.Kill()
 		unix.Close(c.sock)
 	})
+	// Wait for an answer: then the process has its own memory. Before, it may have ours: execve(2) closes the
+	// descriptor that os/exec waits for before it changes the memory (fs/exec.c, begin_new_exec).
+	c.Do(Discard(uffd.Range{}))
 	return c
 }
 
-// Kill ends the process and waits until it, and with it its address space, is gone.
+// Kill ends the process and waits until it and its address space are gone.
 func (c *Child) Kill() {
 	if c.cmd == nil {
 		return
@@ -131,7 +136,7 @@ func (c *Child) Kill() {
 	c.cmd = nil
 }
 
-// The numbers of testdata/child.c.
+// The numbers of the requests in testdata/child.c.
 const (
 	opOpen = 1 + iota
 	opMap
@@ -146,7 +151,7 @@ const (
 
 type request struct{ Op, Action, Slot, X, Y, Z uint64 }
 
-// Result is how something went in the child.
+// Result is the result of a request to the child.
 type Result struct {
 	Value int64
 	Errno syscall.Errno
@@ -186,7 +191,7 @@ func (c *Child) call(rq request, payload ...byte) (Result, int) {
 	}, fd
 }
 
-// must is call for what cannot fail in a sound test.
+// must is call for a request that must succeed. It fails the test otherwise.
 func (c *Child) must(what string, rq request, payload ...byte) (uint64, int) {
 	c.t.Helper()
 	r, fd := c.call(rq, payload...)
@@ -196,8 +201,8 @@ func (c *Child) must(what string, rq request, payload ...byte) (uint64, int) {
 	return uint64(r.Value), fd
 }
 
-// NewUFFD has the child make a userfaultfd and takes a copy of the descriptor, non-blocking and without
-// its handshake. The child keeps its own until it ends.
+// NewUFFD has the child make a userfaultfd and returns a copy of the descriptor, non-blocking and without
+// its handshake. The child keeps its own descriptor until it ends.
 func (c *Child) NewUFFD(method uffd.OpenMethod) *uffd.UFFD {
 	c.t.Helper()
 	_, fd := c.must("userfaultfd", request{Op: opOpen, X: uint64(method), Y: unix.O_CLOEXEC | unix.O_NONBLOCK})
@@ -206,7 +211,7 @@ func (c *Child) NewUFFD(method uffd.OpenMethod) *uffd.UFFD {
 	return u
 }
 
-// Supervise is NewUFFD and the handshake.
+// Supervise calls NewUFFD and makes the handshake with want.
 func (c *Child) Supervise(want uffd.Features) *uffd.UFFD {
 	c.t.Helper()
 	u := c.NewUFFD(uffd.OpenSyscall)

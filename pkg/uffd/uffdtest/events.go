@@ -12,14 +12,14 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// NextEvents reads until it has want events, within a deadline.
+// NextEvents reads until it has at least want events. It fails the test after patience.
 func NextEvents(t testing.TB, u *uffd.UFFD, want int) []uffd.Event {
 	t.Helper()
 	return readUntil(t, u, func(events []uffd.Event) bool { return len(events) >= want })
 }
 
-// EventsUntil reads events until the thread has ended. What a thread does may make more than one event, and it
-// waits for each to be read.
+// EventsUntil reads events until the thread has ended. An action may make several events, and its thread
+// waits until each is read.
 func EventsUntil(t testing.TB, u *uffd.UFFD, p Pending) []uffd.Event {
 	t.Helper()
 	return readUntil(t, u, func([]uffd.Event) bool { return p.Ended() })
@@ -48,7 +48,7 @@ func readUntil(t testing.TB, u *uffd.UFFD, enough func([]uffd.Event) bool) []uff
 	return events
 }
 
-// NextFault reads one event, which must be a fault in the page at addr.
+// NextFault reads one event and returns it. It must be a fault in the page at addr.
 func NextFault(t testing.TB, u *uffd.UFFD, addr uint64) uffd.Event {
 	t.Helper()
 	e := NextEvents(t, u, 1)[0]

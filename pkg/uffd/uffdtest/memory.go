@@ -15,19 +15,19 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// Kind is what backs memory.
+// Kind is the kind of memory.
 type Kind uint64
 
-// The kinds of memory that userfaultfd knows.
+// The kinds of memory that userfaultfd supports.
 const (
 	Anon    Kind = iota // private anonymous
-	Shmem               // a memfd, that is tmpfs
+	Shmem               // a memfd (tmpfs)
 	Hugetlb             // a memfd of huge pages; see ReserveHugePages
 )
 
 func (k Kind) String() string { return [...]string{"anon", "shmem", "hugetlb"}[k] }
 
-// PageSize is the kind's page size in bytes on the machines the tests run on.
+// PageSize is the kind's page size in bytes, on the machines that run the tests.
 func (k Kind) PageSize() uint64 {
 	if k == Hugetlb {
 		return hugePageSize
@@ -35,7 +35,7 @@ func (k Kind) PageSize() uint64 {
 	return 4096
 }
 
-// Page is a page's worth of bytes that each depend on seed and position, so that a page in the wrong place shows.
+// Page returns a page of bytes. Each byte depends on seed and on its position, so that a page in the wrong place shows.
 func Page(kind Kind, seed uint64) []byte {
 	p := make([]byte, kind.PageSize())
 	for i := range p {
@@ -44,7 +44,7 @@ func Page(kind Kind, seed uint64) []byte {
 	return p
 }
 
-// Map maps that many fresh pages in the child.
+// Map maps new memory of that many pages in the child.
 func (c *Child) Map(kind Kind, pages uint64) uffd.Range {
 	c.t.Helper()
 	length := pages * kind.PageSize()
@@ -52,20 +52,20 @@ func (c *Child) Map(kind Kind, pages uint64) uffd.Range {
 	return uffd.Range{Start: addr, Len: length}
 }
 
-// Alias maps what Map mapped last a second time: the same page cache, not supervised.
+// Alias maps the memory that Map mapped last a second time: the same page cache, but not registered.
 func (c *Child) Alias(r uffd.Range) uint64 {
 	c.t.Helper()
 	addr, _ := c.must("mmap", request{Op: opAlias, Y: r.Len})
 	return addr
 }
 
-// Truncate gives the file of the memory that Map mapped last another size, in bytes.
+// Truncate sets the size, in bytes, of the file of the memory that Map mapped last.
 func (c *Child) Truncate(size uint64) {
 	c.t.Helper()
 	c.must("ftruncate", request{Op: opTruncate, X: size})
 }
 
-// Action is one thing to do with memory.
+// Action is something that the child does with memory.
 type Action struct {
 	action, x, y, z uint64
 }
@@ -81,7 +81,7 @@ func Discard(r uffd.Range) Action {
 	return Action{action: 3, x: r.Start, y: r.Len, z: unix.MADV_DONTNEED}
 }
 
-// Punch is madvise(MADV_REMOVE): the pages leave the page cache too.
+// Punch is madvise(MADV_REMOVE): the pages leave the page cache, too.
 func Punch(r uffd.Range) Action {
 	return Action{action: 3, x: r.Start, y: r.Len, z: unix.MADV_REMOVE}
 }
@@ -89,16 +89,16 @@ func Punch(r uffd.Range) Action {
 // Unmap is munmap(2).
 func Unmap(r uffd.Range) Action { return Action{action: 4, x: r.Start, y: r.Len} }
 
-// Move is mremap(2) to the address to, replacing what is mapped there.
+// Move is mremap(2) to the address to. It replaces what is mapped there.
 func Move(r uffd.Range, to uint64) Action { return Action{action: 5, x: r.Start, y: r.Len, z: to} }
 
-// NotInherited is madvise(MADV_DONTFORK): forked processes do not have the memory.
+// NotInherited is madvise(MADV_DONTFORK): forked processes do not get the memory.
 func NotInherited(r uffd.Range) Action {
 	return Action{action: 3, x: r.Start, y: r.Len, z: unix.MADV_DONTFORK}
 }
 
-// Fork forks; the new process reads one byte at addr (if not 0), which is the Value; or minus the signal that
-// it died of.
+// Fork forks. The new process reads one byte at addr, if addr is not 0. The Value is that byte, or minus the signal
+// that killed the new process.
 func Fork(addr uint64) Action { return Action{action: 6, x: addr} }
 
 // Touch reads the first byte of each page in r, in order; the Value is their sum.
@@ -106,14 +106,14 @@ func Touch(r uffd.Range, kind Kind) Action {
 	return Action{action: 7, x: r.Start, y: r.Len, z: kind.PageSize()}
 }
 
-// Do has the child do a at once; the child answers to nothing else meanwhile. For what does not block.
+// Do has the child do a in its main thread. The child answers no other request meanwhile, so a must not block.
 func (c *Child) Do(a Action) Result {
 	c.t.Helper()
 	r, _ := c.call(request{Op: opDo, Action: a.action, X: a.x, Y: a.y, Z: a.z})
 	return r
 }
 
-// Pending is something a thread of the child is doing.
+// Pending is an action that a thread of the child is doing.
 type Pending struct {
 	ThreadID uint32
 
@@ -136,15 +136,15 @@ func (p Pending) Join() Result {
 	return r
 }
 
-// Waiting says whether the thread is stuck in a page fault, or has made an event that nobody has read.
+// Waiting reports whether the thread waits in a page fault, or for an event of its own to be read.
 func (p Pending) Waiting() bool {
 	p.c.t.Helper()
-	// proc(5): the kernel function the thread sleeps in: handle_userfault, userfaultfd_event_wait_completion…
+	// The kernel function that the thread sleeps in (proc(5)): handle_userfault, userfaultfd_event_wait_completion…
 	wchan, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/wchan", p.c.Pid, p.ThreadID))
 	return err == nil && bytes.Contains(wchan, []byte("userfault"))
 }
 
-// Ended says whether the thread is gone.
+// Ended reports whether the thread is gone.
 func (p Pending) Ended() bool {
 	_, err := os.Stat(fmt.Sprintf("/proc/%d/task/%d", p.c.Pid, p.ThreadID))
 	return errors.Is(err, fs.ErrNotExist)
@@ -160,7 +160,7 @@ func (p Pending) WaitWaiting() {
 	}
 }
 
-// JoinOK waits for the thread, which must have succeeded, and gives its value.
+// JoinOK waits for the thread and returns its value. It fails the test if the action failed.
 func (p Pending) JoinOK() uint64 {
 	p.c.t.Helper()
 	r := p.Join()

@@ -3,6 +3,7 @@
 package uffdtest
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -11,7 +12,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/migrated-vm/migrated/internal/cannot"
+	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
@@ -20,24 +23,57 @@ const (
 	hugePagesFile = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 )
 
-// Need makes sure that the kernel has the features.
+// Need checks that the kernel has the features. If it is too old for them, Need skips the test with the reason.
+// Otherwise a missing feature is testenv.CannotRun.
 func Need(t testing.TB, want uffd.Features) {
 	t.Helper()
-	if err := uffd.HaveFeatures(want); err != nil {
-		cannot.Run(t, "%v", err)
+	need(t, uffd.HaveFeatures(want))
+}
+
+// NeedCategories is Need for categories of pages.
+func NeedCategories(t testing.TB, want uffd.Categories) {
+	t.Helper()
+	need(t, uffd.HaveCategories(want))
+}
+
+func need(t testing.TB, err error) {
+	t.Helper()
+	var missing *uffd.NotSupportedError
+	if errors.As(err, &missing) && older(t, missing.MinKernel) {
+		t.Skip(err)
+	}
+	if err != nil {
+		testenv.CannotRun(t, "%v", err)
 	}
 }
 
-// ReserveHugePages adds n huge pages of 2 MiB to the pool until the test ends.
+// older reports whether the running kernel is older than release, for example "6.7".
+func older(t testing.TB, release string) bool {
+	t.Helper()
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		t.Fatal(err)
+	}
+	var major, minor, wantMajor, wantMinor int
+	if _, err := fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &major, &minor); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscanf(release, "%d.%d", &wantMajor, &wantMinor); err != nil {
+		t.Fatalf("release %q: %v", release, err)
+	}
+	return major < wantMajor || major == wantMajor && minor < wantMinor
+}
+
+// ReserveHugePages adds n huge pages of 2 MiB to the kernel's pool until the test ends.
 func ReserveHugePages(t testing.TB, n int) {
 	t.Helper()
 	before, err := hugePages()
 	if err != nil {
-		cannot.Run(t, "no 2 MiB huge pages: %v", err)
+		testenv.CannotRun(t, "no 2 MiB huge pages: %v", err)
 	}
 	set := func(n int) error { return os.WriteFile(hugePagesFile, []byte(strconv.Itoa(n)), 0o644) }
 	if err := set(before + n); err != nil {
-		cannot.Run(t, "cannot reserve huge pages: %v", err)
+		testenv.CannotRun(t, "cannot reserve huge pages: %v", err)
 	}
 	t.Cleanup(func() {
 		if err := set(before); err != nil {
@@ -45,7 +81,7 @@ func ReserveHugePages(t testing.TB, n int) {
 		}
 	})
 	if now, err := hugePages(); err != nil || now < before+n {
-		cannot.Run(t, "the kernel gave %d of %d huge pages (%v)", now-before, n, err)
+		testenv.CannotRun(t, "the kernel gave %d of %d huge pages (%v)", now-before, n, err)
 	}
 }
 
@@ -57,11 +93,11 @@ func hugePages() (int, error) {
 	return strconv.Atoi(strings.TrimSpace(string(b)))
 }
 
-// CheckDescriptors fails the test if at its end this process has descriptors open that it did not have
-// now. Call it first: cleanups run in reverse.
+// CheckDescriptors fails the test if this process has descriptors open at the test's end that it does not have
+// now. Call it first: cleanups run in reverse order.
 func CheckDescriptors(t testing.TB) {
 	t.Helper()
-	if r, w, err := os.Pipe(); err == nil { // the runtime's poller opens its own on first use
+	if r, w, err := os.Pipe(); err == nil { // the runtime's poller opens descriptors on first use
 		r.Close()
 		w.Close()
 	}
@@ -93,5 +129,5 @@ func descriptors(t testing.TB) map[string]string {
 	return open
 }
 
-// String makes failures readable.
+// String formats the result for failure messages.
 func (r Result) String() string { return fmt.Sprintf("value %#x, errno %v", r.Value, r.Errno) }

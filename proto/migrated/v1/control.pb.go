@@ -5,6 +5,13 @@
 // source: migrated/v1/control.proto
 
 // The control plane of migrated: what orchestrators and the command line drive.
+//
+// This is version 1 of the API, and stays it: services, methods, messages, fields and values of enumerations are added,
+// and never renamed, renumbered, given another type, or removed. A client ignores fields, and takes a value of an
+// enumeration that it does not know for one of its own, such as "something else". A field that is not set means what its
+// absence meant before there was the field. What a method refuses may become more; which status code it refuses it with
+// stays. Texts (error messages, remedies, the details of checks) are for people and change without notice.
+// scripts/breaking compares with the newest release, and docs/api.md is made of these comments.
 
 package migratedv1
 
@@ -232,6 +239,13 @@ const (
 	Reason_REASON_RELEASED Reason = 20
 	// An operator said that the source is gone (Abandon).
 	Reason_REASON_ABANDONED Reason = 21
+	// A limit of its specification passed before the switch: prepare_limit, switch_limit
+	// or total_limit. The VM goes on at the source.
+	Reason_REASON_LIMIT_MISSED Reason = 22
+	// Of a WatchList, and of a page of a List: list again, from the beginning.
+	Reason_REASON_LIST_AGAIN Reason = 23
+	// As many migrations were under way as may be, for longer than it was to wait.
+	Reason_REASON_NO_TURN Reason = 29
 	// Of ENDED, as QEMU's event SHUTDOWN says it: the guest powered off,
 	Reason_REASON_GUEST_SHUTDOWN Reason = 30
 	// it reset, of a QEMU that ends then (-no-reboot),
@@ -271,6 +285,9 @@ var (
 		19: "REASON_FELL_BACK",
 		20: "REASON_RELEASED",
 		21: "REASON_ABANDONED",
+		22: "REASON_LIMIT_MISSED",
+		23: "REASON_LIST_AGAIN",
+		29: "REASON_NO_TURN",
 		30: "REASON_GUEST_SHUTDOWN",
 		31: "REASON_GUEST_RESET",
 		32: "REASON_GUEST_PANIC",
@@ -301,6 +318,9 @@ var (
 		"REASON_FELL_BACK":              19,
 		"REASON_RELEASED":               20,
 		"REASON_ABANDONED":              21,
+		"REASON_LIMIT_MISSED":           22,
+		"REASON_LIST_AGAIN":             23,
+		"REASON_NO_TURN":                29,
 		"REASON_GUEST_SHUTDOWN":         30,
 		"REASON_GUEST_RESET":            31,
 		"REASON_GUEST_PANIC":            32,
@@ -445,6 +465,69 @@ func (Supervision) EnumDescriptor() ([]byte, []int) {
 	return file_migrated_v1_control_proto_rawDescGZIP(), []int{4}
 }
 
+// ListEvent is what has happened to a migration in a list.
+type ListEvent int32
+
+const (
+	ListEvent_LIST_EVENT_UNSPECIFIED ListEvent = 0
+	// It is new in the list.
+	ListEvent_LIST_EVENT_ADDED ListEvent = 1
+	// It has changed. Changes that follow each other within a moment may come as one: of
+	// a state that lasts a millisecond. A change of figures alone, which is told of ten
+	// times a second at most, is left out where a newer one has come before it was sent.
+	ListEvent_LIST_EVENT_CHANGED ListEvent = 2
+	// It was deleted or forgotten, or is not what the filter wants any more.
+	ListEvent_LIST_EVENT_REMOVED ListEvent = 3
+	// Nothing has happened: resource_version is where to go on. It comes every ten
+	// seconds at least.
+	ListEvent_LIST_EVENT_BOOKMARK ListEvent = 4
+)
+
+// Enum value maps for ListEvent.
+var (
+	ListEvent_name = map[int32]string{
+		0: "LIST_EVENT_UNSPECIFIED",
+		1: "LIST_EVENT_ADDED",
+		2: "LIST_EVENT_CHANGED",
+		3: "LIST_EVENT_REMOVED",
+		4: "LIST_EVENT_BOOKMARK",
+	}
+	ListEvent_value = map[string]int32{
+		"LIST_EVENT_UNSPECIFIED": 0,
+		"LIST_EVENT_ADDED":       1,
+		"LIST_EVENT_CHANGED":     2,
+		"LIST_EVENT_REMOVED":     3,
+		"LIST_EVENT_BOOKMARK":    4,
+	}
+)
+
+func (x ListEvent) Enum() *ListEvent {
+	p := new(ListEvent)
+	*p = x
+	return p
+}
+
+func (x ListEvent) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ListEvent) Descriptor() protoreflect.EnumDescriptor {
+	return file_migrated_v1_control_proto_enumTypes[5].Descriptor()
+}
+
+func (ListEvent) Type() protoreflect.EnumType {
+	return &file_migrated_v1_control_proto_enumTypes[5]
+}
+
+func (x ListEvent) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ListEvent.Descriptor instead.
+func (ListEvent) EnumDescriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{5}
+}
+
 // CheckStatus is the outcome of one check.
 type CheckStatus int32
 
@@ -484,11 +567,11 @@ func (x CheckStatus) String() string {
 }
 
 func (CheckStatus) Descriptor() protoreflect.EnumDescriptor {
-	return file_migrated_v1_control_proto_enumTypes[5].Descriptor()
+	return file_migrated_v1_control_proto_enumTypes[6].Descriptor()
 }
 
 func (CheckStatus) Type() protoreflect.EnumType {
-	return &file_migrated_v1_control_proto_enumTypes[5]
+	return &file_migrated_v1_control_proto_enumTypes[6]
 }
 
 func (x CheckStatus) Number() protoreflect.EnumNumber {
@@ -497,7 +580,7 @@ func (x CheckStatus) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CheckStatus.Descriptor instead.
 func (CheckStatus) EnumDescriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{5}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{6}
 }
 
 // MigrationSpec says what to migrate and how.
@@ -554,8 +637,30 @@ type MigrationSpec struct {
 	// paths of disks, say. The machine has to be the same. As virsh migrate --xml.
 	// It may have secrets: no Migration shows it.
 	DestinationXml string `protobuf:"bytes,14,opt,name=destination_xml,json=destinationXml,proto3" json:"destination_xml,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What the caller wants to find the migration by. At most 32: keys of 1 to 63 bytes
+	// of A-Z, a-z, 0-9, '.', '_', '/' and '-', values of at most 256 bytes of printable
+	// text. The daemons keep and show them, and do nothing else with them.
+	Labels map[string]string `protobuf:"bytes,15,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Limits, of this migration as a whole; unset: none. One that passes before the
+	// switch gives the migration up, as Cancel does: it is FAILED with
+	// REASON_LIMIT_MISSED, and the VM goes on at the source.
+	//
+	// Until it is prepared, from Prepare, or Start where that came first. 1 s to 1 h.
+	PrepareLimit *durationpb.Duration `protobuf:"bytes,16,opt,name=prepare_limit,json=prepareLimit,proto3" json:"prepare_limit,omitempty"`
+	// Until the VM is handed over, from Start. 1 s to 24 h.
+	SwitchLimit *durationpb.Duration `protobuf:"bytes,17,opt,name=switch_limit,json=switchLimit,proto3" json:"switch_limit,omitempty"`
+	// Until all memory is at the destination, from Start. 1 s to 7 days. After the switch
+	// nothing is given up: Migration.overdue says that it has passed.
+	TotalLimit *durationpb.Duration `protobuf:"bytes,18,opt,name=total_limit,json=totalLimit,proto3" json:"total_limit,omitempty"`
+	// How long the migration may wait for its turn where as many are under way as
+	// its source (max_outgoing) or its destination (max_incoming) lets be at once;
+	// unset: an hour, 0: it is refused at once. At most 7 days.
+	QueueLimit *durationpb.Duration `protobuf:"bytes,30,opt,name=queue_limit,json=queueLimit,proto3" json:"queue_limit,omitempty"`
+	// Its part of the bandwidth that its source host has for all VMs that leave it
+	// (host_bandwidth), beside that of others; 0: 1. At most 1000.
+	Weight        uint32 `protobuf:"varint,31,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MigrationSpec) Reset() {
@@ -686,6 +791,48 @@ func (x *MigrationSpec) GetDestinationXml() string {
 	return ""
 }
 
+func (x *MigrationSpec) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *MigrationSpec) GetPrepareLimit() *durationpb.Duration {
+	if x != nil {
+		return x.PrepareLimit
+	}
+	return nil
+}
+
+func (x *MigrationSpec) GetSwitchLimit() *durationpb.Duration {
+	if x != nil {
+		return x.SwitchLimit
+	}
+	return nil
+}
+
+func (x *MigrationSpec) GetTotalLimit() *durationpb.Duration {
+	if x != nil {
+		return x.TotalLimit
+	}
+	return nil
+}
+
+func (x *MigrationSpec) GetQueueLimit() *durationpb.Duration {
+	if x != nil {
+		return x.QueueLimit
+	}
+	return nil
+}
+
+func (x *MigrationSpec) GetWeight() uint32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
 // Migration is one migration as one of its two daemons sees it.
 type Migration struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -715,7 +862,26 @@ type Migration struct {
 	Location Location `protobuf:"varint,15,opt,name=location,proto3,enum=migrated.v1.Location" json:"location,omitempty"`
 	// What became of the files that the VM's memory was in at its source, a line
 	// each, when all of it has left.
-	RamFiles      []string `protobuf:"bytes,16,rep,name=ram_files,json=ramFiles,proto3" json:"ram_files,omitempty"`
+	RamFiles []string `protobuf:"bytes,16,rep,name=ram_files,json=ramFiles,proto3" json:"ram_files,omitempty"`
+	// Times are of this host's clock, and unset where they are not known: a daemon that
+	// is started again knows those that the one before wrote down.
+	//
+	// When Start was called; at the destination, when the switch began there.
+	StartTime *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	// When the VM was handed over: at the source the commit, at the destination the
+	// moment at which it ran there. After a restart of the source's daemon: when the VM
+	// was about to stop, some milliseconds before.
+	SwitchTime *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=switch_time,json=switchTime,proto3" json:"switch_time,omitempty"`
+	// When the migration was over.
+	EndTime *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	// The QEMU that the VM is moved to. The source shows what the destination says.
+	DestinationQemu *QemuProcess `protobuf:"bytes,20,opt,name=destination_qemu,json=destinationQemu,proto3" json:"destination_qemu,omitempty"`
+	// MigrationSpec.total_limit passed before all memory was at the destination, and
+	// after the switch.
+	Overdue bool `protobuf:"varint,21,opt,name=overdue,proto3" json:"overdue,omitempty"`
+	// What the migration waits for until its turn comes; empty: for nothing. The VM
+	// has not been touched then.
+	Waiting       string `protobuf:"bytes,30,opt,name=waiting,proto3" json:"waiting,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -862,6 +1028,113 @@ func (x *Migration) GetRamFiles() []string {
 	return nil
 }
 
+func (x *Migration) GetStartTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartTime
+	}
+	return nil
+}
+
+func (x *Migration) GetSwitchTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SwitchTime
+	}
+	return nil
+}
+
+func (x *Migration) GetEndTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.EndTime
+	}
+	return nil
+}
+
+func (x *Migration) GetDestinationQemu() *QemuProcess {
+	if x != nil {
+		return x.DestinationQemu
+	}
+	return nil
+}
+
+func (x *Migration) GetOverdue() bool {
+	if x != nil {
+		return x.Overdue
+	}
+	return false
+}
+
+func (x *Migration) GetWaiting() string {
+	if x != nil {
+		return x.Waiting
+	}
+	return ""
+}
+
+// QemuProcess is a QEMU on the host that it is about.
+type QemuProcess struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its process, as the host's daemon numbers it.
+	Pid uint32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	// Its monitor: the path of a QMP Unix socket, or the address of a domain of
+	// libvirt's, as in MigrationSpec.vm.
+	Qmp string `protobuf:"bytes,2,opt,name=qmp,proto3" json:"qmp,omitempty"`
+	// The file with what it writes; empty where migrated did not start it.
+	Log           string `protobuf:"bytes,3,opt,name=log,proto3" json:"log,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QemuProcess) Reset() {
+	*x = QemuProcess{}
+	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QemuProcess) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QemuProcess) ProtoMessage() {}
+
+func (x *QemuProcess) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QemuProcess.ProtoReflect.Descriptor instead.
+func (*QemuProcess) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *QemuProcess) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *QemuProcess) GetQmp() string {
+	if x != nil {
+		return x.Qmp
+	}
+	return ""
+}
+
+func (x *QemuProcess) GetLog() string {
+	if x != nil {
+		return x.Log
+	}
+	return ""
+}
+
 // EarlyLoad is the state of the VM's devices that the destination has loaded
 // while the VM runs.
 type EarlyLoad struct {
@@ -882,7 +1155,7 @@ type EarlyLoad struct {
 
 func (x *EarlyLoad) Reset() {
 	*x = EarlyLoad{}
-	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	mi := &file_migrated_v1_control_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -894,7 +1167,7 @@ func (x *EarlyLoad) String() string {
 func (*EarlyLoad) ProtoMessage() {}
 
 func (x *EarlyLoad) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[2]
+	mi := &file_migrated_v1_control_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -907,7 +1180,7 @@ func (x *EarlyLoad) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EarlyLoad.ProtoReflect.Descriptor instead.
 func (*EarlyLoad) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{2}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *EarlyLoad) GetLoaded() bool {
@@ -972,7 +1245,7 @@ type Rehearsal struct {
 
 func (x *Rehearsal) Reset() {
 	*x = Rehearsal{}
-	mi := &file_migrated_v1_control_proto_msgTypes[3]
+	mi := &file_migrated_v1_control_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -984,7 +1257,7 @@ func (x *Rehearsal) String() string {
 func (*Rehearsal) ProtoMessage() {}
 
 func (x *Rehearsal) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[3]
+	mi := &file_migrated_v1_control_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -997,7 +1270,7 @@ func (x *Rehearsal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rehearsal.ProtoReflect.Descriptor instead.
 func (*Rehearsal) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{3}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Rehearsal) GetDowntime() *durationpb.Duration {
@@ -1077,7 +1350,7 @@ type DeviceDifference struct {
 
 func (x *DeviceDifference) Reset() {
 	*x = DeviceDifference{}
-	mi := &file_migrated_v1_control_proto_msgTypes[4]
+	mi := &file_migrated_v1_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1089,7 +1362,7 @@ func (x *DeviceDifference) String() string {
 func (*DeviceDifference) ProtoMessage() {}
 
 func (x *DeviceDifference) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[4]
+	mi := &file_migrated_v1_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1102,7 +1375,7 @@ func (x *DeviceDifference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceDifference.ProtoReflect.Descriptor instead.
 func (*DeviceDifference) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{4}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DeviceDifference) GetDevice() string {
@@ -1143,7 +1416,7 @@ type MigrationError struct {
 
 func (x *MigrationError) Reset() {
 	*x = MigrationError{}
-	mi := &file_migrated_v1_control_proto_msgTypes[5]
+	mi := &file_migrated_v1_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1155,7 +1428,7 @@ func (x *MigrationError) String() string {
 func (*MigrationError) ProtoMessage() {}
 
 func (x *MigrationError) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[5]
+	mi := &file_migrated_v1_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1168,7 +1441,7 @@ func (x *MigrationError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrationError.ProtoReflect.Descriptor instead.
 func (*MigrationError) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{5}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *MigrationError) GetMessage() string {
@@ -1248,13 +1521,20 @@ type Progress struct {
 	// Pages that were there before they came, and that could not be written
 	// again: the VM may have zeros in their place.
 	PagesUnexplained uint64 `protobuf:"varint,21,opt,name=pages_unexplained,json=pagesUnexplained,proto3" json:"pages_unexplained,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Pages that the source could not read, because the memory that they lie in is
+	// broken. The VM is told when it touches one, as of broken memory (a machine
+	// check).
+	PagesLost uint64 `protobuf:"varint,22,opt,name=pages_lost,json=pagesLost,proto3" json:"pages_lost,omitempty"`
+	// Over how many connections the sweep brings memory now: as many as make it
+	// faster. 0: there is none.
+	BulkLanes     uint32 `protobuf:"varint,23,opt,name=bulk_lanes,json=bulkLanes,proto3" json:"bulk_lanes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_migrated_v1_control_proto_msgTypes[6]
+	mi := &file_migrated_v1_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1266,7 +1546,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[6]
+	mi := &file_migrated_v1_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1279,7 +1559,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{6}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Progress) GetPagesTotal() uint64 {
@@ -1429,6 +1709,20 @@ func (x *Progress) GetPagesUnexplained() uint64 {
 	return 0
 }
 
+func (x *Progress) GetPagesLost() uint64 {
+	if x != nil {
+		return x.PagesLost
+	}
+	return 0
+}
+
+func (x *Progress) GetBulkLanes() uint32 {
+	if x != nil {
+		return x.BulkLanes
+	}
+	return 0
+}
+
 // Report is what a host knows of one migration. Durations are of the monotonic
 // clock of the host that they are about, and unset where they are not known.
 type Report struct {
@@ -1463,7 +1757,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	mi := &file_migrated_v1_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1769,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[7]
+	mi := &file_migrated_v1_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1782,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Report) GetTime() *timestamppb.Timestamp {
@@ -1589,7 +1883,7 @@ type Timeline struct {
 
 func (x *Timeline) Reset() {
 	*x = Timeline{}
-	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	mi := &file_migrated_v1_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1601,7 +1895,7 @@ func (x *Timeline) String() string {
 func (*Timeline) ProtoMessage() {}
 
 func (x *Timeline) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[8]
+	mi := &file_migrated_v1_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1614,7 +1908,7 @@ func (x *Timeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timeline.ProtoReflect.Descriptor instead.
 func (*Timeline) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Timeline) GetChanges() []*StateChange {
@@ -1654,7 +1948,7 @@ type StateChange struct {
 
 func (x *StateChange) Reset() {
 	*x = StateChange{}
-	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	mi := &file_migrated_v1_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1666,7 +1960,7 @@ func (x *StateChange) String() string {
 func (*StateChange) ProtoMessage() {}
 
 func (x *StateChange) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[9]
+	mi := &file_migrated_v1_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1679,7 +1973,7 @@ func (x *StateChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateChange.ProtoReflect.Descriptor instead.
 func (*StateChange) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *StateChange) GetState() MigrationState {
@@ -1729,7 +2023,7 @@ type DowntimeSteps struct {
 
 func (x *DowntimeSteps) Reset() {
 	*x = DowntimeSteps{}
-	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	mi := &file_migrated_v1_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1741,7 +2035,7 @@ func (x *DowntimeSteps) String() string {
 func (*DowntimeSteps) ProtoMessage() {}
 
 func (x *DowntimeSteps) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[10]
+	mi := &file_migrated_v1_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1754,7 +2048,7 @@ func (x *DowntimeSteps) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DowntimeSteps.ProtoReflect.Descriptor instead.
 func (*DowntimeSteps) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DowntimeSteps) GetStopTime() *durationpb.Duration {
@@ -1836,14 +2130,18 @@ type IncomingPages struct {
 	EarlyFaults   uint64               `protobuf:"varint,14,opt,name=early_faults,json=earlyFaults,proto3" json:"early_faults,omitempty"`
 	EarlyFaultMax *durationpb.Duration `protobuf:"bytes,15,opt,name=early_fault_max,json=earlyFaultMax,proto3" json:"early_fault_max,omitempty"`
 	// How the figures rose since the VM ran there, oldest first.
-	Samples       []*PageSample `protobuf:"bytes,16,rep,name=samples,proto3" json:"samples,omitempty"`
+	Samples []*PageSample `protobuf:"bytes,16,rep,name=samples,proto3" json:"samples,omitempty"`
+	// Over how many connections at once the sweep brought memory, at most, and how
+	// many of them were lost while others went on.
+	MostBulkLanes uint32 `protobuf:"varint,17,opt,name=most_bulk_lanes,json=mostBulkLanes,proto3" json:"most_bulk_lanes,omitempty"`
+	BulkLanesLost uint64 `protobuf:"varint,18,opt,name=bulk_lanes_lost,json=bulkLanesLost,proto3" json:"bulk_lanes_lost,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *IncomingPages) Reset() {
 	*x = IncomingPages{}
-	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	mi := &file_migrated_v1_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1855,7 +2153,7 @@ func (x *IncomingPages) String() string {
 func (*IncomingPages) ProtoMessage() {}
 
 func (x *IncomingPages) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[11]
+	mi := &file_migrated_v1_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1868,7 +2166,7 @@ func (x *IncomingPages) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IncomingPages.ProtoReflect.Descriptor instead.
 func (*IncomingPages) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *IncomingPages) GetTakenUp() bool {
@@ -1983,6 +2281,20 @@ func (x *IncomingPages) GetSamples() []*PageSample {
 	return nil
 }
 
+func (x *IncomingPages) GetMostBulkLanes() uint32 {
+	if x != nil {
+		return x.MostBulkLanes
+	}
+	return 0
+}
+
+func (x *IncomingPages) GetBulkLanesLost() uint64 {
+	if x != nil {
+		return x.BulkLanesLost
+	}
+	return 0
+}
+
 // FaultCauses is how many faults met a page in which state.
 type FaultCauses struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2004,7 +2316,7 @@ type FaultCauses struct {
 
 func (x *FaultCauses) Reset() {
 	*x = FaultCauses{}
-	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	mi := &file_migrated_v1_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2328,7 @@ func (x *FaultCauses) String() string {
 func (*FaultCauses) ProtoMessage() {}
 
 func (x *FaultCauses) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[12]
+	mi := &file_migrated_v1_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2341,7 @@ func (x *FaultCauses) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultCauses.ProtoReflect.Descriptor instead.
 func (*FaultCauses) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{12}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *FaultCauses) GetMissing() uint64 {
@@ -2086,7 +2398,7 @@ type LatencyBucket struct {
 
 func (x *LatencyBucket) Reset() {
 	*x = LatencyBucket{}
-	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	mi := &file_migrated_v1_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2098,7 +2410,7 @@ func (x *LatencyBucket) String() string {
 func (*LatencyBucket) ProtoMessage() {}
 
 func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[13]
+	mi := &file_migrated_v1_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2111,7 +2423,7 @@ func (x *LatencyBucket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyBucket.ProtoReflect.Descriptor instead.
 func (*LatencyBucket) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LatencyBucket) GetLongest() *durationpb.Duration {
@@ -2142,7 +2454,7 @@ type PageSample struct {
 
 func (x *PageSample) Reset() {
 	*x = PageSample{}
-	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	mi := &file_migrated_v1_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2154,7 +2466,7 @@ func (x *PageSample) String() string {
 func (*PageSample) ProtoMessage() {}
 
 func (x *PageSample) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[14]
+	mi := &file_migrated_v1_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2167,7 +2479,7 @@ func (x *PageSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageSample.ProtoReflect.Descriptor instead.
 func (*PageSample) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{14}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PageSample) GetSinceSwitch() *durationpb.Duration {
@@ -2212,7 +2524,7 @@ type HostVersions struct {
 
 func (x *HostVersions) Reset() {
 	*x = HostVersions{}
-	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2224,7 +2536,7 @@ func (x *HostVersions) String() string {
 func (*HostVersions) ProtoMessage() {}
 
 func (x *HostVersions) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[15]
+	mi := &file_migrated_v1_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2237,7 +2549,7 @@ func (x *HostVersions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostVersions.ProtoReflect.Descriptor instead.
 func (*HostVersions) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{15}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HostVersions) GetDaemon() string {
@@ -2273,7 +2585,7 @@ type EarlierCheck struct {
 
 func (x *EarlierCheck) Reset() {
 	*x = EarlierCheck{}
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2285,7 +2597,7 @@ func (x *EarlierCheck) String() string {
 func (*EarlierCheck) ProtoMessage() {}
 
 func (x *EarlierCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[16]
+	mi := &file_migrated_v1_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2298,7 +2610,7 @@ func (x *EarlierCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EarlierCheck.ProtoReflect.Descriptor instead.
 func (*EarlierCheck) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{16}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EarlierCheck) GetTime() *timestamppb.Timestamp {
@@ -2328,7 +2640,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2340,7 +2652,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[17]
+	mi := &file_migrated_v1_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2353,7 +2665,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Finding) GetRule() string {
@@ -2381,7 +2693,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2393,7 +2705,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[18]
+	mi := &file_migrated_v1_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2406,7 +2718,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -2432,7 +2744,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2444,7 +2756,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[19]
+	mi := &file_migrated_v1_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2457,7 +2769,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{19}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PrepareResponse) GetMigration() *Migration {
@@ -2479,7 +2791,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2491,7 +2803,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[20]
+	mi := &file_migrated_v1_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2504,7 +2816,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StartRequest) GetId() string {
@@ -2530,7 +2842,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2542,7 +2854,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[21]
+	mi := &file_migrated_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2555,7 +2867,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StartResponse) GetMigration() *Migration {
@@ -2574,7 +2886,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2586,7 +2898,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[22]
+	mi := &file_migrated_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2599,7 +2911,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetRequest) GetId() string {
@@ -2618,7 +2930,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2630,7 +2942,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[23]
+	mi := &file_migrated_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2643,7 +2955,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetResponse) GetMigration() *Migration {
@@ -2653,15 +2965,87 @@ func (x *GetResponse) GetMigration() *Migration {
 	return nil
 }
 
+// MigrationFilter says which migrations are meant: those of which all of it is true.
+// An empty one means all.
+type MigrationFilter struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// They have all of these labels.
+	Labels map[string]string `protobuf:"bytes,1,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// This host plays that role.
+	Role MigrationRole `protobuf:"varint,2,opt,name=role,proto3,enum=migrated.v1.MigrationRole" json:"role,omitempty"`
+	// They are not over.
+	UnderWay      bool `protobuf:"varint,3,opt,name=under_way,json=underWay,proto3" json:"under_way,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MigrationFilter) Reset() {
+	*x = MigrationFilter{}
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MigrationFilter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MigrationFilter) ProtoMessage() {}
+
+func (x *MigrationFilter) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MigrationFilter.ProtoReflect.Descriptor instead.
+func (*MigrationFilter) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *MigrationFilter) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *MigrationFilter) GetRole() MigrationRole {
+	if x != nil {
+		return x.Role
+	}
+	return MigrationRole_MIGRATION_ROLE_UNSPECIFIED
+}
+
+func (x *MigrationFilter) GetUnderWay() bool {
+	if x != nil {
+		return x.UnderWay
+	}
+	return false
+}
+
 type ListRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many migrations an answer has at most, 1 to 1000; 0: 1000. It may have fewer
+	// where they are large, also where more follow.
+	PageSize uint32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// next_page_token of the page before; empty: the first page. OUT_OF_RANGE where the
+	// daemon was started again since: list from the beginning.
+	PageToken     string           `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	Filter        *MigrationFilter `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +3057,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[24]
+	mi := &file_migrated_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,19 +3070,46 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ListRequest) GetPageSize() uint32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *ListRequest) GetFilter() *MigrationFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
 }
 
 type ListResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Migrations    []*Migration           `protobuf:"bytes,1,rep,name=migrations,proto3" json:"migrations,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Migrations []*Migration           `protobuf:"bytes,1,rep,name=migrations,proto3" json:"migrations,omitempty"`
+	// Of the next page; empty: there is none. A migration that is there all the while is
+	// on one page, whatever comes and goes meanwhile.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	// Where WatchList goes on; it is the same on all pages. It means something to the
+	// daemon that gave it alone.
+	ResourceVersion string `protobuf:"bytes,3,opt,name=resource_version,json=resourceVersion,proto3" json:"resource_version,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2710,7 +3121,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[25]
+	mi := &file_migrated_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2723,7 +3134,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListResponse) GetMigrations() []*Migration {
@@ -2731,6 +3142,217 @@ func (x *ListResponse) GetMigrations() []*Migration {
 		return x.Migrations
 	}
 	return nil
+}
+
+func (x *ListResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+func (x *ListResponse) GetResourceVersion() string {
+	if x != nil {
+		return x.ResourceVersion
+	}
+	return ""
+}
+
+type WatchListRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// That of a ListResponse, or of a WatchListResponse. Empty: all that there is comes
+	// first, as ADDED without a resource version, and then a BOOKMARK.
+	ResourceVersion string `protobuf:"bytes,1,opt,name=resource_version,json=resourceVersion,proto3" json:"resource_version,omitempty"`
+	// Of the list that is followed: a caller that lists names the same one.
+	Filter        *MigrationFilter `protobuf:"bytes,2,opt,name=filter,proto3" json:"filter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchListRequest) Reset() {
+	*x = WatchListRequest{}
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchListRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchListRequest) ProtoMessage() {}
+
+func (x *WatchListRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchListRequest.ProtoReflect.Descriptor instead.
+func (*WatchListRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *WatchListRequest) GetResourceVersion() string {
+	if x != nil {
+		return x.ResourceVersion
+	}
+	return ""
+}
+
+func (x *WatchListRequest) GetFilter() *MigrationFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+type WatchListResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Event ListEvent              `protobuf:"varint,1,opt,name=event,proto3,enum=migrated.v1.ListEvent" json:"event,omitempty"`
+	// As it is, or of one that was REMOVED, as it was last; none with a BOOKMARK.
+	Migration *Migration `protobuf:"bytes,2,opt,name=migration,proto3" json:"migration,omitempty"`
+	// Where WatchList goes on after this.
+	ResourceVersion string `protobuf:"bytes,3,opt,name=resource_version,json=resourceVersion,proto3" json:"resource_version,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *WatchListResponse) Reset() {
+	*x = WatchListResponse{}
+	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchListResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchListResponse) ProtoMessage() {}
+
+func (x *WatchListResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchListResponse.ProtoReflect.Descriptor instead.
+func (*WatchListResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *WatchListResponse) GetEvent() ListEvent {
+	if x != nil {
+		return x.Event
+	}
+	return ListEvent_LIST_EVENT_UNSPECIFIED
+}
+
+func (x *WatchListResponse) GetMigration() *Migration {
+	if x != nil {
+		return x.Migration
+	}
+	return nil
+}
+
+func (x *WatchListResponse) GetResourceVersion() string {
+	if x != nil {
+		return x.ResourceVersion
+	}
+	return ""
+}
+
+type DeleteRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteRequest) Reset() {
+	*x = DeleteRequest{}
+	mi := &file_migrated_v1_control_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteRequest) ProtoMessage() {}
+
+func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
+func (*DeleteRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *DeleteRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type DeleteResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteResponse) Reset() {
+	*x = DeleteResponse{}
+	mi := &file_migrated_v1_control_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteResponse) ProtoMessage() {}
+
+func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
+func (*DeleteResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{31}
 }
 
 type WatchRequest struct {
@@ -2744,7 +3366,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2756,7 +3378,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[26]
+	mi := &file_migrated_v1_control_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2769,7 +3391,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *WatchRequest) GetId() string {
@@ -2795,7 +3417,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[27]
+	mi := &file_migrated_v1_control_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2807,7 +3429,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[27]
+	mi := &file_migrated_v1_control_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2820,7 +3442,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{27}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *WatchResponse) GetMigration() *Migration {
@@ -2841,7 +3463,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	mi := &file_migrated_v1_control_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2853,7 +3475,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[28]
+	mi := &file_migrated_v1_control_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2866,7 +3488,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{28}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ReportRequest) GetId() string {
@@ -2892,7 +3514,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	mi := &file_migrated_v1_control_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2904,7 +3526,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[29]
+	mi := &file_migrated_v1_control_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2917,7 +3539,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{29}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ReportResponse) GetReport() *Report {
@@ -2936,7 +3558,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[30]
+	mi := &file_migrated_v1_control_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2948,7 +3570,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[30]
+	mi := &file_migrated_v1_control_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2961,7 +3583,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{30}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -2980,7 +3602,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[31]
+	mi := &file_migrated_v1_control_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2992,7 +3614,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[31]
+	mi := &file_migrated_v1_control_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3005,7 +3627,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{31}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CancelResponse) GetMigration() *Migration {
@@ -3027,7 +3649,7 @@ type RecoverRequest struct {
 
 func (x *RecoverRequest) Reset() {
 	*x = RecoverRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[32]
+	mi := &file_migrated_v1_control_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3039,7 +3661,7 @@ func (x *RecoverRequest) String() string {
 func (*RecoverRequest) ProtoMessage() {}
 
 func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[32]
+	mi := &file_migrated_v1_control_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3052,7 +3674,7 @@ func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
 func (*RecoverRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{32}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RecoverRequest) GetId() string {
@@ -3078,7 +3700,7 @@ type RecoverResponse struct {
 
 func (x *RecoverResponse) Reset() {
 	*x = RecoverResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[33]
+	mi := &file_migrated_v1_control_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3090,7 +3712,7 @@ func (x *RecoverResponse) String() string {
 func (*RecoverResponse) ProtoMessage() {}
 
 func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[33]
+	mi := &file_migrated_v1_control_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3103,7 +3725,7 @@ func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverResponse.ProtoReflect.Descriptor instead.
 func (*RecoverResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{33}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RecoverResponse) GetMigration() *Migration {
@@ -3125,7 +3747,7 @@ type FallBackRequest struct {
 
 func (x *FallBackRequest) Reset() {
 	*x = FallBackRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[34]
+	mi := &file_migrated_v1_control_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3137,7 +3759,7 @@ func (x *FallBackRequest) String() string {
 func (*FallBackRequest) ProtoMessage() {}
 
 func (x *FallBackRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[34]
+	mi := &file_migrated_v1_control_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3150,7 +3772,7 @@ func (x *FallBackRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FallBackRequest.ProtoReflect.Descriptor instead.
 func (*FallBackRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{34}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *FallBackRequest) GetId() string {
@@ -3176,7 +3798,7 @@ type FallBackResponse struct {
 
 func (x *FallBackResponse) Reset() {
 	*x = FallBackResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[35]
+	mi := &file_migrated_v1_control_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3188,7 +3810,7 @@ func (x *FallBackResponse) String() string {
 func (*FallBackResponse) ProtoMessage() {}
 
 func (x *FallBackResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[35]
+	mi := &file_migrated_v1_control_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3201,7 +3823,7 @@ func (x *FallBackResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FallBackResponse.ProtoReflect.Descriptor instead.
 func (*FallBackResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{35}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *FallBackResponse) GetMigration() *Migration {
@@ -3223,7 +3845,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[36]
+	mi := &file_migrated_v1_control_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3235,7 +3857,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[36]
+	mi := &file_migrated_v1_control_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3248,7 +3870,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{36}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ReleaseRequest) GetId() string {
@@ -3274,7 +3896,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[37]
+	mi := &file_migrated_v1_control_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3286,7 +3908,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[37]
+	mi := &file_migrated_v1_control_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3299,7 +3921,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{37}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ReleaseResponse) GetMigration() *Migration {
@@ -3320,7 +3942,7 @@ type AbandonRequest struct {
 
 func (x *AbandonRequest) Reset() {
 	*x = AbandonRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[38]
+	mi := &file_migrated_v1_control_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3332,7 +3954,7 @@ func (x *AbandonRequest) String() string {
 func (*AbandonRequest) ProtoMessage() {}
 
 func (x *AbandonRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[38]
+	mi := &file_migrated_v1_control_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3345,7 +3967,7 @@ func (x *AbandonRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbandonRequest.ProtoReflect.Descriptor instead.
 func (*AbandonRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{38}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AbandonRequest) GetId() string {
@@ -3371,7 +3993,7 @@ type AbandonResponse struct {
 
 func (x *AbandonResponse) Reset() {
 	*x = AbandonResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[39]
+	mi := &file_migrated_v1_control_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3383,7 +4005,7 @@ func (x *AbandonResponse) String() string {
 func (*AbandonResponse) ProtoMessage() {}
 
 func (x *AbandonResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[39]
+	mi := &file_migrated_v1_control_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3396,7 +4018,7 @@ func (x *AbandonResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbandonResponse.ProtoReflect.Descriptor instead.
 func (*AbandonResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{39}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AbandonResponse) GetMigration() *Migration {
@@ -3417,7 +4039,7 @@ type SetBandwidthRequest struct {
 
 func (x *SetBandwidthRequest) Reset() {
 	*x = SetBandwidthRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[40]
+	mi := &file_migrated_v1_control_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3429,7 +4051,7 @@ func (x *SetBandwidthRequest) String() string {
 func (*SetBandwidthRequest) ProtoMessage() {}
 
 func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[40]
+	mi := &file_migrated_v1_control_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3442,7 +4064,7 @@ func (x *SetBandwidthRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthRequest.ProtoReflect.Descriptor instead.
 func (*SetBandwidthRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{40}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *SetBandwidthRequest) GetId() string {
@@ -3469,7 +4091,7 @@ type SetBandwidthResponse struct {
 
 func (x *SetBandwidthResponse) Reset() {
 	*x = SetBandwidthResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[41]
+	mi := &file_migrated_v1_control_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3481,7 +4103,7 @@ func (x *SetBandwidthResponse) String() string {
 func (*SetBandwidthResponse) ProtoMessage() {}
 
 func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[41]
+	mi := &file_migrated_v1_control_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3494,7 +4116,7 @@ func (x *SetBandwidthResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBandwidthResponse.ProtoReflect.Descriptor instead.
 func (*SetBandwidthResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{41}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *SetBandwidthResponse) GetBandwidth() uint64 {
@@ -3523,7 +4145,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[42]
+	mi := &file_migrated_v1_control_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3535,7 +4157,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[42]
+	mi := &file_migrated_v1_control_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3548,7 +4170,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{42}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *CheckRequest) GetVm() string {
@@ -3602,7 +4224,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[43]
+	mi := &file_migrated_v1_control_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3614,7 +4236,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[43]
+	mi := &file_migrated_v1_control_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3627,7 +4249,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{43}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CheckResponse) GetResults() []*CheckResult {
@@ -3655,7 +4277,7 @@ type CheckResult struct {
 
 func (x *CheckResult) Reset() {
 	*x = CheckResult{}
-	mi := &file_migrated_v1_control_proto_msgTypes[44]
+	mi := &file_migrated_v1_control_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3667,7 +4289,7 @@ func (x *CheckResult) String() string {
 func (*CheckResult) ProtoMessage() {}
 
 func (x *CheckResult) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[44]
+	mi := &file_migrated_v1_control_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3680,7 +4302,7 @@ func (x *CheckResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
 func (*CheckResult) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{44}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *CheckResult) GetSubject() string {
@@ -3718,6 +4340,388 @@ func (x *CheckResult) GetHost() MigrationRole {
 	return MigrationRole_MIGRATION_ROLE_UNSPECIFIED
 }
 
+type GetIncomingRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Of a host that is both sides: which is asked. Unspecified: the source.
+	Role MigrationRole `protobuf:"varint,2,opt,name=role,proto3,enum=migrated.v1.MigrationRole" json:"role,omitempty"`
+	// The most cells that the map is to have, or one for each block of memory; 0: 1024,
+	// at most 4096.
+	Cells         uint32 `protobuf:"varint,3,opt,name=cells,proto3" json:"cells,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetIncomingRequest) Reset() {
+	*x = GetIncomingRequest{}
+	mi := &file_migrated_v1_control_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetIncomingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetIncomingRequest) ProtoMessage() {}
+
+func (x *GetIncomingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetIncomingRequest.ProtoReflect.Descriptor instead.
+func (*GetIncomingRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *GetIncomingRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *GetIncomingRequest) GetRole() MigrationRole {
+	if x != nil {
+		return x.Role
+	}
+	return MigrationRole_MIGRATION_ROLE_UNSPECIFIED
+}
+
+func (x *GetIncomingRequest) GetCells() uint32 {
+	if x != nil {
+		return x.Cells
+	}
+	return 0
+}
+
+type GetIncomingResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Incoming      *Incoming              `protobuf:"bytes,1,opt,name=incoming,proto3" json:"incoming,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetIncomingResponse) Reset() {
+	*x = GetIncomingResponse{}
+	mi := &file_migrated_v1_control_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetIncomingResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetIncomingResponse) ProtoMessage() {}
+
+func (x *GetIncomingResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetIncomingResponse.ProtoReflect.Descriptor instead.
+func (*GetIncomingResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *GetIncomingResponse) GetIncoming() *Incoming {
+	if x != nil {
+		return x.Incoming
+	}
+	return nil
+}
+
+// Incoming is how a VM comes to its destination, as that says.
+type Incoming struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	State    MigrationState         `protobuf:"varint,1,opt,name=state,proto3,enum=migrated.v1.MigrationState" json:"state,omitempty"`
+	Location Location               `protobuf:"varint,2,opt,name=location,proto3,enum=migrated.v1.Location" json:"location,omitempty"`
+	// Unset while it has not failed.
+	Error    *MigrationError `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	Progress *Progress       `protobuf:"bytes,4,opt,name=progress,proto3" json:"progress,omitempty"`
+	Pages    *IncomingPages  `protobuf:"bytes,5,opt,name=pages,proto3" json:"pages,omitempty"`
+	Timeline *Timeline       `protobuf:"bytes,6,opt,name=timeline,proto3" json:"timeline,omitempty"`
+	Memory   *MemoryMap      `protobuf:"bytes,7,opt,name=memory,proto3" json:"memory,omitempty"`
+	// What it was made of may be as old as this by the destination's clock.
+	Time          *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=time,proto3" json:"time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Incoming) Reset() {
+	*x = Incoming{}
+	mi := &file_migrated_v1_control_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Incoming) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Incoming) ProtoMessage() {}
+
+func (x *Incoming) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Incoming.ProtoReflect.Descriptor instead.
+func (*Incoming) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *Incoming) GetState() MigrationState {
+	if x != nil {
+		return x.State
+	}
+	return MigrationState_MIGRATION_STATE_UNSPECIFIED
+}
+
+func (x *Incoming) GetLocation() Location {
+	if x != nil {
+		return x.Location
+	}
+	return Location_LOCATION_UNSPECIFIED
+}
+
+func (x *Incoming) GetError() *MigrationError {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+func (x *Incoming) GetProgress() *Progress {
+	if x != nil {
+		return x.Progress
+	}
+	return nil
+}
+
+func (x *Incoming) GetPages() *IncomingPages {
+	if x != nil {
+		return x.Pages
+	}
+	return nil
+}
+
+func (x *Incoming) GetTimeline() *Timeline {
+	if x != nil {
+		return x.Timeline
+	}
+	return nil
+}
+
+func (x *Incoming) GetMemory() *MemoryMap {
+	if x != nil {
+		return x.Memory
+	}
+	return nil
+}
+
+func (x *Incoming) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+// MemoryMap is where a VM's memory is.
+type MemoryMap struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Blocks        []*MemoryBlock         `protobuf:"bytes,1,rep,name=blocks,proto3" json:"blocks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemoryMap) Reset() {
+	*x = MemoryMap{}
+	mi := &file_migrated_v1_control_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemoryMap) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemoryMap) ProtoMessage() {}
+
+func (x *MemoryMap) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemoryMap.ProtoReflect.Descriptor instead.
+func (*MemoryMap) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *MemoryMap) GetBlocks() []*MemoryBlock {
+	if x != nil {
+		return x.Blocks
+	}
+	return nil
+}
+
+// MemoryBlock is a RAM block in cells. A cell has pages_per_cell pages, the last one
+// those that are left, and an entry in each of the lists: how many of its pages are
+// in that state. But for faulted they add up to all of them.
+type MemoryBlock struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// QEMU's name of it.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Bytes.
+	Size         uint64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	PageSize     uint64 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PagesPerCell uint64 `protobuf:"varint,4,opt,name=pages_per_cell,json=pagesPerCell,proto3" json:"pages_per_cell,omitempty"`
+	// Nobody has asked for them.
+	Missing []uint32 `protobuf:"varint,5,rep,packed,name=missing,proto3" json:"missing,omitempty"`
+	// On their way, or being put in place.
+	InFlight []uint32 `protobuf:"varint,6,rep,packed,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
+	// The same, and a thread of the VM waits for them.
+	WaitedFor []uint32 `protobuf:"varint,7,rep,packed,name=waited_for,json=waitedFor,proto3" json:"waited_for,omitempty"`
+	Present   []uint32 `protobuf:"varint,8,rep,packed,name=present,proto3" json:"present,omitempty"`
+	// Known to be zero: nothing has to be put there.
+	Zero []uint32 `protobuf:"varint,9,rep,packed,name=zero,proto3" json:"zero,omitempty"`
+	// A thread of the VM had waited for them when they were asked for, in this run of
+	// the destination's daemon. They are counted once more among the others.
+	Faulted       []uint32 `protobuf:"varint,10,rep,packed,name=faulted,proto3" json:"faulted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemoryBlock) Reset() {
+	*x = MemoryBlock{}
+	mi := &file_migrated_v1_control_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemoryBlock) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemoryBlock) ProtoMessage() {}
+
+func (x *MemoryBlock) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_control_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemoryBlock.ProtoReflect.Descriptor instead.
+func (*MemoryBlock) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *MemoryBlock) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *MemoryBlock) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *MemoryBlock) GetPageSize() uint64 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *MemoryBlock) GetPagesPerCell() uint64 {
+	if x != nil {
+		return x.PagesPerCell
+	}
+	return 0
+}
+
+func (x *MemoryBlock) GetMissing() []uint32 {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
+}
+
+func (x *MemoryBlock) GetInFlight() []uint32 {
+	if x != nil {
+		return x.InFlight
+	}
+	return nil
+}
+
+func (x *MemoryBlock) GetWaitedFor() []uint32 {
+	if x != nil {
+		return x.WaitedFor
+	}
+	return nil
+}
+
+func (x *MemoryBlock) GetPresent() []uint32 {
+	if x != nil {
+		return x.Present
+	}
+	return nil
+}
+
+func (x *MemoryBlock) GetZero() []uint32 {
+	if x != nil {
+		return x.Zero
+	}
+	return nil
+}
+
+func (x *MemoryBlock) GetFaulted() []uint32 {
+	if x != nil {
+		return x.Faulted
+	}
+	return nil
+}
+
 type GetVersionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3726,7 +4730,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_migrated_v1_control_proto_msgTypes[45]
+	mi := &file_migrated_v1_control_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3738,7 +4742,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[45]
+	mi := &file_migrated_v1_control_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3751,7 +4755,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{45}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{56}
 }
 
 type GetVersionResponse struct {
@@ -3766,7 +4770,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_migrated_v1_control_proto_msgTypes[46]
+	mi := &file_migrated_v1_control_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3778,7 +4782,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_control_proto_msgTypes[46]
+	mi := &file_migrated_v1_control_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3791,7 +4795,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_control_proto_rawDescGZIP(), []int{46}
+	return file_migrated_v1_control_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -3812,7 +4816,7 @@ var File_migrated_v1_control_proto protoreflect.FileDescriptor
 
 const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
-	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xba\x04\n" +
+	"\x19migrated/v1/control.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc3\a\n" +
 	"\rMigrationSpec\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12'\n" +
@@ -3831,7 +4835,18 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"persistent\x18\f \x01(\bR\n" +
 	"persistent\x12'\n" +
 	"\x0fundefine_source\x18\r \x01(\bR\x0eundefineSource\x12'\n" +
-	"\x0fdestination_xml\x18\x0e \x01(\tR\x0edestinationXml\"\xe9\x05\n" +
+	"\x0fdestination_xml\x18\x0e \x01(\tR\x0edestinationXml\x12>\n" +
+	"\x06labels\x18\x0f \x03(\v2&.migrated.v1.MigrationSpec.LabelsEntryR\x06labels\x12>\n" +
+	"\rprepare_limit\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\fprepareLimit\x12<\n" +
+	"\fswitch_limit\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\vswitchLimit\x12:\n" +
+	"\vtotal_limit\x18\x12 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"totalLimit\x12:\n" +
+	"\vqueue_limit\x18\x1e \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"queueLimit\x12\x16\n" +
+	"\x06weight\x18\x1f \x01(\rR\x06weight\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x91\b\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -3852,7 +4867,19 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"early_load\x18\x0e \x01(\v2\x16.migrated.v1.EarlyLoadR\tearlyLoad\x121\n" +
 	"\blocation\x18\x0f \x01(\x0e2\x15.migrated.v1.LocationR\blocation\x12\x1b\n" +
-	"\tram_files\x18\x10 \x03(\tR\bramFiles\"\xba\x01\n" +
+	"\tram_files\x18\x10 \x03(\tR\bramFiles\x129\n" +
+	"\n" +
+	"start_time\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x12;\n" +
+	"\vswitch_time\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"switchTime\x125\n" +
+	"\bend_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12C\n" +
+	"\x10destination_qemu\x18\x14 \x01(\v2\x18.migrated.v1.QemuProcessR\x0fdestinationQemu\x12\x18\n" +
+	"\aoverdue\x18\x15 \x01(\bR\aoverdue\x12\x18\n" +
+	"\awaiting\x18\x1e \x01(\tR\awaiting\"C\n" +
+	"\vQemuProcess\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x10\n" +
+	"\x03qmp\x18\x02 \x01(\tR\x03qmp\x12\x10\n" +
+	"\x03log\x18\x03 \x01(\tR\x03log\"\xba\x01\n" +
 	"\tEarlyLoad\x12\x16\n" +
 	"\x06loaded\x18\x01 \x01(\bR\x06loaded\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12/\n" +
@@ -3877,7 +4904,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\amessage\x18\x01 \x01(\tR\amessage\x12\x16\n" +
 	"\x06remedy\x18\x02 \x01(\tR\x06remedy\x12\x1b\n" +
 	"\tvm_status\x18\x03 \x01(\tR\bvmStatus\x12+\n" +
-	"\x06reason\x18\x04 \x01(\x0e2\x13.migrated.v1.ReasonR\x06reason\"\x86\a\n" +
+	"\x06reason\x18\x04 \x01(\x0e2\x13.migrated.v1.ReasonR\x06reason\"\xc4\a\n" +
 	"\bProgress\x12\x1f\n" +
 	"\vpages_total\x18\x01 \x01(\x04R\n" +
 	"pagesTotal\x12#\n" +
@@ -3904,7 +4931,11 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x16sweep_bytes_per_second\x18\x12 \x01(\x01R\x13sweepBytesPerSecond\x12'\n" +
 	"\x0fbytes_discarded\x18\x13 \x01(\x04R\x0ebytesDiscarded\x12#\n" +
 	"\rpages_touched\x18\x14 \x01(\x04R\fpagesTouched\x12+\n" +
-	"\x11pages_unexplained\x18\x15 \x01(\x04R\x10pagesUnexplained\"\xf0\x04\n" +
+	"\x11pages_unexplained\x18\x15 \x01(\x04R\x10pagesUnexplained\x12\x1d\n" +
+	"\n" +
+	"pages_lost\x18\x16 \x01(\x04R\tpagesLost\x12\x1d\n" +
+	"\n" +
+	"bulk_lanes\x18\x17 \x01(\rR\tbulkLanes\"\xf0\x04\n" +
 	"\x06Report\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x124\n" +
 	"\tmigration\x18\x02 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\x12\x19\n" +
@@ -3937,7 +4968,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\vcommit_time\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\n" +
 	"commitTime\x12>\n" +
 	"\rcrossing_time\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\fcrossingTime\x12>\n" +
-	"\rcontinue_time\x18\a \x01(\v2\x19.google.protobuf.DurationR\fcontinueTime\"\xeb\x05\n" +
+	"\rcontinue_time\x18\a \x01(\v2\x19.google.protobuf.DurationR\fcontinueTime\"\xbb\x06\n" +
 	"\rIncomingPages\x12\x19\n" +
 	"\btaken_up\x18\x01 \x01(\bR\atakenUp\x120\n" +
 	"\x06causes\x18\x02 \x01(\v2\x18.migrated.v1.FaultCausesR\x06causes\x124\n" +
@@ -3958,7 +4989,9 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x15best_bytes_per_second\x18\r \x01(\x01R\x12bestBytesPerSecond\x12!\n" +
 	"\fearly_faults\x18\x0e \x01(\x04R\vearlyFaults\x12A\n" +
 	"\x0fearly_fault_max\x18\x0f \x01(\v2\x19.google.protobuf.DurationR\rearlyFaultMax\x121\n" +
-	"\asamples\x18\x10 \x03(\v2\x17.migrated.v1.PageSampleR\asamples\"\x9b\x01\n" +
+	"\asamples\x18\x10 \x03(\v2\x17.migrated.v1.PageSampleR\asamples\x12&\n" +
+	"\x0fmost_bulk_lanes\x18\x11 \x01(\rR\rmostBulkLanes\x12&\n" +
+	"\x0fbulk_lanes_lost\x18\x12 \x01(\x04R\rbulkLanesLost\"\x9b\x01\n" +
 	"\vFaultCauses\x12\x18\n" +
 	"\amissing\x18\x01 \x01(\x04R\amissing\x12\x14\n" +
 	"\x05swept\x18\x02 \x01(\x04R\x05swept\x12\x14\n" +
@@ -3999,12 +5032,35 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"GetRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"C\n" +
 	"\vGetResponse\x124\n" +
-	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"\r\n" +
-	"\vListRequest\"F\n" +
+	"\tmigration\x18\x01 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\"\xdb\x01\n" +
+	"\x0fMigrationFilter\x12@\n" +
+	"\x06labels\x18\x01 \x03(\v2(.migrated.v1.MigrationFilter.LabelsEntryR\x06labels\x12.\n" +
+	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x12\x1b\n" +
+	"\tunder_way\x18\x03 \x01(\bR\bunderWay\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x7f\n" +
+	"\vListRequest\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\rR\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\x124\n" +
+	"\x06filter\x18\x03 \x01(\v2\x1c.migrated.v1.MigrationFilterR\x06filter\"\x99\x01\n" +
 	"\fListResponse\x126\n" +
 	"\n" +
 	"migrations\x18\x01 \x03(\v2\x16.migrated.v1.MigrationR\n" +
-	"migrations\"U\n" +
+	"migrations\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12)\n" +
+	"\x10resource_version\x18\x03 \x01(\tR\x0fresourceVersion\"s\n" +
+	"\x10WatchListRequest\x12)\n" +
+	"\x10resource_version\x18\x01 \x01(\tR\x0fresourceVersion\x124\n" +
+	"\x06filter\x18\x02 \x01(\v2\x1c.migrated.v1.MigrationFilterR\x06filter\"\xa2\x01\n" +
+	"\x11WatchListResponse\x12,\n" +
+	"\x05event\x18\x01 \x01(\x0e2\x16.migrated.v1.ListEventR\x05event\x124\n" +
+	"\tmigration\x18\x02 \x01(\v2\x16.migrated.v1.MigrationR\tmigration\x12)\n" +
+	"\x10resource_version\x18\x03 \x01(\tR\x0fresourceVersion\"\x1f\n" +
+	"\rDeleteRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x10\n" +
+	"\x0eDeleteResponse\"U\n" +
 	"\fWatchRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x125\n" +
 	"\binterval\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\binterval\"E\n" +
@@ -4058,7 +5114,37 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x06status\x18\x02 \x01(\x0e2\x18.migrated.v1.CheckStatusR\x06status\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\x12\x16\n" +
 	"\x06remedy\x18\x04 \x01(\tR\x06remedy\x12.\n" +
-	"\x04host\x18\x05 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04host\"\x13\n" +
+	"\x04host\x18\x05 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04host\"j\n" +
+	"\x12GetIncomingRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x12\x14\n" +
+	"\x05cells\x18\x03 \x01(\rR\x05cells\"H\n" +
+	"\x13GetIncomingResponse\x121\n" +
+	"\bincoming\x18\x01 \x01(\v2\x15.migrated.v1.IncomingR\bincoming\"\x9b\x03\n" +
+	"\bIncoming\x121\n" +
+	"\x05state\x18\x01 \x01(\x0e2\x1b.migrated.v1.MigrationStateR\x05state\x121\n" +
+	"\blocation\x18\x02 \x01(\x0e2\x15.migrated.v1.LocationR\blocation\x121\n" +
+	"\x05error\x18\x03 \x01(\v2\x1b.migrated.v1.MigrationErrorR\x05error\x121\n" +
+	"\bprogress\x18\x04 \x01(\v2\x15.migrated.v1.ProgressR\bprogress\x120\n" +
+	"\x05pages\x18\x05 \x01(\v2\x1a.migrated.v1.IncomingPagesR\x05pages\x121\n" +
+	"\btimeline\x18\x06 \x01(\v2\x15.migrated.v1.TimelineR\btimeline\x12.\n" +
+	"\x06memory\x18\a \x01(\v2\x16.migrated.v1.MemoryMapR\x06memory\x12.\n" +
+	"\x04time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"=\n" +
+	"\tMemoryMap\x120\n" +
+	"\x06blocks\x18\x01 \x03(\v2\x18.migrated.v1.MemoryBlockR\x06blocks\"\x92\x02\n" +
+	"\vMemoryBlock\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x1b\n" +
+	"\tpage_size\x18\x03 \x01(\x04R\bpageSize\x12$\n" +
+	"\x0epages_per_cell\x18\x04 \x01(\x04R\fpagesPerCell\x12\x18\n" +
+	"\amissing\x18\x05 \x03(\rR\amissing\x12\x1b\n" +
+	"\tin_flight\x18\x06 \x03(\rR\binFlight\x12\x1d\n" +
+	"\n" +
+	"waited_for\x18\a \x03(\rR\twaitedFor\x12\x18\n" +
+	"\apresent\x18\b \x03(\rR\apresent\x12\x12\n" +
+	"\x04zero\x18\t \x03(\rR\x04zero\x12\x18\n" +
+	"\afaulted\x18\n" +
+	" \x03(\rR\afaulted\"\x13\n" +
 	"\x11GetVersionRequest\"J\n" +
 	"\x12GetVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1a\n" +
@@ -4083,7 +5169,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x14LOCATION_DESTINATION\x10\x02\x12\x14\n" +
 	"\x10LOCATION_NOWHERE\x10\x03\x12\x14\n" +
 	"\x10LOCATION_UNKNOWN\x10\x04\x12\x12\n" +
-	"\x0eLOCATION_ENDED\x10\x05*\xd5\x05\n" +
+	"\x0eLOCATION_ENDED\x10\x05*\x99\x06\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10REASON_CANCELLED\x10\x01\x12\x17\n" +
@@ -4107,7 +5193,10 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x17REASON_STATE_UNREADABLE\x10\x12\x12\x14\n" +
 	"\x10REASON_FELL_BACK\x10\x13\x12\x13\n" +
 	"\x0fREASON_RELEASED\x10\x14\x12\x14\n" +
-	"\x10REASON_ABANDONED\x10\x15\x12\x19\n" +
+	"\x10REASON_ABANDONED\x10\x15\x12\x17\n" +
+	"\x13REASON_LIMIT_MISSED\x10\x16\x12\x15\n" +
+	"\x11REASON_LIST_AGAIN\x10\x17\x12\x12\n" +
+	"\x0eREASON_NO_TURN\x10\x1d\x12\x19\n" +
 	"\x15REASON_GUEST_SHUTDOWN\x10\x1e\x12\x16\n" +
 	"\x12REASON_GUEST_RESET\x10\x1f\x12\x16\n" +
 	"\x12REASON_GUEST_PANIC\x10 \x12\x14\n" +
@@ -4122,26 +5211,35 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x17SUPERVISION_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18SUPERVISION_UNSUPERVISED\x10\x01\x12\x18\n" +
 	"\x14SUPERVISION_LABELLED\x10\x02\x12\x14\n" +
-	"\x10SUPERVISION_FLAG\x10\x03*s\n" +
+	"\x10SUPERVISION_FLAG\x10\x03*\x86\x01\n" +
+	"\tListEvent\x12\x1a\n" +
+	"\x16LIST_EVENT_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10LIST_EVENT_ADDED\x10\x01\x12\x16\n" +
+	"\x12LIST_EVENT_CHANGED\x10\x02\x12\x16\n" +
+	"\x12LIST_EVENT_REMOVED\x10\x03\x12\x17\n" +
+	"\x13LIST_EVENT_BOOKMARK\x10\x04*s\n" +
 	"\vCheckStatus\x12\x1c\n" +
 	"\x18CHECK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fCHECK_STATUS_OK\x10\x01\x12\x18\n" +
 	"\x14CHECK_STATUS_WARNING\x10\x02\x12\x17\n" +
-	"\x13CHECK_STATUS_FAILED\x10\x032\xd4\a\n" +
+	"\x13CHECK_STATUS_FAILED\x10\x032\xb7\t\n" +
 	"\x0eControlService\x12D\n" +
 	"\aPrepare\x12\x1b.migrated.v1.PrepareRequest\x1a\x1c.migrated.v1.PrepareResponse\x12>\n" +
 	"\x05Start\x12\x19.migrated.v1.StartRequest\x1a\x1a.migrated.v1.StartResponse\x128\n" +
 	"\x03Get\x12\x17.migrated.v1.GetRequest\x1a\x18.migrated.v1.GetResponse\x12;\n" +
-	"\x04List\x12\x18.migrated.v1.ListRequest\x1a\x19.migrated.v1.ListResponse\x12@\n" +
+	"\x04List\x12\x18.migrated.v1.ListRequest\x1a\x19.migrated.v1.ListResponse\x12L\n" +
+	"\tWatchList\x12\x1d.migrated.v1.WatchListRequest\x1a\x1e.migrated.v1.WatchListResponse0\x01\x12@\n" +
 	"\x05Watch\x12\x19.migrated.v1.WatchRequest\x1a\x1a.migrated.v1.WatchResponse0\x01\x12A\n" +
 	"\x06Report\x12\x1a.migrated.v1.ReportRequest\x1a\x1b.migrated.v1.ReportResponse\x12A\n" +
-	"\x06Cancel\x12\x1a.migrated.v1.CancelRequest\x1a\x1b.migrated.v1.CancelResponse\x12D\n" +
+	"\x06Cancel\x12\x1a.migrated.v1.CancelRequest\x1a\x1b.migrated.v1.CancelResponse\x12A\n" +
+	"\x06Delete\x12\x1a.migrated.v1.DeleteRequest\x1a\x1b.migrated.v1.DeleteResponse\x12D\n" +
 	"\aRecover\x12\x1b.migrated.v1.RecoverRequest\x1a\x1c.migrated.v1.RecoverResponse\x12G\n" +
 	"\bFallBack\x12\x1c.migrated.v1.FallBackRequest\x1a\x1d.migrated.v1.FallBackResponse\x12D\n" +
 	"\aRelease\x12\x1b.migrated.v1.ReleaseRequest\x1a\x1c.migrated.v1.ReleaseResponse\x12D\n" +
 	"\aAbandon\x12\x1b.migrated.v1.AbandonRequest\x1a\x1c.migrated.v1.AbandonResponse\x12S\n" +
 	"\fSetBandwidth\x12 .migrated.v1.SetBandwidthRequest\x1a!.migrated.v1.SetBandwidthResponse\x12>\n" +
-	"\x05Check\x12\x19.migrated.v1.CheckRequest\x1a\x1a.migrated.v1.CheckResponse\x12M\n" +
+	"\x05Check\x12\x19.migrated.v1.CheckRequest\x1a\x1a.migrated.v1.CheckResponse\x12P\n" +
+	"\vGetIncoming\x12\x1f.migrated.v1.GetIncomingRequest\x1a .migrated.v1.GetIncomingResponse\x12M\n" +
 	"\n" +
 	"GetVersion\x12\x1e.migrated.v1.GetVersionRequest\x1a\x1f.migrated.v1.GetVersionResponseB>Z<github.com/migrated-vm/migrated/proto/migrated/v1;migratedv1b\x06proto3"
 
@@ -4157,179 +5255,225 @@ func file_migrated_v1_control_proto_rawDescGZIP() []byte {
 	return file_migrated_v1_control_proto_rawDescData
 }
 
-var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_migrated_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_migrated_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_migrated_v1_control_proto_goTypes = []any{
 	(MigrationState)(0),           // 0: migrated.v1.MigrationState
 	(Location)(0),                 // 1: migrated.v1.Location
 	(Reason)(0),                   // 2: migrated.v1.Reason
 	(MigrationRole)(0),            // 3: migrated.v1.MigrationRole
 	(Supervision)(0),              // 4: migrated.v1.Supervision
-	(CheckStatus)(0),              // 5: migrated.v1.CheckStatus
-	(*MigrationSpec)(nil),         // 6: migrated.v1.MigrationSpec
-	(*Migration)(nil),             // 7: migrated.v1.Migration
-	(*EarlyLoad)(nil),             // 8: migrated.v1.EarlyLoad
-	(*Rehearsal)(nil),             // 9: migrated.v1.Rehearsal
-	(*DeviceDifference)(nil),      // 10: migrated.v1.DeviceDifference
-	(*MigrationError)(nil),        // 11: migrated.v1.MigrationError
-	(*Progress)(nil),              // 12: migrated.v1.Progress
-	(*Report)(nil),                // 13: migrated.v1.Report
-	(*Timeline)(nil),              // 14: migrated.v1.Timeline
-	(*StateChange)(nil),           // 15: migrated.v1.StateChange
-	(*DowntimeSteps)(nil),         // 16: migrated.v1.DowntimeSteps
-	(*IncomingPages)(nil),         // 17: migrated.v1.IncomingPages
-	(*FaultCauses)(nil),           // 18: migrated.v1.FaultCauses
-	(*LatencyBucket)(nil),         // 19: migrated.v1.LatencyBucket
-	(*PageSample)(nil),            // 20: migrated.v1.PageSample
-	(*HostVersions)(nil),          // 21: migrated.v1.HostVersions
-	(*EarlierCheck)(nil),          // 22: migrated.v1.EarlierCheck
-	(*Finding)(nil),               // 23: migrated.v1.Finding
-	(*PrepareRequest)(nil),        // 24: migrated.v1.PrepareRequest
-	(*PrepareResponse)(nil),       // 25: migrated.v1.PrepareResponse
-	(*StartRequest)(nil),          // 26: migrated.v1.StartRequest
-	(*StartResponse)(nil),         // 27: migrated.v1.StartResponse
-	(*GetRequest)(nil),            // 28: migrated.v1.GetRequest
-	(*GetResponse)(nil),           // 29: migrated.v1.GetResponse
-	(*ListRequest)(nil),           // 30: migrated.v1.ListRequest
-	(*ListResponse)(nil),          // 31: migrated.v1.ListResponse
-	(*WatchRequest)(nil),          // 32: migrated.v1.WatchRequest
-	(*WatchResponse)(nil),         // 33: migrated.v1.WatchResponse
-	(*ReportRequest)(nil),         // 34: migrated.v1.ReportRequest
-	(*ReportResponse)(nil),        // 35: migrated.v1.ReportResponse
-	(*CancelRequest)(nil),         // 36: migrated.v1.CancelRequest
-	(*CancelResponse)(nil),        // 37: migrated.v1.CancelResponse
-	(*RecoverRequest)(nil),        // 38: migrated.v1.RecoverRequest
-	(*RecoverResponse)(nil),       // 39: migrated.v1.RecoverResponse
-	(*FallBackRequest)(nil),       // 40: migrated.v1.FallBackRequest
-	(*FallBackResponse)(nil),      // 41: migrated.v1.FallBackResponse
-	(*ReleaseRequest)(nil),        // 42: migrated.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),       // 43: migrated.v1.ReleaseResponse
-	(*AbandonRequest)(nil),        // 44: migrated.v1.AbandonRequest
-	(*AbandonResponse)(nil),       // 45: migrated.v1.AbandonResponse
-	(*SetBandwidthRequest)(nil),   // 46: migrated.v1.SetBandwidthRequest
-	(*SetBandwidthResponse)(nil),  // 47: migrated.v1.SetBandwidthResponse
-	(*CheckRequest)(nil),          // 48: migrated.v1.CheckRequest
-	(*CheckResponse)(nil),         // 49: migrated.v1.CheckResponse
-	(*CheckResult)(nil),           // 50: migrated.v1.CheckResult
-	(*GetVersionRequest)(nil),     // 51: migrated.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),    // 52: migrated.v1.GetVersionResponse
-	(*durationpb.Duration)(nil),   // 53: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 54: google.protobuf.Timestamp
+	(ListEvent)(0),                // 5: migrated.v1.ListEvent
+	(CheckStatus)(0),              // 6: migrated.v1.CheckStatus
+	(*MigrationSpec)(nil),         // 7: migrated.v1.MigrationSpec
+	(*Migration)(nil),             // 8: migrated.v1.Migration
+	(*QemuProcess)(nil),           // 9: migrated.v1.QemuProcess
+	(*EarlyLoad)(nil),             // 10: migrated.v1.EarlyLoad
+	(*Rehearsal)(nil),             // 11: migrated.v1.Rehearsal
+	(*DeviceDifference)(nil),      // 12: migrated.v1.DeviceDifference
+	(*MigrationError)(nil),        // 13: migrated.v1.MigrationError
+	(*Progress)(nil),              // 14: migrated.v1.Progress
+	(*Report)(nil),                // 15: migrated.v1.Report
+	(*Timeline)(nil),              // 16: migrated.v1.Timeline
+	(*StateChange)(nil),           // 17: migrated.v1.StateChange
+	(*DowntimeSteps)(nil),         // 18: migrated.v1.DowntimeSteps
+	(*IncomingPages)(nil),         // 19: migrated.v1.IncomingPages
+	(*FaultCauses)(nil),           // 20: migrated.v1.FaultCauses
+	(*LatencyBucket)(nil),         // 21: migrated.v1.LatencyBucket
+	(*PageSample)(nil),            // 22: migrated.v1.PageSample
+	(*HostVersions)(nil),          // 23: migrated.v1.HostVersions
+	(*EarlierCheck)(nil),          // 24: migrated.v1.EarlierCheck
+	(*Finding)(nil),               // 25: migrated.v1.Finding
+	(*PrepareRequest)(nil),        // 26: migrated.v1.PrepareRequest
+	(*PrepareResponse)(nil),       // 27: migrated.v1.PrepareResponse
+	(*StartRequest)(nil),          // 28: migrated.v1.StartRequest
+	(*StartResponse)(nil),         // 29: migrated.v1.StartResponse
+	(*GetRequest)(nil),            // 30: migrated.v1.GetRequest
+	(*GetResponse)(nil),           // 31: migrated.v1.GetResponse
+	(*MigrationFilter)(nil),       // 32: migrated.v1.MigrationFilter
+	(*ListRequest)(nil),           // 33: migrated.v1.ListRequest
+	(*ListResponse)(nil),          // 34: migrated.v1.ListResponse
+	(*WatchListRequest)(nil),      // 35: migrated.v1.WatchListRequest
+	(*WatchListResponse)(nil),     // 36: migrated.v1.WatchListResponse
+	(*DeleteRequest)(nil),         // 37: migrated.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 38: migrated.v1.DeleteResponse
+	(*WatchRequest)(nil),          // 39: migrated.v1.WatchRequest
+	(*WatchResponse)(nil),         // 40: migrated.v1.WatchResponse
+	(*ReportRequest)(nil),         // 41: migrated.v1.ReportRequest
+	(*ReportResponse)(nil),        // 42: migrated.v1.ReportResponse
+	(*CancelRequest)(nil),         // 43: migrated.v1.CancelRequest
+	(*CancelResponse)(nil),        // 44: migrated.v1.CancelResponse
+	(*RecoverRequest)(nil),        // 45: migrated.v1.RecoverRequest
+	(*RecoverResponse)(nil),       // 46: migrated.v1.RecoverResponse
+	(*FallBackRequest)(nil),       // 47: migrated.v1.FallBackRequest
+	(*FallBackResponse)(nil),      // 48: migrated.v1.FallBackResponse
+	(*ReleaseRequest)(nil),        // 49: migrated.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),       // 50: migrated.v1.ReleaseResponse
+	(*AbandonRequest)(nil),        // 51: migrated.v1.AbandonRequest
+	(*AbandonResponse)(nil),       // 52: migrated.v1.AbandonResponse
+	(*SetBandwidthRequest)(nil),   // 53: migrated.v1.SetBandwidthRequest
+	(*SetBandwidthResponse)(nil),  // 54: migrated.v1.SetBandwidthResponse
+	(*CheckRequest)(nil),          // 55: migrated.v1.CheckRequest
+	(*CheckResponse)(nil),         // 56: migrated.v1.CheckResponse
+	(*CheckResult)(nil),           // 57: migrated.v1.CheckResult
+	(*GetIncomingRequest)(nil),    // 58: migrated.v1.GetIncomingRequest
+	(*GetIncomingResponse)(nil),   // 59: migrated.v1.GetIncomingResponse
+	(*Incoming)(nil),              // 60: migrated.v1.Incoming
+	(*MemoryMap)(nil),             // 61: migrated.v1.MemoryMap
+	(*MemoryBlock)(nil),           // 62: migrated.v1.MemoryBlock
+	(*GetVersionRequest)(nil),     // 63: migrated.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),    // 64: migrated.v1.GetVersionResponse
+	nil,                           // 65: migrated.v1.MigrationSpec.LabelsEntry
+	nil,                           // 66: migrated.v1.MigrationFilter.LabelsEntry
+	(*durationpb.Duration)(nil),   // 67: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 68: google.protobuf.Timestamp
 }
 var file_migrated_v1_control_proto_depIdxs = []int32{
-	53, // 0: migrated.v1.MigrationSpec.freeze_limit:type_name -> google.protobuf.Duration
-	53, // 1: migrated.v1.MigrationSpec.early_pause_limit:type_name -> google.protobuf.Duration
-	3,  // 2: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
-	0,  // 3: migrated.v1.Migration.state:type_name -> migrated.v1.MigrationState
-	6,  // 4: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
-	11, // 5: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
-	12, // 6: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
-	54, // 7: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
-	54, // 8: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
-	4,  // 9: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
-	9,  // 10: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
-	8,  // 11: migrated.v1.Migration.early_load:type_name -> migrated.v1.EarlyLoad
-	1,  // 12: migrated.v1.Migration.location:type_name -> migrated.v1.Location
-	53, // 13: migrated.v1.EarlyLoad.pause:type_name -> google.protobuf.Duration
-	53, // 14: migrated.v1.EarlyLoad.load_time:type_name -> google.protobuf.Duration
-	53, // 15: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
-	53, // 16: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
-	53, // 17: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
-	53, // 18: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
-	53, // 19: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
-	53, // 20: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
-	10, // 21: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
-	2,  // 22: migrated.v1.MigrationError.reason:type_name -> migrated.v1.Reason
-	53, // 23: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
-	53, // 24: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
-	53, // 25: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
-	53, // 26: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
-	53, // 27: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
-	53, // 28: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
-	54, // 29: migrated.v1.Report.time:type_name -> google.protobuf.Timestamp
-	7,  // 30: migrated.v1.Report.migration:type_name -> migrated.v1.Migration
-	14, // 31: migrated.v1.Report.timeline:type_name -> migrated.v1.Timeline
-	14, // 32: migrated.v1.Report.destination_timeline:type_name -> migrated.v1.Timeline
-	16, // 33: migrated.v1.Report.downtime_steps:type_name -> migrated.v1.DowntimeSteps
-	17, // 34: migrated.v1.Report.incoming:type_name -> migrated.v1.IncomingPages
-	21, // 35: migrated.v1.Report.source:type_name -> migrated.v1.HostVersions
-	21, // 36: migrated.v1.Report.destination:type_name -> migrated.v1.HostVersions
-	22, // 37: migrated.v1.Report.check:type_name -> migrated.v1.EarlierCheck
-	23, // 38: migrated.v1.Report.findings:type_name -> migrated.v1.Finding
-	15, // 39: migrated.v1.Timeline.changes:type_name -> migrated.v1.StateChange
-	0,  // 40: migrated.v1.StateChange.state:type_name -> migrated.v1.MigrationState
-	54, // 41: migrated.v1.StateChange.time:type_name -> google.protobuf.Timestamp
-	53, // 42: migrated.v1.StateChange.since_start:type_name -> google.protobuf.Duration
-	2,  // 43: migrated.v1.StateChange.reason:type_name -> migrated.v1.Reason
-	53, // 44: migrated.v1.DowntimeSteps.stop_time:type_name -> google.protobuf.Duration
-	53, // 45: migrated.v1.DowntimeSteps.save_time:type_name -> google.protobuf.Duration
-	53, // 46: migrated.v1.DowntimeSteps.transfer_time:type_name -> google.protobuf.Duration
-	53, // 47: migrated.v1.DowntimeSteps.load_time:type_name -> google.protobuf.Duration
-	53, // 48: migrated.v1.DowntimeSteps.commit_time:type_name -> google.protobuf.Duration
-	53, // 49: migrated.v1.DowntimeSteps.crossing_time:type_name -> google.protobuf.Duration
-	53, // 50: migrated.v1.DowntimeSteps.continue_time:type_name -> google.protobuf.Duration
-	18, // 51: migrated.v1.IncomingPages.causes:type_name -> migrated.v1.FaultCauses
-	19, // 52: migrated.v1.IncomingPages.latency:type_name -> migrated.v1.LatencyBucket
-	53, // 53: migrated.v1.IncomingPages.latency_sum:type_name -> google.protobuf.Duration
-	53, // 54: migrated.v1.IncomingPages.paused:type_name -> google.protobuf.Duration
-	53, // 55: migrated.v1.IncomingPages.longest_pause:type_name -> google.protobuf.Duration
-	53, // 56: migrated.v1.IncomingPages.early_fault_max:type_name -> google.protobuf.Duration
-	20, // 57: migrated.v1.IncomingPages.samples:type_name -> migrated.v1.PageSample
-	53, // 58: migrated.v1.LatencyBucket.longest:type_name -> google.protobuf.Duration
-	53, // 59: migrated.v1.PageSample.since_switch:type_name -> google.protobuf.Duration
-	54, // 60: migrated.v1.EarlierCheck.time:type_name -> google.protobuf.Timestamp
-	50, // 61: migrated.v1.EarlierCheck.results:type_name -> migrated.v1.CheckResult
-	6,  // 62: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
-	7,  // 63: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
-	6,  // 64: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
-	7,  // 65: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 66: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 67: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
-	53, // 68: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
-	7,  // 69: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
-	3,  // 70: migrated.v1.ReportRequest.role:type_name -> migrated.v1.MigrationRole
-	13, // 71: migrated.v1.ReportResponse.report:type_name -> migrated.v1.Report
-	7,  // 72: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 73: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 74: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 75: migrated.v1.ReleaseResponse.migration:type_name -> migrated.v1.Migration
-	7,  // 76: migrated.v1.AbandonResponse.migration:type_name -> migrated.v1.Migration
-	50, // 77: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
-	5,  // 78: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
-	3,  // 79: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
-	24, // 80: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
-	26, // 81: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
-	28, // 82: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
-	30, // 83: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
-	32, // 84: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
-	34, // 85: migrated.v1.ControlService.Report:input_type -> migrated.v1.ReportRequest
-	36, // 86: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
-	38, // 87: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
-	40, // 88: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
-	42, // 89: migrated.v1.ControlService.Release:input_type -> migrated.v1.ReleaseRequest
-	44, // 90: migrated.v1.ControlService.Abandon:input_type -> migrated.v1.AbandonRequest
-	46, // 91: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
-	48, // 92: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
-	51, // 93: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
-	25, // 94: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
-	27, // 95: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
-	29, // 96: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
-	31, // 97: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
-	33, // 98: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
-	35, // 99: migrated.v1.ControlService.Report:output_type -> migrated.v1.ReportResponse
-	37, // 100: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
-	39, // 101: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
-	41, // 102: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
-	43, // 103: migrated.v1.ControlService.Release:output_type -> migrated.v1.ReleaseResponse
-	45, // 104: migrated.v1.ControlService.Abandon:output_type -> migrated.v1.AbandonResponse
-	47, // 105: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
-	49, // 106: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
-	52, // 107: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
-	94, // [94:108] is the sub-list for method output_type
-	80, // [80:94] is the sub-list for method input_type
-	80, // [80:80] is the sub-list for extension type_name
-	80, // [80:80] is the sub-list for extension extendee
-	0,  // [0:80] is the sub-list for field type_name
+	67,  // 0: migrated.v1.MigrationSpec.freeze_limit:type_name -> google.protobuf.Duration
+	67,  // 1: migrated.v1.MigrationSpec.early_pause_limit:type_name -> google.protobuf.Duration
+	65,  // 2: migrated.v1.MigrationSpec.labels:type_name -> migrated.v1.MigrationSpec.LabelsEntry
+	67,  // 3: migrated.v1.MigrationSpec.prepare_limit:type_name -> google.protobuf.Duration
+	67,  // 4: migrated.v1.MigrationSpec.switch_limit:type_name -> google.protobuf.Duration
+	67,  // 5: migrated.v1.MigrationSpec.total_limit:type_name -> google.protobuf.Duration
+	67,  // 6: migrated.v1.MigrationSpec.queue_limit:type_name -> google.protobuf.Duration
+	3,   // 7: migrated.v1.Migration.role:type_name -> migrated.v1.MigrationRole
+	0,   // 8: migrated.v1.Migration.state:type_name -> migrated.v1.MigrationState
+	7,   // 9: migrated.v1.Migration.spec:type_name -> migrated.v1.MigrationSpec
+	13,  // 10: migrated.v1.Migration.error:type_name -> migrated.v1.MigrationError
+	14,  // 11: migrated.v1.Migration.progress:type_name -> migrated.v1.Progress
+	68,  // 12: migrated.v1.Migration.create_time:type_name -> google.protobuf.Timestamp
+	68,  // 13: migrated.v1.Migration.update_time:type_name -> google.protobuf.Timestamp
+	4,   // 14: migrated.v1.Migration.supervision:type_name -> migrated.v1.Supervision
+	11,  // 15: migrated.v1.Migration.rehearsal:type_name -> migrated.v1.Rehearsal
+	10,  // 16: migrated.v1.Migration.early_load:type_name -> migrated.v1.EarlyLoad
+	1,   // 17: migrated.v1.Migration.location:type_name -> migrated.v1.Location
+	68,  // 18: migrated.v1.Migration.start_time:type_name -> google.protobuf.Timestamp
+	68,  // 19: migrated.v1.Migration.switch_time:type_name -> google.protobuf.Timestamp
+	68,  // 20: migrated.v1.Migration.end_time:type_name -> google.protobuf.Timestamp
+	9,   // 21: migrated.v1.Migration.destination_qemu:type_name -> migrated.v1.QemuProcess
+	67,  // 22: migrated.v1.EarlyLoad.pause:type_name -> google.protobuf.Duration
+	67,  // 23: migrated.v1.EarlyLoad.load_time:type_name -> google.protobuf.Duration
+	67,  // 24: migrated.v1.Rehearsal.downtime:type_name -> google.protobuf.Duration
+	67,  // 25: migrated.v1.Rehearsal.stop_time:type_name -> google.protobuf.Duration
+	67,  // 26: migrated.v1.Rehearsal.save_time:type_name -> google.protobuf.Duration
+	67,  // 27: migrated.v1.Rehearsal.transfer_time:type_name -> google.protobuf.Duration
+	67,  // 28: migrated.v1.Rehearsal.load_time:type_name -> google.protobuf.Duration
+	67,  // 29: migrated.v1.Rehearsal.continue_time:type_name -> google.protobuf.Duration
+	12,  // 30: migrated.v1.Rehearsal.differences:type_name -> migrated.v1.DeviceDifference
+	2,   // 31: migrated.v1.MigrationError.reason:type_name -> migrated.v1.Reason
+	67,  // 32: migrated.v1.Progress.fault_p50:type_name -> google.protobuf.Duration
+	67,  // 33: migrated.v1.Progress.fault_p99:type_name -> google.protobuf.Duration
+	67,  // 34: migrated.v1.Progress.fault_max:type_name -> google.protobuf.Duration
+	67,  // 35: migrated.v1.Progress.downtime:type_name -> google.protobuf.Duration
+	67,  // 36: migrated.v1.Progress.residency:type_name -> google.protobuf.Duration
+	67,  // 37: migrated.v1.Progress.time_left:type_name -> google.protobuf.Duration
+	68,  // 38: migrated.v1.Report.time:type_name -> google.protobuf.Timestamp
+	8,   // 39: migrated.v1.Report.migration:type_name -> migrated.v1.Migration
+	16,  // 40: migrated.v1.Report.timeline:type_name -> migrated.v1.Timeline
+	16,  // 41: migrated.v1.Report.destination_timeline:type_name -> migrated.v1.Timeline
+	18,  // 42: migrated.v1.Report.downtime_steps:type_name -> migrated.v1.DowntimeSteps
+	19,  // 43: migrated.v1.Report.incoming:type_name -> migrated.v1.IncomingPages
+	23,  // 44: migrated.v1.Report.source:type_name -> migrated.v1.HostVersions
+	23,  // 45: migrated.v1.Report.destination:type_name -> migrated.v1.HostVersions
+	24,  // 46: migrated.v1.Report.check:type_name -> migrated.v1.EarlierCheck
+	25,  // 47: migrated.v1.Report.findings:type_name -> migrated.v1.Finding
+	17,  // 48: migrated.v1.Timeline.changes:type_name -> migrated.v1.StateChange
+	0,   // 49: migrated.v1.StateChange.state:type_name -> migrated.v1.MigrationState
+	68,  // 50: migrated.v1.StateChange.time:type_name -> google.protobuf.Timestamp
+	67,  // 51: migrated.v1.StateChange.since_start:type_name -> google.protobuf.Duration
+	2,   // 52: migrated.v1.StateChange.reason:type_name -> migrated.v1.Reason
+	67,  // 53: migrated.v1.DowntimeSteps.stop_time:type_name -> google.protobuf.Duration
+	67,  // 54: migrated.v1.DowntimeSteps.save_time:type_name -> google.protobuf.Duration
+	67,  // 55: migrated.v1.DowntimeSteps.transfer_time:type_name -> google.protobuf.Duration
+	67,  // 56: migrated.v1.DowntimeSteps.load_time:type_name -> google.protobuf.Duration
+	67,  // 57: migrated.v1.DowntimeSteps.commit_time:type_name -> google.protobuf.Duration
+	67,  // 58: migrated.v1.DowntimeSteps.crossing_time:type_name -> google.protobuf.Duration
+	67,  // 59: migrated.v1.DowntimeSteps.continue_time:type_name -> google.protobuf.Duration
+	20,  // 60: migrated.v1.IncomingPages.causes:type_name -> migrated.v1.FaultCauses
+	21,  // 61: migrated.v1.IncomingPages.latency:type_name -> migrated.v1.LatencyBucket
+	67,  // 62: migrated.v1.IncomingPages.latency_sum:type_name -> google.protobuf.Duration
+	67,  // 63: migrated.v1.IncomingPages.paused:type_name -> google.protobuf.Duration
+	67,  // 64: migrated.v1.IncomingPages.longest_pause:type_name -> google.protobuf.Duration
+	67,  // 65: migrated.v1.IncomingPages.early_fault_max:type_name -> google.protobuf.Duration
+	22,  // 66: migrated.v1.IncomingPages.samples:type_name -> migrated.v1.PageSample
+	67,  // 67: migrated.v1.LatencyBucket.longest:type_name -> google.protobuf.Duration
+	67,  // 68: migrated.v1.PageSample.since_switch:type_name -> google.protobuf.Duration
+	68,  // 69: migrated.v1.EarlierCheck.time:type_name -> google.protobuf.Timestamp
+	57,  // 70: migrated.v1.EarlierCheck.results:type_name -> migrated.v1.CheckResult
+	7,   // 71: migrated.v1.PrepareRequest.spec:type_name -> migrated.v1.MigrationSpec
+	8,   // 72: migrated.v1.PrepareResponse.migration:type_name -> migrated.v1.Migration
+	7,   // 73: migrated.v1.StartRequest.spec:type_name -> migrated.v1.MigrationSpec
+	8,   // 74: migrated.v1.StartResponse.migration:type_name -> migrated.v1.Migration
+	8,   // 75: migrated.v1.GetResponse.migration:type_name -> migrated.v1.Migration
+	66,  // 76: migrated.v1.MigrationFilter.labels:type_name -> migrated.v1.MigrationFilter.LabelsEntry
+	3,   // 77: migrated.v1.MigrationFilter.role:type_name -> migrated.v1.MigrationRole
+	32,  // 78: migrated.v1.ListRequest.filter:type_name -> migrated.v1.MigrationFilter
+	8,   // 79: migrated.v1.ListResponse.migrations:type_name -> migrated.v1.Migration
+	32,  // 80: migrated.v1.WatchListRequest.filter:type_name -> migrated.v1.MigrationFilter
+	5,   // 81: migrated.v1.WatchListResponse.event:type_name -> migrated.v1.ListEvent
+	8,   // 82: migrated.v1.WatchListResponse.migration:type_name -> migrated.v1.Migration
+	67,  // 83: migrated.v1.WatchRequest.interval:type_name -> google.protobuf.Duration
+	8,   // 84: migrated.v1.WatchResponse.migration:type_name -> migrated.v1.Migration
+	3,   // 85: migrated.v1.ReportRequest.role:type_name -> migrated.v1.MigrationRole
+	15,  // 86: migrated.v1.ReportResponse.report:type_name -> migrated.v1.Report
+	8,   // 87: migrated.v1.CancelResponse.migration:type_name -> migrated.v1.Migration
+	8,   // 88: migrated.v1.RecoverResponse.migration:type_name -> migrated.v1.Migration
+	8,   // 89: migrated.v1.FallBackResponse.migration:type_name -> migrated.v1.Migration
+	8,   // 90: migrated.v1.ReleaseResponse.migration:type_name -> migrated.v1.Migration
+	8,   // 91: migrated.v1.AbandonResponse.migration:type_name -> migrated.v1.Migration
+	57,  // 92: migrated.v1.CheckResponse.results:type_name -> migrated.v1.CheckResult
+	6,   // 93: migrated.v1.CheckResult.status:type_name -> migrated.v1.CheckStatus
+	3,   // 94: migrated.v1.CheckResult.host:type_name -> migrated.v1.MigrationRole
+	3,   // 95: migrated.v1.GetIncomingRequest.role:type_name -> migrated.v1.MigrationRole
+	60,  // 96: migrated.v1.GetIncomingResponse.incoming:type_name -> migrated.v1.Incoming
+	0,   // 97: migrated.v1.Incoming.state:type_name -> migrated.v1.MigrationState
+	1,   // 98: migrated.v1.Incoming.location:type_name -> migrated.v1.Location
+	13,  // 99: migrated.v1.Incoming.error:type_name -> migrated.v1.MigrationError
+	14,  // 100: migrated.v1.Incoming.progress:type_name -> migrated.v1.Progress
+	19,  // 101: migrated.v1.Incoming.pages:type_name -> migrated.v1.IncomingPages
+	16,  // 102: migrated.v1.Incoming.timeline:type_name -> migrated.v1.Timeline
+	61,  // 103: migrated.v1.Incoming.memory:type_name -> migrated.v1.MemoryMap
+	68,  // 104: migrated.v1.Incoming.time:type_name -> google.protobuf.Timestamp
+	62,  // 105: migrated.v1.MemoryMap.blocks:type_name -> migrated.v1.MemoryBlock
+	26,  // 106: migrated.v1.ControlService.Prepare:input_type -> migrated.v1.PrepareRequest
+	28,  // 107: migrated.v1.ControlService.Start:input_type -> migrated.v1.StartRequest
+	30,  // 108: migrated.v1.ControlService.Get:input_type -> migrated.v1.GetRequest
+	33,  // 109: migrated.v1.ControlService.List:input_type -> migrated.v1.ListRequest
+	35,  // 110: migrated.v1.ControlService.WatchList:input_type -> migrated.v1.WatchListRequest
+	39,  // 111: migrated.v1.ControlService.Watch:input_type -> migrated.v1.WatchRequest
+	41,  // 112: migrated.v1.ControlService.Report:input_type -> migrated.v1.ReportRequest
+	43,  // 113: migrated.v1.ControlService.Cancel:input_type -> migrated.v1.CancelRequest
+	37,  // 114: migrated.v1.ControlService.Delete:input_type -> migrated.v1.DeleteRequest
+	45,  // 115: migrated.v1.ControlService.Recover:input_type -> migrated.v1.RecoverRequest
+	47,  // 116: migrated.v1.ControlService.FallBack:input_type -> migrated.v1.FallBackRequest
+	49,  // 117: migrated.v1.ControlService.Release:input_type -> migrated.v1.ReleaseRequest
+	51,  // 118: migrated.v1.ControlService.Abandon:input_type -> migrated.v1.AbandonRequest
+	53,  // 119: migrated.v1.ControlService.SetBandwidth:input_type -> migrated.v1.SetBandwidthRequest
+	55,  // 120: migrated.v1.ControlService.Check:input_type -> migrated.v1.CheckRequest
+	58,  // 121: migrated.v1.ControlService.GetIncoming:input_type -> migrated.v1.GetIncomingRequest
+	63,  // 122: migrated.v1.ControlService.GetVersion:input_type -> migrated.v1.GetVersionRequest
+	27,  // 123: migrated.v1.ControlService.Prepare:output_type -> migrated.v1.PrepareResponse
+	29,  // 124: migrated.v1.ControlService.Start:output_type -> migrated.v1.StartResponse
+	31,  // 125: migrated.v1.ControlService.Get:output_type -> migrated.v1.GetResponse
+	34,  // 126: migrated.v1.ControlService.List:output_type -> migrated.v1.ListResponse
+	36,  // 127: migrated.v1.ControlService.WatchList:output_type -> migrated.v1.WatchListResponse
+	40,  // 128: migrated.v1.ControlService.Watch:output_type -> migrated.v1.WatchResponse
+	42,  // 129: migrated.v1.ControlService.Report:output_type -> migrated.v1.ReportResponse
+	44,  // 130: migrated.v1.ControlService.Cancel:output_type -> migrated.v1.CancelResponse
+	38,  // 131: migrated.v1.ControlService.Delete:output_type -> migrated.v1.DeleteResponse
+	46,  // 132: migrated.v1.ControlService.Recover:output_type -> migrated.v1.RecoverResponse
+	48,  // 133: migrated.v1.ControlService.FallBack:output_type -> migrated.v1.FallBackResponse
+	50,  // 134: migrated.v1.ControlService.Release:output_type -> migrated.v1.ReleaseResponse
+	52,  // 135: migrated.v1.ControlService.Abandon:output_type -> migrated.v1.AbandonResponse
+	54,  // 136: migrated.v1.ControlService.SetBandwidth:output_type -> migrated.v1.SetBandwidthResponse
+	56,  // 137: migrated.v1.ControlService.Check:output_type -> migrated.v1.CheckResponse
+	59,  // 138: migrated.v1.ControlService.GetIncoming:output_type -> migrated.v1.GetIncomingResponse
+	64,  // 139: migrated.v1.ControlService.GetVersion:output_type -> migrated.v1.GetVersionResponse
+	123, // [123:140] is the sub-list for method output_type
+	106, // [106:123] is the sub-list for method input_type
+	106, // [106:106] is the sub-list for extension type_name
+	106, // [106:106] is the sub-list for extension extendee
+	0,   // [0:106] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_control_proto_init() }
@@ -4342,8 +5486,8 @@ func file_migrated_v1_control_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_control_proto_rawDesc), len(file_migrated_v1_control_proto_rawDesc)),
-			NumEnums:      6,
-			NumMessages:   47,
+			NumEnums:      7,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -5,6 +5,13 @@
 // source: migrated/v1/control.proto
 
 // The control plane of migrated: what orchestrators and the command line drive.
+//
+// This is version 1 of the API, and stays it: services, methods, messages, fields and values of enumerations are added,
+// and never renamed, renumbered, given another type, or removed. A client ignores fields, and takes a value of an
+// enumeration that it does not know for one of its own, such as "something else". A field that is not set means what its
+// absence meant before there was the field. What a method refuses may become more; which status code it refuses it with
+// stays. Texts (error messages, remedies, the details of checks) are for people and change without notice.
+// scripts/breaking compares with the newest release, and docs/api.md is made of these comments.
 
 package migratedv1
 
@@ -25,15 +32,18 @@ const (
 	ControlService_Start_FullMethodName        = "/migrated.v1.ControlService/Start"
 	ControlService_Get_FullMethodName          = "/migrated.v1.ControlService/Get"
 	ControlService_List_FullMethodName         = "/migrated.v1.ControlService/List"
+	ControlService_WatchList_FullMethodName    = "/migrated.v1.ControlService/WatchList"
 	ControlService_Watch_FullMethodName        = "/migrated.v1.ControlService/Watch"
 	ControlService_Report_FullMethodName       = "/migrated.v1.ControlService/Report"
 	ControlService_Cancel_FullMethodName       = "/migrated.v1.ControlService/Cancel"
+	ControlService_Delete_FullMethodName       = "/migrated.v1.ControlService/Delete"
 	ControlService_Recover_FullMethodName      = "/migrated.v1.ControlService/Recover"
 	ControlService_FallBack_FullMethodName     = "/migrated.v1.ControlService/FallBack"
 	ControlService_Release_FullMethodName      = "/migrated.v1.ControlService/Release"
 	ControlService_Abandon_FullMethodName      = "/migrated.v1.ControlService/Abandon"
 	ControlService_SetBandwidth_FullMethodName = "/migrated.v1.ControlService/SetBandwidth"
 	ControlService_Check_FullMethodName        = "/migrated.v1.ControlService/Check"
+	ControlService_GetIncoming_FullMethodName  = "/migrated.v1.ControlService/GetIncoming"
 	ControlService_GetVersion_FullMethodName   = "/migrated.v1.ControlService/GetVersion"
 )
 
@@ -56,8 +66,15 @@ type ControlServiceClient interface {
 	Start(ctx context.Context, in *StartRequest, opts ...grpc.CallOption) (*StartResponse, error)
 	// Get returns one migration, NOT_FOUND if this daemon does not know the id.
 	Get(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*GetResponse, error)
-	// List returns the migrations this daemon knows, newest first.
+	// List returns the migrations this daemon knows, newest first, in pages.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
+	// WatchList streams what changes in the list, from the resource version that a List
+	// gave: nothing that changed since is left out, and nothing comes twice. It goes on
+	// until the caller ends it. OUT_OF_RANGE, with a MigrationError whose reason is
+	// REASON_LIST_AGAIN: the version is too old, or of an earlier run of the daemon, or
+	// the caller was too slow; list again. RESOURCE_EXHAUSTED: this caller has as many
+	// streams as it may.
+	WatchList(ctx context.Context, in *WatchListRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchListResponse], error)
 	// Watch streams a migration whenever its state or its figures change, at
 	// most every interval, and ends after the terminal state.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
@@ -69,6 +86,11 @@ type ControlServiceClient interface {
 	// Cancel gives up a migration that has not switched over; the VM goes on at
 	// the source. After the switch it is FAILED_PRECONDITION.
 	Cancel(ctx context.Context, in *CancelRequest, opts ...grpc.CallOption) (*CancelResponse, error)
+	// Delete forgets a migration that is over, and its report, on this host alone; its
+	// id can be used again. It is FAILED_PRECONDITION while the migration is under way,
+	// and while something that is known of it here alone protects the VM: its place is
+	// not decided, or the other host has not heard yet how it ended.
+	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
 	// Recover, at the destination, makes the connection to the source's pages
 	// again at once, also at another address. It is made again by itself, at the
 	// addresses that are known; this is for one that was not.
@@ -90,6 +112,11 @@ type ControlServiceClient interface {
 	SetBandwidth(ctx context.Context, in *SetBandwidthRequest, opts ...grpc.CallOption) (*SetBandwidthResponse, error)
 	// Check says whether this host, and a VM on it, can migrate.
 	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
+	// GetIncoming says how a VM's memory comes to its destination, as that knows it
+	// now, with a map of it. A source asks the destination; where that does not answer
+	// it is UNAVAILABLE. FAILED_PRECONDITION: there is nothing to be known of it yet,
+	// or any more.
+	GetIncoming(ctx context.Context, in *GetIncomingRequest, opts ...grpc.CallOption) (*GetIncomingResponse, error)
 	// GetVersion returns what this daemon is.
 	GetVersion(ctx context.Context, in *GetVersionRequest, opts ...grpc.CallOption) (*GetVersionResponse, error)
 }
@@ -142,9 +169,28 @@ func (c *controlServiceClient) List(ctx context.Context, in *ListRequest, opts .
 	return out, nil
 }
 
+func (c *controlServiceClient) WatchList(ctx context.Context, in *WatchListRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchListResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &ControlService_ServiceDesc.Streams[0], ControlService_WatchList_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchListRequest, WatchListResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ControlService_WatchListClient = grpc.ServerStreamingClient[WatchListResponse]
+
 func (c *controlServiceClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &ControlService_ServiceDesc.Streams[0], ControlService_Watch_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &ControlService_ServiceDesc.Streams[1], ControlService_Watch_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -175,6 +221,16 @@ func (c *controlServiceClient) Cancel(ctx context.Context, in *CancelRequest, op
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CancelResponse)
 	err := c.cc.Invoke(ctx, ControlService_Cancel_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteResponse)
+	err := c.cc.Invoke(ctx, ControlService_Delete_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -241,6 +297,16 @@ func (c *controlServiceClient) Check(ctx context.Context, in *CheckRequest, opts
 	return out, nil
 }
 
+func (c *controlServiceClient) GetIncoming(ctx context.Context, in *GetIncomingRequest, opts ...grpc.CallOption) (*GetIncomingResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetIncomingResponse)
+	err := c.cc.Invoke(ctx, ControlService_GetIncoming_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *controlServiceClient) GetVersion(ctx context.Context, in *GetVersionRequest, opts ...grpc.CallOption) (*GetVersionResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetVersionResponse)
@@ -270,8 +336,15 @@ type ControlServiceServer interface {
 	Start(context.Context, *StartRequest) (*StartResponse, error)
 	// Get returns one migration, NOT_FOUND if this daemon does not know the id.
 	Get(context.Context, *GetRequest) (*GetResponse, error)
-	// List returns the migrations this daemon knows, newest first.
+	// List returns the migrations this daemon knows, newest first, in pages.
 	List(context.Context, *ListRequest) (*ListResponse, error)
+	// WatchList streams what changes in the list, from the resource version that a List
+	// gave: nothing that changed since is left out, and nothing comes twice. It goes on
+	// until the caller ends it. OUT_OF_RANGE, with a MigrationError whose reason is
+	// REASON_LIST_AGAIN: the version is too old, or of an earlier run of the daemon, or
+	// the caller was too slow; list again. RESOURCE_EXHAUSTED: this caller has as many
+	// streams as it may.
+	WatchList(*WatchListRequest, grpc.ServerStreamingServer[WatchListResponse]) error
 	// Watch streams a migration whenever its state or its figures change, at
 	// most every interval, and ends after the terminal state.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
@@ -283,6 +356,11 @@ type ControlServiceServer interface {
 	// Cancel gives up a migration that has not switched over; the VM goes on at
 	// the source. After the switch it is FAILED_PRECONDITION.
 	Cancel(context.Context, *CancelRequest) (*CancelResponse, error)
+	// Delete forgets a migration that is over, and its report, on this host alone; its
+	// id can be used again. It is FAILED_PRECONDITION while the migration is under way,
+	// and while something that is known of it here alone protects the VM: its place is
+	// not decided, or the other host has not heard yet how it ended.
+	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
 	// Recover, at the destination, makes the connection to the source's pages
 	// again at once, also at another address. It is made again by itself, at the
 	// addresses that are known; this is for one that was not.
@@ -304,6 +382,11 @@ type ControlServiceServer interface {
 	SetBandwidth(context.Context, *SetBandwidthRequest) (*SetBandwidthResponse, error)
 	// Check says whether this host, and a VM on it, can migrate.
 	Check(context.Context, *CheckRequest) (*CheckResponse, error)
+	// GetIncoming says how a VM's memory comes to its destination, as that knows it
+	// now, with a map of it. A source asks the destination; where that does not answer
+	// it is UNAVAILABLE. FAILED_PRECONDITION: there is nothing to be known of it yet,
+	// or any more.
+	GetIncoming(context.Context, *GetIncomingRequest) (*GetIncomingResponse, error)
 	// GetVersion returns what this daemon is.
 	GetVersion(context.Context, *GetVersionRequest) (*GetVersionResponse, error)
 	mustEmbedUnimplementedControlServiceServer()
@@ -328,6 +411,9 @@ func (UnimplementedControlServiceServer) Get(context.Context, *GetRequest) (*Get
 func (UnimplementedControlServiceServer) List(context.Context, *ListRequest) (*ListResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method List not implemented")
 }
+func (UnimplementedControlServiceServer) WatchList(*WatchListRequest, grpc.ServerStreamingServer[WatchListResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchList not implemented")
+}
 func (UnimplementedControlServiceServer) Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
 }
@@ -336,6 +422,9 @@ func (UnimplementedControlServiceServer) Report(context.Context, *ReportRequest)
 }
 func (UnimplementedControlServiceServer) Cancel(context.Context, *CancelRequest) (*CancelResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Cancel not implemented")
+}
+func (UnimplementedControlServiceServer) Delete(context.Context, *DeleteRequest) (*DeleteResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Delete not implemented")
 }
 func (UnimplementedControlServiceServer) Recover(context.Context, *RecoverRequest) (*RecoverResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Recover not implemented")
@@ -354,6 +443,9 @@ func (UnimplementedControlServiceServer) SetBandwidth(context.Context, *SetBandw
 }
 func (UnimplementedControlServiceServer) Check(context.Context, *CheckRequest) (*CheckResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
+}
+func (UnimplementedControlServiceServer) GetIncoming(context.Context, *GetIncomingRequest) (*GetIncomingResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetIncoming not implemented")
 }
 func (UnimplementedControlServiceServer) GetVersion(context.Context, *GetVersionRequest) (*GetVersionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetVersion not implemented")
@@ -451,6 +543,17 @@ func _ControlService_List_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_WatchList_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchListRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ControlServiceServer).WatchList(m, &grpc.GenericServerStream[WatchListRequest, WatchListResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ControlService_WatchListServer = grpc.ServerStreamingServer[WatchListResponse]
+
 func _ControlService_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -494,6 +597,24 @@ func _ControlService_Cancel_Handler(srv interface{}, ctx context.Context, dec fu
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(ControlServiceServer).Cancel(ctx, req.(*CancelRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_Delete_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).Delete(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_Delete_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).Delete(ctx, req.(*DeleteRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -606,6 +727,24 @@ func _ControlService_Check_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_GetIncoming_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetIncomingRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).GetIncoming(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_GetIncoming_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).GetIncoming(ctx, req.(*GetIncomingRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ControlService_GetVersion_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetVersionRequest)
 	if err := dec(in); err != nil {
@@ -656,6 +795,10 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _ControlService_Cancel_Handler,
 		},
 		{
+			MethodName: "Delete",
+			Handler:    _ControlService_Delete_Handler,
+		},
+		{
 			MethodName: "Recover",
 			Handler:    _ControlService_Recover_Handler,
 		},
@@ -680,11 +823,20 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _ControlService_Check_Handler,
 		},
 		{
+			MethodName: "GetIncoming",
+			Handler:    _ControlService_GetIncoming_Handler,
+		},
+		{
 			MethodName: "GetVersion",
 			Handler:    _ControlService_GetVersion_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchList",
+			Handler:       _ControlService_WatchList_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "Watch",
 			Handler:       _ControlService_Watch_Handler,

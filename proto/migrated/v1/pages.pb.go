@@ -78,8 +78,15 @@ func (Compression) EnumDescriptor() ([]byte, []int) {
 
 // FetchRequest asks for ranges of pages.
 type FetchRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Ranges        []*PageRange           `protobuf:"bytes,1,rep,name=ranges,proto3" json:"ranges,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Ranges []*PageRange           `protobuf:"bytes,1,rep,name=ranges,proto3" json:"ranges,omitempty"`
+	// The source may tell of holes, too, beside the answer.
+	Holes bool `protobuf:"varint,2,opt,name=holes,proto3" json:"holes,omitempty"`
+	// How many bytes of pages one reply is to carry at most, unless one page is
+	// larger: a thread waits, and pages are installed when their reply is there.
+	// 0: the source decides, as one does that does not know this field. Less than
+	// 16 KiB counts as that.
+	Piece         uint32 `protobuf:"varint,3,opt,name=piece,proto3" json:"piece,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -119,6 +126,20 @@ func (x *FetchRequest) GetRanges() []*PageRange {
 		return x.Ranges
 	}
 	return nil
+}
+
+func (x *FetchRequest) GetHoles() bool {
+	if x != nil {
+		return x.Holes
+	}
+	return false
+}
+
+func (x *FetchRequest) GetPiece() uint32 {
+	if x != nil {
+		return x.Piece
+	}
+	return 0
 }
 
 // PageRange is a run of whole pages of one RAM block.
@@ -250,14 +271,23 @@ func (x *FetchResponse) GetData() []byte {
 	return nil
 }
 
-// PageRun is a run of whole pages that are all zero or all carried in data.
+// PageRun is a run of whole pages that are all zero or all carried in data, or all lost.
 type PageRun struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Block  uint32                 `protobuf:"varint,1,opt,name=block,proto3" json:"block,omitempty"`
 	Offset uint64                 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
 	Length uint32                 `protobuf:"varint,3,opt,name=length,proto3" json:"length,omitempty"`
 	// Every byte of the run is zero and none is carried.
-	Zero          bool `protobuf:"varint,4,opt,name=zero,proto3" json:"zero,omitempty"`
+	Zero bool `protobuf:"varint,4,opt,name=zero,proto3" json:"zero,omitempty"`
+	// The source cannot read the run: its memory, or what it lies on, is broken. No
+	// byte of it is carried. Only to destinations that said that they can say so to
+	// the VM ("migrated-lost: 1" in the metadata of the lane).
+	Lost bool `protobuf:"varint,5,opt,name=lost,proto3" json:"lost,omitempty"`
+	// Every byte of the run is zero, none is carried, and nobody has asked for it: the
+	// source has found a hole in its memory, behind the range that was asked for last.
+	// Such runs come beside the answer to a request that said that they may
+	// (FetchRequest.holes), as those of the bulk lane do.
+	Hole          bool `protobuf:"varint,6,opt,name=hole,proto3" json:"hole,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -320,13 +350,29 @@ func (x *PageRun) GetZero() bool {
 	return false
 }
 
+func (x *PageRun) GetLost() bool {
+	if x != nil {
+		return x.Lost
+	}
+	return false
+}
+
+func (x *PageRun) GetHole() bool {
+	if x != nil {
+		return x.Hole
+	}
+	return false
+}
+
 var File_migrated_v1_pages_proto protoreflect.FileDescriptor
 
 const file_migrated_v1_pages_proto_rawDesc = "" +
 	"\n" +
-	"\x17migrated/v1/pages.proto\x12\vmigrated.v1\">\n" +
+	"\x17migrated/v1/pages.proto\x12\vmigrated.v1\"j\n" +
 	"\fFetchRequest\x12.\n" +
-	"\x06ranges\x18\x01 \x03(\v2\x16.migrated.v1.PageRangeR\x06ranges\"Q\n" +
+	"\x06ranges\x18\x01 \x03(\v2\x16.migrated.v1.PageRangeR\x06ranges\x12\x14\n" +
+	"\x05holes\x18\x02 \x01(\bR\x05holes\x12\x14\n" +
+	"\x05piece\x18\x03 \x01(\rR\x05piece\"Q\n" +
 	"\tPageRange\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\rR\x05block\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x16\n" +
@@ -334,12 +380,14 @@ const file_migrated_v1_pages_proto_rawDesc = "" +
 	"\rFetchResponse\x12(\n" +
 	"\x04runs\x18\x01 \x03(\v2\x14.migrated.v1.PageRunR\x04runs\x12:\n" +
 	"\vcompression\x18\x03 \x01(\x0e2\x18.migrated.v1.CompressionR\vcompression\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data\"c\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"\x8b\x01\n" +
 	"\aPageRun\x12\x14\n" +
 	"\x05block\x18\x01 \x01(\rR\x05block\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x16\n" +
 	"\x06length\x18\x03 \x01(\rR\x06length\x12\x12\n" +
-	"\x04zero\x18\x04 \x01(\bR\x04zero*T\n" +
+	"\x04zero\x18\x04 \x01(\bR\x04zero\x12\x12\n" +
+	"\x04lost\x18\x05 \x01(\bR\x04lost\x12\x12\n" +
+	"\x04hole\x18\x06 \x01(\bR\x04hole*T\n" +
 	"\vCompression\x12\x1b\n" +
 	"\x17COMPRESSION_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCOMPRESSION_S2\x10\x01\x12\x14\n" +

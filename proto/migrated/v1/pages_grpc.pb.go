@@ -33,23 +33,24 @@ const (
 type PageServiceClient interface {
 	// Fetch is one lane: the destination asks for ranges of pages, the source
 	// answers each range exactly once, in any order, in one reply or several.
-	// A migration opens several demand lanes for faults and one bulk lane for
+	// A migration opens several demand lanes for faults and a bulk lane for
 	// the background sweep, each on a connection of its own, so that an urgent
-	// page never queues behind bulk bytes.
+	// page never queues behind bulk bytes. It opens more bulk lanes, which are
+	// alike, where they make the sweep faster; a source may refuse them.
 	//
 	// The metadata of the call name the migration ("migration-id") and carry the
 	// token that its source handed out ("migration-token"). They may say which
 	// compressions the caller can undo, by name, separated by commas
 	// ("migrated-compression: s2,zstd"). Names that the source does not know are
-	// nothing to it; without any, it sends page bytes as they are. The bulk lane
-	// says that it is the one ("migrated-lane: bulk"): from it the source learns
+	// nothing to it; without any, it sends page bytes as they are. A bulk lane
+	// says that it is one ("migrated-lane: bulk"): from it the source learns
 	// how fast the network is.
 	//
 	// "migrated-protocol: 1" is the version that PrepareIncoming agreed on; a
 	// source that does not speak it refuses the lane.
 	//
 	// Both messages are plain Protocol Buffers on the wire. The daemons read and
-	// write them by hand (internal/pagewire), so that page bytes are never
+	// write them by hand (pkg/pagewire), so that page bytes are never
 	// copied or decoded by a generic codec.
 	Fetch(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FetchRequest, FetchResponse], error)
 }
@@ -84,23 +85,24 @@ type PageService_FetchClient = grpc.BidiStreamingClient[FetchRequest, FetchRespo
 type PageServiceServer interface {
 	// Fetch is one lane: the destination asks for ranges of pages, the source
 	// answers each range exactly once, in any order, in one reply or several.
-	// A migration opens several demand lanes for faults and one bulk lane for
+	// A migration opens several demand lanes for faults and a bulk lane for
 	// the background sweep, each on a connection of its own, so that an urgent
-	// page never queues behind bulk bytes.
+	// page never queues behind bulk bytes. It opens more bulk lanes, which are
+	// alike, where they make the sweep faster; a source may refuse them.
 	//
 	// The metadata of the call name the migration ("migration-id") and carry the
 	// token that its source handed out ("migration-token"). They may say which
 	// compressions the caller can undo, by name, separated by commas
 	// ("migrated-compression: s2,zstd"). Names that the source does not know are
-	// nothing to it; without any, it sends page bytes as they are. The bulk lane
-	// says that it is the one ("migrated-lane: bulk"): from it the source learns
+	// nothing to it; without any, it sends page bytes as they are. A bulk lane
+	// says that it is one ("migrated-lane: bulk"): from it the source learns
 	// how fast the network is.
 	//
 	// "migrated-protocol: 1" is the version that PrepareIncoming agreed on; a
 	// source that does not speak it refuses the lane.
 	//
 	// Both messages are plain Protocol Buffers on the wire. The daemons read and
-	// write them by hand (internal/pagewire), so that page bytes are never
+	// write them by hand (pkg/pagewire), so that page bytes are never
 	// copied or decoded by a generic codec.
 	Fetch(grpc.BidiStreamingServer[FetchRequest, FetchResponse]) error
 	mustEmbedUnimplementedPageServiceServer()

@@ -4,7 +4,8 @@
 // 	protoc        (unknown)
 // source: migrated/v1/peer.proto
 
-// What two migrated daemons say to each other.
+// What two migrated daemons say to each other. Fields and methods are added alone, as in control.proto; what a daemon of
+// the version before would misunderstand raises the version of the protocol (internal/version), on which both ends agree.
 
 package migratedv1
 
@@ -61,8 +62,10 @@ func (*CheckHostRequest) Descriptor() ([]byte, []int) {
 }
 
 type CheckHostResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Results       []*CheckResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Results []*CheckResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	// Unset by older daemons.
+	Room          *HostRoom `protobuf:"bytes,2,opt,name=room,proto3" json:"room,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -104,6 +107,230 @@ func (x *CheckHostResponse) GetResults() []*CheckResult {
 	return nil
 }
 
+func (x *CheckHostResponse) GetRoom() *HostRoom {
+	if x != nil {
+		return x.Room
+	}
+	return nil
+}
+
+// HostRoom is what a host has to give to VMs that come.
+type HostRoom struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Small pages that the kernel calls available, and the least that is left of the
+	// limits of the control group that QEMUs are started in; bytes.
+	Memory uint64 `protobuf:"varint,1,opt,name=memory,proto3" json:"memory,omitempty"`
+	// What can be swapped out besides.
+	Swap          uint64       `protobuf:"varint,2,opt,name=swap,proto3" json:"swap,omitempty"`
+	HugePages     []*HugePages `protobuf:"bytes,3,rep,name=huge_pages,json=hugePages,proto3" json:"huge_pages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostRoom) Reset() {
+	*x = HostRoom{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostRoom) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostRoom) ProtoMessage() {}
+
+func (x *HostRoom) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostRoom.ProtoReflect.Descriptor instead.
+func (*HostRoom) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *HostRoom) GetMemory() uint64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
+}
+
+func (x *HostRoom) GetSwap() uint64 {
+	if x != nil {
+		return x.Swap
+	}
+	return 0
+}
+
+func (x *HostRoom) GetHugePages() []*HugePages {
+	if x != nil {
+		return x.HugePages
+	}
+	return nil
+}
+
+// HugePages are those of one size.
+type HugePages struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	PageSize uint64                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// Those that are free, or may be made on demand, and not promised to others;
+	// bytes.
+	Free          uint64 `protobuf:"varint,2,opt,name=free,proto3" json:"free,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HugePages) Reset() {
+	*x = HugePages{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HugePages) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HugePages) ProtoMessage() {}
+
+func (x *HugePages) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HugePages.ProtoReflect.Descriptor instead.
+func (*HugePages) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *HugePages) GetPageSize() uint64 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *HugePages) GetFree() uint64 {
+	if x != nil {
+		return x.Free
+	}
+	return 0
+}
+
+type AwaitTurnRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitTurnRequest) Reset() {
+	*x = AwaitTurnRequest{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitTurnRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitTurnRequest) ProtoMessage() {}
+
+func (x *AwaitTurnRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitTurnRequest.ProtoReflect.Descriptor instead.
+func (*AwaitTurnRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AwaitTurnRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type AwaitTurnResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The room is this migration's.
+	Granted bool `protobuf:"varint,1,opt,name=granted,proto3" json:"granted,omitempty"`
+	// How many wait that came before; 0: it is the next.
+	Ahead         uint32 `protobuf:"varint,2,opt,name=ahead,proto3" json:"ahead,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitTurnResponse) Reset() {
+	*x = AwaitTurnResponse{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitTurnResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitTurnResponse) ProtoMessage() {}
+
+func (x *AwaitTurnResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitTurnResponse.ProtoReflect.Descriptor instead.
+func (*AwaitTurnResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *AwaitTurnResponse) GetGranted() bool {
+	if x != nil {
+		return x.Granted
+	}
+	return false
+}
+
+func (x *AwaitTurnResponse) GetAhead() uint32 {
+	if x != nil {
+		return x.Ahead
+	}
+	return 0
+}
+
 type CheckIncomingRequest struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Machine *SourceMachine         `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
@@ -120,7 +347,7 @@ type CheckIncomingRequest struct {
 
 func (x *CheckIncomingRequest) Reset() {
 	*x = CheckIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[2]
+	mi := &file_migrated_v1_peer_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -132,7 +359,7 @@ func (x *CheckIncomingRequest) String() string {
 func (*CheckIncomingRequest) ProtoMessage() {}
 
 func (x *CheckIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[2]
+	mi := &file_migrated_v1_peer_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -145,7 +372,7 @@ func (x *CheckIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckIncomingRequest.ProtoReflect.Descriptor instead.
 func (*CheckIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{2}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *CheckIncomingRequest) GetMachine() *SourceMachine {
@@ -192,7 +419,7 @@ type CheckIncomingResponse struct {
 
 func (x *CheckIncomingResponse) Reset() {
 	*x = CheckIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[3]
+	mi := &file_migrated_v1_peer_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -204,7 +431,7 @@ func (x *CheckIncomingResponse) String() string {
 func (*CheckIncomingResponse) ProtoMessage() {}
 
 func (x *CheckIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[3]
+	mi := &file_migrated_v1_peer_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -217,7 +444,7 @@ func (x *CheckIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckIncomingResponse.ProtoReflect.Descriptor instead.
 func (*CheckIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{3}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CheckIncomingResponse) GetResults() []*CheckResult {
@@ -256,7 +483,7 @@ type PrepareIncomingRequest struct {
 
 func (x *PrepareIncomingRequest) Reset() {
 	*x = PrepareIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	mi := &file_migrated_v1_peer_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -268,7 +495,7 @@ func (x *PrepareIncomingRequest) String() string {
 func (*PrepareIncomingRequest) ProtoMessage() {}
 
 func (x *PrepareIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[4]
+	mi := &file_migrated_v1_peer_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -281,7 +508,7 @@ func (x *PrepareIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareIncomingRequest.ProtoReflect.Descriptor instead.
 func (*PrepareIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{4}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PrepareIncomingRequest) GetId() string {
@@ -407,7 +634,7 @@ type SourceMachine struct {
 
 func (x *SourceMachine) Reset() {
 	*x = SourceMachine{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[5]
+	mi := &file_migrated_v1_peer_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +646,7 @@ func (x *SourceMachine) String() string {
 func (*SourceMachine) ProtoMessage() {}
 
 func (x *SourceMachine) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[5]
+	mi := &file_migrated_v1_peer_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +659,7 @@ func (x *SourceMachine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceMachine.ProtoReflect.Descriptor instead.
 func (*SourceMachine) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{5}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SourceMachine) GetName() string {
@@ -558,7 +785,7 @@ type ProcessAttributes struct {
 
 func (x *ProcessAttributes) Reset() {
 	*x = ProcessAttributes{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	mi := &file_migrated_v1_peer_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -570,7 +797,7 @@ func (x *ProcessAttributes) String() string {
 func (*ProcessAttributes) ProtoMessage() {}
 
 func (x *ProcessAttributes) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[6]
+	mi := &file_migrated_v1_peer_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -583,7 +810,7 @@ func (x *ProcessAttributes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessAttributes.ProtoReflect.Descriptor instead.
 func (*ProcessAttributes) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{6}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ProcessAttributes) GetOomScoreAdj() int32 {
@@ -623,7 +850,7 @@ type MachineDescription struct {
 
 func (x *MachineDescription) Reset() {
 	*x = MachineDescription{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	mi := &file_migrated_v1_peer_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -635,7 +862,7 @@ func (x *MachineDescription) String() string {
 func (*MachineDescription) ProtoMessage() {}
 
 func (x *MachineDescription) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[7]
+	mi := &file_migrated_v1_peer_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -648,7 +875,7 @@ func (x *MachineDescription) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineDescription.ProtoReflect.Descriptor instead.
 func (*MachineDescription) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{7}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *MachineDescription) GetKvm() bool {
@@ -719,7 +946,7 @@ type Cpu struct {
 
 func (x *Cpu) Reset() {
 	*x = Cpu{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -731,7 +958,7 @@ func (x *Cpu) String() string {
 func (*Cpu) ProtoMessage() {}
 
 func (x *Cpu) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[8]
+	mi := &file_migrated_v1_peer_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -744,7 +971,7 @@ func (x *Cpu) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cpu.ProtoReflect.Descriptor instead.
 func (*Cpu) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{8}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Cpu) GetClass() string {
@@ -776,7 +1003,7 @@ type CpuidWord struct {
 
 func (x *CpuidWord) Reset() {
 	*x = CpuidWord{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -788,7 +1015,7 @@ func (x *CpuidWord) String() string {
 func (*CpuidWord) ProtoMessage() {}
 
 func (x *CpuidWord) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[9]
+	mi := &file_migrated_v1_peer_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -801,7 +1028,7 @@ func (x *CpuidWord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CpuidWord.ProtoReflect.Descriptor instead.
 func (*CpuidWord) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{9}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CpuidWord) GetLeaf() uint32 {
@@ -846,7 +1073,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +1085,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[10]
+	mi := &file_migrated_v1_peer_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +1098,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{10}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Device) GetId() string {
@@ -909,7 +1136,7 @@ type Drive struct {
 
 func (x *Drive) Reset() {
 	*x = Drive{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -921,7 +1148,7 @@ func (x *Drive) String() string {
 func (*Drive) ProtoMessage() {}
 
 func (x *Drive) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[11]
+	mi := &file_migrated_v1_peer_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -934,7 +1161,7 @@ func (x *Drive) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drive.ProtoReflect.Descriptor instead.
 func (*Drive) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{11}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Drive) GetName() string {
@@ -975,7 +1202,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -987,7 +1214,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[12]
+	mi := &file_migrated_v1_peer_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1000,7 +1227,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{12}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Image) GetFile() string {
@@ -1061,7 +1288,7 @@ type RamBlock struct {
 
 func (x *RamBlock) Reset() {
 	*x = RamBlock{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1073,7 +1300,7 @@ func (x *RamBlock) String() string {
 func (*RamBlock) ProtoMessage() {}
 
 func (x *RamBlock) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[13]
+	mi := &file_migrated_v1_peer_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1086,7 +1313,7 @@ func (x *RamBlock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RamBlock.ProtoReflect.Descriptor instead.
 func (*RamBlock) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{13}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RamBlock) GetId() string {
@@ -1150,14 +1377,16 @@ type PrepareIncomingResponse struct {
 	// It waits for LoadEarlyState, and is prepared when that says so.
 	Early bool `protobuf:"varint,5,opt,name=early,proto3" json:"early,omitempty"`
 	// For show.
-	Versions      *HostVersions `protobuf:"bytes,6,opt,name=versions,proto3" json:"versions,omitempty"`
+	Versions *HostVersions `protobuf:"bytes,6,opt,name=versions,proto3" json:"versions,omitempty"`
+	// The QEMU that the VM will be moved to, if the early state can be loaded.
+	Qemu          *QemuProcess `protobuf:"bytes,7,opt,name=qemu,proto3" json:"qemu,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PrepareIncomingResponse) Reset() {
 	*x = PrepareIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[14]
+	mi := &file_migrated_v1_peer_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1169,7 +1398,7 @@ func (x *PrepareIncomingResponse) String() string {
 func (*PrepareIncomingResponse) ProtoMessage() {}
 
 func (x *PrepareIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[14]
+	mi := &file_migrated_v1_peer_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1182,7 +1411,7 @@ func (x *PrepareIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareIncomingResponse.ProtoReflect.Descriptor instead.
 func (*PrepareIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{14}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PrepareIncomingResponse) GetRamBlocks() []*RamBlock {
@@ -1227,6 +1456,13 @@ func (x *PrepareIncomingResponse) GetVersions() *HostVersions {
 	return nil
 }
 
+func (x *PrepareIncomingResponse) GetQemu() *QemuProcess {
+	if x != nil {
+		return x.Qemu
+	}
+	return nil
+}
+
 type LoadEarlyStateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Set in the first message alone, as is the beginning of a migration stream.
@@ -1243,7 +1479,7 @@ type LoadEarlyStateRequest struct {
 
 func (x *LoadEarlyStateRequest) Reset() {
 	*x = LoadEarlyStateRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[15]
+	mi := &file_migrated_v1_peer_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1255,7 +1491,7 @@ func (x *LoadEarlyStateRequest) String() string {
 func (*LoadEarlyStateRequest) ProtoMessage() {}
 
 func (x *LoadEarlyStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[15]
+	mi := &file_migrated_v1_peer_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1268,7 +1504,7 @@ func (x *LoadEarlyStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadEarlyStateRequest.ProtoReflect.Descriptor instead.
 func (*LoadEarlyStateRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{15}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LoadEarlyStateRequest) GetId() string {
@@ -1311,7 +1547,7 @@ type Memory struct {
 
 func (x *Memory) Reset() {
 	*x = Memory{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[16]
+	mi := &file_migrated_v1_peer_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1323,7 +1559,7 @@ func (x *Memory) String() string {
 func (*Memory) ProtoMessage() {}
 
 func (x *Memory) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[16]
+	mi := &file_migrated_v1_peer_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1336,7 +1572,7 @@ func (x *Memory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Memory.ProtoReflect.Descriptor instead.
 func (*Memory) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{16}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Memory) GetBlock() uint32 {
@@ -1380,7 +1616,7 @@ type LoadEarlyStateResponse struct {
 
 func (x *LoadEarlyStateResponse) Reset() {
 	*x = LoadEarlyStateResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[17]
+	mi := &file_migrated_v1_peer_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1392,7 +1628,7 @@ func (x *LoadEarlyStateResponse) String() string {
 func (*LoadEarlyStateResponse) ProtoMessage() {}
 
 func (x *LoadEarlyStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[17]
+	mi := &file_migrated_v1_peer_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1405,7 +1641,7 @@ func (x *LoadEarlyStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadEarlyStateResponse.ProtoReflect.Descriptor instead.
 func (*LoadEarlyStateResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{17}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *LoadEarlyStateResponse) GetLoaded() bool {
@@ -1456,7 +1692,7 @@ type Reader struct {
 
 func (x *Reader) Reset() {
 	*x = Reader{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[18]
+	mi := &file_migrated_v1_peer_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1704,7 @@ func (x *Reader) String() string {
 func (*Reader) ProtoMessage() {}
 
 func (x *Reader) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[18]
+	mi := &file_migrated_v1_peer_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1717,7 @@ func (x *Reader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reader.ProtoReflect.Descriptor instead.
 func (*Reader) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{18}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Reader) GetSection() uint32 {
@@ -1519,14 +1755,17 @@ type LoadDeviceStateRequest struct {
 	// In the last message: the source has written down that it handed the VM over,
 	// and the destination runs it as soon as it has loaded everything. Run follows
 	// where this is not answered.
-	Run           *RunRequest `protobuf:"bytes,7,opt,name=run,proto3" json:"run,omitempty"`
+	Run *RunRequest `protobuf:"bytes,7,opt,name=run,proto3" json:"run,omitempty"`
+	// In the first message: what is left of MigrationSpec.total_limit; unset: there is
+	// none.
+	TotalLeft     *durationpb.Duration `protobuf:"bytes,8,opt,name=total_left,json=totalLeft,proto3" json:"total_left,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LoadDeviceStateRequest) Reset() {
 	*x = LoadDeviceStateRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[19]
+	mi := &file_migrated_v1_peer_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1538,7 +1777,7 @@ func (x *LoadDeviceStateRequest) String() string {
 func (*LoadDeviceStateRequest) ProtoMessage() {}
 
 func (x *LoadDeviceStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[19]
+	mi := &file_migrated_v1_peer_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1551,7 +1790,7 @@ func (x *LoadDeviceStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadDeviceStateRequest.ProtoReflect.Descriptor instead.
 func (*LoadDeviceStateRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{19}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *LoadDeviceStateRequest) GetId() string {
@@ -1603,6 +1842,13 @@ func (x *LoadDeviceStateRequest) GetRun() *RunRequest {
 	return nil
 }
 
+func (x *LoadDeviceStateRequest) GetTotalLeft() *durationpb.Duration {
+	if x != nil {
+		return x.TotalLeft
+	}
+	return nil
+}
+
 type LoadDeviceStateResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Bytes uint64                 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
@@ -1619,7 +1865,7 @@ type LoadDeviceStateResponse struct {
 
 func (x *LoadDeviceStateResponse) Reset() {
 	*x = LoadDeviceStateResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[20]
+	mi := &file_migrated_v1_peer_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1877,7 @@ func (x *LoadDeviceStateResponse) String() string {
 func (*LoadDeviceStateResponse) ProtoMessage() {}
 
 func (x *LoadDeviceStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[20]
+	mi := &file_migrated_v1_peer_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1890,7 @@ func (x *LoadDeviceStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadDeviceStateResponse.ProtoReflect.Descriptor instead.
 func (*LoadDeviceStateResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{20}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *LoadDeviceStateResponse) GetBytes() uint64 {
@@ -1695,7 +1941,7 @@ type RunRequest struct {
 
 func (x *RunRequest) Reset() {
 	*x = RunRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[21]
+	mi := &file_migrated_v1_peer_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1707,7 +1953,7 @@ func (x *RunRequest) String() string {
 func (*RunRequest) ProtoMessage() {}
 
 func (x *RunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[21]
+	mi := &file_migrated_v1_peer_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1720,7 +1966,7 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{21}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RunRequest) GetId() string {
@@ -1758,7 +2004,7 @@ type RunResponse struct {
 
 func (x *RunResponse) Reset() {
 	*x = RunResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[22]
+	mi := &file_migrated_v1_peer_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +2016,7 @@ func (x *RunResponse) String() string {
 func (*RunResponse) ProtoMessage() {}
 
 func (x *RunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[22]
+	mi := &file_migrated_v1_peer_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +2029,7 @@ func (x *RunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
 func (*RunResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{22}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RunResponse) GetResumeTime() *durationpb.Duration {
@@ -1809,7 +2055,7 @@ type WatchIncomingRequest struct {
 
 func (x *WatchIncomingRequest) Reset() {
 	*x = WatchIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[23]
+	mi := &file_migrated_v1_peer_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1821,7 +2067,7 @@ func (x *WatchIncomingRequest) String() string {
 func (*WatchIncomingRequest) ProtoMessage() {}
 
 func (x *WatchIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[23]
+	mi := &file_migrated_v1_peer_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1834,7 +2080,7 @@ func (x *WatchIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchIncomingRequest.ProtoReflect.Descriptor instead.
 func (*WatchIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{23}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WatchIncomingRequest) GetId() string {
@@ -1853,15 +2099,19 @@ type WatchIncomingResponse struct {
 	Error    *MigrationError `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
 	Location Location        `protobuf:"varint,4,opt,name=location,proto3,enum=migrated.v1.Location" json:"location,omitempty"`
 	// In the last message, for the source's report: the destination's own parts.
-	Incoming      *IncomingPages `protobuf:"bytes,5,opt,name=incoming,proto3" json:"incoming,omitempty"`
-	Timeline      *Timeline      `protobuf:"bytes,6,opt,name=timeline,proto3" json:"timeline,omitempty"`
+	Incoming *IncomingPages `protobuf:"bytes,5,opt,name=incoming,proto3" json:"incoming,omitempty"`
+	Timeline *Timeline      `protobuf:"bytes,6,opt,name=timeline,proto3" json:"timeline,omitempty"`
+	// The QEMU that the VM is moved to.
+	Qemu *QemuProcess `protobuf:"bytes,7,opt,name=qemu,proto3" json:"qemu,omitempty"`
+	// And the map, as it was in the end.
+	Memory        *MemoryMap `protobuf:"bytes,8,opt,name=memory,proto3" json:"memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WatchIncomingResponse) Reset() {
 	*x = WatchIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[24]
+	mi := &file_migrated_v1_peer_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +2123,7 @@ func (x *WatchIncomingResponse) String() string {
 func (*WatchIncomingResponse) ProtoMessage() {}
 
 func (x *WatchIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[24]
+	mi := &file_migrated_v1_peer_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +2136,7 @@ func (x *WatchIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchIncomingResponse.ProtoReflect.Descriptor instead.
 func (*WatchIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{24}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WatchIncomingResponse) GetState() MigrationState {
@@ -1931,6 +2181,117 @@ func (x *WatchIncomingResponse) GetTimeline() *Timeline {
 	return nil
 }
 
+func (x *WatchIncomingResponse) GetQemu() *QemuProcess {
+	if x != nil {
+		return x.Qemu
+	}
+	return nil
+}
+
+func (x *WatchIncomingResponse) GetMemory() *MemoryMap {
+	if x != nil {
+		return x.Memory
+	}
+	return nil
+}
+
+type ShowIncomingRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// As in GetIncomingRequest.
+	Cells         uint32 `protobuf:"varint,2,opt,name=cells,proto3" json:"cells,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowIncomingRequest) Reset() {
+	*x = ShowIncomingRequest{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowIncomingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowIncomingRequest) ProtoMessage() {}
+
+func (x *ShowIncomingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowIncomingRequest.ProtoReflect.Descriptor instead.
+func (*ShowIncomingRequest) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ShowIncomingRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ShowIncomingRequest) GetCells() uint32 {
+	if x != nil {
+		return x.Cells
+	}
+	return 0
+}
+
+type ShowIncomingResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Incoming      *Incoming              `protobuf:"bytes,1,opt,name=incoming,proto3" json:"incoming,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowIncomingResponse) Reset() {
+	*x = ShowIncomingResponse{}
+	mi := &file_migrated_v1_peer_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowIncomingResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowIncomingResponse) ProtoMessage() {}
+
+func (x *ShowIncomingResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_migrated_v1_peer_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowIncomingResponse.ProtoReflect.Descriptor instead.
+func (*ShowIncomingResponse) Descriptor() ([]byte, []int) {
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ShowIncomingResponse) GetIncoming() *Incoming {
+	if x != nil {
+		return x.Incoming
+	}
+	return nil
+}
+
 type LimitIncomingRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1942,7 +2303,7 @@ type LimitIncomingRequest struct {
 
 func (x *LimitIncomingRequest) Reset() {
 	*x = LimitIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[25]
+	mi := &file_migrated_v1_peer_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2315,7 @@ func (x *LimitIncomingRequest) String() string {
 func (*LimitIncomingRequest) ProtoMessage() {}
 
 func (x *LimitIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[25]
+	mi := &file_migrated_v1_peer_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +2328,7 @@ func (x *LimitIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitIncomingRequest.ProtoReflect.Descriptor instead.
 func (*LimitIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{25}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *LimitIncomingRequest) GetId() string {
@@ -1994,7 +2355,7 @@ type LimitIncomingResponse struct {
 
 func (x *LimitIncomingResponse) Reset() {
 	*x = LimitIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[26]
+	mi := &file_migrated_v1_peer_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2006,7 +2367,7 @@ func (x *LimitIncomingResponse) String() string {
 func (*LimitIncomingResponse) ProtoMessage() {}
 
 func (x *LimitIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[26]
+	mi := &file_migrated_v1_peer_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2019,7 +2380,7 @@ func (x *LimitIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitIncomingResponse.ProtoReflect.Descriptor instead.
 func (*LimitIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{26}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *LimitIncomingResponse) GetBandwidth() uint64 {
@@ -2039,7 +2400,7 @@ type AbortIncomingRequest struct {
 
 func (x *AbortIncomingRequest) Reset() {
 	*x = AbortIncomingRequest{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[27]
+	mi := &file_migrated_v1_peer_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2051,7 +2412,7 @@ func (x *AbortIncomingRequest) String() string {
 func (*AbortIncomingRequest) ProtoMessage() {}
 
 func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[27]
+	mi := &file_migrated_v1_peer_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2064,7 +2425,7 @@ func (x *AbortIncomingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingRequest.ProtoReflect.Descriptor instead.
 func (*AbortIncomingRequest) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{27}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AbortIncomingRequest) GetId() string {
@@ -2089,7 +2450,7 @@ type AbortIncomingResponse struct {
 
 func (x *AbortIncomingResponse) Reset() {
 	*x = AbortIncomingResponse{}
-	mi := &file_migrated_v1_peer_proto_msgTypes[28]
+	mi := &file_migrated_v1_peer_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2101,7 +2462,7 @@ func (x *AbortIncomingResponse) String() string {
 func (*AbortIncomingResponse) ProtoMessage() {}
 
 func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_migrated_v1_peer_proto_msgTypes[28]
+	mi := &file_migrated_v1_peer_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2114,7 +2475,7 @@ func (x *AbortIncomingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortIncomingResponse.ProtoReflect.Descriptor instead.
 func (*AbortIncomingResponse) Descriptor() ([]byte, []int) {
-	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{28}
+	return file_migrated_v1_peer_proto_rawDescGZIP(), []int{34}
 }
 
 var File_migrated_v1_peer_proto protoreflect.FileDescriptor
@@ -2122,9 +2483,23 @@ var File_migrated_v1_peer_proto protoreflect.FileDescriptor
 const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\n" +
 	"\x16migrated/v1/peer.proto\x12\vmigrated.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19migrated/v1/control.proto\"\x12\n" +
-	"\x10CheckHostRequest\"G\n" +
+	"\x10CheckHostRequest\"r\n" +
 	"\x11CheckHostResponse\x122\n" +
-	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\"\xdf\x01\n" +
+	"\aresults\x18\x01 \x03(\v2\x18.migrated.v1.CheckResultR\aresults\x12)\n" +
+	"\x04room\x18\x02 \x01(\v2\x15.migrated.v1.HostRoomR\x04room\"m\n" +
+	"\bHostRoom\x12\x16\n" +
+	"\x06memory\x18\x01 \x01(\x04R\x06memory\x12\x12\n" +
+	"\x04swap\x18\x02 \x01(\x04R\x04swap\x125\n" +
+	"\n" +
+	"huge_pages\x18\x03 \x03(\v2\x16.migrated.v1.HugePagesR\thugePages\"<\n" +
+	"\tHugePages\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\x04R\bpageSize\x12\x12\n" +
+	"\x04free\x18\x02 \x01(\x04R\x04free\"\"\n" +
+	"\x10AwaitTurnRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"C\n" +
+	"\x11AwaitTurnResponse\x12\x18\n" +
+	"\agranted\x18\x01 \x01(\bR\agranted\x12\x14\n" +
+	"\x05ahead\x18\x02 \x01(\rR\x05ahead\"\xdf\x01\n" +
 	"\x14CheckIncomingRequest\x124\n" +
 	"\amachine\x18\x01 \x01(\v2\x1a.migrated.v1.SourceMachineR\amachine\x12'\n" +
 	"\x0fdestination_qmp\x18\x02 \x01(\tR\x0edestinationQmp\x121\n" +
@@ -2210,7 +2585,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x04file\x18\x04 \x01(\tR\x04file\x12\x16\n" +
 	"\x06digest\x18\x05 \x01(\fR\x06digest\x12\x1c\n" +
 	"\tpopulated\x18\x06 \x01(\bR\tpopulated\x12\x18\n" +
-	"\apresent\x18\a \x01(\x04R\apresent\"\xa1\x02\n" +
+	"\apresent\x18\a \x01(\x04R\apresent\"\xcf\x02\n" +
 	"\x17PrepareIncomingResponse\x124\n" +
 	"\n" +
 	"ram_blocks\x18\x01 \x03(\v2\x15.migrated.v1.RamBlockR\tramBlocks\x12:\n" +
@@ -2218,7 +2593,8 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x11userfaultfd_label\x18\x03 \x01(\tR\x10userfaultfdLabel\x12\x1a\n" +
 	"\bprotocol\x18\x04 \x01(\rR\bprotocol\x12\x14\n" +
 	"\x05early\x18\x05 \x01(\bR\x05early\x125\n" +
-	"\bversions\x18\x06 \x01(\v2\x19.migrated.v1.HostVersionsR\bversions\"\x84\x01\n" +
+	"\bversions\x18\x06 \x01(\v2\x19.migrated.v1.HostVersionsR\bversions\x12,\n" +
+	"\x04qemu\x18\a \x01(\v2\x18.migrated.v1.QemuProcessR\x04qemu\"\x84\x01\n" +
 	"\x15LoadEarlyStateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04head\x18\x02 \x01(\fR\x04head\x12\x1a\n" +
@@ -2236,7 +2612,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\tload_time\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\"M\n" +
 	"\x06Reader\x12\x18\n" +
 	"\asection\x18\x01 \x01(\rR\asection\x12)\n" +
-	"\x05pages\x18\x02 \x03(\v2\x13.migrated.v1.MemoryR\x05pages\"\xd1\x01\n" +
+	"\x05pages\x18\x02 \x03(\v2\x13.migrated.v1.MemoryR\x05pages\"\x8b\x02\n" +
 	"\x16LoadDeviceStateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x16\n" +
@@ -2244,7 +2620,9 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\trehearsal\x18\x04 \x01(\bR\trehearsal\x12\x18\n" +
 	"\apadding\x18\x05 \x01(\fR\apadding\x12\x18\n" +
 	"\achanges\x18\x06 \x01(\bR\achanges\x12)\n" +
-	"\x03run\x18\a \x01(\v2\x17.migrated.v1.RunRequestR\x03run\"\x92\x02\n" +
+	"\x03run\x18\a \x01(\v2\x17.migrated.v1.RunRequestR\x03run\x128\n" +
+	"\n" +
+	"total_left\x18\b \x01(\v2\x19.google.protobuf.DurationR\ttotalLeft\"\x92\x02\n" +
 	"\x17LoadDeviceStateResponse\x12\x14\n" +
 	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\x126\n" +
 	"\tload_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bloadTime\x12?\n" +
@@ -2263,14 +2641,21 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\n" +
 	"serve_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tserveTime\"&\n" +
 	"\x14WatchIncomingRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xce\x02\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xac\x03\n" +
 	"\x15WatchIncomingResponse\x121\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1b.migrated.v1.MigrationStateR\x05state\x121\n" +
 	"\bprogress\x18\x02 \x01(\v2\x15.migrated.v1.ProgressR\bprogress\x121\n" +
 	"\x05error\x18\x03 \x01(\v2\x1b.migrated.v1.MigrationErrorR\x05error\x121\n" +
 	"\blocation\x18\x04 \x01(\x0e2\x15.migrated.v1.LocationR\blocation\x126\n" +
 	"\bincoming\x18\x05 \x01(\v2\x1a.migrated.v1.IncomingPagesR\bincoming\x121\n" +
-	"\btimeline\x18\x06 \x01(\v2\x15.migrated.v1.TimelineR\btimeline\"D\n" +
+	"\btimeline\x18\x06 \x01(\v2\x15.migrated.v1.TimelineR\btimeline\x12,\n" +
+	"\x04qemu\x18\a \x01(\v2\x18.migrated.v1.QemuProcessR\x04qemu\x12.\n" +
+	"\x06memory\x18\b \x01(\v2\x16.migrated.v1.MemoryMapR\x06memory\";\n" +
+	"\x13ShowIncomingRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05cells\x18\x02 \x01(\rR\x05cells\"I\n" +
+	"\x14ShowIncomingResponse\x121\n" +
+	"\bincoming\x18\x01 \x01(\v2\x15.migrated.v1.IncomingR\bincoming\"D\n" +
 	"\x14LimitIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tbandwidth\x18\x02 \x01(\x04R\tbandwidth\"5\n" +
@@ -2279,16 +2664,18 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x14AbortIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x17\n" +
-	"\x15AbortIncomingResponse2\x90\x06\n" +
+	"\x15AbortIncomingResponse2\xb3\a\n" +
 	"\vPeerService\x12J\n" +
 	"\tCheckHost\x12\x1d.migrated.v1.CheckHostRequest\x1a\x1e.migrated.v1.CheckHostResponse\x12V\n" +
-	"\rCheckIncoming\x12!.migrated.v1.CheckIncomingRequest\x1a\".migrated.v1.CheckIncomingResponse\x12\\\n" +
+	"\rCheckIncoming\x12!.migrated.v1.CheckIncomingRequest\x1a\".migrated.v1.CheckIncomingResponse\x12L\n" +
+	"\tAwaitTurn\x12\x1d.migrated.v1.AwaitTurnRequest\x1a\x1e.migrated.v1.AwaitTurnResponse0\x01\x12\\\n" +
 	"\x0fPrepareIncoming\x12#.migrated.v1.PrepareIncomingRequest\x1a$.migrated.v1.PrepareIncomingResponse\x12[\n" +
 	"\x0eLoadEarlyState\x12\".migrated.v1.LoadEarlyStateRequest\x1a#.migrated.v1.LoadEarlyStateResponse(\x01\x12^\n" +
 	"\x0fLoadDeviceState\x12#.migrated.v1.LoadDeviceStateRequest\x1a$.migrated.v1.LoadDeviceStateResponse(\x01\x128\n" +
 	"\x03Run\x12\x17.migrated.v1.RunRequest\x1a\x18.migrated.v1.RunResponse\x12X\n" +
 	"\rWatchIncoming\x12!.migrated.v1.WatchIncomingRequest\x1a\".migrated.v1.WatchIncomingResponse0\x01\x12V\n" +
-	"\rLimitIncoming\x12!.migrated.v1.LimitIncomingRequest\x1a\".migrated.v1.LimitIncomingResponse\x12V\n" +
+	"\rLimitIncoming\x12!.migrated.v1.LimitIncomingRequest\x1a\".migrated.v1.LimitIncomingResponse\x12S\n" +
+	"\fShowIncoming\x12 .migrated.v1.ShowIncomingRequest\x1a!.migrated.v1.ShowIncomingResponse\x12V\n" +
 	"\rAbortIncoming\x12!.migrated.v1.AbortIncomingRequest\x1a\".migrated.v1.AbortIncomingResponseB>Z<github.com/migrated-vm/migrated/proto/migrated/v1;migratedv1b\x06proto3"
 
 var (
@@ -2303,111 +2690,131 @@ func file_migrated_v1_peer_proto_rawDescGZIP() []byte {
 	return file_migrated_v1_peer_proto_rawDescData
 }
 
-var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_migrated_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_migrated_v1_peer_proto_goTypes = []any{
 	(*CheckHostRequest)(nil),        // 0: migrated.v1.CheckHostRequest
 	(*CheckHostResponse)(nil),       // 1: migrated.v1.CheckHostResponse
-	(*CheckIncomingRequest)(nil),    // 2: migrated.v1.CheckIncomingRequest
-	(*CheckIncomingResponse)(nil),   // 3: migrated.v1.CheckIncomingResponse
-	(*PrepareIncomingRequest)(nil),  // 4: migrated.v1.PrepareIncomingRequest
-	(*SourceMachine)(nil),           // 5: migrated.v1.SourceMachine
-	(*ProcessAttributes)(nil),       // 6: migrated.v1.ProcessAttributes
-	(*MachineDescription)(nil),      // 7: migrated.v1.MachineDescription
-	(*Cpu)(nil),                     // 8: migrated.v1.Cpu
-	(*CpuidWord)(nil),               // 9: migrated.v1.CpuidWord
-	(*Device)(nil),                  // 10: migrated.v1.Device
-	(*Drive)(nil),                   // 11: migrated.v1.Drive
-	(*Image)(nil),                   // 12: migrated.v1.Image
-	(*RamBlock)(nil),                // 13: migrated.v1.RamBlock
-	(*PrepareIncomingResponse)(nil), // 14: migrated.v1.PrepareIncomingResponse
-	(*LoadEarlyStateRequest)(nil),   // 15: migrated.v1.LoadEarlyStateRequest
-	(*Memory)(nil),                  // 16: migrated.v1.Memory
-	(*LoadEarlyStateResponse)(nil),  // 17: migrated.v1.LoadEarlyStateResponse
-	(*Reader)(nil),                  // 18: migrated.v1.Reader
-	(*LoadDeviceStateRequest)(nil),  // 19: migrated.v1.LoadDeviceStateRequest
-	(*LoadDeviceStateResponse)(nil), // 20: migrated.v1.LoadDeviceStateResponse
-	(*RunRequest)(nil),              // 21: migrated.v1.RunRequest
-	(*RunResponse)(nil),             // 22: migrated.v1.RunResponse
-	(*WatchIncomingRequest)(nil),    // 23: migrated.v1.WatchIncomingRequest
-	(*WatchIncomingResponse)(nil),   // 24: migrated.v1.WatchIncomingResponse
-	(*LimitIncomingRequest)(nil),    // 25: migrated.v1.LimitIncomingRequest
-	(*LimitIncomingResponse)(nil),   // 26: migrated.v1.LimitIncomingResponse
-	(*AbortIncomingRequest)(nil),    // 27: migrated.v1.AbortIncomingRequest
-	(*AbortIncomingResponse)(nil),   // 28: migrated.v1.AbortIncomingResponse
-	(*CheckResult)(nil),             // 29: migrated.v1.CheckResult
-	(*MigrationSpec)(nil),           // 30: migrated.v1.MigrationSpec
-	(*HostVersions)(nil),            // 31: migrated.v1.HostVersions
-	(Supervision)(0),                // 32: migrated.v1.Supervision
-	(*durationpb.Duration)(nil),     // 33: google.protobuf.Duration
-	(*DeviceDifference)(nil),        // 34: migrated.v1.DeviceDifference
-	(MigrationState)(0),             // 35: migrated.v1.MigrationState
-	(*Progress)(nil),                // 36: migrated.v1.Progress
-	(*MigrationError)(nil),          // 37: migrated.v1.MigrationError
-	(Location)(0),                   // 38: migrated.v1.Location
-	(*IncomingPages)(nil),           // 39: migrated.v1.IncomingPages
-	(*Timeline)(nil),                // 40: migrated.v1.Timeline
+	(*HostRoom)(nil),                // 2: migrated.v1.HostRoom
+	(*HugePages)(nil),               // 3: migrated.v1.HugePages
+	(*AwaitTurnRequest)(nil),        // 4: migrated.v1.AwaitTurnRequest
+	(*AwaitTurnResponse)(nil),       // 5: migrated.v1.AwaitTurnResponse
+	(*CheckIncomingRequest)(nil),    // 6: migrated.v1.CheckIncomingRequest
+	(*CheckIncomingResponse)(nil),   // 7: migrated.v1.CheckIncomingResponse
+	(*PrepareIncomingRequest)(nil),  // 8: migrated.v1.PrepareIncomingRequest
+	(*SourceMachine)(nil),           // 9: migrated.v1.SourceMachine
+	(*ProcessAttributes)(nil),       // 10: migrated.v1.ProcessAttributes
+	(*MachineDescription)(nil),      // 11: migrated.v1.MachineDescription
+	(*Cpu)(nil),                     // 12: migrated.v1.Cpu
+	(*CpuidWord)(nil),               // 13: migrated.v1.CpuidWord
+	(*Device)(nil),                  // 14: migrated.v1.Device
+	(*Drive)(nil),                   // 15: migrated.v1.Drive
+	(*Image)(nil),                   // 16: migrated.v1.Image
+	(*RamBlock)(nil),                // 17: migrated.v1.RamBlock
+	(*PrepareIncomingResponse)(nil), // 18: migrated.v1.PrepareIncomingResponse
+	(*LoadEarlyStateRequest)(nil),   // 19: migrated.v1.LoadEarlyStateRequest
+	(*Memory)(nil),                  // 20: migrated.v1.Memory
+	(*LoadEarlyStateResponse)(nil),  // 21: migrated.v1.LoadEarlyStateResponse
+	(*Reader)(nil),                  // 22: migrated.v1.Reader
+	(*LoadDeviceStateRequest)(nil),  // 23: migrated.v1.LoadDeviceStateRequest
+	(*LoadDeviceStateResponse)(nil), // 24: migrated.v1.LoadDeviceStateResponse
+	(*RunRequest)(nil),              // 25: migrated.v1.RunRequest
+	(*RunResponse)(nil),             // 26: migrated.v1.RunResponse
+	(*WatchIncomingRequest)(nil),    // 27: migrated.v1.WatchIncomingRequest
+	(*WatchIncomingResponse)(nil),   // 28: migrated.v1.WatchIncomingResponse
+	(*ShowIncomingRequest)(nil),     // 29: migrated.v1.ShowIncomingRequest
+	(*ShowIncomingResponse)(nil),    // 30: migrated.v1.ShowIncomingResponse
+	(*LimitIncomingRequest)(nil),    // 31: migrated.v1.LimitIncomingRequest
+	(*LimitIncomingResponse)(nil),   // 32: migrated.v1.LimitIncomingResponse
+	(*AbortIncomingRequest)(nil),    // 33: migrated.v1.AbortIncomingRequest
+	(*AbortIncomingResponse)(nil),   // 34: migrated.v1.AbortIncomingResponse
+	(*CheckResult)(nil),             // 35: migrated.v1.CheckResult
+	(*MigrationSpec)(nil),           // 36: migrated.v1.MigrationSpec
+	(*HostVersions)(nil),            // 37: migrated.v1.HostVersions
+	(Supervision)(0),                // 38: migrated.v1.Supervision
+	(*QemuProcess)(nil),             // 39: migrated.v1.QemuProcess
+	(*durationpb.Duration)(nil),     // 40: google.protobuf.Duration
+	(*DeviceDifference)(nil),        // 41: migrated.v1.DeviceDifference
+	(MigrationState)(0),             // 42: migrated.v1.MigrationState
+	(*Progress)(nil),                // 43: migrated.v1.Progress
+	(*MigrationError)(nil),          // 44: migrated.v1.MigrationError
+	(Location)(0),                   // 45: migrated.v1.Location
+	(*IncomingPages)(nil),           // 46: migrated.v1.IncomingPages
+	(*Timeline)(nil),                // 47: migrated.v1.Timeline
+	(*MemoryMap)(nil),               // 48: migrated.v1.MemoryMap
+	(*Incoming)(nil),                // 49: migrated.v1.Incoming
 }
 var file_migrated_v1_peer_proto_depIdxs = []int32{
-	29, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
-	5,  // 1: migrated.v1.CheckIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
-	29, // 2: migrated.v1.CheckIncomingResponse.results:type_name -> migrated.v1.CheckResult
-	5,  // 3: migrated.v1.PrepareIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
-	30, // 4: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
-	31, // 5: migrated.v1.PrepareIncomingRequest.versions:type_name -> migrated.v1.HostVersions
-	13, // 6: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
-	13, // 7: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
-	6,  // 8: migrated.v1.SourceMachine.attributes:type_name -> migrated.v1.ProcessAttributes
-	7,  // 9: migrated.v1.SourceMachine.description:type_name -> migrated.v1.MachineDescription
-	8,  // 10: migrated.v1.MachineDescription.cpus:type_name -> migrated.v1.Cpu
-	9,  // 11: migrated.v1.MachineDescription.features:type_name -> migrated.v1.CpuidWord
-	10, // 12: migrated.v1.MachineDescription.devices:type_name -> migrated.v1.Device
-	11, // 13: migrated.v1.MachineDescription.drives:type_name -> migrated.v1.Drive
-	12, // 14: migrated.v1.Drive.images:type_name -> migrated.v1.Image
-	13, // 15: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
-	32, // 16: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
-	31, // 17: migrated.v1.PrepareIncomingResponse.versions:type_name -> migrated.v1.HostVersions
-	16, // 18: migrated.v1.LoadEarlyStateRequest.memory:type_name -> migrated.v1.Memory
-	16, // 19: migrated.v1.LoadEarlyStateResponse.missed:type_name -> migrated.v1.Memory
-	18, // 20: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
-	33, // 21: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
-	16, // 22: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
-	21, // 23: migrated.v1.LoadDeviceStateRequest.run:type_name -> migrated.v1.RunRequest
-	33, // 24: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
-	34, // 25: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
-	33, // 26: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
-	22, // 27: migrated.v1.LoadDeviceStateResponse.run:type_name -> migrated.v1.RunResponse
-	33, // 28: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
-	33, // 29: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
-	33, // 30: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
-	35, // 31: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
-	36, // 32: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
-	37, // 33: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
-	38, // 34: migrated.v1.WatchIncomingResponse.location:type_name -> migrated.v1.Location
-	39, // 35: migrated.v1.WatchIncomingResponse.incoming:type_name -> migrated.v1.IncomingPages
-	40, // 36: migrated.v1.WatchIncomingResponse.timeline:type_name -> migrated.v1.Timeline
-	0,  // 37: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
-	2,  // 38: migrated.v1.PeerService.CheckIncoming:input_type -> migrated.v1.CheckIncomingRequest
-	4,  // 39: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
-	15, // 40: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
-	19, // 41: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
-	21, // 42: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
-	23, // 43: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
-	25, // 44: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
-	27, // 45: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
-	1,  // 46: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
-	3,  // 47: migrated.v1.PeerService.CheckIncoming:output_type -> migrated.v1.CheckIncomingResponse
-	14, // 48: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
-	17, // 49: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
-	20, // 50: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
-	22, // 51: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
-	24, // 52: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
-	26, // 53: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
-	28, // 54: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
-	46, // [46:55] is the sub-list for method output_type
-	37, // [37:46] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	35, // 0: migrated.v1.CheckHostResponse.results:type_name -> migrated.v1.CheckResult
+	2,  // 1: migrated.v1.CheckHostResponse.room:type_name -> migrated.v1.HostRoom
+	3,  // 2: migrated.v1.HostRoom.huge_pages:type_name -> migrated.v1.HugePages
+	9,  // 3: migrated.v1.CheckIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
+	35, // 4: migrated.v1.CheckIncomingResponse.results:type_name -> migrated.v1.CheckResult
+	9,  // 5: migrated.v1.PrepareIncomingRequest.machine:type_name -> migrated.v1.SourceMachine
+	36, // 6: migrated.v1.PrepareIncomingRequest.spec:type_name -> migrated.v1.MigrationSpec
+	37, // 7: migrated.v1.PrepareIncomingRequest.versions:type_name -> migrated.v1.HostVersions
+	17, // 8: migrated.v1.SourceMachine.ram_blocks:type_name -> migrated.v1.RamBlock
+	17, // 9: migrated.v1.SourceMachine.read_only_blocks:type_name -> migrated.v1.RamBlock
+	10, // 10: migrated.v1.SourceMachine.attributes:type_name -> migrated.v1.ProcessAttributes
+	11, // 11: migrated.v1.SourceMachine.description:type_name -> migrated.v1.MachineDescription
+	12, // 12: migrated.v1.MachineDescription.cpus:type_name -> migrated.v1.Cpu
+	13, // 13: migrated.v1.MachineDescription.features:type_name -> migrated.v1.CpuidWord
+	14, // 14: migrated.v1.MachineDescription.devices:type_name -> migrated.v1.Device
+	15, // 15: migrated.v1.MachineDescription.drives:type_name -> migrated.v1.Drive
+	16, // 16: migrated.v1.Drive.images:type_name -> migrated.v1.Image
+	17, // 17: migrated.v1.PrepareIncomingResponse.ram_blocks:type_name -> migrated.v1.RamBlock
+	38, // 18: migrated.v1.PrepareIncomingResponse.supervision:type_name -> migrated.v1.Supervision
+	37, // 19: migrated.v1.PrepareIncomingResponse.versions:type_name -> migrated.v1.HostVersions
+	39, // 20: migrated.v1.PrepareIncomingResponse.qemu:type_name -> migrated.v1.QemuProcess
+	20, // 21: migrated.v1.LoadEarlyStateRequest.memory:type_name -> migrated.v1.Memory
+	20, // 22: migrated.v1.LoadEarlyStateResponse.missed:type_name -> migrated.v1.Memory
+	22, // 23: migrated.v1.LoadEarlyStateResponse.readers:type_name -> migrated.v1.Reader
+	40, // 24: migrated.v1.LoadEarlyStateResponse.load_time:type_name -> google.protobuf.Duration
+	20, // 25: migrated.v1.Reader.pages:type_name -> migrated.v1.Memory
+	25, // 26: migrated.v1.LoadDeviceStateRequest.run:type_name -> migrated.v1.RunRequest
+	40, // 27: migrated.v1.LoadDeviceStateRequest.total_left:type_name -> google.protobuf.Duration
+	40, // 28: migrated.v1.LoadDeviceStateResponse.load_time:type_name -> google.protobuf.Duration
+	41, // 29: migrated.v1.LoadDeviceStateResponse.differences:type_name -> migrated.v1.DeviceDifference
+	40, // 30: migrated.v1.LoadDeviceStateResponse.compare_time:type_name -> google.protobuf.Duration
+	26, // 31: migrated.v1.LoadDeviceStateResponse.run:type_name -> migrated.v1.RunResponse
+	40, // 32: migrated.v1.RunRequest.stopped_for:type_name -> google.protobuf.Duration
+	40, // 33: migrated.v1.RunResponse.resume_time:type_name -> google.protobuf.Duration
+	40, // 34: migrated.v1.RunResponse.serve_time:type_name -> google.protobuf.Duration
+	42, // 35: migrated.v1.WatchIncomingResponse.state:type_name -> migrated.v1.MigrationState
+	43, // 36: migrated.v1.WatchIncomingResponse.progress:type_name -> migrated.v1.Progress
+	44, // 37: migrated.v1.WatchIncomingResponse.error:type_name -> migrated.v1.MigrationError
+	45, // 38: migrated.v1.WatchIncomingResponse.location:type_name -> migrated.v1.Location
+	46, // 39: migrated.v1.WatchIncomingResponse.incoming:type_name -> migrated.v1.IncomingPages
+	47, // 40: migrated.v1.WatchIncomingResponse.timeline:type_name -> migrated.v1.Timeline
+	39, // 41: migrated.v1.WatchIncomingResponse.qemu:type_name -> migrated.v1.QemuProcess
+	48, // 42: migrated.v1.WatchIncomingResponse.memory:type_name -> migrated.v1.MemoryMap
+	49, // 43: migrated.v1.ShowIncomingResponse.incoming:type_name -> migrated.v1.Incoming
+	0,  // 44: migrated.v1.PeerService.CheckHost:input_type -> migrated.v1.CheckHostRequest
+	6,  // 45: migrated.v1.PeerService.CheckIncoming:input_type -> migrated.v1.CheckIncomingRequest
+	4,  // 46: migrated.v1.PeerService.AwaitTurn:input_type -> migrated.v1.AwaitTurnRequest
+	8,  // 47: migrated.v1.PeerService.PrepareIncoming:input_type -> migrated.v1.PrepareIncomingRequest
+	19, // 48: migrated.v1.PeerService.LoadEarlyState:input_type -> migrated.v1.LoadEarlyStateRequest
+	23, // 49: migrated.v1.PeerService.LoadDeviceState:input_type -> migrated.v1.LoadDeviceStateRequest
+	25, // 50: migrated.v1.PeerService.Run:input_type -> migrated.v1.RunRequest
+	27, // 51: migrated.v1.PeerService.WatchIncoming:input_type -> migrated.v1.WatchIncomingRequest
+	31, // 52: migrated.v1.PeerService.LimitIncoming:input_type -> migrated.v1.LimitIncomingRequest
+	29, // 53: migrated.v1.PeerService.ShowIncoming:input_type -> migrated.v1.ShowIncomingRequest
+	33, // 54: migrated.v1.PeerService.AbortIncoming:input_type -> migrated.v1.AbortIncomingRequest
+	1,  // 55: migrated.v1.PeerService.CheckHost:output_type -> migrated.v1.CheckHostResponse
+	7,  // 56: migrated.v1.PeerService.CheckIncoming:output_type -> migrated.v1.CheckIncomingResponse
+	5,  // 57: migrated.v1.PeerService.AwaitTurn:output_type -> migrated.v1.AwaitTurnResponse
+	18, // 58: migrated.v1.PeerService.PrepareIncoming:output_type -> migrated.v1.PrepareIncomingResponse
+	21, // 59: migrated.v1.PeerService.LoadEarlyState:output_type -> migrated.v1.LoadEarlyStateResponse
+	24, // 60: migrated.v1.PeerService.LoadDeviceState:output_type -> migrated.v1.LoadDeviceStateResponse
+	26, // 61: migrated.v1.PeerService.Run:output_type -> migrated.v1.RunResponse
+	28, // 62: migrated.v1.PeerService.WatchIncoming:output_type -> migrated.v1.WatchIncomingResponse
+	32, // 63: migrated.v1.PeerService.LimitIncoming:output_type -> migrated.v1.LimitIncomingResponse
+	30, // 64: migrated.v1.PeerService.ShowIncoming:output_type -> migrated.v1.ShowIncomingResponse
+	34, // 65: migrated.v1.PeerService.AbortIncoming:output_type -> migrated.v1.AbortIncomingResponse
+	55, // [55:66] is the sub-list for method output_type
+	44, // [44:55] is the sub-list for method input_type
+	44, // [44:44] is the sub-list for extension type_name
+	44, // [44:44] is the sub-list for extension extendee
+	0,  // [0:44] is the sub-list for field type_name
 }
 
 func init() { file_migrated_v1_peer_proto_init() }
@@ -2422,7 +2829,7 @@ func file_migrated_v1_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_migrated_v1_peer_proto_rawDesc), len(file_migrated_v1_peer_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

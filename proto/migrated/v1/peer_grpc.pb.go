@@ -4,7 +4,8 @@
 // - protoc             (unknown)
 // source: migrated/v1/peer.proto
 
-// What two migrated daemons say to each other.
+// What two migrated daemons say to each other. Fields and methods are added alone, as in control.proto; what a daemon of
+// the version before would misunderstand raises the version of the protocol (internal/version), on which both ends agree.
 
 package migratedv1
 
@@ -23,12 +24,14 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	PeerService_CheckHost_FullMethodName       = "/migrated.v1.PeerService/CheckHost"
 	PeerService_CheckIncoming_FullMethodName   = "/migrated.v1.PeerService/CheckIncoming"
+	PeerService_AwaitTurn_FullMethodName       = "/migrated.v1.PeerService/AwaitTurn"
 	PeerService_PrepareIncoming_FullMethodName = "/migrated.v1.PeerService/PrepareIncoming"
 	PeerService_LoadEarlyState_FullMethodName  = "/migrated.v1.PeerService/LoadEarlyState"
 	PeerService_LoadDeviceState_FullMethodName = "/migrated.v1.PeerService/LoadDeviceState"
 	PeerService_Run_FullMethodName             = "/migrated.v1.PeerService/Run"
 	PeerService_WatchIncoming_FullMethodName   = "/migrated.v1.PeerService/WatchIncoming"
 	PeerService_LimitIncoming_FullMethodName   = "/migrated.v1.PeerService/LimitIncoming"
+	PeerService_ShowIncoming_FullMethodName    = "/migrated.v1.PeerService/ShowIncoming"
 	PeerService_AbortIncoming_FullMethodName   = "/migrated.v1.PeerService/AbortIncoming"
 )
 
@@ -46,6 +49,10 @@ type PeerServiceClient interface {
 	// PrepareIncoming does before it connects to the source, and ends the QEMU that
 	// it has started for that. One that somebody else started is compared alone.
 	CheckIncoming(ctx context.Context, in *CheckIncomingRequest, opts ...grpc.CallOption) (*CheckIncomingResponse, error)
+	// AwaitTurn returns, once there is room for one more migration to this host, a
+	// message with granted. The room is kept for as long as the call is, and for the
+	// PrepareIncoming of that id that comes meanwhile.
+	AwaitTurn(ctx context.Context, in *AwaitTurnRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AwaitTurnResponse], error)
 	// PrepareIncoming starts the destination QEMU or attaches to one, registers
 	// its RAM with userfaultfd and connects the page lanes to the source.
 	PrepareIncoming(ctx context.Context, in *PrepareIncomingRequest, opts ...grpc.CallOption) (*PrepareIncomingResponse, error)
@@ -69,6 +76,8 @@ type PeerServiceClient interface {
 	WatchIncoming(ctx context.Context, in *WatchIncomingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchIncomingResponse], error)
 	// LimitIncoming changes the bandwidth of a migration that is prepared.
 	LimitIncoming(ctx context.Context, in *LimitIncomingRequest, opts ...grpc.CallOption) (*LimitIncomingResponse, error)
+	// ShowIncoming returns what GetIncoming does, at the destination.
+	ShowIncoming(ctx context.Context, in *ShowIncomingRequest, opts ...grpc.CallOption) (*ShowIncomingResponse, error)
 	// AbortIncoming gives up a migration that Run was not sent for and answers
 	// when the destination QEMU can no longer touch the VM's resources.
 	AbortIncoming(ctx context.Context, in *AbortIncomingRequest, opts ...grpc.CallOption) (*AbortIncomingResponse, error)
@@ -102,6 +111,25 @@ func (c *peerServiceClient) CheckIncoming(ctx context.Context, in *CheckIncoming
 	return out, nil
 }
 
+func (c *peerServiceClient) AwaitTurn(ctx context.Context, in *AwaitTurnRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AwaitTurnResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[0], PeerService_AwaitTurn_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[AwaitTurnRequest, AwaitTurnResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type PeerService_AwaitTurnClient = grpc.ServerStreamingClient[AwaitTurnResponse]
+
 func (c *peerServiceClient) PrepareIncoming(ctx context.Context, in *PrepareIncomingRequest, opts ...grpc.CallOption) (*PrepareIncomingResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(PrepareIncomingResponse)
@@ -114,7 +142,7 @@ func (c *peerServiceClient) PrepareIncoming(ctx context.Context, in *PrepareInco
 
 func (c *peerServiceClient) LoadEarlyState(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LoadEarlyStateRequest, LoadEarlyStateResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[0], PeerService_LoadEarlyState_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[1], PeerService_LoadEarlyState_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -127,7 +155,7 @@ type PeerService_LoadEarlyStateClient = grpc.ClientStreamingClient[LoadEarlyStat
 
 func (c *peerServiceClient) LoadDeviceState(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LoadDeviceStateRequest, LoadDeviceStateResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[1], PeerService_LoadDeviceState_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[2], PeerService_LoadDeviceState_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -150,7 +178,7 @@ func (c *peerServiceClient) Run(ctx context.Context, in *RunRequest, opts ...grp
 
 func (c *peerServiceClient) WatchIncoming(ctx context.Context, in *WatchIncomingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchIncomingResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[2], PeerService_WatchIncoming_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &PeerService_ServiceDesc.Streams[3], PeerService_WatchIncoming_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -171,6 +199,16 @@ func (c *peerServiceClient) LimitIncoming(ctx context.Context, in *LimitIncoming
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(LimitIncomingResponse)
 	err := c.cc.Invoke(ctx, PeerService_LimitIncoming_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peerServiceClient) ShowIncoming(ctx context.Context, in *ShowIncomingRequest, opts ...grpc.CallOption) (*ShowIncomingResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ShowIncomingResponse)
+	err := c.cc.Invoke(ctx, PeerService_ShowIncoming_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -201,6 +239,10 @@ type PeerServiceServer interface {
 	// PrepareIncoming does before it connects to the source, and ends the QEMU that
 	// it has started for that. One that somebody else started is compared alone.
 	CheckIncoming(context.Context, *CheckIncomingRequest) (*CheckIncomingResponse, error)
+	// AwaitTurn returns, once there is room for one more migration to this host, a
+	// message with granted. The room is kept for as long as the call is, and for the
+	// PrepareIncoming of that id that comes meanwhile.
+	AwaitTurn(*AwaitTurnRequest, grpc.ServerStreamingServer[AwaitTurnResponse]) error
 	// PrepareIncoming starts the destination QEMU or attaches to one, registers
 	// its RAM with userfaultfd and connects the page lanes to the source.
 	PrepareIncoming(context.Context, *PrepareIncomingRequest) (*PrepareIncomingResponse, error)
@@ -224,6 +266,8 @@ type PeerServiceServer interface {
 	WatchIncoming(*WatchIncomingRequest, grpc.ServerStreamingServer[WatchIncomingResponse]) error
 	// LimitIncoming changes the bandwidth of a migration that is prepared.
 	LimitIncoming(context.Context, *LimitIncomingRequest) (*LimitIncomingResponse, error)
+	// ShowIncoming returns what GetIncoming does, at the destination.
+	ShowIncoming(context.Context, *ShowIncomingRequest) (*ShowIncomingResponse, error)
 	// AbortIncoming gives up a migration that Run was not sent for and answers
 	// when the destination QEMU can no longer touch the VM's resources.
 	AbortIncoming(context.Context, *AbortIncomingRequest) (*AbortIncomingResponse, error)
@@ -243,6 +287,9 @@ func (UnimplementedPeerServiceServer) CheckHost(context.Context, *CheckHostReque
 func (UnimplementedPeerServiceServer) CheckIncoming(context.Context, *CheckIncomingRequest) (*CheckIncomingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CheckIncoming not implemented")
 }
+func (UnimplementedPeerServiceServer) AwaitTurn(*AwaitTurnRequest, grpc.ServerStreamingServer[AwaitTurnResponse]) error {
+	return status.Error(codes.Unimplemented, "method AwaitTurn not implemented")
+}
 func (UnimplementedPeerServiceServer) PrepareIncoming(context.Context, *PrepareIncomingRequest) (*PrepareIncomingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PrepareIncoming not implemented")
 }
@@ -260,6 +307,9 @@ func (UnimplementedPeerServiceServer) WatchIncoming(*WatchIncomingRequest, grpc.
 }
 func (UnimplementedPeerServiceServer) LimitIncoming(context.Context, *LimitIncomingRequest) (*LimitIncomingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method LimitIncoming not implemented")
+}
+func (UnimplementedPeerServiceServer) ShowIncoming(context.Context, *ShowIncomingRequest) (*ShowIncomingResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ShowIncoming not implemented")
 }
 func (UnimplementedPeerServiceServer) AbortIncoming(context.Context, *AbortIncomingRequest) (*AbortIncomingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AbortIncoming not implemented")
@@ -320,6 +370,17 @@ func _PeerService_CheckIncoming_Handler(srv interface{}, ctx context.Context, de
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _PeerService_AwaitTurn_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(AwaitTurnRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(PeerServiceServer).AwaitTurn(m, &grpc.GenericServerStream[AwaitTurnRequest, AwaitTurnResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type PeerService_AwaitTurnServer = grpc.ServerStreamingServer[AwaitTurnResponse]
 
 func _PeerService_PrepareIncoming_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(PrepareIncomingRequest)
@@ -400,6 +461,24 @@ func _PeerService_LimitIncoming_Handler(srv interface{}, ctx context.Context, de
 	return interceptor(ctx, in, info, handler)
 }
 
+func _PeerService_ShowIncoming_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ShowIncomingRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServiceServer).ShowIncoming(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PeerService_ShowIncoming_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServiceServer).ShowIncoming(ctx, req.(*ShowIncomingRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _PeerService_AbortIncoming_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(AbortIncomingRequest)
 	if err := dec(in); err != nil {
@@ -446,11 +525,20 @@ var PeerService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _PeerService_LimitIncoming_Handler,
 		},
 		{
+			MethodName: "ShowIncoming",
+			Handler:    _PeerService_ShowIncoming_Handler,
+		},
+		{
 			MethodName: "AbortIncoming",
 			Handler:    _PeerService_AbortIncoming_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "AwaitTurn",
+			Handler:       _PeerService_AwaitTurn_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "LoadEarlyState",
 			Handler:       _PeerService_LoadEarlyState_Handler,

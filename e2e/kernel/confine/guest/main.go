@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command guest is PID 1 of a kernel with Landlock. It reports what root may do to another process, outside of a
-// Landlock domain and in one:
+// Command guest is PID 1 of a kernel with Landlock. It reports what root may do to another process, outside a Landlock
+// domain and inside one:
 //
 //	RESULT name outcome
 //	DONE
@@ -42,7 +42,7 @@ func run(args []string) error {
 	return fmt.Errorf("there is no %q", args)
 }
 
-// boot starts a process, and what is to try things with it.
+// boot starts a process, and then the programs that try to access it.
 func boot() error {
 	err := errors.Join(unix.Mount("proc", "/proc", "proc", 0, ""), unix.Mount("devtmpfs", "/dev", "devtmpfs", 0, ""))
 	if err != nil {
@@ -53,7 +53,9 @@ func boot() error {
 		return err
 	}
 	pid := strconv.Itoa(sleeper.Process.Pid)
-	for _, args := range [][]string{{"try", "free", pid}, {"restrict", "files", pid}, {"restrict", "network", pid}, {"restrict", "inside", pid}} {
+	for _, args := range [][]string{
+		{"try", "free", pid}, {"restrict", "files", pid}, {"restrict", "network", pid}, {"restrict", "inside", pid},
+	} {
 		cmd := exec.Command("/init", args...)
 		cmd.Stdout = os.Stdout
 		if err := cmd.Run(); err != nil {
@@ -64,15 +66,16 @@ func boot() error {
 	return nil
 }
 
-// rulesets are the smallest that there are: making block devices, or binding TCP ports, is forbidden, and no other thing.
+// rulesets are the smallest rulesets that Landlock accepts: they forbid making block devices, or binding TCP ports, and
+// nothing else.
 var rulesets = map[string]unix.LandlockRulesetAttr{
 	"files":   {Handled_access_fs: unix.LANDLOCK_ACCESS_FS_MAKE_BLOCK},
 	"network": {Handled_access_net: unix.LANDLOCK_ACCESS_NET_BIND_TCP},
 	"inside":  {Handled_access_fs: unix.LANDLOCK_ACCESS_FS_MAKE_BLOCK},
 }
 
-// restrict puts this process into a domain and tries there: a domain is the thread's that asked, and of the program that
-// this starts. Inside means: with a process of the same domain.
+// restrict puts this process into a domain and tries there. A domain applies to the thread that asked for it, and to
+// the program that this thread starts. In the case "inside", the other process is in the same domain.
 func restrict(name, pid string) error {
 	runtime.LockOSThread()
 	attr := rulesets[name]
@@ -85,7 +88,7 @@ func restrict(name, pid string) error {
 	}
 	if name == "inside" {
 		sleeper := exec.Command("/init", "sleep")
-		if err := sleeper.Start(); err != nil { // by this thread
+		if err := sleeper.Start(); err != nil { // this thread starts it
 			return err
 		}
 		pid = strconv.Itoa(sleeper.Process.Pid)
@@ -112,7 +115,7 @@ func try(name, arg string) error {
 		opened = memory.Close()
 	}
 	report(name+"-open", opened)
-	report(name+"-trace", unix.PtraceSeize(pid)) // last: the end of this thread ends it
+	report(name+"-trace", unix.PtraceSeize(pid)) // last, because the end of this thread ends the trace
 	return nil
 }
 

@@ -17,23 +17,24 @@ import (
 const (
 	securityfs = "/sys/kernel/security"
 	policyDir  = "/etc/apparmor.d"
-	// localRules is what the profile of each domain includes of a host's own.
+	// localRules is the file of a host's own rules that the profile of each domain includes.
 	localRules = policyDir + "/local/abstractions/libvirt-qemu"
-	shipped    = "/deploy/libvirt-qemu" // deploy/apparmor, which is for it
+	shipped    = "/deploy/libvirt-qemu" // deploy/apparmor, which goes there
 )
 
-// watching is what a QEMU needs that the driver watches: the sockets, and what Go's runtime reads.
+// watching are the rules that a QEMU needs because the driver watches it: for the sockets, and for what Go's runtime
+// reads.
 const watching = `
 owner /run/vm/{qmp,events}.sock rw,
 /sys/kernel/mm/transparent_hugepage/hpage_pmd_size r,
 owner @{PROC}/@{pid}/cgroup r,
 `
 
-// profiles are those that Debian's libvirt loads.
+// profiles are the profiles that Debian's libvirt loads.
 var profiles = []string{policyDir + "/usr.sbin.libvirtd", policyDir + "/usr.lib.libvirt.virt-aa-helper"}
 
-// confinedByAppArmor moves a domain of libvirt's there and back whose QEMU has a profile, as libvirt makes one for each
-// domain, with Debian's profiles of libvirtd and its helper. Host a has nothing of deploy/apparmor, host b has it.
+// confinedByAppArmor moves a domain of libvirt's there and back. Its QEMU has a profile, as libvirt makes one for each
+// domain, beside Debian's profiles of libvirtd and its helper. Host a has nothing of deploy/apparmor, host b has it.
 func confinedByAppArmor(ctx context.Context, log *audit) error {
 	if err := unix.Mount("securityfs", securityfs, "securityfs", 0, ""); err != nil {
 		return err
@@ -52,9 +53,9 @@ func confinedByAppArmor(ctx context.Context, log *audit) error {
 	return err
 }
 
-// moveConfined moves the domain, and reports what was refused meanwhile: nothing ("clean"), or the one thing that hinders
-// nothing ("mknod"). A QEMU that saves its devices to /proc/self/fd/N would make a file there, and opens the one that is
-// there all the same.
+// moveConfined moves the domain, and reports what was refused meanwhile: nothing ("clean"), or a refusal that does no
+// harm ("mknod"). A QEMU that saves its devices to /proc/self/fd/N causes the latter: it first asks to make a file
+// there, and when that is refused, it opens the existing file all the same.
 func (s *scene) moveConfined(ctx context.Context, log *audit, name string) error {
 	source, mark := s.from(), log.mark()
 	if err := s.moveDomain(ctx, name); err != nil {
@@ -79,9 +80,9 @@ func (s *scene) moveConfined(ctx context.Context, log *audit, name string) error
 	return nil
 }
 
-// denials are the lines about what AppArmor has refused since a mark.
+// denials returns the lines about AppArmor's refusals since a mark.
 func (h *host) denials(ctx context.Context, log *audit, mark int) ([]string, error) {
-	// The kernel logs in the order of what happened: once this is there, all is.
+	// The kernel logs in the order of the refusals, so that all have come once this one has.
 	const last = securityfs + "/apparmor/.replace"
 	if _, err := h.try(ctx, libvirtDomain, "open", last); err != nil {
 		return nil, err
@@ -91,7 +92,7 @@ func (h *host) denials(ctx context.Context, log *audit, mark int) ([]string, err
 	return slices.DeleteFunc(log.since(mark), isLast), err
 }
 
-// ownPolicy gives the host a policy of its own: a namespace of AppArmor's, so that each has a profile of the domain.
+// ownPolicy gives the host a namespace of AppArmor's, so that each host has a profile of the domain.
 func (h *host) ownPolicy(ctx context.Context) error {
 	if err := os.Mkdir(securityfs+"/apparmor/policy/namespaces/"+h.name, 0o755); err != nil {
 		return err
@@ -117,7 +118,7 @@ func (h *host) ownPolicy(ctx context.Context) error {
 	if err := os.WriteFile(h.path(localRules), rules, 0o644); err != nil {
 		return err
 	}
-	for _, profile := range profiles { // as the package makes them
+	for _, profile := range profiles { // as Debian's package makes them
 		if err := os.WriteFile(h.path(policyDir+"/local/"+filepath.Base(profile)), nil, 0o644); err != nil {
 			return err
 		}
@@ -132,7 +133,7 @@ func (h *host) ownPolicy(ctx context.Context) error {
 	return nil
 }
 
-// profileOn names a profile of the host's: that of libvirtd's for it, and none for everybody else.
+// profileOn names a profile on this host: libvirtd's for libvirt's domain, and none for all others.
 func (h *host) profileOn(domain string) string {
 	profile := "unconfined"
 	if domain == libvirtDomain {
@@ -141,7 +142,8 @@ func (h *host) profileOn(domain string) string {
 	return ":" + h.name + ":" + profile
 }
 
-// hasProfile says whether the domain's QEMU is confined by the profile that libvirt made for it on this host.
+// hasProfile returns an error unless the domain's QEMU is confined by the profile that libvirt made for it on this
+// host.
 func (h *host) hasProfile() error {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/attr/apparmor/current", h.qemu()))
 	if err != nil {

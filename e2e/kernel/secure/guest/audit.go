@@ -11,8 +11,7 @@ import (
 	"sync"
 )
 
-// An audit collects what the kernel logs of refused accesses. The lines come
-// some time after the refusal.
+// An audit collects the refused accesses that the kernel logs. A line comes some time after the refusal.
 type audit struct {
 	mu    sync.Mutex
 	lines []string
@@ -28,7 +27,7 @@ func listen() (*audit, error) {
 	go func() {
 		record := make([]byte, 8192)
 		for {
-			n, err := f.Read(record) // one record each
+			n, err := f.Read(record) // each read returns one record
 			if err != nil {
 				logf("the kernel's log: %v", err)
 				return
@@ -45,7 +44,7 @@ func listen() (*audit, error) {
 	return a, nil
 }
 
-// mark is for what comes after it.
+// mark returns the present end of the lines, for find and since.
 func (a *audit) mark() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -65,7 +64,7 @@ func (a *audit) find(ctx context.Context, mark int, words ...string) error {
 	})
 }
 
-// since are the lines after mark, as far as they have come.
+// since returns the lines after mark that have come so far.
 func (a *audit) since(mark int) []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()

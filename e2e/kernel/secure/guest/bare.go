@@ -8,8 +8,7 @@ import (
 	"strings"
 )
 
-// bare migrates without a policy. Nothing supervises a userfaultfd there but
-// the flag, where the kernel has it.
+// bare migrates without a policy. Only the flag supervises a userfaultfd then, if the kernel has it.
 func bare(ctx context.Context, _ *audit) error {
 	s, err := newScene(ctx, none, shared)
 	defer s.close()
@@ -23,8 +22,7 @@ func bare(ctx context.Context, _ *audit) error {
 }
 
 func (s *scene) bare(ctx context.Context) error {
-	// Back and forth: with --require-secure first, because a refusal is to
-	// leave the VM as it was.
+	// There and back. The first migration uses --require-secure, because a refusal must leave the VM as it was.
 	if _, err := s.to().startIncoming(ctx); err != nil {
 		return err
 	}
@@ -47,9 +45,8 @@ func (s *scene) bare(ctx context.Context) error {
 	return done
 }
 
-// refused reports on a migration that was to be refused: what the operator was
-// told has all the words, the VM counts on where it was, and the QEMU that it
-// was to arrive in is gone.
+// refused reports on a migration that had to be refused: the operator was told all of the words, the VM counts on where
+// it was, and the QEMU that waited for it has ended.
 func (s *scene) refused(ctx context.Context, name, said string, words ...string) error {
 	logf("%s: %s", name, said)
 	var err error
@@ -60,6 +57,7 @@ func (s *scene) refused(ctx context.Context, name, said string, words ...string)
 	}
 	check(name, "refused", err)
 	check(name+"-guest", "counts", s.from().countsOn(ctx))
-	check(name+"-destination", "gone", until(ctx, "the destination's QEMU to end", func() bool { return s.to().qemu() == 0 }))
+	check(name+"-destination", "gone",
+		until(ctx, "the destination's QEMU to end", func() bool { return s.to().qemu() == 0 }))
 	return nil
 }

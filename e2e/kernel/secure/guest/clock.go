@@ -11,14 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// leap is by how much the clock jumps, there and back, and every how many milliseconds.
+// leap is how far the clock jumps, ahead and back; stays is how long it stays there.
 const (
 	leap  = 3 * 365 * 24 * time.Hour
 	stays = 5 * time.Millisecond
 )
 
-// whileClockJumps does something while this machine's clock is put years ahead, years back, and right, in turns. It
-// is right again afterwards. The error says that the clock was not put anywhere.
+// whileClockJumps calls do while this machine's clock is set years ahead, years back, and right, in turns. The clock is
+// right again afterwards. jumped says that the clock could not be set.
 func whileClockJumps(ctx context.Context, do func() error) (done, jumped error) {
 	began := time.Now()
 	ctx, stop := context.WithCancel(ctx)
@@ -41,7 +41,7 @@ func whileClockJumps(ctx context.Context, do func() error) (done, jumped error) 
 	return done, <-ended
 }
 
-// setClock puts the clock so far from what the monotonic clock says that it is.
+// setClock sets the clock off from the right time, which it takes from the monotonic clock.
 func setClock(began time.Time, off time.Duration) error {
 	ts := unix.NsecToTimespec(began.Add(time.Since(began)).Round(0).Add(off).UnixNano())
 	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)

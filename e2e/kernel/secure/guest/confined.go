@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// confined migrates under the policy: there, back while others try to get at
-// the descriptor, not at all while the policy forbids it, and there again.
+// confined migrates under the policy: there; back, while others try to get at the descriptor; not at all, while the
+// policy forbids it; and there again.
 func confined(ctx context.Context, log *audit) error {
 	err := enforce()
 	check("policy", "enforcing", err)
@@ -31,7 +31,7 @@ func confined(ctx context.Context, log *audit) error {
 	return err
 }
 
-// there is the migration that all of this is about.
+// there is the main case: a migration under the policy, with --require-secure.
 func (s *scene) there(ctx context.Context, _ *audit) error {
 	if _, err := s.to().startIncoming(ctx); err != nil {
 		return err
@@ -41,9 +41,8 @@ func (s *scene) there(ctx context.Context, _ *audit) error {
 	return s.starve(ctx, "there", id, s.attach(id, "--require-secure"), func() error { return nil })
 }
 
-// starve migrates, and stops the source's daemon right after the switch, so
-// that no page comes: the vCPU must run into a missing one and wait. Then it does
-// meanwhile and lets the daemon go on.
+// starve migrates, and stops the source's daemon right after the switch, so that no page comes: the vCPU must fault on
+// a missing page and wait. Then it calls meanwhile and lets the daemon go on.
 func (s *scene) starve(ctx context.Context, name, id string, args []string, meanwhile func() error) error {
 	before, daemon := s.from().pass(), s.daemons[s.vm].cmd.Process
 	if _, err := s.from().operate(ctx, append(args, "--detach")...); err != nil {
@@ -54,7 +53,7 @@ func (s *scene) starve(ctx context.Context, name, id string, args []string, mean
 	watched := make(chan error, 1)
 	go func() {
 		_, err := s.from().operate(ctx, "watch", id)
-		if err != nil { // nothing is worth waiting for any more
+		if err != nil { // waiting for anything else is useless then
 			failed(err)
 		}
 		watched <- err
@@ -75,7 +74,7 @@ func (s *scene) starve(ctx context.Context, name, id string, args []string, mean
 	return s.moved(ctx, name, id, before)
 }
 
-// domains checks that the policy is about these processes.
+// domains checks that the daemons and the QEMUs run in the domains that the policy is about.
 func (s *scene) domains() error {
 	var errs []error
 	for i, h := range s.hosts {
@@ -88,9 +87,8 @@ func (s *scene) domains() error {
 	return errors.Join(errs...)
 }
 
-// back is prepared first. From then on the destination's QEMU has a
-// descriptor, and strangers try to get it. With the sysctl at 2, where the kernel has
-// that, QEMU makes it without privilege and without the device.
+// back prepares first. From then on the destination's QEMU has a descriptor, and strangers try to get it. If the kernel
+// accepts 2 for the sysctl, QEMU makes its descriptor without privilege and without the device.
 func (s *scene) back(ctx context.Context, log *audit) error {
 	const sysctl = "/proc/sys/vm/unprivileged_userfaultfd"
 	result("sysctl-2", outcome(os.WriteFile(sysctl, []byte("2"), 0)))
@@ -117,15 +115,17 @@ func (s *scene) back(ctx context.Context, log *audit) error {
 	return os.WriteFile(sysctl, []byte("0"), 0)
 }
 
-// forbidden tries to migrate while the policy is another.
+// forbidden tries to migrate under policies that forbid a part of it.
 func (s *scene) forbidden(ctx context.Context, log *audit) error {
 	for _, c := range []struct {
 		policy string
 		denied []string // in the kernel's log
 		told   []string // to the operator
 	}{
-		{"no-create", []string{"{ create }", "svirt_t", "anon_inode"}, []string{"security module", "(" + fullContext(qemuDomain) + ") may not create", "deploy/selinux"}},
-		{"no-receive", []string{"{ read }", "migrated_t", "anon_inode"}, []string{"security module", "(" + fullContext(daemonDomain) + ") may not receive", "deploy/selinux"}},
+		{"no-create", []string{"{ create }", "svirt_t", "anon_inode"},
+			[]string{"security module", "(" + fullContext(qemuDomain) + ") may not create", "deploy/selinux"}},
+		{"no-receive", []string{"{ read }", "migrated_t", "anon_inode"},
+			[]string{"security module", "(" + fullContext(daemonDomain) + ") may not receive", "deploy/selinux"}},
 	} {
 		if err := loadPolicy(c.policy); err != nil {
 			return err
@@ -146,11 +146,10 @@ func (s *scene) forbidden(ctx context.Context, log *audit) error {
 	return loadPolicy("base")
 }
 
-// again migrates once more, into a QEMU that the daemon starts: the VM is
-// unharmed by what was forbidden. And the daemon is killed while the vCPU waits;
-// another takes the descriptor from QEMU again.
+// again migrates once more, into a QEMU that the daemon starts: what was forbidden has not harmed the VM. The daemon is
+// killed while the vCPU waits, and the next one takes the descriptor from QEMU again.
 func (s *scene) again(ctx context.Context, log *audit) error {
-	// The new QEMU has no categories. Who has some labels files for it.
+	// The new QEMU has no categories. With categories, whoever starts it labels files for it.
 	if err := errors.Join(s.to().clear(), label(s.to().path(vmDir+"/disk"), "object_r:svirt_image_t:s0")); err != nil {
 		return err
 	}

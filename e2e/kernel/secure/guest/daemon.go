@@ -41,8 +41,7 @@ func (h *host) startDaemon(ctx context.Context, extra ...string) (*process, erro
 	return p, nil
 }
 
-// operate runs the program as an operator on this host does, and returns what
-// it said.
+// operate runs the program as an operator on this host does, and returns its output.
 func (h *host) operate(ctx context.Context, args ...string) (string, error) {
 	p, err := h.start("", 0, nil, append([]string{migrated}, args...)...)
 	if err != nil {
@@ -55,7 +54,7 @@ func (h *host) operate(ctx context.Context, args ...string) (string, error) {
 	return said, nil
 }
 
-// A status is what "migrated status" tells of a migration.
+// A status is the output of "migrated status" for a migration.
 type status struct {
 	State       string
 	Supervision string

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A module is a security module, by the name that libvirt has for it.
+// A module is a security module, by libvirt's name for it.
 type module string
 
 const (
@@ -28,16 +28,15 @@ const (
 	apparmor module = "apparmor"
 )
 
-// A host is a mount namespace with a /run and a /dev/shm of its own, and an
-// address on loopback: enough for a daemon and a VM that do not meet those of
-// the other host. One locked thread lives in the namespace and starts its
+// A host is a mount namespace with a /run and a /dev/shm of its own, and an address on loopback. That is enough to keep
+// a daemon and a VM apart from those of the other host. One locked thread lives in the namespace and starts the host's
 // processes.
 type host struct {
 	name, addr string
-	root       string // the host's files, seen from outside
+	root       string // the path of the host's files from outside
 	work       chan func()
-	module     module // what confines, once it has a policy
-	libvirt    bool   // VMs are libvirt's
+	module     module // the module that confines, once it has a policy
+	libvirt    bool   // its VMs are libvirt's
 	memory     memory
 	processes  []*process
 }
@@ -46,7 +45,7 @@ func newHost(name, addr string, by module, memory memory) (*host, error) {
 	h := &host{name: name, addr: addr, work: make(chan func()), module: by, memory: memory}
 	ready := make(chan error)
 	go func() {
-		runtime.LockOSThread() // for good: the thread ends with the host
+		runtime.LockOSThread() // never unlocked: the thread ends with the host
 		ready <- h.unshare()
 		for f := range h.work {
 			f()
@@ -96,7 +95,7 @@ func (h *host) furnish() error {
 		label(h.path(vmDir+"/disk"), "object_r:svirt_image_t:"+categories))
 }
 
-// path is where a file of the host is found from outside of it.
+// path returns the path of a file of the host, from outside of it.
 func (h *host) path(path string) string { return filepath.Join(h.root, path) }
 
 // do runs f on the host's thread.
@@ -117,7 +116,7 @@ func (h *host) close() {
 	close(h.work)
 }
 
-// A process runs on a host, in a domain where there is a policy.
+// A process runs on a host, and in a domain if there is a policy.
 type process struct {
 	cmd    *exec.Cmd
 	said   output
@@ -134,7 +133,7 @@ func (h *host) start(domain string, uid uint32, files []*os.File, argv ...string
 		p.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uid, Gid: uid}
 	}
 	err := h.do(func() error {
-		// What this thread asks for holds for the child's exec as well.
+		// What this thread asks for applies to the child's exec as well.
 		const exec = "/proc/thread-self/attr/exec"
 		switch {
 		case h.module == selinux && domain != "":
@@ -195,7 +194,7 @@ func (o *output) String() string {
 	return strings.TrimSpace(o.text.String())
 }
 
-// until waits for something that makes no event.
+// until polls for something that no event announces.
 func until(ctx context.Context, what string, ok func() bool) error {
 	for !ok() {
 		select {

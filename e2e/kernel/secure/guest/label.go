@@ -12,20 +12,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// categories are the VM's own, as libvirt gives each VM a pair.
+// categories are the VM's own pair, as libvirt gives each VM one.
 const categories = "s0:c1,c2"
 
 // Domains.
 const (
 	daemonDomain   = "system_r:migrated_t:s0"
 	qemuDomain     = "system_r:svirt_t:" + categories
-	otherQEMU      = "system_r:svirt_t:s0:c3"
 	strangerDomain = "system_r:stranger_t:s0"
 )
 
 func fullContext(short string) string { return "system_u:" + short }
 
-// label labels a file, not what a symbolic link leads to.
+// label labels a file. It does not follow symbolic links.
 func label(path, short string) error {
 	if err := unix.Lsetxattr(path, "security.selinux", []byte(fullContext(short)), 0); err != nil {
 		return fmt.Errorf("label %s %s: %w", path, short, err)
@@ -33,8 +32,8 @@ func label(path, short string) error {
 	return nil
 }
 
-// labels are of what neither the kernel nor the policy labels by itself. A
-// directory's is for all in it but what follows.
+// labels are for files that neither the kernel nor the policy labels by itself. A directory's label is for everything
+// in it except what the list names later.
 var labels = []struct{ path, short string }{
 	{"/lib", "object_r:lib_t:s0"},
 	{"/lib64", "object_r:lib_t:s0"},
@@ -55,7 +54,7 @@ var labels = []struct{ path, short string }{
 	{"/dev/urandom", "object_r:urandom_device_t:s0"},
 }
 
-// enforce loads the policy, labels all files and makes the policy hold.
+// enforce loads the policy, labels all files and makes the policy enforced.
 func enforce() error {
 	if err := loadPolicy("base"); err != nil {
 		return err
@@ -74,20 +73,19 @@ func enforce() error {
 	return os.WriteFile("/sys/fs/selinux/enforce", []byte("1"), 0)
 }
 
-// loadPolicy loads one of the variants that the host compiled, instead of
-// what is loaded.
+// loadPolicy loads one of the variants that were compiled outside, in place of the present one.
 func loadPolicy(name string) error {
 	policy, err := os.ReadFile("/policy/" + name)
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile("/sys/fs/selinux/load", policy, 0); err != nil { // one write, as it must be
+	if err := os.WriteFile("/sys/fs/selinux/load", policy, 0); err != nil { // it must be one write
 		return fmt.Errorf("load policy %s: %w", name, err)
 	}
 	return nil
 }
 
-// domainOf is the domain of a process, without the user.
+// domainOf returns the domain of a process, without the user.
 func domainOf(pid int) string {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/attr/current", pid))
 	if err != nil {
@@ -97,8 +95,8 @@ func domainOf(pid int) string {
 	return short
 }
 
-// shown is what is reported of a descriptor's label: where libvirt chose the categories of the host's QEMU, whether they
-// are the descriptor's.
+// shown returns what is reported of a descriptor's label. If libvirt chose the categories of the host's QEMU, that is
+// whether the descriptor has the same ones.
 func (h *host) shown(label string) string {
 	_, level, _ := strings.Cut(domainOf(h.qemu()), "svirt_t:")
 	if h.libvirt && label == fullContext("object_r:migrated_uffd_t:"+level) && strings.Contains(level, ":c") {

@@ -18,11 +18,12 @@ const (
 	domainName    = "guest"
 	domainUUID    = "00000000-0000-4000-8000-0000000000aa"
 	domainDisk    = vmDir + "/disk"
-	imageLabel    = "object_r:virt_image_t:s0" // of an image that no domain has
+	imageLabel    = "object_r:virt_image_t:s0" // of an image that no domain uses
 )
 
-// svirt migrates a domain of libvirt's there and back, as libvirt runs QEMU where SELinux enforces: with two categories
-// that libvirt chose, another user, seccomp, and a /dev of its own. Nothing may be refused, on either host, to anybody.
+// svirt migrates a domain of libvirt's there and back. libvirt runs its QEMU as it does where SELinux enforces: with
+// two categories that libvirt chose, as another user, with seccomp, and with a /dev of its own. Nothing may be refused
+// to anything on either host.
 func svirt(ctx context.Context, log *audit) error {
 	err := enforce()
 	check("svirt-policy", "enforcing", err)
@@ -72,11 +73,11 @@ func newDomainScene(ctx context.Context, by module, daemonArgs ...string) (*scen
 	return s, s.from().countsBeyond(ctx, 1)
 }
 
-// watchedQEMU is QEMU with the sockets of qemuArgs, by which the driver watches a VM: a copy of this program, which a
-// definition may name as its emulator, where it may have no arguments of its own.
-const watchedQEMU = "/usr/bin/kvm" // one of those that libvirt's AppArmor profiles know
+// watchedQEMU is QEMU with the sockets of qemuArgs, by which the driver watches a VM. It is a copy of this program. A
+// definition may name it as its emulator, but cannot give an emulator arguments.
+const watchedQEMU = "/usr/bin/kvm" // a path that libvirt's AppArmor profiles allow
 
-// watch becomes QEMU. The one that libvirt asks for what it can do has no name, and gets no sockets.
+// watch becomes QEMU. When libvirt asks a QEMU what it can do, that QEMU has no name, and gets no sockets.
 func watch(args []string) error {
 	const qemu = "/usr/bin/qemu-system-x86_64"
 	args = append([]string{qemu}, args...)
@@ -169,7 +170,7 @@ auth_unix_rw = "none"
 	if err == nil && p.ended() {
 		err = fmt.Errorf("libvirtd ended: %w", p.err)
 	}
-	if err == nil { // it asks QEMU now, which takes long here, and not when a VM is to arrive
+	if err == nil { // libvirt asks QEMU now, because that takes long here, and not when a VM arrives
 		_, err = h.virsh(ctx, "domcapabilities", "--emulatorbin", watchedQEMU)
 	}
 	if err != nil {
@@ -191,8 +192,8 @@ func (h *host) virsh(ctx context.Context, args ...string) (string, error) {
 	return said, nil
 }
 
-// sharedLabel has the other host see the label that the domain's image has, as it would on one file system that keeps
-// labels. That is refused, and the domain goes on.
+// sharedLabel gives the other host's image the label that the domain's image has, as if both were on one file system
+// that keeps labels. The migration is refused then, and the domain goes on.
 func (s *scene) sharedLabel(ctx context.Context) error {
 	_, level, _ := strings.Cut(domainOf(s.from().qemu()), "svirt_t:")
 	image := s.to().path(domainDisk)
@@ -213,12 +214,12 @@ func (s *scene) sharedLabel(ctx context.Context) error {
 	return errors.Join(label(image, imageLabel), s.from().countsOn(ctx))
 }
 
-// domainArgs are those that move the domain.
+// domainArgs returns the arguments that move the domain.
 func (s *scene) domainArgs(id string) []string {
 	return []string{"migrate", "--vm", "libvirt:" + domainName, "--to", s.to().daemonAddr(), "--id", id}
 }
 
-// moveDomain moves the domain, has its vCPU wait for a page meanwhile, and says what became of it.
+// moveDomain moves the domain, makes its vCPU wait for a page meanwhile, and reports the result.
 func (s *scene) moveDomain(ctx context.Context, name string) error {
 	logf("%s: QEMU runs in %s at the source", name, domainOf(s.from().qemu()))
 	id := s.id()

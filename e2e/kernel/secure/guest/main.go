@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command guest is PID 1 of a kernel in which two daemons migrate a KVM VM
-// under SELinux. secure_test.go, which boots it, has the table of what it
-// reports:
+// Command guest is PID 1 of a kernel in which two daemons migrate a KVM VM under SELinux. secure_test.go, which boots
+// it, has the table of what it reports:
 //
 //	RESULT name outcome
 //	LOG anything
 //	DONE
 //
-// It runs the same on every kernel: first without a policy (bare.go), then
-// with it (confined.go) and with others who try to get at a VM's descriptor
-// (strangers.go), and with a VM whose memory is in no file (private.go). Told
-// to, it migrates a domain of libvirt's instead (libvirt.go), also where AppArmor
-// confines it (apparmor.go), or runs test binaries (tests.go).
+// It runs the same on every kernel: first without a policy (bare.go), then with it (confined.go), with strangers that
+// try to get at a VM's descriptor (strangers.go), and with a VM whose memory is in no file (private.go). By argument,
+// it instead migrates a domain of libvirt's (libvirt.go), also where AppArmor confines it (apparmor.go), or runs test
+// binaries (tests.go).
 package main
 
 import (
@@ -21,6 +19,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
@@ -30,9 +29,13 @@ import (
 // patience bounds the whole run. Nothing waits that long unless it is broken.
 const patience = 600 * time.Second
 
+// init keeps the process's first thread for the main goroutine, so that no host gets it. Linux 7.3 takes PID 1's files
+// away when that thread has a mount namespace of its own (validate_fs_switch in fs/fs_struct.c).
+func init() { runtime.LockOSThread() }
+
 func main() {
 	if os.Args[0] == watchedQEMU {
-		fmt.Fprintln(os.Stderr, watch(os.Args[1:])) // it does not return otherwise
+		fmt.Fprintln(os.Stderr, watch(os.Args[1:])) // it returns only on an error
 		os.Exit(1)
 	}
 	if os.Getpid() != 1 {
@@ -75,7 +78,7 @@ func run(ctx context.Context) error {
 	return nil
 }
 
-// prepare makes of a fresh kernel what a booted system has.
+// prepare mounts and makes what a booted system has.
 func prepare() error {
 	for _, m := range []struct{ kind, at string }{
 		{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}, {"selinuxfs", "/sys/fs/selinux"},
@@ -102,15 +105,15 @@ func prepare() error {
 		os.Symlink("/run", "/var/run"),
 		os.Mkdir("/var/log", 0o755),
 		os.WriteFile(watchedQEMU, program, 0o755),
-		// The programs of those who try: a file has one label.
+		// The programs of the strangers. There are two, because a file has only one label.
 		os.WriteFile("/usr/bin/probe", program, 0o755),
 		os.WriteFile("/usr/bin/probe-qemu", program, 0o755),
-		// Each refusal is to be seen.
+		// Each refusal must be logged.
 		os.WriteFile("/proc/sys/kernel/printk_ratelimit", []byte("0"), 0),
 		raiseLoopback())
 }
 
-// loadModules loads KVM where the kernel has it in modules, in the order of their names.
+// loadModules loads KVM if the kernel has it in modules, in the order of their names.
 func loadModules() error {
 	paths, err := filepath.Glob("/modules/*.ko")
 	if err != nil {
@@ -119,7 +122,7 @@ func loadModules() error {
 	for _, path := range paths {
 		params := ""
 		if strings.HasSuffix(path, "-kvm-amd.ko") {
-			params = "npt=0" // as the others have it on their command line
+			params = "npt=0" // as the other kernels have it on their command line
 		}
 		module, err := os.ReadFile(path)
 		if err == nil {
@@ -132,7 +135,7 @@ func loadModules() error {
 	return nil
 }
 
-// raiseLoopback is "ip link set lo up".
+// raiseLoopback does "ip link set lo up".
 func raiseLoopback() error {
 	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -159,7 +162,7 @@ func logf(format string, args ...any) {
 // result reports an outcome, which is one word.
 func result(name, outcome string) { say("RESULT %s %s", name, outcome) }
 
-// check reports good, or that something failed and what.
+// check reports good, or "failed" and logs the error.
 func check(name, good string, err error) {
 	if err != nil {
 		logf("%s: %v", name, err)
@@ -168,7 +171,7 @@ func check(name, good string, err error) {
 	result(name, good)
 }
 
-// descriptors are the userfaultfds of a process.
+// descriptors returns the userfaultfds of a process.
 func descriptors(pid int) []int {
 	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid)) // the pattern is right
 	var fds []int

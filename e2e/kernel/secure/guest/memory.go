@@ -14,7 +14,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// memory is what a VM's RAM is.
+// memory is the kind of a VM's RAM.
 type memory int
 
 const (
@@ -22,7 +22,7 @@ const (
 	privateToVM               // QEMU's own, in no file: what -m alone makes
 )
 
-// args are those of QEMU's command line.
+// args returns the memory's part of QEMU's command line.
 func (m memory) args() []string {
 	if m == privateToVM {
 		return []string{"-machine", "q35"}
@@ -31,9 +31,9 @@ func (m memory) args() []string {
 		"-object", fmt.Sprintf("memory-backend-file,id=ram0,size=%dM,mem-path=%s,share=on", ramMiB, ramPath)}
 }
 
-// arrived says whether all of the VM's memory is there, which may run meanwhile.
+// arrived returns an error unless all of the VM's memory is there. The VM may run meanwhile.
 func (h *host) arrived(ctx context.Context, pass uint32) error {
-	client, err := qmp.Dial(ctx, h.path(eventsPath)) // the daemon has the other
+	client, err := qmp.Dial(ctx, h.path(eventsPath)) // the daemon uses the other socket
 	if err != nil {
 		return err
 	}
@@ -45,8 +45,7 @@ func (h *host) arrived(ctx context.Context, pass uint32) error {
 	return metal.Arrived(ram, pass)
 }
 
-// ram is a file that holds the VM's memory: the one that QEMU maps, or a copy of
-// what QEMU has at this moment.
+// ram returns the path of a file with the VM's memory: the file that QEMU maps, or a copy of QEMU's present memory.
 func (h *host) ram(ctx context.Context, client *qmp.Client) (string, error) {
 	if h.memory == shared {
 		return h.path(ramPath), nil
@@ -79,7 +78,7 @@ func (h *host) ram(ctx context.Context, client *qmp.Client) (string, error) {
 	return path, errors.Join(err, to.Close())
 }
 
-// isPrivate makes sure that what a process has at an address is its own and no file's.
+// isPrivate returns an error unless the mapping at an address of a process is private and of no file.
 func isPrivate(pid int, addr int64) error {
 	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
 	if err != nil {

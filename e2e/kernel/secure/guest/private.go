@@ -7,10 +7,9 @@ import (
 	"errors"
 )
 
-// private migrates a VM whose memory is QEMU's own there and back, under the
-// policy. The source's daemon reads the memory in /proc/PID/mem; the
-// destination's has QEMU drop what it put into its memory when it started. The
-// way back is into a QEMU that the daemon starts.
+// private migrates a VM whose memory is QEMU's own there and back, under the policy. The source's daemon reads the
+// memory in /proc/PID/mem; the destination's makes QEMU drop what QEMU put into its memory when it started. On the way
+// back the daemon starts the QEMU.
 func private(ctx context.Context, log *audit) error {
 	mark := log.mark()
 	s, err := newScene(ctx, selinux, privateToVM, "--require-secure")

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Of linux/userfaultfd.h; UFFD_SECURE is the series'.
+// Constants of linux/userfaultfd.h; UFFD_SECURE is from the series.
 const (
 	userModeOnly = 1
 	secure       = 2
@@ -22,8 +22,7 @@ const (
 	uffdAPI      = 0xaa
 )
 
-// probe is what others than the daemon try with userfaultfds. It says what it
-// was answered.
+// probe tries userfaultfds as programs other than the daemon do, and prints the answers.
 func probe(args []string) {
 	if err := try(args); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -56,7 +55,7 @@ func try(args []string) error {
 	return fmt.Errorf("nothing is named %q", args)
 }
 
-// outcome is one word for an error.
+// outcome returns one word for an error.
 func outcome(err error) string {
 	var errno unix.Errno
 	switch {
@@ -98,7 +97,7 @@ func take(pidText, fdText string) error {
 	return nil
 }
 
-// send gives a descriptor of its own to the first who connects.
+// send gives a descriptor of its own to the first client that connects.
 func send(path string) error {
 	fd, err := create()
 	if err != nil {
@@ -119,11 +118,11 @@ func send(path string) error {
 	return errors.Join(conn.Close(), listener.Close())
 }
 
-// receive says what came instead of a descriptor: the kernel takes one that may
-// not be received out of the message, whose end is then cut off.
+// receive prints what came instead of a descriptor. The kernel removes a descriptor that may not be received from the
+// message, and marks the message as cut off.
 func receive(path string) error {
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path})
-	for attempt := 0; err != nil && attempt < 1000; attempt++ { // the sender is on its way
+	for attempt := 0; err != nil && attempt < 1000; attempt++ { // the sender is still starting
 		time.Sleep(10 * time.Millisecond)
 		conn, err = net.DialUnix("unix", nil, &net.UnixAddr{Name: path})
 	}
@@ -145,7 +144,7 @@ func receive(path string) error {
 	return conn.Close()
 }
 
-// use gives a descriptor of its own orders, and reads it.
+// use makes a descriptor, calls an ioctl on it, and reads it.
 func use() error {
 	fd, err := create()
 	fmt.Println("create", outcome(err))

@@ -11,7 +11,7 @@ import (
 type scene struct {
 	hosts   [2]*host
 	daemons [2]*process
-	vm      int // the host where it runs
+	vm      int // index of the host where it runs
 	runs    int // migrations so far
 }
 
@@ -33,7 +33,7 @@ func newScene(ctx context.Context, by module, memory memory, daemonArgs ...strin
 	return s, s.from().countsBeyond(ctx, 1)
 }
 
-// from is where the VM runs, to is the other host.
+// from returns the host where the VM runs, to the other host.
 func (s *scene) from() *host { return s.hosts[s.vm] }
 func (s *scene) to() *host   { return s.hosts[1-s.vm] }
 
@@ -45,7 +45,7 @@ func (s *scene) close() {
 	}
 }
 
-// daemonLogs are for whoever must find out why something failed.
+// daemonLogs logs the output of the daemons, for finding out why something failed.
 func (s *scene) daemonLogs() {
 	for i, d := range s.daemons {
 		if d != nil {
@@ -54,7 +54,7 @@ func (s *scene) daemonLogs() {
 	}
 }
 
-// explain logs what those who must find out why something failed want to know.
+// explain logs the daemons' output and the refusals since mark if err is not nil.
 func (s *scene) explain(err error, log *audit, mark int) {
 	if err == nil {
 		return
@@ -71,15 +71,18 @@ func (s *scene) id() string {
 	return fmt.Sprintf("move-%d", s.runs)
 }
 
-// attach are the arguments of a migration into a QEMU that was started for it.
+// attach returns the arguments of a migration into a QEMU that was started for it.
 func (s *scene) attach(id string, extra ...string) []string {
-	return append([]string{"migrate", "--vm", qmpPath, "--to", s.to().daemonAddr(), "--to-qmp", qmpPath, "--id", id}, extra...)
+	return append([]string{
+		"migrate", "--vm", qmpPath, "--to", s.to().daemonAddr(), "--to-qmp", qmpPath, "--id", id,
+	}, extra...)
 }
 
-// moved checks a VM after its migration and reports on it: what arrived, how its
-// descriptor was supervised, what its memory holds, that it counts on.
+// moved checks a VM after its migration and reports what arrived, how its descriptor was supervised, what its memory
+// holds, and that it counts on.
 func (s *scene) moved(ctx context.Context, name, id string, before uint32) error {
-	// First, and of the memory alone: what the vCPU does with it then is another question, see README.md.
+	// This comes first, and checks the memory alone. What the vCPU does with it later is a separate question, see
+	// README.md.
 	check(name+"-arrived", "whole", s.to().arrived(ctx, before))
 	source, err := s.from().status(ctx, id)
 	if err != nil {
@@ -110,12 +113,13 @@ func (s *scene) moved(ctx context.Context, name, id string, before uint32) error
 	if err == nil && memory.Pass <= before {
 		err = fmt.Errorf("the memory is of pass %d; the guest had written %d at the source", memory.Pass, before)
 	}
-	logf("%s: %d pages hold pass %d up to %#x, and the one before from there", name, memory.Pages, memory.Pass, memory.Position)
+	logf("%s: %d pages hold pass %d up to %#x, and the one before from there",
+		name, memory.Pages, memory.Pass, memory.Position)
 	if err == nil {
 		err = h.countsOn(ctx)
 	}
 	check(name+"-memory", "verified", err)
-	return err // of a guest that went astray nothing more can be learned
+	return err // nothing more can be learned from a guest that went astray
 }
 
 // migrate migrates by an operator's command and reports on it.

@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// strangers try to create, to receive and to use a VM's descriptor, while
-// QEMU on the host that the VM moves to has one.
+// strangers tries to create, to receive and to use a VM's descriptor, while the QEMU on the host that the VM moves to
+// has one.
 func (s *scene) strangers(ctx context.Context, log *audit) error {
 	if err := s.undisturbed(ctx, log, "there-log", 0); err != nil {
 		return err
@@ -20,16 +20,17 @@ func (s *scene) strangers(ctx context.Context, log *audit) error {
 	if len(fds) != 1 {
 		return fmt.Errorf("QEMU has userfaultfds %v", fds)
 	}
-	// One that traces processes and may use descriptors of QEMU.
+	// A stranger that may trace processes and may use descriptors of QEMU.
 	mark := log.mark()
 	said, err := h.try(ctx, strangerDomain, "take", strconv.Itoa(h.qemu()), strconv.Itoa(fds[0]))
 	if err != nil {
 		return err
 	}
 	result("stranger-take", said)
-	check("stranger-take-log", "denied", log.find(ctx, mark, "{ read }", "stranger_t", "migrated_uffd_t:s0:c1,c2", "anon_inode"))
+	check("stranger-take-log", "denied",
+		log.find(ctx, mark, "{ read }", "stranger_t", "migrated_uffd_t:s0:c1,c2", "anon_inode"))
 
-	// One whom a QEMU that its guest took over sends its descriptor.
+	// A stranger to which a QEMU that its guest has taken over sends its descriptor.
 	mark = log.mark()
 	sender, err := h.start(qemuDomain, qemuUser, nil, "/usr/bin/probe-qemu", "send", vmDir+"/probe.sock")
 	if err != nil {
@@ -39,12 +40,13 @@ func (s *scene) strangers(ctx context.Context, log *audit) error {
 		return err
 	}
 	result("stranger-receive", said)
-	check("stranger-receive-log", "denied", log.find(ctx, mark, "{ read }", "stranger_t", "migrated_uffd_t:s0:c1,c2", "anon_inode"))
+	check("stranger-receive-log", "denied",
+		log.find(ctx, mark, "{ read }", "stranger_t", "migrated_uffd_t:s0:c1,c2", "anon_inode"))
 	if said, err := sender.wait(ctx); err != nil || said != "sent" {
 		return fmt.Errorf("the sender says %q: %w", said, err)
 	}
 
-	// That QEMU itself, which may create one and no more.
+	// That QEMU itself, which may create a descriptor and no more.
 	mark = log.mark()
 	if said, err = h.try(ctx, qemuDomain, "use"); err != nil {
 		return err
@@ -54,13 +56,14 @@ func (s *scene) strangers(ctx context.Context, log *audit) error {
 		result("qemu-"+name, got)
 	}
 	for _, denied := range []string{"ioctl", "read"} {
-		check("qemu-"+denied+"-log", "denied", log.find(ctx, mark, "{ "+denied+" }", "svirt_t", "migrated_uffd_t:s0:c1,c2", "anon_inode"))
+		check("qemu-"+denied+"-log", "denied",
+			log.find(ctx, mark, "{ "+denied+" }", "svirt_t", "migrated_uffd_t:s0:c1,c2", "anon_inode"))
 	}
 	return nil
 }
 
-// undisturbed reports that nothing was refused after mark. To be sure that all
-// refusals have come to the log, it causes one.
+// undisturbed reports that nothing was refused after mark. It causes a refusal of its own, so that all earlier ones
+// have come to the log.
 func (s *scene) undisturbed(ctx context.Context, log *audit, name string, mark int) error {
 	end := log.mark()
 	said, err := s.to().try(ctx, strangerDomain, "create")
@@ -82,11 +85,11 @@ func (s *scene) undisturbed(ctx context.Context, log *audit, name string, mark i
 	return nil
 }
 
-// try runs a probe of this program in a domain, and returns what it said.
+// try runs a probe of this program in a domain, and returns its output.
 func (h *host) try(ctx context.Context, domain string, args ...string) (string, error) {
 	program := "/usr/bin/probe"
 	if strings.Contains(domain, "svirt_t") {
-		program = "/usr/bin/probe-qemu" // a domain is entered by its program alone
+		program = "/usr/bin/probe-qemu" // a domain can only be entered by its program
 	}
 	p, err := h.start(domain, 0, nil, append([]string{program}, args...)...)
 	if err != nil {

@@ -11,12 +11,11 @@ import (
 	"strings"
 )
 
-// skipped is a test that reads another's seccomp filter, without which it is too
-// late, and that needs CONFIG_CHECKPOINT_RESTORE.
+// skipped is a test that reads the seccomp filter of another process, which needs CONFIG_CHECKPOINT_RESTORE. If it
+// cannot read the filter, it acts too late.
 const skipped = "TestSeccompFilter/seccomp-kill"
 
-// tests runs the compiled tests of packages in this kernel, each in its
-// directory below /tests.
+// tests runs the compiled tests of packages in this kernel, each in its directory below /tests.
 func tests(ctx context.Context, _ *audit) error {
 	programs, err := filepath.Glob("/tests/*/*.test")
 	if err != nil || len(programs) == 0 {

@@ -23,16 +23,16 @@ const (
 	ramPath    = "/dev/shm/guest-ram0"
 	ramMiB     = 64
 
-	// qemuUser runs the VMs, who are not root.
+	// qemuUser is the user of the VMs, which are not root's.
 	qemuUser = 107
 )
 
-// qemuArgs is the command line of the VM: one KVM vCPU, its memory, the
-// bare-metal guest's disk, a serial port that ends in a file.
+// qemuArgs returns the command line of the VM: one KVM vCPU, its memory, the bare-metal guest's disk, and a serial port
+// that writes to a file.
 func qemuArgs(memory memory) []string {
 	return slices.Concat([]string{
-		"/usr/bin/qemu-system-x86_64", "-name", "guest,debug-threads=on", "-nodefaults", "-no-user-config", "-display", "none",
-		"-accel", "kvm", "-cpu", "qemu64", "-smp", "1", "-m", fmt.Sprintf("%dM", ramMiB),
+		"/usr/bin/qemu-system-x86_64", "-name", "guest,debug-threads=on", "-nodefaults", "-no-user-config",
+		"-display", "none", "-accel", "kvm", "-cpu", "qemu64", "-smp", "1", "-m", fmt.Sprintf("%dM", ramMiB),
 		"-chardev", "file,id=serial,path=" + vmDir + "/serial.log,append=on", "-serial", "chardev:serial",
 		"-drive", "file=" + vmDir + "/disk,format=raw,if=none,id=boot", "-device", "ide-hd,drive=boot,bus=ide.0",
 	}, monitorArgs(), memory.args())
@@ -70,8 +70,7 @@ func (h *host) startQEMU(ctx context.Context, extra ...string) (*process, error)
 	return p, nil
 }
 
-// startIncoming starts the QEMU that an orchestrator would start for a VM to
-// arrive in.
+// startIncoming starts the QEMU that an orchestrator would start for a VM that arrives.
 func (h *host) startIncoming(ctx context.Context) (*process, error) {
 	return h.startQEMU(ctx, "-S", "-incoming", "defer")
 }
@@ -85,8 +84,7 @@ func (p *process) ended() bool {
 	}
 }
 
-// pass is the newest that the guest on this host wrote to its serial port; 0
-// if it wrote none.
+// pass returns the newest pass that the guest on this host wrote to its serial port; 0 if it wrote none.
 func (h *host) pass() uint32 {
 	text, err := os.ReadFile(h.path(vmDir + "/serial.log"))
 	if err != nil {
@@ -103,22 +101,23 @@ func (h *host) pass() uint32 {
 	return n
 }
 
-// astray is how long no guest takes for a pass, unless it went astray.
+// astray is longer than any guest takes for a pass, unless it went astray.
 const astray = 40 * time.Second
 
 // countsBeyond waits until the guest on this host has written a later pass.
 func (h *host) countsBeyond(ctx context.Context, pass uint32) error {
 	ctx, cancel := context.WithTimeout(ctx, astray)
 	defer cancel()
-	return until(ctx, fmt.Sprintf("the guest on host %s, which stands at pass %d, to count beyond %d", h.name, h.pass(), pass),
-		func() bool { return h.pass() > pass })
+	return until(
+		ctx, fmt.Sprintf("the guest on host %s, which stands at pass %d, to count beyond %d", h.name, h.pass(), pass),
+		func() bool { return h.pass() > pass },
+	)
 }
 
-// countsOn waits for two passes from now: one may have been on its way.
+// countsOn waits for two passes from now, because one may have been on its way.
 func (h *host) countsOn(ctx context.Context) error { return h.countsBeyond(ctx, h.pass()+1) }
 
-// verify stops the guest, compares all its memory with what it wrote up to where
-// it is, and lets it go on.
+// verify stops the guest, compares all its memory with what it wrote up to its position, and lets it go on.
 func (h *host) verify(ctx context.Context) (metal.Result, error) {
 	client, err := qmp.Dial(ctx, h.path(qmpPath))
 	if err != nil {
@@ -137,7 +136,9 @@ func (h *host) verify(ctx context.Context) (metal.Result, error) {
 		return result, err
 	}
 	var registers string
-	if err := client.Do(ctx, "human-monitor-command", map[string]string{"command-line": "info registers"}, &registers); err != nil {
+	if err := client.Do(
+		ctx, "human-monitor-command", map[string]string{"command-line": "info registers"}, &registers,
+	); err != nil {
 		return result, err
 	}
 	at, err := metal.ParseRegisters(registers)
@@ -154,8 +155,7 @@ func (h *host) verify(ctx context.Context) (metal.Result, error) {
 	return result, client.Do(ctx, "cont", nil, nil)
 }
 
-// qemu is the process of the host's only QEMU, 0 without one: also of one that
-// the daemon started.
+// qemu returns the PID of the host's only QEMU, also if the daemon started it; 0 without one.
 func (h *host) qemu() int {
 	listens, err := os.Stat(h.path(qmpPath))
 	if err != nil {
@@ -179,8 +179,7 @@ func (h *host) qemu() int {
 	return 0
 }
 
-// vcpuWaits waits until the thread of the VM's KVM vCPU sleeps in a page fault
-// that a userfaultfd is to resolve.
+// vcpuWaits waits until the thread of the VM's KVM vCPU sleeps in a page fault that a userfaultfd is to resolve.
 func vcpuWaits(ctx context.Context, pid int) error {
 	names, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/comm", pid))
 	if err != nil {
@@ -202,8 +201,8 @@ func vcpuWaits(ctx context.Context, pid int) error {
 	return fmt.Errorf("process %d has no thread of a KVM vCPU", pid)
 }
 
-// resumed waits until QEMU on this host, which may yet have to be started, runs
-// the VM. The daemon's own connection is to the other socket.
+// resumed waits until QEMU on this host, which may not have been started yet, runs the VM. The daemon uses the other
+// socket.
 func (h *host) resumed(ctx context.Context) error {
 	var client *qmp.Client
 	if err := until(ctx, "QEMU's second QMP socket", func() bool {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// PID 1 of a kernel with the policy of a whole distribution. It loads /policy, becomes what that calls init,
+// PID 1 of a kernel with the policy of a whole distribution. It loads /policy, enters the policy's domain for init,
 // starts the daemon as systemd does, with a socket for its output and one for its notifications, and runs the
 // operator's "migrated check". It prints "RESULT name outcome".
 
@@ -55,7 +55,7 @@ static void label(const char *path, const char *type)
 	must(path, lsetxattr(path, "security.selinux", text, strlen(text), 0));
 }
 
-// Before the policy is enforced: what a boot loader, dracut and restorecon do.
+// boot does, before the policy is enforced, what a boot loader, dracut and restorecon do.
 static void boot(void)
 {
 	static const struct { const char *path, *type; } labels[] = {
@@ -116,7 +116,7 @@ static pid_t start_daemon(int output)
 	_exit(127);
 }
 
-// operate runs a command of the operator's, who is not the daemon.
+// operate runs a command as the operator, outside the daemon's domain.
 static void operate(const char *name, const char *const *args)
 {
 	static const char self[] = "system_u:system_r:init_t:s0";
@@ -134,8 +134,8 @@ static void operate(const char *name, const char *const *args)
 	fflush(stdout);
 }
 
-// notified reads one notification and returns how many listening sockets came with it, which init may use only if the policy
-// lets it: the kernel leaves out what it may not.
+// notified reads one notification and returns how many listening sockets came with it. The kernel leaves out sockets
+// that the policy does not let init use.
 static int notified(int notify, char *message, size_t size)
 {
 	union {
@@ -165,7 +165,7 @@ static void init(void)
 	char message[4096] = "";
 	int output[2], status, kept = 0;
 
-	// The console that the kernel opened is not init's.
+	// The policy does not let init use the console that the kernel opened.
 	int console = open("/dev/console", O_RDWR | O_CLOEXEC);
 	must("/dev/console", console);
 	for (int fd = 0; fd < 3; fd++)

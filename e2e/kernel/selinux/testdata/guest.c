@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// PID 1 of a kernel that is booted to see the module deny and allow. It loads /policy, enforces it, and runs
-// itself again in the domains of a QEMU, of the daemon and of strangers. Each of them prints
-// "RESULT name outcome": an errno's name, a label, or ok.
+// PID 1 of a kernel that shows what the module denies and allows. It loads /policy, enforces it, and runs itself
+// again in the domains of a QEMU, of the daemon and of strangers. Each of them prints "RESULT name outcome": an
+// errno's name, a label, or ok.
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -34,7 +34,7 @@
 #define PAGES 16UL
 #define SOCKET "/run/vm/qmp.sock"
 
-// Newer than the headers this may be compiled with.
+// These are newer than the headers with which this may be compiled.
 struct pagemap_scan { uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, any, back; };
 struct move { uint64_t dst, src, len, mode; int64_t move; };
 struct poison { uint64_t start, len, mode; int64_t updated; };
@@ -61,7 +61,7 @@ static const char *errname(void)
 	return strerrorname_np(errno);
 }
 
-// outcome reports a system call's result.
+// outcome reports a system call's result, and returns it.
 static long outcome(const char *name, long ret)
 {
 	result(name, "%s", ret < 0 ? errname() : "ok");
@@ -84,7 +84,7 @@ static void label_of(const char *name, int fd)
 	result(name, "%s", fgetxattr(fd, "security.selinux", label, sizeof(label) - 1) < 0 ? errname() : label);
 }
 
-// reopen opens the file of a descriptor once more.
+// reopen opens the file of a descriptor again.
 static int reopen(int fd, int flags)
 {
 	char path[32];
@@ -118,7 +118,7 @@ static int send_fd(int socket, char byte, int fd)
 	return sendmsg(socket, &msg, 0);
 }
 
-// receive_fd says -1 where no descriptor came. A refused one is cut off the message.
+// receive_fd returns -1 if no descriptor came. The kernel cuts a refused descriptor off the message.
 static int receive_fd(int socket, char *byte)
 {
 	struct iovec iov = {byte, 1};
@@ -156,7 +156,7 @@ static struct facts ask_facts(int s)
 	return f;
 }
 
-// --- QEMU: has memory on tmpfs and a userfaultfd, and does what it is told ----------------------
+// --- QEMU: has memory on tmpfs and a userfaultfd, and carries out orders ------------------------
 
 static void connect_to(const char *name, int port)
 {
@@ -217,18 +217,18 @@ static void qemu(int ready)
 				must("forked", write(s, "f", 1));
 			} else if (order == 's')
 				must("send", send_fd(s, 's', u));
-			else if (order == 'w') { // save to this
+			else if (order == 'w') { // it must save to this file
 				state = fd;
 				outcome("state-write", write(state, "saved", 5));
 				outcome("state-open", reopen(state, O_RDONLY));
 				must("written", write(s, "w", 1));
-			} else if (order == 'r') { // one that could also be read
+			} else if (order == 'r') { // a file that could also be read
 				result("state-receive-to-read", "%s", fd < 0 ? "refused" : "ok");
 				must("received", write(s, "r", 1));
 			} else if (order == 't')
 				must("send", send_fd(s, 't', state));
 			else if (order == 'd') {
-				outcome("device-api", ioctl(fd, UFFDIO_API, &api)); // not an order of that device
+				outcome("device-api", ioctl(fd, UFFDIO_API, &api)); // that device has no such order
 				made = ioctl(fd, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
 				outcome("device-new", made);
 				close(fd);
@@ -250,7 +250,7 @@ static int take(const char *name, struct facts f, int fd)
 	return outcome(name, syscall(SYS_pidfd_getfd, pidfd, fd, 0));
 }
 
-// fork_event makes QEMU fork, which holds it until the event is read.
+// fork_event makes QEMU fork. The fork waits until the event is read.
 static void fork_event(int u, int s)
 {
 	struct uffd_msg msg = {0};
@@ -296,7 +296,7 @@ static void orders(int u, uint64_t memory, int s)
 	outcome("unregister", ioctl(u, UFFDIO_UNREGISTER, &range));
 }
 
-// save has QEMU write to a file in memory, and reads that.
+// save makes QEMU write to a file in memory, and reads the file.
 static void save(int s)
 {
 	char text[8] = "", done;
@@ -313,7 +313,7 @@ static void save(int s)
 	must("received", read(s, &done, 1) == 1 ? 0 : -1);
 }
 
-// look reads memory of QEMU, and asks about it.
+// look reads memory of QEMU, and asks which of its pages have content.
 static void look(struct facts f)
 {
 	struct { uint64_t start, end, categories; } region;
@@ -365,7 +365,7 @@ static void migrated(void)
 	outcome("device-new", ioctl(dev, USERFAULTFD_IOC_NEW, O_CLOEXEC));
 }
 
-// --- anybody else, and a QEMU of other categories -----------------------------------------------
+// --- any other process, and a QEMU of other categories ------------------------------------------
 
 static void stranger(void)
 {
@@ -389,7 +389,7 @@ static void stranger(void)
 		outcome("state-open", reopen(state, O_RDONLY));
 }
 
-// --- who starts whom ----------------------------------------------------------------------------
+// --- which program may start which --------------------------------------------------------------
 
 static void domain(void)
 {
@@ -434,8 +434,8 @@ static void label(const char *path, const char *type)
 	must(path, lsetxattr(path, "security.selinux", text, strlen(text), 0));
 }
 
-// start runs this program under another name in a domain; one that is not to end by itself says when it
-// is ready.
+// start runs this program under another name in a domain, and waits for its end. With ready, the program does not
+// end by itself, and writes to *ready when it is ready.
 static pid_t start(const char *path, const char *domain, const char *name, int *ready)
 {
 	int p[2];
@@ -496,7 +496,7 @@ static void init(void)
 	load_policy();
 	put("/proc/sys/kernel/printk_ratelimit", "0", 1);
 	put("/proc/sys/vm/unprivileged_userfaultfd", "1", 1);
-	// The console that all of us print to was opened before there was a policy.
+	// The console to which all processes print was opened before there was a policy.
 	static const char console[] = "system_u:object_r:console_device_t:s0";
 	must("console", fsetxattr(1, "security.selinux", console, sizeof(console) - 1, 0));
 	label("/bin/qemu", "qemu_exec_t");
@@ -507,7 +507,7 @@ static void init(void)
 	label("/run", "var_run_t");
 	label("/run/vm", "svirt_runtime_t");
 
-	// The loopback interface: a connection that the policy permits is refused by nobody listening.
+	// The loopback interface. A connection that the policy permits is refused because nothing listens.
 	struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
 	must("lo", ioctl(socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), SIOCSIFFLAGS, &lo));
 
@@ -518,7 +518,7 @@ static void init(void)
 	start("/bin/other", "stranger_t:s0", "tracer", NULL);
 	start("/bin/qemu", "svirt_t:s0:c1,c2", "same-qemu", NULL);
 	start("/bin/qemu", "svirt_t:s0:c3,c4", "other-qemu", NULL);
-	// Even those who may do everything else.
+	// Processes that may do everything else.
 	start("/bin/other", "init_t:s0", "trusted", NULL);
 	start("/bin/other", "init_t:s0:c1,c2", "trusted-with-categories", NULL);
 	start("/bin/other", "migrated_t:s0", "forged", NULL);

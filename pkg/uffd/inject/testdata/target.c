@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The process that system calls are injected into. argv[1] says what its main thread does. It prints "ready"
-// before and "ret=R errno=E signals=N" after.
+// A process into which tests inject system calls. argv[1] says what its main thread does. It prints "ready"
+// before that and "ret=R errno=E signals=N" after it.
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -106,8 +106,8 @@ static long block(const char *how) {
 	exit(2);
 }
 
-// rseq_spin stays inside a restartable sequence until a line comes in. The kernel has to abort the sequence
-// whenever it is interrupted; then it is entered again, which `entries` counts.
+// rseq_spin stays inside a restartable sequence until it reads a line. The kernel must abort the sequence
+// whenever it is interrupted. The sequence is then entered again, which `entries` counts.
 static volatile long entries;
 static volatile int leave;
 extern char sequence_start[], sequence_end[];
@@ -134,7 +134,7 @@ static long rseq_spin(void) {
 		".pushsection .data.rel\n .balign 32\n"
 		"3: .long 0, 0\n .quad sequence_start, sequence_end - sequence_start, 4f\n .popsection\n"
 		"jmp 5f\n"
-		".long 0x53053053\n" // RSEQ_SIG has to stand before the abort handler
+		".long 0x53053053\n" // RSEQ_SIG must be before the abort handler
 		"4: nop\n"
 		"5: incq %0\n"
 		"lea 3b(%%rip), %%rax\n mov %%rax, %1\n"
@@ -147,9 +147,9 @@ static long rseq_spin(void) {
 	return leave;
 }
 
-// spin keeps a known value in each register that a C compiler may hold something in, and looks whether one has
-// changed.
+// spin keeps a known value in each register that a C compiler uses, and checks whether one has changed.
 static void spin(long rounds) {
+	int avx = __builtin_cpu_supports("avx"); // if so, check the upper half of a register, too
 	for (long i = 0; i < rounds; i++) {
 		uint64_t bad = 0;
 		__asm__ volatile(
@@ -157,9 +157,10 @@ static void spin(long rounds) {
 			"mov $0x5555, %%rsi\n mov $0x6666, %%rdi\n mov $0x7777, %%r8\n mov $0x8888, %%r9\n"
 			"mov $0x9999, %%r10\n mov $0xaaaa, %%r11\n mov $0xbbbb, %%r12\n mov $0xcccc, %%r13\n"
 			"mov $0xdddd, %%r14\n movq %%rax, %%xmm0\n movq %%rbx, %%xmm7\n movq %%rcx, %%xmm15\n"
-			"mov $2000, %%r15\n stc\n"
+			"cmpl $0, %1\n je 5f\n vinsertf128 $1, %%xmm15, %%ymm3, %%ymm3\n"
+			"5: mov $2000, %%r15\n stc\n"
 			"1: lea -1(%%r15), %%r15\n lea 1(%%r15), %%r15\n lea -1(%%r15), %%r15\n"
-			"jnc 2f\n" // flags
+			"jnc 2f\n" // checks the flags
 			"xchg %%r15, %%rcx\n jrcxz 3f\n xchg %%r15, %%rcx\n jmp 1b\n"
 			"3: xchg %%r15, %%rcx\n"
 			"cmp $0x1111, %%rax\n jne 2f\n cmp $0x2222, %%rbx\n jne 2f\n cmp $0x3333, %%rcx\n jne 2f\n"
@@ -170,13 +171,14 @@ static void spin(long rounds) {
 			"movq %%xmm0, %%r8\n cmp $0x1111, %%r8\n jne 2f\n"
 			"movq %%xmm7, %%r8\n cmp $0x2222, %%r8\n jne 2f\n"
 			"movq %%xmm15, %%r8\n cmp $0x3333, %%r8\n jne 2f\n"
-			"movq $0, %0\n jmp 4f\n"
+			"cmpl $0, %1\n je 6f\n vextractf128 $1, %%ymm3, %%xmm3\n movq %%xmm3, %%r8\n cmp $0x3333, %%r8\n jne 2f\n"
+			"6: movq $0, %0\n jmp 4f\n"
 			"2: movq $1, %0\n"
 			"4:\n"
 			: "=m"(bad)
-			:
+			: "m"(avx)
 			: "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-			  "xmm0", "xmm7", "xmm15", "cc", "memory");
+			  "xmm0", "xmm3", "xmm7", "xmm15", "cc", "memory");
 		if (bad) {
 			printf("register changed\n");
 			fflush(stdout);
@@ -192,13 +194,14 @@ static void *spin_on(void *unused) {
 	return 0;
 }
 
-// busy spins in three threads until a line comes in, which it looks for between the rounds.
+// busy spins in three threads until it reads a line. It polls for the line between the rounds. EINTR is a signal, which
+// the handler counted.
 static long busy(void) {
 	pthread_t t[2];
 	struct pollfd pfd = {0, POLLIN, 0};
 	for (int i = 0; i < 2; i++) pthread_create(&t[i], 0, spin_on, 0);
 	long ret;
-	do spin(50); while ((ret = poll(&pfd, 1, 0)) == 0 || (ret < 0 && errno == EINTR)); // a signal, counted
+	do spin(50); while ((ret = poll(&pfd, 1, 0)) == 0 || (ret < 0 && errno == EINTR));
 	stop_spinning = 1;
 	for (int i = 0; i < 2; i++) pthread_join(t[i], 0);
 	return ret;
@@ -223,7 +226,7 @@ int main(int argc, char **argv) {
 	struct sigaction sa = {.sa_handler = count, .sa_flags = SA_RESTART};
 	sigaction(SIGRTMIN, &sa, 0);
 	sigaction(SIGSYS, &sa, 0);
-	sa.sa_flags = 0; // a call that it interrupts has to fail
+	sa.sa_flags = 0; // no SA_RESTART: a call that SIGUSR1 interrupts must fail
 	sigaction(SIGUSR1, &sa, 0);
 
 	if (!strcmp(how, "seccomp-trap")) forbid_userfaultfd(SECCOMP_RET_TRAP), how = "read";

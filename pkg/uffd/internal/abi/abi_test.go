@@ -16,30 +16,51 @@ import (
 	"unicode"
 )
 
-const header = "../../abi/userfaultfd.h"
+// generated are the generated files and the generator's arguments for them, as in doc.go. The last member is how many
+// checks a C compiler makes of each, at least.
+var generated = []struct {
+	file, header string
+	section      []string
+	checks       int
+}{
+	{"zabi_linux.go", "userfaultfd.h", nil, 100},
+	{"zpagemap_linux.go", "fs.h", []string{"-from", "PROCFS_IOCTL_MAGIC", "-until", "/proc/<pid>/maps"}, 40},
+}
 
-// TestRegenerate: the committed file is what the generator makes of the committed header.
+// headers is the directory of the headers.
+const headers = "../../abi"
+
+// TestRegenerate checks that the generator makes the committed files from the committed headers.
 func TestRegenerate(t *testing.T) {
-	out := filepath.Join(t.TempDir(), "zabi_linux.go")
-	if b, err := exec.Command("go", "run", "../genabi", "-in", header, "-out", out, "-package", "abi").CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, b)
-	}
-	want, err := os.ReadFile(out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := os.ReadFile("zabi_linux.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Equal(got, want) {
-		t.Error("zabi_linux.go is not what the header gives: run go generate ./pkg/uffd/...")
+	for _, g := range generated {
+		out := filepath.Join(t.TempDir(), g.file)
+		args := append([]string{"run", "../genabi", "-in", filepath.Join(headers, g.header), "-out", out}, g.section...)
+		if b, err := exec.Command("go", args...).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, b)
+		}
+		want, err := os.ReadFile(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := os.ReadFile(g.file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s is not what %s gives: run go generate ./pkg/uffd/...", g.file, g.header)
+		}
 	}
 }
 
-// TestAgainstCompiler has a C compiler check each number in zabi_linux.go against the header: constants,
+// TestAgainstCompiler has a C compiler check each number in the generated files against the headers: constants,
 // sizes of structs, offsets and sizes of their members.
 func TestAgainstCompiler(t *testing.T) {
+	for _, g := range generated {
+		t.Run(g.header, func(t *testing.T) { againstCompiler(t, g.file, g.header, g.checks) })
+	}
+}
+
+func againstCompiler(t *testing.T, goFile, header string, atLeast int) {
 	if _, err := exec.LookPath("gcc"); err != nil {
 		if os.Getenv("CI") == "true" {
 			t.Fatal(err)
@@ -47,14 +68,16 @@ func TestAgainstCompiler(t *testing.T) {
 		t.Skip(err)
 	}
 	var c strings.Builder
-	fmt.Fprintf(&c, "#include <stddef.h>\n#include <stdio.h>\n#include <sys/ioctl.h>\n#include \"userfaultfd.h\"\nint main(void) {\n")
+	fmt.Fprintf(&c, "#include <stddef.h>\n#include <stdio.h>\n#include <sys/ioctl.h>\n#include \"%s\"\n"+
+		"int main(void) {\n", header)
 	checks := 0
 	check := func(what, c1, value string) {
 		checks++
-		fmt.Fprintf(&c, "if ((__u64)(%s) != %sULL) printf(\"%s is %%#llx, not %s\\n\", (unsigned long long)(%s));\n", c1, value, what, value, c1)
+		fmt.Fprintf(&c, "if ((__u64)(%s) != %sULL) printf(\"%s is %%#llx, not %s\\n\", "+
+			"(unsigned long long)(%s));\n", c1, value, what, value, c1)
 	}
 
-	file, err := parser.ParseFile(token.NewFileSet(), "zabi_linux.go", nil, 0)
+	file, err := parser.ParseFile(token.NewFileSet(), goFile, nil, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,8 +110,8 @@ func TestAgainstCompiler(t *testing.T) {
 		return true
 	})
 	c.WriteString("return 0; }\n")
-	if checks < 100 {
-		t.Fatalf("only %d checks were made", checks)
+	if checks < atLeast {
+		t.Fatalf("only %d checks were made, want %d", checks, atLeast)
 	}
 
 	dir := t.TempDir()
@@ -96,7 +119,7 @@ func TestAgainstCompiler(t *testing.T) {
 	if err := os.WriteFile(source, []byte(c.String()), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("gcc", "-I", filepath.Dir(header), "-o", binary, source).CombinedOutput(); err != nil {
+	if out, err := exec.Command("gcc", "-I", headers, "-o", binary, source).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	out, err := exec.Command(binary).CombinedOutput()

@@ -11,11 +11,11 @@ const (
 	USERFAULTFD_IOC                   = 0xaa
 	USERFAULTFD_IOC_NEW               = 0xaa00
 	UFFD_API                          = 0xaa
-	UFFD_API_REGISTER_MODES           = 0x7
-	UFFD_API_FEATURES                 = 0x1ffff
-	UFFD_API_IOCTLS                   = 0x8000000000000003
-	UFFD_API_RANGE_IOCTLS             = 0x1fc
-	UFFD_API_RANGE_IOCTLS_BASIC       = 0x1cc
+	UFFD_API_REGISTER_MODES           = 0xf
+	UFFD_API_FEATURES                 = 0x7ffff
+	UFFD_API_IOCTLS                   = 0x8000000000000403
+	UFFD_API_RANGE_IOCTLS             = 0x3fc
+	UFFD_API_RANGE_IOCTLS_BASIC       = 0x3cc
 	Nr_UFFDIO_REGISTER                = 0x0
 	Nr_UFFDIO_UNREGISTER              = 0x1
 	Nr_UFFDIO_WAKE                    = 0x2
@@ -25,6 +25,8 @@ const (
 	Nr_UFFDIO_WRITEPROTECT            = 0x6
 	Nr_UFFDIO_CONTINUE                = 0x7
 	Nr_UFFDIO_POISON                  = 0x8
+	Nr_UFFDIO_RWPROTECT               = 0x9
+	Nr_UFFDIO_SET_MODE                = 0xa
 	Nr_UFFDIO_API                     = 0x3f
 	UFFDIO                            = 0xaa
 	UFFDIO_API                        = 0xc018aa3f
@@ -37,6 +39,8 @@ const (
 	UFFDIO_WRITEPROTECT               = 0xc018aa06
 	UFFDIO_CONTINUE                   = 0xc020aa07
 	UFFDIO_POISON                     = 0xc020aa08
+	UFFDIO_RWPROTECT                  = 0xc018aa09
+	UFFDIO_SET_MODE                   = 0x4010aa0a
 	UFFD_EVENT_PAGEFAULT              = 0x12
 	UFFD_EVENT_FORK                   = 0x13
 	UFFD_EVENT_REMAP                  = 0x14
@@ -45,6 +49,7 @@ const (
 	UFFD_PAGEFAULT_FLAG_WRITE         = 0x1
 	UFFD_PAGEFAULT_FLAG_WP            = 0x2
 	UFFD_PAGEFAULT_FLAG_MINOR         = 0x4
+	UFFD_PAGEFAULT_FLAG_RWP           = 0x8
 	UFFD_FEATURE_PAGEFAULT_FLAG_WP    = 0x1
 	UFFD_FEATURE_EVENT_FORK           = 0x2
 	UFFD_FEATURE_EVENT_REMAP          = 0x4
@@ -62,9 +67,12 @@ const (
 	UFFD_FEATURE_POISON               = 0x4000
 	UFFD_FEATURE_WP_ASYNC             = 0x8000
 	UFFD_FEATURE_MOVE                 = 0x10000
+	UFFD_FEATURE_RWP                  = 0x20000
+	UFFD_FEATURE_RWP_ASYNC            = 0x40000
 	UFFDIO_REGISTER_MODE_MISSING      = 0x1
 	UFFDIO_REGISTER_MODE_WP           = 0x2
 	UFFDIO_REGISTER_MODE_MINOR        = 0x4
+	UFFDIO_REGISTER_MODE_RWP          = 0x8
 	UFFDIO_COPY_MODE_DONTWAKE         = 0x1
 	UFFDIO_COPY_MODE_WP               = 0x2
 	UFFDIO_ZEROPAGE_MODE_DONTWAKE     = 0x1
@@ -73,6 +81,8 @@ const (
 	UFFDIO_CONTINUE_MODE_DONTWAKE     = 0x1
 	UFFDIO_CONTINUE_MODE_WP           = 0x2
 	UFFDIO_POISON_MODE_DONTWAKE       = 0x1
+	UFFDIO_RWPROTECT_MODE_RWP         = 0x1
+	UFFDIO_RWPROTECT_MODE_DONTWAKE    = 0x2
 	UFFDIO_MOVE_MODE_DONTWAKE         = 0x1
 	UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES  = 0x2
 	UFFD_USER_MODE_ONLY               = 0x1
@@ -155,6 +165,12 @@ type UffdioPoison struct {
 	Updated int64       // offset 24
 }
 
+// UffdioRwprotect is struct uffdio_rwprotect, 24 bytes.
+type UffdioRwprotect struct {
+	Range UffdioRange // offset 0
+	Mode  uint64      // offset 16
+}
+
 // UffdioMove is struct uffdio_move, 40 bytes.
 type UffdioMove struct {
 	Dst  uint64 // offset 0
@@ -162,4 +178,10 @@ type UffdioMove struct {
 	Len  uint64 // offset 16
 	Mode uint64 // offset 24
 	Move int64  // offset 32
+}
+
+// UffdioSetMode is struct uffdio_set_mode, 16 bytes.
+type UffdioSetMode struct {
+	Enable  uint64 // offset 0
+	Disable uint64 // offset 8
 }

@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// emit writes the header as Go: constants under the kernel's names, one struct type for each
-// struct without a union, and for those with one the offset of each member, however deep.
+// emit writes the header as Go: constants with the kernel's names, a struct type for each
+// struct without a union, and for each struct with a union the offsets of all members, also of nested ones.
 func emit(h *header, name, pkg string) ([]byte, error) {
 	var b bytes.Buffer
 	b.WriteString("// SPDX-License-Identifier: Apache-2.0\n\n")
@@ -57,7 +57,7 @@ func hasUnion(r *record) bool {
 	return false
 }
 
-// emitOffsets writes one constant for each scalar in r, whose own offset is base.
+// emitOffsets writes one constant for each scalar in r. base is the offset of r.
 func emitOffsets(b *bytes.Buffer, r *record, prefix string, base int) {
 	for _, f := range r.fields {
 		name := prefix + "_" + f.name

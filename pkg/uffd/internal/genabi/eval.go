@@ -10,7 +10,7 @@ import (
 )
 
 // The encoding of ioctl numbers (include/uapi/asm-generic/ioctl.h): direction, size of the
-// argument, type and number. A few architectures (powerpc, mips, sparc, alpha) encode otherwise; the
+// argument, type and number. A few architectures (powerpc, mips, sparc, alpha) encode them differently; the
 // emitted file is not built there.
 const (
 	iocNRShift, iocTypeShift, iocSizeShift, iocDirShift = 0, 8, 16, 30
@@ -20,9 +20,9 @@ const (
 
 var directions = map[string]uint64{"_IO": iocNone, "_IOW": iocWrite, "_IOR": iocRead, "_IOWR": iocRead | iocWrite}
 
-var exprToken = regexp.MustCompile(`^\s*(<<|0[xX][0-9a-fA-F]+|\d+|\w+|[()|,])`)
+var exprToken = regexp.MustCompile(`^\s*(<<|0[xX][0-9a-fA-F]+|\d+|\w+|'[^'\\]'|[()|,])`)
 
-// evalAll gives every macro its value.
+// evalAll evaluates every macro.
 func (h *header) evalAll() error {
 	for _, m := range h.macros {
 		if _, err := h.valueOf(m.name, 0); err != nil {
@@ -32,7 +32,7 @@ func (h *header) evalAll() error {
 	return nil
 }
 
-// valueOf evaluates the macro called name. depth bounds macros that refer to themselves.
+// valueOf evaluates the macro called name. depth limits macros that refer to themselves.
 func (h *header) valueOf(name string, depth int) (uint64, error) {
 	m := h.byName[name]
 	if m == nil {
@@ -60,7 +60,7 @@ func (h *header) valueOf(name string, depth int) (uint64, error) {
 //
 //	or    = shift { "|" shift }
 //	shift = unary { "<<" unary }
-//	unary = [ "(__u64)" ] ( number | name | "(" or ")" | _IO…( or "," or [ "," "struct" name ] ) )
+//	unary = [ "(__u64)" ] ( number | 'c' | name | "(" or ")" | _IO…( or "," or [ "," "struct" name ] ) )
 type expr struct {
 	h     *header
 	rest  string
@@ -130,6 +130,11 @@ func (e *expr) unary() (uint64, error) {
 		return v, e.expect(")")
 	case t == "":
 		return 0, fmt.Errorf("cannot read %q", e.rest)
+	case t[0] == '\'': // one byte of ASCII: in C a higher byte may be negative
+		if t[1] > 0x7f {
+			return 0, fmt.Errorf("character %s is not understood", t)
+		}
+		return uint64(t[1]), nil
 	case t[0] >= '0' && t[0] <= '9':
 		return strconv.ParseUint(t, 0, 64)
 	}

@@ -16,7 +16,7 @@ var scalars = map[string]struct {
 	"__s64": {8, "int64"},
 }
 
-// layout gives every field its offset and every record its size.
+// layout sets the offset of every field and the size of every record.
 func (h *header) layout() error {
 	for _, r := range h.structs {
 		if err := r.layout(); err != nil {
@@ -26,8 +26,8 @@ func (h *header) layout() error {
 	return nil
 }
 
-// layout follows the C rules: members in order, each aligned to its type (to 1 if packed), a union's
-// all at 0, the size rounded up to the alignment. Packing does not reach into inner records.
+// layout follows the C rules. Members are in order, each aligned to its type (to 1 if packed); those of a union
+// are all at 0. The size is rounded up to the alignment. Packing does not apply to inner records.
 func (r *record) layout() error {
 	r.align = 1
 	end := 0

@@ -4,12 +4,14 @@
 // with its value, and every struct, with the offsets of its fields.
 //
 //	genabi -in userfaultfd.h -out zabi_linux.go -package abi
+//	genabi -in fs.h -from PROCFS_IOCTL_MAGIC -until '/proc/<pid>/maps' -out zpagemap_linux.go -package abi
 //
-// It reads the header and nothing else (no compiler, no other header), so that anybody can check that
-// the committed output is what the header says. It knows the part of C which
-// include/uapi/linux/userfaultfd.h uses and refuses everything else by name, rather than guessing.
+// It reads only the header (no compiler, no other header), so that anybody can check the committed
+// output against the header. It knows the part of C that include/uapi/linux/userfaultfd.h uses. It does
+// not guess: it refuses everything else and names it. -from and -until choose lines of a header that has much
+// else.
 //
-// Order of work: [clean] the text, [parse] declarations, [layout] the structs by the C rules
+// Order of work: [section] and [clean] the text, [parse] declarations, [layout] the structs by the C rules
 // for 64-bit Linux, [eval] the macros, [emit] Go.
 package main
 
@@ -24,26 +26,32 @@ func main() {
 	in := flag.String("in", "", "kernel header to read")
 	out := flag.String("out", "", "Go file to write")
 	pkg := flag.String("package", "abi", "name of the Go package")
+	from := flag.String("from", "", "begin with the first line that has this text")
+	until := flag.String("until", "", "end before the first line after that which has this text")
 	flag.Parse()
-	if err := run(*in, *out, *pkg); err != nil {
+	if err := run(*in, *out, *pkg, *from, *until); err != nil {
 		fmt.Fprintln(os.Stderr, "genabi:", err)
 		os.Exit(1)
 	}
 }
 
-func run(in, out, pkg string) error {
+func run(in, out, pkg, from, until string) error {
 	text, err := os.ReadFile(in)
 	if err != nil {
 		return err
 	}
-	src, err := generate(string(text), filepath.Base(in), pkg)
+	part, err := section(string(text), from, until)
+	if err != nil {
+		return fmt.Errorf("%s: %w", in, err)
+	}
+	src, err := generate(part, filepath.Base(in), pkg)
 	if err != nil {
 		return fmt.Errorf("%s: %w", in, err)
 	}
 	return os.WriteFile(out, src, 0o644)
 }
 
-// generate is the whole generator as a function of the header's text.
+// generate returns the Go file for the text of a header, or of a section of it.
 func generate(text, name, pkg string) ([]byte, error) {
 	h, err := parse(clean(text))
 	if err != nil {

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// header is what a kernel header declares, in the order of the file.
+// header holds the declarations of a kernel header, in the order of the file.
 type header struct {
 	macros  []*macro
 	structs []*record
@@ -23,7 +23,7 @@ type macro struct {
 	done       bool
 }
 
-// record is a struct or a union. A member's own record is not named.
+// record is a struct or a union. It has no name if it is declared inside another record.
 type record struct {
 	name        string
 	union       bool
@@ -47,6 +47,26 @@ var (
 	attribute = regexp.MustCompile(`__attribute__\s*\(\(packed\)\)|\b__packed\b`)
 	token     = regexp.MustCompile(`\w+|[{};]`)
 )
+
+// section returns the lines from the first that contains from up to the next that contains until. An empty from means
+// the beginning, an empty until the end.
+func section(text, from, until string) (string, error) {
+	start := strings.Index(text, from)
+	if start < 0 {
+		return "", fmt.Errorf("no line has %q", from)
+	}
+	start = strings.LastIndexByte(text[:start], '\n') + 1
+	if until == "" {
+		return text[start:], nil
+	}
+	rest := text[start:]
+	skip := strings.IndexByte(rest, '\n') + 1
+	end := strings.Index(rest[skip:], until)
+	if end < 0 {
+		return "", fmt.Errorf("no line after that with %q has %q", from, until)
+	}
+	return rest[:strings.LastIndexByte(rest[:skip+end], '\n')+1], nil
+}
 
 // clean removes comments and joins continued lines.
 func clean(text string) string {

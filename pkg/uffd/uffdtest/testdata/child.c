@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A process whose memory the tests supervise. It does what it is told over a SOCK_SEQPACKET socket
- * (descriptor 3), one request and one reply at a time, and ends when the socket closes. What may
- * block (touching memory, discarding, forking) runs in a thread that is joined later.
+ * A process whose memory the tests register with userfaultfd. It executes requests from a SOCK_SEQPACKET
+ * socket (descriptor 3), one request and one reply at a time, and ends when the socket closes. Actions that
+ * may block (touching memory, discarding, forking) run in a thread that is joined later.
  *
- * C and not Go: its fork() is a plain fork, and no runtime touches memory behind the test's back.
+ * It is C and not Go: its fork() is a plain fork, and no runtime touches memory that the test does not know of.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -32,7 +32,7 @@ struct request { uint64_t op, action, slot, x, y, z; char payload[2048]; };
 struct reply { int64_t value, err; };
 struct slot { pthread_t thread; struct request rq; struct reply rp; pid_t tid; int ready[2]; };
 
-#define SLOTS 64
+#define SLOTS 1024
 static struct slot slots[SLOTS];
 static int uffd = -1, memfd = -1;
 static __thread sigjmp_buf escape;
@@ -46,7 +46,7 @@ static void on_sigbus(int sig, siginfo_t *si, void *ctx)
 	siglongjmp(escape, si->si_code ? si->si_code : 1);
 }
 
-/* act does one thing with memory and says how it went; SIGBUS is err SIGBUS, value its si_code. */
+/* act does one action with memory and returns its result. After a SIGBUS, err is SIGBUS and value its si_code. */
 static struct reply act(const struct request *rq)
 {
 	struct reply rp = { 0, 0 };
@@ -74,10 +74,10 @@ static struct reply act(const struct request *rq)
 	case ACT_MUNMAP:
 		rp.value = munmap((void *)rq->x, rq->y);
 		break;
-	case ACT_MREMAP: /* to a place of the kernel's choice, which differs: there is no room to grow into */
+	case ACT_MREMAP: /* to the address z; it replaces what is mapped there */
 		rp.value = (int64_t)mremap((void *)rq->x, rq->y, rq->y, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)rq->z);
 		break;
-	case ACT_FORK: { /* value is the low byte of what the child read at x, or minus the signal it died of */
+	case ACT_FORK: { /* value is the low byte that the new process read at x, or minus the signal that killed it */
 		int status = 0;
 		pid_t pid = fork();
 		if (pid == 0)
@@ -130,7 +130,7 @@ static struct reply start(const struct request *rq)
 
 static struct reply open_uffd(const struct request *rq)
 {
-	if (rq->x) { /* by the device */
+	if (rq->x) { /* from the device */
 		int dev = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
 		if (dev < 0)
 			return (struct reply){ -1, errno };
@@ -149,7 +149,7 @@ static struct reply map(const struct request *rq)
 
 	memfd = -1;
 	if (rq->x == KIND_ANON) {
-		flags = MAP_PRIVATE | MAP_ANONYMOUS;
+		flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE; /* may be more than the machine's memory */
 	} else {
 		memfd = memfd_create("child", MFD_CLOEXEC | (rq->x == KIND_HUGETLB ? MFD_HUGETLB : 0));
 		if (memfd < 0 || ftruncate(memfd, (off_t)rq->y))
@@ -159,7 +159,7 @@ static struct reply map(const struct request *rq)
 	return (struct reply){ (int64_t)p, p == MAP_FAILED ? errno : 0 };
 }
 
-/* alias maps the last shared memory a second time: a way to its page cache that no one supervises. */
+/* alias maps the last shared memory a second time: access to its page cache that is not registered. */
 static struct reply alias(const struct request *rq)
 {
 	void *p = mmap(NULL, rq->y, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
@@ -185,8 +185,8 @@ static int send_with_fd(int sock, const void *data, size_t len, int fd)
 	return sendmsg(sock, &m, MSG_NOSIGNAL) == (ssize_t)len ? 0 : -1;
 }
 
-/* send_over is what a virtual machine monitor does: connect to payload (a path, then 0, then the
- * message), send the message with the userfaultfd. */
+/* send_over does what a virtual machine monitor does: it connects to a socket and sends a message with the
+ * userfaultfd. payload is the socket's path, then 0, then the message. */
 static struct reply send_over(const struct request *rq)
 {
 	struct sockaddr_un sa = { .sun_family = AF_UNIX };

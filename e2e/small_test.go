@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/migrated-vm/migrated/e2e/image"
+	"github.com/migrated-vm/migrated/e2e/lab"
+	metalguest "github.com/migrated-vm/migrated/e2e/metal"
+	"github.com/migrated-vm/migrated/internal/qmp"
+)
+
+const smallMiB = 64
+
+// A smallVM is one of many: the bare-metal guest, which writes all of its memory over and over.
+type smallVM struct{ name, disk string }
+
+func (s smallVM) qmp() string { return lab.VMDir + "/" + s.name + ".qmp" }
+func (s smallVM) ram() string { return "/dev/shm/" + s.name }
+
+func (s smallVM) args(extra ...string) []string {
+	return append([]string{
+		// Those that write memory all the time leave the processors to who moves them.
+		"nice", "-n", "19", "qemu-system-x86_64", "-name", s.name, "-nodefaults", "-no-user-config", "-display", "none",
+		"-machine", "q35,memory-backend=ram", "-accel", "tcg", "-smp", "1", "-m", fmt.Sprintf("%dM", smallMiB),
+		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=%s,share=on", smallMiB, s.ram()),
+		"-qmp", "unix:" + s.qmp() + ",server=on,wait=off",
+		"-serial", "file:" + lab.VMDir + "/" + s.name + ".log",
+		"-drive", "file=" + s.disk + ",format=raw,if=none,id=boot,snapshot=on", "-device", "ide-hd,drive=boot,bus=ide.0",
+	}, extra...)
+}
+
+// ask connects to the VM's QEMU on a host; nil where there is none.
+func (s smallVM) ask(ctx context.Context, h *lab.Host) *qmp.Client {
+	client, err := qmp.Dial(ctx, h.Path(s.qmp()))
+	if err != nil {
+		return nil
+	}
+	return client
+}
+
+// verify checks that the VM runs on a host, stops it, and reads its memory.
+func (s smallVM) verify(t *testing.T, h *lab.Host) {
+	t.Helper()
+	ctx := testContext(t)
+	client := s.ask(ctx, h)
+	if client == nil {
+		t.Errorf("%s is not at host %s", s.name, h.Name)
+		return
+	}
+	running, err := lab.Runs(ctx, client)
+	if err := errors.Join(err, client.Do(ctx, "stop", nil, nil)); err != nil || !running {
+		t.Errorf("%s at host %s: runs: %v, %v", s.name, h.Name, running, err)
+	}
+	if _, err := metalguest.Verify(h.Path(s.ram())); err != nil {
+		t.Errorf("%s: memory on host %s: %v", s.name, h.Name, err)
+	}
+	if err := client.Disconnect(); err != nil {
+		t.Error(err)
+	}
+}
+
+// leaves waits until a host has no QEMU of the VM, which must not run there. A destination that was cut off notices
+// after a while that nobody wants what it has prepared.
+func (s smallVM) leaves(ctx context.Context, h *lab.Host) bool {
+	for {
+		client := s.ask(ctx, h)
+		if client == nil {
+			return ctx.Err() == nil
+		}
+		running, err := lab.Runs(ctx, client)
+		_ = client.Disconnect() // all that counts is what it has said
+		if err == nil && running {
+			return false
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// blocked is the name of a VM that cannot be moved.
+const blocked = "blocked"
+
+// startSmall starts VMs on A and waits until they write memory.
+func startSmall(t *testing.T, l *lab.Lab, names ...string) (vms []smallVM) {
+	t.Helper()
+	ctx := testContext(t)
+	disk, err := image.Metal(ctx, smallMiB)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content, err := os.ReadFile(disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shared := l.Shared(lab.SharedDir + "/metal")
+	if err := os.WriteFile(shared, content, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.CreateTemp(t.TempDir(), "qemu")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			text, _ := os.ReadFile(log.Name())
+			t.Logf("QEMUs: %s", text)
+		}
+	})
+	for _, name := range names {
+		vm := smallVM{name, lab.SharedDir + "/metal"}
+		var extra []string
+		if name == blocked {
+			extra = []string{
+				"-drive", "if=none,id=nvm,file=null-co://,format=raw,file.size=64M", "-device", "nvme,drive=nvm,serial=1",
+			}
+		}
+		if _, err := l.A.Start(log, vm.args(extra...)...); err != nil {
+			t.Fatal(err)
+		}
+		vms = append(vms, vm)
+	}
+	for _, vm := range vms {
+		passIn(t, l.A.Path(lab.VMDir+"/"+vm.name+".log"), func(pass uint64) bool { return pass > 0 })
+	}
+	return vms
+}

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package evacuation
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+func TestAllMove(t *testing.T) {
+	p := newFakeHost("a", "b", "c", "d", "e")
+	view := evacuate(t, p, with(func(s *migratedv1.EvacuationSpec) {
+		s.Weights = map[string]uint32{"d": 7}
+		s.Migration = &migratedv1.MigrationSpec{Persistent: true}
+	}))
+	want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE,
+		"a moved b:1, b moved c:1, c moved b:1, d moved c:1, e moved b:1")
+	if p.most != 2 {
+		t.Errorf("%d at once, where max_outgoing is 2", p.most)
+	}
+	for _, spec := range p.specs {
+		if (spec.GetWeight() == 7) != (spec.GetVm() == "/vm/d") || !spec.GetPersistent() ||
+			spec.GetLabels()[Label] != "e" {
+			t.Errorf("begun with %v", spec)
+		}
+	}
+}
+
+// TestGoesOnAfterFailures: the failure of one migration does not affect others. A VM that is still here is tried again,
+// with another destination.
+func TestGoesOnAfterFailures(t *testing.T) {
+	p := newFakeHost("refused", "nowhere", "elsewhere", "unlucky", "interrupted", "busy", "interfered",
+		"hopeless", "ended", "lost", "fine")
+	p.refusals["/vm/refused"] = errors.New("it has a device that cannot be moved")
+	p.refusedAt["/vm/nowhere"] = map[string]error{"b:1": errors.New("no such CPU"), "c:1": errors.New("no such disk")}
+	p.refusedAt["/vm/elsewhere"] = map[string]error{"b:1": errors.New("no such CPU")}
+	failed := func(location migratedv1.Location, reason migratedv1.Reason) *migratedv1.Migration {
+		return &migratedv1.Migration{
+			State: migratedv1.MigrationState_MIGRATION_STATE_FAILED, Location: location,
+			Error: &migratedv1.MigrationError{Message: "it failed", Reason: reason},
+		}
+	}
+	p.outcome = func(vm string, attempt int) *migratedv1.Migration {
+		switch {
+		case vm == "unlucky" && attempt == 1:
+			return failed(migratedv1.Location_LOCATION_SOURCE, migratedv1.Reason_REASON_UNREACHABLE)
+		case vm == "interrupted" && attempt == 1: // by the end of its daemon, while its destination loads the state
+			return failed(migratedv1.Location_LOCATION_SOURCE, migratedv1.Reason_REASON_PAGES_UNREACHABLE)
+		case vm == "busy" && attempt < mostAttempts:
+			return failed(migratedv1.Location_LOCATION_SOURCE, migratedv1.Reason_REASON_UNSPECIFIED)
+		case vm == "interfered":
+			return failed(migratedv1.Location_LOCATION_SOURCE, migratedv1.Reason_REASON_INTERFERED)
+		case vm == "hopeless":
+			return failed(migratedv1.Location_LOCATION_SOURCE, migratedv1.Reason_REASON_LOAD_FAILED)
+		case vm == "lost":
+			return failed(migratedv1.Location_LOCATION_UNKNOWN, migratedv1.Reason_REASON_UNREACHABLE)
+		case vm == "ended":
+			return &migratedv1.Migration{
+				State: migratedv1.MigrationState_MIGRATION_STATE_ENDED, Location: migratedv1.Location_LOCATION_ENDED,
+			}
+		}
+		return nil
+	}
+	view := evacuate(t, p, to)
+	byName := make(map[string]*migratedv1.EvacuatedVM)
+	for _, vm := range view.GetVms() {
+		byName[vm.GetName()] = vm
+	}
+	for name, want := range map[string]migratedv1.EvacuatedVMState{
+		"refused":     migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_CANNOT_MOVE,
+		"nowhere":     migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_CANNOT_MOVE,
+		"elsewhere":   migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVED,
+		"unlucky":     migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVED,
+		"interrupted": migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVED,
+		"busy":        migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVED,
+		"interfered":  migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_FAILED,
+		"hopeless":    migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_FAILED,
+		"ended":       migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_ENDED,
+		"lost":        migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_FAILED,
+		"fine":        migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVED,
+	} {
+		if got := byName[name].GetState(); got != want {
+			t.Errorf("%s: %v, want %v: %v", name, got, want, byName[name])
+		}
+	}
+	if e := byName["nowhere"].GetError().GetMessage(); !strings.Contains(e, "b:1: no such CPU") ||
+		!strings.Contains(e, "c:1: no such disk") {
+		t.Errorf("nowhere: %q", e)
+	}
+	if n := byName["hopeless"].GetAttempts(); n != mostAttempts {
+		t.Errorf("hopeless was tried %d times", n)
+	}
+	if n := byName["lost"].GetAttempts(); n != 1 {
+		t.Errorf("a VM that is nobody knows where was moved %d times", n)
+	}
+	first, second := p.migrations[byName["unlucky"].GetMigration()], byName["unlucky"]
+	if first.GetSpec().GetDestination() != second.GetDestination() || second.GetAttempts() != 2 {
+		t.Errorf("unlucky: %v", second)
+	}
+	for id, m := range p.migrations {
+		if m.GetSpec().GetVm() == "/vm/unlucky" && id != second.GetMigration() &&
+			m.GetSpec().GetDestination() == second.GetDestination() {
+			t.Errorf("unlucky was tried at %s twice, with another host at hand", second.GetDestination())
+		}
+	}
+}
+
+func TestNames(t *testing.T) {
+	for name, spec := range map[string]*migratedv1.EvacuationSpec{
+		`"x": no VM`: with(func(s *migratedv1.EvacuationSpec) { s.Vms = []string{"a", "x"} }),
+		`"y": no VM`: with(func(s *migratedv1.EvacuationSpec) { s.Except = []string{"y"} }),
+		`"z": no VM`: with(func(s *migratedv1.EvacuationSpec) { s.Weights = map[string]uint32{"z": 2} }),
+		`"w": no VM`: with(func(s *migratedv1.EvacuationSpec) {
+			s.Apart = []*migratedv1.Apart{{Vms: []string{"a", "w"}}}
+		}),
+		`"twin" is the name of`: with(func(s *migratedv1.EvacuationSpec) { s.Except = []string{"twin"} }),
+	} {
+		p := newFakeHost("a", "b", "twin", "twin")
+		view := evacuate(t, p, spec)
+		if view.GetState() != migratedv1.EvacuationState_EVACUATION_STATE_FAILED ||
+			!strings.Contains(view.GetError().GetMessage(), name) || len(p.order) != 0 {
+			t.Errorf("%v: %v, moved %v", spec, view, p.order)
+		}
+	}
+	p := newFakeHost("a", "b", "c")
+	view := evacuate(t, p, with(func(s *migratedv1.EvacuationSpec) {
+		s.Vms, s.Except = []string{"a", "/vm/b"}, []string{"a"}
+	}))
+	want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "b moved b:1")
+}
+
+func TestPlanOnly(t *testing.T) {
+	p := newFakeHost("a")
+	p.rooms["b:1"] = errors.New("no route to host")
+	view := evacuate(t, p, with(func(s *migratedv1.EvacuationSpec) { s.PlanOnly = true }))
+	want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_PLANNED, "a waiting c:1")
+	if len(p.order) != 0 || len(view.GetWarnings()) != 1 ||
+		!strings.Contains(view.GetWarnings()[0], "b:1 is left out: no route to host") {
+		t.Errorf("moved %v, warnings %q", p.order, view.GetWarnings())
+	}
+	p.rooms["c:1"] = errors.New("it is on fire")
+	if view := evacuate(t, p, to); view.GetState() != migratedv1.EvacuationState_EVACUATION_STATE_FAILED ||
+		len(p.order) != 0 {
+		t.Errorf("without a destination: %v", view)
+	}
+}
+
+// TestLateVM: a VM that is started during the evacuation is shown in it.
+func TestLateVM(t *testing.T) {
+	p := newFakeHost("a")
+	p.started = func(string) { p.vms = append(p.vms, &migratedv1.HostVM{Vm: "/vm/late", Name: "late", Pid: 999}) }
+	view := evacuate(t, p, to)
+	want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a moved b:1, late cannot_move ")
+}
+
+func TestPauseAndCancel(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a", "b", "c", "d", "e")
+		m := open(t, t.Context(), dir, p)
+		if _, err := m.Begin("e", with(func(s *migratedv1.EvacuationSpec) { s.Bandwidth = 1 << 20 })); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if p.limit != 1<<20 {
+			t.Errorf("the limit is %d", p.limit)
+		}
+		if _, err := m.Begin("other", to); !errors.Is(err, ErrUnderWay) {
+			t.Errorf("a second one: %v", err)
+		}
+		if _, err := m.Begin("e", to); !errors.Is(err, ErrExists) {
+			t.Errorf("the same with another specification: %v", err)
+		}
+		if m.Follows("e-1-1") != "e" || m.Follows("e-9-1") != "" {
+			t.Error("it does not know which migrations it waits for")
+		}
+		if _, err := m.Pause("e"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if len(p.order) != 2 {
+			t.Errorf("while it was paused: %v", p.order)
+		}
+		if _, err := m.Resume("e"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(pollInterval)
+		synctest.Wait()
+		if len(p.order) != 4 {
+			t.Errorf("after that: %v", p.order)
+		}
+		if _, err := m.Cancel("e"); err != nil {
+			t.Fatal(err)
+		}
+		m.Wait()
+		view, _, err := m.Snapshot("e")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_CANCELLED,
+			"a moved b:1, b moved c:1, c cancelled b:1, d cancelled c:1, e cancelled b:1")
+		if m.Follows("e-1-1") != "" {
+			t.Error("it waits for a migration that is over")
+		}
+		if p.limit != 0 {
+			t.Errorf("the limit stays: %d", p.limit)
+		}
+		if _, err := m.Cancel("e"); !errors.Is(err, ErrOver) {
+			t.Errorf("once more: %v", err)
+		}
+		if _, err := m.Cancel("unknown"); !errors.Is(err, ErrUnknown) {
+			t.Errorf("of another: %v", err)
+		}
+		time.Sleep(time.Minute) // for the goroutines of the fake host
+	})
+}
+
+// TestTakenUp: a restarted daemon continues an evacuation, whatever happened to the migrations that were under way.
+func TestTakenUp(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a", "b", "c", "d")
+		p.outcome = func(string, int) *migratedv1.Migration { return &migratedv1.Migration{} } // they do not end
+		life, die := context.WithCancel(t.Context())
+		m := open(t, life, dir, p)
+		if _, err := m.Begin("e", to); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		die()
+		m.Wait()
+		// One migration was lost with the daemon, and its VM is still here. The other was taken up.
+		p.outcome = nil
+		begun := slices.Clone(p.order)
+		p.mu.Lock()
+		for id, migration := range p.migrations {
+			if migration.GetSpec().GetVm() == begun[0] {
+				delete(p.migrations, id)
+				p.now--
+			}
+		}
+		p.mu.Unlock()
+		for id := range p.migrations {
+			p.end(id)
+		}
+		m = open(t, t.Context(), dir, p)
+		m.Wait()
+		view, _, err := m.Snapshot("e")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a moved b:1, b moved c:1, c moved b:1, d moved c:1")
+		if n := len(p.order); n != 5 {
+			t.Errorf("migrations of %v began", p.order)
+		}
+	})
+}
+
+// TestTakenUpWithoutItsVM: the location of a VM is unknown if its migration is unknown and the VM is not here.
+func TestTakenUpWithoutItsVM(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a")
+		p.outcome = func(string, int) *migratedv1.Migration { return &migratedv1.Migration{} }
+		life, die := context.WithCancel(t.Context())
+		m := open(t, life, dir, p)
+		if _, err := m.Begin("e", to); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		die()
+		m.Wait()
+		clear(p.migrations)
+		p.vms = nil
+		m = open(t, t.Context(), dir, p)
+		m.Wait()
+		view, _, err := m.Snapshot("e")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a failed b:1")
+		if vm := view.GetVms()[0]; vm.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN {
+			t.Errorf("it is said to be %v", vm.GetLocation())
+		}
+	})
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// Delete forgets a migration that is over before the daemon does so by itself. It keeps what still protects a VM: it
+// refuses while
+//
+//   - the migration is under way, or still holds resources;
+//   - it is not decided where the VM is: FallBack, Release or Abandon decide it;
+//   - the source has a record of a QEMU that is alive: the record keeps that QEMU from being continued, and from being
+//     taken for the VM;
+//   - the source may still ask the destination how the migration ended, and without the answer would not know what
+//     became of its VM: it was not told that the migration is over, it has not given up itself, and it still offers
+//     the VM's memory or cannot be asked;
+//   - settings of the destination's QEMU have to be restored.
+
+// errNotOver says that a migration cannot be deleted yet.
+var errNotOver = withRemedy(errors.New("the migration is not over"), "wait for its end, or cancel it at its source")
+
+// Delete removes what this host keeps of the migration, because it is not needed any more. It returns an error with a
+// remedy if it still is.
+func (s *Source) Delete(context.Context) error {
+	view, _ := s.Snapshot()
+	if !Terminal(view.GetState()) || !isClosed(s.done) {
+		return errNotOver
+	}
+	if s.isCommitted() && view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
+		return withRemedy(errors.New("the VM was handed over, and it is not decided where it is"),
+			"look at both hosts where it is, then say so: "+s.releaseCommand()+"; or: "+s.fallBackCommand())
+	}
+	rec, found, err := s.cfg.Records.find(s.cfg.ID)
+	switch {
+	case err != nil:
+		return withRemedy(fmt.Errorf("what is written down of the VM: %w", err), Remedy(err))
+	case found && rec.Alive() && rec.Completed:
+		return withRemedy(fmt.Errorf("the QEMU that the VM was moved from, process %d, was kept, "+
+			"and this keeps it from being taken for the VM", rec.PID), "end that QEMU (QMP quit) first")
+	case found && rec.Alive():
+		return withRemedy(fmt.Errorf("the VM, process %d, is not yet what it was before the migration, "+
+			"and a daemon that is started again sees to it", rec.PID),
+			"see 'migrated status "+s.cfg.ID+"', then start the daemon again")
+	case found:
+		if err := s.cfg.Records.Remove(s.cfg.ID); err != nil {
+			return err
+		}
+	}
+	s.setDeleted()
+	return nil
+}
+
+// Delete is the same for the destination. It may ask the source.
+func (d *Destination) Delete(ctx context.Context) error {
+	view, _ := d.Snapshot()
+	if !Terminal(view.GetState()) || !isClosed(d.done) {
+		return errNotOver
+	}
+	abandoned := view.GetError().GetReason() == migratedv1.Reason_REASON_ABANDONED
+	d.mu.Lock()
+	undecided := view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_FAILED &&
+		(d.step() == running || d.step() == lost)
+	owes := d.mustPutBackSettings()
+	d.mu.Unlock()
+	switch {
+	case undecided:
+		return withRemedy(errors.New("the VM was run here, and does not have all of its memory"),
+			"see 'migrated status "+d.cfg.Request.GetId()+"'; where the VM is given up, say so: "+d.abandonCommand())
+	case owes:
+		return withRemedy(errors.New("the VM's QEMU has yet to be given its settings back"),
+			"have whoever is connected to "+view.GetDestinationQemu().GetQmp()+" leave it")
+	case view.GetStartTime() != nil && !abandoned && !d.heard.Load() && !d.sourceLetGo(ctx, view):
+		return withRemedy(errors.New("the source has not heard yet that the migration is over, "+
+			"and would not know what became of its VM"),
+			"see that the source's daemon runs and reaches this host, then try again")
+	}
+	d.Forget()
+	if err := RemoveDir(d.cfg.Dir); err != nil {
+		return fmt.Errorf("remove what was kept of the migration: %w", err)
+	}
+	d.setDeleted()
+	return nil
+}
+
+// Heard notes that the source was told how the migration ended, or has ended it itself.
+func (d *Destination) Heard() { d.heard.Store(true) }
+
+// sourceLetGo reports whether the source needs nothing from this host any more: it answers, and no longer offers the
+// VM's memory. A source that cannot be asked counts as one that does after retentionTime, but only if an earlier run of
+// this daemon saw the end of the migration: the source may have been told then.
+func (d *Destination) sourceLetGo(ctx context.Context, view *migratedv1.Migration) bool {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	l, err := openLanes(ctx, d.laneConfig())
+	if err == nil {
+		l.close()
+		return false
+	}
+	return reasonOf(err) == migratedv1.Reason_REASON_PAGES_REFUSED ||
+		d.WasOver() && time.Since(view.GetUpdateTime().AsTime()) > retentionTime
+}
+
+// Delete refuses: a file that cannot be read may be about a VM.
+func (l *Leftover) Delete(context.Context) error {
+	view, _ := l.Snapshot()
+	return withRemedy(fmt.Errorf("what an earlier run of this daemon left of it cannot be read: %s",
+		view.GetError().GetMessage()), view.GetError().GetRemedy())
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+var (
+	// errContinued says that the VM runs, or has run, on the source after this source stopped it: what the destination
+	// has is older.
+	errContinued = withRemedy(errors.New("somebody continued the VM on the source while it was being moved"),
+		"migrate it again, and leave its monitors alone meanwhile")
+	// errStoppedUnknown says that QEMU does not answer whether the VM stands still.
+	errStoppedUnknown = errors.New("it is not known whether the VM stands still on the source")
+)
+
+// remedyRunsTwice is the remedy for a VM that runs on both hosts.
+const remedyRunsTwice = "both write to the same disks: end one of the two QEMUs at once (QMP 'quit'); " +
+	"the destination's gets no more pages"
+
+// stoppedTimeout bounds the question whether the VM stands still. QEMU answers within a millisecond, or hangs.
+const stoppedTimeout = 5 * time.Second
+
+// checkStopped returns nil if the VM may be handed over: QEMU says, now, that it does not run, and it has not run since
+// it was stopped. If it has, the error is errContinued. If QEMU does not answer, the error is errStoppedUnknown. A QEMU
+// that has ended cannot run the VM, which is nil, too.
+func (s *Source) checkStopped(ctx context.Context) error {
+	if s.qemuEnded() {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, stoppedTimeout)
+	defer cancel()
+	running, err := s.askRunning(ctx)
+	switch {
+	case s.resumeReported() || err == nil && running:
+		return errContinued
+	case err != nil && s.qemuEnded():
+		return nil
+	case err != nil:
+		return fmt.Errorf("%w: %w", errStoppedUnknown, err)
+	default:
+		return nil
+	}
+}
+
+// askRunning asks QEMU whether the VM runs. If the connection has ended, it makes another one for the question.
+func (s *Source) askRunning(ctx context.Context) (bool, error) {
+	if s.vm.QMP.Err() == nil {
+		return s.vm.Running(ctx)
+	}
+	vm, err := attachSame(ctx, s.cfg.Spec.GetVm(), s.vm)
+	if err != nil {
+		return false, err
+	}
+	running, err := vm.Running(ctx)
+	return running, errors.Join(err, vm.Close())
+}
+
+// resumeReported reports whether QEMU has said that the VM was continued, in an event that came before the last answer
+// read from it.
+func (s *Source) resumeReported() bool {
+	select {
+	case <-s.continuedByOther:
+		return true
+	default:
+		return s.resumeEvents != nil && len(s.resumeEvents.Events()) > 0
+	}
+}
+
+// guardStopped stops serving pages as soon as somebody continues the VM through another monitor. From then on the pages
+// are not those of the moment at which the VM was stopped. Before the commit point this ends the migration, after it
+// the hand-over; else the VM could run twice. endGuard ends the guard, before the migration itself continues the VM.
+func (s *Source) guardStopped(ctx context.Context) {
+	resumes := s.vm.QMP.Subscribe("RESUME")
+	s.resumeEvents = s.vm.QMP.Subscribe("RESUME") // never read: resumeReported looks at the length of its queue
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	s.endGuard = func() {
+		cancel()
+		<-ended
+	}
+	go func() {
+		defer close(ended)
+		defer resumes.Close()
+		select {
+		case _, open := <-resumes.Events():
+			if open && ctx.Err() == nil {
+				s.onContinued()
+			}
+		case <-ctx.Done():
+		}
+	}()
+}
+
+// onContinued stops serving pages after somebody has continued the VM here. Before the commit point it cancels the
+// migration.
+func (s *Source) onContinued() {
+	close(s.continuedByOther)
+	s.export.Withdraw()
+	s.log.Warn("the VM was continued on the source, its pages are served no more")
+	if s.confirmedRun() {
+		s.updateUnlessOver(func(m *migratedv1.Migration) { m.Error = runsTwiceError() })
+	}
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	if !s.isCommitted() {
+		s.cancel(errContinued)
+	}
+}
+
+// untilContinued returns a context that also ends, with errContinued, when somebody continues the VM.
+func (s *Source) untilContinued(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() {
+		select {
+		case <-s.continuedByOther:
+			cancel(errContinued)
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { cancel(nil) }
+}
+
+// retractHandOver ends a hand-over whose VM somebody has continued here, although the destination may have been told to
+// run it. It does not send Run again, but asks the destination to give up, until that answers. Only the answer says
+// whether the VM runs on one host or on both. retractHandOver does not touch the VM.
+func (s *Source) retractHandOver(ctx context.Context) {
+	if s.export != nil {
+		s.export.Withdraw()
+	}
+	destination := s.cfg.Spec.GetDestination()
+	for delay := 10 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
+		callCtx, cancel := context.WithTimeout(ctx, abortTimeout)
+		_, err := s.peer.AbortIncoming(callCtx, &migratedv1.AbortIncomingRequest{Id: s.cfg.ID, Reason: errContinued.Error()})
+		cancel()
+		switch status.Code(err) {
+		case codes.OK:
+			s.log.Warn("the VM was continued on the source, and the destination has given up")
+			s.undoCommit()
+			s.removeRecord()
+			s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errContinued,
+				s.whereContinued(migratedv1.Location_LOCATION_SOURCE, ErrNotRun.Error()))
+			return
+		case codes.FailedPrecondition:
+			s.removeRecord() // a record is for a VM that stands still
+			s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+				withRemedy(fmt.Errorf("%w: %w", errContinued, fromPeer("give up", destination, err)), remedyRunsTwice),
+				s.whereContinued(migratedv1.Location_LOCATION_UNKNOWN, "the destination says that it runs there, too"))
+			return
+		case codes.NotFound:
+			s.removeRecord()
+			s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+				withRemedy(fmt.Errorf("%w: %w", errContinued, fromPeer("give up", destination, err)),
+					"look on the destination whether the VM runs there, too; "+remedyRunsTwice),
+				s.whereContinued(migratedv1.Location_LOCATION_UNKNOWN, "the destination does not say whether it runs there, too"))
+			return
+		}
+		s.log.Warn("the destination does not say whether a VM that was continued here runs there, too", "error", err)
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER,
+			withRemedy(fmt.Errorf("%w: %w", errContinued, fromPeer("give up", destination, err)),
+				"restore the network between the two hosts: the destination is asked to give up until it answers. "+
+					"Until then look on the destination whether the VM runs there, too; "+remedyRunsTwice),
+			s.whereContinued(migratedv1.Location_LOCATION_UNKNOWN, "it may run on the destination, too"))
+		if err := sleep(ctx, jitter(delay)); err != nil {
+			s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+				fmt.Errorf("%w; the daemon ended before the destination said whether it runs there, too: %w", errContinued, err),
+				s.whereContinued(migratedv1.Location_LOCATION_UNKNOWN, "it may run on the destination, too"))
+			return // the record stays, so that the next daemon asks
+		}
+	}
+}
+
+// runsTwiceError returns the error that is shown for a VM that somebody continued here although it was at the
+// destination.
+func runsTwiceError() *migratedv1.MigrationError {
+	shown := Describe(withRemedy(fmt.Errorf("%w, after it had been handed over", errContinued), remedyRunsTwice))
+	shown.VmStatus = "the VM was continued on the source, and is on the destination, too, where it gets no more pages"
+	return shown
+}
+
+// whereContinued returns where a VM is that somebody continued here. there is what is known of the destination.
+func (s *Source) whereContinued(location migratedv1.Location, there string) whereabouts {
+	_, _, words := locateVM(s.vm)
+	return whereabouts{location, words + "; " + there}
+}

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"strings"
+	"syscall"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// If somebody continues a VM while the hand-over is not answered, the source does not send Run again. It asks the
+// destination to give up, until that says whether it runs the VM.
+func TestContinuedVMIsNotHandedOverAgain(t *testing.T) {
+	for name, c := range map[string]struct {
+		abort  func(attempt int) error
+		aborts int
+		says   string
+	}{
+		"the destination gives up": {nil, 1, ErrNotRun.Error()},
+		"it does not answer at once": {func(attempt int) error {
+			if attempt < 3 {
+				return status.Error(codes.Unavailable, "a broken wire")
+			}
+			return nil
+		}, 3, ErrNotRun.Error()},
+		"it runs the VM": {func(int) error {
+			return status.Error(codes.FailedPrecondition, "the VM runs on this host already")
+		}, 1, "both write to the same disks"},
+		"it knows nothing": {func(int) error { return status.Error(codes.NotFound, "no such migration") }, 1, "does not say"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			asked, continued := make(chan struct{}), make(chan struct{})
+			s := newStageWith(t, t.Context(), &peer{abort: c.abort, run: func(attempt int) (*migratedv1.RunResponse, error) {
+				if attempt > 1 {
+					return runAtOnce(attempt)
+				}
+				close(asked)
+				<-continued
+				return nil, status.Error(codes.Unavailable, "a broken wire")
+			}})
+			s.source.Start()
+			<-asked
+			s.continueAnyway(t)
+			close(continued)
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "somebody continued the VM")
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, c.says)
+			if s.peer.runs != 1 || s.peer.aborts != c.aborts {
+				t.Errorf("told %d times to run the VM, %d times to give up", s.peer.runs, s.peer.aborts)
+			}
+			if !s.vmRuns(t) {
+				t.Error("the VM does not run")
+			}
+			s.noRecord(t)
+		})
+	}
+}
+
+// A VM that was continued and stopped again is not the one that the destination has.
+func TestContinuedAndStoppedVMIsNotHandedOver(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	s.peer.load = func(context.Context) error { // answers as if nothing had happened
+		s.command(t, "cont")
+		s.command(t, "stop")
+		return nil
+	}
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "somebody continued the VM")
+	if s.peer.runs != 0 || s.peer.runRequest != nil || s.handedOver(t) {
+		t.Errorf("%d hand-overs", s.peer.runs)
+	}
+}
+
+// A daemon that takes up a committed migration and finds the VM running also asks the destination to give up.
+func TestTakenUpSourceAsksForAContinuedVM(t *testing.T) {
+	s := committed(t)
+	s.continueAnyway(t)
+	s.peer.run = runAtOnce
+	s.peer.abort = func(int) error { return status.Error(codes.FailedPrecondition, "the VM runs on this host already") }
+	runs := s.peer.runs
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "both write to the same disks")
+	if s.peer.runs != runs || s.peer.aborts != 1 || !s.vmRuns(t) {
+		t.Errorf("told %d times to run the VM, %d times to give up", s.peer.runs-runs, s.peer.aborts)
+	}
+	s.noRecord(t)
+}
+
+// While the source's QEMU does not answer whether the VM stands still, the source does not send Run again.
+func TestHandOverWaitsForTheSourcesQEMU(t *testing.T) {
+	var s *stage
+	ready := make(chan struct{})
+	s = newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
+		if attempt > 1 {
+			return runAtOnce(attempt)
+		}
+		<-ready
+		if err := s.qemu.Process.Signal(syscall.SIGSTOP); err != nil {
+			t.Error(err)
+		}
+		return nil, status.Error(codes.Unavailable, "a broken wire")
+	})
+	close(ready) // s is set
+	s.source.Start()
+	for view, changed := s.source.Snapshot(); !strings.Contains(
+		view.GetError().GetMessage(), errStoppedUnknown.Error(),
+	); view, changed = s.source.Snapshot() {
+		if Terminal(view.GetState()) {
+			t.Fatal(view.GetError())
+		}
+		<-changed
+	}
+	s.peer.mu.Lock()
+	runs := s.peer.runs
+	s.peer.mu.Unlock()
+	if err := s.qemu.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if runs != 1 || s.peer.runs != 2 {
+		t.Errorf("told %d times to run the VM while that was not known, %d times in all", runs, s.peer.runs)
+	}
+}

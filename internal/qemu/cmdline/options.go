@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cmdline
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// An option is one of QEMU's command line options with its value. A bare argument (a disk image) is an option without a
+// name.
+type option struct {
+	name  string // without dashes
+	value string
+	bare  bool // has no value
+}
+
+// flags are the options without a value in QEMU 2.12 to 10 (qemu-options.hx: those without HAS_ARG). Every other option
+// takes the next argument, even if that looks like an option: "-append -S" contains no -S.
+var flags = []string{
+	"h", "help", "version", "S", "s", "daemonize", "snapshot", "nodefaults", "no-user-config", "nodefconfig",
+	"nographic", "curses", "sdl", "no-frame", "alt-grab", "ctrl-grab", "no-quit", "full-screen", "portrait",
+	"usb", "win2k-hack", "no-fd-bootchk", "no-acpi", "no-hpet", "rtc-td-hack", "tdf", "localtime",
+	"enable-kvm", "no-kvm", "no-kvm-irqchip", "no-kvm-pit", "no-kvm-pit-reinjection", "enable-hax",
+	"singlestep", "one-insn-per-tb", "preconfig", "no-reboot", "no-shutdown", "only-migratable", "mem-prealloc",
+	"old-param", "semihosting", "enable-fips", "enable-sync-profile", "xen-attach", "xen-create",
+	"xen-domid-restrict", "audio-help",
+}
+
+// parseOptions parses QEMU's arguments, without argv[0], as QEMU does (qemu_init in softmmu/vl.c): an option begins
+// with one dash or two, and its value is the next argument.
+func parseOptions(args []string) ([]option, error) {
+	var options []option
+	for i := 0; i < len(args); i++ {
+		arg := args[i]
+		if !strings.HasPrefix(arg, "-") || arg == "-" {
+			options = append(options, option{value: arg})
+			continue
+		}
+		name := strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-")
+		if slices.Contains(flags, name) {
+			options = append(options, option{name: name, bare: true})
+			continue
+		}
+		i++
+		if i == len(args) {
+			return nil, fmt.Errorf("QEMU's option %s lacks its value", arg)
+		}
+		options = append(options, option{name: name, value: args[i]})
+	}
+	return options, nil
+}
+
+// args is the inverse of parseOptions.
+func (o option) args() []string {
+	switch {
+	case o.name == "":
+		return []string{o.value}
+	case o.bare:
+		return []string{"-" + o.name}
+	}
+	return []string{"-" + o.name, o.value}
+}
+
+// A setting is one "key=value" of an option's value, or a word without '='.
+type setting struct {
+	key, value string
+	word       bool // has no '=': "nowait", or the first word of "socket,id=..."
+}
+
+// parseSettings splits a value such as "socket,id=a,path=/x,,y" into settings. A doubled comma stands for one comma
+// (opts_parse in util/qemu-option.c).
+func parseSettings(value string) []setting {
+	var settings []setting
+	var part strings.Builder
+	flush := func() {
+		key, val, hasValue := strings.Cut(part.String(), "=")
+		settings = append(settings, setting{key: key, value: val, word: !hasValue})
+		part.Reset()
+	}
+	for i := 0; i < len(value); i++ {
+		switch {
+		case value[i] != ',':
+			part.WriteByte(value[i])
+		case i+1 < len(value) && value[i+1] == ',':
+			part.WriteByte(',')
+			i++
+		default:
+			flush()
+		}
+	}
+	flush()
+	return settings
+}
+
+// joinSettings is the inverse of parseSettings.
+func joinSettings(settings []setting) string {
+	parts := make([]string, 0, len(settings))
+	for _, s := range settings {
+		part := s.key
+		if !s.word {
+			part += "=" + s.value
+		}
+		parts = append(parts, strings.ReplaceAll(part, ",", ",,"))
+	}
+	return strings.Join(parts, ",")
+}
+
+// get returns the value of the last setting with the given key, as QEMU does, or "" if there is none.
+func get(settings []setting, key string) string {
+	for _, s := range slices.Backward(settings) {
+		if s.key == key && !s.word {
+			return s.value
+		}
+	}
+	return ""
+}
