@@ -3,16 +3,15 @@
 package e2e
 
 import (
-	"bytes"
 	"fmt"
 	"os"
-	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/image"
 	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -87,25 +86,22 @@ func (s *scene) migrateAtLast(from, to *lab.Host, id string) *migratedv1.Migrati
 	}
 }
 
-// reserveGiganticPages makes sure of n free pages of 1 GiB for this test. Not every machine has them, or so much memory
+// reserveGiganticPages gives the machine n pages of 1 GiB for this test. Not every machine has them, or so much memory
 // in one piece.
 func reserveGiganticPages(t *testing.T, n int) {
 	t.Helper()
-	const knob = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
-	before, err := os.ReadFile(knob)
+	const size = 1 << 30
+	before, err := testenv.HugePages(size)
 	if err != nil {
 		t.Skipf("no pages of 1 GiB on this machine: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := os.WriteFile(knob, before, 0o644); err != nil {
+		if _, err := testenv.SetHugePages(size, before); err != nil {
 			t.Errorf("give the pages back: %v", err)
 		}
 	})
-	if err := os.WriteFile(knob, []byte(strconv.Itoa(n)), 0o644); err != nil {
-		t.Skipf("pages of 1 GiB cannot be reserved: %v", err)
-	}
-	if text, err := os.ReadFile(knob); err != nil || strings.TrimSpace(string(text)) != strconv.Itoa(n) {
-		t.Skipf("%s of %d pages of 1 GiB can be reserved (%v)", bytes.TrimSpace(text), n, err)
+	if now, err := testenv.SetHugePages(size, n); err != nil || now < n {
+		t.Skipf("%d of %d pages of 1 GiB can be reserved (%v)", now, n, err)
 	}
 }
 

@@ -8,11 +8,11 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 // playCrowd moves several VMs at once, in both directions, and strikes all of them with one fault. If there are two,
@@ -97,8 +97,8 @@ func (s *stage) concludeAll(ctx context.Context, journeys []*journey, res *resul
 	res.End = strings.Join(slices.Compact(ends), ", ")
 }
 
-// hugePages is the file by which Linux reserves huge pages for the whole machine.
-const hugePages = "/proc/sys/vm/nr_hugepages"
+// hugePage is the size of the huge pages that /proc/meminfo counts, in bytes.
+const hugePage = 2 << 20
 
 // playHugePages moves a VM in huge pages to a host that has none left.
 func (s *stage) playHugePages(ctx context.Context, c chaosCase, res *result) (err error) {
@@ -142,13 +142,15 @@ func reserve(n int) (release func() error, err error) {
 	if added < 0 {
 		return nil, fmt.Errorf("%d huge pages are there for somebody else", unused)
 	}
-	set := func(total int) error { return os.WriteFile(hugePages, []byte(strconv.Itoa(total)), 0o644) }
-	if err := set(before + added); err != nil {
-		return nil, fmt.Errorf("huge pages cannot be reserved: %w", err)
+	if _, err := testenv.SetHugePages(hugePage, before+added); err != nil {
+		return nil, err
 	}
 	release = func() error {
 		total, _, err := pool() // others may have added some
-		return errors.Join(err, set(max(0, total-added)))
+		if err == nil {
+			_, err = testenv.SetHugePages(hugePage, max(0, total-added))
+		}
+		return err
 	}
 	if _, unused, err := pool(); err != nil || unused < n {
 		return nil, errors.Join(fmt.Errorf("only %d of %d huge pages can be reserved", unused, n), err, release())

@@ -26,11 +26,10 @@ func mapFile(t testing.TB, memory []byte) string {
 	return fmt.Sprintf("/proc/self/map_files/%x-%x", start, start+uintptr(len(memory)))
 }
 
-const hugePages = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
-
-func hugePageCount(t *testing.T, name string) int {
+// freeHugePages returns how many huge pages of 2 MiB nobody uses.
+func freeHugePages(t *testing.T) int {
 	t.Helper()
-	text, err := os.ReadFile(hugePages + name)
+	text, err := os.ReadFile("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 	if err != nil {
 		testenv.CannotRun(t, "no huge pages of 2 MiB: %v", err)
 	}
@@ -41,28 +40,10 @@ func hugePageCount(t *testing.T, name string) int {
 	return n
 }
 
-// reserveHugePages reserves n more huge pages for the test.
-func reserveHugePages(t *testing.T, n int) {
-	t.Helper()
-	before := hugePageCount(t, "nr_hugepages")
-	set := func(n int) error { return os.WriteFile(hugePages+"nr_hugepages", []byte(strconv.Itoa(n)), 0) }
-	if err := set(before + n); err != nil {
-		testenv.CannotRun(t, "reserving huge pages needs root: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := set(before); err != nil {
-			t.Error(err)
-		}
-	})
-	if free := hugePageCount(t, "free_hugepages"); free < n {
-		testenv.CannotRun(t, "only %d huge pages of 2 MiB could be had, %d are needed", free, n)
-	}
-}
-
 // TestHugePagesAreServedWhole: huge pages are served whole. Serving a page that the VM never touched takes none from
 // the pool.
 func TestHugePagesAreServedWhole(t *testing.T) {
-	reserveHugePages(t, 4)
+	testenv.ReserveHugePages(t, hugePage, 4)
 	// A memfd with MFD_HUGETLB is a file on hugetlbfs, for which nothing has to be mounted.
 	fd, err := unix.MemfdCreate("pagesrv-test", unix.MFD_CLOEXEC|unix.MFD_HUGETLB|unix.MFD_HUGE_2MB)
 	if err != nil {
@@ -80,7 +61,7 @@ func TestHugePagesAreServedWhole(t *testing.T) {
 	defer func() { _ = unix.Munmap(memory) }()
 	memory[hugePage-1] = 7 // the first page has data, the second one zeros, the third one is a hole
 	memory[hugePage] = 0
-	free := hugePageCount(t, "free_hugepages")
+	free := freeHugePages(t)
 
 	_, lane := offer(t, openRAM(t, Block{
 		ID: "huge", Path: fmt.Sprintf("/proc/self/fd/%d", fd), Size: pages * hugePage, PageSize: hugePage,
@@ -100,7 +81,7 @@ func TestHugePagesAreServedWhole(t *testing.T) {
 	if fmt.Sprint(runs) != fmt.Sprint(want) {
 		t.Errorf("runs %+v, want %+v", runs, want)
 	}
-	if now := hugePageCount(t, "free_hugepages"); now != free {
+	if now := freeHugePages(t); now != free {
 		t.Errorf("serving took %d huge pages from the pool", free-now)
 	}
 }

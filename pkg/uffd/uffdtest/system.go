@@ -8,7 +8,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -18,10 +17,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-const (
-	hugePageSize  = 2 << 20
-	hugePagesFile = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
-)
+const hugePageSize = 2 << 20
 
 // Need checks that the kernel has the features. If it is too old for them, Need skips the test with the reason.
 // Otherwise a missing feature is testenv.CannotRun.
@@ -64,33 +60,10 @@ func older(t testing.TB, release string) bool {
 	return major < wantMajor || major == wantMajor && minor < wantMinor
 }
 
-// ReserveHugePages adds n huge pages of 2 MiB to the kernel's pool until the test ends.
+// ReserveHugePages adds n huge pages of 2 MiB to those that the machine has, until the test ends.
 func ReserveHugePages(t testing.TB, n int) {
 	t.Helper()
-	before, err := hugePages()
-	if err != nil {
-		testenv.CannotRun(t, "no 2 MiB huge pages: %v", err)
-	}
-	set := func(n int) error { return os.WriteFile(hugePagesFile, []byte(strconv.Itoa(n)), 0o644) }
-	if err := set(before + n); err != nil {
-		testenv.CannotRun(t, "cannot reserve huge pages: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := set(before); err != nil {
-			t.Errorf("give the huge pages back: %v", err)
-		}
-	})
-	if now, err := hugePages(); err != nil || now < before+n {
-		testenv.CannotRun(t, "the kernel gave %d of %d huge pages (%v)", now-before, n, err)
-	}
-}
-
-func hugePages() (int, error) {
-	b, err := os.ReadFile(hugePagesFile)
-	if err != nil {
-		return 0, err
-	}
-	return strconv.Atoi(strings.TrimSpace(string(b)))
+	testenv.ReserveHugePages(t, hugePageSize, n)
 }
 
 // CheckDescriptors fails the test if this process has descriptors open at the test's end that it does not have

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package testenv
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// pool returns the file with the number of huge pages of size bytes that the machine has.
+func pool(size uint64) string {
+	return fmt.Sprintf("/sys/kernel/mm/hugepages/hugepages-%dkB/nr_hugepages", size>>10)
+}
+
+// HugePages returns how many huge pages of size bytes the machine has, in use or not.
+func HugePages(size uint64) (int, error) {
+	text, err := os.ReadFile(pool(size))
+	if err != nil {
+		return 0, fmt.Errorf("huge pages of %d KiB: %w", size>>10, err)
+	}
+	return strconv.Atoi(strings.TrimSpace(string(text)))
+}
+
+// SetHugePages gives the machine n huge pages of size bytes, and returns how many it has then: fewer, where memory is
+// short or in pieces.
+//
+// One write is not enough. Linux ends its search without an error when the thread has a signal pending (mm/hugetlb.c,
+// set_max_huge_pages), and Go's runtime sends its threads signals.
+func SetHugePages(size uint64, n int) (int, error) {
+	const attempts = 4 // in a row that changed nothing
+	now, err := HugePages(size)
+	for failed := 0; err == nil && now != n && failed < attempts; {
+		if err := os.WriteFile(pool(size), []byte(strconv.Itoa(n)), 0o644); err != nil {
+			return now, fmt.Errorf("reserve huge pages: %w", err)
+		}
+		before := now
+		if now, err = HugePages(size); now == before {
+			failed++
+		}
+	}
+	return now, err
+}
+
+// ReserveHugePages adds n huge pages of size bytes to those that the machine has, until the test ends.
+func ReserveHugePages(t testing.TB, size uint64, n int) {
+	t.Helper()
+	before, err := HugePages(size)
+	if err != nil {
+		CannotRun(t, "%v", err)
+	}
+	t.Cleanup(func() {
+		if _, err := SetHugePages(size, before); err != nil {
+			t.Errorf("give the huge pages back: %v", err)
+		}
+	})
+	if now, err := SetHugePages(size, before+n); err != nil || now < before+n {
+		CannotRun(t, "the kernel gave %d of %d huge pages of %d KiB (%v)", now-before, n, size>>10, err)
+	}
+}
