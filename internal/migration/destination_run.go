@@ -135,7 +135,7 @@ func (d *Destination) announce(ctx context.Context) (answered func()) {
 // reattach opens a new monitor of a QEMU that lives and whose monitor was lost, for example when libvirt's daemon
 // ended. Only QEMU knows whether it got the last command. The caller holds mu.
 func (d *Destination) reattach(ctx context.Context) error {
-	vm, err := attachSame(ctx, d.qmpPath(), d.vm)
+	vm, err := attachAgain(ctx, d.qmpPath(), d.vm)
 	if err != nil {
 		return fmt.Errorf("attach to the destination QEMU: %w", err)
 	}

@@ -4,7 +4,6 @@ package migration
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -32,11 +31,15 @@ func (d *Destination) putBackLater() {
 			if err != nil && facts.QEMU.Alive() {
 				continue
 			}
-			if err == nil {
+			if err != nil {
+				d.log.Info("QEMU has ended: there are no settings to put back", "error", err)
+			} else {
 				vm.PutBack(facts.Settings)
-				err = vm.Close()
+				if err := vm.Close(); err != nil {
+					d.log.Warn("close QEMU's monitor", "error", err)
+				}
+				d.log.Info("QEMU's settings are put back")
 			}
-			d.log.Info("QEMU's settings are put back", "error", err)
 			d.retention.begin(d.Forget)
 			d.Forget()
 			return
@@ -46,14 +49,9 @@ func (d *Destination) putBackLater() {
 
 // attachKept tries once to connect to the QEMU that facts name.
 func attachKept(ctx context.Context, facts *keptFactsV1) (*qemu.VM, error) {
-	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
-	defer cancel()
-	vm, err := qemu.Attach(ctx, facts.QMP)
+	vm, err := attachSame(ctx, facts.QMP, facts.QEMU)
 	if err != nil {
 		return nil, fmt.Errorf("attach to the destination QEMU: %w", err)
-	}
-	if identity, err := vm.Identity(); err != nil || identity != facts.QEMU {
-		return nil, errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", facts.QMP, vm.Pid), err, vm.Close())
 	}
 	return vm, nil
 }

@@ -227,22 +227,26 @@ func (d *Destination) awaitAttached(failure error) {
 }
 
 // errQEMUGone is why a migration cannot be taken up: its QEMU has ended.
-var errQEMUGone = errors.New("the destination QEMU ended while no daemon ran")
+var errQEMUGone = errors.New("the destination QEMU has ended")
 
 // notTakenUp ends a migration that cannot go on. The caller holds mu.
 func (d *Destination) notTakenUp(facts *keptFactsV1, err error) {
-	err = fmt.Errorf("%w: %w", errDaemonEnded, err)
+	err = fmt.Errorf("%w (%w)", err, errDaemonEnded)
 	if !d.toldToRun() {
 		d.giveUp(err)
 		return
 	}
 	// The files stay as long as QEMU lives: the cause may be gone when the daemon starts next.
+	remedy := "remove the cause, then restart the destination's daemon: it goes on with the migration; " +
+		"until then, threads that need a missing page wait"
 	if !facts.QEMU.Alive() {
 		d.moveTo(lost)
+		remedy = fmt.Sprintf("run 'migrated status %s' on the source: it says whether the VM can be continued there",
+			d.cfg.Request.GetId())
 	}
 	d.log.Error("cannot take up the migration", "error", err)
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-		withRemedy(err, "remove the cause and restart this daemon; what needs a missing page waits until then"),
+		withRemedy(err, remedy),
 		d.whereFailed())
 	d.cancel(err)
 	d.finish()

@@ -237,7 +237,8 @@ func TestTakenUpWithoutQEMU(t *testing.T) {
 	<-d.Done()
 	view, _ := d.Snapshot()
 	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED ||
-		!strings.Contains(view.GetError().GetMessage(), "ended while no daemon ran") {
+		!strings.Contains(view.GetError().GetMessage(), "the destination QEMU has ended") ||
+		!strings.Contains(view.GetError().GetRemedy(), "on the source") {
 		t.Errorf("the migration is %v: %v", view.GetState(), view.GetError())
 	}
 	if l.filesStay() {

@@ -306,7 +306,7 @@ func (s *Source) failAfterCommit(err error) {
 		s.followEnding(how)
 		return
 	case s.daemonCtx.Err() != nil && errors.Is(err, context.Cause(s.daemonCtx)):
-		s.leaveToNextDaemon(err)
+		s.leaveToNextDaemon(err, s.whereAfterCommit())
 		return
 	}
 	s.log.Error("failed after the commit point", "error", err)

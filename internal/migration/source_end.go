@@ -177,7 +177,7 @@ func (s *Source) monitor() *qemu.VM {
 // the next daemon takes up the record.
 func (s *Source) awaitMonitor() {
 	for s.vm.QMP.Err() != nil && !s.qemuEnded() {
-		vm, err := attachSame(s.daemonCtx, s.cfg.Spec.GetVm(), s.vm)
+		vm, err := attachAgain(s.daemonCtx, s.cfg.Spec.GetVm(), s.vm)
 		if err == nil {
 			vm.PutBack(s.vm.Changed())
 			s.reconnected = vm

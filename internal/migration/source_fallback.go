@@ -64,18 +64,20 @@ func (s *Source) fallBackCommand() string {
 	return "migrated fallback " + s.cfg.ID + " --destination-is-gone"
 }
 
-// attachHandedOver connects to the QEMU that the VM was handed over from. The caller closes the connection.
+// attachHandedOver connects to the QEMU that the VM was handed over from, as the record of this migration names it: its
+// monitor may be another QEMU's by now, whose VM was perhaps handed over by another migration. The caller closes the
+// connection.
 func (s *Source) attachHandedOver(ctx context.Context) (*qemu.VM, error) {
-	vm, err := qemu.Attach(ctx, s.cfg.Spec.GetVm())
+	rec, found, err := s.cfg.Records.find(s.cfg.ID)
 	if err != nil {
-		return nil, fmt.Errorf("attach to the VM: %w", err)
+		return nil, err
 	}
-	_, found, err := s.cfg.Records.ForVM(vm.Pid)
-	if err == nil && !found {
-		err = fmt.Errorf("%s is not the QEMU that the VM was handed over from", s.cfg.Spec.GetVm())
+	if !found || !rec.Committed {
+		return nil, fmt.Errorf("there is no record that the VM of migration %s was handed over from here", s.cfg.ID)
 	}
+	vm, err := attachSame(ctx, s.cfg.Spec.GetVm(), rec.Identity)
 	if err != nil {
-		return nil, errors.Join(err, vm.Close())
+		return nil, fmt.Errorf("attach to the VM that was handed over: %w", err)
 	}
 	return vm, nil
 }

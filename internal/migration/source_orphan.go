@@ -16,7 +16,9 @@ const (
 	// remedyEndVM is the remedy if the VM runs at the destination. It is not known here which memory it will need.
 	remedyEndVM = "look at the destination: where 'migrated status %s' says that memory is lost, end the VM there and " +
 		"start it anew from its disks"
-	// remedyStartAnew is the remedy if it does not.
+	// remedyStart is the remedy if the destination was never told to run the VM.
+	remedyStart = "start the VM anew from its disks: the destination was never told to run it"
+	// remedyStartAnew is the remedy if the VM does not run at the destination either.
 	remedyStartAnew = "start the VM anew from its disks, once you are certain that it does not run on the destination"
 )
 

@@ -113,13 +113,11 @@ func (s *Source) releaseCommand() string {
 	return "migrated release " + s.cfg.ID + " --vm-is-at-destination"
 }
 
-// leaveToNextDaemon leaves the migration, after the commit point, to the next daemon, because this one ends. That is no
-// failure.
-func (s *Source) leaveToNextDaemon(err error) {
-	s.endWatch()
+// leaveToNextDaemon leaves the migration to the next daemon, because this one ends. That is no failure. The record says
+// how far the migration is, and where is where its VM is now.
+func (s *Source) leaveToNextDaemon(err error, where whereabouts) {
 	s.log.Warn("left for the next start of this daemon", "reason", err)
 	testPoint("source-leaving")
-	where := s.whereAfterCommit()
 	s.update(func(m *migratedv1.Migration) {
 		m.Location = where.location
 		m.Error = Describe(withRemedy(withReason(err, migratedv1.Reason_REASON_DAEMON_ENDED),

@@ -57,7 +57,7 @@ func (s *Source) askRunning(ctx context.Context) (bool, error) {
 	if s.vm.QMP.Err() == nil {
 		return s.vm.Running(ctx)
 	}
-	vm, err := attachSame(ctx, s.cfg.Spec.GetVm(), s.vm)
+	vm, err := attachAgain(ctx, s.cfg.Spec.GetVm(), s.vm)
 	if err != nil {
 		return false, err
 	}

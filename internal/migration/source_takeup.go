@@ -13,7 +13,6 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/migrated-vm/migrated/internal/printable"
-	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -100,11 +99,8 @@ func (s *Source) finishCompleted(rec Record) {
 func (s *Source) quitKeptQEMU(rec Record) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), attachTimeout+quitTimeout)
 	defer cancel()
-	if s.vm, err = qemu.Attach(ctx, rec.VM); err != nil {
+	if s.vm, err = attachSame(ctx, rec.VM, rec.Identity); err != nil {
 		return fmt.Errorf("attach to the VM: %w", err)
-	}
-	if identity, err := s.vm.Identity(); err != nil || identity != rec.Identity {
-		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", rec.VM, s.vm.Pid), err)
 	}
 	if err := s.vm.VerifyStopped(ctx); err != nil {
 		return err
@@ -123,11 +119,8 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 		return fmt.Errorf("%w: process %d is gone", errOurQEMUGone, rec.PID)
 	}
 	var err error
-	if s.vm, err = qemu.Attach(ctx, rec.VM); err != nil {
+	if s.vm, err = attachSame(ctx, rec.VM, rec.Identity); err != nil {
 		return fmt.Errorf("attach to the VM: %w", err)
-	}
-	if identity, err := s.vm.Identity(); err != nil || identity != rec.Identity {
-		return errors.Join(fmt.Errorf("%s is another QEMU's by now, process %d", rec.VM, s.vm.Pid), err)
 	}
 	if s.claim, err = qemuClaims.claimVM(s.vm, s.cfg.ID); err != nil {
 		return err
@@ -181,24 +174,32 @@ func blocksInOrder(rec Record, now []ram.Block) ([]ram.Block, error) {
 }
 
 // retryTakeUp repeats takeUp until it succeeds, if QEMU's monitor was somebody else's when the daemon started. err is
-// the first failure. The VM stands still until then.
-func (s *Source) retryTakeUp(ctx context.Context, rec Record, err error) error {
-	for err != nil && s.vm == nil && rec.Alive() {
+// the first failure. The VM stands still until then, so neither a cancellation nor a limit ends the attempts: only
+// QEMU's end and the daemon's do.
+func (s *Source) retryTakeUp(rec Record, err error) error {
+	for err != nil && s.vm == nil && !errors.Is(err, errOurQEMUGone) {
 		s.log.Warn("the VM's QEMU does not answer yet", "error", err)
 		state := migratedv1.MigrationState_MIGRATION_STATE_DEVICE
-		where := whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was about to stop on the source"}
 		if rec.Committed {
-			state, where = migratedv1.MigrationState_MIGRATION_STATE_HANDOVER, s.whereAfterCommit()
+			state = migratedv1.MigrationState_MIGRATION_STATE_HANDOVER
 		}
-		s.fail(state, withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err),
-			"have whoever is connected to "+rec.VM+" leave it: QEMU serves one client there, "+
-				"and the VM waits for this daemon"), where)
-		if sleep(ctx, time.Second) != nil {
+		s.fail(state, withRemedy(fmt.Errorf("%w (%w)", err, errDaemonEnded), "make sure that "+rec.VM+
+			" can be connected to (no other QMP client; libvirt's daemon runs): the VM waits, and this daemon tries again"),
+			s.whereNotTakenUp())
+		if sleep(s.daemonCtx, time.Second) != nil {
 			return err
 		}
-		err = s.takeUp(ctx, rec)
+		err = s.takeUp(s.daemonCtx, rec)
 	}
 	return err
+}
+
+// whereNotTakenUp returns where the VM is while this daemon, which was started again, is not connected to its QEMU.
+func (s *Source) whereNotTakenUp() whereabouts {
+	if s.isCommitted() {
+		return s.whereAfterCommit()
+	}
+	return whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was about to stop on the source"}
 }
 
 // runTakenUp drives a migration that was taken up to its end. err is the error of the first takeUp.
@@ -206,19 +207,17 @@ func (s *Source) runTakenUp(ctx context.Context, rec Record, err error) {
 	defer close(s.done)
 	defer s.cancel(nil)
 	defer s.release()
-	err = s.retryTakeUp(ctx, rec, err)
+	err = s.retryTakeUp(rec, err)
 	switch {
 	case errors.Is(err, errContinued) && s.isCommitted() && s.peer != nil:
 		s.retractHandOver(ctx)
+	case err != nil && s.vm == nil && s.daemonCtx.Err() != nil:
+		s.leaveToNextDaemon(err, s.whereNotTakenUp())
 	case err != nil && (s.isCommitted() || s.vm == nil):
 		s.log.Error("cannot take up the migration", "error", err)
-		remedy := "look where the VM runs; only if it certainly runs nowhere: " + s.fallBackCommand()
-		where := whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "this daemon did not touch the VM"}
-		if errors.Is(err, errOurQEMUGone) {
-			remedy, where.words = fmt.Sprintf(remedyEndVM, s.cfg.ID), endedStatus
-		}
+		remedy, where := s.notTakenUp(err)
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-			withRemedy(fmt.Errorf("%w: %w", errDaemonEnded, err), remedy), where)
+			withRemedy(fmt.Errorf("%w (%w)", err, errDaemonEnded), remedy), where)
 	case !s.isCommitted():
 		// Run was never sent: the destination has not run the VM.
 		s.backOut(ctx, errors.Join(errDaemonEnded, err))
@@ -228,5 +227,20 @@ func (s *Source) runTakenUp(ctx context.Context, rec Record, err error) {
 		if s.finishHandOver(ctx) {
 			s.followToEnd(ctx)
 		}
+	}
+}
+
+// notTakenUp returns the remedy for a migration that this daemon cannot take up because of err, and where its VM is.
+func (s *Source) notTakenUp(err error) (remedy string, where whereabouts) {
+	where = whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "this daemon did not touch the VM"}
+	switch gone := errors.Is(err, errOurQEMUGone); {
+	case gone && !s.isCommitted(): // the destination was never told to run the VM
+		return remedyStart, whereabouts{migratedv1.Location_LOCATION_ENDED, endedStatus}
+	case gone:
+		where.words = endedStatus
+		return fmt.Sprintf(remedyEndVM, s.cfg.ID), where
+	default:
+		return fmt.Sprintf("run 'migrated status %s' on the destination to see whether the VM runs there; only if it does "+
+			"not and never will, run here: %s", s.cfg.ID, s.fallBackCommand()), where
 	}
 }
