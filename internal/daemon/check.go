@@ -96,7 +96,7 @@ func (d *Daemon) checkDestination(
 	failed := func(err error) []*migratedv1.CheckResult {
 		result.Status = migratedv1.CheckStatus_CHECK_STATUS_FAILED
 		result.Detail = fmt.Sprintf("%s: %s", address, status.Convert(err).Message())
-		result.Remedy = "start 'migrated serve' on the destination with a --listen address that this host reaches"
+		result.Remedy = migration.PeerRemedy(address, err)
 		return []*migratedv1.CheckResult{result}
 	}
 	conn, err := d.dial(address)

@@ -259,7 +259,7 @@ func (c *controlService) Cancel(
 		return nil, notFound(request.GetId())
 	}
 	if err := s.Cancel(); err != nil {
-		return nil, status.Error(codes.FailedPrecondition, err.Error())
+		return nil, migration.ToStatus(codes.FailedPrecondition, err)
 	}
 	view, _ := s.Snapshot()
 	return &migratedv1.CancelResponse{Migration: view}, nil
@@ -282,7 +282,7 @@ func (c *controlService) Recover(
 		return nil, notFound(request.GetId())
 	}
 	if err := d.Recover(request.GetVia()); err != nil {
-		return nil, status.Error(codes.FailedPrecondition, err.Error())
+		return nil, migration.ToStatus(codes.FailedPrecondition, err)
 	}
 	view, _ := d.Snapshot()
 	return &migratedv1.RecoverResponse{Migration: view}, nil

@@ -21,6 +21,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/evacuation"
 	"github.com/migrated-vm/migrated/internal/libvirt"
+	"github.com/migrated-vm/migrated/internal/migration"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -54,7 +55,7 @@ func (s *evacuationService) ListVMs(
 ) (*migratedv1.ListVMsResponse, error) {
 	vms, err := s.daemon.vms(ctx)
 	if err != nil {
-		return nil, status.Error(codes.Unavailable, err.Error())
+		return nil, migration.ToStatus(codes.Internal, err)
 	}
 	return &migratedv1.ListVMsResponse{Vms: vms}, nil
 }

@@ -113,7 +113,7 @@ func (h evacuatedHost) Room(ctx context.Context, destination string) (*migratedv
 	defer func() { _ = conn.Close() }() // only the answer is needed
 	answer, err := migratedv1.NewPeerServiceClient(conn).CheckHost(ctx, &migratedv1.CheckHostRequest{})
 	if err != nil {
-		return nil, err
+		return nil, migration.FromPeer("ask what room it has", destination, err)
 	}
 	_, err = split(answer.GetResults())
 	return answer.GetRoom(), err
@@ -131,7 +131,7 @@ func (h evacuatedHost) CheckAt(
 
 func (h evacuatedHost) Start(ctx context.Context, id string, spec *migratedv1.MigrationSpec) error {
 	_, err := (&controlService{daemon: h.d}).Start(ctx, &migratedv1.StartRequest{Id: id, Spec: spec})
-	return err
+	return migration.FromStatus(err)
 }
 
 func (h evacuatedHost) Migration(id string) (view *migratedv1.Migration, over bool) {

@@ -116,8 +116,8 @@ func (e *evacuation) lost(ctx context.Context, vm *migratedv1.EvacuatedVM) {
 		}
 		v.State, v.Location = migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_FAILED, migratedv1.Location_LOCATION_UNKNOWN
 		v.Error = migration.Describe(migration.WithRemedy(
-			errors.New("its QEMU is not here any more, and no daemon of this host knows how its migration ended"),
-			fmt.Sprintf("ask the destination: migrated report %s --daemon %s",
-				vm.GetMigration(), cmp.Or(vm.GetDestination(), "HOST"))))
+			fmt.Errorf("the VM's QEMU is no longer on this host, and this daemon does not know how migration %s ended",
+				vm.GetMigration()),
+			fmt.Sprintf("run on %s: migrated report %s", cmp.Or(vm.GetDestination(), "each destination"), vm.GetMigration())))
 	})
 }

@@ -125,9 +125,11 @@ func (m *Manager) run(e *evacuation) {
 	for _, vm := range view.GetVms() {
 		counts[vm.GetState()]++
 	}
+	if message := view.GetError().GetMessage(); message != "" {
+		log = log.With("error", message)
+	}
 	log.Info("evacuation is over", "state", migration.Name(view.GetState(), "EVACUATION_STATE_"),
-		"vms", len(view.GetVms()), "moved", counts[migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVED],
-		"error", view.GetError().GetMessage())
+		"vms", len(view.GetVms()), "moved", counts[migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVED])
 }
 
 // Begin begins an evacuation, or returns the current state of the one with that id and specification. The errors are

@@ -105,37 +105,75 @@ func ToStatus(code codes.Code, err error) error {
 func fromPeer(step, peer string, err error) error {
 	st := status.Convert(err)
 	wrapped := fmt.Errorf("%s: destination %s: %w", step, peer, &peerError{st})
-	reason, remedy := reasonOfStatus(st.Code()), ""
-	for _, detail := range st.Details() {
-		if shown, ok := detail.(*migratedv1.MigrationError); ok {
-			remedy = shown.GetRemedy()
-			if shown.GetReason() != migratedv1.Reason_REASON_UNSPECIFIED {
-				reason = shown.GetReason()
-			}
-		}
+	reason, _ := detailsOf(st)
+	if reason == migratedv1.Reason_REASON_UNSPECIFIED {
+		reason = reasonOfStatus(st.Code())
 	}
 	if reason != migratedv1.Reason_REASON_UNSPECIFIED { // else keep a reason that an error inside may have
 		wrapped = withReason(wrapped, reason)
 	}
-	if remedy != "" {
+	if remedy := PeerRemedy(peer, err); remedy != "" {
 		return withRemedy(wrapped, remedy)
+	}
+	return wrapped
+}
+
+// FromPeer is fromPeer for calls to the destination that other packages make.
+func FromPeer(step, peer string, err error) error { return fromPeer(step, peer, err) }
+
+// FromStatus turns an error that a call to this daemon's own API returned back into one with the reason and the remedy
+// of its status; nil stays nil.
+func FromStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	st := status.Convert(err)
+	reason, remedy := detailsOf(st)
+	err = errors.New(st.Message())
+	if reason != migratedv1.Reason_REASON_UNSPECIFIED {
+		err = withReason(err, reason)
+	}
+	if remedy != "" {
+		err = withRemedy(err, remedy)
+	}
+	return err
+}
+
+// detailsOf returns the reason and the remedy that a status carries, if it does. See ToStatus.
+func detailsOf(st *status.Status) (reason migratedv1.Reason, remedy string) {
+	for _, detail := range st.Details() {
+		if shown, ok := detail.(*migratedv1.MigrationError); ok {
+			reason, remedy = shown.GetReason(), shown.GetRemedy()
+		}
+	}
+	return reason, remedy
+}
+
+// PeerRemedy returns what an operator can do about an error that a call to the daemon at peer, a destination, returned.
+// Empty: that is not known.
+func PeerRemedy(peer string, err error) string {
+	st := status.Convert(err)
+	if _, remedy := detailsOf(st); remedy != "" {
+		return remedy
 	}
 	switch st.Code() {
 	case codes.Unavailable:
 		if outOfTime(st.Message()) {
-			return withRemedy(wrapped, "correct the clocks of both hosts, or renew the certificates")
+			return "correct the clocks of both hosts, or renew the certificates"
 		}
 		if handshakeFailed(st.Message()) {
-			return withRemedy(wrapped, "use TLS on both hosts or on neither, with certificates of the same tls_ca "+
-				"and names that are among the other's peers; the destination's log says whom it refused")
+			return "use TLS on both hosts or on neither, with certificates of the same tls_ca " +
+				"and names that are among the other's peers; the destination's log says whom it refused"
 		}
-		return withRemedy(wrapped, fmt.Sprintf(
-			"see that the destination's daemon runs and that %s is reachable from this host", peer))
+		return fmt.Sprintf("make sure that the destination's daemon runs and that %s is reachable from this host", peer)
+	case codes.PermissionDenied:
+		return "add a name of this host's certificate to 'peers' in the destination's configuration, and have its daemon " +
+			"reload that (systemctl reload migrated)"
 	case codes.Unimplemented:
-		return withRemedy(wrapped, fmt.Sprintf(
-			"%s does not answer as a migrated daemon of this version; look at --to and at 'migrated version' there", peer))
+		return fmt.Sprintf("%s does not answer as a migrated daemon of this version; "+
+			"look at --to and at 'migrated version' there", peer)
 	default:
-		return wrapped
+		return ""
 	}
 }
 

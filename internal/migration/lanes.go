@@ -88,7 +88,7 @@ func openLanesAt(ctx context.Context, cfg laneConfig, address string) (_ *lanes,
 	ctx, l.cancel = context.WithCancel(ctx)
 	expire := time.AfterFunc(laneTimeout, l.cancel)
 	defer func() {
-		if !expire.Stop() && err == nil {
+		if !expire.Stop() { // what failed then did so because the time was over
 			err = fmt.Errorf("page server %s did not answer within %v", address, laneTimeout)
 		}
 		if err != nil {
@@ -118,7 +118,7 @@ func openMore(ctx, opening context.Context, cfg laneConfig, address string) (pos
 	defer stop()
 	given := context.AfterFunc(opening, cancel)
 	lane, err := openLane(ctx, cfg, address, true)
-	if !given() && err == nil {
+	if !given() { // what failed then did so because of that
 		err = fmt.Errorf("page server %s: another lane: %w", address, context.Cause(opening))
 	}
 	if err != nil {

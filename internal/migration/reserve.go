@@ -25,7 +25,7 @@ type reserve struct {
 }
 
 // errNoReserve says that the host lacks memory that a VM was promised.
-var errNoReserve = errors.New("this host has not the memory that the VM was promised (prealloc=on or mem-lock=on)")
+var errNoReserve = errors.New("the destination lacks memory for the VM's preallocated or locked RAM (prealloc=on, mem-lock=on)")
 
 const (
 	// reserveStep is how many bytes are reserved at a time. Before each step the host is asked what it has.
@@ -73,14 +73,15 @@ func checkAvailable(bytes uint64, available func() (uint64, error)) error {
 		return err
 	}
 	if has < bytes+reserveMargin {
-		return reserveError(fmt.Errorf("%d MiB are missing, and %d MiB are available", bytes>>20, has>>20))
+		return reserveError(fmt.Errorf("%d MiB more are needed, %d MiB are available, and %d MiB of these must stay free",
+			bytes>>20, has>>20, uint64(reserveMargin)>>20))
 	}
 	return nil
 }
 
 func reserveError(err error) error {
 	return withRemedy(fmt.Errorf("%w: %w", errNoReserve, err),
-		"free memory at the destination, or start the VM without that promise")
+		"free memory at the destination, or start the VM without prealloc=on and mem-lock=on")
 }
 
 // availableMemory returns how many bytes the kernel can give without swapping (MemAvailable in proc_meminfo(5)).

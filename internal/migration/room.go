@@ -35,11 +35,15 @@ func checkCgroupRoom(machine *migratedv1.SourceMachine, groups cgroup.Groups, be
 			return err
 		}
 		if limited && least.Left() < bytes {
+			example := ""
+			if resource == cgroup.Memory {
+				example = " (of a unit of systemd's: systemctl set-property UNIT MemoryMax=)"
+			}
 			return withRemedy(
 				fmt.Errorf("%w: it needs %d MiB, and %s has %d MiB left (%s is %d MiB)",
 					errNotInGroup, bytes>>20, least.Group, least.Left()>>20, least.File, least.Max>>20),
-				"raise that limit (of a unit of systemd's: systemctl set-property UNIT MemoryMax=), "+
-					"or have QEMUs started in another control group: qemu_cgroup in the destination's configuration")
+				"raise that limit"+example+
+					", or have QEMUs started in another control group: qemu_cgroup in the destination's configuration")
 		}
 	}
 	return nil

@@ -36,7 +36,8 @@ func (s *Source) prepare(ctx context.Context) error {
 		return err
 	}
 	notEarly := s.whyNotEarly()
-	ctx, cancel := context.WithTimeout(ctx, timeToPrepare(machine)+earlyTries*earlyTimeout)
+	limit := timeToPrepare(machine) + earlyTries*earlyTimeout
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the destination was not ready within %v", limit))
 	defer cancel()
 	testPoint("source-offered")
 	answer, err := s.peer.PrepareIncoming(ctx, &migratedv1.PrepareIncomingRequest{
@@ -268,7 +269,13 @@ func (s *Source) watchIdlePeer(ctx context.Context) error {
 			return fromPeer("wait for start", destination, err)
 		}
 		if Terminal(answer.GetState()) {
-			return fmt.Errorf("wait for start: destination %s gave up: %s", destination, answer.GetError().GetMessage())
+			told := answer.GetError()
+			err := withReason(fmt.Errorf("wait for start: destination %s gave up: %s", destination, told.GetMessage()),
+				told.GetReason())
+			if told.GetRemedy() != "" {
+				err = withRemedy(err, told.GetRemedy())
+			}
+			return err
 		}
 		s.update(func(m *migratedv1.Migration) { m.DestinationQemu = toldQEMU(answer.GetQemu()) })
 	}

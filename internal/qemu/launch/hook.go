@@ -70,10 +70,17 @@ func runHook(hook string, call HookCall) (string, error) {
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // the whole process group
 	cmd.WaitDelay = time.Second
 	if err := cmd.Run(); err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
+		var exit *exec.ExitError
+		words := bytes.TrimSpace(said.kept.Bytes())
+		switch {
+		case ctx.Err() != nil:
+			return "", fmt.Errorf("the hook %s: %w", hook, context.Cause(ctx))
+		case !errors.As(err, &exit):
+			return "", fmt.Errorf("the hook %s cannot be executed: %w", hook, err)
+		case len(words) == 0:
+			return "", fmt.Errorf("the hook %s refuses the domain: %w", hook, err)
 		}
-		return "", fmt.Errorf("the hook %s refuses the domain: %w: %s", hook, err, bytes.TrimSpace(said.kept.Bytes()))
+		return "", fmt.Errorf("the hook %s refuses the domain: %s (%w)", hook, words, err)
 	}
 	if out.left < 0 {
 		return "", fmt.Errorf("the hook %s says more than %d bytes", hook, maxHookOutput)
