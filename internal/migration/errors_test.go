@@ -10,8 +10,12 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/testing/protocmp"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
 // An error reaches the operator of the other daemon with its message, its remedy and its code, without gRPC's own
@@ -31,18 +35,41 @@ func TestErrorCrossesTheNetwork(t *testing.T) {
 	}
 }
 
+// The daemon's own API is also called inside the daemon: the error is the same, with its reason and its remedy.
+func TestFromStatus(t *testing.T) {
+	full := withRemedy(withReason(errors.New("it is full"), migratedv1.Reason_REASON_NO_MEMORY), "make room")
+	want := Describe(full)
+	if diff := cmp.Diff(want, Describe(FromStatus(ToStatus(codes.FailedPrecondition, full))), protocmp.Transform()); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if err := FromStatus(status.Error(codes.Unavailable, "it ends")); err.Error() != "it ends" || Remedy(err) != "" {
+		t.Errorf("without details: %v", err)
+	}
+}
+
 func TestNoErrorStaysNone(t *testing.T) {
-	if err := ToStatus(codes.Internal, nil); err != nil {
+	if err := errors.Join(ToStatus(codes.Internal, nil), FromStatus(nil)); err != nil {
 		t.Error(err)
 	}
 }
 
-func TestUnreachablePeerHasARemedy(t *testing.T) {
-	err := fromPeer("prepare", "192.0.2.2:7600", status.Error(codes.Unavailable, "connection refused"))
-	shown := Describe(err)
-	if !strings.Contains(shown.GetMessage(), "cannot be reached") ||
-		!strings.Contains(shown.GetRemedy(), "192.0.2.2:7600") {
-		t.Errorf("%v", shown)
+// The remedy fits what the peer answered.
+func TestPeerRemedy(t *testing.T) {
+	for code, words := range map[codes.Code]string{
+		codes.Unavailable:      "daemon runs and that 192.0.2.2:7600 is reachable",
+		codes.PermissionDenied: "'peers' in the destination's configuration",
+		codes.Unimplemented:    "migrated version",
+		codes.Internal:         "",
+	} {
+		err := fromPeer("prepare", "192.0.2.2:7600", status.Error(code, "as it is"))
+		remedy := Describe(err).GetRemedy()
+		if !strings.Contains(remedy, words) || words == "" && remedy != "" {
+			t.Errorf("%v: %q", code, remedy)
+		}
+	}
+	if err := fromPeer("prepare", "192.0.2.2:7600", status.Error(codes.Unavailable, "connection refused")); !strings.Contains(
+		err.Error(), "cannot be reached: connection refused") {
+		t.Error(err)
 	}
 }
 

@@ -25,7 +25,9 @@ func TestHook(t *testing.T) {
 		{"says nothing", "cat >/dev/null", 0o755, definition, ""},
 		{"its arguments", `printf '<%s|%s|%s|%s|%s>' "$#" "$1" "$2" "$3" "$4"`, 0o755, "<4|a; rm -rf /|migrate|begin|->", ""},
 		{"changes it", "sed s/domain/changed/g", 0o755, strings.ReplaceAll(definition, "domain", "changed"), ""},
-		{"refuses it", "echo no room >&2; exit 3", 0o755, "", "exit status 3: no room"},
+		{"refuses it", "echo no room >&2; exit 3", 0o755, "", "no room (exit status 3)"},
+		{"fails silently", "exit 4", 0o755, "", "refuses the domain: exit status 4"},
+		{"cannot be executed", "true", 0o644, "", "cannot be executed"},
 		{"says too much", "head -c 2000000 /dev/zero", 0o755, "", "more than 1048576 bytes"},
 		{"anybody's", "true", 0o777, "", "changed by others than root"},
 	} {
