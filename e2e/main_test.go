@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package e2e migrates real VMs between two real daemons on two hosts made of namespaces, and looks at every page
-// afterwards.
+// Package e2e migrates real VMs between two real daemons on two hosts made of namespaces, and then checks every page.
 //
 // What the tests share:
 //
-//	main_test.go       hosts, daemons, VMs, the passes of the bare-metal guest; eventually, the one loop that polls
-//	migration_test.go  one migration by the control API: start, wait, look at its end
-//	scene_test.go      the VM with the bare-metal guest, on its way from host a to host b
-//	vms_test.go        Linux guests; traveller_test.go: one that goes from host to host
-//	badinput_test.go   operate, the command line
-//	libvirt_test.go    domains of libvirt's; guides_test.go: the documentation's commands
+//	main_test.go       hosts, daemons, VMs, passes of the bare-metal guest; eventually, which polls
+//	migration_test.go  one migration through the control API: start it, wait for it, check its end
+//	scene_test.go      a VM with the bare-metal guest that moves from host A to host B
+//	vms_test.go        VMs with a Linux guest; traveller_test.go: one that moves back and forth
+//	badinput_test.go   operate, which runs the command line program
+//	libvirt_test.go    libvirt domains; guides_test.go: the commands in the documentation
 package e2e
 
 import (
@@ -106,7 +105,7 @@ func startDaemon(t *testing.T, h *lab.Host, extra ...string) *lab.Process {
 	return daemon
 }
 
-// control is the control API of a host's daemon.
+// control returns a client of the control API of a host's daemon.
 func control(t *testing.T, h *lab.Host) migratedv1.ControlServiceClient {
 	t.Helper()
 	conn, client, err := h.Control()
@@ -123,7 +122,7 @@ func closeConn(t *testing.T, conn *grpc.ClientConn) {
 	}
 }
 
-// startVM starts a VM, its QEMU's output shown when the test fails.
+// startVM starts a VM. If the test fails, it shows QEMU's output.
 func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Process {
 	t.Helper()
 	beforeVM(t, h, c)
@@ -134,7 +133,7 @@ func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Pr
 	return p
 }
 
-// bootLinux starts a VM with the Linux guest and returns its port when that is at work.
+// bootLinux starts a VM with the Linux guest and returns the guest's port once the guest works.
 func bootLinux(t *testing.T, h *lab.Host, c lab.VMConfig, log *report.Log) *report.Port {
 	t.Helper()
 	beforeVM(t, h, c)
@@ -145,7 +144,7 @@ func bootLinux(t *testing.T, h *lab.Host, c lab.VMConfig, log *report.Log) *repo
 	return port
 }
 
-// beforeVM says what a VM needs that this machine lacks, and shows at the end of a test that failed what its QEMU said.
+// beforeVM calls testenv.CannotRun if this machine lacks what the VM needs. If the test fails, it shows QEMU's output.
 func beforeVM(t *testing.T, h *lab.Host, c lab.VMConfig) {
 	t.Helper()
 	if c.Disks > 0 || c.NICs > 0 {
@@ -169,7 +168,7 @@ func openGuest(t *testing.T, h *lab.Host, log *report.Log) *report.Port {
 	return port
 }
 
-// metalPass waits for the bare-metal guest on h to write a pass that ok accepts and returns its number.
+// metalPass waits until the bare-metal guest on h has written a pass that ok accepts, and returns its number.
 func metalPass(t *testing.T, h *lab.Host, ok func(pass uint64) bool) uint64 {
 	t.Helper()
 	return passIn(t, h.Path(lab.SerialLog), ok)
@@ -189,14 +188,15 @@ func passIn(t *testing.T, path string, ok func(pass uint64) bool) (pass uint64) 
 	return pass
 }
 
-// goesOn waits for the bare-metal guest to write passes on that host, also while the daemon has its monitor.
+// goesOn waits until the bare-metal guest on a host has written more passes. It does not use QEMU's monitor, so it also
+// works while the daemon does.
 func goesOn(t *testing.T, h *lab.Host) {
 	t.Helper()
 	now := metalPass(t, h, func(uint64) bool { return true })
 	metalPass(t, h, func(pass uint64) bool { return pass > now+1 })
 }
 
-// lastPass reads the newest whole line of the bare-metal guest.
+// lastPass returns the pass in the last complete line that the bare-metal guest wrote to path.
 func lastPass(path string) (uint64, bool) {
 	text, err := os.ReadFile(filepath.Clean(path))
 	if err != nil {
@@ -213,7 +213,7 @@ func lastPass(path string) (uint64, bool) {
 	return pass, true
 }
 
-// qemuOn is the process of the host's only QEMU, 0 where there is none.
+// qemuOn returns the pid of the host's only QEMU, or 0 if the host has none.
 func qemuOn(t *testing.T, h *lab.Host) int {
 	t.Helper()
 	pids, err := h.Processes("qemu-system-x86_64")
@@ -242,7 +242,7 @@ func awaitNoQEMU(t *testing.T, h *lab.Host) {
 	})
 }
 
-// kill signals a process of the lab.
+// kill sends a signal to a process of the lab.
 func kill(t *testing.T, pid int, sig syscall.Signal) {
 	t.Helper()
 	if pid == 0 {
@@ -253,8 +253,8 @@ func kill(t *testing.T, pid int, sig syscall.Signal) {
 	}
 }
 
-// checkMetal stops the bare-metal guest on h, reads all of its memory and lets it go on. It returns the pass that the
-// memory is of.
+// checkMetal stops the bare-metal guest on h, checks all of its memory and continues it. It returns the pass that the
+// memory holds.
 func checkMetal(t *testing.T, vm lab.VMConfig, h *lab.Host) uint64 {
 	t.Helper()
 	ctx := testContext(t)

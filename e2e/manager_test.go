@@ -16,7 +16,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// startSystemd gives a host systemd.
+// startSystemd starts systemd on a host.
 func startSystemd(t *testing.T, h *lab.Host) {
 	t.Helper()
 	if err := h.Manage(testContext(t)); errors.Is(err, lab.ErrNoSystemd) {
@@ -26,7 +26,7 @@ func startSystemd(t *testing.T, h *lab.Host) {
 	}
 }
 
-// managedHosts makes two hosts whose daemons systemd runs, by the unit that they are delivered with.
+// managedHosts makes two hosts on which systemd runs the daemon with the unit deploy/migrated.service.
 func managedHosts(t *testing.T, link lab.Link) *lab.Lab {
 	t.Helper()
 	l := linkedHosts(t, link)
@@ -54,7 +54,7 @@ func systemctl(t *testing.T, h *lab.Host, args ...string) {
 	}
 }
 
-// killUnit ends a host's daemon at once. It returns when systemd has started another.
+// killUnit kills a host's daemon with SIGKILL. It returns when systemd has started the daemon again.
 func killUnit(t *testing.T, h *lab.Host) {
 	t.Helper()
 	before := unitProperty(t, h, "NRestarts")
@@ -62,7 +62,7 @@ func killUnit(t *testing.T, h *lab.Host) {
 	awaitRestart(t, h, before)
 }
 
-// restartUnit is the planned way, that of an upgrade.
+// restartUnit restarts a host's daemon by systemctl, as an upgrade does.
 func restartUnit(t *testing.T, h *lab.Host) {
 	t.Helper()
 	systemctl(t, h, "restart", "migrated")
@@ -77,9 +77,9 @@ func unitProperty(t *testing.T, h *lab.Host, name string) string {
 	return strings.TrimSpace(out)
 }
 
-// TestRestartUnderSystemd ends daemons in the middle of the migrations of a busy guest, has systemd start them again,
-// and prints how long the guest stood still. The sockets stay the same: nobody is refused meanwhile. MIGRATED_ROUNDS=10
-// is for figures (docs/faults.md).
+// TestRestartUnderSystemd kills and restarts daemons in the middle of the migrations of a busy guest. systemd starts
+// them again, and each migration completes. The listening sockets stay the same, so no connection is refused meanwhile.
+// The test logs the guest's longest stalls. MIGRATED_ROUNDS=10 gives the figures in docs/faults.md.
 func TestRestartUnderSystemd(t *testing.T) {
 	t.Parallel()
 	rounds := 1
@@ -124,7 +124,7 @@ func TestRestartUnderSystemd(t *testing.T) {
 	}
 }
 
-// listeners are the inodes of the sockets at which a host's daemon listens: for daemons, and for operators.
+// listeners returns the inodes of the sockets at which a host's daemon listens: one for daemons, one for operators.
 func listeners(t *testing.T, h *lab.Host) []string {
 	t.Helper()
 	var inodes []string

@@ -17,7 +17,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// mapRAM maps the file with the VM's RAM on h, as a process that is not QEMU. The caller unmaps it.
+// mapRAM maps the VM's RAM file on h into the test's process, which is not QEMU. The caller unmaps it.
 func mapRAM(t *testing.T, vm lab.VMConfig, h *lab.Host) []byte {
 	t.Helper()
 	mapped, err := lab.MapFile(h.Path(vm.RAMFiles()[0]))
@@ -34,8 +34,8 @@ func unmap(t *testing.T, mapped []byte) {
 	}
 }
 
-// TestMapperIsRefused checks that a process that maps the VM's RAM is named, with the file, before the VM is touched,
-// whenever it begins.
+// TestMapperIsRefused: a migration is refused if another process maps the VM's RAM, before the migration or after it
+// was prepared, at the source or at the destination. The error names the process and the file. The VM is not touched.
 func TestMapperIsRefused(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -70,15 +70,16 @@ func TestMapperIsRefused(t *testing.T) {
 	s.arrived()
 }
 
-// TestForeignReader has a process map the VM's RAM after the last check, and read all of it until the last page has
-// come. The process gets zeros; the VM has its memory.
+// TestForeignReader maps the VM's RAM at the destination after the last check for such mappings, and reads all of it
+// until the migration ends. A read of a missing page gets zeros, and the migration counts that page as touched. The VM
+// has its memory nevertheless.
 func TestForeignReader(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	client := control(t, l.A)
 	spec := s.spec()
-	spec.Bandwidth = 1 << 20 // so that it is not over before the reader has begun
+	spec.Bandwidth = 1 << 20 // so that the migration is not over before the reader begins
 	start(t, client, "read", spec)
 	follow(t, client, "read", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
 	mapped := mapRAM(t, s.vm, l.B)
@@ -92,7 +93,7 @@ func TestForeignReader(t *testing.T) {
 				sum += mapped[at]
 			}
 		}
-		read.Store(uint32(sum)) // or nothing would have to be read
+		read.Store(uint32(sum)) // else the compiler may remove the reads
 		passes <- n
 	}()
 	if _, err := client.SetBandwidth(
@@ -115,7 +116,8 @@ func TestForeignReader(t *testing.T) {
 
 var read atomic.Uint32
 
-// TestVhostUserIsRefused: a disk that another process serves is refused by the device's name.
+// TestVhostUserIsRefused: a VM with a vhost-user disk, which another process serves, is refused. The error names the
+// device.
 func TestVhostUserIsRefused(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("qemu-storage-daemon"); err != nil {

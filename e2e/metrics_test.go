@@ -25,10 +25,10 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// metricsSocket is where the lab's daemons serve metrics, if they are told to.
+// metricsSocket is the socket at which the lab's daemons serve metrics, if a test asks them to.
 const metricsSocket = "/run/migrated/metrics.sock"
 
-// scrape returns the metrics of a host's daemon now.
+// scrape returns the current metrics of a host's daemon.
 func scrape(t *testing.T, h *lab.Host) string {
 	t.Helper()
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -51,7 +51,7 @@ func scrape(t *testing.T, h *lab.Host) string {
 	return string(text)
 }
 
-// sum adds the series of a metric that have all of these labels. found is their number.
+// sum returns the sum of the series of a metric that have all of the labels, and their number.
 func sum(t *testing.T, scrape, metric string, labels ...string) (total float64, found int) {
 	t.Helper()
 	for line := range strings.Lines(scrape) {
@@ -72,7 +72,7 @@ func sum(t *testing.T, scrape, metric string, labels ...string) (total float64, 
 	return total, found
 }
 
-// statusJSON is what "migrated status --json" says on a host.
+// statusJSON returns what "migrated status --json" prints on a host.
 func statusJSON(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
 	t.Helper()
 	out, err := h.Migrated(testContext(t), "status", id, "--json")
@@ -86,10 +86,10 @@ func statusJSON(t *testing.T, h *lab.Host, id string) *migratedv1.Migration {
 	return &m
 }
 
-// TestMetricsAreTheTruth moves a VM while it is scraped, and compares the metrics with what "migrated status" says. No
-// alert fires of such a migration. Every query of the dashboard has an answer, also of a Prometheus that has scraped
-// the migration. A collector is told of the migration. The reports of both hosts say the same, also after their daemons
-// were started again.
+// TestMetricsAreTheTruth scrapes both daemons while a VM moves, and then compares the metrics with "migrated status".
+// No alert fires for this migration. Every query of the dashboard has a result, also in a Prometheus that scraped the
+// migration. A trace collector receives the spans of the migration. The reports of both hosts agree with the status,
+// also after their daemons were restarted.
 func TestMetricsAreTheTruth(t *testing.T) {
 	t.Parallel()
 	l, id := newHosts(t), newIdentity(t)
@@ -149,7 +149,7 @@ func TestMetricsAreTheTruth(t *testing.T) {
 			t.Errorf("%s%v is %v in %d series, want %v as status says", c.metric, c.labels, got, found, c.want)
 		}
 	}
-	// The slowest fault is in no bucket below it, and in every one above.
+	// Buckets are cumulative: those below the slowest fault do not count it, those above count all faults.
 	slowest := p.GetFaultMax().AsDuration().Seconds()
 	timed, _ := sum(t, destination, "migrated_fault_latency_seconds_count")
 	if timed == 0 || timed > float64(p.GetFaults()) {
@@ -176,7 +176,8 @@ func TestMetricsAreTheTruth(t *testing.T) {
 	checkReportsStay(t, l, "m", daemons, settings)
 }
 
-// startPrometheus has a real one scrape the daemons of both hosts, by way of this machine's loopback.
+// startPrometheus starts a Prometheus that scrapes the daemons of both hosts, through proxies on this machine's
+// loopback.
 func startPrometheus(t *testing.T, l *lab.Lab) *promtool.Server {
 	t.Helper()
 	if _, err := promtool.Find(testContext(t)); err != nil {
@@ -189,7 +190,7 @@ func startPrometheus(t *testing.T, l *lab.Lab) *promtool.Server {
 		}}
 		proxy := httptest.NewServer(&httputil.ReverseProxy{
 			Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: "daemon"}) }, Transport: transport,
-			ErrorLog: log.New(io.Discard, "", 0), // of daemons that are started anew
+			ErrorLog: log.New(io.Discard, "", 0), // errors while a daemon is restarted
 		})
 		t.Cleanup(func() { proxy.Close(); transport.CloseIdleConnections() })
 		targets[h.Name] = proxy.Listener.Addr().String()
@@ -206,7 +207,7 @@ func startPrometheus(t *testing.T, l *lab.Lab) *promtool.Server {
 	return server
 }
 
-// checkDashboard has each query of the dashboard answered by a Prometheus that has seen the migration.
+// checkDashboard checks that a Prometheus that scraped the migration has a result for each query of the dashboard.
 func checkDashboard(t *testing.T, server *promtool.Server) {
 	t.Helper()
 	queries, err := promtool.Queries("../deploy/monitoring/dashboard.json")
@@ -214,7 +215,7 @@ func checkDashboard(t *testing.T, server *promtool.Server) {
 		t.Fatal(err)
 	}
 	for _, query := range queries {
-		eventually(t, func() error { // what it has not scraped yet, it does in a moment
+		eventually(t, func() error { // the next scrape may still be missing
 			found, err := server.Values(testContext(t), query)
 			if err != nil {
 				t.Fatal(err)
@@ -227,7 +228,8 @@ func checkDashboard(t *testing.T, server *promtool.Server) {
 	}
 }
 
-// evaluate has the alerts and the dashboard of deploy/monitoring evaluated of scrapes.
+// evaluate runs promtool with the scrapes: no alert of deploy/monitoring fires, and each query of its dashboard has a
+// result.
 func evaluate(t *testing.T, scrapes map[string]string) {
 	t.Helper()
 	if _, err := promtool.Find(testContext(t)); err != nil {

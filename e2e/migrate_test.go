@@ -15,8 +15,8 @@ import (
 // hugePagesFor512 is how many pages of 2 MiB the two hosts need for a VM of 512 MiB.
 const hugePagesFor512 = 512 // 2 hosts x 512 MiB / 2 MiB
 
-// TestLinuxGuest migrates a Linux guest under load, lets it work on the
-// destination and has it check every page and every block of its disk; then back again where it says so.
+// TestLinuxGuest migrates a Linux guest under load. The guest works on at the destination, and then checks every page
+// of its memory and every block of its disk. Some cases migrate it back, or reset it at the end.
 func TestLinuxGuest(t *testing.T) {
 	idle := []string{"migrated.pattern=idle", "migrated.mem=300"}
 	busy := []string{"migrated.pattern=random", "migrated.write=80", "migrated.mem=300"}
@@ -25,7 +25,7 @@ func TestLinuxGuest(t *testing.T) {
 		vm    lab.VMConfig
 		args  []string
 		back  bool
-		reset bool // afterwards, where it is
+		reset bool // at the end, on the host where the VM is
 	}{
 		{"idle 4KiB 1 block 1 vCPU", lab.VMConfig{VCPUs: 1, Nodes: 1}, idle, false, true},
 		{"busy 4KiB 1 block 4 vCPUs and back", lab.VMConfig{VCPUs: 4, Nodes: 1}, busy, true, false},
@@ -56,7 +56,7 @@ func TestLinuxGuest(t *testing.T) {
 	}
 }
 
-// resets resets a VM that was moved, and so each of its devices. QEMU continues, and the VM boots again.
+// resets resets a migrated VM, and with it each of its devices. QEMU continues, and the VM boots again.
 func resets(t *testing.T, h *lab.Host) {
 	t.Helper()
 	ctx := testContext(t)
@@ -119,7 +119,7 @@ func awaitWindows(t *testing.T, guest *report.Log, n int) {
 	}
 }
 
-// checkFigures looks at the figures of a completed migration.
+// checkFigures checks that a completed migration has all pages, and that none of its figures is missing.
 func checkFigures(t *testing.T, m *migratedv1.Migration) {
 	t.Helper()
 	p := m.GetProgress()

@@ -37,7 +37,7 @@ func migrateSpec(t *testing.T, from *lab.Host, id string, spec *migratedv1.Migra
 	return awaitEnd(t, client, id)
 }
 
-// start starts a migration; spec is nil where it was prepared.
+// start starts a migration. spec is nil if the migration was prepared.
 func start(t *testing.T, client migratedv1.ControlServiceClient, id string, spec *migratedv1.MigrationSpec) {
 	t.Helper()
 	if _, err := client.Start(testContext(t), &migratedv1.StartRequest{Id: id, Spec: spec}); err != nil {
@@ -68,7 +68,7 @@ func cancel(t *testing.T, client migratedv1.ControlServiceClient, id string) {
 	}
 }
 
-// unlimit lifts the limit of a migration's bandwidth. client is that of either host.
+// unlimit removes a migration's bandwidth limit. client may be of either host.
 func unlimit(t *testing.T, client migratedv1.ControlServiceClient, id string) {
 	t.Helper()
 	if _, err := client.SetBandwidth(testContext(t), &migratedv1.SetBandwidthRequest{Id: id}); err != nil {
@@ -76,7 +76,7 @@ func unlimit(t *testing.T, client migratedv1.ControlServiceClient, id string) {
 	}
 }
 
-// fallBack continues the VM at the source: its destination is gone.
+// fallBack continues the VM at the source, with the confirmation that the destination is gone.
 func fallBack(t *testing.T, client migratedv1.ControlServiceClient, id string) {
 	t.Helper()
 	if _, err := client.FallBack(
@@ -111,7 +111,7 @@ func awaitEnd(t *testing.T, client migratedv1.ControlServiceClient, id string) *
 	return await(t, client, id, func(*migratedv1.Migration) bool { return false })
 }
 
-// awaitState waits until a migration is in that state, and fails the test when it is over before.
+// awaitState waits until a migration is in that state. The test fails if the migration ends before.
 func awaitState(
 	t *testing.T, client migratedv1.ControlServiceClient, id string, state migratedv1.MigrationState,
 ) *migratedv1.Migration {
@@ -123,8 +123,8 @@ func awaitState(
 	return m
 }
 
-// await watches a migration until it is over or as wanted. The test fails where pages were there before they came: no
-// process but QEMU touches the VM's memory, except in tests that use follow.
+// await watches a migration until wanted accepts it or it is over. The test fails if a page was present before it
+// arrived: no process but QEMU touches the VM's memory. A test in which another process does uses follow.
 func await(
 	t *testing.T, client migratedv1.ControlServiceClient, id string, wanted func(*migratedv1.Migration) bool,
 ) *migratedv1.Migration {
@@ -137,7 +137,7 @@ func await(
 	return m
 }
 
-// follow is await where other processes may touch the VM's memory.
+// follow is await for tests in which other processes may touch the VM's memory.
 func follow(
 	t *testing.T, client migratedv1.ControlServiceClient, id string, wanted func(*migratedv1.Migration) bool,
 ) *migratedv1.Migration {

@@ -10,9 +10,9 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestTwoMonitorsOfOneVM checks that a VM is identified by its process, whichever monitor a migration was given. The
-// daemon refuses a second migration of a VM that is being moved, of one that is still arriving, and of the QEMU that
-// stays at the source for its memory.
+// TestTwoMonitorsOfOneVM: a VM is identified by its process, whichever of its monitors a migration uses. The daemon
+// refuses a second migration of a VM that is being moved, of one that is still arriving, and of a QEMU that KeepSource
+// left at the source.
 func TestTwoMonitorsOfOneVM(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)

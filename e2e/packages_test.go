@@ -16,8 +16,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// becomeInstallable makes private copies of /usr, /etc and the package lists and caches on a host. They begin as the
-// machine's, without an existing configuration.
+// becomeInstallable gives a host private copies of /usr, /etc and the package lists and caches. They begin as the
+// machine's, without migrated's configuration.
 const becomeInstallable = `
 mkdir -p /run/layers
 mount -t tmpfs tmpfs /run/layers
@@ -31,18 +31,18 @@ cd /run/systemd/system
 printf '[Unit]\nDefaultDependencies=no\n' | tee network-online.target >migrated.service.d/lab.conf
 `
 
-// The versions, as packages have them. The shorter one is the newer.
+// older and newer are the versions of the packages. A release candidate is older than its release.
 const older, newer = "1.1.0-rc1", "1.1.0"
 
-// packaged is a host with systemd and migrated as a package.
+// packaged is a host with systemd, on which migrated is installed from a package.
 type packaged struct {
 	*testing.T
 	host            *lab.Host
-	made            map[string]string // packages by versions
+	made            map[string]string // paths of the packages, by version
 	install, remove []string          // commands; a package's path follows install
 }
 
-// newPackaged makes the packages of both versions, and installs none.
+// newPackaged makes the packages of both versions and prepares the host. It installs none.
 func newPackaged(t *testing.T, h *lab.Host, format string, install, remove []string) *packaged {
 	t.Helper()
 	root, err := checkout.Root()
@@ -62,7 +62,7 @@ func newPackaged(t *testing.T, h *lab.Host, format string, install, remove []str
 	return p
 }
 
-// do runs a command of the packages' manager, and returns what it says and whether it has done it.
+// do runs a command, mostly of the package manager. It returns the output and whether the command succeeded.
 func (p *packaged) do(command ...string) (said string, done bool) {
 	p.Helper()
 	out, err := p.host.Command(testContext(p.T), command...).CombinedOutput()
@@ -78,7 +78,7 @@ func (p *packaged) installs(version string) (said string, done bool) {
 	return p.do(append(p.install, p.made[version])...)
 }
 
-// mustInstall installs a version and checks whether that has restarted the daemon.
+// mustInstall installs a version. It checks that this restarted the daemon if restarts is true, and not otherwise.
 func (p *packaged) mustInstall(version string, restarts bool) (said string) {
 	p.Helper()
 	before := p.daemon()
@@ -92,7 +92,8 @@ func (p *packaged) mustInstall(version string, restarts bool) (said string) {
 	return said
 }
 
-// refuses checks that a command is refused, in words, and changes nothing.
+// refuses checks that a command was refused with the wanted reason, named the migration, and did not restart the
+// daemon.
 func (p *packaged) refuses(want, said string, done bool, daemon string) {
 	p.Helper()
 	if done || !strings.Contains(said, want) || !strings.Contains(said, "under way on this host: packaged (postcopy-") {
@@ -103,7 +104,7 @@ func (p *packaged) refuses(want, said string, done bool, daemon string) {
 	}
 }
 
-// daemon is the daemon's process; "0": none.
+// daemon returns the pid of the daemon, or "0" if it does not run.
 func (p *packaged) daemon() string {
 	p.Helper()
 	return unitProperty(p.T, p.host, "MainPID")
@@ -147,9 +148,9 @@ func (p *packaged) exists(path string) bool {
 	return err == nil
 }
 
-// TestPackagesMeanwhile installs migrated as a package, on a host of Debian's kind and on one of Fedora's. In the
-// middle of the migration of a VM it is upgraded, and is neither put back to an older version nor removed. When the
-// migration is over, all of it is possible, and the VM goes on without migrated.
+// TestPackagesMeanwhile installs migrated as a package, on one host as a deb and on the other as an rpm. During the
+// migration of a VM, an upgrade is possible, but a downgrade and a removal are refused. After the migration, all of
+// them are possible, and the VM continues without migrated.
 func TestPackagesMeanwhile(t *testing.T) {
 	t.Parallel()
 	for _, needed := range []string{"dpkg", "rpm"} {
@@ -158,7 +159,7 @@ func TestPackagesMeanwhile(t *testing.T) {
 		}
 	}
 	l := newHosts(t)
-	// No rpm database says what of Debian's is there.
+	// --nodeps: the rpm database does not know Debian's packages.
 	a := newPackaged(t, l.A, "deb",
 		[]string{"dpkg", "--force-unsafe-io", "--install"}, []string{"dpkg", "--remove", "migrated"})
 	b := newPackaged(t, l.B, "rpm",
@@ -203,7 +204,7 @@ func TestPackagesMeanwhile(t *testing.T) {
 	s.cable(true)
 	completed(t, awaitEnd(t, control(t, l.A), "packaged"))
 	s.arrived()
-	// QEMU has the limits of the unit, and may run a program that gains privileges.
+	// QEMU has the seccomp filter of the unit, but may still execute a program that gains privileges.
 	status := statusOf(t, fmt.Sprintf("/proc/%d", qemuOn(t, l.B)))
 	if status["Seccomp"] != "2" || status["NoNewPrivs"] != "0" {
 		t.Errorf("QEMU has seccomp %s and no_new_privs %s", status["Seccomp"], status["NoNewPrivs"])

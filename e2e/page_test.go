@@ -50,7 +50,7 @@ func TestPage(t *testing.T) {
 	hide(false)
 	here.until(t, `document.querySelector("#link").textContent === "live"`)
 
-	// One that is prepared is cancelled, with the keyboard alone.
+	// Cancel a prepared migration. The keyboard alone opens the dialog, and closes it without cancelling.
 	if _, err := client.Prepare(testContext(t), &migratedv1.PrepareRequest{Id: "not-now", Spec: s.spec()}); err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +73,7 @@ func TestPage(t *testing.T) {
 		t.Errorf("it is %v, and cancelled by the page", m.GetState())
 	}
 
-	// One that goes on, for half a minute if it is left alone, is shown at both hosts.
+	// Show an active migration at both hosts. At this rate it takes half a minute.
 	limit(1e6)
 	start(t, client, "m", s.spec())
 	await(t, client, "m", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
@@ -87,7 +87,7 @@ func TestPage(t *testing.T) {
 			t.Fatalf("%s: it is %v: too fast to be looked at", what, state)
 		}
 	}
-	limit(3e5) // to look at it takes time
+	limit(3e5) // slower, because the screenshots take time
 	there.look(t, "active-destination", desktop)
 	here.look(t, "active-source", phoneAtNight)
 
@@ -103,8 +103,8 @@ func TestPage(t *testing.T) {
 		t.Errorf("the limit is %d, and 100 MiB/s by the page", is)
 	}
 
-	// The source's daemon is gone for a while: its page says so and goes on by itself, the other one says that memory
-	// is missing.
+	// Kill the source's daemon and start it again. Its page shows that the daemon is gone, and reconnects by itself.
+	// The page of the destination shows that memory is missing.
 	here.mayLose.Store(true)
 	mustKill(t, a)
 	here.until(t, `!document.querySelector("#lost").hidden`)
@@ -140,7 +140,7 @@ func TestPage(t *testing.T) {
 	here.look(t, "list", desktop, phone)
 }
 
-// shown is what a page is of, and what is on it, at one moment.
+// shown is the data that a page was given and the text that it shows, at one moment.
 type shown struct {
 	report   *migratedv1.Report
 	incoming *migratedv1.Incoming
@@ -149,7 +149,7 @@ type shown struct {
 	counts   map[string]uint64 // of pages, below the map
 }
 
-// compare compares each figure of a page with what the page was told, as the commands write it.
+// compare compares each figure on a page with the data that the page was given, formatted as the commands do.
 func (p *tab) compare(t *testing.T, what string) *shown {
 	t.Helper()
 	text := inPage[string](t, p, `(() => {
@@ -240,7 +240,7 @@ func percentText(p *migratedv1.Progress) string {
 	return fmt.Sprintf("%.1f%%", float64(int(float64(p.GetPagesPresent())/float64(p.GetPagesTotal())*1000))/10)
 }
 
-// grouped is a number as the page writes it.
+// grouped formats a number as the page does.
 func grouped(n uint64) string {
 	text := fmt.Sprint(n)
 	for i := len(text) - 3; i > 0; i -= 3 {

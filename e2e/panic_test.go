@@ -19,7 +19,7 @@ import (
 func TestPanicUnderSystemd(t *testing.T) {
 	t.Parallel()
 	l := managedHosts(t, travellerLink)
-	l.B.Daemon = buildDaemon(t, "chaos") // it obeys at points: internal/migration/point_chaos.go
+	l.B.Daemon = buildDaemon(t, "chaos") // reads /run/chaos: internal/migration/point_chaos.go
 	if err := l.B.InstallUnit(testContext(t), "../deploy/migrated.service"); err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +48,7 @@ func TestPanicUnderSystemd(t *testing.T) {
 		t.Errorf("systemd started the daemon %s times again, want once", restarts)
 	}
 
-	// The configuration is read again on SIGHUP; a wrong one is not taken, and ends only a daemon that is started with it.
+	// On SIGHUP the daemon reads its configuration again. It ignores a wrong one, but does not start with it.
 	pid := unitProperty(t, l.A, "MainPID")
 	conf := l.A.Path("/run/migrated.yaml")
 	if err := os.WriteFile(conf, []byte("bandwidth: 500M\n"), 0o600); err != nil {
@@ -80,7 +80,7 @@ func TestPanicUnderSystemd(t *testing.T) {
 	}
 }
 
-// awaitRestart waits until systemd has started a host's daemon again, which it had done that often before.
+// awaitRestart waits until systemd has restarted a host's daemon. before is the unit's NRestarts from before that.
 func awaitRestart(t *testing.T, h *lab.Host, before string) {
 	t.Helper()
 	eventually(t, func() error {

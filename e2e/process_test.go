@@ -29,8 +29,8 @@ func makeJails(t *testing.T, l *lab.Lab) {
 	}
 }
 
-// TestRunAsAndChroot moves VMs there and back whose QEMU is started by root and gives that up by itself, as those of
-// LXD and Incus. Each QEMU that the daemons start has the same user, the same groups and the same root directory.
+// TestRunAsAndChroot moves VMs there and back whose QEMU is started by root and drops its privileges by itself, as
+// under LXD and Incus. Each QEMU that the daemons start has the same user, the same groups and the same root directory.
 func TestRunAsAndChroot(t *testing.T) {
 	t.Parallel()
 	sandbox := []string{"-sandbox", "on,obsolete=deny,elevateprivileges=allow,spawn=allow,resourcecontrol=deny"}
@@ -71,7 +71,7 @@ func TestRunAsAndChroot(t *testing.T) {
 	}
 }
 
-// privilegesOf is what the kernel says of a process' user, groups and root directory.
+// privilegesOf returns a process's user, groups and root directory, from /proc.
 func privilegesOf(t *testing.T, pid int) string {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -91,8 +91,8 @@ func privilegesOf(t *testing.T, pid int) string {
 	return strings.Join(lines, "\n")
 }
 
-// TestRAMFileGoes checks that a host gets its memory back after a VM has left, also if the VM is another user's. It
-// does not if another process has the file open; `status` says which.
+// TestRAMFileGoes: after a VM has left, its host removes the RAM file, also that of another user's VM, and so gets the
+// memory back. It keeps a file that another process has open. `status` says what was done.
 func TestRAMFileGoes(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -130,7 +130,7 @@ func TestRAMFileGoes(t *testing.T) {
 	}
 }
 
-// checkOpen returns nil if a sleep of the host has a file open as its standard input.
+// checkOpen returns nil if a sleep process of the host has a file open as its standard input.
 func checkOpen(h *lab.Host, path string) error {
 	pids, err := h.Processes("sleep")
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// TestQEMUVersions moves a VM there and back between hosts with a newer QEMU than the installed one, which all other
-// tests move VMs with. The daemon starts the QEMU of its own host.
+// TestQEMUVersions moves a VM there and back between hosts with a newer QEMU than the installed one, which most other
+// tests use. Each daemon starts the QEMU of its host.
 func TestQEMUVersions(t *testing.T) {
 	t.Parallel()
 	for _, version := range lab.QEMUVersions {

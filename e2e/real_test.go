@@ -13,8 +13,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/rival"
 )
 
-// TestRealVM moves a VM with disks that are written to and network cards that are pinged: no block is lost, and its
-// clients find it again, because it announces itself before it says anything else.
+// TestRealVM moves a VM that writes to its disks and whose network cards are pinged. No block is lost. Its clients
+// reach it again, because each card is announced before it answers a ping.
 func TestRealVM(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -77,7 +77,7 @@ func TestRealVM(t *testing.T) {
 	}
 }
 
-// awaitBlocks waits until the guest has written so many blocks to each disk.
+// awaitBlocks waits until the guest has written that many blocks to each disk.
 func awaitBlocks(t *testing.T, guest *report.Log, writes uint64) {
 	t.Helper()
 	if _, _, err := guest.Wait(testContext(t), guest.Len(), func(l report.Line) bool {
@@ -95,7 +95,7 @@ func awaitBlocks(t *testing.T, guest *report.Log, writes uint64) {
 	}
 }
 
-// TestPrivateRAMIsChecked has QEMU's own migration move a guest whose memory is in no file, and checks that memory.
+// TestPrivateRAMIsChecked moves a guest whose memory is in no file by QEMU's own migration, and checks that memory.
 func TestPrivateRAMIsChecked(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)

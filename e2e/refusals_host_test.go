@@ -13,7 +13,7 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// ofHosts are refusals for what a host is, or has.
+// ofHosts returns the refusals whose reason is a host.
 func ofHosts(l *lab.Lab) []refusal {
 	resize := func(size string) func(*scene) {
 		return func(s *scene) {
@@ -37,7 +37,7 @@ func ofHosts(l *lab.Lab) []refusal {
 			bring: func(s *scene) {
 				s.Helper()
 				path := l.B.Path(lab.SerialPath)
-				// A QEMU that was killed leaves the names of its sockets.
+				// A killed QEMU leaves its socket files behind.
 				if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					s.Fatal(err)
 				}

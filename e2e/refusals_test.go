@@ -17,15 +17,15 @@ import (
 // refusal is a reason why a VM cannot be moved as it is.
 type refusal struct {
 	name string
-	// bring brings it about, in a VM that can be moved.
+	// bring causes the refusal of a VM that can be moved.
 	bring func(s *scene)
-	// mend undoes it by what the remedy says.
+	// mend follows the remedy: the VM can be moved again.
 	mend  func(s *scene)
-	args  []string // of check and migrate
-	words []string // of both
+	args  []string // more arguments of check and migrate
+	words []string // in the output of both
 }
 
-// refusedByBoth has check and migrate look at the VM: both refuse it with these words, and the VM goes on.
+// refusedByBoth checks that check and migrate refuse the VM, both with these words, and that the VM continues.
 func (s *scene) refusedByBoth(args, words []string) {
 	s.Helper()
 	for _, name := range []string{"check", "migrate"} {
@@ -64,7 +64,7 @@ func (s *scene) goneJobs() {
 	s.until("query-jobs", nil, func(answer string) bool { return answer == "[]" })
 }
 
-// until asks the source's QEMU until the answer is as wanted.
+// until repeats a command to the source's QEMU until wanted accepts the answer.
 func (s *scene) until(command string, args any, wanted func(answer string) bool) {
 	s.Helper()
 	eventually(s.T, func() error {
@@ -76,14 +76,15 @@ func (s *scene) until(command string, args any, wanted func(answer string) bool)
 	})
 }
 
-// cancelJob ends a job.
+// cancelJob cancels the job "copy".
 func (s *scene) cancelJob() {
 	s.Helper()
 	ask(s.T, s.lab.A, "job-cancel", map[string]string{"id": "copy"}, nil)
 	s.goneJobs()
 }
 
-// jobRefusals are jobs, exports and bitmaps. QEMU has them besides its VM, and a migration would lose them.
+// jobRefusals are block jobs, exports and bitmaps. They belong to QEMU and not to the VM, so a migration would lose
+// them.
 var jobRefusals = []refusal{
 	{
 		name: "mirror",
@@ -129,7 +130,7 @@ var jobRefusals = []refusal{
 	},
 }
 
-// usbAndSCSI are buses whose devices are unplugged without the guest: they are gone immediately.
+// usbAndSCSI are buses whose devices are unplugged at once, without the help of the guest.
 var usbAndSCSI = []string{
 	"-device", "qemu-xhci,id=usb,addr=0x1c", "-device", "virtio-scsi-pci,id=scsi,addr=0x1d",
 	"-device", "usb-tablet,id=tablet,bus=usb.0,port=1",
@@ -137,7 +138,7 @@ var usbAndSCSI = []string{
 	"-device", "scsi-cd,id=cd,bus=scsi.0,drive=disc1",
 }
 
-// makeDiscs makes two images of CDs on the hosts' storage.
+// makeDiscs makes two CD images on the storage that the hosts share.
 func makeDiscs(t *testing.T, l *lab.Lab) {
 	t.Helper()
 	for _, name := range []string{"disc1.iso", "disc2.iso"} {
@@ -155,14 +156,14 @@ func (s *scene) snapshot() {
 	}, nil)
 }
 
-// merge puts an overlay back into the image below.
+// merge commits the overlay into the image below it.
 func (s *scene) merge() {
 	s.Helper()
 	ask(s.T, s.lab.A, "block-commit", map[string]string{"job-id": "copy", "device": "overlay"}, nil)
 	s.completeJob()
 }
 
-// completeJob ends a job that runs until it is told to end.
+// completeJob completes the job "copy", which waits for that once it is ready.
 func (s *scene) completeJob() {
 	s.Helper()
 	s.until("query-jobs", nil, func(answer string) bool { return strings.Contains(answer, `"ready"`) })
@@ -254,7 +255,7 @@ var changeRefusals = []refusal{
 }
 
 // TestRefusals checks that check and migrate refuse a VM that cannot be moved as it is, in the same words, before the
-// VM is touched. The remedy helps, and the VM moves in the end.
+// VM is touched. After the remedy, check accepts the VM. In the end it moves.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -274,8 +275,8 @@ func TestRefusals(t *testing.T) {
 	outer.arrived()
 }
 
-// later are the words where it is found after the destination was prepared. Where the VM has other devices by then, the
-// destination is prepared once more, and compared as before.
+// later returns the words of the error if the change is found after the destination was prepared. If the VM has other
+// devices by then, the destination is prepared once more, and compared as before.
 func (r refusal) later() []string {
 	if strings.Contains(r.name, "plugged") {
 		return r.words
@@ -286,8 +287,8 @@ func (r refusal) later() []string {
 	return r.words
 }
 
-// TestRefusedLater checks changes between Prepare and Start, when an operator may still change the VM. They are refused
-// while the VM runs.
+// TestRefusedLater makes the changes of TestRefusals between Prepare and Start, when an operator may still change the
+// VM. The migration is refused, and the VM continues.
 func TestRefusedLater(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -308,7 +309,8 @@ func TestRefusedLater(t *testing.T) {
 	}
 }
 
-// TestSnapshotMoves with a template that names the overlay: what the destination opens is what the source had open.
+// TestSnapshotMoves: a VM whose disk has an overlay since a snapshot moves if a template names the overlay. The
+// destination opens the image that the source had open.
 func TestSnapshotMoves(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -330,7 +332,7 @@ func TestSnapshotMoves(t *testing.T) {
 	}
 }
 
-// TestPersistentBitmapMoves with its image, and goes on at the destination.
+// TestPersistentBitmapMoves: a persistent dirty bitmap moves with its image and keeps recording at the destination.
 func TestPersistentBitmapMoves(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)

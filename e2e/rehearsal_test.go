@@ -10,9 +10,9 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// expectedDifferences are devices whose state differs when the destination saves it again, as it must.
+// expectedDifferences are the devices whose state must differ when the destination saves it again.
 var expectedDifferences = []string{
-	"mc146818rtc", // the time of day goes on
+	"mc146818rtc", // its clock goes on
 }
 
 // TestRehearsal makes a migration without the commit. The VM continues on its host, nothing is left at the destination,

@@ -32,8 +32,8 @@ func statesOf(line *migratedv1.Timeline) (states []migratedv1.MigrationState) {
 	return states
 }
 
-// checkReports compares the reports of a completed migration with what "migrated status" says at its hosts, and with
-// each other. The migration was checked before.
+// checkReports compares the reports of a completed migration with what "migrated status" says on its hosts, and with
+// each other. The VM must have been checked before the migration.
 func checkReports(t *testing.T, l *lab.Lab, id string) {
 	t.Helper()
 	source, destination := reportOf(t, l.A, id), reportOf(t, l.B, id)
@@ -100,7 +100,7 @@ func checkReports(t *testing.T, l *lab.Lab, id string) {
 	}
 }
 
-// checkReportsStay starts the daemons of both hosts again, and compares the reports with those before.
+// checkReportsStay restarts the daemons of both hosts, and checks that the reports are the same as before.
 func checkReportsStay(t *testing.T, l *lab.Lab, id string, daemons []*lab.Process, settings [][]string) {
 	t.Helper()
 	for i, h := range l.Hosts() {
@@ -110,7 +110,7 @@ func checkReportsStay(t *testing.T, l *lab.Lab, id string, daemons []*lab.Proces
 		}
 		startDaemon(t, h, settings[i]...)
 		after := reportOf(t, h, id)
-		before.Time, after.Time = nil, nil // when it was asked for, and when it was over
+		before.Time, after.Time = nil, nil // the time of the call, and the end of the migration
 		if !proto.Equal(before, after) {
 			t.Errorf("host %s reports\n%v\nand after its daemon was started again\n%v", h.Name, before, after)
 		}

@@ -29,8 +29,8 @@ func mustKill(t *testing.T, p *lab.Process) {
 	}
 }
 
-// TestDaemonsKilledAfterTheSwitch kills daemons in the middle of a migration and starts them again: the VM goes on, its
-// memory is whole, and what had arrived is not fetched again.
+// TestDaemonsKilledAfterTheSwitch kills daemons in the middle of a migration and starts them again. The VM continues,
+// its memory is whole, and pages that had arrived are not fetched again.
 func TestDaemonsKilledAfterTheSwitch(t *testing.T) {
 	for name, c := range map[string]struct {
 		source, destination bool
@@ -73,7 +73,7 @@ func TestDaemonsKilledAfterTheSwitch(t *testing.T) {
 }
 
 // checkFetchedOnce compares the figures of a killed daemon with those of the one that took the migration up. A killed
-// daemon's last figures are a tenth of a second old, so it may have got more than they say, never less.
+// daemon's last figures are a tenth of a second old, so it may have received more than they say, never less.
 func checkFetchedOnce(t *testing.T, before, after *migratedv1.Progress) {
 	t.Helper()
 	if sum := before.GetBytesOnWire() + after.GetBytesOnWire(); before.GetBytesOnWire() == 0 ||
@@ -83,8 +83,8 @@ func checkFetchedOnce(t *testing.T, before, after *migratedv1.Progress) {
 	}
 }
 
-// nothingKept waits until a migration that is over has left no files for a daemon that is started again: they are
-// removed when its end is shown.
+// nothingKept waits until the hosts keep no files for a restarted daemon. A daemon removes those of a migration once it
+// shows that the migration is over.
 func nothingKept(t *testing.T, hosts ...*lab.Host) {
 	t.Helper()
 	for _, h := range hosts {
@@ -97,8 +97,8 @@ func nothingKept(t *testing.T, hosts ...*lab.Host) {
 	}
 }
 
-// onlyWordKept is nothingKept, but for one thing: the word of migrations to a host that were completed may be kept. The
-// next daemon can give it a while longer.
+// onlyWordKept is nothingKept with one exception: a destination may keep its word, the outcome of a completed
+// migration, so that a restarted daemon can still tell the source for a while.
 func onlyWordKept(t *testing.T, hosts ...*lab.Host) {
 	t.Helper()
 	for _, h := range hosts {
@@ -112,13 +112,13 @@ func onlyWordKept(t *testing.T, hosts ...*lab.Host) {
 	}
 }
 
-// isWord returns nil if a file that a host keeps is of the word of a completed migration.
+// isWord returns nil if a file that a host keeps is of a word: the outcome of a completed migration.
 func isWord(h *lab.Host, path string) error {
 	const settled = 64 // in internal/migration's keptHeader
 	dir := filepath.Dir(path)
 	pages, err := os.ReadFile(h.Path(filepath.Join(dir, "pages")))
 	if errors.Is(err, fs.ErrNotExist) && filepath.Base(filepath.Dir(dir)) == "incoming" {
-		return nil // its time was over just now
+		return nil // removed just now
 	}
 	if err != nil || len(pages) < settled+8 || pages[settled] != 1 {
 		return fmt.Errorf("host %s keeps %s, which is no word of a completed migration (%v)", h.Name, path, err)
@@ -126,7 +126,7 @@ func isWord(h *lab.Host, path string) error {
 	return nil
 }
 
-// keptOn returns the files of migrations that a host keeps for a daemon that is started again.
+// keptOn returns the files of migrations that a host keeps for a restarted daemon.
 func keptOn(t *testing.T, h *lab.Host) []string {
 	t.Helper()
 	out, err := h.Run(testContext(t), "find", "/run/migrated", "-path", "/run/migrated/reports", "-prune", "-o",
@@ -138,7 +138,7 @@ func keptOn(t *testing.T, h *lab.Host) []string {
 }
 
 // TestDestinationDaemonKilledUnderLoad kills the destination's daemon while a busy guest runs there, with huge and with
-// small pages. No cable is pulled. The guest stalls, continues when the daemon is back, and finds nothing wrong.
+// small pages. The network stays up. The guest stalls, continues when the daemon is back, and finds no damage.
 func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 	t.Parallel()
 	for name, huge := range map[string]bool{"4 KiB": false, "2 MiB": true} {
@@ -175,8 +175,8 @@ func TestDestinationDaemonKilledUnderLoad(t *testing.T) {
 	}
 }
 
-// TestDestinationDaemonKilledBeforeTheDeviceState kills the destination's daemon, which makes its preparation useless.
-// After it is started again, it ends the QEMU, and the VM continues at the source.
+// TestDestinationDaemonKilledBeforeTheDeviceState kills the destination's daemon after the preparation, and the
+// migration fails. The restarted daemon ends the prepared QEMU, and the VM continues at the source.
 func TestDestinationDaemonKilledBeforeTheDeviceState(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -217,7 +217,8 @@ func TestSourceDaemonKilledBeforeTheSwitch(t *testing.T) {
 	moveMetal(t, s.vm, l.A, l.B)
 }
 
-// TestDaemonStoppedAfterTheSwitch makes a planned restart, as an upgrade does.
+// TestDaemonStoppedAfterTheSwitch restarts the destination's daemon in the middle of a migration, as an upgrade does.
+// The migration completes.
 func TestDaemonStoppedAfterTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -235,15 +236,15 @@ func TestDaemonStoppedAfterTheSwitch(t *testing.T) {
 	onlyWordKept(t, l.A, l.B)
 }
 
-// TestRecoverAtAnotherAddress removes the network of the migration permanently. The operator recovers with another
-// address.
+// TestRecoverAtAnotherAddress removes the source's address permanently in the middle of a migration. The operator
+// recovers the migration with another address.
 func TestRecoverAtAnotherAddress(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A, "--listen", ":"+lab.DaemonPort)
 	startDaemon(t, l.B)
 	s := largeScene(t, l, 1)
-	const otherA, otherB = "10.79.0.1", "10.79.0.2" // 10.78 is of the VM's cards
+	const otherA, otherB = "10.79.0.1", "10.79.0.2" // 10.78 is the network of the VM's cards
 	s.ip(l.A, "addr", "add", otherA+"/24", "dev", "cable")
 	s.ip(l.B, "addr", "add", otherB+"/24", "dev", "cable")
 	client := control(t, l.A)
@@ -258,7 +259,7 @@ func TestRecoverAtAnotherAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	completed(t, awaitEnd(t, there, "detour"))
-	s.ip(l.A, "addr", "add", l.A.Addr+"/24", "dev", "cable") // so that the source hears of it, too
+	s.ip(l.A, "addr", "add", l.A.Addr+"/24", "dev", "cable") // so that the source learns of the end, too
 	awaitEnd(t, client, "detour")
 	s.arrived()
 	onlyWordKept(t, l.A, l.B)
@@ -292,6 +293,6 @@ func TestFallBackWhenTheDestinationIsLost(t *testing.T) {
 		t.Errorf("without the confirmation: %v", err)
 	}
 	fallBack(t, client, "lost")
-	s.countsAtSourceAlone() // it has run at the destination, perhaps to the end of a pass
+	s.countsAtSourceAlone() // not stillCounting: the guest may have ended a pass at the destination
 	nothingKept(t, l.A)
 }

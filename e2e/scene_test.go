@@ -12,7 +12,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// scene is two hosts and a VM that counts on host a.
+// scene is two hosts, and on host A a VM whose guest writes pass after pass.
 type scene struct {
 	*testing.T
 	lab   *lab.Lab
@@ -20,20 +20,20 @@ type scene struct {
 	began uint64 // a pass that the guest had written before the migration
 }
 
-// newScene uses the bare-metal guest under TCG: it boots at once, and writes all of its memory over and over, so that
-// nothing can be lost unseen. It drives none of its devices, but they move with it, and the source must give up its
-// disk before the destination has it.
+// newScene makes a scene with the bare-metal guest under TCG. The guest boots at once and writes all of its memory over
+// and over, so that a lost page is always noticed. It uses none of its devices, but they move with it, and the source
+// must release the disk before the destination opens it.
 func newScene(t *testing.T, l *lab.Lab) *scene {
 	t.Helper()
 	return sceneOf(t, l, lab.VMConfig{}.WithDevices(1, 1))
 }
 
-// spec is that of a migration to host b.
+// spec returns the specification of a migration to host B.
 func (s *scene) spec() *migratedv1.MigrationSpec {
 	return &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: s.lab.B.DaemonAddr()}
 }
 
-// sceneOf boots the bare-metal guest in a VM with one vCPU and what else vm has.
+// sceneOf is newScene for another VM, which gets one vCPU and at least 32 MiB.
 func sceneOf(t *testing.T, l *lab.Lab, vm lab.VMConfig) *scene {
 	t.Helper()
 	vm.VCPUs, vm.MemoryMiB = 1, max(32, vm.MemoryMiB)
@@ -42,22 +42,23 @@ func sceneOf(t *testing.T, l *lab.Lab, vm lab.VMConfig) *scene {
 	return &scene{T: t, lab: l, vm: vm, began: metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })}
 }
 
-// largeScene is a scene with so much memory, in so many NUMA nodes, that its migrations have a middle.
+// largeScene makes a scene with 1 GiB of memory in that many NUMA nodes. Its migrations take long enough for a test to
+// act in the middle of one.
 func largeScene(t *testing.T, l *lab.Lab, nodes int) *scene {
 	t.Helper()
 	return sceneOf(t, l, lab.VMConfig{MemoryMiB: 1024, Nodes: nodes}.WithDevices(1, 1))
 }
 
-// templatePath is where a destination has a template of QEMU's command line.
+// templatePath is the path at a destination of a template of QEMU's command line.
 const templatePath = lab.VMDir + "/template"
 
-// templateWithoutMSIX gives the RNG of VMConfig.WithDevices no MSI-X, so that the destination cannot load its state. A
-// device with another property is not among what is compared before.
+// templateWithoutMSIX gives the RNG of VMConfig.WithDevices no MSI-X, so that the destination cannot load its state.
+// The comparison before the migration does not notice this, because it ignores such properties of devices.
 const templateWithoutMSIX = `{{range .Args}}` +
 	`{{replace "virtio-rng-pci,id=rng,rng=random" "virtio-rng-pci,id=rng,rng=random,vectors=0" .}}
 {{end}}`
 
-// writeTemplate gives host b a template.
+// writeTemplate writes a template to host B.
 func (s *scene) writeTemplate(text string) {
 	s.Helper()
 	if err := os.WriteFile(s.lab.B.Path(templatePath), []byte(text), 0o644); err != nil {
@@ -65,7 +66,7 @@ func (s *scene) writeTemplate(text string) {
 	}
 }
 
-// prepare prepares the migration of the VM to host b, and returns what it can be started by.
+// prepare prepares the migration of the VM to host B, and returns the client that can start it.
 func (s *scene) prepare(id string) migratedv1.ControlServiceClient {
 	s.Helper()
 	client := control(s.T, s.lab.A)
@@ -73,8 +74,8 @@ func (s *scene) prepare(id string) migratedv1.ControlServiceClient {
 	return client
 }
 
-// freezeInDevice stops the destination's QEMU before it is to load the devices' state, and starts the migration. The
-// source must not stop its VM for that.
+// freezeInDevice stops the destination's QEMU with SIGSTOP before it loads the device state, and starts the migration.
+// The source must not stop its VM while that QEMU hangs.
 func (s *scene) freezeInDevice(id string) migratedv1.ControlServiceClient {
 	s.Helper()
 	client := s.prepare(id)
@@ -84,7 +85,7 @@ func (s *scene) freezeInDevice(id string) migratedv1.ControlServiceClient {
 	return client
 }
 
-// destinationGone waits until the destination has given the migration up.
+// destinationGone waits until the migration has failed at the destination.
 func (s *scene) destinationGone(id string) {
 	s.Helper()
 	m := awaitEnd(s.T, control(s.T, s.lab.B), id)
@@ -93,14 +94,14 @@ func (s *scene) destinationGone(id string) {
 	}
 }
 
-// moveSlowly starts a migration and returns when the VM runs at the destination. A limit holds most of a large VM's
-// memory back for ten seconds at least, however fast the machine is.
+// moveSlowly starts a migration and returns when the VM runs at the destination. A bandwidth limit keeps most of a
+// large VM's memory at the source for at least ten seconds, however fast the machine is.
 func (s *scene) moveSlowly(id string) migratedv1.ControlServiceClient {
 	s.Helper()
 	return s.moveSlowlyWith(id, s.spec())
 }
 
-// moveSlowlyWith does so with what else a specification says.
+// moveSlowlyWith is moveSlowly with another specification.
 func (s *scene) moveSlowlyWith(id string, spec *migratedv1.MigrationSpec) migratedv1.ControlServiceClient {
 	s.Helper()
 	client := control(s.T, s.lab.A)
@@ -120,7 +121,7 @@ func (s *scene) moveHalfway(id string) *migratedv1.Migration {
 	return s.moveHalfwayWith(id, s.spec())
 }
 
-// moveHalfwayWith does so with what else a specification says.
+// moveHalfwayWith is moveHalfway with another specification.
 func (s *scene) moveHalfwayWith(id string, spec *migratedv1.MigrationSpec) *migratedv1.Migration {
 	s.Helper()
 	s.moveSlowlyWith(id, spec)
@@ -151,7 +152,8 @@ func (s *scene) startPrepared(id string) *migratedv1.Migration {
 	return awaitEnd(s.T, client, id)
 }
 
-// stillCounting is the end of every failure before the switch: the guest goes on at the source, and ran nowhere else.
+// stillCounting checks the outcome of every failure before the switch: the guest continues at the source, and has not
+// run at the destination.
 func (s *scene) stillCounting() {
 	s.Helper()
 	s.countsAtSourceAlone()
@@ -160,7 +162,7 @@ func (s *scene) stillCounting() {
 	}
 }
 
-// countsAtSourceAlone checks that the guest goes on there, and that no QEMU is left at the destination.
+// countsAtSourceAlone checks that the guest continues at the source, and that no QEMU is left at the destination.
 func (s *scene) countsAtSourceAlone() {
 	s.Helper()
 	s.countsAtSource()
@@ -169,7 +171,7 @@ func (s *scene) countsAtSourceAlone() {
 	}
 }
 
-// countsAtSource checks that the guest goes on at the source, with its memory as it must be.
+// countsAtSource checks that the guest continues at the source and that its memory is correct.
 func (s *scene) countsAtSource() {
 	s.Helper()
 	now, found := lastPass(s.lab.A.Path(lab.SerialLog))
@@ -180,7 +182,7 @@ func (s *scene) countsAtSource() {
 	checkMetal(s.T, s.vm, s.lab.A)
 }
 
-// failed checks what the source says of a migration that failed before the switch, and that the VM goes on there.
+// failed checks what the source says of a migration that failed before the switch, and that the VM continues there.
 func (s *scene) failed(m *migratedv1.Migration, state migratedv1.MigrationState, words ...string) {
 	s.Helper()
 	if m.GetState() != state {
@@ -205,7 +207,7 @@ func (s *scene) destinationSays(id, word string) {
 	}
 }
 
-// arrived checks that the guest counts at the destination, and that nothing of its memory is lost.
+// arrived checks that the guest continues at the destination, and that none of its memory is lost.
 func (s *scene) arrived() {
 	s.Helper()
 	s.countsAtDestination()
@@ -214,7 +216,7 @@ func (s *scene) arrived() {
 	}
 }
 
-// countsAtDestination waits until the guest has counted there.
+// countsAtDestination waits until the guest has written passes at the destination.
 func (s *scene) countsAtDestination() {
 	s.Helper()
 	metalPass(s.T, s.lab.B, func(pass uint64) bool { return pass > s.began+1 })

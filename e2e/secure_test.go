@@ -13,9 +13,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestRequireSecure asks for a supervised userfaultfd, at the source and at the
-// destination. A host that makes none refuses before the VM is touched and says
-// what it lacks; any other takes the VM.
+// TestRequireSecure requires a supervised userfaultfd, at the source and at the destination. A host without one refuses
+// before the VM is touched and says what it lacks. Any other host accepts the VM.
 func TestRequireSecure(t *testing.T) {
 	t.Parallel()
 	state, label, err := uffd.ProbeSupervision()
@@ -25,8 +24,8 @@ func TestRequireSecure(t *testing.T) {
 	t.Logf("a userfaultfd of this process is %v, labelled %q", state, label)
 	for _, c := range []struct {
 		name      string
-		migrate   []string // flags of
-		serve     []string // flags of, at the destination
+		migrate   []string // flags of migrate
+		serve     []string // flags of serve, at the destination
 		requires  bool
 		who       string // in the message
 		otherwise string // in the remedy
@@ -78,8 +77,8 @@ func TestRequireSecure(t *testing.T) {
 	}
 }
 
-// TestCheckSupervision: check says what a migration would find, and that a host
-// that requires more can be no destination.
+// TestCheckSupervision: check shows the supervision that a migration would get. A host that requires more than it has
+// cannot be a destination.
 func TestCheckSupervision(t *testing.T) {
 	t.Parallel()
 	state, _, err := uffd.ProbeSupervision()
@@ -108,8 +107,8 @@ func TestCheckSupervision(t *testing.T) {
 	}
 }
 
-// wantSupervision looks at a migration as its host shows it, in the API and to
-// an operator. A refused one shows the state at the destination alone.
+// wantSupervision checks the supervision that a host shows for a migration, in the API and in status. After a refusal,
+// only the destination shows it.
 func wantSupervision(t *testing.T, h *lab.Host, id string, want uffd.Supervision) {
 	t.Helper()
 	m := get(t, h, id)

@@ -9,8 +9,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// settings are those of a VM's QEMU that migrated changes for a load. They are asked for one after the other: while
-// migrated puts them back, one may have its old value and the other not.
+// settings are the settings of a VM's QEMU that migrated changes before it loads a VM. A test queries one after the
+// other: while migrated restores them, one may have its old value and the other not.
 type settings struct {
 	late   bool // late-block-activate
 	rounds int  // announce-rounds
@@ -38,8 +38,9 @@ func settingsOf(t *testing.T, h *lab.Host) settings {
 	return has
 }
 
-// TestSettingsArePutBackLater: the daemon was killed, and somebody else has QEMU's monitor when it is started again and
-// when the last page comes. QEMU gets its settings back when the monitor is free, by this daemon or the next.
+// TestSettingsArePutBackLater: the destination's daemon was killed. When it is started again and when the last page
+// arrives, another client holds QEMU's monitor. QEMU gets its settings back when the monitor is free, by this daemon or
+// the next.
 func TestSettingsArePutBackLater(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)

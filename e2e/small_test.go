@@ -18,7 +18,7 @@ import (
 
 const smallMiB = 64
 
-// A smallVM is one of many: the bare-metal guest, which writes all of its memory over and over.
+// smallVM is one of several VMs on a host, with the bare-metal guest, which writes all of its memory over and over.
 type smallVM struct{ name, disk string }
 
 func (s smallVM) qmp() string { return lab.VMDir + "/" + s.name + ".qmp" }
@@ -26,7 +26,7 @@ func (s smallVM) ram() string { return "/dev/shm/" + s.name }
 
 func (s smallVM) args(extra ...string) []string {
 	return append([]string{
-		// Those that write memory all the time leave the processors to who moves them.
+		// The guests write memory all the time. The daemons get the processors first.
 		"nice", "-n", "19", "qemu-system-x86_64", "-name", s.name, "-nodefaults", "-no-user-config", "-display", "none",
 		"-machine", "q35,memory-backend=ram", "-accel", "tcg", "-smp", "1", "-m", fmt.Sprintf("%dM", smallMiB),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=%s,share=on", smallMiB, s.ram()),
@@ -36,7 +36,7 @@ func (s smallVM) args(extra ...string) []string {
 	}, extra...)
 }
 
-// ask connects to the VM's QEMU on a host; nil where there is none.
+// ask connects to the VM's QEMU on a host. It returns nil if that fails.
 func (s smallVM) ask(ctx context.Context, h *lab.Host) *qmp.Client {
 	client, err := qmp.Dial(ctx, h.Path(s.qmp()))
 	if err != nil {
@@ -66,8 +66,8 @@ func (s smallVM) verify(t *testing.T, h *lab.Host) {
 	}
 }
 
-// leaves waits until a host has no QEMU of the VM, which must not run there. A destination that was cut off notices
-// after a while that nobody wants what it has prepared.
+// leaves waits until a host has no QEMU of the VM. It returns false if the VM runs there. A destination that was cut
+// off ends a QEMU that it has prepared only after a while.
 func (s smallVM) leaves(ctx context.Context, h *lab.Host) bool {
 	for {
 		client := s.ask(ctx, h)
@@ -75,7 +75,7 @@ func (s smallVM) leaves(ctx context.Context, h *lab.Host) bool {
 			return ctx.Err() == nil
 		}
 		running, err := lab.Runs(ctx, client)
-		_ = client.Disconnect() // all that counts is what it has said
+		_ = client.Disconnect() // the answer is all that counts
 		if err == nil && running {
 			return false
 		}
@@ -87,10 +87,10 @@ func (s smallVM) leaves(ctx context.Context, h *lab.Host) bool {
 	}
 }
 
-// blocked is the name of a VM that cannot be moved.
+// blocked is the name of a VM with a device that cannot migrate.
 const blocked = "blocked"
 
-// startSmall starts VMs on A and waits until they write memory.
+// startSmall starts VMs on host A and waits until they write memory.
 func startSmall(t *testing.T, l *lab.Lab, names ...string) (vms []smallVM) {
 	t.Helper()
 	ctx := testContext(t)

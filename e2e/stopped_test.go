@@ -11,13 +11,14 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestVMThatStopsByItself, after it was prepared, is none that somebody paused: it is not moved, which would hide what
-// is wrong with it, and a guest that sleeps could not be woken there.
+// TestVMThatStopsByItself: a VM that stops by itself after it was prepared is not treated as one that an operator
+// paused. It is not moved: that would hide what is wrong with it, and a guest that sleeps could not be woken at the
+// destination.
 func TestVMThatStopsByItself(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		extra  []string
-		stop   string // a line of the monitor
+		stop   string // a command of the human monitor
 		status string
 		words  []string
 	}{
@@ -34,7 +35,7 @@ func TestVMThatStopsByItself(t *testing.T) {
 			s := sceneOf(t, l, lab.VMConfig{Extra: c.extra}.WithDevices(1, 1))
 			prepare(s.T, control(s.T, s.lab.A), "stops", s.spec())
 			monitor(t, l.A, c.stop)
-			eventually(t, func() error { // QEMU's main loop gets to it
+			eventually(t, func() error { // QEMU's main loop stops it a little later
 				if status := vmStatusBy(t, l.A); status != c.status {
 					return fmt.Errorf("the VM is %q, want %q", status, c.status)
 				}
@@ -62,7 +63,7 @@ func TestVMThatStopsByItself(t *testing.T) {
 	}
 }
 
-// vmStatusBy asks the VM's second monitor: the first is the daemon's.
+// vmStatusBy returns the VM's status from its second monitor, because the daemon uses the first.
 func vmStatusBy(t *testing.T, h *lab.Host) string {
 	t.Helper()
 	var state struct {

@@ -12,7 +12,7 @@ import (
 
 const nameA, nameB = "spiffe://lab/host/a", "spiffe://lab/host/b"
 
-// An identity issues the certificates of a lab's daemons.
+// identity issues the certificates of a lab's daemons.
 type identity struct {
 	t  *testing.T
 	ca *mtlstest.Authority
@@ -27,7 +27,7 @@ func newIdentity(t *testing.T) identity {
 	return identity{t, ca}
 }
 
-// args make a daemon use TLS under a name, with those peers.
+// args returns the flags with which a daemon uses TLS under a name and accepts those peers.
 func (i identity) args(name, file string, peers ...string) []string {
 	i.t.Helper()
 	files, err := i.ca.Issue(file, name)
@@ -41,8 +41,8 @@ func (i identity) args(name, file string, peers ...string) []string {
 	return args
 }
 
-// TestMutualTLS moves a VM between daemons that know each other, there and back: what they agree on, the device state
-// and the pages are all encrypted.
+// TestMutualTLS moves a VM there and back between two daemons that accept each other's certificates. Their calls, the
+// device state and the pages all use TLS.
 func TestMutualTLS(t *testing.T) {
 	t.Parallel()
 	l, id := newHosts(t), newIdentity(t)
@@ -53,8 +53,8 @@ func TestMutualTLS(t *testing.T) {
 	moveMetal(t, s.vm, l.B, l.A)
 }
 
-// TestStrangersAreRefused: the VM of a source whom the destination does not know, or who does not know the destination,
-// goes on there, and both sides say why.
+// TestStrangersAreRefused: a migration fails if the destination does not accept the source, or if the source does not
+// accept the destination. The VM continues at the source, which says why.
 func TestStrangersAreRefused(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

@@ -19,13 +19,12 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// Where the lab's daemons send traces to, if they are told to, and the trace of the orchestrator that has a VM moved.
 const (
-	collectorAt  = "127.0.0.1:4317"
-	orchestrator = "4bf92f3577b34da6a3ce929d0e0e4736"
+	collectorAt  = "127.0.0.1:4317"                   // to which the lab's daemons send traces, if a test asks them to
+	orchestrator = "4bf92f3577b34da6a3ce929d0e0e4736" // ID of the trace in which a test calls a daemon
 )
 
-// A collector takes traces as an OpenTelemetry collector does.
+// collector receives traces as an OpenTelemetry collector does.
 type collector struct {
 	collectorpb.UnimplementedTraceServiceServer
 	mu    sync.Mutex
@@ -45,7 +44,7 @@ func (c *collector) Export(
 	return new(collectorpb.ExportTraceServiceResponse), nil
 }
 
-// startCollector has a collector listen on the loopback of each host.
+// startCollector starts a collector that listens on the loopback of each host.
 func startCollector(t *testing.T, l *lab.Lab) *collector {
 	t.Helper()
 	c := new(collector)
@@ -67,13 +66,13 @@ func startCollector(t *testing.T, l *lab.Lab) *collector {
 	return c
 }
 
-// traced is a call of the orchestrator's, which has a trace.
+// traced returns a context for calls in the orchestrator's trace.
 func traced(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, "traceparent", "00-"+orchestrator+"-00f067aa0ba902b7-01")
 }
 
-// check wants what both hosts did in the orchestrator's trace: the migration and each of its states at either end, and
-// the calls between them, but no page.
+// check waits until the orchestrator's trace has what both hosts did: the migration and its states at either end, and
+// the calls between them. No span may be of the transfer of pages.
 func (c *collector) check(t *testing.T) {
 	t.Helper()
 	for _, name := range []string{
@@ -81,7 +80,8 @@ func (c *collector) check(t *testing.T) {
 		"migrated.v1.ControlService/Start", "migrated.v1.PeerService/PrepareIncoming",
 		"migrated.v1.PeerService/LoadDeviceState",
 	} {
-		// A call is seen by who makes it and by who answers, and states by both hosts, each of which sends when it likes.
+		// A call has a span at the caller and one at the callee, a state has one at each host. Each host sends its spans
+		// in its own time.
 		least := 1
 		if strings.Contains(name, "PeerService") || !strings.Contains(name, "/") && !strings.HasPrefix(name, "migration") {
 			least = 2
@@ -101,7 +101,8 @@ func (c *collector) check(t *testing.T) {
 	}
 }
 
-// names are those of the spans so far, which are all of one trace.
+// names returns the names of the spans so far. The test fails if one is of another trace, or of a call that is not to
+// be traced.
 func (c *collector) names(t *testing.T) (names []string) {
 	t.Helper()
 	c.mu.Lock()

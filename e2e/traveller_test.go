@@ -16,14 +16,15 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// travellerLink is a network on which a traveller's memory takes some seconds, so that its migrations have a middle.
+// travellerLink is a network on which a traveller's memory takes some seconds, so that a test can act in the middle of
+// a migration.
 var travellerLink = lab.Link{Rate: 400e6, Delay: 100 * time.Microsecond}
 
-// travellerWindow is how often it reports.
+// travellerWindow is the interval of a traveller's reports.
 const travellerWindow = 50 * time.Millisecond
 
-// A traveller is a VM with a busy Linux guest that is moved from host to host. After each move its guest checks its
-// memory and its disk.
+// traveller is a VM with a busy Linux guest that moves from host to host. After each move, the guest checks its memory
+// and its disk.
 type traveller struct {
 	*testing.T
 	lab   *lab.Lab
@@ -31,7 +32,7 @@ type traveller struct {
 	moves int
 }
 
-// newTraveller boots one on host A.
+// newTraveller boots a traveller on host A.
 func newTraveller(t *testing.T, l *lab.Lab) *traveller {
 	t.Helper()
 	vm := linux(t, lab.VMConfig{VCPUs: 2, MemoryMiB: 256, Nodes: 1}, "migrated.mem=128", "migrated.workers=2",
@@ -46,8 +47,8 @@ func newTraveller(t *testing.T, l *lab.Lab) *traveller {
 	return v
 }
 
-// move migrates it to the other host, and calls meanwhile, with the migration's id, when the VM runs there and most of
-// its memory is still at the source. It returns the longest time for which the guest did nothing.
+// move migrates the traveller to the other host. It calls meanwhile with the migration's ID when the VM runs there and
+// most of its memory is still at the source. It returns the longest time for which the guest did nothing.
 func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	v.Helper()
 	v.moves++
@@ -69,7 +70,8 @@ func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	return v.longestStall(said)
 }
 
-// inFlight checks that pages are still missing: what happened until now happened in the middle of the migration.
+// inFlight checks that pages are still missing: what the test did before this call, it did in the middle of the
+// migration.
 func (v *traveller) inFlight(id string, to *lab.Host) {
 	v.Helper()
 	m := get(v.T, to, id)
@@ -78,7 +80,7 @@ func (v *traveller) inFlight(id string, to *lab.Host) {
 	}
 }
 
-// written are the windows that the guest has written on a host.
+// written returns the windows that the guest reported on a host.
 func (v *traveller) written(h *lab.Host) (all []*report.Window) {
 	v.Helper()
 	text, err := os.ReadFile(h.Path(lab.SerialLog))
@@ -86,14 +88,14 @@ func (v *traveller) written(h *lab.Host) (all []*report.Window) {
 		v.Fatal(err)
 	}
 	for line := range bytes.Lines(text) {
-		if l, err := report.Parse(line); err == nil && l.Window != nil { // the switch cuts a line in two
+		if l, err := report.Parse(line); err == nil && l.Window != nil { // the switch may cut a line in two
 			all = append(all, l.Window)
 		}
 	}
 	return all
 }
 
-// reported is the number of the last window that the guest has written.
+// reported returns the number of the last window that the guest has reported.
 func (v *traveller) reported() (last uint64) {
 	v.Helper()
 	for _, w := range slices.Concat(v.written(v.lab.A), v.written(v.lab.B)) {
@@ -102,8 +104,8 @@ func (v *traveller) reported() (last uint64) {
 	return last
 }
 
-// longestStall is the longest for which the guest has done nothing since a window, by its own clock: one of its
-// operations, or all of it.
+// longestStall returns the longest time for which the guest did nothing after a window, by its own clock: its slowest
+// operation, or the longest delay of a report.
 func (v *traveller) longestStall(since uint64) (longest time.Duration) {
 	v.Helper()
 	all := slices.Concat(v.written(v.lab.A), v.written(v.lab.B))

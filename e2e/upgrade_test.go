@@ -26,14 +26,14 @@ func buildDaemon(t *testing.T, tag string) string {
 	return path
 }
 
-// An upgrade replaces the daemons of a lab.
+// upgrade is a lab whose daemons are replaced by other versions.
 type upgrade struct {
 	*testing.T
 	lab     *lab.Lab
 	daemons map[*lab.Host]*lab.Process
 }
 
-// replace kills the daemon of a host and starts another program in its place; empty: the one under test.
+// replace kills the daemon of a host and starts program in its place. If program is empty, that is the one under test.
 func (u *upgrade) replace(h *lab.Host, program string) {
 	u.Helper()
 	mustKill(u.T, u.daemons[h])
@@ -41,7 +41,7 @@ func (u *upgrade) replace(h *lab.Host, program string) {
 	u.daemons[h] = startDaemon(u.T, h)
 }
 
-// checkVersions checks the versions of what a migration under way has on both hosts.
+// checkVersions checks the versions of the files and of the protocol that both hosts keep for a migration under way.
 func (u *upgrade) checkVersions(from, to *lab.Host, id string, state, protocol uint32) {
 	u.Helper()
 	var record struct{ Version, Protocol uint32 }
@@ -72,7 +72,7 @@ func readJSON(t *testing.T, path string, into any) {
 }
 
 // TestUpgrade replaces daemons by those of the next version, and by those of the version before, in the middle of the
-// migrations of a busy guest.
+// migrations of a busy guest. Each migration completes.
 func TestUpgrade(t *testing.T) {
 	t.Parallel()
 	next := buildDaemon(t, "raised") // its protocol and its files are of the next version (internal/version)
@@ -109,7 +109,8 @@ func TestUpgrade(t *testing.T) {
 	})
 }
 
-// checkUnknownIncoming checks that the daemon of a host serves, names a migration that a newer one left, and leaves it.
+// checkUnknownIncoming checks that an older daemon serves, although a newer one left a migration that it cannot read.
+// It says so, and leaves the migration's files. The source does not give the migration up.
 func (u *upgrade) checkUnknownIncoming(h *lab.Host, id string) {
 	u.Helper()
 	answer, err := control(u.T, h).Get(testContext(u.T), &migratedv1.GetRequest{Id: id})
@@ -124,8 +125,8 @@ func (u *upgrade) checkUnknownIncoming(h *lab.Host, id string) {
 	}
 }
 
-// checkRefusesRecord checks that the daemon under test does not serve where a newer one has handed a VM over, and says
-// what to do.
+// checkRefusesRecord checks that the daemon under test does not serve on a host where a newer one handed a VM over. It
+// says what to do, and leaves the record as it is.
 func (u *upgrade) checkRefusesRecord(h *lab.Host, id string) {
 	u.Helper()
 	path := h.Path("/run/migrated/handed-over/" + id + ".json")

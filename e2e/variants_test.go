@@ -13,8 +13,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// TestAttachToWaitingQEMU migrates, by the operator's command, into a QEMU that
-// an orchestrator started.
+// TestAttachToWaitingQEMU migrates, by the operator's command, into a QEMU that an orchestrator started. The source's
+// QEMU ends.
 func TestAttachToWaitingQEMU(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -31,8 +31,8 @@ func TestAttachToWaitingQEMU(t *testing.T) {
 	}
 }
 
-// TestAttachToRunningVMIsRefused names a QEMU that runs another VM: that VM must
-// not so much as notice.
+// TestAttachToRunningVMIsRefused names a destination QEMU that runs another VM. The migration fails, and both VMs
+// continue unharmed.
 func TestAttachToRunningVMIsRefused(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -54,8 +54,7 @@ func TestAttachToRunningVMIsRefused(t *testing.T) {
 	}
 }
 
-// TestTemplate gives the destination another command line: its RAM is in a file
-// of another name.
+// TestTemplate gives the destination another command line by a template: its RAM is in a file of another name.
 func TestTemplate(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -76,8 +75,7 @@ func TestTemplate(t *testing.T) {
 	}
 }
 
-// TestPausedVMStaysPaused moves a VM that does not run; it must not run on the
-// destination until its operator says so.
+// TestPausedVMStaysPaused moves a paused VM. It stays paused at the destination until its operator continues it.
 func TestPausedVMStaysPaused(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -91,8 +89,8 @@ func TestPausedVMStaysPaused(t *testing.T) {
 	s.arrived()
 }
 
-// TestKeepSource leaves the stopped QEMU where it was, and its daemon refuses
-// to migrate it as if it were the VM, also when it was started anew.
+// TestKeepSource: with KeepSource, the stopped QEMU stays at the source. The daemon refuses to migrate it as if it were
+// the VM, also after a restart.
 func TestKeepSource(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -121,20 +119,21 @@ func TestKeepSource(t *testing.T) {
 		t.Error(err)
 	}
 	startDaemon(t, l.A)
-	// The daemon asks the destination about the migration that it took up; until then it is under way.
+	// The daemon took the migration up. It is under way until the daemon has asked the destination about it.
 	awaitEnd(t, control(t, l.A), "keep")
 	refused("once-more")
 	s.countsAtDestination()
 }
 
-// TestPrepareThenStart separates what takes time from the switch.
+// TestPrepareThenStart prepares a migration, which takes time, and starts it later. The VM runs meanwhile. A repeated
+// Start succeeds.
 func TestPrepareThenStart(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := newScene(t, l)
 	client := s.prepare("later")
-	goesOn(t, l.A) // it runs on
-	for range 2 {  // repeatable
+	goesOn(t, l.A)
+	for range 2 {
 		start(t, client, "later", nil)
 	}
 	m := awaitEnd(t, client, "later")
@@ -142,8 +141,7 @@ func TestPrepareThenStart(t *testing.T) {
 	s.arrived()
 }
 
-// TestSparseGuestStaysSparse looks at what the destination's RAM occupies: pages
-// that the guest never touched must not come into being by moving.
+// TestSparseGuestStaysSparse: pages that the guest never touched are neither sent nor allocated at the destination.
 func TestSparseGuestStaysSparse(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -167,8 +165,8 @@ func TestSparseGuestStaysSparse(t *testing.T) {
 	}
 }
 
-// TestCutAfterTheSwitch pulls the cable while the memory follows: what needs a
-// page waits, nothing is lost, and the migration goes on by itself.
+// TestCutAfterTheSwitch pulls the cable while pages are still missing. The guest waits for its pages, nothing is lost,
+// and the migration continues by itself when the cable is back.
 func TestCutAfterTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)

@@ -10,7 +10,7 @@ import (
 )
 
 // TestVirtioMemShrinksAndGrows moves a guest that has most of its memory from a virtio-mem device. While its pages
-// come, memory is taken from it and given again.
+// arrive, the device takes memory from the guest and gives it back.
 func TestVirtioMemShrinksAndGrows(t *testing.T) {
 	t.Parallel()
 	whole := func(h *lab.Host) { awaitPlugged(t, h, func(mib uint64) bool { return mib == 384 }) }
@@ -27,13 +27,13 @@ func TestVirtioMemShrinksAndGrows(t *testing.T) {
 
 const vmem = "/machine/peripheral/vmem0"
 
-// resize asks the guest to have so much of the device.
+// resize requests that the guest use mib MiB of the device.
 func resize(t *testing.T, h *lab.Host, mib uint64) {
 	t.Helper()
 	ask(t, h, "qom-set", map[string]any{"path": vmem, "property": "requested-size", "value": mib << 20}, nil)
 }
 
-// awaitPlugged waits until the guest has as much of the device as ok wants.
+// awaitPlugged waits until ok accepts how many MiB of the device the guest has.
 func awaitPlugged(t *testing.T, h *lab.Host, ok func(mib uint64) bool) {
 	t.Helper()
 	eventually(t, func() error {

@@ -22,7 +22,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
-// block finds memory of a VM by the end of its name.
+// block returns the VM's RAM block whose ID ends in name.
 func block(t *testing.T, vm *qemu.VM, name string) ram.Block {
 	t.Helper()
 	blocks, err := vm.RAM.Blocks(testContext(t))
@@ -36,7 +36,7 @@ func block(t *testing.T, vm *qemu.VM, name string) ram.Block {
 	return blocks[at]
 }
 
-// memoryOf opens the memory of a QEMU.
+// memoryOf opens the memory of a QEMU process.
 func memoryOf(t *testing.T, vm *qemu.VM) *os.File {
 	t.Helper()
 	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", vm.Pid), os.O_RDWR, 0)
@@ -47,8 +47,8 @@ func memoryOf(t *testing.T, vm *qemu.VM) *os.File {
 	return f
 }
 
-// TestVideoMemoryFollows: a large screen on a slow network neither delays the stop nor lengthens it, because it is
-// memory like any. What the guest has drawn arrives.
+// TestVideoMemoryFollows: video memory moves like any other memory, not with the device state. So a large screen on a
+// slow network neither delays the stop nor lengthens it. What the guest has drawn arrives.
 func TestVideoMemoryFollows(t *testing.T) {
 	t.Parallel()
 	l := linkedHosts(t, lab.Link{Rate: 50e6, Delay: 100 * time.Microsecond})
@@ -57,14 +57,14 @@ func TestVideoMemoryFollows(t *testing.T) {
 	vm := lab.VMConfig{
 		Backend: lab.BackendDefault, Extra: []string{"-device", "VGA,vgamem_mb=64,id=screen"},
 	}.WithDevices(1, 1)
-	vm.VGA = false // it has this one
+	vm.VGA = false // Extra has one
 	s := sceneOf(t, l, vm)
 	source := inspect(t, l.A)
 	vram := block(t, source, "/vga.vram")
 	if vram.Size != 64<<20 {
 		t.Fatalf("video memory %+v", vram)
 	}
-	drawn := make([]byte, 16<<20) // and the rest is zero
+	drawn := make([]byte, 16<<20) // the rest is zero
 	_, _ = rand.Read(drawn)
 	if _, err := memoryOf(t, source).WriteAt(drawn, int64(vram.Addr)+8<<20); err != nil {
 		t.Fatal(err)
@@ -85,7 +85,8 @@ func TestVideoMemoryFollows(t *testing.T) {
 		m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetResidency().AsDuration())
 }
 
-// TestFirmwareVariablesArrive: what the firmware keeps in its flash is there after a move, in memory and in its image.
+// TestFirmwareVariablesArrive: the variables that the firmware keeps in its flash are there after a move, in memory and
+// in the image of the flash.
 func TestFirmwareVariablesArrive(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -110,14 +111,14 @@ func TestFirmwareVariablesArrive(t *testing.T) {
 	); err != nil || !bytes.Equal(got, mark) {
 		t.Errorf("the flash holds %q, %v", got, err)
 	}
-	// QEMU writes the flash to its image when it has loaded.
+	// QEMU writes the flash to its image after it has loaded the state.
 	if text, err := os.ReadFile(l.Shared(lab.SharedDir + "/guest-vars.fd")); err != nil || !bytes.Contains(text, mark) {
 		t.Errorf("the image does not hold the variable: %v", err)
 	}
 }
 
-// TestMemoryThatWasPromised: a VM that was preallocated, or whose memory is locked, has all of it after a move, and so
-// it is after the next one.
+// TestMemoryThatWasPromised: if a VM's memory was preallocated or is locked, all of it is allocated after a move, and
+// after the next one.
 func TestMemoryThatWasPromised(t *testing.T) {
 	t.Parallel()
 	for name, args := range map[string][]string{
@@ -147,7 +148,7 @@ func TestMemoryThatWasPromised(t *testing.T) {
 	}
 }
 
-// unpopulated is how many bytes of a block the kernel has no page for.
+// unpopulated returns how many bytes of a block have no page.
 func unpopulated(t *testing.T, vm *qemu.VM, name string) (bytes uint64) {
 	t.Helper()
 	b := block(t, vm, name)
@@ -174,8 +175,8 @@ func unpopulated(t *testing.T, vm *qemu.VM, name string) (bytes uint64) {
 	return bytes
 }
 
-// TestPluggedMemoryMoves: memory that was plugged in while the VM ran is not on its command line. The destination that
-// lacks it is refused before the VM is touched, and one that was given it is not.
+// TestPluggedMemoryMoves: memory that was plugged in while the VM ran is not on QEMU's command line. A destination
+// without it is refused before the VM is touched. If a template adds it, the VM moves.
 func TestPluggedMemoryMoves(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -206,8 +207,8 @@ func TestPluggedMemoryMoves(t *testing.T) {
 	s.countsAtDestination()
 }
 
-// TestReadOnlyImageIsLeftAlone: an nvdimm that the guest cannot write is the same image at both ends, or the move is
-// refused.
+// TestReadOnlyImageIsLeftAlone: the image of an nvdimm that the guest cannot write must be the same on both hosts, or
+// the move is refused. The move does not change it.
 func TestReadOnlyImageIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -242,7 +243,8 @@ func TestReadOnlyImageIsLeftAlone(t *testing.T) {
 	}
 }
 
-// TestNeighbourIsLeftAlone: a file of the VM's name that another QEMU of the destination has is not emptied.
+// TestNeighbourIsLeftAlone: if another QEMU of the destination uses a RAM file of the same name, the move is refused,
+// and that file is not emptied.
 func TestNeighbourIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)

@@ -13,7 +13,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// needRealVM is for VMs with disks or network cards.
+// needRealVM calls testenv.CannotRun if this machine cannot give a VM disks or network cards.
 func needRealVM(t *testing.T) {
 	t.Helper()
 	if _, err := exec.LookPath("qemu-img"); err != nil {
@@ -24,7 +24,7 @@ func needRealVM(t *testing.T) {
 	}
 }
 
-// linux gives c a disk and a network card, which its Linux guest has at work.
+// linux makes c boot the Linux guest, with a disk and a network card that the guest uses.
 func linux(t *testing.T, c lab.VMConfig, args ...string) lab.VMConfig {
 	t.Helper()
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
@@ -34,7 +34,8 @@ func linux(t *testing.T, c lab.VMConfig, args ...string) lab.VMConfig {
 	return c.Real(kernel, initrd, 1, 1, args...)
 }
 
-// verifyLinux has the guest check all of its memory and of its disks, and returns what it says.
+// verifyLinux has the guest check all of its memory and its disks. It returns the result, or fails the test if there is
+// damage.
 func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) *report.Verified {
 	t.Helper()
 	v, err := port.Verify(testContext(t))
@@ -48,7 +49,7 @@ func verifyLinux(t *testing.T, guest *report.Log, port *report.Port) *report.Ver
 	return v
 }
 
-// plainLinux makes c boot the Linux guest, which has neither a disk nor a network card.
+// plainLinux makes c boot the Linux guest without a disk or a network card.
 func plainLinux(t *testing.T, c lab.VMConfig, args ...string) lab.VMConfig {
 	t.Helper()
 	kernel, initrd, err := image.Linux(testContext(t))
@@ -70,8 +71,8 @@ func metal(t *testing.T, c lab.VMConfig) lab.VMConfig {
 	return c
 }
 
-// needKVM is for tests that need the machine's own KVM. Where there is none they are skipped, in CI as well: the
-// kernels that e2e/kernel/secure boots have a KVM of their own, in which VMs move each time.
+// needKVM skips a test if this machine has no KVM, in CI as well: the kernels that e2e/kernel/secure boots have a
+// nested KVM, in which VMs move on every run.
 func needKVM(t *testing.T) {
 	t.Helper()
 	if _, err := os.Stat("/dev/kvm"); err != nil {
