@@ -67,7 +67,7 @@ func TestPanicUnderSystemd(t *testing.T) {
 		t.Fatal(err)
 	}
 	systemctl(t, l.A, "reload", "migrated")
-	awaitLogged(t, l.A, "the configuration was not reloaded")
+	awaitLogged(t, l.A, "configuration not reloaded")
 	if now := unitProperty(t, l.A, "MainPID"); now != pid {
 		t.Errorf("after a reload the daemon is process %s, before it %s", now, pid)
 	}

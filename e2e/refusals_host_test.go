@@ -30,7 +30,9 @@ func ofHosts(l *lab.Lab) []refusal {
 			name:  "small tmpfs",
 			bring: resize("1m"),
 			mend:  resize("50%"),
-			words: []string{"it holds ", "MiB, and 1 MiB are left on the file system of /dev/shm/guest-ram0", "remount"},
+			words: []string{
+				"the VM uses ", "MiB, and 1 MiB are left on the file system of /dev/shm/guest-ram0", "remount",
+			},
 		},
 		{
 			name: "neighbour's socket",

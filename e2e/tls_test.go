@@ -63,7 +63,8 @@ func TestStrangersAreRefused(t *testing.T) {
 	}{
 		"source is no peer": {
 			func(id, _ identity) []string { return id.args(nameA, "a", nameB) },
-			func(id, _ identity) []string { return id.args(nameB, "b", "spiffe://lab/host/c") }, "names nobody who is allowed",
+			func(id, _ identity) []string { return id.args(nameB, "b", "spiffe://lab/host/c") },
+			"no name in the certificate is allowed",
 		},
 		"source may not send this VM": {
 			func(id, _ identity) []string { return id.args(nameA, "a", nameB) },

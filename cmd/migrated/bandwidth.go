@@ -15,10 +15,10 @@ type bandwidthCmd struct {
 }
 
 func (bandwidthCmd) Help() string {
-	return `Changes, while a migration goes on, how much may cross the network of memory that the VM does not wait for: ` +
-		`bytes a second, not bits, with K, M, G or T for powers of 1024, at least 64K. Pages that the VM waits for are ` +
-		`neither held up nor counted, so that it feels nothing of a low limit but that it lasts longer. At either host; ` +
-		`the daemons may have lower limits of their own.
+	return `Changes the bandwidth limit of a running migration, for memory that the VM does not wait for: bytes a ` +
+		`second, not bits, with K, M, G or T for powers of 1024, at least 64K. Pages that the VM waits for are ` +
+		`neither delayed nor counted: a low limit only makes the migration take longer. Works on either host; the ` +
+		`daemons may have lower limits of their own.
 
 Examples:
 

@@ -95,7 +95,7 @@ func (a *app) printPlan(view *migratedv1.Evacuation) error {
 		a.printf("%s\n", indent(warning))
 	}
 	if n := view.GetElsewhere(); n > 0 {
-		a.printf("%s in containers or the like are not this host's to move; \"migrated vms\" shows them\n",
+		a.printf("not moved: %s in containers (other namespaces), not managed by this daemon; see \"migrated vms\"\n",
 			plural(uint64(n), "QEMU"))
 	}
 	return nil
@@ -213,5 +213,5 @@ func (l *evacuationLines) outcome(view *migratedv1.Evacuation) error {
 		return nil
 	}
 	return &failure{exit: exitStillHere, message: fmt.Sprintf(
-		"%d of %s have not left this host, or cannot", left, plural(uint64(len(view.GetVms())), "VM"))}
+		"%d of %s stay on this host: see the reasons above", left, plural(uint64(len(view.GetVms())), "VM"))}
 }

@@ -27,11 +27,11 @@ type idleCmd struct {
 }
 
 func (idleCmd) Help() string {
-	return `Succeeds if no migration is under way on this host, away from it or to it, and fails with exit code 8 and ` +
-		`their names if one is: before the host is rebooted, or before migrated is removed or put back to an older ` +
-		`version. A migration that failed counts, too, for as long as its VM needs the daemon or the memory that is here.
+	return `Succeeds if no migration is under way from or to this host. Otherwise it fails with exit code 8 and ` +
+		`names them. Run it before you reboot the host, remove migrated or install an older version. A failed ` +
+		`migration counts, too, as long as its VM needs the daemon or the memory on this host.
 
-It reads the daemon's state directory, and so takes root.
+It reads the daemon's state directory, and so needs root.
 
 Examples:
 

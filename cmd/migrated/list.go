@@ -119,7 +119,8 @@ type deleteCmd struct {
 
 func (deleteCmd) Help() string {
 	return `Forgets a migration that is over, and its report, on this host alone; its id can be used again. It is ` +
-		`refused while something that is known of it here protects the VM: the other host has not heard yet how it ended, say.
+		`refused while what this host knows of it protects the VM, for example while the other host has not heard ` +
+		`how it ended.
 
 Examples:
 

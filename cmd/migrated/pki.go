@@ -33,10 +33,9 @@ type pkiInitCmd struct {
 }
 
 func (pkiInitCmd) Help() string {
-	return `Makes a key and a certificate that sign the certificates of all hosts of a site. Who has the key, ` +
-		`ca-key.pem, can make certificates that each of these hosts believes: keep the directory on a machine that is none ` +
-		`of them, or on a medium that is put away. It asks no daemon and needs no root. It refuses to write over an ` +
-		`authority that is there.
+	return `Makes a key and a certificate that sign the certificates of all hosts of a site. Anyone with ca-key.pem ` +
+		`can issue certificates that all hosts trust: keep it on another machine or offline. The command needs ` +
+		`neither a daemon nor root. It does not overwrite an existing authority.
 
 Example:
 

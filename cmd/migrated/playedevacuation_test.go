@@ -44,7 +44,8 @@ func steps(id string, spec *migratedv1.EvacuationSpec) (all []*migratedv1.Evacua
 			view.State = migratedv1.EvacuationState_EVACUATION_STATE_FAILED
 			view.PlanTime = timestamppb.New(noon)
 			view.Error = &migratedv1.MigrationError{
-				Message: "no destination can have VMs of this host", Remedy: "see what each lacks with 'migrated check --to HOST'",
+				Message: "no destination can take VMs of this host",
+				Remedy:  "see what each lacks with 'migrated check --to HOST'",
 			}
 		})
 		return all
@@ -145,6 +146,6 @@ func (playedEvacuations) ListVMs(context.Context, *migratedv1.ListVMsRequest) (*
 		{Vm: "/run/qemu/db.qmp", Name: "db", Pid: 4711},
 		{Vm: "libvirt:web", Name: "web", Pid: 4712, Migration: "web-1"},
 		{Name: "pod", Pid: 4713, Elsewhere: true},
-		{Name: "old", Pid: 4714, Problem: "its QEMU has no QMP socket on its command line that is to be found here"},
+		{Name: "old", Pid: 4714, Problem: "no QMP socket on QEMU's command line is reachable from here"},
 	}}, nil
 }

@@ -14,8 +14,8 @@ type recoverCmd struct {
 }
 
 func (recoverCmd) Help() string {
-	return `At the destination: makes the connection to the source's pages again now. That happens by itself, with ` +
-		`growing pauses and at the addresses that the source named; this is for another address, and for the impatient.
+	return `Run on the destination. Reconnects to the source's memory now. The daemon does so by itself, with ` +
+		`growing pauses, at the addresses that the source named. Use it to try at once, or at another address.
 
 Example:
 
@@ -43,14 +43,13 @@ type fallbackCmd struct {
 }
 
 func (fallbackCmd) Help() string {
-	return `At the source, after the switch, when the destination is lost for good: the VM goes on here as it was at ` +
-		`the switch. What it did since then is lost. Were it still running there, it would run twice and corrupt its ` +
-		`disks: nobody but you can know.
+	return `Run on the source, after the switch, when the destination is lost for good. Continues the VM here as it ` +
+		`was at the switch; what it did since then is lost. If the VM still runs at the destination, it runs ` +
+		`twice and corrupts its disks; no daemon can check this.
 
-Its disks are not as they were at the switch. Where it ran at the destination, they have what it wrote there, and ` +
-		`its memory here knows nothing of that: a mounted file system can be damaged by going on so. Rather end the VM ` +
-		`here, too, and start it anew from its disks, unless nothing was written or its disks can be put back, to a ` +
-		`snapshot say.
+Its disks are not as they were at the switch: they have what the VM wrote at the destination, and its memory here ` +
+		`does not match that. Continuing the VM can damage a mounted file system. End the VM here, too, and start it ` +
+		`again from its disks, unless it wrote nothing or its disks can be restored, for example from a snapshot.
 
 Example:
 

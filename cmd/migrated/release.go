@@ -14,9 +14,9 @@ type releaseCmd struct {
 }
 
 func (releaseCmd) Help() string {
-	return `At the source, after the switch, where the destination cannot say any more how the migration went, because ` +
-		`what its daemon had kept is lost, say: the migration is over, and the stopped QEMU here is ended. Memory that the ` +
-		`VM needed yet would be lost with it, so a destination that answers is asked first.
+	return `Run on the source, after the switch, when the destination's daemon lost its state and cannot report the ` +
+		`outcome. Ends the migration and the stopped QEMU on this host. Memory that the VM still needs would be ` +
+		`lost, so the destination is asked first if it answers.
 
 Example:
 
@@ -39,9 +39,9 @@ type abandonCmd struct {
 }
 
 func (abandonCmd) Help() string {
-	return `At the destination, after the switch, when the source is lost for good: the VM is ended. It could not have ` +
-		`the rest of its memory, and stands still where it needs it. What it wrote to its disks is there; start it anew ` +
-		`from them.
+	return `Run on the destination, after the switch, when the source is lost for good. Ends the VM: the rest of its ` +
+		`memory cannot arrive, and threads that need it wait forever. What the VM wrote to its disks is there; start ` +
+		`it again from them.
 
 Example:
 

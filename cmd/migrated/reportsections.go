@@ -211,7 +211,7 @@ func causesSection(r *migratedv1.Report) section {
 	}{
 		{"missing", c.GetMissing(), "nobody had asked for it"},
 		{"swept", c.GetSwept(), "the sweep had asked for it; it was asked for once more"},
-		{"ahead", c.GetAhead(), "it was asked for because a thread's faults foretold it"},
+		{"ahead", c.GetAhead(), "it was prefetched because a thread's faults predicted it"},
 		{"waiting", c.GetWaiting(), "another thread waited for it already"},
 		{"zero", c.GetZero(), "it was known to be zero, and nothing crossed the network"},
 		{"present", c.GetPresent(), "it was there"},
@@ -221,7 +221,7 @@ func causesSection(r *migratedv1.Report) section {
 			shareOf(float64(cause.n), float64(all)),
 		})
 	}
-	s.Note = fmt.Sprintf("%s. %s asked for ahead, and %.0f %% of what was foretold came true.", plural(all, "fault"),
+	s.Note = fmt.Sprintf("%s. %s prefetched, and %.0f %% of the predictions were right.", plural(all, "fault"),
 		plural(p.GetPagesGuessed(), "page"), 100*p.GetGuessHits())
 	s.Scale = plural(all, "fault")
 	return s
@@ -251,11 +251,11 @@ func memorySection(r *migratedv1.Report) section {
 	}
 	add("wire", p.GetBytesOnWire(), "", meaning)
 	if in != nil {
-		add("demand", in.GetDemandBytes(), fmt.Sprint(in.GetDemandPages()), "of this, what faults and foresight took")
+		add("demand", in.GetDemandBytes(), fmt.Sprint(in.GetDemandPages()), "of this, what faults and prefetching took")
 		add("sweep", in.GetSweepBytes(), fmt.Sprint(in.GetSweepPages()), sweepMeaning(in))
 	}
 	if n := p.GetBytesDiscarded(); n > 0 {
-		add("given up", n, "", "by the VM itself, and not fetched")
+		add("discarded", n, "", "by the guest, not fetched")
 	}
 	if n := p.GetBytesDeviceState(); n > 0 { // only the source counts them
 		add("devices", n, "", "state of the devices, sent while the VM stood still")

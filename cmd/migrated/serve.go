@@ -147,7 +147,7 @@ func (s *serveCmd) reload(a *app, d *daemon.Daemon, log *slog.Logger) {
 		err = d.Reload(cfg)
 	}
 	if err != nil {
-		log.Error("the configuration was not reloaded, all stays as it was", "error", err)
+		log.Error("configuration not reloaded: the old one stays in effect", "error", err)
 	}
 }
 

@@ -132,14 +132,15 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 		add("Faults", "%d: p50 %s, p99 %s, max %s",
 			p.GetFaults(), durationText(p.GetFaultP50()), durationText(p.GetFaultP99()), durationText(p.GetFaultMax()))
 		if n := p.GetPagesGuessed(); n > 0 {
-			add("Foretold", "%d pages asked for ahead of a fault; %.0f %% of what was foretold came true",
+			add("Prefetched", "%d pages before a fault; %.0f %% of the predictions were right",
 				n, 100*p.GetGuessHits())
 		}
 		if n := p.GetBytesDiscarded(); n > 0 {
-			add("Given up", "%s by the VM itself, which are not fetched", bytesText(n))
+			add("Discarded", "%s by the guest, not fetched", bytesText(n))
 		}
 		if n := p.GetPagesTouched(); n > 0 {
-			add("Touched", "%s by another process before they came: written again, the VM has what it should", plural(n, "page"))
+			add("Touched", "%s by another process before they arrived: written again, the VM's memory is correct",
+				plural(n, "page"))
 		}
 		if n := p.GetPagesUnexplained(); n > 0 {
 			add("UNEXPLAINED", "%s there before they came: the VM's memory may be corrupt", plural(n, "page"))
@@ -167,7 +168,7 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 		}
 	}
 	if m.GetOverdue() {
-		add("OVERDUE", "not all memory was there when its time was over; it goes on")
+		add("OVERDUE", "total_limit passed before all memory arrived; the migration continues")
 	}
 	add("Started", "%s", timeText(m.GetCreateTime()))
 	if m.GetSwitchTime() != nil {

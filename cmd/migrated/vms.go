@@ -39,7 +39,7 @@ func (vmsCmd) Run(a *app) error {
 			return nil
 		}
 		w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(w, "VM\tNAME\tPID\tWORTH KNOWING")
+		fmt.Fprintln(w, "VM\tNAME\tPID\tREMARK")
 		for _, vm := range answer.GetVms() {
 			fmt.Fprintf(w, "%s\t%s\t%d\t%s\n", orDash(vm.GetVm()), orDash(vm.GetName()), vm.GetPid(), orDash(worthKnowing(vm)))
 		}
@@ -51,11 +51,11 @@ func (vmsCmd) Run(a *app) error {
 func worthKnowing(vm *migratedv1.HostVM) string {
 	switch {
 	case vm.GetMigration() != "":
-		return "migration " + vm.GetMigration() + " is under way with it"
+		return "being migrated by " + vm.GetMigration()
 	case vm.GetHandedOver():
-		return "it was handed over, and is kept for its memory"
+		return "handed over to another host; this QEMU is kept for its memory"
 	case vm.GetElsewhere():
-		return "it is in a container or the like, and not this host's to move"
+		return "runs in a container (other namespaces): not managed by this daemon"
 	}
 	return vm.GetProblem()
 }

@@ -164,10 +164,10 @@ func (c Config) validateTLS() (errs []error) {
 	}
 	if !encrypted {
 		if len(c.Peers) > 0 {
-			refuse("peers", c.Peers[0], "empty without tls_certificate: nobody has a name there")
+			refuse("peers", c.Peers[0], "empty unless tls_certificate is set: names come from certificates")
 		}
 		if len(c.Operators) > 0 {
-			refuse("operators", c.Operators[0], "empty without tls_certificate: nobody has a name there")
+			refuse("operators", c.Operators[0], "empty unless tls_certificate is set: names come from certificates")
 		}
 		if !c.Plaintext && validListen(c.Listen) && !mtls.Loopback(c.Listen) {
 			refuse("listen", c.Listen, encryption)
@@ -179,7 +179,8 @@ func (c Config) validateTLS() (errs []error) {
 			refuse("http_listen", c.HTTPListen, encryption)
 		}
 		if len(c.MetricsClients) > 0 {
-			refuse("metrics_clients", c.MetricsClients[0], "empty without tls_certificate: nobody has a name there")
+			refuse("metrics_clients", c.MetricsClients[0],
+				"empty unless tls_certificate is set: names come from certificates")
 		}
 		if !c.Plaintext && validListen(c.MetricsListen) && !mtls.Loopback(c.MetricsListen) {
 			refuse("metrics_listen", c.MetricsListen, encryption)

@@ -98,7 +98,7 @@ func (d *Daemon) listen() (_ *listeners, err error) {
 		return nil, errors.Join(fmt.Errorf("listen for other daemons: %w", err), closeAll(opened))
 	}
 	if err := pagelane.Widen(opened[0].(syscall.Conn)); err != nil { // before Confine drops the capability for it
-		d.log.Warn("a VM that leaves over a long path may take longer: "+
+		d.log.Warn("cannot raise the TCP send buffer: migrations over links with long round trips may be slower; "+
 			"give the daemon CAP_NET_ADMIN, or raise net.ipv4.tcp_wmem", "error", err)
 	}
 	l := &listeners{peers: opened[0], controls: opened[1:controls]}

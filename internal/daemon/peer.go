@@ -98,11 +98,11 @@ func (d *Daemon) expectIncoming(
 		return nil, migration.ToStatus(codes.ResourceExhausted, migration.WithRemedy(crowded, remedyCrowded))
 	case err != nil:
 		return nil, status.Errorf(codes.AlreadyExists,
-			"a migration %s to this host is under way; choose another id", request.GetId())
+			"a migration %s to the destination is under way; choose another id", request.GetId())
 	}
 	for _, id := range forgotten {
 		if err := migration.RemoveDir(filepath.Join(d.incomingDir(), id)); err != nil {
-			d.log.Warn("the directory of an old migration stays", "migration", id, "error", err)
+			d.log.Warn("cannot remove the directory of an old migration", "migration", id, "error", err)
 		}
 	}
 	return destination, nil

@@ -119,7 +119,7 @@ func (p *peerService) AwaitTurn(
 	case errors.Is(err, turns.ErrFull):
 		d.refusals.Refused(limits.Moving, callerNetwork(ctx), "id", request.GetId())
 		return migration.ToStatus(codes.ResourceExhausted,
-			migration.WithRemedy(fmt.Errorf("%d migrations wait for room at this host: %w", mostWaiting, err),
+			migration.WithRemedy(fmt.Errorf("%d migrations wait for room at the destination: %w", mostWaiting, err),
 				"start this one when others are over, or move the VM to another host"))
 	case err != nil && sendErr != nil:
 		return sendErr

@@ -193,9 +193,9 @@ type crowdedError struct {
 
 func (e *crowdedError) Error() string {
 	if e.sender == "" {
-		return fmt.Sprintf("%d migrations to this host are under way, as many as may be at once", e.most)
+		return fmt.Sprintf("%d migrations to the destination are under way, as many as may be at once", e.most)
 	}
-	return fmt.Sprintf("%d migrations from %s to this host are under way, half of what may be at once, "+
+	return fmt.Sprintf("%d migrations from %s to the destination are under way, half of what may be at once, "+
 		"and the rest is for others", e.most, e.sender)
 }
 

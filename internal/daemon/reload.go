@@ -24,7 +24,7 @@ func (d *Daemon) Reload(next config.Config) error {
 	next.FaultWorkers = workersOrDefault(next.FaultWorkers)
 	changed, waiting, err := d.settings().Reload(next)
 	if err != nil {
-		return fmt.Errorf("beside what cannot change without a restart: %w", err)
+		return fmt.Errorf("the reloaded keys do not fit the running configuration (other keys need a restart): %w", err)
 	}
 	d.reloaded.Store(&changed)
 	d.limitHost()

@@ -30,7 +30,7 @@ const maxLogs = 256
 // limitLogs removes logs of QEMUs that ended long ago.
 func (d *Daemon) limitLogs() {
 	if err := launch.LimitLogs(d.pipeDir(), d.cfg.LogDir, maxLogs); err != nil {
-		d.log.Warn("old logs of QEMUs stay", "error", err)
+		d.log.Warn("cannot remove old QEMU logs", "error", err)
 	}
 }
 
@@ -62,7 +62,7 @@ func (d *Daemon) destinationConfig(dir string) migration.DestinationConfig {
 // stands still on this host, it is not moved, because it may have been handed over.
 func (d *Daemon) takeUp() error {
 	if err := d.records.Sweep(); err != nil {
-		d.log.Warn("what a daemon left that ended while it wrote stays", "error", err)
+		d.log.Warn("cannot remove unfinished files of an earlier run", "error", err)
 	}
 	records, err := d.records.All()
 	if err != nil {
@@ -73,10 +73,10 @@ func (d *Daemon) takeUp() error {
 		return err
 	}
 	if err := migration.RemoveEnded(d.incomingDir()); err != nil {
-		d.log.Warn("directories of migrations that are over stay", "error", err)
+		d.log.Warn("cannot remove directories of ended migrations", "error", err)
 	}
 	if err := launch.FollowOutputs(d.pipeDir(), d.cfg.LogDir); err != nil {
-		d.log.Warn("what QEMUs write that were started before is not logged", "error", err)
+		d.log.Warn("cannot log the output of QEMUs that an earlier run started", "error", err)
 	}
 	d.limitLogs()
 	dirs, err := migration.KeptDirs(d.incomingDir())

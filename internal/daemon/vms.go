@@ -46,7 +46,7 @@ func (d *Daemon) vms(ctx context.Context) ([]*migratedv1.HostVM, error) {
 		case len(p.Sockets) > 0:
 			vm.Vm = p.Sockets[0]
 		default:
-			vm.Problem = "its QEMU has no QMP socket on its command line that is to be found here; " +
+			vm.Problem = "no QMP socket on QEMU's command line is reachable from here; " +
 				"start the VM with -qmp unix:PATH,server=on,wait=off"
 		}
 		printable.Valid(vm) // it has parts of a command line, which may not be UTF-8

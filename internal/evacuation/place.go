@@ -25,9 +25,9 @@ func (n Needs) sum() (bytes uint64) {
 
 // Errors of placing a VM.
 var (
-	errNoHost   = errors.New("no destination can have it")
-	errNoMemory = errors.New("it has no memory for it")
-	errApart    = errors.New("a VM that it is to be apart from goes there")
+	errNoHost   = errors.New("no destination can take the VM")
+	errNoMemory = errors.New("not enough memory")
+	errApart    = errors.New("a VM that must be on another host (--apart) goes there")
 )
 
 // A placer chooses destinations by the memory that they have left. Several goroutines may use it at once.

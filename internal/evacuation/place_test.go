@@ -78,7 +78,7 @@ func TestPlaceHugePages(t *testing.T) {
 	}
 	_, err := p.place("other", Needs{page: 10 * mib, huge: 200 * mib}, anyHost)
 	if err == nil || !strings.Contains(err.Error(),
-		"b: it has no memory for it: 200 MiB in pages of 2048 KiB are needed, and 100 MiB are left") {
+		"b: not enough memory: 200 MiB in pages of 2048 KiB are needed, and 100 MiB are left") {
 		t.Errorf("a second: %v", err)
 	}
 }

@@ -127,7 +127,7 @@ func addresses(all []*migratedv1.HostVM, names []string) (keys []string) {
 // destinations, are left out, with a warning.
 func (e *evacuation) askDestinations(ctx context.Context) (p *placer, warnings []string, err error) {
 	p = newPlacer(uint64(os.Getpagesize()))
-	problems := []error{errors.New("no destination can have VMs of this host")}
+	problems := []error{errors.New("no destination can take VMs of this host")}
 	rooms := make([]*migratedv1.HostRoom, len(e.spec.GetDestinations()))
 	failures := make([]error, len(rooms))
 	var asking errgroup.Group

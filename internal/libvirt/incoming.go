@@ -124,7 +124,7 @@ func parse(definition string) (*etree.Document, *etree.Element, error) {
 	}
 	root := doc.SelectElement("domain")
 	if root == nil {
-		return nil, nil, errors.New("definition of a domain: it is none of a domain")
+		return nil, nil, errors.New("not the definition of a libvirt domain: there is no <domain> element")
 	}
 	return doc, root, nil
 }
@@ -142,7 +142,7 @@ func SameDomain(first, other string) error {
 	for _, tag := range []string{"name", "uuid"} {
 		a, b := text(want, tag), text(got, tag)
 		if a != b {
-			return fmt.Errorf("it is of another domain: its <%s> is %q, and not %q", tag, b, a)
+			return fmt.Errorf("the definition is of another domain: its <%s> is %q, want %q", tag, b, a)
 		}
 	}
 	return nil
@@ -189,7 +189,7 @@ func (l Limit) Check(definition string) error {
 	}
 	for _, child := range root.ChildElements() {
 		if child.Space != "" {
-			return fmt.Errorf("the domain's definition has <%s>, by which QEMU is started with anything",
+			return fmt.Errorf("the domain's definition has <%s>, which can pass any option to QEMU",
 				child.FullTag())
 		}
 	}

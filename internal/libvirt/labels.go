@@ -12,9 +12,10 @@ import (
 )
 
 // ErrSharedLabel says that both hosts share the label of an image.
-var ErrSharedLabel = errors.New("the image has the SELinux label of the VM that runs on this host, too: " +
-	"libvirt would take it from the VM; mount its file system on both hosts with one label " +
-	"(-o context=system_u:object_r:svirt_image_t:s0), or export it without security_label, and start the VM anew")
+var ErrSharedLabel = errors.New("the hosts share the SELinux label of an image: " +
+	"if the destination's libvirt relabels it, the running VM loses access to its image; " +
+	"mount the file system on both hosts with one label (-o context=system_u:object_r:svirt_image_t:s0), " +
+	"or export it without security_label, then restart the VM")
 
 // refuseSharedLabel refuses a definition if an image of the domain has the same label on this host as at the
 // source, where the domain runs. The hosts then share the file system and its labels. libvirt would relabel the

@@ -11,8 +11,7 @@ import (
 )
 
 // ErrOwner says that an image has another owner now, although its VM uses it on another host.
-var ErrOwner = errors.New("the domain has ended, and libvirt has given an image of it away, " +
-	"which its VM uses on another host")
+var ErrOwner = errors.New("libvirt changed the owner of an image that the VM uses on another host")
 
 // An image is a file of a domain, with its owner while the domain runs.
 type image struct {
@@ -66,7 +65,8 @@ func (i image) restoreOwner() error {
 		err = unix.Fchownat(int(i.file.Fd()), "", int(i.uid), int(i.gid), unix.AT_EMPTY_PATH)
 	}
 	if err != nil {
-		return fmt.Errorf("%w; have it belong to %d:%d: %s: %w", ErrOwner, i.uid, i.gid, i.file.Name(), err)
+		return fmt.Errorf("the domain has ended, but %w: %w; run: chown %d:%d %s",
+			ErrOwner, err, i.uid, i.gid, i.file.Name())
 	}
 	return nil
 }

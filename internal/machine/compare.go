@@ -14,8 +14,9 @@ import (
 
 // Remedies for differences.
 const (
-	sameHosts = "give the destination's QEMU the source's, with --template, or by starting it yourself (--to-qmp)"
-	plugged   = "add it to the destination's command line with --template, " +
+	sameHosts = "configure the destination's QEMU as the source's, with --template, " +
+		"or start it yourself that way (--to-qmp)"
+	plugged = "add it to the destination's command line with --template, " +
 		"or start the QEMU there yourself with it (--to-qmp), or unplug it at the source"
 	unplugged = "leave it out of the destination's command line with --template, " +
 		"or start the QEMU there yourself without it (--to-qmp)"
@@ -86,7 +87,7 @@ func (d *differences) cpus(source, waits *migratedv1.MachineDescription) {
 		}
 		if missing := word.GetBits() &^ here; missing != 0 {
 			d.add("CPUs", "start the VM with a -cpu model that both hosts have",
-				"the destination's lack features that the guest has found: bits %#x of %s, CPUID %#x, %#x",
+				"the destination's CPUs lack features that the guest has seen: bits %#x of %s, CPUID %#x, %#x",
 				missing, word.GetRegister(), word.GetLeaf(), word.GetSubleaf())
 		}
 	}

@@ -61,7 +61,7 @@ func TestEarlyPauseLimit(t *testing.T) {
 		asked int
 		says  string
 	}{
-		"none": {durationpb.New(0), 2, "and may for 0s"}, // the second call carries no state
+		"none": {durationpb.New(0), 2, "longer than early_pause_limit (0s)"}, // the second call carries no state
 		"long": {durationpb.New(time.Minute), earlyTries, "a page is missing"},
 	} {
 		t.Run(name, func(t *testing.T) {

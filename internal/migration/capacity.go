@@ -19,7 +19,7 @@ import (
 
 // errNotOnHost says that this host has less memory to give than the VM uses already. The VM would stall, or be killed,
 // when the last of it is taken.
-var errNotOnHost = errors.New("this host has no room for what the VM holds")
+var errNotOnHost = errors.New("the destination does not have enough memory")
 
 // A hostCapacity reports how much memory a host has to give, in bytes.
 type hostCapacity struct {
@@ -198,7 +198,7 @@ func checkFileSystems(blocks []ram.Block, present map[string]uint64) error {
 // noRoomError returns the error that says how much is needed and how much there is. Units: bytes.
 func noRoomError(of string, needs uint64, are string, has uint64, remedy string) error {
 	return withRemedy(
-		fmt.Errorf("%w: it holds %d MiB%s, and %d MiB %s", errNotOnHost, needs>>20, of, has>>20, are), remedy)
+		fmt.Errorf("%w: the VM uses %d MiB%s, and %d MiB %s", errNotOnHost, needs>>20, of, has>>20, are), remedy)
 }
 
 func remedyOfHugePages(size uint64) string {

@@ -54,21 +54,21 @@ func TestHostHasRoom(t *testing.T) {
 		"fits on the tmpfs": {&migratedv1.SourceMachine{RamBlocks: block(4096, 30*mib, "f")}, onTmpfs, ""},
 		"too much for the tmpfs": {
 			&migratedv1.SourceMachine{RamBlocks: block(4096, 40*mib, "f")}, onTmpfs,
-			"it holds 40 MiB, and 32 MiB are left on the file system of " + file,
+			"the VM uses 40 MiB, and 32 MiB are left on the file system of " + file,
 		},
 		"private at the source": {
 			&migratedv1.SourceMachine{RamBlocks: block(4096, 0, ""), PrivateMemory: 40 * mib},
-			onTmpfs, "it holds 40 MiB, and 32 MiB",
+			onTmpfs, "the VM uses 40 MiB, and 32 MiB",
 		},
 		"fits into memory": {&migratedv1.SourceMachine{RamBlocks: block(4096, 0, ""), PrivateMemory: 100 * mib}, nil, ""},
 		"too much for memory": {
 			&migratedv1.SourceMachine{RamBlocks: block(4096, 61*mib, "f"), PrivateMemory: 40 * mib}, nil,
-			"it holds 101 MiB, and 100 MiB of memory and swap are available",
+			"the VM uses 101 MiB, and 100 MiB of memory and swap are available",
 		},
 		"fits into huge pages": {&migratedv1.SourceMachine{RamBlocks: block(2*mib, 0, "f"), HugeMemory: 20 * mib}, nil, ""},
 		"too few huge pages": {
 			&migratedv1.SourceMachine{RamBlocks: block(2*mib, 0, "f"), HugeMemory: 64 * mib}, nil,
-			"it holds 64 MiB of huge pages, and 20 MiB are free",
+			"the VM uses 64 MiB of huge pages, and 20 MiB are free",
 		},
 		"an older source": {&migratedv1.SourceMachine{RamBlocks: block(4096, 0, "f")}, onTmpfs, ""},
 	} {

@@ -57,7 +57,7 @@ func CheckDestination(ctx context.Context, cfg DestinationConfig) (results []che
 	defer func() {
 		for _, path := range []string{cfg.Dir, d.pipePath(), d.logPath()} {
 			if err := os.RemoveAll(path); err != nil {
-				d.log.Warn("what a check has left", "error", err)
+				d.log.Warn("cannot remove files of a check", "error", err)
 			}
 		}
 	}()

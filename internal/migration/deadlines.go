@@ -23,7 +23,7 @@ import (
 // by Cancel. If total_limit passes after it, the migration goes on and is marked as overdue.
 
 // errLimitMissed is why a migration that exceeded one of its limits was given up.
-var errLimitMissed = errors.New("a limit of the migration has passed")
+var errLimitMissed = errors.New("the migration exceeded its limit")
 
 // limitMissed returns the error for a limit that has passed. name is the limit's field, what is the step that was not
 // done in time.

@@ -35,7 +35,8 @@ func (s *Source) Delete(context.Context) error {
 	}
 	if s.isCommitted() && view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
 		return withRemedy(errors.New("the VM was handed over, and it is not decided where it is"),
-			"look at both hosts where it is, then say so: "+s.releaseCommand()+"; or: "+s.fallBackCommand())
+			"find out on both hosts where the VM runs, then run here: "+s.releaseCommand()+
+				" if it is at the destination, or "+s.fallBackCommand()+" if it certainly runs nowhere")
 	}
 	rec, found, err := s.cfg.Records.find(s.cfg.ID)
 	switch {
@@ -45,8 +46,8 @@ func (s *Source) Delete(context.Context) error {
 		return withRemedy(fmt.Errorf("the QEMU that the VM was moved from, process %d, was kept, "+
 			"and this keeps it from being taken for the VM", rec.PID), "end that QEMU (QMP quit) first")
 	case found && rec.Alive():
-		return withRemedy(fmt.Errorf("the VM, process %d, is not yet what it was before the migration, "+
-			"and a daemon that is started again sees to it", rec.PID),
+		return withRemedy(fmt.Errorf("the VM (process %d) could not be restored after the migration; "+
+			"a restarted daemon needs this record to try again", rec.PID),
 			"see 'migrated status "+s.cfg.ID+"', then start the daemon again")
 	case found:
 		if err := s.cfg.Records.Remove(s.cfg.ID); err != nil {

@@ -251,7 +251,7 @@ func (d *Destination) abort(reason string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.toldToRun() {
-		return errors.New("the VM runs on this host already")
+		return errors.New("the VM runs on the destination already")
 	}
 	d.giveUp(fmt.Errorf("the source gave up: %s", reason))
 	return nil

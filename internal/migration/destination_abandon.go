@@ -11,8 +11,8 @@ import (
 )
 
 // errAbandoned is the end of a migration whose operator declared the source gone.
-var errAbandoned = errors.New("its operator declared the source gone: " +
-	"the VM could not have the rest of its memory, and was ended")
+var errAbandoned = errors.New("an operator declared the source gone (migrated abandon): " +
+	"the VM was ended, because the rest of its memory could not arrive")
 
 // Abandon ends a VM that waits for memory of a source that is gone for good. The operator asserts that it is gone.
 // Abandon fails while pages still arrive. It returns when QEMU has ended.

@@ -46,7 +46,7 @@ type earlyStream = grpc.ClientStreamingServer[migratedv1.LoadEarlyStateRequest, 
 // ended; before it, the timeout does.
 func (d *Destination) expectEarly() {
 	d.moveTo(awaitingEarly)
-	d.expire(awaitingEarlyTimeout, "the early state of the devices did not come")
+	d.expire(awaitingEarlyTimeout, "the source did not send the early device state")
 }
 
 // LoadEarlyState has QEMU load the state that the devices had a moment ago. Then the destination is prepared, whether
@@ -100,8 +100,8 @@ func (d *Destination) loadEarlyState(
 		answer.Loaded = true
 	case err == nil:
 		p := memory.missed[0]
-		answer.Reason = fmt.Sprintf("loading it reads %d pages of the VM's memory that did not come with it, "+
-			"first that at %#x of %q", len(answer.Missed), p.offset, d.blocks[p.block].ID)
+		answer.Reason = fmt.Sprintf("loading it reads %d pages of the VM's memory that were not sent with it; "+
+			"the first is at %#x of %q", len(answer.Missed), p.offset, d.blocks[p.block].ID)
 	default:
 		answer.Reason = d.explain(err).Error()
 	}
@@ -263,7 +263,7 @@ func (d *Destination) replaceQEMU(ctx context.Context) error {
 	qemuClaims.unclaim(d.claim)
 	err := errors.Join(d.taken.UFFD.Close(), d.vm.Close(), d.reserve.release())
 	if err != nil {
-		d.log.Warn("let go of a destination QEMU that was ended", "error", err)
+		d.log.Warn("cannot release what belonged to an ended destination QEMU", "error", err)
 	}
 	d.taken, d.vm, d.process, d.reserve, d.blocks, d.claim = nil, nil, nil, nil, nil, process.Identity{}
 	return d.prepareQEMU(ctx)

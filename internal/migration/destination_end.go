@@ -47,7 +47,7 @@ func (d *Destination) end(err error) {
 		d.log.Error("failed after the switch", "error", err)
 		d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, d.explain(err), d.whereFailed())
 	case err == nil:
-		d.giveUp(errors.New("all memory was here before the source said go"))
+		d.giveUp(errors.New("all memory arrived before the source told the destination to run the VM"))
 	default:
 		d.giveUp(err)
 	}
@@ -73,7 +73,7 @@ func (d *Destination) closeRemote(pid, fd int) {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	if err := inject.CloseRemote(ctx, pid, fd); err != nil {
-		d.log.Warn("QEMU keeps a userfaultfd that nothing is registered with any more", "error", err)
+		d.log.Warn("cannot close QEMU's userfaultfd, with which nothing is registered any more", "error", err)
 	}
 }
 
@@ -141,7 +141,7 @@ func (d *Destination) resumable() bool {
 // release closes this daemon's descriptors. QEMU and its own copies stay. The caller holds mu.
 func (d *Destination) release() {
 	if err := d.reserve.release(); err != nil {
-		d.log.Warn("give back what was set aside for the VM", "error", err)
+		d.log.Warn("cannot release the memory reserved for the VM", "error", err)
 	}
 	d.early.close()
 	if d.exit != nil {
@@ -153,7 +153,7 @@ func (d *Destination) release() {
 	}
 	if d.taken != nil {
 		if err := d.taken.UFFD.Close(); err != nil {
-			d.log.Warn("close the userfaultfd", "error", err)
+			d.log.Warn("cannot close the userfaultfd", "error", err)
 		}
 	}
 	d.closeFiles()
@@ -162,7 +162,7 @@ func (d *Destination) release() {
 			continue
 		}
 		if err := vm.Close(); err != nil {
-			d.log.Warn("disconnect from QEMU", "error", err)
+			d.log.Warn("cannot disconnect from QEMU", "error", err)
 		}
 	}
 	d.limitMu.Lock()
@@ -186,7 +186,7 @@ func (d *Destination) release() {
 		defer d.retention.begin(d.Forget) // after end has unmapped the file
 	}
 	if err := end(); err != nil {
-		d.log.Warn("what was kept for a restarted daemon", "error", err)
+		d.log.Warn("cannot close or remove the files kept for a restart", "error", err)
 	}
 }
 
@@ -219,7 +219,7 @@ func (d *Destination) Forget() {
 	d.retention.over = true // a late timer must not remove the files of a new migration
 	d.retention.timer.Stop()
 	if err := d.kept.remove(); err != nil {
-		d.log.Warn("what was kept of a completed migration", "error", err)
+		d.log.Warn("cannot remove the files kept of a completed migration", "error", err)
 	}
 }
 

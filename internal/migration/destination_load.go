@@ -79,7 +79,7 @@ func (d *Destination) LoadDeviceState(
 		}
 		return err
 	}
-	d.expire(loadedTimeout, "the source did not say go")
+	d.expire(loadedTimeout, "the source did not tell the destination to run the VM")
 	testPoint("destination-loaded")
 	if run != nil {
 		if answer.Run, err = d.run(context.WithoutCancel(stream.Context()), run, carrier.began); err != nil {
@@ -167,7 +167,7 @@ func (d *Destination) loadFrom(
 func (d *Destination) carrier(first *migratedv1.LoadDeviceStateRequest) (carrier *deviceCarrier, err error) {
 	switch {
 	case first.GetChanges() != (d.early != nil):
-		return nil, errors.New("the source and this host do not agree on whether an early state was loaded")
+		return nil, errors.New("the source and the destination do not agree on whether an early state was loaded")
 	case d.early == nil:
 		if carrier, err = newDeviceCarrier(); err != nil {
 			return nil, err

@@ -28,10 +28,10 @@ func fetchPrivateFirst(blocks []postcopy.Block, source []*migratedv1.RamBlock) {
 
 // errOrphan says that the source's QEMU has ended, and what is lost with it.
 var errOrphan = errors.New(
-	"the source's QEMU has ended: memory of the VM that was that QEMU's alone, and is not here, is lost")
+	"the source's QEMU has ended: memory that only it held, and that has not arrived, is lost")
 
 // lostStatus is the status of a VM that has lost some of its memory.
-const lostStatus = "the VM stands still where it needs memory that is lost; nothing else is read in its place"
+const lostStatus = "threads of the VM that touch lost memory wait forever; they never read wrong data"
 
 // sourceQEMUGone says whether the source's page server found that the QEMU whose memory it reads has ended.
 func sourceQEMUGone(err error) bool {

@@ -114,7 +114,7 @@ func (d *Destination) compare(ctx context.Context) error {
 		return qemuQueryError("destination", err)
 	}
 	source := d.cfg.Request.GetMachine()
-	differs := refusalOf("the destination QEMU has another VM than the source",
+	differs := refusalOf("the destination QEMU's VM differs from the source's",
 		machine.Compare(source.GetDescription(), waits, machine.Destination{
 			Chosen: d.cfg.Request.GetDestinationQmp() != "" || d.cfg.Request.GetDestinationTemplate() != "",
 			Has:    func(file string) bool { return machine.HasFile(d.vm, file) },
@@ -145,7 +145,7 @@ func (d *Destination) ready(ctx context.Context) error {
 	go d.watchQEMU(d.vm)
 	testPoint("destination-prepared")
 	d.moveTo(prepared) // unless pump has given up already
-	d.expire(preparedTimeout, "it was prepared and not started")
+	d.expire(preparedTimeout, "the source did not start the prepared migration")
 	d.update(func(m *migratedv1.Migration) {
 		m.Prepared = true
 		m.Progress = d.meter.progress(d.engine.Stats())

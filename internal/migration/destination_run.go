@@ -43,7 +43,7 @@ func (d *Destination) run(
 	}
 	if d.vm == nil {
 		if over := context.Cause(d.ctx); over != nil {
-			return nil, fmt.Errorf("the VM may have run here: %w", over)
+			return nil, fmt.Errorf("the VM may have run on the destination: %w", over)
 		}
 		return nil, fmt.Errorf("the destination QEMU does not answer yet: %w", errAskAgain)
 	}

@@ -92,7 +92,7 @@ func TakeUpDestination(ctx context.Context, cfg DestinationConfig) (*Destination
 	}
 	switch {
 	case !d.toldToRun():
-		d.expire(loadedTimeout, "the source did not say go")
+		d.expire(loadedTimeout, "the source did not tell the destination to run the VM")
 	case d.runAnswer() != nil: // else Run has to tell QEMU again, and the migration must not end before that
 		d.engine.StartSweep()
 	}

@@ -23,14 +23,15 @@ func TestForgottenDestinationGivesUp(t *testing.T) {
 		return d
 	}
 	forgotten := fresh(prepared)
-	forgotten.expire(0, "it was prepared and not started")
+	forgotten.expire(0, "the source did not start the prepared migration")
 	select {
 	case <-forgotten.Done():
 	case <-time.After(20 * time.Second):
 		t.Fatal("it is kept")
 	}
 	view, _ := forgotten.Snapshot()
-	if !Terminal(view.GetState()) || !strings.Contains(view.GetError().GetMessage(), "not started within") {
+	if !Terminal(view.GetState()) ||
+		!strings.Contains(view.GetError().GetMessage(), "did not start the prepared migration within") {
 		t.Errorf("it ended as %v", view)
 	}
 	if _, err := forgotten.Run(context.Background(), &migratedv1.RunRequest{}); !errors.Is(err, ErrNotRun) {
@@ -39,15 +40,15 @@ func TestForgottenDestinationGivesUp(t *testing.T) {
 
 	goesOn, again, over := fresh(prepared), fresh(awaitingEarly), fresh(prepared)
 	goesOn.mu.Lock()
-	goesOn.expire(0, "it was prepared and not started")
+	goesOn.expire(0, "the source did not start the prepared migration")
 	goesOn.moveTo(loading)
 	goesOn.mu.Unlock()
 	again.mu.Lock()
-	again.expire(0, "the early state of the devices did not come")
+	again.expire(0, "the source did not send the early device state")
 	again.moveTo(loadingEarly) // LoadEarlyState came, and has to come again
 	again.moveTo(awaitingEarly)
 	again.mu.Unlock()
-	over.expire(0, "it was prepared and not started") // expires after those two, on the same clock
+	over.expire(0, "the source did not start the prepared migration") // expires after those two, on the same clock
 	<-over.Done()
 	goesOn.mu.Lock()
 	defer goesOn.mu.Unlock()

@@ -73,9 +73,9 @@ func noLanesError(id string, failures []error) error {
 			"with the files as they are then")
 	case slices.ContainsFunc(failures, refused): // a restarted source daemon that has not taken the migration up
 		return withRemedy(withReason(err, migratedv1.Reason_REASON_PAGES_REFUSED),
-			fmt.Sprintf("ask the source's daemon, which answers, what became of the VM's "+
-				"memory: migrated status %s; where it knows nothing of it, or its QEMU has ended, "+
-				"the VM's memory is lost", id))
+			fmt.Sprintf("run 'migrated status %s' on the source: its daemon answers "+
+				"but does not serve the VM's memory. If it does not know the migration, "+
+				"or the VM's QEMU there has ended, that memory is lost", id))
 	default:
 		return withRemedy(withReason(err, migratedv1.Reason_REASON_PAGES_UNREACHABLE),
 			"make the source daemon's listen address reachable from this host, "+

@@ -40,7 +40,7 @@ func TestReleaseWhereTheDestinationKnowsNothing(t *testing.T) {
 	if err := s.source.Release(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "its operator declared")
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "an operator declared")
 	if view, _ := s.source.Snapshot(); view.GetLocation() != migratedv1.Location_LOCATION_DESTINATION ||
 		view.GetError().GetReason() != migratedv1.Reason_REASON_RELEASED {
 		t.Errorf("the VM is %v: %v", view.GetLocation(), view.GetError())

@@ -393,7 +393,7 @@ func (s *Source) release() {
 			continue
 		}
 		if err := vm.Close(); err != nil {
-			s.log.Warn("disconnect from QEMU", "error", err)
+			s.log.Warn("cannot disconnect from QEMU", "error", err)
 		}
 	}
 }

@@ -141,7 +141,7 @@ func (s *Source) readPagesChanged(section int) bool {
 // way cannot be limited, because QEMU answers nobody until it has ended.
 func (s *Source) checkPauseLimit(shown *migratedv1.EarlyLoad) error {
 	if pause, limit := shown.GetPause().AsDuration(), earlyPauseLimit(s.cfg.Spec); pause > limit {
-		return fmt.Errorf("the VM has stood still for %v for it, and may for %v", pause, limit)
+		return fmt.Errorf("the VM was paused for %v, longer than early_pause_limit (%v)", pause, limit)
 	}
 	return nil
 }

@@ -38,7 +38,7 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 	// still needed.
 	files := s.ramFiles()
 	if err := s.cfg.Records.Complete(s.cfg.ID, ended, files); err != nil {
-		s.log.Warn("that all memory has left is not written down", "error", err)
+		s.log.Warn("cannot record that all memory has left", "error", err)
 	}
 	testPoint("source-completing")
 	if !s.cfg.Spec.GetKeepSource() {
@@ -72,7 +72,7 @@ func (s *Source) reportAndForget() {
 // removeRecord removes the record, and logs a failure.
 func (s *Source) removeRecord() {
 	if err := s.cfg.Records.Remove(s.cfg.ID); err != nil {
-		s.log.Warn("the record stays", "error", err)
+		s.log.Warn("cannot remove the migration's record", "error", err)
 	}
 }
 

@@ -12,16 +12,17 @@ import (
 )
 
 // errFallBack is why a migration ended that its operator ended by FallBack.
-var errFallBack = errors.New("its operator declared the destination gone: the VM is again as it was at the switch")
+var errFallBack = errors.New("an operator declared the destination gone (migrated fallback): " +
+	"the VM is on the source again, as it was at the switch")
 
 // FallBack continues a VM that was handed over, as it was at the switch, because its destination is gone. The caller
 // has to know that the VM runs nowhere else; no daemon can know. FallBack returns when the VM runs here.
 func (s *Source) FallBack(ctx context.Context) error {
 	switch view, _ := s.Snapshot(); view.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
-		return errors.New("all of the VM is at the destination, and nothing of it here any more")
+		return errors.New("the migration completed: the whole VM is at the destination")
 	case migratedv1.MigrationState_MIGRATION_STATE_ENDED:
-		return withRemedy(errors.New("the VM has ended at the destination, and its disks are newer than what was here of it"),
+		return withRemedy(errors.New("the VM has ended at the destination; its disks are newer than its memory here"),
 			afterEnding)
 	}
 	if !s.isCommitted() {
@@ -101,7 +102,7 @@ func (s *Source) continueHandedOver(ctx context.Context) (where whereabouts, err
 		where.location, _, where.words = locateVM(vm)
 	}
 	if closeErr := vm.Close(); closeErr != nil { // no failure: the VM was continued, or err says why not
-		s.log.Warn("disconnect from QEMU", "error", closeErr)
+		s.log.Warn("cannot disconnect from QEMU", "error", closeErr)
 	}
 	return where, err
 }

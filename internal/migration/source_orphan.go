@@ -12,7 +12,7 @@ import (
 
 // Status and remedies for a VM whose QEMU on this host has ended.
 const (
-	endedStatus = "the VM's QEMU on the source has ended, and with it all that was the VM's there"
+	endedStatus = "the VM's QEMU on the source has ended; what it held of the VM is lost"
 	// remedyEndVM is the remedy if the VM runs at the destination. It is not known here which memory it will need.
 	remedyEndVM = "look at the destination: where 'migrated status %s' says that memory is lost, end the VM there and " +
 		"start it anew from its disks"

@@ -80,7 +80,7 @@ func (s *Source) prepare(ctx context.Context) error {
 		return s.prepareEarly(ctx)
 	}
 	if notEarly == nil {
-		notEarly = errors.New("the destination's daemon is of a version that does not")
+		notEarly = errors.New("the destination's daemon is too old for an early load")
 	}
 	s.update(func(m *migratedv1.Migration) { m.EarlyLoad = &migratedv1.EarlyLoad{Reason: notEarly.Error()} })
 	return nil

@@ -26,7 +26,8 @@ func (s *Source) checkUnchanged(ctx context.Context) error {
 	if err != nil {
 		return qemuQueryError("source", err)
 	}
-	return refusalOf("the VM is another than when it was prepared", append(tasks, machine.Changed(s.description, now)...))
+	return refusalOf("the VM has changed since the migration was prepared",
+		append(tasks, machine.Changed(s.description, now)...))
 }
 
 // checkNoNewJob returns an error if one of these JOB_STATUS_CHANGE events says that a job has begun.

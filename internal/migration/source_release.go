@@ -15,8 +15,8 @@ import (
 )
 
 // errReleased is why a migration ended that its operator ended by Release.
-var errReleased = errors.New("its operator declared that the VM is at the destination with all of its memory, " +
-	"or ended there")
+var errReleased = errors.New("an operator declared that the VM is at the destination with all of its memory, " +
+	"or has ended there (migrated release)")
 
 // askTimeout bounds how long a destination may take to report the state of a migration.
 const askTimeout = 5 * time.Second
@@ -28,7 +28,7 @@ func (s *Source) Release(ctx context.Context) error {
 	switch view, _ := s.Snapshot(); {
 	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
 		view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_ENDED:
-		return errors.New("the source has let go of the VM already")
+		return errors.New("the migration is over already: nothing is left to release")
 	case !s.isCommitted():
 		return withRemedy(errors.New("the VM has not been handed over"), "cancel the migration")
 	}
@@ -87,7 +87,9 @@ func (s *Source) checkReleasable(ctx context.Context) error {
 			destination, answer.GetError().GetMessage()),
 			"look there with 'migrated status "+s.cfg.ID+"'; only if the VM certainly runs nowhere: "+s.fallBackCommand())
 	default:
-		return withRemedy(fmt.Errorf("destination %s answers, and needs memory of the VM that is here alone", destination),
+		return withRemedy(
+			fmt.Errorf("destination %s answers, and the VM there still needs memory that only this host has",
+				destination),
 			"wait for the migration to complete; where it does not, look there with 'migrated status "+s.cfg.ID+"'")
 	}
 }

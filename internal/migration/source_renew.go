@@ -69,7 +69,7 @@ func (s *Source) outdated(ctx context.Context) (why, err error) {
 		return nil, fmt.Errorf("ask QEMU for the VM's devices: %w", err)
 	}
 	if !slices.Equal(now, s.devices) {
-		return fmt.Errorf("the VM's devices are others than when it was prepared: plugged since %q, unplugged %q",
+		return fmt.Errorf("the VM's devices have changed since the migration was prepared: plugged in %q, unplugged %q",
 			without(now, s.devices), without(s.devices, now)), nil
 	}
 	if age := time.Since(s.earlySavedAt); s.earlyState != nil && age > earlyOldest {

@@ -24,8 +24,8 @@ var (
 )
 
 // remedyRunsTwice is the remedy for a VM that runs on both hosts.
-const remedyRunsTwice = "both write to the same disks: end one of the two QEMUs at once (QMP 'quit'); " +
-	"the destination's gets no more pages"
+const remedyRunsTwice = "end one of the two QEMUs at once (QMP 'quit'): both write to the same disks. " +
+	"The destination's QEMU gets no more memory from the source"
 
 // stoppedTimeout bounds the question whether the VM stands still. QEMU answers within a millisecond, or hangs.
 const stoppedTimeout = 5 * time.Second
@@ -160,7 +160,7 @@ func (s *Source) retractHandOver(ctx context.Context) {
 			s.removeRecord()
 			s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 				withRemedy(fmt.Errorf("%w: %w", errContinued, fromPeer("give up", destination, err)),
-					"look on the destination whether the VM runs there, too; "+remedyRunsTwice),
+					"look on the destination whether the VM runs there, too; if it does, "+remedyRunsTwice),
 				s.whereContinued(migratedv1.Location_LOCATION_UNKNOWN, "the destination does not say whether it runs there, too"))
 			return
 		}
@@ -168,7 +168,7 @@ func (s *Source) retractHandOver(ctx context.Context) {
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER,
 			withRemedy(fmt.Errorf("%w: %w", errContinued, fromPeer("give up", destination, err)),
 				"restore the network between the two hosts: the destination is asked to give up until it answers. "+
-					"Until then look on the destination whether the VM runs there, too; "+remedyRunsTwice),
+					"Until then look on the destination whether the VM runs there, too; if it does, "+remedyRunsTwice),
 			s.whereContinued(migratedv1.Location_LOCATION_UNKNOWN, "it may run on the destination, too"))
 		if err := sleep(ctx, jitter(delay)); err != nil {
 			s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
@@ -183,7 +183,7 @@ func (s *Source) retractHandOver(ctx context.Context) {
 // destination.
 func runsTwiceError() *migratedv1.MigrationError {
 	shown := Describe(withRemedy(fmt.Errorf("%w, after it had been handed over", errContinued), remedyRunsTwice))
-	shown.VmStatus = "the VM was continued on the source, and is on the destination, too, where it gets no more pages"
+	shown.VmStatus = "the VM was continued on the source, and is on the destination, too, where it gets no more memory"
 	return shown
 }
 

@@ -30,7 +30,7 @@ func TestContinuedVMIsNotHandedOverAgain(t *testing.T) {
 			return nil
 		}, 3, ErrNotRun.Error()},
 		"it runs the VM": {func(int) error {
-			return status.Error(codes.FailedPrecondition, "the VM runs on this host already")
+			return status.Error(codes.FailedPrecondition, "the VM runs on the destination already")
 		}, 1, "both write to the same disks"},
 		"it knows nothing": {func(int) error { return status.Error(codes.NotFound, "no such migration") }, 1, "does not say"},
 	} {
@@ -82,7 +82,9 @@ func TestTakenUpSourceAsksForAContinuedVM(t *testing.T) {
 	s := committed(t)
 	s.continueAnyway(t)
 	s.peer.run = runAtOnce
-	s.peer.abort = func(int) error { return status.Error(codes.FailedPrecondition, "the VM runs on this host already") }
+	s.peer.abort = func(int) error {
+		return status.Error(codes.FailedPrecondition, "the VM runs on the destination already")
+	}
 	runs := s.peer.runs
 	s.takeUp(t)
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "both write to the same disks")

@@ -79,7 +79,7 @@ func (s *Source) finishCompleted(rec Record) {
 	defer s.release()
 	if rec.Alive() && !s.cfg.Spec.GetKeepSource() {
 		if err := s.quitKeptQEMU(rec); err != nil {
-			s.log.Warn("the source's QEMU is left; it is no longer needed", "error", err)
+			s.log.Warn("cannot end the source's QEMU, which is no longer needed", "error", err)
 		}
 	}
 	if !rec.Alive() {

@@ -220,7 +220,7 @@ func TestFallBackIsRefused(t *testing.T) {
 	s.source.Start()
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
 	if err := s.source.FallBack(t.Context()); err == nil ||
-		!strings.Contains(err.Error(), "all of the VM is at the destination") {
+		!strings.Contains(err.Error(), "the whole VM is at the destination") {
 		t.Errorf("after the end: %v", err)
 	}
 }

@@ -121,7 +121,7 @@ func (d *Destination) whereWaiting() whereabouts {
 		}
 	}
 	return whereabouts{
-		migratedv1.Location_LOCATION_DESTINATION, "the VM is on the destination; what needs a missing page waits",
+		migratedv1.Location_LOCATION_DESTINATION, "the VM is on the destination; threads that touch missing pages wait",
 	}
 }
 
@@ -132,13 +132,13 @@ func (d *Destination) whereFailed() whereabouts {
 		return d.whereWaiting()
 	case d.orphan:
 		return whereabouts{
-			migratedv1.Location_LOCATION_ENDED, "the VM's QEMU on the destination has ended; the source's has, too",
+			migratedv1.Location_LOCATION_ENDED, "the VM's QEMU has ended on both hosts",
 		}
 	}
 	return whereabouts{
 		migratedv1.Location_LOCATION_NOWHERE,
 		"the VM's QEMU on the destination has ended; " +
-			"its memory as it was at the switch is with the source, if that has it still",
+			"the source may still have the VM's memory as it was at the switch",
 	}
 }
 

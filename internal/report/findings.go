@@ -252,8 +252,8 @@ func faultCauses(r *migratedv1.Report) string {
 		return ""
 	}
 	return fmt.Sprintf("%s of %d faults met a page that had to be asked for then. "+
-		"%s had been asked for ahead, and %.0f %% of what was foretold came true: "+
-		"the guest visits its memory in an order that is hard to foretell, or is faster than the path.",
+		"%s had been prefetched, and %.0f %% of the predictions were right: "+
+		"the guest touches its memory in an order that is hard to predict, or is faster than the path.",
 		units.Percent(float64(asked), float64(all)), all,
 		units.Plural(p.GetPagesGuessed(), "page"), 100*p.GetGuessHits())
 }
@@ -264,7 +264,7 @@ func touchedPages(r *migratedv1.Report) string {
 		return ""
 	}
 	return units.Plural(n, "page") + " had been touched by another process of the destination before they came. " +
-		"They were written again: the VM has what it should."
+		"They were written again: the VM's memory is correct."
 }
 
 func versionsDiffer(r *migratedv1.Report) string {

@@ -18,7 +18,7 @@ import (
 )
 
 // ErrStranger says that the peer's certificate is valid, but has no allowed name.
-var ErrStranger = errors.New("the certificate names nobody who is allowed")
+var ErrStranger = errors.New("no name in the certificate is allowed")
 
 // Files are paths of PEM files.
 type Files struct {

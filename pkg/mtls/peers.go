@@ -20,7 +20,7 @@ type Peer struct {
 func ParsePeer(text string) (Peer, error) {
 	fields := strings.Fields(text)
 	if len(fields) == 0 {
-		return Peer{}, errors.New("a peer has a name")
+		return Peer{}, errors.New("the entry is empty; it must begin with a name from a certificate")
 	}
 	for _, pattern := range fields[1:] {
 		if _, err := path.Match(pattern, ""); err != nil {

@@ -46,7 +46,7 @@ import (
 )
 
 // ErrBroken says that the peer does not keep to HTTP/2 or gRPC. Opening the lane again does not help.
-var ErrBroken = errors.New("the peer does not speak gRPC as it should")
+var ErrBroken = errors.New("the peer violates the HTTP/2 or gRPC protocol")
 
 const (
 	// laneSetting marks a connection that carries one lane. Its value is the version of this package's way, 1.

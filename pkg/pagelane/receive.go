@@ -171,8 +171,9 @@ func (c *conn) handle(frame http2.Frame) error {
 		return c.over
 	case *http2.GoAwayFrame:
 		if f.ErrCode == http2.ErrCodeEnhanceYourCalm { // grpc-go's default, if asked every tcpkeepalive.Quiet
-			c.over = status.Errorf(codes.Unavailable, "the page server takes it ill to be asked whether it is there (%q): "+
-				"its keepalive.EnforcementPolicy is to have PermitWithoutStream and a MinTime of %v at most",
+			c.over = status.Errorf(codes.Unavailable,
+				"the page server closed the lane because of keepalive PINGs (%q): "+
+					"set PermitWithoutStream and a MinTime of at most %v in its keepalive.EnforcementPolicy",
 				f.DebugData(), tcpkeepalive.Quiet/2)
 			return c.over
 		}

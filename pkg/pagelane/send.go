@@ -53,7 +53,7 @@ func writeHeaders(to *http2.Framer, last bool, fields ...hpack.HeaderField) erro
 }
 
 // errSilent says that the peer has neither opened its windows nor sent anything for as long as the sender has patience.
-var errSilent = errors.New("the peer takes nothing")
+var errSilent = errors.New("the peer stopped reading: it opens no flow-control window")
 
 // reserve takes from the sendWindow what may be sent in one frame, of n bytes. It waits until something may be sent.
 func (c *conn) reserve(n int) (int, error) {

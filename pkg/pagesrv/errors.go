@@ -20,7 +20,7 @@ var (
 	ErrWithdrawn = errors.New("the source has withdrawn the pages of this VM")
 	// ErrRefused says that the migration is not offered, or no longer, or that the token is wrong. The peer is not told
 	// which, so that nobody can find out ids by asking: codes.PermissionDenied.
-	ErrRefused = errors.New("no such migration is offered here, or its token is another one")
+	ErrRefused = errors.New("the source does not offer this migration, or the token is wrong")
 	// ErrTooManyLanes says that an export serves MaxLanes lanes already: codes.ResourceExhausted.
 	ErrTooManyLanes = errors.New("too many lanes for one migration")
 	// ErrBadRange says that a request asks for what is not there: codes.InvalidArgument.

@@ -22,11 +22,12 @@ var (
 	ErrProcessGone = errors.New("the destination VM's process is gone")
 	// ErrNoMemory says that the host has no memory for a page.
 	ErrNoMemory = errors.New("no memory for the VM's pages: enlarge the tmpfs (mount -o remount,size=), " +
-		"the pool of huge pages (vm.nr_hugepages) or the memory limit of the VM's cgroup, then resume the migration")
+		"the pool of huge pages (vm.nr_hugepages) or the memory limit of the VM's cgroup")
 	// ErrRangeGone says that memory is not there any more, or not registered any more, and no event said so.
 	ErrRangeGone = errors.New("memory of the destination VM vanished without notice")
 	// ErrMoved says that the process moved its RAM (mremap). Pages cannot be found there any more.
-	ErrMoved = errors.New("the destination VM's process moved its RAM: it can not be completed, end it")
+	ErrMoved = errors.New("the destination VM's process moved its RAM (mremap): " +
+		"the migration cannot be completed; end that process")
 	// ErrForeignFault says that a descriptor reports faults of memory that is in no block: the thread would wait for ever.
 	ErrForeignFault = errors.New("fault outside of all RAM blocks: give all memory that is registered with the descriptor")
 	// ErrState says that Options.State is not a table of these blocks: it is of another VM or version, or damaged.
@@ -48,7 +49,7 @@ type ForkError struct {
 
 func (e *ForkError) Error() string {
 	return fmt.Sprintf("the destination VM's process forked while its RAM was incomplete "+
-		"(the child's userfaultfd is descriptor %d): end the child, then resume the migration", e.Child.FD())
+		"(the child's userfaultfd is descriptor %d): end the child process", e.Child.FD())
 }
 
 func protocolError(format string, args ...any) error {

@@ -42,7 +42,7 @@ func TestCheckVM(t *testing.T) {
 		{"paused", "state", append(qemutest.RAM(path), "-S"), Warning, "prelaunch"},
 		{"a destination", "state", append(qemutest.RAM(path), "-S", "-incoming", "defer"), Failed, "inmigrate"},
 		{"default RAM", "RAM \"pc.ram\"", []string{"-m", "64"}, OK, "private"},
-		{"default RAM, what it means", "private RAM", []string{"-m", "64", "-nodefaults"}, OK, "QEMU's alone"},
+		{"default RAM, what it means", "private RAM", []string{"-m", "64", "-nodefaults"}, OK, "only QEMU has"},
 		{"RAM on a disk", "RAM", qemutest.RAM(t.TempDir() + "/ram"), Failed, "tmpfs"},
 		{"blocker", "devices", append(qemutest.RAM(path),
 			"-object", "memory-backend-file,id=peer,size=1M,share=on,mem-path="+path+".peer",

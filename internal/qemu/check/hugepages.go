@@ -22,7 +22,7 @@ func checkHugePages() Result {
 		return r
 	}
 	if !fills {
-		return Result{Subject: r.Subject, Detail: "transparent ones keep pages that have not come"}
+		return Result{Subject: r.Subject, Detail: "this kernel's transparent huge pages do not hide missing pages"}
 	}
 	setting, err := hugepages.Setting()
 	if err != nil {
@@ -49,12 +49,14 @@ func hugePagesResult(setting string, mounts []hugepages.Mount) Result {
 		if h.Permitted() {
 			return Result{
 				Subject: "huge pages", Status: Warning, Remedy: h.Remedy(),
-				Detail: h.Because() + ", and this kernel makes transparent huge pages of memory that has not all come: a VM " +
-					"with its memory there is refused as a destination",
+				Detail: h.Because() + ", and this kernel may fill missing pages with zeros " +
+					"when it makes a transparent huge page: " +
+					"as a destination, this host refuses a VM with its memory there",
 			}
 		}
 	}
 	return Result{
-		Subject: "huge pages", Detail: "no tmpfs permits transparent ones, which this kernel would fill with zeros",
+		Subject: "huge pages",
+		Detail:  "no tmpfs allows transparent huge pages (this kernel would fill missing pages with zeros)",
 	}
 }

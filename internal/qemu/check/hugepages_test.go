@@ -28,9 +28,9 @@ func TestCheckHugePages(t *testing.T) {
 		status  Status
 		says    string
 	}{
-		{"never", safe, OK, "no tmpfs permits"},
-		{"deny", open, OK, "no tmpfs permits"},
-		{"", open, OK, "no tmpfs permits"},
+		{"never", safe, OK, "no tmpfs allows"},
+		{"deny", open, OK, "no tmpfs allows"},
+		{"", open, OK, "no tmpfs allows"},
 		{"never", open, Warning, "/vms is mounted with huge=within_size"},
 		{"advise", safe, Warning, hugepages.ShmemEnabled + " is advise"},
 		{"force", safe, Warning, hugepages.ShmemEnabled + " is force"},

@@ -29,7 +29,7 @@ var (
 		{"vfio", "a device of this host (VFIO), whose state migrated cannot move and which has the VM's memory pinned",
 			"unplug the device, or start the VM without it"},
 		{"vhost-user", "served by another process (vhost-user), which uses the VM's memory: " +
-			"nothing makes that wait for pages that have not come",
+			"that process does not wait for pages that have not arrived",
 			"unplug the device, or start the VM with one that QEMU or the kernel serves " +
 				"(virtio-blk, virtio-net with vhost=on, ...)"},
 		{"vhost-vdpa", "a device of this host (vDPA), which has the VM's memory pinned",
@@ -92,8 +92,8 @@ func checkOutside(ctx context.Context, vm *qemu.VM) (results []Result, err error
 
 // tpm describes any TPM of a VM. swtpm keeps its state in files, and QEMU moves a copy of that state with its devices.
 // If both hosts share the files, both swtpms would write to them.
-var tpm = outside{"", "another process's (swtpm) or a device of this host, which has a state of its own: " +
-	"how that is to follow was not tried",
+var tpm = outside{"", "emulated by another process (swtpm) or a device of this host, which holds its state; " +
+	"migrated cannot move that",
 	"start the VM without it, or move it with virsh migrate"}
 
 // tpms returns the ids of the VM's TPMs. Their QOM type does not show which back end they have.

@@ -29,7 +29,7 @@ func TestOutsideDevicesAreRefused(t *testing.T) {
 			"-object", "memory-backend-file,id=peer,size=1M,share=on,mem-path=" + path + ".peer",
 			"-device", "ivshmem-plain,memdev=peer,master=on",
 		}},
-		{"tpm", "TPM chip is another process's (swtpm)", []string{
+		{"tpm", "TPM chip is emulated by another process (swtpm)", []string{
 			"-chardev", "socket,id=tpm,path=" + socket + ".tpm",
 			"-tpmdev", "emulator,id=chip,chardev=tpm", "-device", "tpm-crb,tpmdev=chip",
 		}},

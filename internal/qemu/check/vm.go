@@ -44,7 +44,8 @@ func State(ctx context.Context, vm *qemu.VM) ([]Result, error) {
 		r.Remedy = "nothing, if that is wanted: it will be paused at the destination too"
 	case "suspended":
 		r.Status = Failed
-		r.Remedy = "wake the guest up (QMP system_wakeup), then try again: that it sleeps is not in the state of its devices"
+		r.Remedy = "wake the guest up (QMP system_wakeup), then try again " +
+			"(the device state does not record that the guest sleeps)"
 	case "inmigrate":
 		r.Status, r.Remedy = Failed, "name the VM's source: this QEMU waits for a migration"
 	case "postmigrate":
@@ -133,7 +134,7 @@ func checkRAM(ctx context.Context, vm *qemu.VM) ([]Result, error) {
 	}
 	if unseen > 0 {
 		results = append(results, Result{
-			Subject: "who maps the RAM", Status: Warning,
+			Subject: "other users of the RAM", Status: Warning,
 			Detail: fmt.Sprintf("this daemon may not look into %d processes: whether one of them maps it is not known", unseen),
 			Remedy: "run the daemon as root or with CAP_SYS_PTRACE, or see that no other process uses the VM's memory",
 		})
@@ -141,7 +142,7 @@ func checkRAM(ctx context.Context, vm *qemu.VM) ([]Result, error) {
 	if slices.ContainsFunc(blocks, func(b ram.Block) bool { return b.Private && !b.ReadOnly }) {
 		results = append(results, Result{
 			Subject: "private RAM",
-			Detail:  "it is QEMU's alone: until the last page has left, the VM needs this QEMU at the source",
+			Detail:  "only QEMU has this RAM: keep the source's QEMU until the last page has left",
 		})
 	}
 	return results, nil

@@ -20,7 +20,7 @@ var DefaultBinaries = []string{"qemu-system-*", "qemu-kvm", "kvm"}
 func MayRun(binary string, patterns []string) error {
 	found, err := FindBinary(binary, patterns)
 	if err == nil && found != binary {
-		err = fmt.Errorf("QEMU binary %q is not on this host, or not one that may be started", binary)
+		err = fmt.Errorf("QEMU binary %q is not on the destination, or not one that may be started", binary)
 	}
 	return err
 }
@@ -52,8 +52,8 @@ func FindBinary(name string, patterns []string) (string, error) {
 		found, err = filepath.Abs(found)
 	}
 	if err != nil {
-		return "", fmt.Errorf("QEMU binary %q of the source: not on this host, neither at that path nor in PATH: %w",
-			name, err)
+		return "", fmt.Errorf("QEMU binary %q of the source: "+
+			"not on the destination, neither at that path nor in PATH: %w", name, err)
 	}
 	allowed, err := matches(found, patterns)
 	if err != nil {

@@ -103,7 +103,7 @@ func TestDestinationRefuses(t *testing.T) {
 		"empty":             {"", "is empty"},
 		"other program":     {"sh -c true", "may be started"},
 		"other path":        {"/usr/bin/../bin/sh -c true", "may be started"},
-		"missing":           {"qemu-system-missing", "not on this host"},
+		"missing":           {"qemu-system-missing", "not on the destination"},
 		"option unfinished": {"qemu-system-test -m", "lacks its value"},
 		"tap descriptor":    {"qemu-system-test -netdev tap,fd=7,id=n", "open descriptors"},
 		"chardev in JSON":   {`qemu-system-test -netdev {"type":"tap","fd":"7"}`, "open descriptors"},

@@ -24,13 +24,13 @@ var templateName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 // templates. name is a file name, or a path in dir: older sources send the path.
 func readTemplate(dir, name string) (string, error) {
 	if dir == "" {
-		return "", errors.New("this host has no templates: its template_dir is empty")
+		return "", errors.New("the destination has no templates: its template_dir is empty")
 	}
 	if filepath.IsAbs(name) && filepath.Dir(filepath.Clean(name)) == filepath.Clean(dir) {
 		name = filepath.Base(name)
 	}
 	if !templateName.MatchString(name) {
-		return "", fmt.Errorf("%.100q is no name of a file in %s, where the templates of this host are (template_dir): "+
+		return "", fmt.Errorf("%.100q is no name of a file in %s, the template_dir of the destination: "+
 			"letters, digits, '.', '_' and '-', at most 64", name, dir)
 	}
 	root, err := os.OpenRoot(dir)

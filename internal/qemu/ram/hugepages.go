@@ -57,6 +57,6 @@ func (mem *Memory) checkHolesKept(blocks []Block) error {
 
 // filledWithZeros returns the error for a block at such a place.
 func filledWithZeros(id string, where hugepages.Place) *Error {
-	return &Error{id, where.Because() + ", and this kernel makes huge pages of memory that has not all come: " +
-		"the VM would find zeros where its pages are missing", where.Remedy()}
+	return &Error{id, where.Because() + ", and this kernel may fill missing pages with zeros " +
+		"when it makes a transparent huge page: the VM would read these zeros", where.Remedy()}
 }

@@ -49,7 +49,7 @@ func (m mapper) refusal(b Block) *Error {
 	return &Error{
 		b.ID,
 		fmt.Sprintf("%v maps its file %s as well, as another VM or the back end of a vhost-user device does: "+
-			"nothing makes that wait for pages that have not come", m, b.File),
+			"that process does not wait for pages that have not arrived", m, b.File),
 		"end that process (a back end: unplug its device first); if it belongs to another VM, give this one another " +
 			"mem-path, at the destination with --template",
 	}

@@ -126,7 +126,7 @@ export function detail(main, say) {
       times.update(pages, unknown);
       came.update(p, pages, unknown);
       const c = pages?.causes ?? {};
-      causes.rows([["missing", "nobody had asked for it"], ["swept", "the sweep had asked for it; it was asked for once more"], ["ahead", "it was asked for because a thread's faults foretold it"],
+      causes.rows([["missing", "nobody had asked for it"], ["swept", "the sweep had asked for it; it was asked for once more"], ["ahead", "it was prefetched because a thread's faults predicted it"],
         ["waiting", "another thread waited for it already"], ["zero", "it was known to be zero, and nothing crossed the network"], ["present", "it was there"]]
         .map(([kind, what]) => [kind, [grouped(c[kind]), "number"], what]));
       steps.update(p.downtime, report.downtimeSteps);

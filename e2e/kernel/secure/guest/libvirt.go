@@ -205,7 +205,7 @@ func (s *scene) sharedLabel(ctx context.Context) error {
 		return errors.New("a label that both hosts see did not hinder a migration")
 	}
 	err = nil
-	for _, words := range []string{"has the SELinux label of the VM", "the VM was not touched"} {
+	for _, words := range []string{"share the SELinux label of an image", "the VM was not touched"} {
 		if !strings.Contains(said, words) {
 			err = fmt.Errorf("it does not say %q: %s", words, said)
 		}
