@@ -143,7 +143,7 @@ func (d *Domain) Destroy(ctx context.Context) error {
 	}
 	var notKept error
 	if err != nil { // the domain is ended nevertheless
-		notKept = fmt.Errorf("the domain has ended, but it is not known whether %w: %w", ErrOwner, err)
+		notKept = fmt.Errorf("the domain has ended: %w: %w", ErrOwner, err)
 	}
 	err = d.DomainDestroyFlags(d.id, golibvirt.DomainDestroyDefault)
 	for _, i := range kept {

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrOwner says that an image has another owner now, although its VM uses it on another host.
-var ErrOwner = errors.New("libvirt changed the owner of an image that the VM uses on another host")
+// ErrOwner says that an image may have another owner now, although its VM uses it on another host.
+var ErrOwner = errors.New("an image that the VM uses on another host may have the wrong owner now")
 
 // An image is a file of a domain, with its owner while the domain runs.
 type image struct {
@@ -65,7 +65,7 @@ func (i image) restoreOwner() error {
 		err = unix.Fchownat(int(i.file.Fd()), "", int(i.uid), int(i.gid), unix.AT_EMPTY_PATH)
 	}
 	if err != nil {
-		return fmt.Errorf("the domain has ended, but %w: %w; run: chown %d:%d %s",
+		return fmt.Errorf("the domain has ended: %w: %w; run: chown %d:%d %s",
 			ErrOwner, err, i.uid, i.gid, i.file.Name())
 	}
 	return nil

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -45,9 +46,13 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 		s.undefine() // has a time limit of its own
 		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 		defer cancel()
-		if err := s.vm.Quit(ctx); err != nil {
+		switch err := s.vm.Quit(ctx); {
+		case errors.Is(err, libvirt.ErrOwner): // QEMU has ended
+			s.log.Error("an image of the VM may have the wrong owner now", "error", err)
+			s.removeRAMFiles(files)
+		case err != nil:
 			s.log.Warn("the source's QEMU did not quit; it is stopped and no longer needed", "error", err)
-		} else {
+		default:
 			s.removeRAMFiles(files)
 		}
 	}
