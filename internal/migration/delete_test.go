@@ -39,6 +39,7 @@ func TestDeleteSource(t *testing.T) {
 	if !s.handedOver(t) {
 		t.Error("what keeps the VM from being continued is gone")
 	}
+	s.peer.setWatch(unreachable)
 	if err := s.source.FallBack(t.Context()); err != nil {
 		t.Fatal(err)
 	}

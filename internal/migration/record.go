@@ -250,6 +250,18 @@ func damagedRecord(path string, err error) error {
 	return withRemedy(err, "look where the VM that it is about runs, then remove the file")
 }
 
+// stoppedBy returns the record of an earlier migration that stopped the VM of process pid, and ended before it handed the
+// VM over. Its ID is empty if there is none.
+func (r *Records) stoppedBy(pid int) (Record, error) {
+	records, err := r.All()
+	for _, rec := range records {
+		if !rec.Committed && rec.PID == pid && rec.Alive() {
+			return rec, err
+		}
+	}
+	return Record{}, err
+}
+
 // ForVM returns the record of the VM whose QEMU is process pid, if the VM was handed over and is still stopped here. A
 // VM is found by its process because it may have several monitors.
 func (r *Records) ForVM(pid int) (Record, bool, error) {

@@ -22,6 +22,11 @@ func (p *peer) setWatch(watch func(grpc.ServerStreamingServer[migratedv1.WatchIn
 	p.watch = watch
 }
 
+// unreachable is the answer of a destination that is gone.
+func unreachable(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+	return status.Error(codes.Unavailable, "no route to host")
+}
+
 // TestReleaseWhereTheDestinationKnowsNothing: a destination that has forgotten the migration does not end it. The
 // operator may.
 func TestReleaseWhereTheDestinationKnowsNothing(t *testing.T) {

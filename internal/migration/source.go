@@ -336,7 +336,7 @@ func (s *Source) switchOver(ctx context.Context) bool {
 		return false
 	}
 	if !s.toldToRun() {
-		err := s.checkStopped(ctx)
+		err := s.checkMayRun(ctx)
 		if err == nil {
 			err = s.commit(ctx)
 		}
@@ -381,6 +381,7 @@ func (s *Source) release() {
 		if err := s.ram.Close(); err != nil {
 			s.log.Warn("close the RAM", "error", err)
 		}
+		s.ram = nil
 	}
 	s.lastIncoming.conn.Store(nil)
 	if s.conn != nil {

@@ -98,7 +98,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	// runs beside the rest of the work, so that nothing waits for the answer.
 	stopCheck := make(chan error, 1)
 	var asking sync.WaitGroup
-	asking.Go(func() { stopCheck <- s.checkStopped(ctx) })
+	asking.Go(func() { stopCheck <- s.checkMayRun(ctx) })
 	defer asking.Wait()
 	sections, err := devicestate.Parse(state)
 	if err != nil {

@@ -11,7 +11,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -31,47 +30,20 @@ func (s *Source) showCompleted() {
 	})
 }
 
-// endSourceVM ends what is left of the VM here. Nobody needs it any more: all of the VM is at the destination, or the
-// VM ended there by itself, for the reason ended. show is called to show the migration as over.
-func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
-	s.export.Withdraw()
-	// Note it before QEMU quits: a restarted daemon cannot tell a QEMU that quit from one that died with memory that is
-	// still needed.
-	files := s.ramFiles()
-	if err := s.cfg.Records.Complete(s.cfg.ID, ended, files); err != nil {
-		s.log.Warn("cannot record that all memory has left", "error", err)
-	}
-	testPoint("source-completing")
-	if !s.cfg.Spec.GetKeepSource() {
-		s.undefine() // has a time limit of its own
-		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
-		defer cancel()
-		switch err := s.vm.Quit(ctx); {
-		case errors.Is(err, libvirt.ErrOwner): // QEMU has ended
-			s.log.Error("an image of the VM may have the wrong owner now", "error", err)
-			s.removeRAMFiles(files)
-		case err != nil:
-			s.log.Warn("the source's QEMU did not quit; it is stopped and no longer needed", "error", err)
-		default:
-			s.removeRAMFiles(files)
-		}
-	}
-	testPoint("source-quit")
-	show()
-	if !s.cfg.Spec.GetKeepSource() { // else the record keeps that QEMU from being taken for the VM while it lives
-		s.reportAndForget()
-	}
-}
-
 // reportAndForget stores the report of a migration that is shown as over, and then removes its record. A restarted
 // daemon finds at least one of the two, and so knows where the VM is.
 func (s *Source) reportAndForget() {
+	s.report()
+	s.removeRecord()
+	testPoint("source-forgotten")
+}
+
+// report stores the report of a migration that is shown as over.
+func (s *Source) report() {
 	if s.cfg.Report != nil {
 		s.cfg.Report(s)
 	}
 	testPoint("source-reported")
-	s.removeRecord()
-	testPoint("source-forgotten")
 }
 
 // removeRecord removes the record, and logs a failure.

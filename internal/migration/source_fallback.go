@@ -16,8 +16,40 @@ var errFallBack = errors.New("an operator declared the destination gone (migrate
 	"the VM is on the source again, as it was at the switch")
 
 // FallBack continues a VM that was handed over, as it was at the switch, because its destination is gone. The caller
-// has to know that the VM runs nowhere else; no daemon can know. FallBack returns when the VM runs here.
+// has to know that the VM runs nowhere else. If the destination answers, its answer decides instead. FallBack returns
+// when the VM runs here.
 func (s *Source) FallBack(ctx context.Context) error {
+	s.declareMu.Lock()
+	defer s.declareMu.Unlock()
+	if err := s.checkBefore(); err != nil {
+		return err
+	}
+	if err := s.checkGone(ctx); err != nil {
+		return err
+	}
+	s.cancel(errFallBack)
+	select { // once done is closed, pages are not served and Run is not repeated
+	case <-s.done:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if err := s.checkBefore(); err != nil { // it may have ended at this moment
+		return err
+	}
+	where, err := s.continueHandedOver(ctx)
+	if err != nil {
+		return withRemedy(fmt.Errorf("continue the VM here: %w", err), "remove the cause and try again; if the VM runs at "+
+			"the destination after all, restart this host's daemon: the destination gets the VM's memory again")
+	}
+	s.clearCommit()
+	s.removeRecord()
+	s.log.Warn("fell back: the VM is here as it was at the switch", "where", where.words)
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errFallBack, where)
+	return nil
+}
+
+// checkBefore fails if this daemon knows that the VM is not to be continued here.
+func (s *Source) checkBefore() error {
 	switch view, _ := s.Snapshot(); view.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
 		return errors.New("the migration completed: the whole VM is at the destination")
@@ -28,23 +60,25 @@ func (s *Source) FallBack(ctx context.Context) error {
 	if !s.isCommitted() {
 		return withRemedy(errors.New("the VM has not been handed over"), "cancel the migration")
 	}
-	s.cancel(errFallBack)
-	select { // once done is closed, pages are not served and Run is not repeated
-	case <-s.done:
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	return nil
+}
+
+// checkGone fails if the destination answers, and has the VM or has had its end.
+func (s *Source) checkGone(ctx context.Context) error {
+	answer, err := s.askDestination(ctx)
+	if answer == nil || err != nil {
+		return err
 	}
-	if view, _ := s.Snapshot(); view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		return errors.New("the migration completed at this moment")
+	destination, look := s.cfg.Spec.GetDestination(), "look there with 'migrated status "+s.cfg.ID+"'"
+	switch state := answer.GetState(); {
+	case endingFromDestination(answer.GetError()) != nil, state == migratedv1.MigrationState_MIGRATION_STATE_ENDED:
+		return withRemedy(fmt.Errorf("destination %s answers that the VM has ended there", destination), afterEnding)
+	case state == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
+		return withRemedy(fmt.Errorf("destination %s answers that it has the whole VM", destination), look)
+	case !Terminal(state) || answer.GetLocation() == migratedv1.Location_LOCATION_DESTINATION:
+		return withRemedy(fmt.Errorf("destination %s answers, and has the VM", destination),
+			look+"; to have the VM here, end it there first: its QEMU must be gone")
 	}
-	where, err := s.continueHandedOver(ctx)
-	if err != nil {
-		return fmt.Errorf("continue the VM here: %w", err)
-	}
-	s.clearCommit()
-	s.removeRecord()
-	s.log.Warn("fell back: the VM is here as it was at the switch", "where", where.words)
-	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errFallBack, where)
 	return nil
 }
 

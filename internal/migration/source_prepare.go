@@ -126,7 +126,8 @@ func (s *Source) attachAndOpen(ctx context.Context) error {
 		return err
 	}
 	if stale != nil {
-		s.log.Warn("a VM that was handed over runs here again", "record", stale.ID, "destination", stale.Destination)
+		s.log.Warn("removing the record of an earlier migration of this VM, which has gone on here since",
+			"record", stale.ID, "destination", stale.Destination)
 		if err := s.cfg.Records.Remove(stale.ID); err != nil {
 			return err
 		}
@@ -196,8 +197,9 @@ func (s *Source) openRAM(blocks []ram.Block) (err error) {
 	return s.vm.Alive() // if QEMU has ended, its number, and what was opened, may be another process's
 }
 
-// refuseHandedOver refuses a QEMU that is only kept for the memory of a VM that was handed over. If that QEMU runs, its
-// operator has continued it: it is the VM again, and stale is its record, which the caller removes.
+// refuseHandedOver refuses a QEMU that is only kept for the memory of a VM that was handed over, and a VM that an earlier
+// migration stopped and could not continue: it would arrive paused. If the VM runs, its operator has continued it: it is
+// the VM again, and stale is its record, which the caller removes.
 func (s *Source) refuseHandedOver(ctx context.Context) (stale *Record, err error) {
 	rec, handedOver, err := s.cfg.Records.ForVM(s.vm.Pid)
 	if err != nil {
@@ -208,10 +210,23 @@ func (s *Source) refuseHandedOver(ctx context.Context) (stale *Record, err error
 		return nil, qemuQueryError("source", err)
 	}
 	if !handedOver {
-		return nil, s.refuseUnknown(running)
+		if rec, err = s.cfg.Records.stoppedBy(s.vm.Pid); err != nil {
+			return nil, err
+		}
 	}
-	if running {
+	switch {
+	case rec.ID == "":
+		return nil, s.refuseUnknown(running)
+	case running:
 		return &rec, nil
+	case !handedOver && rec.WasRunning:
+		return nil, withRemedy(
+			fmt.Errorf("this VM does not run: migration %s stopped it at %s, and could not continue it",
+				rec.ID, rec.HandedOver.Format(time.RFC3339)),
+			fmt.Sprintf("continue it with QMP 'cont', after blockdev-del of the node %s if it has that; "+
+				"then migrate it, or stop it again before", qemu.ContLockNode))
+	case !handedOver:
+		return &rec, nil // it was paused before, and is
 	}
 	return nil, withRemedy(
 		fmt.Errorf("this VM was handed over to %s by migration %s at %s and is only kept for its memory",

@@ -25,6 +25,8 @@ const askTimeout = 5 * time.Second
 // that cannot say so. The caller has to know that the VM needs nothing of the source any more. If the destination
 // answers, its answer decides instead.
 func (s *Source) Release(ctx context.Context) error {
+	s.declareMu.Lock()
+	defer s.declareMu.Unlock()
 	switch view, _ := s.Snapshot(); {
 	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
 		view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_ENDED:
@@ -41,8 +43,12 @@ func (s *Source) Release(ctx context.Context) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	if view, _ := s.Snapshot(); view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
-		return nil // it completed at this moment
+	switch view, _ := s.Snapshot(); {
+	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
+		view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_ENDED:
+		return nil // it ended at this moment
+	case !s.isCommitted():
+		return errors.New("the destination has given the VM back at this moment: it is on this host")
 	}
 	if err := s.endHandedOver(ctx); err != nil {
 		return fmt.Errorf("end what is left of the VM here: %w", err)
@@ -59,25 +65,10 @@ func (s *Source) Release(ctx context.Context) error {
 
 // checkReleasable fails if the destination answers and still needs the source.
 func (s *Source) checkReleasable(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
 	destination := s.cfg.Spec.GetDestination()
-	conn, err := s.cfg.Dial(destination, withToken(s.cfg.ID, s.token))
-	if err != nil {
-		return fmt.Errorf("ask destination %s: %w", destination, err)
-	}
-	defer conn.Close()
-	stream, err := migratedv1.NewPeerServiceClient(conn).WatchIncoming(ctx, &migratedv1.WatchIncomingRequest{Id: s.cfg.ID})
-	var answer *migratedv1.WatchIncomingResponse
-	if err == nil {
-		answer, err = stream.Recv()
-	}
-	switch code := status.Code(err); {
-	case code == codes.Unavailable, code == codes.DeadlineExceeded, code == codes.NotFound:
-		s.log.Warn("the destination cannot say whether it needs the source yet", "error", err)
-		return nil
-	case err != nil:
-		return fromPeer("ask whether it needs the source yet", destination, err)
+	answer, err := s.askDestination(ctx)
+	if answer == nil || err != nil {
+		return err
 	}
 	switch state, location := answer.GetState(), answer.GetLocation(); {
 	case state == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, location == migratedv1.Location_LOCATION_ENDED:
@@ -91,6 +82,36 @@ func (s *Source) checkReleasable(ctx context.Context) error {
 			fmt.Errorf("destination %s answers, and the VM there still needs memory that only this host has",
 				destination),
 			"wait for the migration to complete; where it does not, look there with 'migrated status "+s.cfg.ID+"'")
+	}
+}
+
+// askDestination asks the destination how the migration is there. It waits up to askTimeout for the migration's end,
+// because the destination may be about to notice that its QEMU has ended. The answer is nil if the destination does not
+// answer, or does not know the migration: then only the operator can know.
+func (s *Source) askDestination(ctx context.Context) (answer *migratedv1.WatchIncomingResponse, err error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	destination := s.cfg.Spec.GetDestination()
+	conn, err := s.cfg.Dial(destination, withToken(s.cfg.ID, s.token))
+	if err != nil {
+		return nil, fmt.Errorf("ask destination %s: %w", destination, err)
+	}
+	defer conn.Close()
+	stream, err := migratedv1.NewPeerServiceClient(conn).WatchIncoming(ctx, &migratedv1.WatchIncomingRequest{Id: s.cfg.ID})
+	for err == nil && !Terminal(answer.GetState()) {
+		var next *migratedv1.WatchIncomingResponse
+		if next, err = stream.Recv(); err == nil {
+			answer = next
+		}
+	}
+	switch code := status.Code(err); {
+	case answer != nil:
+		return answer, nil
+	case code == codes.Unavailable, code == codes.DeadlineExceeded, code == codes.NotFound:
+		s.log.Warn("the destination cannot say how the migration is there", "error", err)
+		return nil, nil
+	default:
+		return nil, fromPeer("ask how the migration is there", destination, err)
 	}
 }
 

@@ -40,6 +40,7 @@ func (s sourceStep) next() []sourceStep { return sourceStepTable[s] }
 // Source.run changes it. After that goroutine has ended, FallBack and Release do.
 type sourceState struct {
 	stepper[sourceStep]
+	declareMu   sync.Mutex // FallBack and Release, one at a time
 	commitMu    sync.Mutex // orders a commit and a cancellation
 	missedLimit error      // the limit that passed while the VM was handed over; nil: none; guarded by commitMu
 }

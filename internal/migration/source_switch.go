@@ -3,6 +3,7 @@
 package migration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -186,6 +187,9 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 		s.noteDestinationReport(answer)
 		s.keepLastIncoming(answer)
 		if state == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
+			if s.staysThere(answer) {
+				return false, errors.New("the destination's daemon cannot go on with the migration")
+			}
 			return true, s.destinationFailure(answer)
 		}
 		s.update(func(m *migratedv1.Migration) {
@@ -218,6 +222,21 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 			return true, nil
 		}
 	}
+}
+
+// staysThere reports whether a destination has failed whose QEMU lives and has the VM. The migration goes on when that
+// host's daemon is started again without the cause, so this host keeps what the VM still needs. staysThere shows that.
+func (s *Source) staysThere(answer *migratedv1.WatchIncomingResponse) bool {
+	shown := answer.GetError()
+	if answer.GetLocation() != migratedv1.Location_LOCATION_DESTINATION || endingFromDestination(shown) != nil {
+		return false
+	}
+	remedy := cmp.Or(shown.GetRemedy(), "remove the cause, then restart the destination's daemon: it goes on with the migration")
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
+		withRemedy(withReason(fmt.Errorf("the destination failed after the switch: %s", shown.GetMessage()), shown.GetReason()),
+			remedy),
+		whereabouts{migratedv1.Location_LOCATION_DESTINATION, shown.GetVmStatus()})
+	return true
 }
 
 // destinationFailure returns the error for a destination that has failed after the switch. It is an endedError if the

@@ -17,6 +17,10 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
+// errSuperseded says that another migration has handed the VM over since. What this one's record says is not true any
+// more.
+var errSuperseded = errors.New("another migration has handed the VM over since")
+
 // errDaemonEnded is why the daemon that began a migration did not finish it.
 var errDaemonEnded = errors.New("the daemon ended in the middle of the migration")
 
@@ -77,36 +81,34 @@ func (s *Source) finishCompleted(rec Record) {
 	defer close(s.done)
 	defer s.cancel(nil)
 	defer s.release()
-	if rec.Alive() && !s.cfg.Spec.GetKeepSource() {
-		if err := s.quitKeptQEMU(rec); err != nil {
-			s.log.Warn("cannot end the source's QEMU, which is no longer needed", "error", err)
-		}
+	keep := s.cfg.Spec.GetKeepSource()
+	var err error
+	if rec.Alive() && !keep {
+		err = s.endRecorded(rec)
 	}
-	if !rec.Alive() {
+	gone := !rec.Alive()
+	if gone {
 		s.removeRAMFiles(rec.RAMFiles)
 	}
-	if rec.Ended != 0 {
-		s.showEnded(endingForReason(migratedv1.Reason(rec.Ended)))
+	ended := migratedv1.Reason(rec.Ended)
+	if ended != migratedv1.Reason_REASON_UNSPECIFIED {
+		s.showEnded(endingForReason(ended))
 	} else {
 		s.showCompleted()
 	}
-	if !rec.Alive() || !s.cfg.Spec.GetKeepSource() {
+	switch {
+	case gone:
 		s.reportAndForget()
+	case keep:
+	case errors.Is(err, errContinued):
+		s.log.Error("the source's QEMU is left alone", "reason", err)
+		s.showContinuedHere(ended)
+		s.reportAndForget()
+	default:
+		s.log.Warn("the source's QEMU is stopped and no longer needed, and is not ended yet", "error", err)
+		s.report()
+		s.endLater()
 	}
-}
-
-// quitKeptQEMU ends the QEMU of the record. It refuses if somebody continued the VM, which may be in use.
-func (s *Source) quitKeptQEMU(rec Record) (err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), attachTimeout+quitTimeout)
-	defer cancel()
-	if s.vm, err = attachSame(ctx, rec.VM, rec.Identity); err != nil {
-		return fmt.Errorf("attach to the VM: %w", err)
-	}
-	if err := s.vm.VerifyStopped(ctx); err != nil {
-		return err
-	}
-	s.undefine()
-	return s.vm.Quit(ctx)
 }
 
 // takeUp attaches to QEMU and opens and offers its RAM, as attachAndOpen and prepare did. QEMU is as the earlier run
@@ -118,13 +120,22 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 		s.removeRecord()
 		return fmt.Errorf("%w: process %d is gone", errOurQEMUGone, rec.PID)
 	}
-	var err error
-	if s.vm, err = attachSame(ctx, rec.VM, rec.Identity); err != nil {
+	if !rec.Committed {
+		if later, found, err := s.cfg.Records.ForVM(rec.PID); err != nil {
+			return err
+		} else if found {
+			s.removeRecord()
+			return fmt.Errorf("%w: %s", errSuperseded, later.ID)
+		}
+	}
+	vm, err := attachSame(ctx, rec.VM, rec.Identity)
+	if err != nil {
 		return fmt.Errorf("attach to the VM: %w", err)
 	}
-	if s.claim, err = qemuClaims.claimVM(s.vm, s.cfg.ID); err != nil {
-		return err
+	if s.claim, err = qemuClaims.claimVM(vm, s.cfg.ID); err != nil {
+		return errors.Join(err, vm.Close()) // another migration is moving the VM: this one must not continue it
 	}
+	s.vm = vm
 	s.note(func(r *migratedv1.Report) { r.Source.Qemu = s.vm.QMP.Version().String() })
 	s.vm.PutBack(rec.Settings)
 	if !rec.Committed {
@@ -177,7 +188,7 @@ func blocksInOrder(rec Record, now []ram.Block) ([]ram.Block, error) {
 // the first failure. The VM stands still until then, so neither a cancellation nor a limit ends the attempts: only
 // QEMU's end and the daemon's do.
 func (s *Source) retryTakeUp(rec Record, err error) error {
-	for err != nil && s.vm == nil && !errors.Is(err, errOurQEMUGone) {
+	for err != nil && s.vm == nil && !errors.Is(err, errOurQEMUGone) && !errors.Is(err, errSuperseded) {
 		s.log.Warn("the VM's QEMU does not answer yet", "error", err)
 		state := migratedv1.MigrationState_MIGRATION_STATE_DEVICE
 		if rec.Committed {
@@ -236,6 +247,8 @@ func (s *Source) notTakenUp(err error) (remedy string, where whereabouts) {
 	switch gone := errors.Is(err, errOurQEMUGone); {
 	case gone && !s.isCommitted(): // the destination was never told to run the VM
 		return remedyStart, whereabouts{migratedv1.Location_LOCATION_ENDED, endedStatus}
+	case errors.Is(err, errSuperseded):
+		return "see 'migrated list' for where the VM is", where
 	case gone:
 		where.words = endedStatus
 		return fmt.Sprintf(remedyEndVM, s.cfg.ID), where

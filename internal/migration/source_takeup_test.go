@@ -30,15 +30,20 @@ func (s *stage) takeUpIn(t *testing.T, ctx context.Context) { //nolint:revive //
 	if err != nil || len(records) != 1 {
 		t.Fatalf("records: %v, %v", records, err)
 	}
-	cfg := s.source.cfg
-	cfg.ID, cfg.Spec, cfg.Pages = "", nil, pagesrv.NewServer(pagesrv.Options{})
-	if s.source, err = TakeUpSource(ctx, cfg, records[0]); err != nil {
+	if s.source, err = TakeUpSource(ctx, s.takeUpConfig(), records[0]); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		s.source.cancel(errors.New("the test is over"))
 		<-s.source.Done()
 	})
+}
+
+// takeUpConfig returns the configuration of a source in a daemon that was started again.
+func (s *stage) takeUpConfig() SourceConfig {
+	cfg := s.source.cfg
+	cfg.ID, cfg.Spec, cfg.Pages = "", nil, pagesrv.NewServer(pagesrv.Options{})
+	return cfg
 }
 
 // committed returns a stage whose source ended after the commit point, with its hand-over unanswered.
@@ -181,6 +186,7 @@ func (s *stage) continueAnyway(t *testing.T) {
 
 func TestFallBack(t *testing.T) {
 	s := committed(t)
+	s.peer.setWatch(unreachable)
 	if err := s.source.FallBack(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -201,6 +207,7 @@ func TestFallBackEndsTheHandOver(t *testing.T) {
 		asked <- struct{}{}
 		return nil, status.Error(codes.Unavailable, "a broken wire")
 	})
+	s.peer.setWatch(unreachable)
 	s.source.Start()
 	<-asked
 	if err := s.source.FallBack(t.Context()); err != nil {

@@ -157,6 +157,7 @@ func TestTakenUpSourceLeavesAnotherVMAlone(t *testing.T) {
 // Nor is it continued by 'migrated fallback', whatever other migration has handed it over.
 func TestFallBackLeavesAnotherVMAlone(t *testing.T) {
 	s, other := committed(t), committed(t)
+	s.peer.setWatch(unreachable)
 	rec, found, err := other.records.find("m1")
 	if err != nil || !found {
 		t.Fatalf("the record of the other VM: %v, %v", found, err)

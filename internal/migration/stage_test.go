@@ -270,12 +270,12 @@ func dialPlain(address string, options ...grpc.DialOption) (*grpc.ClientConn, er
 	return grpc.NewClient(address, options...)
 }
 
-// vmRuns asks QEMU whether the VM runs. The source must have closed its monitor.
+// vmRuns asks QEMU whether the VM runs, on the monitor that the source does not use.
 func (s *stage) vmRuns(t *testing.T) bool {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	client, err := qmp.Dial(ctx, s.vm)
+	client, err := qmp.Dial(ctx, s.other)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// TestFallBackAsksTheDestination: if the destination answers, its answer decides whether the VM may be continued here.
+// After a refusal the source is as before: it stands still, and serves its memory.
+func TestFallBackAsksTheDestination(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer *migratedv1.WatchIncomingResponse
+		words  string // of the refusal; empty: it falls back
+	}{
+		"the VM runs there": {&migratedv1.WatchIncomingResponse{
+			State:    migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE,
+			Location: migratedv1.Location_LOCATION_DESTINATION,
+		}, "has the VM"},
+		"its daemon cannot go on": {&migratedv1.WatchIncomingResponse{
+			State:    migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+			Location: migratedv1.Location_LOCATION_DESTINATION,
+		}, "has the VM"},
+		"all memory is there": {&migratedv1.WatchIncomingResponse{
+			State: migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
+		}, "has the whole VM"},
+		"its guest powered off": {&migratedv1.WatchIncomingResponse{
+			State:    migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+			Location: migratedv1.Location_LOCATION_ENDED,
+			Error:    &migratedv1.MigrationError{Message: "it powered off", Reason: migratedv1.Reason_REASON_GUEST_SHUTDOWN},
+		}, "has ended there"},
+		"its QEMU died": {&migratedv1.WatchIncomingResponse{
+			State:    migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+			Location: migratedv1.Location_LOCATION_NOWHERE,
+		}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			asked := make(chan struct{})
+			s := newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
+				if attempt == 1 {
+					close(asked)
+				}
+				return nil, status.Error(codes.Unavailable, "a broken wire")
+			})
+			s.peer.setWatch(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+				return stream.Send(c.answer)
+			})
+			s.source.Start()
+			<-asked
+			err := s.source.FallBack(t.Context())
+			if c.words == "" {
+				if err != nil || !s.vmRuns(t) {
+					t.Errorf("it does not fall back: %v", err)
+				}
+				return
+			}
+			if err == nil || !strings.Contains(err.Error(), c.words) || Remedy(err) == "" {
+				t.Errorf("it falls back: %v", err)
+			}
+			if view, _ := s.source.Snapshot(); Terminal(view.GetState()) || !s.handedOver(t) || s.vmRuns(t) {
+				t.Errorf("it is not as before: %v", view)
+			}
+		})
+	}
+}
+
+// TestDestinationWhoseDaemonCannotGoOn: the source keeps serving the memory of a VM whose QEMU lives at the destination,
+// although the daemon there has given up. It goes on when that daemon is started again.
+func TestDestinationWhoseDaemonCannotGoOn(t *testing.T) {
+	s := newStage(t, t.Context(), runAtOnce)
+	s.peer.setWatch(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+		return stream.Send(&migratedv1.WatchIncomingResponse{
+			State:    migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+			Location: migratedv1.Location_LOCATION_DESTINATION,
+			Error:    &migratedv1.MigrationError{Message: "no descriptor is left", Remedy: "close some"},
+		})
+	})
+	s.source.Start()
+	view := s.shows(t, "no descriptor is left", "close some")
+	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED ||
+		view.GetLocation() != migratedv1.Location_LOCATION_DESTINATION {
+		t.Errorf("it is %v, the VM %v", view.GetState(), view.GetLocation())
+	}
+	s.peer.setWatch(nil) // completed
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if view, _ := s.source.Snapshot(); view.GetError() != nil {
+		t.Errorf("it is completed: %v", view.GetError())
+	}
+	s.noRecord(t)
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package migration
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/migrated-vm/migrated/internal/libvirt"
+	"github.com/migrated-vm/migrated/internal/qemu/ram"
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// longestQuitPause bounds the pause between two attempts to end a QEMU that nobody needs.
+const longestQuitPause = time.Minute
+
+// endSourceVM ends what is left of the VM here. Nobody needs it any more: all of the VM is at the destination, or the
+// VM ended there by itself, for the reason ended. show is called to show the migration as over.
+func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
+	s.export.Withdraw()
+	// Note it before QEMU quits: a restarted daemon cannot tell a QEMU that quit from one that died with memory that is
+	// still needed.
+	files := s.ramFiles()
+	if err := s.cfg.Records.Complete(s.cfg.ID, ended, files); err != nil {
+		s.log.Warn("cannot record that all memory has left", "error", err)
+	}
+	testPoint("source-completing")
+	var err error
+	if !s.cfg.Spec.GetKeepSource() {
+		err = s.endQEMU(files)
+	}
+	testPoint("source-quit")
+	show()
+	switch {
+	case s.cfg.Spec.GetKeepSource(): // the record keeps that QEMU from being taken for the VM while it lives
+	case errors.Is(err, errContinued):
+		s.log.Error("the source's QEMU is left alone", "reason", err)
+		s.showContinuedHere(ended)
+		s.reportAndForget()
+	case err != nil:
+		s.log.Warn("the source's QEMU is stopped and no longer needed, and is not ended yet", "error", err)
+		s.report()
+		s.endLater()
+	default:
+		s.reportAndForget()
+	}
+}
+
+// endQEMU ends the source's QEMU, and removes the files of its memory. It leaves the QEMU alone, and returns
+// errContinued, if somebody has continued the VM: it is in use.
+func (s *Source) endQEMU(files []ram.File) error {
+	ctx, cancel := context.WithTimeout(context.Background(), stoppedTimeout+quitTimeout)
+	defer cancel()
+	err := s.checkStopped(ctx)
+	if errors.Is(err, errStoppedUnknown) && s.vm.QMP.Err() == nil {
+		err = nil // QEMU hangs, and has not said on this connection that the VM was continued
+	}
+	if err != nil {
+		return err
+	}
+	s.undefine() // has a time limit of its own
+	switch err := s.vm.Quit(ctx); {
+	case errors.Is(err, libvirt.ErrOwner): // QEMU has ended
+		s.log.Error("an image of the VM may have the wrong owner now", "error", err)
+	case err != nil:
+		return err
+	}
+	s.removeRAMFiles(files)
+	return nil
+}
+
+// showContinuedHere shows, after the migration is shown as over, that somebody continued the VM here although it was at
+// the destination. ended is why it ended there; unspecified: it did not.
+func (s *Source) showContinuedHere(ended migratedv1.Reason) {
+	s.update(func(m *migratedv1.Migration) {
+		if ended == migratedv1.Reason_REASON_UNSPECIFIED {
+			m.Error = runsTwiceError()
+			return
+		}
+		m.Location = migratedv1.Location_LOCATION_SOURCE
+		m.Error.VmStatus = "the VM has ended on the destination, and was continued on the source, where it is now"
+		m.Error.Remedy = "check the file systems of the VM on the source: its memory is that of the switch, " +
+			"and its disks have what it wrote on the destination"
+	})
+}
+
+// endLater goes on, when the migration has ended, to end the QEMU of the record, which is stopped and which nobody
+// needs. It gives up when somebody has continued the VM, or when this daemon ends: the next one goes on. The record
+// stays until then, so that nobody takes that QEMU for the VM.
+func (s *Source) endLater() {
+	rec, found, err := s.cfg.Records.find(s.cfg.ID)
+	if err != nil || !found {
+		s.log.Warn("the source's QEMU stays: there is no record of it", "error", err)
+		return
+	}
+	go func() {
+		<-s.done
+		for pause := time.Second; rec.Alive(); pause = min(2*pause, longestQuitPause) {
+			if sleep(s.daemonCtx, pause) != nil {
+				return
+			}
+			err := s.endRecorded(rec)
+			if errors.Is(err, errContinued) {
+				s.log.Error("the source's QEMU is left alone", "reason", err)
+				s.removeRecord()
+				return
+			}
+			if err != nil {
+				s.log.Warn("the source's QEMU is not ended yet", "error", err)
+			}
+		}
+		s.removeRAMFiles(rec.RAMFiles)
+		s.removeRecord()
+	}()
+}
+
+// endRecorded ends the QEMU of the record. It leaves the QEMU alone, and returns errContinued, if the VM runs.
+func (s *Source) endRecorded(rec Record) error {
+	ctx, cancel := context.WithTimeout(context.Background(), attachTimeout+quitTimeout)
+	defer cancel()
+	vm, err := attachSame(ctx, rec.VM, rec.Identity)
+	if err != nil {
+		return err
+	}
+	running, err := vm.Running(ctx)
+	switch {
+	case err == nil && running:
+		err = errContinued
+	case err == nil:
+		s.undefine()
+		if err = vm.Quit(ctx); errors.Is(err, libvirt.ErrOwner) { // QEMU has ended
+			s.log.Error("an image of the VM may have the wrong owner now", "error", err)
+			err = nil
+		}
+	}
+	return errors.Join(err, vm.Close())
+}
