@@ -13,9 +13,9 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// TestNotAllowed requests what a destination must not start: templates outside its directory, root, options, another
-// VM's name. Each request is refused with a reason, leaves no QEMU there and does not stop the VM. It does not use up
-// a place of max_incoming.
+// TestNotAllowed: a destination refuses templates outside its directory, options that it forbids, the name of another
+// VM, and to start QEMU as root. It gives the reason and leaves no QEMU, and the VM continues at the source. A refused
+// request does not keep its place of max_incoming.
 func TestNotAllowed(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -59,7 +59,7 @@ func TestNotAllowed(t *testing.T) {
 		}
 		goesOn(t, l.A)
 	}
-	for range 2 { // as many as may be at once
+	for range 2 { // max_incoming: the requests below would wait if these kept their places
 		refused("fifo", "no regular file")
 	}
 	refused("/dev/zero", "template_dir")
@@ -75,7 +75,7 @@ func TestNotAllowed(t *testing.T) {
 	checkMetal(t, vm, l.A)
 }
 
-// TestRunAs has a destination that starts every QEMU as a user that the destination chooses.
+// TestRunAs: a destination with --run-as starts QEMU as that user, and the VM arrives there.
 func TestRunAs(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)

@@ -12,8 +12,9 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// listen receives the announcements of the VM's first network card. awaitOne waits for an announcement after that time.
-// none fails the test if there was any announcement since listen.
+// listen receives the announcements of the VM's first network card until the test ends. awaitOne waits for an
+// announcement after a time. none fails the test if there was an announcement since listen was called; when is for the
+// message.
 func (s *scene) listen() (awaitOne func(after time.Time), none func(when string)) {
 	s.Helper()
 	p, err := s.lab.Ping(s.vm, 0, time.Minute)
@@ -69,7 +70,8 @@ func TestAnnouncements(t *testing.T) {
 	s.arrived()
 }
 
-// TestAnnouncedAfterFallBack: the destination may have said that the VM is there.
+// TestAnnouncedAfterFallBack: the source announces the VM after a fall-back, because the destination may have announced
+// it before.
 func TestAnnouncedAfterFallBack(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -86,8 +88,8 @@ func TestAnnouncedAfterFallBack(t *testing.T) {
 	s.countsAtSource()
 }
 
-// TestPausedVMFallsBack checks that a paused VM has its disks again after a fall-back, as far as QEMU can have them
-// without running the VM, and that it can be moved.
+// TestPausedVMFallsBack checks that a paused VM can be moved after a fall-back. It has its disks again if QEMU can
+// activate them without running the VM, which the installed version cannot.
 func TestPausedVMFallsBack(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{lab.InstalledQEMU, "10.0"} {

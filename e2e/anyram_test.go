@@ -20,7 +20,7 @@ import (
 // kind is a source and a destination once; every page and every block is checked after each move.
 func TestAnyRAM(t *testing.T) {
 	t.Parallel()
-	kinds := []lab.Backend{lab.BackendDefault} // what most VMs have is first and last
+	kinds := []lab.Backend{lab.BackendDefault} // the kind that most VMs have, first and last
 	for _, kind := range lab.Backends() {
 		if kind != lab.BackendDefault {
 			kinds = append(kinds, kind)
@@ -34,7 +34,7 @@ func TestAnyRAM(t *testing.T) {
 
 // TestAnyHugeRAM is TestAnyRAM with huge pages.
 func TestAnyHugeRAM(t *testing.T) {
-	// Two hosts, and the file that stays when its QEMU has gone.
+	// The two hosts' VMs, and the memory file that is left when its QEMU has ended.
 	uffdtest.ReserveHugePages(t, 3*128+32)
 	kinds := []lab.Backend{
 		lab.BackendFile, lab.BackendMemfd, lab.BackendMemfdPrivate, lab.BackendFilePrivate, lab.BackendFile,
@@ -42,8 +42,8 @@ func TestAnyHugeRAM(t *testing.T) {
 	goThrough(t, lab.InstalledQEMU, kinds, true)
 }
 
-// TestGiganticRAM moves a VM whose memory is a page of 1 GiB there and back. The page comes in parts, and is installed
-// as a whole.
+// TestGiganticRAM moves a VM whose memory is one page of 1 GiB there and back. The page arrives in parts, and is
+// installed as a whole.
 func TestGiganticRAM(t *testing.T) {
 	reserveGiganticPages(t, 2)
 	for name, backend := range map[string]string{
@@ -67,8 +67,9 @@ func TestGiganticRAM(t *testing.T) {
 	}
 }
 
-// migrateAtLast moves a VM whose devices' state needs a page of 1 GiB. On a busy machine, that page may take longer
-// than the VM may stand still. The VM then continues at the source, and migrateAtLast tries again.
+// migrateAtLast moves a VM whose devices' state needs a page of 1 GiB. On a busy machine, fetching that page may take
+// longer than the VM may be stopped. The VM then continues at the source, and migrateAtLast tries again, four times in
+// all.
 func (s *scene) migrateAtLast(from, to *lab.Host, id string) *migratedv1.Migration {
 	s.Helper()
 	for try := 1; ; try++ {
@@ -86,8 +87,8 @@ func (s *scene) migrateAtLast(from, to *lab.Host, id string) *migratedv1.Migrati
 	}
 }
 
-// reserveGiganticPages gives the machine n pages of 1 GiB for this test. Not every machine has them, or so much memory
-// in one piece.
+// reserveGiganticPages reserves n pages of 1 GiB for this test. It skips the test on a machine that has no pages of
+// this size, or not so much contiguous memory.
 func reserveGiganticPages(t *testing.T, n int) {
 	t.Helper()
 	const size = 1 << 30
@@ -120,7 +121,8 @@ func goThrough(t *testing.T, version string, kinds []lab.Backend, huge bool) {
 	vm := lab.RealVM(kernel, initrd, 256, 1, 1, "migrated.mem=64", "migrated.workers=1", "migrated.rate=500")
 	vm.HugePages = huge
 	vm.Backend = kinds[0]
-	// A block has the name that QEMU gives it when it is told nothing, where that is how the VM was started.
+	// If the VM was started without a memory backend, its RAM block has QEMU's default name. The destination must use
+	// the same name.
 	rename := strings.NewReplacer()
 	if kinds[0] == lab.BackendDefault {
 		rename = strings.NewReplacer("id=ram0", "id=pc.ram", "memory-backend=ram0", "memory-backend=pc.ram")

@@ -17,7 +17,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// inspect looks into the QEMU of the host's VM, beside the daemon.
+// inspect attaches to the QEMU of the host's VM by its second monitor, because the daemon uses the first. It detaches
+// when the test ends.
 func inspect(t *testing.T, h *lab.Host) *qemu.VM {
 	t.Helper()
 	vm, err := qemu.Attach(testContext(t), h.Path(lab.EventsPath))
@@ -44,8 +45,8 @@ func ask(t *testing.T, h *lab.Host, command string, args, result any) {
 	}
 }
 
-// TestPausedVMWithDiskGoesOn moves a paused VM with writable disks from host to host, and then again: a QEMU that did
-// not get its disks would abort when it is asked to give them up.
+// TestPausedVMWithDiskGoesOn moves a paused VM with writable disks back and forth several times. A QEMU that did not
+// get its disks would abort when it has to give them up.
 func TestPausedVMWithDiskGoesOn(t *testing.T) {
 	t.Parallel()
 	for _, version := range lab.QEMUVersions {
@@ -81,7 +82,7 @@ func TestPausedVMThatDoesNotLoad(t *testing.T) {
 	s.writeTemplate(templateWithoutMSIX)
 	spec := s.spec()
 	spec.DestinationTemplate = templatePath
-	for _, id := range []string{"first", "second"} { // it has given its disks up by then
+	for _, id := range []string{"first", "second"} { // before the second, the VM has given up its disks once
 		m := migrateSpec(t, l.A, id, spec)
 		if m.GetState() != stateFailed || !strings.Contains(m.GetError().GetVmStatus(), "paused on the source") {
 			t.Errorf("migration is %v: %v", m.GetState(), m.GetError())
@@ -89,7 +90,7 @@ func TestPausedVMThatDoesNotLoad(t *testing.T) {
 		if status := vmStatus(t, l.A); status != "paused" {
 			t.Errorf("the VM is %q", status)
 		}
-		// It is the only copy.
+		// This VM is the only copy: check must not tell the operator to use another host.
 		if out, _ := operate(t, l.A, "check", "--vm", lab.QMPPath); strings.Contains(out, "from the host on which it runs") {
 			t.Errorf("check sends its operator to another host:\n%s", out)
 		}
@@ -112,7 +113,7 @@ func useQEMU(t *testing.T, h *lab.Host, version string) {
 	}
 }
 
-// TestNewerQEMU moves a VM of an old machine type to a newer QEMU, and that one's to the newest.
+// TestNewerQEMU moves a VM of an old machine type to a newer QEMU: from 7.2 to 10.0 and to 11.1, and from 10.0 to 11.1.
 func TestNewerQEMU(t *testing.T) {
 	t.Parallel()
 	for _, versions := range [][2]string{{"7.2", "10.0"}, {"7.2", "11.1"}, {"10.0", "11.1"}} {
@@ -146,8 +147,8 @@ func TestOlderQEMU(t *testing.T) {
 	s.stillCounting()
 }
 
-// TestManyDevices moves a VM with eight disks and eight network cards, each behind a port of its own, that its guest
-// drives.
+// TestManyDevices moves a VM with eight disks and eight network cards, each behind a port of its own. The guest uses
+// all of them.
 func TestManyDevices(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -178,14 +179,15 @@ func TestManyDevices(t *testing.T) {
 	}
 }
 
-// TestFreePageHints: a balloon with free-page-hint made QEMU's own migration, without RAM in it, end in a crash.
+// TestFreePageHints: a VM whose balloon has free-page-hint can be moved. QEMU's own migration, which saves the devices'
+// state without the RAM, crashed with such a balloon.
 func TestFreePageHints(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	vm := lab.VMConfig{Extra: []string{
 		"-object", "iothread,id=io", "-device", "virtio-balloon-pci,free-page-hint=on,iothread=io",
 	}}.WithDevices(1, 1)
-	vm.Balloon = false // it has this one
+	vm.Balloon = false // Extra has it
 	s := sceneOf(t, l, vm)
 	migrate(t, l.A, l.B, "hints")
 	s.arrived()
@@ -213,7 +215,7 @@ func TestSnapshotMeanwhile(t *testing.T) {
 		} `json:"inserted"`
 	}
 	ask(t, l.A, "query-block", nil, &drives)
-	var size int64 // of the VM, which is in one of its drives
+	var size int64 // of the VM's state, which is in one of the drives
 	for _, d := range drives {
 		if d.Inserted != nil {
 			for _, snapshot := range d.Inserted.Image.Snapshots {
@@ -230,7 +232,7 @@ func TestSnapshotMeanwhile(t *testing.T) {
 }
 
 // TestUnmovableDevices: devices whose state QEMU cannot move are named before the VM is touched, because a save would
-// leave them out in silence.
+// silently leave them out.
 func TestUnmovableDevices(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)

@@ -12,17 +12,17 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// TestBadInput gives the program, as an operator would, VMs and hosts that
-// cannot migrate: check and migrate name the cause and what to do.
+// TestBadInput runs check and migrate for VMs that cannot be migrated and for sockets that are no QMP socket. Both
+// commands fail, and name the cause and what to do.
 func TestBadInput(t *testing.T) {
 	t.Parallel()
 	plain := lab.VMConfig{VCPUs: 1, MemoryMiB: 32, Nodes: 1}
 	for _, c := range []struct {
 		name string
-		// vm starts what --vm names; it is QMPPath.
+		// vm prepares host A. path is the argument of --vm.
 		vm    func(t *testing.T, l *lab.Lab)
 		path  string
-		words []string // of both check and migrate
+		words []string // in the output of both check and migrate
 	}{
 		{"RAM on a disk", func(t *testing.T, l *lab.Lab) {
 			startRaw(t, l, "-m", "32M", "-machine", "q35,memory-backend=ram0", "-accel", "tcg",
@@ -69,7 +69,8 @@ func TestBadInput(t *testing.T) {
 	}
 }
 
-// TestWithoutPtrace has a destination whose daemon may not trace QEMU.
+// TestWithoutPtrace: if the destination's daemon lacks CAP_SYS_PTRACE, migrate fails and check warns. Both name the
+// capability.
 func TestWithoutPtrace(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -81,7 +82,7 @@ func TestWithoutPtrace(t *testing.T) {
 	if code == 0 || !strings.Contains(out, "CAP_SYS_PTRACE") {
 		t.Errorf("migrate: exit code %d does not name CAP_SYS_PTRACE:\n%s", code, out)
 	}
-	// A warning: QEMUs of the daemon's own user could still come here.
+	// check only warns, because VMs whose QEMU runs as the daemon's own user can still arrive.
 	out, _ = operate(t, l.A, "check", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr())
 	if !strings.Contains(out, "lacks CAP_SYS_PTRACE") {
 		t.Errorf("check does not name CAP_SYS_PTRACE:\n%s", out)
@@ -89,8 +90,8 @@ func TestWithoutPtrace(t *testing.T) {
 	metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })
 }
 
-// TestWithoutUserfaultfd has a destination where neither way to a userfaultfd
-// is open: an unprivileged QEMU and no device. Both are named.
+// TestWithoutUserfaultfd: the destination cannot create a userfaultfd. Its QEMU may not call userfaultfd(2), because it
+// is unprivileged, and /dev/userfaultfd is another device. migrate names both ways, check names the device.
 func TestWithoutUserfaultfd(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -112,7 +113,7 @@ func TestWithoutUserfaultfd(t *testing.T) {
 	metalPass(t, l.A, func(pass uint64) bool { return pass >= 2 })
 }
 
-// TestNoDaemon has an operator who forgot to start it.
+// TestNoDaemon: without a daemon, list fails and names the command that starts one.
 func TestNoDaemon(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -122,8 +123,7 @@ func TestNoDaemon(t *testing.T) {
 	}
 }
 
-// operate runs the program on a host and returns all that it wrote, and its
-// exit code.
+// operate runs the program under test on a host, and returns its output, stderr included, and its exit code.
 func operate(t *testing.T, h *lab.Host, args ...string) (string, int) {
 	t.Helper()
 	binary, err := lab.Binary()
@@ -143,7 +143,8 @@ func operate(t *testing.T, h *lab.Host, args ...string) (string, int) {
 	}
 }
 
-// startRaw starts a QEMU that no VMConfig describes.
+// startRaw starts a QEMU on host A with further arguments, for VMs that VMConfig cannot describe. Its monitor is at
+// QMPPath.
 func startRaw(t *testing.T, l *lab.Lab, args ...string) {
 	t.Helper()
 	argv := append([]string{
@@ -155,7 +156,7 @@ func startRaw(t *testing.T, l *lab.Lab, args ...string) {
 	awaitFile(t, l.A.Path(lab.QMPPath))
 }
 
-// startLimitedDaemon starts a daemon without some capabilities.
+// startLimitedDaemon starts a daemon without some capabilities. caps is as for setpriv(1): "-sys_ptrace".
 func startLimitedDaemon(t *testing.T, h *lab.Host, caps string) {
 	t.Helper()
 	binary, err := lab.Binary()

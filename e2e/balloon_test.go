@@ -9,8 +9,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// TestGuestGivesMemoryBack has a guest free pages and report them while its memory arrives. A balloon takes more. The
-// guest uses all of these pages again. Nothing that it uses is lost, and no page has its old content.
+// TestGuestGivesMemoryBack: a guest frees pages and reports them while its memory arrives, and a balloon takes more.
+// The guest uses all of these pages again. Nothing that it uses is lost, and no page has its old content.
 func TestGuestGivesMemoryBack(t *testing.T) {
 	vm := lab.VMConfig{MemoryMiB: 512, FreePageReporting: true}
 	g := newShrinkingGuest(t, vm, "1M", func(*lab.Host) {}, "migrated.churn=64")
@@ -29,12 +29,12 @@ type shrinkingGuest struct {
 	lab   *lab.Lab
 	guest report.Log
 	port  *report.Port
-	began uint64 // how often it had given memory back when it was switched over
+	began uint64 // how often it had given memory back at the switch
 }
 
-// newShrinkingGuest boots a guest in a VM like vm and starts to move it, once it works and ready has returned. It
-// returns when the VM runs at the destination with little of its memory. The bandwidth keeps most of the memory at the
-// source until finish.
+// newShrinkingGuest boots a guest in a VM like vm. It starts to move the VM when the guest works and ready has
+// returned. It returns when the VM runs at the destination with little of its memory. The bandwidth keeps most of the
+// memory at the source until finish.
 func newShrinkingGuest(
 	t *testing.T, vm lab.VMConfig, bandwidth string, ready func(*lab.Host), args ...string,
 ) *shrinkingGuest {
@@ -61,8 +61,8 @@ func newShrinkingGuest(
 	return g
 }
 
-// finish lets the rest of the memory come. It checks all of it once the guest has given memory back so many times since
-// the switch, and returns how many bytes the guest gave back meanwhile.
+// finish lifts the bandwidth limit and waits until all memory has arrived. The guest checks its memory after it has
+// given memory back this many times since the switch. finish returns how many bytes it gave back during the migration.
 func (g *shrinkingGuest) finish(times uint64) (discarded uint64) {
 	g.Helper()
 	if m := get(g.T, g.lab.B, "m"); m.GetState() != stateActive {
@@ -82,7 +82,8 @@ func (g *shrinkingGuest) finish(times uint64) (discarded uint64) {
 	return discarded
 }
 
-// awaitChurned waits until the guest has used and freed its memory so often, and returns how often it has.
+// awaitChurned waits for a report in which the guest has used and freed its memory at least this many times. It returns
+// the number in the report.
 func awaitChurned(t *testing.T, guest *report.Log, times uint64) (n uint64) {
 	t.Helper()
 	if _, _, err := guest.Wait(testContext(t), guest.Len(), func(l report.Line) bool {

@@ -11,7 +11,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// flow is what an emulated wire carried from one moment to a later one, by its own clock.
+// flow is what an emulated wire carried in a period, by the wire's own clock.
 type flow struct {
 	bytes int64
 	took  time.Duration
@@ -22,8 +22,8 @@ func between(from, to lab.Stats) flow { return flow{to.Bytes - from.Bytes, to.At
 func (f flow) rate() float64 { return float64(f.bytes) / f.took.Seconds() }
 
 // TestBandwidth checks that the limit applies to the pages that the VM does not wait for, also after the destination's
-// daemon was killed. Pages that the VM waits for come many times as fast, and so do the others when the limit is
-// lifted.
+// daemon was killed and started again. Pages that the VM waits for arrive many times as fast, and so do all pages in a
+// migration without a limit.
 func TestBandwidth(t *testing.T) {
 	const limit = 1 << 19
 	l := linkedHosts(t, lab.Link{Rate: 1e9, Delay: 100 * time.Microsecond})
@@ -37,7 +37,7 @@ func TestBandwidth(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// There without a limit.
+	// To host B without a limit.
 	spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: l.B.DaemonAddr()}
 	start(t, control(t, l.A), "free", spec)
 	awaitState(t, control(t, l.A), "free", stateActive)
@@ -45,7 +45,7 @@ func TestBandwidth(t *testing.T) {
 	completed(t, awaitEnd(t, control(t, l.A), "free"))
 	free := between(from, l.AB.Stats())
 
-	// Back with one.
+	// Back to host A with a limit.
 	if out, code := operate(
 		t, l.B, "migrate", "--vm", lab.QMPPath, "--to", l.A.DaemonAddr(), "--id", "limited",
 		"--bandwidth", "512K", "--detach",
@@ -95,12 +95,13 @@ func TestBandwidth(t *testing.T) {
 	}
 }
 
-// swept is how many bytes a second the wire carries of what nobody waits for, over some seconds of its own clock.
+// swept returns how many bytes a second the wire carries of pages that the guest does not wait for. It measures for
+// some seconds of the wire's clock.
 func swept(t *testing.T, wire *lab.Wire, destination *lab.Host, limit uint64) float64 {
 	t.Helper()
 	const span = 4 * time.Second
-	// The rest of what a page that the guest waits for takes: its request is on the other wire, but the reply has frames
-	// and headers of gRPC, TCP, IP and Ethernet.
+	// What one page that the guest waits for takes on this wire: the page, and in the reply the frames and headers of
+	// gRPC, TCP, IP and Ethernet. Its request is on the other wire.
 	const demanded = 4096 + 400
 	before, from := get(t, destination, "limited").GetProgress(), wire.Stats()
 	for wire.Stats().At-from.At < span {

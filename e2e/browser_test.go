@@ -26,7 +26,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
-// forward lets a browser reach a Unix socket of a host, as ssh -L does, and returns the address of the page there.
+// forward lets a browser reach a Unix socket of a host, as ssh -L does, and returns the URL of the page there.
 func forward(t *testing.T, h *lab.Host, socket string) string {
 	t.Helper()
 	awaitFile(t, h.Path(socket))
@@ -100,11 +100,11 @@ func newBrowser(t *testing.T) *browser {
 	return &browser{ctx, string(axe)}
 }
 
-// tab is a tab of the browser, with a page.
+// tab is a tab of the browser that shows a page.
 type tab struct {
 	ctx     context.Context //nolint:containedctx // as chromedp has it
 	axe     string
-	mayLose atomic.Bool // the connection
+	mayLose atomic.Bool // whether the page may lose its connection to the daemon
 }
 
 // open opens a page. The test fails if a script of the page throws, or if its policy blocks something.

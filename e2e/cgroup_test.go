@@ -15,8 +15,9 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestMemoryLimit checks that a VM larger than the memory limit of the daemon's control group does not end in the
-// middle of its migration: it is refused before it is touched. In its own group it fits.
+// TestMemoryLimit: a VM that is larger than the memory limit of the daemon's control group is refused before it is
+// touched. Otherwise it would be killed in the middle of its migration. With --qemu-cgroup QEMU has a group of its own,
+// and the VM arrives.
 func TestMemoryLimit(t *testing.T) {
 	const memory, limit = 256, 224 // MiB
 	for _, own := range []bool{false, true} {
@@ -24,7 +25,7 @@ func TestMemoryLimit(t *testing.T) {
 			path := fmt.Sprintf("/migrated-e2e-vms-%d", os.Getpid())
 			group := cgrouptest.Limited(t, fmt.Sprintf("migrated-e2e-%d", os.Getpid()), limit<<20)
 			t.Cleanup(func() { cgrouptest.RemoveAll(t, path) })
-			l := newHosts(t) // its end, which comes before that of the groups, leaves them empty
+			l := newHosts(t) // after the groups: the lab ends before they are removed, and leaves them empty
 			startDaemon(t, l.A)
 			var args []string
 			if own {
@@ -65,7 +66,7 @@ func TestMemoryLimit(t *testing.T) {
 	}
 }
 
-// childrenOf are all children of a process, whichever of its threads has started them.
+// childrenOf returns all children of a process, whichever of its threads started them.
 func childrenOf(t *testing.T, pid int) (children []string) {
 	t.Helper()
 	all, err := filepath.Glob("/proc/[0-9]*")

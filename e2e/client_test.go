@@ -21,7 +21,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// follower follows the list of a host and records what it is told.
+// follower follows the list of migrations of a host and records what the client reports.
 type follower struct {
 	*client.Follower
 
@@ -30,7 +30,7 @@ type follower struct {
 	synced int
 }
 
-// followHost follows the migrations of a host that have a label, until the test is over.
+// followHost follows the migrations of a host that have these labels, until the test is over.
 func followHost(t *testing.T, h *lab.Host, label map[string]string) *follower {
 	t.Helper()
 	f := &follower{}
@@ -65,7 +65,7 @@ func followHost(t *testing.T, h *lab.Host, label map[string]string) *follower {
 	return f
 }
 
-// until waits until it was told enough.
+// until waits until enough accepts what was recorded. what is for the error.
 func (f *follower) until(t *testing.T, what string, enough func(told []string, synced int) bool) {
 	t.Helper()
 	eventually(t, func() error {
@@ -79,7 +79,7 @@ func (f *follower) until(t *testing.T, what string, enough func(told []string, s
 	})
 }
 
-// dialHost is the client of a host's daemon.
+// dialHost connects to a host's daemon until the test is over.
 func dialHost(t *testing.T, h *lab.Host) *client.Client {
 	t.Helper()
 	c, err := client.Dial(h.Path(lab.DaemonSocket), client.Options{})
@@ -94,8 +94,9 @@ func dialHost(t *testing.T, h *lab.Host) *client.Client {
 	return c
 }
 
-// TestFollowedByAProgram drives a migration as an orchestrator does, by its client. It follows both hosts, has a
-// migration given up whose time is over, moves the VM, forgets what is over, and goes on after a daemon's restart.
+// TestFollowedByAProgram drives migrations as an orchestrator does, with package client. It follows both hosts. A
+// migration that misses its prepare_limit is given up, the next one moves the VM and is deleted on both hosts, and the
+// follower goes on after a restart of the daemon.
 func TestFollowedByAProgram(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -109,7 +110,7 @@ func TestFollowedByAProgram(t *testing.T) {
 		f.until(t, "at the beginning", func(_ []string, synced int) bool { return synced == 1 })
 	}
 
-	// Its QEMU does not answer.
+	// The VM's QEMU does not answer, so the migration misses its prepare_limit.
 	spec := s.spec()
 	spec.Labels, spec.PrepareLimit = map[string]string{"evacuation": "a-7", "team": "db"}, durationpb.New(time.Second)
 	qemu := qemuOn(t, l.A)
@@ -126,7 +127,7 @@ func TestFollowedByAProgram(t *testing.T) {
 
 	// The same VM, now that it answers.
 	spec.PrepareLimit, spec.TotalLimit = durationpb.New(time.Minute), durationpb.New(time.Hour)
-	spec.Bandwidth = 1 << 20 // until both have seen where the VM is
+	spec.Bandwidth = 1 << 20 // until both followers have seen the switch
 	var early error
 	var seen bool
 	m, err := c.Migrate(ctx, "m", spec, func(m *migratedv1.Migration) {
@@ -171,7 +172,7 @@ func TestFollowedByAProgram(t *testing.T) {
 		t.Errorf("list: exit code %d:\n%s", code, out)
 	}
 
-	// What is over is forgotten at either host.
+	// A migration that is over can be deleted on either host.
 	for h, f := range map[*lab.Host]*follower{l.A: a, l.B: b} {
 		if _, err := dialHost(t, h).Delete(ctx, &migratedv1.DeleteRequest{Id: "m"}); err != nil {
 			t.Errorf("delete at host %s: %v", h.Name, err)
@@ -183,7 +184,7 @@ func TestFollowedByAProgram(t *testing.T) {
 	}
 	s.arrived()
 
-	// A daemon that is started again knows nothing of one that failed before the switch.
+	// A daemon that is started again does not know a migration that failed before the switch.
 	if err := daemon.Stop(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -200,7 +201,7 @@ func TestFollowedByAProgram(t *testing.T) {
 	}
 }
 
-// lasting is what it was told but for states that a busy host may pass through unseen.
+// lasting returns what was recorded, except for states that a migration may pass through unseen on a busy host.
 func (f *follower) lasting() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -209,8 +210,8 @@ func (f *follower) lasting() []string {
 	})
 }
 
-// TestOverdue moves a VM that does not run, and whose memory comes slowly. The VM is handed over, nothing is given up
-// when the migration's time is over, and both hosts say so.
+// TestOverdue moves a paused VM whose memory arrives slowly. When total_limit passes after the hand-over, the migration
+// goes on, and both hosts show that it is overdue.
 func TestOverdue(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)

@@ -18,11 +18,12 @@ import (
 )
 
 // neededCapabilities are cap_chown, cap_dac_override, cap_kill, cap_sys_ptrace, cap_lease and cap_checkpoint_restore,
-// as /proc shows them.
+// as in proc_pid_status(5).
 const neededCapabilities = "0000010010080023"
 
-// TestDaemonIsConfined: a VM migrates there into a QEMU that the daemon starts and back; both daemons have given up
-// what they do not need, are refused what they do not do, and the QEMU is not confined with them.
+// TestDaemonIsConfined: two confined daemons move a VM there and back. Both have dropped the capabilities that they do
+// not need, and their filter refuses system calls that they do not make. A QEMU that a daemon starts does not inherit
+// the daemon's confinement.
 func TestDaemonIsConfined(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -31,7 +32,8 @@ func TestDaemonIsConfined(t *testing.T) {
 	moveMetal(t, s.vm, l.A, l.B)
 	before := statusOf(t, "/proc/self")
 	qemu := statusOf(t, fmt.Sprintf("/proc/%d", qemuOn(t, l.B)))
-	// What QEMU inherits is what no QEMU needs (confine.ApplyToStarter), and not the daemon's own.
+	// QEMU inherits the confinement of the starter (confine.ApplyToStarter), which only takes away what no QEMU needs,
+	// and not that of the daemon.
 	if qemu["NoNewPrivs"] != before["NoNewPrivs"] || qemu["Seccomp"] != "2" {
 		t.Errorf("QEMU has no_new_privs %s and seccomp %s", qemu["NoNewPrivs"], qemu["Seccomp"])
 	}
@@ -73,8 +75,8 @@ func TestDaemonIsConfined(t *testing.T) {
 	}
 }
 
-// checkSendBuffer makes sure that TCP keeps 16 MiB of what a daemon sends on a connection that it accepts, which takes
-// a capability that the daemon does not have any more.
+// checkSendBuffer checks that connections that a daemon accepts have a send buffer of 16 MiB. Setting it takes a
+// capability that the daemon has dropped by then.
 func checkSendBuffer(t *testing.T, h *lab.Host) {
 	t.Helper()
 	var conn net.Conn
@@ -85,7 +87,7 @@ func checkSendBuffer(t *testing.T, h *lab.Host) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	eventually(t, func() error { // it is accepted
+	eventually(t, func() error { // until the daemon has accepted it
 		shown, err := h.Run(testContext(t), "ss", "-Htnm", "state", "established", "sport", "=", ":"+lab.DaemonPort)
 		switch {
 		case err != nil:
@@ -99,7 +101,7 @@ func checkSendBuffer(t *testing.T, h *lab.Host) {
 	})
 }
 
-// checkRefusedSyscalls has a daemon make system calls that it never makes by itself, and that its filter refuses.
+// checkRefusedSyscalls makes a daemon call system calls that it never makes by itself, and checks that it gets EPERM.
 func checkRefusedSyscalls(t *testing.T, pid int) {
 	t.Helper()
 	p, err := inject.Seize(testContext(t), pid)
@@ -111,7 +113,8 @@ func checkRefusedSyscalls(t *testing.T, pid int) {
 			t.Error(err)
 		}
 	}()
-	// Without the filter none of these says EPERM, whoever calls (TestForbidden of internal/confine).
+	// Without the filter, root gets no EPERM from any of these (TestForbidden of internal/confine). In the daemon,
+	// init_module and the raw socket fail with EPERM in any case, because it has dropped their capabilities.
 	for name, call := range map[string][]uintptr{
 		"mount": {unix.SYS_MOUNT, 0, 0, 0, 0, 0}, "unshare": {unix.SYS_UNSHARE, 0}, "execve": {unix.SYS_EXECVE, 0, 0, 0},
 		"bpf": {unix.SYS_BPF, ^uintptr(0), 0, 0}, "init_module": {unix.SYS_INIT_MODULE, 0, 0, 0},
@@ -128,7 +131,8 @@ func checkRefusedSyscalls(t *testing.T, pid int) {
 	}
 }
 
-// statusOf reads what /proc shows of a process or thread.
+// statusOf returns the fields of the status file of a process or thread, see proc_pid_status(5). dir is its directory
+// in /proc.
 func statusOf(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(dir, "status"))

@@ -29,11 +29,11 @@ func loadedEarly(t *testing.T, m *migratedv1.Migration) {
 }
 
 // TestEarlyLoad checks that devices that change between the early load and the stop arrive in their last state. One of
-// them is the LPC bridge of a q35, with the APM status port: QEMU does not load it twice by itself.
+// them is the LPC bridge of a q35, which has the APM status port: QEMU by itself does not load it twice.
 func TestEarlyLoad(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	// QEMU redraws a screen that somebody may look at, and reads video memory for it.
+	// QEMU redraws a screen that a VNC client may show, and reads video memory for it.
 	shown := append(lab.EventsArgs(), "-vnc", "unix:"+lab.VMDir+"/vnc.sock")
 	s := sceneOf(t, l, lab.VMConfig{Extra: shown}.WithDevices(2, 2))
 	for _, rehearse := range []bool{true, false} {
@@ -114,8 +114,9 @@ func TestPausedSinceEarlyLoad(t *testing.T) {
 	s.arrived()
 }
 
-// TestEarlyLoadThatFails: a destination whose QEMU cannot load what it is given is replaced, and the VM stops only for
-// the save. One without a device does not load at the stop either, and then the VM goes on.
+// TestEarlyLoadThatFails: if the destination's QEMU cannot load the early state, it is replaced, and the VM stops only
+// for the save. The new QEMU has the same device without MSI-X, so it cannot load at the stop either, and the VM
+// continues at the source.
 func TestEarlyLoadThatFails(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)

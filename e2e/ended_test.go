@@ -14,14 +14,15 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// monitor runs a line of QEMU's human monitor on a host. It writes to the VM's ports as its guest could.
+// monitor runs a command of QEMU's human monitor on a host. The tests use it to write to I/O ports as the guest could.
 func monitor(t *testing.T, h *lab.Host, line string) {
 	t.Helper()
 	ask(t, h, "human-monitor-command", map[string]string{"command-line": line}, nil)
 }
 
-// TestVMEndsAfterTheSwitch checks that a VM that ends by itself while its memory follows is no failure. No host says to
-// run the memory that is left of it, because that is older than its disks.
+// TestVMEndsAfterTheSwitch checks that a migration has not failed if the VM ends by itself while its memory is
+// arriving. No host advises the operator to continue the VM at the source, because its memory there is older than its
+// disks.
 func TestVMEndsAfterTheSwitch(t *testing.T) {
 	t.Parallel()
 	// SLP_EN and S5 in PM1a_CNT; the chipset's reset register.
@@ -87,7 +88,8 @@ func TestVMEndsAfterTheSwitch(t *testing.T) {
 			if out, code := operate(t, l.A, "watch", "ended"); code != 7 || !strings.Contains(out, c.words) {
 				t.Errorf("watch: exit code %d: %s", code, out)
 			}
-			if err := there.Stop(testContext(t)); err != nil { // its source may not have heard
+			// The next daemon must know the end as well, because the source may not have heard of it.
+			if err := there.Stop(testContext(t)); err != nil {
 				t.Error(err)
 			}
 			startDaemon(t, l.B)

@@ -24,8 +24,9 @@ import (
 
 const evacuatedVMs = 12
 
-// TestEvacuate moves twelve VMs from a host to two others. One of the VMs cannot be moved. In the middle, the network
-// is cut and the daemon is killed. Every VM is where the summary says, and nowhere else, and its memory is right.
+// TestEvacuate evacuates a host with twelve VMs to two others. One of the VMs cannot be moved. In the middle, the cable
+// is pulled for a while, and later the daemon is killed and started again. Every VM is where the summary says and
+// nowhere else, and its memory is right.
 func TestEvacuate(t *testing.T) {
 	t.Parallel()
 	ctx := testContext(t)
@@ -70,7 +71,8 @@ func TestEvacuate(t *testing.T) {
 	if err := l.SetCable(ctx, false); err != nil {
 		t.Fatal(err)
 	}
-	awaitEvacuation(t, service, "e1", func(e *migratedv1.Evacuation) bool { // the others go on to the host that is reached
+	// VMs on their way to the other host are not affected by the cable.
+	awaitEvacuation(t, service, "e1", func(e *migratedv1.Evacuation) bool {
 		return slices.ContainsFunc(e.GetVms(), func(vm *migratedv1.EvacuatedVM) bool {
 			return vm.GetMigrationState() == statePaused || vm.GetAttempts() > 1
 		}) || countVMs(e, migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVED) >= 5
@@ -104,7 +106,7 @@ func TestEvacuate(t *testing.T) {
 	}
 }
 
-// checkSummary compares what an evacuation says with what QEMU says on each host, and reads the VMs' memory.
+// checkSummary compares the summary of an evacuation with the QEMUs on each host, and checks the VMs' memory.
 func checkSummary(
 	t *testing.T, from *lab.Host, hosts map[string]*lab.Host, summary *migratedv1.Evacuation, vms []smallVM,
 ) {
@@ -168,7 +170,7 @@ func evacuations(t *testing.T, h *lab.Host) migratedv1.EvacuationServiceClient {
 	return migratedv1.NewEvacuationServiceClient(conn)
 }
 
-// awaitEvacuation waits for an evacuation to be as wanted.
+// awaitEvacuation waits until wanted accepts the evacuation.
 func awaitEvacuation(
 	t *testing.T, service migratedv1.EvacuationServiceClient, id string, wanted func(*migratedv1.Evacuation) bool,
 ) {
@@ -183,7 +185,8 @@ func awaitEvacuation(
 	})
 }
 
-// startEvacuation runs the command as an operator does, and returns what waits for its end.
+// startEvacuation starts "migrated evacuate" as an operator does. wait waits for its end, and returns the evacuation as
+// printed last and the exit code.
 func startEvacuation(t *testing.T, h *lab.Host, args ...string) (wait func() (*migratedv1.Evacuation, int)) {
 	t.Helper()
 	binary, err := lab.Binary()
@@ -216,7 +219,7 @@ func startEvacuation(t *testing.T, h *lab.Host, args ...string) (wait func() (*m
 	}
 }
 
-// evacuate runs the command to its end, and checks its exit code.
+// evacuate runs "migrated evacuate" to its end, and checks its exit code.
 func evacuate(t *testing.T, h *lab.Host, code int, args ...string) *migratedv1.Evacuation {
 	t.Helper()
 	view, got := startEvacuation(t, h, args...)()
@@ -226,13 +229,13 @@ func evacuate(t *testing.T, h *lab.Host, code int, args ...string) *migratedv1.E
 	return view
 }
 
-// TestQueue checks that migrations beyond the limit wait for their turn, at either host. A migration that must not wait
-// is refused.
+// TestQueue checks that a migration waits while the destination has no place for it. A migration that must not wait is
+// refused, and one whose queue_limit passes fails.
 func TestQueue(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
 	startDaemon(t, l.A, "--max-outgoing", "2")
-	startDaemon(t, l.B, "--max-incoming", "2") // a source may have one of them
+	startDaemon(t, l.B, "--max-incoming", "2") // one source may have half of them
 	vms := startSmall(t, l, "one", "two")
 	client := control(t, l.A)
 	move := func(id string, vm smallVM, spec *migratedv1.MigrationSpec) {
@@ -240,7 +243,7 @@ func TestQueue(t *testing.T) {
 		spec.Vm, spec.Destination = vm.qmp(), l.B.DaemonAddr()
 		start(t, client, id, spec)
 	}
-	move("first", vms[0], &migratedv1.MigrationSpec{Bandwidth: 64 << 10}) // which takes a quarter of an hour
+	move("first", vms[0], &migratedv1.MigrationSpec{Bandwidth: 64 << 10}) // the sweep takes a quarter of an hour
 	await(t, client, "first", (*migratedv1.Migration).GetPrepared)
 	move("refused", vms[1], &migratedv1.MigrationSpec{QueueLimit: durationpb.New(0)})
 	refused := awaitEnd(t, client, "refused")

@@ -14,8 +14,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestFailureBeforeTheSwitch breaks migrations in every way that is possible
-// from outside. One VM survives all of them, and then migrates.
+// TestFailureBeforeTheSwitch breaks migrations in every way that is possible from outside. The same VM survives all of
+// them, and can then be migrated.
 func TestFailureBeforeTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -37,7 +37,8 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 	run("wrong machine type", func(s *scene) {
 		spec := s.spec()
 		spec.DestinationTemplate = templatePath
-		// Another chipset has no place for the VM's devices, and QEMU itself would refuse it first.
+		// Another version of the same chipset. QEMU itself would refuse another chipset first, because that has no
+		// place for the VM's devices.
 		const another = "pc-q35-7.1"
 		s.writeTemplate(fmt.Sprintf("{{range .Args}}{{if eq . \"q35\"}}%s{{else}}{{.}}{{end}}\n{{end}}", another))
 		s.failed(migrateSpec(s.T, l.A, "machine", spec), stateFailed,
@@ -91,18 +92,18 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 		m := awaitEnd(s.T, client, "cut-device")
 		s.cable(true)
 		s.destinationGone("cut-device")
-		// The kernel may find out before the time is over.
+		// The kernel may report the broken connection before the daemon's timeout. Both errors have these words.
 		s.failed(m, stateFailed, "be reached", "the VM was not touched")
 	})
 
-	// After all of that the same VM still moves.
+	// After all of these failures, the same VM can still be moved.
 	t.Run("then it migrates", func(t *testing.T) {
 		moveMetal(t, outer.vm, l.A, l.B)
 	})
 }
 
-// TestDestinationDaemonKilledBeforeTheSwitch has a lab of its own, because
-// what that daemon started outlives it.
+// TestDestinationDaemonKilledBeforeTheSwitch kills the destination's daemon: the VM continues at the source. The test
+// has a lab of its own, because the QEMU that the daemon started outlives it.
 func TestDestinationDaemonKilledBeforeTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -117,15 +118,14 @@ func TestDestinationDaemonKilledBeforeTheSwitch(t *testing.T) {
 	if m.GetState() != stateFailed {
 		t.Fatalf("migration is %v: %v", m.GetState(), m.GetError())
 	}
-	// Its QEMU can't run the VM: only a daemon with the migration's token would
-	// tell it to.
+	// The QEMU that is left cannot run the VM: only a daemon with the migration's token would tell it to.
 	kill(t, qemuOn(t, l.B), syscall.SIGKILL)
 	metalPass(t, l.A, func(pass uint64) bool { return pass > s.began+1 })
 	checkMetal(t, s.vm, l.A)
 }
 
-// TestSourceDaemonStoppedBeforeTheSwitch ends the source's daemon in good order
-// in the middle of a migration.
+// TestSourceDaemonStoppedBeforeTheSwitch stops the source's daemon gracefully in the middle of a migration: the
+// destination gives up, and the VM continues at the source.
 func TestSourceDaemonStoppedBeforeTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -140,7 +140,8 @@ func TestSourceDaemonStoppedBeforeTheSwitch(t *testing.T) {
 	s.stillCounting()
 }
 
-// TestCancelAfterTheSwitch is refused.
+// TestCancelAfterTheSwitch: cancelling a migration that is over does nothing, and an id that no migration has is not
+// found.
 func TestCancelAfterTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)

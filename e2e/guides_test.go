@@ -31,8 +31,8 @@ func blocksOf(t *testing.T, page guide.Page, err error) []guide.Block {
 	return blocks
 }
 
-// makeInstallable makes hosts on which a package can be installed, with systemd, and a deb of the program in a
-// directory.
+// makeInstallable prepares the hosts for the installation of a package, and starts systemd on them. dir has a deb of
+// the program.
 func makeInstallable(t *testing.T, l *lab.Lab) (dir string) {
 	t.Helper()
 	for _, needed := range []string{"apt", "dpkg"} {
@@ -57,7 +57,7 @@ func makeInstallable(t *testing.T, l *lab.Lab) (dir string) {
 	return dir
 }
 
-// inDir returns the command with a change to a directory before it.
+// inDir returns the command, preceded by a change to the directory.
 func inDir(dir string, c guide.Command) guide.Command {
 	c.Text = "cd " + dir + "\n" + c.Text
 	return c
@@ -77,15 +77,15 @@ while [ $# -gt 1 ]; do
 done
 `
 
-// TestTutorial runs the commands of docs/tutorial.md on two hosts of Debian's kind, from the package to the VM that has
-// moved there and back.
+// TestTutorial runs the commands of docs/tutorial.md on two hosts with apt, from the installation of the package to the
+// VM that has moved there and back.
 func TestTutorial(t *testing.T) {
 	t.Parallel()
 	page, err := guide.Read("docs/tutorial.md")
 	blocks := blocksOf(t, page, err)
 	l := newHosts(t)
 	dir := makeInstallable(t, l)
-	// The machine for the certificates is this one.
+	// Commands without a host, such as those that make the certificates, run on this machine.
 	binary, err := lab.Binary()
 	if err == nil {
 		err = errors.Join(
@@ -140,7 +140,7 @@ func TestDeployGuide(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What the second host is given, and an editor that changes something.
+	// The files for the installation by hand, and an editor that changes the configuration by itself.
 	const editor = "#!/bin/sh\nsed -i 's/^log_level: .*/log_level: debug/' \"$1\"\n"
 	err = errors.Join(os.Symlink(filepath.Join(root, "deploy"), filepath.Join(dir, "deploy")),
 		os.Symlink(filepath.Join(root, "build/migrated"), filepath.Join(dir, "migrated")),
@@ -164,8 +164,8 @@ func TestDeployGuide(t *testing.T) {
 	}
 }
 
-// TestManual runs the commands of README.md, and of docs/migrating.md, which has the same at greater length: daemons by
-// hand, with certificates, and the VM of an ordinary user.
+// TestManual runs the commands of README.md, and those of docs/migrating.md, which describes the same in more detail.
+// The daemons are started by hand, with certificates, and the VM belongs to an ordinary user.
 func TestManual(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -211,7 +211,7 @@ func TestManual(t *testing.T) {
 			}
 		}
 		s.arrived()
-		// Back, for the next page.
+		// The VM moves back for the next page.
 		runTyped(t, l, guide.Command{Host: "host-b", Text: "migrated migrate --vm " + lab.QMPPath + " --to 192.0.2.1"})
 		for _, d := range daemons {
 			mustKill(t, d)
@@ -246,7 +246,7 @@ func serveByHand(t *testing.T, h *lab.Host, command string) *lab.Process {
 	return p
 }
 
-// nameHosts has a host know others by name.
+// nameHosts gives a host an /etc/hosts with the names and addresses of others.
 func nameHosts(t *testing.T, h *lab.Host, hosts map[string]string) {
 	t.Helper()
 	var file strings.Builder
@@ -260,8 +260,8 @@ func nameHosts(t *testing.T, h *lab.Host, hosts map[string]string) {
 	}
 }
 
-// TestEvacuateGuide runs the commands of docs/evacuate.md on a host with VMs, some of which are started in between.
-// After each block that moves them, all are where they were sent.
+// TestEvacuateGuide runs the commands of docs/evacuate.md on a host with VMs, one of which is started in between. At
+// the end all VMs run on the other hosts, and their memory is right.
 func TestEvacuateGuide(t *testing.T) {
 	t.Parallel()
 	page, err := guide.Read("docs/evacuate.md")

@@ -10,10 +10,10 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// httpSocket is where the lab's daemons serve the page and the API over HTTP, if they are told to.
+// httpSocket is the socket at which daemons with --http-listen serve the page and the API over HTTP.
 const httpSocket = "/run/migrated/http.sock"
 
-// TestCurl runs the commands of docs/http.md: a VM is checked, moved and followed with curl.
+// TestCurl runs the commands of docs/http.md, which check a VM, move it and follow the migration with curl.
 func TestCurl(t *testing.T) {
 	t.Parallel()
 	page, err := guide.Read("docs/http.md")

@@ -20,8 +20,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// startLibvirt starts the libvirtd of both hosts, whose QEMUs run as its package has it. Their logs are shown when the
-// test fails.
+// startLibvirt starts libvirtd on both hosts, and returns them in the order of the hosts. Their QEMUs run as the user
+// of libvirt's package. settings are lines of qemu.conf. The logs are shown when the test fails.
 func startLibvirt(t *testing.T, l *lab.Lab, settings ...string) (daemons []*lab.Libvirt) {
 	t.Helper()
 	for _, program := range []string{"libvirtd", "virsh"} {
@@ -45,8 +45,8 @@ func startLibvirt(t *testing.T, l *lab.Lab, settings ...string) (daemons []*lab.
 	return daemons
 }
 
-// domainVM is a VM as a user of libvirt has it. It has one vCPU, so that libvirt's own migration can move it, too: with
-// several vCPUs under TCG, its guest may hang afterwards. That was seen without our migrations.
+// domainVM returns a VM as users of libvirt have it. It has one vCPU, so that libvirt's own migration can move it, too:
+// with several vCPUs under TCG, its guest may hang afterwards. This was seen without migrated.
 func domainVM(t *testing.T) lab.VMConfig {
 	t.Helper()
 	kernel, initrd, err := image.LinuxWithVirtio(testContext(t))
@@ -58,7 +58,7 @@ func domainVM(t *testing.T) lab.VMConfig {
 	return vm
 }
 
-// runDomain starts the VM on a host, and returns its port when its guest is at work.
+// runDomain starts the VM as a domain on a host, and returns its port when its guest works.
 func runDomain(t *testing.T, h *lab.Host, vm lab.VMConfig, persistent bool, guest *report.Log) *report.Port {
 	t.Helper()
 	beforeVM(t, h, vm)
@@ -79,7 +79,7 @@ func runDomain(t *testing.T, h *lab.Host, vm lab.VMConfig, persistent bool, gues
 	return port
 }
 
-// virsh runs a command of virsh's that has to succeed.
+// virsh runs a command of virsh on a host, which must succeed, and returns its output.
 func virsh(t *testing.T, h *lab.Host, args ...string) string {
 	t.Helper()
 	out, err := h.Virsh(testContext(t), args...)
@@ -89,7 +89,7 @@ func virsh(t *testing.T, h *lab.Host, args ...string) string {
 	return out
 }
 
-// domainState is the state of the VM in virsh on a host. It is empty if the host has no such domain.
+// domainState returns the state of the VM in virsh on a host. It is empty if the host has no such domain.
 func domainState(t *testing.T, h *lab.Host) string {
 	t.Helper()
 	state, err := h.Virsh(testContext(t), "domstate", "--reason", lab.DomainName)
@@ -139,8 +139,8 @@ func finishMove(t *testing.T, client migratedv1.ControlServiceClient, id string)
 	completed(t, awaitEnd(t, client, id))
 }
 
-// checkGuestAt waits until the guest works on a host, and has it check its memory and its disk. The port is the
-// caller's.
+// checkGuestAt waits until the guest works on a host, and has it check its memory and its disk. The caller closes the
+// port.
 func checkGuestAt(t *testing.T, h *lab.Host, guest *report.Log) *report.Port {
 	t.Helper()
 	port := openGuest(t, h, guest)
@@ -150,7 +150,7 @@ func checkGuestAt(t *testing.T, h *lab.Host, guest *report.Log) *report.Port {
 }
 
 // TestLibvirt moves a libvirt domain there and back. Its guest continues to work, no byte of its memory and its disk is
-// wrong, and virsh shows the truth on both hosts.
+// wrong, and virsh shows the right state on both hosts.
 func TestLibvirt(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -189,7 +189,7 @@ func TestLibvirt(t *testing.T) {
 			}
 		}
 		if hop == 0 {
-			events[from].expect(t, "(Suspended Resumed )+Suspended Shutdown Stopped") // early states, and the switch
+			events[from].expect(t, "(Suspended Resumed )+Suspended Shutdown Stopped") // early states, then the switch
 			events[to].expect(t, "Started Suspended Resumed Defined")
 		}
 		port = checkGuestAt(t, to, &guest)
@@ -200,7 +200,7 @@ func TestLibvirt(t *testing.T) {
 	}
 }
 
-// events are what "virsh event" tells on a host.
+// events is the output of "virsh event" on a host.
 type events struct {
 	host *lab.Host
 	log  string
@@ -212,15 +212,15 @@ func watchEvents(t *testing.T, h *lab.Host) *events {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer log.Close() // virsh has its own
-	// Lines as they come: what virsh still has when it is killed is lost.
+	defer log.Close() // virsh has its own descriptor
+	// Buffered by line: output that virsh has not written when it is killed is lost.
 	if _, err := h.Start(log, "stdbuf", "-oL", "virsh", "event", "--event", "lifecycle", "--loop"); err != nil {
 		t.Fatal(err)
 	}
 	return &events{host: h, log: log.Name()}
 }
 
-// expect waits until the kinds of events of the VM of which virsh has told match an expression.
+// expect waits until the kinds of the VM's events, such as "Started Suspended", match a regular expression as a whole.
 func (e *events) expect(t *testing.T, want string) {
 	t.Helper()
 	expression := regexp.MustCompile("^" + want + "$")
@@ -239,8 +239,9 @@ func (e *events) expect(t *testing.T, want string) {
 	})
 }
 
-// confinedByLibvirt wants the domain's QEMU on a host to be what libvirt makes of one: another user's, in a mount
-// namespace of its own, with a filter of system calls and, where the machine has them, in a control group of its own.
+// confinedByLibvirt checks that libvirt has confined the domain's QEMU on a host: it runs as another user without
+// capabilities, in a mount namespace of its own, with a filter of system calls. Its control groups are only logged,
+// because not every machine has them.
 func confinedByLibvirt(t *testing.T, h *lab.Host) {
 	t.Helper()
 	proc := fmt.Sprintf("/proc/%d/", qemuOn(t, h))
@@ -264,7 +265,8 @@ func confinedByLibvirt(t *testing.T, h *lab.Host) {
 	t.Logf("its control groups, %v:\n%s", err, groups)
 }
 
-// checkCancelled prepares a migration of the domain and cancels it. Nothing has changed then.
+// checkCancelled prepares a migration of the domain and cancels it. The domain then runs at the source, and the
+// destination has none.
 func checkCancelled(t *testing.T, l *lab.Lab) {
 	t.Helper()
 	client := control(t, l.A)
@@ -277,8 +279,8 @@ func checkCancelled(t *testing.T, l *lab.Lab) {
 	awaitDomain(t, l.B, "")
 }
 
-// TestLibvirtRestarts: the libvirtds of both hosts are killed while the VM's memory crosses, and started again. The
-// migration completes, and virsh tells the truth.
+// TestLibvirtRestarts: the libvirtds of both hosts are killed while the VM's memory is arriving, and started again. The
+// migration completes, and virsh shows the right state on both hosts.
 func TestLibvirtRestarts(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -302,15 +304,15 @@ func TestLibvirtRestarts(t *testing.T) {
 	}
 }
 
-// TestLibvirtDestroyed uses virsh while the memory of a domain without disks crosses. Resuming it at the source fails.
-// Ending it at the destination is no failure: both hosts say that the VM has ended, and nothing is left of it at the
-// source.
+// TestLibvirtDestroyed uses virsh while the memory of a domain without disks is arriving. Resuming it at the source
+// fails. Destroying it at the destination is no failure: the source reports that the VM has ended, and neither host has
+// the domain any more.
 func TestLibvirtDestroyed(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	startLibvirt(t, l)
 	vm := domainVM(t)
-	vm.Disks = 0 // no lock of an image
+	vm.Disks = 0 // so that no lock of an image prevents the resume
 	var guest report.Log
 	if err := runDomain(t, l.A, vm, false, &guest).Close(); err != nil {
 		t.Fatal(err)
@@ -331,8 +333,8 @@ func TestLibvirtDestroyed(t *testing.T) {
 	awaitDomain(t, l.B, "")
 }
 
-// evacuateDomain empties a host of its only VM, a domain, which the host does not define any more then, and returns the
-// migration that did it.
+// evacuateDomain evacuates a host whose only VM is a domain, with --undefine-source, and returns the migration of the
+// domain.
 func evacuateDomain(t *testing.T, from, to *lab.Host, id string) *migratedv1.Migration {
 	t.Helper()
 	if out, code := operate(t, from, "vms"); code != 0 || !strings.Contains(out, lab.DomainVM+" ") {

@@ -19,10 +19,10 @@ type domainFailure struct {
 	name string
 	// before happens before the migration, prepared when the destination is ready, and after at its end.
 	before, prepared, after func(*domainStage)
-	words                   string // in the error, whoever notices first
+	words                   string // in the error, whichever host notices first
 }
 
-// domainStage is two hosts with libvirt. Host a runs the domain.
+// domainStage is two hosts with libvirt and migrated. Host a runs the domain.
 type domainStage struct {
 	*testing.T
 	*lab.Lab
@@ -90,8 +90,8 @@ func (s *domainStage) must(err error) {
 	}
 }
 
-// TestLibvirtFailures checks that after any failure before the switch the domain still runs at the source, in virsh and
-// in fact, and writes to its disk. Nothing of it is left at the destination.
+// TestLibvirtFailures checks that after each failure before the switch the domain still runs at the source, according
+// to virsh and to its guest, which writes to its disk. The destination has no such domain.
 func TestLibvirtFailures(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)

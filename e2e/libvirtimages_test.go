@@ -12,10 +12,10 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// TestLibvirtImages moves a domain there and back whose image virtlockd locks, on storage where libvirt can't write
-// down that it is still in use, as on NFS: there libvirt gives the image away when a domain ends. The domain that goes
-// on keeps it all the same, also after a migration that was cancelled. While its memory crosses, whoever resumes it at
-// the source is refused.
+// TestLibvirtImages moves a domain there and back whose image virtlockd locks. The storage is like NFS: libvirt cannot
+// record on it that the image is still in use, and changes the owner of the image when a domain ends. The domain that
+// continues keeps the image all the same, also after a cancelled migration. While its memory is arriving, virsh cannot
+// resume it at the source.
 func TestLibvirtImages(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)

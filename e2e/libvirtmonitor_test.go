@@ -14,8 +14,8 @@ import (
 	"github.com/migrated-vm/migrated/internal/qmp"
 )
 
-// TestLibvirtOutlivesMonitors connects to a domain's QEMU over and over. A libvirtd may crash whose client deregisters
-// from events while its connection ends (9.0: see internal/libvirt).
+// TestLibvirtOutlivesMonitors connects to a domain's QEMU again and again, and libvirtd survives it. libvirtd 9.0 may
+// crash if a client deregisters from events while its connection ends (see internal/libvirt).
 func TestLibvirtOutlivesMonitors(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -37,8 +37,8 @@ func TestLibvirtOutlivesMonitors(t *testing.T) {
 	}
 }
 
-// TestKilledWhileItIsAsked kills a QEMU while libvirt passes a command on to it. The daemon knows that it has ended,
-// whichever error libvirt returns.
+// TestKilledWhileItIsAsked kills a QEMU while libvirt passes a command on to it. Package qemu reports that QEMU has
+// ended, whichever error libvirt returns.
 func TestKilledWhileItIsAsked(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)

@@ -12,7 +12,7 @@ import (
 )
 
 // TestLibvirtsOwnMigration moves a domain by libvirt's own live migration, by ours, and by libvirt's again. No other
-// test runs beside it: where an emulated guest gets little of a processor, it may stand still after libvirt's.
+// test runs in parallel: an emulated guest with little processor time may hang after libvirt's migration.
 func TestLibvirtsOwnMigration(t *testing.T) {
 	l := newLab(t)
 	startLibvirt(t, l)

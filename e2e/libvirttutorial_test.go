@@ -32,8 +32,7 @@ end
 chmod 755 /usr/local/bin/systemctl
 `
 
-// TestLibvirtTutorial runs the commands of docs/libvirt-tutorial.md on two hosts with libvirt, of which one runs a
-// domain.
+// TestLibvirtTutorial runs the commands of docs/libvirt-tutorial.md on two hosts with libvirt. Host a runs a domain.
 func TestLibvirtTutorial(t *testing.T) {
 	t.Parallel()
 	binary, err := lab.Binary()
@@ -73,7 +72,8 @@ func TestLibvirtTutorial(t *testing.T) {
 	}
 }
 
-// runTyped runs a command of the documentation on the host that it names, and returns what it says.
+// runTyped runs a command of the documentation on the host that it names, and returns its standard output. The command
+// must succeed.
 func runTyped(t *testing.T, l *lab.Lab, c guide.Command) string {
 	t.Helper()
 	h := map[string]*lab.Host{"host-a": l.A, "host-b": l.B}[c.Host]
@@ -82,7 +82,7 @@ func runTyped(t *testing.T, l *lab.Lab, c guide.Command) string {
 	}
 	began := time.Now()
 	cmd := h.Command(testContext(t), "sh", "-ec", c.Text)
-	cmd.WaitDelay = time.Second // what it has started may have its output, too
+	cmd.WaitDelay = time.Second // processes that it started may keep its output open
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -93,7 +93,7 @@ func runTyped(t *testing.T, l *lab.Lab, c guide.Command) string {
 	return string(out)
 }
 
-// endDaemon ends the daemon that a host's systemctl has started, if it has.
+// endDaemon ends the daemon that a host's systemctl has started, if there is one.
 func endDaemon(t *testing.T, h *lab.Host) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()

@@ -18,14 +18,14 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// domainCase is a VM as users of libvirt have it.
+// domainCase is a kind of VM that users of libvirt have.
 type domainCase struct {
 	name       string
 	version    string // of QEMU; empty: the installed one
 	change     func(*lab.VMConfig)
 	persistent bool
-	again      bool                        // it is started again afterwards; with one vCPU, see lab.Host.Boot
-	run        func(*testing.T, *lab.Host) // while it runs
+	again      bool                        // the domain is started again afterwards; it has one vCPU, see lab.Host.Boot
+	run        func(*testing.T, *lab.Host) // before the first move, while the domain runs
 	hugePages  int
 }
 
@@ -61,19 +61,19 @@ func plug(t *testing.T, h *lab.Host) {
 	virsh(t, h, "setvcpus", "--live", lab.DomainName, "2")
 }
 
-// ofHost matches the parts of a domain's definition that differ between hosts: its number, and the arguments that make
-// QEMU wait.
+// ofHost matches the parts of a domain's definition that differ between hosts: its id, and the arguments that make QEMU
+// wait for a migration.
 var ofHost = regexp.MustCompile(`<domain .*>|\s*<qemu:commandline>\s*<qemu:arg value='-incoming'/>\s*` +
 	`<qemu:arg value='defer'/>\s*</qemu:commandline>`)
 
-// definition is the domain's, as libvirt's own migration would send it.
+// definition returns the domain's definition as libvirt's own migration would send it, without what ofHost matches.
 func definition(t *testing.T, h *lab.Host) string {
 	t.Helper()
 	return ofHost.ReplaceAllString(virsh(t, h, "dumpxml", "--migratable", lab.DomainName), "")
 }
 
-// TestLibvirtVMs moves domains of many kinds there and back. At each host the definition is that of the source, without
-// what made QEMU wait, the guest works on, and no byte of its memory and its disk is wrong.
+// TestLibvirtVMs moves domains of many kinds there and back. On each host the definition is the same, apart from the
+// arguments that made QEMU wait, the guest continues to work, and no byte of its memory and its disk is wrong.
 func TestLibvirtVMs(t *testing.T) {
 	t.Parallel()
 	for _, c := range domainCases {
@@ -94,7 +94,7 @@ func moveDomain(t *testing.T, c domainCase) {
 	}
 	startLibvirt(t, l)
 	vm := domainVM(t)
-	vm.KernelArgs = append(vm.KernelArgs, "memhp_default_state=online") // what is plugged in is used
+	vm.KernelArgs = append(vm.KernelArgs, "memhp_default_state=online") // the guest uses memory that is plugged in
 	if c.change != nil {
 		c.change(&vm)
 	}
@@ -145,8 +145,8 @@ func moveDomain(t *testing.T, c domainCase) {
 	}
 }
 
-// sameVars checks that the file with the firmware's variables is the same on both hosts. Each host has its own file,
-// and the destination's QEMU writes what it was sent.
+// sameVars checks that the file with the firmware's variables is the same on both hosts, and that the firmware has
+// written to it. Each host has its own file, and the destination's QEMU writes the variables that it received.
 func sameVars(t *testing.T, from, to *lab.Host) {
 	t.Helper()
 	const path = "/var/lib/libvirt/qemu/nvram/" + lab.DomainName + "_VARS.fd"

@@ -11,8 +11,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// labHook is a hook in the form of libvirt's. It records its arguments on its host, sets another title for the lab's
-// domain, and refuses every other domain.
+// labHook is a hook in the form of libvirt's hooks. It records its arguments on its host and sets another title for the
+// domain. It fails if it is called for another domain or operation.
 const labHook = `#!/bin/sh
 echo "$@" >>/run/vm/hook.log
 case $1:$2:$3 in
@@ -21,9 +21,9 @@ guest:migrate:begin) sed 's|<title>[a-z]*</title>|<title>of the hook</title>|' ;
 esac
 `
 
-// TestLibvirtDefinition moves a domain by the command line, with a definition of the operator's for the destination,
-// and a hook there that changes it once more. libvirt listens at another place than usual. A definition of another
-// domain, and one of another machine, are refused before the VM is touched, by check as by migrate.
+// TestLibvirtDefinition moves a domain by the command line, with the operator's definition for the destination, which a
+// hook there changes again. The destination's libvirt listens at another socket than usual. check and migrate refuse
+// the definition of another domain, that of another machine, and one that is no XML.
 func TestLibvirtDefinition(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -38,7 +38,7 @@ func TestLibvirtDefinition(t *testing.T) {
 	startLibvirt(t, l)
 	var guest report.Log
 	port := runDomain(t, l.A, domainVM(t), false, &guest)
-	if err := os.Chown(l.B.Path(lab.VMDir), 0, 0); err != nil { // the hook is root's alone to change
+	if err := os.Chown(l.B.Path(lab.VMDir), 0, 0); err != nil { // only root may change the hook
 		t.Fatal(err)
 	}
 	if err := port.Close(); err != nil {

@@ -11,8 +11,8 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// TestLogThatTakesNothing starts daemons whose log is a full pipe that nobody reads, like the pipe to a
-// journal that hangs. Their VM can be moved all the same.
+// TestLogThatTakesNothing starts daemons whose log is a full pipe that nobody reads, like the pipe to a journal that
+// hangs. They move a VM all the same.
 func TestLogThatTakesNothing(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -29,7 +29,7 @@ func TestLogThatTakesNothing(t *testing.T) {
 	checkMetal(t, s.vm, l.B)
 }
 
-// fullPipe returns the write end of a full pipe: a write to it never returns.
+// fullPipe returns the write end of a full pipe. A write to it blocks until the test ends.
 func fullPipe(t *testing.T) *os.File {
 	t.Helper()
 	var fds [2]int

@@ -15,7 +15,7 @@ import (
 )
 
 // breakPage replaces a page of a QEMU's private memory by one that cannot be read. It maps a page beyond the end of a
-// file: reading it fails as reading broken memory does.
+// file, so that reading it fails as for broken memory.
 func breakPage(t *testing.T, pid int, addr uint64) {
 	t.Helper()
 	ctx := testContext(t)
@@ -28,7 +28,7 @@ func breakPage(t *testing.T, pid int, addr uint64) {
 			t.Error(err)
 		}
 	}()
-	fd, err := p.Syscall(ctx, unix.SYS_MEMFD_CREATE, uintptr(addr), 0) // the page is zero: an empty name
+	fd, err := p.Syscall(ctx, unix.SYS_MEMFD_CREATE, uintptr(addr), 0) // the page is zero, and so an empty name
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,8 +41,8 @@ func breakPage(t *testing.T, pid int, addr uint64) {
 	}
 }
 
-// TestBrokenMemory evacuates a VM of which the source cannot read a page any more. All else comes, and is as it was,
-// and both hosts say how many pages are lost.
+// TestBrokenMemory moves a VM with a page that the source can no longer read. The guest's memory arrives unchanged, and
+// both hosts report that one page is lost.
 func TestBrokenMemory(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -59,8 +59,9 @@ func TestBrokenMemory(t *testing.T) {
 	}
 	ram := block(t, source, "pc.ram")
 	pid := source.Pid
-	const untouched = 224 << 20 // beyond what the guest's kernel has
-	// Memory that was there when it broke: what was never touched is known to be zero without being read.
+	const untouched = 224 << 20 // beyond the memory that the guest's kernel uses (mem=192M)
+	// The page before it is written, so that there is memory to read when the page breaks: memory that was never
+	// touched is known to be zero without being read.
 	if _, err := memoryOf(t, source).WriteAt([]byte("next to it"), int64(ram.Addr+untouched-4096)); err != nil {
 		t.Fatal(err)
 	}

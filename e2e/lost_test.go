@@ -13,8 +13,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// TestPlannedRestartOfTheSource restarts the source's daemon after the switch. That is no failure for programs that
-// follow the migration.
+// TestPlannedRestartOfTheSource restarts the source's daemon after the switch. A command that follows the migration
+// does not report a failure.
 func TestPlannedRestartOfTheSource(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -33,7 +33,7 @@ func TestPlannedRestartOfTheSource(t *testing.T) {
 		t.Fatal(err)
 	}
 	there := control(t, l.B)
-	eventually(t, func() error { // it is not known there before
+	eventually(t, func() error { // the destination does not know the migration at first
 		answer, err := there.Get(testContext(t), &migratedv1.GetRequest{Id: "planned"})
 		if err == nil && answer.GetMigration().GetState() != stateActive {
 			err = fmt.Errorf("the VM does not run there: %v", answer)
@@ -52,8 +52,8 @@ func TestPlannedRestartOfTheSource(t *testing.T) {
 	nothingKept(t, l.A)
 }
 
-// TestSourceHostLost removes the source's daemon, its QEMU and its records after the switch. The destination says so,
-// and has a command that ends the migration.
+// TestSourceHostLost removes the source's daemon, its QEMU and its records after the switch. The destination reports
+// that the source refuses to send pages, and names a command that ends the migration and the VM there.
 func TestSourceHostLost(t *testing.T) {
 	t.Parallel()
 	l := newHosts(t)
@@ -97,7 +97,7 @@ func TestSourceHostLost(t *testing.T) {
 	nothingKept(t, l.A, l.B)
 }
 
-// TestWhatIsNotLost checks that a migration that is not lost is neither abandoned nor released.
+// TestWhatIsNotLost checks that a migration whose hosts both work can be neither abandoned nor released.
 func TestWhatIsNotLost(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
