@@ -54,11 +54,10 @@ func TestGiganticRAM(t *testing.T) {
 			s := sceneOf(t, l, lab.VMConfig{Backend: lab.BackendDefault, MemoryMiB: 1024, Extra: []string{
 				"-object", backend + ",id=ram0,size=1G,hugetlb=on,hugetlbsize=1G", "-machine", "memory-backend=ram0",
 			}}.WithDevices(1, 1))
-			from, to := l.A, l.B
+			from, to, pass := l.A, l.B, s.began
 			for hop := range 2 {
 				m := s.migrateAtLast(from, to, fmt.Sprintf("hop-%d", hop))
-				metalPass(t, to, func(pass uint64) bool { return pass > s.began+1 })
-				checkMetal(t, s.vm, to)
+				pass = s.arrivedAfter(to, pass)
 				t.Logf("downtime %v, fault max %v",
 					m.GetProgress().GetDowntime().AsDuration(), m.GetProgress().GetFaultMax().AsDuration())
 				from, to = to, from

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"fmt"
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
@@ -14,13 +15,31 @@ import (
 func TestGuestGivesMemoryBack(t *testing.T) {
 	vm := lab.VMConfig{MemoryMiB: 512, FreePageReporting: true}
 	g := newShrinkingGuest(t, vm, "1M", func(*lab.Host) {}, "migrated.churn=64")
-	for i, mib := range []int{352, 512, 352, 512} {
+	size := awaitBalloon(t, g.lab.B, func(uint64) bool { return true })
+	for i, mib := range []uint64{352, 512, 352, 512} {
 		ask(t, g.lab.B, "balloon", map[string]any{"value": mib << 20}, nil)
+		before, shrinks := size, mib<<20 < size
+		size = awaitBalloon(t, g.lab.B, func(now uint64) bool { return now != before && now < before == shrinks })
 		awaitChurned(t, &g.guest, g.began+uint64(i/2)+1)
 	}
 	if discarded := g.finish(4); discarded < 64<<20 {
 		t.Errorf("the guest gave %d bytes back", discarded)
 	}
+}
+
+// awaitBalloon waits until ok accepts how many bytes the balloon leaves to the guest, and returns that size.
+func awaitBalloon(t *testing.T, h *lab.Host, ok func(size uint64) bool) uint64 {
+	t.Helper()
+	var balloon struct {
+		Actual uint64 `json:"actual"`
+	}
+	eventually(t, func() error {
+		if ask(t, h, "query-balloon", nil, &balloon); !ok(balloon.Actual) {
+			return fmt.Errorf("the balloon leaves %d bytes to the guest", balloon.Actual)
+		}
+		return nil
+	})
+	return balloon.Actual
 }
 
 // shrinkingGuest is a guest that gives memory back during a slow migration.

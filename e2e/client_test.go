@@ -107,7 +107,7 @@ func TestFollowedByAProgram(t *testing.T) {
 	a, b := followHost(t, l.A, label), followHost(t, l.B, label)
 	c, ctx := dialHost(t, l.A), testContext(t)
 	for _, f := range []*follower{a, b} {
-		f.until(t, "at the beginning", func(_ []string, synced int) bool { return synced == 1 })
+		f.until(t, "at the beginning", func(_ []string, synced int) bool { return synced >= 1 })
 	}
 
 	// The VM's QEMU does not answer, so the migration misses its prepare_limit.
@@ -190,7 +190,7 @@ func TestFollowedByAProgram(t *testing.T) {
 	}
 	startDaemon(t, l.A)
 	a.until(t, "of a daemon that was started again", func(told []string, synced int) bool {
-		return synced == 2 && slices.Contains(told, "-late")
+		return synced >= 2 && slices.Contains(told, "-late")
 	})
 	if left := a.Migrations(); len(left) != 0 {
 		t.Errorf("it has %v", left)
@@ -235,8 +235,8 @@ func TestOverdue(t *testing.T) {
 		if m.GetState() != stateActive || m.GetError() != nil {
 			t.Fatalf("host %s shows %v", h.Name, m)
 		}
-		if late, _ := sum(t, scrape(t, h), "migrated_migrations_overdue"); late != 1 {
-			t.Errorf("host %s counts %v that are overdue", h.Name, late)
+		if late, found := sum(t, scrape(t, h), "migrated_migrations_overdue"); late != 1 || found == 0 {
+			t.Errorf("host %s counts %v that are overdue, in %d series", h.Name, late, found)
 		}
 	}
 	if _, err := c.SetBandwidth(ctx, &migratedv1.SetBandwidthRequest{Id: "m"}); err != nil {
@@ -246,8 +246,8 @@ func TestOverdue(t *testing.T) {
 	if err != nil || !m.GetOverdue() {
 		t.Fatalf("it ended as %v, %v", m, err)
 	}
-	if late, _ := sum(t, scrape(t, l.A), "migrated_migrations_overdue"); late != 0 {
-		t.Errorf("%v are overdue when it is over", late)
+	if late, found := sum(t, scrape(t, l.A), "migrated_migrations_overdue"); late != 0 || found == 0 {
+		t.Errorf("%v are overdue when it is over, in %d series", late, found)
 	}
 	for _, h := range l.Hosts() {
 		if out, code := operate(t, h, "report", "m"); code != 0 || !strings.Contains(out, "total_limit of 6.0 s; it took") ||

@@ -82,7 +82,7 @@ func TestEarlyLoadOff(t *testing.T) {
 	if early.GetLoaded() || early.GetPause().AsDuration() != 0 || early.GetReason() != "it was switched off" {
 		t.Errorf("early load %v", early)
 	}
-	s.arrived()
+	pass := s.arrivedAfter(l.B, s.began)
 	startVM(t, l.A, s.vm, "-S", "-incoming", "defer")
 	m := completed(t, migrateSpec(t, l.B, "back", &migratedv1.MigrationSpec{
 		Vm: lab.QMPPath, Destination: l.A.DaemonAddr(), DestinationQmp: lab.QMPPath,
@@ -90,6 +90,7 @@ func TestEarlyLoadOff(t *testing.T) {
 	if early := m.GetEarlyLoad(); early.GetLoaded() || !strings.Contains(early.GetReason(), "could not be replaced") {
 		t.Errorf("early load %v", early)
 	}
+	s.arrivedAfter(l.A, pass)
 }
 
 // TestPausedSinceEarlyLoad pauses the VM after the early load. QEMU was told that the VM will run, and would activate

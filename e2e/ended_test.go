@@ -3,6 +3,8 @@
 package e2e
 
 import (
+	"fmt"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -76,9 +78,7 @@ func TestVMEndsAfterTheSwitch(t *testing.T) {
 			ended(l.A)
 			ended(l.B)
 			for _, h := range l.Hosts() {
-				if pid := qemuOn(t, h); pid != 0 {
-					t.Errorf("QEMU process %d is left on host %s", pid, h.Name)
-				}
+				awaitNoQEMU(t, h)
 			}
 			nothingKept(t, l.A)
 			_, err := client.FallBack(testContext(t), &migratedv1.FallBackRequest{Id: "ended", DestinationIsGone: true})
@@ -98,14 +98,24 @@ func TestVMEndsAfterTheSwitch(t *testing.T) {
 	}
 }
 
-// TestGuestResetsAfterTheSwitch checks that QEMU and the migration continue after the guest resets.
+// TestGuestResetsAfterTheSwitch checks that QEMU and the migration continue after the guest resets. The guest boots
+// again at the destination.
 func TestGuestResetsAfterTheSwitch(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	s := largeScene(t, l, 1)
 	client := s.moveSlowly("reset")
-	ask(t, l.B, "system_reset", nil, nil)
+	systemReset(t, l.B, lab.EventsPath)
+	inFlight(t, "reset", l.B)
 	unlimit(t, client, "reset")
 	completed(t, awaitEnd(t, client, "reset"))
+	const first = "00000001\n" // the first pass, which the guest had written at the source
+	eventually(t, func() error {
+		text, err := os.ReadFile(l.B.Path(lab.SerialLog))
+		if err == nil && !strings.Contains(string(text), first) {
+			err = fmt.Errorf("the guest has not begun again: %.200q", text)
+		}
+		return err
+	})
 	goesOn(t, l.B)
 }

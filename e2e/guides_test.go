@@ -294,7 +294,7 @@ func TestEvacuateGuide(t *testing.T) {
 	at := map[*lab.Host]int{}
 	for _, vm := range vms {
 		for _, h := range []*lab.Host{l.A, l.B, c} {
-			if client := vm.ask(testContext(t), h); client != nil {
+			if client, err := vm.ask(testContext(t), h); err == nil {
 				at[h]++
 				if err := client.Disconnect(); err != nil {
 					t.Error(err)

@@ -21,7 +21,7 @@ func TestCurl(t *testing.T) {
 	l := newHosts(t)
 	startDaemon(t, l.A, "--http-listen", httpSocket)
 	startDaemon(t, l.B)
-	newScene(t, l)
+	s := newScene(t, l)
 	awaitFile(t, l.A.Path(httpSocket))
 	here := strings.NewReplacer("/run/qemu/db.qmp", lab.QMPPath, "host-b:7600", l.B.DaemonAddr())
 	says := [][]string{
@@ -34,9 +34,13 @@ func TestCurl(t *testing.T) {
 		t.Fatalf("%d blocks of commands, %d expected", len(blocks), len(says))
 	}
 	for i, b := range blocks {
-		out, err := l.A.Run(testContext(t), "sh", "-ec", here.Replace(b.Text))
+		script := here.Replace(b.Text)
+		if i < len(blocks)-1 { // the last one shows an error
+			script = strings.ReplaceAll(script, "curl ", "curl --fail-with-body ")
+		}
+		out, err := l.A.Run(testContext(t), "sh", "-ec", script)
 		if err != nil {
-			t.Fatalf("docs/http.md:%d: %v", b.Line, err)
+			t.Fatalf("docs/http.md:%d: %v\n%s", b.Line, err, out)
 		}
 		for _, text := range says[i] {
 			if !strings.Contains(out, text) {
@@ -44,4 +48,5 @@ func TestCurl(t *testing.T) {
 			}
 		}
 	}
+	s.arrived()
 }

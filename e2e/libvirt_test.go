@@ -206,6 +206,19 @@ type events struct {
 	log  string
 }
 
+// probe is a domain that is defined only for the event of that. Its emulator is that of the other domains, whose
+// capabilities libvirt knows.
+const probe = `<domain type='qemu'>
+  <name>probe</name>
+  <uuid>00000000-0000-4000-8000-0000000000ff</uuid>
+  <memory unit='MiB'>32</memory>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <devices><emulator>/usr/bin/qemu-system-x86_64</emulator></devices>
+</domain>
+`
+
+// watchEvents starts "virsh event" on a host, and returns when it receives events. virsh does not say when it is
+// registered for them, but from then on it reports that a domain was defined.
 func watchEvents(t *testing.T, h *lab.Host) *events {
 	t.Helper()
 	log, err := os.CreateTemp(t.TempDir(), "events-"+h.Name)
@@ -217,6 +230,17 @@ func watchEvents(t *testing.T, h *lab.Host) *events {
 	if _, err := h.Start(log, "stdbuf", "-oL", "virsh", "event", "--event", "lifecycle", "--loop"); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, func() error {
+		if err := h.VirshXML(testContext(t), probe, "define"); err != nil {
+			t.Fatal(err)
+		}
+		text, err := os.ReadFile(log.Name())
+		if err == nil && !strings.Contains(string(text), "event 'lifecycle' for domain 'probe'") {
+			err = fmt.Errorf("virsh event on host %s does not tell of a definition: %q", h.Name, text)
+		}
+		return err
+	})
+	virsh(t, h, "undefine", "probe")
 	return &events{host: h, log: log.Name()}
 }
 

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"net"
 	"os"
 	"testing"
 
@@ -23,6 +24,13 @@ func TestLibvirtImages(t *testing.T) {
 		if _, err := h.Start(os.Stderr, "virtlockd"); err != nil {
 			t.Fatal(err)
 		}
+		eventually(t, func() error {
+			conn, err := net.Dial("unix", h.Path("/run/libvirt/virtlockd-sock"))
+			if err == nil {
+				err = conn.Close()
+			}
+			return err
+		})
 	}
 	startLibvirt(t, l, `lock_manager = "lockd"`, "remember_owner = 0")
 	var guest report.Log

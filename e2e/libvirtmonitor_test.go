@@ -32,6 +32,7 @@ func TestLibvirtOutlivesMonitors(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	awaitDomain(t, l.A, "running") // after the last connection has ended
 	if err := port.Close(); err != nil {
 		t.Error(err)
 	}

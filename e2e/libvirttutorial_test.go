@@ -58,12 +58,22 @@ func TestLibvirtTutorial(t *testing.T) {
 		"virsh list --all --persistent --name": lab.DomainName, "virsh list --all --name": "",
 		"virsh domstate " + lab.DomainName: "running",
 	}
+	typed := make(map[string]bool) // of says
 	for _, b := range blocks {
 		for _, c := range b.Commands() {
 			out := runTyped(t, l, c)
-			if want, told := says[c.Text]; told && strings.TrimSpace(out) != want {
+			want, told := says[c.Text]
+			if told && strings.TrimSpace(out) != want {
 				t.Errorf("%s says %q, want %q", c.Text, out, want)
 			}
+			if told {
+				typed[c.Text] = true
+			}
+		}
+	}
+	for text := range says {
+		if !typed[text] {
+			t.Errorf("docs/libvirt-tutorial.md has no command %q", text)
 		}
 	}
 	port = checkGuestAt(t, l.A, &guest)

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bytes"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -41,8 +42,8 @@ func breakPage(t *testing.T, pid int, addr uint64) {
 	}
 }
 
-// TestBrokenMemory moves a VM with a page that the source can no longer read. The guest's memory arrives unchanged, and
-// both hosts report that one page is lost.
+// TestBrokenMemory moves a VM with a page that the source can no longer read. The guest's memory arrives unchanged, as
+// does the page next to the broken one, and both hosts report that one page is lost.
 func TestBrokenMemory(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -62,7 +63,8 @@ func TestBrokenMemory(t *testing.T) {
 	const untouched = 224 << 20 // beyond the memory that the guest's kernel uses (mem=192M)
 	// The page before it is written, so that there is memory to read when the page breaks: memory that was never
 	// touched is known to be zero without being read.
-	if _, err := memoryOf(t, source).WriteAt([]byte("next to it"), int64(ram.Addr+untouched-4096)); err != nil {
+	mark := []byte("next to it")
+	if _, err := memoryOf(t, source).WriteAt(mark, int64(ram.Addr+untouched-4096)); err != nil {
 		t.Fatal(err)
 	}
 	if err := source.Close(); err != nil {
@@ -75,8 +77,21 @@ func TestBrokenMemory(t *testing.T) {
 	if m := completed(t, awaitEnd(t, client, "broken")); m.GetProgress().GetPagesLost() != 1 {
 		t.Fatalf("%d pages are lost: %v", m.GetProgress().GetPagesLost(), m)
 	}
-	if there := get(t, l.B, "broken"); there.GetProgress().GetPagesLost() != 1 {
+	if there := awaitEnd(t, control(t, l.B), "broken"); there.GetProgress().GetPagesLost() != 1 {
 		t.Errorf("the destination says %v", there)
+	}
+	destination, err := qemu.Attach(testContext(t), l.B.Path(lab.QMPPath))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(mark))
+	if _, err := memoryOf(t, destination).ReadAt(
+		got, int64(block(t, destination, "pc.ram").Addr+untouched-4096),
+	); err != nil || !bytes.Equal(got, mark) {
+		t.Errorf("the page next to the broken one holds %q, %v", got, err)
+	}
+	if err := destination.Close(); err != nil {
+		t.Error(err)
 	}
 	v, err := openGuest(t, l.B, &guest).Verify(testContext(t))
 	if err != nil || v.Corruptions != 0 || v.Pages == 0 {

@@ -26,7 +26,7 @@ func TestPlannedRestartOfTheSource(t *testing.T) {
 		t.Fatal(err)
 	}
 	command := l.A.Command(testContext(t), binary, "migrate", "--id", "planned", "--vm", lab.QMPPath,
-		"--to", l.B.DaemonAddr(), "--bandwidth", "64M")
+		"--to", l.B.DaemonAddr(), "--bandwidth", "4M")
 	var out strings.Builder
 	command.Stdout, command.Stderr = &out, &out
 	if err := command.Start(); err != nil {
@@ -43,6 +43,8 @@ func TestPlannedRestartOfTheSource(t *testing.T) {
 	if err := a.Stop(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
+	inFlight(t, "planned", l.B)
+	unlimit(t, there, "planned")
 	startDaemon(t, l.A)
 	if err := command.Wait(); err != nil || strings.Contains(strings.ToLower(out.String()), "failed") {
 		t.Errorf("migrate ends with %v:\n%s", err, out.String())
@@ -86,9 +88,7 @@ func TestSourceHostLost(t *testing.T) {
 		!strings.Contains(out, "was ended on the destination") {
 		t.Errorf("exit code %d: %s", code, out)
 	}
-	if pid := qemuOn(t, l.B); pid != 0 {
-		t.Errorf("QEMU process %d is left", pid)
-	}
+	awaitNoQEMU(t, l.B)
 	m = get(t, l.B, "lost")
 	if m.GetState() != stateFailed || m.GetLocation() != migratedv1.Location_LOCATION_ENDED ||
 		m.GetError().GetReason() != migratedv1.Reason_REASON_ABANDONED {

@@ -108,7 +108,7 @@ func TestRestartUnderSystemd(t *testing.T) {
 			before := slices.Concat(listeners(t, from), listeners(t, to))
 			stall := v.move(func(id string) {
 				fault.do(from, to)
-				v.inFlight(id, to)
+				inFlight(t, id, to)
 			})
 			if after := slices.Concat(listeners(t, from), listeners(t, to)); !slices.Equal(before, after) {
 				t.Errorf("%s: the sockets %v are now %v", fault.name, before, after)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -72,7 +73,7 @@ func TestMapperIsRefused(t *testing.T) {
 
 // TestForeignReader maps the VM's RAM at the destination after the last check for such mappings, and reads all of it
 // until the migration ends. A read of a missing page gets zeros, and the migration counts that page as touched. The VM
-// has its memory nevertheless.
+// has its memory nevertheless, and so has the mapping in the end.
 func TestForeignReader(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -84,37 +85,52 @@ func TestForeignReader(t *testing.T) {
 	follow(t, client, "read", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
 	mapped := mapRAM(t, s.vm, l.B)
 	defer unmap(t, mapped)
-	var over atomic.Bool
-	passes := make(chan int)
-	go func() {
-		sum, n := byte(0), 0
-		for ; !over.Load(); n++ {
-			for at := 0; at < len(mapped); at += os.Getpagesize() {
-				sum += mapped[at]
-			}
-		}
-		read.Store(uint32(sum)) // else the compiler may remove the reads
-		passes <- n
-	}()
+	stop := readAll(mapped)
+	defer stop()
 	if _, err := client.SetBandwidth(
 		testContext(t), &migratedv1.SetBandwidthRequest{Id: "read", Bandwidth: 64 << 20},
 	); err != nil {
 		t.Error(err)
 	}
 	m := follow(t, client, "read", func(*migratedv1.Migration) bool { return false })
-	over.Store(true)
+	passes, sum := stop()
 	p := m.GetProgress()
-	t.Logf("%d passes; %d pages were touched, of %d; %d faults",
-		<-passes, p.GetPagesTouched(), p.GetPagesTotal(), p.GetFaults())
+	t.Logf("%d passes, sum %d; %d pages were touched, of %d; %d faults",
+		passes, sum, p.GetPagesTouched(), p.GetPagesTotal(), p.GetFaults())
 	if m.GetState() != stateCompleted ||
 		p.GetPagesTouched() == 0 || p.GetPagesUnexplained() != 0 {
 		t.Errorf("migration is %v, %d pages were touched, %d are unexplained: %v", m.GetState(), p.GetPagesTouched(),
 			p.GetPagesUnexplained(), m.GetError())
 	}
+	command(t, l.B, "stop") // the guest writes its memory all the time
+	held, err := os.ReadFile(l.B.Path(s.vm.RAMFiles()[0]))
+	if err != nil || !bytes.Equal(mapped, held) {
+		t.Errorf("the reader's mapping differs from the VM's memory: %v", err)
+	}
+	command(t, l.B, "cont")
 	s.arrived()
 }
 
-var read atomic.Uint32
+// readAll reads from each page of mapped, again and again, until stop is called. stop returns how often all pages were
+// read, and the sum of the bytes. When it returns, nothing reads any more. It may be called again.
+func readAll(mapped []byte) (stop func() (passes int, sum byte)) {
+	var over atomic.Bool
+	var reading sync.WaitGroup
+	var passes int
+	var sum byte
+	reading.Go(func() {
+		for ; !over.Load(); passes++ {
+			for at := 0; at < len(mapped); at += os.Getpagesize() {
+				sum += mapped[at]
+			}
+		}
+	})
+	return func() (int, byte) {
+		over.Store(true)
+		reading.Wait()
+		return passes, sum
+	}
+}
 
 // TestVhostUserIsRefused: a VM with a vhost-user disk, which another process serves, is refused. The error names the
 // device.

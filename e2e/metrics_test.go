@@ -99,8 +99,8 @@ func TestMetricsAreTheTruth(t *testing.T) {
 	daemons := []*lab.Process{startDaemon(t, l.A, settings[0]...), startDaemon(t, l.B, settings[1]...)}
 	server := startPrometheus(t, l)
 	s := newScene(t, l)
-	if total, _ := sum(t, scrape(t, l.B), "migrated_pages_total"); total != 0 {
-		t.Errorf("%v pages came before there was a migration", total)
+	if total, found := sum(t, scrape(t, l.B), "migrated_pages_total"); total != 0 || found == 0 {
+		t.Errorf("%v pages came before there was a migration, by %d series", total, found)
 	}
 	client := control(t, l.A)
 	if _, err := client.Check(traced(testContext(t)), &migratedv1.CheckRequest{Vm: lab.QMPPath}); err != nil {
@@ -155,6 +155,7 @@ func TestMetricsAreTheTruth(t *testing.T) {
 	if timed == 0 || timed > float64(p.GetFaults()) {
 		t.Errorf("%v faults were timed, of %d", timed, p.GetFaults())
 	}
+	buckets := 0
 	for line := range strings.Lines(destination) {
 		_, rest, bucket := strings.Cut(line, `migrated_fault_latency_seconds_bucket{le="`)
 		bound, count, _ := strings.Cut(strings.TrimSpace(rest), `"} `)
@@ -166,6 +167,10 @@ func TestMetricsAreTheTruth(t *testing.T) {
 		if err != nil || (le < slowest && n >= timed) || (le > slowest*17/16 && n != timed) {
 			t.Errorf("%v of %v faults took at most %v s, the slowest %v s (%v)", n, timed, le, slowest, err)
 		}
+		buckets++
+	}
+	if buckets < 2 {
+		t.Errorf("the histogram of the faults has %d buckets", buckets)
 	}
 	if t.Failed() {
 		t.Logf("source:\n%s\ndestination:\n%s", source, destination)

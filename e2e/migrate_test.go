@@ -8,6 +8,7 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -59,8 +60,20 @@ func TestLinuxGuest(t *testing.T) {
 // resets resets a migrated VM, and with it each of its devices. QEMU continues, and the VM boots again.
 func resets(t *testing.T, h *lab.Host) {
 	t.Helper()
+	systemReset(t, h, lab.QMPPath)
+	var afresh report.Log
+	port := openGuest(t, h, &afresh)
+	_, err := afresh.WaitReady(testContext(t))
+	if err := errors.Join(err, port.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// systemReset resets a VM by one of its monitors, and waits for QEMU's event that it was reset.
+func systemReset(t *testing.T, h *lab.Host, monitor string) {
+	t.Helper()
 	ctx := testContext(t)
-	client, err := h.QMP(ctx)
+	client, err := qmp.Dial(ctx, h.Path(monitor))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,13 +81,15 @@ func resets(t *testing.T, h *lab.Host) {
 	if err := client.Do(ctx, "system_reset", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	if _, open := <-events.Events(); !open {
-		t.Fatalf("QEMU ended of a reset: %v", client.Err())
+	select {
+	case _, open := <-events.Events():
+		if !open {
+			t.Fatalf("QEMU ended of a reset: %v", client.Err())
+		}
+	case <-ctx.Done():
+		t.Fatalf("QEMU does not report the reset: %v", ctx.Err())
 	}
-	var afresh report.Log
-	port := openGuest(t, h, &afresh)
-	_, err = afresh.WaitReady(ctx)
-	if err := errors.Join(err, port.Close(), client.Disconnect()); err != nil {
+	if err := client.Disconnect(); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -105,6 +105,16 @@ func completed(t *testing.T, m *migratedv1.Migration) *migratedv1.Migration {
 	return m
 }
 
+// inFlight checks that pages are still missing at the destination: what the test did before this call, it did in the
+// middle of the migration.
+func inFlight(t *testing.T, id string, to *lab.Host) {
+	t.Helper()
+	m := get(t, to, id)
+	if p := m.GetProgress(); p.GetPagesPresent() == p.GetPagesTotal() {
+		t.Errorf("migration %s was over before it was disturbed: %v", id, m)
+	}
+}
+
 // awaitEnd waits until a migration is over.
 func awaitEnd(t *testing.T, client migratedv1.ControlServiceClient, id string) *migratedv1.Migration {
 	t.Helper()

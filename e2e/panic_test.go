@@ -34,7 +34,7 @@ func TestPanicUnderSystemd(t *testing.T) {
 	v := newTraveller(t, l)
 	stall := v.move(func(id string) {
 		awaitRestart(t, l.B, "0")
-		v.inFlight(id, l.B)
+		inFlight(t, id, l.B)
 	})
 	t.Logf("the guest's longest stall: %v", stall.Round(time.Millisecond))
 	log, err := os.ReadFile(l.B.Path("/run/migrated.log"))

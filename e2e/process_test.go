@@ -118,13 +118,16 @@ func TestRAMFileGoes(t *testing.T) {
 				eventually(t, func() error { return checkOpen(l.A, files[0]) })
 			}
 			moveMetal(t, s.vm, l.A, l.B)
+			eventually(t, func() error {
+				out, code := operate(t, l.A, "status", "there-b")
+				if code != 0 || !strings.Contains(out, files[0]+": "+c.want) {
+					return fmt.Errorf("status, exit code %d:\n%s", code, out)
+				}
+				return nil
+			})
 			_, err := os.Stat(l.A.Path(files[0]))
 			if gone := errors.Is(err, fs.ErrNotExist); gone == c.open {
 				t.Errorf("the file is gone: %v (%v)", gone, err)
-			}
-			out, code := operate(t, l.A, "status", "there-b")
-			if code != 0 || !strings.Contains(out, files[0]+": "+c.want) {
-				t.Errorf("status, exit code %d:\n%s", code, out)
 			}
 		})
 	}

@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/pkg/testenv"
+	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
 // ofHosts returns the refusals whose reason is a host.
@@ -23,7 +25,6 @@ func ofHosts(l *lab.Lab) []refusal {
 			}
 		}
 	}
-	nothing := func(*scene) {}
 	var neighbour net.Listener
 	return []refusal{
 		{
@@ -53,28 +54,40 @@ func ofHosts(l *lab.Lab) []refusal {
 		},
 		{
 			name:  "own host",
-			bring: nothing,
-			mend:  nothing,
+			bring: func(*scene) {},
+			mend:  func(*scene) {},
 			args:  []string{"--to", l.A.DaemonAddr()},
 			words: []string{"the destination is the VM's own host", "--to-qmp"},
-		},
-		{
-			name:  "unsupervised",
-			bring: nothing,
-			mend:  nothing,
-			args:  []string{"--require-secure"},
-			words: []string{"--require-secure", "unsupervised"},
 		},
 	}
 }
 
+// unsupervised is the refusal of a destination whose userfaultfds are not supervised.
+var unsupervised = refusal{
+	name:  "unsupervised",
+	bring: func(*scene) {},
+	mend:  func(*scene) {},
+	args:  []string{"--require-secure"},
+	words: []string{"--require-secure", "unsupervised"},
+}
+
 // TestRefusalsOfHosts checks that check and migrate refuse, in the same words, VMs that cannot be moved because of a
-// host.
+// host. On a machine whose userfaultfds are supervised, --require-secure refuses nothing.
 func TestRefusalsOfHosts(t *testing.T) {
 	t.Parallel()
+	state, _, err := uffd.ProbeSupervision()
+	if err != nil {
+		testenv.CannotRun(t, "no userfaultfd: %v", err)
+	}
 	l := newLab(t)
 	outer := sceneOf(t, l, lab.VMConfig{}.WithDevices(1, 1))
-	for _, c := range ofHosts(l) {
+	refusals := ofHosts(l)
+	if state == uffd.Unsupervised {
+		refusals = append(refusals, unsupervised)
+	} else {
+		outer.acceptedByCheck(unsupervised.args)
+	}
+	for _, c := range refusals {
 		t.Run(c.name, func(t *testing.T) {
 			s := *outer
 			s.T = t

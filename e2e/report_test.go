@@ -63,7 +63,11 @@ func checkReports(t *testing.T, l *lab.Lab, id string) {
 			t.Errorf("%v of the faults took at most %v by the buckets, %v as status says", q, got, want)
 		}
 	}
-	last := in.GetSamples()[len(in.GetSamples())-1]
+	samples := in.GetSamples()
+	if len(samples) == 0 {
+		t.Fatalf("the destination has no samples: %v", in)
+	}
+	last := samples[len(samples)-1]
 	if last.GetPagesPresent() != p.GetPagesTotal() || last.GetBytesOnWire() != p.GetBytesOnWire() ||
 		last.GetFaults() != p.GetFaults() ||
 		last.GetSinceSwitch().AsDuration() != p.GetResidency().AsDuration() {

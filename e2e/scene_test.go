@@ -157,6 +157,12 @@ func (s *scene) startPrepared(id string) *migratedv1.Migration {
 func (s *scene) stillCounting() {
 	s.Helper()
 	s.countsAtSourceAlone()
+	s.notAtDestination()
+}
+
+// notAtDestination checks that the guest has written no pass at the destination.
+func (s *scene) notAtDestination() {
+	s.Helper()
 	if pass, found := lastPass(s.lab.B.Path(lab.SerialLog)); found {
 		s.Errorf("the guest counted on the destination, to pass %d", pass)
 	}
@@ -214,6 +220,18 @@ func (s *scene) arrived() {
 	if pass := checkMetal(s.T, s.vm, s.lab.B); pass < s.began {
 		s.Errorf("memory is of pass %d, the guest had written %d before", pass, s.began)
 	}
+}
+
+// arrivedAfter is arrived for a VM that moved to a host after pass before. The host may have had the VM earlier. It
+// returns the pass that the memory holds.
+func (s *scene) arrivedAfter(h *lab.Host, before uint64) uint64 {
+	s.Helper()
+	metalPass(s.T, h, func(pass uint64) bool { return pass > before+1 })
+	pass := checkMetal(s.T, s.vm, h)
+	if pass <= before {
+		s.Errorf("memory on host %s is of pass %d, the guest was in pass %d before", h.Name, pass, before)
+	}
+	return pass
 }
 
 // countsAtDestination waits until the guest has written passes at the destination.

@@ -6,7 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -36,22 +38,18 @@ func (s smallVM) args(extra ...string) []string {
 	}, extra...)
 }
 
-// ask connects to the VM's QEMU on a host. It returns nil if that fails.
-func (s smallVM) ask(ctx context.Context, h *lab.Host) *qmp.Client {
-	client, err := qmp.Dial(ctx, h.Path(s.qmp()))
-	if err != nil {
-		return nil
-	}
-	return client
+// ask connects to the VM's QEMU on a host.
+func (s smallVM) ask(ctx context.Context, h *lab.Host) (*qmp.Client, error) {
+	return qmp.Dial(ctx, h.Path(s.qmp()))
 }
 
 // verify checks that the VM runs on a host, stops it, and reads its memory.
 func (s smallVM) verify(t *testing.T, h *lab.Host) {
 	t.Helper()
 	ctx := testContext(t)
-	client := s.ask(ctx, h)
-	if client == nil {
-		t.Errorf("%s is not at host %s", s.name, h.Name)
+	client, err := s.ask(ctx, h)
+	if err != nil {
+		t.Errorf("%s is not at host %s: %v", s.name, h.Name, err)
 		return
 	}
 	running, err := lab.Runs(ctx, client)
@@ -66,18 +64,20 @@ func (s smallVM) verify(t *testing.T, h *lab.Host) {
 	}
 }
 
-// leaves waits until a host has no QEMU of the VM. It returns false if the VM runs there. A destination that was cut
-// off ends a QEMU that it has prepared only after a while.
+// leaves waits until a host has no QEMU of the VM: nobody listens at its socket. It returns false if the VM runs there,
+// or if ctx ends. A destination that was cut off ends a QEMU that it has prepared only after a while.
 func (s smallVM) leaves(ctx context.Context, h *lab.Host) bool {
 	for {
-		client := s.ask(ctx, h)
-		if client == nil {
-			return ctx.Err() == nil
+		client, err := s.ask(ctx, h)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+			return true
 		}
-		running, err := lab.Runs(ctx, client)
-		_ = client.Disconnect() // the answer is all that counts
-		if err == nil && running {
-			return false
+		if err == nil {
+			running, err := lab.Runs(ctx, client)
+			_ = client.Disconnect() // the answer is all that counts
+			if err == nil && running {
+				return false
+			}
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):

@@ -68,7 +68,7 @@ func TestStrangersAreRefused(t *testing.T) {
 		},
 		"source may not send this VM": {
 			func(id, _ identity) []string { return id.args(nameA, "a", nameB) },
-			func(id, _ identity) []string { return id.args(nameB, "b", nameA+" web-*") }, "may",
+			func(id, _ identity) []string { return id.args(nameB, "b", nameA+" web-*") }, `send VM "guest"`,
 		},
 		"destination is another": {
 			func(id, _ identity) []string { return id.args(nameA, "a", "spiffe://lab/host/c") },

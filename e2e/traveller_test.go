@@ -70,16 +70,6 @@ func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	return v.longestStall(said)
 }
 
-// inFlight checks that pages are still missing: what the test did before this call, it did in the middle of the
-// migration.
-func (v *traveller) inFlight(id string, to *lab.Host) {
-	v.Helper()
-	m := get(v.T, to, id)
-	if p := m.GetProgress(); p.GetPagesPresent() == p.GetPagesTotal() {
-		v.Errorf("migration %s was over before it was disturbed: %v", id, m)
-	}
-}
-
 // written returns the windows that the guest reported on a host.
 func (v *traveller) written(h *lab.Host) (all []*report.Window) {
 	v.Helper()

@@ -84,6 +84,7 @@ func TestUpgrade(t *testing.T) {
 	u.Log("the destination is upgraded in the middle")
 	v.move(func(id string) {
 		u.replace(b, next)
+		inFlight(t, id, b)
 		u.checkVersions(a, b, id, version.State, version.Protocol)
 	})
 	u.Log("a newer source, an older destination")
@@ -92,6 +93,7 @@ func TestUpgrade(t *testing.T) {
 	v.move(func(id string) {
 		u.checkVersions(a, b, id, version.State+1, version.Protocol)
 		u.replace(a, next)
+		inFlight(t, id, b)
 	})
 	u.Log("both of the newer version; the destination meets what it does not know")
 	v.move(func(id string) {
@@ -99,6 +101,7 @@ func TestUpgrade(t *testing.T) {
 		u.replace(a, "")
 		u.checkUnknownIncoming(a, id)
 		u.replace(a, next)
+		inFlight(t, id, a)
 	})
 	u.Log("both of the newer version; the source meets what it does not know")
 	v.move(func(id string) {
@@ -106,6 +109,7 @@ func TestUpgrade(t *testing.T) {
 		mustKill(t, u.daemons[a])
 		u.checkRefusesRecord(a, id)
 		u.daemons[a] = startDaemon(t, a)
+		inFlight(t, id, b)
 	})
 }
 

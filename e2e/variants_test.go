@@ -26,9 +26,7 @@ func TestAttachToWaitingQEMU(t *testing.T) {
 		t.Fatalf("exit code %d:\n%s", code, out)
 	}
 	s.arrived()
-	if qemu := qemuOn(t, l.A); qemu != 0 {
-		t.Errorf("the source's QEMU, process %d, was not let go", qemu)
-	}
+	awaitNoQEMU(t, l.A)
 }
 
 // TestAttachToRunningVMIsRefused names a destination QEMU that runs another VM. The migration fails, and both VMs
@@ -85,6 +83,7 @@ func TestPausedVMStaysPaused(t *testing.T) {
 	if status := vmStatus(t, l.B); status != "paused" {
 		t.Errorf("the VM is %q on the destination", status)
 	}
+	s.notAtDestination()
 	command(t, l.B, "cont")
 	s.arrived()
 }
@@ -136,8 +135,7 @@ func TestPrepareThenStart(t *testing.T) {
 	for range 2 {
 		start(t, client, "later", nil)
 	}
-	m := awaitEnd(t, client, "later")
-	checkFigures(t, m)
+	checkFigures(t, completed(t, awaitEnd(t, client, "later")))
 	s.arrived()
 }
 
@@ -173,7 +171,7 @@ func TestCutAfterTheSwitch(t *testing.T) {
 	s := largeScene(t, l, 1)
 	s.moveHalfway("cut")
 	s.cable(true)
-	checkFigures(t, awaitEnd(t, control(t, l.A), "cut"))
+	checkFigures(t, completed(t, awaitEnd(t, control(t, l.A), "cut")))
 	s.arrived()
 }
 
