@@ -108,16 +108,16 @@ generate: ## write the generated code anew
 
 ### Everything, as in CI
 
-# The kernels, which take long where the cache has none, are built with what the end-to-end tests leave of the processors;
-# 'kernel' waits for that (kernel/build has a lock), and builds what is missing. In CI all runs, whatever has failed.
+# The kernels, which take long where the cache has none, are built with what the tests leave of the processors; 'kernel'
+# waits for that (kernel/build has a lock), and builds what is missing. In CI all runs, whatever has failed.
 .PHONY: test
 test: ## everything CI runs
 	@scripts/setup test
 	@mkdir -p build
-	@failed=0; $(MAKE) $(if $(CI),--keep-going) fmt-check build lint proto generate-check mod unit || \
+	@failed=0; $(MAKE) $(if $(CI),--keep-going) fmt-check build lint proto generate-check mod || \
 	    { failed=$$?; [[ -n '$(CI)' ]] || exit $$failed; }; \
 	  nice -n 19 $(MAKE) -C kernel build >build/kernels.log 2>&1 & trap "kill $$! 2>/dev/null || true" EXIT; \
-	  $(MAKE) $(if $(CI),--keep-going) e2e kernel || failed=$$?; exit $$failed
+	  $(MAKE) $(if $(CI),--keep-going) unit e2e kernel || failed=$$?; exit $$failed
 
 .PHONY: fmt-check
 fmt-check: ## check format and licence lines

@@ -134,15 +134,17 @@ func awaitWindows(t *testing.T, guest *report.Log, n int) {
 	}
 }
 
-// checkFigures checks that a completed migration has all pages, and that none of its figures is missing.
+// checkFigures checks that a completed migration has all pages, and that none of its figures is missing. All pages may
+// have arrived before the guest needed one.
 func checkFigures(t *testing.T, m *migratedv1.Migration) {
 	t.Helper()
 	p := m.GetProgress()
 	if p.GetPagesPresent() != p.GetPagesTotal() || p.GetPagesTotal() == 0 {
 		t.Errorf("%d of %d pages are present", p.GetPagesPresent(), p.GetPagesTotal())
 	}
-	if p.GetFaults() == 0 || p.GetBytesOnWire() == 0 || p.GetBytesDeviceState() == 0 ||
-		p.GetDowntime().AsDuration() <= 0 || p.GetResidency().AsDuration() <= 0 || p.GetFaultP50().AsDuration() <= 0 {
+	if p.GetBytesOnWire() == 0 || p.GetBytesDeviceState() == 0 ||
+		p.GetDowntime().AsDuration() <= 0 || p.GetResidency().AsDuration() <= 0 ||
+		p.GetFaults() > 0 != (p.GetFaultP50().AsDuration() > 0) {
 		t.Errorf("figures are missing: %v", p)
 	}
 }
