@@ -18,6 +18,9 @@ import (
 // ErrNoLibvirt says that no libvirtd answers on this host.
 var ErrNoLibvirt = errors.New("no libvirt daemon answers on this host; start libvirtd or virtqemud")
 
+// ErrNoDomain says that libvirt knows no such domain: none runs, and none is defined.
+var ErrNoDomain = errors.New("libvirt has no such domain")
+
 // ErrOtherRun says that the domain has ended, or was started anew, since its Domain was opened. Nothing was changed:
 // the command would have reached the QEMU of a later run.
 var ErrOtherRun = errors.New("the domain has ended, or was started anew, since this daemon connected to it")
@@ -115,7 +118,10 @@ func Open(ctx context.Context, vm string) (*Domain, error) {
 		d.id, err = conn.DomainLookupByName(name)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("libvirt has no domain %q: %w", name, err), d.Close())
+		if isError(err, golibvirt.ErrNoDomain) {
+			err = fmt.Errorf("%w: %w", ErrNoDomain, err)
+		}
+		return nil, errors.Join(fmt.Errorf("the domain %q: %w", name, err), d.Close())
 	}
 	return d, nil
 }
@@ -148,12 +154,13 @@ func (d *Domain) checkRun() error {
 
 // isGone says whether libvirt refused a call because the domain does not run, or does not exist any more.
 func isGone(err error) bool {
+	return isError(err, golibvirt.ErrNoDomain) || isError(err, golibvirt.ErrOperationInvalid)
+}
+
+// isError says whether libvirt answered with that code.
+func isError(err error, code golibvirt.ErrorNumber) bool {
 	var refused golibvirt.Error
-	if !errors.As(err, &refused) {
-		return false
-	}
-	code := golibvirt.ErrorNumber(refused.Code)
-	return code == golibvirt.ErrNoDomain || code == golibvirt.ErrOperationInvalid
+	return errors.As(err, &refused) && golibvirt.ErrorNumber(refused.Code) == code
 }
 
 // Destroy ends the QEMU of this run of the domain at once. It is no error if that has ended already; a later run is

@@ -227,17 +227,24 @@ func (d *Domain) Persist(ctx context.Context) error {
 	return nil
 }
 
-// Undefine removes the domain's definition. It does nothing with a transient domain, which has none. It fails with
-// ErrOtherRun if this run has ended: a domain that was started anew, or is shut off, is in use by somebody.
-func (d *Domain) Undefine(ctx context.Context) error {
+// IsDefined says whether libvirt keeps the domain's definition when it ends.
+func (d *Domain) IsDefined(ctx context.Context) (bool, error) {
 	defer d.closeAfter(ctx)()
 	persistent, err := d.DomainIsPersistent(d.id)
 	if err != nil {
-		return fmt.Errorf("libvirt's domain %s: %w", d.Name(), err)
+		return false, fmt.Errorf("is libvirt's domain %s defined: %w", d.Name(), err)
 	}
-	if persistent == 0 {
-		return nil
+	return persistent != 0, nil
+}
+
+// Undefine removes the domain's definition. It does nothing with a transient domain, which has none. It fails with
+// ErrOtherRun if this run has ended: a domain that was started anew, or is shut off, is in use by somebody.
+func (d *Domain) Undefine(ctx context.Context) error {
+	defined, err := d.IsDefined(ctx)
+	if err != nil || !defined {
+		return err
 	}
+	defer d.closeAfter(ctx)()
 	const keep = golibvirt.DomainUndefineKeepNvram | golibvirt.DomainUndefineManagedSave
 	if err = d.checkRun(); err == nil {
 		err = d.DomainUndefineFlags(d.id, keep)

@@ -77,24 +77,36 @@ func (d *Destination) attachStarted(ctx context.Context, started *libvirt.Domain
 // libvirtTimeout bounds each operation that libvirt does when a migration is over.
 const libvirtTimeout = 10 * time.Second
 
-// persist has libvirt keep the domain's definition, if the source asked for that. The VM runs, and a failure does not
-// change that. The caller holds mu.
+// mustPersist says whether libvirt has yet to keep the domain's definition, as the source asked for.
+func (d *Destination) mustPersist() bool {
+	return d.domain != "" && d.cfg.Request.GetSpec().GetPersistent() && !d.defined.Load()
+}
+
+// persist has libvirt keep the domain's definition, if the source asked for that. It is called before the migration is
+// shown as completed: the source then removes its own definition, but not where this one failed. The VM runs, and a
+// failure does not change that. The caller holds mu, or no other goroutine has a VM to set.
 func (d *Destination) persist() {
-	if d.domain == "" || !d.cfg.Request.GetSpec().GetPersistent() {
+	if !d.mustPersist() {
 		return
 	}
 	if err := withRun(d.domain, d.qemuEnded, (*libvirt.Domain).Persist); err != nil {
-		d.log.Error("the domain runs, and is not known to be defined at the destination", "error", err)
+		d.log.Error("the domain is not known to be defined at the destination", "error", err,
+			"remedy", "if it runs here, define it: virsh dumpxml --migratable, then virsh define; "+
+				"the source keeps its definition")
+		return
 	}
+	d.defined.Store(true)
+	d.kept.header().defined.Store(1)
 }
 
-// undefine has libvirt forget the source's domain, if the operator asked for that.
-func (s *Source) undefine() {
-	if vm := s.cfg.Spec.GetVm(); libvirt.IsAddress(vm) && s.cfg.Spec.GetUndefineSource() {
-		if err := withRun(vm, s.qemuEnded, (*libvirt.Domain).Undefine); err != nil {
-			s.log.Error("the domain's definition stays at the source", "error", err)
-		}
+// Defined says whether this host's libvirt keeps the domain's definition; nil: the source did not ask for that. It is
+// decided when the migration is shown as completed.
+func (d *Destination) Defined() *bool {
+	if !d.cfg.Request.GetSpec().GetPersistent() {
+		return nil
 	}
+	defined := d.defined.Load()
+	return &defined
 }
 
 // qemuEnded says whether the QEMU of the VM has ended. The caller holds mu.

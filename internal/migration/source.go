@@ -90,6 +90,7 @@ type Source struct {
 	steps         steps
 
 	lastIncoming heard // what the destination said last about the VM's memory
+	definedThere *bool // what it said of the domain's definition there, see noteDefined; nil: nothing
 
 	endWatch func()      // ends watchQEMU
 	qemuGone atomic.Bool // watchQEMU has seen QEMU end

@@ -43,7 +43,7 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 	}
 	testPoint("source-completing")
 	if !s.cfg.Spec.GetKeepSource() {
-		s.undefine() // has a time limit of its own
+		s.undefine(ended) // has a time limit of its own
 		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 		defer cancel()
 		switch err := s.vm.Quit(ctx); {

@@ -184,6 +184,7 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 		}
 		state := answer.GetState()
 		s.noteDestinationReport(answer)
+		s.noteDefined(answer)
 		s.keepLastIncoming(answer)
 		if state == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
 			return true, s.destinationFailure(answer)

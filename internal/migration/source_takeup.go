@@ -105,7 +105,8 @@ func (s *Source) quitKeptQEMU(rec Record) (err error) {
 	if err := s.vm.VerifyStopped(ctx); err != nil {
 		return err
 	}
-	s.undefine()
+	s.definedThere = rec.Defined
+	s.undefine(migratedv1.Reason(rec.Ended))
 	return s.vm.Quit(ctx)
 }
 
