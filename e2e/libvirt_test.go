@@ -115,13 +115,16 @@ func awaitDomain(t *testing.T, h *lab.Host, want string) {
 }
 
 // moveDomainSlowly starts to move the domain, and returns when the VM runs at the destination. A limit holds most of
-// its memory back until finishMove.
+// its memory back until finishMove. defined: the domain is to be defined at the destination, and at the source no more.
 func moveDomainSlowly(
-	t *testing.T, from, to *lab.Host, id string,
+	t *testing.T, from, to *lab.Host, id string, defined bool,
 ) (migratedv1.ControlServiceClient, *migratedv1.Migration) {
 	t.Helper()
 	client := control(t, from)
-	spec := &migratedv1.MigrationSpec{Vm: lab.DomainVM, Destination: to.DaemonAddr(), Bandwidth: 1 << 20}
+	spec := &migratedv1.MigrationSpec{
+		Vm: lab.DomainVM, Destination: to.DaemonAddr(), Bandwidth: 1 << 20,
+		Persistent: defined, UndefineSource: defined,
+	}
 	start(t, client, id, spec)
 	m := await(t, client, id, func(m *migratedv1.Migration) bool {
 		return m.GetLocation() == migratedv1.Location_LOCATION_DESTINATION
@@ -314,7 +317,7 @@ func TestLibvirtRestarts(t *testing.T) {
 	if err := port.Close(); err != nil {
 		t.Fatal(err)
 	}
-	client, _ := moveDomainSlowly(t, l.A, l.B, "restarts")
+	client, _ := moveDomainSlowly(t, l.A, l.B, "restarts", false)
 	for _, d := range daemons {
 		if err := errors.Join(d.Kill(), d.Restart(testContext(t))); err != nil {
 			t.Fatal(err)
@@ -329,8 +332,8 @@ func TestLibvirtRestarts(t *testing.T) {
 }
 
 // TestLibvirtDestroyed uses virsh while the memory of a domain without disks is arriving. Resuming it at the source
-// fails. Destroying it at the destination is no failure: the source reports that the VM has ended, and neither host has
-// the domain any more.
+// fails. Destroying it at the destination is no failure: the source reports that the VM has ended. The destination has
+// no domain any more, as it was to be defined there with the last page. The source keeps its definition, and says so.
 func TestLibvirtDestroyed(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
@@ -338,10 +341,10 @@ func TestLibvirtDestroyed(t *testing.T) {
 	vm := domainVM(t)
 	vm.Disks = 0 // so that no lock of an image prevents the resume
 	var guest report.Log
-	if err := runDomain(t, l.A, vm, false, &guest).Close(); err != nil {
+	if err := runDomain(t, l.A, vm, true, &guest).Close(); err != nil {
 		t.Fatal(err)
 	}
-	client, _ := moveDomainSlowly(t, l.A, l.B, "destroyed")
+	client, _ := moveDomainSlowly(t, l.A, l.B, "destroyed", true)
 	for range 2 {
 		if out, err := l.A.Virsh(testContext(t), "resume", lab.DomainName); err == nil {
 			t.Errorf("the VM was resumed at the source: %q", out)
@@ -350,10 +353,10 @@ func TestLibvirtDestroyed(t *testing.T) {
 	awaitDomain(t, l.A, "paused")
 	virsh(t, l.B, "destroy", lab.DomainName)
 	m := awaitEnd(t, client, "destroyed")
-	if m.GetState() != stateEnded {
-		t.Errorf("it is %v: %v", m.GetState(), m.GetError())
+	if m.GetState() != stateEnded || !strings.Contains(m.GetDefinition(), "virsh undefine "+lab.DomainName) {
+		t.Errorf("it is %v: %v; the definition %q", m.GetState(), m.GetError(), m.GetDefinition())
 	}
-	awaitDomain(t, l.A, "")
+	awaitDomain(t, l.A, "shut off")
 	awaitDomain(t, l.B, "")
 }
 

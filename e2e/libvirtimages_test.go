@@ -55,7 +55,7 @@ func TestLibvirtImages(t *testing.T) {
 		if err := port.Close(); err != nil {
 			t.Fatal(err)
 		}
-		client, m := moveDomainSlowly(t, from, to, id)
+		client, m := moveDomainSlowly(t, from, to, id, false)
 		out, err := from.Virsh(testContext(t), "resume", lab.DomainName)
 		t.Logf("%v; virsh resume at the source: %v, %v", m.GetState(), out, err)
 		if err == nil {

@@ -138,7 +138,8 @@ func outcome(m *migratedv1.Migration) error {
 	case migratedv1.MigrationState_MIGRATION_STATE_ENDED:
 		return &failure{exit: exitEnded,
 			message: fmt.Sprintf("migration %s is over: %s", m.GetId(), m.GetError().GetMessage()),
-			vm:      m.GetError().GetVmStatus(), remedy: m.GetError().GetRemedy()}
+			vm:      m.GetError().GetVmStatus(),
+			remedy:  m.GetError().GetRemedy() + prefixed("; the domain's definition ", m.GetDefinition())}
 	default:
 		return nil
 	}

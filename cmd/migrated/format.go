@@ -136,7 +136,7 @@ func summary(m *migratedv1.Migration) string {
 	if p.GetFaults() > 0 && p.GetFaultP99() != nil {
 		s += " (p99 " + durationText(p.GetFaultP99()) + ", max " + durationText(p.GetFaultMax()) + ")"
 	}
-	return s
+	return s + prefixed("; the domain's definition ", m.GetDefinition())
 }
 
 // prefixed returns s with a prefix, or nothing if s is empty.

@@ -30,7 +30,7 @@ type migrateCmd struct {
 	Template       string            `placeholder:"NAME" help:"Template, in the template_dir of the destination host, of the command line that QEMU is started with there."`
 	KeepSource     bool              `help:"Leave the stopped source QEMU in place when all memory has left it; it does not continue the VM."`
 	Persistent     bool              `help:"Of a domain of libvirt's: define it at the destination as well, so that it stays when it ends."`
-	UndefineSource bool              `help:"Of a domain of libvirt's: remove its definition here when all memory has left it."`
+	UndefineSource bool              `help:"Of a domain of libvirt's: remove its definition here when all memory has left it. With --persistent only once the destination has said that it is defined there; 'migrated status' says where it stays."`
 	XML            string            `name:"xml" placeholder:"FILE" predictor:"file" help:"Of a domain of libvirt's: the definition with which it is started at the destination, instead of the one that it has here."`
 	RequireSecure  bool              `help:"Fail, before the VM is touched, if no security module supervises the destination's userfaultfd (\"unsupervised\" in \"migrated status\")."`
 	Bandwidth      string            `placeholder:"BYTES/S" help:"Highest rate at which memory may cross the network, in bytes a second as QEMU writes them: 500M are 500 MiB. Pages that the VM waits for are neither held up nor counted. \"migrated bandwidth\" changes it later."`

@@ -118,6 +118,9 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 	for _, line := range m.GetRamFiles() {
 		add("RAM file", "%s", line)
 	}
+	if m.GetDefinition() != "" {
+		add("Definition", "%s", m.GetDefinition())
+	}
 	switch {
 	case p.GetPagesPresent() == 0 && p.GetPagesTotal() > 0:
 		add("Memory", "%s in %s, all at the source", bytesText(p.GetBytesTotal()), plural(p.GetPagesTotal(), "page"))

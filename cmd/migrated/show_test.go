@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -69,6 +70,30 @@ func TestStatusOfEarlyLoad(t *testing.T) {
 		}
 		if got != test.want {
 			t.Errorf("status says %q, want %q", got, test.want)
+		}
+	}
+}
+
+// TestDefinitionThatStays: whoever follows or looks at a migration learns that the domain is still defined at the
+// source, and what to do.
+func TestDefinitionThatStays(t *testing.T) {
+	const why = "stays at the source: the VM ended; run here: virsh undefine db"
+	m := at("db-1", 0, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, 64)
+	m.Definition = why
+	var status bytes.Buffer
+	if err := printStatus(&status, m); err != nil {
+		t.Fatal(err)
+	}
+	m.State = migratedv1.MigrationState_MIGRATION_STATE_ENDED
+	var ended *failure
+	if err := outcome(m); !errors.As(err, &ended) {
+		t.Fatalf("a VM that ended: %v", err)
+	}
+	for where, said := range map[string]string{
+		"status": status.String(), "the last line": summary(m), "the end": ended.remedy,
+	} {
+		if !strings.Contains(said, why) {
+			t.Errorf("%s: %q", where, said)
 		}
 	}
 }

@@ -201,7 +201,7 @@ func (p *peerService) WatchIncoming(
 		}
 		if over {
 			r := d.Report()
-			answer.Incoming, answer.Timeline = r.GetIncoming(), r.GetTimeline()
+			answer.Incoming, answer.Timeline, answer.Defined = r.GetIncoming(), r.GetTimeline(), d.Defined()
 			if in, err := d.Incoming(0); err == nil { // fails if no memory was prepared
 				answer.Memory = in.GetMemory()
 			}

@@ -35,6 +35,12 @@ func CheckAddress(vm string) error {
 	return err
 }
 
+// NameIn returns the name or UUID in a domain's address, for virsh.
+func NameIn(vm string) string {
+	_, name, _ := parseAddress(vm) // empty, if it is no address
+	return name
+}
+
 // parseAddress returns the parts of an address. socket is empty for this host's libvirt.
 func parseAddress(vm string) (socket, name string, err error) {
 	if name, short := strings.CutPrefix(vm, scheme); short {

@@ -67,7 +67,11 @@ func (m *monitor) hand(key string, in *fdReader) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), handTimeout)
 	defer cancel()
-	fd, err := inject.Hand(ctx, m.pid, file)
+	err := m.checkProcess()
+	var fd int
+	if err == nil {
+		fd, err = inject.Hand(ctx, m.pid, file)
+	}
 	if err != nil {
 		file.Close()
 		return err
@@ -94,6 +98,9 @@ func (m *monitor) release(key string) (answer, error) {
 
 // takeBack closes a descriptor in QEMU, and ours.
 func (m *monitor) takeBack(h handed) error {
+	if err := m.checkProcess(); err != nil {
+		return errors.Join(err, h.file.Close())
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), handTimeout)
 	defer cancel()
 	return errors.Join(inject.CloseHanded(ctx, m.pid, h.fd, h.file), h.file.Close())

@@ -6,11 +6,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 	"time"
 
 	golibvirt "github.com/digitalocean/go-libvirt"
-	"golang.org/x/sys/unix"
+
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 )
 
 const (
@@ -21,7 +21,7 @@ const (
 )
 
 // follow forwards QEMU's events to the client until QEMU has ended, and closes the connection. endings are the
-// lifecycle events of all domains.
+// lifecycle events of all domains. Events of a later run of the domain are left out: isOf.
 func (m *monitor) follow(
 	life context.Context, events <-chan golibvirt.DomainEvent, endings <-chan golibvirt.DomainEventLifecycleMsg,
 ) {
@@ -38,6 +38,9 @@ func (m *monitor) follow(
 			if !open {
 				return
 			}
+			if !m.isOf(e.Domain) {
+				continue
+			}
 			toldToEnd = toldToEnd || e.Event == "SHUTDOWN"
 			m.forward(e)
 			if quiet != nil {
@@ -47,7 +50,7 @@ func (m *monitor) follow(
 			if !open {
 				return
 			}
-			if e.Dom.UUID == m.domain.id.UUID && e.Event == int32(golibvirt.DomainEventStopped) {
+			if m.isOf(e.Dom) && e.Event == int32(golibvirt.DomainEventStopped) {
 				destroyed = e.Detail == int32(golibvirt.DomainEventStoppedDestroyed)
 				quiet = time.After(lastEvents)
 			}
@@ -66,6 +69,12 @@ func (m *monitor) follow(
 	}
 }
 
+// isOf says whether an event's domain is the run of m. Its number may be -1: libvirt takes the number away when a run
+// ends, and a later run that goes on has one.
+func (m *monitor) isOf(d golibvirt.Domain) bool {
+	return d.UUID == m.domain.id.UUID && (d.ID == m.domain.id.ID || d.ID < 0)
+}
+
 // drop reads events and drops them until the connection to libvirt ends, because their sender waits for a reader.
 func drop[T any](events <-chan T) {
 	go func() {
@@ -74,25 +83,19 @@ func drop[T any](events <-chan T) {
 	}()
 }
 
-// watch returns a channel that is closed when QEMU's process has ended.
-func (m *monitor) watch(life context.Context) (<-chan struct{}, error) {
-	pidfd, err := unix.PidfdOpen(m.pid, 0)
-	if err != nil {
-		return nil, fmt.Errorf("process of QEMU: %w", err)
+// watch opens QEMU's process, and closes m.ended when that has ended. The caller closes m.process.
+func (m *monitor) watch(life context.Context) (err error) {
+	if m.process, err = process.Open(m.pid); err != nil {
+		return err
 	}
 	ended := make(chan struct{})
+	m.ended = ended
 	go func() {
-		defer unix.Close(pidfd)
-		const interval = 200 // ms, after which the end of the connection is noticed
-		for life.Err() == nil {
-			n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, interval)
-			if n > 0 || err != nil && err != unix.EINTR {
-				close(ended)
-				return
-			}
+		if m.process.Wait(life) == nil {
+			close(ended)
 		}
 	}()
-	return ended, nil
+	return nil
 }
 
 // forward sends an event to the client, and keeps m.running up to date.

@@ -18,18 +18,26 @@ import (
 // ErrNoLibvirt says that no libvirtd answers on this host.
 var ErrNoLibvirt = errors.New("no libvirt daemon answers on this host; start libvirtd or virtqemud")
 
+// ErrNoDomain says that libvirt knows no such domain: none runs, and none is defined.
+var ErrNoDomain = errors.New("libvirt has no such domain")
+
+// ErrOtherRun says that the domain has ended, or was started anew, since its Domain was opened. Nothing was changed:
+// the command would have reached the QEMU of a later run.
+var ErrOtherRun = errors.New("the domain has ended, or was started anew, since this daemon connected to it")
+
 // sockets are the paths at which libvirt's daemon for QEMU may listen, the newer one first (daemons.rst of libvirt).
 var sockets = []string{"/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock"}
 
 // uri is the connection URI for the VMs of the whole host.
 const uri = golibvirt.QEMUSystem
 
-// A Domain is a domain of this host's libvirt, with a connection of its own to libvirt, which Close closes.
+// A Domain is a domain of this host's libvirt, with a connection of its own to libvirt, which Close closes. It stands
+// for one run of the domain, the one at the time it was opened: see checkRun.
 //
 // libvirt may take long to answer. When the context of a call ends, the connection is closed, and all calls on it fail.
 type Domain struct {
 	*connection
-	id      golibvirt.Domain
+	id      golibvirt.Domain // its ID is the number of the run; -1: the domain did not run
 	address string
 }
 
@@ -110,7 +118,10 @@ func Open(ctx context.Context, vm string) (*Domain, error) {
 		d.id, err = conn.DomainLookupByName(name)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("libvirt has no domain %q: %w", name, err), d.Close())
+		if isError(err, golibvirt.ErrNoDomain) {
+			err = fmt.Errorf("%w: %w", ErrNoDomain, err)
+		}
+		return nil, errors.Join(fmt.Errorf("the domain %q: %w", name, err), d.Close())
 	}
 	return d, nil
 }
@@ -118,19 +129,43 @@ func Open(ctx context.Context, vm string) (*Domain, error) {
 // Name returns the domain's name.
 func (d *Domain) Name() string { return d.id.Name }
 
-// isGone says whether libvirt refused a call because the domain does not run, or does not exist any more.
-func isGone(err error) bool {
-	var refused golibvirt.Error
-	if !errors.As(err, &refused) {
-		return false
+// Address returns the address that the domain was opened with.
+func (d *Domain) Address() string { return d.address }
+
+// checkRun returns nil if the run that d was opened with goes on, else ErrOtherRun. It is called right before a call
+// that changes something, because libvirt finds a domain by its UUID alone: the call would change whichever run has
+// that now. libvirt gives each run another number (virDomainGetID), and none to a domain that is shut off. A libvirtd
+// that is restarted may use a number again, but the connection of d ends with the libvirtd that it was made to.
+//
+// A run that begins between the answer and the call is not noticed. libvirt has no call that names a run.
+func (d *Domain) checkRun() error {
+	now, err := d.DomainLookupByUUID(d.id.UUID)
+	switch {
+	case err != nil && isGone(err):
+		return ErrOtherRun
+	case err != nil:
+		return fmt.Errorf("number of the domain's run: %w", err)
+	case now.ID != d.id.ID || now.ID < 0:
+		return ErrOtherRun
+	default:
+		return nil
 	}
-	code := golibvirt.ErrorNumber(refused.Code)
-	return code == golibvirt.ErrNoDomain || code == golibvirt.ErrOperationInvalid
 }
 
-// Destroy ends the domain's QEMU at once. It is no error if that has ended already. A transient domain does not exist
-// any more after it. The domain's images keep their owner; ErrOwner says that the domain has ended, but that an image
-// has another owner now.
+// isGone says whether libvirt refused a call because the domain does not run, or does not exist any more.
+func isGone(err error) bool {
+	return isError(err, golibvirt.ErrNoDomain) || isError(err, golibvirt.ErrOperationInvalid)
+}
+
+// isError says whether libvirt answered with that code.
+func isError(err error, code golibvirt.ErrorNumber) bool {
+	var refused golibvirt.Error
+	return errors.As(err, &refused) && golibvirt.ErrorNumber(refused.Code) == code
+}
+
+// Destroy ends the QEMU of this run of the domain at once. It is no error if that has ended already; a later run is
+// left alone. A transient domain does not exist any more after it. The domain's images keep their owner; ErrOwner says
+// that the domain has ended, but that an image has another owner now.
 func (d *Domain) Destroy(ctx context.Context) error {
 	defer d.closeAfter(ctx)()
 	definition, err := d.DomainGetXMLDesc(d.id, 0)
@@ -144,6 +179,15 @@ func (d *Domain) Destroy(ctx context.Context) error {
 	var notKept error
 	if err != nil { // the domain is ended nevertheless
 		notKept = fmt.Errorf("the domain has ended: %w: %w", ErrOwner, err)
+	}
+	if err = d.checkRun(); err != nil {
+		for _, i := range kept {
+			i.file.Close()
+		}
+		if errors.Is(err, ErrOtherRun) {
+			return nil
+		}
+		return fmt.Errorf("end libvirt's domain %s: %w", d.Name(), err)
 	}
 	err = d.DomainDestroyFlags(d.id, golibvirt.DomainDestroyDefault)
 	for _, i := range kept {

@@ -26,18 +26,19 @@ var incoming = []string{"-incoming", "defer"}
 // ErrActive says that a domain of that name runs already, or waits for a migration.
 var ErrActive = errors.New("libvirt has a domain of that name already, which is not shut off")
 
-// Start makes libvirt start a domain whose QEMU waits for a migration, and returns the domain's address. libvirt is the
-// one that listens on socket, or this host's if socket is empty. The domain is transient unless it is defined here.
-func Start(ctx context.Context, socket, definition string) (vm string, err error) {
-	if definition, err = withIncoming(definition); err != nil {
-		return "", err
+// Start makes libvirt start a domain whose QEMU waits for a migration, and returns this run of it. libvirt is the one
+// that listens on socket, or this host's if socket is empty. The domain is transient unless it is defined here.
+func Start(ctx context.Context, socket, definition string) (*Domain, error) {
+	definition, err := withIncoming(definition)
+	if err != nil {
+		return nil, err
 	}
 	if err := refuseSharedLabel(definition); err != nil {
-		return "", err
+		return nil, err
 	}
 	conn, err := connect(ctx, socket)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	defer conn.closeAfter(ctx)()
 	d, err := conn.DomainCreateXML(definition, golibvirt.DomainStartPaused)
@@ -46,9 +47,9 @@ func Start(ctx context.Context, socket, definition string) (vm string, err error
 		if isActive(conn, definition) {
 			err = fmt.Errorf("%w: %w", ErrActive, err)
 		}
-		return "", errors.Join(err, conn.Close())
+		return nil, errors.Join(err, conn.Close())
 	}
-	return Address(socket, formatUUID(d.UUID)), conn.Close()
+	return &Domain{connection: conn, id: d, address: Address(socket, formatUUID(d.UUID))}, nil
 }
 
 // isActive says whether a domain with the name in a definition exists and is not shut off.
@@ -209,31 +210,46 @@ func (l Limit) Check(definition string) error {
 	return nil
 }
 
-// Persist makes the running domain persistent, so that libvirt keeps its definition when it ends.
+// Persist makes the running domain persistent, so that libvirt keeps its definition when it ends. It fails with
+// ErrOtherRun if this run has ended: the definition may then be that of a later one.
 func (d *Domain) Persist(ctx context.Context) error {
 	definition, err := d.Definition(ctx)
 	if err != nil {
 		return err
 	}
 	defer d.closeAfter(ctx)()
-	if _, err := d.DomainDefineXMLFlags(definition, 0); err != nil {
+	if err = d.checkRun(); err == nil {
+		_, err = d.DomainDefineXMLFlags(definition, 0)
+	}
+	if err != nil {
 		return fmt.Errorf("define libvirt's domain %s: %w", d.Name(), err)
 	}
 	return nil
 }
 
-// Undefine removes the domain's definition. It does nothing with a transient domain, which has none.
-func (d *Domain) Undefine(ctx context.Context) error {
+// IsDefined says whether libvirt keeps the domain's definition when it ends.
+func (d *Domain) IsDefined(ctx context.Context) (bool, error) {
 	defer d.closeAfter(ctx)()
 	persistent, err := d.DomainIsPersistent(d.id)
 	if err != nil {
-		return fmt.Errorf("libvirt's domain %s: %w", d.Name(), err)
+		return false, fmt.Errorf("is libvirt's domain %s defined: %w", d.Name(), err)
 	}
-	if persistent == 0 {
-		return nil
+	return persistent != 0, nil
+}
+
+// Undefine removes the domain's definition. It does nothing with a transient domain, which has none. It fails with
+// ErrOtherRun if this run has ended: a domain that was started anew, or is shut off, is in use by somebody.
+func (d *Domain) Undefine(ctx context.Context) error {
+	defined, err := d.IsDefined(ctx)
+	if err != nil || !defined {
+		return err
 	}
+	defer d.closeAfter(ctx)()
 	const keep = golibvirt.DomainUndefineKeepNvram | golibvirt.DomainUndefineManagedSave
-	if err := d.DomainUndefineFlags(d.id, keep); err != nil {
+	if err = d.checkRun(); err == nil {
+		err = d.DomainUndefineFlags(d.id, keep)
+	}
+	if err != nil {
 		return fmt.Errorf("undefine libvirt's domain %s: %w", d.Name(), err)
 	}
 	return nil

@@ -17,6 +17,7 @@ import (
 	golibvirt "github.com/digitalocean/go-libvirt"
 	"golang.org/x/sys/unix"
 
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 )
@@ -49,7 +50,7 @@ func (d *Domain) Monitor(ctx context.Context, processOf Finder) (client *qmp.Cli
 	if err != nil {
 		cancel()
 		err = fmt.Errorf("monitor of libvirt's domain %s: %w", d.Name(), err)
-		return nil, 0, errors.Join(err, ours.Close(), theirs.Close())
+		return nil, 0, errors.Join(err, m.closeProcess(), ours.Close(), theirs.Close())
 	}
 	go m.serve(greeting)
 	if client, err = qmp.New(ctx, ours, d.address, "libvirt's daemon"); err != nil {
@@ -81,6 +82,8 @@ type monitor struct {
 	cancel context.CancelFunc
 	pid    int // of QEMU
 	sets   int // how many sets of descriptors were made (add-fd)
+
+	process *process.Handle // QEMU's; nil: not found yet
 
 	ended    <-chan struct{} // closed when QEMU has ended
 	followed chan struct{}   // closed when all events have been forwarded
@@ -132,7 +135,10 @@ func (m *monitor) begin(life context.Context, processOf Finder) (greeting []byte
 	if err := m.findQEMU(processOf); err != nil {
 		return nil, err
 	}
-	if m.ended, err = m.watch(life); err != nil {
+	if err := m.watch(life); err != nil {
+		return nil, err
+	}
+	if err := m.domain.checkRun(); err != nil { // else that process may be of a later run than m.domain
 		return nil, err
 	}
 	var version json.RawMessage
@@ -211,6 +217,7 @@ const Staying = "stay-"
 func (m *monitor) end() {
 	m.cancel()
 	m.conn.Close()
+	defer m.closeProcess() //nolint:errcheck // of a descriptor that was only read
 	for key, h := range m.handed {
 		if strings.HasPrefix(key, "fd:"+Staying) {
 			h.file.Close()
@@ -218,6 +225,23 @@ func (m *monitor) end() {
 		}
 		_ = m.takeBack(h) // QEMU may have ended
 	}
+}
+
+// closeProcess closes m.process.
+func (m *monitor) closeProcess() error {
+	if m.process == nil {
+		return nil
+	}
+	return m.process.Close()
+}
+
+// checkProcess returns inject.ErrProcessGone if QEMU has ended. Another process may have its PID then, and libvirt may
+// have started the domain anew: what is meant for this QEMU must not reach either.
+func (m *monitor) checkProcess() error {
+	if m.process != nil && m.process.Ended() {
+		return fmt.Errorf("QEMU, process %d: %w", m.pid, inject.ErrProcessGone)
+	}
+	return nil
 }
 
 // refusal returns an error as QEMU's answer to a command.
@@ -318,8 +342,12 @@ func (m *monitor) expect(execute string) func() {
 	}
 }
 
-// pass sends a command to QEMU by way of libvirt. An error says that QEMU or libvirt has ended.
+// pass sends a command to QEMU by way of libvirt. An error says that QEMU or libvirt has ended. libvirt would pass a
+// command on to whichever QEMU has the domain's UUID, so pass sends none for a QEMU that has ended.
 func (m *monitor) pass(c command) (answer, error) {
+	if err := m.checkProcess(); err != nil {
+		return answer{}, err
+	}
 	c.ID = nil
 	text, err := json.Marshal(c)
 	if err != nil {

@@ -131,6 +131,7 @@ type incomingQEMU struct {
 	claim    process.Identity // what qemuClaims holds for this migration; zero: nothing
 	process  *launch.Process  // nil: this daemon did not start QEMU
 	domain   string           // address of the domain that libvirt started; empty: none
+	defined  atomic.Bool      // libvirt keeps the domain's definition, as the source asked for
 
 	// Only of a migration that was taken up.
 	facts     *keptFactsV1

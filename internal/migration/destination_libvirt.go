@@ -39,7 +39,8 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 		return err
 	}
 	d.log.Info("having libvirt start the domain", "name", name)
-	if d.domain, err = libvirt.Start(ctx, d.cfg.LibvirtSocket, definition); errors.Is(err, libvirt.ErrActive) {
+	started, err := libvirt.Start(ctx, d.cfg.LibvirtSocket, definition)
+	if errors.Is(err, libvirt.ErrActive) {
 		// If a daemon is killed while libvirt starts the domain, the domain stays and the next daemon does not know
 		// of it.
 		return withRemedy(err, fmt.Sprintf("look at it on the destination: virsh domstate --reason %[1]s; "+
@@ -47,9 +48,9 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	} else if err != nil {
 		return thisHost.explainFailedStart(err, machine)
 	}
-	if d.vm, err = qemu.Attach(ctx, d.domain); err != nil {
-		return errors.Join(fmt.Errorf("attach to the domain that libvirt has started: %w", err),
-			withLibvirt(d.domain, (*libvirt.Domain).Destroy))
+	d.domain = started.Address()
+	if err := d.attachStarted(ctx, started); err != nil {
+		return err
 	}
 	if err := checkIncoming(ctx, d.vm); err != nil {
 		return err
@@ -58,36 +59,79 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	return err
 }
 
+// attachStarted attaches to a domain that libvirt has just started, and closes started. If that fails, it ends the
+// domain.
+func (d *Destination) attachStarted(ctx context.Context, started *libvirt.Domain) (err error) {
+	if d.vm, err = qemu.Attach(ctx, d.domain); err != nil {
+		err = fmt.Errorf("attach to the domain that libvirt has started: %w", err)
+		ctx, cancel := context.WithTimeout(context.Background(), libvirtTimeout)
+		defer cancel()
+		err = errors.Join(err, started.Destroy(ctx))
+	}
+	if closeErr := started.Close(); closeErr != nil { // the domain is as it is
+		d.log.Warn("cannot disconnect from libvirt", "error", closeErr)
+	}
+	return err
+}
+
 // libvirtTimeout bounds each operation that libvirt does when a migration is over.
 const libvirtTimeout = 10 * time.Second
 
-// persist has libvirt keep the domain's definition, if the source asked for that. The VM runs, and a failure does not
-// change that. The caller holds mu.
+// mustPersist says whether libvirt has yet to keep the domain's definition, as the source asked for.
+func (d *Destination) mustPersist() bool {
+	return d.domain != "" && d.cfg.Request.GetSpec().GetPersistent() && !d.defined.Load()
+}
+
+// persist has libvirt keep the domain's definition, if the source asked for that. It is called before the migration is
+// shown as completed: the source then removes its own definition, but not where this one failed. The VM runs, and a
+// failure does not change that. The caller holds mu, or no other goroutine has a VM to set.
 func (d *Destination) persist() {
-	if d.domain == "" || !d.cfg.Request.GetSpec().GetPersistent() {
+	if !d.mustPersist() {
 		return
 	}
-	if err := withLibvirt(d.domain, (*libvirt.Domain).Persist); err != nil {
-		d.log.Error("the domain runs, and is not known to be defined at the destination", "error", err)
+	if err := withRun(d.domain, d.qemuEnded, (*libvirt.Domain).Persist); err != nil {
+		d.log.Error("the domain is not known to be defined at the destination", "error", err,
+			"remedy", "if it runs here, define it: virsh dumpxml --migratable, then virsh define; "+
+				"the source keeps its definition")
+		return
 	}
+	d.defined.Store(true)
+	d.kept.header().defined.Store(1)
 }
 
-// undefine has libvirt forget the source's domain, if the operator asked for that.
-func (s *Source) undefine() {
-	if vm := s.cfg.Spec.GetVm(); libvirt.IsAddress(vm) && s.cfg.Spec.GetUndefineSource() {
-		if err := withLibvirt(vm, (*libvirt.Domain).Undefine); err != nil {
-			s.log.Error("the domain's definition stays at the source", "error", err)
-		}
+// Defined says whether this host's libvirt keeps the domain's definition; nil: the source did not ask for that. It is
+// decided when the migration is shown as completed.
+func (d *Destination) Defined() *bool {
+	if !d.cfg.Request.GetSpec().GetPersistent() {
+		return nil
 	}
+	defined := d.defined.Load()
+	return &defined
 }
 
-// withLibvirt opens a domain and calls do with it, within libvirtTimeout.
-func withLibvirt(vm string, do func(*libvirt.Domain, context.Context) error) error {
+// qemuEnded says whether the QEMU of the VM has ended. The caller holds mu.
+func (d *Destination) qemuEnded() bool {
+	if d.vm != nil {
+		return d.vm.Ended()
+	}
+	return !d.left.Alive()
+}
+
+// withRun opens the domain of a QEMU and calls do with it, within libvirtTimeout. ended says whether that QEMU has
+// ended. libvirt finds the domain by its name or UUID, and that may be a later run of it, which is another VM. If QEMU
+// is alive after libvirt has found the domain, the domain is that QEMU's, and do reaches no other run
+// (libvirt.ErrOtherRun).
+func withRun(vm string, ended func() bool, do func(*libvirt.Domain, context.Context) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), libvirtTimeout)
 	defer cancel()
 	domain, err := libvirt.Open(ctx, vm)
 	if err != nil {
 		return err
 	}
-	return errors.Join(do(domain, ctx), domain.Close())
+	if ended() {
+		err = libvirt.ErrOtherRun
+	} else {
+		err = do(domain, ctx)
+	}
+	return errors.Join(err, domain.Close())
 }

@@ -160,27 +160,44 @@ func (d *Destination) takeUpFilled(facts *keptFactsV1) {
 		progress.PagesTotal += b.Size / b.PageSize
 	}
 	progress.PagesPresent = progress.GetPagesTotal()
+	d.defined.Store(d.kept.header().defined.Load() != 0)
+	state := migratedv1.MigrationState_MIGRATION_STATE_COMPLETED
+	if d.mustPersist() { // the earlier run ended before it did
+		state = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE
+	}
 	d.update(func(m *migratedv1.Migration) {
-		m.State, m.Prepared, m.Progress = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, true, progress
+		m.State, m.Prepared, m.Progress = state, true, progress
 		m.Location = migratedv1.Location_LOCATION_DESTINATION
 	})
-	if d.kept.header().closed.Load() != 0 {
+	closed := d.kept.header().closed.Load() != 0
+	if closed && !d.mustPersist() {
 		d.finish()
 		return
 	}
-	go func() {
+	go func() { // libvirt may hang, and so may QEMU: other VMs wait for this daemon
 		defer d.finishAlone()
-		vm, err := attachKept(d.ctx, facts)
-		if err != nil { // the VM may have ended since; if not, putBackLater goes on
-			d.log.Warn("QEMU's settings are not put back yet", "error", err)
-			return
+		if d.mustPersist() {
+			d.persist()
+			d.setState(migratedv1.MigrationState_MIGRATION_STATE_COMPLETED)
 		}
-		d.closeRemote(facts.QEMU.PID, facts.RemoteFD)
-		vm.PutBack(facts.Settings)
-		d.mu.Lock()
-		d.vm = vm
-		d.mu.Unlock()
+		if !closed {
+			d.leaveQEMU(facts)
+		}
 	}()
+}
+
+// leaveQEMU has QEMU forget what the migration has left in it. All memory is here.
+func (d *Destination) leaveQEMU(facts *keptFactsV1) {
+	vm, err := attachKept(d.ctx, facts)
+	if err != nil { // the VM may have ended since; if not, putBackLater goes on
+		d.log.Warn("QEMU's settings are not put back yet", "error", err)
+		return
+	}
+	d.closeRemote(facts.QEMU.PID, facts.RemoteFD)
+	vm.PutBack(facts.Settings)
+	d.mu.Lock()
+	d.vm = vm
+	d.mu.Unlock()
 }
 
 // attachTakenUp connects to QEMU's monitor as soon as QEMU answers.

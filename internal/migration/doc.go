@@ -150,7 +150,8 @@
 //	                                    gives up), answers it with ABORTED
 //	destination: told to run            fetches what is missing; tells QEMU again if Run comes
 //	                                    again and nobody knows whether QEMU heard it
-//	destination: all memory is here     closes QEMU's descriptor, if that was not done, and is COMPLETED
+//	destination: all memory is here     has libvirt define the domain, if the source asked for that, and closes QEMU's
+//	                                    descriptor, both if that was not done, and is COMPLETED
 //	                                    (files that say so stay for retentionTime: the source may not know yet)
 //	destination: the VM ended           is ENDED, for as long
 //

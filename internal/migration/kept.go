@@ -98,6 +98,8 @@ type keptHeader struct {
 	started, over, due atomic.Int64
 	// serveTime is how long Run took; 0: unknown, or an older daemon wrote the file.
 	serveTime atomic.Int64
+	// defined is set when this host's libvirt keeps the domain's definition, as the source asked for.
+	defined atomic.Uint64
 }
 
 const (

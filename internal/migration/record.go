@@ -34,7 +34,9 @@ type Record struct {
 	// Completed says that all memory has left, and nothing of the VM is needed here.
 	Completed bool `json:"completed,omitempty"`
 	// Ended is the Reason of a VM that ended by itself at the destination; 0: it did not.
-	Ended      int32     `json:"ended,omitempty"`
+	Ended int32 `json:"ended,omitempty"`
+	// Defined is what the destination said of the domain's definition there: see WatchIncomingResponse; nil: nothing.
+	Defined    *bool     `json:"defined,omitempty"`
 	HandedOver time.Time `json:"handed_over"` // when the VM was about to stop
 	// Times to show, and Due, by which all memory has to be at the destination. Older daemons did not write them.
 	Created time.Time `json:"created,omitzero"`
@@ -106,19 +108,35 @@ func (r *Records) Commit(id string) error {
 // Complete notes durably that nothing of the VM is needed here any more. ended is the reason of a VM that ended by
 // itself. files are files of its memory that remain when QEMU has ended.
 func (r *Records) Complete(id string, ended migratedv1.Reason, files []ram.File) error {
+	err := r.change(id, func(rec *Record) {
+		rec.Completed, rec.Ended, rec.RAMFiles, rec.Over = true, int32(ended), files, time.Now()
+	})
+	if err != nil {
+		return fmt.Errorf("complete the hand-over record of %s: %w", id, err)
+	}
+	return nil
+}
+
+// noteDefined notes durably what the destination said of the domain's definition there.
+func (r *Records) noteDefined(id string, defined bool) error {
+	if err := r.change(id, func(rec *Record) { rec.Defined = &defined }); err != nil {
+		return fmt.Errorf("hand-over record of %s: %w", id, err)
+	}
+	return nil
+}
+
+// change reads a record, changes it, and writes it durably.
+func (r *Records) change(id string, change func(*Record)) error {
 	var rec Record
 	data, err := os.ReadFile(r.path(id))
 	if err == nil {
 		err = json.Unmarshal(data, &rec)
 	}
-	if err == nil {
-		rec.Completed, rec.Ended, rec.RAMFiles, rec.Over = true, int32(ended), files, time.Now()
-		err = writeJSON(r.path(id), rec)
-	}
 	if err != nil {
-		return fmt.Errorf("complete the hand-over record of %s: %w", id, err)
+		return err
 	}
-	return nil
+	change(&rec)
+	return writeJSON(r.path(id), rec)
 }
 
 // commitPath returns the path of the file that Commit renames.

@@ -90,6 +90,7 @@ type Source struct {
 	steps         steps
 
 	lastIncoming heard // what the destination said last about the VM's memory
+	definedThere *bool // what it said of the domain's definition there, see noteDefined; nil: nothing
 
 	endWatch func()      // ends watchQEMU
 	qemuGone atomic.Bool // watchQEMU has seen QEMU end
@@ -367,34 +368,4 @@ func (s *Source) finishHandOver(ctx context.Context) bool {
 		s.failAfterCommit(err)
 	}
 	return false
-}
-
-// release frees everything that the source holds. It does not touch the VM itself.
-func (s *Source) release() {
-	s.earlyState.close()
-	s.closeContLock()
-	qemuClaims.unclaim(s.claim)
-	if s.export != nil {
-		s.export.Withdraw()
-	}
-	if s.ram != nil {
-		if err := s.ram.Close(); err != nil {
-			s.log.Warn("close the RAM", "error", err)
-		}
-		s.ram = nil
-	}
-	s.lastIncoming.conn.Store(nil)
-	if s.conn != nil {
-		if err := s.conn.Close(); err != nil {
-			s.log.Warn("close the connection to the destination", "error", err)
-		}
-	}
-	for _, vm := range []*qemu.VM{s.reconnected, s.vm} {
-		if vm == nil {
-			continue
-		}
-		if err := vm.Close(); err != nil {
-			s.log.Warn("cannot disconnect from QEMU", "error", err)
-		}
-	}
 }

@@ -171,3 +171,33 @@ func (s *Source) awaitMonitor() {
 		}
 	}
 }
+
+// release frees everything that the source holds. It does not touch the VM itself.
+func (s *Source) release() {
+	s.earlyState.close()
+	s.closeContLock()
+	qemuClaims.unclaim(s.claim)
+	if s.export != nil {
+		s.export.Withdraw()
+	}
+	if s.ram != nil {
+		if err := s.ram.Close(); err != nil {
+			s.log.Warn("close the RAM", "error", err)
+		}
+		s.ram = nil
+	}
+	s.lastIncoming.conn.Store(nil)
+	if s.conn != nil {
+		if err := s.conn.Close(); err != nil {
+			s.log.Warn("close the connection to the destination", "error", err)
+		}
+	}
+	for _, vm := range []*qemu.VM{s.reconnected, s.vm} {
+		if vm == nil {
+			continue
+		}
+		if err := vm.Close(); err != nil {
+			s.log.Warn("cannot disconnect from QEMU", "error", err)
+		}
+	}
+}

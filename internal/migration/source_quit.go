@@ -28,7 +28,7 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 	testPoint("source-completing")
 	var err error
 	if !s.cfg.Spec.GetKeepSource() {
-		err = s.endQEMU(files)
+		err = s.endQEMU(ended, files)
 	}
 	testPoint("source-quit")
 	show()
@@ -47,9 +47,9 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 	}
 }
 
-// endQEMU ends the source's QEMU, and removes the files of its memory. It leaves the QEMU alone, and returns
+// endQEMU ends the source's QEMU, and removes the files of its memory. ended is as in endSourceVM. It leaves the QEMU alone, and returns
 // errContinued, if somebody has continued the VM: it is in use.
-func (s *Source) endQEMU(files []ram.File) error {
+func (s *Source) endQEMU(ended migratedv1.Reason, files []ram.File) error {
 	ctx, cancel := context.WithTimeout(context.Background(), stoppedTimeout+quitTimeout)
 	defer cancel()
 	err := s.checkStopped(ctx)
@@ -59,7 +59,7 @@ func (s *Source) endQEMU(files []ram.File) error {
 	if err != nil {
 		return err
 	}
-	s.undefine() // has a time limit of its own
+	s.undefine(ended, s.qemuEnded) // has a time limit of its own
 	switch err := s.vm.Quit(ctx); {
 	case errors.Is(err, libvirt.ErrOwner): // QEMU has ended
 		s.log.Error("an image of the VM may have the wrong owner now", "error", err)
@@ -128,7 +128,7 @@ func (s *Source) endRecorded(rec Record) error {
 	case err == nil && running:
 		err = errContinued
 	case err == nil:
-		s.undefine()
+		s.undefine(migratedv1.Reason(rec.Ended), vm.Ended)
 		if err = vm.Quit(ctx); errors.Is(err, libvirt.ErrOwner) { // QEMU has ended
 			s.log.Error("an image of the VM may have the wrong owner now", "error", err)
 			err = nil

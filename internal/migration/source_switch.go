@@ -185,6 +185,7 @@ func (s *Source) followOnce(ctx context.Context) (over bool, err error) {
 		}
 		state := answer.GetState()
 		s.noteDestinationReport(answer)
+		s.noteDefined(answer)
 		s.keepLastIncoming(answer)
 		if state == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
 			if s.staysThere(answer) {

@@ -82,6 +82,7 @@ func (s *Source) finishCompleted(rec Record) {
 	defer s.cancel(nil)
 	defer s.release()
 	keep := s.cfg.Spec.GetKeepSource()
+	s.definedThere = rec.Defined
 	var err error
 	if rec.Alive() && !keep {
 		err = s.endRecorded(rec)

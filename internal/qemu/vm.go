@@ -134,8 +134,12 @@ func (vm *VM) Ended() bool { return vm.process.Ended() }
 func (vm *VM) Identity() (process.Identity, error) { return process.Identify(vm.Pid) }
 
 // Quit ends QEMU and returns when its process is gone. It kills a QEMU whose main loop hangs, for example on a page
-// that will never arrive. If the error is a libvirt.ErrOwner, QEMU has ended nevertheless.
+// that will never arrive. If the error is a libvirt.ErrOwner, QEMU has ended nevertheless. If the process has ended
+// before, Quit does nothing: libvirt's domain may have been started anew, and that is another VM.
 func (vm *VM) Quit(ctx context.Context) error {
+	if vm.Ended() {
+		return nil
+	}
 	if vm.domain != nil {
 		err := vm.domain.Destroy(ctx)
 		if (err == nil || errors.Is(err, libvirt.ErrOwner)) && vm.WaitExit(ctx) == nil {

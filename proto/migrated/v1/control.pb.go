@@ -630,7 +630,9 @@ type MigrationSpec struct {
 	// it ends. As virsh migrate --persistent.
 	Persistent bool `protobuf:"varint,12,opt,name=persistent,proto3" json:"persistent,omitempty"`
 	// Remove its definition from the source when all memory has left it. As virsh
-	// migrate --undefinesource.
+	// migrate --undefinesource. With persistent it is removed only where the
+	// destination has said that it is defined there; Migration.definition says where
+	// it stays, and why.
 	UndefineSource bool `protobuf:"varint,13,opt,name=undefine_source,json=undefineSource,proto3" json:"undefine_source,omitempty"`
 	// Definition, in XML, that the destination's libvirt starts the domain of,
 	// instead of the one that it has at the source: with other names of networks or
@@ -881,7 +883,10 @@ type Migration struct {
 	Overdue bool `protobuf:"varint,21,opt,name=overdue,proto3" json:"overdue,omitempty"`
 	// What the migration waits for until its turn comes; empty: for nothing. The VM
 	// has not been touched then.
-	Waiting       string `protobuf:"bytes,30,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	Waiting string `protobuf:"bytes,30,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	// At the source, where MigrationSpec.undefine_source was asked for: why the domain
+	// is still defined there, and what to do. Empty: it is not.
+	Definition    string `protobuf:"bytes,31,opt,name=definition,proto3" json:"definition,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1066,6 +1071,13 @@ func (x *Migration) GetOverdue() bool {
 func (x *Migration) GetWaiting() string {
 	if x != nil {
 		return x.Waiting
+	}
+	return ""
+}
+
+func (x *Migration) GetDefinition() string {
+	if x != nil {
+		return x.Definition
 	}
 	return ""
 }
@@ -4846,7 +4858,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x06weight\x18\x1f \x01(\rR\x06weight\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x91\b\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb1\b\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1a.migrated.v1.MigrationRoleR\x04role\x121\n" +
@@ -4875,7 +4887,10 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\bend_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12C\n" +
 	"\x10destination_qemu\x18\x14 \x01(\v2\x18.migrated.v1.QemuProcessR\x0fdestinationQemu\x12\x18\n" +
 	"\aoverdue\x18\x15 \x01(\bR\aoverdue\x12\x18\n" +
-	"\awaiting\x18\x1e \x01(\tR\awaiting\"C\n" +
+	"\awaiting\x18\x1e \x01(\tR\awaiting\x12\x1e\n" +
+	"\n" +
+	"definition\x18\x1f \x01(\tR\n" +
+	"definition\"C\n" +
 	"\vQemuProcess\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x10\n" +
 	"\x03qmp\x18\x02 \x01(\tR\x03qmp\x12\x10\n" +

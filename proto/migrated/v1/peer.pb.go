@@ -2104,7 +2104,11 @@ type WatchIncomingResponse struct {
 	// The QEMU that the VM is moved to.
 	Qemu *QemuProcess `protobuf:"bytes,7,opt,name=qemu,proto3" json:"qemu,omitempty"`
 	// And the map, as it was in the end.
-	Memory        *MemoryMap `protobuf:"bytes,8,opt,name=memory,proto3" json:"memory,omitempty"`
+	Memory *MemoryMap `protobuf:"bytes,8,opt,name=memory,proto3" json:"memory,omitempty"`
+	// Also in the last message, where MigrationSpec.persistent was asked for: whether
+	// the destination's libvirt keeps the domain's definition. Unset: an older daemon
+	// does not say. The source removes its own definition only where it does.
+	Defined       *bool `protobuf:"varint,9,opt,name=defined,proto3,oneof" json:"defined,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2193,6 +2197,13 @@ func (x *WatchIncomingResponse) GetMemory() *MemoryMap {
 		return x.Memory
 	}
 	return nil
+}
+
+func (x *WatchIncomingResponse) GetDefined() bool {
+	if x != nil && x.Defined != nil {
+		return *x.Defined
+	}
+	return false
 }
 
 type ShowIncomingRequest struct {
@@ -2641,7 +2652,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\n" +
 	"serve_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tserveTime\"&\n" +
 	"\x14WatchIncomingRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xac\x03\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xd7\x03\n" +
 	"\x15WatchIncomingResponse\x121\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1b.migrated.v1.MigrationStateR\x05state\x121\n" +
 	"\bprogress\x18\x02 \x01(\v2\x15.migrated.v1.ProgressR\bprogress\x121\n" +
@@ -2650,7 +2661,10 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\bincoming\x18\x05 \x01(\v2\x1a.migrated.v1.IncomingPagesR\bincoming\x121\n" +
 	"\btimeline\x18\x06 \x01(\v2\x15.migrated.v1.TimelineR\btimeline\x12,\n" +
 	"\x04qemu\x18\a \x01(\v2\x18.migrated.v1.QemuProcessR\x04qemu\x12.\n" +
-	"\x06memory\x18\b \x01(\v2\x16.migrated.v1.MemoryMapR\x06memory\";\n" +
+	"\x06memory\x18\b \x01(\v2\x16.migrated.v1.MemoryMapR\x06memory\x12\x1d\n" +
+	"\adefined\x18\t \x01(\bH\x00R\adefined\x88\x01\x01B\n" +
+	"\n" +
+	"\b_defined\";\n" +
 	"\x13ShowIncomingRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05cells\x18\x02 \x01(\rR\x05cells\"I\n" +
@@ -2823,6 +2837,7 @@ func file_migrated_v1_peer_proto_init() {
 		return
 	}
 	file_migrated_v1_control_proto_init()
+	file_migrated_v1_peer_proto_msgTypes[28].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
