@@ -131,6 +131,7 @@ type incomingQEMU struct {
 	claim    process.Identity // what qemuClaims holds for this migration; zero: nothing
 	process  *launch.Process  // nil: this daemon did not start QEMU
 	domain   string           // address of the domain that libvirt started; empty: none
+	foreign  bool             // an operator named this QEMU, and it may be another VM's: it is not ended
 
 	// Only of a migration that was taken up.
 	facts     *keptFactsV1
