@@ -88,6 +88,9 @@ func checkWithoutDescriptors(t *testing.T) {
 	if err := self.Check(); !errors.Is(err, unix.EMFILE) || errors.Is(err, ErrEnded) {
 		t.Errorf("with no descriptor free, Check says %v", err)
 	}
+	if found, err := Find(); !errors.Is(err, unix.EMFILE) {
+		t.Errorf("with no descriptor free, Find returns %v, %v", found, err)
+	}
 	for free := range 2 { // with one, the pidfd is opened, and then the process is not identified
 		limitDescriptors(t, free)
 		if err := other.Kill(t.Context()); !errors.Is(err, unix.EMFILE) {
