@@ -49,11 +49,17 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 	run("mismatching RAM size", func(s *scene) {
 		small := s.vm
 		small.MemoryMiB /= 2
-		startVM(s.T, l.B, small, "-S", "-incoming", "defer")
+		waiting := startVM(s.T, l.B, small, "-S", "-incoming", "defer")
 		spec := s.spec()
 		spec.DestinationQmp = lab.QMPPath
 		s.failed(migrateSpec(s.T, l.A, "ram", spec), stateFailed, "RAM sizes differ", "ram0")
 		s.destinationSays("ram", "RAM sizes differ")
+		if qemuOn(s.T, l.B) == 0 {
+			s.Error("the QEMU that was refused has ended, and may be another VM's")
+		}
+		if err := waiting.Kill(); err != nil {
+			s.Fatal(err)
+		}
 	})
 	run("device load error", func(s *scene) {
 		s.writeTemplate(templateWithoutMSIX)

@@ -113,7 +113,8 @@ func TestOnDebian(t *testing.T) {
 			[]string{
 				"allow migrated_t migrated_log_t:file { append create getattr open read rename setattr unlink write };",
 				"allow migrated_t migrated_qemu_tmpfs:file { lock unlink };",
-				"allow migrated_t migrated_record_t:file { create getattr map open read rename setattr unlink write };",
+				"allow migrated_t migrated_record_t:file " +
+					"{ create getattr lock map open read rename setattr unlink write };",
 				"allow migrated_t migrated_state_t:file { getattr lock open read write };",
 				"allow migrated_t migrated_t:file { append getattr ioctl lock open read write };", // its own /proc/PID
 			},
@@ -124,7 +125,8 @@ func TestOnDebian(t *testing.T) {
 			[]string{
 				"allow migrated_t migrated_image:file { getattr setattr };",
 				"allow migrated_t migrated_log_t:file { append create getattr open read rename setattr unlink write };",
-				"allow migrated_t migrated_record_t:file { create getattr map open read rename setattr unlink write };",
+				"allow migrated_t migrated_record_t:file " +
+					"{ create getattr lock map open read rename setattr unlink write };",
 			},
 		},
 		{

@@ -70,7 +70,8 @@ type Config struct {
 	// loopback.
 	Plaintext bool `yaml:"plaintext"`
 	// StateDir is the directory of what must outlive the daemon, above all the
-	// records of migrations, which say whether a VM has been handed over.
+	// records of migrations, which say whether a VM has been handed over. The
+	// daemon locks a file in it, so that no other daemon uses it meanwhile.
 	StateDir string `yaml:"state_dir"`
 	// ReportKeep is how many reports of migrations that are over are kept in StateDir; 0: none.
 	ReportKeep int `yaml:"report_keep"`

@@ -72,7 +72,7 @@ type Daemon struct {
 	pages       *pagesrv.Server
 	records     *migration.Records
 	migrations  *registry
-	reports     *report.Store
+	reports     *report.Store  // opened by Run
 	keeping     sync.WaitGroup // goroutines that keep the report of a migration when it ends
 	deleting    sync.Mutex     // held to delete or keep a report, so that a deleted one is not kept afterwards
 	watchers    *limits.Seats  // of WatchList
@@ -147,7 +147,6 @@ func New(cfg config.Config, version string, log *slog.Logger) (*Daemon, error) {
 	}
 	d.cfg.FaultWorkers = workersOrDefault(d.cfg.FaultWorkers)
 	d.limitHost()
-	d.reports = report.Open(d.reportsDir(), cfg.ReportKeep, log)
 	kernel, err := check.KernelRelease()
 	if err != nil {
 		log.Warn("reports will not say which kernel this is", "error", err)
@@ -174,11 +173,18 @@ func (d *Daemon) Confine(starter *launch.Starter, confine func() error) {
 }
 
 // Run serves until ctx ends. It then cancels the migrations that have not switched
-// over, whose VMs continue at their sources, and returns.
+// over, whose VMs continue at their sources, and returns. It fails if another daemon
+// uses the same state directory.
 func (d *Daemon) Run(ctx context.Context) error {
 	d.ctx, d.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	defer d.cancel(nil)
 	defer d.migrations.shown.Close()
+	unlock, err := d.lockState() // before anything in the directory, or another daemon's socket, is touched
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	d.reports = report.Open(d.reportsDir(), d.cfg.ReportKeep, d.log)
 	open, err := d.listen()
 	if err != nil {
 		return err
@@ -189,8 +195,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return errors.Join(err, closeAll(open.all()))
 	}
 	defer d.closeTraces()
-	// takeUp comes after listen, so that two daemons never take up the same migrations, and before serving, so that
-	// peers that call find their migrations.
+	// takeUp comes before serving, so that peers that call find their migrations.
 	if err := d.takeUp(); err != nil {
 		return errors.Join(err, closeAll(open.all()))
 	}

@@ -23,6 +23,7 @@ import (
 type fakeHost struct {
 	mu         sync.Mutex
 	vms        []*migratedv1.HostVM
+	unseen     error                       // why VMs fails; nil: it does not
 	refusals   map[string]error            // by VM: why it cannot be moved
 	refusedAt  map[string]map[string]error // by VM and destination
 	rooms      map[string]error            // by destination: why it cannot be one
@@ -55,7 +56,17 @@ func (p *fakeHost) VMs(context.Context) ([]*migratedv1.HostVM, error) {
 	for _, vm := range p.vms {
 		all = append(all, proto.CloneOf(vm))
 	}
-	return all, nil
+	return all, p.unseen
+}
+
+// change changes the VMs of the host. From then on VMs fails with unseen, unless that is nil.
+func (p *fakeHost) change(change func(*migratedv1.HostVM), unseen error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, vm := range p.vms {
+		change(vm)
+	}
+	p.unseen = unseen
 }
 
 func (p *fakeHost) Check(_ context.Context, vm string) *Checked {

@@ -86,7 +86,7 @@ func (e *evacuation) retryLater(vm *migratedv1.EvacuatedVM, failure *migratedv1.
 		e.tried[name] = make(map[string]error)
 	}
 	e.tried[name][vm.GetDestination()] = errors.New(failure.GetMessage())
-	e.retry[name] = time.Now().Add(min(retryTime<<(vm.GetAttempts()-1), mostRetryTime))
+	e.retry[name] = time.Now().Add(pauseAfter(vm.GetAttempts()))
 	needs := e.needsOf(vm)
 	e.placer.remove(name, needs)
 	host, err := e.placer.place(name, needs, func(host string) error { return e.tried[name][host] })

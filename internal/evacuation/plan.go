@@ -62,9 +62,7 @@ func (e *evacuation) plan(ctx context.Context) error {
 
 // find returns the VMs that are to be moved. It refuses a specification with a name that no VM has.
 func (e *evacuation) find(ctx context.Context) ([]*migratedv1.HostVM, error) {
-	ctx, cancel := context.WithTimeout(ctx, findTime)
-	defer cancel()
-	all, err := e.host.VMs(ctx)
+	all, err := e.allVMs(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("look for the VMs of this host: %w", err)
 	}

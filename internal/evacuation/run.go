@@ -44,15 +44,17 @@ type evacuation struct {
 	wake    chan struct{} // has room for one; makes run take its next step at once
 
 	// For the goroutine of run alone.
-	placer *placer
-	tried  map[string]map[string]error // by VM: the errors of destinations where it could not be moved
-	retry  map[string]time.Time        // by VM: the earliest time of its next attempt
+	placer    *placer
+	tried     map[string]map[string]error // by VM: the errors of destinations where it could not be moved
+	retry     map[string]time.Time        // by VM: the earliest time of its next attempt
+	unreached map[string]uint32           // by VM: how often it was here and not reached at its address
 }
 
 func newEvacuation(host Host, view *migratedv1.Evacuation, keep func(*migratedv1.Evacuation) error) *evacuation {
 	return &evacuation{
 		host: host, spec: view.GetSpec(), keep: keep, view: view, changed: make(chan struct{}), done: make(chan struct{}),
 		wake: make(chan struct{}, 1), tried: make(map[string]map[string]error), retry: make(map[string]time.Time),
+		unreached: make(map[string]uint32),
 	}
 }
 
@@ -239,10 +241,80 @@ func (e *evacuation) beginSome(ctx context.Context, moving int) {
 			time.Now().Before(e.retry[key(vm.GetVm(), vm.GetPid())]) {
 			continue
 		}
-		if e.begin(ctx, view.GetId(), vm) {
-			moving++
+		all, err := e.allVMs(ctx)
+		if err != nil {
+			return // the next step tries again
+		}
+		switch why, location := changedSince(vm, all); {
+		case why == nil:
+			if e.begin(ctx, view.GetId(), vm) {
+				moving++
+			}
+		case location == migratedv1.Location_LOCATION_SOURCE && e.postpone(vm):
+		default:
+			e.giveUp(vm, why, location)
 		}
 	}
+}
+
+// postpone puts off a VM that is here and is not reached, as long as libvirt's daemon is started again. It returns
+// false when that has lasted as long as mostAttempts do.
+func (e *evacuation) postpone(vm *migratedv1.EvacuatedVM) bool {
+	name := key(vm.GetVm(), vm.GetPid())
+	e.unreached[name]++
+	e.retry[name] = time.Now().Add(pauseAfter(e.unreached[name]))
+	return e.unreached[name] < mostAttempts
+}
+
+// pauseAfter returns the pause after that many attempts.
+func pauseAfter(attempts uint32) time.Duration { return min(retryTime<<(attempts-1), mostRetryTime) }
+
+// allVMs returns the VMs that run here at this moment.
+func (e *evacuation) allVMs(ctx context.Context) ([]*migratedv1.HostVM, error) {
+	ctx, cancel := context.WithTimeout(ctx, findTime)
+	defer cancel()
+	return e.host.VMs(ctx)
+}
+
+// changedSince returns why a VM of the plan must not be moved although it could be when the plan was made, and where it
+// is. all are the VMs of this host now: an evacuation may be paused for hours, and meanwhile another VM may have got
+// the address. nil: it is still the same process.
+func changedSince(vm *migratedv1.EvacuatedVM, all []*migratedv1.HostVM) (why error, location migratedv1.Location) {
+	at := slices.IndexFunc(all, func(v *migratedv1.HostVM) bool { return v.GetVm() == vm.GetVm() })
+	lives := slices.ContainsFunc(all, func(v *migratedv1.HostVM) bool { return v.GetPid() == vm.GetPid() })
+	location = migratedv1.Location_LOCATION_UNKNOWN
+	if lives {
+		location = migratedv1.Location_LOCATION_SOURCE
+	}
+	switch {
+	case at >= 0 && all[at].GetPid() == vm.GetPid():
+		return nil, location
+	case at >= 0:
+		why = migration.WithRemedy(
+			fmt.Errorf("at %s there is another VM by now, process %d: the plan is for process %d",
+				vm.GetVm(), all[at].GetPid(), vm.GetPid()),
+			"evacuate the host again")
+	case lives:
+		why = migration.WithRemedy(
+			fmt.Errorf("its QEMU, process %d, is no longer reached at %s", vm.GetPid(), vm.GetVm()),
+			"evacuate the host again")
+	default:
+		why = migration.WithRemedy(fmt.Errorf("its QEMU, process %d, is no longer on this host: the VM has ended, "+
+			"or somebody else has moved it, since the plan was made", vm.GetPid()),
+			"look where the VM is; nothing has to be done if it was shut down or moved on purpose")
+	}
+	return why, location
+}
+
+// giveUp sets the last state of a VM whose next migration does not begin.
+func (e *evacuation) giveUp(vm *migratedv1.EvacuatedVM, why error, location migratedv1.Location) {
+	state := migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_CANNOT_MOVE
+	if vm.GetAttempts() > 0 {
+		state = migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_FAILED
+	}
+	e.updateVM(key(vm.GetVm(), vm.GetPid()), func(v *migratedv1.EvacuatedVM) {
+		v.State, v.Location, v.Error = state, location, migration.Describe(why)
+	})
 }
 
 // begin begins one migration. It first saves the evacuation with the id of the migration, so that a restarted daemon
@@ -339,7 +411,7 @@ func (e *evacuation) takeUp(ctx context.Context) {
 // finish ends the evacuation. VMs that were started meanwhile are added to it, because the host is not empty.
 func (e *evacuation) finish(ctx context.Context) {
 	var late []*migratedv1.HostVM
-	if all, err := e.host.VMs(ctx); err == nil && len(e.spec.GetVms()) == 0 {
+	if all, err := e.allVMs(ctx); err == nil && len(e.spec.GetVms()) == 0 {
 		late = slices.DeleteFunc(all, e.isKnown)
 	}
 	e.update(func(view *migratedv1.Evacuation) {

@@ -160,6 +160,88 @@ func TestLateVM(t *testing.T) {
 	want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a moved b:1, late cannot_move ")
 }
 
+// TestChangedWhilePaused: after a pause, another VM at an address of the plan is not moved, nor is one that the address
+// does not reach any more, unless it does again soon, as when libvirt's daemon restarts. The location of a VM that is
+// gone is unknown. Nothing begins as long as the host cannot say which VMs it has.
+func TestChangedWhilePaused(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a", "b", "other", "gone", "renamed", "back", "same")
+		m := open(t, t.Context(), dir, p)
+		if _, err := m.Begin("e", to); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if _, err := m.Pause("e"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour)
+		p.change(func(vm *migratedv1.HostVM) {
+			switch vm.GetName() {
+			case "other":
+				vm.Name, vm.Pid = "new", 999
+			case "gone":
+				vm.Vm, vm.Name, vm.Pid = "/vm/unrelated", "unrelated", 998
+			case "renamed", "back":
+				vm.Vm = "/elsewhere/" + vm.GetName()
+			}
+		}, errors.New("too many open files"))
+		if _, err := m.Resume("e"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		view, _, err := m.Snapshot("e")
+		if err != nil || len(p.order) != 2 || strings.Count(states(view), "waiting") != 5 {
+			t.Errorf("without knowing the VMs: %v, moved %v, %v", view, p.order, err)
+		}
+		p.change(func(*migratedv1.HostVM) {}, nil)
+		time.Sleep(20 * time.Second)
+		p.change(func(vm *migratedv1.HostVM) {
+			if vm.GetName() == "back" {
+				vm.Vm = "/vm/back"
+			}
+		}, nil)
+		m.Wait()
+		if view, _, err = m.Snapshot("e"); err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a moved b:1, b moved c:1, back moved c:1, "+
+			"gone cannot_move c:1, new cannot_move , other cannot_move b:1, renamed cannot_move b:1, same moved b:1, "+
+			"unrelated cannot_move ")
+		if got := strings.Join(p.order[2:], " "); got != "/vm/same /vm/back" {
+			t.Errorf("after the pause it moved %s", got)
+		}
+		for _, vm := range view.GetVms() {
+			said, known := vm.GetError(), vm.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN
+			words := map[string]string{
+				"other": "another VM by now, process 999", "gone": "no longer on this host",
+				"renamed": "no longer reached at",
+			}[vm.GetName()]
+			if words != "" && (!strings.Contains(said.GetMessage(), words) || said.GetRemedy() == "" ||
+				known != (vm.GetName() == "renamed")) {
+				t.Errorf("%s: %v", vm.GetName(), vm)
+			}
+		}
+	})
+}
+
+// TestGoneAfterAFailure: a VM that ends after a failed attempt is not tried again, and has failed.
+func TestGoneAfterAFailure(t *testing.T) {
+	p := newFakeHost("a")
+	p.outcome = func(string, int) *migratedv1.Migration {
+		p.vms = nil
+		return &migratedv1.Migration{
+			State: migratedv1.MigrationState_MIGRATION_STATE_FAILED, Location: migratedv1.Location_LOCATION_SOURCE,
+			Error: &migratedv1.MigrationError{Message: "it failed", Reason: migratedv1.Reason_REASON_UNREACHABLE},
+		}
+	}
+	view := evacuate(t, p, to)
+	want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a failed c:1")
+	if vm := view.GetVms()[0]; vm.GetAttempts() != 1 || vm.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN {
+		t.Errorf("%v", vm)
+	}
+}
+
 func TestPauseAndCancel(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {

@@ -41,7 +41,12 @@ func (m *monitor) follow(
 			if !m.isOf(e.Domain) {
 				continue
 			}
-			toldToEnd = toldToEnd || e.Event == "SHUTDOWN"
+			switch e.Event {
+			case "SHUTDOWN":
+				toldToEnd = true
+			case "RESET", "RESUME": // the VM goes on: libvirt has a guest that powered off start again, for a reboot
+				toldToEnd = false
+			}
 			m.forward(e)
 			if quiet != nil {
 				quiet = time.After(lastEvents)

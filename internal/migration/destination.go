@@ -132,6 +132,7 @@ type incomingQEMU struct {
 	process  *launch.Process  // nil: this daemon did not start QEMU
 	domain   string           // address of the domain that libvirt started; empty: none
 	defined  atomic.Bool      // libvirt keeps the domain's definition, as the source asked for
+	foreign  bool             // an operator named this QEMU, and it may be another VM's: it is not ended
 
 	// Only of a migration that was taken up.
 	facts     *keptFactsV1

@@ -91,7 +91,8 @@ func (d *Destination) abandon() {
 	}
 	if d.qemuAlive() {
 		where = whereabouts{
-			migratedv1.Location_LOCATION_DESTINATION, "the VM's QEMU on the destination was told to end, and lives",
+			migratedv1.Location_LOCATION_DESTINATION,
+			"the VM's QEMU on the destination was to end, and is not known to have ended",
 		}
 	}
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,

@@ -112,11 +112,13 @@ func (d *Destination) finishAlone() {
 }
 
 // endQEMU ends QEMU. A QEMU that may have loaded the VM's device state must never run it, and is of no other use,
-// also if an orchestrator started it.
+// also if an orchestrator started it. A QEMU that an orchestrator started and that may be another VM's is left alone.
 func (d *Destination) endQEMU() {
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 	defer cancel()
 	switch {
+	case d.foreign:
+		d.log.Info("the destination QEMU is left as it was", "pid", d.vm.Pid)
 	case d.process != nil:
 		if err := d.process.Kill(ctx); err != nil {
 			d.log.Error("cannot end the destination QEMU", "error", err)

@@ -76,6 +76,7 @@ func (d *Destination) prepareQEMU(ctx context.Context) error {
 	if err := d.compare(ctx); err != nil {
 		return err
 	}
+	d.foreign = false
 	if err := d.vm.PrepareIncoming(ctx); err != nil {
 		return fmt.Errorf("prepare the destination QEMU: %w", err)
 	}
@@ -163,14 +164,13 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("attach to the destination QEMU: %w", err)
 		}
-		// Set d.vm only when this holds: giving up ends d.vm's QEMU.
-		if err := checkIncoming(ctx, vm); err != nil {
+		if err := checkUnused(ctx, vm); err != nil {
 			return errors.Join(err, vm.Close())
 		}
 		if d.claim, err = qemuClaims.claimVM(vm, request.GetId()); err != nil {
 			return errors.Join(err, vm.Close())
 		}
-		d.vm = vm
+		d.vm, d.foreign = vm, true // until compare has found it to be this VM's
 		return nil
 	}
 	if definition := request.GetMachine().GetLibvirtDefinition(); definition != "" {
@@ -274,6 +274,22 @@ func checkIncoming(ctx context.Context, vm *qemu.VM) error {
 	if status != "inmigrate" {
 		return withRemedy(fmt.Errorf("the destination QEMU is %q instead of waiting for a migration", status),
 			"start it with -S -incoming defer")
+	}
+	return nil
+}
+
+// checkUnused is checkIncoming, and refuses a QEMU that waits for, or receives, a VM by a migration of QEMU's own.
+func checkUnused(ctx context.Context, vm *qemu.VM) error {
+	if err := checkIncoming(ctx, vm); err != nil {
+		return err
+	}
+	info, err := vm.QueryMigrate(ctx)
+	if err != nil {
+		return fmt.Errorf("ask the destination QEMU for its migration: %w", err)
+	}
+	if info.Begun() {
+		return withRemedy(errors.New("the destination QEMU waits for another migration already, one of QEMU's own"),
+			"start a QEMU of its own for this migration with -S -incoming defer, and without migrate-incoming")
 	}
 	return nil
 }

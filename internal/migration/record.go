@@ -271,25 +271,34 @@ func damagedRecord(path string, err error) error {
 // stoppedBy returns the record of an earlier migration that stopped the VM of process pid, and ended before it handed the
 // VM over. Its ID is empty if there is none.
 func (r *Records) stoppedBy(pid int) (Record, error) {
-	records, err := r.All()
-	for _, rec := range records {
-		if !rec.Committed && rec.PID == pid && rec.Alive() {
-			return rec, err
-		}
-	}
-	return Record{}, err
+	rec, _, err := r.ofProcess(pid, false)
+	return rec, err
 }
 
 // ForVM returns the record of the VM whose QEMU is process pid, if the VM was handed over and is still stopped here. A
 // VM is found by its process because it may have several monitors.
-func (r *Records) ForVM(pid int) (Record, bool, error) {
+func (r *Records) ForVM(pid int) (Record, bool, error) { return r.ofProcess(pid, true) }
+
+// remedyOfProc says what to do where the kernel does not tell whether a process runs.
+const remedyOfProc = "see why this daemon cannot read /proc, for example too many open files " +
+	"(LimitNOFILE= of its unit), then try again"
+
+// ofProcess returns the record, committed or not, of the VM whose QEMU is process pid. It fails where it cannot tell
+// whether that process is still the one of the record.
+func (r *Records) ofProcess(pid int, committed bool) (Record, bool, error) {
 	records, err := r.All()
 	if err != nil {
 		return Record{}, false, err
 	}
 	for _, rec := range records {
-		if rec.Committed && rec.PID == pid && rec.Alive() {
+		if rec.Committed != committed || rec.PID != pid {
+			continue
+		}
+		switch err := rec.Check(); {
+		case err == nil:
 			return rec, true, nil
+		case !errors.Is(err, process.ErrEnded):
+			return Record{}, false, withRemedy(fmt.Errorf("hand-over record of %s: %w", rec.ID, err), remedyOfProc)
 		}
 	}
 	return Record{}, false, nil

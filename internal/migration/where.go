@@ -101,7 +101,8 @@ func (s *Source) whereAfterCommit() whereabouts {
 // that.
 var whereNeverRun = whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "the VM was never run on the destination"}
 
-// qemuAlive reports whether the destination's QEMU process is alive. The caller holds mu.
+// qemuAlive reports whether the destination's QEMU process is alive. It returns true where that is not known: the
+// source must not run a VM that may run here. The caller holds mu.
 func (d *Destination) qemuAlive() bool {
 	if d.vm == nil {
 		return d.left.Alive() // the QEMU that an earlier run of the daemon left, if any

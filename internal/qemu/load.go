@@ -206,6 +206,14 @@ type MigrationInfo struct {
 	Status         string   `json:"status"` // empty: there was no migration
 	ErrorDesc      string   `json:"error-desc"`
 	BlockedReasons []string `json:"blocked-reasons"` // QEMU >= 6.0
+	// Addresses are where a destination listens for a VM.
+	Addresses []json.RawMessage `json:"socket-address"`
+}
+
+// Begun reports whether there is or was a migration. At a destination one begins when QEMU listens for it, which older
+// versions of QEMU show by the address alone.
+func (i MigrationInfo) Begun() bool {
+	return i.Status != "" && i.Status != "none" || len(i.Addresses) > 0
 }
 
 // Active reports whether the migration has not ended yet. One that is being cancelled is still active.

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/libvirt"
@@ -32,9 +31,7 @@ type VM struct {
 
 	process *process.Handle
 
-	shutdowns *qmp.Subscription
-	endingMu  sync.Mutex // guards ending
-	ending    *Ending    // the last event from shutdowns
+	endings *endings
 
 	restore *Settings // what PrepareIncoming changed; nil: nothing
 
@@ -81,7 +78,7 @@ func attachDomain(ctx context.Context, address string) (*VM, error) {
 
 // attach makes a VM of a connection and the PID of its QEMU. It takes over the connection, unless it fails.
 func attach(client *qmp.Client, pid int) (*VM, error) {
-	vm := &VM{QMP: client, Pid: pid, shutdowns: client.Subscribe("SHUTDOWN")}
+	vm := &VM{QMP: client, Pid: pid, endings: followEndings(client)}
 	var err error
 	if vm.process, err = process.Open(vm.Pid); err != nil {
 		return nil, err

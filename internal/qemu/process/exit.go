@@ -27,8 +27,8 @@ func (i Identity) Exit() (*Exit, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !i.Alive() { // it ended, and h may refer to another process
-		return nil, errors.Join(fmt.Errorf("QEMU, process %d: %w", i.PID, errEnded), h.Close())
+	if err := i.Check(); err != nil { // it may have ended, and h may refer to another process
+		return nil, errors.Join(err, h.Close())
 	}
 	return &Exit{h}, nil
 }

@@ -34,16 +34,12 @@ func isProgram(name string) bool {
 
 // Find returns the QEMUs of this host, or of this process's PID namespace. It leaves out a QEMU that ends meanwhile.
 func Find() (found []Found, err error) {
-	dirs, err := filepath.Glob("/proc/[0-9]*")
+	pids, err := All()
 	if err != nil {
 		return nil, err
 	}
 	var errs []error
-	for _, dir := range dirs {
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil || !looksLikeQEMU(pid) {
-			continue
-		}
+	for _, pid := range pids {
 		f, err := lookAt(pid)
 		switch {
 		case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ESRCH):
@@ -56,8 +52,26 @@ func Find() (found []Found, err error) {
 	return found, errors.Join(errs...)
 }
 
+// All returns the PIDs of this process's PID namespace. Unlike filepath.Glob, it fails where /proc cannot be read: no
+// process would look as if it did not run.
+func All() (pids []int, err error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("list the processes: %w", err)
+	}
+	for _, entry := range entries {
+		if pid, err := strconv.Atoi(entry.Name()); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
 // lookAt describes the QEMU with this PID. It returns nil for a process that runs no VM.
 func lookAt(pid int) (*Found, error) {
+	if maybe, err := looksLikeQEMU(pid); err != nil || !maybe {
+		return nil, err
+	}
 	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
 	if err != nil {
 		return nil, err

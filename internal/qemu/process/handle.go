@@ -71,7 +71,7 @@ func (h *Handle) Ended() bool {
 		ended = err == nil && n > 0
 		if !ended { // the PID is still its own; its memory is gone once its first thread has ended
 			_, err := Identify(h.pid)
-			ended = errors.Is(err, errEnded)
+			ended = errors.Is(err, errZombie)
 		}
 	})
 	return ended

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+
+	"golang.org/x/sys/unix"
 )
 
 // Identity tells one process from all others that had or will have its PID. It can be stored and compared by a later
@@ -19,27 +21,53 @@ type Identity struct {
 	BootID    string `json:"boot_id"`    // /proc/sys/kernel/random/boot_id
 }
 
-// errEnded means that a process has ended and that its parent has not waited for it.
-var errEnded = errors.New("it has ended")
+// ErrEnded means that a process has ended.
+var ErrEnded = errors.New("it has ended")
 
-// Alive reports whether the process still runs.
-func (i Identity) Alive() bool {
-	now, err := Identify(i.PID)
-	return err == nil && now == i
+// errZombie means that a process has ended and that its parent has not waited for it.
+var errZombie = fmt.Errorf("%w, and its parent has not waited for it", ErrEnded)
+
+// Alive reports whether the process may still run. It returns false only when the process has certainly ended. Where
+// the kernel does not say, for example because this process has too many open files, it returns true: a caller then
+// keeps what it has of a VM. A caller that needs a process that certainly runs uses Check.
+func (i Identity) Alive() bool { return !errors.Is(i.Check(), ErrEnded) }
+
+// Check returns nil when the process runs. errors.Is(err, ErrEnded) holds when it has ended: no process has its PID, a
+// zombie or a later process has it, or the host was started again since. After any other error neither is known.
+func (i Identity) Check() error {
+	start, err := startTime(i.PID)
+	if err == nil && start != i.StartTime {
+		err = ErrEnded
+	}
+	var boot string
+	if err == nil {
+		boot, err = bootID()
+	}
+	if err == nil && boot != i.BootID {
+		err = ErrEnded
+	}
+	switch {
+	case errors.Is(err, ErrEnded):
+		return fmt.Errorf("QEMU, process %d: %w", i.PID, err)
+	case err != nil:
+		return fmt.Errorf("cannot tell whether QEMU, process %d, runs: %w", i.PID, err)
+	}
+	return nil
 }
 
-// Kill kills the process, if it still exists, and returns when it is gone.
+// Kill kills the process, if it still exists, and returns when it is gone. It kills nothing and fails where it cannot
+// tell whether the process still exists.
 func (i Identity) Kill(ctx context.Context) error {
-	if !i.Alive() {
-		return nil
+	if err := i.Check(); err != nil {
+		return unlessEnded(err)
 	}
 	h, err := Open(i.PID)
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	if !i.Alive() { // it ended meanwhile, and h may refer to another process
-		return nil
+	if err := i.Check(); err != nil { // it may have ended meanwhile, and h may refer to another process
+		return unlessEnded(err)
 	}
 	if err := h.Kill(); err != nil {
 		return fmt.Errorf("kill QEMU, process %d: %w", i.PID, err)
@@ -47,28 +75,54 @@ func (i Identity) Kill(ctx context.Context) error {
 	return h.Wait(ctx)
 }
 
+// unlessEnded returns an error of Check, or nil if it says that the process has ended.
+func unlessEnded(err error) error {
+	if errors.Is(err, ErrEnded) {
+		return nil
+	}
+	return err
+}
+
 // Identify returns the identity of the process that has this PID now. It fails when the process has ended.
 func Identify(pid int) (Identity, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	start, err := startTime(pid)
 	if err != nil {
-		return Identity{}, fmt.Errorf("identify QEMU: %w", err)
+		return Identity{}, fmt.Errorf("identify QEMU, process %d: %w", pid, err)
+	}
+	boot, err := bootID()
+	if err != nil {
+		return Identity{}, fmt.Errorf("identify QEMU, process %d: %w", pid, err)
+	}
+	return Identity{PID: pid, StartTime: start, BootID: boot}, nil
+}
+
+// startTime returns the start time of the process that has this PID now. The error is ErrEnded if there is none.
+func startTime(pid int) (uint64, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
+		return 0, fmt.Errorf("%w: %w", ErrEnded, err)
+	}
+	if err != nil {
+		return 0, err
 	}
 	// The second field, the name, may contain any byte. No later field contains a bracket.
 	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-	const startTime = 22 - 3 // counted from the third field
-	if len(fields) <= startTime {
-		return Identity{}, fmt.Errorf("identify QEMU: /proc/%d/stat is %q", pid, stat)
+	const at = 22 - 3 // counted from the third field
+	if len(fields) <= at {
+		return 0, fmt.Errorf("/proc/%d/stat is %q", pid, stat)
 	}
 	if fields[0][0] == 'Z' { // zombie: its memory is gone
-		return Identity{}, fmt.Errorf("identify QEMU: process %d: %w", pid, errEnded)
+		return 0, errZombie
 	}
-	start, err := strconv.ParseUint(string(fields[startTime]), 10, 64)
+	start, err := strconv.ParseUint(string(fields[at]), 10, 64)
 	if err != nil {
-		return Identity{}, fmt.Errorf("identify QEMU: start time of process %d: %w", pid, err)
+		return 0, fmt.Errorf("start time in /proc/%d/stat: %w", pid, err)
 	}
+	return start, nil
+}
+
+// bootID returns the identity of this boot of the host. Its absence does not mean that a process has ended.
+func bootID() (string, error) {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return Identity{}, fmt.Errorf("identify QEMU: %w", err)
-	}
-	return Identity{PID: pid, StartTime: start, BootID: string(bytes.TrimSpace(boot))}, nil
+	return string(bytes.TrimSpace(boot)), err
 }

@@ -57,7 +57,8 @@ func OfThreads(threads []int, uuid string) (pid int, found bool) {
 		}
 		pid, found = process, true
 	}
-	return pid, found && pid != os.Getpid() && looksLikeQEMU(pid) && strings.EqualFold(uuidOf(pid), uuid)
+	maybe, err := looksLikeQEMU(pid)
+	return pid, found && pid != os.Getpid() && err == nil && maybe && strings.EqualFold(uuidOf(pid), uuid)
 }
 
 // uuidOf returns the UUID on the command line of a QEMU.
@@ -85,8 +86,8 @@ func hasThread(pid, tid int) bool {
 	return false
 }
 
-func looksLikeQEMU(pid int) bool {
+func looksLikeQEMU(pid int) (bool, error) {
 	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
 	// libvirt makes QEMU name its threads after the guest, but the first thread keeps its name.
-	return err == nil && (strings.HasPrefix(string(name), "qemu") || strings.HasPrefix(string(name), "kvm"))
+	return strings.HasPrefix(string(name), "qemu") || strings.HasPrefix(string(name), "kvm"), err
 }

@@ -8,9 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -87,16 +85,12 @@ func (mem *Memory) Mapped(blocks []Block) (refused []*Error, unseen int, err err
 // eachMaps calls look with the maps of each process. unseen counts the processes whose maps could not be read, without
 // those that have ended.
 func eachMaps(look func(pid int, text []byte)) (unseen int, err error) {
-	processes, err := filepath.Glob("/proc/[0-9]*")
+	pids, err := process.All()
 	if err != nil {
 		return 0, err
 	}
-	for _, dir := range processes {
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil {
-			continue
-		}
-		text, err := os.ReadFile(dir + "/maps")
+	for _, pid := range pids {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH): // it has ended
 		case err != nil:

@@ -33,8 +33,8 @@ func OpenFile(qemu process.Identity, addr uint64) (f *os.File, offset int64, err
 		return nil, 0, err
 	}
 	defer h.Close()
-	if !qemu.Alive() { // it ended meanwhile, and h may refer to another process
-		return nil, 0, fmt.Errorf("QEMU, process %d, has ended", qemu.PID)
+	if err := qemu.Check(); err != nil { // it may have ended meanwhile, and h may refer to another process
+		return nil, 0, err
 	}
 	path, err := descriptorPath(qemu.PID, m)
 	if err != nil || path == "" {
