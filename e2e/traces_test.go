@@ -80,8 +80,8 @@ func (c *collector) check(t *testing.T) {
 		"migrated.v1.ControlService/Start", "migrated.v1.PeerService/PrepareIncoming",
 		"migrated.v1.PeerService/LoadDeviceState",
 	} {
-		// A call has a span at the caller and one at the callee, a state has one at each host. Each host sends its spans
-		// in its own time.
+		// A call has a span at the caller and one at the callee, a state has one at each host. Each host sends its
+		// spans in its own time.
 		least := 1
 		if strings.Contains(name, "PeerService") || !strings.Contains(name, "/") && !strings.HasPrefix(name, "migration") {
 			least = 2

@@ -56,8 +56,8 @@ type Config struct {
 	Peers []string `yaml:"peers"`
 	// Operators are the names in certificates that may use ControlListen and HTTPListen.
 	Operators []string `yaml:"operators"`
-	// MetricsListen is where metrics are served to Prometheus: a HOST:PORT, or the absolute path of a Unix socket; empty:
-	// nowhere.
+	// MetricsListen is where metrics are served to Prometheus: a HOST:PORT, or the absolute path of a Unix socket;
+	// empty: nowhere.
 	MetricsListen string `yaml:"metrics_listen"`
 	// MetricsClients are the names in certificates that may read what MetricsListen serves.
 	MetricsClients []string `yaml:"metrics_clients"`

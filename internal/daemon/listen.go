@@ -18,8 +18,8 @@ import (
 
 // An endpoint is an address at which the daemon listens.
 type endpoint struct {
-	// name is the name under which the service manager keeps the socket while the daemon restarts. Calls in between wait
-	// and are not refused.
+	// name is the name under which the service manager keeps the socket while the daemon restarts. Calls in between
+	// wait and are not refused.
 	name, network, address string
 	open                   func() (net.Listener, error)
 }

@@ -246,8 +246,8 @@ func (p *peerService) AbortIncoming(
 func (p *peerService) destination(ctx context.Context, id string) (*migration.Destination, error) {
 	d := p.daemon.migrations.destination(id)
 	if err := p.daemon.migrations.whyLeft(id); d == nil && err != nil {
-		// Its token cannot be read either. The source must not take this for a final answer: another release of the daemon
-		// will have one.
+		// Its token cannot be read either. The source must not take this for a final answer: another release of the
+		// daemon will have one.
 		return nil, migration.ToStatus(codes.Unknown, err)
 	}
 	if d == nil || !d.Authentic(ctx) {

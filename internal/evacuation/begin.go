@@ -33,7 +33,7 @@ func (e *evacuation) beginSome(ctx context.Context, moving int) {
 		if err != nil {
 			return // the next step tries again
 		}
-		switch why, location := changedSince(vm, all); {
+		switch location, why := changedSince(vm, all); {
 		case why == nil:
 			if e.begin(ctx, view.GetId(), vm) {
 				moving++
@@ -67,7 +67,7 @@ func (e *evacuation) allVMs(ctx context.Context) ([]*migratedv1.HostVM, error) {
 // changedSince returns why a VM of the plan must not be moved although it could be when the plan was made, and where it
 // is. all are the VMs of this host now: an evacuation may be paused for hours, and meanwhile another VM may have got
 // the address. nil: it is still the same process.
-func changedSince(vm *migratedv1.EvacuatedVM, all []*migratedv1.HostVM) (why error, location migratedv1.Location) {
+func changedSince(vm *migratedv1.EvacuatedVM, all []*migratedv1.HostVM) (location migratedv1.Location, why error) {
 	at := slices.IndexFunc(all, func(v *migratedv1.HostVM) bool { return v.GetVm() == vm.GetVm() })
 	lives := slices.ContainsFunc(all, func(v *migratedv1.HostVM) bool { return v.GetPid() == vm.GetPid() })
 	location = migratedv1.Location_LOCATION_UNKNOWN
@@ -76,7 +76,7 @@ func changedSince(vm *migratedv1.EvacuatedVM, all []*migratedv1.HostVM) (why err
 	}
 	switch {
 	case at >= 0 && all[at].GetPid() == vm.GetPid():
-		return nil, location
+		return location, nil
 	case at >= 0:
 		why = migration.WithRemedy(
 			fmt.Errorf("at %s there is another VM by now, process %d: the plan is for process %d",
@@ -91,7 +91,7 @@ func changedSince(vm *migratedv1.EvacuatedVM, all []*migratedv1.HostVM) (why err
 			"or somebody else has moved it, since the plan was made", vm.GetPid()),
 			"look where the VM is; nothing has to be done if it was shut down or moved on purpose")
 	}
-	return why, location
+	return location, why
 }
 
 // giveUp sets the last state of a VM whose next migration does not begin.

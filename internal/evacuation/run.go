@@ -20,8 +20,8 @@ import (
 const (
 	// pollInterval is how often the migrations under way are looked at.
 	pollInterval = 250 * time.Millisecond
-	// mostAttempts is how often an evacuation tries to move one VM. The pauses between the attempts begin with retryTime
-	// and double, up to mostRetryTime: together they are longer than a network switch takes to restart.
+	// mostAttempts is how often an evacuation tries to move one VM. The pauses between the attempts begin with
+	// retryTime and double, up to mostRetryTime: together they are longer than a network switch takes to restart.
 	mostAttempts  = 6
 	retryTime     = 5 * time.Second
 	mostRetryTime = time.Minute

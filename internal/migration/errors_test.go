@@ -39,7 +39,8 @@ func TestErrorCrossesTheNetwork(t *testing.T) {
 func TestFromStatus(t *testing.T) {
 	full := withRemedy(withReason(errors.New("it is full"), migratedv1.Reason_REASON_NO_MEMORY), "make room")
 	want := Describe(full)
-	if diff := cmp.Diff(want, Describe(FromStatus(ToStatus(codes.FailedPrecondition, full))), protocmp.Transform()); diff != "" {
+	got := Describe(FromStatus(ToStatus(codes.FailedPrecondition, full)))
+	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 	if err := FromStatus(status.Error(codes.Unavailable, "it ends")); err.Error() != "it ends" || Remedy(err) != "" {
@@ -67,8 +68,8 @@ func TestPeerRemedy(t *testing.T) {
 			t.Errorf("%v: %q", code, remedy)
 		}
 	}
-	if err := fromPeer("prepare", "192.0.2.2:7600", status.Error(codes.Unavailable, "connection refused")); !strings.Contains(
-		err.Error(), "cannot be reached: connection refused") {
+	err := fromPeer("prepare", "192.0.2.2:7600", status.Error(codes.Unavailable, "connection refused"))
+	if !strings.Contains(err.Error(), "cannot be reached: connection refused") {
 		t.Error(err)
 	}
 }

@@ -71,8 +71,8 @@ func TestFallBackAsksTheDestination(t *testing.T) {
 	}
 }
 
-// TestDestinationWhoseDaemonCannotGoOn: the source keeps serving the memory of a VM whose QEMU lives at the destination,
-// although the daemon there has given up. It goes on when that daemon is started again.
+// TestDestinationWhoseDaemonCannotGoOn: the source keeps serving the memory of a VM whose QEMU lives at the
+// destination, although the daemon there has given up. It goes on when that daemon is started again.
 func TestDestinationWhoseDaemonCannotGoOn(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
 	s.peer.setWatch(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {

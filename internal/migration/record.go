@@ -268,8 +268,8 @@ func damagedRecord(path string, err error) error {
 	return withRemedy(err, "look where the VM that it is about runs, then remove the file")
 }
 
-// stoppedBy returns the record of an earlier migration that stopped the VM of process pid, and ended before it handed the
-// VM over. Its ID is empty if there is none.
+// stoppedBy returns the record of an earlier migration that stopped the VM of process pid, and ended before it handed
+// the VM over. Its ID is empty if there is none.
 func (r *Records) stoppedBy(pid int) (Record, error) {
 	rec, _, err := r.ofProcess(pid, false)
 	return rec, err

@@ -25,7 +25,8 @@ type reserve struct {
 }
 
 // errNoReserve says that the host lacks memory that a VM was promised.
-var errNoReserve = errors.New("the destination lacks memory for the VM's preallocated or locked RAM (prealloc=on, mem-lock=on)")
+var errNoReserve = errors.New("the destination lacks memory for the VM's preallocated or locked RAM " +
+	"(prealloc=on, mem-lock=on)")
 
 const (
 	// reserveStep is how many bytes are reserved at a time. Before each step the host is asked what it has.

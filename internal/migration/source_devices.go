@@ -94,8 +94,8 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	}
 	s.steps.save = time.Since(began)
 	testPoint("source-saved")
-	// Ask whether the VM stands still only after the save, because a save also succeeds for a VM that runs. The question
-	// runs beside the rest of the work, so that nothing waits for the answer.
+	// Ask whether the VM stands still only after the save, because a save also succeeds for a VM that runs. The
+	// question runs beside the rest of the work, so that nothing waits for the answer.
 	stopCheck := make(chan error, 1)
 	var asking sync.WaitGroup
 	asking.Go(func() { stopCheck <- s.checkMayRun(ctx) })

@@ -197,9 +197,9 @@ func (s *Source) openRAM(blocks []ram.Block) (err error) {
 	return s.vm.Alive() // if QEMU has ended, its number, and what was opened, may be another process's
 }
 
-// refuseHandedOver refuses a QEMU that is only kept for the memory of a VM that was handed over, and a VM that an earlier
-// migration stopped and could not continue: it would arrive paused. If the VM runs, its operator has continued it: it is
-// the VM again, and stale is its record, which the caller removes.
+// refuseHandedOver refuses a QEMU that is only kept for the memory of a VM that was handed over, and a VM that an
+// earlier migration stopped and could not continue: it would arrive paused. If the VM runs, its operator has continued
+// it: it is the VM again, and stale is its record, which the caller removes.
 func (s *Source) refuseHandedOver(ctx context.Context) (stale *Record, err error) {
 	rec, handedOver, err := s.cfg.Records.ForVM(s.vm.Pid)
 	if err != nil {

@@ -47,8 +47,8 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 	}
 }
 
-// endQEMU ends the source's QEMU, and removes the files of its memory. ended is as in endSourceVM. It leaves the QEMU alone, and returns
-// errContinued, if somebody has continued the VM: it is in use.
+// endQEMU ends the source's QEMU, and removes the files of its memory. ended is as in endSourceVM. It leaves the QEMU
+// alone, and returns errContinued, if somebody has continued the VM: it is in use.
 func (s *Source) endQEMU(ended migratedv1.Reason, files []ram.File) error {
 	ctx, cancel := context.WithTimeout(context.Background(), stoppedTimeout+quitTimeout)
 	defer cancel()

@@ -141,8 +141,8 @@ func TestVMOfAnotherMigrationIsNotContinued(t *testing.T) {
 	s.noRecord(t)
 }
 
-// TestVMThatCouldNotBeContinued: a VM that stands still because an earlier migration could not continue it is not moved:
-// it would arrive paused. Once somebody has continued it, it is.
+// TestVMThatCouldNotBeContinued: a VM that stands still because an earlier migration could not continue it is not
+// moved: it would arrive paused. Once somebody has continued it, it is.
 func TestVMThatCouldNotBeContinued(t *testing.T) {
 	s, monitor := stoppedByDaemon(t)
 	if err := monitor.Close(); err != nil {

@@ -52,8 +52,8 @@ func (s *Source) checkStopped(ctx context.Context) error {
 	}
 }
 
-// checkMayRun is checkStopped before the destination is told to run the VM for the first time. It also fails if QEMU has
-// ended: memory that only QEMU had went with it, so the VM ends, as it would have without a migration.
+// checkMayRun is checkStopped before the destination is told to run the VM for the first time. It also fails if QEMU
+// has ended: memory that only QEMU had went with it, so the VM ends, as it would have without a migration.
 func (s *Source) checkMayRun(ctx context.Context) error {
 	if err := s.checkStopped(ctx); err != nil {
 		return err

@@ -115,7 +115,8 @@ func (s *Source) recordSwitch(answer *migratedv1.RunResponse, sent, answered tim
 	downtime := stoppedFor + network/2 + answer.GetResumeTime().AsDuration()
 	cont := answer.GetResumeTime().AsDuration()
 	if s.loadAnswer.GetRun() != nil {
-		// Here ResumeTime begins when the destination's QEMU begins to load, and Run did not cross the network by itself.
+		// Here ResumeTime begins when the destination's QEMU begins to load, and Run did not cross the network by
+		// itself.
 		cont, network = cont-s.loadAnswer.GetLoadTime().AsDuration(), 0
 	}
 	s.log.Info("switched over", "downtime", downtime, "stopped_for", stoppedFor, "network", network, "cont", cont)
@@ -232,10 +233,10 @@ func (s *Source) staysThere(answer *migratedv1.WatchIncomingResponse) bool {
 	if answer.GetLocation() != migratedv1.Location_LOCATION_DESTINATION || endingFromDestination(shown) != nil {
 		return false
 	}
-	remedy := cmp.Or(shown.GetRemedy(), "remove the cause, then restart the destination's daemon: it goes on with the migration")
-	s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
-		withRemedy(withReason(fmt.Errorf("the destination failed after the switch: %s", shown.GetMessage()), shown.GetReason()),
-			remedy),
+	err := withReason(fmt.Errorf("the destination failed after the switch: %s", shown.GetMessage()), shown.GetReason())
+	remedy := cmp.Or(shown.GetRemedy(),
+		"remove the cause, then restart the destination's daemon: it goes on with the migration")
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED, withRemedy(err, remedy),
 		whereabouts{migratedv1.Location_LOCATION_DESTINATION, shown.GetVmStatus()})
 	return true
 }

@@ -16,8 +16,8 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// stoppedByDaemon returns a stage whose daemon died while the VM stood still, before the commit point. monitor is a connection
-// to QEMU's monitor, as another client would have one; the caller closes it. changes are made to the record.
+// stoppedByDaemon returns a stage whose daemon died while the VM stood still, before the commit point. monitor is a
+// connection to QEMU's monitor, as another client would have one; the caller closes it. changes are made to the record.
 func stoppedByDaemon(t *testing.T, changes ...func(*Record)) (s *stage, monitor *qemu.VM) {
 	t.Helper()
 	s = newStage(t, t.Context(), runAtOnce)
@@ -51,8 +51,8 @@ func stoppedByDaemon(t *testing.T, changes ...func(*Record)) (s *stage, monitor 
 	return s, monitor
 }
 
-// If a daemon dies while the VM stands still, before the commit point, the next one continues the VM. Those of the first
-// protocol's version had QEMU move the device state.
+// If a daemon dies while the VM stands still, before the commit point, the next one continues the VM. Those of the
+// first protocol's version had QEMU move the device state.
 func TestTakenUpSourceContinuesItsVM(t *testing.T) {
 	for _, protocol := range []uint32{1, savesDevices} {
 		t.Run(fmt.Sprint(protocol), func(t *testing.T) {

@@ -68,9 +68,9 @@ const (
 	manyPackets  = 4 << 10   // from so many bytes on, three system calls cost less than being woken for each packet
 	// sendBuffer is how many bytes of what a lane sends TCP keeps: the most that the sweep has asked for and not got,
 	// whatever net.ipv4.tcp_wmem says. What is sent stays in the sender's buffer until it is acknowledged. So one
-	// connection with Linux's own limit of 4 MiB carries less than 40 MiB a second over a round trip of 80 ms, and three
-	// fifths of 2 Gbit/s over one of 20 ms (docs/fault-budget.md). The kernel takes twice as much, for what it needs
-	// itself.
+	// connection with Linux's own limit of 4 MiB carries less than 40 MiB a second over a round trip of 80 ms, and
+	// three fifths of 2 Gbit/s over one of 20 ms (docs/fault-budget.md). The kernel takes twice as much, for what it
+	// needs itself.
 	sendBuffer = 16 << 20
 	maxAhead   = 32 << 20 // bytes of replies that a client with one goroutine keeps; the engine asks for half at a time
 )

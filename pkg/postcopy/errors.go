@@ -15,8 +15,8 @@ var (
 	// ErrLaneLost says that the connection to the source broke or was ended by it. It wraps the status
 	// that the lane gave. Call Run with new lanes.
 	ErrLaneLost = errors.New("a page lane to the source is lost")
-	// ErrProtocol says that the source sent what no source should send: pages that were not asked for, that lie outside of
-	// the RAM, or that are not whole. The source is broken, hostile or of another version.
+	// ErrProtocol says that the source sent what no source should send: pages that were not asked for, that lie outside
+	// of the RAM, or that are not whole. The source is broken, hostile or of another version.
 	ErrProtocol = errors.New("the source broke the page protocol")
 	// ErrProcessGone says that the process whose memory is filled has exited.
 	ErrProcessGone = errors.New("the destination VM's process is gone")
@@ -28,7 +28,8 @@ var (
 	// ErrMoved says that the process moved its RAM (mremap). Pages cannot be found there any more.
 	ErrMoved = errors.New("the destination VM's process moved its RAM (mremap): " +
 		"the migration cannot be completed; end that process")
-	// ErrForeignFault says that a descriptor reports faults of memory that is in no block: the thread would wait for ever.
+	// ErrForeignFault says that a descriptor reports faults of memory that is in no block: the thread would wait for
+	// ever.
 	ErrForeignFault = errors.New("fault outside of all RAM blocks: give all memory that is registered with the descriptor")
 	// ErrState says that Options.State is not a table of these blocks: it is of another VM or version, or damaged.
 	ErrState = errors.New("the kept page states are not those of this VM's RAM blocks")

@@ -200,7 +200,7 @@ func (d *Daemon) serve(conn net.Conn) {
 		}
 		binary.BigEndian.PutUint32(header, uint32(headerSize+len(reply)))
 		d.mu.Lock() // events are written by others
-		_, err = conn.Write(append(header, reply...))
+		_, err = conn.Write(slices.Concat(header, reply))
 		d.mu.Unlock()
 		if err != nil {
 			return
