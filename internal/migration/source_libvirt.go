@@ -17,6 +17,9 @@ func (s *Source) noteDefined(answer *migratedv1.WatchIncomingResponse) {
 	if answer.Defined == nil || !s.cfg.Spec.GetUndefineSource() {
 		return
 	}
+	if s.definedThere != nil && *s.definedThere == answer.GetDefined() {
+		return // it says so with all of its figures
+	}
 	s.definedThere = answer.Defined
 	if err := s.cfg.Records.noteDefined(s.cfg.ID, answer.GetDefined()); err != nil {
 		s.log.Warn("cannot record that the domain is defined at the destination", "error", err)
