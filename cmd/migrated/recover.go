@@ -44,7 +44,8 @@ type fallbackCmd struct {
 
 func (fallbackCmd) Help() string {
 	return `Run on the source, after the switch, when the destination is lost for good. Continues the VM here as it ` +
-		`was at the switch; what it did since then is lost. If the VM still runs at the destination, it runs ` +
+		`was at the switch; what it did since then is lost. The destination is asked first, and if it answers ` +
+		`that it has the VM, the command is refused. If it does not answer and the VM still runs there, it runs ` +
 		`twice and corrupts its disks; no daemon can check this.
 
 Its disks are not as they were at the switch: they have what the VM wrote at the destination, and its memory here ` +
