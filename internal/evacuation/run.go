@@ -5,6 +5,7 @@ package evacuation
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"sync"
@@ -254,10 +255,18 @@ func (e *evacuation) takeUp(ctx context.Context) {
 // finish ends the evacuation. VMs that were started meanwhile are added to it, because the host is not empty.
 func (e *evacuation) finish(ctx context.Context) {
 	var late []*migratedv1.HostVM
-	if all, err := e.allVMs(ctx); err == nil && len(e.spec.GetVms()) == 0 {
-		late = slices.DeleteFunc(all, e.isKnown)
+	var unknown error
+	if len(e.spec.GetVms()) == 0 {
+		all, err := e.allVMs(ctx)
+		if unknown = err; err == nil {
+			late = slices.DeleteFunc(all, e.isKnown)
+		}
 	}
 	e.update(func(view *migratedv1.Evacuation) {
+		if unknown != nil {
+			view.Warnings = append(view.Warnings,
+				fmt.Sprintf("whether VMs came to this host after the plan was made is not known: %v", unknown))
+		}
 		for _, vm := range late {
 			view.Vms = append(view.Vms, &migratedv1.EvacuatedVM{
 				Vm: vm.GetVm(), Name: vm.GetName(), Pid: vm.GetPid(), Location: migratedv1.Location_LOCATION_SOURCE,

@@ -160,6 +160,29 @@ func TestLateVM(t *testing.T) {
 	want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a moved b:1, late cannot_move ")
 }
 
+// TestVMsNotKnownAtTheEnd: where this host does not say which VMs it has, it is not declared empty.
+func TestVMsNotKnownAtTheEnd(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a")
+		m := open(t, t.Context(), dir, p)
+		if _, err := m.Begin("e", to); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		p.change(func(*migratedv1.HostVM) {}, errors.New("too many open files"))
+		m.Wait()
+		view, _, err := m.Snapshot("e")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a moved b:1")
+		if got := strings.Join(view.GetWarnings(), "\n"); !strings.Contains(got, "not known: too many open files") {
+			t.Errorf("the warnings are %q", got)
+		}
+	})
+}
+
 // TestChangedWhilePaused: after a pause, another VM at an address of the plan is not moved, nor is one that the address
 // does not reach any more, unless it does again soon, as when libvirt's daemon restarts. The location of a VM that is
 // gone is unknown. Nothing begins as long as the host cannot say which VMs it has.

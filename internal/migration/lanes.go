@@ -58,6 +58,9 @@ func openLanes(ctx context.Context, cfg laneConfig) (*lanes, error) {
 		}
 		failures = append(failures, err)
 	}
+	if len(failures) == 0 {
+		failures = append(failures, errors.New("the source names no address at which it serves pages"))
+	}
 	return nil, noLanesError(cfg.id, failures)
 }
 

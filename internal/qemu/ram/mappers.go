@@ -82,8 +82,8 @@ func (mem *Memory) Mapped(blocks []Block) (refused []*Error, unseen int, err err
 	return refused, unseen, mem.process.Alive() // else the maps may be of a process that reused the PID
 }
 
-// eachMaps calls look with the maps of each process. unseen counts the processes whose maps could not be read, without
-// those that have ended.
+// eachMaps calls look with the maps of each process. unseen counts the processes whose maps this process may not read.
+// Any other failure is an error, for example that no descriptor is left.
 func eachMaps(look func(pid int, text []byte)) (unseen int, err error) {
 	pids, err := process.All()
 	if err != nil {
@@ -93,8 +93,10 @@ func eachMaps(look func(pid int, text []byte)) (unseen int, err error) {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH): // it has ended
-		case err != nil:
+		case errors.Is(err, fs.ErrPermission):
 			unseen++
+		case err != nil:
+			return unseen, fmt.Errorf("memory that process %d maps: %w", pid, err)
 		default:
 			look(pid, text)
 		}
