@@ -140,7 +140,11 @@ func outcome(m *migratedv1.Migration) error {
 			message: fmt.Sprintf("migration %s is over: %s", m.GetId(), m.GetError().GetMessage()),
 			vm:      m.GetError().GetVmStatus(),
 			remedy:  m.GetError().GetRemedy() + prefixed("; the domain's definition ", m.GetDefinition())}
-	default:
-		return nil
+	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
+		if e := m.GetError(); e.GetReason() == migratedv1.Reason_REASON_INTERFERED { // the VM runs on both hosts
+			return &failure{exit: exitFailed, message: fmt.Sprintf("migration %s completed, but %s", m.GetId(), e.GetMessage()),
+				vm: e.GetVmStatus(), remedy: e.GetRemedy()}
+		}
 	}
+	return nil
 }

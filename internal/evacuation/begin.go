@@ -31,6 +31,9 @@ func (e *evacuation) beginSome(ctx context.Context, moving int) {
 		}
 		all, err := e.allVMs(ctx)
 		if err != nil {
+			e.updateVM(key(vm.GetVm(), vm.GetPid()), func(v *migratedv1.EvacuatedVM) {
+				v.Error = migration.Describe(fmt.Errorf("which VMs are on this host is not known: %w", err))
+			})
 			return // the next step tries again
 		}
 		switch location, why := changedSince(vm, all); {

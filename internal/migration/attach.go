@@ -11,6 +11,9 @@ import (
 	"github.com/migrated-vm/migrated/internal/qemu/process"
 )
 
+// errOtherQEMU says that another QEMU answers at a monitor's path.
+var errOtherQEMU = errors.New("another QEMU answers")
+
 // attachSame connects to the QEMU with that identity, whose monitor is at path. It fails if another QEMU answers there,
 // and touches that one in no other way. The caller closes the result.
 func attachSame(ctx context.Context, path string, want process.Identity) (*qemu.VM, error) {
@@ -22,7 +25,7 @@ func attachSame(ctx context.Context, path string, want process.Identity) (*qemu.
 	}
 	identity, err := vm.Identity()
 	if err == nil && identity != want {
-		err = fmt.Errorf("%s is another QEMU's by now, process %d", path, vm.Pid)
+		err = fmt.Errorf("%w at %s by now: process %d", errOtherQEMU, path, vm.Pid)
 	}
 	if err != nil {
 		return nil, errors.Join(err, vm.Close())

@@ -53,8 +53,10 @@ func (d *Destination) mayAbandon(ctx context.Context) error {
 	}
 	view, _ := d.Snapshot()
 	switch view.GetState() {
+	case migratedv1.MigrationState_MIGRATION_STATE_FAILED: // this daemon fetches no more memory, whoever serves it
+		return nil
 	case migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_PAUSED,
-		migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER, migratedv1.MigrationState_MIGRATION_STATE_FAILED:
+		migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_RECOVER:
 		if view.GetError().GetReason() == migratedv1.Reason_REASON_SOURCE_QEMU_ENDED {
 			return nil // the source serves only the memory in files
 		}

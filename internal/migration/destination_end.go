@@ -11,6 +11,7 @@ import (
 
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qemu/process"
+	"github.com/migrated-vm/migrated/pkg/postcopy"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -45,11 +46,31 @@ func (d *Destination) end(err error) {
 	case told:
 		// QEMU's userfaultfd stays open: a thread that needs a missing page waits and never reads a zero instead.
 		d.log.Error("failed after the switch", "error", err)
+		d.awaitExit(err)
 		d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, d.explain(err), d.whereFailed())
 	case err == nil:
 		d.giveUp(errors.New("all memory arrived before the source told the destination to run the VM"))
 	default:
 		d.giveUp(err)
+	}
+}
+
+// awaitExit waits up to exitTimeout for the end of a QEMU that is about to end, as err or its monitor says: else the VM
+// would be reported as one that is still here.
+func (d *Destination) awaitExit(err error) {
+	gone := errors.Is(err, postcopy.ErrProcessGone)
+	ctx, cancel := context.WithTimeout(context.Background(), exitTimeout)
+	defer cancel()
+	switch {
+	case d.vm != nil && (gone || d.vm.QMP.Err() != nil):
+		err = d.vm.WaitExit(ctx)
+	case d.vm == nil && gone && d.exit != nil:
+		_, err = d.exit.Status(ctx)
+	default:
+		return
+	}
+	if err != nil {
+		d.log.Warn("the destination QEMU is about to end, and has not yet", "error", err)
 	}
 }
 

@@ -62,7 +62,7 @@ func (d *Destination) SetBandwidth(limit uint64) (uint64, error) {
 	}
 	d.limitMu.Lock()
 	defer d.limitMu.Unlock()
-	if d.released {
+	if d.released || d.engine == nil { // all memory is here
 		return 0, errOver
 	}
 	d.kept.header().bandwidth.Store(limit)

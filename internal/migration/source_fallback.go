@@ -66,8 +66,11 @@ func (s *Source) checkBefore() error {
 // checkGone fails if the destination answers, and has the VM or has had its end.
 func (s *Source) checkGone(ctx context.Context) error {
 	answer, err := s.askDestination(ctx)
-	if answer == nil || err != nil {
-		return err
+	if err != nil {
+		s.log.Warn("only the operator says that the destination is gone", "error", err)
+	}
+	if answer == nil {
+		return nil
 	}
 	destination, look := s.cfg.Spec.GetDestination(), "look there with 'migrated status "+s.cfg.ID+"'"
 	switch state := answer.GetState(); {
@@ -77,7 +80,7 @@ func (s *Source) checkGone(ctx context.Context) error {
 		return withRemedy(fmt.Errorf("destination %s answers that it has the whole VM", destination), look)
 	case !Terminal(state) || answer.GetLocation() == migratedv1.Location_LOCATION_DESTINATION:
 		return withRemedy(fmt.Errorf("destination %s answers, and has the VM", destination),
-			look+"; to have the VM here, end it there first: its QEMU must be gone")
+			look+"; to have the VM here, end its QEMU there first, then restart the daemon there, which says so")
 	}
 	return nil
 }

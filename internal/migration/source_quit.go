@@ -13,7 +13,7 @@ import (
 )
 
 // longestQuitPause bounds the pause between two attempts to end a QEMU that nobody needs.
-const longestQuitPause = time.Minute
+const longestQuitPause = 10 * time.Second
 
 // endSourceVM ends what is left of the VM here. Nobody needs it any more: all of the VM is at the destination, or the
 // VM ended there by itself, for the reason ended. show is called to show the migration as over.
@@ -31,13 +31,15 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 		err = s.endQEMU(ended, files)
 	}
 	testPoint("source-quit")
-	show()
-	switch {
-	case s.cfg.Spec.GetKeepSource(): // the record keeps that QEMU from being taken for the VM while it lives
-	case errors.Is(err, errContinued):
+	if errors.Is(err, errContinued) {
 		s.log.Error("the source's QEMU is left alone", "reason", err)
 		s.showContinuedHere(ended)
 		s.reportAndForget()
+		return
+	}
+	show()
+	switch {
+	case s.cfg.Spec.GetKeepSource(): // the record keeps that QEMU from being taken for the VM while it lives
 	case err != nil:
 		s.log.Warn("the source's QEMU is stopped and no longer needed, and is not ended yet", "error", err)
 		s.report()
@@ -50,9 +52,7 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 // endQEMU ends the source's QEMU, and removes the files of its memory. ended is as in endSourceVM. It leaves the QEMU
 // alone, and returns errContinued, if somebody has continued the VM: it is in use.
 func (s *Source) endQEMU(ended migratedv1.Reason, files []ram.File) error {
-	ctx, cancel := context.WithTimeout(context.Background(), stoppedTimeout+quitTimeout)
-	defer cancel()
-	err := s.checkStopped(ctx)
+	err := s.checkStopped(context.Background())
 	if errors.Is(err, errStoppedUnknown) && s.vm.QMP.Err() == nil {
 		err = nil // QEMU hangs, and has not said on this connection that the VM was continued
 	}
@@ -60,6 +60,8 @@ func (s *Source) endQEMU(ended migratedv1.Reason, files []ram.File) error {
 		return err
 	}
 	s.undefine(ended, s.qemuEnded) // has a time limit of its own
+	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
+	defer cancel()
 	switch err := s.vm.Quit(ctx); {
 	case errors.Is(err, libvirt.ErrOwner): // QEMU has ended
 		s.log.Error("an image of the VM may have the wrong owner now", "error", err)
@@ -70,18 +72,22 @@ func (s *Source) endQEMU(ended migratedv1.Reason, files []ram.File) error {
 	return nil
 }
 
-// showContinuedHere shows, after the migration is shown as over, that somebody continued the VM here although it was at
-// the destination. ended is why it ended there; unspecified: it did not.
+// showContinuedHere shows a migration as over whose VM somebody continued here although it was at the destination.
+// ended is why it ended there; unspecified: it did not.
 func (s *Source) showContinuedHere(ended migratedv1.Reason) {
+	if ended != migratedv1.Reason_REASON_UNSPECIFIED {
+		how := endingForReason(ended)
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED, withRemedy(withReason(how, how.reason),
+			"check the file systems of the VM on the source: its memory is that of the switch, "+
+				"and its disks have what it wrote on the destination"), whereabouts{
+			migratedv1.Location_LOCATION_SOURCE,
+			"the VM has ended on the destination, and was continued on the source, where it is now",
+		})
+		return
+	}
 	s.update(func(m *migratedv1.Migration) {
-		if ended == migratedv1.Reason_REASON_UNSPECIFIED {
-			m.Error = runsTwiceError()
-			return
-		}
-		m.Location = migratedv1.Location_LOCATION_SOURCE
-		m.Error.VmStatus = "the VM has ended on the destination, and was continued on the source, where it is now"
-		m.Error.Remedy = "check the file systems of the VM on the source: its memory is that of the switch, " +
-			"and its disks have what it wrote on the destination"
+		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.Location_LOCATION_DESTINATION
+		m.Error = runsTwiceError()
 	})
 }
 
@@ -103,7 +109,7 @@ func (s *Source) endLater() {
 			err := s.endRecorded(rec)
 			if errors.Is(err, errContinued) {
 				s.log.Error("the source's QEMU is left alone", "reason", err)
-				s.removeRecord()
+				s.removeRecordOf(rec)
 				return
 			}
 			if err != nil {
@@ -111,24 +117,35 @@ func (s *Source) endLater() {
 			}
 		}
 		s.removeRAMFiles(rec.RAMFiles)
-		s.removeRecord()
+		s.removeRecordOf(rec)
 	}()
+}
+
+// removeRecordOf removes the record, unless the migration was deleted meanwhile and another one of its id has written
+// its own.
+func (s *Source) removeRecordOf(rec Record) {
+	now, found, err := s.cfg.Records.find(s.cfg.ID)
+	if err == nil && found && now.Identity == rec.Identity && now.HandedOver.Equal(rec.HandedOver) {
+		s.removeRecord()
+	}
 }
 
 // endRecorded ends the QEMU of the record. It leaves the QEMU alone, and returns errContinued, if the VM runs.
 func (s *Source) endRecorded(rec Record) error {
-	ctx, cancel := context.WithTimeout(context.Background(), attachTimeout+quitTimeout)
-	defer cancel()
-	vm, err := attachSame(ctx, rec.VM, rec.Identity)
+	vm, err := attachSame(context.Background(), rec.VM, rec.Identity)
 	if err != nil {
 		return err
 	}
-	running, err := vm.Running(ctx)
+	asking, cancel := context.WithTimeout(context.Background(), stoppedTimeout)
+	defer cancel()
+	running, err := vm.Running(asking)
 	switch {
 	case err == nil && running:
 		err = errContinued
 	case err == nil:
-		s.undefine(migratedv1.Reason(rec.Ended), vm.Ended)
+		s.undefine(migratedv1.Reason(rec.Ended), vm.Ended) // has a time limit of its own
+		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
+		defer cancel()
 		if err = vm.Quit(ctx); errors.Is(err, libvirt.ErrOwner) { // QEMU has ended
 			s.log.Error("an image of the VM may have the wrong owner now", "error", err)
 			err = nil

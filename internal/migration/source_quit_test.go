@@ -3,6 +3,7 @@
 package migration
 
 import (
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -88,6 +89,21 @@ func TestSourceQEMUIsEndedLater(t *testing.T) {
 	}
 }
 
+// TestDeletedMigrationLeavesALaterOneAlone: a migration of the same id has begun before the earlier one's QEMU was
+// found to have ended. Its record stays.
+func TestDeletedMigrationLeavesALaterOneAlone(t *testing.T) {
+	s := committed(t)
+	rec, found, err := s.records.find("m1")
+	if err != nil || !found {
+		t.Fatalf("the record: %v, %v", found, err)
+	}
+	rec.HandedOver = rec.HandedOver.Add(-time.Minute)
+	s.source.removeRecordOf(rec)
+	if _, found, err := s.records.find("m1"); err != nil || !found {
+		t.Errorf("the later one's record is gone: %v, %v", found, err)
+	}
+}
+
 // TestOldRecordDoesNotContinueTheVM: a migration could not continue the VM, and left its record. A later one has handed
 // the VM over. A restarted daemon does not continue the VM for the first one.
 func TestOldRecordDoesNotContinueTheVM(t *testing.T) {
@@ -108,7 +124,7 @@ func TestOldRecordDoesNotContinueTheVM(t *testing.T) {
 	<-source.Done()
 	view, _ := source.Snapshot()
 	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED ||
-		!strings.Contains(view.GetError().GetMessage(), "another migration has handed the VM over since: m1") {
+		!strings.Contains(view.GetError().GetMessage(), "or is moving it: m1") {
 		t.Errorf("it is %v: %v", view.GetState(), view.GetError())
 	}
 	if s.vmRuns(t) || !s.handedOver(t) {
@@ -166,4 +182,45 @@ func TestVMThatCouldNotBeContinued(t *testing.T) {
 		t.Errorf("it is %v: %v", view.GetState(), view.GetError())
 	}
 	s.noRecord(t)
+}
+
+// TestVMMovedByALaterMigration: while a restarted daemon waits for the monitor, the VM went on, and a later migration
+// has removed the record, moved the VM and ended its QEMU. The VM is not declared to be nowhere.
+func TestVMMovedByALaterMigration(t *testing.T) {
+	s, monitor := stoppedByDaemon(t)
+	s.takeUp(t)
+	s.awaitView(t, notConnected)
+	if err := errors.Join(s.records.Remove("m1"), s.qemu.Process.Kill(), monitor.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, errSuperseded.Error())
+	if view, _ := s.source.Snapshot(); view.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN {
+		t.Errorf("the VM is at %v", view.GetLocation())
+	}
+}
+
+// TestFallBackWhileTheMonitorIsHeld: the command fails at once if this host's QEMU cannot be continued, and the
+// migration is not shown as one that fell back.
+func TestFallBackWhileTheMonitorIsHeld(t *testing.T) {
+	s := committed(t)
+	monitor, err := qemu.Attach(t.Context(), s.vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.peer.setWatch(unreachable)
+	s.takeUp(t)
+	s.awaitView(t, notConnected)
+	if err := s.source.FallBack(t.Context()); err == nil || Remedy(err) == "" {
+		t.Errorf("it fell back: %v", err)
+	}
+	view, _ := s.source.Snapshot()
+	if view.GetError().GetReason() == migratedv1.Reason_REASON_FELL_BACK || !s.handedOver(t) {
+		t.Errorf("it is shown as %v", view)
+	}
+	if err := monitor.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.source.FallBack(t.Context()); err != nil || !s.vmRuns(t) {
+		t.Errorf("with the monitor free: %v", err)
+	}
 }

@@ -3,6 +3,7 @@
 package migration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,9 +18,9 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errSuperseded says that another migration has handed the VM over since. What this one's record says is not true any
-// more.
-var errSuperseded = errors.New("another migration has handed the VM over since")
+// errSuperseded says that what the record of a migration says is not true any more: the VM went on, and another
+// migration has begun.
+var errSuperseded = errors.New("another migration has moved the VM since, or is moving it")
 
 // errDaemonEnded is why the daemon that began a migration did not finish it.
 var errDaemonEnded = errors.New("the daemon ended in the middle of the migration")
@@ -92,19 +93,19 @@ func (s *Source) finishCompleted(rec Record) {
 		s.removeRAMFiles(rec.RAMFiles)
 	}
 	ended := migratedv1.Reason(rec.Ended)
-	if ended != migratedv1.Reason_REASON_UNSPECIFIED {
-		s.showEnded(endingForReason(ended))
-	} else {
-		s.showCompleted()
-	}
 	switch {
-	case gone:
-		s.reportAndForget()
-	case keep:
 	case errors.Is(err, errContinued):
 		s.log.Error("the source's QEMU is left alone", "reason", err)
 		s.showContinuedHere(ended)
+	case ended != migratedv1.Reason_REASON_UNSPECIFIED:
+		s.showEnded(endingForReason(ended))
+	default:
+		s.showCompleted()
+	}
+	switch {
+	case gone, errors.Is(err, errContinued):
 		s.reportAndForget()
+	case keep:
 	default:
 		s.log.Warn("the source's QEMU is stopped and no longer needed, and is not ended yet", "error", err)
 		s.report()
@@ -117,17 +118,14 @@ func (s *Source) finishCompleted(rec Record) {
 func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
 	defer cancel()
+	if !rec.Committed {
+		if err := s.checkSuperseded(rec); err != nil {
+			return err
+		}
+	}
 	if !rec.Alive() {
 		s.removeRecord()
 		return fmt.Errorf("%w: process %d is gone", errOurQEMUGone, rec.PID)
-	}
-	if !rec.Committed {
-		if later, found, err := s.cfg.Records.ForVM(rec.PID); err != nil {
-			return err
-		} else if found {
-			s.removeRecord()
-			return fmt.Errorf("%w: %s", errSuperseded, later.ID)
-		}
 	}
 	vm, err := attachSame(ctx, rec.VM, rec.Identity)
 	if err != nil {
@@ -163,6 +161,20 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	return nil
 }
 
+// checkSuperseded returns errSuperseded if another migration has begun since this one stopped the VM. It has removed
+// this one's record then, or has handed the VM over.
+func (s *Source) checkSuperseded(rec Record) error {
+	if _, found, err := s.cfg.Records.find(rec.ID); err != nil || !found {
+		return cmp.Or(err, errSuperseded)
+	}
+	later, found, err := s.cfg.Records.ForVM(rec.PID)
+	if err != nil || !found {
+		return err
+	}
+	s.removeRecord()
+	return fmt.Errorf("%w: %s", errSuperseded, later.ID)
+}
+
 // savesDevices is the first version of the protocol in which the source saves the device state, and in which all memory
 // of the VM is moved as blocks.
 const savesDevices = 2
@@ -186,10 +198,13 @@ func blocksInOrder(rec Record, now []ram.Block) ([]ram.Block, error) {
 }
 
 // retryTakeUp repeats takeUp until it succeeds, if QEMU's monitor was somebody else's when the daemon started. err is
-// the first failure. The VM stands still until then, so neither a cancellation nor a limit ends the attempts: only
-// QEMU's end and the daemon's do.
-func (s *Source) retryTakeUp(rec Record, err error) error {
-	for err != nil && s.vm == nil && !errors.Is(err, errOurQEMUGone) && !errors.Is(err, errSuperseded) {
+// the first failure. Before the commit point the VM stands still until then, so neither a cancellation nor a limit ends
+// the attempts: only QEMU's end and the daemon's do. After it, FallBack and Release also end them, by ctx.
+func (s *Source) retryTakeUp(ctx context.Context, rec Record, err error) error {
+	if !rec.Committed {
+		ctx = s.daemonCtx
+	}
+	for err != nil && s.vm == nil && !isFinal(err) {
 		s.log.Warn("the VM's QEMU does not answer yet", "error", err)
 		state := migratedv1.MigrationState_MIGRATION_STATE_DEVICE
 		if rec.Committed {
@@ -198,12 +213,17 @@ func (s *Source) retryTakeUp(rec Record, err error) error {
 		s.fail(state, withRemedy(fmt.Errorf("%w (%w)", err, errDaemonEnded), "make sure that "+rec.VM+
 			" can be connected to (no other QMP client; libvirt's daemon runs): the VM waits, and this daemon tries again"),
 			s.whereNotTakenUp())
-		if sleep(s.daemonCtx, time.Second) != nil {
+		if sleep(ctx, time.Second) != nil {
 			return err
 		}
-		err = s.takeUp(s.daemonCtx, rec)
+		err = s.takeUp(ctx, rec)
 	}
 	return err
+}
+
+// isFinal reports whether another attempt to take a migration up would fail in the same way.
+func isFinal(err error) bool {
+	return errors.Is(err, errOurQEMUGone) || errors.Is(err, errSuperseded) || errors.Is(err, errOtherQEMU)
 }
 
 // whereNotTakenUp returns where the VM is while this daemon, which was started again, is not connected to its QEMU.
@@ -219,15 +239,15 @@ func (s *Source) runTakenUp(ctx context.Context, rec Record, err error) {
 	defer close(s.done)
 	defer s.cancel(nil)
 	defer s.release()
-	err = s.retryTakeUp(rec, err)
+	err = s.retryTakeUp(ctx, rec, err)
 	switch {
 	case errors.Is(err, errContinued) && s.isCommitted() && s.peer != nil:
 		s.retractHandOver(ctx)
-	case err != nil && s.vm == nil && s.daemonCtx.Err() != nil:
+	case err != nil && s.vm == nil && !isFinal(err) && s.daemonCtx.Err() != nil:
 		s.leaveToNextDaemon(err, s.whereNotTakenUp())
 	case err != nil && (s.isCommitted() || s.vm == nil):
 		s.log.Error("cannot take up the migration", "error", err)
-		remedy, where := s.notTakenUp(err)
+		remedy, where := s.notTakenUp(rec, err)
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 			withRemedy(fmt.Errorf("%w (%w)", err, errDaemonEnded), remedy), where)
 	case !s.isCommitted():
@@ -243,13 +263,16 @@ func (s *Source) runTakenUp(ctx context.Context, rec Record, err error) {
 }
 
 // notTakenUp returns the remedy for a migration that this daemon cannot take up because of err, and where its VM is.
-func (s *Source) notTakenUp(err error) (remedy string, where whereabouts) {
+func (s *Source) notTakenUp(rec Record, err error) (remedy string, where whereabouts) {
 	where = whereabouts{migratedv1.Location_LOCATION_UNKNOWN, "this daemon did not touch the VM"}
 	switch gone := errors.Is(err, errOurQEMUGone); {
 	case gone && !s.isCommitted(): // the destination was never told to run the VM
 		return remedyStart, whereabouts{migratedv1.Location_LOCATION_ENDED, endedStatus}
 	case errors.Is(err, errSuperseded):
 		return "see 'migrated list' for where the VM is", where
+	case !s.isCommitted():
+		return fmt.Sprintf("continue the VM of process %d with QMP 'cont' on another monitor of it; or, "+
+			"when its monitor is at %s again, restart this daemon", rec.PID, rec.VM), where
 	case gone:
 		where.words = endedStatus
 		return fmt.Sprintf(remedyEndVM, s.cfg.ID), where

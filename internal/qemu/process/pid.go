@@ -4,7 +4,9 @@ package process
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -86,8 +88,13 @@ func hasThread(pid, tid int) bool {
 	return false
 }
 
+// looksLikeQEMU says whether a process has the name of a QEMU. One whose name this process may not read is none that it
+// could move: under SELinux that is most of the host's services.
 func looksLikeQEMU(pid int) (bool, error) {
 	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	if errors.Is(err, fs.ErrPermission) {
+		return false, nil
+	}
 	// libvirt makes QEMU name its threads after the guest, but the first thread keeps its name.
 	return strings.HasPrefix(string(name), "qemu") || strings.HasPrefix(string(name), "kvm"), err
 }
