@@ -19,7 +19,7 @@ var errReleased = errors.New("an operator declared that the VM is at the destina
 	"or has ended there (migrated release)")
 
 // askTimeout bounds how long a destination may take to report the state of a migration.
-const askTimeout = 5 * time.Second
+const askTimeout = 3 * time.Second
 
 // Release ends a migration after the commit point, and what is left of the VM here, because the VM is at a destination
 // that cannot say so. The caller has to know that the VM needs nothing of the source any more. If the destination
