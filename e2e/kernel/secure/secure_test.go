@@ -57,6 +57,8 @@ var claims = []struct {
 	{"there-arrived", "every page is there when the migration is complete", "whole", "whole"},
 	{"there-guest", "the vCPU goes on", "counts", "counts"},
 	{"there-memory", "the memory is what the guest wrote", "verified", "verified"},
+	{"there-vms", "the daemon lists the VMs of its host", "listed", "listed"},
+	{"there-evacuation", "and writes an evacuation down", "written", "written"},
 	{"there-log", "nothing was refused on the way", "clean", "clean"},
 	{"there-stranger-create", "a domain that the policy does not name may not create a userfaultfd", "EACCES", "EACCES"},
 

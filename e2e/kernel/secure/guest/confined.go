@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -38,7 +39,33 @@ func (s *scene) there(ctx context.Context, _ *audit) error {
 	}
 	check("domains", "confined", s.domains())
 	id := s.id()
-	return s.starve(ctx, "there", id, s.attach(id, "--require-secure"), func() error { return nil })
+	err := s.starve(ctx, "there", id, s.attach(id, "--require-secure"), func() error { return nil })
+	if err == nil {
+		s.operates(ctx, "there")
+	}
+	return err
+}
+
+// operates checks what a confined daemon needs besides a migration: to look for the VMs of its host among processes
+// that it may not look into, and to write an evacuation down.
+func (s *scene) operates(ctx context.Context, name string) {
+	h := s.from()
+	said, err := h.operate(ctx, "vms")
+	if err == nil && !strings.Contains(said, fmt.Sprint(h.qemu())) {
+		err = fmt.Errorf("QEMU, process %d, is not among them:\n%s", h.qemu(), said)
+	}
+	check(name+"-vms", "listed", err)
+	// There is no such VM: nothing is moved, and that is written down.
+	if said, err = h.operate(ctx, "evacuate", "--plan", "--to", s.to().daemonAddr(), "--vm", "nobody"); err == nil {
+		err = fmt.Errorf("a VM that does not exist can be moved:\n%s", said)
+	} else {
+		var kept []string
+		kept, err = filepath.Glob(h.path(daemonDir+"/evacuations/*"))
+		if err == nil && len(kept) == 0 {
+			err = fmt.Errorf("nothing is written down: %s", said)
+		}
+	}
+	check(name+"-evacuation", "written", err)
 }
 
 // starve migrates, and stops the source's daemon right after the switch, so that no page comes: the vCPU must fault on
