@@ -52,7 +52,7 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 		waiting := startVM(s.T, l.B, small, "-S", "-incoming", "defer")
 		spec := s.spec()
 		spec.DestinationQmp = lab.QMPPath
-		s.failed(migrateSpec(s.T, l.A, "ram", spec), stateFailed, "RAM sizes differ", "ram0")
+		m := migrateSpec(s.T, l.A, "ram", spec)
 		s.destinationSays("ram", "RAM sizes differ")
 		if qemuOn(s.T, l.B) == 0 {
 			s.Error("the QEMU that was refused has ended, and may be another VM's")
@@ -60,6 +60,7 @@ func TestFailureBeforeTheSwitch(t *testing.T) {
 		if err := waiting.Kill(); err != nil {
 			s.Fatal(err)
 		}
+		s.failed(m, stateFailed, "RAM sizes differ", "ram0")
 	})
 	run("device load error", func(s *scene) {
 		s.writeTemplate(templateWithoutMSIX)
