@@ -60,7 +60,7 @@ func (s *scene) operates(ctx context.Context, name string) {
 		err = fmt.Errorf("a VM that does not exist can be moved:\n%s", said)
 	} else {
 		var kept []string
-		kept, err = filepath.Glob(h.path(daemonDir+"/evacuations/*"))
+		kept, err = filepath.Glob(h.path(daemonDir + "/evacuations/*"))
 		if err == nil && len(kept) == 0 {
 			err = fmt.Errorf("nothing is written down: %s", said)
 		}
