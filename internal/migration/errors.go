@@ -109,13 +109,18 @@ func fromPeer(step, peer string, err error) error {
 	if reason == migratedv1.Reason_REASON_UNSPECIFIED {
 		reason = reasonOfStatus(st.Code())
 	}
+	return withTold(wrapped, reason, PeerRemedy(peer, err))
+}
+
+// withTold adds to err the reason and the remedy that another daemon, or this one's API, told, where it told one.
+func withTold(err error, reason migratedv1.Reason, remedy string) error {
 	if reason != migratedv1.Reason_REASON_UNSPECIFIED { // else keep a reason that an error inside may have
-		wrapped = withReason(wrapped, reason)
+		err = withReason(err, reason)
 	}
-	if remedy := PeerRemedy(peer, err); remedy != "" {
-		return withRemedy(wrapped, remedy)
+	if remedy != "" {
+		err = withRemedy(err, remedy)
 	}
-	return wrapped
+	return err
 }
 
 // FromPeer is fromPeer for calls to the destination that other packages make.
@@ -129,14 +134,7 @@ func FromStatus(err error) error {
 	}
 	st := status.Convert(err)
 	reason, remedy := detailsOf(st)
-	err = errors.New(st.Message())
-	if reason != migratedv1.Reason_REASON_UNSPECIFIED {
-		err = withReason(err, reason)
-	}
-	if remedy != "" {
-		err = withRemedy(err, remedy)
-	}
-	return err
+	return withTold(errors.New(st.Message()), reason, remedy)
 }
 
 // detailsOf returns the reason and the remedy that a status carries, if it does. See ToStatus.

@@ -21,19 +21,16 @@ var errFallBack = errors.New("an operator declared the destination gone (migrate
 func (s *Source) FallBack(ctx context.Context) error {
 	s.declareMu.Lock()
 	defer s.declareMu.Unlock()
-	if err := s.checkBefore(); err != nil {
+	if err := s.mayFallBack(); err != nil {
 		return err
 	}
 	if err := s.checkGone(ctx); err != nil {
 		return err
 	}
-	s.cancel(errFallBack)
-	select { // once done is closed, pages are not served and Run is not repeated
-	case <-s.done:
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	if err := s.endFor(ctx, errFallBack); err != nil {
+		return err
 	}
-	if err := s.checkBefore(); err != nil { // it may have ended at this moment
+	if err := s.mayFallBack(); err != nil { // it may have ended at this moment
 		return err
 	}
 	where, err := s.continueHandedOver(ctx)
@@ -48,8 +45,8 @@ func (s *Source) FallBack(ctx context.Context) error {
 	return nil
 }
 
-// checkBefore fails if this daemon knows that the VM is not to be continued here.
-func (s *Source) checkBefore() error {
+// mayFallBack fails if this daemon knows that the VM is not to be continued here.
+func (s *Source) mayFallBack() error {
 	switch view, _ := s.Snapshot(); view.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
 		return errors.New("the migration completed: the whole VM is at the destination")

@@ -285,12 +285,8 @@ func (s *Source) watchIdlePeer(ctx context.Context) error {
 		}
 		if Terminal(answer.GetState()) {
 			told := answer.GetError()
-			err := withReason(fmt.Errorf("wait for start: destination %s gave up: %s", destination, told.GetMessage()),
-				told.GetReason())
-			if told.GetRemedy() != "" {
-				err = withRemedy(err, told.GetRemedy())
-			}
-			return err
+			return withTold(fmt.Errorf("wait for start: destination %s gave up: %s", destination, told.GetMessage()),
+				told.GetReason(), told.GetRemedy())
 		}
 		s.update(func(m *migratedv1.Migration) { m.DestinationQemu = toldQEMU(answer.GetQemu()) })
 	}

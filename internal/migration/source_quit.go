@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/libvirt"
+	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -26,25 +27,31 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 		s.log.Warn("cannot record that all memory has left", "error", err)
 	}
 	testPoint("source-completing")
-	var err error
-	if !s.cfg.Spec.GetKeepSource() {
-		err = s.endQEMU(ended, files)
+	if s.cfg.Spec.GetKeepSource() { // the record keeps that QEMU from being taken for the VM while it lives
+		testPoint("source-quit")
+		show()
+		return
 	}
+	err := s.endQEMU(ended, files)
 	testPoint("source-quit")
-	if errors.Is(err, errContinued) {
+	s.showOver(ended, show, err)
+}
+
+// showOver shows a migration as over whose QEMU was to end, and reports it. err is what came of that: errContinued, why
+// QEMU has not ended, or nil. ended and show are as in endSourceVM.
+func (s *Source) showOver(ended migratedv1.Reason, show func(), err error) {
+	switch {
+	case errors.Is(err, errContinued):
 		s.log.Error("the source's QEMU is left alone", "reason", err)
 		s.showContinuedHere(ended)
 		s.reportAndForget()
-		return
-	}
-	show()
-	switch {
-	case s.cfg.Spec.GetKeepSource(): // the record keeps that QEMU from being taken for the VM while it lives
 	case err != nil:
+		show()
 		s.log.Warn("the source's QEMU is stopped and no longer needed, and is not ended yet", "error", err)
 		s.report()
 		s.endLater()
 	default:
+		show()
 		s.reportAndForget()
 	}
 }
@@ -59,17 +66,25 @@ func (s *Source) endQEMU(ended migratedv1.Reason, files []ram.File) error {
 	if err != nil {
 		return err
 	}
-	s.undefine(ended, s.qemuEnded) // has a time limit of its own
-	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
-	defer cancel()
-	switch err := s.vm.Quit(ctx); {
-	case errors.Is(err, libvirt.ErrOwner): // QEMU has ended
-		s.log.Error("an image of the VM may have the wrong owner now", "error", err)
-	case err != nil:
+	if err := s.quit(s.vm, ended); err != nil {
 		return err
 	}
 	s.removeRAMFiles(files)
 	return nil
+}
+
+// quit undefines the domain, if there is one and that is asked for, and ends its QEMU. The VM must stand still. ended
+// is as in endSourceVM.
+func (s *Source) quit(vm *qemu.VM, ended migratedv1.Reason) error {
+	s.undefine(ended, vm.Ended) // has a time limit of its own
+	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
+	defer cancel()
+	err := vm.Quit(ctx)
+	if errors.Is(err, libvirt.ErrOwner) { // QEMU has ended
+		s.log.Error("an image of the VM may have the wrong owner now", "error", err)
+		return nil
+	}
+	return err
 }
 
 // showContinuedHere shows a migration as over whose VM somebody continued here although it was at the destination.
@@ -143,13 +158,7 @@ func (s *Source) endRecorded(rec Record) error {
 	case err == nil && running:
 		err = errContinued
 	case err == nil:
-		s.undefine(migratedv1.Reason(rec.Ended), vm.Ended) // has a time limit of its own
-		ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
-		defer cancel()
-		if err = vm.Quit(ctx); errors.Is(err, libvirt.ErrOwner) { // QEMU has ended
-			s.log.Error("an image of the VM may have the wrong owner now", "error", err)
-			err = nil
-		}
+		err = s.quit(vm, migratedv1.Reason(rec.Ended))
 	}
 	return errors.Join(err, vm.Close())
 }

@@ -37,11 +37,8 @@ func (s *Source) Release(ctx context.Context) error {
 	if err := s.checkReleasable(ctx); err != nil {
 		return err
 	}
-	s.cancel(errReleased)
-	select { // once done is closed, pages are not served and Run is not repeated
-	case <-s.done:
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	if err := s.endFor(ctx, errReleased); err != nil {
+		return err
 	}
 	switch view, _ := s.Snapshot(); {
 	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED,
@@ -61,6 +58,18 @@ func (s *Source) Release(ctx context.Context) error {
 		"the VM is on the destination, as its operator said; nothing of it is left on the source",
 	})
 	return nil
+}
+
+// endFor ends what this daemon does for the migration, because of cause, and returns when pages are served no more and
+// Run is not repeated, or when ctx ends.
+func (s *Source) endFor(ctx context.Context, cause error) error {
+	s.cancel(cause)
+	select {
+	case <-s.done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // checkReleasable fails if the destination answers and still needs the source.

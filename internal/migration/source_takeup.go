@@ -88,28 +88,18 @@ func (s *Source) finishCompleted(rec Record) {
 	if rec.Alive() && !keep {
 		err = s.endRecorded(rec)
 	}
-	gone := !rec.Alive()
-	if gone {
+	ended, show := migratedv1.Reason(rec.Ended), s.showCompleted
+	if ended != migratedv1.Reason_REASON_UNSPECIFIED {
+		show = func() { s.showEnded(endingForReason(ended)) }
+	}
+	switch {
+	case !rec.Alive():
 		s.removeRAMFiles(rec.RAMFiles)
-	}
-	ended := migratedv1.Reason(rec.Ended)
-	switch {
-	case errors.Is(err, errContinued):
-		s.log.Error("the source's QEMU is left alone", "reason", err)
-		s.showContinuedHere(ended)
-	case ended != migratedv1.Reason_REASON_UNSPECIFIED:
-		s.showEnded(endingForReason(ended))
-	default:
-		s.showCompleted()
-	}
-	switch {
-	case gone, errors.Is(err, errContinued):
-		s.reportAndForget()
+		s.showOver(ended, show, nil)
 	case keep:
+		show()
 	default:
-		s.log.Warn("the source's QEMU is stopped and no longer needed, and is not ended yet", "error", err)
-		s.report()
-		s.endLater()
+		s.showOver(ended, show, err)
 	}
 }
 
