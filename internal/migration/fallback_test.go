@@ -7,8 +7,6 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -42,13 +40,7 @@ func TestFallBackAsksTheDestination(t *testing.T) {
 		}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			asked := make(chan struct{})
-			s := newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
-				if attempt == 1 {
-					close(asked)
-				}
-				return nil, status.Error(codes.Unavailable, "a broken wire")
-			})
+			s, asked := unanswered(t)
 			s.peer.setWatch(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
 				return stream.Send(c.answer)
 			})

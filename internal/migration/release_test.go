@@ -73,13 +73,7 @@ func TestReleaseIsRefused(t *testing.T) {
 		}, "has not got the VM"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			asked := make(chan struct{})
-			s := newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
-				if attempt == 1 {
-					close(asked)
-				}
-				return nil, status.Error(codes.Unavailable, "a broken wire")
-			})
+			s, asked := unanswered(t)
 			s.peer.setWatch(func(stream grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
 				return stream.Send(c.answer)
 			})

@@ -46,16 +46,23 @@ func (s *stage) takeUpConfig() SourceConfig {
 	return cfg
 }
 
+// unanswered returns a stage whose destination does not answer Run. asked is closed when it is first told to run the
+// VM.
+func unanswered(t *testing.T) (s *stage, asked <-chan struct{}) {
+	t.Helper()
+	told := make(chan struct{})
+	return newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
+		if attempt == 1 {
+			close(told)
+		}
+		return nil, status.Error(codes.Unavailable, "a broken wire")
+	}), told
+}
+
 // committed returns a stage whose source ended after the commit point, with its hand-over unanswered.
 func committed(t *testing.T) *stage {
 	t.Helper()
-	asked := make(chan struct{})
-	s := newStage(t, t.Context(), func(attempt int) (*migratedv1.RunResponse, error) {
-		if attempt == 1 {
-			close(asked)
-		}
-		return nil, status.Error(codes.Unavailable, "a broken wire")
-	})
+	s, asked := unanswered(t)
 	s.source.Start()
 	<-asked
 	s.source.cancel(errors.New("the daemon ends"))
@@ -125,11 +132,7 @@ func TestTakenUpSourceIsGivenTheVMBack(t *testing.T) {
 	s := committed(t)
 	s.peer.run = func(int) (*migratedv1.RunResponse, error) { return nil, status.Error(codes.Aborted, "QEMU died") }
 	s.takeUp(t)
-	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
-	if !s.vmRuns(t) {
-		t.Error("the VM does not run")
-	}
-	s.noRecord(t)
+	s.givenBack(t)
 }
 
 // The operator continued the VM: it is the VM again, and its pages are not served.
@@ -190,11 +193,7 @@ func TestFallBack(t *testing.T) {
 	if err := s.source.FallBack(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
-	if !s.vmRuns(t) {
-		t.Error("the VM does not run")
-	}
-	s.noRecord(t)
+	s.givenBack(t)
 	if err := s.source.FallBack(t.Context()); err == nil {
 		t.Error("a VM that is here again falls back")
 	}
@@ -230,6 +229,17 @@ func TestFallBackIsRefused(t *testing.T) {
 		!strings.Contains(err.Error(), "the whole VM is at the destination") {
 		t.Errorf("after the end: %v", err)
 	}
+}
+
+// givenBack waits for the end of a migration that failed, and fails the test unless the VM runs at the source again and
+// no record is left.
+func (s *stage) givenBack(t *testing.T) {
+	t.Helper()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if !s.vmRuns(t) {
+		t.Error("the VM does not run")
+	}
+	s.noRecord(t)
 }
 
 // noRecord fails the test if a record is left.

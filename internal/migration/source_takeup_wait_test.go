@@ -89,11 +89,7 @@ func TestTakenUpSourceWaitsForItsMonitor(t *testing.T) {
 			if err := monitor.Close(); err != nil {
 				t.Fatal(err)
 			}
-			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
-			if !s.vmRuns(t) {
-				t.Error("the VM does not run")
-			}
-			s.noRecord(t)
+			s.givenBack(t)
 		})
 	}
 }
@@ -115,11 +111,7 @@ func TestTakenUpSourceIsLeftAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.takeUp(t)
-	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
-	if !s.vmRuns(t) {
-		t.Error("the VM does not run")
-	}
-	s.noRecord(t)
+	s.givenBack(t)
 }
 
 // A VM whose QEMU answers now where the record's did is another one: it stays paused. The record stays for a daemon
