@@ -28,7 +28,6 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 	}
 	testPoint("source-completing")
 	if s.cfg.Spec.GetKeepSource() { // the record keeps that QEMU from being taken for the VM while it lives
-		testPoint("source-quit")
 		show()
 		return
 	}

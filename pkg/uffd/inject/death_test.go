@@ -107,13 +107,16 @@ func TestTracerDies(t *testing.T) {
 		}
 		return cmd
 	}
-	goesOn := func(t *testing.T, v *victim, want string) {
+	// goesOn sends v a signal, and then what its call waits for. The call must be blocked again by then: a futex whose
+	// word has changed before fails with EAGAIN, rightly.
+	goesOn := func(t *testing.T, v *victim, want string, calls ...int) {
 		t.Helper()
 		v.wantUntraced()
 		if err := unix.Tgkill(v.pid, v.pid, 34); err != nil { // SIGRTMIN of glibc: it is not blocked
 			t.Fatal(err)
 		}
 		eventually(t, "the signal is handled", func() bool { return !v.pending(34) })
+		v.awaitBlocked(calls...)
 		v.poke()
 		if got := v.line(); got != want {
 			t.Errorf("%q, want %q", got, want)
@@ -127,7 +130,7 @@ func TestTracerDies(t *testing.T) {
 		_ = tracer.Process.Kill()
 		_ = tracer.Wait()
 		v.awaitBlocked(unix.SYS_READ)
-		goesOn(t, v, "ret=1 errno=0 signals=1")
+		goesOn(t, v, "ret=1 errno=0 signals=1", unix.SYS_READ)
 	})
 	t.Run("while a call runs", func(t *testing.T) {
 		v := startVictim(t, "futex")
@@ -137,24 +140,27 @@ func TestTracerDies(t *testing.T) {
 		_ = tracer.Process.Kill()
 		_ = tracer.Wait()
 		v.awaitBlocked(unix.SYS_FUTEX) // the injected call has ended by then
-		goesOn(t, v, "ret=0 errno=0 signals=1")
+		goesOn(t, v, "ret=0 errno=0 signals=1", unix.SYS_FUTEX)
 	})
 	for _, point := range points {
-		for _, mode := range []string{"read", "busy", "futex"} {
-			t.Run(mode+" "+point, func(t *testing.T) {
-				v := startVictim(t, mode)
+		for _, test := range []struct {
+			mode  string
+			calls []int // in which it is blocked
+			want  string
+		}{
+			{"read", []int{unix.SYS_READ}, "ret=1 errno=0 signals=1"},
+			{"busy", nil, "ret=1 errno=0 signals=1"},
+			{"futex", []int{unix.SYS_FUTEX}, "ret=0 errno=0 signals=1"},
+		} {
+			t.Run(test.mode+" "+point, func(t *testing.T) {
+				v := startVictim(t, test.mode)
 				for range 5 {
-					if mode != "busy" {
-						v.awaitBlocked(unix.SYS_READ, unix.SYS_FUTEX)
-					}
+					v.awaitBlocked(test.calls...)
 					if err := start(t, v.pid, point).Wait(); err == nil || err.Error() != "signal: killed" {
 						t.Fatalf("the tracer ended with %v", err)
 					}
 				}
-				want := map[string]string{
-					"read": "ret=1 errno=0 signals=1", "busy": "ret=1 errno=0 signals=1", "futex": "ret=0 errno=0 signals=1",
-				}[mode]
-				goesOn(t, v, want)
+				goesOn(t, v, test.want, test.calls...)
 			})
 		}
 	}

@@ -143,8 +143,12 @@ func blockedIn(pid int) int {
 	return nr
 }
 
+// awaitBlocked waits until the target sleeps in one of the system calls. Without any it does not wait.
 func (v *victim) awaitBlocked(calls ...int) {
 	v.t.Helper()
+	if len(calls) == 0 {
+		return
+	}
 	eventually(v.t, fmt.Sprintf("target is blocked in system call %v", calls), func() bool {
 		for _, nr := range calls {
 			// Check the state, too: a thread that was just detached is still in the call, but about to
