@@ -174,3 +174,21 @@ func TestDefinitionAfterARestart(t *testing.T) {
 		})
 	}
 }
+
+// TestDefinitionAfterARelease: the domain of a migration that an operator ended stays defined, and the migration says
+// so, also if the domain's QEMU has ended.
+func TestDefinitionAfterARelease(t *testing.T) {
+	s, daemon := committedDomain(t, func(*migratedv1.MigrationSpec) {})
+	s.peer.setWatch(unreachable)
+	s.takeUp(t)
+	s.endQEMU(t)
+	if err := s.source.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "an operator declared")
+	checkDefinition(t, s, daemon, "cannot say that the domain is defined there")
+	if called := daemon.Called(); len(called) > 0 {
+		t.Errorf("libvirt was asked to %v", called)
+	}
+	s.noRecord(t)
+}

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
+	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -111,7 +112,7 @@ func (s *Source) continueVM() (note string, err error) {
 	if !s.wasRunning {
 		return s.leavePaused(ctx)
 	}
-	if _, err = vm.Cont(ctx); err != nil {
+	if err = s.contRepeatedly(ctx, vm); err != nil {
 		s.log.Error("cannot continue the VM", "error", err)
 		// The record stays, so that a restarted daemon tries again.
 		return fmt.Sprintf("; it could not be continued (%v): continue it with QMP 'cont' on %s, "+
@@ -121,6 +122,21 @@ func (s *Source) continueVM() (note string, err error) {
 	testPoint("source-continued")
 	s.removeRecord()
 	return "", nil
+}
+
+// contRepeatedly continues the VM. It tries until ctx ends, as long as QEMU answers: what QEMU refuses it for may pass,
+// such as a lock that another program has on an image for a while. The VM stands still meanwhile.
+func (s *Source) contRepeatedly(ctx context.Context, vm *qemu.VM) error {
+	for {
+		_, err := vm.Cont(ctx)
+		if !errors.Is(err, qmp.ErrGeneric) {
+			return err
+		}
+		s.log.Warn("QEMU does not continue the VM yet", "error", err)
+		if sleep(ctx, contPause) != nil {
+			return err
+		}
+	}
 }
 
 // leavePaused takes back the disks of a VM that was paused before, and leaves it paused.

@@ -30,25 +30,46 @@ func (s *Source) noteDefined(answer *migratedv1.WatchIncomingResponse) {
 // see whyDefined. If it stays, the migration shows why. ended is the reason of a VM that ended by itself. qemuEnded
 // reports whether the domain's QEMU has ended: what libvirt has by that name then is not this VM.
 func (s *Source) undefine(ended migratedv1.Reason, qemuEnded func() bool) {
-	vm := s.cfg.Spec.GetVm()
-	if !libvirt.IsAddress(vm) || !s.cfg.Spec.GetUndefineSource() {
+	if !s.undefines() {
 		return
 	}
 	do := (*libvirt.Domain).Undefine
 	if why := s.whyDefined(ended); why != nil {
-		do = func(d *libvirt.Domain, ctx context.Context) error {
-			if defined, err := d.IsDefined(ctx); err != nil || !defined {
-				return err
-			}
-			return why
-		}
+		do = staysDefined(why)
 	}
-	err := withRun(vm, qemuEnded, do)
+	s.showDefinition(withRun(s.cfg.Spec.GetVm(), qemuEnded, do))
+}
+
+// keepDefinition shows why the definition stays at the source, if the operator asked for the opposite.
+func (s *Source) keepDefinition(why error) {
+	if s.undefines() {
+		anyRun := func() bool { return false } // the definition is that of all runs, and nothing is changed
+		s.showDefinition(withRun(s.cfg.Spec.GetVm(), anyRun, staysDefined(why)))
+	}
+}
+
+// undefines reports whether the VM is a domain of libvirt's that the operator wants to be undefined here.
+func (s *Source) undefines() bool {
+	return libvirt.IsAddress(s.cfg.Spec.GetVm()) && s.cfg.Spec.GetUndefineSource()
+}
+
+// staysDefined returns a function that returns why if the domain is defined.
+func staysDefined(why error) func(*libvirt.Domain, context.Context) error {
+	return func(d *libvirt.Domain, ctx context.Context) error {
+		if defined, err := d.IsDefined(ctx); err != nil || !defined {
+			return err
+		}
+		return why
+	}
+}
+
+// showDefinition shows that the definition stays at the source, because of err. nil: it does not.
+func (s *Source) showDefinition(err error) {
 	if err == nil || errors.Is(err, libvirt.ErrNoDomain) { // the domain was transient, and has ended
 		return
 	}
 	remedy := "if nobody uses the domain here, and it is defined on the destination (virsh list --all --persistent), " +
-		"run here: virsh undefine " + libvirt.NameIn(vm)
+		"run here: virsh undefine " + libvirt.NameIn(s.cfg.Spec.GetVm())
 	s.log.Warn("the domain's definition stays at the source", "reason", err, "remedy", remedy)
 	s.update(func(m *migratedv1.Migration) { m.Definition = fmt.Sprintf("stays at the source: %v; %s", err, remedy) })
 }

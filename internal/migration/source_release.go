@@ -50,6 +50,7 @@ func (s *Source) Release(ctx context.Context) error {
 	if err := s.endHandedOver(ctx); err != nil {
 		return fmt.Errorf("end what is left of the VM here: %w", err)
 	}
+	s.keepDefinition(errors.New("the destination cannot say that the domain is defined there"))
 	s.clearCommit()
 	s.removeRecord()
 	s.log.Warn("released: the VM is at the destination, its operator says")

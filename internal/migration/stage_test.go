@@ -45,6 +45,7 @@ type peer struct {
 	earlyCalls   int                       // number of calls of LoadEarlyState
 	spec         *migratedv1.MigrationSpec // of the migration, without VM and destination; nil: the default
 	prepareCalls int                       // number of calls of PrepareIncoming
+	log          slog.Handler              // of the source; nil: its log is discarded
 
 	mu          sync.Mutex
 	runs        int                    // number of calls of Run
@@ -252,11 +253,14 @@ func newStageWith(
 		spec = p.spec
 	}
 	spec.Vm, spec.Destination = s.vm, listener.Addr().String()
+	if p.log == nil {
+		p.log = slog.DiscardHandler
+	}
 	s.source = NewSource(ctx, SourceConfig{
 		ID: "m1", Spec: spec,
 		Pages: s.pages, Records: s.records,
 		Dial: dialPlain,
-		Log:  slog.New(slog.DiscardHandler),
+		Log:  slog.New(p.log),
 	})
 	t.Cleanup(func() {
 		s.source.cancel(errors.New("the test is over"))
