@@ -115,8 +115,9 @@ func (d *Destination) loadFrom(
 	}
 	received := make(chan struct{})
 	receive := func() {
-		defer close(received)
-		if err := d.receive(ctx, carrier, stream, early); err != nil {
+		err := d.receive(ctx, carrier, stream, early)
+		close(received)
+		if err != nil {
 			cancel(err)
 		}
 	}
@@ -148,7 +149,9 @@ func (d *Destination) loadFrom(
 			return nil, errors.Join(fmt.Errorf("the destination QEMU did not get the VM's disks: %s", d.qemuOutput()), err)
 		}
 	}
-	<-received // the source has sent everything and waits for the answer
+	if err := awaitEnd(ctx, received); err != nil {
+		return nil, err
+	}
 	d.early.close()
 	answer := &migratedv1.LoadDeviceStateResponse{
 		Bytes: uint64(carrier.received), LoadTime: durationpb.New(ended.Sub(carrier.began)),
@@ -161,6 +164,23 @@ func (d *Destination) loadFrom(
 		answer.CompareTime = durationpb.New(time.Since(ended))
 	}
 	return answer, nil
+}
+
+// awaitEnd waits until the source has sent everything and waits for the answer. QEMU has loaded by then. The error is
+// why ctx ended: a source that goes on sending nothing must not keep the destination from giving up.
+func awaitEnd(ctx context.Context, received <-chan struct{}) error {
+	select {
+	case <-received:
+		return nil
+	case <-ctx.Done():
+	}
+	select {
+	case <-received: // receiving failed, which ended ctx, when QEMU had all that it needs
+		return nil
+	default:
+		return fmt.Errorf("QEMU has loaded the device state, but the source did not end the call that sends it: %w",
+			context.Cause(ctx))
+	}
 }
 
 // carrier returns the sockets for the stream: new ones, or those over which QEMU has loaded the early state.
