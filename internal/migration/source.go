@@ -120,6 +120,7 @@ type attempt struct {
 	stopped     chan struct{}  // closed when QEMU has said that the VM is stopped
 	contLock    *qemu.ContLock // nil: this daemon made none
 	gaveUpDisks bool           // QEMU was asked to give the disks up
+	discards    []string       // memory backends whose discard-data is off because of this migration
 
 	endGuard         context.CancelFunc // ends guardStopped; nil: it has not begun
 	continuedByOther chan struct{}      // closed when somebody else has continued the VM after it was stopped

@@ -168,6 +168,9 @@ func (s *Source) openDeviceStream(ctx context.Context) (_ deviceStream, cancel c
 	if s.earlyState != nil && !s.wasRunning {
 		return nil, cancel, errPausedSince
 	}
+	if err := s.keepMemory(ctx); err != nil {
+		return nil, cancel, causeOf(ctx, err)
+	}
 	stream, err := s.peer.LoadDeviceState(ctx)
 	if err != nil {
 		return nil, cancel, failed(err)

@@ -67,6 +67,7 @@ func (s *Source) backOut(ctx context.Context, reason error) {
 	case s.stopTried():
 		note, _ = s.continueVM()
 	}
+	s.undoKeepMemory()
 	s.noteSteps(&migratedv1.DowntimeSteps{})
 	s.tellToGiveUp(ctx, reason) // not urgent: the VM runs again, or never stopped
 	state := migratedv1.MigrationState_MIGRATION_STATE_FAILED

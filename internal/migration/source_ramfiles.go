@@ -46,3 +46,30 @@ func (s *Source) removeRAMFiles(files []ram.File) {
 	}
 	s.update(func(m *migratedv1.Migration) { m.RamFiles = shown })
 }
+
+// keepMemory has QEMU leave its memory in its files also if it ends before all of it is at the destination. What is in
+// a file is served then, see watchQEMU.
+func (s *Source) keepMemory(ctx context.Context) error {
+	if s.cfg.Spec.GetRehearse() {
+		return nil
+	}
+	changed, err := s.vm.RAM.KeepWhenQEMUEnds(ctx)
+	s.discards = append(s.discards, changed...)
+	if err != nil {
+		return withRemedy(fmt.Errorf("have QEMU keep the VM's memory when it ends: %w", err),
+			"start the VM without discard-data=on (libvirt's <discard/>)")
+	}
+	return nil
+}
+
+// undoKeepMemory undoes keepMemory for a VM that goes on here.
+func (s *Source) undoKeepMemory() {
+	if len(s.discards) == 0 || s.qemuEnded() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
+	defer cancel()
+	if err := s.monitor().RAM.DiscardWhenQEMUEnds(ctx, s.discards); err != nil {
+		s.log.Warn("QEMU will leave the VM's memory in its files when it ends", "error", err)
+	}
+}

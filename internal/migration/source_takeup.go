@@ -134,6 +134,9 @@ func (s *Source) takeUp(ctx context.Context, rec Record) error {
 	if err := s.checkStopped(ctx); err != nil {
 		return errors.Join(err, s.connect())
 	}
+	if err := s.keepMemory(ctx); err != nil { // a daemon of an earlier version did not
+		s.log.Warn("if QEMU ends before all of the VM's memory has left, what is left is lost", "error", err)
+	}
 	if s.facts, err = s.vm.Facts(ctx); err != nil {
 		return qemuQueryError("source", err)
 	}

@@ -2,7 +2,8 @@
 
 // Package ram handles the memory of a VM in a running QEMU. It finds where each block is (Blocks), which files hold the
 // blocks and whether these can be removed (Files, OpenFile), and which other processes map them (CheckAlone). It
-// empties a destination's memory before pages arrive (Drop).
+// empties a destination's memory before pages arrive (Drop), and keeps QEMU from emptying a source's
+// (KeepWhenQEMUEnds).
 //
 // QEMU lists its blocks ("info ramblock"), and each address is compared with /proc/PID/maps. QEMU before 8.1 does not
 // report the addresses; the package then searches QEMU's heap for them.
