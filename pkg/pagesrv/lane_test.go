@@ -11,15 +11,25 @@ import (
 )
 
 func TestTruncatedRAMEndsTheLane(t *testing.T) {
-	f := ramFile(t, 1<<20, pattern)
-	_, lane := offer(t, openRAM(t, Block{ID: "ram", Path: f.Name(), Size: 1 << 20, PageSize: 4096}))
-	if err := f.Truncate(512 << 10); err != nil {
-		t.Fatal(err)
+	for name, request := range map[string]struct {
+		ranges []pagewire.Range
+		holes  bool
+	}{
+		"a page":         {ranges: []pagewire.Range{{Offset: 512<<10 - 4096, Length: 8192}}},
+		"what is behind": {ranges: []pagewire.Range{{Offset: 512 << 10, Length: 512 << 10}}},
+		"as a hole":      {ranges: []pagewire.Range{{Offset: 512<<10 - 4096, Length: 4096}}, holes: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := ramFile(t, 1<<20, pattern)
+			_, lane := offer(t, openRAM(t, Block{ID: "ram", Path: f.Name(), Size: 1 << 20, PageSize: 4096}))
+			if err := f.Truncate(512 << 10); err != nil {
+				t.Fatal(err)
+			}
+			err := lane.request(&pagewire.Request{Ranges: request.ranges, Holes: request.holes},
+				func(pagewire.Run, []byte) { t.Error("served") })
+			wantCode(t, err, codes.DataLoss, "truncated")
+		})
 	}
-	err := lane.fetch([]pagewire.Range{{Offset: 512<<10 - 4096, Length: 8192}}, func(pagewire.Run, []byte) {
-		t.Error("served")
-	})
-	wantCode(t, err, codes.DataLoss, "truncated")
 }
 
 // TestManyRunsTakeSeveralReplies: every second page is zero, which makes more runs than one reply may have.

@@ -189,9 +189,14 @@ func (b *openBlock) read(dst []byte, offset uint64) error {
 	case errors.Is(err, io.EOF) && b.PID != 0: // an address space that exists has no end
 		return ErrProcessGone
 	case errors.Is(err, io.EOF):
-		return fmt.Errorf("%s: the file was truncated below offset %d", b.Path, b.base+int64(offset)+int64(len(dst)))
+		return b.truncated(b.base + int64(offset) + int64(len(dst)))
 	}
 	return err // names the path
+}
+
+// truncated returns the error for a file that ends before a place at which the block has memory.
+func (b *openBlock) truncated(below int64) error {
+	return fmt.Errorf("%s: the file was truncated below offset %d", b.Path, below)
 }
 
 // holeReach is how far a hole of private memory is followed at a time, in bytes. Withdraw waits for the search. Without
@@ -252,8 +257,12 @@ func gone(err error) error {
 // lseek(2) moves the position of the open file, which no read here uses.
 func (b *openBlock) fileHole(file *os.File, offset uint64) (uint64, error) {
 	at, err := file.Seek(b.Offset+int64(offset), unix.SEEK_DATA)
-	if errors.Is(err, unix.ENXIO) { // no data up to the end of the file
-		return b.Size, nil
+	if errors.Is(err, unix.ENXIO) { // no data up to the end of the file, which may have been truncated
+		info, err := file.Stat()
+		if end := b.Offset + int64(b.Size); err == nil && info.Size() < end {
+			err = b.truncated(end)
+		}
+		return b.Size, err
 	}
 	if err != nil {
 		return 0, err
