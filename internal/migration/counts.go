@@ -3,6 +3,7 @@
 package migration
 
 import (
+	"errors"
 	"sync"
 	"sync/atomic"
 
@@ -73,6 +74,17 @@ func (c *engineList) last() *postcopy.Engine {
 		return nil
 	}
 	return c.all[len(c.all)-1]
+}
+
+// close frees what the engines hold. None of them runs any more; their counts stay.
+func (c *engineList) close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var errs []error
+	for _, e := range c.all {
+		errs = append(errs, e.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // AddCounts adds the counts of this migration so far to to.

@@ -179,6 +179,9 @@ func (d *Destination) release() {
 			d.log.Warn("cannot close the userfaultfd", "error", err)
 		}
 	}
+	if err := d.engines.close(); err != nil {
+		d.log.Warn("cannot free memory of the engine", "error", err)
+	}
 	d.closeFiles()
 	for _, vm := range append(d.replaced, d.vm) {
 		if vm == nil {

@@ -125,6 +125,9 @@ func verify(state tls.ConnectionState, pool *x509.CertPool, host string) error {
 
 // names returns the names in the peer's certificate: URIs (SPIFFE ids, too), DNS names and IP addresses.
 func names(state tls.ConnectionState) []string {
+	if len(state.PeerCertificates) == 0 {
+		return nil
+	}
 	certificate := state.PeerCertificates[0]
 	var all []string
 	for _, uri := range certificate.URIs {
@@ -137,7 +140,7 @@ func names(state tls.ConnectionState) []string {
 	return all
 }
 
-// Names returns the names in the peer's certificate, or nil if the connection is not encrypted.
+// Names returns the names in the peer's certificate, or nil if the connection is not encrypted or the peer showed none.
 func Names(info credentials.AuthInfo) []string {
 	secure, ok := info.(credentials.TLSInfo)
 	if !ok {

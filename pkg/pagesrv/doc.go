@@ -15,7 +15,8 @@
 //	  │        │                                           ▼
 //	  └── Send    ◄─ pack? ◄─ reply is full, or request done ◄─ sort pages: zero or data
 //
-// Nothing on this way takes a lock or allocates memory of its own. The pages of a reply are read right
+// Nothing on this way allocates memory of its own, or takes a lock, but for a bulk reply under a limit of the host
+// (shared.go) and a request beyond the quota (quota.go). The pages of a reply are read right
 // behind the place of the message's header, see pkg/pagewire, and are sent from there.
 //
 // # Packing

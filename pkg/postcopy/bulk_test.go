@@ -217,7 +217,7 @@ func TestSweepOverSeveralLanes(t *testing.T) {
 // uses one.
 func TestRecordsBoundLanes(t *testing.T) {
 	l := layout{{kind: uffdtest.Shmem, pages: 1 << 12}}
-	g := newTarget(t, l, Options{Workers: 2, Copies: make([]byte, 3*uffd.CopyRecordSize)})
+	g := newTarget(t, l, Options{Workers: 2, Copies: make([]byte, 4*uffd.CopyRecordSize)})
 	g.bulkLanes = 4
 	lanes := dial(t, realSource(t, l), g.workers)
 	lanes.more = lanes.open

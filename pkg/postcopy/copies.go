@@ -19,10 +19,10 @@ import (
 // one that never came.
 func (e *Engine) takeUpCopies(memory []byte) error {
 	if memory == nil {
-		e.copies = make([]uffd.CopyRecord, e.workers+mostBulkLanes)
+		e.copies = make([]uffd.CopyRecord, e.workers+1+mostBulkLanes)
 		return nil
 	}
-	if e.copies = uffd.CopyRecords(memory); len(e.copies) <= e.workers {
+	if e.copies = uffd.CopyRecords(memory); len(e.copies) < e.workers+2 {
 		return fmt.Errorf("post-copy: %w: %d bytes for the copies of %d workers, or not aligned",
 			ErrState, len(memory), e.workers)
 	}

@@ -39,8 +39,9 @@
 // the changes of a page that comes, and takeup.go says what becomes of those that an earlier process left. session.go
 // starts and ends the goroutines, engine.go holds what outlives them, and constants.go has every size and delay.
 //
-// On the way of a fault nothing takes a lock, nothing of ours is allocated, and no goroutine is started. One
-// compare-and-swap in the page table decides which goroutine asks for a page, and which one installs it.
+// On the way of a fault nothing takes a lock (but for pages of 1 GiB, see gigantic.go), nothing of ours is allocated,
+// and no goroutine is started. One compare-and-swap in the page table decides which goroutine asks for a page, and
+// which one installs it.
 //
 // # Zero pages stay holes
 //

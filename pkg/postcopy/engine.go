@@ -8,6 +8,7 @@ import (
 	"math/bits"
 	"os"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,7 +22,9 @@ type Block struct {
 	Size     uint64 // bytes, a multiple of PageSize
 	PageSize uint64 // bytes, a power of two from 4 KiB to 1 GiB
 	// UFFD belongs to the destination process and is non-blocking. It may serve several blocks. The caller closes it after
-	// the last Run has returned.
+	// the last Run has returned. If the caller has made its handshake, it was with the events for memory that the process
+	// gives up, unmaps or moves (FeatureEventRemove, FeatureEventUnmap, FeatureEventRemap) and with FeatureThreadID:
+	// without the events, memory that the process has given up would get its old content.
 	UFFD *uffd.UFFD
 	// Populated says that all of the block is to be there in the end, pages of zeros as well, because the VM was promised
 	// its memory. In other blocks pages of zeros are left as holes.
@@ -68,9 +71,9 @@ type Options struct {
 }
 
 // CopiesSize is how many bytes Options.Copies has for so many workers and all bulk lanes. More may be given, and more
-// must be given where an earlier engine had more workers. With less there are fewer bulk lanes; the least is one record
+// must be given where an earlier engine had more workers. With less there are fewer bulk lanes; the least is two records
 // more than there are workers.
-func CopiesSize(workers int) int { return (workers + mostBulkLanes) * uffd.CopyRecordSize }
+func CopiesSize(workers int) int { return (workers + 1 + mostBulkLanes) * uffd.CopyRecordSize }
 
 // StateSize is how many bytes Options.State has for these blocks: half a byte a page. Blocks that New refuses have
 // none.
@@ -119,7 +122,8 @@ type Engine struct {
 
 	pages     *pages
 	pagemap   *uffd.Pagemap     // Options.Pagemap
-	copies    []uffd.CopyRecord // of each worker's lane, then of each bulk lane
+	copies    []uffd.CopyRecord // of each worker's lane, one for wholeMu, then of each bulk lane
+	wholeMu   sync.Mutex        // held by a worker that installs a gigantic page; owns e.copies[e.workers]
 	pending   pending
 	fastest   fastest // answer to a fault that was the first to ask
 	latency   histogram
@@ -329,6 +333,21 @@ func (e *Engine) holder(p uint64) *block {
 
 // now is the time since the epoch in ns, by the monotonic clock.
 func (e *Engine) now() int64 { return int64(time.Since(e.epoch)) }
+
+// Close frees the memory in which gigantic pages were put together. Call it after the last Run. The engine's figures
+// (Stats, Lost, Map, …) stay.
+func (e *Engine) Close() error {
+	var errs []error
+	for i := range e.blocks {
+		for j := range e.blocks[i].gigantic {
+			g := &e.blocks[i].gigantic[j]
+			g.mu.Lock()
+			errs = append(errs, g.free())
+			g.mu.Unlock()
+		}
+	}
+	return errors.Join(errs...)
+}
 
 // answered ends the time of the fault on page p, if there was one.
 func (e *Engine) answered(p uint64) {

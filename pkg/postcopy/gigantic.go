@@ -24,7 +24,8 @@ import (
 // parts are zero stays a hole until a thread waits for it. When a daemon ends, the next one fetches again what was put
 // together: it takes a part that is installing for one that is missing.
 //
-// The lock of such a page is taken twice for each part of 2 MiB. Other pages take no lock.
+// The lock of such a page is taken twice for each part of 2 MiB, and by a fault on it, which takes the engine's wholeMu
+// as well. Other pages take no lock.
 type gigantic struct {
 	mu     sync.Mutex
 	memory []byte // of the page's size; nil: no part with anything in it has come
@@ -70,8 +71,10 @@ func (w *worker) faultGigantic(b *block, p uint64, now int64) error {
 			e.pages.giveUpZero(q)
 		}
 	}
-	// The last part may have come before this.
-	err := e.assemble(w.lane.record, b, first)
+	// The last part may have come before this. The lane's record is its receiver's.
+	e.wholeMu.Lock()
+	err := e.assemble(&e.copies[e.workers], b, first)
+	e.wholeMu.Unlock()
 	if !e.pages.isWaitedFor(p) { // as in fault
 		e.pending.end(p)
 	}
@@ -211,8 +214,13 @@ func (e *Engine) assemble(record *uffd.CopyRecord, b *block, first uint64) error
 	if again {
 		err = b.wake(first, b.parts())
 	}
+	return errors.Join(err, g.free())
+}
+
+// free frees the memory in which the page was put together. The caller holds mu.
+func (g *gigantic) free() (err error) {
 	if g.memory != nil {
-		err = errors.Join(err, unix.Munmap(g.memory))
+		err = unix.Munmap(g.memory)
 		g.memory = nil
 	}
 	return err

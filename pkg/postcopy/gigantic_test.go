@@ -89,3 +89,61 @@ func TestGiganticPageWaitsForItsParts(t *testing.T) {
 	mustEnd(t, result)
 	g.verify()
 }
+
+// TestWorkerCopiesGiganticPageWithItsOwnRecord: a fault installs a page of which all parts came as zeros before. The
+// worker does not use the record of its lane meanwhile, because the lane's receiver may be copying.
+func TestWorkerCopiesGiganticPageWithItsOwnRecord(t *testing.T) {
+	const part, parts = 512 << 10, 4
+	inParts(t, part)
+	g := newTarget(t, layout{{kind: uffdtest.Hugetlb, pages: 2}}, Options{Workers: 1})
+	if n := g.pages.claimSweep(0, parts); n != parts {
+		t.Fatalf("%d parts are claimed", n)
+	}
+	for p := range uint64(parts) {
+		g.pages.arriveZero(p)
+	}
+	l, _ := scripted(t, 1)
+	ctx, stop := context.WithCancel(context.Background())
+	result := g.run(ctx, l)
+	expect(t, g.read(0, 0, 0), 0)
+	if dst, n, _ := g.copies[1].Answer(); dst != g.blocks[0].Addr || n != parts*part {
+		t.Errorf("the worker's record has %d bytes at %#x", n, dst)
+	}
+	if dst, _, _ := g.copies[0].Answer(); dst != 0 {
+		t.Errorf("the lane's record has %#x", dst)
+	}
+	stop()
+	if err := await(t, "end of Run", result); err == nil {
+		t.Error("the second page is said to be here")
+	}
+}
+
+// TestCloseFreesPartsOfGiganticPages: a page of which only some parts came is put together in memory of the engine's.
+// Close frees it.
+func TestCloseFreesPartsOfGiganticPages(t *testing.T) {
+	const part, parts = 512 << 10, 4
+	inParts(t, part)
+	g := newTarget(t, layout{{kind: uffdtest.Hugetlb, pages: 1}}, Options{Workers: 1})
+	l, theirs := scripted(t, 1)
+	ctx, stop := context.WithCancel(context.Background())
+	result := g.run(ctx, l)
+	g.read(0, 0, 0)
+	theirs[0].asked(t)
+	theirs[0].sendPart(t, 0, part, parts*part)
+	until(t, "a part here", func() bool { return g.pages.get(0) == installing })
+	stop()
+	if err := await(t, "end of Run", result); err == nil {
+		t.Fatal("the page is said to be here")
+	}
+	if memory := g.blocks[0].gigantic[0].memory; len(memory) != parts*part {
+		t.Fatalf("%d bytes of memory", len(memory))
+	}
+	for range 2 {
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if g.blocks[0].gigantic[0].memory != nil {
+		t.Error("the memory stays")
+	}
+}

@@ -94,6 +94,8 @@ func (s *session) acceptZeros(b *block, p, n uint64) error {
 				return err
 			}
 			s.e.answered(p)
+		case arrivalDrop:
+			s.e.answered(p) // a thread that waited in an earlier session may have gone on
 		}
 	}
 	return nil

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
 // path is a simulated network: what so many lanes carry, in bytes a ns.
@@ -145,6 +147,24 @@ func TestScaleSparesFaults(t *testing.T) {
 		}
 		if spent[c.want] < 4*time.Minute {
 			t.Errorf("%+v: %v", c, spent)
+		}
+	}
+}
+
+// TestNoLaneIsTriedBeforeTheSweep: what Foresee names comes before StartSweep, over one lane. However long that takes,
+// no other lane is opened: it would begin to sweep while the VM stands still.
+func TestNoLaneIsTriedBeforeTheSweep(t *testing.T) {
+	g, _, l := newIdle(t, uffdtest.Shmem, 4)
+	s := &session{e: g.Engine}
+	l.bulk = &bulkLane{woken: make(chan struct{}, 1)}
+	s.bulk.pace, s.bulk.lanes, s.bulk.scale = newPace(g.budget), []*lane{l}, scale{lanes: 1, most: 2}
+	for _, started := range []bool{false, true} {
+		if started {
+			g.StartSweep()
+		}
+		s.answered(l, pageSize, pageSize, pageSize)
+		if measured := s.bulk.scale.began != 0; measured != started {
+			t.Errorf("the sweep has begun: %v; it is measured: %v", started, measured)
 		}
 	}
 }

@@ -171,7 +171,9 @@ func run(socket, bytes string) error {
 	if err != nil {
 		return err
 	}
-	if _, _, err := u.API(0); err != nil {
+	// Without these events, memory that this process gives up would get its old content.
+	const events = uffd.FeatureEventRemove | uffd.FeatureEventUnmap | uffd.FeatureEventRemap | uffd.FeatureThreadID
+	if _, _, err := u.API(events); err != nil {
 		return err
 	}
 	m := handover.Mapping{
