@@ -21,24 +21,24 @@ type Block struct {
 	Addr     uint64 // of its first byte in the destination process
 	Size     uint64 // bytes, a multiple of PageSize
 	PageSize uint64 // bytes, a power of two from 4 KiB to 1 GiB
-	// UFFD belongs to the destination process and is non-blocking. It may serve several blocks. The caller closes it after
-	// the last Run has returned. If the caller has made its handshake, it was with the events for memory that the process
-	// gives up, unmaps or moves (FeatureEventRemove, FeatureEventUnmap, FeatureEventRemap) and with FeatureThreadID:
-	// without the events, memory that the process has given up would get its old content.
+	// UFFD belongs to the destination process and is non-blocking. It may serve several blocks. The caller closes it
+	// after the last Run has returned. If the caller has made its handshake, it was with the events for memory that the
+	// process gives up, unmaps or moves (FeatureEventRemove, FeatureEventUnmap, FeatureEventRemap) and with
+	// FeatureThreadID: without the events, memory that the process has given up would get its old content.
 	UFFD *uffd.UFFD
-	// Populated says that all of the block is to be there in the end, pages of zeros as well, because the VM was promised
-	// its memory. In other blocks pages of zeros are left as holes.
+	// Populated says that all of the block is to be there in the end, pages of zeros as well, because the VM was
+	// promised its memory. In other blocks pages of zeros are left as holes.
 	Populated bool
-	// File is the file that Addr maps, shared and from FileOffset on, open for reading and writing. With it, a page that
-	// another process touches before it has come does no harm to the VM, see others.go. The caller closes it, as UFFD.
-	// nil: the memory is private, or the file is not known.
+	// File is the file that Addr maps, shared and from FileOffset on, open for reading and writing. With it, a page
+	// that another process touches before it has come does no harm to the VM, see others.go. The caller closes it, as
+	// UFFD. nil: the memory is private, or the file is not known.
 	File       *os.File
 	FileOffset int64
-	// Private says that nobody but the process has the memory. A poisoned page is then lost to all: no other process reads
-	// it in another way and takes it for zeros.
+	// Private says that nobody but the process has the memory. A poisoned page is then lost to all: no other process
+	// reads it in another way and takes it for zeros.
 	Private bool
-	// First says that the sweep is to bring this block before all blocks that are not First, because the source may lose
-	// it soonest.
+	// First says that the sweep is to bring this block before all blocks that are not First, because the source may
+	// lose it soonest.
 	First bool
 }
 
@@ -47,10 +47,10 @@ type Options struct {
 	Blocks []Block
 	// Workers is how many fault workers, and so how many demand lanes, there are. 0: 2.
 	Workers int
-	// State is where the states of all pages are kept: StateSize bytes, aligned to 8, that the caller leaves alone until
-	// Run has succeeded. Zeros: everything is missing. If the memory outlives the process (a mapped file on tmpfs),
-	// another Engine, of a later process, goes on where this one ended, no matter how it ended. nil: memory of the
-	// engine's own.
+	// State is where the states of all pages are kept: StateSize bytes, aligned to 8, that the caller leaves alone
+	// until Run has succeeded. Zeros: everything is missing. If the memory outlives the process (a mapped file on
+	// tmpfs), another Engine, of a later process, goes on where this one ended, no matter how it ended. nil: memory of
+	// the engine's own.
 	State []byte
 	// Copies is where the kernel answers the engine's copies: CopiesSize bytes at least, aligned to 8. It goes with
 	// State, and says of pages that were being installed when a process ended whether they are there. nil: memory of
@@ -59,20 +59,20 @@ type Options struct {
 	// Pagemap is the pagemap of the process. It must stay open as long as UFFD. Without it no Block's File is of use.
 	Pagemap *uffd.Pagemap
 	// LoadAhead is how much a fault asks for, in bytes, before StartSweep. The memory that loading the device state
-	// touches lies together (option ROMs, on a PC), and the VM stands still for each of these faults. 0: a fault asks for
-	// its page alone.
+	// touches lies together (option ROMs, on a PC), and the VM stands still for each of these faults. 0: a fault asks
+	// for its page alone.
 	LoadAhead uint64
-	// Sleeps is told how many threads more, or fewer (negative), sleep in system calls of this engine. Where there are too
-	// few processors (runtime.GOMAXPROCS), Go's runtime takes the processor away from a goroutine in a system call, and
-	// waking it takes longer then. The program decides whether there are to be more. nil: nobody is told.
+	// Sleeps is told how many threads more, or fewer (negative), sleep in system calls of this engine. Where there are
+	// too few processors (runtime.GOMAXPROCS), Go's runtime takes the processor away from a goroutine in a system call,
+	// and waking it takes longer then. The program decides whether there are to be more. nil: nobody is told.
 	Sleeps func(threads int)
 	// Bandwidth is the limit that SetBandwidth changes, in bytes a second. 0: none.
 	Bandwidth uint64
 }
 
 // CopiesSize is how many bytes Options.Copies has for so many workers and all bulk lanes. More may be given, and more
-// must be given where an earlier engine had more workers. With less there are fewer bulk lanes; the least is two records
-// more than there are workers.
+// must be given where an earlier engine had more workers. With less there are fewer bulk lanes; the least is two
+// records more than there are workers.
 func CopiesSize(workers int) int { return (workers + 1 + mostBulkLanes) * uffd.CopyRecordSize }
 
 // StateSize is how many bytes Options.State has for these blocks: half a byte a page. Blocks that New refuses have
@@ -218,7 +218,8 @@ const features = uffd.FeatureEventRemove | uffd.FeatureEventUnmap | uffd.Feature
 func (e *Engine) register(b *block) error {
 	if e.index(b.UFFD) < 0 {
 		_, _, err := b.UFFD.API(features | uffd.FeatureEventFork)
-		// There is no CAP_SYS_PTRACE, or the descriptor is UFFD_SECURE. QEMU's RAM is not inherited anyway: MADV_DONTFORK.
+		// There is no CAP_SYS_PTRACE, or the descriptor is UFFD_SECURE. QEMU's RAM is not inherited anyway:
+		// MADV_DONTFORK.
 		if errors.Is(err, uffd.ErrPermission) || errors.Is(err, uffd.ErrForkRefused) {
 			_, _, err = b.UFFD.API(features)
 		}
