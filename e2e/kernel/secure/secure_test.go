@@ -62,7 +62,7 @@ var claims = []struct {
 	// While the destination's QEMU has a descriptor (strangers.go).
 	{"sysctl-2", "vm.unprivileged_userfaultfd takes the value that demands the flag", "EINVAL", "ok"},
 	{"sysctl-2-way", "with it an unprivileged QEMU needs no device", "/dev/userfaultfd", "userfaultfd(2)"},
-	{"stranger-take", "who may trace QEMU may not take its descriptor", "EACCES", "EACCES"},
+	{"stranger-take", "a process that may trace QEMU may not take its descriptor", "EACCES", "EACCES"},
 	{"stranger-take-log", "which the kernel logs", "denied", "denied"},
 	{"stranger-receive", "nor receive one over a socket: the message arrives without it", "cut-off", "cut-off"},
 	{"stranger-receive-log", "which the kernel logs", "denied", "denied"},
