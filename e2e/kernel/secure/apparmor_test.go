@@ -56,7 +56,7 @@ func TestAppArmor(t *testing.T) {
 	if err := appendFile(initrd, modules); err != nil {
 		t.Fatal(err)
 	}
-	got, err := bootAgain(t, kernel.Options{
+	got, err := boot(t, kernel.Options{
 		Kernel: bzImage, Initrd: initrd, CommandLine: "mitigations=off init_on_alloc=0",
 	}, "apparmor")
 	if err != nil {

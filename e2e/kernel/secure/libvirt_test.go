@@ -49,7 +49,7 @@ func TestLibvirt(t *testing.T) {
 	if err != nil {
 		testenv.CannotRun(t, "%v", err)
 	}
-	got, err := bootAgain(t, underSELinux(tree, initrd), "svirt")
+	got, err := boot(t, underSELinux(tree, initrd), "svirt")
 	if err != nil {
 		t.Error(err)
 	}

@@ -6,10 +6,7 @@ package secure
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"maps"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -65,7 +62,7 @@ var claims = []struct {
 	// While the destination's QEMU has a descriptor (strangers.go).
 	{"sysctl-2", "vm.unprivileged_userfaultfd takes the value that demands the flag", "EINVAL", "ok"},
 	{"sysctl-2-way", "with it an unprivileged QEMU needs no device", "/dev/userfaultfd", "userfaultfd(2)"},
-	{"stranger-take", "who may trace QEMU may not take its descriptor", "EACCES", "EACCES"},
+	{"stranger-take", "a process that may trace QEMU may not take its descriptor", "EACCES", "EACCES"},
 	{"stranger-take-log", "which the kernel logs", "denied", "denied"},
 	{"stranger-receive", "nor receive one over a socket: the message arrives without it", "cut-off", "cut-off"},
 	{"stranger-receive-log", "which the kernel logs", "denied", "denied"},
@@ -135,7 +132,7 @@ func TestSecureMigration(t *testing.T) {
 			if err != nil {
 				testenv.CannotRun(t, "%v", err)
 			}
-			results, err := bootAgain(t, underSELinux(tree, initrd))
+			results, err := boot(t, underSELinux(tree, initrd))
 			if err != nil {
 				t.Error(err)
 			}
@@ -162,113 +159,10 @@ func TestSecureMigration(t *testing.T) {
 	}
 }
 
-// attempts bounds how often a kernel is booted because of its emulator. One is mostly enough with this emulator
-// (README.md, "The emulator").
-const attempts = 2
-
-// ours matches a line of the kernel's that names what the patches touch.
-var ours = regexp.MustCompile(`(?im)^\[.*(userfault|uffd|anon_inode|selinux|apparmor|security_)`)
-
-// emulators reports whether a boot failed because the emulator mixed up the nested machine and the one around it. The
-// outer kernel then fails on its own damaged memory, and may still be able to say so. Such failures come anywhere, but
-// not repeatedly in code that the patches touch. So a complaint that names that code always counts.
-func emulators(results map[string]string, err error) bool {
-	switch {
-	case lostLater(results):
-		return true
-	case errors.Is(err, kernel.ErrSplat):
-		return !ours.MatchString(err.Error())
-	case errors.Is(err, kernel.ErrTripleFault):
-		return true
-	}
-	return err != nil && len(results) == 0
-}
-
-func TestEmulators(t *testing.T) {
-	splat := func(text string) error { return fmt.Errorf("boot: %w:\n%s", kernel.ErrSplat, text) }
-	whole, some := map[string]string{"bare-arrived": "whole"}, map[string]string{"bare": "unsupervised"}
-	for _, c := range []struct {
-		name    string
-		results map[string]string
-		err     error
-		want    bool
-	}{
-		{"all is well", whole, nil, false},
-		{"a claim fails", map[string]string{"bare": "failed"}, nil, false},
-		{"it ends early", some, errors.New("the guest did not come to its end"), false},
-		{"it says nothing", nil, errors.New("the guest did not come to its end"), true},
-		{"the machine is reset", some, fmt.Errorf("boot: %w", kernel.ErrTripleFault), true},
-		{"the kernel stumbles", some, splat("[   12.2] BUG: kernel NULL pointer dereference\n" +
-			"LOG anon_inode:[userfaultfd]\n[   12.2] RIP: 0010:generic_permission+0x21/0x230"), true},
-		{"the kernel stumbles in ours", some, splat("[   12.2] BUG: kernel NULL pointer dereference\n" +
-			"[   12.2] RIP: 0010:userfaultfd_ioctl+0x21/0x230"), false},
-		{"SELinux complains", some, splat("[   12.2] WARNING: CPU: 1 PID: 1 at security/selinux/hooks.c:1"), false},
-	} {
-		if got := emulators(c.results, c.err); got != c.want {
-			t.Errorf("%s: %v", c.name, got)
-		}
-	}
-}
-
-// lostLater reports whether the guest went astray although every page was there when its migration was complete. A page
-// that did not arrive always counts.
-func lostLater(results map[string]string) bool {
-	lost := false
-	for name, outcome := range results {
-		switch migration, claim, _ := cutLast(name); {
-		case claim == "arrived" && outcome != "whole":
-			return false
-		case claim == "memory" && outcome == "failed", claim == "guest" && outcome == "failed":
-			lost = lost || results[migration+"-arrived"] == "whole"
-		}
-	}
-	return lost
-}
-
-// cutLast cuts a name at its last hyphen.
-func cutLast(name string) (before, after string, found bool) {
-	i := strings.LastIndexByte(name, '-')
-	if i < 0 {
-		return name, "", false
-	}
-	return name[:i], name[i+1:], true
-}
-
-func TestLostLater(t *testing.T) {
-	for _, c := range []struct {
-		results map[string]string
-		want    bool
-	}{
-		{map[string]string{"bare-arrived": "whole", "bare-memory": "verified"}, false},
-		{map[string]string{"bare-arrived": "whole", "bare-memory": "failed"}, true},
-		{map[string]string{"bare-arrived": "whole", "bare-guest": "failed"}, true},
-		{map[string]string{"bare-arrived": "failed", "bare-memory": "failed"}, false},
-		{map[string]string{"bare-arrived": "whole", "bare-memory": "failed", "back-arrived": "failed"}, false},
-		{map[string]string{"back-memory": "failed"}, false},
-		{nil, false},
-	} {
-		if got := lostLater(c.results); got != c.want {
-			t.Errorf("%v: %v", c.results, got)
-		}
-	}
-}
-
 // underSELinux returns the options for one of our kernels. With nested page tables the emulator goes astray (README.md,
 // "The emulator").
 func underSELinux(tree kernel.Tree, initrd string) kernel.Options {
 	return kernel.Options{Kernel: tree.BzImage, Initrd: initrd, CommandLine: "lsm=selinux kvm_amd.npt=0"}
-}
-
-// bootAgain is boot, and boots once more if the emulator went astray.
-func bootAgain(t *testing.T, o kernel.Options, args ...string) (map[string]string, error) {
-	t.Helper()
-	results, err := boot(t, o, args...)
-	for again := 1; again < attempts && emulators(results, err); again++ {
-		t.Logf("KNOWN: the emulator lost its way; see README.md, 'The emulator'; booting again, %d of %d: %v",
-			again+1, attempts, err)
-		results, err = boot(t, o, args...)
-	}
-	return results, err
 }
 
 // boot boots a kernel, gives args to its /init, and returns what the guest reported. The error says that the guest did
