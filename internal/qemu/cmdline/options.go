@@ -112,3 +112,12 @@ func get(settings []setting, key string) string {
 	}
 	return ""
 }
+
+// implied returns the value of a key that the first setting may leave out.
+func implied(settings []setting, key string) string {
+	value := get(settings, key)
+	if value == "" && len(settings) > 0 && settings[0].word {
+		return settings[0].key
+	}
+	return value
+}

@@ -45,7 +45,11 @@ func (s *Starter) Launch(opts Options) (*Process, error) {
 	if err != nil {
 		line = nil // QEMU reports it and ends: it neither listens nor writes a file
 	}
-	for _, path := range append(line.Sockets(opts.Dir), opts.QMPPath) {
+	sockets, err := line.Sockets(opts.Dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range append(sockets, opts.QMPPath) {
 		if err := checkUnused(path); err != nil {
 			return nil, err
 		}
