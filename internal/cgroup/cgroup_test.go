@@ -76,6 +76,45 @@ func TestPlace(t *testing.T) {
 	}
 }
 
+// TestPlacesAtOnce: a place that has no process yet stays when another one is made, unless its start has failed.
+func TestPlacesAtOnce(t *testing.T) {
+	path := fmt.Sprintf("/%s-%d", t.Name(), os.Getpid())
+	t.Cleanup(func() { cgrouptest.RemoveAll(t, path) })
+	cgrouptest.Limited(t, path, 96<<20)
+	var places []*Place
+	for _, name := range []string{"m1", "m2", "m3"} {
+		p, err := NewPlace(path, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		places = append(places, p)
+	}
+	for _, p := range places[:2] {
+		cmd := exec.Command("true")
+		if err := p.Start(cmd); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(cmd.Wait(), p.Remove()); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := places[2].Start(exec.Command("/does/not/exist")); err == nil {
+		t.Fatal("what does not exist was started")
+	}
+	last, err := NewPlace(path, "m4")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range places[2].groups {
+		if _, err := os.Stat(g.path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s, where nothing could be started, is left: %v", g.path, err)
+		}
+	}
+	if err := last.Remove(); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestLeast reads directories made like those of both versions of control groups.
 func TestLeast(t *testing.T) {
 	for name, c := range map[string]struct {

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -40,8 +41,16 @@ type Place struct {
 // prefix begins the names of all groups of Places.
 const prefix = "migrated-"
 
+// unfilled are the paths of the groups that this process has made and that have had no process yet. NewPlace holds mu
+// from its look at them to the end of its removals: starts run at the same time.
+var (
+	mu       sync.Mutex
+	unfilled = make(map[string]bool)
+)
+
 // NewPlace makes groups named after name below the groups at the path parent, and parent as well if it is missing. It
-// removes other Places' groups there that have no process.
+// removes other Places' groups there that have no process, but for those of this process that Start is still to fill.
+// The caller calls Start or Remove.
 func NewPlace(parent, name string) (*Place, error) {
 	groups, err := At(parent)
 	if err != nil {
@@ -50,6 +59,8 @@ func NewPlace(parent, name string) (*Place, error) {
 	if len(groups) == 0 {
 		return nil, errors.New("no control groups are mounted here")
 	}
+	mu.Lock()
+	defer mu.Unlock()
 	p := &Place{}
 	for _, g := range groups {
 		left, err := filepath.Glob(filepath.Join(g.path, prefix+"*"))
@@ -57,12 +68,15 @@ func NewPlace(parent, name string) (*Place, error) {
 			return nil, err
 		}
 		for _, dir := range left {
-			_ = unix.Rmdir(dir) // those with processes stay
+			if !unfilled[dir] {
+				_ = unix.Rmdir(dir) // those with processes stay
+			}
 		}
 		g.path = filepath.Join(g.path, prefix+name)
 		if err := os.MkdirAll(g.path, 0o755); err != nil {
-			return nil, errors.Join(fmt.Errorf("control group for QEMU: %w", err), p.Remove())
+			return nil, errors.Join(fmt.Errorf("control group for QEMU: %w", err), p.remove())
 		}
+		unfilled[g.path] = true
 		p.groups = append(p.groups, g)
 	}
 	return p, nil
@@ -70,6 +84,7 @@ func NewPlace(parent, name string) (*Place, error) {
 
 // Start starts cmd in the groups. All of its memory is charged to them, none to the groups of this process.
 func (p *Place) Start(cmd *exec.Cmd) error {
+	defer p.filled()
 	// With version 1 a new process is in the groups of the thread that started it.
 	ours, err := Of(os.Getpid())
 	if err != nil {
@@ -120,10 +135,27 @@ func (p *Place) start(cmd *exec.Cmd) error {
 	return err
 }
 
+// filled lets a later NewPlace remove the groups once they have no process.
+func (p *Place) filled() {
+	mu.Lock()
+	defer mu.Unlock()
+	for _, g := range p.groups {
+		delete(unfilled, g.path)
+	}
+}
+
 // Remove removes the groups, but for those that still have a process. A later NewPlace removes these.
 func (p *Place) Remove() error {
+	mu.Lock()
+	defer mu.Unlock()
+	return p.remove()
+}
+
+// remove is Remove for a caller that holds mu.
+func (p *Place) remove() error {
 	var errs []error
 	for _, g := range p.groups {
+		delete(unfilled, g.path)
 		if err := unix.Rmdir(g.path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) {
 			errs = append(errs, fmt.Errorf("remove the control group %s: %w", g.path, err))
 		}

@@ -62,6 +62,9 @@ func TestForbidden(t *testing.T) {
 		{"plugin", "-plugin\nfile=/tmp/x.so", true},
 		{"plugin", "--plugin\nfile=/tmp/x.so", true},
 		{"plugin", "-append\n-plugin", false},
+		{"plugin", "-async-teardown\n-plugin\nfile=/tmp/x.so", true},
+		{"plugin", "-perfmap\n-plugin\nfile=/tmp/x.so", true},
+		{"plugin", "-jitdump\n-plugin\nfile=/tmp/x.so", true},
 		{"netdev script", "-netdev\ntap,id=a,script=/tmp/x", true},
 		{"netdev script", "-netdev\ntap,id=a,script=no", false},
 		{"netdev script", "-netdev\ntap,id=a,script=no,script=/tmp/x", true},
@@ -70,6 +73,15 @@ func TestForbidden(t *testing.T) {
 		{"netdev script", "-netdev\n" + `{"type":"tap","id":"a","script":"no"}`, false},
 		{"netdev script", "-netdev\n" + `{"type":"tap","id":"a",'script':'/tmp/x'}`, true}, // QEMU accepts these quotes
 		{"netdev script", "-chardev\nfile,id=a,path=/x,script=y", false},
+		{"netdev script", "-netdev\ntap,id=a,script", true},   // QEMU runs "on"
+		{"netdev script", "-netdev\ntap,id=a,noscript", true}, // and "off"
+		{"netdev script", "-netdev\ntap,id=a\n-set\nnetdev.a.script=/tmp/x", true},
+		{"netdev script", "-netdev\ntap,id=a\n--set\nnetdev.a.script=/tmp/x,y=no", true},
+		{"netdev script", "-netdev\ntap,id=a\n-set\nnetdev.a.script=no", false},
+		{"netdev script", "-netdev\ntap,id=a\n-set\nnetdev.a.ifname=script=x", false},
+		{"netdev script", "-chardev\nfile,id=a,path=/x\n-set\nchardev.a.script=y", false},
+		{"fsdev", "-set\nfsdev.a.path=/", true},
+		{"set", "-set\nfsdev.a.path=/", true},
 	} {
 		options, err := parseOptions(strings.Split(test.args, "\n"))
 		if err != nil {

@@ -62,6 +62,9 @@ func Destination(source Source, opts Options) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkKnown(options); err != nil {
+		return nil, err
+	}
 	if err := checkForbidden(options, opts.Forbidden); err != nil {
 		return nil, err
 	}

@@ -59,6 +59,9 @@ func TestDestination(t *testing.T) {
 		{"kept", "-pidfile /p -sandbox on,spawn=deny -runas nobody -D /log -usb disk.img -nographic -name a,process=b",
 			"-pidfile /p -sandbox on,spawn=deny -runas nobody -D /log -usb disk.img -nographic -name a,process=b " +
 				"-qmp " + ourQMP},
+		{"flags that are not in all versions", "-async-teardown -daemonize -perfmap -S -jitdump -m 64",
+			"-async-teardown -perfmap -jitdump -m 64 -qmp " + ourQMP},
+		{"an option of a later version", "-later on -m 64", "-later on -m 64 -qmp " + ourQMP},
 		{"values that look like options", "-append -S -name -daemonize -kernel -incoming",
 			"-append -S -name -daemonize -kernel -incoming -qmp " + ourQMP},
 
@@ -109,6 +112,10 @@ func TestDestinationRefuses(t *testing.T) {
 		"chardev in JSON":   {`qemu-system-test -netdev {"type":"tap","fd":"7"}`, "open descriptors"},
 		"add-fd":            {"qemu-system-test -add-fd fd=7,set=1", "open descriptors"},
 		"preconfig":         {"qemu-system-test --preconfig", "preconfig"},
+		"unknown option":    {"qemu-system-test -later -plugin x", "does not know QEMU's option -later"},
+		"unknown, at end":   {"qemu-system-test -m 64 -later", "does not know QEMU's option -later"},
+		"three dashes":      {"qemu-system-test ---plugin x", "---plugin is no option"},
+		"only dashes":       {"qemu-system-test -- -plugin x", "-- is no option"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := Destination(

@@ -22,12 +22,8 @@ func Parse(argv []string) (Line, error) {
 // Name returns the VM's name from -name, or "" if it has none.
 func (l Line) Name() (name string) {
 	for _, o := range l {
-		if o.name != "name" {
-			continue
-		}
-		settings := parseSettings(o.value)
-		if name = get(settings, "guest"); settings[0].word { // the key guest may be left out
-			name = settings[0].key
+		if o.name == "name" {
+			name = implied(parseSettings(o.value), "guest")
 		}
 	}
 	return name

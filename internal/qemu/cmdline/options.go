@@ -16,20 +16,11 @@ type option struct {
 	bare  bool // has no value
 }
 
-// flags are the options without a value in QEMU 2.12 to 10 (qemu-options.hx: those without HAS_ARG). Every other option
-// takes the next argument, even if that looks like an option: "-append -S" contains no -S.
-var flags = []string{
-	"h", "help", "version", "S", "s", "daemonize", "snapshot", "nodefaults", "no-user-config", "nodefconfig",
-	"nographic", "curses", "sdl", "no-frame", "alt-grab", "ctrl-grab", "no-quit", "full-screen", "portrait",
-	"usb", "win2k-hack", "no-fd-bootchk", "no-acpi", "no-hpet", "rtc-td-hack", "tdf", "localtime",
-	"enable-kvm", "no-kvm", "no-kvm-irqchip", "no-kvm-pit", "no-kvm-pit-reinjection", "enable-hax",
-	"singlestep", "one-insn-per-tb", "preconfig", "no-reboot", "no-shutdown", "only-migratable", "mem-prealloc",
-	"old-param", "semihosting", "enable-fips", "enable-sync-profile", "xen-attach", "xen-create",
-	"xen-domid-restrict", "audio-help",
-}
-
 // parseOptions parses QEMU's arguments, without argv[0], as QEMU does (qemu_init in softmmu/vl.c): an option begins
-// with one dash or two, and its value is the next argument.
+// with one dash or two, and its value is the next argument, even if that looks like an option: "-append -S" contains no
+// -S.
+//
+// An option that is not known is taken as one without a value if what follows looks like an option; see checkKnown.
 func parseOptions(args []string) ([]option, error) {
 	var options []option
 	for i := 0; i < len(args); i++ {
@@ -39,14 +30,19 @@ func parseOptions(args []string) ([]option, error) {
 			continue
 		}
 		name := strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-")
-		if slices.Contains(flags, name) {
+		if name == "" || strings.HasPrefix(name, "-") {
+			return nil, fmt.Errorf("%s is no option of QEMU", arg)
+		}
+		last := i+1 == len(args)
+		known := slices.Contains(valued, name)
+		if slices.Contains(flags, name) || !known && (last || strings.HasPrefix(args[i+1], "-")) {
 			options = append(options, option{name: name, bare: true})
 			continue
 		}
-		i++
-		if i == len(args) {
+		if last {
 			return nil, fmt.Errorf("QEMU's option %s lacks its value", arg)
 		}
+		i++
 		options = append(options, option{name: name, value: args[i]})
 	}
 	return options, nil
@@ -115,4 +111,13 @@ func get(settings []setting, key string) string {
 		}
 	}
 	return ""
+}
+
+// implied returns the value of a key that the first setting may leave out.
+func implied(settings []setting, key string) string {
+	value := get(settings, key)
+	if value == "" && len(settings) > 0 && settings[0].word {
+		return settings[0].key
+	}
+	return value
 }

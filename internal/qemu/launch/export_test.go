@@ -9,6 +9,7 @@ const (
 )
 
 var (
+	Listener      = listener
 	MakePipe      = makePipe
 	RemovePIDFile = removePIDFile
 )

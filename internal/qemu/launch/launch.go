@@ -31,6 +31,14 @@ type Options struct {
 	LogPath  string // of bounded size; gets QEMU's output
 }
 
+// workingDirectory returns the directory in which QEMU is started.
+func (opts Options) workingDirectory() string {
+	if info, err := os.Stat(opts.Dir); err != nil || !info.IsDir() {
+		return "/"
+	}
+	return opts.Dir
+}
+
 // A child is a process that this one or a Starter started.
 type child struct {
 	pid int
@@ -45,7 +53,12 @@ func (s *Starter) Launch(opts Options) (*Process, error) {
 	if err != nil {
 		line = nil // QEMU reports it and ends: it neither listens nor writes a file
 	}
-	for _, path := range append(line.Sockets(opts.Dir), opts.QMPPath) {
+	dir := opts.workingDirectory()
+	sockets, err := line.Sockets(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range append(sockets, opts.QMPPath) {
 		if err := checkUnused(path); err != nil {
 			return nil, err
 		}
@@ -66,7 +79,7 @@ func (s *Starter) Launch(opts Options) (*Process, error) {
 		return nil, errors.Join(err, out.discard())
 	}
 	go out.follow()
-	p := &Process{child: c, output: out, pidFile: line.PIDFile(opts.Dir), exited: make(chan struct{})}
+	p := &Process{child: c, output: out, pidFile: line.PIDFile(dir), exited: make(chan struct{})}
 	if p.handle, err = process.Open(c.pid); err != nil { // for example, no descriptors are left
 		return nil, errors.Join(err, syscall.Kill(c.pid, syscall.SIGKILL), c.wait())
 	}
@@ -82,10 +95,7 @@ func launch(opts Options) (child, error) {
 	}
 	defer pipe.Close()
 	cmd := exec.Command(opts.Args[0], opts.Args[1:]...)
-	cmd.Dir = opts.Dir
-	if info, err := os.Stat(opts.Dir); err != nil || !info.IsDir() {
-		cmd.Dir = "/"
-	}
+	cmd.Dir = opts.workingDirectory()
 	cmd.Stdout, cmd.Stderr = pipe, pipe
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	c := opts.Credentials

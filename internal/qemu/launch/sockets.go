@@ -7,20 +7,42 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"strings"
 	"syscall"
+
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 )
 
 // checkUnused refuses a socket path at which another process listens, perhaps another VM: QEMU would take that path
 // over.
 func checkUnused(path string) error {
 	conn, err := net.Dial("unix", path)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return nil // nobody listens; QEMU replaces a socket file that was left behind
-	}
-	if err != nil {
+	case errors.Is(err, syscall.EPROTOTYPE): // a process receives datagrams there
+	case err != nil:
 		return fmt.Errorf("where the destination's QEMU is to listen: %w", err)
+	default:
+		conn.Close()
 	}
-	conn.Close()
-	return fmt.Errorf("another process listens at %s, where the destination's QEMU is to listen: "+
-		"end it, or give the destination another path with a template", path)
+	return fmt.Errorf("another process listens at %s, where the destination's QEMU is to listen: %s: "+
+		"look what it is for, and end it only if nobody needs it, or give the destination another path with a template",
+		path, listener(path))
+}
+
+// listener says which process listens at a socket path at this moment.
+func listener(path string) string {
+	pids, err := process.Listeners(path)
+	if err != nil {
+		return fmt.Sprintf("it is not known which (%v)", err)
+	}
+	if len(pids) == 0 {
+		return "it is not known which, as this daemon may not look into it"
+	}
+	var found []string
+	for _, pid := range pids {
+		found = append(found, process.Describe(pid))
+	}
+	return strings.Join(found, " and ")
 }

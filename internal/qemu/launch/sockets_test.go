@@ -3,13 +3,16 @@
 package launch_test
 
 import (
+	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qemu/launch"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 	"github.com/migrated-vm/migrated/internal/qemu/qemutest"
 )
 
@@ -21,16 +24,45 @@ func TestNeighboursSocketStays(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer neighbour.Close()
-	_, _, err = qemu.Start(qemutest.Context(t), nil, launch.Options{
-		Args:    []string{"/does/not/exist", "-serial", "unix:" + path + ",server=on,wait=off"},
-		QMPPath: path + ".qmp", Dir: "/", PipePath: path + ".pipe", LogPath: path + ".log",
-	})
-	if err == nil || !strings.Contains(err.Error(), "another process listens at "+path) {
-		t.Errorf("%v", err)
+	itself := fmt.Sprintf("process %d (%s): look what it is for", os.Getpid(), process.Name(os.Getpid()))
+	for _, name := range []string{path, strings.TrimPrefix(path, "/")} { // without its directory, QEMU starts in "/"
+		_, _, err = qemu.Start(qemutest.Context(t), nil, launch.Options{
+			Args:    []string{"/does/not/exist", "-serial", "unix:" + name + ",server=on,wait=off"},
+			QMPPath: path + ".qmp", Dir: "/does/not/exist", PipePath: path + ".pipe", LogPath: path + ".log",
+		})
+		if err == nil || !strings.Contains(err.Error(), "another process listens at "+path) ||
+			!strings.Contains(err.Error(), itself) {
+			t.Errorf("%v, want %q in it", err, itself)
+		}
 	}
 	if conn, err := net.Dial("unix", path); err != nil {
 		t.Error(err)
 	} else {
 		conn.Close()
+	}
+}
+
+// TestNeighboursVMIsNamed checks that the refusal names the VM whose socket QEMU would take over, also if that receives
+// datagrams. The QEMU there was given a relative path.
+func TestNeighboursVMIsNamed(t *testing.T) {
+	opts := qemutest.Options(t, qemutest.Self(), "-name", "web", "-serial", "unix:with blank,server=on,wait=off",
+		"-netdev", "dgram,id=n,local.type=unix,local.path=datagrams,remote.type=unix,remote.path=/none")
+	p, _ := qemutest.StartWith(t, nil, opts)
+	want := fmt.Sprintf(`process %d (%s), which runs the VM "web"`, p.Pid(), process.Name(p.Pid()))
+	for _, args := range [][]string{
+		{"-serial", "unix:" + opts.Dir + "/with blank,server=on,wait=off"},
+		{"-netdev", "dgram,id=n,local.type=unix,local.path=" + opts.Dir + "/datagrams"},
+	} {
+		_, _, err := qemu.Start(qemutest.Context(t), nil, qemutest.Options(t, qemutest.Self(), args...))
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q in it", args, err, want)
+		}
+	}
+}
+
+// TestUnknownNeighbour: a socket that is open and in nobody's descriptors that can be seen is said to be unknown.
+func TestUnknownNeighbour(t *testing.T) {
+	if got := launch.Listener(filepath.Join(t.TempDir(), "none")); !strings.Contains(got, "not known which") {
+		t.Errorf("%q", got)
 	}
 }

@@ -97,7 +97,7 @@ func lookAt(pid int) (*Found, error) {
 		return nil, err
 	}
 	for _, path := range line.Monitors(dir) {
-		if sameFileAs(pid, path) {
+		if isFileOf(pid, path, path) {
 			f.Sockets = append(f.Sockets, path)
 		}
 	}
@@ -121,14 +121,4 @@ func isElsewhere(pid int) (bool, error) {
 		}
 	}
 	return true, nil
-}
-
-// sameFileAs reports whether path is the same file for the process pid and for this process.
-func sameFileAs(pid int, path string) bool {
-	theirs, err := os.Stat(filepath.Join("/proc", strconv.Itoa(pid), "root", path))
-	if err != nil {
-		return false
-	}
-	ours, err := os.Stat(path)
-	return err == nil && os.SameFile(ours, theirs)
 }

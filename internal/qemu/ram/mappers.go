@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -72,7 +71,7 @@ func (mem *Memory) Mapped(blocks []Block) (refused []*Error, unseen int, err err
 	unseen, err = eachMaps(func(pid int, text []byte) {
 		for i, b := range blocks {
 			if pid != mem.process.PID() && mapsFile(text, keys[i]) && !sharesMemory(pid, mem.process.PID()) {
-				refused = append(refused, mapper{pid, nameOf(pid)}.refusal(b))
+				refused = append(refused, mapper{pid, process.Name(pid)}.refusal(b))
 			}
 		}
 	})
@@ -149,13 +148,4 @@ func sharesMemory(a, b int) bool {
 	const kcmpVM = 1 // linux/kcmp.h
 	order, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(a), uintptr(b), kcmpVM, 0, 0, 0)
 	return errno == 0 && order == 0
-}
-
-// nameOf returns the name of a process (proc_pid_comm(5)), or "?" if it has ended.
-func nameOf(pid int) string {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-	if err != nil {
-		return "?"
-	}
-	return strings.TrimSuffix(string(text), "\n")
 }
