@@ -144,9 +144,10 @@ func Default() Config {
 		TemplateDir:  "/etc/migrated/templates",
 		MinUID:       1,
 		ForbiddenOptions: []string{
-			"plugin", "readconfig", "writeconfig", "netdev script", "netdev downscript", "netdev helper",
-			"nic script", "nic downscript", "nic helper",
-			"net script", "net downscript", "net helper",
+			"plugin", "readconfig", "writeconfig",
+			"netdev script", "netdev downscript", "netdev helper", "netdev path", "netdev guestfwd",
+			"nic script", "nic downscript", "nic helper", "nic path", "nic guestfwd",
+			"net script", "net downscript", "net helper", "net path", "net guestfwd",
 		},
 		LibvirtHook: "/etc/libvirt/hooks/qemu",
 		MaxIncoming: 16,
