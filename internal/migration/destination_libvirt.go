@@ -19,6 +19,9 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 		return withRemedy(errors.New("a template is of QEMU's command line, and this VM's is libvirt's"),
 			"leave out --template")
 	}
+	if len(d.cfg.Binaries) == 0 {
+		return withRemedy(cmdline.ErrNoBinaries, "set qemu_binaries in the destination's configuration")
+	}
 	machine := d.cfg.Request.GetMachine()
 	if err := checkPromise(machine, availableMemory); err != nil {
 		return err
