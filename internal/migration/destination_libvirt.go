@@ -43,9 +43,9 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	}
 	d.log.Info("having libvirt start the domain", "name", name)
 	started, err := libvirt.Start(ctx, d.cfg.LibvirtSocket, definition)
-	if errors.Is(err, libvirt.ErrActive) {
-		// If a daemon is killed while libvirt starts the domain, the domain stays and the next daemon does not know
-		// of it.
+	if errors.Is(err, libvirt.ErrActive) || errors.Is(err, libvirt.ErrNoAnswer) {
+		// If a daemon is killed while libvirt starts the domain, or libvirt does not answer, the domain stays and the
+		// next daemon does not know of it.
 		return withRemedy(err, fmt.Sprintf("look at it on the destination: virsh domstate --reason %[1]s; "+
 			"if it is paused since a migration that is over, end it there: virsh destroy %[1]s", name))
 	} else if err != nil {
