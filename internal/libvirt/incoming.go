@@ -89,11 +89,11 @@ func create(ctx context.Context, conn *connection, definition string) (*Domain, 
 
 // isActive says whether a domain with the name in a definition exists and is not shut off.
 func isActive(conn *connection, definition string) bool {
-	name, err := NameOf(definition)
+	_, root, err := parse(definition)
 	if err != nil {
 		return false
 	}
-	d, err := conn.DomainLookupByName(name)
+	d, err := conn.DomainLookupByName(text(root, "name"))
 	if err != nil {
 		return false
 	}
@@ -191,15 +191,6 @@ func text(of *etree.Element, tag string) string {
 		return ""
 	}
 	return strings.TrimSpace(child.Text())
-}
-
-// NameOf returns the name of the domain in a definition.
-func NameOf(definition string) (string, error) {
-	_, root, err := parse(definition)
-	if err != nil {
-		return "", err
-	}
-	return text(root, "name"), nil
 }
 
 // Persist makes the running domain persistent, so that libvirt keeps its definition when it ends. It fails with

@@ -26,19 +26,18 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	if err := checkPromise(machine, availableMemory); err != nil {
 		return err
 	}
-	name, err := libvirt.NameOf(definition)
-	if err != nil {
-		return err
-	}
 	limit := libvirt.Limit{
+		Name:   machine.GetName(),
 		MayRun: func(binary string) error { return cmdline.MayRun(binary, d.cfg.Binaries) },
 		Root:   d.cfg.MinUID == 0,
 	}
 	if err := limit.Check(definition); err != nil {
 		return withRemedy(fmt.Errorf("the destination starts no such domain: %w", err),
-			"take that out of the domain's definition, or move it with virsh migrate")
+			"take that out of the domain's definition, or give another with --xml, or move it with virsh migrate")
 	}
-	if definition, err = d.cfg.Starter.Hook(name, definition); err != nil { // unchecked: the hook is this host's
+	name := machine.GetName()
+	definition, err := d.cfg.Starter.Hook(name, definition) // unchecked: the hook is this host's
+	if err != nil {
 		return err
 	}
 	d.log.Info("having libvirt start the domain", "name", name)

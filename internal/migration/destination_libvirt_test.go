@@ -5,6 +5,7 @@ package migration
 import (
 	"errors"
 	"log/slog"
+	"strings"
 	"testing"
 
 	"github.com/migrated-vm/migrated/internal/libvirt/libvirttest"
@@ -35,5 +36,18 @@ func TestNoBinariesNoDomain(t *testing.T) {
 	err := openRefused(t, aDefinition, DestinationConfig{})
 	if !errors.Is(err, cmdline.ErrNoBinaries) || Remedy(err) == "" {
 		t.Errorf("%v; %s", err, Remedy(err))
+	}
+}
+
+// TestDomainOfAnotherName: peers says which VMs a source may send, by their names. The definition names that VM.
+func TestDomainOfAnotherName(t *testing.T) {
+	for name, definition := range map[string]string{
+		"another":      strings.Replace(aDefinition, "db-1", "web-1", 1),
+		"behind a lie": strings.Replace(aDefinition, "<name>", `<x:name xmlns:x="urn:x">db-1</x:name><name>`, 1),
+	} {
+		err := openRefused(t, definition, DestinationConfig{Binaries: []string{"qemu-system-*"}, MinUID: 1})
+		if !strings.Contains(err.Error(), "the destination starts no such domain") || Remedy(err) == "" {
+			t.Errorf("%s: %v; %s", name, err, Remedy(err))
+		}
 	}
 }
