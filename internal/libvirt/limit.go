@@ -5,12 +5,14 @@ package libvirt
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 
 	"github.com/beevik/etree"
+
+	"github.com/migrated-vm/migrated/internal/owned"
 )
 
 // A Limit bounds what a definition from another host may contain.
@@ -156,11 +158,11 @@ func checkSecurityLabels(root *etree.Element) error {
 	return nil
 }
 
-// outputDirs are the directories of libvirt's logs and of Nova's.
-var outputDirs = []string{"/var/log/libvirt/qemu/", "/var/lib/nova/instances/"}
+// logDir is the directory of libvirt's logs. Root alone can change it.
+const logDir = "/var/log/libvirt/qemu/"
 
-// checkOutput refuses character devices whose output would go to another file than a log: virtlogd makes that file, and
-// writes what the guest says, as root.
+// checkOutput refuses character devices whose output would go to a file of root's: virtlogd makes that file, and writes
+// what the guest says, as root.
 func checkOutput(root *etree.Element) error {
 	var paths []string
 	for _, device := range root.FindElements("devices//*") {
@@ -177,11 +179,30 @@ func checkOutput(root *etree.Element) error {
 		}
 	}
 	for _, path := range paths {
-		isLog := func(dir string) bool { return strings.HasPrefix(path, dir) }
-		if filepath.Clean(path) != path || !slices.ContainsFunc(outputDirs, isLog) {
-			return fmt.Errorf("the domain's definition has a character device that writes to %q as root, "+
-				"which is not in %s", path, strings.Join(outputDirs, " or "))
+		if !mayWrite(path) {
+			return fmt.Errorf("the domain's definition has a character device that writes to %q as root; it may do so "+
+				"below %s, and in a directory that is here and that others than root can change", path, logDir)
 		}
 	}
 	return nil
+}
+
+// mayWrite says whether root may write a VM's output to a file: a log of libvirt's, or where another user, a management
+// program's or the VM's own, could write to it anyway.
+func mayWrite(path string) bool {
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path {
+		return false
+	}
+	if strings.HasPrefix(path, logDir) {
+		return true
+	}
+	if info, err := os.Lstat(path); err == nil && !info.Mode().IsRegular() && info.Mode()&os.ModeNamedPipe == 0 {
+		return false // a symbolic link may lead elsewhere
+	}
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return false
+	}
+	_, roots := owned.ByRoot(dir)
+	return !roots
 }

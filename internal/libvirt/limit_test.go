@@ -4,8 +4,12 @@ package libvirt
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
 const (
@@ -46,7 +50,7 @@ var limits = map[string]struct {
 	"a declared namespace": {strings.Replace(plain, "<domain", "<domain"+ofQEMU, 1), "", true},
 	"a declaration":        {"<?xml version='1.0' encoding='UTF-8'?>\n<!-- by hand -->\n" + plain, "", true},
 	"a log":                {device("serial", "file", "/var/log/libvirt/qemu/db.log"), "", true},
-	"Nova's log":           {copyTo("/var/lib/nova/instances/7/console.log"), "", true},
+	"a copy in the logs":   {copyTo("/var/log/libvirt/qemu/db.log"), "", true},
 	"a socket":             {device("channel", "unix", "/run/db.sock"), "", true},
 	"an image":             {insert("</devices>", `<disk type="file"><source file="/db.img"/></disk>`), "", true},
 	"a directory": {
@@ -153,5 +157,31 @@ func TestLimitOfItsOwn(t *testing.T) {
 	}
 	if err := aLimit().Check(next); err != nil {
 		t.Errorf("%v: %s", err, next)
+	}
+}
+
+// TestOutput: what a VM says may be written where others than root can write, as in a directory of Nova's.
+func TestOutput(t *testing.T) {
+	if os.Geteuid() != 0 {
+		testenv.CannotRun(t, "needs root")
+	}
+	dir := t.TempDir()
+	theirs, roots := filepath.Join(dir, "theirs"), filepath.Join(dir, "roots")
+	if err := errors.Join(os.Mkdir(theirs, 0o755), os.Mkdir(roots, 0o755), os.Chown(theirs, 64055, 64055),
+		os.WriteFile(filepath.Join(theirs, "old.log"), nil, 0o600),
+		os.Symlink("/etc/passwd", filepath.Join(theirs, "link.log")), os.Symlink(roots, filepath.Join(theirs, "link")),
+	); err != nil {
+		t.Fatal(err)
+	}
+	for path, accepted := range map[string]bool{
+		theirs + "/new.log": true, theirs + "/old.log": true,
+		roots + "/new.log": false, theirs + "/link.log": false, theirs + "/link/new.log": false,
+		theirs + "/none/new.log": false, theirs + "/../roots/new.log": false, "new.log": false, "": false,
+	} {
+		for _, definition := range []string{device("serial", "file", path), copyTo(path)} {
+			if err := aLimit().Check(definition); (err == nil) != accepted {
+				t.Errorf("%q: %v", path, err)
+			}
+		}
 	}
 }
