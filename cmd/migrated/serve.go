@@ -96,8 +96,8 @@ func (s *serveCmd) Run(a *app) error {
 		return fmt.Errorf("starting the daemon: %w", err)
 	}
 	d.OnReady(func() { tellManager(log, "READY=1") })
-	var starter *launch.Starter // nil: this daemon starts no QEMUs
-	if len(cfg.QEMUBinaries) > 0 {
+	var starter *launch.Starter // nil: this daemon starts neither QEMUs nor a hook
+	if len(cfg.QEMUBinaries) > 0 || cfg.LibvirtHook != "" {
 		if starter, err = launch.NewStarter(starterCommand, cfg.LibvirtHook, cfg.QEMUBinaries); err != nil {
 			return err
 		}

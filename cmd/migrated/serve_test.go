@@ -91,6 +91,21 @@ func TestServeSettings(t *testing.T) {
 	}
 }
 
+// TestHookWithoutBinaries: the process that calls the hook starts also where no binary is allowed.
+func TestHookWithoutBinaries(t *testing.T) {
+	var c cli
+	parser, err := newParser(&c, io.Discard, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := parser.Parse([]string{starterCommand, "/hook"}); err != nil {
+		t.Fatal(err)
+	}
+	if c.Starter.LibvirtHook != "/hook" || len(c.Starter.QEMUBinaries) > 0 {
+		t.Errorf("it got %+v", c.Starter)
+	}
+}
+
 // TestServe runs the daemon in a process of its own. It tells the service manager
 // when it serves, answers calls, and ends without an error after SIGTERM.
 func TestServe(t *testing.T) {

@@ -16,7 +16,7 @@ const starterCommand = "start-qemus"
 // starterCmd is not for operators: "migrated serve" starts it (launch.Starter).
 type starterCmd struct {
 	LibvirtHook  string   `arg:"" name:"libvirt-hook" help:"Program that may change the definition of a domain; empty: none."`
-	QEMUBinaries []string `arg:"" name:"qemu-binaries" help:"Programs that may be started."`
+	QEMUBinaries []string `arg:"" optional:"" name:"qemu-binaries" help:"Programs that may be started."`
 }
 
 func (s *starterCmd) Run(a *app) error {

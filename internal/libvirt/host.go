@@ -178,7 +178,7 @@ func (d *Domain) Destroy(ctx context.Context) error {
 	}
 	var notKept error
 	if err != nil { // the domain is ended nevertheless
-		notKept = fmt.Errorf("the domain has ended: %w: %w", ErrOwner, err)
+		notKept = fmt.Errorf("%w: %w", ErrOwner, err)
 	}
 	if err = d.checkRun(); err != nil {
 		for _, i := range kept {
@@ -196,7 +196,10 @@ func (d *Domain) Destroy(ctx context.Context) error {
 	if err != nil && !isGone(err) {
 		return fmt.Errorf("end libvirt's domain %s: %w", d.Name(), err)
 	}
-	return notKept
+	if notKept != nil {
+		return fmt.Errorf("the domain has ended: %w", notKept)
+	}
+	return nil
 }
 
 // Definition returns the definition of the running domain, with devices that were plugged in and with its secrets, as

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/beevik/etree"
 	golibvirt "github.com/digitalocean/go-libvirt"
@@ -26,8 +27,16 @@ var incoming = []string{"-incoming", "defer"}
 // ErrActive says that a domain of that name runs already, or waits for a migration.
 var ErrActive = errors.New("libvirt has a domain of that name already, which is not shut off")
 
+// ErrNoAnswer says that libvirt may have started a domain, or may yet do so, but has not answered.
+var ErrNoAnswer = errors.New("libvirt has not said whether it started the domain, and may yet do so")
+
+// answerTimeout bounds how long Start waits for libvirt when its context has ended.
+const answerTimeout = time.Minute
+
 // Start makes libvirt start a domain whose QEMU waits for a migration, and returns this run of it. libvirt is the one
 // that listens on socket, or this host's if socket is empty. The domain is transient unless it is defined here.
+//
+// The domain runs elsewhere as well. If Start fails, its images have the owner that they had before.
 func Start(ctx context.Context, socket, definition string) (*Domain, error) {
 	definition, err := withIncoming(definition)
 	if err != nil {
@@ -40,25 +49,51 @@ func Start(ctx context.Context, socket, definition string) (*Domain, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer conn.closeAfter(ctx)()
-	d, err := conn.DomainCreateXML(definition, golibvirt.DomainStartPaused)
-	if err != nil {
-		err = fmt.Errorf("have libvirt start the domain: %w", err)
-		if isActive(conn, definition) {
-			err = fmt.Errorf("%w: %w", ErrActive, err)
-		}
+	var d *Domain
+	if err = keepOwners(definition, func() (err error) {
+		d, err = create(ctx, conn, definition)
+		return err
+	}); err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
-	return &Domain{connection: conn, id: d, address: Address(socket, formatUUID(d.UUID))}, nil
+	d.address = Address(socket, formatUUID(d.id.UUID))
+	return d, nil
+}
+
+// create makes libvirt start the domain. libvirt goes on when its client leaves, so the call does not end with ctx, or
+// nobody would end the domain: create does so when ctx has ended.
+func create(ctx context.Context, conn *connection, definition string) (*Domain, error) {
+	patient, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(answerTimeout, cancel) })()
+	defer conn.closeAfter(patient)()
+	id, err := conn.DomainCreateXML(definition, golibvirt.DomainStartPaused)
+	var refused golibvirt.Error
+	switch {
+	case err == nil:
+	case !errors.As(err, &refused):
+		return nil, fmt.Errorf("%w: %w", ErrNoAnswer, err)
+	case isActive(conn, definition):
+		return nil, fmt.Errorf("%w: %w", ErrActive, err)
+	default:
+		return nil, fmt.Errorf("have libvirt start the domain: %w", err)
+	}
+	d := &Domain{connection: conn, id: id}
+	if ctx.Err() == nil {
+		return d, nil
+	}
+	ending, cancelEnding := context.WithTimeout(context.WithoutCancel(ctx), answerTimeout)
+	defer cancelEnding()
+	return nil, errors.Join(context.Cause(ctx), d.Destroy(ending))
 }
 
 // isActive says whether a domain with the name in a definition exists and is not shut off.
 func isActive(conn *connection, definition string) bool {
-	name, err := NameOf(definition)
+	_, root, err := parse(definition)
 	if err != nil {
 		return false
 	}
-	d, err := conn.DomainLookupByName(name)
+	d, err := conn.DomainLookupByName(text(root, "name"))
 	if err != nil {
 		return false
 	}
@@ -156,58 +191,6 @@ func text(of *etree.Element, tag string) string {
 		return ""
 	}
 	return strings.TrimSpace(child.Text())
-}
-
-// NameOf returns the name of the domain in a definition.
-func NameOf(definition string) (string, error) {
-	_, root, err := parse(definition)
-	if err != nil {
-		return "", err
-	}
-	return text(root, "name"), nil
-}
-
-// A Limit bounds what a definition from another host may contain.
-type Limit struct {
-	// MayRun returns an error if a QEMU binary may not be started.
-	MayRun func(binary string) error
-	// Root allows the definition to say which user QEMU runs as, and how a security module confines it.
-	Root bool
-}
-
-// Check refuses a definition that would give its sender more of this host than a VM.
-func (l Limit) Check(definition string) error {
-	_, root, err := parse(definition)
-	if err != nil {
-		return err
-	}
-	emulator := root.FindElement("devices/emulator")
-	if emulator == nil {
-		return errors.New("the domain's definition names no emulator")
-	}
-	if err := l.MayRun(strings.TrimSpace(emulator.Text())); err != nil {
-		return err
-	}
-	for _, child := range root.ChildElements() {
-		if child.Space != "" {
-			return fmt.Errorf("the domain's definition has <%s>, which can pass any option to QEMU",
-				child.FullTag())
-		}
-	}
-	for _, script := range root.FindElements("devices/interface/*") {
-		if script.Tag == "script" || script.Tag == "downscript" {
-			return errors.New("the domain's definition has an interface with a script, which libvirt would run as root")
-		}
-	}
-	for _, label := range root.FindElements("seclabel") {
-		if label.SelectAttrValue("model", "") == "dac" && !l.Root {
-			return errors.New("the domain's definition says whom QEMU runs as (<seclabel model='dac'>)")
-		}
-		if kind := label.SelectAttrValue("type", ""); kind != "" && kind != "dynamic" && !l.Root {
-			return fmt.Errorf("the domain's definition says how QEMU is confined (<seclabel type='%s'>)", kind)
-		}
-	}
-	return nil
 }
 
 // Persist makes the running domain persistent, so that libvirt keeps its definition when it ends. It fails with

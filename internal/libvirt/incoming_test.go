@@ -3,7 +3,6 @@
 package libvirt
 
 import (
-	"errors"
 	"strings"
 	"testing"
 )
@@ -38,49 +37,5 @@ func TestIncoming(t *testing.T) {
 		if _, err := withIncoming(bad); err == nil {
 			t.Errorf("%q is taken for a domain", bad)
 		}
-	}
-}
-
-// TestLimit: a definition from another host that would give it more than a VM is refused.
-func TestLimit(t *testing.T) {
-	refused := errors.New("that binary is not started here")
-	limit := Limit{MayRun: func(binary string) error {
-		if binary != "/usr/bin/qemu-system-x86_64" {
-			return refused
-		}
-		return nil
-	}}
-	insert := func(before, text string) string { return strings.Replace(plain, before, text+before, 1) }
-	for name, c := range map[string]struct{ definition, want string }{
-		"a VM":          {plain, ""},
-		"its own label": {insert("</domain>", `<seclabel type="dynamic" model="selinux"/>`), ""},
-		"another binary": {
-			strings.Replace(plain, "/usr/bin/qemu-system-x86_64", "/tmp/evil", 1), refused.Error(),
-		},
-		"no binary": {strings.Replace(plain, "emulator>", "nothing>", 2), "names no emulator"},
-		"arguments": {
-			insert("</domain>", `<qemu:commandline xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0"/>`),
-			"<qemu:commandline>",
-		},
-		"a script": {
-			insert("</devices>", `<interface type="ethernet"><script path="/tmp/evil"/></interface>`), "as root",
-		},
-		"no confinement": {insert("</domain>", `<seclabel type="none" model="selinux"/>`), "how QEMU is confined"},
-		"a label of its choice": {
-			insert("</domain>", `<seclabel type="static" model="selinux"><label>u:r:t:s0</label></seclabel>`),
-			"how QEMU is confined",
-		},
-		"another user": {
-			insert("</domain>", `<seclabel model="dac" relabel="no"><label>+0:+0</label></seclabel>`), "whom QEMU runs as",
-		},
-	} {
-		err := limit.Check(c.definition)
-		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
-			t.Errorf("%s: %v, want %q", name, err, c.want)
-		}
-	}
-	limit.Root = true
-	if err := limit.Check(insert("</domain>", `<seclabel model="dac"/>`)); err != nil {
-		t.Errorf("where every user is allowed: %v", err)
 	}
 }

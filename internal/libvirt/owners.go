@@ -5,6 +5,7 @@ package libvirt
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -56,6 +57,26 @@ func images(definition string) (found []image, err error) {
 	return found, err
 }
 
+// keepOwners has start make libvirt start a domain. libvirt gives the images to its user and, if the domain fails to
+// start after that, to their earlier owner or to root. keepOwners then restores the owner of each.
+func keepOwners(definition string, start func() error) error {
+	kept, notKept := images(definition)
+	err := start()
+	if err == nil {
+		for _, i := range kept {
+			i.file.Close()
+		}
+		return nil
+	}
+	for _, i := range kept {
+		err = errors.Join(err, i.restoreOwner())
+	}
+	if notKept != nil && !errors.Is(notKept, fs.ErrNotExist) { // libvirt says that a file is missing, or makes it
+		err = errors.Join(err, fmt.Errorf("%w: %w", ErrOwner, notKept))
+	}
+	return err
+}
+
 // restoreOwner changes the owner of the image back to i.uid and i.gid, and closes i.file.
 func (i image) restoreOwner() error {
 	defer i.file.Close()
@@ -65,8 +86,7 @@ func (i image) restoreOwner() error {
 		err = unix.Fchownat(int(i.file.Fd()), "", int(i.uid), int(i.gid), unix.AT_EMPTY_PATH)
 	}
 	if err != nil {
-		return fmt.Errorf("the domain has ended: %w: %w; run: chown %d:%d %s",
-			ErrOwner, err, i.uid, i.gid, i.file.Name())
+		return fmt.Errorf("%w: %w; run: chown %d:%d %s", ErrOwner, err, i.uid, i.gid, i.file.Name())
 	}
 	return nil
 }

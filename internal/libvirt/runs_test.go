@@ -110,6 +110,44 @@ func TestStartedRun(t *testing.T) {
 	}
 }
 
+var errGivenUp = errors.New("the source gave up")
+
+// TestStartInVain: where the migration ends while libvirt starts the domain, that run is ended, and no later one. A
+// libvirt that has not answered may have started it.
+func TestStartInVain(t *testing.T) {
+	for name, c := range map[string]struct {
+		meanwhile func(*libvirttest.Daemon)
+		want      error
+		calls     []string
+	}{
+		"it started": {func(*libvirttest.Daemon) {}, errGivenUp, []string{"create", "destroy"}},
+		"its owner started it anew": {
+			func(d *libvirttest.Daemon) { d.Before("lookup by UUID", d.StartAnew) }, errGivenUp, []string{"create"},
+		},
+		"libvirt ended": {
+			func(d *libvirttest.Daemon) {
+				d.Refuse("create", "not heard")
+				d.Disconnect()
+			}, ErrNoAnswer, nil,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			daemon := libvirttest.Start(t, libvirttest.Domain{Name: "db", Number: -1, Gone: true, XML: plain})
+			ctx, cancel := context.WithCancelCause(t.Context())
+			daemon.Before("create", func() {
+				cancel(errGivenUp)
+				c.meanwhile(daemon)
+			})
+			if _, err := Start(ctx, daemon.Socket, plain); !errors.Is(err, c.want) {
+				t.Errorf("%v, want %v", err, c.want)
+			}
+			if called := daemon.Called(); !slices.Equal(called, c.calls) {
+				t.Errorf("libvirt was asked to %v, want %v", called, c.calls)
+			}
+		})
+	}
+}
+
 // monitorOf connects to a domain whose QEMU is a process that only sleeps, and returns the commands that arrive there.
 func monitorOf(t *testing.T, daemon *libvirttest.Daemon, d *Domain) (*qmp.Client, *exec.Cmd, chan string, error) {
 	t.Helper()

@@ -15,7 +15,6 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/migrated-vm/migrated/internal/qemu/check"
-	"github.com/migrated-vm/migrated/internal/qemu/cmdline"
 	"github.com/migrated-vm/migrated/internal/qmp"
 	"github.com/migrated-vm/migrated/pkg/testenv"
 	"github.com/migrated-vm/migrated/pkg/uffd/inject"
@@ -65,7 +64,7 @@ func TestCheck(t *testing.T) {
 			Request: &migratedv1.PrepareIncomingRequest{
 				Id: "check", Machine: elsewhere(machine, directory), DestinationQmp: qmpPath,
 			},
-			Dir: state, PipeDir: t.TempDir(), LogDir: t.TempDir(), Binaries: cmdline.DefaultBinaries,
+			Dir: state, PipeDir: t.TempDir(), LogDir: t.TempDir(), Binaries: []string{"qemu-system-*"},
 			Log: slog.New(slog.DiscardHandler),
 		})
 		if _, err := os.Stat(state); !errors.Is(err, os.ErrNotExist) {

@@ -19,30 +19,32 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 		return withRemedy(errors.New("a template is of QEMU's command line, and this VM's is libvirt's"),
 			"leave out --template")
 	}
+	if len(d.cfg.Binaries) == 0 {
+		return withRemedy(cmdline.ErrNoBinaries, "set qemu_binaries in the destination's configuration")
+	}
 	machine := d.cfg.Request.GetMachine()
 	if err := checkPromise(machine, availableMemory); err != nil {
 		return err
 	}
-	name, err := libvirt.NameOf(definition)
-	if err != nil {
-		return err
-	}
 	limit := libvirt.Limit{
+		Name:   machine.GetName(),
 		MayRun: func(binary string) error { return cmdline.MayRun(binary, d.cfg.Binaries) },
 		Root:   d.cfg.MinUID == 0,
 	}
 	if err := limit.Check(definition); err != nil {
 		return withRemedy(fmt.Errorf("the destination starts no such domain: %w", err),
-			"take that out of the domain's definition, or move it with virsh migrate")
+			"take that out of the domain's definition, or give another with --xml, or move it with virsh migrate")
 	}
-	if definition, err = d.cfg.Starter.Hook(name, definition); err != nil { // unchecked: the hook is this host's
+	name := machine.GetName()
+	definition, err := d.cfg.Starter.Hook(name, definition) // unchecked: the hook is this host's
+	if err != nil {
 		return err
 	}
 	d.log.Info("having libvirt start the domain", "name", name)
 	started, err := libvirt.Start(ctx, d.cfg.LibvirtSocket, definition)
-	if errors.Is(err, libvirt.ErrActive) {
-		// If a daemon is killed while libvirt starts the domain, the domain stays and the next daemon does not know
-		// of it.
+	if errors.Is(err, libvirt.ErrActive) || errors.Is(err, libvirt.ErrNoAnswer) {
+		// If a daemon is killed while libvirt starts the domain, or libvirt does not answer, the domain stays and the
+		// next daemon does not know of it.
 		return withRemedy(err, fmt.Sprintf("look at it on the destination: virsh domstate --reason %[1]s; "+
 			"if it is paused since a migration that is over, end it there: virsh destroy %[1]s", name))
 	} else if err != nil {

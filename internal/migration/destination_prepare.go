@@ -177,7 +177,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 		return d.openDomain(ctx, definition)
 	}
 	if len(d.cfg.Binaries) == 0 {
-		return withRemedy(errors.New("the destination starts no QEMU: its list of QEMU binaries is empty"),
+		return withRemedy(cmdline.ErrNoBinaries,
 			"start QEMU there with -S -incoming defer and name its socket with --to-qmp, "+
 				"or set qemu_binaries in the destination's configuration")
 	}

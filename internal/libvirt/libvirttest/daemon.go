@@ -40,6 +40,7 @@ type Daemon struct {
 	calls   []string
 	monitor func(command string) (reply string)
 	clients []client
+	conns   []net.Conn
 }
 
 // A client has asked for events.
@@ -67,6 +68,9 @@ func Start(t testing.TB, domain Domain) *Daemon {
 			if err != nil {
 				return
 			}
+			d.mu.Lock()
+			d.conns = append(d.conns, conn)
+			d.mu.Unlock()
 			serving.Go(func() { d.serve(conn) })
 			t.Cleanup(func() { conn.Close() })
 		}
@@ -97,6 +101,15 @@ func (d *Daemon) Change(change func(*Domain)) {
 
 // StartAnew ends the domain's run and begins another one.
 func (d *Daemon) StartAnew() { d.Change(func(d *Domain) { d.Number++ }) }
+
+// Disconnect ends all connections, as when the daemon ends.
+func (d *Daemon) Disconnect() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, conn := range d.conns {
+		conn.Close()
+	}
+}
 
 // TellStopped sends the event that the domain was destroyed. As libvirt's, it has no number any more.
 func (d *Daemon) TellStopped() {

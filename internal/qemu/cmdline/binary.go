@@ -3,6 +3,7 @@
 package cmdline
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,10 +14,10 @@ import (
 	"github.com/migrated-vm/migrated/internal/owned"
 )
 
-// DefaultBinaries are the patterns of QEMU binaries that may be started when none are configured.
-var DefaultBinaries = []string{"qemu-system-*", "qemu-kvm", "kvm"}
+// ErrNoBinaries says that this host starts no QEMU for another host.
+var ErrNoBinaries = errors.New("the destination starts no QEMU: its list of QEMU binaries is empty")
 
-// MayRun returns an error unless binary is the path of a QEMU on this host that matches the patterns.
+// MayRun returns an error unless binary is the path of a QEMU on this host that matches one of the patterns.
 func MayRun(binary string, patterns []string) error {
 	found, err := FindBinary(binary, patterns)
 	if err == nil && found != binary {
@@ -29,10 +30,10 @@ func MayRun(binary string, patterns []string) error {
 // in PATH.
 //
 // The name comes from another host. So the path must match one of the patterns, and an absolute path that others than
-// root can change is refused.
+// root can change is refused. No pattern allows no binary: ErrNoBinaries.
 func FindBinary(name string, patterns []string) (string, error) {
 	if len(patterns) == 0 {
-		patterns = DefaultBinaries
+		return "", ErrNoBinaries
 	}
 	if filepath.IsAbs(name) {
 		allowed, err := matches(name, patterns)

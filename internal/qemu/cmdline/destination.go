@@ -24,7 +24,7 @@ type Options struct {
 	// QMPPath is the path at which the destination's QEMU listens for QMP of this daemon.
 	QMPPath string
 	// Binaries are the patterns (path.Match) of binaries that may be started, because the command line comes from another
-	// host. A pattern without a slash matches the base name. Empty: DefaultBinaries.
+	// host. A pattern without a slash matches the base name. Empty: none is started.
 	Binaries []string
 	// Template is the name of a text/template in TemplateDir. It makes the command line to use instead of the source's;
 	// see expand.

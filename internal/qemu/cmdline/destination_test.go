@@ -3,6 +3,7 @@
 package cmdline
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -76,7 +77,8 @@ func TestDestination(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			args := append([]string{"qemu-system-test"}, strings.Fields(test.args)...)
 			got, err := Destination(
-				Source{Args: args, QMPPath: sourceQMP, Dir: "/run"}, Options{QMPPath: destinationQMP},
+				Source{Args: args, QMPPath: sourceQMP, Dir: "/run"},
+				Options{QMPPath: destinationQMP, Binaries: []string{"qemu-system-*"}},
 			)
 			if err != nil {
 				t.Fatal(err)
@@ -120,7 +122,7 @@ func TestDestinationRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, err := Destination(
 				Source{Args: strings.Fields(test.args), QMPPath: sourceQMP},
-				Options{QMPPath: destinationQMP},
+				Options{QMPPath: destinationQMP, Binaries: []string{"qemu-system-*"}},
 			)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want %q in it", err, test.want)
@@ -138,8 +140,24 @@ func TestBinaryThatOthersCanChange(t *testing.T) {
 	if err := os.WriteFile(path, nil, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if found, err := FindBinary(path, nil); err == nil {
+	if found, err := FindBinary(path, []string{"qemu-system-*"}); err == nil {
 		t.Errorf("%s would be started", found)
+	}
+}
+
+// TestNoBinaries: a host whose list of binaries is empty starts none, for a command line or for a domain.
+func TestNoBinaries(t *testing.T) {
+	binary := fakeBinary(t)
+	if err := MayRun(binary, []string{binary}); err != nil {
+		t.Error(err)
+	}
+	if err := MayRun(binary, nil); !errors.Is(err, ErrNoBinaries) {
+		t.Errorf("MayRun: %v", err)
+	}
+	args := []string{"qemu-system-test"}
+	_, err := Destination(Source{Args: args, QMPPath: sourceQMP}, Options{QMPPath: destinationQMP})
+	if !errors.Is(err, ErrNoBinaries) {
+		t.Errorf("Destination: %v", err)
 	}
 }
 
@@ -176,6 +194,7 @@ func TestTemplate(t *testing.T) {
 			}
 			got, err := Destination(source, Options{
 				QMPPath: destinationQMP, Template: "template", TemplateDir: filepath.Dir(path),
+				Binaries: []string{"qemu-system-*"},
 			})
 			if text, fails := strings.CutPrefix(test.want[0], "!"); fails {
 				if err == nil || !strings.Contains(err.Error(), text) {

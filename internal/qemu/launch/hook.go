@@ -31,8 +31,8 @@ type HookCall struct{ Name, Definition string }
 // (hooks.rst of libvirt, /etc/libvirt/hooks/qemu). It returns the changed definition, or the given one if there is no
 // hook or the hook prints nothing.
 func (s *Starter) Hook(name, definition string) (string, error) {
-	if s == nil { // this process starts QEMUs itself, and has no hook
-		return definition, nil
+	if s == nil { // whether there is a hook is not known
+		return "", errors.New("this daemon has no process that would call the hook for the domain")
 	}
 	var changed string
 	if err := s.call("Starts.Hook", HookCall{name, definition}, &changed); err != nil {

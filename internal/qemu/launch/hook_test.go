@@ -3,12 +3,15 @@
 package launch_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/migrated-vm/migrated/internal/qemu/cmdline"
 	"github.com/migrated-vm/migrated/internal/qemu/launch"
+	"github.com/migrated-vm/migrated/internal/qemu/process"
 	"github.com/migrated-vm/migrated/internal/qemu/qemutest"
 )
 
@@ -55,5 +58,24 @@ func TestHook(t *testing.T) {
 				t.Errorf("%q, %v", got, err)
 			}
 		})
+	}
+}
+
+// TestNoStarter: where a domain arrives and no process would call the hook, the domain is not started as it is.
+func TestNoStarter(t *testing.T) {
+	if got, err := (*launch.Starter)(nil).Hook("db", "<domain/>"); err == nil {
+		t.Errorf("%q is used without a hook", got)
+	}
+}
+
+// TestHookWithoutBinaries: the hook is called where no binary is allowed.
+func TestHookWithoutBinaries(t *testing.T) {
+	s := newStarter(t)
+	if got, err := s.Hook("db", "<domain/>"); err != nil || got != "<domain/>" {
+		t.Errorf("%q, %v", got, err)
+	}
+	opts := qemutest.Options(t, process.Credentials{})
+	if _, err := s.Launch(opts); !strings.Contains(fmt.Sprint(err), cmdline.ErrNoBinaries.Error()) {
+		t.Errorf("without a binary: %v", err)
 	}
 }
