@@ -77,11 +77,19 @@ var errOwnHost = migration.WithRemedy(
 		"a QEMU that is started like the VM's would have its files and sockets"),
 	"name another host; or start a QEMU here yourself, with files and sockets of its own, and name it with --to-qmp")
 
+// idTaken returns the gRPC status of an errIDTaken.
+func idTaken(err error) error {
+	return migration.ToStatus(codes.AlreadyExists, migration.WithRemedy(err, "choose another id"))
+}
+
 // expectIncoming makes the destination of a new migration, if fewer than max_incoming are under way.
 func (d *Daemon) expectIncoming(
 	ctx context.Context, request *migratedv1.PrepareIncomingRequest,
 ) (*migration.Destination, error) {
 	dir := filepath.Join(d.incomingDir(), request.GetId())
+	if old := d.migrations.destination(request.GetId()); old != nil {
+		old.AskSource(ctx) // else an id could not be used again if this host was not told of the failure
+	}
 	destination, forgotten, err := d.migrations.addDestination(
 		request.GetId(), callerID(ctx), d.cfg.MaxIncoming, func() *migration.Destination {
 			cfg := d.destinationConfig(dir)
@@ -96,9 +104,10 @@ func (d *Daemon) expectIncoming(
 	case errors.As(err, &crowded):
 		d.refusals.Refused(limits.Moving, callerNetwork(ctx), "id", request.GetId())
 		return nil, migration.ToStatus(codes.ResourceExhausted, migration.WithRemedy(crowded, remedyCrowded))
+	case errors.Is(err, errStopping):
+		return nil, migration.ToStatus(codes.Unavailable, err)
 	case err != nil:
-		return nil, status.Errorf(codes.AlreadyExists,
-			"a migration %s to the destination is under way; choose another id", request.GetId())
+		return nil, idTaken(err)
 	}
 	for _, id := range forgotten {
 		if err := migration.RemoveDir(filepath.Join(d.incomingDir(), id)); err != nil {
