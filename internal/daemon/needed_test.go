@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -26,7 +27,8 @@ func leaveUnheard(t *testing.T, stateDir, id string) {
 	t.Helper()
 	dir := filepath.Join(stateDir, "incoming", id)
 	facts := fmt.Sprintf(`{"version":%d,"request":{"id":%q,"protocol":2,"token":"secret",`+
-		`"pageAddresses":["127.0.0.1:1"]},"qemu":{"pid":%d,"start_time":1,"boot_id":"another"}}`, version.State, id, os.Getpid())
+		`"pageAddresses":["127.0.0.1:1"]},"qemu":{"pid":%d,"start_time":1,"boot_id":"another"}}`,
+		version.State, id, os.Getpid())
 	pages := make([]byte, 4096)
 	binary.NativeEndian.PutUint64(pages, 0x6d696772_00000000|version.State)
 	binary.NativeEndian.PutUint64(pages[11*8:], uint64(time.Now().UnixNano())) // when the switch began
@@ -137,5 +139,35 @@ func TestNothingBeginsWhenTheDaemonStops(t *testing.T) {
 	}
 	if _, err := control.Prepare(t.Context(), &migratedv1.PrepareRequest{Id: "known", Spec: spec}); err != nil {
 		t.Errorf("one that is known: %v", err)
+	}
+}
+
+// TestOwnHost: a migration comes back to the host that it leaves only if it is the same one. Another one of its id is
+// refused as such, and one that is over is in nobody's way.
+func TestOwnHost(t *testing.T) {
+	d := startPlain(t)
+	socket := filepath.Join(t.TempDir(), "qmp.sock")
+	silent, err := net.Listen("unix", socket) // the migration goes on until it is cancelled
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	spec := &migratedv1.MigrationSpec{Vm: socket, Destination: "127.0.0.1:1"}
+	s, err := (&controlService{daemon: d}).source(t.Context(), "new-kernel", spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := &migratedv1.PrepareIncomingRequest{Id: "new-kernel", Spec: spec}
+	if err := d.refuseOwnHost(request); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("the same migration: %v", err)
+	}
+	request.Spec = &migratedv1.MigrationSpec{Vm: socket, Destination: "host-a:7600"}
+	expectIDTaken(t, "another migration", d.refuseOwnHost(request))
+	if err := s.Cancel(); err != nil {
+		t.Fatal(err)
+	}
+	<-s.Done()
+	if err := d.refuseOwnHost(request); err != nil {
+		t.Errorf("when the one away from here is over: %v", err)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/migration"
@@ -55,8 +56,8 @@ func (p *peerService) PrepareIncoming(
 	if err := p.daemon.maySend(ctx, request.GetMachine().GetName()); err != nil {
 		return nil, err
 	}
-	if p.daemon.migrations.source(request.GetId()) != nil && request.GetDestinationQmp() == "" {
-		return nil, migration.ToStatus(codes.FailedPrecondition, errOwnHost)
+	if err := p.daemon.refuseOwnHost(request); err != nil {
+		return nil, err
 	}
 	if err := errors.Join(
 		absoluteAddresses(ctx, request), migration.CheckLabels(request.GetSpec().GetLabels()),
@@ -76,6 +77,19 @@ var errOwnHost = migration.WithRemedy(
 	errors.New("the destination is the VM's own host: "+
 		"a QEMU that is started like the VM's would have its files and sockets"),
 	"name another host; or start a QEMU here yourself, with files and sockets of its own, and name it with --to-qmp")
+
+// refuseOwnHost refuses to start a QEMU for a migration whose id one away from this host has that is not over. It is
+// the same migration if it has the same specification.
+func (d *Daemon) refuseOwnHost(request *migratedv1.PrepareIncomingRequest) error {
+	s := d.migrations.source(request.GetId())
+	if s == nil || isDone(s) || request.GetDestinationQmp() != "" {
+		return nil
+	}
+	if view, _ := s.Snapshot(); proto.Equal(view.GetSpec(), request.GetSpec()) {
+		return migration.ToStatus(codes.FailedPrecondition, errOwnHost)
+	}
+	return idTaken(fmt.Errorf("%w: a migration %s away from the destination is under way", errIDTaken, request.GetId()))
+}
 
 // idTaken returns the gRPC status of an errIDTaken.
 func idTaken(err error) error {
