@@ -89,9 +89,12 @@ func (c *controlService) source(
 			"an earlier run of this daemon left a migration %s that it cannot take up; choose another id", id)
 	}
 	create := func() *migration.Source { return c.daemon.newSource(ctx, id, spec, definition) }
-	s, busy := c.daemon.migrations.addSource(id, spec.GetVm(), create)
+	s, busy, err := c.daemon.migrations.addSource(id, spec.GetVm(), create)
 	if busy != "" && c.daemon.migrations.awaitRelease(busy) {
-		s, busy = c.daemon.migrations.addSource(id, spec.GetVm(), create)
+		s, busy, err = c.daemon.migrations.addSource(id, spec.GetVm(), create)
+	}
+	if err != nil {
+		return nil, migration.ToStatus(codes.Unavailable, err)
 	}
 	if busy != "" {
 		return nil, migration.ToStatus(codes.FailedPrecondition, underWayError(busy))

@@ -249,8 +249,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	d.log.Info("stopping", "migrations", d.migrations.active())
 	d.cancel(errors.New("the daemon was stopped"))
-	d.evacuations.Wait()
-	d.migrations.wait()
+	d.evacuations.Wait() // before stop: a VM whose migration is refused would count as one that cannot be moved
+	d.migrations.stop()
 	d.keeping.Wait() // the reports of migrations that have just ended
 	close(d.stopping)
 	lanes.Close()

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/migrated-vm/migrated/internal/limits"
 	"github.com/migrated-vm/migrated/internal/migration"
@@ -55,8 +56,8 @@ func (p *peerService) PrepareIncoming(
 	if err := p.daemon.maySend(ctx, request.GetMachine().GetName()); err != nil {
 		return nil, err
 	}
-	if p.daemon.migrations.source(request.GetId()) != nil && request.GetDestinationQmp() == "" {
-		return nil, migration.ToStatus(codes.FailedPrecondition, errOwnHost)
+	if err := p.daemon.refuseOwnHost(request); err != nil {
+		return nil, err
 	}
 	if err := errors.Join(
 		absoluteAddresses(ctx, request), migration.CheckLabels(request.GetSpec().GetLabels()),
@@ -77,11 +78,32 @@ var errOwnHost = migration.WithRemedy(
 		"a QEMU that is started like the VM's would have its files and sockets"),
 	"name another host; or start a QEMU here yourself, with files and sockets of its own, and name it with --to-qmp")
 
+// refuseOwnHost refuses to start a QEMU for a migration whose id one away from this host has that is not over. It is
+// the same migration if it has the same specification.
+func (d *Daemon) refuseOwnHost(request *migratedv1.PrepareIncomingRequest) error {
+	s := d.migrations.source(request.GetId())
+	if s == nil || isDone(s) || request.GetDestinationQmp() != "" {
+		return nil
+	}
+	if view, _ := s.Snapshot(); proto.Equal(view.GetSpec(), request.GetSpec()) {
+		return migration.ToStatus(codes.FailedPrecondition, errOwnHost)
+	}
+	return idTaken(fmt.Errorf("%w: a migration %s away from the destination is under way", errIDTaken, request.GetId()))
+}
+
+// idTaken returns the gRPC status of an errIDTaken.
+func idTaken(err error) error {
+	return migration.ToStatus(codes.AlreadyExists, migration.WithRemedy(err, "choose another id"))
+}
+
 // expectIncoming makes the destination of a new migration, if fewer than max_incoming are under way.
 func (d *Daemon) expectIncoming(
 	ctx context.Context, request *migratedv1.PrepareIncomingRequest,
 ) (*migration.Destination, error) {
 	dir := filepath.Join(d.incomingDir(), request.GetId())
+	if old := d.migrations.destination(request.GetId()); old != nil {
+		old.AskSource(ctx) // else an id could not be used again if this host was not told of the failure
+	}
 	destination, forgotten, err := d.migrations.addDestination(
 		request.GetId(), callerID(ctx), d.cfg.MaxIncoming, func() *migration.Destination {
 			cfg := d.destinationConfig(dir)
@@ -96,9 +118,10 @@ func (d *Daemon) expectIncoming(
 	case errors.As(err, &crowded):
 		d.refusals.Refused(limits.Moving, callerNetwork(ctx), "id", request.GetId())
 		return nil, migration.ToStatus(codes.ResourceExhausted, migration.WithRemedy(crowded, remedyCrowded))
+	case errors.Is(err, errStopping):
+		return nil, migration.ToStatus(codes.Unavailable, err)
 	case err != nil:
-		return nil, status.Errorf(codes.AlreadyExists,
-			"a migration %s to the destination is under way; choose another id", request.GetId())
+		return nil, idTaken(err)
 	}
 	for _, id := range forgotten {
 		if err := migration.RemoveDir(filepath.Join(d.incomingDir(), id)); err != nil {

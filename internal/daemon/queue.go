@@ -58,6 +58,23 @@ func (e *busyError) Error() string {
 	return fmt.Sprintf("%d migrations away from this host are under way, as many as may be at once", e.most)
 }
 
+// A crowdedError says that most migrations to this host are under way, and no more may be.
+type crowdedError struct {
+	most   int
+	sender string // the source that has all of them; empty: all sources together have
+}
+
+func (e *crowdedError) Error() string {
+	if e.sender == "" {
+		return fmt.Sprintf("%d migrations to the destination are under way, as many as may be at once", e.most)
+	}
+	return fmt.Sprintf("%d migrations from %s to the destination are under way, half of what may be at once, "+
+		"and the rest is for others", e.most, e.sender)
+}
+
+const remedyCrowded = "start this one when another is over, let it wait (migrate --queue-limit), " +
+	"or raise max_incoming in the destination's configuration"
+
 // awaitTurn returns the migration.SourceConfig.Turn of migration id.
 func (d *Daemon) awaitTurn(id string) func(ctx context.Context, atOnce bool, ahead func(int)) error {
 	return func(ctx context.Context, atOnce bool, ahead func(int)) error {

@@ -31,6 +31,7 @@ type registry struct {
 	senders      map[string]string              // callerID of the source, for each destination but those taken up
 	left         map[string]error               // migrations to this host that could not be taken up, and why
 	leftovers    map[string]*migration.Leftover // migrations to this host and away from it that could not be taken up
+	stopping     bool                           // no migration may be added any more
 	forgotten    metrics.Totals                 // counts of migrations that were removed
 	shown        *listing.List                  // all migrations, for List and WatchList
 	entries      map[tracked]*listing.Entry     // of shown
@@ -125,22 +126,31 @@ func (r *registry) leftover(id string) *migration.Leftover {
 	return r.leftovers[id]
 }
 
+// errStopping says that the daemon is about to end: a migration that began now would be left without it.
+var errStopping = migration.WithRemedy(errors.New("the daemon is stopping"), "try again when it runs again")
+
 // addSource returns the source with that id, and adds one that create makes if there
 // is none. If another migration of the VM is not over, busy is its id, and s is nil.
-func (r *registry) addSource(id, vm string, create func() *migration.Source) (s *migration.Source, busy string) {
+// The error is errStopping.
+func (r *registry) addSource(
+	id, vm string, create func() *migration.Source,
+) (s *migration.Source, busy string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if s := r.sources[id]; s != nil {
-		return s, ""
+		return s, "", nil
+	}
+	if r.stopping {
+		return nil, "", errStopping
 	}
 	if busy := r.underWayLocked(vm); busy != "" {
-		return nil, busy
+		return nil, busy, nil
 	}
 	forgetOld(r, r.sources)
 	s = create()
 	r.sources[id] = s
 	r.show(s)
-	return s, ""
+	return s, "", nil
 }
 
 // underWay returns the id of the migration of a VM that is not over; empty: none.
@@ -182,37 +192,24 @@ func (r *registry) awaitRelease(id string) bool {
 	}
 }
 
-// errIDTaken says that a migration with the same id is under way.
+// errIDTaken says that another migration has the id, and is under way or must not be forgotten.
 var errIDTaken = errors.New("its id is taken")
 
-// A crowdedError says that most migrations to this host are under way, and no more may be.
-type crowdedError struct {
-	most   int
-	sender string // the source that has all of them; empty: all sources together have
-}
-
-func (e *crowdedError) Error() string {
-	if e.sender == "" {
-		return fmt.Sprintf("%d migrations to the destination are under way, as many as may be at once", e.most)
-	}
-	return fmt.Sprintf("%d migrations from %s to the destination are under way, half of what may be at once, "+
-		"and the rest is for others", e.most, e.sender)
-}
-
-const remedyCrowded = "start this one when another is over, let it wait (migrate --queue-limit), " +
-	"or raise max_incoming in the destination's configuration"
-
 // addDestination adds the destination that create makes, if fewer than most are under way, and fewer than half of that
-// from the same sender. It replaces one of the same id that is over, so that an id can be used again after a failure.
-// forgotten are the ids of old migrations that were removed. The errors are errIDTaken and *crowdedError.
+// from the same sender. It replaces one of the same id that is over and not needed any more, so that an id can be used
+// again after a failure. forgotten are the ids of old migrations that were removed. The errors are errIDTaken,
+// *crowdedError and errStopping.
 func (r *registry) addDestination(
 	id, sender string, most int, create func() *migration.Destination,
 ) (d *migration.Destination, forgotten []string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.stopping {
+		return nil, nil, errStopping
+	}
 	old := r.destinations[id]
-	if old != nil && !isDone(old) {
-		return nil, nil, errIDTaken
+	if err := r.checkFree(id, old); err != nil {
+		return nil, nil, err
 	}
 	for p := range r.kept {
 		if p.id == id && p.sender == sender {
@@ -222,18 +219,34 @@ func (r *registry) addDestination(
 	if err := r.crowded(sender, most); err != nil {
 		return nil, nil, err
 	}
-	forgotten = forgetOld(r, r.destinations)
-	for _, over := range forgotten {
-		delete(r.senders, over)
-	}
 	if old != nil {
 		old.Forget()
 		r.drop(old)
+		delete(r.destinations, id) // forgetOld may not find it again
+	}
+	forgotten = forgetOld(r, r.destinations)
+	for _, over := range forgotten {
+		delete(r.senders, over)
 	}
 	d = create()
 	r.destinations[id], r.senders[id] = d, sender
 	r.show(d)
 	return d, forgotten, nil
+}
+
+// checkFree refuses an id that another migration to this host has: old, unless that is nil, or one that could not be
+// taken up. The caller holds mu.
+func (r *registry) checkFree(id string, old *migration.Destination) error {
+	why := r.left[id]
+	if old != nil && !isDone(old) {
+		return fmt.Errorf("%w: a migration %s to the destination is under way", errIDTaken, id)
+	} else if old != nil {
+		why = old.Needed()
+	}
+	if why != nil { // whose reason and remedy are not the new migration's
+		return fmt.Errorf("%w by an earlier migration %s to the destination: %s", errIDTaken, id, why.Error())
+	}
+	return nil
 }
 
 // hasRoom returns the *crowdedError that addDestination would.
@@ -323,8 +336,11 @@ func (r *registry) active() int {
 	return n
 }
 
-// wait returns when every migration is over.
-func (r *registry) wait() {
+// stop returns when every migration is over, and lets no other one begin.
+func (r *registry) stop() {
+	r.mu.Lock()
+	r.stopping = true
+	r.mu.Unlock()
 	for _, t := range r.all() {
 		<-t.Done()
 	}
@@ -339,15 +355,21 @@ func isDone(t tracked) bool {
 	}
 }
 
-// forgetOld makes room for one more migration in a map of r: it removes the oldest that are over, and returns
-// their ids. The caller holds mu.
-func forgetOld[T tracked](r *registry, migrations map[string]T) (forgotten []string) {
+// forgetOld makes room for one more migration in a map of r: it removes the oldest that are over and not needed any
+// more, and returns their ids. The caller holds mu.
+func forgetOld[T interface {
+	tracked
+	Needed() error
+}](r *registry, migrations map[string]T) (forgotten []string) {
 	for len(migrations) >= keptMigrations {
 		oldest, found := "", false
 		var oldestView *migratedv1.Migration
 		for id, t := range migrations {
+			if !isDone(t) || t.Needed() != nil {
+				continue
+			}
 			view, _ := t.Snapshot()
-			if isDone(t) && (!found || view.GetUpdateTime().AsTime().Before(oldestView.GetUpdateTime().AsTime())) {
+			if !found || view.GetUpdateTime().AsTime().Before(oldestView.GetUpdateTime().AsTime()) {
 				oldest, oldestView, found = id, view, true
 			}
 		}

@@ -33,10 +33,6 @@ func (d *Daemon) vms(ctx context.Context) ([]*migratedv1.HostVM, error) {
 		vm := &migratedv1.HostVM{
 			Name: p.Name, Uuid: p.UUID, Pid: uint32(p.PID), Elsewhere: p.Elsewhere, Migration: migration.ClaimOf(p.PID),
 		}
-		_, vm.HandedOver, err = d.records.ForVM(p.PID)
-		if err != nil {
-			return nil, err
-		}
 		i := slices.IndexFunc(domains, func(one libvirt.Running) bool { return strings.EqualFold(one.UUID, p.UUID) })
 		switch {
 		case i >= 0 && !p.Elsewhere:
@@ -48,6 +44,9 @@ func (d *Daemon) vms(ctx context.Context) ([]*migratedv1.HostVM, error) {
 		default:
 			vm.Problem = "no QMP socket on QEMU's command line is reachable from here; " +
 				"start the VM with -qmp unix:PATH,server=on,wait=off"
+		}
+		if err := d.lookHandedOver(ctx, vm); err != nil {
+			return nil, err
 		}
 		printable.Valid(vm) // it has parts of a command line, which may not be UTF-8
 		found = append(found, vm)
@@ -63,10 +62,25 @@ func (d *Daemon) vms(ctx context.Context) ([]*migratedv1.HostVM, error) {
 	return found, nil
 }
 
+// lookHandedOver sets what is known of a VM that a migration has handed over.
+func (d *Daemon) lookHandedOver(ctx context.Context, vm *migratedv1.HostVM) error {
+	if vm.GetMigration() != "" { // that migration has QEMU's monitor
+		_, handedOver, err := d.records.ForVM(int(vm.GetPid()))
+		vm.HandedOver = handedOver
+		return err
+	}
+	away, problem, err := d.records.MovedAway(ctx, int(vm.GetPid()))
+	vm.HandedOver = away
+	if problem != nil {
+		vm.Problem = problem.Error() + ": " + migration.Remedy(problem)
+	}
+	return err
+}
+
 // evacuatedHost implements evacuation.Host.
 type evacuatedHost struct{ d *Daemon }
 
-// VMs leaves out QEMUs that are kept only for their memory, because their VMs run on other hosts.
+// VMs leaves out QEMUs that are kept only for their memory, because their VMs were moved to other hosts.
 func (h evacuatedHost) VMs(ctx context.Context) ([]*migratedv1.HostVM, error) {
 	found, err := h.d.vms(ctx)
 	return slices.DeleteFunc(found, func(vm *migratedv1.HostVM) bool {

@@ -4,6 +4,7 @@ package evacuation
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -78,6 +79,8 @@ func changedSince(vm *migratedv1.EvacuatedVM, all []*migratedv1.HostVM) (locatio
 		location = migratedv1.Location_LOCATION_SOURCE
 	}
 	switch {
+	case at >= 0 && all[at].GetPid() == vm.GetPid() && all[at].GetProblem() != "": // it was handed over since
+		return migratedv1.Location_LOCATION_UNKNOWN, errors.New(all[at].GetProblem())
 	case at >= 0 && all[at].GetPid() == vm.GetPid():
 		return location, nil
 	case at >= 0:

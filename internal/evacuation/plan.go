@@ -205,9 +205,9 @@ func (e *evacuation) checkHere(ctx context.Context, vm *migratedv1.HostVM) *Chec
 	case vm.GetMigration() != "":
 		return &Checked{Err: migration.WithRemedy(fmt.Errorf("migration %s is under way with it", vm.GetMigration()),
 			"wait until that is over, and evacuate again")}
-	case vm.GetProblem() != "":
+	case vm.GetVm() == "":
 		return &Checked{Err: errors.New(vm.GetProblem())}
-	}
+	} // else the check says what problem it has, and what to do
 	return e.host.Check(ctx, vm.GetVm())
 }
 

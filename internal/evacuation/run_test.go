@@ -265,6 +265,37 @@ func TestGoneAfterAFailure(t *testing.T) {
 	}
 }
 
+// TestHandedOverBesideThePlan: a VM that another migration has handed over since the plan was made is not tried, and is
+// named.
+func TestHandedOverBesideThePlan(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a", "b", "c")
+		m := open(t, t.Context(), dir, p)
+		if _, err := m.Begin("e", to); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait() // a and b are on their way
+		p.change(func(vm *migratedv1.HostVM) {
+			if vm.GetName() == "c" {
+				vm.Problem = "handed over, see 'migrated status m1'"
+			}
+		}, nil)
+		m.Wait()
+		view, _, err := m.Snapshot("e")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a moved b:1, b moved c:1, c cannot_move b:1")
+		for _, vm := range view.GetVms() {
+			if vm.GetName() == "c" && (vm.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN ||
+				!strings.Contains(vm.GetError().GetMessage(), "migrated status m1")) {
+				t.Errorf("%v", vm)
+			}
+		}
+	})
+}
+
 func TestPauseAndCancel(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {

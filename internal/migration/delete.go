@@ -33,10 +33,8 @@ func (s *Source) Delete(context.Context) error {
 	if !Terminal(view.GetState()) || !isClosed(s.done) {
 		return errNotOver
 	}
-	if s.isCommitted() && view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
-		return withRemedy(errors.New("the VM was handed over, and it is not decided where it is"),
-			"find out on both hosts where the VM runs, then run here: "+s.releaseCommand()+
-				" if it is at the destination, or "+s.fallBackCommand()+" if it certainly runs nowhere")
+	if err := s.Needed(); err != nil {
+		return err
 	}
 	rec, found, err := s.cfg.Records.find(s.cfg.ID)
 	switch {
@@ -58,29 +56,32 @@ func (s *Source) Delete(context.Context) error {
 	return nil
 }
 
+// Needed says why a migration that is over must not be forgotten, neither by Delete nor to make room for another one:
+// what is known of it still decides about the VM. nil: it may be. Needed asks nobody.
+func (s *Source) Needed() error {
+	if view, _ := s.Snapshot(); s.isCommitted() && view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
+		return withRemedy(errors.New("the VM was handed over, and it is not decided where it is"),
+			remedyUndecided(s.cfg.ID))
+	}
+	return nil
+}
+
 // Delete is the same for the destination. It may ask the source.
 func (d *Destination) Delete(ctx context.Context) error {
 	view, _ := d.Snapshot()
 	if !Terminal(view.GetState()) || !isClosed(d.done) {
 		return errNotOver
 	}
-	abandoned := view.GetError().GetReason() == migratedv1.Reason_REASON_ABANDONED
+	d.AskSource(ctx)
+	if err := d.Needed(); err != nil {
+		return err
+	}
 	d.mu.Lock()
-	undecided := view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_FAILED &&
-		(d.step() == running || d.step() == lost)
 	owes := d.mustPutBackSettings()
 	d.mu.Unlock()
-	switch {
-	case undecided:
-		return withRemedy(errors.New("the VM was run here, and does not have all of its memory"),
-			"see 'migrated status "+d.cfg.Request.GetId()+"'; where the VM is given up, say so: "+d.abandonCommand())
-	case owes:
+	if owes {
 		return withRemedy(errors.New("the VM's QEMU has yet to be given its settings back"),
 			"have whoever is connected to "+view.GetDestinationQemu().GetQmp()+" leave it")
-	case view.GetStartTime() != nil && !abandoned && !d.heard.Load() && !d.sourceLetGo(ctx, view):
-		return withRemedy(errors.New("the source has not heard yet that the migration is over, "+
-			"and would not know what became of its VM"),
-			"see that the source's daemon runs and reaches this host, then try again")
 	}
 	d.Forget()
 	if err := RemoveDir(d.cfg.Dir); err != nil {
@@ -90,7 +91,39 @@ func (d *Destination) Delete(ctx context.Context) error {
 	return nil
 }
 
-// Heard notes that the source was told how the migration ended, or has ended it itself.
+// Needed is the same for the destination.
+func (d *Destination) Needed() error {
+	view, _ := d.Snapshot()
+	failed := view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_FAILED
+	switch {
+	case failed && (d.step() == running || d.step() == lost):
+		return withRemedy(errors.New("the VM was run here, and does not have all of its memory"),
+			"see 'migrated status "+d.cfg.Request.GetId()+"'; where the VM is given up, say so: "+d.abandonCommand())
+	case d.unheard(view):
+		return withRemedy(errors.New("the source has not heard yet that the migration is over, "+
+			"and would not know what became of its VM"),
+			"see that the source's daemon runs and reaches this host, then try again")
+	}
+	return nil
+}
+
+// unheard says whether the source of a migration that is over may still ask how it ended, as far as is known here.
+func (d *Destination) unheard(view *migratedv1.Migration) bool {
+	return view.GetStartTime() != nil && !d.heard.Load() &&
+		view.GetError().GetReason() != migratedv1.Reason_REASON_ABANDONED
+}
+
+// AskSource asks a source that has not heard how the migration ended whether it needs to hear, before another migration
+// gets the id, or this one is deleted.
+func (d *Destination) AskSource(ctx context.Context) {
+	view, _ := d.Snapshot()
+	if isClosed(d.done) && d.unheard(view) && d.sourceLetGo(ctx, view) {
+		d.Heard()
+	}
+}
+
+// Heard notes that the source was told how the migration ended, has ended it itself, or needs nothing of this host any
+// more.
 func (d *Destination) Heard() { d.heard.Store(true) }
 
 // sourceLetGo reports whether the source needs nothing from this host any more: it answers, and no longer offers the

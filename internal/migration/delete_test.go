@@ -39,11 +39,12 @@ func TestDeleteSource(t *testing.T) {
 	if !s.handedOver(t) {
 		t.Error("what keeps the VM from being continued is gone")
 	}
+	expectDeleteRefused(t, "to make room", s.source.Needed(), "not decided where it is")
 	s.peer.setWatch(unreachable)
 	if err := s.source.FallBack(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.source.Delete(t.Context()); err != nil {
+	if err := errors.Join(s.source.Needed(), s.source.Delete(t.Context())); err != nil {
 		t.Errorf("when its operator has said where it is: %v", err)
 	}
 }

@@ -95,9 +95,9 @@ func (s *Source) announce(ctx context.Context, vm *qemu.VM) {
 }
 
 // fallBackCommand returns the command line for FallBack.
-func (s *Source) fallBackCommand() string {
-	return "migrated fallback " + s.cfg.ID + " --destination-is-gone"
-}
+func (s *Source) fallBackCommand() string { return fallBackCommand(s.cfg.ID) }
+
+func fallBackCommand(id string) string { return "migrated fallback " + id + " --destination-is-gone" }
 
 // attachHandedOver connects to the QEMU that the VM was handed over from, as the record of this migration names it: its
 // monitor may be another QEMU's by now, whose VM was perhaps handed over by another migration. The caller closes the

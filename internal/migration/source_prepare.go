@@ -228,10 +228,7 @@ func (s *Source) refuseHandedOver(ctx context.Context) (stale *Record, err error
 	case !handedOver:
 		return &rec, nil // it was paused before, and is
 	}
-	return nil, withRemedy(
-		fmt.Errorf("this VM was handed over to %s by migration %s at %s and is only kept for its memory",
-			rec.Destination, rec.ID, rec.HandedOver.Format(time.RFC3339)),
-		"migrate the VM from the host on which it runs now")
+	return nil, rec.notHere()
 }
 
 // refuseUnknown refuses a VM that stands still while there is a damaged record, which may say that the VM was handed

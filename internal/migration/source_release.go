@@ -142,9 +142,9 @@ func (s *Source) endHandedOver(ctx context.Context) error {
 }
 
 // releaseCommand returns the command line for Release.
-func (s *Source) releaseCommand() string {
-	return "migrated release " + s.cfg.ID + " --vm-is-at-destination"
-}
+func (s *Source) releaseCommand() string { return releaseCommand(s.cfg.ID) }
+
+func releaseCommand(id string) string { return "migrated release " + id + " --vm-is-at-destination" }
 
 // leaveToNextDaemon leaves the migration to the next daemon, because this one ends. That is no failure. The record says
 // how far the migration is, and where is where its VM is now.

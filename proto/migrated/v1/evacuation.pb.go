@@ -187,8 +187,10 @@ type HostVM struct {
 	// It runs in network and mount namespaces that are not the host's: it is whose
 	// they are to move, a container's orchestrator for one.
 	Elsewhere bool `protobuf:"varint,7,opt,name=elsewhere,proto3" json:"elsewhere,omitempty"`
-	// It was handed over to another host, and is kept for its memory: the VM is not
-	// here any more.
+	// All of the VM was moved to another host, and this QEMU, which is kept for its
+	// memory, says that it does not run: the VM is not here any more. While migration
+	// is set: the VM was handed over. A VM that was handed over and of which this is
+	// not known has a problem instead.
 	HandedOver    bool `protobuf:"varint,8,opt,name=handed_over,json=handedOver,proto3" json:"handed_over,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
