@@ -66,6 +66,12 @@ func TestUnheardAnswerIsKept(t *testing.T) {
 	}
 	expectIDTaken(t, "a migration that cannot be read", expect("unread"))
 	expectIDTaken(t, "an answer that the source has not heard", expect("unheard"))
+	before := mostNeeded
+	mostNeeded = 1
+	if err := expect("one too many"); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("where no more can be remembered: %v", err)
+	}
+	mostNeeded = before
 	for i := range keptMigrations + 1 {
 		if err := expect(fmt.Sprintf("m-%d", i)); err != nil {
 			t.Fatal(err)

@@ -118,6 +118,8 @@ func (d *Daemon) expectIncoming(
 	case errors.As(err, &crowded):
 		d.refusals.Refused(limits.Moving, callerNetwork(ctx), "id", request.GetId())
 		return nil, migration.ToStatus(codes.ResourceExhausted, migration.WithRemedy(crowded, remedyCrowded))
+	case errors.Is(err, errUnheard):
+		return nil, migration.ToStatus(codes.ResourceExhausted, err)
 	case errors.Is(err, errStopping):
 		return nil, migration.ToStatus(codes.Unavailable, err)
 	case err != nil:

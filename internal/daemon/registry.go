@@ -19,6 +19,10 @@ import (
 // keptMigrations is how many migrations of each role are remembered.
 const keptMigrations = 256
 
+// mostNeeded is how many migrations to this host are remembered if they must not be forgotten: a peer must not fill the
+// daemon's memory.
+var mostNeeded = 16 * keptMigrations // changed by a test
+
 // mostWaiting is how many migrations to this host may wait for a place.
 const mostWaiting = 1024
 
@@ -192,13 +196,18 @@ func (r *registry) awaitRelease(id string) bool {
 	}
 }
 
+// errUnheard says that no more migrations can be remembered.
+var errUnheard = migration.WithRemedy(
+	errors.New("the sources of too many migrations to the destination have not heard how these ended"),
+	"see that the daemons of these sources run, or delete the migrations on the destination (migrated delete)")
+
 // errIDTaken says that another migration has the id, and is under way or must not be forgotten.
 var errIDTaken = errors.New("its id is taken")
 
 // addDestination adds the destination that create makes, if fewer than most are under way, and fewer than half of that
 // from the same sender. It replaces one of the same id that is over and not needed any more, so that an id can be used
 // again after a failure. forgotten are the ids of old migrations that were removed. The errors are errIDTaken,
-// *crowdedError and errStopping.
+// *crowdedError, errUnheard and errStopping.
 func (r *registry) addDestination(
 	id, sender string, most int, create func() *migration.Destination,
 ) (d *migration.Destination, forgotten []string, err error) {
@@ -227,6 +236,9 @@ func (r *registry) addDestination(
 	forgotten = forgetOld(r, r.destinations)
 	for _, over := range forgotten {
 		delete(r.senders, over)
+	}
+	if len(r.destinations) >= mostNeeded {
+		return nil, forgotten, errUnheard
 	}
 	d = create()
 	r.destinations[id], r.senders[id] = d, sender
