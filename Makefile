@@ -75,7 +75,7 @@ e2e: build $(if $(filter-out 0,$(E2E_RACE)),build-race) ## run the end-to-end te
 	@echo '== end-to-end tests'
 	@packages=$(or $(if $(PKG),'$(PKG)'),$$(scripts/test-packages e2e)); \
 	  MIGRATED_BINARY='$(CURDIR)/build/$(if $(filter-out 0,$(E2E_RACE)),race/)migrated' \
-	  go test -p 1 -timeout 50m $(TEST_FLAGS) $$packages
+	  go test -p 1 -timeout 70m $(TEST_FLAGS) $$packages
 
 .PHONY: kernel
 kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefile has more
@@ -87,7 +87,7 @@ kernel: ## build the kernels of kernel/ and run the tests in them; kernel/Makefi
 .PHONY: kernel-tests
 kernel-tests:
 	@packages=$(or $(if $(PKG),'$(PKG)'),$$(scripts/test-packages kernel)); \
-	  go test -p 1 -timeout 30m $(TEST_FLAGS) $$packages
+	  go test -p 1 -timeout 60m $(TEST_FLAGS) $$packages
 
 .PHONY: fmt
 fmt: ## format the Go code

@@ -61,9 +61,8 @@ func newShrinkingGuest(
 	l := newLab(t)
 	vm.VCPUs = 2
 	vm = linux(t, vm, append(args, "migrated.mem=96", "migrated.workers=1", "migrated.rate=500")...)
-	startVM(t, l.A, vm, lab.EventsArgs()...)
 	g := &shrinkingGuest{T: t, lab: l}
-	port := openGuest(t, l.A, &g.guest)
+	port := bootLinux(t, l.A, vm, &g.guest, lab.EventsArgs()...)
 	awaitChurned(t, &g.guest, 1)
 	ready(l.A)
 	if err := port.Close(); err != nil {

@@ -100,10 +100,10 @@ func TestBandwidth(t *testing.T) {
 func swept(t *testing.T, wire *lab.Wire, destination *lab.Host, limit uint64) float64 {
 	t.Helper()
 	const span = 4 * time.Second
-	// What one page that the guest waits for takes on this wire: the page, and in the reply the frames and headers of
-	// gRPC, TCP, IP and Ethernet. Its request is on the other wire.
-	const demanded = 4096 + 400
-	before, from := get(t, destination, "limited").GetProgress(), wire.Stats()
+	// What a page that the guest waits for takes on this wire besides its data: the frames and headers of gRPC, TCP, IP
+	// and Ethernet in the reply. Its request is on the other wire.
+	const overhead = 400
+	before, from := reportOf(t, destination, "limited"), wire.Stats()
 	for wire.Stats().At-from.At < span {
 		select {
 		case <-time.After(50 * time.Millisecond):
@@ -111,13 +111,15 @@ func swept(t *testing.T, wire *lab.Wire, destination *lab.Host, limit uint64) fl
 			t.Fatal(t.Context().Err())
 		}
 	}
-	after, carried := get(t, destination, "limited").GetProgress(), between(from, wire.Stats())
-	if after.GetBandwidth() != limit || after.GetPagesPresent() == after.GetPagesTotal() {
+	after, carried := reportOf(t, destination, "limited"), between(from, wire.Stats())
+	p := after.GetMigration().GetProgress()
+	if p.GetBandwidth() != limit || p.GetPagesPresent() == p.GetPagesTotal() {
 		t.Errorf("the limit is shown as %d, with %d of %d pages present",
-			after.GetBandwidth(), after.GetPagesPresent(), after.GetPagesTotal())
+			p.GetBandwidth(), p.GetPagesPresent(), p.GetPagesTotal())
 	}
-	faults := after.GetFaults() - before.GetFaults()
+	faults := p.GetFaults() - before.GetMigration().GetProgress().GetFaults()
+	demanded := after.GetIncoming().GetDemandBytes() - before.GetIncoming().GetDemandBytes() + faults*overhead
 	t.Logf("in %v the wire carried %d bytes, %d of them for faults; the sweep is shown with %.0f bytes a second",
-		carried.took, carried.bytes, faults*demanded, after.GetSweepBytesPerSecond())
-	return float64(carried.bytes-int64(faults*demanded)) / carried.took.Seconds()
+		carried.took, carried.bytes, demanded, p.GetSweepBytesPerSecond())
+	return float64(carried.bytes-int64(demanded)) / carried.took.Seconds()
 }

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/chromedp/cdproto/cdp"
 	"github.com/chromedp/cdproto/emulation"
@@ -68,6 +69,9 @@ func forward(t *testing.T, h *lab.Host, socket string) string {
 	return "http://" + strings.Replace(listener.Addr().String(), "127.0.0.1", "localhost", 1) + "/"
 }
 
+// browserTime bounds the life of a browser, which is that of its test.
+const browserTime = 15 * time.Minute
+
 // browser is a headless browser.
 type browser struct {
 	ctx context.Context //nolint:containedctx // as chromedp has it
@@ -89,8 +93,11 @@ func newBrowser(t *testing.T) *browser {
 		t.Fatal(err)
 	}
 	options := append(chromedp.DefaultExecAllocatorOptions[:],
-		chromedp.ExecPath(program), chromedp.NoSandbox, chromedp.DisableGPU)
-	ctx, cancel := chromedp.NewExecAllocator(testContext(t), options...)
+		chromedp.ExecPath(program), chromedp.NoSandbox, chromedp.DisableGPU,
+		chromedp.WSURLReadTimeout(patience))
+	whole, cancel := context.WithTimeout(t.Context(), browserTime)
+	t.Cleanup(cancel)
+	ctx, cancel := chromedp.NewExecAllocator(whole, options...)
 	t.Cleanup(cancel)
 	ctx, cancel = chromedp.NewContext(ctx)
 	t.Cleanup(cancel)

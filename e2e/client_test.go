@@ -112,7 +112,7 @@ func TestFollowedByAProgram(t *testing.T) {
 
 	// The VM's QEMU does not answer, so the migration misses its prepare_limit.
 	spec := s.spec()
-	spec.Labels, spec.PrepareLimit = map[string]string{"evacuation": "a-7", "team": "db"}, durationpb.New(time.Second)
+	spec.Labels, spec.PrepareLimit = map[string]string{"evacuation": "a-7", "team": "db"}, durationpb.New(5*time.Second)
 	qemu := qemuOn(t, l.A)
 	kill(t, qemu, syscall.SIGSTOP)
 	_, err := c.Migrate(ctx, "late", spec, nil)

@@ -56,7 +56,12 @@ func TestDaemonIsConfined(t *testing.T) {
 			t.Fatalf("threads of the daemon of host %s: %v, %v", h.Name, tasks, err)
 		}
 		for _, task := range tasks {
-			status := statusOf(t, task)
+			status, err := readStatus(task)
+			if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
+				continue // the thread has ended
+			} else if err != nil {
+				t.Fatal(err)
+			}
 			for key, want := range map[string]string{
 				"CapEff": neededCapabilities, "CapPrm": neededCapabilities, "CapBnd": neededCapabilities,
 				"CapInh": "0000000000000000", "CapAmb": "0000000000000000", "NoNewPrivs": "1", "Seccomp": "2",
@@ -135,14 +140,22 @@ func checkRefusedSyscalls(t *testing.T, pid int) {
 // in /proc.
 func statusOf(t *testing.T, dir string) map[string]string {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(dir, "status"))
+	values, err := readStatus(dir)
 	if err != nil {
 		t.Fatal(err)
+	}
+	return values
+}
+
+func readStatus(dir string) (map[string]string, error) {
+	text, err := os.ReadFile(filepath.Join(dir, "status"))
+	if err != nil {
+		return nil, err
 	}
 	values := map[string]string{}
 	for line := range strings.Lines(string(text)) {
 		key, value, _ := strings.Cut(line, ":")
 		values[key] = strings.TrimSpace(value)
 	}
-	return values
+	return values, nil
 }

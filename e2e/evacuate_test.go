@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,7 +23,11 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-const evacuatedVMs = 12
+const (
+	evacuatedVMs = 12
+	// evacuationPatience limits how long a test waits for the evacuation of all VMs.
+	evacuationPatience = 3 * patience
+)
 
 // TestEvacuate evacuates a host with twelve VMs to two others. One of the VMs cannot be moved. In the middle, the cable
 // is pulled for a while, and later the daemon is killed and started again. Every VM is where the summary says and
@@ -199,7 +204,9 @@ func startEvacuation(t *testing.T, h *lab.Host, args ...string) (wait func() (*m
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := h.Command(testContext(t), append([]string{binary, "--json", "evacuate"}, args...)...)
+	ctx, cancel := context.WithTimeout(t.Context(), evacuationPatience)
+	t.Cleanup(cancel)
+	cmd := h.Command(ctx, append([]string{binary, "--json", "evacuate"}, args...)...)
 	var out, failed bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &failed
 	if err := cmd.Start(); err != nil {

@@ -134,10 +134,10 @@ func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Pr
 }
 
 // bootLinux starts a VM with the Linux guest and returns the guest's port once the guest works.
-func bootLinux(t *testing.T, h *lab.Host, c lab.VMConfig, log *report.Log) *report.Port {
+func bootLinux(t *testing.T, h *lab.Host, c lab.VMConfig, log *report.Log, extra ...string) *report.Port {
 	t.Helper()
 	beforeVM(t, h, c)
-	port, err := h.Boot(testContext(t), c, log)
+	port, err := h.Boot(testContext(t), c, log, extra...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -76,22 +77,22 @@ func TestMapperIsRefused(t *testing.T) {
 // has its memory nevertheless, and so has the mapping in the end.
 func TestForeignReader(t *testing.T) {
 	t.Parallel()
-	l := newLab(t)
+	const delay = time.Millisecond
+	l := linkedHosts(t, lab.Link{Rate: 1e9, Delay: delay})
+	for _, h := range l.Hosts() {
+		startDaemon(t, h)
+	}
 	s := newScene(t, l)
 	client := control(t, l.A)
-	spec := s.spec()
-	spec.Bandwidth = 1 << 20 // so that the migration is not over before the reader begins
-	start(t, client, "read", spec)
+	// At this rate, the migration takes half a minute: it is not over before the reader has begun.
+	l.AB.Set(lab.Link{Rate: 1e6, Delay: delay})
+	start(t, client, "read", s.spec())
 	follow(t, client, "read", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
 	mapped := mapRAM(t, s.vm, l.B)
 	defer unmap(t, mapped)
 	stop := readAll(mapped)
 	defer stop()
-	if _, err := client.SetBandwidth(
-		testContext(t), &migratedv1.SetBandwidthRequest{Id: "read", Bandwidth: 64 << 20},
-	); err != nil {
-		t.Error(err)
-	}
+	l.AB.Set(lab.Link{Rate: 1e9, Delay: delay})
 	m := follow(t, client, "read", func(*migratedv1.Migration) bool { return false })
 	passes, sum := stop()
 	p := m.GetProgress()
@@ -111,18 +112,24 @@ func TestForeignReader(t *testing.T) {
 	s.arrived()
 }
 
-// readAll reads from each page of mapped, again and again, until stop is called. stop returns how often all pages were
-// read, and the sum of the bytes. When it returns, nothing reads any more. It may be called again.
+// readAll reads from each page of mapped, and returns. It reads from them again and again until stop is called. stop
+// returns how often all pages were read, and the sum of the bytes. When it returns, nothing reads any more. It may be
+// called again.
 func readAll(mapped []byte) (stop func() (passes int, sum byte)) {
 	var over atomic.Bool
 	var reading sync.WaitGroup
 	var passes int
 	var sum byte
+	read := func() {
+		for at := 0; at < len(mapped); at += os.Getpagesize() {
+			sum += mapped[at]
+		}
+		passes++
+	}
+	read()
 	reading.Go(func() {
-		for ; !over.Load(); passes++ {
-			for at := 0; at < len(mapped); at += os.Getpagesize() {
-				sum += mapped[at]
-			}
+		for !over.Load() {
+			read()
 		}
 	})
 	return func() (int, byte) {

@@ -21,6 +21,7 @@ import (
 
 	"github.com/migrated-vm/migrated/e2e/lab"
 	"github.com/migrated-vm/migrated/e2e/promtool"
+	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/pkg/testenv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -106,9 +107,16 @@ func TestMetricsAreTheTruth(t *testing.T) {
 	if _, err := client.Check(traced(testContext(t)), &migratedv1.CheckRequest{Vm: lab.QMPPath}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := client.Start(traced(testContext(t)), &migratedv1.StartRequest{Id: "m", Spec: s.spec()}); err != nil {
+	spec := s.spec()
+	spec.Bandwidth = bandwidth.Least // until the VM has waited for pages: else some figures have no value
+	if _, err := client.Start(traced(testContext(t)), &migratedv1.StartRequest{Id: "m", Spec: spec}); err != nil {
 		t.Fatal(err)
 	}
+	awaitState(t, client, "m", stateActive)
+	await(t, control(t, l.B), "m", func(m *migratedv1.Migration) bool {
+		return m.GetProgress().GetFaults() > 1 && m.GetProgress().GetFaultP50().AsDuration() > 0
+	})
+	unlimit(t, control(t, l.B), "m")
 	await(t, client, "m", func(*migratedv1.Migration) bool {
 		scrape(t, l.A)
 		scrape(t, l.B)

@@ -135,7 +135,7 @@ func awaitWindows(t *testing.T, guest *report.Log, n int) {
 }
 
 // checkFigures checks that a completed migration has all pages, and that none of its figures is missing. All pages may
-// have arrived before the guest needed one.
+// have arrived before the guest needed one, or before one for which it waited was timed.
 func checkFigures(t *testing.T, m *migratedv1.Migration) {
 	t.Helper()
 	p := m.GetProgress()
@@ -144,7 +144,7 @@ func checkFigures(t *testing.T, m *migratedv1.Migration) {
 	}
 	if p.GetBytesOnWire() == 0 || p.GetBytesDeviceState() == 0 ||
 		p.GetDowntime().AsDuration() <= 0 || p.GetResidency().AsDuration() <= 0 ||
-		p.GetFaults() > 0 != (p.GetFaultP50().AsDuration() > 0) {
+		p.GetFaults() == 0 && p.GetFaultP50().AsDuration() > 0 {
 		t.Errorf("figures are missing: %v", p)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/migrated-vm/migrated/e2e/lab"
+	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/migration"
 	"github.com/migrated-vm/migrated/internal/units"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -73,9 +74,12 @@ func TestPage(t *testing.T) {
 		t.Errorf("it is %v, and cancelled by the page", m.GetState())
 	}
 
-	// Show an active migration at both hosts. At this rate it takes half a minute.
+	// Show an active migration at both hosts. At this rate, and with only the pages that the VM waits for, it takes half
+	// a minute at least.
 	limit(1e6)
-	start(t, client, "m", s.spec())
+	spec := s.spec()
+	spec.Bandwidth = bandwidth.Least // until the looks are done
+	start(t, client, "m", spec)
 	await(t, client, "m", func(m *migratedv1.Migration) bool { return m.GetState() == stateActive })
 	there := b.open(t, forward(t, l.B, httpSocket)+"#/m/m/destination")
 	here.do(t, chromedp.Evaluate[chromedp.Void](`location.hash = "#/m/m/source"`))

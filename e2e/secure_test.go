@@ -42,7 +42,8 @@ func TestRequireSecure(t *testing.T) {
 			startDaemon(t, l.B, c.serve...)
 			s := newScene(t, l)
 			out, code := operate(t, l.A,
-				append([]string{"migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "secure"}, c.migrate...)...)
+				append([]string{"migrate", "--vm", lab.QMPPath, "--to", l.B.DaemonAddr(), "--id", "secure",
+					"--freeze-limit", "2m"}, c.migrate...)...)
 			t.Logf("migrate: exit code %d:\n%s", code, out)
 			for _, h := range l.Hosts() {
 				wantSupervision(t, h, "secure", state)
@@ -65,9 +66,7 @@ func TestRequireSecure(t *testing.T) {
 					t.Errorf("it does not say %q", words)
 				}
 			}
-			if qemu := qemuOn(t, l.B); qemu != 0 {
-				t.Errorf("the destination's QEMU, process %d, was left", qemu)
-			}
+			awaitNoQEMU(t, l.B)
 			if status := vmStatus(t, l.A); status != "running" {
 				t.Errorf("the VM is %q on the source", status)
 			}

@@ -55,10 +55,12 @@ func (v *traveller) move(meanwhile func(id string)) (stall time.Duration) {
 	id, from, to := fmt.Sprintf("move-%d", v.moves), v.at, v.lab.Other(v.at)
 	said := v.reported()
 	client := control(v.T, from)
-	spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: to.DaemonAddr()}
+	// The limit is for a busy machine, on which meanwhile may take longer than all of the memory.
+	spec := &migratedv1.MigrationSpec{Vm: lab.QMPPath, Destination: to.DaemonAddr(), Bandwidth: 8 << 20}
 	start(v.T, client, id, spec)
 	awaitState(v.T, client, id, stateActive)
 	meanwhile(id)
+	unlimit(v.T, control(v.T, to), id)
 	completed(v.T, awaitEnd(v.T, control(v.T, from), id))
 	v.at = to
 	var guest report.Log

@@ -240,11 +240,10 @@ func (s *stage) fillTmpfs(f *fault, j *journey, r *rand.Rand) {
 		return resize(ctx, j.to, fmt.Sprint(max(1, used+int64(part*float64(data-used))))) // 0 is no limit
 	}
 	f.begin = func(ctx context.Context) (err error) {
-		for range 20 { // pages come meanwhile, and a size below what is used is refused
-			if err = shrink(ctx); err == nil || errors.Is(err, errTooLate) {
-				break
-			}
-		}
+		await(ctx, patience, func() bool { // pages come meanwhile, and a size below what is used is refused
+			err = shrink(ctx)
+			return err == nil || errors.Is(err, errTooLate)
+		})
 		return err
 	}
 	f.end = func(ctx context.Context) error { return resize(ctx, j.to, "50%") }

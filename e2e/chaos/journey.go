@@ -105,10 +105,11 @@ func (j *journey) settle(ctx context.Context) (end string, err error) {
 			return "", err
 		}
 		end, err = j.look(ctx)
-		if err != nil || end != "" {
+		late := time.Now().After(until)
+		if end != "" || err != nil && (late || !errors.Is(err, errNoRemedy)) {
 			break
 		}
-		if time.Now().After(until) {
+		if late {
 			return "", fmt.Errorf("it has not come to an end within %v: %s", patience, j.situation(ctx))
 		}
 		select {
@@ -172,8 +173,12 @@ func (j *journey) look(ctx context.Context) (end string, err error) {
 	}
 }
 
-// eventWithin is how long the event that a QEMU runs its VM may take, on two busy CPUs.
+// eventWithin is how long the event that a QEMU runs its VM may usually take, on two busy CPUs.
 const eventWithin = 2 * time.Second
+
+// errNoRemedy says that no command is printed for a VM that does not run. It is final after patience: the event that
+// the VM runs may still come.
+var errNoRemedy = errors.New("no remedy")
 
 // complete reports whether a daemon shows that all of the VM is at the destination. A daemon that was started again
 // afterwards shows nothing, because it forgets migrations that are over.
@@ -193,7 +198,7 @@ func (j *journey) followRemedy(ctx context.Context) (end string, err error) {
 	}
 	command := printed.FindString(said)
 	if !strings.HasPrefix(command, "migrated fallback") {
-		return "", fmt.Errorf("the VM does not run at the source, and no command is printed:\n%s", said)
+		return "", fmt.Errorf("%w: the VM does not run at the source, and no command is printed:\n%s", errNoRemedy, said)
 	}
 	// The command is for an operator who is certain that the VM does not run at the destination.
 	if j.machine.exists(j.to) {
@@ -209,7 +214,7 @@ func (j *journey) followRemedy(ctx context.Context) (end string, err error) {
 		return "", err
 	}
 	j.note(command)
-	if !await(ctx, 5*time.Second, func() bool { return j.machine.copies.runs(j.from) }) {
+	if !await(ctx, patience, func() bool { return j.machine.copies.runs(j.from) }) {
 		return "", errors.New("it was fallen back to, but does not run")
 	}
 	return endFellBack, nil

@@ -79,8 +79,6 @@ func outcomes(t *testing.T, v Variant, tree Tree, ask []assertion) (got map[stri
 	if v == Debug { // it is slower, and needs memory itself
 		limit, memory = 2*patience, 1024
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
-	defer cancel()
 	got = map[string]string{}
 	done := false
 	o := Options{
@@ -91,6 +89,8 @@ func outcomes(t *testing.T, v Variant, tree Tree, ask []assertion) (got map[stri
 		MemoryMiB:   memory,
 		Args:        v.args(),
 	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit) // of the guest, which has been compiled by now
+	defer cancel()
 	err := Boot(ctx, o, func(line string) error {
 		log = append(log, line)
 		word := strings.Fields(line)

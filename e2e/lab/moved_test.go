@@ -21,6 +21,7 @@ import (
 func TestQEMUMovesRealVM(t *testing.T) {
 	l := stage(t)
 	vm := realVM(t)
+	vm.VCPUs = 1 // with more, TCG may hang a guest that QEMU's own migration moves
 	g := boot(t, l, vm)
 	g.work(testContext(t), 100)
 	for _, way := range [][2]*lab.Host{{l.A, l.B}, {l.B, l.A}} {
@@ -73,7 +74,7 @@ func TestDamageIsSeen(t *testing.T) {
 			t.Fatal(err)
 		}
 		pings := g.stopPings()
-		if pings[0].Lost != 0 || pings[1].Lost == 0 || pings[1].LongestGap < 20*pingEvery {
+		if pings[0].Lost > lossOfHost || pings[1].Lost <= lossOfHost || pings[1].LongestGap < 20*pingEvery {
 			t.Errorf("card 0 lost %d pings, card 1 %d with a gap of %v", pings[0].Lost, pings[1].Lost, pings[1].LongestGap)
 		}
 	})

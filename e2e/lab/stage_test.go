@@ -36,6 +36,17 @@ func stage(t *testing.T) *lab.Lab {
 // startVM starts a VM. If the test fails, it shows QEMU's output.
 func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Process {
 	t.Helper()
+	showOutput(t, h)
+	p, err := h.StartVM(testContext(t), c, extra...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// showOutput shows what the host's QEMU and its guest have written, if the test fails.
+func showOutput(t *testing.T, h *lab.Host) {
+	t.Helper()
 	t.Cleanup(func() {
 		if t.Failed() {
 			for _, name := range []string{lab.VMDir + "/qemu.log", lab.ConsoleLog} {
@@ -44,9 +55,4 @@ func startVM(t *testing.T, h *lab.Host, c lab.VMConfig, extra ...string) *lab.Pr
 			}
 		}
 	})
-	p, err := h.StartVM(testContext(t), c, extra...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p
 }

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -32,8 +33,8 @@ type Server struct {
 	exited chan struct{}
 }
 
-// scrapeEvery is how often a Server scrapes.
-const scrapeEvery = 250 * time.Millisecond
+// scrapeEvery is how often a Server scrapes, and how long a scrape may take.
+const scrapeEvery = time.Second
 
 // Serve starts a Prometheus that scrapes HOST:PORT addresses, given by the name of the instance, and waits until it has
 // scraped each. That is five seconds after the server answers, and no rate shows changes before that. The server is
@@ -69,13 +70,9 @@ func Serve(ctx context.Context, targets map[string]string) (_ *Server, err error
 		"--storage.tsdb.path="+s.dir, "--web.listen-address="+address, "--log.level=warn")
 	s.cmd.Stdout, s.cmd.Stderr = &s.log, &s.log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := s.cmd.Start(); err != nil {
+	if err := s.start(); err != nil {
 		return nil, err
 	}
-	go func() {
-		_ = s.cmd.Wait() // it is killed
-		close(s.exited)
-	}()
 	for {
 		if up, asked := s.up(ctx); asked == nil && up == len(targets) {
 			return s, nil
@@ -90,6 +87,22 @@ func Serve(ctx context.Context, targets map[string]string) (_ *Server, err error
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// start starts the process, and closes exited when it has ended.
+func (s *Server) start() error {
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // Pdeathsig applies when this thread ends, and the runtime may end any that is not locked
+		defer runtime.UnlockOSThread()
+		err := s.cmd.Start()
+		started <- err
+		if err == nil {
+			_ = s.cmd.Wait() // it is killed
+			close(s.exited)
+		}
+	}()
+	return <-started
 }
 
 func scrapeConfig(targets map[string]string) ([]byte, error) {

@@ -26,30 +26,31 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// flood opens n connections from the hostile host, writes greeting to each, and returns those on which the server
-// answers.
-func flood(t *testing.T, d *Daemon, n int, greeting []byte) (served []net.Conn) {
+// knock opens a connection from the hostile host and writes greeting to it; nil: it was reset at once.
+func knock(t *testing.T, d *Daemon, greeting []byte) net.Conn {
 	t.Helper()
-	var open []net.Conn
-	for range n {
-		c, err := from(hostile).Dial("tcp", net.JoinHostPort("127.0.0.1", d.pagePort))
-		if err != nil {
-			continue // reset at once
-		}
-		t.Cleanup(func() { _ = c.Close() })
-		_, _ = c.Write(greeting)
-		open = append(open, c)
+	c, err := from(hostile).Dial("tcp", net.JoinHostPort("127.0.0.1", d.pagePort))
+	if err != nil {
+		return nil
 	}
-	for _, c := range open {
-		_ = c.SetReadDeadline(time.Now().Add(patience))
-		var first [1]byte
-		if _, err := c.Read(first[:]); err == nil {
-			served = append(served, c)
-		} else if errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Fatal("neither served nor refused")
-		}
+	t.Cleanup(func() { _ = c.Close() })
+	_, _ = c.Write(greeting)
+	return c
+}
+
+// answered reports whether the server answers on a connection of knock, or refuses it.
+func answered(t *testing.T, c net.Conn) bool {
+	t.Helper()
+	if c == nil {
+		return false
 	}
-	return served
+	_ = c.SetReadDeadline(time.Now().Add(patience))
+	var first [1]byte
+	_, err := c.Read(first[:])
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal("neither served nor refused")
+	}
+	return err == nil
 }
 
 // hello returns the first bytes of an HTTP/2 client.
@@ -83,7 +84,13 @@ func call(t *testing.T, path string) []byte {
 func TestFloodOfConnections(t *testing.T) {
 	d := startPlain(t)
 	lane := serveLane(t, d, "m")
-	served := flood(t, d, limits.ConnectionsPerPeer+60, hello(t).Bytes())
+	var served []net.Conn
+	for range limits.ConnectionsPerPeer + 60 {
+		// One after the other: of those that wait for their handshake, the server would refuse most.
+		if c := knock(t, d, hello(t).Bytes()); answered(t, c) {
+			served = append(served, c)
+		}
+	}
 	if len(served) > limits.ConnectionsPerPeer || len(served) < limits.ConnectionsPerPeer/2 {
 		t.Errorf("%d connections are served", len(served))
 	}
@@ -97,7 +104,7 @@ func TestFloodOfConnections(t *testing.T) {
 	}
 	// Closed connections make room for others, after a while: the server has to notice, and the rate is limited.
 	end := time.Now().Add(patience)
-	for len(flood(t, d, 1, hello(t).Bytes())) == 0 {
+	for !answered(t, knock(t, d, hello(t).Bytes())) {
 		if time.Now().After(end) {
 			t.Fatal("no connection is served again")
 		}
@@ -108,7 +115,9 @@ func TestFloodOfConnections(t *testing.T) {
 func TestHalfOpenHandshakes(t *testing.T) {
 	s := startSecured(t)
 	var open []net.Conn
-	for range limits.HandshakesPerPeer + 60 {
+	const dialed = limits.HandshakesPerPeer + 60
+	began := time.Now()
+	for range dialed {
 		c, err := from(hostile).Dial("tcp", s.peers)
 		if err != nil {
 			continue
@@ -116,15 +125,15 @@ func TestHalfOpenHandshakes(t *testing.T) {
 		t.Cleanup(func() { _ = c.Close() })
 		open = append(open, c)
 	}
-	for end := time.Now().Add(patience); s.daemon.refusals.Total() < 60-1; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d of %d are refused", s.daemon.refusals.Total(), len(open))
-		}
-	}
 	// Meanwhile another address can connect, with a handshake, and call.
 	_, err := migratedv1.NewPeerServiceClient(s.as(t, "a.example", s.peers)).CheckHost(
 		t.Context(), &migratedv1.CheckHostRequest{})
 	wantCode(t, "CheckHost beside them", err, codes.OK)
+	// That connection was accepted after all others. On a busy machine some were accepted when earlier ones were closed.
+	most := limits.HandshakesPerPeer * (1 + int(time.Since(began)/limits.HandshakeTime))
+	if n := int(s.daemon.refusals.Total()); n < dialed-most {
+		t.Errorf("%d of %d are refused, with places for %d", n, dialed, most)
+	}
 	for _, c := range open {
 		_ = c.SetReadDeadline(time.Now().Add(patience))
 		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
@@ -147,7 +156,13 @@ func TestSlowHTTP2(t *testing.T) {
 	half := hello(t).Bytes()
 	half = half[:len(half)/2]
 	for _, greeting := range [][]byte{endless.Bytes(), half, []byte("G")} {
-		flood(t, d, 40, greeting)
+		var open []net.Conn
+		for range 40 {
+			open = append(open, knock(t, d, greeting))
+		}
+		for _, c := range open {
+			answered(t, c)
+		}
 		lane.goesOn()
 	}
 	openLane(t, connect(t, d, honest), "m").goesOn()
@@ -297,6 +312,6 @@ func TestGreedyDestination(t *testing.T) {
 	}
 	for range 5 {
 		lane.goesOn()
+		greedy.fetch() // its own lane goes on, too
 	}
-	greedy.fetch() // its own lane goes on, too
 }

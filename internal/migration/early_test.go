@@ -3,7 +3,10 @@
 package migration
 
 import (
+	"bytes"
 	"context"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -14,8 +17,18 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
+// haltingFirmware returns the file of a firmware that halts at once.
+func haltingFirmware(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "firmware")
+	if err := os.WriteFile(path, bytes.Repeat([]byte{0xf4}, 64<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 // newEarlyStage returns a stage whose peer has loaded the device state before the VM stops. The VM has many devices,
-// so that saving them takes long enough to look at its memory meanwhile.
+// so that saving them takes long enough to look at its memory meanwhile. No firmware sets them up meanwhile.
 func newEarlyStage(t *testing.T, p *peer) *stage {
 	t.Helper()
 	p.early = true
@@ -23,7 +36,7 @@ func newEarlyStage(t *testing.T, p *peer) *stage {
 	for range 8 {
 		devices = append(devices, "-device", "virtio-rng-pci")
 	}
-	devices = append(devices, "-device", "qemu-xhci,id=usb")
+	devices = append(devices, "-device", "qemu-xhci,id=usb", "-bios", haltingFirmware(t))
 	s := newStageWith(t, t.Context(), p, devices...)
 	for view, changed := s.source.Snapshot(); !view.GetPrepared(); view, changed = s.source.Snapshot() {
 		if Terminal(view.GetState()) {

@@ -3,7 +3,6 @@
 package migration
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io/fs"
@@ -51,11 +50,7 @@ func leaveDestination(t *testing.T, loaded bool) *left {
 		t.Fatal(err)
 	}
 	ctx := t.Context()
-	// This firmware halts at once. SeaBIOS would soon wait for a page that no source brings, and so would QEMU.
-	firmware := filepath.Join(dir, "firmware")
-	if err := os.WriteFile(firmware, bytes.Repeat([]byte{0xf4}, 64<<10), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	firmware := haltingFirmware(t) // SeaBIOS would soon wait for a page that no source brings, and so would QEMU
 	sourceVM := startQEMU(t, file.Name(), filepath.Join(dir, "source.sock"), "", "-bios", firmware)
 	l := &left{dir: filepath.Join(dir, "m1")}
 	// It has two monitor sockets: one for the daemon.

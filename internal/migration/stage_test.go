@@ -248,7 +248,8 @@ func newStageWith(
 	if s.records, err = OpenRecords(filepath.Join(dir, "records")); err != nil {
 		t.Fatal(err)
 	}
-	spec := &migratedv1.MigrationSpec{}
+	// A busy machine may take longer than the default of freeze_limit.
+	spec := &migratedv1.MigrationSpec{FreezeLimit: durationpb.New(2 * time.Minute)}
 	if p.spec != nil {
 		spec = p.spec
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"time"
 
@@ -172,6 +173,10 @@ func (c *Client) send(ctx context.Context, id uint64, waiting *call, line []byte
 	}
 	if cause := context.Cause(ctx); cause != nil && expired {
 		return fmt.Errorf("QEMU does not take the command: %w", cause)
+	}
+	if errors.Is(err, net.ErrClosed) {
+		// The reader closes the connection when it fails, and knows why. It ends now.
+		<-c.done
 	}
 	select {
 	case <-c.done: // the reader has recorded the cause

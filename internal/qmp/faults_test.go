@@ -7,9 +7,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -229,4 +231,44 @@ func openDirectory(t *testing.T) *os.File {
 	}
 	t.Cleanup(func() { f.Close() })
 	return f
+}
+
+// TestCommandMeetsTheEnd: a command that is being written when the reader learns that QEMU has exited fails with that,
+// and not with the close of the connection that followed.
+func TestCommandMeetsTheEnd(t *testing.T) {
+	path, conns := listen(t)
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-conns // and nobody reads from it
+	c := &Client{
+		path: path, conn: conn.(*net.UnixConn), writeSlot: make(chan struct{}, 1), pending: map[uint64]*call{},
+		done: make(chan struct{}),
+	}
+	result := make(chan error, 1)
+	go func() { result <- c.Do(testContext(t), "x", strings.Repeat("more than a socket takes", 1<<18), nil) }()
+	awaitPending(t, c, 1)
+	c.end(io.EOF) // as the reader does it
+	awaitPending(t, c, 0)
+	close(c.done)
+	if err := <-result; !errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) {
+		t.Errorf("a command that meets the end of QEMU: %v", err)
+	}
+}
+
+// awaitPending waits until n commands have no reply.
+func awaitPending(t *testing.T, c *Client, n int) {
+	t.Helper()
+	for ctx := testContext(t); ; time.Sleep(time.Millisecond) {
+		c.mu.Lock()
+		now := len(c.pending)
+		c.mu.Unlock()
+		if now == n {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("%d commands have no reply, not %d", now, n)
+		}
+	}
 }

@@ -462,16 +462,21 @@ static void file_max(const void *domain)
 {
 	struct scene s = { .flags = NONBLOCK, .unprivileged = true };
 	long max = get("/proc/sys/fs/file-max");
+	struct pollfd p[2];
 	int child, error;
 
 	begin(&s, domain);
+	p[0] = (struct pollfd){ .fd = s.forked[0], .events = POLLIN };
+	p[1] = (struct pollfd){ .fd = s.uffd[0], .events = POLLIN };
 	put("/proc/sys/fs/file-max", "0");
 	order(&s, FORK);
-	if (!heard(s.forked[0], &error, STUCK)) {
+	CHECK(MUST(poll(p, 2, PATIENCE)));
+	if (!(p[0].revents & POLLIN)) {
 		CHECK(stuck(&s));
 		CHECK(!read_fork(s.uffd[0], &child));
 		outcome("event");
 	}
+	error = fork_result(&s);
 	if (!error)
 		outcome("forked");
 	CHECK(!ready(s.uffd[0], 0));

@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -44,19 +45,36 @@ func SetHugePages(size uint64, n int) (int, error) {
 	return now, err
 }
 
-// ReserveHugePages adds n huge pages of size bytes to those that the machine has, until the test ends.
-func ReserveHugePages(t testing.TB, size uint64, n int) {
-	t.Helper()
+// pools is held while the number of huge pages is changed: tests of a process may run at the same time.
+var pools sync.Mutex
+
+// addHugePages adds n huge pages of size bytes to those that the machine has, or takes -n away, and returns how many
+// were added.
+func addHugePages(size uint64, n int) (added int, err error) {
+	pools.Lock()
+	defer pools.Unlock()
 	before, err := HugePages(size)
 	if err != nil {
+		return 0, err
+	}
+	now, err := SetHugePages(size, max(0, before+n))
+	return now - before, err
+}
+
+// ReserveHugePages adds n huge pages of size bytes to those that the machine has, until the test ends. Other tests of
+// this process may do the same meanwhile: each takes away only what it has added.
+func ReserveHugePages(t testing.TB, size uint64, n int) {
+	t.Helper()
+	if _, err := HugePages(size); err != nil {
 		CannotRun(t, "%v", err)
 	}
+	added, err := addHugePages(size, n)
 	t.Cleanup(func() {
-		if _, err := SetHugePages(size, before); err != nil {
+		if _, err := addHugePages(size, -added); err != nil {
 			t.Errorf("give the huge pages back: %v", err)
 		}
 	})
-	if now, err := SetHugePages(size, before+n); err != nil || now < before+n {
-		CannotRun(t, "the kernel gave %d of %d huge pages of %d KiB (%v)", now-before, n, size>>10, err)
+	if err != nil || added < n {
+		CannotRun(t, "the kernel gave %d of %d huge pages of %d KiB (%v)", added, n, size>>10, err)
 	}
 }

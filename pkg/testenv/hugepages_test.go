@@ -47,3 +47,35 @@ func TestSetHugePagesDespiteSignals(t *testing.T) {
 	close(stop)
 	<-stopped
 }
+
+// endsByHand is a test whose end the caller chooses.
+type endsByHand struct {
+	testing.TB
+
+	cleanup func()
+}
+
+func (e *endsByHand) Cleanup(f func()) { e.cleanup = f }
+
+// TestReservationsOverlap: a test that ends takes no huge page from another that began later.
+func TestReservationsOverlap(t *testing.T) {
+	const size = 2 << 20
+	before, err := HugePages(size)
+	if err != nil {
+		CannotRun(t, "%v", err)
+	}
+	first, second := &endsByHand{TB: t}, &endsByHand{TB: t}
+	ReserveHugePages(first, size, 2)
+	defer func() { first.cleanup() }()
+	ReserveHugePages(second, size, 3)
+	defer func() { second.cleanup() }()
+	first.cleanup()
+	if now, err := HugePages(size); err != nil || now != before+3 {
+		t.Errorf("the second test has %d huge pages of 3: %v", now-before, err)
+	}
+	second.cleanup()
+	if now, err := HugePages(size); err != nil || now != before {
+		t.Errorf("%d huge pages are left: %v", now-before, err)
+	}
+	first.cleanup, second.cleanup = func() {}, func() {}
+}

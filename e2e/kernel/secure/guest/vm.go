@@ -102,7 +102,7 @@ func (h *host) pass() uint32 {
 }
 
 // astray is longer than any guest takes for a pass, unless it went astray.
-const astray = 40 * time.Second
+const astray = 3 * time.Minute
 
 // countsBeyond waits until the guest on this host has written a later pass.
 func (h *host) countsBeyond(ctx context.Context, pass uint32) error {
