@@ -275,8 +275,8 @@ func TestServeInherits(t *testing.T) {
 	}
 }
 
-// parentOf returns the number of the parent in /proc/PID/stat: the second field after the name, which is in brackets and
-// may have any characters.
+// parentOf returns the number of the parent in /proc/PID/stat: the second field after the name, which is in brackets
+// and may have any characters.
 func parentOf(stat string) string {
 	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
 	if len(fields) < 2 {
