@@ -45,6 +45,7 @@ func TestLogThatHangs(t *testing.T) {
 	}
 	close(to.released)
 	q.Close()
+	<-q.written // which Close does not wait for longer than logGrace
 	var want strings.Builder
 	want.WriteString(line(0) + fmt.Sprintf("%d lines of the log were dropped here: it took none\n", more))
 	for i := 1; i <= logLines; i++ {

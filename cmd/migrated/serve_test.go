@@ -268,8 +268,7 @@ func TestServeInherits(t *testing.T) {
 	}
 	for _, process := range processes {
 		stat, err := os.ReadFile(filepath.Join("/proc", process.Name(), "stat"))
-		if err != nil || !strings.Contains(string(stat), fmt.Sprintf(" %d ", serve.Process.Pid)) ||
-			process.Name() == strconv.Itoa(serve.Process.Pid) {
+		if err != nil || parentOf(string(stat)) != strconv.Itoa(serve.Process.Pid) {
 			continue
 		}
 		links, err := filepath.Glob(filepath.Join("/proc", process.Name(), "fd", "*"))
@@ -289,6 +288,16 @@ func TestServeInherits(t *testing.T) {
 	if err := serve.Wait(); err != nil {
 		t.Errorf("after SIGTERM: %v\n%s", err, log.String())
 	}
+}
+
+// parentOf returns the number of the parent in /proc/PID/stat: the second field after the name, which is in brackets
+// and may have any characters.
+func parentOf(stat string) string {
+	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 2 {
+		return ""
+	}
+	return fields[1]
 }
 
 // wantTold reads the next message to the service manager, which must be want.

@@ -105,7 +105,7 @@ func TestComparedQEMUIsEnded(t *testing.T) {
 	path := filepath.Join(dir, "destination.sock")
 	vm := startQEMU(t, ramFile(t), filepath.Join(dir, "b.sock"), path, "-name", "db-1", "-S", "-incoming", "defer")
 	err = attachTo(t, path, machine) // no page server is named
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	if ended := vm.WaitExit(ctx); ended != nil {
 		t.Errorf("after %q: %v", err, ended)

@@ -42,8 +42,10 @@ func ramFile(t *testing.T) string {
 // newEarlyQEMUs saves the source's device state and opens its memory, to be read later.
 func newEarlyQEMUs(t *testing.T) *earlyQEMUs {
 	t.Helper()
-	vm := startQEMU(t, ramFile(t), filepath.Join(t.TempDir(), "source.sock"), "")
-	time.Sleep(2 * time.Second) // the firmware puts the option ROMs in their place
+	said := filepath.Join(t.TempDir(), "firmware")
+	vm := startQEMU(t, ramFile(t), filepath.Join(t.TempDir(), "source.sock"), "",
+		"-chardev", "file,id=said,path="+said, "-device", "isa-debugcon,iobase=0x402,chardev=said")
+	awaitFirmware(t, said)
 	ctx := t.Context()
 	facts, err := vm.Facts(ctx)
 	if err != nil {
@@ -84,6 +86,21 @@ func newEarlyQEMUs(t *testing.T) *earlyQEMUs {
 	return &earlyQEMUs{t, &earlyState{
 		head: devicestate.Head(facts.MachineType), sections: devicestate.Early(all), pages: map[earlyPage][]byte{},
 	}, ram}
+}
+
+// awaitFirmware waits until SeaBIOS, whose messages go to that file, has run the option ROMs: it looks for a device to
+// boot from after them.
+func awaitFirmware(t *testing.T, path string) {
+	t.Helper()
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(5 * time.Millisecond) {
+		said, err := os.ReadFile(path)
+		if strings.Contains(string(said), "No bootable device") {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the firmware says %q (%v)", said, err)
+		}
+	}
 }
 
 // load has a new destination QEMU load the state. It returns that QEMU, its memory and the error.

@@ -26,7 +26,7 @@ func TestForgottenDestinationGivesUp(t *testing.T) {
 	forgotten.expire(0, "the source did not start the prepared migration")
 	select {
 	case <-forgotten.Done():
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("it is kept")
 	}
 	view, _ := forgotten.Snapshot()

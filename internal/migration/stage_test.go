@@ -226,13 +226,14 @@ func newStageWith(
 		_ = s.qemu.Process.Kill()
 		_ = s.qemu.Wait() // it was killed, or quit
 	})
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if conn, err := net.Dial("unix", s.vm); err == nil { // bound is not yet listening
-			_ = conn.Close()
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(5 * time.Millisecond) {
+		client, err := qmp.Dial(t.Context(), s.vm) // the source waits less for it than QEMU may need to start
+		if err == nil {
+			_ = client.Disconnect()
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatal("QEMU does not come up")
+			t.Fatalf("QEMU does not come up: %v", err)
 		}
 	}
 
@@ -278,7 +279,7 @@ func dialPlain(address string, options ...grpc.DialOption) (*grpc.ClientConn, er
 // vmRuns asks QEMU whether the VM runs, on the monitor that the source does not use.
 func (s *stage) vmRuns(t *testing.T) bool {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	client, err := qmp.Dial(ctx, s.other)
 	if err != nil {

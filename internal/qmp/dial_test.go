@@ -38,7 +38,7 @@ func dialError(ctx context.Context, path string) error {
 func TestSilentSocket(t *testing.T) {
 	path, conns := listen(t)
 	go func() { <-conns }()
-	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err := Dial(ctx, path)
 	var wrong *NotQMPError
@@ -65,7 +65,7 @@ func TestOtherGreetings(t *testing.T) {
 
 func TestBusySocket(t *testing.T) {
 	c, _ := dialQEMU(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err := Dial(ctx, c.Path())
 	var busy *BusyError

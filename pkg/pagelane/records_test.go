@@ -317,6 +317,7 @@ func TestOddRecords(t *testing.T) {
 			}, func(p *rawPeer) {
 				p.must(writeHeaders(p.Framer, false, acceptance...))
 				for range messages {
+					p.must(p.SetDeadline(time.Now().Add(patience))) // tens of thousands of records are slow with -race
 					for rest := frame.Bytes(); len(rest) > 0; {
 						n := min(1+random.IntN(most), len(rest))
 						_, err := p.Conn.Write(rest[:n])

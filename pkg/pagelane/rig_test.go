@@ -30,7 +30,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience is the longest that a test waits for anything.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // clientStream is the client's side of a lane, of this package or of gRPC's library.
 type clientStream interface {

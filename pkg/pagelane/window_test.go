@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -104,76 +106,96 @@ func TestLoneClient(t *testing.T) {
 	}
 }
 
+// closedPeer serves a lane without a window until the client closes it, or, if slow is not 0, until so many PINGs have
+// come. It answers each, and if slow is not 0 it sends a page besides.
+func closedPeer(p *rawPeer, slow int) {
+	asked := make(chan [8]byte, 100) // a pipe has no buffer, and the client sends while it is sent to
+	go func() {
+		defer close(asked)
+		if _, err := io.ReadFull(p.Conn, make([]byte, len(http2.ClientPreface))); err != nil {
+			return
+		}
+		for {
+			frame, err := p.ReadFrame()
+			if err != nil {
+				return
+			}
+			if ping, ok := frame.(*http2.PingFrame); ok && !ping.IsAck() {
+				asked <- ping.Data
+			}
+		}
+	}()
+	p.must(p.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0}))
+	p.must(writeHeaders(p.Framer, false, hpack.HeaderField{Name: ":status", Value: "200"}))
+	e, err := (&pagewire.Reply{Data: make([]byte, 4096), Runs: []pagewire.Run{{Length: 4096}}}).Encode()
+	p.must(err)
+	defer e.Release()
+	pings := 0
+	for data := range asked {
+		pings++
+		err := p.WritePing(true, data)
+		if err == nil && pings < slow {
+			err = p.WriteData(stream, false, prefixed(e.Bytes[pagewire.Room:]))
+		}
+		if err != nil { // the client has ended the lane, and says why
+			return
+		}
+		if pings == slow {
+			p.must(writeHeaders(p.Framer, true, hpack.HeaderField{Name: statusField, Value: "0"}))
+			return
+		}
+	}
+	_ = p.Close() // a client that is patient for ever learns of the deadline
+	if pings == 0 {
+		p.t.Error("the client hangs up before it has asked")
+	}
+}
+
 // TestClosedWindow: a server that answers every PING, but opens no window and sends nothing, ends the lane of either
 // kind of client. A server that sends meanwhile is only slow.
 func TestClosedWindow(t *testing.T) {
-	const every = 200 * time.Millisecond // longer than a busy machine delays a goroutine
-	send := func(l *Client) error {
-		for {
-			if err := l.Send(pageAt(0)); err != nil {
-				break
-			}
-		}
+	receive := func(l *Client) error {
 		for {
 			if err := l.Recv(new(pagewire.Reply)); err != nil {
 				return err
 			}
 		}
 	}
-	// closed serves a lane without a window until the client closes it, or, if slow is not 0, until so many PINGs have
-	// come.
-	closed := func(slow int) func(p *rawPeer) {
-		return func(p *rawPeer) {
-			p.must(p.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0}))
-			p.must(writeHeaders(p.Framer, false, hpack.HeaderField{Name: ":status", Value: "200"}))
-			e, err := (&pagewire.Reply{Data: make([]byte, 4096), Runs: []pagewire.Run{{Length: 4096}}}).Encode()
-			p.must(err)
-			defer e.Release()
-			_, err = io.ReadFull(p.Conn, make([]byte, len(http2.ClientPreface)))
-			p.must(err)
-			for pings := 0; ; {
-				frame, err := p.ReadFrame()
-				if err != nil {
-					if slow == 0 && pings == 0 {
-						p.t.Errorf("the client hangs up before it has asked: %v", err)
-					}
-					return
-				}
-				if ping, ok := frame.(*http2.PingFrame); ok && !ping.IsAck() {
-					p.must(p.WritePing(true, ping.Data))
-					if pings++; pings < slow {
-						p.must(p.WriteData(stream, false, prefixed(e.Bytes[pagewire.Room:])))
-					} else if pings == slow {
-						p.must(writeHeaders(p.Framer, true, hpack.HeaderField{Name: statusField, Value: "0"}))
-						return
-					}
-				}
-			}
+	send := func(l *Client) {
+		for l.Send(pageAt(0)) == nil {
 		}
 	}
 	for name, use := range map[string]func(*Client) error{
 		"a receiver beside it": func(l *Client) error {
 			received := make(chan error, 1)
-			go func() {
-				for {
-					if err := l.Recv(new(pagewire.Reply)); err != nil {
-						received <- err
-						return
-					}
-				}
-			}()
-			for l.Send(pageAt(0)) == nil {
-			}
+			go func() { received <- receive(l) }()
+			send(l)
 			return <-received
 		},
-		"alone": func(l *Client) error { l.alone = true; return send(l) },
+		"alone": func(l *Client) error { l.alone = true; send(l); return receive(l) },
 	} {
+		result := func(t *testing.T, slow int) (err error) {
+			synctest.Test(t, func(t *testing.T) { // so every PING is answered in time
+				ours, theirs := net.Pipe()
+				got := make(chan error, 1)
+				go func() {
+					l, err := openWith(t.Context(), ours, nil, time.Second)
+					if err == nil {
+						err = use(l)
+					}
+					got <- err
+				}()
+				closedPeer(newRawPeer(t, theirs), slow)
+				err = <-got
+			})
+			return err
+		}
 		t.Run(name, func(t *testing.T) {
-			err := <-clientOf(t, plaintext(), every, use, closed(0))
+			err := result(t, 0)
 			if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "has not answered") {
 				t.Errorf("of a server that takes nothing: %v", err)
 			}
-			err = <-clientOf(t, plaintext(), every, use, closed(10))
+			err = result(t, 10)
 			if err == nil || strings.Contains(err.Error(), "has not answered") {
 				t.Errorf("of one that is only slow: %v", err)
 			}

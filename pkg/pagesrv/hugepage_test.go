@@ -5,9 +5,6 @@ package pagesrv
 import (
 	"bytes"
 	"fmt"
-	"os"
-	"strconv"
-	"strings"
 	"testing"
 	"unsafe"
 
@@ -26,18 +23,14 @@ func mapFile(t testing.TB, memory []byte) string {
 	return fmt.Sprintf("/proc/self/map_files/%x-%x", start, start+uintptr(len(memory)))
 }
 
-// freeHugePages returns how many huge pages of 2 MiB nobody uses.
-func freeHugePages(t *testing.T) int {
+// hugePagesOf returns how many huge pages a file has. The pool of the machine says less: others use it, too.
+func hugePagesOf(t *testing.T, fd int) int64 {
 	t.Helper()
-	text, err := os.ReadFile("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
-	if err != nil {
-		testenv.CannotRun(t, "no huge pages of 2 MiB: %v", err)
-	}
-	n, err := strconv.Atoi(strings.TrimSpace(string(text)))
-	if err != nil {
+	var info unix.Stat_t
+	if err := unix.Fstat(fd, &info); err != nil {
 		t.Fatal(err)
 	}
-	return n
+	return info.Blocks * 512 / hugePage
 }
 
 // TestHugePagesAreServedWhole: huge pages are served whole. Serving a page that the VM never touched takes none from
@@ -61,7 +54,9 @@ func TestHugePagesAreServedWhole(t *testing.T) {
 	defer func() { _ = unix.Munmap(memory) }()
 	memory[hugePage-1] = 7 // the first page has data, the second one zeros, the third one is a hole
 	memory[hugePage] = 0
-	free := freeHugePages(t)
+	if n := hugePagesOf(t, fd); n != 2 {
+		t.Fatalf("the file has %d huge pages, want 2", n)
+	}
 
 	_, lane := offer(t, openRAM(t, Block{
 		ID: "huge", Path: fmt.Sprintf("/proc/self/fd/%d", fd), Size: pages * hugePage, PageSize: hugePage,
@@ -81,7 +76,13 @@ func TestHugePagesAreServedWhole(t *testing.T) {
 	if fmt.Sprint(runs) != fmt.Sprint(want) {
 		t.Errorf("runs %+v, want %+v", runs, want)
 	}
-	if now := freeHugePages(t); now != free {
-		t.Errorf("serving took %d huge pages from the pool", free-now)
+	if n := hugePagesOf(t, fd); n != 2 {
+		t.Errorf("serving took %d huge pages from the pool", n-2)
+	}
+	if memory[2*hugePage] != 0 {
+		t.Error("the hole has data")
+	}
+	if n := hugePagesOf(t, fd); n != 3 { // so it is seen when reading takes one
+		t.Errorf("the file has %d huge pages after its hole was read, want 3", n)
 	}
 }

@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 }
 
 // patience is the longest that a test waits for anything.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // isZero says which pages of the source are zero.
 func isZero(block int, page uint64) bool { return (page+uint64(block))%8 == 3 }

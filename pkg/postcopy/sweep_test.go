@@ -203,6 +203,7 @@ func TestRunsComeInPiecesWhileAThreadWaits(t *testing.T) {
 	}
 	theirs[0].answer(t, pageSize)
 	expect(t, thread, word(0, pages-1, 0))
+	until(t, "known that no thread waits", func() bool { return g.pending.count.Load() == 0 }) // after it was woken
 	last := uint32(pagewire.LeastPiece)
 	for left := uint64(pages - 1); left > 0; {
 		r := theirs[1].asked(t)

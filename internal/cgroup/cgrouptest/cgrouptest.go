@@ -60,11 +60,11 @@ func RemoveAll(t *testing.T, name string) {
 	}
 }
 
-// Remove removes one group. It waits up to ten seconds for its last processes to end.
+// Remove removes one group. It waits up to two minutes for its last processes to end.
 func Remove(t *testing.T, dir string) {
 	t.Helper()
 	err := unix.Rmdir(dir)
-	for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) &&
+	for end := time.Now().Add(2 * time.Minute); errors.Is(err, unix.EBUSY) &&
 		time.Now().Before(end); err = unix.Rmdir(dir) {
 		time.Sleep(10 * time.Millisecond)
 	}

@@ -100,12 +100,18 @@ func TestTracerDies(t *testing.T) {
 	}
 	start := func(t *testing.T, pid int, point string) *exec.Cmd {
 		t.Helper()
-		cmd := exec.Command("/proc/self/exe", "-test.run=^TestTracerDies$", "-test.timeout=30s")
+		cmd := exec.Command("/proc/self/exe", "-test.run=^TestTracerDies$", "-test.timeout="+patience.String())
 		cmd.Env = append(os.Environ(), fmt.Sprintf("INJECT_TEST_HOLD=%d", pid), "INJECT_TEST_POINT="+point)
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
 		return cmd
+	}
+	killed := func(t *testing.T, tracer *exec.Cmd) {
+		t.Helper()
+		if err := tracer.Wait(); err == nil || err.Error() != "signal: killed" {
+			t.Fatalf("the tracer ended with %v", err)
+		}
 	}
 	// goesOn sends v a signal, and then what its call waits for. The call must be blocked again by then: a futex whose
 	// word has changed before fails with EAGAIN, rightly.
@@ -128,7 +134,7 @@ func TestTracerDies(t *testing.T) {
 		tracer := start(t, v.pid, "held")
 		eventually(t, "target is held", func() bool { return v.state() == 't' })
 		_ = tracer.Process.Kill()
-		_ = tracer.Wait()
+		killed(t, tracer)
 		v.awaitBlocked(unix.SYS_READ)
 		goesOn(t, v, "ret=1 errno=0 signals=1", unix.SYS_READ)
 	})
@@ -138,7 +144,7 @@ func TestTracerDies(t *testing.T) {
 		tracer := start(t, v.pid, "blocked")
 		v.awaitBlocked(unix.SYS_PPOLL)
 		_ = tracer.Process.Kill()
-		_ = tracer.Wait()
+		killed(t, tracer)
 		v.awaitBlocked(unix.SYS_FUTEX) // the injected call has ended by then
 		goesOn(t, v, "ret=0 errno=0 signals=1", unix.SYS_FUTEX)
 	})
@@ -156,9 +162,7 @@ func TestTracerDies(t *testing.T) {
 				v := startVictim(t, test.mode)
 				for range 5 {
 					v.awaitBlocked(test.calls...)
-					if err := start(t, v.pid, point).Wait(); err == nil || err.Error() != "signal: killed" {
-						t.Fatalf("the tracer ended with %v", err)
-					}
+					killed(t, start(t, v.pid, point))
 				}
 				goesOn(t, v, test.want, test.calls...)
 			})
@@ -171,17 +175,15 @@ func TestTracerDies(t *testing.T) {
 				testenv.CannotRun(t, "the C library does not use rseq")
 			}
 			for range 5 {
-				if err := start(t, v.pid, point).Wait(); err == nil || err.Error() != "signal: killed" {
-					t.Fatalf("the tracer ended with %v", err)
-				}
+				killed(t, start(t, v.pid, point))
 			}
 			goesOn(t, v, "ret=1 errno=0 signals=1")
 		})
 	}
 	t.Run("nanosleep returned", func(t *testing.T) { // this call cannot be continued
-		v := startVictim(t, "nanosleep")
+		v := startVictim(t, "nanosleep-long")
 		v.awaitBlocked(unix.SYS_NANOSLEEP, unix.SYS_CLOCK_NANOSLEEP)
-		_ = start(t, v.pid, "returned").Wait()
+		killed(t, start(t, v.pid, "returned"))
 		if got, want := v.line(), "ret=-1 errno=4 signals=0"; got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
@@ -204,13 +206,13 @@ func dieAsTracer(t *testing.T, pid int, point string) {
 	switch point {
 	case "held":
 		<-t.Context().Done() // until killed
-	case "blocked": // the call blocks for 300 ms; this process is killed meanwhile
+	case "blocked": // the call blocks for 3 s; this process is killed meanwhile
 		page, err := p.Syscall(
 			t.Context(), unix.SYS_MMAP,
 			0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 0,
 		)
 		if err == nil {
-			err = p.poke(page, []byte{0: 0, 8: 0x00, 9: 0xa3, 10: 0xe1, 11: 0x11, 15: 0})
+			err = p.poke(page, []byte{0: 3, 15: 0}) // a struct timespec
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -259,7 +261,7 @@ func TestThreadIsHeldUntilRestored(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.restoreLimit = 50 * time.Millisecond
+	p.restoreLimit = time.Second // the first call of setRegs, which fails, comes within it
 	var mayWrite atomic.Bool
 	tried := make(chan struct{}, 1)
 	p.setRegs = func(tid int, r *regs) error {

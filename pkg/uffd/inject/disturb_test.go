@@ -51,7 +51,7 @@ func TestSignalsArriveOnce(t *testing.T) {
 // TestSignalStillInterrupts checks that a handler without SA_RESTART ends the call, as it does without an injected
 // call. epoll_wait is the call whose result we change (keepCallGoing).
 func TestSignalStillInterrupts(t *testing.T) {
-	for _, mode := range []string{"epoll", "ppoll", "pause", "futex", "nanosleep"} {
+	for _, mode := range []string{"epoll", "ppoll", "pause", "futex", "nanosleep-long"} {
 		t.Run(mode, func(t *testing.T) {
 			v := startVictim(t, mode)
 			eventually(t, "target is asleep", func() bool { return v.state() == 'S' && blockedIn(v.pid) > 0 })
@@ -205,7 +205,6 @@ func TestCallThatHangs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.restoreLimit = 100 * time.Millisecond
 	page, err := p.Syscall(
 		t.Context(), unix.SYS_MMAP,
 		0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 0,
@@ -217,8 +216,18 @@ func TestCallThatHangs(t *testing.T) {
 	if _, err := taken.UFFD.Register(missing, uffd.ModeMissing); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { // the thread hangs in the call once its fault can be read
+		defer cancel()
+		faults := uffd.NewEventBuffer(1)
+		for range 60_000 {
+			if n, _ := taken.UFFD.Read(faults); n > 0 { // otherwise it would block
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	p.restoreLimit = 100 * time.Millisecond
 	if _, err := p.Syscall(ctx, unix.SYS_GETTIMEOFDAY, page, 0); !errors.Is(err, ErrNotRestored) {
 		t.Errorf("Syscall: %v", err)
 	}

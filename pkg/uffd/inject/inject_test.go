@@ -92,8 +92,8 @@ func TestSeizeAndDetach(t *testing.T) {
 	}
 }
 
-// TestNanosleepKeepsItsTime injects calls during a sleep of one second. If each restarted the sleep from the beginning,
-// it would not end while they continue.
+// TestNanosleepKeepsItsTime injects calls during a sleep of five seconds. If each restarted the sleep from the
+// beginning, it would not end while they continue.
 func TestNanosleepKeepsItsTime(t *testing.T) {
 	v := startVictim(t, "nanosleep")
 	result := make(chan string)

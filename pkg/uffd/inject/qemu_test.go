@@ -74,10 +74,10 @@ func startQEMU(t testing.TB, uid uint32, extra ...string) *vm {
 		return err == nil
 	})
 	t.Cleanup(func() { _ = v.conn.Close() })
-	if err := v.conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+	v.in = bufio.NewReader(v.conn)
+	if err := v.conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
-	v.in = bufio.NewReader(v.conn)
 	if _, err := v.in.ReadString('\n'); err != nil { // greeting
 		t.Fatal(err)
 	}
@@ -87,6 +87,9 @@ func startQEMU(t testing.TB, uid uint32, extra ...string) *vm {
 
 // qmp sends one command, with a descriptor if fd >= 0, and returns the value of "return".
 func (v *vm) qmp(command string, fd int) (json.RawMessage, error) {
+	if err := v.conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return nil, err
+	}
 	var rights []byte
 	if fd >= 0 {
 		rights = unix.UnixRights(fd)

@@ -99,10 +99,13 @@ func startVictim(t testing.TB, mode string) *victim {
 	return v
 }
 
-// line reads the next line; it is "" at the end of the output. A target that hangs is killed after 30 s, which ends
+// patience is the longest that a test waits for anything.
+const patience = 2 * time.Minute
+
+// line reads the next line; it is "" at the end of the output. A target that hangs is killed after patience, which ends
 // the output.
 func (v *victim) line() string {
-	killer := time.AfterFunc(30*time.Second, func() { _ = unix.Kill(v.pid, unix.SIGKILL) })
+	killer := time.AfterFunc(patience, func() { _ = unix.Kill(v.pid, unix.SIGKILL) })
 	defer killer.Stop()
 	if !v.lines.Scan() {
 		return ""
@@ -117,10 +120,10 @@ func (v *victim) poke() {
 	}
 }
 
-// eventually polls ok until it is true. It fails the test after 20 s.
+// eventually polls ok until it is true. It fails the test after patience.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		if ok() {
 			return
 		}

@@ -26,7 +26,7 @@ import (
 )
 
 // patience limits every wait for the child, so that a lost wake-up fails a test instead of blocking it.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 //go:embed testdata/child.c
 var childSource []byte

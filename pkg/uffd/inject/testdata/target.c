@@ -90,9 +90,10 @@ static long block(const char *how) {
 		return ret;
 	}
 	if (!strcmp(how, "nanosleep")) {
-		struct timespec ts = {1, 0};
+		struct timespec ts = {5, 0};
 		return nanosleep(&ts, 0);
 	}
+	if (!strcmp(how, "nanosleep-long")) return nanosleep(&hour, 0);
 	if (!strcmp(how, "pause")) return pause();
 	if (!strcmp(how, "vfork")) { // the parent sleeps uninterruptibly until the child exits
 		pid_t child = vfork();
