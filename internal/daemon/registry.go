@@ -199,7 +199,8 @@ func (r *registry) awaitRelease(id string) bool {
 // errUnheard says that no more migrations can be remembered.
 var errUnheard = migration.WithRemedy(
 	errors.New("the sources of too many migrations to the destination have not heard how these ended"),
-	"see that the daemons of these sources run, or delete the migrations on the destination (migrated delete)")
+	"see that the daemons of these sources run and reach the destination, then delete the migrations there "+
+		"(migrated delete)")
 
 // errIDTaken says that another migration has the id, and is under way or must not be forgotten.
 var errIDTaken = errors.New("its id is taken")
