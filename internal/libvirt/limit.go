@@ -187,6 +187,25 @@ func checkOutput(root *etree.Element) error {
 	return nil
 }
 
+// Sockets returns the paths of the Unix sockets at which the QEMU of a definition is to listen. libvirt or QEMU removes
+// what is there.
+func Sockets(definition string) (paths []string, err error) {
+	_, root, err := parse(definition)
+	if err != nil {
+		return nil, err
+	}
+	for _, device := range root.FindElements("devices//*") {
+		path := device.SelectAttrValue("socket", "") // of graphics, and their listen
+		if device.Tag == "source" && device.SelectAttrValue("mode", "") == "bind" {
+			path = device.SelectAttrValue("path", "")
+		}
+		if path != "" {
+			paths = append(paths, path)
+		}
+	}
+	return paths, nil
+}
+
 // mayWrite says whether root may write a VM's output to a file: a log of libvirt's, or where another user, a management
 // program's or the VM's own, could write to it anyway.
 func mayWrite(path string) bool {

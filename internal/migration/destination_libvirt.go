@@ -11,6 +11,7 @@ import (
 	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qemu/cmdline"
+	"github.com/migrated-vm/migrated/internal/qemu/launch"
 )
 
 // openDomain has this host's libvirt start a domain from the source's definition.
@@ -40,6 +41,10 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	if err != nil {
 		return err
 	}
+	if err := checkSockets(definition); err != nil {
+		return withRemedy(fmt.Errorf("the destination starts no such domain: %w", err),
+			"see what that is for; or give the domain another path with --xml or with the destination's libvirt hook")
+	}
 	d.log.Info("having libvirt start the domain", "name", name)
 	started, err := libvirt.Start(ctx, d.cfg.LibvirtSocket, definition)
 	if errors.Is(err, libvirt.ErrActive) || errors.Is(err, libvirt.ErrNoAnswer) {
@@ -58,6 +63,15 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 		return err
 	}
 	d.claim, err = qemuClaims.claimVM(d.vm, d.cfg.Request.GetId())
+	return err
+}
+
+// checkSockets refuses a definition whose QEMU would take the place of another process' socket, or of a file.
+func checkSockets(definition string) error {
+	paths, err := libvirt.Sockets(definition)
+	for _, path := range paths {
+		err = errors.Join(err, launch.CheckUnused(path))
+	}
 	return err
 }
 

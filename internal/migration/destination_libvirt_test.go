@@ -4,7 +4,10 @@ package migration
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
+	"os"
 	"strings"
 	"testing"
 
@@ -36,6 +39,47 @@ func TestNoBinariesNoDomain(t *testing.T) {
 	err := openRefused(t, aDefinition, DestinationConfig{})
 	if !errors.Is(err, cmdline.ErrNoBinaries) || Remedy(err) == "" {
 		t.Errorf("%v; %s", err, Remedy(err))
+	}
+}
+
+// TestDomainTakesNoNeighboursSocket: libvirt removes what is where a domain is to listen. No domain is started where
+// another process listens, or where that is a file.
+func TestDomainTakesNoNeighboursSocket(t *testing.T) {
+	dir := t.TempDir()
+	used, file, old := dir+"/used", dir+"/file", dir+"/old"
+	listener, err := net.Listen("unix", used)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	left, err := net.ListenUnix("unix", &net.UnixAddr{Name: old, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	left.SetUnlinkOnClose(false)
+	if err := errors.Join(left.Close(), os.WriteFile(file, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for format, where := range map[string]string{
+		"a channel": `<channel type="unix"><source mode="bind" path=%q/></channel>`,
+		"a screen":  `<graphics type="vnc" socket=%q/>`,
+		"a listen":  `<graphics type="spice"><listen type="socket" socket=%q/></graphics>`,
+		"a client":  `<channel type="unix"><source mode="connect" path=%q/></channel>`,
+	} {
+		for path, want := range map[string]string{
+			used: "another process listens at " + used, file: file + ", where the destination's QEMU is to listen, is no socket",
+			old: "", dir + "/none": "",
+		} {
+			device := fmt.Sprintf(where, path)
+			err := checkSockets(strings.Replace(aDefinition, "</devices>", device+"</devices>", 1))
+			if format == "a client" || want == "" {
+				if err != nil {
+					t.Errorf("%s at %s: %v", format, path, err)
+				}
+			} else if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s at %s: %v, want %q", format, path, err, want)
+			}
+		}
 	}
 }
 

@@ -59,7 +59,7 @@ func (s *Starter) Launch(opts Options) (*Process, error) {
 		return nil, err
 	}
 	for _, path := range append(sockets, opts.QMPPath) {
-		if err := checkUnused(path); err != nil {
+		if err := CheckUnused(path); err != nil {
 			return nil, err
 		}
 	}

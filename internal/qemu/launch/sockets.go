@@ -7,15 +7,21 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 
 	"github.com/migrated-vm/migrated/internal/qemu/process"
 )
 
-// checkUnused refuses a socket path at which another process listens, perhaps another VM: QEMU would take that path
-// over.
-func checkUnused(path string) error {
+// CheckUnused refuses the path of a socket at which QEMU is to listen, if another process listens there, perhaps
+// another VM: QEMU, or libvirt for it, would take that path over. Both remove whatever has that name. So CheckUnused
+// refuses a path that is no socket, too.
+func CheckUnused(path string) error {
+	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSocket == 0 {
+		return fmt.Errorf("%s, where the destination's QEMU is to listen, is no socket, and QEMU would remove it: "+
+			"move it away, or give the destination another path with a template", path)
+	}
 	conn, err := net.Dial("unix", path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):

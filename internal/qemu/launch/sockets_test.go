@@ -42,6 +42,23 @@ func TestNeighboursSocketStays(t *testing.T) {
 	}
 }
 
+// TestFileIsNotReplacedByASocket: QEMU removes whatever is where it is to listen. It is not started where that is no
+// socket, but, for example, another VM's image.
+func TestFileIsNotReplacedByASocket(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(path, []byte("a disk"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	opts := qemutest.Options(t, qemutest.Self(), "-serial", "unix:"+path+",server=on,wait=off")
+	if _, _, err := qemu.Start(qemutest.Context(t), nil, opts); err == nil ||
+		!strings.Contains(err.Error(), path+", where the destination's QEMU is to listen, is no socket") {
+		t.Errorf("error %v", err)
+	}
+	if content, err := os.ReadFile(path); err != nil || string(content) != "a disk" {
+		t.Errorf("the file has %q, %v", content, err)
+	}
+}
+
 // TestNeighboursVMIsNamed checks that the refusal names the VM whose socket QEMU would take over, also if that receives
 // datagrams. The QEMU there was given a relative path.
 func TestNeighboursVMIsNamed(t *testing.T) {
