@@ -51,14 +51,15 @@ func (t *pages) arriveZero(p uint64) arrival {
 	}
 }
 
-// lose says that page p, which the caller was to install, is lost.
-func (t *pages) lose(p uint64) {
+// lose says that page p, which the caller was to install, is lost. It returns false if the process has given the page
+// up: the caller then still holds it.
+func (t *pages) lose(p uint64) bool {
 	if !t.swap(p, installing, lost) {
-		t.drop(p)
-		return
+		return false
 	}
 	t.lost.Add(1)
 	t.known(1)
+	return true
 }
 
 // stillWanted says how many of the n pages from p on, which the caller is to install, the process has not given up.

@@ -34,7 +34,7 @@ func (s *session) accept(l *lane) error {
 		}
 		switch {
 		case r.Lost:
-			err = s.acceptLost(b, p, n)
+			err = s.acceptLost(l.record, b, p, n)
 		case b.gigantic != nil:
 			n := uint64(0)
 			if !r.Zero {
@@ -103,7 +103,7 @@ func (s *session) acceptZeros(b *block, p, n uint64) error {
 
 // acceptLost tells the process of pages that nobody can read any more. A thread that touches one gets SIGBUS, which
 // QEMU turns into a machine check of its guest.
-func (s *session) acceptLost(b *block, p, n uint64) error {
+func (s *session) acceptLost(record *uffd.CopyRecord, b *block, p, n uint64) error {
 	if !b.poison {
 		return protocolError("lost pages of block %d (%s), which were not asked for", b.index, b.ID)
 	}
@@ -115,7 +115,7 @@ func (s *session) acceptLost(b *block, p, n uint64) error {
 			s.e.answered(p)
 			continue
 		}
-		if err := s.poison(b, p); err != nil {
+		if err := s.poison(record, b, p); err != nil {
 			return err
 		}
 		s.e.answered(p)
@@ -124,19 +124,22 @@ func (s *session) acceptLost(b *block, p, n uint64) error {
 }
 
 // poison poisons a page that the caller holds (installing).
-func (s *session) poison(b *block, p uint64) error {
+func (s *session) poison(record *uffd.CopyRecord, b *block, p uint64) error {
 	e := s.e
 	for tries := 0; ; tries++ {
 		if e.pages.stillWanted(p, 1) == 0 {
 			return e.dropRevoked(b, p)
 		}
+		e.at("poison", p)
 		_, err := b.UFFD.Poison(b.page(p), 0)
 		if err == nil || errors.Is(err, uffd.ErrExist) {
 			if err != nil { // it reads as it was put there by somebody else
 				e.unexplained()
 			}
-			e.pages.lose(p)
-			return b.UFFD.Wake(b.page(p))
+			if e.pages.lose(p) {
+				return b.UFFD.Wake(b.page(p))
+			}
+			return s.unpoison(record, b, p)
 		}
 		if errors.Is(err, uffd.ErrAgain) && s.again(tries) {
 			continue
@@ -146,6 +149,22 @@ func (s *session) poison(b *block, p uint64) error {
 			return s.ctx.Err()
 		}
 		return explain(b, b.addr(p), err)
+	}
+}
+
+// unpoison puts zeros in place of the poison of a page that the process has given up, perhaps before it was poisoned.
+// The kernel lets a copy replace the poison (mfill_atomic_install_pte in mm/userfaultfd.c).
+func (s *session) unpoison(record *uffd.CopyRecord, b *block, p uint64) error {
+	for tries := 0; ; tries++ {
+		_, err := b.UFFD.CopyRecorded(record, b.addr(p), zeros[:b.unit()], 0)
+		switch {
+		case err == nil, errors.Is(err, uffd.ErrExist): // or the process has put something there by now
+			s.e.pages.finish(p, 1)
+			return b.wake(p, 1)
+		case errors.Is(err, uffd.ErrAgain) && s.again(tries):
+			continue
+		}
+		return errors.Join(s.e.dropRevoked(b, p), s.ctx.Err()) // the memory is gone, or the session is over
 	}
 }
 

@@ -76,6 +76,36 @@ func TestLostPages(t *testing.T) {
 	}
 }
 
+// TestLostPageIsGivenUp: the process gives a page up just before it is poisoned, because the source has lost it. It
+// reads as zero.
+func TestLostPageIsGivenUp(t *testing.T) {
+	uffdtest.Need(t, uffd.FeaturePoison)
+	const page = 1
+	g := newTarget(t, layout{{kind: uffdtest.Anon, pages: 2}}, Options{Workers: 1})
+	park := g.parkAt("poison", page)
+	l, theirs := scripted(t, 1)
+	ctx, stop := context.WithCancel(context.Background())
+	result := g.run(ctx, l)
+	thread := g.read(0, page, 0)
+	theirs[0].asked(t)
+	r := pagesOf(page, 1)
+	r.Lost = true
+	theirs[0].send(t, pageSize, r)
+	park.await()
+	g.child.Go(uffdtest.Discard(g.blocks[0].page(page))).JoinOK()
+	park.unpark()
+	expect(t, thread, 0)
+	until(t, "the page is there", func() bool { return g.pages.get(page) == present })
+	expect(t, g.read(0, page, 0), 0)
+	if n := g.Stats().PagesLost; n != 0 {
+		t.Errorf("%d pages are lost", n)
+	}
+	stop()
+	if err := await(t, "end of Run", result); err == nil {
+		t.Error("the other page is said to be here")
+	}
+}
+
 // TestLostPagesOfSharedMemory: another process that reads a lost page in the RAM file would read zeros. So for shared
 // memory the engine does not accept lost pages, and requests none.
 func TestLostPagesOfSharedMemory(t *testing.T) {
