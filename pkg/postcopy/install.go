@@ -131,7 +131,7 @@ func (s *session) poison(record *uffd.CopyRecord, b *block, p uint64) error {
 			return e.dropRevoked(b, p)
 		}
 		e.at("poison", p)
-		_, err := b.UFFD.Poison(b.page(p), 0)
+		_, err := b.UFFD.Poison(b.page(p), uffd.PoisonDontWake) // no thread may see it before it is decided
 		if err == nil || errors.Is(err, uffd.ErrExist) {
 			if err != nil { // it reads as it was put there by somebody else
 				e.unexplained()
