@@ -116,7 +116,10 @@ func TestMetricsAreTheTruth(t *testing.T) {
 	await(t, control(t, l.B), "m", func(m *migratedv1.Migration) bool {
 		return m.GetProgress().GetFaults() > 1 && m.GetProgress().GetFaultP50().AsDuration() > 0
 	})
-	unlimit(t, control(t, l.B), "m")
+	lift := &migratedv1.SetBandwidthRequest{Id: "m"}
+	if _, err := control(t, l.B).SetBandwidth(traced(testContext(t)), lift); err != nil {
+		t.Fatal(err)
+	}
 	await(t, client, "m", func(*migratedv1.Migration) bool {
 		scrape(t, l.A)
 		scrape(t, l.B)
