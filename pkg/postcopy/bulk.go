@@ -63,7 +63,7 @@ func (s *session) newBulk(stream Lane) *lane {
 	if n := len(k.spare); n > 0 {
 		record, k.spare = k.spare[n-1], k.spare[:n-1]
 	} else { // all records that were ever taken belong to open lanes
-		record = &s.e.copies[s.e.workers+1+len(k.lanes)]
+		record = &s.e.bulkCopies()[len(k.lanes)]
 	}
 	l := newLane(name, stream, &c.bulkBytes, &c.bulkPages, record)
 	l.bulk = &bulkLane{woken: make(chan struct{}, 1)}
@@ -73,7 +73,7 @@ func (s *session) newBulk(stream Lane) *lane {
 
 // mostLanes is how many bulk lanes may be of use: one for each processor, but no more than there are copy records for.
 func (e *Engine) mostLanes() int {
-	return min(mostBulkLanes, runtime.NumCPU(), len(e.copies)-e.workers-1)
+	return min(mostBulkLanes, runtime.NumCPU(), len(e.bulkCopies()))
 }
 
 // next claims what a lane is to ask for now and puts it into the request. If that is nothing, next says how long the
@@ -201,7 +201,7 @@ func (s *session) openAll() {
 	k := &s.bulk
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for range min(s.e.bulkLanes, mostBulkLanes, len(s.e.copies)-s.e.workers-1) - 1 {
+	for range min(s.e.bulkLanes, mostBulkLanes, len(s.e.bulkCopies())) - 1 {
 		if k.open != nil && !k.closed {
 			s.asking.Go(s.openBulk)
 		}

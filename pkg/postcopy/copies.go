@@ -8,6 +8,11 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd"
 )
 
+// wholeCopy is the record of a worker that installs a gigantic page, and belongs to whoever holds wholeMu. bulkCopies
+// are those of the bulk lanes.
+func (e *Engine) wholeCopy() *uffd.CopyRecord   { return &e.copies[e.workers] }
+func (e *Engine) bulkCopies() []uffd.CopyRecord { return e.copies[e.workers+1:] }
+
 // takeUpCopies goes through what the kernel has answered to the last copies of an earlier engine, and marks what is
 // there.
 //

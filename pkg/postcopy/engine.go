@@ -123,7 +123,7 @@ type Engine struct {
 	pages     *pages
 	pagemap   *uffd.Pagemap     // Options.Pagemap
 	copies    []uffd.CopyRecord // of each worker's lane, one for wholeMu, then of each bulk lane
-	wholeMu   sync.Mutex        // held by a worker that installs a gigantic page; owns e.copies[e.workers]
+	wholeMu   sync.Mutex        // held by a worker that installs a gigantic page; owns wholeCopy
 	pending   pending
 	fastest   fastest // answer to a fault that was the first to ask
 	latency   histogram

@@ -73,7 +73,7 @@ func (w *worker) faultGigantic(b *block, p uint64, now int64) error {
 	}
 	// The last part may have come before this. The lane's record is its receiver's.
 	e.wholeMu.Lock()
-	err := e.assemble(&e.copies[e.workers], b, first)
+	err := e.assemble(e.wholeCopy(), b, first)
 	e.wholeMu.Unlock()
 	if !e.pages.isWaitedFor(p) { // as in fault
 		e.pending.end(p)

@@ -106,7 +106,7 @@ func TestWorkerCopiesGiganticPageWithItsOwnRecord(t *testing.T) {
 	ctx, stop := context.WithCancel(context.Background())
 	result := g.run(ctx, l)
 	expect(t, g.read(0, 0, 0), 0)
-	if dst, n, _ := g.copies[1].Answer(); dst != g.blocks[0].Addr || n != parts*part {
+	if dst, n, _ := g.wholeCopy().Answer(); dst != g.blocks[0].Addr || n != parts*part {
 		t.Errorf("the worker's record has %d bytes at %#x", n, dst)
 	}
 	if dst, _, _ := g.copies[0].Answer(); dst != 0 {
