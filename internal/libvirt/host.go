@@ -181,18 +181,14 @@ func (d *Domain) Destroy(ctx context.Context) error {
 		notKept = fmt.Errorf("%w: %w", ErrOwner, err)
 	}
 	if err = d.checkRun(); err != nil {
-		for _, i := range kept {
-			i.file.Close()
-		}
+		closeAll(kept)
 		if errors.Is(err, ErrOtherRun) {
 			return nil
 		}
 		return fmt.Errorf("end libvirt's domain %s: %w", d.Name(), err)
 	}
 	err = d.DomainDestroyFlags(d.id, golibvirt.DomainDestroyDefault)
-	for _, i := range kept {
-		notKept = errors.Join(notKept, i.restoreOwner())
-	}
+	notKept = errors.Join(notKept, restoreOwners(kept))
 	if err != nil && !isGone(err) {
 		return fmt.Errorf("end libvirt's domain %s: %w", d.Name(), err)
 	}

@@ -63,16 +63,26 @@ func keepOwners(definition string, start func() error) error {
 	kept, notKept := images(definition)
 	err := start()
 	if err == nil {
-		for _, i := range kept {
-			i.file.Close()
-		}
+		closeAll(kept)
 		return nil
 	}
-	for _, i := range kept {
-		err = errors.Join(err, i.restoreOwner())
-	}
+	err = errors.Join(err, restoreOwners(kept))
 	if notKept != nil && !errors.Is(notKept, fs.ErrNotExist) { // libvirt says that a file is missing, or makes it
 		err = errors.Join(err, fmt.Errorf("%w: %w", ErrOwner, notKept))
+	}
+	return err
+}
+
+func closeAll(images []image) {
+	for _, i := range images {
+		i.file.Close()
+	}
+}
+
+// restoreOwners is restoreOwner for each image.
+func restoreOwners(images []image) (err error) {
+	for _, i := range images {
+		err = errors.Join(err, i.restoreOwner())
 	}
 	return err
 }
