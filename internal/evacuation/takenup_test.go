@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package evacuation
+
+import (
+	"context"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
+)
+
+// TestTakenUp: a restarted daemon continues an evacuation, whatever happened to the migrations that were under way.
+func TestTakenUp(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a", "b", "c", "d")
+		p.outcome = func(string, int) *migratedv1.Migration { return &migratedv1.Migration{} } // they do not end
+		life, die := context.WithCancel(t.Context())
+		m := open(t, life, dir, p)
+		if _, err := m.Begin("e", to); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		die()
+		m.Wait()
+		// One migration was lost with the daemon, and its VM is still here. The other was taken up.
+		p.outcome = nil
+		begun := slices.Clone(p.order)
+		p.mu.Lock()
+		for id, migration := range p.migrations {
+			if migration.GetSpec().GetVm() == begun[0] {
+				delete(p.migrations, id)
+				p.now--
+			}
+		}
+		p.mu.Unlock()
+		for id := range p.migrations {
+			p.end(id)
+		}
+		m = open(t, t.Context(), dir, p)
+		m.Wait()
+		view, _, err := m.Snapshot("e")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a moved b:1, b moved c:1, c moved b:1, d moved c:1")
+		if n := len(p.order); n != 5 {
+			t.Errorf("migrations of %v began", p.order)
+		}
+	})
+}
+
+// TestTakenUpWithoutItsVM: the location of a VM is unknown if its migration is unknown and the VM is not here.
+func TestTakenUpWithoutItsVM(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a")
+		p.outcome = func(string, int) *migratedv1.Migration { return &migratedv1.Migration{} }
+		life, die := context.WithCancel(t.Context())
+		m := open(t, life, dir, p)
+		if _, err := m.Begin("e", to); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		die()
+		m.Wait()
+		clear(p.migrations)
+		p.vms = nil
+		m = open(t, t.Context(), dir, p)
+		m.Wait()
+		view, _, err := m.Snapshot("e")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a failed b:1")
+		if vm := view.GetVms()[0]; vm.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN {
+			t.Errorf("it is said to be %v", vm.GetLocation())
+		}
+	})
+}
