@@ -174,7 +174,7 @@ func TestContinuedVMIsNotHandedOver(t *testing.T) {
 	}
 	s.source.Start()
 	<-loaded
-	s.command(t, "cont")
+	s.command(t, "cont", nil, nil)
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
 	view, _ := s.source.Snapshot()
 	said := view.GetError()

@@ -6,35 +6,21 @@ import (
 	"context"
 	"errors"
 	"testing"
-	"time"
 
-	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// discards asks QEMU, on the monitor that the source does not use, whether it empties the VM's memory when it ends.
-// With a value it sets that first.
-func (s *stage) discards(t *testing.T, set ...bool) (on bool) {
+// discards asks QEMU whether it empties the VM's memory when it ends.
+func (s *stage) discards(t *testing.T) (on bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	client, err := qmp.Dial(ctx, s.other)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Disconnect() //nolint:errcheck // only asked
-	property := map[string]any{"path": "/objects/ram0", "property": "discard-data"}
-	for _, value := range set {
-		property["value"] = value
-		if err := client.Do(ctx, "qom-set", property, nil); err != nil {
-			t.Fatal(err)
-		}
-	}
-	delete(property, "value")
-	if err := client.Do(ctx, "qom-get", property, &on); err != nil {
-		t.Fatal(err)
-	}
+	s.command(t, "qom-get", map[string]any{"path": "/objects/ram0", "property": "discard-data"}, &on)
 	return on
+}
+
+// setDiscards sets that.
+func (s *stage) setDiscards(t *testing.T, on bool) {
+	t.Helper()
+	s.command(t, "qom-set", map[string]any{"path": "/objects/ram0", "property": "discard-data", "value": on}, nil)
 }
 
 // TestMemoryIsNotDiscarded: a VM whose memory backend has discard-data=on is handed over with it off, because QEMU may
@@ -43,13 +29,13 @@ func (s *stage) discards(t *testing.T, set ...bool) (on bool) {
 func TestMemoryIsNotDiscarded(t *testing.T) {
 	t.Run("handed over", func(t *testing.T) {
 		s, asked := unanswered(t)
-		s.discards(t, true)
+		s.setDiscards(t, true)
 		s.source.Start()
 		<-asked
 		if s.discards(t) {
 			t.Error("QEMU would empty the memory when it ends")
 		}
-		s.discards(t, true) // as a daemon of an earlier version left it
+		s.setDiscards(t, true) // as a daemon of an earlier version left it
 		s.source.cancel(errors.New("the daemon ends"))
 		<-s.source.Done()
 		s.takeUp(t)
@@ -69,7 +55,7 @@ func TestMemoryIsNotDiscarded(t *testing.T) {
 			}
 			return errors.New("the destination fails")
 		}})
-		s.discards(t, true)
+		s.setDiscards(t, true)
 		s.source.Start()
 		s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the destination fails")
 		if !s.discards(t) {

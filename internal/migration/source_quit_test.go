@@ -177,7 +177,7 @@ func TestVMThatCouldNotBeContinued(t *testing.T) {
 		!strings.Contains(view.GetError().GetMessage(), "migration m1 stopped it") || view.GetError().GetRemedy() == "" {
 		t.Errorf("it is %v: %v", view.GetState(), view.GetError())
 	}
-	s.command(t, "cont")
+	s.command(t, "cont", nil, nil)
 	if view, _ := move().Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
 		t.Errorf("it is %v: %v", view.GetState(), view.GetError())
 	}

@@ -4,14 +4,12 @@ package migration
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
-	"github.com/migrated-vm/migrated/internal/qmp"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -24,14 +22,7 @@ func TestRenew(t *testing.T) {
 		"all as it was":      {func(*testing.T, *stage) {}, 1},
 		"an old early state": {func(_ *testing.T, s *stage) { s.source.earlySavedAt = time.Now().Add(-time.Hour) }, 2},
 		"a device was plugged": {func(t *testing.T, s *stage) {
-			client, err := qmp.Dial(t.Context(), s.other)
-			if err != nil {
-				t.Fatal(err)
-			}
-			plug := map[string]string{"driver": "usb-tablet", "id": "late", "bus": "usb.0"}
-			if err := errors.Join(client.Do(t.Context(), "device_add", plug, nil), client.Disconnect()); err != nil {
-				t.Fatal(err)
-			}
+			s.command(t, "device_add", map[string]string{"driver": "usb-tablet", "id": "late", "bus": "usb.0"}, nil)
 		}, 2},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -66,8 +66,8 @@ func TestContinuedVMIsNotHandedOverAgain(t *testing.T) {
 func TestContinuedAndStoppedVMIsNotHandedOver(t *testing.T) {
 	s := newStage(t, t.Context(), runAtOnce)
 	s.peer.load = func(context.Context) error { // answers as if nothing had happened
-		s.command(t, "cont")
-		s.command(t, "stop")
+		s.command(t, "cont", nil, nil)
+		s.command(t, "stop", nil, nil)
 		return nil
 	}
 	s.source.Start()

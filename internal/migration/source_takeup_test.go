@@ -158,18 +158,6 @@ func TestTakenUpSourceWhoseQEMUIsGone(t *testing.T) {
 	s.noRecord(t)
 }
 
-// command executes a QMP command at QEMU's other monitor, as somebody else would.
-func (s *stage) command(t *testing.T, name string) {
-	t.Helper()
-	client, err := qmp.Dial(t.Context(), s.other)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(client.Do(t.Context(), name, nil, nil), client.Disconnect()); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // continueAnyway continues a VM that was handed over, as somebody else would: QEMU refuses, until the lock is removed.
 func (s *stage) continueAnyway(t *testing.T) {
 	t.Helper()

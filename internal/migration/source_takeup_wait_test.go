@@ -25,7 +25,7 @@ func stoppedByDaemon(t *testing.T, changes ...func(*Record)) (s *stage, monitor 
 		t.Fatal(err)
 	}
 	<-s.source.Done()
-	s.command(t, "stop")
+	s.command(t, "stop", nil, nil)
 	monitor, err := qemu.Attach(t.Context(), s.vm)
 	if err != nil {
 		t.Fatal(err)
@@ -122,7 +122,7 @@ func TestTakenUpSourceLeavesAnotherVMAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-other.source.Done()
-	other.command(t, "stop")
+	other.command(t, "stop", nil, nil)
 	s, monitor := stoppedByDaemon(t, func(rec *Record) { rec.VM = other.vm })
 	if err := monitor.Close(); err != nil {
 		t.Fatal(err)

@@ -276,8 +276,8 @@ func dialPlain(address string, options ...grpc.DialOption) (*grpc.ClientConn, er
 	return grpc.NewClient(address, options...)
 }
 
-// vmRuns asks QEMU whether the VM runs, on the monitor that the source does not use.
-func (s *stage) vmRuns(t *testing.T) bool {
+// command executes a QMP command at QEMU's other monitor, as somebody else would.
+func (s *stage) command(t *testing.T, name string, arguments, answer any) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -285,13 +285,18 @@ func (s *stage) vmRuns(t *testing.T) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer client.Disconnect() //nolint:errcheck // only asked
+	if err := errors.Join(client.Do(ctx, name, arguments, answer), client.Disconnect()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// vmRuns asks QEMU whether the VM runs.
+func (s *stage) vmRuns(t *testing.T) bool {
+	t.Helper()
 	var state struct {
 		Running bool `json:"running"`
 	}
-	if err := client.Do(ctx, "query-status", nil, &state); err != nil {
-		t.Fatal(err)
-	}
+	s.command(t, "query-status", nil, &state)
 	return state.Running
 }
 
