@@ -5,32 +5,44 @@ package e2e
 import (
 	"context"
 	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/migrated-vm/migrated/e2e/checkout"
 	"github.com/migrated-vm/migrated/e2e/guest/report"
 	"github.com/migrated-vm/migrated/e2e/guide"
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// becomeFresh is a script that makes private directories on a host for what an operator installs, and a systemctl that
-// starts the daemon as the unit does. There is no systemd on the host.
+// becomeFresh is a script that gives a host a private /usr and private directories for what an operator installs. It
+// copies the program $1 to $2 and the unit $3 to the directory $4. Its systemctl starts what the unit says: there is no
+// systemd on the host.
 const becomeFresh = `
-for dir in /usr/local/bin /etc/migrated; do
+mkdir -p /run/layers
+mount -t tmpfs tmpfs /run/layers
+mkdir -p /run/layers/upper /run/layers/work
+mount -t overlay -o lowerdir=/usr,upperdir=/run/layers/upper,workdir=/run/layers/work overlay /usr
+for dir in /etc/migrated /etc/systemd/system; do
 	mkdir -p "$dir"
 	mount -t tmpfs -o mode=0755 tmpfs "$dir"
 done
-cp "$1" /usr/local/bin/migrated
+cp "$1" "$2"
+cp "$3" "$4"
 cat >/usr/local/bin/systemctl <<'end'
 #!/bin/sh
 [ "$*" = 'enable --now migrated' ] || exit 1
-setsid /usr/local/bin/migrated serve >/run/vm/migrated.log 2>&1 </dev/null &
+setsid $(sed -n 's/^ExecStart=//p' /etc/systemd/system/migrated.service) >/run/vm/migrated.log 2>&1 </dev/null &
 echo $! >/run/vm/migrated.pid
 until [ -S /run/migrated/migrated.sock ]; do sleep 0.1; kill -0 $! || exit 1; done
 end
 chmod 755 /usr/local/bin/systemctl
 `
+
+// installedBy finds in the tutorial where the program and the unit are copied to.
+var installedBy = regexp.MustCompile("copy `build/migrated` to `(.*)` and\n`(deploy/migrated.service)` to `(.*)` of both hosts")
 
 // TestLibvirtTutorial runs the commands of docs/libvirt-tutorial.md on two hosts with libvirt. Host a runs a domain.
 func TestLibvirtTutorial(t *testing.T) {
@@ -41,10 +53,23 @@ func TestLibvirtTutorial(t *testing.T) {
 	}
 	page, err := guide.Read("docs/libvirt-tutorial.md")
 	blocks := blocksOf(t, page, err)
+	root, err := checkout.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(root, "docs/libvirt-tutorial.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := installedBy.FindStringSubmatch(string(text))
+	if to == nil {
+		t.Fatal("the tutorial does not say where the program and the unit are copied to")
+	}
 	l := newHosts(t)
 	startLibvirt(t, l)
 	for _, h := range l.Hosts() {
-		if _, err := h.Run(testContext(t), "sh", "-ec", becomeFresh, "sh", binary); err != nil {
+		if _, err := h.Run(testContext(t), "sh", "-ec", becomeFresh, "sh",
+			binary, to[1], filepath.Join(root, to[2]), to[3]); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { endDaemon(t, h) })

@@ -20,7 +20,7 @@ type checkCmd struct {
 	To string `placeholder:"HOST[:PORT]" help:"Daemon of a destination host to check as well (default port: ${port})."`
 
 	ToQMP    string `name:"to-qmp" placeholder:"PATH" xor:"qemu" help:"As for migrate: the QEMU there that would take the VM."`
-	Template string `placeholder:"PATH" xor:"qemu" help:"As for migrate: a template there of the command line of its QEMU."`
+	Template string `placeholder:"NAME" xor:"qemu" help:"As for migrate: a template there of the command line of its QEMU."`
 
 	XML string `name:"xml" placeholder:"FILE" predictor:"file" help:"As for migrate: the definition of the domain there."`
 
@@ -41,7 +41,7 @@ Examples:
 
     migrated check
     migrated check --vm /run/qemu/db.qmp --to host-b
-    migrated check --vm /run/qemu/db.qmp --to host-b --template /etc/migrated/db.template
+    migrated check --vm /run/qemu/db.qmp --to host-b --template db
 
     # In a script: what stands in the way
     migrated check --json | jq -r '.results[] | select(.status == "CHECK_STATUS_FAILED") | .remedy'`

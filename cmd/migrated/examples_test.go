@@ -34,8 +34,8 @@ var examplesNotRun = map[string]string{
 
 // examplesEnd are the exit codes of examples that do not end with 0 with the played daemon.
 var examplesEnd = map[string]int{
-	"migrated check --vm /run/qemu/db.qmp --to host-b":                                      exitCheck,
-	"migrated check --vm /run/qemu/db.qmp --to host-b --template /etc/migrated/db.template": exitCheck,
+	"migrated check --vm /run/qemu/db.qmp --to host-b":               exitCheck,
+	"migrated check --vm /run/qemu/db.qmp --to host-b --template db": exitCheck,
 
 	"migrated watch db-1 && migrated watch web-1": exitUnknownID,
 	"migrated idle && reboot":                     exitUnderWay,

@@ -37,7 +37,7 @@ type migrateCmd struct {
 	Weight         uint32            `placeholder:"N" help:"The VM's share of this host's host_bandwidth, relative to other VMs that leave it at the same time: with 3 it gets three times as much as a VM without a weight. At most 1000."`
 	QueueLimit     *time.Duration    `placeholder:"DURATION" help:"How long the migration may wait for its turn while as many are under way as either host allows (default: 1h). With 0s it is refused at once."`
 	Rehearse       bool              `help:"Do all but the commit, and say what the migration would cost: the VM stops for about as long as it would, and goes on here."`
-	FreezeLimit    time.Duration     `placeholder:"DURATION" help:"How long the VM may stand still for the switch before it is given back to the source, as in 500ms (default: 10s)."`
+	FreezeLimit    time.Duration     `placeholder:"DURATION" help:"How long the VM may stand still for the switch before it is given back to the source, as in 500ms (default: 10s). It ends when the destination is told to run the VM."`
 	EarlyPause     time.Duration     `name:"early-pause-limit" placeholder:"DURATION" help:"How long the VM may stand still for loading its devices early (default: 1s). If it takes longer, it is not tried again."`
 	NoEarlyLoad    bool              `help:"Do not stop the VM for some milliseconds while it is prepared. By default the state of its devices is saved then and loaded by the destination, so that only what has changed is loaded while the VM stands still for the switch."`
 	PrepareLimit   time.Duration     `placeholder:"DURATION" help:"Give up if the migration is not prepared after so long, as in 2m (default: no limit)."`

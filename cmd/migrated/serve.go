@@ -61,8 +61,8 @@ type serveCmd struct {
 
 func (serveCmd) Help() string {
 	return `Runs the daemon until SIGINT or SIGTERM. SIGHUP has it read its configuration again: peers, operators, ` +
-		`metrics clients and both bandwidths change at once, all else at the next start. It needs root, or the ` +
-		`capabilities that deploy/migrated.service gives it. Once it listens it keeps six of them, gains none, and makes ` +
+		`metrics_clients and host_bandwidth change at once, bandwidth for migrations that begin from then on, all else at ` +
+		`the next start. It needs root, or the capabilities that deploy/migrated.service gives it. Once it listens it keeps six of them, gains none, and makes ` +
 		`no system calls but its own; QEMUs are started by a second process, which is not on the network. "migrated check" ` +
 		`shows what confines it.
 

@@ -55,9 +55,10 @@ Unknown keys are refused with their line, and values that cannot be used with wh
 	`the daemon does not start then, and
 exits with 78. [deploy/migrated.yaml](../deploy/migrated.yaml) has all of this as a file.
 
-` + "`systemctl reload migrated`" + ` (SIGHUP) takes over the keys that are marked *reload*, ` +
-	`for calls and migrations that begin from then
-on. All else waits for the next start, and the log names the keys that do. A file with a mistake changes nothing.
+` + "`systemctl reload migrated`" + ` (SIGHUP) takes over the keys that are marked *reload*: ` +
+	`peers, operators and metrics_clients
+decide about every call from then on, host_bandwidth holds at once, bandwidth for migrations that begin from then on.
+All else waits for the next start, and the log names the keys that do. A file with a mistake changes nothing.
 
 | key | type | default | |
 |---|---|---|---|

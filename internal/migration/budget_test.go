@@ -49,6 +49,9 @@ func TestFreezeLimit(t *testing.T) {
 	s.source.Start()
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "did not move within "+shortestFreeze.String())
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "the VM runs on the source")
+	if view, _ := s.source.Snapshot(); view.GetError().GetReason() != migratedv1.Reason_REASON_LIMIT_MISSED {
+		t.Errorf("the reason is %v", view.GetError().GetReason())
+	}
 	if p.runs != 0 || !s.vmRuns(t) || s.handedOver(t) {
 		t.Errorf("%d hand-overs", p.runs)
 	}

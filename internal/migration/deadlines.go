@@ -17,13 +17,15 @@ import (
 //
 //	prepare_limit  from the moment at which preparing begins               until it is prepared
 //	switch_limit   from then, or from Start where that comes later         until the commit
+//	freeze_limit   from the VM's stop (see giveVM)                         until the destination is told to run it
 //	total_limit    as switch_limit                                         until all memory is at the destination
 //
 // Preparing begins with startLimits, in Source.run. If a limit passes before the commit, the migration is given up, as
 // by Cancel. If total_limit passes after it, the migration goes on and is marked as overdue.
 
-// errLimitMissed is why a migration that exceeded one of its limits was given up.
-var errLimitMissed = errors.New("the migration exceeded its limit")
+// errLimitMissed is why a migration that exceeded one of its limits was given up. It has its Reason from the beginning,
+// because an error that ends with it may have another one, of a call that it broke off, behind it.
+var errLimitMissed = withReason(errors.New("the migration exceeded its limit"), migratedv1.Reason_REASON_LIMIT_MISSED)
 
 // limitMissed returns the error for a limit that has passed. name is the limit's field, what is the step that was not
 // done in time.

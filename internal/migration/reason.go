@@ -32,7 +32,6 @@ var reasons = []struct {
 	reason migratedv1.Reason
 }{
 	{ErrCancelled, migratedv1.Reason_REASON_CANCELLED},
-	{errLimitMissed, migratedv1.Reason_REASON_LIMIT_MISSED},
 	{errFallBack, migratedv1.Reason_REASON_FELL_BACK},
 	{errReleased, migratedv1.Reason_REASON_RELEASED},
 	{errAbandoned, migratedv1.Reason_REASON_ABANDONED},

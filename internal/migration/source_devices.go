@@ -70,7 +70,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 
 	limit := freezeLimit(s.cfg.Spec)
 	ctx, expire := context.WithTimeoutCause(ctx, limit, withRemedy(
-		fmt.Errorf("the device state did not move within %v", limit),
+		fmt.Errorf("%w: freeze_limit: the device state did not move within %v", errLimitMissed, limit),
 		"migrate it again; if it always takes that long, let the VM stand still for longer (--freeze-limit)"))
 	defer expire()
 	if err := s.stopVM(ctx); err != nil {

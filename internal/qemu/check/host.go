@@ -39,7 +39,7 @@ func checkKernel() Result {
 	r.Detail = "Linux " + release
 	// An invalid pidfd tells kernels apart: a kernel with the call returns EBADF, one without it ENOSYS.
 	if _, err := unix.PidfdGetfd(-1, 0, 0); errors.Is(err, unix.ENOSYS) {
-		r.Status, r.Remedy = Failed, "use Linux 5.7 or newer"
+		r.Status, r.Remedy = Failed, "use Linux 5.11 or newer"
 		r.Detail += " has no pidfd_getfd(2)"
 	}
 	return r

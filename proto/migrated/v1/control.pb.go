@@ -239,8 +239,8 @@ const (
 	Reason_REASON_RELEASED Reason = 20
 	// An operator said that the source is gone (Abandon).
 	Reason_REASON_ABANDONED Reason = 21
-	// A limit of its specification passed before the switch: prepare_limit, switch_limit
-	// or total_limit. The VM goes on at the source.
+	// A limit of its specification passed before the switch: prepare_limit, switch_limit,
+	// freeze_limit or total_limit. The VM goes on at the source.
 	Reason_REASON_LIMIT_MISSED Reason = 22
 	// Of a WatchList, and of a page of a List: list again, from the beginning.
 	Reason_REASON_LIST_AGAIN Reason = 23
@@ -647,12 +647,13 @@ type MigrationSpec struct {
 	// switch gives the migration up, as Cancel does: it is FAILED with
 	// REASON_LIMIT_MISSED, and the VM goes on at the source.
 	//
-	// Until it is prepared, from Prepare, or Start where that came first. 1 s to 1 h.
+	// Until it is prepared, from its turn (see queue_limit). 1 s to 1 h.
 	PrepareLimit *durationpb.Duration `protobuf:"bytes,16,opt,name=prepare_limit,json=prepareLimit,proto3" json:"prepare_limit,omitempty"`
-	// Until the VM is handed over, from Start. 1 s to 24 h.
+	// Until the VM is handed over, from Start, or from its turn where that comes later.
+	// 1 s to 24 h.
 	SwitchLimit *durationpb.Duration `protobuf:"bytes,17,opt,name=switch_limit,json=switchLimit,proto3" json:"switch_limit,omitempty"`
-	// Until all memory is at the destination, from Start. 1 s to 7 days. After the switch
-	// nothing is given up: Migration.overdue says that it has passed.
+	// Until all memory is at the destination, from the same moment as switch_limit. 1 s
+	// to 7 days. After the switch nothing is given up: Migration.overdue says that it has passed.
 	TotalLimit *durationpb.Duration `protobuf:"bytes,18,opt,name=total_limit,json=totalLimit,proto3" json:"total_limit,omitempty"`
 	// How long the migration may wait for its turn where as many are under way as
 	// its source (max_outgoing) or its destination (max_incoming) lets be at once;
@@ -4773,8 +4774,8 @@ func (*GetVersionRequest) Descriptor() ([]byte, []int) {
 type GetVersionResponse struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Version string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
-	// Version of the protocol between daemons; both ends of a migration need
-	// the same.
+	// Newest version of the protocol between daemons that this one speaks. Two
+	// daemons agree on the newest that both speak.
 	Protocol      uint32 `protobuf:"varint,2,opt,name=protocol,proto3" json:"protocol,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
