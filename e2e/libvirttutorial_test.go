@@ -42,7 +42,8 @@ chmod 755 /usr/local/bin/systemctl
 `
 
 // installedBy finds in the tutorial where the program and the unit are copied to.
-var installedBy = regexp.MustCompile("copy `build/migrated` to `(.*)` and\n`(deploy/migrated.service)` to `(.*)` of both hosts")
+var installedBy = regexp.MustCompile(
+	"copy `build/migrated` to `(.*)` and\n`(deploy/migrated.service)` to `(.*)` of both hosts")
 
 // TestLibvirtTutorial runs the commands of docs/libvirt-tutorial.md on two hosts with libvirt. Host a runs a domain.
 func TestLibvirtTutorial(t *testing.T) {

@@ -28,7 +28,8 @@ type idleCmd struct {
 
 func (idleCmd) Help() string {
 	return `Succeeds if no migration from or to this host, and no evacuation of it, is under way. Otherwise it fails ` +
-		`with exit code 8 and names them. A paused evacuation counts; with --stopped none does. Run it before you reboot the host, remove migrated or install an older version. A failed ` +
+		`with exit code 8 and names them. A paused evacuation counts; with --stopped none does. ` +
+		`Run it before you reboot the host, remove migrated or install an older version. A failed ` +
 		`migration counts, too, as long as its VM needs the daemon or the memory on this host.
 
 It reads the daemon's state directory, and so needs root.

@@ -62,9 +62,9 @@ type serveCmd struct {
 func (serveCmd) Help() string {
 	return `Runs the daemon until SIGINT or SIGTERM. SIGHUP has it read its configuration again: peers, operators, ` +
 		`metrics_clients and host_bandwidth change at once, bandwidth for migrations that begin from then on, all else at ` +
-		`the next start. It needs root, or the capabilities that deploy/migrated.service gives it. Once it listens it keeps six of them, gains none, and makes ` +
-		`no system calls but its own; QEMUs are started by a second process, which is not on the network. "migrated check" ` +
-		`shows what confines it.
+		`the next start. It needs root, or the capabilities that deploy/migrated.service gives it. ` +
+		`Once it listens it keeps six of them, gains none, and makes no system calls but its own; ` +
+		`QEMUs are started by a second process, which is not on the network. "migrated check" shows what confines it.
 
 Look at "migrated list" before stopping it. Migrations that have not switched over are given up and their VMs go on ` +
 		`at the source; a VM that has switched over waits for the pages it lacks. The log names each.
