@@ -26,6 +26,7 @@ type Domain struct {
 	Number     int32 // of the run; -1: it is shut off
 	Persistent bool
 	Gone       bool // libvirt knows no such domain
+	State      golibvirt.DomainState
 	XML        string
 }
 
@@ -162,7 +163,7 @@ func (d *Daemon) Monitor(answer func(command string) (reply string)) {
 	d.monitor = answer
 }
 
-// Called returns the calls that changed the domain, by name: "create", "define", "undefine", "destroy".
+// Called returns the calls that changed the domain, by name: "create", "define", "undefine", "destroy", "resume".
 func (d *Daemon) Called() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -182,8 +183,8 @@ const (
 // calls are the procedures by program and number (remote_protocol.x and qemu_protocol.x of libvirt).
 var calls = map[bool]map[uint32]string{
 	false: {
-		1: "open", 2: "close", 10: "create", 14: "xml", 23: "lookup by name", 24: "lookup by UUID", 66: "auth list",
-		151: "is persistent", 231: "undefine", 234: "destroy", 316: "register", 317: "deregister", 350: "define",
+		1: "open", 2: "close", 10: "create", 14: "xml", 23: "lookup by name", 24: "lookup by UUID", 28: "resume",
+		66: "auth list", 151: "is persistent", 212: "state", 231: "undefine", 234: "destroy", 316: "register", 317: "deregister", 350: "define",
 	},
 	true: {1: "monitor", 4: "register", 5: "deregister"},
 }
@@ -259,6 +260,8 @@ func (d *Daemon) answer(call string, body []byte) ([]byte, error) {
 	switch call {
 	case "lookup by name", "lookup by UUID":
 		return d.domain.encode(), nil
+	case "state":
+		return words(uint32(d.domain.State), 0), nil
 	case "xml":
 		return text(nil, d.domain.XML), nil
 	case "is persistent":
@@ -276,6 +279,8 @@ func (d *Daemon) change(call string) ([]byte, error) {
 	switch {
 	case call == "destroy" && !off:
 		d.domain.Number, d.domain.Gone = -1, !d.domain.Persistent
+	case call == "resume" && !off:
+		d.domain.State = golibvirt.DomainRunning
 	case call == "undefine" && d.domain.Persistent:
 		d.domain.Persistent, d.domain.Gone = false, off
 	case call == "define":
