@@ -8,10 +8,10 @@ import (
 	golibvirt "github.com/digitalocean/go-libvirt"
 )
 
-// resume answers a client's cont. libvirt continues the VM where it takes it for a paused one, because it does more than
-// to send cont: it takes the leases of the images (virtlockd, sanlock), and sets up the network devices of a domain that
-// was started paused (qemuProcessStartCPUs of libvirt). libvirt continues no other domain, such as one whose guest has
-// suspended itself. QEMU's own cont is sent then.
+// resume answers a client's cont. libvirt continues the VM where it takes it for a paused one, because it does more
+// than to send cont: it takes the leases of the images (virtlockd, sanlock), and sets up the network devices of a
+// domain that was started paused (qemuProcessStartCPUs of libvirt). libvirt continues no other domain, such as one
+// whose guest has suspended itself. QEMU's own cont is sent then.
 func (m *monitor) resume(c command) (answer, error) {
 	state, _, err := m.domain.DomainGetState(m.domain.id, 0)
 	if err != nil || golibvirt.DomainState(state) != golibvirt.DomainPaused {
