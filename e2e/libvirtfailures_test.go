@@ -128,8 +128,8 @@ func TestLibvirtFailures(t *testing.T) {
 	}
 }
 
-// refusesToLoseSnapshots checks that a domain with a snapshot is not moved with --undefine-source, which would lose what
-// libvirt knows of the snapshot.
+// refusesToLoseSnapshots checks that a domain with a snapshot is not moved with --undefine-source, which would lose
+// what libvirt knows of the snapshot.
 func (s *domainStage) refusesToLoseSnapshots() {
 	s.Helper()
 	s.must(s.A.VirshXML(testContext(s.T), `<domainsnapshot><name>kept</name><state>shutoff</state>`+
