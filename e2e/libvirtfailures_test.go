@@ -120,10 +120,32 @@ func TestLibvirtFailures(t *testing.T) {
 			awaitBlocks(t, &guest, writesOf(guest.Disks())+50)
 		})
 	}
+	s.T = t
+	s.refusesToLoseSnapshots()
 	verifyLinux(t, &guest, port)
 	if err := port.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+// refusesToLoseSnapshots checks that a domain with a snapshot is not moved with --undefine-source, which would lose
+// what libvirt knows of the snapshot.
+func (s *domainStage) refusesToLoseSnapshots() {
+	s.Helper()
+	s.must(s.A.VirshXML(testContext(s.T), `<domainsnapshot><name>kept</name><state>shutoff</state>`+
+		`<creationTime>1</creationTime>`+virsh(s.T, s.A, "dumpxml", "--inactive", lab.DomainName)+`</domainsnapshot>`,
+		"snapshot-create", "--redefine", lab.DomainName))
+	m := migrateSpec(s.T, s.A, "snapshot", &migratedv1.MigrationSpec{
+		Vm: lab.DomainVM, Destination: s.B.DaemonAddr(), Persistent: true, UndefineSource: true,
+	})
+	if m.GetState() != stateFailed || !strings.Contains(fmt.Sprint(m.GetError()), "lose the domain's 1 snapshots") {
+		s.Errorf("with a snapshot it is %v: %v", m.GetState(), m.GetError())
+	}
+	out, _ := operate(s.T, s.A, "check", "--vm", lab.DomainVM)
+	if !strings.Contains(out, "1 snapshots and 0 checkpoints") {
+		s.Errorf("check does not warn of the snapshot:\n%s", out)
+	}
+	virsh(s.T, s.A, "snapshot-delete", "--metadata", lab.DomainName, "kept")
 }
 
 // fail starts a migration of the domain that must fail, or prepares it and calls prepared, and returns it.

@@ -44,6 +44,12 @@ func (l *Lab) MakeNICs(ctx context.Context, c VMConfig) error {
 			continue
 		}
 		for _, h := range l.Hosts() {
+			if c.Macvtap {
+				if err := h.freeForMacvtap(ctx, i); err != nil {
+					return err
+				}
+				continue
+			}
 			script := fmt.Sprintf("ip tuntap add dev %[1]s mode tap\n"+
 				"ip link set %[1]s master net%[2]d addrgenmode none up\n", tap, i)
 			if _, err := h.Run(ctx, "sh", "-ec", script); err != nil {
@@ -53,6 +59,17 @@ func (l *Lab) MakeNICs(ctx context.Context, c VMConfig) error {
 		l.taps = append(l.taps, tap)
 	}
 	return nil
+}
+
+// freeForMacvtap takes a host's end of the cable to the client off its bridge. A macvtap device with index n is
+// /dev/tapn, and both hosts have one /dev: host b gets other indices.
+func (h *Host) freeForMacvtap(ctx context.Context, n int) error {
+	script := fmt.Sprintf("ip link set up%d nomaster\n", n)
+	if h == h.lab.B {
+		script += "for i in $(seq 64); do ip link add other type bridge; ip link del other; done\n"
+	}
+	_, err := h.Run(ctx, "sh", "-ec", script)
+	return err
 }
 
 // makeNetwork makes the network of the cards with number n. Before the first network it makes the client.

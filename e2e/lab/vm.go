@@ -55,6 +55,8 @@ type VMConfig struct {
 	// NICs is the number of network cards, each in its own network with the lab's client. Number distinguishes the cards
 	// of the lab's VMs, if there are several: 0 to card.MaxVMs-1.
 	NICs, Number int
+	// Macvtap gives a domain of libvirt's cards that are macvtap devices (<interface type='direct'>), made by libvirt.
+	Macvtap bool
 	// RootPorts gives each device that can be behind a root port its own port, eight ports to a slot.
 	RootPorts         bool
 	Balloon           bool

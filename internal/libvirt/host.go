@@ -174,7 +174,7 @@ func (d *Domain) Destroy(ctx context.Context) error {
 	}
 	var kept []image
 	if err == nil {
-		kept, err = images(definition)
+		kept, err = images(definition, d.volumePath)
 	}
 	var notKept error
 	if err != nil { // the domain is ended nevertheless

@@ -38,20 +38,25 @@ const answerTimeout = time.Minute
 //
 // The domain runs elsewhere as well. If Start fails, its images have the owner that they had before.
 func Start(ctx context.Context, socket, definition string) (*Domain, error) {
-	definition, err := withIncoming(definition)
+	started, err := withIncoming(definition)
 	if err != nil {
-		return nil, err
-	}
-	if err := refuseSharedLabel(definition); err != nil {
 		return nil, err
 	}
 	conn, err := connect(ctx, socket)
 	if err != nil {
 		return nil, err
 	}
+	release := conn.closeAfter(ctx) // until create, which must not end with ctx
+	if err := refuseSharedLabel(definition, conn.volumePath); err != nil {
+		release()
+		return nil, errors.Join(err, conn.Close())
+	}
 	var d *Domain
-	if err = keepOwners(definition, func() (err error) {
-		d, err = create(ctx, conn, definition)
+	if err = keepOwners(definition, conn.volumePath, func() (err error) {
+		if !release() {
+			return context.Cause(ctx)
+		}
+		d, err = create(ctx, conn, started)
 		return err
 	}); err != nil {
 		return nil, errors.Join(err, conn.Close())
@@ -101,12 +106,13 @@ func isActive(conn *connection, definition string) bool {
 	return err == nil && active != 0
 }
 
-// withIncoming returns a definition to which incoming was added.
+// withIncoming returns a definition to which incoming was added, and from which the label of copyLabel was removed.
 func withIncoming(definition string) (string, error) {
 	doc, root, err := parse(definition)
 	if err != nil {
 		return "", err
 	}
+	withoutCopiedLabel(root)
 	root.CreateAttr(namespace, namespaceURI)
 	line := root.SelectElement(passthrough)
 	if line == nil {
@@ -132,7 +138,17 @@ func asItStarts(definition, live string) (string, error) {
 	return doc.WriteToString()
 }
 
-// withoutIncoming undoes withIncoming.
+// withoutLabel undoes copyLabel in a domain's definition.
+func withoutLabel(definition string) (string, error) {
+	doc, root, err := parse(definition)
+	if err != nil {
+		return "", err
+	}
+	withoutCopiedLabel(root)
+	return doc.WriteToString()
+}
+
+// withoutIncoming undoes withIncoming in an element <domain>.
 func withoutIncoming(root *etree.Element) {
 	line := root.SelectElement(passthrough)
 	if line == nil {
@@ -197,6 +213,9 @@ func text(of *etree.Element, tag string) string {
 // ErrOtherRun if this run has ended: the definition may then be that of a later one.
 func (d *Domain) Persist(ctx context.Context) error {
 	definition, err := d.Definition(ctx)
+	if err == nil {
+		definition, err = withoutLabel(definition)
+	}
 	if err != nil {
 		return err
 	}

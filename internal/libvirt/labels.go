@@ -5,6 +5,7 @@ package libvirt
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 
 	"github.com/beevik/etree"
@@ -22,7 +23,7 @@ var ErrSharedLabel = errors.New("the hosts share the SELinux label of an image: 
 // image for the categories that it chooses here, and again when the domain at the source ends, because its note
 // that an image is in use is valid only on one host (security_util.c of libvirt). Each time SELinux would deny
 // the running QEMU its image.
-func refuseSharedLabel(definition string) error {
+func refuseSharedLabel(definition string, volume volumeFinder) error {
 	_, root, err := parse(definition)
 	if err != nil {
 		return err
@@ -31,11 +32,11 @@ func refuseSharedLabel(definition string) error {
 	if running == nil || text(running, "imagelabel") == "" {
 		return nil
 	}
-	for _, source := range root.FindElements("devices/disk[@type='file']/source") {
-		path := source.SelectAttrValue("file", "")
-		if path == "" {
-			continue // an empty CD drive
-		}
+	paths, err := imagePaths(root, volume)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // libvirt says what is missing
+		return err
+	}
+	for _, path := range paths {
 		label, err := labelOf(path)
 		if err != nil {
 			return err
@@ -66,6 +67,20 @@ func copyLabel(root *etree.Element, live string) error {
 		given.AddChild(label.SelectElement("imagelabel").Copy())
 	}
 	return nil
+}
+
+// withoutCopiedLabel undoes copyLabel. A libvirt without SELinux refuses a domain with a label of it.
+func withoutCopiedLabel(root *etree.Element) {
+	for _, label := range root.SelectElements("seclabel") {
+		copied := label.SelectElement("imagelabel")
+		switch {
+		case label.SelectAttrValue("model", "") != "selinux" || copied == nil:
+		case label.SelectAttrValue("type", "") == "dynamic" && label.SelectElement("baselabel") == nil:
+			root.RemoveChild(label) // libvirt has such a label only in the definition of a domain that runs
+		default:
+			label.RemoveChild(copied)
+		}
+	}
 }
 
 // labelOf returns the label of a file. It is empty if the file has none, or does not exist, which libvirt then reports.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -43,9 +44,19 @@ func TestSharedLabel(t *testing.T) {
 	} {
 		definition := fmt.Sprintf(`<domain><devices><disk type="file"><source file="%s"/></disk></devices>`+
 			`<seclabel type="dynamic" model="%s"><imagelabel>%s</imagelabel></seclabel></domain>`, c.image, c.module, c.label)
-		if err := refuseSharedLabel(definition); !errors.Is(err, c.want) {
+		if err := refuseSharedLabel(definition, noVolumes); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", c.name, err, c.want)
 		}
+	}
+}
+
+// TestLabelIsNotHandedOn: libvirt gets no label of SELinux's with which only the hosts are compared: one without
+// SELinux would refuse the domain.
+func TestLabelIsNotHandedOn(t *testing.T) {
+	const label = `<seclabel type="dynamic" model="selinux" relabel="yes"><label>a:b:c:s0:c1,c2</label>` +
+		`<imagelabel>a:b:d:s0:c1,c2</imagelabel></seclabel>`
+	if got, err := withIncoming(insert("</domain>", label)); err != nil || strings.Contains(got, "seclabel") {
+		t.Errorf("libvirt gets %s, %v", got, err)
 	}
 }
 
@@ -59,9 +70,16 @@ func TestCopyLabel(t *testing.T) {
 		`<domain/>`: `<domain>` + label + `</domain>`,
 		`<domain><seclabel type="dynamic" model="selinux"/></domain>`: `<domain><seclabel type="dynamic" model="selinux">` +
 			image + `</seclabel></domain>`,
+		`<domain><seclabel type="dynamic" model="selinux"><baselabel>a:b:c:s0</baselabel></seclabel></domain>`: `<domain>` +
+			`<seclabel type="dynamic" model="selinux"><baselabel>a:b:c:s0</baselabel>` + image + `</seclabel></domain>`,
 	} {
-		if got, err := asItStarts(given, live); err != nil || got != want {
+		got, err := asItStarts(given, live)
+		if err != nil || got != want {
 			t.Errorf("%s: %s, %v, want %s", given, got, err, want)
+		}
+		if got, err = withoutLabel(got); err != nil || strings.Contains(got, "imagelabel") ||
+			strings.Contains(got, "seclabel") != strings.Contains(given, "baselabel") {
+			t.Errorf("%s: without the label again: %s, %v", given, got, err)
 		}
 	}
 	if got, err := asItStarts(`<domain/>`, `<domain/>`); err != nil || got != `<domain/>` {

@@ -110,6 +110,11 @@ type answer struct {
 	ID     json.RawMessage `json:"id,omitempty"`
 }
 
+// runStatus is QEMU's answer to query-status.
+type runStatus struct {
+	Running bool `json:"running"`
+}
+
 // begin subscribes to events, and returns QEMU's greeting. The subscription ends only with the connection to libvirt: a
 // libvirtd may crash if a client deregisters while its connection ends (9.0 frees registrations without the lock for
 // deregistering).
@@ -145,9 +150,7 @@ func (m *monitor) begin(life context.Context, processOf Finder) (greeting []byte
 	if err := m.ask("query-version", &version); err != nil {
 		return nil, err
 	}
-	var status struct {
-		Running bool `json:"running"`
-	}
+	var status runStatus
 	if err := m.ask("query-status", &status); err != nil {
 		return nil, err
 	}
@@ -282,7 +285,11 @@ func (m *monitor) answer(c command, in *fdReader) (answer, error) {
 	}
 	m.translate(&c)
 	expected := m.expect(c.Execute)
-	a, err := m.pass(c)
+	send := m.pass
+	if c.Execute == "cont" {
+		send = m.resume
+	}
+	a, err := send(c)
 	if err == nil && a.Error == nil {
 		expected()
 	}

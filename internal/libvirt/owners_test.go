@@ -5,8 +5,10 @@ package libvirt
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -66,5 +68,47 @@ func TestOwnersOfADomainThatDidNotStart(t *testing.T) {
 				t.Errorf("the image is user %d's, group %d's: %v", st.Uid, st.Gid, err)
 			}
 		})
+	}
+}
+
+// noVolumes is a volumeFinder of a host without storage pools.
+func noVolumes(pool, volume string) (string, error) { return "", fs.ErrNotExist }
+
+// TestImagePaths: the forms in which a definition names an image.
+func TestImagePaths(t *testing.T) {
+	disk := func(inner string) string { return `<devices><disk>` + inner + `</disk></devices>` }
+	for inner, want := range map[string][]string{
+		disk(`<source file="/a"/>`): {"/a"},
+		disk(`<source file="/a"/><backingStore type="file"><source file="/b"/><backingStore type="file">` +
+			`<source file="/c"/></backingStore></backingStore>`): {"/a", "/b", "/c"},
+		disk(`<source file="/a"/><mirror type="file" job="copy"><source file="/m"/></mirror>`): {"/a", "/m"},
+		disk(`<source pool="p" volume="v"/>`):                                                  {"/pools/p/v"},
+		disk(`<source pool="rbd" volume="v"/>`):                                                nil,
+		disk(`<target dev="sda"/>`):                                                            nil,
+		disk(`<source dev="/dev/sda"/>`):                                                       nil,
+		"<os><nvram>/vars</nvram></os>":                                                        {"/vars"},
+		"<os><nvram template='/t'/></os>":                                                      nil,
+		"<os><nvram type='file'>\n  <source file='/vars'/>\n</nvram></os>":                     {"/vars"},
+	} {
+		_, root, err := parse("<domain>" + inner + "</domain>")
+		if err != nil {
+			t.Fatal(err)
+		}
+		paths, err := imagePaths(root, func(pool, volume string) (string, error) {
+			if pool == "rbd" {
+				return "rbd/" + volume, nil
+			}
+			return "/pools/" + pool + "/" + volume, nil
+		})
+		if err != nil || !slices.Equal(paths, want) {
+			t.Errorf("%s: %q, %v, want %q", inner, paths, err, want)
+		}
+	}
+	_, root, err := parse("<domain>" + disk(`<source pool="p" volume="v"/>`) + "</domain>")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := imagePaths(root, noVolumes); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a volume that is not there: %v", err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/migrated-vm/migrated/internal/devicestate"
+	"github.com/migrated-vm/migrated/internal/libvirt"
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/pkg/pagesrv"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -46,6 +47,11 @@ func (s *Source) whyNotEarly() error {
 		return errors.New("the destination's QEMU was started by somebody else, and could not be replaced")
 	case !s.wasRunning:
 		return errors.New("the VM is paused")
+	}
+	if libvirt.IsAddress(s.cfg.Spec.GetVm()) {
+		if err := libvirt.WhyLeases(); err != nil {
+			return err
+		}
 	}
 	for _, b := range s.facts.RAMBlocks {
 		if b.PageSize > pagesrv.LargestPage {

@@ -53,6 +53,26 @@ func (s *Source) undefines() bool {
 	return libvirt.IsAddress(s.cfg.Spec.GetVm()) && s.cfg.Spec.GetUndefineSource()
 }
 
+// refuseUndefine refuses a migration that is to remove a definition with which libvirt would lose snapshots.
+func (s *Source) refuseUndefine(ctx context.Context) error {
+	if !s.undefines() {
+		return nil
+	}
+	keeps, err := s.vm.DomainKeeps(ctx)
+	if err != nil {
+		return err
+	}
+	if keeps.Snapshots+keeps.Checkpoints == 0 {
+		return nil
+	}
+	return withReason(withRemedy(
+		fmt.Errorf("libvirt here would lose the domain's %d snapshots and %d checkpoints with its definition",
+			keeps.Snapshots, keeps.Checkpoints),
+		"leave out --undefine-source, or remove what libvirt knows of them: "+
+			"virsh snapshot-delete --metadata, virsh checkpoint-delete --metadata"),
+		migratedv1.Reason_REASON_VM_REFUSED)
+}
+
 // staysDefined returns a function that returns why if the domain is defined.
 func staysDefined(why error) func(*libvirt.Domain, context.Context) error {
 	return func(d *libvirt.Domain, ctx context.Context) error {

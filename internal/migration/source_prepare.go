@@ -135,6 +135,9 @@ func (s *Source) attachAndOpen(ctx context.Context) error {
 	if err := checkVM(ctx, s.vm); err != nil {
 		return err
 	}
+	if err := s.refuseUndefine(ctx); err != nil {
+		return err
+	}
 	return s.openVM(ctx)
 }
 

@@ -130,6 +130,15 @@ func (vm *VM) Ended() bool { return vm.process.Ended() }
 // Identity returns the identity of the QEMU process.
 func (vm *VM) Identity() (process.Identity, error) { return process.Identify(vm.Pid) }
 
+// DomainKeeps returns what libvirt keeps of the VM on this host that does not move with it. Without libvirt it is
+// nothing.
+func (vm *VM) DomainKeeps(ctx context.Context) (libvirt.Keeps, error) {
+	if vm.domain == nil {
+		return libvirt.Keeps{}, nil
+	}
+	return vm.domain.Keeps(ctx)
+}
+
 // Quit ends QEMU and returns when its process is gone. It kills a QEMU whose main loop hangs, for example on a page
 // that will never arrive. If the error is a libvirt.ErrOwner, QEMU has ended nevertheless. If the process has ended
 // before, Quit does nothing: libvirt's domain may have been started anew, and that is another VM.

@@ -26,7 +26,11 @@ type Domain struct {
 	Number     int32 // of the run; -1: it is shut off
 	Persistent bool
 	Gone       bool // libvirt knows no such domain
-	XML        string
+	State      golibvirt.DomainState
+
+	Snapshots, Checkpoints int
+	Autostart              bool
+	XML                    string
 }
 
 // Daemon is a libvirt daemon that listens on a socket of its own.
@@ -162,7 +166,7 @@ func (d *Daemon) Monitor(answer func(command string) (reply string)) {
 	d.monitor = answer
 }
 
-// Called returns the calls that changed the domain, by name: "create", "define", "undefine", "destroy".
+// Called returns the calls that changed the domain, by name: "create", "define", "undefine", "destroy", "resume".
 func (d *Daemon) Called() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -182,8 +186,10 @@ const (
 // calls are the procedures by program and number (remote_protocol.x and qemu_protocol.x of libvirt).
 var calls = map[bool]map[uint32]string{
 	false: {
-		1: "open", 2: "close", 10: "create", 14: "xml", 23: "lookup by name", 24: "lookup by UUID", 66: "auth list",
-		151: "is persistent", 231: "undefine", 234: "destroy", 316: "register", 317: "deregister", 350: "define",
+		1: "open", 2: "close", 10: "create", 14: "xml", 15: "autostart", 23: "lookup by name", 24: "lookup by UUID",
+		28: "resume", 66: "auth list", 151: "is persistent", 212: "state", 231: "undefine", 234: "destroy",
+		274: "snapshots", 316: "register", 317: "deregister",
+		350: "define", 413: "checkpoints",
 	},
 	true: {1: "monitor", 4: "register", 5: "deregister"},
 }
@@ -259,13 +265,18 @@ func (d *Daemon) answer(call string, body []byte) ([]byte, error) {
 	switch call {
 	case "lookup by name", "lookup by UUID":
 		return d.domain.encode(), nil
+	case "state":
+		return words(uint32(d.domain.State), 0), nil
 	case "xml":
 		return text(nil, d.domain.XML), nil
+	case "snapshots":
+		return words(0, uint32(d.domain.Snapshots)), nil // no list, and the number
+	case "checkpoints":
+		return words(0, uint32(d.domain.Checkpoints)), nil
+	case "autostart":
+		return truth(d.domain.Autostart), nil
 	case "is persistent":
-		if d.domain.Persistent {
-			return words(1), nil
-		}
-		return words(0), nil
+		return truth(d.domain.Persistent), nil
 	}
 	return d.change(call)
 }
@@ -276,6 +287,8 @@ func (d *Daemon) change(call string) ([]byte, error) {
 	switch {
 	case call == "destroy" && !off:
 		d.domain.Number, d.domain.Gone = -1, !d.domain.Persistent
+	case call == "resume" && !off:
+		d.domain.State = golibvirt.DomainRunning
 	case call == "undefine" && d.domain.Persistent:
 		d.domain.Persistent, d.domain.Gone = false, off
 	case call == "define":
@@ -321,6 +334,14 @@ func words(values ...uint32) (out []byte) {
 		out = binary.BigEndian.AppendUint32(out, v)
 	}
 	return out
+}
+
+// truth returns a number that is 1 or 0.
+func truth(yes bool) []byte {
+	if yes {
+		return words(1)
+	}
+	return words(0)
 }
 
 // text appends a string, which is padded to words.

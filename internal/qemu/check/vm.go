@@ -17,7 +17,7 @@ import (
 func VM(ctx context.Context, vm *qemu.VM) []Result {
 	var results []Result
 	for _, check := range []func(context.Context, *qemu.VM) ([]Result, error){
-		State, checkVersion, checkRAM, checkBlockers, checkDisks, Tasks,
+		State, checkVersion, checkRAM, checkBlockers, checkDisks, Tasks, checkDomain,
 	} {
 		found, err := check(ctx, vm)
 		if err != nil {
