@@ -243,3 +243,16 @@ func TestUnmovableDevices(t *testing.T) {
 	}}.WithDevices(1, 1))
 	s.failed(migrateSpec(t, l.A, "nvme", s.spec()), stateFailed, "nvme", "unplug the device", "the VM was not touched")
 }
+
+// TestGenerationIDStays: the guest of a VM that has moved is told the same generation id, also if QEMU has made it.
+func TestGenerationIDStays(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	s := sceneOf(t, l, lab.VMConfig{Extra: []string{"-device", "vmgenid,guid=auto"}})
+	before := string(command(t, l.A, "query-vm-generation-id"))
+	migrate(t, l.A, l.B, "generation")
+	s.arrived()
+	if after := string(command(t, l.B, "query-vm-generation-id")); after != before {
+		t.Errorf("the generation id was %s and is %s", before, after)
+	}
+}

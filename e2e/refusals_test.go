@@ -180,6 +180,15 @@ func (s *scene) unplug(id string) {
 	})
 }
 
+// throttle limits the VM's disk to that many bytes per second. 0: without a limit.
+func (s *scene) throttle(bps int) {
+	s.Helper()
+	ask(s.T, s.lab.A, "block_set_io_throttle", map[string]any{
+		"id":  "/machine/peripheral/disk0/virtio-backend",
+		"bps": bps, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
+	}, nil)
+}
+
 // changeRefusals are changes by which a VM differs from its command line.
 var changeRefusals = []refusal{
 	{
@@ -230,6 +239,12 @@ var changeRefusals = []refusal{
 			}, nil)
 		},
 		words: []string{`the drive "cd" has no medium at the source`, "disc1.iso", "--template"},
+	},
+	{
+		name:  "throttled disk",
+		bring: func(s *scene) { s.throttle(1 << 30) },
+		mend:  func(s *scene) { s.throttle(0) },
+		words: []string{`the drive "disk0" has the throttling bps 1073741824`, "--template", "block_set_io_throttle"},
 	},
 	{
 		name: "disk that was plugged in",

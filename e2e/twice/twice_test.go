@@ -80,7 +80,10 @@ func loadTwice(t *testing.T, source *qemu.VM, startDestination func() *qemu.VM) 
 	}
 	head := append(devicestate.Head(facts.MachineType), devicestate.ReturnPath...)
 	for try := 0; ; try++ {
-		early := devicestate.Early(parse(t, saveRunning(t, source)))
+		early, err := devicestate.Early(parse(t, saveRunning(t, source)))
+		if err != nil {
+			t.Fatal(err)
+		}
 		destination := load(t, startDestination())
 		destination.feed(t, head, early)
 

@@ -25,8 +25,12 @@ var ErrChanges = errors.New("the changes of the device state have a form that is
 
 // Changes encodes what turns the state early into the state now: the sections that early does not have, those that
 // differ, and those for which always(index in early) is true. The error is ErrOtherForm if a section cannot be loaded
-// again, or is missing in now.
+// again, or is missing in now, or if a guest may have made a section of now: a part of a device's data would be
+// left out.
 func Changes(early, now []Section, always func(index int) bool) (b []byte, err error) {
+	if err := checkOneSplit(now); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrOtherForm, err)
+	}
 	index := make(map[key]int, len(early))
 	for i, k := range keysOf(early) {
 		index[k] = i

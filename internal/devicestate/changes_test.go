@@ -25,11 +25,11 @@ func never(int) bool { return false }
 
 func TestChanges(t *testing.T) {
 	long := strings.Repeat("0123456789", 5000)
-	early := parsed(t, section(1, "same", 0, long), section(2, "twin", 0, long), section(2, "twin", 0, long),
+	early := parsed(t, section(1, "same", 0, long), section(2, "twin", 0, long), section(3, "twin", 0, long),
 		section(4, "reader", 0, long))
 	busy := []byte(long)
 	busy[0], busy[3], busy[9], busy[len(busy)-1] = 'a', 'b', 'c', 'd'
-	now := parsed(t, section(1, "same", 0, long), section(2, "twin", 0, long), section(2, "twin", 0, string(busy)),
+	now := parsed(t, section(1, "same", 0, long), section(2, "twin", 0, long), section(3, "twin", 0, string(busy)),
 		section(4, "reader", 0, long), section(9, "plugged", 0, "in"))
 	changes, err := Changes(early, now, func(i int) bool { return early[i].Name == "reader" })
 	if err != nil {
@@ -123,8 +123,8 @@ func FuzzDifference(f *testing.F) {
 func TestEarly(t *testing.T) {
 	all := parsed(t, section(1, "0000:00:02.0:00.0/virtio-net", 0, ""), section(2, "0000:00:1f.0/ICH9LPC", 0, ""),
 		section(3, "PCIHost", 0, ""), section(4, "pflash_cfi01", 0, ""), section(5, "0000:00:03.0/flux-capacitor", 0, ""))
-	if early := Early(all); len(early) != 3 || early[2].Name != "PCIHost" {
-		t.Error(early)
+	if early, err := Early(all); err != nil || len(early) != 3 || early[2].Name != "PCIHost" {
+		t.Error(early, err)
 	}
 	if Remaps([]Change{{0, all[0]}, {2, all[2]}}) || !Remaps([]Change{{0, all[0]}, {1, all[1]}}) ||
 		Remaps([]Change{{-1, all[1]}}) {

@@ -26,6 +26,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // Most is the largest device state, in bytes, that is saved or accepted from a source. That of 32 devices has 2 MB.
@@ -60,7 +61,8 @@ type Section struct {
 //
 // A section has no length: only its device knows where it ends. Parse looks for its footer, five bytes, followed by the
 // header of the next section or by the end. A header has a printable name, so that the data of a device does not look
-// like this by chance. Machine types older than 2.4 have no footers, and are refused.
+// like this by chance. A guest that chooses data of its devices can make them look like this: see checkOneSplit.
+// Machine types older than 2.4 have no footers, and are refused.
 func Parse(saved []byte) ([]Section, error) {
 	if err := checkPreamble(saved); err != nil {
 		return nil, err
@@ -152,6 +154,44 @@ func (s *Section) parseHeader(b []byte) (size int, err error) {
 	s.Name = string(name)
 	s.Instance, s.Version = binary.BigEndian.Uint32(b[before+n:]), binary.BigEndian.Uint32(b[before+n+4:])
 	return size, nil
+}
+
+// ErrAmbiguous says that there is more than one way to split a device state into sections.
+var ErrAmbiguous = errors.New("the device state can be read in more than one way")
+
+// checkOneSplit returns ErrAmbiguous unless there is only one way to split a state into sections, which are these.
+//
+// A guest chooses a part of what some devices save, for example pictures of virtio-gpu. It can write the end of that
+// device there, and sections of its own after it. But QEMU writes the true end of each device as well: the footer with
+// its id, and then 04 or the end of the state. No two devices have the same id. So if the end of some section is not
+// the true one, the first such section begins where it truly does, and has the true id, and the state has two ends with
+// that id: the wrong one and the true one. If there is one end for each id, none is wrong. It does not matter where in
+// the state the second one is, nor to what section it seems to belong, so all of the state is searched for all ids,
+// also across the borders of sections. What follows 04 is not looked at: this must not depend on the form of a header.
+func checkOneSplit(sections []Section) error {
+	ends := make(map[uint32]int, len(sections))
+	for i, s := range sections {
+		for offset := 0; ; offset++ {
+			next := bytes.IndexByte(s.Bytes[offset:], sectionFooter)
+			if next < 0 {
+				break
+			}
+			offset += next
+			from := s.Bytes[offset:]
+			if len(from) <= footer && i+1 < len(sections) {
+				from = slices.Concat(from, sections[i+1].Bytes[:footer])
+			}
+			if len(from) == footer || len(from) > footer && from[footer] == sectionFull {
+				ends[binary.BigEndian.Uint32(from[1:])]++
+			}
+		}
+	}
+	for _, s := range sections {
+		if n := ends[binary.BigEndian.Uint32(s.Bytes[1:])]; n != 1 {
+			return fmt.Errorf("%w: it has %d ends of %q, of which a guest has written all but one", ErrAmbiguous, n, s.Name)
+		}
+	}
+	return nil
 }
 
 // preambleBytes returns magic and version, with which everything begins that QEMU saves or loads.

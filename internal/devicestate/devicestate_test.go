@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -38,6 +39,78 @@ func TestParse(t *testing.T) {
 	if diff := cmp.Diff(want, sections); diff != "" {
 		t.Errorf("sections (-want +got):\n%s", diff)
 	}
+}
+
+// forgeries are states in which the data of a device looks like its end, with other sections after it. victim is the
+// device whose data the guest has chosen.
+func forgeries() map[string][]byte {
+	const victim = 9
+	end := func(id uint32) string { return string(binary.BigEndian.AppendUint32([]byte{sectionFooter}, id)) }
+	begin := func(id uint32, name string) string {
+		s := string(section(id, name, 0, ""))
+		return s[:len(s)-footer]
+	}
+	honest := section(2, "fw_cfg", 0, "real")
+	forged := func(id uint32) string { return string(section(id, "fw_cfg", 0, "FAKE")) }
+	return map[string][]byte{
+		// The tail gets the id of the victim, so that its end is the victim's.
+		"tail":       saved(honest, section(victim, "gpu", 0, "a"+end(victim)+forged(77)+begin(victim, "zz"))),
+		"before":     saved(section(victim, "gpu", 0, end(victim)+forged(77)+begin(victim, "zz")), honest),
+		"id in use":  saved(honest, section(victim, "gpu", 0, end(victim)+forged(2)+begin(victim, "zz"))),
+		"same id":    saved(honest, section(victim, "gpu", 0, end(victim)+forged(victim)+begin(victim, "zz"))),
+		"no forgery": saved(honest, section(victim, "gpu", 0, end(victim)+begin(victim, "zz"))),
+		// The tail gets the id of a later section, and swallows the victim's end and the beginning of that section.
+		"swallows the next": saved(honest, section(victim, "gpu", 0, end(victim)+forged(77)+begin(12, "zz")),
+			section(12, "timer", 0, "abc"), section(13, "cpu", 0, "")),
+		"swallows the last": saved(honest, section(victim, "gpu", 0, end(victim)+forged(77)+begin(13, "zz")),
+			section(12, "timer", 0, "abc"), section(13, "cpu", 0, "")),
+		// The victim's end is a part of a forged end and of the header after it, and so at a border of two sections.
+		"across a border": saved(honest, section(4, "gpu", 0, end(4)+forged(77)+begin(0x7e000000, "zz")+"\x7e"),
+			section(1, strings.Repeat("n", '!'), 0, end(0x04000000)+begin(1, "yy"))),
+	}
+}
+
+// TestAmbiguous: no state is loaded early, and no change of one, where a guest may have made a section.
+func TestAmbiguous(t *testing.T) {
+	good := parsed(t, section(2, "fw_cfg", 0, "real"), section(9, "gpu", 0, ""))
+	for name, state := range forgeries() {
+		t.Run(name, func(t *testing.T) {
+			sections, err := Parse(state)
+			if err != nil {
+				t.Fatal(err) // it would show nothing
+			}
+			if early, err := Early(sections); len(early) != 0 || !errors.Is(err, ErrAmbiguous) {
+				t.Errorf("early %v, %v", early, err)
+			}
+			changes, err := Changes(good, sections, never)
+			if changes != nil || !errors.Is(err, ErrOtherForm) || !errors.Is(err, ErrAmbiguous) {
+				t.Errorf("changes %q, %v", changes, err)
+			}
+		})
+	}
+	if early, err := Early(good); err != nil || len(early) != 1 {
+		t.Errorf("a state that is as it should be: %v, %v", early, err)
+	}
+}
+
+// FuzzForgedSection: whatever a guest writes into the data of a device, Early returns QEMU's sections or none.
+func FuzzForgedSection(f *testing.F) {
+	for _, state := range forgeries() {
+		f.Add(uint32(9), string(state[preamble:len(state)-1]), uint32(12))
+	}
+	f.Fuzz(func(t *testing.T, id uint32, chosen string, next uint32) {
+		if id == next || id == 2 || next == 2 {
+			return // QEMU gives no two devices the same
+		}
+		honest := section(2, "fw_cfg", 0, "real")
+		sections, err := Parse(saved(section(id, "gpu", 0, chosen), honest, section(next, "timer", 0, chosen)))
+		if err != nil {
+			return
+		}
+		if early, err := Early(sections); err == nil && (len(early) != 1 || !bytes.Equal(early[0].Bytes, honest)) {
+			t.Fatalf("early %+v", early)
+		}
+	})
 }
 
 func TestParseRefuses(t *testing.T) {

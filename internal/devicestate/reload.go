@@ -40,9 +40,15 @@ func Twice() []string { return slices.Clone(loadedTwice) }
 // Device returns the kind of the device: "virtio-net" of "0000:00:16.0:00.0/virtio-net", without the slot.
 func (s Section) Device() string { return s.Name[strings.LastIndexByte(s.Name, '/')+1:] }
 
-// Early returns the sections that are loaded while the VM still runs at the source.
-func Early(all []Section) []Section {
-	return slices.DeleteFunc(slices.Clone(all), func(s Section) bool { return !slices.Contains(loadedTwice, s.Device()) })
+// Early returns the sections of a whole state that are loaded while the VM still runs at the source. It returns
+// ErrAmbiguous where a guest may have made one of them.
+func Early(all []Section) ([]Section, error) {
+	if err := checkOneSplit(all); err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(slices.Clone(all), func(s Section) bool {
+		return !slices.Contains(loadedTwice, s.Device())
+	}), nil
 }
 
 // ErrOtherForm says that the state of a device has another length, or other subsections, than when it was loaded early.

@@ -25,7 +25,13 @@ func Changed(before, now *migratedv1.MachineDescription) []check.Result {
 		found.add("CPUs", again, "the VM has %d instead of %d since the destination was prepared",
 			len(now.GetCpus()), len(before.GetCpus()))
 	}
-	driveName := func(d *migratedv1.Drive) string { return fmt.Sprintf("the drive %q with %s", d.GetName(), chain(d)) }
+	driveName := func(d *migratedv1.Drive) string {
+		name := fmt.Sprintf("the drive %q with %s", d.GetName(), chain(d))
+		if d.GetThrottling() != "" {
+			name += " and " + throttlingName(d)
+		}
+		return name
+	}
 	gone, came = unequal(before.GetDrives(), now.GetDrives(), driveName)
 	for _, name := range came {
 		found.add("drives", again, "%s came after the destination was prepared", name)

@@ -3,6 +3,7 @@
 package machine
 
 import (
+	"cmp"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -20,6 +21,9 @@ const (
 		"or start the QEMU there yourself with it (--to-qmp), or unplug it at the source"
 	unplugged = "leave it out of the destination's command line with --template, " +
 		"or start the QEMU there yourself without it (--to-qmp)"
+	limited = "give the drive these limits in the destination's command line with --template, " +
+		"or start the QEMU there yourself with them (--to-qmp), " +
+		"or take them off at the source (QMP block_set_io_throttle) and set them at the destination when the VM has moved"
 	present = "name the image that the source has now in the destination's command line with --template, " +
 		"or start the QEMU there yourself with it (--to-qmp)"
 )
@@ -64,6 +68,11 @@ func (d *differences) hosts(source, waits *migratedv1.MachineDescription) {
 	if source.GetUuid() != "" && source.GetUuid() != waits.GetUuid() {
 		d.add("UUID", "give the destination's QEMU the option -uuid "+source.GetUuid()+", if it is to have this VM",
 			"the source's is %s, the destination's %s", source.GetUuid(), waits.GetUuid())
+	}
+	if source.GetGenerationId() != "" && source.GetGenerationId() != waits.GetGenerationId() {
+		d.add("generation id", "give the destination's QEMU the option -device vmgenid,guid="+source.GetGenerationId()+
+			": with another one the guest takes itself for a copy of a VM",
+			"the source's is %s, the destination's %s", source.GetGenerationId(), cmp.Or(waits.GetGenerationId(), "none"))
 	}
 }
 
@@ -197,6 +206,11 @@ func (d *differences) drive(source, waits *migratedv1.Drive, destination Destina
 		d.add("drives", sameHosts, "the drive %q is %s at the source and %s at the destination", name,
 			mode[source.GetReadOnly()], mode[waits.GetReadOnly()])
 	}
+	if source.Throttling != nil && source.GetThrottling() != waits.GetThrottling() {
+		d.add("drives", limited, "the drive %q has %s at the source and %s at the destination: "+
+			"throttling is not on the source's command line if it was changed while the VM ran", name,
+			throttlingName(source), throttlingName(waits))
+	}
 }
 
 // sameImages says whether two drives have the same chain of images. Files are compared by name.
@@ -221,6 +235,14 @@ func sameFile(source, waits string, destination Destination) bool {
 	// The same storage, mounted in another directory. If the destination has a file of the source's name as well, the
 	// two are different files.
 	return !destination.Has(source)
+}
+
+// throttlingName names the limits of a drive.
+func throttlingName(d *migratedv1.Drive) string {
+	if d.GetThrottling() == "" {
+		return "no throttling"
+	}
+	return "the throttling " + d.GetThrottling()
 }
 
 // chain lists the images of a drive, from the top to the base.

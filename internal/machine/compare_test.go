@@ -87,6 +87,20 @@ func TestCompare(t *testing.T) {
 			[]string{"/san/overlay (qcow2, 2 MiB)"}},
 		{"read-only", func(_, w *migratedv1.MachineDescription) { w.Drives[1].ReadOnly = true },
 			[]string{"writable at the source and read-only at the destination"}},
+		{"throttled", func(s, _ *migratedv1.MachineDescription) {
+			s.Drives[1].Throttling = proto.String("bps 1000000, group disk")
+		}, []string{`the drive "disk" has the throttling bps 1000000, group disk at the source and no throttling`}},
+		{"throttled at the destination", func(s, w *migratedv1.MachineDescription) {
+			s.Drives[1].Throttling, w.Drives[1].Throttling = proto.String(""), proto.String("iops 5, group disk")
+		}, []string{"has no throttling at the source and the throttling iops 5, group disk at the destination"}},
+		{"throttling that an older source does not tell", func(_, w *migratedv1.MachineDescription) {
+			w.Drives[1].Throttling = proto.String("iops 5, group disk")
+		}, nil},
+		{"generation id", func(s, _ *migratedv1.MachineDescription) { s.GenerationId = "324e6eaf" },
+			[]string{"the source's is 324e6eaf, the destination's none"}},
+		{"generation id that an older source does not tell", func(_, w *migratedv1.MachineDescription) {
+			w.GenerationId = "324e6eaf"
+		}, nil},
 		{"ejected", func(_, w *migratedv1.MachineDescription) {
 			w.Drives[0].Images = []*migratedv1.Image{{File: "/san/cd", Format: "raw"}}
 		}, []string{`the drive "cd" has no medium at the source`}},
@@ -161,6 +175,7 @@ func TestChanged(t *testing.T) {
 	now.Devices[0] = &migratedv1.Device{Id: "other", Class: "e1000", Place: "pcie.0 02.0"}
 	now.Drives[1].Images = now.Drives[1].Images[1:]
 	now.Drives[2].Images[0].Written = true
+	now.Drives[0].Throttling = proto.String("bps 1000000, group cd")
 	var all []string
 	for _, r := range Changed(before, now) {
 		if r.Remedy == "" {
@@ -172,6 +187,7 @@ func TestChanged(t *testing.T) {
 	for _, word := range []string{
 		`"other" (e1000 pcie.0 02.0) was plugged in`, `"disk" (virtio-blk-pci pcie.0 02.0) was unplugged`,
 		"has 2 instead of 1", `the drive "disk" with /san/base (raw, 1 MiB) came`,
+		`the drive "cd" with no medium and the throttling bps 1000000, group cd came`,
 		"on /san/base (raw, 1 MiB) is gone", `written to the drive "scratch"`,
 	} {
 		if !strings.Contains(text, word) {

@@ -39,11 +39,26 @@ func Describe(ctx context.Context, vm *qemu.VM) (*migratedv1.MachineDescription,
 	if err == nil {
 		uuid, err = vm.QMP.Typed(ctx).QueryUUID()
 	}
+	if err == nil {
+		d.GenerationId, err = generationID(ctx, vm)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("describe the VM: %w", err)
 	}
 	d.Kvm, d.Uuid = kvm.Enabled, uuid.UUID
 	return d, nil
+}
+
+// generationID returns the id of the device vmgenid, or "" if the VM has none.
+func generationID(ctx context.Context, vm *qemu.VM) (string, error) {
+	var info struct {
+		GUID string `json:"guid"`
+	}
+	err := vm.QMP.Do(ctx, "query-vm-generation-id", nil, &info)
+	if errors.Is(err, qmp.ErrGeneric) || errors.Is(err, qmp.ErrCommandNotFound) {
+		return "", nil
+	}
+	return info.GUID, err
 }
 
 // children returns the children of an object in QEMU's object tree, sorted by name.

@@ -52,6 +52,8 @@ func TestDescribeAndCompare(t *testing.T) {
 		"-device", "nec-usb-xhci,id=usb", "-device", "usb-tablet,bus=usb.0",
 		"-device", "VGA", "-device", "virtio-net-pci", "-cpu", "max", "-smp", "1,sockets=2,maxcpus=2",
 	}
+	const limited = "if=virtio,format=raw,file=null-co://,throttling.bps-total=1000000"
+	const guid = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"
 	for _, c := range []struct {
 		name   string
 		source []string // besides devices
@@ -78,6 +80,15 @@ func TestDescribeAndCompare(t *testing.T) {
 			[]string{"lack features"}},
 		{"another machine", []string{"-machine", "pc"}, []string{"-machine", "pc,vmport=off"}, nil,
 			[]string{"the source alone has vmmouse; vmport"}},
+		{"throttled", []string{"-machine", "pc"}, []string{"-machine", "pc"}, []step{{"block_set_io_throttle", map[string]any{
+			"id": "hd", "bps": 0, "bps_rd": 0, "bps_wr": 1000000, "iops": 50, "iops_rd": 0, "iops_wr": 0,
+		}}}, []string{`"hd" has the throttling bps_wr 1000000, iops 50, group hd at the source and no throttling`}},
+		{"throttled by the command line", []string{"-machine", "pc", "-drive", limited},
+			[]string{"-machine", "pc", "-drive", limited}, nil, nil},
+		{"generation id", []string{"-machine", "pc", "-device", "vmgenid,guid=" + guid},
+			[]string{"-machine", "pc", "-device", "vmgenid,guid=" + guid}, nil, nil},
+		{"another generation id", []string{"-machine", "pc", "-device", "vmgenid,guid=" + guid},
+			[]string{"-machine", "pc", "-device", "vmgenid,guid=auto"}, nil, []string{"the source's is " + guid}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			running := startVM(t, dir, append(append([]string{"-S"}, devices...), c.source...)...)

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qemu/qom"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
@@ -26,17 +28,44 @@ type image struct {
 	Backing  *image `json:"backing-image"`
 }
 
+// throttleLimits are the members of BlockDeviceInfo (qapi/block-core.json) that limit a drive. One of zero is none.
+var throttleLimits = []string{
+	"bps", "bps_rd", "bps_wr", "bps_max", "bps_rd_max", "bps_wr_max",
+	"bps_max_length", "bps_rd_max_length", "bps_wr_max_length",
+	"iops", "iops_rd", "iops_wr", "iops_max", "iops_rd_max", "iops_wr_max",
+	"iops_max_length", "iops_rd_max_length", "iops_wr_max_length", "iops_size",
+}
+
+// throttlingOf lists the limits of a drive, by the members of its BlockDeviceInfo, and the group that shares them.
+func throttlingOf(inserted json.RawMessage) (string, error) {
+	var members map[string]json.RawMessage
+	if err := json.Unmarshal(inserted, &members); err != nil {
+		return "", err
+	}
+	var parts []string
+	for _, name := range throttleLimits {
+		if value := string(members[name]); value != "" && value != "0" {
+			parts = append(parts, name+" "+value)
+		}
+	}
+	if len(parts) > 0 && members["group"] != nil {
+		var group string
+		if err := json.Unmarshal(members["group"], &group); err != nil {
+			return "", err
+		}
+		parts = append(parts, "group "+group)
+	}
+	return strings.Join(parts, ", "), nil
+}
+
 // describeDrives fills in d.Drives: the drives of all devices, and those without a device.
 func describeDrives(
 	ctx context.Context, vm *qemu.VM, d *migratedv1.MachineDescription, anonymous map[string]string,
 ) error {
 	var drives []struct {
-		Name     string `json:"device"` // may be empty
-		Device   string `json:"qdev"`   // its id, or a path; may be empty
-		Inserted *struct {
-			ReadOnly bool  `json:"ro"`
-			Image    image `json:"image"`
-		} `json:"inserted"`
+		Name     string          `json:"device"` // may be empty
+		Device   string          `json:"qdev"`   // its id, or a path; may be empty
+		Inserted json.RawMessage `json:"inserted"`
 	}
 	if err := vm.QMP.Do(ctx, "query-block", nil, &drives); err != nil {
 		return err
@@ -46,10 +75,20 @@ func describeDrives(
 		return fmt.Errorf("working directory of QEMU: %w", err)
 	}
 	for _, drive := range drives {
-		described := &migratedv1.Drive{Name: driveName(drive.Name, drive.Device, anonymous)}
+		described := &migratedv1.Drive{
+			Name: driveName(drive.Name, drive.Device, anonymous), Throttling: proto.String(""),
+		}
 		if drive.Inserted != nil {
-			described.ReadOnly = drive.Inserted.ReadOnly
-			for i := &drive.Inserted.Image; i != nil; i = i.Backing {
+			var inserted struct {
+				ReadOnly bool  `json:"ro"`
+				Image    image `json:"image"`
+			}
+			limits, err := throttlingOf(drive.Inserted)
+			if err := errors.Join(err, json.Unmarshal(drive.Inserted, &inserted)); err != nil {
+				return fmt.Errorf("QEMU's answer to query-block: %w", err)
+			}
+			described.ReadOnly, described.Throttling = inserted.ReadOnly, &limits
+			for i := &inserted.Image; i != nil; i = i.Backing {
 				file := fileName(i.Filename, dir)
 				described.Images = append(described.Images, &migratedv1.Image{File: file, Format: i.Format, Size: i.Size})
 			}

@@ -191,7 +191,7 @@ func (d *Destination) openQEMU(ctx context.Context) error {
 	argv, err := cmdline.Destination(
 		cmdline.Source{
 			Name: machine.GetName(), Args: machine.GetCommandLine(), QMPPath: machine.GetQmpPath(),
-			Dir: machine.GetWorkingDirectory(),
+			Dir: machine.GetWorkingDirectory(), GenerationID: machine.GetDescription().GetGenerationId(),
 		},
 		cmdline.Options{
 			QMPPath: machine.GetQmpPath(), Binaries: d.cfg.Binaries, Template: request.GetDestinationTemplate(),

@@ -72,6 +72,10 @@ func newEarlyQEMUs(t *testing.T) *earlyQEMUs {
 	if err != nil {
 		t.Fatal(err)
 	}
+	early, err := devicestate.Early(all)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var blocks []pagesrv.Block
 	for _, b := range facts.RAMBlocks {
 		blocks = append(blocks, pagesrv.Block{
@@ -84,7 +88,7 @@ func newEarlyQEMUs(t *testing.T) *earlyQEMUs {
 	}
 	t.Cleanup(func() { ram.Close() })
 	return &earlyQEMUs{t, &earlyState{
-		head: devicestate.Head(facts.MachineType), sections: devicestate.Early(all), pages: map[earlyPage][]byte{},
+		head: devicestate.Head(facts.MachineType), sections: early, pages: map[earlyPage][]byte{},
 	}, ram}
 }
 

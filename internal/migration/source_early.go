@@ -201,7 +201,11 @@ func newSnapshot(saved []byte, pages []*migratedv1.Memory) (*snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	state := &snapshot{sections: devicestate.Early(all), pages: pages, size: len(saved)}
+	early, err := devicestate.Early(all)
+	if err != nil {
+		return nil, err
+	}
+	state := &snapshot{sections: early, pages: pages, size: len(saved)}
 	if len(state.sections) == 0 {
 		return nil, errors.New("no device is known to take long to load")
 	}

@@ -9,7 +9,7 @@ import (
 	"regexp"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/migrated-vm/migrated/internal/qemu/launch"
 )
 
 // Disk is one image file that the VM has open; backing files count.
@@ -52,25 +52,6 @@ func (vm *VM) Disks(ctx context.Context) ([]Disk, error) {
 // before the first slash.
 var protocol = regexp.MustCompile(`^[^/:]+:`)
 
-// networkFileSystems are the file systems that several hosts can mount. The numbers are from linux/magic.h and from the
-// sources of the file systems.
-var networkFileSystems = map[int64]bool{
-	unix.NFS_SUPER_MAGIC:   true,
-	unix.SMB_SUPER_MAGIC:   true,
-	unix.CIFS_SUPER_MAGIC:  true,
-	unix.SMB2_SUPER_MAGIC:  true,
-	unix.CEPH_SUPER_MAGIC:  true,
-	unix.OCFS2_SUPER_MAGIC: true,
-	unix.AFS_SUPER_MAGIC:   true,
-	unix.CODA_SUPER_MAGIC:  true,
-	unix.V9FS_MAGIC:        true,
-	unix.FUSE_SUPER_MAGIC:  true, // glusterfs, sshfs and others
-	0x01161970:             true, // gfs2
-	0x0BD00BD0:             true, // lustre
-	0x47504653:             true, // gpfs
-	0x19830326:             true, // beegfs
-}
-
 func (vm *VM) isLocal(file string) bool {
 	file = strings.TrimPrefix(file, "file:")
 	if strings.HasPrefix(file, "json:") {
@@ -84,11 +65,8 @@ func (vm *VM) isLocal(file string) bool {
 	if !filepath.IsAbs(file) {
 		path = fmt.Sprintf("/proc/%d/cwd/%s", vm.Pid, file)
 	}
-	var fs unix.Statfs_t
-	if err := unix.Statfs(path, &fs); err != nil {
-		return true // not known to be shared
-	}
-	return !networkFileSystems[fs.Type]
+	shared, err := launch.IsShared(path)
+	return err != nil || !shared
 }
 
 // HasProtocol reports whether an image name begins with a protocol; it is not a path then.

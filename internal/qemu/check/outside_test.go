@@ -3,6 +3,9 @@
 package check
 
 import (
+	"bytes"
+	"encoding/binary"
+	"net"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -10,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/migrated-vm/migrated/internal/qemu/qemutest"
+	"github.com/migrated-vm/migrated/internal/qemu/qom"
 	"github.com/migrated-vm/migrated/pkg/testenv"
 )
 
@@ -33,6 +37,13 @@ func TestOutsideDevicesAreRefused(t *testing.T) {
 			"-chardev", "socket,id=tpm,path=" + socket + ".tpm",
 			"-tpmdev", "emulator,id=chip,chardev=tpm", "-device", "tpm-crb,tpmdev=chip",
 		}},
+		{"usb-host", "/machine/peripheral/key (usb-host) is a USB device of this host", []string{
+			"-device", "qemu-xhci", "-device", "usb-host,id=key,vendorid=0x1209,productid=0xfffe",
+		}},
+		{"smart card", "(ccid-card-passthru) is a smart card", []string{
+			"-device", "qemu-xhci", "-device", "usb-ccid", "-chardev", "null,id=card",
+			"-device", "ccid-card-passthru,chardev=card",
+		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			switch {
@@ -50,6 +61,91 @@ func TestOutsideDevicesAreRefused(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestOutsideDisksAreRefused: a block driver that gives the VM's memory to a device is refused by its name. No host of
+// tests has a device for one, so a harmless driver is taken for one.
+func TestOutsideDisksAreRefused(t *testing.T) {
+	for _, driver := range []string{
+		"nvme", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa",
+	} {
+		if !slices.Contains(outsideDrivers, driver) {
+			t.Errorf("%s is not refused", driver)
+		}
+	}
+	outsideDrivers = append(outsideDrivers, "null-co")
+	defer func() { outsideDrivers = outsideDrivers[:len(outsideDrivers)-1] }()
+	_, vm := qemutest.Start(t, append(qemutest.RAM(qemutest.RAMFile(t)), "-blockdev", "null-co,node-name=spare")...)
+	found := find(VM(qemutest.Context(t), vm), "devices")
+	if len(found) != 1 || found[0].Status != Failed || found[0].Remedy == "" ||
+		!strings.HasPrefix(found[0].Detail, "block node spare (null-co://, driver null-co) is a disk of this host") {
+		t.Errorf("results %+v", found)
+	}
+}
+
+// TestOutsideObjectsAreRefused: these need hardware that hosts of tests have not got.
+func TestOutsideObjectsAreRefused(t *testing.T) {
+	for _, name := range []string{
+		"vhost-user-backend", "cryptodev-vhost-user", "input-linux", "sev-guest", "sev-snp-guest", "tdx-guest",
+	} {
+		if o := outsideObjects[name]; o.is == "" || o.remedy == "" {
+			t.Errorf("%s: %+v", name, o)
+		}
+	}
+}
+
+// TestRedirectedUSBIsRefused: a VM with usb-redir is moved, but not while a device is redirected to it.
+func TestRedirectedUSBIsRefused(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "redir")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	_, vm := qemutest.Start(t, append(qemutest.RAM(qemutest.RAMFile(t)), "-device", "usb-ehci",
+		"-chardev", "socket,id=c,path="+socket, "-device", "usb-redir,id=redir,chardev=c")...)
+	ctx := qemutest.Context(t)
+	if found := find(VM(ctx, vm), "devices"); len(found) != 1 || found[0].Status != OK {
+		t.Errorf("nothing is redirected, results %+v", found)
+	}
+	peer, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	if _, err := peer.Write(redirect()); err != nil {
+		t.Fatal(err)
+	}
+	for attached := false; !attached; {
+		if err := qom.Property(ctx, vm.QMP, "/machine/peripheral/redir", "attached", &attached); err != nil {
+			t.Fatal(err) // when ctx ends, at the latest
+		}
+	}
+	found := find(VM(ctx, vm), "devices")
+	if len(found) != 1 || found[0].Status != Failed || found[0].Remedy == "" ||
+		!strings.HasPrefix(found[0].Detail, "/machine/peripheral/redir (usb-redir) is a USB device that is redirected") {
+		t.Errorf("results %+v", found)
+	}
+}
+
+// redirect returns what redirects a USB device without endpoints of its own (usbredirproto.h).
+func redirect() (stream []byte) {
+	const hello, connect, interfaces, endpoints = 0, 1, 4, 5
+	packet := func(kind uint32, content []byte) {
+		for _, n := range []uint32{kind, uint32(len(content)), 0} {
+			stream = binary.LittleEndian.AppendUint32(stream, n)
+		}
+		stream = append(stream, content...)
+	}
+	packet(hello, make([]byte, 64+4)) // a name and no capabilities
+	oneInterface := make([]byte, 4+4*32)
+	oneInterface[0], oneInterface[4+32] = 1, 0xff // of a class of its vendor's
+	packet(interfaces, oneInterface)
+	types := bytes.Repeat([]byte{0xff}, 32) // none
+	types[0], types[16] = 0, 0              // control
+	packet(endpoints, append(types, make([]byte, 2*32)...))
+	packet(connect, []byte{2, 0, 0, 0, 0x09, 0x12, 0xfe, 0xff}) // high speed
+	return stream
 }
 
 // startTPM serves a TPM at a socket.

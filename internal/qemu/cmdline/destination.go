@@ -17,6 +17,8 @@ type Source struct {
 	Args    []string // argv[0] first
 	QMPPath string   // the QMP socket that the source's daemon uses
 	Dir     string   // working directory; may be empty if no path in Args is relative
+	// GenerationID is the id of the device vmgenid, or empty.
+	GenerationID string
 }
 
 // Options are the destination's own choices.
@@ -37,6 +39,8 @@ type Options struct {
 //
 //   - -S -incoming defer replaces -incoming, -S, -loadvm, -loadstate (Proxmox' QEMU) and -daemonize. QEMU must not
 //     fork: the daemon watches its child, and the number in a -pidfile is the child's.
+//   - The source's generation id replaces guid=auto, with which QEMU would make another. Another one means to the guest
+//     that it is a copy of a VM.
 //   - Options.QMPPath replaces the path of the source daemon's QMP socket. All other monitors stay.
 //
 // RAM that is preallocated at the source is preallocated here, too: QEMU finds out whether this host has enough memory
@@ -117,6 +121,8 @@ func adapt(options []option, source Source, opts Options) ([]option, error) {
 		switch o.name {
 		case "incoming", "S", "loadvm", "loadstate", "daemonize":
 			continue
+		case "device":
+			o.value = keepGeneration(o.value, source.GenerationID)
 		case "qmp", "qmp-pretty":
 			settings := parseSettings(o.value)
 			if path, isUnix := strings.CutPrefix(settings[0].key, "unix:"); settings[0].word && isUnix && replaceQMP(path) {
@@ -148,4 +154,15 @@ func adapt(options []option, source Source, opts Options) ([]option, error) {
 		adapted = append(adapted, option{name: "qmp", value: joinSettings(append([]setting{first}, listen...))})
 	}
 	return adapted, nil
+}
+
+// autoGUID matches the setting of the device vmgenid that has QEMU make a new id, also in JSON.
+var autoGUID = regexp.MustCompile(`((?:^|,)guid=|"guid": ?")auto(,|"|$)`)
+
+// keepGeneration puts id in place of guid=auto, in the value of -device.
+func keepGeneration(device, id string) string {
+	if id == "" || !strings.Contains(device, "vmgenid") {
+		return device
+	}
+	return autoGUID.ReplaceAllString(device, "${1}"+id+"${2}")
 }

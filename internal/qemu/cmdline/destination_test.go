@@ -217,3 +217,22 @@ func TestSettingsRoundTrip(t *testing.T) {
 		}
 	})
 }
+
+func TestGenerationIDStays(t *testing.T) {
+	for _, c := range []struct{ device, want string }{
+		{"vmgenid,guid=auto,id=g", "vmgenid,guid=ID,id=g"},
+		{"driver=vmgenid,id=g,guid=auto", "driver=vmgenid,id=g,guid=ID"},
+		{`{"driver":"vmgenid","guid":"auto"}`, `{"driver":"vmgenid","guid":"ID"}`},
+		{"vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87", "vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"},
+		{"virtio-net,guid=auto", "virtio-net,guid=auto"},
+	} {
+		options := []option{{name: "device", value: c.device}}
+		got, err := adapt(options, Source{GenerationID: "ID"}, Options{})
+		if err != nil || got[0].value != c.want {
+			t.Errorf("%s: %v, %v", c.device, got, err)
+		}
+		if got, err := adapt(options, Source{}, Options{}); err != nil || got[0].value != c.device {
+			t.Errorf("%s, of an older source: %v, %v", c.device, got, err)
+		}
+	}
+}

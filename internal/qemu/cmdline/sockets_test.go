@@ -66,6 +66,35 @@ func TestSocketsInUnreadableJSON(t *testing.T) {
 	}
 }
 
+func TestFiles(t *testing.T) {
+	for _, c := range []struct {
+		args string
+		want []string
+	}{
+		{"-serial file:a -monitor mon:file:/b,c", []string{"/dir/a", "/b,c"}},
+		{"-chardev file,id=c,path=/a,,b -chardev file,path=/c,append=on,id=d", []string{"/a,b"}},
+		{"-chardev backend=file,id=c,path=/a", []string{"/a"}},
+		{"-chardev file,id=c,path=/a -set chardev.c.append=on", nil},
+		{"-chardev socket,id=c,path=/a,logfile=/b -chardev null,id=d,logfile=/c,logappend=on", []string{"/b"}},
+		{"-D a -pidfile /p -trace events=/e,file=/t", []string{"/dir/a", "/p", "/t"}},
+		{"-object filter-dump,id=f,netdev=n,file=/a -object rng-random,id=r,filename=/dev/urandom", []string{"/a"}},
+		{`-object {"qom-type":"filter-dump","id":"f","file":"/a"}`, []string{"/a"}},
+		{"-serial /dev/ttyS0 -append file:x -vnc unix:b -drive file=/disk", nil},
+	} {
+		line, err := Parse(append([]string{"qemu"}, strings.Fields(c.args)...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := line.Files("/dir")
+		if err != nil {
+			t.Errorf("%s: %v", c.args, err)
+		}
+		if diff := cmp.Diff(c.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", c.args, diff)
+		}
+	}
+}
+
 func TestMonitors(t *testing.T) {
 	line, err := Parse(strings.Fields("qemu -qmp unix:a,,b,server=on -qmp-pretty unix:/c -qmp tcp::1,server=on " +
 		"-monitor unix:/m,server=on -chardev socket,id=q,path=/q,server=on -mon q,mode=control " +

@@ -47,7 +47,8 @@ type child struct {
 }
 
 // Launch starts QEMU as a child of the Starter or, when s is nil, of this process. It does not wait until QEMU answers.
-// It fails if another process listens at a socket that QEMU would take over. When it fails, no QEMU is left.
+// It fails if another process listens at a socket that QEMU would take over, or if QEMU would take over or empty a file
+// that another host may use. When it fails, no QEMU is left.
 func (s *Starter) Launch(opts Options) (*Process, error) {
 	line, err := cmdline.Parse(opts.Args)
 	if err != nil {
@@ -60,6 +61,15 @@ func (s *Starter) Launch(opts Options) (*Process, error) {
 	}
 	for _, path := range append(sockets, opts.QMPPath) {
 		if err := CheckUnused(path); err != nil {
+			return nil, err
+		}
+	}
+	files, err := line.Files(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range files {
+		if err := checkNotShared(path); err != nil {
 			return nil, err
 		}
 	}

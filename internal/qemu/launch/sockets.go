@@ -16,7 +16,8 @@ import (
 
 // CheckUnused refuses the path of a socket at which QEMU is to listen, if another process listens there, perhaps
 // another VM: QEMU, or libvirt for it, would take that path over. Both remove whatever has that name. So CheckUnused
-// refuses a path that is no socket, too.
+// refuses a path that is no socket, too, and a socket on a file system that hosts share: the one that listens there may
+// be on another host.
 func CheckUnused(path string) error {
 	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSocket == 0 {
 		return fmt.Errorf("%s, where the destination's QEMU is to listen, is no socket, and QEMU would remove it: "+
@@ -24,8 +25,10 @@ func CheckUnused(path string) error {
 	}
 	conn, err := net.Dial("unix", path)
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return nil // nobody listens; QEMU replaces a socket file that was left behind
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case errors.Is(err, syscall.ECONNREFUSED): // nobody at this host listens; QEMU replaces the file
+		return checkNotShared(path)
 	case errors.Is(err, syscall.EPROTOTYPE): // a process receives datagrams there
 	case err != nil:
 		return fmt.Errorf("where the destination's QEMU is to listen: %w", err)

@@ -3,6 +3,7 @@
 package launch_test
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -56,6 +57,53 @@ func TestFileIsNotReplacedByASocket(t *testing.T) {
 	}
 	if content, err := os.ReadFile(path); err != nil || string(content) != "a disk" {
 		t.Errorf("the file has %q, %v", content, err)
+	}
+}
+
+// TestSharedFilesStay: where hosts share the VM's directory, the files there may be those of the QEMU that runs the VM
+// on another host. A socket of another host refuses connections, like one that was left behind.
+func TestSharedFilesStay(t *testing.T) {
+	dir := t.TempDir()
+	elsewhere, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "socket"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	elsewhere.SetUnlinkOnClose(false)
+	err = errors.Join(elsewhere.Close(), os.WriteFile(filepath.Join(dir, "log"), []byte("so far"), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func(args ...string) error {
+		opts := qemutest.Options(t, qemutest.Self(), args...)
+		opts.Dir = dir
+		p, vm, err := qemu.Start(qemutest.Context(t), nil, opts)
+		if err == nil {
+			err = errors.Join(vm.Close(), p.Kill(qemutest.Context(t)))
+		}
+		return err
+	}
+	t.Run("shared", func(t *testing.T) {
+		launch.TakeAsShared(t, dir)
+		for _, args := range [][]string{
+			{"-serial", "unix:socket,server=on,wait=off"}, {"-serial", "file:log"}, {"-D", "log"}, {"-pidfile", dir + "/log"},
+			{"-chardev", "file,id=c,path=log"}, {"-chardev", "null,id=c,logfile=log"},
+		} {
+			if err := start(args...); err == nil || !strings.Contains(err.Error(), "is on a file system that hosts share") {
+				t.Errorf("%q: %v", args, err)
+			}
+		}
+		if content, err := os.ReadFile(filepath.Join(dir, "log")); err != nil || string(content) != "so far" {
+			t.Errorf("the file has %q, %v", content, err)
+		}
+		if _, err := os.Stat(filepath.Join(dir, "socket")); err != nil {
+			t.Error(err)
+		}
+		if err := start("-chardev", "file,id=c,path=log,append=on", "-serial", "file:new"); err != nil {
+			t.Errorf("a file that QEMU does not empty, and a new one: %v", err)
+		}
+	})
+	if err := start("-serial", "unix:socket,server=on,wait=off", "-D", "log"); err != nil {
+		t.Errorf("files of this host alone: %v", err)
 	}
 }
 

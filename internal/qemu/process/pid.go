@@ -88,13 +88,21 @@ func hasThread(pid, tid int) bool {
 	return false
 }
 
-// looksLikeQEMU says whether a process has the name of a QEMU. One whose name this process may not read is none that it
-// could move: under SELinux that is most of the host's services.
+// looksLikeQEMU says whether a process has the name of a QEMU, or was started by one. With -name process=, QEMU changes
+// its name, but not argv[0]. One whose name or arguments this process may not read is none that it could move: under
+// SELinux that is most of the host's services.
 func looksLikeQEMU(pid int) (bool, error) {
 	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	// libvirt makes QEMU name its threads after the guest, but the first thread keeps its name.
+	if strings.HasPrefix(string(name), "qemu") || strings.HasPrefix(string(name), "kvm") {
+		return true, err
+	}
+	var args []string
+	if err == nil {
+		args, err = readArgs(pid)
+	}
 	if errors.Is(err, fs.ErrPermission) {
 		return false, nil
 	}
-	// libvirt makes QEMU name its threads after the guest, but the first thread keeps its name.
-	return strings.HasPrefix(string(name), "qemu") || strings.HasPrefix(string(name), "kvm"), err
+	return len(args) > 0 && isProgram(filepath.Base(args[0])), err
 }

@@ -4,6 +4,7 @@ package process_test
 
 import (
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/migrated-vm/migrated/internal/qemu"
@@ -49,5 +50,20 @@ func TestProcessOf(t *testing.T) {
 				t.Errorf("process %d, found %v; want %d", pid, found, test.want)
 			}
 		})
+	}
+}
+
+// TestFindRenamed: a QEMU that has given its process another name is found.
+func TestFindRenamed(t *testing.T) {
+	_, vm := qemutest.Start(t, "-name", "web,process=web1")
+	if name := process.Name(vm.Pid); name != "web1" {
+		t.Fatalf("the process is named %q", name)
+	}
+	found, err := process.Find()
+	if err != nil {
+		t.Log(err) // of processes of others
+	}
+	if !slices.ContainsFunc(found, func(f process.Found) bool { return f.PID == vm.Pid && f.Name == "web" }) {
+		t.Errorf("found %+v, and not process %d", found, vm.Pid)
 	}
 }

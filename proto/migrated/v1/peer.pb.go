@@ -843,7 +843,9 @@ type MachineDescription struct {
 	BuiltIn []string `protobuf:"bytes,6,rep,name=built_in,json=builtIn,proto3" json:"built_in,omitempty"`
 	Drives  []*Drive `protobuf:"bytes,7,rep,name=drives,proto3" json:"drives,omitempty"`
 	// All zeros where it was given none; empty from older sources.
-	Uuid          string `protobuf:"bytes,8,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	Uuid string `protobuf:"bytes,8,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	// Of the device vmgenid; empty where it has none, and from older sources.
+	GenerationId  string `protobuf:"bytes,9,opt,name=generation_id,json=generationId,proto3" json:"generation_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -930,6 +932,13 @@ func (x *MachineDescription) GetDrives() []*Drive {
 func (x *MachineDescription) GetUuid() string {
 	if x != nil {
 		return x.Uuid
+	}
+	return ""
+}
+
+func (x *MachineDescription) GetGenerationId() string {
+	if x != nil {
+		return x.GenerationId
 	}
 	return ""
 }
@@ -1129,7 +1138,10 @@ type Drive struct {
 	Name     string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	ReadOnly bool   `protobuf:"varint,2,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	// The image that is written to, and the ones behind it. None: it is empty.
-	Images        []*Image `protobuf:"bytes,3,rep,name=images,proto3" json:"images,omitempty"`
+	Images []*Image `protobuf:"bytes,3,rep,name=images,proto3" json:"images,omitempty"`
+	// The limits of its throttling, as QEMU names them: "bps_wr 1000000, group disks".
+	// Empty: none. Missing: an older source does not say.
+	Throttling    *string `protobuf:"bytes,4,opt,name=throttling,proto3,oneof" json:"throttling,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1183,6 +1195,13 @@ func (x *Drive) GetImages() []*Image {
 		return x.Images
 	}
 	return nil
+}
+
+func (x *Drive) GetThrottling() string {
+	if x != nil && x.Throttling != nil {
+		return *x.Throttling
+	}
+	return ""
 }
 
 type Image struct {
@@ -2557,7 +2576,7 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x12libvirt_definition\x18\x10 \x01(\tR\x11libvirtDefinition\"M\n" +
 	"\x11ProcessAttributes\x12\"\n" +
 	"\room_score_adj\x18\x01 \x01(\x11R\voomScoreAdj\x12\x14\n" +
-	"\x05umask\x18\x02 \x01(\rR\x05umask\"\xad\x02\n" +
+	"\x05umask\x18\x02 \x01(\rR\x05umask\"\xd2\x02\n" +
 	"\x12MachineDescription\x12\x10\n" +
 	"\x03kvm\x18\x01 \x01(\bR\x03kvm\x12!\n" +
 	"\fqemu_version\x18\x02 \x01(\tR\vqemuVersion\x12$\n" +
@@ -2566,7 +2585,8 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\adevices\x18\x05 \x03(\v2\x13.migrated.v1.DeviceR\adevices\x12\x19\n" +
 	"\bbuilt_in\x18\x06 \x03(\tR\abuiltIn\x12*\n" +
 	"\x06drives\x18\a \x03(\v2\x12.migrated.v1.DriveR\x06drives\x12\x12\n" +
-	"\x04uuid\x18\b \x01(\tR\x04uuid\"1\n" +
+	"\x04uuid\x18\b \x01(\tR\x04uuid\x12#\n" +
+	"\rgeneration_id\x18\t \x01(\tR\fgenerationId\"1\n" +
 	"\x03Cpu\x12\x14\n" +
 	"\x05class\x18\x01 \x01(\tR\x05class\x12\x14\n" +
 	"\x05place\x18\x02 \x01(\tR\x05place\"i\n" +
@@ -2578,11 +2598,15 @@ const file_migrated_v1_peer_proto_rawDesc = "" +
 	"\x06Device\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05class\x18\x02 \x01(\tR\x05class\x12\x14\n" +
-	"\x05place\x18\x03 \x01(\tR\x05place\"d\n" +
+	"\x05place\x18\x03 \x01(\tR\x05place\"\x98\x01\n" +
 	"\x05Drive\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tread_only\x18\x02 \x01(\bR\breadOnly\x12*\n" +
-	"\x06images\x18\x03 \x03(\v2\x12.migrated.v1.ImageR\x06images\"\x7f\n" +
+	"\x06images\x18\x03 \x03(\v2\x12.migrated.v1.ImageR\x06images\x12#\n" +
+	"\n" +
+	"throttling\x18\x04 \x01(\tH\x00R\n" +
+	"throttling\x88\x01\x01B\r\n" +
+	"\v_throttling\"\x7f\n" +
 	"\x05Image\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\tR\x06format\x12\x12\n" +
@@ -2837,6 +2861,7 @@ func file_migrated_v1_peer_proto_init() {
 		return
 	}
 	file_migrated_v1_control_proto_init()
+	file_migrated_v1_peer_proto_msgTypes[15].OneofWrappers = []any{}
 	file_migrated_v1_peer_proto_msgTypes[28].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
