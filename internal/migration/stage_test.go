@@ -205,6 +205,9 @@ func newStageWith(
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.Remove(ram.Name()) })
+	if err := ram.Close(); err != nil { // else it would not be removed as one that nobody needs
+		t.Fatal(err)
+	}
 	s := &stage{
 		peer: p, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"),
 		pages: pagesrv.NewServer(pagesrv.Options{}),
