@@ -97,8 +97,7 @@ func (s *Source) showContinuedHere(ended migratedv1.Reason) {
 	if ended != migratedv1.Reason_REASON_UNSPECIFIED {
 		how := endingForReason(ended)
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED, withRemedy(withReason(how, how.reason),
-			"check the file systems of the VM on the source: its memory is that of the switch, "+
-				"and its disks have what it wrote on the destination"), whereabouts{
+			remedyOlderMemory), whereabouts{
 			migratedv1.Location_LOCATION_SOURCE,
 			"the VM has ended on the destination, and was continued on the source, where it is now",
 		})
