@@ -54,8 +54,8 @@ func TestTakenUpAfterRunWasToldToNobody(t *testing.T) {
 	l := leaveDestination(t, true)
 	l.kept.header().toldToRun.Store(1)
 	d := l.takeUp(t)
-	if err := d.Abort("the test says so"); err == nil {
-		t.Error("a VM that may have run is given up")
+	if err := d.Abort("the test says so"); err == nil || reasonOf(err) != migratedv1.Reason_REASON_UNSPECIFIED {
+		t.Errorf("a VM that may run is given up, or said to have ended: %v", err)
 	}
 	if _, err := run(t, d); err != nil || !l.runs(t) {
 		t.Errorf("Run: %v; the VM runs: %v", err, l.runs(t))
@@ -77,6 +77,10 @@ func TestTakenUpToldQEMUDies(t *testing.T) {
 	<-d.Done()
 	if _, err := run(t, d); err == nil || errors.Is(err, ErrNotRun) || errors.Is(err, errAskAgain) {
 		t.Errorf("Run: %v; want another error than ErrNotRun", err)
+	}
+	if err := d.Abort("the VM was continued at the source"); reasonOf(err) !=
+		migratedv1.Reason_REASON_DESTINATION_QEMU_ENDED {
+		t.Errorf("a source that has the only VM is told: %v", err)
 	}
 }
 
@@ -246,6 +250,16 @@ func TestTakenUpWithoutQEMU(t *testing.T) {
 	}
 	if _, err := run(t, d); err == nil || errors.Is(err, ErrNotRun) || errors.Is(err, errAskAgain) {
 		t.Errorf("Run: %v; want another error than ErrNotRun", err)
+	}
+	expectDeleteRefused(t, "with its end undecided", d.Delete(t.Context()), "does not have all of its memory")
+	if err := d.Abandon(t.Context()); err != nil {
+		t.Errorf("it cannot be abandoned: %v", err)
+	}
+	if view, _ := d.Snapshot(); view.GetLocation() != migratedv1.Location_LOCATION_ENDED {
+		t.Errorf("the abandoned VM is at %v: %v", view.GetLocation(), view.GetError())
+	}
+	if err := d.Delete(t.Context()); err != nil {
+		t.Errorf("it cannot be deleted: %v", err)
 	}
 }
 
