@@ -160,6 +160,9 @@ func (s *destinationState) markRunning(
 	h.resumed.Store(since.UnixNano())
 }
 
+// markContinued records that a VM that was moved paused has run here since.
+func (s *destinationState) markContinued() { s.kept.header().paused.Store(0) }
+
 // runAnswer returns what Run was answered. nil: it is unknown whether QEMU got the command, and Run has to tell it
 // again. A VM that ended by itself has run; the source learns how it ended from WatchIncoming.
 func (s *destinationState) runAnswer() *migratedv1.RunResponse {

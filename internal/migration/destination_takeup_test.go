@@ -174,6 +174,46 @@ func TestTakenUpAfterTheSwitch(t *testing.T) {
 	}
 }
 
+// TestMovedPausedAndContinued: a VM that was moved paused, and that somebody continued here and then ended, also before a
+// restart of the daemon, has run: its disks are newer than its memory at the source.
+func TestMovedPausedAndContinued(t *testing.T) {
+	for name, restarted := range map[string]bool{"by this daemon": false, "by the daemon before": true} {
+		t.Run(name, func(t *testing.T) {
+			l := leaveDestination(t, true)
+			if restarted {
+				l.kept.header().toldToRun.Store(1)
+				l.kept.header().paused.Store(1)
+				l.ran()
+				if _, err := l.vm.Cont(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			d := l.takeUp(t)
+			<-d.attaching
+			if !restarted {
+				if _, err := d.Run(t.Context(), &migratedv1.RunRequest{Id: "m1"}); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := l.vm.Cont(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for paused := true; paused && t.Context().Err() == nil; time.Sleep(time.Millisecond) {
+				d.limitMu.Lock()
+				paused = d.kept.header().paused.Load() != 0
+				d.limitMu.Unlock()
+			}
+			if err := l.vm.Quit(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			<-d.Done()
+			if view, _ := d.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_ENDED {
+				t.Errorf("the migration is %v: %v", view.GetState(), view.GetError())
+			}
+		})
+	}
+}
+
 // A daemon that is stopped leaves its VM to the next one. The source must not hear of a failure: it would stop
 // serving pages.
 func TestStoppedAfterTheSwitch(t *testing.T) {
