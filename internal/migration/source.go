@@ -79,6 +79,9 @@ type Source struct {
 
 	sourceState
 
+	limitMu sync.Mutex // guards limit
+	limit   uint64     // the bandwidth that was asked for last, bytes per second; 0: no limit
+
 	startedAt    time.Time // set before started is closed
 	prepareBegan time.Time // when preparing began; set before prepare is called
 
@@ -157,6 +160,7 @@ func newSource(ctx context.Context, cfg SourceConfig) (*Source, context.Context)
 		started: make(chan struct{}),
 		done:    make(chan struct{}),
 		attempt: newAttempt(),
+		limit:   cfg.Spec.GetBandwidth(),
 	}
 	s.note(func(r *migratedv1.Report) { r.Source, r.Check = versionsOf(cfg.Versions, ""), cfg.Check })
 	s.daemonCtx = ctx
