@@ -88,9 +88,10 @@ type Source struct {
 	// Owned by the goroutine of run.
 	attempt
 	token         string
-	protocol      uint32 // the version that both daemons use
-	takenUp       bool   // made by TakeUpSource
-	noEarlyReason error  // why there must be no early load; nil: there may be one
+	protocol      uint32   // the version that both daemons use
+	takenUp       bool     // made by TakeUpSource
+	noEarlyReason error    // why there must be no early load; nil: there may be one
+	discards      []string // memory backends whose discard-data is off because of this migration
 	steps         steps
 
 	lastIncoming heard // what the destination said last about the VM's memory
@@ -123,7 +124,6 @@ type attempt struct {
 	stopped     chan struct{}  // closed when QEMU has said that the VM is stopped
 	contLock    *qemu.ContLock // nil: this daemon made none
 	gaveUpDisks bool           // QEMU was asked to give the disks up
-	discards    []string       // memory backends whose discard-data is off because of this migration
 
 	endGuard         context.CancelFunc // ends guardStopped; nil: it has not begun
 	continuedByOther chan struct{}      // closed when somebody else has continued the VM after it was stopped

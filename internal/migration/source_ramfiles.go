@@ -69,7 +69,7 @@ func (s *Source) keepMemory(ctx context.Context) error {
 
 // undoKeepMemory undoes keepMemory for a VM that goes on here.
 func (s *Source) undoKeepMemory() {
-	if len(s.discards) == 0 || s.qemuEnded() {
+	if len(s.discards) == 0 || s.vm == nil || s.qemuEnded() {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
