@@ -270,8 +270,8 @@ func (d *Destination) errToldToRun() error {
 	case d.step() == filled: // it could be moved on from here
 		return withRemedy(
 			errors.New("the VM was on the destination with all of its memory, and its QEMU there has ended since"),
-			"find out whether the VM was moved on from the destination ('migrated list' there) and runs on a third host; "+
-				"only if it does, end one of the two QEMUs at once (QMP 'quit'): both write to the same disks")
+			"find out whether the VM was moved on from the destination ('migrated list' there) and runs on a third "+
+				"host; only if it does, end one of the two QEMUs at once (QMP 'quit'): both write to the same disks")
 	default:
 		return fmt.Errorf("the VM was run on the destination, and is not there any more: %w", errQEMUGone)
 	}

@@ -174,8 +174,8 @@ func TestTakenUpAfterTheSwitch(t *testing.T) {
 	}
 }
 
-// TestMovedPausedAndContinued: a VM that was moved paused, and that somebody continued here and then ended, also before a
-// restart of the daemon, has run: its disks are newer than its memory at the source.
+// TestMovedPausedAndContinued: a VM that was moved paused, and that somebody continued here and then ended, also before
+// a restart of the daemon, has run: its disks are newer than its memory at the source.
 func TestMovedPausedAndContinued(t *testing.T) {
 	for name, restarted := range map[string]bool{"by this daemon": false, "by the daemon before": true} {
 		t.Run(name, func(t *testing.T) {

@@ -58,7 +58,8 @@ func (s *Source) SetBandwidth(ctx context.Context, limit uint64) (uint64, error)
 	return answer.GetBandwidth(), nil
 }
 
-// bandwidthLimit returns the limit that a destination is to begin with: the one that was set last, or this daemon's own.
+// bandwidthLimit returns the limit that a destination is to begin with: the one that was set last, or this
+// daemon's own.
 func (s *Source) bandwidthLimit() uint64 {
 	s.limitMu.Lock()
 	defer s.limitMu.Unlock()
