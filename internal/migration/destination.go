@@ -3,6 +3,7 @@
 package migration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -253,8 +254,25 @@ func (d *Destination) abort(reason string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.toldToRun() {
-		return errors.New("the VM runs on the destination already")
+		return d.errToldToRun()
 	}
 	d.giveUp(fmt.Errorf("the source gave up: %s", reason))
 	return nil
+}
+
+// errToldToRun returns the error for a source that wants a migration given up whose QEMU was told to run the VM. It has
+// REASON_DESTINATION_QEMU_ENDED if the VM was here and is not any more: then the source has the only one. The caller
+// holds mu.
+func (d *Destination) errToldToRun() error {
+	switch {
+	case cmp.Or(d.claim, d.left).Alive(): // d.vm may be closed
+		return errors.New("the VM runs on the destination already")
+	case d.step() == filled: // it could be moved on from here
+		return withRemedy(
+			errors.New("the VM was on the destination with all of its memory, and its QEMU there has ended since"),
+			"find out whether the VM was moved on from the destination ('migrated list' there) and runs on a third "+
+				"host; only if it does, end one of the two QEMUs at once (QMP 'quit'): both write to the same disks")
+	default:
+		return fmt.Errorf("the VM was run on the destination, and is not there any more: %w", errQEMUGone)
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -37,6 +38,11 @@ func (d *Destination) Abandon(ctx context.Context) error {
 	}
 	// The migration had failed before and was left to its operator.
 	facts, err := readKept(d.cfg.Dir)
+	if errors.Is(err, fs.ErrNotExist) && d.step() == lost { // its QEMU had ended, and nothing was kept of it
+		d.moveTo(abandoned)
+		d.showAbandoned()
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("which QEMU it is that the VM was moved to: %w", err)
 	}
@@ -88,6 +94,11 @@ func (d *Destination) abandon() {
 	} else {
 		d.endQEMU()
 	}
+	d.showAbandoned()
+}
+
+// showAbandoned shows that the operator gave the VM up, and where it is. The caller holds mu.
+func (d *Destination) showAbandoned() {
 	where := whereabouts{
 		migratedv1.Location_LOCATION_ENDED, "the VM was ended on the destination; its disks are as it left them there",
 	}

@@ -101,6 +101,9 @@ func (d *Destination) run(
 	downtime := request.GetStoppedFor().AsDuration() + answer.GetResumeTime().AsDuration()
 	d.meter.switched(resumed, downtime)
 	d.markRunning(resumed, !request.GetResume(), answer, downtime)
+	if !request.GetResume() {
+		go d.followContinued(d.vm)
+	}
 	d.update(func(m *migratedv1.Migration) {
 		m.State, m.Location = migratedv1.MigrationState_MIGRATION_STATE_POSTCOPY_ACTIVE,
 			migratedv1.Location_LOCATION_DESTINATION

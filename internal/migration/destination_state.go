@@ -30,7 +30,7 @@ import (
 //	                       ├──▶ filled      all memory is here
 //	                       ├──▶ ended       the VM ended by itself
 //	                       ├──▶ abandoned   its operator had it ended
-//	                       └──▶ lost        QEMU ended while no daemon ran
+//	                       └──▶ lost        QEMU ended while no daemon ran; abandoned may follow
 //
 //	each step before running ──▶ doomed ──▶ givenUp, or to givenUp at once
 //
@@ -68,7 +68,7 @@ var stepTable = [...]struct {
 	filled:        {"complete", nil},
 	ended:         {"over: the VM ended", nil},
 	abandoned:     {"abandoned", nil},
-	lost:          {"over: QEMU ended while no daemon ran", nil},
+	lost:          {"over: QEMU ended while no daemon ran", []step{abandoned}},
 	doomed:        {"giving up", []step{givenUp}},
 	givenUp:       {"given up", nil},
 }
@@ -159,6 +159,9 @@ func (s *destinationState) markRunning(
 	h.downtime.Store(int64(downtime))
 	h.resumed.Store(since.UnixNano())
 }
+
+// markContinued records that a VM that was moved paused has run here since.
+func (s *destinationState) markContinued() { s.kept.header().paused.Store(0) }
 
 // runAnswer returns what Run was answered. nil: it is unknown whether QEMU got the command, and Run has to tell it
 // again. A VM that ended by itself has run; the source learns how it ended from WatchIncoming.

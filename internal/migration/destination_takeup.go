@@ -212,6 +212,9 @@ func (d *Destination) attachTakenUp(facts *keptFactsV1) {
 			d.vm = vm
 			d.mu.Unlock()
 			go d.watchQEMU(vm)
+			if d.toldToRun() { // else Run follows it, if the VM stays paused
+				go d.findContinued(vm)
+			}
 			return
 		}
 		if !facts.QEMU.Alive() {

@@ -54,8 +54,8 @@ func TestTakenUpAfterRunWasToldToNobody(t *testing.T) {
 	l := leaveDestination(t, true)
 	l.kept.header().toldToRun.Store(1)
 	d := l.takeUp(t)
-	if err := d.Abort("the test says so"); err == nil {
-		t.Error("a VM that may have run is given up")
+	if err := d.Abort("the test says so"); err == nil || reasonOf(err) != migratedv1.Reason_REASON_UNSPECIFIED {
+		t.Errorf("a VM that may run is given up, or said to have ended: %v", err)
 	}
 	if _, err := run(t, d); err != nil || !l.runs(t) {
 		t.Errorf("Run: %v; the VM runs: %v", err, l.runs(t))
@@ -77,6 +77,10 @@ func TestTakenUpToldQEMUDies(t *testing.T) {
 	<-d.Done()
 	if _, err := run(t, d); err == nil || errors.Is(err, ErrNotRun) || errors.Is(err, errAskAgain) {
 		t.Errorf("Run: %v; want another error than ErrNotRun", err)
+	}
+	if err := d.Abort("the VM was continued at the source"); reasonOf(err) !=
+		migratedv1.Reason_REASON_DESTINATION_QEMU_ENDED {
+		t.Errorf("a source that has the only VM is told: %v", err)
 	}
 }
 
@@ -170,6 +174,46 @@ func TestTakenUpAfterTheSwitch(t *testing.T) {
 	}
 }
 
+// TestMovedPausedAndContinued: a VM that was moved paused, and that somebody continued here and then ended, also before
+// a restart of the daemon, has run: its disks are newer than its memory at the source.
+func TestMovedPausedAndContinued(t *testing.T) {
+	for name, restarted := range map[string]bool{"by this daemon": false, "by the daemon before": true} {
+		t.Run(name, func(t *testing.T) {
+			l := leaveDestination(t, true)
+			if restarted {
+				l.kept.header().toldToRun.Store(1)
+				l.kept.header().paused.Store(1)
+				l.ran()
+				if _, err := l.vm.Cont(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			d := l.takeUp(t)
+			<-d.attaching
+			if !restarted {
+				if _, err := d.Run(t.Context(), &migratedv1.RunRequest{Id: "m1"}); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := l.vm.Cont(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for paused := true; paused && t.Context().Err() == nil; time.Sleep(time.Millisecond) {
+				d.limitMu.Lock()
+				paused = d.kept.header().paused.Load() != 0
+				d.limitMu.Unlock()
+			}
+			if err := l.vm.Quit(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			<-d.Done()
+			if view, _ := d.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_ENDED {
+				t.Errorf("the migration is %v: %v", view.GetState(), view.GetError())
+			}
+		})
+	}
+}
+
 // A daemon that is stopped leaves its VM to the next one. The source must not hear of a failure: it would stop
 // serving pages.
 func TestStoppedAfterTheSwitch(t *testing.T) {
@@ -246,6 +290,16 @@ func TestTakenUpWithoutQEMU(t *testing.T) {
 	}
 	if _, err := run(t, d); err == nil || errors.Is(err, ErrNotRun) || errors.Is(err, errAskAgain) {
 		t.Errorf("Run: %v; want another error than ErrNotRun", err)
+	}
+	expectDeleteRefused(t, "with its end undecided", d.Delete(t.Context()), "does not have all of its memory")
+	if err := d.Abandon(t.Context()); err != nil {
+		t.Errorf("it cannot be abandoned: %v", err)
+	}
+	if view, _ := d.Snapshot(); view.GetLocation() != migratedv1.Location_LOCATION_ENDED {
+		t.Errorf("the abandoned VM is at %v: %v", view.GetLocation(), view.GetError())
+	}
+	if err := d.Delete(t.Context()); err != nil {
+		t.Errorf("it cannot be deleted: %v", err)
 	}
 }
 

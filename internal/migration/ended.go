@@ -94,10 +94,44 @@ func (d *Destination) findEnding(failure error) *endedError {
 	}
 	// The VM was moved paused, or QEMU was told to run it and did not. It has left its disks alone and can go on at
 	// the source, so it did not end by itself.
-	if h := d.kept.header(); !said.Guest && (h.resumed.Load() == 0 || h.paused.Load() != 0) {
+	if !said.Guest && !d.hasRun() {
 		return nil
 	}
 	return endingOf(said)
+}
+
+// hasRun reports whether the VM has run here: QEMU was told to run it, or somebody has continued a VM that was moved
+// paused. The caller holds mu.
+func (d *Destination) hasRun() bool {
+	h := d.kept.header()
+	return h.resumed.Load() != 0 && (h.paused.Load() == 0 || d.vm != nil && isClosed(d.vm.Continued()))
+}
+
+// followContinued records that somebody continues a VM that was moved paused: from then on its disks may be newer than
+// what the source has.
+func (d *Destination) followContinued(vm *qemu.VM) {
+	select {
+	case <-vm.Continued():
+		d.noteContinued()
+	case <-d.ctx.Done():
+	}
+}
+
+// findContinued is followContinued for a VM that may have been continued while no daemon ran.
+func (d *Destination) findContinued(vm *qemu.VM) {
+	if running, err := vm.Running(d.ctx); err == nil && running {
+		d.noteContinued()
+		return
+	}
+	d.followContinued(vm)
+}
+
+func (d *Destination) noteContinued() {
+	d.limitMu.Lock() // else the file could be closed meanwhile
+	defer d.limitMu.Unlock()
+	if !d.released {
+		d.markContinued()
+	}
 }
 
 // endingFromExitStatus returns how the VM ended if QEMU ended before this restarted daemon could connect to it. A
@@ -114,8 +148,7 @@ func (d *Destination) endingFromExitStatus() *endedError {
 		return nil
 	}
 	// A VM that was never continued here does not count: it has left its disks alone.
-	if h := d.kept.header(); !status.Exited() || status.ExitStatus() != 0 ||
-		h.resumed.Load() == 0 || h.paused.Load() != 0 {
+	if !status.Exited() || status.ExitStatus() != 0 || !d.hasRun() {
 		return nil
 	}
 	return &endedError{

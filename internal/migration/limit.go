@@ -46,13 +46,24 @@ func (s *Source) SetBandwidth(ctx context.Context, limit uint64) (uint64, error)
 	if conn == nil {
 		return 0, errNotPrepared
 	}
+	s.limitMu.Lock() // a source that prepares afresh ends the call when it closes conn, then asks for the limit
+	defer s.limitMu.Unlock()
 	answer, err := migratedv1.NewPeerServiceClient(conn).LimitIncoming(ctx, &migratedv1.LimitIncomingRequest{
 		Id: s.cfg.ID, Bandwidth: bandwidth.Lower(limit, s.cfg.Bandwidth),
 	})
 	if err != nil {
 		return 0, fromPeer("set the bandwidth", s.cfg.Spec.GetDestination(), err)
 	}
+	s.limit = limit
 	return answer.GetBandwidth(), nil
+}
+
+// bandwidthLimit returns the limit that a destination is to begin with: the one that was set last, or this
+// daemon's own.
+func (s *Source) bandwidthLimit() uint64 {
+	s.limitMu.Lock()
+	defer s.limitMu.Unlock()
+	return bandwidth.Lower(s.limit, s.cfg.Bandwidth)
 }
 
 // SetBandwidth is the destination's half of it. A restarted daemon keeps the limit.

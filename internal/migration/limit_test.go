@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"testing"
+	"time"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -44,6 +45,21 @@ func TestSourceLimit(t *testing.T) {
 	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
 	if _, err := s.source.SetBandwidth(t.Context(), 1<<20); !errors.Is(err, errOver) {
 		t.Errorf("after the end: %v", err)
+	}
+}
+
+// TestLimitOutlivesAnAttempt: a source that prepares afresh begins with the limit that was set since it prepared.
+func TestLimitOutlivesAnAttempt(t *testing.T) {
+	p := &peer{run: runAtOnce}
+	s := newEarlyStage(t, p)
+	if _, err := s.source.SetBandwidth(t.Context(), 5<<20); err != nil {
+		t.Fatal(err)
+	}
+	s.source.earlySavedAt = time.Now().Add(-time.Hour)
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+	if p.prepareCalls != 2 || p.bandwidth != 5<<20 {
+		t.Errorf("prepared %d times, at last with a limit of %d", p.prepareCalls, p.bandwidth)
 	}
 }
 

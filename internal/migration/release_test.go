@@ -5,6 +5,8 @@ package migration
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"os"
 	"strings"
 	"testing"
 
@@ -12,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -54,6 +57,71 @@ func TestReleaseWhereTheDestinationKnowsNothing(t *testing.T) {
 		t.Errorf("the source's QEMU: %v", err)
 	}
 	s.noRecord(t)
+}
+
+// TestReleaseRemovesTheMemorysFile: nobody needs the file of a released VM's memory. It would take memory of this host
+// until somebody found it.
+func TestReleaseRemovesTheMemorysFile(t *testing.T) {
+	s := committed(t)
+	s.peer.setWatch(unreachable)
+	vm, err := qemu.Attach(t.Context(), s.vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := s.source.ramFilesOf(vm)
+	if err := vm.Close(); err != nil || len(files) != 1 {
+		t.Fatalf("files of its memory: %v, %v", files, err)
+	}
+	if err := s.source.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	view, _ := s.source.Snapshot()
+	if _, err := os.Stat(files[0].Path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the file of its memory: %v; it says %q", err, view.GetRamFiles())
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "its QEMU on the source has ended")
+	s.noRecord(t)
+}
+
+// TestReleaseKeepsWhatProtectsAKeptQEMU: the QEMU of a released VM that its operator keeps is not taken for the VM.
+func TestReleaseKeepsWhatProtectsAKeptQEMU(t *testing.T) {
+	s := committed(t)
+	s.peer.setWatch(unreachable)
+	s.source.cfg.Spec.KeepSource = true
+	if err := s.source.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "its QEMU on the source was kept")
+	if rec, found, err := s.records.find("m1"); !found || !rec.Completed || err != nil || s.vmRuns(t) {
+		t.Errorf("the record: %t, %v, %v", found, rec, err)
+	}
+	expectDeleteRefused(t, "with its QEMU", s.source.Delete(t.Context()), "keeps it from being taken for the VM")
+	cfg := s.takeUpConfig()
+	cfg.ID, cfg.Spec = "m2", s.source.cfg.Spec
+	again := NewSource(t.Context(), cfg)
+	again.Start()
+	<-again.Done()
+	if view, _ := again.Snapshot(); !strings.Contains(view.GetError().GetMessage(), "only kept for its memory") {
+		t.Errorf("a second migration of it: %v, %v", view.GetState(), view.GetError())
+	}
+}
+
+// TestReleaseLeavesAContinuedVMAlone: a VM that somebody has continued here is in use, also where its QEMU is kept.
+func TestReleaseLeavesAContinuedVMAlone(t *testing.T) {
+	for name, keep := range map[string]bool{"ended": false, "kept": true} {
+		t.Run(name, func(t *testing.T) {
+			s := committed(t)
+			s.peer.setWatch(unreachable)
+			s.source.cfg.Spec.KeepSource = keep
+			s.continueAnyway(t)
+			if err := s.source.Release(t.Context()); err == nil || !strings.Contains(err.Error(), "is not stopped") {
+				t.Errorf("it is released: %v", err)
+			}
+			if rec, found, err := s.records.find("m1"); !found || rec.Completed || err != nil || !s.vmRuns(t) {
+				t.Errorf("the record: %t, %v, %v", found, rec, err)
+			}
+		})
+	}
 }
 
 // TestReleaseIsRefused: Release fails before the commit point, and if the destination answers that it does not have all

@@ -79,15 +79,19 @@ type Source struct {
 
 	sourceState
 
+	limitMu sync.Mutex // guards limit
+	limit   uint64     // the bandwidth that was asked for last, bytes per second; 0: no limit
+
 	startedAt    time.Time // set before started is closed
 	prepareBegan time.Time // when preparing began; set before prepare is called
 
 	// Owned by the goroutine of run.
 	attempt
 	token         string
-	protocol      uint32 // the version that both daemons use
-	takenUp       bool   // made by TakeUpSource
-	noEarlyReason error  // why there must be no early load; nil: there may be one
+	protocol      uint32   // the version that both daemons use
+	takenUp       bool     // made by TakeUpSource
+	noEarlyReason error    // why there must be no early load; nil: there may be one
+	discards      []string // memory backends whose discard-data is off because of this migration
 	steps         steps
 
 	lastIncoming heard // what the destination said last about the VM's memory
@@ -120,7 +124,6 @@ type attempt struct {
 	stopped     chan struct{}  // closed when QEMU has said that the VM is stopped
 	contLock    *qemu.ContLock // nil: this daemon made none
 	gaveUpDisks bool           // QEMU was asked to give the disks up
-	discards    []string       // memory backends whose discard-data is off because of this migration
 
 	endGuard         context.CancelFunc // ends guardStopped; nil: it has not begun
 	continuedByOther chan struct{}      // closed when somebody else has continued the VM after it was stopped
@@ -157,6 +160,7 @@ func newSource(ctx context.Context, cfg SourceConfig) (*Source, context.Context)
 		started: make(chan struct{}),
 		done:    make(chan struct{}),
 		attempt: newAttempt(),
+		limit:   cfg.Spec.GetBandwidth(),
 	}
 	s.note(func(r *migratedv1.Report) { r.Source, r.Check = versionsOf(cfg.Versions, ""), cfg.Check })
 	s.daemonCtx = ctx

@@ -11,7 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/migrated-vm/migrated/internal/bandwidth"
 	"github.com/migrated-vm/migrated/internal/machine"
 	"github.com/migrated-vm/migrated/internal/printable"
 	"github.com/migrated-vm/migrated/internal/qemu"
@@ -50,7 +49,7 @@ func (s *Source) prepare(ctx context.Context) error {
 		DestinationQmp:      s.cfg.Spec.GetDestinationQmp(),
 		DestinationTemplate: s.cfg.Spec.GetDestinationTemplate(),
 		Spec:                s.cfg.Spec,
-		Bandwidth:           bandwidth.Lower(s.cfg.Spec.GetBandwidth(), s.cfg.Bandwidth),
+		Bandwidth:           s.bandwidthLimit(),
 		Early:               notEarly == nil,
 		Versions:            s.cfg.Versions,
 	})

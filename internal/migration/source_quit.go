@@ -22,7 +22,7 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 	s.export.Withdraw()
 	// Note it before QEMU quits: a restarted daemon cannot tell a QEMU that quit from one that died with memory that is
 	// still needed.
-	files := s.ramFiles()
+	files := s.ramFilesOf(s.vm)
 	if err := s.cfg.Records.Complete(s.cfg.ID, ended, files); err != nil {
 		s.log.Warn("cannot record that all memory has left", "error", err)
 	}
@@ -76,7 +76,12 @@ func (s *Source) endQEMU(ended migratedv1.Reason, files []ram.File) error {
 // is as in endSourceVM.
 func (s *Source) quit(vm *qemu.VM, ended migratedv1.Reason) error {
 	s.undefine(ended, vm.Ended) // has a time limit of its own
-	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
+	return s.quitQEMU(context.Background(), vm)
+}
+
+// quitQEMU ends vm. The VM must stand still.
+func (s *Source) quitQEMU(ctx context.Context, vm *qemu.VM) error {
+	ctx, cancel := context.WithTimeout(ctx, quitTimeout)
 	defer cancel()
 	err := vm.Quit(ctx)
 	if errors.Is(err, libvirt.ErrOwner) { // QEMU has ended
@@ -92,8 +97,7 @@ func (s *Source) showContinuedHere(ended migratedv1.Reason) {
 	if ended != migratedv1.Reason_REASON_UNSPECIFIED {
 		how := endingForReason(ended)
 		s.fail(migratedv1.MigrationState_MIGRATION_STATE_ENDED, withRemedy(withReason(how, how.reason),
-			"check the file systems of the VM on the source: its memory is that of the switch, "+
-				"and its disks have what it wrote on the destination"), whereabouts{
+			remedyOlderMemory), whereabouts{
 			migratedv1.Location_LOCATION_SOURCE,
 			"the VM has ended on the destination, and was continued on the source, where it is now",
 		})

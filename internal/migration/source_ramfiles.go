@@ -6,19 +6,24 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qemu/ram"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// ramFiles returns the files of the VM's memory that remain when its QEMU has ended. Nobody needs them once all memory
-// is at the destination. A file that QEMU does not report stays.
-func (s *Source) ramFiles() []ram.File {
-	if s.cfg.Spec.GetKeepSource() || s.facts == nil {
+// ramFilesOf returns the files of the VM's memory that remain when vm, its QEMU, has ended. Nobody needs them once all
+// memory is at the destination. A file that QEMU does not report stays, and so do all of a QEMU that is kept.
+func (s *Source) ramFilesOf(vm *qemu.VM) []ram.File {
+	if s.cfg.Spec.GetKeepSource() {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 	defer cancel()
-	files, err := s.vm.RAM.Files(ctx, s.facts.RAMBlocks)
+	blocks, err := vm.RAM.Blocks(ctx)
+	var files []ram.File
+	if err == nil {
+		files, err = vm.RAM.Files(ctx, blocks)
+	}
 	if err != nil {
 		s.log.Warn("files of the VM's memory may stay on this host: QEMU does not say which it has", "error", err)
 	}
@@ -64,7 +69,7 @@ func (s *Source) keepMemory(ctx context.Context) error {
 
 // undoKeepMemory undoes keepMemory for a VM that goes on here.
 func (s *Source) undoKeepMemory() {
-	if len(s.discards) == 0 || s.qemuEnded() {
+	if len(s.discards) == 0 || s.vm == nil || s.qemuEnded() {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)

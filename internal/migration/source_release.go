@@ -47,16 +47,20 @@ func (s *Source) Release(ctx context.Context) error {
 	case !s.isCommitted():
 		return errors.New("the destination has given the VM back at this moment: it is on this host")
 	}
-	if err := s.endHandedOver(ctx); err != nil {
+	stays, err := s.endHandedOver(ctx)
+	if err != nil {
 		return fmt.Errorf("end what is left of the VM here: %w", err)
 	}
 	s.keepDefinition(errors.New("the destination cannot say that the domain is defined there"))
 	s.clearCommit()
-	s.removeRecord()
-	s.log.Warn("released: the VM is at the destination, its operator says")
+	words := "its QEMU on the source was kept, and does not run"
+	if !stays {
+		s.removeRecord()
+		words = "its QEMU on the source has ended"
+	}
+	s.log.Warn("released: the VM is at the destination, its operator says", "source_qemu_stays", stays)
 	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errReleased, whereabouts{
-		migratedv1.Location_LOCATION_DESTINATION,
-		"the VM is on the destination, as its operator said; nothing of it is left on the source",
+		migratedv1.Location_LOCATION_DESTINATION, "the VM is on the destination, as its operator said; " + words,
 	})
 	return nil
 }
@@ -125,20 +129,30 @@ func (s *Source) askDestination(ctx context.Context) (answer *migratedv1.WatchIn
 	}
 }
 
-// endHandedOver ends the QEMU of the record, which is stopped. If it has ended already, endHandedOver does nothing.
-func (s *Source) endHandedOver(ctx context.Context) error {
+// endHandedOver ends the QEMU of the record, which is stopped, and removes the files of its memory. If it has ended
+// already, endHandedOver does nothing. stays: the operator wants to keep that QEMU. It is left alone then, and its
+// record, which is completed, keeps it from being taken for the VM.
+func (s *Source) endHandedOver(ctx context.Context) (stays bool, err error) {
 	rec, found, err := s.cfg.Records.find(s.cfg.ID)
-	if err != nil || !found || !rec.Alive() || s.cfg.Spec.GetKeepSource() {
-		return err
+	if err != nil || !found || !rec.Alive() {
+		return false, err
 	}
 	vm, err := s.attachHandedOver(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
-	if err = vm.VerifyStopped(ctx); err == nil {
-		err = vm.Quit(ctx)
+	stays = s.cfg.Spec.GetKeepSource()
+	switch err = vm.VerifyStopped(ctx); {
+	case err != nil:
+	case stays:
+		err = s.cfg.Records.Complete(s.cfg.ID, migratedv1.Reason_REASON_UNSPECIFIED, nil)
+	default:
+		files := s.ramFilesOf(vm)
+		if err = s.quitQEMU(ctx, vm); err == nil {
+			s.removeRAMFiles(files)
+		}
 	}
-	return errors.Join(err, vm.Close())
+	return stays, errors.Join(err, vm.Close())
 }
 
 // releaseCommand returns the command line for Release.

@@ -64,10 +64,15 @@ func TestAttemptsAreApart(t *testing.T) {
 	s.reconnected = vm
 	s.moveTo(stopAsked)
 	s.gaveUpDisks = true
+	s.discards = []string{"ram0"}
 	close(s.stopped)
 	s.reset()
 	if s.monitor() != nil || s.gaveUpDisks || s.stopTried() || isClosed(s.stopped) {
 		t.Errorf("the monitor is %v, the disks were given up: %t, the VM was stopped: %t",
 			s.monitor(), s.gaveUpDisks, s.stopTried())
 	}
+	if len(s.discards) != 1 { // it is still off, and a later attempt does not see that it was on
+		t.Error("it is forgotten that QEMU is to empty its memory again when it ends")
+	}
+	s.undoKeepMemory() // as when the next attempt cannot connect to QEMU
 }

@@ -3,6 +3,7 @@
 package migration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,6 +27,10 @@ var (
 // remedyRunsTwice is the remedy for a VM that runs on both hosts.
 const remedyRunsTwice = "end one of the two QEMUs at once (QMP 'quit'): both write to the same disks. " +
 	"The destination's QEMU gets no more memory from the source"
+
+// remedyOlderMemory is the remedy for a VM that was continued on the source and has ended on the destination.
+const remedyOlderMemory = "check the file systems of the VM on the source: its memory is that of the switch, " +
+	"and its disks have what it wrote on the destination"
 
 // stoppedTimeout bounds the question whether the VM stands still. QEMU answers within a millisecond, or hangs.
 const stoppedTimeout = 5 * time.Second
@@ -163,12 +168,12 @@ func (s *Source) retractHandOver(ctx context.Context) {
 				s.whereContinued(migratedv1.Location_LOCATION_SOURCE, ErrNotRun.Error()))
 			return
 		case codes.FailedPrecondition:
+			s.clearCommit()
 			s.removeRecord() // a record is for a VM that stands still
-			s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
-				withRemedy(fmt.Errorf("%w: %w", errContinued, fromPeer("give up", destination, err)), remedyRunsTwice),
-				s.whereContinued(migratedv1.Location_LOCATION_UNKNOWN, "the destination says that it runs there, too"))
+			s.showRanThere(fromPeer("give up", destination, err))
 			return
 		case codes.NotFound:
+			s.clearCommit()
 			s.removeRecord()
 			s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
 				withRemedy(fmt.Errorf("%w: %w", errContinued, fromPeer("give up", destination, err)),
@@ -191,6 +196,20 @@ func (s *Source) retractHandOver(ctx context.Context) {
 	}
 }
 
+// showRanThere shows the end of a migration whose VM somebody continued here. told is what the destination says, which
+// was told to run the VM, too.
+func (s *Source) showRanThere(told error) {
+	err := fmt.Errorf("%w: %w", errContinued, told)
+	if reasonOf(told) == migratedv1.Reason_REASON_DESTINATION_QEMU_ENDED {
+		s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,
+			withRemedy(withReason(err, migratedv1.Reason_REASON_INTERFERED), remedyOlderMemory),
+			s.whereContinued(migratedv1.Location_LOCATION_SOURCE, "on the destination it has ended"))
+		return
+	}
+	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, withRemedy(err, cmp.Or(Remedy(told), remedyRunsTwice)),
+		s.whereContinued(migratedv1.Location_LOCATION_UNKNOWN, "the destination was told to run it, too"))
+}
+
 // runsTwiceError returns the error that is shown for a VM that somebody continued here although it was at the
 // destination.
 func runsTwiceError() *migratedv1.MigrationError {
@@ -199,8 +218,12 @@ func runsTwiceError() *migratedv1.MigrationError {
 	return shown
 }
 
-// whereContinued returns where a VM is that somebody continued here. there is what is known of the destination.
+// whereContinued returns where a VM is that somebody continued here. location is where it is as long as its QEMU here
+// lives, and there what is known of the destination.
 func (s *Source) whereContinued(location migratedv1.Location, there string) whereabouts {
-	_, _, words := locateVM(s.vm)
+	here, _, words := locateVM(s.vm)
+	if location == migratedv1.Location_LOCATION_SOURCE {
+		location = here // it may have ended
+	}
 	return whereabouts{location, words + "; " + there}
 }

@@ -4,6 +4,7 @@ package migration
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,6 +24,12 @@ func TestContinuedVMIsNotHandedOverAgain(t *testing.T) {
 		says   string
 	}{
 		"the destination gives up": {nil, 1, ErrNotRun.Error()},
+		"the VM has ended there": {func(int) error {
+			return ToStatus(codes.FailedPrecondition, errQEMUGone)
+		}, 1, remedyOlderMemory},
+		"it had the whole VM": {func(int) error {
+			return ToStatus(codes.FailedPrecondition, withRemedy(errors.New("gone since"), "look on a third host"))
+		}, 1, "look on a third host"},
 		"it does not answer at once": {func(attempt int) error {
 			if attempt < 3 {
 				return status.Error(codes.Unavailable, "a broken wire")
@@ -54,10 +61,19 @@ func TestContinuedVMIsNotHandedOverAgain(t *testing.T) {
 			if s.peer.runs != 1 || s.peer.aborts != c.aborts {
 				t.Errorf("told %d times to run the VM, %d times to give up", s.peer.runs, s.peer.aborts)
 			}
+			view, _ := s.source.Snapshot()
+			here := c.says == ErrNotRun.Error() || c.says == remedyOlderMemory
+			if (view.GetLocation() == migratedv1.Location_LOCATION_SOURCE) != here ||
+				here && strings.Contains(view.GetError().GetRemedy(), remedyRunsTwice) {
+				t.Errorf("the VM is at %v: %v", view.GetLocation(), view.GetError())
+			}
 			if !s.vmRuns(t) {
 				t.Error("the VM does not run")
 			}
 			s.noRecord(t)
+			if err := s.source.Delete(t.Context()); err != nil {
+				t.Errorf("nothing is left here to protect: %v", err)
+			}
 		})
 	}
 }

@@ -270,7 +270,8 @@ func (s *Source) notTakenUp(rec Record, err error) (remedy string, where whereab
 		where.words = endedStatus
 		return fmt.Sprintf(remedyEndVM, s.cfg.ID), where
 	default:
-		return fmt.Sprintf("run 'migrated status %s' on the destination to see whether the VM runs there; only if it does "+
-			"not and never will, run here: %s", s.cfg.ID, s.fallBackCommand()), where
+		return fmt.Sprintf("remove the cause, then restart this daemon: it goes on with the migration; until then, the "+
+			"VM at the destination may wait for memory. See 'migrated status %s' there; only if the VM does not run "+
+			"there and never will, run here: %s", s.cfg.ID, s.fallBackCommand()), where
 	}
 }

@@ -128,6 +128,25 @@ func TestTakenUpSourceWasCompleteAndContinued(t *testing.T) {
 	s.noRecord(t)
 }
 
+// A daemon that cannot open the VM's memory says that the next one can go on.
+func TestTakenUpSourceCannotOpenTheMemory(t *testing.T) {
+	s := committed(t)
+	if err := s.records.change("m1", func(rec *Record) { rec.Blocks[0].Addr++ }); err != nil {
+		t.Fatal(err)
+	}
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "restart this daemon: it goes on")
+	if !s.handedOver(t) {
+		t.Error("the record is gone")
+	}
+	if err := s.records.change("m1", func(rec *Record) { rec.Blocks[0].Addr-- }); err != nil {
+		t.Fatal(err)
+	}
+	s.peer.run = runAtOnce
+	s.takeUp(t)
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, "")
+}
+
 func TestTakenUpSourceIsGivenTheVMBack(t *testing.T) {
 	s := committed(t)
 	s.peer.run = func(int) (*migratedv1.RunResponse, error) { return nil, status.Error(codes.Aborted, "QEMU died") }

@@ -40,6 +40,7 @@ type peer struct {
 	// watch answers WatchIncoming after the peer was told to run the VM.
 	watch        func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error
 	limit        uint64                    // of the last LimitIncoming
+	bandwidth    uint64                    // of the last PrepareIncoming
 	incoming     *migratedv1.MemoryMap     // the answer to ShowIncoming
 	earlyMisses  bool                      // LoadEarlyState fails because a page is missing
 	earlyCalls   int                       // number of calls of LoadEarlyState
@@ -62,6 +63,7 @@ func (p *peer) PrepareIncoming(
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.prepareCalls++
+	p.bandwidth = r.GetBandwidth()
 	return &migratedv1.PrepareIncomingResponse{
 		Protocol: r.GetProtocol(), RamBlocks: r.GetMachine().GetRamBlocks(), Early: p.early && r.GetEarly(),
 	}, nil
@@ -205,6 +207,9 @@ func newStageWith(
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.Remove(ram.Name()) })
+	if err := ram.Close(); err != nil { // else it would not be removed as one that nobody needs
+		t.Fatal(err)
+	}
 	s := &stage{
 		peer: p, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"),
 		pages: pagesrv.NewServer(pagesrv.Options{}),

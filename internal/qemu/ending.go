@@ -31,17 +31,23 @@ func (vm *VM) Ending() *Ending {
 	return vm.endings.last
 }
 
+// Continued returns a channel that is closed when QEMU has said that the VM was continued since Attach. Once Ending has
+// returned after the end of the connection, that does not change any more.
+func (vm *VM) Continued() <-chan struct{} { return vm.endings.continued }
+
 // endings follows the events that say whether the VM has ended. It reads them at once, because a guest can cause any
 // number of them and a subscription keeps only the oldest.
 type endings struct {
-	followed chan struct{} // closed when the connection has ended and all events have been read
-	mu       sync.Mutex    // guards last
-	last     *Ending       // nil: the VM has not ended, or went on since
+	followed  chan struct{} // closed when the connection has ended and all events have been read
+	resumed   sync.Once     // closes continued
+	continued chan struct{} // closed at the first RESUME
+	mu        sync.Mutex    // guards last
+	last      *Ending       // nil: the VM has not ended, or went on since
 }
 
 // followEndings starts to follow the endings of a VM until the connection ends.
 func followEndings(client *qmp.Client) *endings {
-	e := &endings{followed: make(chan struct{})}
+	e := &endings{followed: make(chan struct{}), continued: make(chan struct{})}
 	go e.follow(client.Subscribe("SHUTDOWN", "RESET", "RESUME"))
 	return e
 }
@@ -58,6 +64,9 @@ func (e *endings) follow(events *qmp.Subscription) {
 
 // note records an event.
 func (e *endings) note(event qmp.Event) {
+	if event.Name == "RESUME" {
+		e.resumed.Do(func() { close(e.continued) })
+	}
 	if event.Name != "SHUTDOWN" { // the VM goes on
 		e.set(nil)
 		return
