@@ -24,6 +24,7 @@ type fakeHost struct {
 	mu         sync.Mutex
 	vms        []*migratedv1.HostVM
 	unseen     error                       // why VMs fails; nil: it does not
+	looking    chan struct{}               // VMs waits until it is closed; nil: it does not
 	refusals   map[string]error            // by VM: why it cannot be moved
 	refusedAt  map[string]map[string]error // by VM and destination
 	rooms      map[string]error            // by destination: why it cannot be one
@@ -50,6 +51,9 @@ func newFakeHost(names ...string) *fakeHost {
 }
 
 func (p *fakeHost) VMs(context.Context) ([]*migratedv1.HostVM, error) {
+	if p.looking != nil {
+		<-p.looking
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var all []*migratedv1.HostVM
@@ -140,7 +144,7 @@ func (p *fakeHost) end(id string) {
 	if end.GetState() == migratedv1.MigrationState_MIGRATION_STATE_UNSPECIFIED {
 		return
 	}
-	m.State, m.Location, m.Error = end.GetState(), end.GetLocation(), end.GetError()
+	m.State, m.Location, m.Error, m.SwitchTime = end.GetState(), end.GetLocation(), end.GetError(), end.GetSwitchTime()
 	p.now--
 }
 
