@@ -33,6 +33,8 @@ type fakeHost struct {
 	order      []string // the VMs, in the order in which their migrations began
 	most, now  int      // migrations at once: the most until now, and at present
 	limit      uint64
+	machine    *migratedv1.SourceMachine // of each VM
+	checkTime  time.Duration             // what the last CheckAt was given
 	// outcome returns how that attempt to move a VM ends; nil: it completes. A migration whose state is
 	// MIGRATION_STATE_UNSPECIFIED does not end.
 	outcome func(vm string, attempt int) *migratedv1.Migration
@@ -78,7 +80,7 @@ func (p *fakeHost) Check(_ context.Context, vm string) *Checked {
 	defer p.mu.Unlock()
 	return &Checked{
 		Err: p.refusals[vm], Address: vm, Name: strings.TrimPrefix(vm, "/vm/"), Size: Needs{page: 64 * mib},
-		Held: Needs{page: 8 * mib},
+		Held: Needs{page: 8 * mib}, Machine: p.machine,
 	}
 }
 
@@ -87,10 +89,12 @@ func (p *fakeHost) Room(_ context.Context, destination string) (*migratedv1.Host
 }
 
 func (p *fakeHost) CheckAt(
-	_ context.Context, vm *Checked, destination string, _ *migratedv1.MigrationSpec,
+	ctx context.Context, vm *Checked, destination string, _ *migratedv1.MigrationSpec,
 ) ([]string, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	deadline, _ := ctx.Deadline()
+	p.checkTime = time.Until(deadline)
 	return nil, p.refusedAt[vm.Address][destination]
 }
 

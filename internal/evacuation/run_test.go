@@ -329,3 +329,14 @@ func TestIDOfAnEarlierEvacuation(t *testing.T) {
 		t.Errorf("moved %v, by %s", p.order, id)
 	}
 }
+
+// TestTimeForLargeVMs: the check of a VM whose memory is touched first has as much time as its migration would, and as
+// much to wait for its turn.
+func TestTimeForLargeVMs(t *testing.T) {
+	p := newFakeHost("a")
+	p.machine = &migratedv1.SourceMachine{RamBlocks: []*migratedv1.RamBlock{{Size: 512 << 30, Populated: true}}}
+	evacuate(t, p, with(func(s *migratedv1.EvacuationSpec) { s.PlanOnly = true }))
+	if want := 2 * (time.Minute + 512*time.Second); p.checkTime < want {
+		t.Errorf("it had %v, not %v", p.checkTime, want)
+	}
+}
