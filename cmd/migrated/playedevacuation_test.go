@@ -113,8 +113,8 @@ func (playedEvacuations) Evacuate(
 	return &migratedv1.EvacuateResponse{Evacuation: steps(request.GetId(), request.GetSpec())[0]}, nil
 }
 
-// playedEvacuation has the specification of the last evacuation, and when the daemon is back if it restarts. A script has
-// one at a time.
+// playedEvacuation has the specification of the last evacuation, and when the daemon is back if it restarts. A script
+// has one at a time.
 var playedEvacuation struct {
 	spec *migratedv1.EvacuationSpec
 	back time.Time
