@@ -48,7 +48,7 @@ func (evacuateCmd) Help() string {
 		`the VM is still here is tried again, at another host if there is one. The daemon does the work: interrupting the ` +
 		`command does not interrupt the evacuation, and a daemon that is started again goes on with it.
 
-Exit code 0 says that every VM that was to go has left; 9 that some have not, and the summary says why.
+Exit code 0 says that every VM that was to go has left; 9 that some have not, or it is not known; the summary says why.
 
 Examples:
 
@@ -166,7 +166,8 @@ func (c *daemonClient) followEvacuation(id string) (err error) {
 	a := c.app
 	display := &evacuationLines{app: a}
 	var last *migratedv1.Evacuation
-	for range 1 + maxReconnects {
+	for n := range 1 + maxReconnects {
+		a.pauseBefore(n)
 		var seen *migratedv1.Evacuation
 		seen, err = c.watchEvacuation(id, display, last != nil)
 		if seen != nil {

@@ -26,9 +26,9 @@ func evacuationMeaning(view *migratedv1.Evacuation) string {
 	case migratedv1.EvacuationState_EVACUATION_STATE_CANCELLING:
 		return "cancelled, and VMs that were handed over are followed: " + counts
 	case migratedv1.EvacuationState_EVACUATION_STATE_DONE:
-		return "over: " + counts
+		return "over: " + counts + prefixed("; ", view.GetError().GetMessage())
 	case migratedv1.EvacuationState_EVACUATION_STATE_CANCELLED:
-		return "cancelled: " + counts
+		return "cancelled: " + counts + prefixed("; ", view.GetError().GetMessage())
 	case migratedv1.EvacuationState_EVACUATION_STATE_PLANNED:
 		return "a plan, and nothing was moved: " + counts
 	case migratedv1.EvacuationState_EVACUATION_STATE_FAILED:
@@ -209,9 +209,14 @@ func (l *evacuationLines) outcome(view *migratedv1.Evacuation) error {
 			left++
 		}
 	}
-	if left == 0 {
-		return nil
+	message := fmt.Sprintf(
+		"%d of %s stay on this host: see the reasons above", left, plural(uint64(len(view.GetVms())), "VM"))
+	switch unknown := view.GetError(); {
+	case unknown.GetMessage() != "" && left == 0:
+		message = "it is not known whether VMs stay on this host: " + unknown.GetMessage()
+		fallthrough
+	case left > 0:
+		return &failure{exit: exitStillHere, message: message, remedy: unknown.GetRemedy()}
 	}
-	return &failure{exit: exitStillHere, message: fmt.Sprintf(
-		"%d of %s stay on this host: see the reasons above", left, plural(uint64(len(view.GetVms())), "VM"))}
+	return nil
 }

@@ -39,7 +39,7 @@ var exitCodes = []struct {
 	{exitEnded, "the VM ended by itself while it moved: its guest powered off, " +
 		"or its QEMU was told to quit; nothing failed"},
 	{exitUnderWay, "idle: a migration or an evacuation is under way on this host"},
-	{exitStillHere, "evacuate: not all VMs have left this host, or can; the summary says which"},
+	{exitStillHere, "evacuate: not all VMs have left this host, or can, or it is not known; the summary says which"},
 	{exitConfig, "serve: the command line or the configuration file is wrong, and starting it again does not help"},
 	{exitInterrupted, "interrupted while watching; the migration goes on"},
 }

@@ -41,8 +41,26 @@ func (a *app) display(interval time.Duration) display {
 }
 
 // maxReconnects is how often one command connects again. A restart of the daemon
-// needs one; a daemon that ends every stream is broken.
+// needs a few; a daemon that ends every stream is broken.
 const maxReconnects = 30
+
+// The pauses between two attempts to connect again.
+const (
+	firstPause   = 100 * time.Millisecond
+	longestPause = 2 * time.Second
+)
+
+// pauseBefore waits before attempt n to follow something: a daemon that ends answers until its server has stopped.
+// There is no pause before the first attempt, n == 0.
+func (a *app) pauseBefore(n int) {
+	if n == 0 {
+		return
+	}
+	select {
+	case <-time.After(min(firstPause<<(n-1), longestPause)):
+	case <-a.ctx.Done():
+	}
+}
 
 // watchInterval is the interval at which the daemon is asked to send. A display
 // that shows less leaves messages out, so that it still sees each state.
@@ -54,7 +72,8 @@ func (c *daemonClient) follow(
 	id string, d display, done func(*migratedv1.Migration) bool,
 ) (last *migratedv1.Migration, err error) {
 	defer d.close()
-	for range 1 + maxReconnects {
+	for n := range 1 + maxReconnects {
+		c.app.pauseBefore(n)
 		var seen *migratedv1.Migration
 		seen, err = c.watchOnce(id, d, done, last != nil)
 		if seen != nil {

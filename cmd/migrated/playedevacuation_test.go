@@ -17,7 +17,8 @@ import (
 )
 
 // playedEvacuations is a fake evacuation API, which answers by the id: "e1" moves two of three VMs, "empty" the only
-// one, "plan" none, and "broken" has no plan.
+// one, "plan" none, and "broken" has no plan. "early" is cancelled without a plan, "blind" cannot see what it has left,
+// and "restart" is of a daemon that ends and takes a while to come back.
 type playedEvacuations struct {
 	migratedv1.UnimplementedEvacuationServiceServer
 }
@@ -39,9 +40,12 @@ func steps(id string, spec *migratedv1.EvacuationSpec) (all []*migratedv1.Evacua
 		all = append(all, proto.CloneOf(view))
 	}
 	then(func() {})
-	if id == "broken" {
+	if id == "broken" || id == "early" {
 		then(func() {
 			view.State = migratedv1.EvacuationState_EVACUATION_STATE_FAILED
+			if id == "early" {
+				view.State = migratedv1.EvacuationState_EVACUATION_STATE_CANCELLED
+			}
 			view.PlanTime = timestamppb.New(noon)
 			view.Error = &migratedv1.MigrationError{
 				Message: "no destination can take VMs of this host",
@@ -65,7 +69,7 @@ func steps(id string, spec *migratedv1.EvacuationSpec) (all []*migratedv1.Evacua
 		view.State, view.PlanTime = migratedv1.EvacuationState_EVACUATION_STATE_RUNNING, timestamppb.New(noon)
 		view.Vms = []*migratedv1.EvacuatedVM{db, web, gpu}
 		view.Warnings = []string{"10.0.0.4:7600 is left out: no route to host"}
-		if id == "empty" {
+		if id == "empty" || id == "blind" {
 			view.Vms, view.Warnings = []*migratedv1.EvacuatedVM{db}, nil
 		}
 		if spec.GetPlanOnly() {
@@ -89,6 +93,12 @@ func steps(id string, spec *migratedv1.EvacuationSpec) (all []*migratedv1.Evacua
 		web.State, web.Location, web.Downtime = moved, migratedv1.Location_LOCATION_DESTINATION,
 			durationpb.New(21*time.Millisecond)
 		view.State = migratedv1.EvacuationState_EVACUATION_STATE_DONE
+		if id == "blind" {
+			view.Error = &migratedv1.MigrationError{
+				Message: "whether VMs came to this host after the plan was made is not known: too many open files",
+				Remedy:  "see which VMs there are with 'migrated vms'",
+			}
+		}
 	})
 	return all
 }
@@ -99,16 +109,27 @@ func (playedEvacuations) Evacuate(
 	if request.GetId() == "busy" {
 		return nil, status.Error(codes.FailedPrecondition, "another evacuation is under way: e0")
 	}
-	playedEvacuation.spec = request.GetSpec()
+	playedEvacuation.spec, playedEvacuation.back = request.GetSpec(), time.Now().Add(time.Second)
 	return &migratedv1.EvacuateResponse{Evacuation: steps(request.GetId(), request.GetSpec())[0]}, nil
 }
 
-// playedEvacuation has the specification of the last evacuation. A script has one at a time.
-var playedEvacuation struct{ spec *migratedv1.EvacuationSpec }
+// playedEvacuation has the specification of the last evacuation, and when the daemon is back if it restarts. A script
+// has one at a time.
+var playedEvacuation struct {
+	spec *migratedv1.EvacuationSpec
+	back time.Time
+}
 
 func (playedEvacuations) WatchEvacuation(
 	request *migratedv1.WatchEvacuationRequest, stream grpc.ServerStreamingServer[migratedv1.WatchEvacuationResponse],
 ) error {
+	if request.GetId() == "restart" && time.Now().Before(playedEvacuation.back) {
+		view := steps("restart", playedEvacuation.spec)[0]
+		if err := stream.Send(&migratedv1.WatchEvacuationResponse{Evacuation: view}); err != nil {
+			return err
+		}
+		return status.Error(codes.Unavailable, "stopping")
+	}
 	for _, view := range steps(request.GetId(), playedEvacuation.spec) {
 		if err := stream.Send(&migratedv1.WatchEvacuationResponse{Evacuation: view}); err != nil {
 			return err

@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -23,10 +24,14 @@ const (
 const certificateRemedy = `put a renewed one in its place ("migrated pki issue NAME --renew", or as yours are made): ` +
 	`it is used at once, without a restart`
 
+// authorityRemedy is the remedy for one of several authorities that has expired, or will soon.
+const authorityRemedy = `leave it out of the file when no host has a certificate of it any more`
+
 // A certificateFile is a file with certificates that this daemon uses.
 type certificateFile struct {
 	setting, path string
-	expires       time.Time // of the certificate in it that expires first
+	expires       time.Time // when no connection is made with it any more
+	first         time.Time // when the first certificate in it expires: of several authorities one is enough
 	err           error     // why it cannot be read
 }
 
@@ -39,7 +44,11 @@ func (d *Daemon) certificates() (all []certificateFile) {
 	for _, f := range []certificateFile{
 		{setting: "tls_certificate", path: files.Certificate}, {setting: "tls_ca", path: files.CA},
 	} {
-		f.expires, f.err = mtls.Expiry(f.path)
+		var last time.Time
+		f.first, last, f.err = mtls.Expiry(f.path)
+		if f.expires = f.first; f.setting == "tls_ca" {
+			f.expires = last
+		}
 		all = append(all, f)
 	}
 	return all
@@ -69,18 +78,28 @@ func (d *Daemon) logCertificates(now time.Time) {
 		case left < expiresSoon:
 			d.log.Warn("a certificate expires soon",
 				append(attributes, "days", wholeDays(left), "remedy", certificateRemedy)...)
+		case f.first.Sub(now) < expiresSoon:
+			d.log.Warn("one of several authorities expires soon, or has expired: certificates of it are not accepted then",
+				"setting", f.setting, "file", f.path, "expires", f.first, "remedy", authorityRemedy)
 		}
 	}
 }
 
-// checkCertificates returns a result about the certificate that expires first; none if TLS is not set.
+// checkCertificates returns a result about the worst of the files: of those that are alike the one that expires first.
+// None if TLS is not set.
 func (d *Daemon) checkCertificates(now time.Time) (results []check.Result) {
 	files := d.certificates()
 	slices.SortStableFunc(files, func(a, b certificateFile) int { return a.expires.Compare(b.expires) })
-	if len(files) == 0 {
+	for _, f := range files { // a file that cannot be read has no time, and comes first
+		results = append(results, f.check(now))
+	}
+	if len(results) == 0 {
 		return nil
 	}
-	f := files[0] // a file that cannot be read has no time, and comes first
+	return []check.Result{slices.MaxFunc(results, func(a, b check.Result) int { return cmp.Compare(a.Status, b.Status) })}
+}
+
+func (f certificateFile) check(now time.Time) check.Result {
 	r := check.Result{Subject: "certificates"}
 	left, day := f.expires.Sub(now), f.expires.Format(time.DateOnly)
 	r.Detail = fmt.Sprintf("%s expires on %s, in %d days (%s)", f.path, day, wholeDays(left), f.setting)
@@ -92,8 +111,12 @@ func (d *Daemon) checkCertificates(now time.Time) (results []check.Result) {
 		r.Detail = fmt.Sprintf("%s expired on %s (%s)", f.path, day, f.setting)
 	case left < expiresSoon:
 		r.Status, r.Remedy = check.Warning, certificateRemedy
+	case f.first.Sub(now) < expiresSoon:
+		r.Status, r.Remedy = check.Warning, authorityRemedy
+		r.Detail = fmt.Sprintf("an authority in %s expires on %s, others later (%s)",
+			f.path, f.first.Format(time.DateOnly), f.setting)
 	}
-	return []check.Result{r}
+	return r
 }
 
 func wholeDays(d time.Duration) int { return int(d / (24 * time.Hour)) }

@@ -62,10 +62,36 @@ func TestCertificatesExpire(t *testing.T) {
 			}
 		})
 	}
+	old, err := mtlstest.NewAuthorityUntil(t.TempDir(), time.Now().Add(10*day))
+	if err != nil {
+		t.Fatal(err)
+	}
+	oldFiles, err := old.Issue("old", "old")
+	if err != nil {
+		t.Fatal(err)
+	}
+	both, err := os.ReadFile(oldFiles.CA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := os.ReadFile(files.CA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(files.CA, append(both, own...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log.Reset()
+	d.logCertificates(time.Now().Add(20 * day)) // one authority is enough
+	results := d.checkCertificates(time.Now().Add(20 * day))
+	if len(results) != 1 || results[0].Status != check.Warning || results[0].Remedy != authorityRemedy ||
+		strings.Contains(log.String(), "level=ERROR") || !strings.Contains(log.String(), "one of several authorities") {
+		t.Errorf("with an authority that has expired and one that has not: %+v, logged %s", results, log.String())
+	}
 	if err := os.Remove(files.CA); err != nil {
 		t.Fatal(err)
 	}
-	results := d.checkCertificates(time.Now())
+	results = d.checkCertificates(time.Now())
 	if len(results) != 1 || results[0].Status != check.Failed || !strings.Contains(results[0].Remedy, "tls_ca") {
 		t.Errorf("without the authority's file: %+v", results)
 	}

@@ -173,8 +173,8 @@ func (d *Daemon) Confine(starter *launch.Starter, confine func() error) {
 }
 
 // Run serves until ctx ends. It then cancels the migrations that have not switched
-// over, whose VMs continue at their sources, and returns. It fails if another daemon
-// uses the same state directory.
+// over, whose VMs continue at their sources, and returns. It does the same, and fails, when one of its servers fails.
+// It fails if another daemon uses the same state directory.
 func (d *Daemon) Run(ctx context.Context) error {
 	d.ctx, d.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	defer d.cancel(nil)
@@ -202,7 +202,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if d.evacuations, err = evacuation.Open(d.ctx, d.evacuationsDir(), evacuatedHost{d}, d.log); err != nil {
 		return errors.Join(err, closeAll(open.all()))
 	}
-	var serving errgroup.Group
+	serving, broken := errgroup.WithContext(d.ctx)
 	var servers []*grpc.Server
 	serve := func(server *grpc.Server, listener net.Listener) {
 		servers = append(servers, server)
@@ -240,11 +240,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.ready()
 	go d.watchCertificates(d.ctx)
 
-	failed := make(chan error, 1)
-	go func() { failed <- serving.Wait() }()
+	// A server that has ended does not begin again, and its callers would wait at a socket that the service manager keeps
+	// open. The daemon that is started next takes all up.
 	select {
-	case err := <-failed:
-		return fmt.Errorf("serve: %w", err)
+	case <-broken.Done():
+		d.log.Error("a server has failed: the daemon ends, to be started again", "error", context.Cause(broken))
 	case <-ctx.Done():
 	}
 	d.log.Info("stopping", "migrations", d.migrations.active())
@@ -260,7 +260,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 	for _, server := range slices.Backward(servers) {
 		stop(server)
 	}
-	return <-failed
+	if err := serving.Wait(); err != nil {
+		return fmt.Errorf("serve: %w", err)
+	}
+	return nil
 }
 
 // checkProtocol refuses a lane of a protocol version that this daemon does not speak. Another release has begun that

@@ -181,7 +181,7 @@ func (s *evacuationService) WatchEvacuation(
 	if request.GetInterval() != nil {
 		interval = max(0, request.GetInterval().AsDuration())
 	}
-	for {
+	for last := false; ; {
 		view, changed, err := s.daemon.evacuations.Snapshot(request.GetId())
 		if err != nil {
 			return evacuationStatus(err)
@@ -189,10 +189,13 @@ func (s *evacuationService) WatchEvacuation(
 		if err := stream.Send(&migratedv1.WatchEvacuationResponse{Evacuation: view}); err != nil {
 			return err
 		}
-		if evacuation.Over(view.GetState()) {
+		switch {
+		case evacuation.Over(view.GetState()):
 			return nil
+		case last:
+			return status.Error(codes.Unavailable, "the daemon ends, and goes on with the evacuation when it is started again")
 		}
-		for passed := time.After(interval); passed != nil || changed != nil; {
+		for passed := time.After(interval); !last && (passed != nil || changed != nil); {
 			select {
 			case <-passed:
 				passed = nil
@@ -200,8 +203,8 @@ func (s *evacuationService) WatchEvacuation(
 				changed = nil
 			case <-stream.Context().Done():
 				return status.FromContextError(stream.Context().Err()).Err()
-			case <-s.daemon.ctx.Done():
-				return status.Error(codes.Unavailable, "the daemon ends, and goes on with the evacuation when it is started again")
+			case <-s.daemon.stopping: // as for watch: not before, or callers would come back to this daemon
+				last = true
 			}
 		}
 	}

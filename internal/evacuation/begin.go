@@ -23,7 +23,7 @@ func (e *evacuation) beginSome(ctx context.Context, moving int) {
 	}
 	view, _ := e.Snapshot()
 	for _, vm := range view.GetVms() {
-		if moving >= most {
+		if moving >= most || e.state() != migratedv1.EvacuationState_EVACUATION_STATE_RUNNING {
 			break
 		}
 		if vm.GetState() != migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_WAITING ||
@@ -111,16 +111,24 @@ func (e *evacuation) giveUp(vm *migratedv1.EvacuatedVM, why error, location migr
 	})
 }
 
-// begin begins one migration. It first saves the evacuation with the id of the migration, so that a restarted daemon
-// looks for it.
+// begin begins one migration, unless the evacuation was paused or cancelled meanwhile. It first saves the evacuation
+// with the id of the migration, so that a restarted daemon looks for it.
 func (e *evacuation) begin(ctx context.Context, id string, vm *migratedv1.EvacuatedVM) bool {
 	name := key(vm.GetVm(), vm.GetPid())
 	vm.Attempts++
 	vm.Migration = e.migrationID(id, vm)
-	e.updateVM(name, func(v *migratedv1.EvacuatedVM) {
+	running := false
+	e.update(func(view *migratedv1.Evacuation) {
+		if running = view.GetState() == migratedv1.EvacuationState_EVACUATION_STATE_RUNNING; !running {
+			return
+		}
+		v := find(view, name)
 		v.State, v.Attempts, v.Migration = migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVING, vm.Attempts, vm.Migration
 		v.MigrationState, v.Error = migratedv1.MigrationState_MIGRATION_STATE_UNSPECIFIED, nil
 	})
+	if !running {
+		return false
+	}
 	err := e.save()
 	if err == nil {
 		err = e.host.Start(ctx, vm.GetMigration(), e.specOf(vm))
@@ -136,13 +144,21 @@ func (e *evacuation) begin(ctx context.Context, id string, vm *migratedv1.Evacua
 }
 
 // migrationID returns an id for the next migration of a VM, made of the VM's index in the evacuation and the number of
-// the attempt.
+// the attempt. A migration of an earlier evacuation of the same id may have it: it is left out, as the end of that one
+// would be taken for this one's.
 func (e *evacuation) migrationID(id string, vm *migratedv1.EvacuatedVM) string {
 	view, _ := e.Snapshot()
 	n := slices.IndexFunc(view.GetVms(), func(v *migratedv1.EvacuatedVM) bool {
 		return key(v.GetVm(), v.GetPid()) == key(vm.GetVm(), vm.GetPid())
 	})
-	return fmt.Sprintf("%s-%d-%d", id, n+1, vm.GetAttempts())
+	base := fmt.Sprintf("%s-%d-%d", id, n+1, vm.GetAttempts())
+	free := base
+	for i := 2; ; i++ {
+		if taken, _ := e.host.Migration(free); taken == nil {
+			return free
+		}
+		free = fmt.Sprintf("%s.%d", base, i)
+	}
 }
 
 // specOf returns the specification of the migration of a VM.

@@ -24,6 +24,7 @@ type fakeHost struct {
 	mu         sync.Mutex
 	vms        []*migratedv1.HostVM
 	unseen     error                       // why VMs fails; nil: it does not
+	looking    chan struct{}               // VMs waits until it is closed; nil: it does not
 	refusals   map[string]error            // by VM: why it cannot be moved
 	refusedAt  map[string]map[string]error // by VM and destination
 	rooms      map[string]error            // by destination: why it cannot be one
@@ -32,6 +33,8 @@ type fakeHost struct {
 	order      []string // the VMs, in the order in which their migrations began
 	most, now  int      // migrations at once: the most until now, and at present
 	limit      uint64
+	machine    *migratedv1.SourceMachine // of each VM
+	checkTime  time.Duration             // what the last CheckAt was given
 	// outcome returns how that attempt to move a VM ends; nil: it completes. A migration whose state is
 	// MIGRATION_STATE_UNSPECIFIED does not end.
 	outcome func(vm string, attempt int) *migratedv1.Migration
@@ -50,6 +53,9 @@ func newFakeHost(names ...string) *fakeHost {
 }
 
 func (p *fakeHost) VMs(context.Context) ([]*migratedv1.HostVM, error) {
+	if p.looking != nil {
+		<-p.looking
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var all []*migratedv1.HostVM
@@ -74,7 +80,7 @@ func (p *fakeHost) Check(_ context.Context, vm string) *Checked {
 	defer p.mu.Unlock()
 	return &Checked{
 		Err: p.refusals[vm], Address: vm, Name: strings.TrimPrefix(vm, "/vm/"), Size: Needs{page: 64 * mib},
-		Held: Needs{page: 8 * mib},
+		Held: Needs{page: 8 * mib}, Machine: p.machine,
 	}
 }
 
@@ -83,10 +89,12 @@ func (p *fakeHost) Room(_ context.Context, destination string) (*migratedv1.Host
 }
 
 func (p *fakeHost) CheckAt(
-	_ context.Context, vm *Checked, destination string, _ *migratedv1.MigrationSpec,
+	ctx context.Context, vm *Checked, destination string, _ *migratedv1.MigrationSpec,
 ) ([]string, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	deadline, _ := ctx.Deadline()
+	p.checkTime = time.Until(deadline)
 	return nil, p.refusedAt[vm.Address][destination]
 }
 
@@ -140,7 +148,7 @@ func (p *fakeHost) end(id string) {
 	if end.GetState() == migratedv1.MigrationState_MIGRATION_STATE_UNSPECIFIED {
 		return
 	}
-	m.State, m.Location, m.Error = end.GetState(), end.GetLocation(), end.GetError()
+	m.State, m.Location, m.Error, m.SwitchTime = end.GetState(), end.GetLocation(), end.GetError(), end.GetSwitchTime()
 	p.now--
 }
 

@@ -36,25 +36,50 @@ func (e *evacuation) follow(ctx context.Context, vm *migratedv1.EvacuatedVM, sta
 		}
 		return true
 	}
-	e.ended(vm, view)
+	location, err := e.whereNow(ctx, vm, view)
+	if err != nil {
+		return true // the next step tries again
+	}
+	e.ended(vm, view, location)
 	return false
 }
 
-// ended sets the state of a VM whose migration has ended.
-func (e *evacuation) ended(vm *migratedv1.EvacuatedVM, view *migratedv1.Migration) {
+// whereNow returns where a VM is whose migration has ended. A migration that failed before it looked at the VM, for
+// example as it waited for its turn, does not know: the VM is here if its process is.
+func (e *evacuation) whereNow(
+	ctx context.Context, vm *migratedv1.EvacuatedVM, view *migratedv1.Migration,
+) (migratedv1.Location, error) {
+	if view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED ||
+		view.GetLocation() != migratedv1.Location_LOCATION_UNKNOWN || view.GetSwitchTime() != nil {
+		return view.GetLocation(), nil
+	}
+	all, err := e.allVMs(ctx)
+	location, _ := changedSince(vm, all)
+	return location, err
+}
+
+// ended sets the state of a VM whose migration has ended, and which is at location.
+func (e *evacuation) ended(vm *migratedv1.EvacuatedVM, view *migratedv1.Migration, location migratedv1.Location) {
 	name := key(vm.GetVm(), vm.GetPid())
 	setState := func(state migratedv1.EvacuatedVMState) {
-		e.updateVM(name, func(v *migratedv1.EvacuatedVM) { v.State = state })
+		e.updateVM(name, func(v *migratedv1.EvacuatedVM) { v.State, v.Location = state, location })
 	}
 	switch {
+	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED &&
+		view.GetError().GetReason() == migratedv1.Reason_REASON_INTERFERED: // the VM runs on both hosts
+		location = migratedv1.Location_LOCATION_UNKNOWN
+		setState(migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_FAILED)
+	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_ENDED &&
+		location == migratedv1.Location_LOCATION_SOURCE: // it ended there, and somebody has continued it here
+		setState(migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_FAILED)
 	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
 		setState(migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_MOVED)
 	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_ENDED,
-		view.GetLocation() == migratedv1.Location_LOCATION_ENDED:
+		location == migratedv1.Location_LOCATION_ENDED:
 		setState(migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_ENDED)
 	case view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
 		setState(migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_CANCELLED)
-	case view.GetLocation() == migratedv1.Location_LOCATION_SOURCE && e.retryLater(vm, view.GetError()):
+	case location == migratedv1.Location_LOCATION_SOURCE && e.retryLater(vm, view.GetError()):
 		setState(migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_WAITING)
 	default:
 		setState(migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_FAILED)
@@ -99,25 +124,33 @@ func (e *evacuation) retryLater(vm *migratedv1.EvacuatedVM, failure *migratedv1.
 }
 
 // lost sets the state of a VM whose migration is unknown. That is so if the daemon ended before the migration began, or
-// if nothing was left of the migration.
+// if nothing was left of the migration. A VM that is here waits for another attempt, before which beginSome compares it
+// with the plan.
 func (e *evacuation) lost(ctx context.Context, vm *migratedv1.EvacuatedVM) {
-	all, err := e.host.VMs(ctx)
+	all, err := e.allVMs(ctx)
 	if err != nil {
 		return // the next step tries again
 	}
-	here := slices.ContainsFunc(all, func(v *migratedv1.HostVM) bool {
-		return v.GetPid() == vm.GetPid() && v.GetVm() == vm.GetVm()
-	})
-	e.updateVM(key(vm.GetVm(), vm.GetPid()), func(v *migratedv1.EvacuatedVM) {
-		if here {
+	here := slices.ContainsFunc(all, func(v *migratedv1.HostVM) bool { return v.GetPid() == vm.GetPid() })
+	location, _ := changedSince(vm, all)
+	name := key(vm.GetVm(), vm.GetPid())
+	switch {
+	case here && vm.GetAttempts() < mostAttempts:
+		e.retry[name] = time.Now().Add(pauseAfter(vm.GetAttempts()))
+		e.updateVM(name, func(v *migratedv1.EvacuatedVM) {
 			v.State, v.Migration = migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_WAITING, ""
-			v.Location = migratedv1.Location_LOCATION_SOURCE
-			return
-		}
-		v.State, v.Location = migratedv1.EvacuatedVMState_EVACUATED_VM_STATE_FAILED, migratedv1.Location_LOCATION_UNKNOWN
-		v.Error = migration.Describe(migration.WithRemedy(
+			v.Location = location
+		})
+	case here:
+		e.giveUp(vm, migration.WithRemedy(
+			fmt.Errorf("nothing is known of migration %s, the last of %d: this daemon ended before it was written down",
+				vm.GetMigration(), vm.GetAttempts()),
+			"see in the daemon's log why it ended (journalctl -u migrated), then evacuate the host again"), location)
+	default:
+		e.giveUp(vm, migration.WithRemedy(
 			fmt.Errorf("the VM's QEMU is no longer on this host, and this daemon does not know how migration %s ended",
 				vm.GetMigration()),
-			fmt.Sprintf("run on %s: migrated report %s", cmp.Or(vm.GetDestination(), "each destination"), vm.GetMigration())))
-	})
+			fmt.Sprintf("run on %s: migrated report %s", cmp.Or(vm.GetDestination(), "each destination"), vm.GetMigration())),
+			migratedv1.Location_LOCATION_UNKNOWN)
+	}
 }

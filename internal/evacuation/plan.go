@@ -21,7 +21,7 @@ import (
 const (
 	// checksAtOnce is how many VMs are checked at a time. A destination starts a QEMU for each check.
 	checksAtOnce = 4
-	// findTime, checkTime and roomTime bound the calls that make a plan.
+	// findTime, checkTime and roomTime bound the calls that make a plan. Those that start a QEMU may take longer.
 	findTime  = 30 * time.Second
 	checkTime = 2 * time.Minute
 	roomTime  = 20 * time.Second
@@ -233,7 +233,7 @@ func (e *evacuation) checkThere(ctx context.Context, p *placer, vm *migratedv1.H
 		}
 	})
 	for chosen.err == nil {
-		ctx, cancel := context.WithTimeout(ctx, checkTime)
+		ctx, cancel := context.WithTimeout(ctx, max(checkTime, migration.CheckTime(c.Machine)))
 		warnings, refusal := e.host.CheckAt(ctx, c, chosen.host, e.spec.GetMigration())
 		cancel()
 		if refusal == nil {

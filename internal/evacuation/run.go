@@ -87,13 +87,15 @@ func (e *evacuation) update(change func(*migratedv1.Evacuation)) {
 
 // updateVM changes the state of the VM whose key is name.
 func (e *evacuation) updateVM(name string, change func(*migratedv1.EvacuatedVM)) {
-	e.update(func(view *migratedv1.Evacuation) {
-		for _, vm := range view.GetVms() {
-			if key(vm.GetVm(), vm.GetPid()) == name {
-				change(vm)
-			}
-		}
+	e.update(func(view *migratedv1.Evacuation) { change(find(view, name)) })
+}
+
+// find returns the VM of an evacuation whose key is name. There is one: VMs are never taken out.
+func find(view *migratedv1.Evacuation, name string) *migratedv1.EvacuatedVM {
+	i := slices.IndexFunc(view.GetVms(), func(vm *migratedv1.EvacuatedVM) bool {
+		return key(vm.GetVm(), vm.GetPid()) == name
 	})
+	return view.GetVms()[i]
 }
 
 // Over says whether an evacuation in this state is over.
@@ -142,11 +144,13 @@ func (e *evacuation) planned(err error) {
 	e.update(func(view *migratedv1.Evacuation) {
 		view.PlanTime = timestamppb.Now()
 		cancelled := view.GetState() == migratedv1.EvacuationState_EVACUATION_STATE_CANCELLING
+		if err != nil {
+			view.Error = migration.Describe(err)
+		}
 		switch {
 		case err != nil && cancelled:
 			end(view, migratedv1.EvacuationState_EVACUATION_STATE_CANCELLED)
 		case err != nil:
-			view.Error = migration.Describe(err)
 			end(view, migratedv1.EvacuationState_EVACUATION_STATE_FAILED)
 		case cancelled: // step ends it, with its VMs
 		case e.spec.GetPlanOnly():
@@ -264,8 +268,9 @@ func (e *evacuation) finish(ctx context.Context) {
 	}
 	e.update(func(view *migratedv1.Evacuation) {
 		if unknown != nil {
-			view.Warnings = append(view.Warnings,
-				fmt.Sprintf("whether VMs came to this host after the plan was made is not known: %v", unknown))
+			view.Error = migration.Describe(migration.WithRemedy(
+				fmt.Errorf("whether VMs came to this host after the plan was made is not known: %w", unknown),
+				"see which VMs there are with 'migrated vms'"))
 		}
 		for _, vm := range late {
 			view.Vms = append(view.Vms, &migratedv1.EvacuatedVM{

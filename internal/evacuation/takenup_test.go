@@ -81,3 +81,75 @@ func TestTakenUpWithoutItsVM(t *testing.T) {
 		}
 	})
 }
+
+// TestTakenUpAgainAndAgain: a VM whose migrations are lost with their daemons is tried as often as one whose migrations
+// fail, and not without a pause.
+func TestTakenUpAgainAndAgain(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a")
+		p.outcome = func(string, int) *migratedv1.Migration { return &migratedv1.Migration{} }
+		for n := range mostAttempts {
+			life, die := context.WithCancel(t.Context())
+			m := open(t, life, dir, p)
+			if _, err := m.Begin("e", to); err != nil { // the evacuation that was taken up, if there is one
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+			if n > 0 && len(p.migrations) != 0 {
+				t.Errorf("it was tried again at once: %v", p.order)
+			}
+			time.Sleep(2 * mostRetryTime)
+			die()
+			m.Wait()
+			clear(p.migrations)
+		}
+		p.outcome = nil
+		m := open(t, t.Context(), dir, p)
+		m.Wait()
+		view, _, err := m.Snapshot("e")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a failed b:1")
+		vm := view.GetVms()[0]
+		if len(p.order) != mostAttempts || vm.GetLocation() != migratedv1.Location_LOCATION_SOURCE ||
+			vm.GetError().GetRemedy() == "" {
+			t.Errorf("it was tried %d times: %v", len(p.order), vm)
+		}
+	})
+}
+
+// TestTakenUpWithoutLibvirt: a VM whose migration was lost is not said to be gone as long as its process is here, for
+// example while libvirt's daemon is away, and is moved when it is reached again.
+func TestTakenUpWithoutLibvirt(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		p := newFakeHost("a")
+		p.outcome = func(string, int) *migratedv1.Migration { return &migratedv1.Migration{} }
+		life, die := context.WithCancel(t.Context())
+		m := open(t, life, dir, p)
+		if _, err := m.Begin("e", to); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		die()
+		m.Wait()
+		clear(p.migrations)
+		p.outcome = nil
+		p.change(func(vm *migratedv1.HostVM) { vm.Vm = "" }, nil)
+		m = open(t, t.Context(), dir, p)
+		time.Sleep(time.Second)
+		view, _, err := m.Snapshot("e")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_RUNNING, "a waiting b:1")
+		p.change(func(vm *migratedv1.HostVM) { vm.Vm = "/vm/a" }, nil)
+		m.Wait()
+		if view, _, err = m.Snapshot("e"); err != nil {
+			t.Fatal(err)
+		}
+		want(t, view, migratedv1.EvacuationState_EVACUATION_STATE_DONE, "a moved b:1")
+	})
+}

@@ -92,5 +92,5 @@ var (
 		"Connections, callers, calls and VMs of other hosts that were refused, by kind.", "kind")
 	expiry = newFamily("gauge", "certificate_expiry_timestamp_seconds",
 		"When a certificate expires, in Unix time, by the setting that names its file. Of several in a file the first that "+
-			"expires.", "setting")
+			"expires, of authorities the last.", "setting")
 )

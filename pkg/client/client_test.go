@@ -249,6 +249,12 @@ func TestWaitSaysHowItEnded(t *testing.T) {
 			return send(at(id, migratedv1.MigrationState_MIGRATION_STATE_CANCELLED))
 		case "ended":
 			return send(at(id, migratedv1.MigrationState_MIGRATION_STATE_ENDED))
+		case "twice": // somebody continued the VM at the source
+			return send(&migratedv1.Migration{Id: id, State: completed, Error: &migratedv1.MigrationError{
+				Message: "somebody continued it", Reason: migratedv1.Reason_REASON_INTERFERED,
+			}})
+		case "completed":
+			return send(at(id, completed))
 		case "rehearsed":
 			return send(at(id, migratedv1.MigrationState_MIGRATION_STATE_REHEARSED))
 		}
@@ -258,7 +264,7 @@ func TestWaitSaysHowItEnded(t *testing.T) {
 	c := dial(t, socket)
 	for id, want := range map[string]error{
 		"failed": client.ErrFailed, "cancelled": client.ErrCancelled, "ended": client.ErrEnded,
-		"rehearsed": nil, "no-such": client.ErrNotFound,
+		"rehearsed": nil, "no-such": client.ErrNotFound, "twice": client.ErrFailed, "completed": nil,
 	} {
 		m, err := c.Wait(t.Context(), id, nil)
 		if !errors.Is(err, want) || (m == nil) != (id == "no-such") {

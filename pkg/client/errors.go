@@ -33,7 +33,8 @@ var (
 	ErrUnreachable = errors.New("the daemon cannot be reached")
 
 	// ErrFailed, ErrCancelled and ErrEnded are the ends of a migration that did not complete: it failed, somebody
-	// cancelled it, or the VM ended by itself at the destination.
+	// cancelled it, or the VM ended by itself at the destination. A migration that completed has failed, too, if somebody
+	// continued the VM at the source meanwhile: it runs on both hosts (REASON_INTERFERED).
 	ErrFailed    = errors.New("the migration failed")
 	ErrCancelled = errors.New("the migration was cancelled")
 	ErrEnded     = errors.New("the VM ended by itself")
@@ -119,12 +120,17 @@ func (t *target) explain(err error) error {
 	return e
 }
 
-// Outcome is the error of a migration that failed, was cancelled or ended. It is nil if the migration completed, was
-// rehearsed, or is still under way.
+// Outcome is the error of a migration that failed, was cancelled or ended, or after which the VM runs on both hosts. It
+// is nil if the migration completed otherwise, was rehearsed, or is still under way.
 func Outcome(m *migratedv1.Migration) error {
 	var kind error
 	switch m.GetState() {
 	case migratedv1.MigrationState_MIGRATION_STATE_FAILED:
+		kind = ErrFailed
+	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED:
+		if m.GetError().GetReason() != migratedv1.Reason_REASON_INTERFERED {
+			return nil
+		}
 		kind = ErrFailed
 	case migratedv1.MigrationState_MIGRATION_STATE_CANCELLED:
 		kind = ErrCancelled

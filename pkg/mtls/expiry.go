@@ -32,16 +32,19 @@ func Certificates(path string) (all []*x509.Certificate, err error) {
 	return all, nil
 }
 
-// Expiry returns the earliest time at which a certificate in a PEM file expires.
-func Expiry(path string) (first time.Time, err error) {
+// Expiry returns when the first and the last of the certificates in a PEM file expire.
+func Expiry(path string) (first, last time.Time, err error) {
 	all, err := Certificates(path)
 	if err != nil {
-		return time.Time{}, err
+		return time.Time{}, time.Time{}, err
 	}
 	for _, certificate := range all {
 		if first.IsZero() || certificate.NotAfter.Before(first) {
 			first = certificate.NotAfter
 		}
+		if certificate.NotAfter.After(last) {
+			last = certificate.NotAfter
+		}
 	}
-	return first, nil
+	return first, last, nil
 }

@@ -793,7 +793,7 @@ type Evacuation struct {
 	State EvacuationState        `protobuf:"varint,3,opt,name=state,proto3,enum=migrated.v1.EvacuationState" json:"state,omitempty"`
 	// The largest first.
 	Vms []*EvacuatedVM `protobuf:"bytes,4,rep,name=vms,proto3" json:"vms,omitempty"`
-	// Of FAILED.
+	// Of FAILED. Of DONE and CANCELLED: why it is not known whether all VMs that were to go have left.
 	Error      *MigrationError        `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
