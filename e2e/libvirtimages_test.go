@@ -61,7 +61,8 @@ func TestLibvirtImages(t *testing.T) {
 	}
 	virsh(t, l.A, "vol-create-as", "shared", "volume.img", "1M", "--format", "raw")
 	if err := l.A.VirshXML(testContext(t), `<disk type='volume' device='disk'>`+
-		`<driver name='qemu' type='raw' cache='none'/><source pool='shared' volume='volume.img'/><target dev='vdz' bus='virtio'/></disk>`,
+		`<driver name='qemu' type='raw' cache='none'/><source pool='shared' volume='volume.img'/>`+
+		`<target dev='vdz' bus='virtio'/></disk>`,
 		"attach-device", "--live", lab.DomainName); err != nil {
 		t.Fatal(err)
 	}

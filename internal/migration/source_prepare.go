@@ -173,8 +173,8 @@ func timeToPrepare(machine *migratedv1.SourceMachine) time.Duration {
 	return min(limit, longestPrepare)
 }
 
-// CheckTime returns how long a destination may take for the check of a VM: as long as to prepare for it, after a wait as
-// long for those that it checks before.
+// CheckTime returns how long a destination may take for the check of a VM: as long as to prepare for it, after a wait
+// as long for those that it checks before.
 func CheckTime(machine *migratedv1.SourceMachine) time.Duration { return 2 * timeToPrepare(machine) }
 
 // writableBlocks returns the blocks that are moved: all but those that QEMU cannot write to, which are the same at the
