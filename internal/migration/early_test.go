@@ -29,10 +29,9 @@ func haltingFirmware(t *testing.T) string {
 
 // newEarlyStage returns a stage whose peer has loaded the device state before the VM stops. The VM has many devices,
 // so that saving them takes long enough to look at its memory meanwhile. No firmware sets them up meanwhile.
-func newEarlyStage(t *testing.T, p *peer) *stage {
+func newEarlyStage(t *testing.T, p *peer, devices ...string) *stage {
 	t.Helper()
 	p.early = true
-	var devices []string
 	for range 8 {
 		devices = append(devices, "-device", "virtio-rng-pci")
 	}

@@ -3,6 +3,7 @@
 package migration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -46,6 +47,7 @@ type peer struct {
 	spec         *migratedv1.MigrationSpec // of the migration, without VM and destination; nil: the default
 	prepareCalls int                       // number of calls of PrepareIncoming
 	log          slog.Handler              // of the source; nil: its log is discarded
+	emulator     string                    // the source's QEMU; empty: the installed one
 
 	mu          sync.Mutex
 	runs        int                    // number of calls of Run
@@ -209,7 +211,7 @@ func newStageWith(
 		peer: p, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"),
 		pages: pagesrv.NewServer(pagesrv.Options{}),
 	}
-	s.qemu = exec.Command("qemu-system-x86_64", append([]string{
+	s.qemu = exec.Command(cmp.Or(p.emulator, "qemu-system-x86_64"), append([]string{
 		"-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
 		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path=" + ram.Name(),
 		"-nodefaults", "-display", "none",
