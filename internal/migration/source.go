@@ -32,7 +32,6 @@ const (
 	// beginTimeout bounds how long the destination's QEMU takes to begin to load. The VM runs meanwhile.
 	beginTimeout  = 10 * time.Second
 	resumeTimeout = 30 * time.Second
-	contPause     = 200 * time.Millisecond // between two attempts to continue the VM, within resumeTimeout
 	abortTimeout  = 10 * time.Second
 	quitTimeout   = 10 * time.Second
 )
