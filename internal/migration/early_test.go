@@ -160,3 +160,46 @@ func TestStartOver(t *testing.T) {
 		t.Errorf("told %v, asked %d times, aborted %t, %d bytes loaded", p.runRequest, p.runs, p.aborted, size)
 	}
 }
+
+// TestBrokenEarlyAnswers: a destination that speaks of loading a state that it was not sent fails the migration. It is
+// not asked without end, and the VM goes on.
+func TestBrokenEarlyAnswers(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer *migratedv1.LoadEarlyStateResponse
+		calls  int
+	}{
+		"memory is always missing": {&migratedv1.LoadEarlyStateResponse{Missed: []*migratedv1.Memory{{}}}, earlyTries + 1},
+		"it is loaded":             {&migratedv1.LoadEarlyStateResponse{Loaded: true}, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			// Without one, no device is known that takes long to load, and no state is sent.
+			var devices []string
+			if c.calls > 1 {
+				devices = []string{"-device", "virtio-rng-pci", "-bios", haltingFirmware(t)}
+			}
+			p := &peer{run: runAtOnce, early: true, earlyAnswer: c.answer}
+			s := newStageWith(t, t.Context(), p, devices...)
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "a state that it was not sent")
+			if view, _ := s.source.Snapshot(); view.GetError().GetReason() != migratedv1.Reason_REASON_PROTOCOL {
+				t.Errorf("it says %v", view.GetError())
+			}
+			if p.earlyCalls > c.calls || !s.vmRuns(t) {
+				t.Errorf("it was asked %d times", p.earlyCalls)
+			}
+		})
+	}
+}
+
+// TestAppendMissed: pages that a destination names again, or that are too many to be copied, are not kept.
+func TestAppendMissed(t *testing.T) {
+	var pages []*migratedv1.Memory
+	for i := range uint64(2 * earlyPagesMost / smallPage) {
+		pages = append(pages, &migratedv1.Memory{Offset: i * smallPage})
+	}
+	if got := appendMissed(appendMissed(nil, pages[:3]), pages[:4]); len(got) != 4 {
+		t.Errorf("%d pages of 4 are kept", len(got))
+	}
+	if got := len(appendMissed(nil, pages)) * smallPage; got <= earlyPagesMost || got > earlyPagesMost+smallPage {
+		t.Errorf("%d bytes are kept", got)
+	}
+}

@@ -39,10 +39,12 @@ type peer struct {
 	early   bool // loads the device state early
 	endless bool // the last page never arrives
 	// watch answers WatchIncoming after the peer was told to run the VM.
-	watch        func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error
-	limit        uint64                    // of the last LimitIncoming
-	incoming     *migratedv1.MemoryMap     // the answer to ShowIncoming
-	earlyMisses  bool                      // LoadEarlyState fails because a page is missing
+	watch       func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error
+	limit       uint64                // of the last LimitIncoming
+	incoming    *migratedv1.MemoryMap // the answer to ShowIncoming
+	earlyMisses bool                  // LoadEarlyState fails because a page is missing
+	// earlyAnswer answers LoadEarlyState; nil: as above.
+	earlyAnswer  *migratedv1.LoadEarlyStateResponse
 	earlyCalls   int                       // number of calls of LoadEarlyState
 	spec         *migratedv1.MigrationSpec // of the migration, without VM and destination; nil: the default
 	prepareCalls int                       // number of calls of PrepareIncoming
@@ -79,7 +81,7 @@ func (p *peer) LoadEarlyState(
 	for {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			return stream.SendAndClose(answer)
+			return stream.SendAndClose(cmp.Or(p.earlyAnswer, answer))
 		}
 		if err != nil {
 			return err
