@@ -124,6 +124,7 @@ type attempt struct {
 	endGuard         context.CancelFunc // ends guardStopped; nil: it has not begun
 	continuedByOther chan struct{}      // closed when somebody else has continued the VM after it was stopped
 	resumeEvents     *qmp.Subscription  // QEMU's RESUME events; nil: not subscribed yet
+	endEvents        *qmp.Subscription  // QEMU's SHUTDOWN and GUEST_PANICKED events; nil: not subscribed yet
 	sleepEvents      *qmp.Subscription  // QEMU's SUSPEND and WAKEUP events since openDeviceStream
 
 	runSentAt      time.Time                           // when Run was sent, with the end of the device state
