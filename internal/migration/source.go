@@ -311,6 +311,8 @@ func (s *Source) failAfterCommit(err error) {
 	case s.daemonCtx.Err() != nil && errors.Is(err, context.Cause(s.daemonCtx)):
 		s.leaveToNextDaemon(err, s.whereAfterCommit())
 		return
+	case errors.Is(err, errDeclaring):
+		err = errDeclaring // whatever was under way
 	}
 	s.log.Error("failed after the commit point", "error", err)
 	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.whereFailedThere())
