@@ -23,11 +23,11 @@ const (
 // continueTimeout bounds one attempt to continue the VM. It is a variable for tests.
 var continueTimeout = 30 * time.Second
 
-// continueVM restores the VM to what it would be if it had not been stopped. A QEMU that hangs, or refuses, is asked again until
-// it ends, or until this daemon does: a command to stop the VM that QEMU has not answered may still be pending, and
-// what QEMU refuses for may pass, such as a lock that another program has on an image. The caller appends note, which
-// is for the operator, to where the VM is. The error says why the VM is not what it was. The record stays then, so that
-// a restarted daemon tries again.
+// continueVM restores the VM to what it would be if it had not been stopped. A QEMU that hangs, or refuses, is asked
+// again until it ends, or until this daemon does: a command to stop the VM that QEMU has not answered may still be
+// pending, and what QEMU refuses for may pass, such as a lock that another program has on an image. The caller appends
+// note, which is for the operator, to where the VM is. The error says why the VM is not what it was. Where QEMU was not
+// brought to it, the record stays, so that a restarted daemon tries again.
 func (s *Source) continueVM() (note string, err error) {
 	if s.endGuard != nil {
 		s.endGuard()
@@ -98,7 +98,8 @@ func (s *Source) tryContinue() (note string, err error) {
 		return "; it stopped by itself, and is not continued" + note, cmp.Or(err, errStoppedItself)
 	}
 	if _, err := vm.Cont(ctx); err != nil {
-		return fmt.Sprintf("; it could not be continued (%v): %s", err, s.contByHand()), fmt.Errorf("continue the VM: %w", err)
+		note = fmt.Sprintf("; it could not be continued (%v): %s", err, s.contByHand())
+		return note, fmt.Errorf("continue the VM: %w", err)
 	}
 	testPoint("source-continued")
 	s.removeRecord()

@@ -109,7 +109,8 @@ func (s *Source) prepareEarly(ctx context.Context) error {
 	return nil
 }
 
-// appendMissed adds to missed the pages of more that it lacks, and no more than can be copied while the VM stands still.
+// appendMissed adds to missed the pages of more that it lacks, and no more than can be copied while the VM stands
+// still.
 func appendMissed(missed, more []*migratedv1.Memory) []*migratedv1.Memory {
 	had := make(map[earlyPage]bool, len(missed))
 	for _, p := range missed {

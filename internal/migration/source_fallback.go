@@ -69,8 +69,8 @@ func (s *Source) mayFallBack() error {
 func (s *Source) checkGone(ctx context.Context) error {
 	answer, err := s.askDestination(ctx)
 	if err != nil && Remedy(err) == "" {
-		err = withRemedy(err, "see on the destination why it answers so; if its VM is gone for certain, stop the daemon there, "+
-			"then try again")
+		err = withRemedy(err, "see on the destination why it answers so; if its VM is gone for certain, stop the daemon "+
+			"there, then try again")
 	}
 	if answer == nil {
 		return err

@@ -23,8 +23,8 @@ var (
 	// errStoppedUnknown says that QEMU does not answer whether the VM stands still.
 	errStoppedUnknown = errors.New("it is not known whether the VM stands still on the source")
 	// errStoppedItself says that the VM would stand still now without this migration, too.
-	errStoppedItself = withReason(errors.New("the VM stopped by itself at this moment: its guest powered off or panicked, "+
-		"or a disk failed"), migratedv1.Reason_REASON_VM_STOPPED_ITSELF)
+	errStoppedItself = withReason(errors.New("the VM stopped by itself at this moment: its guest powered off or "+
+		"panicked, or a disk failed"), migratedv1.Reason_REASON_VM_STOPPED_ITSELF)
 )
 
 // remedyRunsTwice is the remedy for a VM that runs on both hosts.

@@ -59,8 +59,8 @@ func (s *Source) checkDisksGivenUp(ctx context.Context) error {
 	}
 	err := s.vm.CheckDisksGivenUp(ctx)
 	if errors.Is(err, qemu.ErrDisksKept) {
-		return withRemedy(err, "look into QEMU's log for why (a storage that is full or fails, a persistent bitmap that cannot "+
-			"be stored, a filter that writes), remove the cause, then migrate it again")
+		return withRemedy(err, "look into QEMU's log for why (a storage that is full or fails, a persistent bitmap that "+
+			"cannot be stored, a filter that writes), remove the cause, then migrate it again")
 	}
 	if err != nil {
 		return fmt.Errorf("ask QEMU whether it has given the VM's disks up: %w", err)

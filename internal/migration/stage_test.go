@@ -36,15 +36,15 @@ type peer struct {
 	// abort answers AbortIncoming; nil: the peer gives up.
 	abort func(attempt int) error
 
-	early   bool // loads the device state early
-	endless bool // the last page never arrives
+	early bool // loads the device state early
+	// earlyAnswer answers LoadEarlyState, where sent says whether a state came; nil: it loads that.
+	earlyAnswer func(sent bool) *migratedv1.LoadEarlyStateResponse
+	endless     bool // the last page never arrives
 	// watch answers WatchIncoming after the peer was told to run the VM.
-	watch       func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error
-	limit       uint64                // of the last LimitIncoming
-	incoming    *migratedv1.MemoryMap // the answer to ShowIncoming
-	earlyMisses bool                  // LoadEarlyState fails because a page is missing
-	// earlyAnswer answers LoadEarlyState; nil: as above.
-	earlyAnswer  *migratedv1.LoadEarlyStateResponse
+	watch        func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error
+	limit        uint64                    // of the last LimitIncoming
+	incoming     *migratedv1.MemoryMap     // the answer to ShowIncoming
+	earlyMisses  bool                      // LoadEarlyState fails because a page is missing
 	earlyCalls   int                       // number of calls of LoadEarlyState
 	spec         *migratedv1.MigrationSpec // of the migration, without VM and destination; nil: the default
 	prepareCalls int                       // number of calls of PrepareIncoming
@@ -78,14 +78,19 @@ func (p *peer) LoadEarlyState(
 	p.mu.Lock()
 	p.earlyCalls++
 	p.mu.Unlock()
+	sent := false
 	for {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			return stream.SendAndClose(cmp.Or(p.earlyAnswer, answer))
+			if p.earlyAnswer != nil {
+				answer = p.earlyAnswer(sent)
+			}
+			return stream.SendAndClose(answer)
 		}
 		if err != nil {
 			return err
 		}
+		sent = sent || len(m.GetSections()) > 0
 		switch {
 		case len(m.GetSections()) == 0:
 		case p.earlyMisses:

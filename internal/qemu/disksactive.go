@@ -26,8 +26,8 @@ func (vm *VM) DisksActive(ctx context.Context) (bool, error) {
 // ErrDisksKept means that QEMU still has disks that it should have given up.
 var ErrDisksKept = errors.New("QEMU has not given all disks up")
 
-// CheckDisksGivenUp returns ErrDisksKept if QEMU says that a block node is active. QEMU does not say it in its answer to
-// Saver.Save: since 10.0 that command succeeds also where a disk cannot be given up (qmp_xen_save_devices_state drops
+// CheckDisksGivenUp returns ErrDisksKept if QEMU says that a block node is active. The answer to Saver.Save does not
+// say it: since QEMU 10.0 that command succeeds also where a disk cannot be given up (qmp_xen_save_devices_state drops
 // what migration_block_inactivate returns). QEMU before 10.0 does not say which nodes are active, but there Saver.Save
 // fails.
 func (vm *VM) CheckDisksGivenUp(ctx context.Context) error {
