@@ -95,7 +95,11 @@
 //     cancellation, the source continues the VM (if it ran) and tells the destination to give up. The destination runs
 //     the VM only when Run tells it to, and Run was not sent yet, so the source continues the VM without waiting for
 //     an answer. If the source lost its connection to QEMU (libvirt's connections end with libvirt's daemon), it first
-//     waits for a new one (awaitMonitor). A VM that stands still for longer than freezeLimit counts as a failure.
+//     waits for a new one (awaitMonitor). If QEMU hangs, or refuses to continue the VM, the source tries again until
+//     QEMU or this daemon ends (continueVM): a stop that QEMU has not answered may still be pending. A VM that stands
+//     still for longer than freezeLimit counts as a failure.
+//   - A VM that stopped by itself while it was being stopped (its guest powered off or panicked, a disk failed) is
+//     neither handed over nor continued: it would stand still without a migration, too.
 //   - After the commit point the source does not continue the VM by itself, with one exception: the changed state could
 //     not be sent, so the destination was not told to run the VM. Otherwise the source repeats Run until the
 //     destination answers. Only the answer ABORTED gives the VM back. It is the destination's promise that it has not

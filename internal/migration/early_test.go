@@ -29,10 +29,9 @@ func haltingFirmware(t *testing.T) string {
 
 // newEarlyStage returns a stage whose peer has loaded the device state before the VM stops. The VM has many devices,
 // so that saving them takes long enough to look at its memory meanwhile. No firmware sets them up meanwhile.
-func newEarlyStage(t *testing.T, p *peer) *stage {
+func newEarlyStage(t *testing.T, p *peer, devices ...string) *stage {
 	t.Helper()
 	p.early = true
-	var devices []string
 	for range 8 {
 		devices = append(devices, "-device", "virtio-rng-pci")
 	}
@@ -159,5 +158,46 @@ func TestStartOver(t *testing.T) {
 	if size := view.GetProgress().GetBytesDeviceState(); p.runRequest != nil || p.runs != 1 ||
 		!p.aborted || size < 100_000 {
 		t.Errorf("told %v, asked %d times, aborted %t, %d bytes loaded", p.runRequest, p.runs, p.aborted, size)
+	}
+}
+
+// TestBrokenEarlyAnswers: a destination that speaks of loading a state that it was not sent fails the migration. It is
+// not asked without end, and the VM goes on.
+func TestBrokenEarlyAnswers(t *testing.T) {
+	missing := &migratedv1.LoadEarlyStateResponse{Missed: []*migratedv1.Memory{{}}}
+	for name, withoutState := range map[string]*migratedv1.LoadEarlyStateResponse{
+		"memory is missing": missing,
+		"it is loaded":      {Loaded: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &peer{run: runAtOnce, early: true, earlyAnswer: func(sent bool) *migratedv1.LoadEarlyStateResponse {
+				if sent {
+					return missing
+				}
+				return withoutState
+			}}
+			s := newStageWith(t, t.Context(), p)
+			s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "a state that it was not sent")
+			if view, _ := s.source.Snapshot(); view.GetError().GetReason() != migratedv1.Reason_REASON_PROTOCOL {
+				t.Errorf("it says %v", view.GetError())
+			}
+			if p.earlyCalls > earlyTries+1 || !s.vmRuns(t) {
+				t.Errorf("it was asked %d times", p.earlyCalls)
+			}
+		})
+	}
+}
+
+// TestAppendMissed: pages that a destination names again, or that are too many to be copied, are not kept.
+func TestAppendMissed(t *testing.T) {
+	var pages []*migratedv1.Memory
+	for i := range uint64(2 * earlyPagesMost / smallPage) {
+		pages = append(pages, &migratedv1.Memory{Offset: i * smallPage})
+	}
+	if got := appendMissed(appendMissed(nil, pages[:3]), pages[:4]); len(got) != 4 {
+		t.Errorf("%d pages of 4 are kept", len(got))
+	}
+	if got := len(appendMissed(nil, pages)) * smallPage; got <= earlyPagesMost || got > earlyPagesMost+smallPage {
+		t.Errorf("%d bytes are kept", got)
 	}
 }

@@ -3,10 +3,14 @@
 package migration
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -60,6 +64,61 @@ func TestFallBackAsksTheDestination(t *testing.T) {
 				t.Errorf("it is not as before: %v", view)
 			}
 		})
+	}
+}
+
+// TestFallBackWhereTheDestinationDoesNotSay: a destination that answers, but cannot read what it kept, is not gone.
+func TestFallBackWhereTheDestinationDoesNotSay(t *testing.T) {
+	s, asked := unanswered(t)
+	s.peer.setWatch(func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error {
+		return status.Error(codes.Unknown, "a later version wrote it")
+	})
+	s.source.Start()
+	<-asked
+	err := s.source.FallBack(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "a later version wrote it") || Remedy(err) == "" {
+		t.Errorf("it falls back: %v", err)
+	}
+	if view, _ := s.source.Snapshot(); Terminal(view.GetState()) || !s.handedOver(t) || s.vmRuns(t) {
+		t.Errorf("it is not as before: %v", view)
+	}
+}
+
+// TestFallBackThatFails: QEMU refuses to continue the VM, as something else has a lock on its image. The migration is
+// not shown as one that fell back until the VM runs.
+func TestFallBackThatFails(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan struct{}, 100)
+	s := newStageWith(t, t.Context(), &peer{watch: unreachable, run: func(int) (*migratedv1.RunResponse, error) {
+		asked <- struct{}{}
+		return nil, status.Error(codes.Unavailable, "a broken wire")
+	}}, "-blockdev", "driver=file,node-name=disk,filename="+image, "-device", "virtio-blk-pci,drive=disk")
+	s.source.Start()
+	<-asked
+	holder, err := lockImage(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.source.FallBack(t.Context()); err == nil || Remedy(err) == "" {
+		t.Errorf("it falls back: %v", err)
+	}
+	view, _ := s.source.Snapshot()
+	if view.GetError().GetReason() == migratedv1.Reason_REASON_FELL_BACK || view.GetError().GetRemedy() == "" ||
+		strings.Contains(view.GetError().GetMessage(), errFallBack.Error()) || !s.handedOver(t) || s.vmRuns(t) {
+		t.Errorf("it is shown as %v", view)
+	}
+	if err := holder.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.source.FallBack(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.givenBack(t)
+	if view, _ := s.source.Snapshot(); view.GetError().GetReason() != migratedv1.Reason_REASON_FELL_BACK {
+		t.Errorf("it is shown as %v", view)
 	}
 }
 

@@ -32,7 +32,6 @@ const (
 	// beginTimeout bounds how long the destination's QEMU takes to begin to load. The VM runs meanwhile.
 	beginTimeout  = 10 * time.Second
 	resumeTimeout = 30 * time.Second
-	contPause     = 200 * time.Millisecond // between two attempts to continue the VM, within resumeTimeout
 	abortTimeout  = 10 * time.Second
 	quitTimeout   = 10 * time.Second
 )
@@ -128,6 +127,7 @@ type attempt struct {
 	endGuard         context.CancelFunc // ends guardStopped; nil: it has not begun
 	continuedByOther chan struct{}      // closed when somebody else has continued the VM after it was stopped
 	resumeEvents     *qmp.Subscription  // QEMU's RESUME events; nil: not subscribed yet
+	endEvents        *qmp.Subscription  // QEMU's SHUTDOWN and GUEST_PANICKED events; nil: not subscribed yet
 	sleepEvents      *qmp.Subscription  // QEMU's SUSPEND and WAKEUP events since openDeviceStream
 
 	runSentAt      time.Time                           // when Run was sent, with the end of the device state
@@ -315,6 +315,8 @@ func (s *Source) failAfterCommit(err error) {
 	case s.daemonCtx.Err() != nil && errors.Is(err, context.Cause(s.daemonCtx)):
 		s.leaveToNextDaemon(err, s.whereAfterCommit())
 		return
+	case errors.Is(err, errDeclaring):
+		err = errDeclaring // whatever was under way
 	}
 	s.log.Error("failed after the commit point", "error", err)
 	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, err, s.whereFailedThere())

@@ -9,7 +9,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -74,4 +76,33 @@ func TestVMIsContinuedWhenItsImageIsFree(t *testing.T) {
 		t.Error("the VM does not run")
 	}
 	s.noRecord(t)
+}
+
+// TestVMIsContinuedWhenQEMUAnswers: the source's QEMU hangs while the VM stands still, for longer than an attempt to
+// continue the VM takes. The migration is not over until QEMU has answered, and then the VM runs.
+func TestVMIsContinuedWhenQEMUAnswers(t *testing.T) {
+	was := continueTimeout
+	continueTimeout = time.Second
+	t.Cleanup(func() { continueTimeout = was }) // the last to run: the migration is over then
+	var s *stage
+	ready := make(chan struct{})
+	s = newStageWith(t, t.Context(), &peer{load: func(context.Context) error {
+		<-ready
+		return errors.Join(errors.New("the destination fails"), s.qemu.Process.Signal(syscall.SIGSTOP))
+	}})
+	close(ready) // s is set
+	s.source.Start()
+	s.awaitView(t, func(m *migratedv1.Migration) bool {
+		if Terminal(m.GetState()) {
+			t.Fatalf("it is over while the VM stands still: %v", m)
+		}
+		return strings.Contains(m.GetError().GetRemedy(), "tries again until it does")
+	})
+	if err := s.qemu.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	s.givenBack(t)
+	if view, _ := s.source.Snapshot(); !strings.Contains(view.GetError().GetMessage(), "the destination fails") {
+		t.Errorf("it says %v", view.GetError())
+	}
 }

@@ -96,9 +96,9 @@ func (s *Source) moveDevices(ctx context.Context) error {
 	testPoint("source-saved")
 	// Ask whether the VM stands still only after the save, because a save also succeeds for a VM that runs. The
 	// question runs beside the rest of the work, so that nothing waits for the answer.
-	stopCheck := make(chan error, 1)
+	mayRun := sync.OnceValue(func() error { return errors.Join(s.checkMayRun(ctx), s.checkDisksGivenUp(ctx)) })
 	var asking sync.WaitGroup
-	asking.Go(func() { stopCheck <- s.checkMayRun(ctx) })
+	asking.Go(func() { _ = mayRun() }) // finishDevices takes the answer
 	defer asking.Wait()
 	sections, err := devicestate.Parse(state)
 	if err != nil {
@@ -112,7 +112,7 @@ func (s *Source) moveDevices(ctx context.Context) error {
 			return err
 		}
 	}
-	return s.finishDevices(ctx, sender, body, stopCheck)
+	return s.finishDevices(ctx, sender, body, mayRun)
 }
 
 // runsOnceLoaded reports whether the destination runs the VM as soon as it has loaded the rest of the state. It may
@@ -271,17 +271,22 @@ func (d *deviceSender) send(body []byte) {
 	}
 }
 
-// finishDevices sends the rest of the device state, and waits until the destination has loaded it. stopCheck delivers
-// the result of checkStopped. Unless that is nil, the destination is not told to run the VM.
-func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body []byte, stopCheck <-chan error) error {
+// finishDevices sends the rest of the device state, and waits until the destination has loaded it. mayRun returns why
+// the destination must not be told to run the VM; nil: it may be told.
+func (s *Source) finishDevices(ctx context.Context, sender *deviceSender, body []byte, mayRun func() error) error {
 	saved := time.Now()
+	if !s.wasRunning { // the destination takes the disks of a paused VM as soon as it has loaded the end of the state
+		if err := mayRun(); err != nil {
+			return err
+		}
+	}
 	failed := func(err error) error { return causeOf(firstEnded(ctx, sender.stream.Context()), err) }
 	<-sender.idle
 	if sender.send(body); sender.err != nil {
 		return failed(sender.err)
 	}
 	s.update(func(m *migratedv1.Migration) { m.Progress.BytesDeviceState = uint64(len(body)) })
-	if err := <-stopCheck; err != nil {
+	if err := mayRun(); err != nil {
 		return err
 	}
 	if s.runsOnceLoaded() && !sender.callEnded {

@@ -82,6 +82,10 @@ func (s *Source) prepareEarly(ctx context.Context) error {
 			state.close()
 			return causeOf(ctx, fromPeer("load the early state of the devices", s.cfg.Spec.GetDestination(), err))
 		}
+		if state == nil && (answer.GetLoaded() || len(answer.GetMissed()) > 0) {
+			return withReason(fmt.Errorf("load the early state of the devices: destination %s speaks of loading a state that "+
+				"it was not sent", s.cfg.Spec.GetDestination()), migratedv1.Reason_REASON_PROTOCOL)
+		}
 		shown.LoadTime = answer.GetLoadTime()
 		if answer.GetLoaded() {
 			s.keepEarlyState(state, answer)
@@ -95,7 +99,7 @@ func (s *Source) prepareEarly(ctx context.Context) error {
 		if len(answer.GetMissed()) == 0 {
 			break // it is prepared
 		}
-		missed = append(missed, answer.GetMissed()...)
+		missed = appendMissed(missed, answer.GetMissed())
 		if err := s.checkPauseLimit(shown); err != nil {
 			failed = fmt.Errorf("%w; %w", failed, err)
 		} else if try+1 < earlyTries {
@@ -109,6 +113,22 @@ func (s *Source) prepareEarly(ctx context.Context) error {
 		"pause", shown.GetPause().AsDuration(), "load", shown.GetLoadTime().AsDuration(), "bytes", shown.GetBytes())
 	s.update(func(m *migratedv1.Migration) { m.EarlyLoad = shown })
 	return nil
+}
+
+// appendMissed adds to missed the pages of more that it lacks, and no more than can be copied while the VM stands
+// still.
+func appendMissed(missed, more []*migratedv1.Memory) []*migratedv1.Memory {
+	had := make(map[earlyPage]bool, len(missed))
+	for _, p := range missed {
+		had[earlyPage{int(p.GetBlock()), p.GetOffset()}] = true
+	}
+	for _, p := range more {
+		at := earlyPage{int(p.GetBlock()), p.GetOffset()}
+		if !had[at] && len(missed) <= earlyPagesMost/smallPage {
+			had[at], missed = true, append(missed, p)
+		}
+	}
+	return missed
 }
 
 // keepEarlyState keeps the state that the destination has loaded, and the pages that it has read for that.

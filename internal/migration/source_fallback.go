@@ -15,6 +15,11 @@ import (
 var errFallBack = errors.New("an operator declared the destination gone (migrated fallback): " +
 	"the VM is on the source again, as it was at the switch")
 
+// errDeclaring is why this daemon does no more for a migration: FallBack or Release has begun. They show the outcome.
+var errDeclaring = withRemedy(errors.New("an operator has begun to end the migration (migrated fallback or release), "+
+	"and that has not succeeded yet"), "remove the cause that the command named, and repeat the command; or restart this "+
+	"daemon: it goes on with the migration")
+
 // FallBack continues a VM that was handed over, as it was at the switch, because its destination is gone. The caller
 // has to know that the VM runs nowhere else. If the destination answers, its answer decides instead. FallBack returns
 // when the VM runs here.
@@ -27,7 +32,7 @@ func (s *Source) FallBack(ctx context.Context) error {
 	if err := s.checkGone(ctx); err != nil {
 		return err
 	}
-	if err := s.endFor(ctx, errFallBack); err != nil {
+	if err := s.endFor(ctx, errDeclaring); err != nil {
 		return err
 	}
 	if err := s.mayFallBack(); err != nil { // it may have ended at this moment
@@ -60,14 +65,15 @@ func (s *Source) mayFallBack() error {
 	return nil
 }
 
-// checkGone fails if the destination answers, and has the VM or has had its end.
+// checkGone fails if the destination answers, and has the VM or has had its end, or does not say.
 func (s *Source) checkGone(ctx context.Context) error {
 	answer, err := s.askDestination(ctx)
-	if err != nil {
-		s.log.Warn("only the operator says that the destination is gone", "error", err)
+	if err != nil && Remedy(err) == "" {
+		err = withRemedy(err, "see on the destination why it answers so; if its VM is gone for certain, stop the daemon "+
+			"there, then try again")
 	}
 	if answer == nil {
-		return nil
+		return err
 	}
 	destination, look := s.cfg.Spec.GetDestination(), "look there with 'migrated status "+s.cfg.ID+"'"
 	switch state := answer.GetState(); {

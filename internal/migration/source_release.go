@@ -37,7 +37,7 @@ func (s *Source) Release(ctx context.Context) error {
 	if err := s.checkReleasable(ctx); err != nil {
 		return err
 	}
-	if err := s.endFor(ctx, errReleased); err != nil {
+	if err := s.endFor(ctx, errDeclaring); err != nil {
 		return err
 	}
 	switch view, _ := s.Snapshot(); {

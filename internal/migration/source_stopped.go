@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
@@ -22,6 +23,9 @@ var (
 		"migrate it again, and leave its monitors alone meanwhile")
 	// errStoppedUnknown says that QEMU does not answer whether the VM stands still.
 	errStoppedUnknown = errors.New("it is not known whether the VM stands still on the source")
+	// errStoppedItself says that the VM would stand still now without this migration, too.
+	errStoppedItself = withReason(errors.New("the VM stopped by itself at this moment: its guest powered off or "+
+		"panicked, or a disk failed"), migratedv1.Reason_REASON_VM_STOPPED_ITSELF)
 )
 
 // remedyRunsTwice is the remedy for a VM that runs on both hosts.
@@ -39,47 +43,71 @@ const stoppedTimeout = 5 * time.Second
 // it was stopped. If it has, the error is errContinued. If QEMU does not answer, the error is errStoppedUnknown. A QEMU
 // that has ended cannot run the VM, which is nil, too.
 func (s *Source) checkStopped(ctx context.Context) error {
+	_, err := s.statusStopped(ctx)
+	return err
+}
+
+// statusStopped is checkStopped. It also returns QEMU's run state; it is empty for a QEMU that has ended.
+func (s *Source) statusStopped(ctx context.Context) (status string, err error) {
 	if s.qemuEnded() {
-		return nil
+		return "", nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, stoppedTimeout)
 	defer cancel()
-	running, err := s.askRunning(ctx)
+	status, err = s.askStatus(ctx)
 	switch {
-	case s.resumeReported() || err == nil && running:
-		return errContinued
+	case s.resumeReported() || err == nil && status == "running":
+		return status, errContinued
 	case err != nil && s.qemuEnded():
-		return nil
+		return "", nil
 	case err != nil:
-		return fmt.Errorf("%w: %w", errStoppedUnknown, err)
+		return "", fmt.Errorf("%w: %w", errStoppedUnknown, err)
 	default:
-		return nil
+		return status, nil
 	}
 }
 
-// checkMayRun is checkStopped before the destination is told to run the VM for the first time. It also fails if QEMU
-// has ended: memory that only QEMU had went with it, so the VM ends, as it would have without a migration.
+// checkMayRun is checkStopped before the destination is told to run the VM for the first time. It also fails if the VM
+// stopped by itself, and if QEMU has ended: memory that only QEMU had went with it, so the VM ends, as it would have
+// without a migration.
 func (s *Source) checkMayRun(ctx context.Context) error {
-	if err := s.checkStopped(ctx); err != nil {
+	status, err := s.statusStopped(ctx)
+	switch {
+	case err != nil:
 		return err
-	}
-	if s.qemuEnded() {
+	case s.qemuEnded():
 		return withRemedy(errOurQEMUGone, remedyStart)
+	case s.endReported() || s.wasRunning && status != "paused":
+		return withRemedy(fmt.Errorf("%w (QEMU says %q)", errStoppedItself, status),
+			"bring the VM to run or pause it, then try again")
 	}
 	return nil
 }
 
-// askRunning asks QEMU whether the VM runs. If the connection has ended, it makes another one for the question.
-func (s *Source) askRunning(ctx context.Context) (bool, error) {
+// askStatus asks QEMU for its run state. If the connection has ended, it makes another one for the question.
+func (s *Source) askStatus(ctx context.Context) (string, error) {
 	if s.vm.QMP.Err() == nil {
-		return s.vm.Running(ctx)
+		return s.vm.Status(ctx)
 	}
 	vm, err := attachAgain(ctx, s.cfg.Spec.GetVm(), s.vm)
 	if err != nil {
-		return false, err
+		return "", err
 	}
-	running, err := vm.Running(ctx)
-	return running, errors.Join(err, vm.Close())
+	status, err := vm.Status(ctx)
+	return status, errors.Join(err, vm.Close())
+}
+
+// endReported reports whether QEMU has said that the guest powered off or panicked. QEMU calls such a VM "paused" if it
+// happened while QEMU was stopping it for this migration.
+func (s *Source) endReported() bool { return s.endEvents != nil && len(s.endEvents.Events()) > 0 }
+
+// stoppedItself reports whether the VM stopped by itself, as far as QEMU says.
+func (s *Source) stoppedItself(ctx context.Context, vm *qemu.VM) bool {
+	if s.endReported() {
+		return true
+	}
+	status, err := vm.Status(ctx)
+	return err == nil && hasStoppedItself(status)
 }
 
 // resumeReported reports whether QEMU has said that the VM was continued, in an event that came before the last answer
@@ -98,7 +126,9 @@ func (s *Source) resumeReported() bool {
 // the hand-over; else the VM could run twice. endGuard ends the guard, before the migration itself continues the VM.
 func (s *Source) guardStopped(ctx context.Context) {
 	resumes := s.vm.QMP.Subscribe("RESUME")
-	s.resumeEvents = s.vm.QMP.Subscribe("RESUME") // never read: resumeReported looks at the length of its queue
+	// These are never read: resumeReported and endReported look at the length of the queue.
+	s.resumeEvents = s.vm.QMP.Subscribe("RESUME")
+	s.endEvents = s.vm.QMP.Subscribe("SHUTDOWN", "GUEST_PANICKED")
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan struct{})
 	s.endGuard = func() {

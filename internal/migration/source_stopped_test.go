@@ -145,3 +145,39 @@ func TestHandOverWaitsForTheSourcesQEMU(t *testing.T) {
 		t.Errorf("told %d times to run the VM while that was not known, %d times in all", runs, s.peer.runs)
 	}
 }
+
+// TestVMThatPowersOffWhileItIsStopped: the guest powers off when QEMU has just stopped the VM, which QEMU then calls
+// "paused". The VM is not run at the destination, nor continued at the source.
+func TestVMThatPowersOffWhileItIsStopped(t *testing.T) {
+	var s *stage
+	ready := make(chan struct{})
+	s = newStageWith(t, t.Context(), &peer{run: runAtOnce, load: func(context.Context) error {
+		<-ready
+		s.hmp(t, "o /h 0x604 0x2000") // PM1a_CNT: SLP_EN and S5
+		return nil
+	}}, "-no-shutdown", "-bios", haltingFirmware(t))
+	// As firmware does: PMBASE of the ICH9's LPC bridge, and ACPI_EN of its ACPI_CNTL.
+	for _, line := range []string{
+		"o /w 0xcf8 0x8000f840", "o /w 0xcfc 0x601", "o /w 0xcf8 0x8000f844", "o /b 0xcfc 0x80",
+	} {
+		s.hmp(t, line)
+	}
+	close(ready) // s is set
+	s.source.Start()
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "its guest powered off")
+	s.expect(t, migratedv1.MigrationState_MIGRATION_STATE_FAILED, "is not continued")
+	if view, _ := s.source.Snapshot(); view.GetError().GetReason() != migratedv1.Reason_REASON_VM_STOPPED_ITSELF {
+		t.Errorf("it says %v", view.GetError())
+	}
+	if s.peer.runs != 0 || s.vmRuns(t) {
+		t.Errorf("%d hand-overs; it runs at the source: %t", s.peer.runs, s.vmRuns(t))
+	}
+	s.noRecord(t)
+}
+
+// hmp executes a command for people at QEMU's other monitor.
+func (s *stage) hmp(t *testing.T, line string) {
+	t.Helper()
+	s.command(t, "human-monitor-command", map[string]string{"command-line": line}, nil)
+	s.vmRuns(t) // QEMU has carried out by now what the command caused
+}

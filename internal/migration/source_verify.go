@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/migrated-vm/migrated/internal/qemu"
 	"github.com/migrated-vm/migrated/internal/qemu/check"
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
@@ -48,4 +49,21 @@ func (s *Source) verifyStopped(ctx context.Context, ran bool) error {
 	return withRemedy(withReason(
 		fmt.Errorf("somebody else paused or continued it at this moment (running: %t, then %t)", was, ran),
 		migratedv1.Reason_REASON_INTERFERED), "migrate it again")
+}
+
+// checkDisksGivenUp fails if the source's QEMU still has a disk that the destination's is to take: both would write to
+// it. It is called after the save.
+func (s *Source) checkDisksGivenUp(ctx context.Context) error {
+	if s.cfg.Spec.GetRehearse() {
+		return nil
+	}
+	err := s.vm.CheckDisksGivenUp(ctx)
+	if errors.Is(err, qemu.ErrDisksKept) {
+		return withRemedy(err, "look into QEMU's log for why (a storage that is full or fails, a persistent bitmap that "+
+			"cannot be stored, a filter that writes), remove the cause, then migrate it again")
+	}
+	if err != nil {
+		return fmt.Errorf("ask QEMU whether it has given the VM's disks up: %w", err)
+	}
+	return nil
 }

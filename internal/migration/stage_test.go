@@ -3,6 +3,7 @@
 package migration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -35,8 +36,10 @@ type peer struct {
 	// abort answers AbortIncoming; nil: the peer gives up.
 	abort func(attempt int) error
 
-	early   bool // loads the device state early
-	endless bool // the last page never arrives
+	early bool // loads the device state early
+	// earlyAnswer answers LoadEarlyState, where sent says whether a state came; nil: it loads that.
+	earlyAnswer func(sent bool) *migratedv1.LoadEarlyStateResponse
+	endless     bool // the last page never arrives
 	// watch answers WatchIncoming after the peer was told to run the VM.
 	watch        func(grpc.ServerStreamingServer[migratedv1.WatchIncomingResponse]) error
 	limit        uint64                    // of the last LimitIncoming
@@ -47,6 +50,7 @@ type peer struct {
 	spec         *migratedv1.MigrationSpec // of the migration, without VM and destination; nil: the default
 	prepareCalls int                       // number of calls of PrepareIncoming
 	log          slog.Handler              // of the source; nil: its log is discarded
+	emulator     string                    // the source's QEMU; empty: the installed one
 
 	mu          sync.Mutex
 	runs        int                    // number of calls of Run
@@ -76,14 +80,19 @@ func (p *peer) LoadEarlyState(
 	p.mu.Lock()
 	p.earlyCalls++
 	p.mu.Unlock()
+	sent := false
 	for {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
+			if p.earlyAnswer != nil {
+				answer = p.earlyAnswer(sent)
+			}
 			return stream.SendAndClose(answer)
 		}
 		if err != nil {
 			return err
 		}
+		sent = sent || len(m.GetSections()) > 0
 		switch {
 		case len(m.GetSections()) == 0:
 		case p.earlyMisses:
@@ -214,7 +223,7 @@ func newStageWith(
 		peer: p, vm: filepath.Join(dir, "qmp.sock"), other: filepath.Join(dir, "other.sock"),
 		pages: pagesrv.NewServer(pagesrv.Options{}),
 	}
-	s.qemu = exec.Command("qemu-system-x86_64", append([]string{
+	s.qemu = exec.Command(cmp.Or(p.emulator, "qemu-system-x86_64"), append([]string{
 		"-machine", "q35,memory-backend=ram0", "-accel", "tcg", "-m", "32M",
 		"-object", "memory-backend-file,id=ram0,size=32M,share=on,mem-path=" + ram.Name(),
 		"-nodefaults", "-display", "none",

@@ -38,19 +38,28 @@ func locateVM(vm *qemu.VM) (location migratedv1.Location, runState, words string
 		return here, "", fmt.Sprintf("whether the VM runs on the source is not known: "+
 			"its QEMU, process %d, lives and does not answer (%v)", vm.Pid, err)
 	}
-	switch runState {
-	case "running":
+	switch {
+	case runState == "running":
 		words = "the VM runs on the source"
-	case "paused", "prelaunch":
+	case runState == "paused", runState == "prelaunch":
 		words = "the VM is paused on the source"
-	case "suspended":
+	case runState == "suspended":
 		words = "the VM is on the source, and its guest sleeps"
-	case "io-error", "internal-error", "guest-panicked", "watchdog", "shutdown":
+	case hasStoppedItself(runState):
 		words = fmt.Sprintf("the VM is on the source, and has stopped by itself: QEMU says %q", runState)
 	default:
 		words = fmt.Sprintf("the VM is on the source, and does not run: QEMU says %q", runState)
 	}
 	return here, runState, words
+}
+
+// hasStoppedItself reports whether a VM in this run state of QEMU's stands still although nobody has paused it.
+func hasStoppedItself(runState string) bool {
+	switch runState {
+	case "io-error", "internal-error", "guest-panicked", "watchdog", "shutdown", "suspended":
+		return true
+	}
+	return false
 }
 
 // whereBeforeCommit returns where the VM is before the commit point. It appends note, which comes from continueVM. Call

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -116,16 +117,8 @@ func (vm *VM) RemoveContLock(ctx context.Context) error {
 
 // hasContLock reports whether QEMU has the image.
 func (vm *VM) hasContLock(ctx context.Context) (bool, error) {
-	var nodes []struct {
-		Name string `json:"node-name"`
-	}
-	err := vm.QMP.Do(ctx, "query-named-block-nodes", map[string]bool{"flat": true}, &nodes)
-	for _, n := range nodes {
-		if n.Name == ContLockNode {
-			return true, err
-		}
-	}
-	return false, err
+	nodes, err := vm.blockNodes(ctx)
+	return slices.ContainsFunc(nodes, func(n blockNode) bool { return n.Name == ContLockNode }), err
 }
 
 // contLockImage returns an empty qcow2 image (docs/interop/qcow2.txt). A qcow2 node needs the permission to write for

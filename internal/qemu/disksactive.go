@@ -5,27 +5,53 @@ package qemu
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"slices"
 )
 
 // DisksActive reports whether QEMU holds the VM's disks. It does not after Saver.Save gave them up, nor while the
 // source still has them (late-block-activate). For a VM without disks it returns true.
 func (vm *VM) DisksActive(ctx context.Context) (bool, error) {
-	var nodes []struct {
-		Active *bool `json:"active"` // since QEMU 10.0
-	}
-	if err := vm.QMP.Do(ctx, "query-named-block-nodes", map[string]bool{"flat": true}, &nodes); err != nil {
+	nodes, err := vm.blockNodes(ctx)
+	if err != nil {
 		return false, err
 	}
 	if len(nodes) == 0 || nodes[0].Active == nil {
 		return vm.disksPermitted(ctx)
 	}
+	return !slices.ContainsFunc(nodes, func(n blockNode) bool { return n.Active != nil && !*n.Active }), nil
+}
+
+// ErrDisksKept means that QEMU still has disks that it should have given up.
+var ErrDisksKept = errors.New("QEMU has not given all disks up")
+
+// CheckDisksGivenUp returns ErrDisksKept if QEMU says that a block node is active. The answer to Saver.Save does not
+// say it: since QEMU 10.0 that command succeeds also where a disk cannot be given up (qmp_xen_save_devices_state drops
+// what migration_block_inactivate returns). QEMU before 10.0 does not say which nodes are active, but there Saver.Save
+// fails.
+func (vm *VM) CheckDisksGivenUp(ctx context.Context) error {
+	nodes, err := vm.blockNodes(ctx)
+	if err != nil {
+		return err
+	}
 	for _, n := range nodes {
-		if n.Active != nil && !*n.Active {
-			return false, nil
+		if n.Active != nil && *n.Active {
+			return fmt.Errorf("%w: block node %q is active", ErrDisksKept, n.Name)
 		}
 	}
-	return true, nil
+	return nil
+}
+
+// A blockNode has the used fields of BlockDeviceInfo (qapi/block-core.json).
+type blockNode struct {
+	Name   string `json:"node-name"`
+	Active *bool  `json:"active"` // since QEMU 10.0
+}
+
+func (vm *VM) blockNodes(ctx context.Context) (nodes []blockNode, err error) {
+	err = vm.QMP.Do(ctx, "query-named-block-nodes", map[string]bool{"flat": true}, &nodes)
+	return nodes, err
 }
 
 // disksPermitted finds it out from the permissions of the devices on their drives; QEMU before 10.0 shows nothing else.

@@ -81,6 +81,9 @@ func TestDisksActive(t *testing.T) {
 	has(source, true, "saved only")
 	stream := save(t, source, true)
 	has(source, false, "saved and given up")
+	if err := source.CheckDisksGivenUp(ctx); err != nil {
+		t.Error(err)
+	}
 	if err := destination.TakeDisksWhenLoaded(ctx); err != nil {
 		t.Fatal(err)
 	}

@@ -47,8 +47,9 @@ const lookSoon = 50 * time.Microsecond
 // stream, one section per device that has state, and an end mark. The run state in it is "paused" (devicestate.Pause).
 // The state does not contain RAM. The VM stays stopped.
 //
-// With giveUpDisks QEMU also gives the disks up, so that another QEMU can take them, until Cont or ActivateDisks. Do
-// not set it when QEMU has already given them up: QEMU would abort (see DisksActive).
+// With giveUpDisks QEMU also gives the disks up, so that another QEMU can take them, until Cont or ActivateDisks. QEMU
+// does not always say that it could not: ask CheckDisksGivenUp. Do not set giveUpDisks when QEMU has already given them
+// up: QEMU would abort (see DisksActive).
 //
 // QEMU holds its big lock until it has written the last byte. It does not wait for a reader, because the file is
 // memory. Meanwhile Save calls written, unless it is nil, with everything written so far, from the first byte on.
