@@ -98,18 +98,22 @@ func (d *Destination) pumpLanes(l *lanes) error {
 
 // canRetry says whether pages may come again after an error of the engine, and what an operator can do about it. The
 // engine can always go on where it stopped. The VM runs here: giving up would leave it with part of its memory
-// permanently.
+// permanently. So only an error after which no page can be put where the VM looks for it, or after which the VM may read
+// zeros, is final.
 func (d *Destination) canRetry(err error) (retry bool, remedy string) {
 	again := fmt.Sprintf("; it is tried again by itself, and at once by: migrated recover %s", d.cfg.Request.GetId())
+	var fork *postcopy.ForkError
 	switch {
+	case errors.Is(err, postcopy.ErrProcessGone), errors.Is(err, postcopy.ErrMoved), errors.As(err, &fork):
+		return false, ""
 	case errors.Is(err, postcopy.ErrLaneLost):
 		return true, "restore the network between the two hosts; the connection is made again by itself"
 	case errors.Is(err, postcopy.ErrNoMemory):
 		return true, "make room for the VM's memory on the destination" + again
 	case errors.Is(err, postcopy.ErrProtocol):
 		return true, "see that nothing but the source's daemon answers there, and that it is of this version" + again
-	default:
-		return false, ""
+	default: // of this host: no descriptor is free, a file cannot be written
+		return true, "mend on the destination what the error names" + again
 	}
 }
 
