@@ -53,6 +53,9 @@ func (d *Destination) pump(first *lanes) {
 func (d *Destination) pumpLanes(l *lanes) error {
 	came := time.Now() // when the last page came
 	for backoff := time.Duration(0); ; {
+		if l == nil && d.needsNoSource() {
+			return causeOf(d.ctx, d.engine.Run(d.ctx, nil, nil, nil))
+		}
 		if l == nil {
 			var err error
 			if l, err = d.dialAgain(); err != nil {
@@ -94,6 +97,12 @@ func (d *Destination) pumpLanes(l *lanes) error {
 			return err
 		}
 	}
+}
+
+// needsNoSource says whether only the registration is left to be undone, because the VM runs and has all of its memory.
+func (d *Destination) needsNoSource() bool {
+	stats := d.engine.Stats()
+	return d.runAnswer() != nil && stats.PagesPresent == stats.PagesTotal
 }
 
 // canRetry says whether pages may come again after an error of the engine, and what an operator can do about it. The

@@ -70,6 +70,26 @@ func TestTakeUp(t *testing.T) {
 	g.verify()
 }
 
+// TestTakeUpFull: if the first engine ended with the last page, the second one needs no lanes.
+func TestTakeUpFull(t *testing.T) {
+	state := stateMemory([]uint64{pagesPerWord})
+	for i := range state {
+		state[i] = byte(zero)<<stateBits | byte(zero)
+	}
+	g := newTarget(t, layout{{kind: uffdtest.Shmem, pages: pagesPerWord}}, Options{State: state})
+	thread := g.read(0, 5, 0)
+	thread.WaitWaiting() // no engine runs
+	if err := g.Run(context.Background(), nil, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, thread, 0)
+	select {
+	case <-g.Done():
+	default:
+		t.Error("not done")
+	}
+}
+
 // TestTakeUpUnmapped: the process has unmapped a whole block, as it does when a DIMM is unplugged. The next engine goes on
 // with the others, whether the event of it was read or not.
 func TestTakeUpUnmapped(t *testing.T) {
