@@ -31,6 +31,12 @@ func backoffLimit(outage time.Duration) time.Duration {
 	return min(max(longestBackoff, outage/outageShare), outageBackoff)
 }
 
+// nextBackoff returns the backoff after lanes that brought nothing, also if they could be opened: a source that cannot
+// read the page that is asked for ends each of them.
+func nextBackoff(last, outage time.Duration) time.Duration {
+	return min(max(firstBackoff, 2*last), backoffLimit(outage))
+}
+
 // pump runs the engine over lanes until the last page is installed. After the switch, it opens new lanes when they
 // are lost. When it returns, the destination has ended.
 func (d *Destination) pump(first *lanes) {
@@ -85,13 +91,9 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		case !d.orphan: // else the loss of memory stays shown
 			d.paused(d.withAbandonRemedy(withRemedy(err, remedy)))
 		}
-		switch progressed := d.engine.Stats().PagesPresent != before; {
-		case progressed:
+		backoff = nextBackoff(backoff, time.Since(came))
+		if d.engine.Stats().PagesPresent != before {
 			backoff, came = 0, time.Now()
-		case !d.orphan && errors.Is(err, postcopy.ErrLaneLost):
-			backoff = firstBackoff // the network may recover soon, and dialAgain has its own backoff
-		default:
-			backoff = min(max(firstBackoff, 2*backoff), backoffLimit(time.Since(came)))
 		}
 		if err := d.sleep(backoff); err != nil {
 			return err
@@ -115,6 +117,10 @@ func (d *Destination) canRetry(err error) (retry bool, remedy string) {
 	switch {
 	case errors.Is(err, postcopy.ErrProcessGone), errors.Is(err, postcopy.ErrMoved), errors.As(err, &fork):
 		return false, ""
+	case serverSays(err, migratedv1.Reason_REASON_PAGES_UNREADABLE):
+		return true, "see the kernel log of the source's host: its memory or the disk behind it is broken, or the file of " +
+			"the memory was truncated. All other memory comes first. A thread of the VM that needs what cannot be read " +
+			"waits: if it cannot be mended, end the VM here and start it again from its disks" + again
 	case errors.Is(err, postcopy.ErrLaneLost):
 		return true, "restore the network between the two hosts; the connection is made again by itself"
 	case errors.Is(err, postcopy.ErrNoMemory):

@@ -172,6 +172,11 @@ func (l *lane) answer(stream messageStream, r pagewire.Range, left uint64) error
 		n := min(end-at, room*b.PageSize)
 		pages := l.reply.Data[l.used : l.used+int(n)]
 		n, err = l.readable(b, pages, at)
+		if errors.Is(err, ErrRAM) { // the peer is to have what comes before, and to know at which page it ended
+			if err := l.flush(stream); err != nil {
+				return err
+			}
+		}
 		if err != nil {
 			return err
 		}
@@ -211,7 +216,8 @@ func (l *lane) seekData(block uint32, at uint64) (uint64, error) {
 		return at, nil // no hole: each page is read
 	}
 	if err != nil {
-		return 0, endLane(codes.DataLoss, ErrRAM, "%w", err)
+		return 0, endLane(codes.DataLoss, ErrRAM, "look for a hole at %#x of block %s: %w",
+			at, l.export.ram.blocks[block].ID, err)
 	}
 	if data > at {
 		l.holeBlock, l.holeStart, l.holeEnd = block, at, data
@@ -220,10 +226,10 @@ func (l *lane) seekData(block uint32, at uint64) (uint64, error) {
 }
 
 // readable fills pages from the block, up to the first page that nobody can read any more, and says how many bytes it
-// has filled. 0: the first page is one that nobody can read.
+// has filled. 0: the first page is one that nobody can read. On a lane that may not lose pages, that is an error.
 func (l *lane) readable(b *openBlock, pages []byte, at uint64) (n uint64, err error) {
 	err = l.read(b, pages, at)
-	if err == nil || !l.loses || !b.isLost(err) {
+	if err == nil || !b.isLost(err) {
 		return uint64(len(pages)), err
 	}
 	for n < uint64(len(pages)) {
@@ -231,7 +237,7 @@ func (l *lane) readable(b *openBlock, pages []byte, at uint64) (n uint64, err er
 		switch {
 		case err == nil:
 			n += b.PageSize
-		case b.isLost(err):
+		case b.isLost(err) && (l.loses || n > 0):
 			return n, nil
 		default:
 			return n, err
@@ -248,7 +254,7 @@ func (l *lane) read(b *openBlock, pages []byte, at uint64) error {
 	err := b.read(pages, at)
 	l.end()
 	if err != nil {
-		return endLane(codes.DataLoss, ErrRAM, "%w", err)
+		return endLane(codes.DataLoss, ErrRAM, "%d bytes at %#x of block %s: %w", len(pages), at, b.ID, err)
 	}
 	return nil
 }

@@ -133,6 +133,7 @@ type Engine struct {
 	later     later
 	epoch     time.Time // pending's times count from here
 	hints     hints
+	unread    []uint64 // pages that the source could not read, kept from one Run to the next; session.bulk.mu
 
 	started  atomic.Bool
 	sweeping chan struct{} // closed by StartSweep

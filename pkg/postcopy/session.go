@@ -118,6 +118,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane, more func(co
 	e.later.open()
 	defer e.later.stop()
 	e.pages.putBack()
+	s.setAside()
 	if err := errors.Join(e.resume(), e.wakeAll()); err != nil {
 		return err
 	}
