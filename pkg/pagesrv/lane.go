@@ -62,6 +62,7 @@ type messageStream interface {
 
 func (l *lane) serve(ctx context.Context, stream messageStream) error {
 	defer l.reply.Release()
+	call := stream
 	if l.bulk {
 		stream = &sharingStream{
 			messageStream: stream, ctx: ctx, shared: &l.export.server.shared, export: l.export, turn: newTurn(),
@@ -79,7 +80,7 @@ func (l *lane) serve(ctx context.Context, stream messageStream) error {
 		if err != nil {
 			return err
 		}
-		if err := l.export.confirm(ctx); err != nil {
+		if err := l.confirm(ctx, call); err != nil {
 			return err
 		}
 		l.counters.requests.Add(1)
@@ -104,6 +105,15 @@ func (l *lane) serve(ctx context.Context, stream messageStream) error {
 			return err
 		}
 	}
+}
+
+// confirm returns nil once the VM was seen stopped. It may take long until it is: the peer asks for what it will need
+// before the VM is stopped, and takes a lane that does not answer its PINGs for lost.
+func (l *lane) confirm(ctx context.Context, call messageStream) error {
+	if a, ok := call.(attendant); ok && !l.export.confirmed.Load() {
+		defer a.Attend()()
+	}
+	return l.export.confirm(ctx)
 }
 
 // firstPiece is what the first reply to a request carries at most.
