@@ -221,7 +221,9 @@ func (l *lane) seekData(block uint32, at uint64) (uint64, error) {
 		return 0, err
 	}
 	data, err := l.export.ram.blocks[block].hole(at)
-	l.end()
+	if err := l.end(); err != nil {
+		return 0, err
+	}
 	if err != nil && l.loses && l.export.ram.blocks[block].isLost(err) {
 		return at, nil // no hole: each page is read
 	}
@@ -262,7 +264,9 @@ func (l *lane) read(b *openBlock, pages []byte, at uint64) error {
 		return err
 	}
 	err := b.read(pages, at)
-	l.end()
+	if err := l.end(); err != nil {
+		return err
+	}
 	if err != nil {
 		return endLane(codes.DataLoss, ErrRAM, "%d bytes at %#x of block %s: %w", len(pages), at, b.ID, err)
 	}
@@ -325,8 +329,7 @@ func (l *lane) flush(stream messageStream) error {
 func (l *lane) begin() error {
 	l.reading.Store(true)
 	if l.export.withdrawn.Load() {
-		l.end()
-		return endLane(codes.Aborted, ErrWithdrawn, "")
+		return l.end()
 	}
 	if l.export.park != nil {
 		l.export.park("reading")
@@ -334,14 +337,17 @@ func (l *lane) begin() error {
 	return nil
 }
 
-func (l *lane) end() {
+// end ends a read of RAM. An error says that nothing of it may be sent: the VM may have been continued meanwhile.
+func (l *lane) end() error {
 	l.reading.Store(false)
-	if l.export.withdrawn.Load() {
-		select {
-		case l.idle <- struct{}{}:
-		default: // said already, and not yet heard
-		}
+	if !l.export.withdrawn.Load() {
+		return nil
 	}
+	select {
+	case l.idle <- struct{}{}:
+	default: // said already, and not yet heard
+	}
+	return endLane(codes.Aborted, ErrWithdrawn, "")
 }
 
 // awaitIdle waits for the read that is under way; the export is withdrawn, so no other follows.

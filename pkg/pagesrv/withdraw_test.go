@@ -107,6 +107,40 @@ func TestLaneIsAttendedWhileTheVMStops(t *testing.T) {
 	}
 }
 
+// counting is a stream with one request that counts the pages of the replies.
+type counting struct {
+	attended
+	pages uint32
+}
+
+func (c *counting) Send(reply *pagewire.Reply) error {
+	for _, r := range reply.Runs {
+		c.pages += r.Length / 4096
+	}
+	return nil
+}
+
+// TestRevokeWaitsForNoRead: Revoke returns while a read is under way, because the VM is continued after it. What the
+// read brings is not sent: it may be of the VM that runs.
+func TestRevokeWaitsForNoRead(t *testing.T) {
+	for name, revoked := range map[string]bool{"revoked": true, "served": false} {
+		e, _ := offer(t, smallRAM(t))
+		e.park = func(string) { // in the lane's own goroutine: the read is announced and does not go on until Revoke returns
+			if revoked {
+				e.Revoke()
+			}
+		}
+		stream := &counting{attended: attended{requests: 1}}
+		l := &lane{export: e, idle: make(chan struct{}, 1), packer: newPacker(pagewire.Announced(nil), false, &e.link)}
+		if err := l.serve(t.Context(), stream); errors.Is(err, ErrWithdrawn) != revoked {
+			t.Errorf("%s: the lane ended with %v", name, err)
+		}
+		if want := map[bool]uint32{true: 0, false: 1}[revoked]; stream.pages != want {
+			t.Errorf("%s: %d pages were sent, want %d", name, stream.pages, want)
+		}
+	}
+}
+
 func TestWithdrawEndsIdleLanes(t *testing.T) {
 	s := NewServer(Options{})
 	e, err := s.Offer(testID, testToken, smallRAM(t), isStopped)
