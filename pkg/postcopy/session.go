@@ -81,7 +81,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane, more func(co
 	default:
 	}
 	if e.pages.left.Load() == 0 { // it was taken up like this: an earlier process ended before it could say so
-		return errors.Join(e.resume(), e.complete())
+		return errors.Join(e.resume(), e.complete(ctx))
 	}
 	if len(demand) != e.workers {
 		return fmt.Errorf("post-copy: %d demand lanes for %d fault workers", len(demand), e.workers)
@@ -130,7 +130,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane, more func(co
 		e.counters.lastPage.Store(e.now())
 	case <-s.ctx.Done():
 	}
-	return s.finish()
+	return s.finish(ctx)
 }
 
 func newLane(name string, stream Lane, bytes, pages *atomic.Uint64, record *uffd.CopyRecord) *lane {
@@ -188,8 +188,8 @@ func (s *session) take(l *lane) bool {
 	return true
 }
 
-// finish ends all goroutines and says how Run went.
-func (s *session) finish() error {
+// finish ends all goroutines and says how Run went. ctx is Run's.
+func (s *session) finish(ctx context.Context) error {
 	err := context.Cause(s.ctx) // before this ends it
 	s.fail(nil)
 	s.e.at("ending", 0)
@@ -204,7 +204,7 @@ func (s *session) finish() error {
 	select {
 	case <-s.e.pages.full: // also when something failed meanwhile: nothing was needed of it
 		if !errors.Is(err, ErrMoved) { // else what the table calls present is elsewhere
-			err = s.e.complete()
+			err = s.e.complete(ctx)
 		}
 	default:
 	}
