@@ -31,6 +31,12 @@ func backoffLimit(outage time.Duration) time.Duration {
 	return min(max(longestBackoff, outage/outageShare), outageBackoff)
 }
 
+// nextBackoff returns the backoff after lanes that brought nothing, also if they could be opened: a source that cannot
+// read the page that is asked for ends each of them.
+func nextBackoff(last, outage time.Duration) time.Duration {
+	return min(max(firstBackoff, 2*last), backoffLimit(outage))
+}
+
 // pump runs the engine over lanes until the last page is installed. After the switch, it opens new lanes when they
 // are lost. When it returns, the destination has ended.
 func (d *Destination) pump(first *lanes) {
@@ -53,6 +59,9 @@ func (d *Destination) pump(first *lanes) {
 func (d *Destination) pumpLanes(l *lanes) error {
 	came := time.Now() // when the last page came
 	for backoff := time.Duration(0); ; {
+		if l == nil && d.needsNoSource() {
+			return causeOf(d.ctx, d.engine.Run(d.ctx, nil, nil, nil))
+		}
 		if l == nil {
 			var err error
 			if l, err = d.dialAgain(); err != nil {
@@ -82,13 +91,9 @@ func (d *Destination) pumpLanes(l *lanes) error {
 		case !d.orphan: // else the loss of memory stays shown
 			d.paused(d.withAbandonRemedy(withRemedy(err, remedy)))
 		}
-		switch progressed := d.engine.Stats().PagesPresent != before; {
-		case progressed:
+		backoff = nextBackoff(backoff, time.Since(came))
+		if d.engine.Stats().PagesPresent != before {
 			backoff, came = 0, time.Now()
-		case !d.orphan && errors.Is(err, postcopy.ErrLaneLost):
-			backoff = firstBackoff // the network may recover soon, and dialAgain has its own backoff
-		default:
-			backoff = min(max(firstBackoff, 2*backoff), backoffLimit(time.Since(came)))
 		}
 		if err := d.sleep(backoff); err != nil {
 			return err
@@ -96,20 +101,34 @@ func (d *Destination) pumpLanes(l *lanes) error {
 	}
 }
 
+// needsNoSource says whether only the registration is left to be undone, because the VM runs and has all of its memory.
+func (d *Destination) needsNoSource() bool {
+	stats := d.engine.Stats()
+	return d.runAnswer() != nil && stats.PagesPresent == stats.PagesTotal
+}
+
 // canRetry says whether pages may come again after an error of the engine, and what an operator can do about it. The
 // engine can always go on where it stopped. The VM runs here: giving up would leave it with part of its memory
-// permanently.
+// permanently. So only an error after which no page can be put where the VM looks for it, or after which the VM may read
+// zeros, is final.
 func (d *Destination) canRetry(err error) (retry bool, remedy string) {
 	again := fmt.Sprintf("; it is tried again by itself, and at once by: migrated recover %s", d.cfg.Request.GetId())
+	var fork *postcopy.ForkError
 	switch {
+	case errors.Is(err, postcopy.ErrProcessGone), errors.Is(err, postcopy.ErrMoved), errors.As(err, &fork):
+		return false, ""
+	case serverSays(err, migratedv1.Reason_REASON_PAGES_UNREADABLE):
+		return true, "see the kernel log of the source's host: its memory or the disk behind it is broken, or the file of " +
+			"the memory was truncated. All other memory comes first. A thread of the VM that needs what cannot be read " +
+			"waits: if it cannot be mended, end the VM here and start it again from its disks" + again
 	case errors.Is(err, postcopy.ErrLaneLost):
 		return true, "restore the network between the two hosts; the connection is made again by itself"
 	case errors.Is(err, postcopy.ErrNoMemory):
 		return true, "make room for the VM's memory on the destination" + again
 	case errors.Is(err, postcopy.ErrProtocol):
 		return true, "see that nothing but the source's daemon answers there, and that it is of this version" + again
-	default:
-		return false, ""
+	default: // of this host: no descriptor is free, a file cannot be written
+		return true, "mend on the destination what the error names" + again
 	}
 }
 

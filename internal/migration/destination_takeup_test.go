@@ -152,6 +152,31 @@ func TestTakenUpAfterTheLastPage(t *testing.T) {
 	}
 }
 
+// The last page came just before the daemon ended. The source, which nobody can reach, is not needed any more.
+func TestTakenUpWithAllPages(t *testing.T) {
+	l := leaveDestination(t, true)
+	if _, err := l.vm.Cont(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	l.kept.header().toldToRun.Store(1)
+	l.ran()
+	for i, states := 0, l.kept.states(); i < len(states); i++ {
+		states[i] = 0x44 // present, twice (TestStatesAreAFormat)
+	}
+	d := l.takeUp(t)
+	select {
+	case <-d.Done():
+	case <-time.After(2 * time.Minute):
+		t.Fatal("it waits for the source")
+	}
+	if view, _ := d.Snapshot(); view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_COMPLETED {
+		t.Errorf("the migration is %v", view)
+	}
+	if !l.runs(t) {
+		t.Error("the VM does not run")
+	}
+}
+
 func TestTakenUpAfterTheSwitch(t *testing.T) {
 	l := leaveDestination(t, true)
 	if _, err := l.vm.Cont(t.Context()); err != nil {

@@ -53,6 +53,9 @@ func reasonOf(err error) migratedv1.Reason {
 	if errors.As(err, &reasoned) {
 		return reasoned.reason
 	}
+	if serverSays(err, migratedv1.Reason_REASON_PAGES_UNREADABLE) {
+		return migratedv1.Reason_REASON_PAGES_UNREADABLE
+	}
 	for _, r := range reasons {
 		if errors.Is(err, r.err) {
 			return r.reason

@@ -19,7 +19,7 @@ var errRehearsed = errors.New("the rehearsal is over")
 
 // finishRehearsal ends a rehearsal whose destination has loaded everything: it continues the VM here and reports.
 func (s *Source) finishRehearsal(ctx context.Context) {
-	s.export.Withdraw()
+	s.export.Revoke()
 	began := time.Now()
 	note, err := s.continueVM()
 	s.steps.cont = time.Since(began)

@@ -367,7 +367,7 @@ func (s *Source) callEarly(ctx context.Context, take func() *snapshot) (*migrate
 // startOver begins again with a VM whose devices have changed too much since the early load. It continues the VM, has
 // the destination prepare a fresh QEMU, and stops the VM again. This time everything is loaded after the stop.
 func (s *Source) startOver(ctx context.Context, reason error) bool {
-	s.export.Withdraw()
+	s.export.Revoke()
 	note, err := s.continueVM()
 	pause := time.Since(s.stoppedAt)
 	s.tellToGiveUp(ctx, reason)

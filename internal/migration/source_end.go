@@ -54,7 +54,7 @@ func (s *Source) removeRecord() {
 // its values.
 func (s *Source) backOut(ctx context.Context, reason error) {
 	if s.export != nil {
-		s.export.Withdraw() // pages are not read from here on
+		s.export.Revoke() // no page is sent from here on
 	}
 	note := ""
 	switch {

@@ -152,7 +152,7 @@ func (s *Source) guardStopped(ctx context.Context) {
 // migration.
 func (s *Source) onContinued() {
 	close(s.continuedByOther)
-	s.export.Withdraw()
+	s.export.Revoke()
 	s.log.Warn("the VM was continued on the source, its pages are served no more")
 	if s.confirmedRun() {
 		s.updateUnlessOver(func(m *migratedv1.Migration) { m.Error = runsTwiceError() })

@@ -88,6 +88,76 @@ func TestSlowSourceLives(t *testing.T) {
 	})
 }
 
+// TestWaitingSourceLives: a source that waits for something else answers PINGs by Attend. Requests that come meanwhile
+// are kept in order, and replies are sent although the reading goroutine is still in the middle of a read.
+func TestWaitingSourceLives(t *testing.T) {
+	eachWay(t, func(t *testing.T, w pair) {
+		release, served := make(chan struct{}), make(chan struct{})
+		address, _ := serve(t, w.server, true, func(s *Stream) error {
+			defer close(served)
+			if err := s.Accept(); err != nil {
+				return err
+			}
+			var request pagewire.Request
+			for offset := uint64(0); ; offset += 4096 {
+				if err := s.Recv(&request); err != nil {
+					return err
+				}
+				if got := request.Ranges[0].Offset; got != offset {
+					t.Errorf("request for %#x, want %#x", got, offset)
+				}
+				if offset == 0 {
+					stop := s.Attend()
+					<-release
+					stop()
+				}
+				if err := s.Send(&pagewire.Reply{Runs: []pagewire.Run{{Length: 4096, Zero: true}}}); err != nil {
+					return err
+				}
+			}
+		})
+		conn, err := Dial(t.Context(), address, w.client, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := openWith(t.Context(), conn, nil, time.Hour) // only this test calls tick
+		if err != nil {
+			t.Fatal(err)
+		}
+		const pages = 3
+		got := make(chan error, pages)
+		go func() {
+			var reply pagewire.Reply
+			for range pages {
+				got <- l.Recv(&reply)
+			}
+		}()
+		for i := range uint64(pages) {
+			if i == pages-1 { // this one is sent after the wait
+				for range 5 {
+					if err := tick(t, l, got); err != nil {
+						t.Fatalf("it ends with %v", err)
+					}
+				}
+				close(release)
+				if err := <-got; err != nil { // no frame has come that would end the reader's read
+					t.Fatal(err)
+				}
+			}
+			if err := l.Send(pageAt(i * 4096)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range pages - 1 {
+			if err := <-got; err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.Abort()
+		<-served
+	})
+}
+
 // pageAt returns a request for one page.
 func pageAt(offset uint64) *pagewire.Request {
 	return &pagewire.Request{Ranges: []pagewire.Range{{Offset: offset, Length: 4096}}}

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -189,7 +190,7 @@ func (s *Server) run(raw *socket, c net.Conn, in *bufio.Reader, info credentials
 	t.finish(err)
 }
 
-// Stream is the source's side of a lane. One goroutine at a time may use it. A goroutine that is still in Recv or Send
+// Stream is the source's side of a lane. One goroutine at a time may use it, but see Attend. A goroutine that is still in Recv or Send
 // when the lane's handler returns gets an error within a second.
 type Stream struct {
 	*conn
@@ -197,6 +198,7 @@ type Stream struct {
 	ctx      context.Context //nolint:containedctx // it is the life of the call
 	call     metadata.MD     // the fields of the call's headers; nil: they have not come
 	accepted bool
+	attended chan struct{} // closed when the goroutine of Attend reads no more; nil: there is none
 }
 
 // newStream returns a stream of which nothing was read yet.
@@ -248,7 +250,38 @@ func (t *Stream) headers(f *http2.MetaHeadersFrame) error {
 }
 
 // awaitWindow implements side. It reads a frame, which may open the window: no other goroutine does.
-func (t *Stream) awaitWindow() error { return t.stash() }
+func (t *Stream) awaitWindow() error {
+	if t.attended != nil { // what that goroutine has read may have opened it
+		t.awaitReader()
+		return nil
+	}
+	return t.stash()
+}
+
+// Attend has another goroutine read for a while, so that the client's PINGs are answered although the lane's own
+// goroutine waits for something else. Requests that come are kept for Recv. After stop, that goroutine reads to the end
+// of the frame that it waits for. Recv then waits for it, and Send only if it needs a window. A read cannot be broken
+// off, and nothing is to wait for one when the lane goes on.
+func (t *Stream) Attend() (stop func()) {
+	t.awaitReader()
+	var stopped atomic.Bool
+	ended := make(chan struct{})
+	t.attended = ended
+	go func() {
+		defer close(ended)
+		for !stopped.Load() && t.stash() == nil { // Recv finds the error again
+		}
+	}()
+	return func() { stopped.Store(true) }
+}
+
+// awaitReader waits until the goroutine of Attend reads no more.
+func (t *Stream) awaitReader() {
+	if t.attended != nil {
+		<-t.attended
+		t.attended = nil
+	}
+}
 
 // Accept accepts the lane. Call it before the first message. From then on the goroutine that receives and sends sleeps
 // in system calls, each time in a thread of its own.
@@ -284,6 +317,7 @@ func (t *Stream) write(last bool, fields ...hpack.HeaderField) error {
 // Recv receives a request. The error io.EOF says that the client has no more; others are a gRPC status, ErrBroken or
 // pagewire.ErrMalformed.
 func (t *Stream) Recv(request *pagewire.Request) error {
+	t.awaitReader()
 	message, err := t.message(maxRequest)
 	if err != nil {
 		return err

@@ -29,17 +29,18 @@
 //
 // # Only memory of a stopped VM
 //
-// Pages of a running VM would be a mixture of moments. So an export asks whether the VM is stopped
-// before its first page, and Withdraw, which must precede continuing the VM, waits until no read is
-// under way. A read announces itself before it looks whether the export is withdrawn, and Withdraw marks
-// the export before it looks for announced reads, so one always sees the other:
+// Pages of a running VM would be a mixture of moments. So an export asks whether the VM is stopped before its first
+// page, and Revoke has to be called before the VM is continued. A lane looks after each read whether the export is
+// withdrawn, and then sends nothing of it. Withdraw, which has to be called before the RAM is closed, also waits until
+// no read is under way. A read announces itself before it looks whether the export is withdrawn, and Withdraw marks the
+// export before it looks for announced reads, so one always sees the other:
 //
-//	lane                              Withdraw
-//	reading = true                    withdrawn = true
-//	withdrawn? ── yes ► refuse        reading? ── yes ► wait for the lane to say idle
+//	lane                                        Withdraw
+//	reading = true                              withdrawn = true (Revoke)
+//	withdrawn? ── yes ► refuse                  reading? ── yes ► wait for the lane to say idle
 //	pread
 //	reading = false
-//	withdrawn? ── yes ► say idle
+//	withdrawn? ── yes ► say idle, drop it
 //
 // # Why pread and no mapping
 //

@@ -40,13 +40,15 @@ type laneError struct {
 func (e *laneError) Error() string { return e.err.Error() }
 func (e *laneError) Unwrap() error { return e.err }
 
-// reasons are told to a peer for those errors that it handles in a way of their own. A peer must not read the text.
+// reasons are told to a peer for those errors that it handles in a way of their own. The first match holds. A peer must
+// not read the text.
 var reasons = []struct {
 	err    error
 	reason migratedv1.Reason
 }{
 	{ErrProcessGone, migratedv1.Reason_REASON_SOURCE_QEMU_ENDED},
 	{ErrRefused, migratedv1.Reason_REASON_PAGES_REFUSED},
+	{ErrRAM, migratedv1.Reason_REASON_PAGES_UNREADABLE},
 }
 
 // GRPCStatus has a MigrationError with the reason among its details, where there is one.

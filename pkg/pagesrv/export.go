@@ -17,8 +17,8 @@ import (
 
 // Export is the RAM of one VM while it is offered.
 //
-//	offered ── first request: stopped() is nil ──► serving ── Withdraw ──► withdrawn
-//	   └───────────────────────────────────────────────────── Withdraw ──────┘
+//	offered ── first request: stopped() is nil ──► serving ── Revoke, Withdraw ──► withdrawn
+//	   └───────────────────────────────────────────────────── Revoke, Withdraw ──────┘
 type Export struct {
 	server  *Server
 	id      string
@@ -39,7 +39,7 @@ type Export struct {
 
 	asking      sync.Mutex    // one lane at a time asks stopped
 	withdrawing sync.Mutex    // one Withdraw at a time waits for the lanes
-	done        chan struct{} // closed by Withdraw
+	done        chan struct{} // closed by Revoke
 
 	mu    sync.Mutex // guards what follows: lanes come and go
 	lanes map[*lane]struct{}
@@ -104,16 +104,23 @@ func (e *Export) close(l *lane) {
 	e.past.add(l.counters.load())
 }
 
-// Withdraw ends all lanes and returns when no read of RAM is under way; none begins after that. The VM may be continued
-// and the RAM closed then. Peers get codes.Aborted, and codes.PermissionDenied when they open a lane again. It may be
-// called more than once, and waits each time.
-func (e *Export) Withdraw() {
-	e.withdrawing.Lock()
-	defer e.withdrawing.Unlock()
+// Revoke ends all lanes. No read of RAM begins after that, and nothing is sent of what a read that is under way brings:
+// the VM may be continued at once. Revoke waits for nothing, because such a read may take long, where memory was swapped
+// to a device that does not answer. Peers get codes.Aborted, and codes.PermissionDenied when they open a lane again. It
+// may be called more than once.
+func (e *Export) Revoke() {
 	if e.withdrawn.CompareAndSwap(false, true) {
 		close(e.done)
 		e.server.forget(e)
 	}
+}
+
+// Withdraw is Revoke, and returns when no read of RAM is under way. The RAM may be closed then. It may be called more
+// than once, and waits each time.
+func (e *Export) Withdraw() {
+	e.withdrawing.Lock()
+	defer e.withdrawing.Unlock()
+	e.Revoke()
 	e.mu.Lock()
 	open := make([]*lane, 0, len(e.lanes))
 	for l := range e.lanes {

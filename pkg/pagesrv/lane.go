@@ -62,6 +62,7 @@ type messageStream interface {
 
 func (l *lane) serve(ctx context.Context, stream messageStream) error {
 	defer l.reply.Release()
+	call := stream
 	if l.bulk {
 		stream = &sharingStream{
 			messageStream: stream, ctx: ctx, shared: &l.export.server.shared, export: l.export, turn: newTurn(),
@@ -79,7 +80,7 @@ func (l *lane) serve(ctx context.Context, stream messageStream) error {
 		if err != nil {
 			return err
 		}
-		if err := l.export.confirm(ctx); err != nil {
+		if err := l.confirm(ctx, call); err != nil {
 			return err
 		}
 		l.counters.requests.Add(1)
@@ -104,6 +105,15 @@ func (l *lane) serve(ctx context.Context, stream messageStream) error {
 			return err
 		}
 	}
+}
+
+// confirm returns nil once the VM was seen stopped. It may take long until it is: the peer asks for what it will need
+// before the VM is stopped, and takes a lane that does not answer its PINGs for lost.
+func (l *lane) confirm(ctx context.Context, call messageStream) error {
+	if a, ok := call.(attendant); ok && !l.export.confirmed.Load() {
+		defer a.Attend()()
+	}
+	return l.export.confirm(ctx)
 }
 
 // firstPiece is what the first reply to a request carries at most.
@@ -172,6 +182,11 @@ func (l *lane) answer(stream messageStream, r pagewire.Range, left uint64) error
 		n := min(end-at, room*b.PageSize)
 		pages := l.reply.Data[l.used : l.used+int(n)]
 		n, err = l.readable(b, pages, at)
+		if errors.Is(err, ErrRAM) { // the peer is to have what comes before, and to know at which page it ended
+			if err := l.flush(stream); err != nil {
+				return err
+			}
+		}
 		if err != nil {
 			return err
 		}
@@ -206,12 +221,15 @@ func (l *lane) seekData(block uint32, at uint64) (uint64, error) {
 		return 0, err
 	}
 	data, err := l.export.ram.blocks[block].hole(at)
-	l.end()
+	if err := l.end(); err != nil {
+		return 0, err
+	}
 	if err != nil && l.loses && l.export.ram.blocks[block].isLost(err) {
 		return at, nil // no hole: each page is read
 	}
 	if err != nil {
-		return 0, endLane(codes.DataLoss, ErrRAM, "%w", err)
+		return 0, endLane(codes.DataLoss, ErrRAM, "look for a hole at %#x of block %s: %w",
+			at, l.export.ram.blocks[block].ID, err)
 	}
 	if data > at {
 		l.holeBlock, l.holeStart, l.holeEnd = block, at, data
@@ -220,10 +238,10 @@ func (l *lane) seekData(block uint32, at uint64) (uint64, error) {
 }
 
 // readable fills pages from the block, up to the first page that nobody can read any more, and says how many bytes it
-// has filled. 0: the first page is one that nobody can read.
+// has filled. 0: the first page is one that nobody can read. On a lane that may not lose pages, that is an error.
 func (l *lane) readable(b *openBlock, pages []byte, at uint64) (n uint64, err error) {
 	err = l.read(b, pages, at)
-	if err == nil || !l.loses || !b.isLost(err) {
+	if err == nil || !b.isLost(err) {
 		return uint64(len(pages)), err
 	}
 	for n < uint64(len(pages)) {
@@ -231,7 +249,7 @@ func (l *lane) readable(b *openBlock, pages []byte, at uint64) (n uint64, err er
 		switch {
 		case err == nil:
 			n += b.PageSize
-		case b.isLost(err):
+		case b.isLost(err) && (l.loses || n > 0):
 			return n, nil
 		default:
 			return n, err
@@ -246,9 +264,11 @@ func (l *lane) read(b *openBlock, pages []byte, at uint64) error {
 		return err
 	}
 	err := b.read(pages, at)
-	l.end()
+	if err := l.end(); err != nil {
+		return err
+	}
 	if err != nil {
-		return endLane(codes.DataLoss, ErrRAM, "%w", err)
+		return endLane(codes.DataLoss, ErrRAM, "%d bytes at %#x of block %s: %w", len(pages), at, b.ID, err)
 	}
 	return nil
 }
@@ -309,8 +329,7 @@ func (l *lane) flush(stream messageStream) error {
 func (l *lane) begin() error {
 	l.reading.Store(true)
 	if l.export.withdrawn.Load() {
-		l.end()
-		return endLane(codes.Aborted, ErrWithdrawn, "")
+		return l.end()
 	}
 	if l.export.park != nil {
 		l.export.park("reading")
@@ -318,14 +337,17 @@ func (l *lane) begin() error {
 	return nil
 }
 
-func (l *lane) end() {
+// end ends a read of RAM. An error says that nothing of it may be sent: the VM may have been continued meanwhile.
+func (l *lane) end() error {
 	l.reading.Store(false)
-	if l.export.withdrawn.Load() {
-		select {
-		case l.idle <- struct{}{}:
-		default: // said already, and not yet heard
-		}
+	if !l.export.withdrawn.Load() {
+		return nil
 	}
+	select {
+	case l.idle <- struct{}{}:
+	default: // said already, and not yet heard
+	}
+	return endLane(codes.Aborted, ErrWithdrawn, "")
 }
 
 // awaitIdle waits for the read that is under way; the export is withdrawn, so no other follows.

@@ -92,6 +92,11 @@ type Stream interface {
 	Send(*pagewire.Reply) error   // takes Data away
 }
 
+// An attendant is a Stream that answers PINGs only while somebody reads it. gRPC's library always reads.
+type attendant interface {
+	Attend() (stop func()) // see pagelane.Stream
+}
+
 // Fetch implements migrated.v1.PageService for lanes that gRPC's library carries.
 func (s *Server) Fetch(stream grpc.BidiStreamingServer[migratedv1.FetchRequest, migratedv1.FetchResponse]) error {
 	return s.ServeLane(pagewire.ServerStream{ServerStream: stream})

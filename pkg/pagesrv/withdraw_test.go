@@ -3,7 +3,9 @@
 package pagesrv
 
 import (
+	"context"
 	"errors"
+	"io"
 	"sync"
 	"testing"
 
@@ -55,6 +57,87 @@ func TestWithdrawWaitsForTheReadUnderWay(t *testing.T) {
 	l := &lane{export: e, idle: make(chan struct{}, 1)}
 	if err := l.begin(); !errors.Is(err, ErrWithdrawn) || read {
 		t.Errorf("a read began after Withdraw: %v", err)
+	}
+}
+
+// attended is a stream that counts how often somebody began to read it, and ended, while its lane waited.
+type attended struct {
+	requests     int // still to come
+	begun, ended int
+}
+
+func (a *attended) Recv(r *pagewire.Request) error {
+	if a.requests == 0 {
+		return io.EOF
+	}
+	a.requests--
+	r.Ranges = append(r.Ranges[:0], pagewire.Range{Length: 4096})
+	return nil
+}
+
+func (a *attended) Send(*pagewire.Reply) error { return nil }
+
+func (a *attended) Attend() (stop func()) {
+	a.begun++
+	return func() { a.ended++ }
+}
+
+// TestLaneIsAttendedWhileTheVMStops: while the lane waits for the VM to be stopped, its stream is read. Later it is not.
+func TestLaneIsAttendedWhileTheVMStops(t *testing.T) {
+	for _, bulk := range []bool{false, true} {
+		s := NewServer(Options{})
+		stream := &attended{requests: 3}
+		e, err := s.Offer(testID, testToken, smallRAM(t), func(context.Context) error {
+			if stream.begun != 1 || stream.ended != 0 {
+				t.Errorf("somebody has begun to read %d times, and ended %d times", stream.begun, stream.ended)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := &lane{export: e, bulk: bulk, idle: make(chan struct{}, 1), packer: newPacker(pagewire.Announced(nil), bulk, &e.link)}
+		if err := l.serve(t.Context(), stream); err != nil {
+			t.Fatal(err)
+		}
+		if stream.begun != 1 || stream.ended != 1 {
+			t.Errorf("after three requests it has begun %d times, and ended %d times", stream.begun, stream.ended)
+		}
+		e.Withdraw()
+	}
+}
+
+// counting is a stream with one request that counts the pages of the replies.
+type counting struct {
+	attended
+	pages uint32
+}
+
+func (c *counting) Send(reply *pagewire.Reply) error {
+	for _, r := range reply.Runs {
+		c.pages += r.Length / 4096
+	}
+	return nil
+}
+
+// TestRevokeWaitsForNoRead: Revoke returns while a read is under way, because the VM is continued after it. What the
+// read brings is not sent: it may be of the VM that runs.
+func TestRevokeWaitsForNoRead(t *testing.T) {
+	for name, revoked := range map[string]bool{"revoked": true, "served": false} {
+		e, _ := offer(t, smallRAM(t))
+		e.park = func(string) { // in the lane's own goroutine: the read is announced and does not go on until Revoke returns
+			if revoked {
+				e.Revoke()
+			}
+		}
+		stream := &counting{attended: attended{requests: 1}}
+		l := &lane{export: e, idle: make(chan struct{}, 1), packer: newPacker(pagewire.Announced(nil), false, &e.link)}
+		if err := l.serve(t.Context(), stream); errors.Is(err, ErrWithdrawn) != revoked {
+			t.Errorf("%s: the lane ended with %v", name, err)
+		}
+		if want := map[bool]uint32{true: 0, false: 1}[revoked]; stream.pages != want {
+			t.Errorf("%s: %d pages were sent, want %d", name, stream.pages, want)
+		}
 	}
 }
 

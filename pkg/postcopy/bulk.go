@@ -35,10 +35,11 @@ type bulk struct {
 	mu       sync.Mutex
 	pace     *pace
 	fronts   fronts
-	missing  bool    // something may be missing
-	lanes    []*lane // open now
-	lost     []*lane // open no longer
-	inFlight int64   // bytes asked for on all lanes and not answered
+	missing  bool     // something may be missing
+	aside    []uint64 // pages that are asked for when nothing else is missing, see setAside
+	lanes    []*lane  // open now
+	lost     []*lane  // open no longer
+	inFlight int64    // bytes asked for on all lanes and not answered
 	scale    scale
 	spare    []*uffd.CopyRecord // of lost lanes, whose goroutines copy nothing any more
 	opening  bool               // a lane
@@ -92,7 +93,7 @@ func (s *session) next(l *lane, request *pagewire.Request) (bytes uint64, wait i
 	if threadWaits {
 		request.Piece = uint32(k.pace.piece)
 	}
-	for room > 0 && k.missing && bytes == 0 {
+	for room > 0 && bytes == 0 && (k.missing || s.bringBack()) {
 		bytes, k.missing = s.choose(request, room)
 	}
 	if bytes > 0 {
@@ -101,10 +102,10 @@ func (s *session) next(l *lane, request *pagewire.Request) (bytes uint64, wait i
 		l.bulk.owes = append(l.bulk.owes, request.Ranges...)
 	}
 	l.bulk.idle = bytes == 0 && l.asked.Load() == 0
-	if k.missing && wait == 0 {
+	if (k.missing || len(k.aside) > 0) && wait == 0 {
 		k.wakeNext(s.faultsWait())
 	}
-	return bytes, wait, !k.missing && k.inFlight == 0
+	return bytes, wait, !k.missing && len(k.aside) == 0 && k.inFlight == 0
 }
 
 // uses says whether the sweep uses a lane now. It uses the first lanes of the list; the others wait to be used again.
@@ -232,6 +233,7 @@ func (s *session) openBulk() {
 // sweep's last lane, ends the session. After the loss of any other lane of the sweep the session goes on, and asks
 // again for what was asked for on that lane.
 func (s *session) lose(l *lane, err error) {
+	s.noteUnread(l, err)
 	if l.bulk == nil || errors.Is(err, pagewire.ErrMalformed) || !s.without(l) {
 		s.end(l.lost(err))
 	}
@@ -259,6 +261,7 @@ func (s *session) without(l *lane) bool {
 	k.inFlight -= lost
 	k.pace.forget(lost)
 	k.missing = true
+	s.setAside()
 	k.fronts.firsts = s.e.firsts()
 	k.scale.lost(len(k.lanes), s.e.now())
 	s.e.counters.lanes(k.scale.lanes)

@@ -3,6 +3,7 @@
 package postcopy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"time"
@@ -13,8 +14,8 @@ import (
 )
 
 // complete unregisters everything, as all pages are in. The kernel wakes the threads that still wait. They wait for
-// holes, which read as zero now.
-func (e *Engine) complete() error {
+// holes, which read as zero now. If ctx ends first, Run may be called again.
+func (e *Engine) complete(ctx context.Context) error {
 	e.counters.lastPage.CompareAndSwap(0, e.now())
 	for i := range e.blocks {
 		b := &e.blocks[i]
@@ -28,18 +29,24 @@ func (e *Engine) complete() error {
 		}
 	}
 	for _, u := range e.uffds {
-		e.settle(u)
+		page := e.blocks[e.first(u)].page(e.blocks[e.first(u)].first)
+		if err := settle(ctx, u, func() bool {
+			_, err := u.Copy(page.Start, zeros[:page.Len], 0)
+			return errors.Is(err, uffd.ErrAgain)
+		}); err != nil {
+			return err
+		}
 	}
 	close(e.done)
 	return nil
 }
 
 // settle reads the last events. No new event can begin. But a thread that has queued one, or is about to, sleeps until
-// it is read, perhaps with QEMU's big lock. While there is an event, the kernel answers EAGAIN.
-func (e *Engine) settle(u *uffd.UFFD) {
+// it is read, perhaps with QEMU's big lock. While there is such a thread, the address space is changing: the kernel
+// answers EAGAIN. Nobody reads after settle, so it goes on for as long as that takes, or the process lives.
+func settle(ctx context.Context, u *uffd.UFFD, isChanging func() bool) error {
 	buf := uffd.NewEventBuffer(eventBatch)
-	page := e.blocks[e.first(u)].page(e.blocks[e.first(u)].first)
-	for tries := 0; tries < goneTries; tries++ {
+	for pause := againFirstSleep; ; pause = min(2*pause, againLongestSleep) {
 		n, err := u.Read(buf)
 		for i := range n {
 			if ev := buf.At(i); ev.Kind == uffd.EventFork { // the child finds all memory in
@@ -49,10 +56,13 @@ func (e *Engine) settle(u *uffd.UFFD) {
 		if err == nil {
 			continue
 		}
-		if _, err := u.Copy(page.Start, zeros[:page.Len], 0); !errors.Is(err, uffd.ErrAgain) {
-			return
+		if !isChanging() {
+			return nil
 		}
-		time.Sleep(againFirstSleep)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		time.Sleep(pause)
 	}
 }
 

@@ -34,26 +34,48 @@ package postcopy
 //	a page that was there     present: its hole, by whichever call, reads as zero. The fault on it is answered by a
 //	                          zero page (refill), which is refused as long as an event is not read, and then comes again
 
-// discard says that the process gave up n pages from p on. Pages that are not there yet are zero now, or revoked.
+// discard says that the process gave up n pages from p on. Pages that are not there yet are zero now, or revoked. It goes
+// by words: a DIMM that is unmapped is large, and an installer does not wait for long until its pages are marked.
 func (t *pages) discard(p, n uint64) {
 	gone := int64(0)
-	for i := range n {
-		for again := true; again; {
-			again = false
-			switch s := t.get(p + i); s {
-			case missing, swept, ahead, demanded:
-				if again = !t.swap(p+i, s, zero); !again {
-					gone++
-				}
-			case installing:
-				again = !t.swap(p+i, installing, revoked)
-			case lost:
-				if again = !t.swap(p+i, lost, zero); !again { // it was known already
-					t.lost.Add(-1)
-					t.zeros.Add(1)
-				}
-			}
-		}
+	for end := p + n; p < end; p = wordEnd(p) {
+		gone += t.discardWord(p, end)
 	}
 	t.known(gone)
+}
+
+// discardWord discards the pages of one word, from p on and before end. It returns how many were not known before.
+func (t *pages) discardWord(p, end uint64) (gone int64) {
+	w, first := &t.words[p/pagesPerWord], p%pagesPerWord
+	last := min(pagesPerWord, first+end-p)
+	for {
+		old := w.Load()
+		if s, all := uniform(old); all && (s == zero || s == present) {
+			return 0
+		}
+		become, wasLost := old, int64(0)
+		gone = 0
+		for i := first; i < last; i++ {
+			shift := i * stateBits
+			to := zero
+			switch state(old >> shift & stateMask) {
+			case missing, swept, ahead, demanded:
+				gone++
+			case installing:
+				to = revoked
+			case lost: // it was known already
+				wasLost++
+			default:
+				continue
+			}
+			become = become&^(stateMask<<shift) | uint64(to)<<shift
+		}
+		if w.CompareAndSwap(old, become) {
+			if wasLost > 0 {
+				t.lost.Add(-wasLost)
+				t.zeros.Add(wasLost)
+			}
+			return gone
+		}
+	}
 }

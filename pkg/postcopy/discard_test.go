@@ -177,3 +177,56 @@ func TestManyThreadsAndADiscard(t *testing.T) {
 	bulk.send(t, pageSize, zerosOf(pages-1, 1))
 	mustEnd(t, result)
 }
+
+// TestDiscardByWords: of pages in every state, those inside the range change as each of them would alone, and those
+// outside stay.
+func TestDiscardByWords(t *testing.T) {
+	const n = 3 * pagesPerWord
+	became := map[state]state{
+		missing: zero, swept: zero, demanded: zero, installing: revoked, present: present, zero: zero, zeroing: zeroing,
+		ahead: zero, lost: zero, revoked: revoked,
+	}
+	for name, c := range map[string]struct{ first, end uint64 }{
+		"all": {0, n}, "a word": {16, 32}, "within a word": {17, 20}, "across words": {5, 42}, "nothing": {7, 7},
+	} {
+		table, _, err := newPages([]uint64{n}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := func(p uint64) state { return state(p % uint64(len(became))) }
+		wantLeft, wantLost := int64(0), int64(0)
+		for p := range uint64(n) {
+			table.swap(p, missing, at(p))
+			inside := p >= c.first && p < c.end
+			switch at(p) {
+			case missing, swept, demanded, ahead:
+				if !inside {
+					wantLeft++
+				}
+			case installing, revoked:
+				wantLeft++
+			case lost:
+				table.lost.Add(1)
+				if !inside {
+					wantLost++
+				}
+				table.left.Add(-1)
+			default:
+				table.left.Add(-1)
+			}
+		}
+		table.discard(c.first, c.end-c.first)
+		for p := range uint64(n) {
+			want := at(p)
+			if p >= c.first && p < c.end {
+				want = became[want]
+			}
+			if got := table.get(p); got != want {
+				t.Errorf("%s: page %d was in state %d and is in %d, want %d", name, p, at(p), got, want)
+			}
+		}
+		if left, lost := table.left.Load(), table.lost.Load(); left != wantLeft || lost != wantLost {
+			t.Errorf("%s: %d pages left and %d lost, want %d and %d", name, left, lost, wantLeft, wantLost)
+		}
+	}
+}

@@ -133,6 +133,7 @@ type Engine struct {
 	later     later
 	epoch     time.Time // pending's times count from here
 	hints     hints
+	unread    []uint64 // pages that the source could not read, kept from one Run to the next; session.bulk.mu
 
 	started  atomic.Bool
 	sweeping chan struct{} // closed by StartSweep
@@ -169,24 +170,31 @@ func New(o Options) (*Engine, error) {
 	if e.sleeps = o.Sleeps; e.sleeps == nil {
 		e.sleeps = func(int) {}
 	}
-	counts := make([]uint64, len(o.Blocks))
+	counts, total := make([]uint64, len(o.Blocks)), uint64(0)
 	for i, b := range o.Blocks {
 		if err := check(b); err != nil {
 			return nil, fmt.Errorf("post-copy: RAM block %d (%s): %w", i, b.ID, err)
 		}
 		counts[i] = b.Size / unit(b.PageSize)
+		total += counts[i]
 	}
 	var first []uint64
 	var err error
 	if e.pages, first, err = newPages(counts, o.State); err != nil {
 		return nil, fmt.Errorf("post-copy: %w", err)
 	}
+	takenUp := uint64(e.pages.left.Load()) < total
 	for i, b := range o.Blocks {
 		nb := block{Block: b, index: i, first: first[i], pages: counts[i], shift: bits.TrailingZeros64(unit(b.PageSize))}
 		if b.PageSize > partSize {
 			nb.gigantic = make([]gigantic, b.Size/b.PageSize)
 		}
-		if err := e.register(&nb); err != nil {
+		err := e.register(&nb)
+		if takenUp && errors.Is(err, uffd.ErrInvalid) && e.pages.areUnmapped(&nb) {
+			e.pages.discard(nb.first, nb.pages)
+			err = nil
+		}
+		if err != nil {
 			return nil, fmt.Errorf("post-copy: RAM block %d (%s): %w", i, b.ID, err)
 		}
 		e.blocks = append(e.blocks, nb)

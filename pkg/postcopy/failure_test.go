@@ -168,6 +168,28 @@ func TestRangeGone(t *testing.T) {
 	}
 }
 
+// TestFirstErrorCounts: when a page that could not be put in is missing again, the session has ended for that reason. A
+// second answer for the page, which nobody has asked for by then, does not change it.
+func TestFirstErrorCounts(t *testing.T) {
+	g, w, l := newIdle(t, uffdtest.Shmem, 8)
+	if err := g.uffd.Unregister(g.blocks[0].all()); err != nil {
+		t.Fatal(err)
+	}
+	page := make([]byte, pageSize)
+	g.pages.claimFault(5)
+	g.pages.arrive(5)
+	if err := w.s.install(l.record, &g.blocks[0], 5, 1, page); !errors.Is(err, ErrRangeGone) {
+		t.Fatalf("install: %v, want ErrRangeGone", err)
+	}
+	if s := g.pages.get(5); s != missing {
+		t.Fatalf("the page is in state %d", s)
+	}
+	w.s.end(w.s.acceptData(l.record, &g.blocks[0], 5, 1, page))
+	if err := context.Cause(w.s.ctx); !errors.Is(err, ErrRangeGone) {
+		t.Errorf("the session ended with %v, want ErrRangeGone", err)
+	}
+}
+
 func TestFork(t *testing.T) {
 	g, _, _, run := start(t, 8, Options{})
 	result := run()

@@ -378,9 +378,7 @@ func (e *Engine) covered(u *uffd.UFFD, start, end uint64, f func(b *block, p, n 
 func (e *Engine) discard(u *uffd.UFFD, start, end uint64) {
 	e.covered(u, start, end, func(b *block, p, n uint64) {
 		e.pages.discard(p, n)
-		for q := range n {
-			e.pending.end(p + q)
-		}
+		e.pending.endAll(p, n)
 		e.counters.discarded.Add(n << b.shift)
 	})
 }

@@ -48,6 +48,7 @@ func (s *session) acceptHole(l *lane, b *block, p, n uint64, answered int64) (ne
 		for ; waited != 0; waited &= waited - 1 {
 			q := p/pagesPerWord*pagesPerWord + uint64(bits.TrailingZeros16(waited))
 			if err := s.e.zero(b, q); err != nil {
+				s.e.pages.giveUpZeros(p, waited&(waited-1)) // of q, zero has
 				return news, err
 			}
 			s.e.answered(q)
@@ -97,6 +98,14 @@ func (t *pages) hole(p, end uint64) (marked uint64, waited uint16) {
 		if become == old || w.CompareAndSwap(old, become) {
 			return marked, waited
 		}
+	}
+}
+
+// giveUpZeros says that the pages of p's word that waited has a bit for could not be installed. Threads that wait there
+// look again in the next Run.
+func (t *pages) giveUpZeros(p uint64, waited uint16) {
+	for ; waited != 0; waited &= waited - 1 {
+		t.giveUpZero(p/pagesPerWord*pagesPerWord + uint64(bits.TrailingZeros16(waited)))
 	}
 }
 

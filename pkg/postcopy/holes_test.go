@@ -242,6 +242,41 @@ func TestHoleOfNoAllocations(t *testing.T) {
 	}
 }
 
+// TestHoleThatCannotBeFilled: if one of several pages that threads wait for in a hole cannot be installed, none of them
+// stays in the hands of a session that is over. The next session installs them.
+func TestHoleThatCannotBeFilled(t *testing.T) {
+	const pages = 64
+	g, w, l := newIdle(t, uffdtest.Shmem, pages)
+	l.bulk = &bulkLane{}
+	for p := uint64(32); p < 35; p++ {
+		g.pages.claimFault(p)
+	}
+	if err := g.uffd.Unregister(g.blocks[0].all()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.s.acceptHole(l, &g.blocks[0], 32, 32, pageSize); !errors.Is(err, ErrRangeGone) {
+		t.Fatalf("a hole in memory that is not registered: %v, want ErrRangeGone", err)
+	}
+	for p := uint64(32); p < 35; p++ {
+		if s := g.pages.get(p); s != zero {
+			t.Errorf("page %d is in state %d, want that it is a hole", p, s)
+		}
+	}
+	if err := g.register(&g.blocks[0]); err != nil {
+		t.Fatal(err)
+	}
+	lanes, _ := scripted(t, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	result := g.run(ctx, lanes)
+	for p := uint64(32); p < 35; p++ {
+		expect(t, g.read(0, p, 0), 0)
+	}
+	cancel()
+	if err := await(t, "end of Run", result); !errors.Is(err, context.Canceled) {
+		t.Errorf("Run: %v, want that it was cancelled", err)
+	}
+}
+
 // noting is a lane that records its requests.
 type noting struct {
 	*pagelane.Client

@@ -144,11 +144,10 @@ func (s *session) poison(record *uffd.CopyRecord, b *block, p uint64) error {
 		if errors.Is(err, uffd.ErrAgain) && s.again(tries) {
 			continue
 		}
-		e.pages.giveUp(p, 1)
 		if errors.Is(err, uffd.ErrAgain) {
-			return s.ctx.Err()
+			return s.giveUp(p, 1, s.ctx.Err())
 		}
-		return explain(b, b.addr(p), err)
+		return s.giveUp(p, 1, explain(b, b.addr(p), err))
 	}
 }
 
@@ -220,8 +219,7 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 		k := e.pages.stillWanted(p, n)
 		if k == 0 {
 			if err := e.dropRevoked(b, p); err != nil {
-				e.pages.giveUp(p+1, n-1)
-				return err
+				return s.giveUp(p+1, n-1, err)
 			}
 			p, n, data = p+1, n-1, data[b.unit():]
 			continue
@@ -240,8 +238,7 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 		e.at("copied", p)
 		if e.pages.finish(p, k) {
 			if err := b.wake(p, k); err != nil {
-				e.pages.giveUp(p+k, n-k)
-				return err
+				return s.giveUp(p+k, n-k, err)
 			}
 		}
 		for q := range k {
@@ -257,14 +254,22 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 			errors.Is(err, uffd.ErrNotRegistered) && tries < goneTries && s.again(tries):
 			tries++
 		default:
-			e.pages.giveUp(p, n)
 			if errors.Is(err, uffd.ErrAgain) { // only the end of the session ends these
-				return s.ctx.Err()
+				return s.giveUp(p, n, s.ctx.Err())
 			}
-			return explain(b, b.addr(p), err)
+			return s.giveUp(p, n, explain(b, b.addr(p), err))
 		}
 	}
 	return nil
+}
+
+// giveUp ends the session with err, because n pages from page p on, which the caller holds, cannot be put in. The session
+// ends first: a second answer for a page that is missing again would be taken for a fault of the source's, and end it
+// with that error.
+func (s *session) giveUp(p, n uint64, err error) error {
+	s.end(err)
+	s.e.pages.giveUp(p, n)
+	return err
 }
 
 // wake lets the threads that wait for n pages from page p on look again.

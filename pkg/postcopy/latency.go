@@ -141,3 +141,15 @@ func (t *pending) end(p uint64) (when int64, trip, ok bool) {
 	t.count.Add(-1)
 	return when, trip, true
 }
+
+// endAll forgets n pages from page p on.
+func (t *pending) endAll(p, n uint64) {
+	if t.count.Load() == 0 {
+		return
+	}
+	for i := range t.slots {
+		if page := t.slots[i].page.Load(); page != 0 && page != reserved && page-1-p < n {
+			t.end(page - 1)
+		}
+	}
+}

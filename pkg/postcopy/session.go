@@ -61,7 +61,8 @@ type session struct {
 // Run fills the memory over these lanes until the last page is in; then nothing is registered any more and it
 // returns nil. There must be one demand lane for each worker. Faults are answered at once, the sweep waits for
 // StartSweep. The errors are those of this package, context.Cause(ctx), or what the kernel said; after each of them Run
-// may be called again, with new lanes, and goes on where it was. In between nobody answers faults or reads events.
+// may be called again, with new lanes, and goes on where it was. In between nobody answers faults or reads events. If no
+// page is missing, Run needs no lanes and uses none.
 //
 // Where more bulk lanes make the sweep faster, Run opens them by more, at most 8 in all and at most one for each
 // processor. Run owns the lane that more returns; more may take until its ctx ends. If more is nil, there is one bulk
@@ -74,13 +75,16 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane, more func(co
 		return ErrRunning
 	}
 	defer e.running.Store(false)
-	if len(demand) != e.workers {
-		return fmt.Errorf("post-copy: %d demand lanes for %d fault workers", len(demand), e.workers)
-	}
 	select {
 	case <-e.done:
 		return nil
 	default:
+	}
+	if e.pages.left.Load() == 0 { // it was taken up like this: an earlier process ended before it could say so
+		return errors.Join(e.resume(), e.complete(ctx))
+	}
+	if len(demand) != e.workers {
+		return fmt.Errorf("post-copy: %d demand lanes for %d fault workers", len(demand), e.workers)
 	}
 	s := &session{e: e}
 	s.bulk.open, s.bulk.pace, s.bulk.fronts, s.bulk.missing = more, newPace(e.budget), fronts{firsts: e.firsts()}, true
@@ -114,6 +118,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane, more func(co
 	e.later.open()
 	defer e.later.stop()
 	e.pages.putBack()
+	s.setAside()
 	if err := errors.Join(e.resume(), e.wakeAll()); err != nil {
 		return err
 	}
@@ -125,7 +130,7 @@ func (e *Engine) Run(ctx context.Context, demand []Lane, bulk Lane, more func(co
 		e.counters.lastPage.Store(e.now())
 	case <-s.ctx.Done():
 	}
-	return s.finish()
+	return s.finish(ctx)
 }
 
 func newLane(name string, stream Lane, bytes, pages *atomic.Uint64, record *uffd.CopyRecord) *lane {
@@ -183,8 +188,8 @@ func (s *session) take(l *lane) bool {
 	return true
 }
 
-// finish ends all goroutines and says how Run went.
-func (s *session) finish() error {
+// finish ends all goroutines and says how Run went. ctx is Run's.
+func (s *session) finish(ctx context.Context) error {
 	err := context.Cause(s.ctx) // before this ends it
 	s.fail(nil)
 	s.e.at("ending", 0)
@@ -199,7 +204,7 @@ func (s *session) finish() error {
 	select {
 	case <-s.e.pages.full: // also when something failed meanwhile: nothing was needed of it
 		if !errors.Is(err, ErrMoved) { // else what the table calls present is elsewhere
-			err = s.e.complete()
+			err = s.e.complete(ctx)
 		}
 	default:
 	}

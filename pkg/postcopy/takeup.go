@@ -2,7 +2,12 @@
 
 package postcopy
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+
+	"github.com/migrated-vm/migrated/pkg/uffd"
+)
 
 // takeUp counts the n pages of a block from page p on, which is the first of a word, and puts back what was under way
 // when an earlier process ended. Whether a page that was being installed is there, the kernel's answer says
@@ -70,4 +75,24 @@ func (t *pages) landed(p, n uint64) {
 	}
 	t.unsure.Add(-done)
 	t.known(done)
+}
+
+// areUnmapped says of a block that an earlier engine had registered, and that the kernel has now refused as invalid,
+// whether the process has unmapped what is missing of it: a DIMM was unplugged, and perhaps nobody has read the event
+// yet. Memory of the VM that is still there can be registered again, so each missing page is tried. If nothing had come
+// of any block, it is not known that the block was ever registered: do not call it then.
+func (t *pages) areUnmapped(b *block) bool {
+	if b.UFFD.Wake(b.all()) != nil { // the kernel refuses everything before the handshake
+		return false
+	}
+	for p := b.first; p < b.end(); p++ {
+		if t.get(p) != missing {
+			continue
+		}
+		whole := uffd.Range{Start: b.addr(p) &^ (b.PageSize - 1), Len: b.PageSize}
+		if _, err := b.UFFD.Register(whole, uffd.ModeMissing); !errors.Is(err, uffd.ErrInvalid) {
+			return false
+		}
+	}
+	return true
 }

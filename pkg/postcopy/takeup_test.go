@@ -70,6 +70,97 @@ func TestTakeUp(t *testing.T) {
 	g.verify()
 }
 
+// TestTakeUpFull: if the first engine ended with the last page, the second one needs no lanes.
+func TestTakeUpFull(t *testing.T) {
+	state := stateMemory([]uint64{pagesPerWord})
+	for i := range state {
+		state[i] = byte(zero)<<stateBits | byte(zero)
+	}
+	g := newTarget(t, layout{{kind: uffdtest.Shmem, pages: pagesPerWord}}, Options{State: state})
+	thread := g.read(0, 5, 0)
+	thread.WaitWaiting() // no engine runs
+	if err := g.Run(context.Background(), nil, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, thread, 0)
+	select {
+	case <-g.Done():
+	default:
+		t.Error("not done")
+	}
+}
+
+// TestTakeUpUnmapped: the process has unmapped a whole block, as it does when a DIMM is unplugged. The next engine goes on
+// with the others, whether the event of it was read or not.
+func TestTakeUpUnmapped(t *testing.T) {
+	for name, seen := range map[string]bool{"seen": true, "not seen": false} {
+		t.Run(name, func(t *testing.T) {
+			memory := layout{{kind: uffdtest.Shmem, pages: 4}, {kind: uffdtest.Shmem, pages: 40}}
+			state := stateMemory([]uint64{4, 40})
+			g := newTarget(t, memory, Options{Workers: 1, State: state})
+			l, theirs := scripted(t, 1)
+			ctx, cancel := context.WithCancel(context.Background())
+			result := g.run(ctx, l)
+			came := g.read(0, 1, 0)
+			theirs[0].answer(t, pageSize)
+			expect(t, came, word(0, 1, 0))
+			waits := g.read(0, 2, 0)
+			theirs[0].asked(t)
+			unmap := uffdtest.Unmap(g.blocks[1].all())
+			if seen {
+				g.child.Go(unmap).JoinOK()
+				until(t, "given up", func() bool { return g.Stats().PagesPresent == 41 })
+			}
+			cancel()
+			if err := await(t, "end of Run", result); !errors.Is(err, context.Canceled) {
+				t.Fatalf("Run: %v, want that it was cancelled", err)
+			}
+			var unmapping uffdtest.Pending
+			if !seen {
+				unmapping = g.child.Go(unmap)
+				unmapping.WaitWaiting()
+			}
+			second, err := New(Options{Blocks: []Block{g.blocks[0].Block, g.blocks[1].Block}, Workers: 1, State: state})
+			if err != nil {
+				t.Fatal(err)
+			}
+			g.Engine = second
+			again := g.run(context.Background(), dial(t, realSource(t, memory), 1))
+			expect(t, waits, word(0, 2, 0))
+			if !seen {
+				unmapping.JoinOK()
+			}
+			g.StartSweep()
+			mustEnd(t, again)
+			if n := second.Stats().PageBytes; n > 3*pageSize {
+				t.Errorf("%d bytes came, of three missing pages", n)
+			}
+		})
+	}
+}
+
+// TestTakeUpElsewhere: a block of which a missing page is mapped is not given up, nor is one that was never registered.
+func TestTakeUpElsewhere(t *testing.T) {
+	g, _, _, _ := start(t, 40, Options{})
+	b := g.blocks[0].Block
+	b.Addr += b.Size / 2 // the second half of it is not mapped
+	elsewhere := b
+	elsewhere.Addr += 1 << 40
+	state := stateMemory([]uint64{40})
+	if _, err := New(Options{Blocks: []Block{elsewhere}, State: state}); err == nil {
+		t.Error("memory that was never registered: accepted")
+	}
+	state[0] = byte(present)
+	wrong := block{Block: b, pages: 40, shift: 12}
+	table, _, err := newPages([]uint64{40}, state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if table.areUnmapped(&wrong) {
+		t.Error("pages that are mapped are taken for unmapped")
+	}
+}
+
 func TestStateOfAnotherVM(t *testing.T) {
 	memory := stateMemory([]uint64{100})
 	for name, bad := range map[string][]byte{

@@ -244,6 +244,8 @@ const (
 	Reason_REASON_LIMIT_MISSED Reason = 22
 	// Of a WatchList, and of a page of a List: list again, from the beginning.
 	Reason_REASON_LIST_AGAIN Reason = 23
+	// The source cannot read a page of the VM's memory.
+	Reason_REASON_PAGES_UNREADABLE Reason = 24
 	// As many migrations were under way as may be, for longer than it was to wait.
 	Reason_REASON_NO_TURN Reason = 29
 	// Of ENDED, as QEMU's event SHUTDOWN says it: the guest powered off,
@@ -287,6 +289,7 @@ var (
 		21: "REASON_ABANDONED",
 		22: "REASON_LIMIT_MISSED",
 		23: "REASON_LIST_AGAIN",
+		24: "REASON_PAGES_UNREADABLE",
 		29: "REASON_NO_TURN",
 		30: "REASON_GUEST_SHUTDOWN",
 		31: "REASON_GUEST_RESET",
@@ -320,6 +323,7 @@ var (
 		"REASON_ABANDONED":              21,
 		"REASON_LIMIT_MISSED":           22,
 		"REASON_LIST_AGAIN":             23,
+		"REASON_PAGES_UNREADABLE":       24,
 		"REASON_NO_TURN":                29,
 		"REASON_GUEST_SHUTDOWN":         30,
 		"REASON_GUEST_RESET":            31,
@@ -5185,7 +5189,7 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x14LOCATION_DESTINATION\x10\x02\x12\x14\n" +
 	"\x10LOCATION_NOWHERE\x10\x03\x12\x14\n" +
 	"\x10LOCATION_UNKNOWN\x10\x04\x12\x12\n" +
-	"\x0eLOCATION_ENDED\x10\x05*\x99\x06\n" +
+	"\x0eLOCATION_ENDED\x10\x05*\xb6\x06\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10REASON_CANCELLED\x10\x01\x12\x17\n" +
@@ -5211,7 +5215,8 @@ const file_migrated_v1_control_proto_rawDesc = "" +
 	"\x0fREASON_RELEASED\x10\x14\x12\x14\n" +
 	"\x10REASON_ABANDONED\x10\x15\x12\x17\n" +
 	"\x13REASON_LIMIT_MISSED\x10\x16\x12\x15\n" +
-	"\x11REASON_LIST_AGAIN\x10\x17\x12\x12\n" +
+	"\x11REASON_LIST_AGAIN\x10\x17\x12\x1b\n" +
+	"\x17REASON_PAGES_UNREADABLE\x10\x18\x12\x12\n" +
 	"\x0eREASON_NO_TURN\x10\x1d\x12\x19\n" +
 	"\x15REASON_GUEST_SHUTDOWN\x10\x1e\x12\x16\n" +
 	"\x12REASON_GUEST_RESET\x10\x1f\x12\x16\n" +
