@@ -109,8 +109,8 @@ func (d *Destination) needsNoSource() bool {
 
 // canRetry says whether pages may come again after an error of the engine, and what an operator can do about it. The
 // engine can always go on where it stopped. The VM runs here: giving up would leave it with part of its memory
-// permanently. So only an error after which no page can be put where the VM looks for it, or after which the VM may read
-// zeros, is final.
+// permanently. So only an error after which no page can be put where the VM looks for it, or after which the VM may
+// read zeros, is final.
 func (d *Destination) canRetry(err error) (retry bool, remedy string) {
 	again := fmt.Sprintf("; the daemon retries by itself; to retry at once: migrated recover %s", d.cfg.Request.GetId())
 	var fork *postcopy.ForkError

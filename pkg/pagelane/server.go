@@ -156,8 +156,8 @@ func (s *Server) take(raw *socket, c net.Conn, in *bufio.Reader, info credential
 	s.open[c] = struct{}{}
 	s.lanes.Go(func() {
 		s.run(raw, c, in, info)
-		// The client hangs up when it has read how its lane ended. If this side hung up first, TCP could lose what the client
-		// has not read yet.
+		// The client hangs up when it has read how its lane ended. If this side hung up first, TCP could lose what the
+		// client has not read yet.
 		time.AfterFunc(linger, func() { s.forget(c) })
 	})
 	return credentials.ErrConnDispatched
@@ -190,8 +190,8 @@ func (s *Server) run(raw *socket, c net.Conn, in *bufio.Reader, info credentials
 	t.finish(err)
 }
 
-// Stream is the source's side of a lane. One goroutine at a time may use it, but see Attend. A goroutine that is still in Recv or Send
-// when the lane's handler returns gets an error within a second.
+// Stream is the source's side of a lane. One goroutine at a time may use it, but see Attend. A goroutine that is still
+// in Recv or Send when the lane's handler returns gets an error within a second.
 type Stream struct {
 	*conn
 	socket   *socket         // the socket of conn, which may be TLS

@@ -263,9 +263,9 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 	return nil
 }
 
-// giveUp ends the session with err, because n pages from page p on, which the caller holds, cannot be put in. The session
-// ends first: a second answer for a page that is missing again would be taken for a fault of the source's, and end it
-// with that error.
+// giveUp ends the session with err, because n pages from page p on, which the caller holds, cannot be put in. The
+// session ends first: a second answer for a page that is missing again would be taken for a fault of the source's, and
+// end it with that error.
 func (s *session) giveUp(p, n uint64, err error) error {
 	s.end(err)
 	s.e.pages.giveUp(p, n)

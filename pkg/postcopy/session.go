@@ -58,11 +58,11 @@ type session struct {
 	asking sync.WaitGroup // the workers, and the goroutines that open lanes
 }
 
-// Run fills the memory over these lanes until the last page is in; then nothing is registered any more and it
-// returns nil. There must be one demand lane for each worker. Faults are answered at once, the sweep waits for
-// StartSweep. The errors are those of this package, context.Cause(ctx), or what the kernel said; after each of them Run
-// may be called again, with new lanes, and goes on where it was. In between nobody answers faults or reads events. If no
-// page is missing, Run needs no lanes and uses none.
+// Run fills the memory over these lanes until the last page is in; then nothing is registered any more and it returns
+// nil. There must be one demand lane for each worker. Faults are answered at once, the sweep waits for StartSweep. The
+// errors are those of this package, context.Cause(ctx), or what the kernel said; after each of them Run may be called
+// again, with new lanes, and goes on where it was. In between nobody answers faults or reads events. If no page is
+// missing, Run needs no lanes and uses none.
 //
 // Where more bulk lanes make the sweep faster, Run opens them by more, at most 8 in all and at most one for each
 // processor. Run owns the lane that more returns; more may take until its ctx ends. If more is nil, there is one bulk
