@@ -224,8 +224,8 @@ func (l *lane) seekData(block uint32, at uint64) (uint64, error) {
 	if err := l.end(); err != nil {
 		return 0, err
 	}
-	if err != nil && l.loses && l.export.ram.blocks[block].isLost(err) {
-		return at, nil // no hole: each page is read
+	if err != nil && l.export.ram.blocks[block].isLost(err) {
+		return at, nil // no hole: each page is read, which says which of them cannot be
 	}
 	if err != nil {
 		return 0, endLane(codes.DataLoss, ErrRAM, "look for a hole at %#x of block %s: %w",
