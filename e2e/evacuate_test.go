@@ -261,7 +261,7 @@ func TestQueue(t *testing.T) {
 	move("refused", vms[1], &migratedv1.MigrationSpec{QueueLimit: durationpb.New(0)})
 	refused := awaitEnd(t, client, "refused")
 	if refused.GetState() != stateFailed ||
-		!strings.Contains(refused.GetError().GetMessage(), "half of what may be at once") {
+		!strings.Contains(refused.GetError().GetMessage(), "half of what it allows") {
 		t.Errorf("one that is not to wait: %v", refused)
 	}
 	move("short", vms[1], &migratedv1.MigrationSpec{QueueLimit: durationpb.New(time.Second)})

@@ -33,7 +33,7 @@ const longCheck = 2 * time.Minute
 func (checkCmd) Help() string {
 	return `Says whether this host can migrate VMs and, where asked, whether a certain VM can be migrated and a certain ` +
 		`host can take it. It changes nothing. With --vm and --to, the destination starts a QEMU as for the migration, ` +
-		`compares its VM with the one that runs here, and ends it again: what migrate would refuse, check refuses, in the ` +
+		`compares its VM with the one that runs here, and ends it again: check refuses what migrate would refuse, in the ` +
 		`same words; --timeout is 2m at the least then. Each thing that was looked at is a line: ok, warning (a migration ` +
 		`is possible) or FAILED (it is not), with what to do below.
 

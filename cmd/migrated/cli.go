@@ -93,8 +93,8 @@ func newParser(c *cli, stdout, stderr io.Writer) (*kong.Kong, error) {
 		kong.ValueFormatter(func(v *kong.Value) string { return v.Help }),
 		kong.ExplicitGroups([]kong.Group{
 			{Key: "common", Title: "Flags of all commands:"},
-			{Key: "tls", Title: "Flags of all commands, for what crosses a network " +
-				"(serve: listening, and to other daemons; else to the daemon):"},
+			{Key: "tls", Title: "TLS flags of all commands " +
+				"(serve: for its listeners and other daemons; else for the connection to the daemon):"},
 			{Key: "settings", Title: "Settings (override the configuration file):"},
 		}),
 		kong.Vars{

@@ -29,7 +29,7 @@ type evacuateCmd struct {
 	Weight    map[string]uint32 `placeholder:"NAME=N" help:"A VM's share of that rate, relative to other VMs, which have 1; may be repeated."`
 	Apart     []string          `sep:"none" placeholder:"NAME,NAME…" help:"VMs of which no two may go to the same host; may be repeated for other VMs."`
 
-	Overcommit     bool           `help:"Count the memory that VMs use at this moment against that of the destinations, and not all that they may use."`
+	Overcommit     bool           `help:"Plan with the memory that VMs use now, not with all that they may use."`
 	ID             string         `name:"id" placeholder:"ID" help:"Name of the evacuation; without one the daemon makes one up."`
 	Detach         bool           `help:"Return once the daemon has taken the evacuation on."`
 	Template       string         `placeholder:"NAME" help:"As for migrate, for all."`

@@ -23,7 +23,7 @@ import (
 
 type idleCmd struct {
 	Config  *string `placeholder:"PATH" predictor:"file" help:"Configuration file of the daemon (default: ${config_path} if there is one)."`
-	Stopped bool    `help:"No daemon runs: go by what the last one left, alone."`
+	Stopped bool    `help:"No daemon runs: use only the files that the last one left."`
 }
 
 func (idleCmd) Help() string {

@@ -32,7 +32,7 @@ func newLogQueue(to io.Writer) *logQueue {
 		for line := range q.lines {
 			_, _ = to.Write(line) // there is no other place to report an error
 			if n := q.dropped.Swap(0); n > 0 {
-				_, _ = fmt.Fprintf(to, "%d lines of the log were dropped here: it took none\n", n)
+				_, _ = fmt.Fprintf(to, "%d lines of the log were dropped here: it was blocked\n", n)
 			}
 		}
 	}()

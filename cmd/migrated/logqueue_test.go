@@ -47,7 +47,7 @@ func TestLogThatHangs(t *testing.T) {
 	q.Close()
 	<-q.written // which Close does not wait for longer than logGrace
 	var want strings.Builder
-	want.WriteString(line(0) + fmt.Sprintf("%d lines of the log were dropped here: it took none\n", more))
+	want.WriteString(line(0) + fmt.Sprintf("%d lines of the log were dropped here: it was blocked\n", more))
 	for i := 1; i <= logLines; i++ {
 		want.WriteString(line(i))
 	}

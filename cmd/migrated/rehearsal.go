@@ -18,7 +18,7 @@ func rehearsalSummary(m *migratedv1.Migration) string {
 		durationText(r.GetTransferTime()), durationText(r.GetContinueTime()),
 		bytesText(r.GetBytesDeviceState()), bytesText(r.GetBytesMemory()))
 	if n := len(r.GetDifferences()); n > 0 {
-		s += fmt.Sprintf("; the state of %s is another when the destination saves it again", plural(uint64(n), "device"))
+		s += fmt.Sprintf("; the state of %s differs when the destination saves it again", plural(uint64(n), "device"))
 	}
 	return s
 }
@@ -41,7 +41,7 @@ func rehearsalFacts(r *migratedv1.Rehearsal) (facts []fact) {
 		add("Saved again there", "the same, byte for byte")
 	}
 	for _, d := range r.GetDifferences() {
-		add("Another there", "%s, instance %d: %s", d.GetDevice(), d.GetInstance(), plural(d.GetBytes(), "byte"))
+		add("Differs there", "%s, instance %d: %s", d.GetDevice(), d.GetInstance(), plural(d.GetBytes(), "byte"))
 	}
 	return facts
 }

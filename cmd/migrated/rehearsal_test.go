@@ -31,7 +31,7 @@ func TestRehearsalIsShown(t *testing.T) {
 		t.Errorf("%s, %v", out.String(), err)
 	}
 	m.Rehearsal.Differences = []*migratedv1.DeviceDifference{{Device: "mc146818rtc", Bytes: 2}}
-	if got := rehearsalSummary(m); got != line+"; the state of 1 device is another when the destination saves it again" {
+	if got := rehearsalSummary(m); got != line+"; the state of 1 device differs when the destination saves it again" {
 		t.Errorf("%q", got)
 	}
 	out.Reset()

@@ -19,7 +19,7 @@ import (
 type reportCmd struct {
 	ID     string `arg:"" predictor:"migration" help:"The migration."`
 	Output string `short:"o" enum:"text,json,html" default:"text" help:"text, json (as --json) or html, a page that needs nothing beside it (default: ${default})."`
-	Role   string `enum:"any,source,destination" default:"any" help:"Of a migration whose both sides are this host: source or destination."`
+	Role   string `enum:"any,source,destination" default:"any" help:"Which side, if this host is both source and destination."`
 	File   string `placeholder:"PATH" predictor:"file" help:"Write it to this file instead of standard output."`
 }
 

@@ -153,7 +153,7 @@ func latencySection(r *migratedv1.Report) section {
 	columns := report.Columns(latency)
 	s := section{
 		Title: "How long faults took", Columns: []string{"at most", "faults", "share"},
-		Bars: "how many faults took at most so long, and longer than the row above says",
+		Bars: "how many faults took at most that long, but longer than the row above",
 	}
 	timed, most := report.Timed(latency), uint64(0)
 	for _, c := range columns {
@@ -387,7 +387,7 @@ func checkSection(c *migratedv1.EarlierCheck) section {
 			cells(statusWords[found.GetStatus()], migration.RoleName(found.GetHost()), found.GetSubject(), detail))
 	}
 	if len(s.Rows) == 0 {
-		s.Columns, s.Rows = []string{"found"}, []row{cells("nothing that stood in the way, and no warning")}
+		s.Columns, s.Rows = []string{"found"}, []row{cells("no failure and no warning")}
 	}
 	return s
 }

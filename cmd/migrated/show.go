@@ -146,7 +146,7 @@ func statusFacts(m *migratedv1.Migration) (facts []fact) {
 				plural(n, "page"))
 		}
 		if n := p.GetPagesUnexplained(); n > 0 {
-			add("UNEXPLAINED", "%s there before they came: the VM's memory may be corrupt", plural(n, "page"))
+			add("UNEXPLAINED", "%s existed before their content came: the VM's memory may be corrupt", plural(n, "page"))
 		}
 		if n := p.GetPagesLost(); n > 0 {
 			add("LOST", "%s that the source could not read: the VM gets a machine check where it touches one", plural(n, "page"))
@@ -222,7 +222,7 @@ type cancelCmd struct {
 
 func (cancelCmd) Help() string {
 	return `Gives up a migration whose VM has not switched over; the VM goes on at the source. After the switch it is ` +
-		`refused: part of the VM's memory is at the destination alone, and only finishing brings it together again.
+		`refused: part of the VM's memory is only at the destination, and only completing the migration unites it.
 
 Example:
 

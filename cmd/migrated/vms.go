@@ -14,8 +14,7 @@ type vmsCmd struct{}
 
 func (vmsCmd) Help() string {
 	return `Lists the VMs that run on this host, as they are found at this moment: the QEMUs among its processes, by ` +
-		`the QMP sockets on their command lines, and the domains of its libvirt. What is in the first column is what --vm ` +
-		`takes.
+		`the QMP sockets on their command lines, and the domains of its libvirt. The first column is what --vm takes.
 
 Examples:
 

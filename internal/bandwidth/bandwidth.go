@@ -17,10 +17,10 @@ const Least = 64 << 10
 
 // ErrSyntax says that a text cannot be parsed as a limit.
 var ErrSyntax = errors.New("it is not a number of bytes a second as QEMU writes them: " +
-	"500M are 500 MiB (524,288,000 bytes) a second, with K, M, G or T for powers of 1024; none is no limit")
+	"500M are 500 MiB (524,288,000 bytes) a second, with K, M, G or T for powers of 1024; \"none\" means no limit")
 
 // ErrTooLow says that a limit is below [Least].
-var ErrTooLow = errors.New("it is less than 64K, 64 KiB a second, with which a VM would hardly ever be whole; " +
+var ErrTooLow = errors.New("it is less than 64K, 64 KiB a second, at which a VM would take days to arrive; " +
 	"the unit is bytes, unless K, M, G or T follow: 500M are 500 MiB a second")
 
 // units are QEMU's suffixes (qemu_strtosz).

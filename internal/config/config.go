@@ -44,7 +44,7 @@ type Config struct {
 	// the peer's connection comes from, with Listen's port.
 	Advertise []string `yaml:"advertise"`
 	// TLSCertificate, TLSKey and TLSCA are PEM files: this daemon's certificate
-	// and key, and the authorities that it believes. With them everything but
+	// and key, and the authorities that it trusts. With them everything but
 	// the Unix socket is mutual TLS 1.3. All three or none.
 	TLSCertificate string `yaml:"tls_certificate"`
 	TLSKey         string `yaml:"tls_key"`

@@ -130,8 +130,7 @@ func (d *Daemon) checkDestination(
 	}
 	if status.Code(err) == codes.Unimplemented {
 		refused.Status = migratedv1.CheckStatus_CHECK_STATUS_WARNING
-		refused.Detail = "the destination's daemon is of a version " +
-			"that cannot tell what it would have another than the source"
+		refused.Detail = "the destination's daemon is of a version that cannot compare the two VMs"
 		refused.Remedy = "run the same version of migrated on both hosts"
 	}
 	return append(results, refused)

@@ -232,7 +232,7 @@ func (d *Daemon) watch(
 		case migration.Terminal(view.GetState()):
 			return nil
 		case last:
-			return status.Error(codes.Unavailable, "the daemon ends, and goes on with the migration when it is started again")
+			return status.Error(codes.Unavailable, "the daemon is stopping; it continues the migration when it is started again")
 		}
 		select {
 		case <-ctx.Done():
@@ -352,7 +352,7 @@ func (c *controlService) Abandon(
 	}
 	if !request.GetSourceIsGone() {
 		return nil, status.Error(codes.InvalidArgument,
-			"source_is_gone is not set: a VM whose memory may come yet would be ended; make sure that it cannot, then say so")
+			"source_is_gone is not set: the VM would be ended although its memory may come; be sure that it cannot, then set it")
 	}
 	if err := d.Abandon(ctx); err != nil {
 		return nil, migration.ToStatus(codes.FailedPrecondition, err)

@@ -99,7 +99,7 @@ func evacuationStatus(err error) error {
 // completeEvacuation checks a specification, and makes the addresses of its VMs those of this host.
 func (d *Daemon) completeEvacuation(spec *migratedv1.EvacuationSpec) error {
 	if n := len(spec.GetDestinations()); n == 0 || n > mostDestinations {
-		return fmt.Errorf("destinations: %d, and 1 to %d can be named", n, mostDestinations)
+		return fmt.Errorf("destinations: %d are named, 1 to %d are allowed", n, mostDestinations)
 	}
 	for i, address := range spec.GetDestinations() {
 		host, port, err := net.SplitHostPort(address)
@@ -150,7 +150,7 @@ func checkCommon(spec *migratedv1.MigrationSpec) error {
 	rest.PrepareLimit, rest.SwitchLimit, rest.TotalLimit = nil, nil, nil
 	rest.DestinationTemplate, rest.Bandwidth, rest.Labels = "", 0, nil
 	if !proto.Equal(rest, &migratedv1.MigrationSpec{}) {
-		return fmt.Errorf("migration: an evacuation cannot give to all of its migrations: %v", rest)
+		return fmt.Errorf("migration: the migrations of an evacuation cannot have in common: %v", rest)
 	}
 	whole := proto.CloneOf(spec)
 	whole.Vm, whole.Destination = "/", "host:1" // each migration has its own

@@ -35,7 +35,7 @@ func (p *peerService) CheckHost(
 ) (*migratedv1.CheckHostResponse, error) {
 	room, err := migration.HostRoom(p.daemon.cfg.QEMUCgroup)
 	if err != nil {
-		p.daemon.log.Warn("what this host has to give is not known", "error", err)
+		p.daemon.log.Warn("cannot find out how much memory this host has left", "error", err)
 	}
 	return &migratedv1.CheckHostResponse{
 		Room: room,
@@ -78,8 +78,8 @@ var errOwnHost = migration.WithRemedy(
 		"a QEMU that is started like the VM's would have its files and sockets"),
 	"name another host; or start a QEMU here yourself, with files and sockets of its own, and name it with --to-qmp")
 
-// refuseOwnHost refuses to start a QEMU for a migration whose id one away from this host has that is not over. It is
-// the same migration if it has the same specification.
+// refuseOwnHost refuses to start a QEMU if a migration away from this host has the same id and is not over. It is the
+// same migration if it has the same specification.
 func (d *Daemon) refuseOwnHost(request *migratedv1.PrepareIncomingRequest) error {
 	s := d.migrations.source(request.GetId())
 	if s == nil || isDone(s) || request.GetDestinationQmp() != "" {
@@ -102,7 +102,7 @@ func (d *Daemon) expectIncoming(
 ) (*migration.Destination, error) {
 	dir := filepath.Join(d.incomingDir(), request.GetId())
 	if old := d.migrations.destination(request.GetId()); old != nil {
-		old.AskSource(ctx) // else an id could not be used again if this host was not told of the failure
+		old.AskSource(ctx) // so that the id can be used again if this host was not told of a failure
 	}
 	destination, forgotten, err := d.migrations.addDestination(
 		request.GetId(), callerID(ctx), d.cfg.MaxIncoming, func() *migration.Destination {

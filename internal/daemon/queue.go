@@ -55,7 +55,7 @@ func isStuck(s *migration.Source) bool {
 type busyError struct{ most int }
 
 func (e *busyError) Error() string {
-	return fmt.Sprintf("%d migrations away from this host are under way, as many as may be at once", e.most)
+	return fmt.Sprintf("%d migrations away from this host are under way, and no more are allowed", e.most)
 }
 
 // A crowdedError says that most migrations to this host are under way, and no more may be.
@@ -66,10 +66,10 @@ type crowdedError struct {
 
 func (e *crowdedError) Error() string {
 	if e.sender == "" {
-		return fmt.Sprintf("%d migrations to the destination are under way, as many as may be at once", e.most)
+		return fmt.Sprintf("%d migrations to the destination are under way, and no more are allowed", e.most)
 	}
-	return fmt.Sprintf("%d migrations from %s to the destination are under way, half of what may be at once, "+
-		"and the rest is for others", e.most, e.sender)
+	return fmt.Sprintf("%d migrations from %s to the destination are under way, half of what it allows, "+
+		"and the rest is for other sources", e.most, e.sender)
 }
 
 const remedyCrowded = "start this one when another is over, let it wait (migrate --queue-limit), " +

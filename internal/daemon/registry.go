@@ -198,7 +198,7 @@ func (r *registry) awaitRelease(id string) bool {
 
 // errUnheard says that no more migrations can be remembered.
 var errUnheard = migration.WithRemedy(
-	errors.New("the sources of too many migrations to the destination have not heard how these ended"),
+	errors.New("too many migrations to the destination have ended without their sources knowing it"),
 	"see that the daemons of these sources run and reach the destination, then delete the migrations there "+
 		"(migrated delete)")
 

@@ -91,14 +91,14 @@ func (d *Daemon) noReport(id string) error {
 	kept := d.reports.IDs()
 	if len(kept) == 0 {
 		return status.Errorf(codes.NotFound,
-			"this daemon has no report of a migration %q, and none of any that is over", id)
+			"this daemon has no report of migration %q, and no other reports", id)
 	}
 	shown := strings.Join(kept[:min(most, len(kept))], ", ")
 	if len(kept) > most {
 		shown += ", …"
 	}
 	return status.Errorf(codes.NotFound,
-		"this daemon has no report of a migration %q; of those that are over it has, the last first: %s", id, shown)
+		"this daemon has no report of migration %q; it has these, newest first: %s", id, shown)
 }
 
 // mostChecked is how many checks are remembered.

@@ -70,7 +70,7 @@ func TestReportsOfEarlierRuns(t *testing.T) {
 	reports := make(map[string]*migratedv1.Report)
 	runUntil(t, cfg, func(client migratedv1.ControlServiceClient) {
 		if _, err := ask(client, "m1", either); status.Code(err) != codes.NotFound ||
-			!strings.Contains(err.Error(), "none of any that is over") {
+			!strings.Contains(err.Error(), "no other reports") {
 			t.Errorf("before there was one: %v", err)
 		}
 		if _, err := client.Check(t.Context(), &migratedv1.CheckRequest{Vm: vm}); err != nil {

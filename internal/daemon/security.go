@@ -129,7 +129,7 @@ func (d *Daemon) dialCredentials(address string) (credentials.TransportCredentia
 	case d.cfg.Plaintext || mtls.Loopback(address):
 		return insecure.NewCredentials(), nil
 	}
-	return nil, fmt.Errorf("no connection without encryption to %s: set tls_certificate, tls_key and tls_ca, "+
+	return nil, fmt.Errorf("refusing an unencrypted connection to %s: set tls_certificate, tls_key and tls_ca, "+
 		"or plaintext where nobody but hypervisors is on the network", address)
 }
 

@@ -27,7 +27,7 @@ func (d *Daemon) lockState() (unlock func(), err error) {
 		return nil, migration.WithRemedy(fmt.Errorf("another daemon uses the state directory %s", d.cfg.StateDir),
 			"stop the other daemon, which 'fuser "+path+"' shows, or give this one another --state-dir")
 	case err != nil:
-		d.log.Warn("nothing keeps another daemon from using the same state directory", "error", err,
+		d.log.Warn("cannot lock the state directory: another daemon could use it, too", "error", err,
 			"remedy", "have state_dir on a file system with locks, and let the daemon lock files there (deploy/selinux)")
 		return func() {}, nil
 	}

@@ -127,7 +127,7 @@ func (h evacuatedHost) Room(ctx context.Context, destination string) (*migratedv
 	defer func() { _ = conn.Close() }() // only the answer is needed
 	answer, err := migratedv1.NewPeerServiceClient(conn).CheckHost(ctx, &migratedv1.CheckHostRequest{})
 	if err != nil {
-		return nil, migration.FromPeer("ask what room it has", destination, err)
+		return nil, migration.FromPeer("ask how much memory it has left", destination, err)
 	}
 	_, err = split(answer.GetResults())
 	return answer.GetRoom(), err

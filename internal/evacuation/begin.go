@@ -49,8 +49,8 @@ func (e *evacuation) beginSome(ctx context.Context, moving int) {
 	}
 }
 
-// postpone puts off a VM that is here and is not reached, as long as libvirt's daemon is started again. It returns
-// false when that has lasted as long as mostAttempts do.
+// postpone puts off a VM that is here but cannot be reached, for example while libvirt's daemon restarts. It returns
+// false when that has lasted as long as mostAttempts attempts take.
 func (e *evacuation) postpone(vm *migratedv1.EvacuatedVM) bool {
 	name := key(vm.GetVm(), vm.GetPid())
 	e.unreached[name]++

@@ -74,7 +74,7 @@ func Open(life context.Context, dir string, host Host, log *slog.Logger) (*Manag
 			close(e.done)
 			continue
 		}
-		log.Info("goes on with an evacuation", "evacuation", view.GetId())
+		log.Info("continuing an evacuation", "evacuation", view.GetId())
 		m.running.Go(func() { m.run(e) })
 	}
 	return m, nil
@@ -106,8 +106,8 @@ func (m *Manager) write(view *migratedv1.Evacuation) error {
 		err = atomicfile.Write(m.path(view.GetId()), text, 0o600)
 	}
 	if err != nil {
-		err = fmt.Errorf("write the evacuation down: %w", err)
-		m.log.Error("an evacuation is not written down: a daemon that is started again does not know how it stands",
+		err = fmt.Errorf("save the evacuation: %w", err)
+		m.log.Error("cannot save an evacuation: a restarted daemon would not know its state",
 			"evacuation", view.GetId(), "error", err)
 	}
 	return err
@@ -249,7 +249,7 @@ func (m *Manager) Cancel(id string) (*migratedv1.Evacuation, error) {
 	})
 }
 
-// command changes the state of an evacuation to next of its current one, saves it, and wakes the evacuation.
+// command changes the state of an evacuation by next, saves it, and wakes the evacuation.
 func (m *Manager) command(
 	id string, next func(migratedv1.EvacuationState) migratedv1.EvacuationState,
 ) (*migratedv1.Evacuation, error) {

@@ -27,7 +27,7 @@ func (n Needs) sum() (bytes uint64) {
 var (
 	errNoHost   = errors.New("no destination can take the VM")
 	errNoMemory = errors.New("not enough memory")
-	errApart    = errors.New("a VM that must be on another host (--apart) goes there")
+	errApart    = errors.New("--apart forbids the host of another VM")
 )
 
 // A placer chooses destinations by the memory that they have left. Several goroutines may use it at once.

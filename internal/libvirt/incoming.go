@@ -28,7 +28,7 @@ var incoming = []string{"-incoming", "defer"}
 var ErrActive = errors.New("libvirt has a domain of that name already, which is not shut off")
 
 // ErrNoAnswer says that libvirt may have started a domain, or may yet do so, but has not answered.
-var ErrNoAnswer = errors.New("libvirt has not said whether it started the domain, and may yet do so")
+var ErrNoAnswer = errors.New("libvirt has not said whether it started the domain, and may still start it")
 
 // answerTimeout bounds how long Start waits for libvirt when its context has ended.
 const answerTimeout = time.Minute
@@ -36,7 +36,7 @@ const answerTimeout = time.Minute
 // Start makes libvirt start a domain whose QEMU waits for a migration, and returns this run of it. libvirt is the one
 // that listens on socket, or this host's if socket is empty. The domain is transient unless it is defined here.
 //
-// The domain runs elsewhere as well. If Start fails, its images have the owner that they had before.
+// The VM runs on another host, so if Start fails, the images have the owner that they had before.
 func Start(ctx context.Context, socket, definition string) (*Domain, error) {
 	started, err := withIncoming(definition)
 	if err != nil {

@@ -39,7 +39,7 @@ func (l Limit) Check(definition string) error {
 	if name, err := theOnly(root, "name"); err != nil {
 		return err
 	} else if name != l.Name {
-		return fmt.Errorf("the domain's definition is of %q, and the VM that is sent is %q", name, l.Name)
+		return fmt.Errorf("the domain's definition is of %q, but the VM that is sent is %q", name, l.Name)
 	}
 	emulator, err := theOnly(root, "devices/emulator")
 	if err != nil {
@@ -63,7 +63,7 @@ func checkProlog(doc *etree.Document) error {
 	for _, token := range doc.Child {
 		switch t := token.(type) {
 		case *etree.Directive:
-			return fmt.Errorf("the domain's definition has <!%.20s…>, and may have no document type", t.Data)
+			return fmt.Errorf("the domain's definition has <!%.20s…>: no document type is allowed", t.Data)
 		case *etree.ProcInst:
 			if t.Target != "xml" || !declaration.MatchString(t.Inst) {
 				return fmt.Errorf("the domain's definition begins with <?%s %.80s?>, and must be of XML 1.0 in UTF-8",
@@ -149,7 +149,7 @@ func checkRoots(root *etree.Element) error {
 func checkSecurityLabels(root *etree.Element) error {
 	for _, label := range root.FindElements("seclabel") {
 		if label.SelectAttrValue("model", "") == "dac" {
-			return errors.New("the domain's definition says whom QEMU runs as (<seclabel model='dac'>)")
+			return errors.New("the domain's definition sets the user that QEMU runs as (<seclabel model='dac'>)")
 		}
 		if kind := label.SelectAttrValue("type", ""); kind != "" && kind != "dynamic" {
 			return fmt.Errorf("the domain's definition says how QEMU is confined (<seclabel type='%s'>)", kind)

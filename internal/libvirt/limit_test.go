@@ -57,7 +57,7 @@ var limits = map[string]struct {
 		insert("</devices>", `<filesystem type="mount"><source dir="/srv"/></filesystem>`), "", true,
 	},
 	"another VM": {
-		strings.Replace(plain, ">db<", ">web<", 1), `is of "web", and the VM that is sent is "db"`, false,
+		strings.Replace(plain, ">db<", ">web<", 1), `is of "web", but the VM that is sent is "db"`, false,
 	},
 	"a name that looks alike": {strings.Replace(plain, ">db<", "> db<", 1), `is of " db"`, false},
 	"two names":               {insert("<name>", "<name>web</name>"), "2 elements name", false},
@@ -105,7 +105,7 @@ var limits = map[string]struct {
 	},
 	"another user": {
 		insert("</domain>", `<seclabel model="dac" relabel="no"><label>+0:+0</label></seclabel>`),
-		"whom QEMU runs as", true,
+		"sets the user that QEMU runs as", true,
 	},
 	"a file of root's":   {device("serial", "file", "/etc/cron.d/db"), `"/etc/cron.d/db" as root`, true},
 	"a pipe":             {device("channel", "pipe", "/run/db.pipe"), "/run/db.pipe", true},

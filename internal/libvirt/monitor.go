@@ -304,8 +304,8 @@ func (m *monitor) answer(c command, in *fdReader) (answer, error) {
 	return a, err
 }
 
-// expect is called before a command. The function that it returns is called when the command has succeeded, and waits
-// for the events that QEMU sent before the answer, which arrive separately.
+// expect is called before a command. It returns a function to be called after the command has succeeded, which waits
+// for the events that QEMU sent before the answer: they arrive separately.
 func (m *monitor) expect(execute string) func() {
 	m.mu.Lock()
 	ran := m.running

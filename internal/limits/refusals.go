@@ -20,14 +20,14 @@ type Kind string
 const (
 	Caller       Kind = "caller"
 	VM           Kind = "VM"
-	AllConnected Kind = "connection: as many are open as this daemon serves"
-	Connected    Kind = "connection: its address has as many open as it may"
+	AllConnected Kind = "connection: too many are open"
+	Connected    Kind = "connection: too many of its address are open"
 	AllShaking   Kind = "connection: too many have not finished their handshake"
 	Shaking      Kind = "connection: too many of its address have not finished their handshake"
 	Connecting   Kind = "connection: its address makes them too fast"
 	Calling      Kind = "call: its address makes too many"
 	Moving       Kind = "migration: too many are under way"
-	Watching     Kind = "watcher: as many follow the list as may"
+	Watching     Kind = "watcher: too many follow the list"
 	Foreign      Kind = "request: a page of another site sent it, or it is for a name that this host does not have"
 )
 

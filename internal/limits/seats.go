@@ -36,9 +36,9 @@ func (s *Seats) Take(caller string) (leave func(), err error) {
 	defer s.mu.Unlock()
 	switch {
 	case s.taken[caller] >= s.mostOfOne:
-		return nil, fmt.Errorf("this caller has %d such calls under way, as many as it may; end one of them", s.mostOfOne)
+		return nil, fmt.Errorf("this caller has %d such calls under way, the most it may have; end one of them", s.mostOfOne)
 	case s.all >= s.most:
-		return nil, fmt.Errorf("%d such calls are under way, as many as this daemon serves; try again later", s.most)
+		return nil, fmt.Errorf("%d such calls are under way, the most this daemon serves; try again later", s.most)
 	}
 	s.taken[caller]++
 	s.all++

@@ -151,18 +151,18 @@ func (d *differences) devices(source, waits *migratedv1.MachineDescription) {
 			}
 		}
 		d.add("devices", plugged, "the destination lacks %s: "+
-			"it is not on the source's command line if it was plugged in while the VM ran", name)
+			"if it was plugged in while the VM ran, it is not on the source's command line", name)
 	}
 	for _, name := range has {
 		d.add("devices", unplugged, "the destination has %s, which the source has not: "+
-			"it is still on the source's command line if it was unplugged while the VM ran", name)
+			"if it was unplugged while the VM ran, it is still on the source's command line", name)
 	}
 	if source.GetQemuVersion() != waits.GetQemuVersion() {
 		return // the built-in devices of a machine differ between versions
 	}
 	lacks, has = unequal(source.GetBuiltIn(), waits.GetBuiltIn(), func(class string) string { return class })
 	if len(lacks)+len(has) > 0 {
-		d.add("devices", sameHosts, "of what comes with the machine, %s", onOneHost(lacks, has))
+		d.add("devices", sameHosts, "the built-in devices differ: %s", onOneHost(lacks, has))
 	}
 }
 
@@ -195,8 +195,8 @@ func (d *differences) drive(source, waits *migratedv1.Drive, destination Destina
 	switch {
 	case len(top) > 0 && top[0].GetWritten():
 		d.add("drives", "shut the VM down, and start it without -snapshot and snapshot=on",
-			"the VM has written to the drive %q, of which QEMU keeps changes in a temporary file (snapshot=on): "+
-				"no other host gets that", name)
+			"the VM has written to the drive %q (snapshot=on): QEMU keeps the changes in a temporary file, "+
+				"which no other host gets", name)
 	case !sameImages(source, waits, destination):
 		d.add("drives", present, "the drive %q has %s at the source, and would have %s at the destination: "+
 			"it is not on the source's command line if it was changed while the VM ran "+

@@ -49,26 +49,26 @@ var (
 	inState = newFamily("gauge", "migration_phase_seconds",
 		"How long the migration was in a state, so far. Shown for ten minutes after its end.", append(one[:3:3], "phase")...)
 	pause = newFamily("gauge", "migration_paused_seconds",
-		"How long a VM has had no connection to the memory that it lacks, now. 0: it has, or lacks none.", one...)
+		"How long the connection to the memory that a VM lacks has been lost. 0: it is not, or no memory is lacking.", one...)
 
 	faultLatency = newFamily("histogram", "fault_latency_seconds",
 		"From a page fault's message being read to its page being there: native, and in QEMU's buckets "+
 			"(postcopy-latency-dist), exact to 1/16.")
 	faults = newFamily("counter", "faults_total",
 		"Page faults of VMs that came here, by what was known of the page: missing, swept (on its way with the sweep), "+
-			"ahead (foretold), waiting (for another thread), zero or present.", "cause")
+			"ahead (prefetched), waiting (for another thread), zero or present.", "cause")
 	pages = newFamily("counter", "pages_total",
 		"Pages that came, by the lane that brought them: demand or sweep.", "kind")
 	zeroPages = newFamily("counter", "pages_zero_total",
 		"Pages that were known to be zero, and had no bytes on the wire.")
 	guessedPages = newFamily("counter", "pages_guessed_total",
-		"Pages that were asked for ahead of a thread, because its faults foretold them.")
+		"Pages that were prefetched because a thread's faults predicted them.")
 	touchedPages = newFamily("counter", "pages_touched_total",
-		"Pages that another process had touched before they came, and that were written again.")
+		"Pages that another process touched before their content came, and that were overwritten with it.")
 	unexplainedPages = newFamily("counter", "pages_unexplained_total",
-		"Pages that were there before they came, and could not be written again: the VM may have zeros there.")
+		"Pages that existed before their content came, and could not be overwritten: the VM may have zeros there.")
 	lostPages = newFamily("counter", "pages_lost_total",
-		"Pages that their sources could not read. The VM is told when it touches one, as of broken memory.")
+		"Pages that their sources could not read. The VM gets a machine check when it touches one.")
 	received = newFamily("counter", "received_bytes_total",
 		"Bytes of pages that came, as packed, by the lane that brought them: demand or sweep.", "kind")
 	lostLanes = newFamily("counter", "bulk_lanes_lost_total",
@@ -80,8 +80,8 @@ var (
 	waitingVMs = newFamily("gauge", "vms_waiting_for_pages",
 		"VMs on this host that have no connection to the memory that they lack.")
 	stoppedVMs = newFamily("gauge", "vms_stopped_committed",
-		"VMs of this host that were handed over, and of which nobody knows that they run: they stand still here until an "+
-			"answer comes or an operator decides.")
+		"VMs of this host that were handed over, and are not known to run at the destination: they stand still here "+
+			"until an answer comes or an operator decides.")
 
 	queued = newFamily("gauge", "migrations_queued",
 		"Migrations away from this host that wait for their turn, here or at their destinations. Their VMs run here.")

@@ -189,7 +189,7 @@ func checkFileSystems(blocks []ram.Block, present map[string]uint64) error {
 	for _, n := range needs {
 		if n.left < n.bytes {
 			return noRoomError("", n.bytes, "are left on the file system of "+n.file, n.left,
-				"remove what it is full of, or give it more (mount -o remount,size=)")
+				"remove files from that tmpfs, or enlarge it (mount -o remount,size=)")
 		}
 	}
 	return nil
@@ -203,7 +203,7 @@ func noRoomError(of string, needs uint64, are string, has uint64, remedy string)
 
 func remedyOfHugePages(size uint64) string {
 	return fmt.Sprintf(
-		"raise /sys/kernel/mm/hugepages/hugepages-%dkB/nr_hugepages at the destination, or end what has them", size>>10)
+		"raise /sys/kernel/mm/hugepages/hugepages-%dkB/nr_hugepages at the destination, or end what uses them", size>>10)
 }
 
 // explainFailedStart adds to failure, the error of a QEMU that did not start, that this host has too few huge pages,

@@ -39,10 +39,10 @@ func (s *Source) Delete(context.Context) error {
 	rec, found, err := s.cfg.Records.find(s.cfg.ID)
 	switch {
 	case err != nil:
-		return withRemedy(fmt.Errorf("what is written down of the VM: %w", err), Remedy(err))
+		return withRemedy(fmt.Errorf("read the VM's hand-over record: %w", err), Remedy(err))
 	case found && rec.Alive() && rec.Completed:
 		return withRemedy(fmt.Errorf("the QEMU that the VM was moved from, process %d, was kept, "+
-			"and this keeps it from being taken for the VM", rec.PID), "end that QEMU (QMP quit) first")
+			"and only this record keeps it from being taken for the VM", rec.PID), "end that QEMU (QMP quit) first")
 	case found && rec.Alive():
 		return withRemedy(fmt.Errorf("the VM (process %d) could not be restored after the migration; "+
 			"a restarted daemon needs this record to try again", rec.PID),
@@ -56,8 +56,8 @@ func (s *Source) Delete(context.Context) error {
 	return nil
 }
 
-// Needed says why a migration that is over must not be forgotten, neither by Delete nor to make room for another one:
-// what is known of it still decides about the VM. nil: it may be. Needed asks nobody.
+// Needed returns why a migration that is over must not be forgotten, by Delete or to make room for another: what this
+// host knows of it still decides where its VM is. nil: it may be forgotten. Needed asks no other host.
 func (s *Source) Needed() error {
 	if view, _ := s.Snapshot(); s.isCommitted() && view.GetState() == migratedv1.MigrationState_MIGRATION_STATE_FAILED {
 		return withRemedy(errors.New("the VM was handed over, and it is not decided where it is"),
@@ -80,8 +80,8 @@ func (d *Destination) Delete(ctx context.Context) error {
 	owes := d.mustPutBackSettings()
 	d.mu.Unlock()
 	if owes {
-		return withRemedy(errors.New("the VM's QEMU has yet to be given its settings back"),
-			"have whoever is connected to "+view.GetDestinationQemu().GetQmp()+" leave it")
+		return withRemedy(errors.New("QEMU's settings could not be restored yet"),
+			"disconnect the other client of "+view.GetDestinationQemu().GetQmp())
 	}
 	d.Forget()
 	if err := RemoveDir(d.cfg.Dir); err != nil {
@@ -98,10 +98,10 @@ func (d *Destination) Needed() error {
 	switch {
 	case failed && (d.step() == running || d.step() == lost):
 		return withRemedy(errors.New("the VM was run here, and does not have all of its memory"),
-			"see 'migrated status "+d.cfg.Request.GetId()+"'; where the VM is given up, say so: "+d.abandonCommand())
+			"see 'migrated status "+d.cfg.Request.GetId()+"'; if you give the VM up: "+d.abandonCommand())
 	case d.unheard(view):
-		return withRemedy(errors.New("the source has not heard yet that the migration is over, "+
-			"and would not know what became of its VM"),
+		return withRemedy(errors.New("the source does not know yet that the migration is over, "+
+			"and would not learn what became of its VM"),
 			"see that the source's daemon runs and reaches this host, then try again")
 	}
 	return nil

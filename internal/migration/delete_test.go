@@ -92,7 +92,7 @@ func TestDeleteWaitsForTheSourceToHear(t *testing.T) {
 	d.mu.Lock()
 	d.giveUp(errors.New("the test says so"))
 	d.mu.Unlock()
-	expectDeleteRefused(t, "unheard", d.Delete(t.Context()), "has not heard")
+	expectDeleteRefused(t, "unheard", d.Delete(t.Context()), "does not know yet that the migration is over")
 	if err := d.Abort("so the source says"); err != nil {
 		t.Fatal(err)
 	}
@@ -119,7 +119,7 @@ func TestDeleteCompletedDestination(t *testing.T) {
 		!view.GetEndTime().AsTime().Equal(at.Add(time.Minute)) || view.GetDestinationQemu().GetPid() != uint32(l.pid) {
 		t.Errorf("it is shown as %v", view)
 	}
-	expectDeleteRefused(t, "unheard", d.Delete(t.Context()), "has not heard")
+	expectDeleteRefused(t, "unheard", d.Delete(t.Context()), "does not know yet that the migration is over")
 	if !l.filesStay() {
 		t.Error("its word is gone")
 	}

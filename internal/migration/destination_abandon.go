@@ -11,7 +11,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errAbandoned is the end of a migration whose operator declared the source gone.
+// errAbandoned is the final error of a migration whose operator declared the source gone.
 var errAbandoned = errors.New("an operator declared the source gone (migrated abandon): " +
 	"the VM was ended, because the rest of its memory could not arrive")
 
@@ -34,7 +34,7 @@ func (d *Destination) Abandon(ctx context.Context) error {
 	case view.GetError().GetReason() == migratedv1.Reason_REASON_ABANDONED:
 		return nil
 	case view.GetState() != migratedv1.MigrationState_MIGRATION_STATE_FAILED:
-		return errors.New("the migration ended at this moment: see what became of it")
+		return errors.New("the migration ended meanwhile: see its status")
 	}
 	// The migration had failed before and was left to its operator.
 	facts, err := readKept(d.cfg.Dir)
@@ -44,7 +44,7 @@ func (d *Destination) Abandon(ctx context.Context) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("which QEMU it is that the VM was moved to: %w", err)
+		return fmt.Errorf("find the QEMU that the VM was moved to: %w", err)
 	}
 	d.left, d.vm = facts.QEMU, nil // that connection is closed
 	d.abandon()
@@ -55,7 +55,7 @@ func (d *Destination) Abandon(ctx context.Context) error {
 func (d *Destination) mayAbandon(ctx context.Context) error {
 	if !d.toldToRun() {
 		return withRemedy(errors.New("the VM was not run here"),
-			"cancel the migration at its source; it is given up here by itself, too")
+			"cancel the migration at its source; this host also gives it up by itself")
 	}
 	view, _ := d.Snapshot()
 	switch view.GetState() {
@@ -71,13 +71,13 @@ func (d *Destination) mayAbandon(ctx context.Context) error {
 		if l, err := openLanes(ctx, d.laneConfig()); err == nil {
 			l.close()
 			return withRemedy(errors.New("the source serves the memory of the VM"),
-				"have it come: migrated recover "+d.cfg.Request.GetId())
+				"fetch the memory: migrated recover "+d.cfg.Request.GetId())
 		}
 		return nil
 	case migratedv1.MigrationState_MIGRATION_STATE_COMPLETED, migratedv1.MigrationState_MIGRATION_STATE_ENDED:
 		return errOver
 	}
-	return withRemedy(errors.New("the connection to the source is not lost: the VM's memory comes"),
+	return withRemedy(errors.New("the connection to the source is not lost: the VM's memory is still arriving"),
 		"wait for the migration to complete")
 }
 
@@ -105,7 +105,7 @@ func (d *Destination) showAbandoned() {
 	if d.qemuAlive() {
 		where = whereabouts{
 			migratedv1.Location_LOCATION_DESTINATION,
-			"the VM's QEMU on the destination was to end, and is not known to have ended",
+			"the VM's QEMU on the destination was to be ended, and may still be alive",
 		}
 	}
 	d.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED,

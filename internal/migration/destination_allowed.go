@@ -30,7 +30,7 @@ func (d *Destination) mayStartAs(argv []string, user process.Credentials) error 
 		}
 		if switches {
 			return withRemedy(errors.New("the VM's command line names a user (-runas, -run-with user=), "+
-				"and the destination starts every QEMU as its own (run_as)"),
+				"but the destination starts every QEMU as its own user (run_as)"),
 				"take that option out with --template, or empty run_as in the destination's configuration")
 		}
 	}
@@ -39,7 +39,7 @@ func (d *Destination) mayStartAs(argv []string, user process.Credentials) error 
 	if int64(user.UID) >= int64(least) && !rootGroup {
 		return nil
 	}
-	err := fmt.Errorf("the destination starts no QEMU as user %d, group %d, groups %d: its least user is %d",
+	err := fmt.Errorf("the destination starts no QEMU as user %d, group %d, groups %d: its min_uid is %d",
 		user.UID, user.GID, user.Groups, least)
 	if least > 0 && user.UID == 0 || rootGroup {
 		err = fmt.Errorf("the destination starts no QEMU as root, or in root's group: "+

@@ -70,7 +70,7 @@ func (d *Destination) awaitExit(err error) {
 		return
 	}
 	if err != nil {
-		d.log.Warn("the destination QEMU is about to end, and has not yet", "error", err)
+		d.log.Warn("the destination QEMU has not ended in time", "error", err)
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 // openDomain has this host's libvirt start a domain from the source's definition.
 func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	if d.cfg.Request.GetDestinationTemplate() != "" {
-		return withRemedy(errors.New("a template is of QEMU's command line, and this VM's is libvirt's"),
+		return withRemedy(errors.New("a template is for QEMU's command line, but libvirt makes that of this VM"),
 			"leave out --template")
 	}
 	if len(d.cfg.Binaries) == 0 {
@@ -43,15 +43,15 @@ func (d *Destination) openDomain(ctx context.Context, definition string) error {
 	}
 	if err := checkSockets(definition); err != nil {
 		return withRemedy(fmt.Errorf("the destination starts no such domain: %w", err),
-			"see what that is for; or give the domain another path with --xml or with the destination's libvirt hook")
+			"see what uses that path; or give the domain another path with --xml or with the destination's libvirt hook")
 	}
 	d.log.Info("having libvirt start the domain", "name", name)
 	started, err := libvirt.Start(ctx, d.cfg.LibvirtSocket, definition)
 	if errors.Is(err, libvirt.ErrActive) || errors.Is(err, libvirt.ErrNoAnswer) {
 		// If a daemon is killed while libvirt starts the domain, or libvirt does not answer, the domain stays and the
 		// next daemon does not know of it.
-		return withRemedy(err, fmt.Sprintf("look at it on the destination: virsh domstate --reason %[1]s; "+
-			"if it is paused since a migration that is over, end it there: virsh destroy %[1]s", name))
+		return withRemedy(err, fmt.Sprintf("run on the destination: virsh domstate --reason %[1]s; "+
+			"if it is still paused for a migration that is over, end it: virsh destroy %[1]s", name))
 	} else if err != nil {
 		return thisHost.explainFailedStart(err, machine)
 	}
@@ -106,7 +106,7 @@ func (d *Destination) persist() {
 		return
 	}
 	if err := withRun(d.domain, d.qemuEnded, (*libvirt.Domain).Persist); err != nil {
-		d.log.Error("the domain is not known to be defined at the destination", "error", err,
+		d.log.Error("cannot confirm that libvirt defined the domain here", "error", err,
 			"remedy", "if it runs here, define it: virsh dumpxml --migratable, then virsh define; "+
 				"the source keeps its definition")
 		return

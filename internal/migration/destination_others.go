@@ -19,7 +19,7 @@ const maxLostRanges = 16
 func (d *Destination) openFiles(facts *keptFactsV1, blocks []postcopy.Block) {
 	var err error
 	if d.pagemap, err = uffd.OpenPagemap(facts.QEMU.PID); err != nil {
-		d.log.Warn("pages that another process touches cannot be told from the VM's", "error", err)
+		d.log.Warn("cannot tell pages that another process touches from the VM's", "error", err)
 		return
 	}
 	for i := range blocks {
@@ -49,13 +49,13 @@ func (d *Destination) closeFiles() {
 func (d *Destination) warnOfOtherProcesses(stats postcopy.Stats) {
 	if n := stats.PagesTouched; n > 0 {
 		d.warnTouched.Do(func() {
-			d.log.Warn("another process touches the VM's memory before it has come: the VM has what it should, "+
-				"that process may have read zeros", "pages", n)
+			d.log.Warn("another process touched memory of the VM before it arrived: the VM's content is right, "+
+				"but that process may have read zeros", "pages", n)
 		})
 	}
 	if n := stats.PagesUnexplained; n > 0 {
 		d.warnUnexplained.Do(func() {
-			d.log.Error("pages were there before they had come, and cannot be written again: the VM's memory may be corrupt",
+			d.log.Error("pages existed before their content came, and cannot be overwritten: the VM's memory may be corrupt",
 				"pages", n)
 		})
 	}
@@ -66,7 +66,7 @@ func (d *Destination) warnOfOtherProcesses(stats postcopy.Stats) {
 				where = append(where, fmt.Sprintf("%s %#x+%#x", d.blocks[s.Block].ID, s.Offset, s.Bytes))
 			}
 			d.log.Error("the source cannot read all of the VM's memory: "+
-				"the VM is told when it touches these pages, as of broken memory",
+				"the VM gets a machine check when it touches these pages",
 				"pages", n, "first", strings.Join(where, ", "))
 		})
 	}

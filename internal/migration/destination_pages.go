@@ -82,9 +82,9 @@ func (d *Destination) pumpLanes(l *lanes) error {
 			return err
 		}
 		if d.doom() {
-			return fmt.Errorf("the source's pages cannot be had any more, before the switch: %w", err)
+			return fmt.Errorf("the source's pages cannot be fetched any more, before the switch: %w", err)
 		}
-		d.log.Warn("no page comes any more, trying again", "error", err)
+		d.log.Warn("page transfer has stopped, trying again", "error", err)
 		switch {
 		case sourceQEMUGone(err):
 			d.orphaned(err)
@@ -109,10 +109,10 @@ func (d *Destination) needsNoSource() bool {
 
 // canRetry says whether pages may come again after an error of the engine, and what an operator can do about it. The
 // engine can always go on where it stopped. The VM runs here: giving up would leave it with part of its memory
-// permanently. So only an error after which no page can be put where the VM looks for it, or after which the VM may read
-// zeros, is final.
+// permanently. So only an error after which no page can be put where the VM looks for it, or after which the VM may
+// read zeros, is final.
 func (d *Destination) canRetry(err error) (retry bool, remedy string) {
-	again := fmt.Sprintf("; it is tried again by itself, and at once by: migrated recover %s", d.cfg.Request.GetId())
+	again := fmt.Sprintf("; the daemon retries by itself; to retry at once: migrated recover %s", d.cfg.Request.GetId())
 	var fork *postcopy.ForkError
 	switch {
 	case errors.Is(err, postcopy.ErrProcessGone), errors.Is(err, postcopy.ErrMoved), errors.As(err, &fork):
@@ -126,7 +126,7 @@ func (d *Destination) canRetry(err error) (retry bool, remedy string) {
 	case errors.Is(err, postcopy.ErrNoMemory):
 		return true, "make room for the VM's memory on the destination" + again
 	case errors.Is(err, postcopy.ErrProtocol):
-		return true, "see that nothing but the source's daemon answers there, and that it is of this version" + again
+		return true, "make sure that the source's daemon answers there, nothing else, and that it is of this version" + again
 	default: // of this host: no descriptor is free, a file cannot be written
 		return true, "mend on the destination what the error names" + again
 	}

@@ -20,7 +20,7 @@ func (d *Destination) mustPutBackSettings() bool {
 // in case this daemon ends first.
 func (d *Destination) putBackLater() {
 	facts := d.facts
-	d.log.Warn("QEMU's monitor is somebody else's: its settings are put back when it is free", "monitor", facts.QMP)
+	d.log.Warn("QEMU's monitor has another client: the settings are restored when it is free", "monitor", facts.QMP)
 	go func() {
 		const longest = 30 * time.Second
 		for pause := time.Second / 2; ; pause = min(2*pause, longest) {

@@ -77,7 +77,7 @@ func (s step) String() string { return stepTable[s].name }
 func (s step) next() []step   { return stepTable[s].next }
 
 // errDoomed is why a doomed destination refuses to run the VM.
-var errDoomed = errors.New("the source's pages cannot be had any more, or QEMU not be told")
+var errDoomed = errors.New("the source's pages cannot be fetched any more, or QEMU cannot be told to run the VM")
 
 // A destinationState holds the step and what else is known of a migration's progress. What a restarted daemon has to
 // know of that progress is also written to kept, by these methods alone.

@@ -18,7 +18,7 @@ const (
 )
 
 // errNoRoom says that the early states of other migrations use all of earlyRoom.
-var errNoRoom = errors.New("the early states of other migrations take all the memory that is meant for them")
+var errNoRoom = errors.New("early states of other migrations use all memory reserved for early states")
 
 // errPausedSince says that a VM was paused after its early load. QEMU was told then to leave the disks to cont, so it
 // would not take them for a paused VM.

@@ -30,7 +30,7 @@ func (e *endedError) Error() string { return "the VM ended by itself on the dest
 // kept in the file and sent to the source.
 var endings = map[string]endedError{
 	"guest-shutdown": {migratedv1.Reason_REASON_GUEST_SHUTDOWN, "its guest powered off"},
-	"guest-reset":    {migratedv1.Reason_REASON_GUEST_RESET, "its guest reset, and QEMU was told to end then"},
+	"guest-reset":    {migratedv1.Reason_REASON_GUEST_RESET, "its guest reset, and its QEMU ends on a reset"},
 	"guest-panic":    {migratedv1.Reason_REASON_GUEST_PANIC, "its guest panicked"},
 	"host-qmp-quit":  {migratedv1.Reason_REASON_QEMU_QUIT, "somebody had its QEMU quit"},
 	"host-ui":        {migratedv1.Reason_REASON_QEMU_QUIT, "somebody had its QEMU quit"},
@@ -60,14 +60,14 @@ func isEnding(reason migratedv1.Reason) bool {
 	return reason >= migratedv1.Reason_REASON_GUEST_SHUTDOWN && reason <= migratedv1.Reason_REASON_QEMU_SHUTDOWN
 }
 
-// afterEnding is the remedy for a VM that has ended: do nothing, and above all nothing wrong.
+// afterEnding is the remedy for a VM that has ended: do not continue it from older memory.
 const afterEnding = "nothing has to be done; to have the VM again, start it from its disks, " +
 	"which are as it left them on the destination"
 
 // whereEnded is the location of a VM that has ended.
 var whereEnded = whereabouts{
 	migratedv1.Location_LOCATION_ENDED,
-	"the VM has ended on the destination, and what the source had of it is older than its disks",
+	"the VM has ended on the destination, and its memory on the source is older than its disks",
 }
 
 // findEnding returns how the VM ended, if it ran here and QEMU has said that it ended; otherwise nil. It waits for a
@@ -152,7 +152,7 @@ func (d *Destination) endingFromExitStatus() *endedError {
 		return nil
 	}
 	return &endedError{
-		migratedv1.Reason_REASON_QEMU_SHUTDOWN, "its QEMU ended as one does that is told to, while no daemon ran",
+		migratedv1.Reason_REASON_QEMU_SHUTDOWN, "its QEMU exited with status 0, as if told to end, while no daemon ran",
 	}
 }
 

@@ -18,7 +18,7 @@ import (
 )
 
 var (
-	// ErrCancelled is why a migration ended that somebody cancelled.
+	// ErrCancelled is the final error of a migration that somebody cancelled.
 	ErrCancelled = errors.New("the migration was cancelled")
 	// ErrCommitted says that the VM was handed over: it is too late to cancel.
 	ErrCommitted = errors.New("the VM was handed over to the destination already")
@@ -32,7 +32,7 @@ var (
 const (
 	otherDaemon = "start the version of migrated that wrote it, or a newer one: it goes on with the migration; " +
 		"nothing was changed, and the VM waits"
-	sameVersions = "run the same version of migrated on both hosts, or two that follow each other"
+	sameVersions = "run the same version of migrated on both hosts, or two consecutive ones"
 )
 
 // A remediedError is an error with a remedy: what an operator can do about it.

@@ -36,7 +36,7 @@ const (
 
 // errNoMemoryYet says that a destination has no memory to show.
 var errNoMemoryYet = errors.New(
-	"the memory of the VM is not prepared at its destination, or was not when the migration ended")
+	"the destination has prepared no memory for the VM, or the migration ended before that")
 
 // cachedMap is the last map of a destination's memory. Callers renew it; fault workers have no part in it.
 type cachedMap struct {
@@ -127,7 +127,7 @@ func checkMemory(m *migratedv1.MemoryMap) error {
 	return nil
 }
 
-// heard is the last that a source was told of its VM's memory at the destination.
+// heard is what the destination last told this source of the VM's memory there.
 type heard struct {
 	// conn is the connection to the destination, which may be replaced. nil: there is none. It is atomic, so that
 	// callers of Incoming never delay the migration.

@@ -91,7 +91,7 @@ func openLanesAt(ctx context.Context, cfg laneConfig, address string) (_ *lanes,
 	ctx, l.cancel = context.WithCancel(ctx)
 	expire := time.AfterFunc(laneTimeout, l.cancel)
 	defer func() {
-		if !expire.Stop() { // what failed then did so because the time was over
+		if !expire.Stop() { // the timeout is the cause of whatever failed
 			err = fmt.Errorf("page server %s did not answer within %v", address, laneTimeout)
 		}
 		if err != nil {
@@ -121,7 +121,7 @@ func openMore(ctx, opening context.Context, cfg laneConfig, address string) (pos
 	defer stop()
 	given := context.AfterFunc(opening, cancel)
 	lane, err := openLane(ctx, cfg, address, true)
-	if !given() { // what failed then did so because of that
+	if !given() { // the end of opening is the cause of whatever failed
 		err = fmt.Errorf("page server %s: another lane: %w", address, context.Cause(opening))
 	}
 	if err != nil {

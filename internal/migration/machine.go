@@ -29,7 +29,7 @@ func (s *Source) machine() (*migratedv1.SourceMachine, error) {
 	}
 	if err := libvirt.SameDomain(m.LibvirtDefinition, s.cfg.DestinationXML); err != nil {
 		return nil, withReason(withRemedy(fmt.Errorf("the definition that was given for the destination: %w", err),
-			"begin with what 'virsh dumpxml --migratable --security-info' says of the domain"),
+			"edit the output of 'virsh dumpxml --migratable --security-info'"),
 			migratedv1.Reason_REASON_VM_REFUSED)
 	}
 	m.LibvirtDefinition = s.cfg.DestinationXML
@@ -51,7 +51,7 @@ func machineOf(
 	for _, text := range slices.Concat([]string{machine.Name, machine.WorkingDirectory, qmpPath}, machine.CommandLine) {
 		if !utf8.ValidString(text) {
 			return nil, withRemedy(withReason(
-				fmt.Errorf("%q, of the VM's command line, is no UTF-8, and cannot be told to the destination", text),
+				fmt.Errorf("%q, in the VM's command line, is not UTF-8, and cannot be sent to the destination", text),
 				migratedv1.Reason_REASON_VM_REFUSED), "start the VM with names and paths in UTF-8")
 		}
 	}

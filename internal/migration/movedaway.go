@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// MovedAway says whether process pid of this host is what is left of a VM that was moved away: its record says that all
-// of the VM has left, and QEMU says now that the VM does not run. problem says why another VM with a committed record
-// cannot be moved as it is; nil: there is no such record, or the VM runs here. Nothing of this may be assumed: a host
-// from which all VMs seem to be gone is shut down.
+// MovedAway reports whether process pid is only what is left of a VM that was moved away: its record says that all of
+// the VM has left, and QEMU says now that the VM does not run. problem is why another VM with a committed record cannot
+// be moved; nil: it has no such record, or runs here. Nothing is assumed, because a host that seems to be empty is shut
+// down.
 //
 // No migration of this process may use the QEMU, because its monitor may have room for one client.
 func (r *Records) MovedAway(ctx context.Context, pid int) (away bool, problem, err error) {
@@ -23,7 +23,7 @@ func (r *Records) MovedAway(ctx context.Context, pid int) (away bool, problem, e
 	switch running, err := rec.runs(ctx); {
 	case err != nil:
 		return false, withRemedy(
-			fmt.Errorf("migration %s has handed this VM over, and whether it runs here is not known: %w", rec.ID, err),
+			fmt.Errorf("migration %s handed this VM over, and QEMU cannot say whether it runs here: %w", rec.ID, err),
 			"see 'migrated status "+rec.ID+"', and that "+rec.VM+" can be connected to, then look again"), nil
 	case running: // its operator has continued it: it is the VM again, see refuseHandedOver
 		return false, nil, nil
@@ -53,7 +53,7 @@ func (rec *Record) notHere() error {
 		return withRemedy(errors.New(handedOver+" and is only kept for its memory"),
 			"migrate the VM from the host on which it runs now")
 	}
-	return withRemedy(errors.New(handedOver+", and whether it needs what is here of it is not decided"),
+	return withRemedy(errors.New(handedOver+", and may still need its memory on this host"),
 		remedyUndecided(rec.ID))
 }
 

@@ -100,8 +100,8 @@ type Source struct {
 	qemuGone atomic.Bool // watchQEMU has seen QEMU end
 }
 
-// An attempt is what prepare has made and what the switch has done with it. A source that prepares afresh, or starts
-// over, begins another one.
+// An attempt has what prepare made and what the switch did with it. A source that prepares afresh, or starts over,
+// begins another one.
 type attempt struct {
 	vm          *qemu.VM
 	reconnected *qemu.VM         // a second connection to QEMU, after that of vm was lost; nil: it was not

@@ -27,7 +27,7 @@ func (s *Source) lockCont() {
 		return
 	}
 	if err := s.contLock.Lock(); err != nil {
-		s.log.Warn("nothing but the locks of its images keeps QEMU from continuing the VM", "error", err)
+		s.log.Warn("only the locks of its images keep QEMU from continuing the VM", "error", err)
 	}
 }
 

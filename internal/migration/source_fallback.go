@@ -11,7 +11,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errFallBack is why a migration ended that its operator ended by FallBack.
+// errFallBack is the final error of a migration that its operator ended by FallBack.
 var errFallBack = errors.New("an operator declared the destination gone (migrated fallback): " +
 	"the VM is on the source again, as it was at the switch")
 
@@ -83,7 +83,7 @@ func (s *Source) checkGone(ctx context.Context) error {
 		return withRemedy(fmt.Errorf("destination %s answers that it has the whole VM", destination), look)
 	case !Terminal(state) || answer.GetLocation() == migratedv1.Location_LOCATION_DESTINATION:
 		return withRemedy(fmt.Errorf("destination %s answers, and has the VM", destination),
-			look+"; to have the VM here, end its QEMU there first, then restart the daemon there, which says so")
+			look+"; to have the VM here, first end its QEMU there, then restart the daemon there: it reports the end")
 	}
 	return nil
 }

@@ -36,8 +36,8 @@ func (s *Source) endSourceVM(ended migratedv1.Reason, show func()) {
 	s.showOver(ended, show, err)
 }
 
-// showOver shows a migration as over whose QEMU was to end, and reports it. err is what came of that: errContinued, why
-// QEMU has not ended, or nil. ended and show are as in endSourceVM.
+// showOver shows a migration as over whose QEMU was to be ended, and reports it. err is the result of that:
+// errContinued, why QEMU has not ended, or nil. ended and show are as in endSourceVM.
 func (s *Source) showOver(ended migratedv1.Reason, show func(), err error) {
 	switch {
 	case errors.Is(err, errContinued):
@@ -46,7 +46,7 @@ func (s *Source) showOver(ended migratedv1.Reason, show func(), err error) {
 		s.reportAndForget()
 	case err != nil:
 		show()
-		s.log.Warn("the source's QEMU is stopped and no longer needed, and is not ended yet", "error", err)
+		s.log.Warn("cannot end the source's QEMU yet, which is stopped and no longer needed", "error", err)
 		s.report()
 		s.endLater()
 	default:

@@ -14,7 +14,7 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// errReleased is why a migration ended that its operator ended by Release.
+// errReleased is the final error of a migration that its operator ended by Release.
 var errReleased = errors.New("an operator declared that the VM is at the destination with all of its memory, " +
 	"or has ended there (migrated release)")
 
@@ -58,14 +58,14 @@ func (s *Source) Release(ctx context.Context) error {
 		s.removeRecord()
 		words = "its QEMU on the source has ended"
 	}
-	s.log.Warn("released: the VM is at the destination, its operator says", "source_qemu_stays", stays)
+	s.log.Warn("released: the operator said that the VM is at the destination", "source_qemu_stays", stays)
 	s.fail(migratedv1.MigrationState_MIGRATION_STATE_FAILED, errReleased, whereabouts{
 		migratedv1.Location_LOCATION_DESTINATION, "the VM is on the destination, as its operator said; " + words,
 	})
 	return nil
 }
 
-// endFor ends what this daemon does for the migration, because of cause, and returns when pages are served no more and
+// endFor stops what this daemon does for the migration, because of cause. It returns when no more pages are served and
 // Run is not repeated, or when ctx ends.
 func (s *Source) endFor(ctx context.Context, cause error) error {
 	s.cancel(cause)
@@ -163,7 +163,7 @@ func releaseCommand(id string) string { return "migrated release " + id + " --vm
 // leaveToNextDaemon leaves the migration to the next daemon, because this one ends. That is no failure. The record says
 // how far the migration is, and where is where its VM is now.
 func (s *Source) leaveToNextDaemon(err error, where whereabouts) {
-	s.log.Warn("left for the next start of this daemon", "reason", err)
+	s.log.Warn("the next start of this daemon goes on with it", "reason", err)
 	testPoint("source-leaving")
 	s.update(func(m *migratedv1.Migration) {
 		m.Location = where.location

@@ -56,7 +56,7 @@ func (s *Source) handOver(ctx context.Context) error {
 			if !s.toldToRun() || errors.Is(err, errContinued) {
 				return err
 			}
-			s.log.Warn("the destination is not asked again", "error", err)
+			s.log.Warn("Run is not repeated while QEMU does not say that the VM stands still", "error", err)
 			err = withRemedy(err, "see why the source's QEMU does not answer; the hand-over is repeated when it does")
 			s.fail(migratedv1.MigrationState_MIGRATION_STATE_HANDOVER,
 				withReason(err, migratedv1.Reason_REASON_HANDOVER_UNANSWERED), s.whereAfterCommit())

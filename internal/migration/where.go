@@ -36,7 +36,7 @@ func locateVM(vm *qemu.VM) (location migratedv1.Location, runState, words string
 		return migratedv1.Location_LOCATION_ENDED, "", endedStatus
 	case err != nil:
 		return here, "", fmt.Sprintf("whether the VM runs on the source is not known: "+
-			"its QEMU, process %d, lives and does not answer (%v)", vm.Pid, err)
+			"its QEMU, process %d, is alive but does not answer (%v)", vm.Pid, err)
 	}
 	switch {
 	case runState == "running":
@@ -127,7 +127,7 @@ func (d *Destination) whereWaiting() whereabouts {
 	case d.kept.header().resumed.Load() == 0:
 		return whereabouts{
 			migratedv1.Location_LOCATION_UNKNOWN,
-			"the destination QEMU was told to run the VM, and it is not known whether it has",
+			"the destination QEMU was told to run the VM, and it is not known whether the VM runs",
 		}
 	}
 	return whereabouts{

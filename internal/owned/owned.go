@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package owned tells whether a file can be changed by root alone. What another host asks for, a QEMU binary or the
-// hook for a libvirt domain, is only started if it can: internal/qemu/cmdline and internal/qemu/launch ask.
+// Package owned reports whether only root can change a file. internal/qemu/cmdline and internal/qemu/launch ask before
+// they start a program for another host: a QEMU binary, or the hook for a libvirt domain.
 package owned
 
 import (
@@ -10,8 +10,8 @@ import (
 	"syscall"
 )
 
-// ByRoot looks at a file, at what its symbolic links lead to, and at all directories above both. culprit is the first
-// of them that others than root, or than this process' user, can write to, or that cannot be looked at.
+// ByRoot checks a file, the targets of its symbolic links, and all directories above both. culprit is the first of them
+// that others than root or this process' user can write to, or that cannot be checked.
 func ByRoot(name string) (culprit string, ok bool) {
 	target, err := filepath.EvalSymlinks(name)
 	if err != nil {

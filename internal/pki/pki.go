@@ -195,8 +195,8 @@ func (a *Authority) Renew(dir string, days int) (*x509.Certificate, error) {
 	return x509.ParseCertificate(der)
 }
 
-// sign makes a certificate. It refuses one that would expire after the authority's, because it would stop working
-// with that, which its own date does not show.
+// sign makes a certificate. It refuses one that would outlive the authority: it would stop working with the authority,
+// before its own date.
 func (a *Authority) sign(template *x509.Certificate, public *ecdsa.PublicKey) ([]byte, error) {
 	if end := a.Certificate.NotAfter; template.NotAfter.After(end) {
 		return nil, fmt.Errorf("the authority itself expires on %s, in %d days: ask for fewer, or make a new authority",

@@ -32,8 +32,8 @@ const maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 func Dial(ctx context.Context, path string) (*Client, error) {
 	var dialer net.Dialer
 	if len(path) > maxSocketPath {
-		return nil, fmt.Errorf("connect to the QMP socket: its path %s has %d bytes, and a socket's may have %d: "+
-			"give it by a shorter one, a symbolic link to its directory say", path, len(path), maxSocketPath)
+		return nil, fmt.Errorf("connect to the QMP socket: its path %s has %d bytes, at most %d are possible: "+
+			"use a shorter one, such as a symbolic link to its directory", path, len(path), maxSocketPath)
 	}
 	plain, err := dialer.DialContext(ctx, "unix", path)
 	if err != nil {

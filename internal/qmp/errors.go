@@ -97,8 +97,8 @@ type BusyError struct {
 }
 
 func (e *BusyError) Error() string {
-	return fmt.Sprintf("QEMU does not answer at %s (%v): it serves one client per socket, and another one holds this; "+
-		"disconnect that, or give QEMU a second -qmp socket", e.Path, e.Cause)
+	return fmt.Sprintf("QEMU does not answer at %s (%v): it serves one client per socket, and another is connected; "+
+		"disconnect that client, or give QEMU a second -qmp socket", e.Path, e.Cause)
 }
 
 func (e *BusyError) Unwrap() error { return e.Cause }

@@ -88,7 +88,7 @@ func Steps(s *migratedv1.DowntimeSteps) []Step {
 		{"save", s.GetSaveTime(), "the source's QEMU wrote down the state of its devices"},
 		{"transfer", s.GetTransferTime(), "that state crossed, and the destination's QEMU loaded it"},
 		{"commit", s.GetCommitTime(), "the source heard of the stop, checked what was saved and committed"},
-		{"crossing", s.GetCrossingTime(), "the word to run the VM crossed the network"},
+		{"crossing", s.GetCrossingTime(), "the command to run the VM crossed the network"},
 		{"continue", s.GetContinueTime(), "the destination's QEMU took the disks and ran the VM"},
 	}
 }
@@ -160,14 +160,14 @@ func longestStall(r *migratedv1.Report) string {
 			units.Duration(early), units.Duration(downtime))
 	case in.GetEarlyFaultMax() != nil && fault <= in.GetEarlyFaultMax().AsDuration():
 		return fmt.Sprintf("The longest stall was a fault of %s, before QEMU said that the VM runs: "+
-			"loading its devices waited for it, or its first step; the switch took %s.",
+			"loading its devices, or its first instruction, waited for that page; the switch took %s.",
 			units.Duration(fault), units.Duration(downtime))
 	}
 	p99 := p.GetFaultP99().AsDuration()
 	text := fmt.Sprintf("The longest stall was a fault of %s; 99 %% took at most %s, and the switch took %s.",
 		units.Duration(fault), units.Duration(p99), units.Duration(downtime))
 	if fault >= tail*p99 {
-		text += " So few faults took so long: a packet that was lost, or a host that was busy, does that."
+		text += " Only a few faults took so long: perhaps a packet was lost, or a host was busy."
 	}
 	return text
 }
@@ -208,8 +208,8 @@ func bandwidthLimit(r *migratedv1.Report) string {
 	if !ok || limit == 0 || rate < nearlyAll*limit {
 		return ""
 	}
-	return fmt.Sprintf("The bandwidth limit was the limit: "+
-		"what no thread waited for came at %s, of %s allowed, for %s.",
+	return fmt.Sprintf("The bandwidth limit was the bottleneck: "+
+		"pages that no thread waited for came at %s, of %s allowed, for %s.",
 		units.Rate(rate), units.Rate(limit), units.Duration(took))
 }
 
@@ -227,7 +227,7 @@ func pathLimit(r *migratedv1.Report) string {
 	if !ok || rate < nearlyAll*best {
 		return ""
 	}
-	return fmt.Sprintf("The path between the hosts was the limit: its link, or the CPU of an end. "+
+	return fmt.Sprintf("The path between the hosts was the bottleneck: its link, or the CPU of a host. "+
 		"Memory came at %s for %s, and at %s at the best.",
 		units.Rate(rate), units.Duration(took), units.Rate(best))
 }
@@ -284,6 +284,6 @@ func takenUp(r *migratedv1.Report) string {
 	if !r.GetTakenUp() && !r.GetIncoming().GetTakenUp() {
 		return ""
 	}
-	return "A daemon was started again in the middle of this migration: " +
-		"what is counted, and the states, are of its last run alone."
+	return "A daemon was restarted in the middle of this migration: " +
+		"the counts and the states are of its last run alone."
 }

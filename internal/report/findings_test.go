@@ -80,7 +80,7 @@ func TestFindings(t *testing.T) {
 			[]string{"a fault of 15.0 ms", "99 % took at most 2.0 ms"}},
 		{"one of its kind", "longest-stall", func(r *migratedv1.Report) {
 			r.Migration.Progress.FaultMax = took(40 * ms)
-		}, []string{"a fault of 40.0 ms", "So few faults"}},
+		}, []string{"a fault of 40.0 ms", "Only a few faults"}},
 		{"loading waited", "longest-stall", func(r *migratedv1.Report) {
 			r.Migration.Progress.FaultMax, r.Incoming.EarlyFaultMax = took(40*ms), took(40*ms)
 		}, []string{"a fault of 40.0 ms, before QEMU said that the VM runs"}},
@@ -89,7 +89,7 @@ func TestFindings(t *testing.T) {
 		}, []string{"a lost connection: no memory came for 2.0 s", "2.1 s"}},
 		{"a lost network is not all", "longest-stall", func(r *migratedv1.Report) {
 			r.Migration.Progress.FaultMax, r.Incoming.LongestPause = took(2*time.Second), took(20*ms)
-		}, []string{"a fault of 2.0 s", "So few faults"}},
+		}, []string{"a fault of 2.0 s", "Only a few faults"}},
 		{"no stall", "longest-stall", func(r *migratedv1.Report) {
 			r.Migration, r.Incoming = &migratedv1.Migration{}, nil
 		}, nil},

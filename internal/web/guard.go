@@ -75,14 +75,14 @@ func (g *guard) protect(next http.Handler) http.Handler {
 			return
 		}
 		r.Body = body
-		// From now on only the end of the connection is read, which ends the request. The server's read deadline would
-		// look like it.
+		// Clear the server's read deadline: from now on only the end of the connection is read, which ends the request, and a
+		// deadline would look like it.
 		_ = writer.deadline.SetReadDeadline(time.Time{})
 		if streams(r) {
 			leave, ok := g.streams.take(callerOf(r))
 			if !ok {
 				refuse(w, http.StatusTooManyRequests, codes.ResourceExhausted,
-					fmt.Sprintf("as many streams are open as may be: %d in all, %d of one caller",
+					fmt.Sprintf("too many streams are open: at most %d in all, %d per caller",
 						mostStreams, mostStreamsOfOne),
 					"close other watches and pages")
 				return
@@ -119,7 +119,7 @@ func (g *guard) check(r *http.Request) (httpStatus int, _ codes.Code, _ *refusal
 	// A page can send a "simple request" of Fetch to another site without asking that first, and those are never JSON.
 	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != "application/json" {
 		return http.StatusUnsupportedMediaType, codes.InvalidArgument, &refusal{
-			errors.New("a request that changes something is of Content-Type application/json, also without a body"),
+			errors.New("a request that changes something needs Content-Type application/json, even without a body"),
 			"add the header: curl --header 'Content-Type: application/json'"}
 	}
 	return 0, 0, nil

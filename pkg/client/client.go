@@ -51,8 +51,8 @@ type Client struct {
 	target *target
 }
 
-// ErrEncryption says that a connection to another host would be without encryption.
-var ErrEncryption = errors.New("no connection without encryption")
+// ErrEncryption says that Dial refused an unencrypted connection to another host.
+var ErrEncryption = errors.New("refusing an unencrypted connection")
 
 // Dial makes a client of a daemon. The address is unix:///PATH, the absolute path of a socket, or HOST:PORT. Dial does
 // not connect yet. The caller must Close the client.

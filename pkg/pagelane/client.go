@@ -25,9 +25,9 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
-// Dial connects to address, HOST:PORT, and makes the handshake of creds. The connection is for Open. If it is plain
-// TCP, or TLS 1.3 over it, its Read and Write sleep in system calls, of which sleeps is told. The error is a gRPC
-// status, codes.Unavailable.
+// Dial connects to address, HOST:PORT, and does the handshake of creds. Pass the connection to Open. Over plain TCP or
+// TLS 1.3, its Read and Write block in system calls, and sleeps is called for them. Errors are gRPC statuses with
+// codes.Unavailable.
 func Dial(
 	ctx context.Context, address string, creds credentials.TransportCredentials, sleeps Sleeps,
 ) (net.Conn, error) {
@@ -133,7 +133,7 @@ func (l *Client) end() {
 // ping asks the server whether it is there. Any goroutine may call it.
 func (l *Client) ping() error { return http2.NewFramer(l.Conn, nil).WritePing(false, [8]byte{}) }
 
-// greeting is all that a client has to say before its first message.
+// greeting returns the bytes that a client sends before its first message.
 func greeting(authority string, md metadata.MD) ([]byte, error) {
 	var out bytes.Buffer
 	out.WriteString(http2.ClientPreface)
@@ -200,7 +200,7 @@ func (l *Client) readAhead() error {
 	return l.stash()
 }
 
-// awaitReader waits until the goroutine that reads has opened the window, but no longer than from one PING to the next.
+// awaitReader waits until the reading goroutine has opened the window, or for one PING interval.
 func (l *Client) awaitReader() error {
 	timeout := time.NewTimer(l.keepalive.every)
 	defer timeout.Stop()
@@ -214,8 +214,8 @@ func (l *Client) awaitReader() error {
 	}
 }
 
-// Send sends a request. The error io.EOF says that the call is over, and Recv returns why. It waits while the source
-// takes no more requests.
+// Send sends a request. It waits while the source accepts no more. io.EOF means that the call is over; Recv returns
+// why.
 func (l *Client) Send(request *pagewire.Request) error {
 	e, err := request.Encode()
 	if err != nil {
@@ -250,8 +250,8 @@ func (l *Client) CloseSend() error {
 	return nil
 }
 
-// Recv receives a reply, whose Data is valid until the next call. It returns io.EOF when the server has ended the call
-// well, and otherwise a gRPC status, ErrBroken or pagewire.ErrMalformed.
+// Recv receives a reply; its Data is valid until the next call. It returns io.EOF when the call has ended with status
+// OK, otherwise a gRPC status, ErrBroken or pagewire.ErrMalformed.
 func (l *Client) Recv(reply *pagewire.Reply) error {
 	l.keepalive.reading.Store(true)
 	message, err := l.message(pagewire.MaxReplyBytes)

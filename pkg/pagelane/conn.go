@@ -37,7 +37,7 @@ type conn struct {
 
 	// Owned by the reader.
 	in       *bufio.Reader
-	expecter expecter      // what in reads from, or nil if that does not want to know what is expected
+	expecter expecter      // the connection that in reads from, if it is an expecter
 	control  *http2.Framer // reads all but DATA, and answers
 	left     int           // bytes of the current DATA frame that were not read yet
 	padding  int           // bytes that follow them
@@ -48,17 +48,17 @@ type conn struct {
 	buffer   []byte        // the message that was read last; reused
 	prefix   [prefix]byte
 
-	// What the reader has heard of the peer, for others to know that it lives.
+	// Signs of life of the peer, counted by the reader.
 	received atomic.Uint64 // bytes of DATA
 	acks     atomic.Uint64 // PINGs that were answered
 
 	sendWindow sendWindow
-	// patience is how long the sender waits for a peer that neither opens its windows nor sends anything. Such a peer
-	// takes nothing any more, even if it answers PINGs. 0: for ever.
+	// patience limits how long the sender waits for a peer that neither opens its windows nor sends data. Such a peer has
+	// stopped reading, even if it answers PINGs. 0: no limit.
 	patience time.Duration
 }
 
-// side is what a client and a server do differently. They are Client and Stream.
+// side has the methods that differ between the two ends of a call. Client and Stream implement it.
 type side interface {
 	// headers handles a HEADERS frame. The reader calls it.
 	headers(f *http2.MetaHeadersFrame) error
@@ -89,7 +89,7 @@ func (c *conn) broken(format string, args ...any) error {
 	return c.over
 }
 
-// lost says that the connection is lost, unless it is known why.
+// lost returns why the call ended, if that is known, else err as a lost connection.
 func (c *conn) lost(err error) error {
 	if c.over != nil && !errors.Is(c.over, io.EOF) {
 		return c.over

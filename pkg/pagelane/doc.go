@@ -15,12 +15,12 @@
 // piece of memory, from which it is installed. Nothing is allocated for a message. conn.go draws which function calls
 // which in Send and in Recv.
 //
-// # How a server knows
+// # How a server recognizes a lane
 //
-// The client's first SETTINGS frame has the setting laneSetting. Nobody else sends it, and every server that does not
-// know it has to ignore it (RFC 9113, 6.5.2). Server looks for it behind gRPC's own listener, once TLS is through. It
-// serves the connections that have the setting, and leaves all others to gRPC. So old destinations, and other gRPC
-// programs, fetch pages from the same port in the common way, and old sources serve the client of this package.
+// The client's first SETTINGS frame has the setting laneSetting. No other client sends it, and a server that does not
+// know it has to ignore it (RFC 9113, 6.5.2). Server looks for it after the TLS handshake, on connections that gRPC's
+// own listener accepted. It serves those that have it and leaves all others to gRPC. So old destinations and other gRPC
+// programs fetch pages from the same port through gRPC, and old sources serve the client of this package.
 //
 // # TLS
 //
@@ -28,12 +28,12 @@
 // records to read as are there. So with TLS, too, a message takes few system calls and nothing is allocated for it. The
 // only added cost is the cipher.
 //
-// # What of HTTP/2 there is
+// # Supported parts of HTTP/2
 //
-// Flow control is obeyed; its windows are as large as can be for replies, because with one call on a connection TCP's
-// own is enough. HEADERS, SETTINGS, PING, GOAWAY and the like are read and written by golang.org/x/net/http2; DATA,
-// which is all but the first and the last frame of a lane, is by hand. A second stream is refused. There is no
-// compression by gRPC, and no deadline of the call.
+// Flow control is obeyed. For replies the windows have their maximum size, because with one call on a connection TCP's
+// flow control is enough. golang.org/x/net/http2 reads and writes HEADERS, SETTINGS, PING, GOAWAY and the like. This
+// package itself handles DATA, which is all but the first and the last frame of a lane. A second stream is refused.
+// There is no compression by gRPC, and no deadline of the call.
 //
 // TCP finds a host that is gone. The client's PINGs find a source that hangs, or a connection on which bytes were lost
 // (keepalive.go).
@@ -49,7 +49,7 @@ import (
 var ErrBroken = errors.New("the peer violates the HTTP/2 or gRPC protocol")
 
 const (
-	// laneSetting marks a connection that carries one lane. Its value is the version of this package's way, 1.
+	// laneSetting marks a connection that carries one lane. Its value is the version of this protocol, 1.
 	laneSetting http2.SettingID = 0x6d67
 
 	stream = 1 // the only one
@@ -66,11 +66,10 @@ const (
 	wholeWindow  = 1<<31 - 1 // the largest possible
 	readBuffer   = 32 << 10  // larger pieces are read into their place
 	manyPackets  = 4 << 10   // from so many bytes on, three system calls cost less than being woken for each packet
-	// sendBuffer is how many bytes of what a lane sends TCP keeps: the most that the sweep has asked for and not got,
-	// whatever net.ipv4.tcp_wmem says. What is sent stays in the sender's buffer until it is acknowledged. So one
-	// connection with Linux's own limit of 4 MiB carries less than 40 MiB a second over a round trip of 80 ms, and
-	// three fifths of 2 Gbit/s over one of 20 ms (docs/fault-budget.md). The kernel takes twice as much, for what it
-	// needs itself.
+	// sendBuffer is the TCP send buffer of a lane in bytes: as much as the sweep may have in flight. It overrides
+	// net.ipv4.tcp_wmem. Sent data stays in the buffer until it is acknowledged, so with Linux's own limit of 4 MiB one
+	// connection carries less than 40 MiB a second over a round trip of 80 ms, and three fifths of 2 Gbit/s over one of 20
+	// ms (docs/fault-budget.md). The kernel allocates twice as much, for its own needs.
 	sendBuffer = 16 << 20
 	maxAhead   = 32 << 20 // bytes of replies that a client with one goroutine keeps; the engine asks for half at a time
 )

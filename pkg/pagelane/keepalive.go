@@ -16,16 +16,16 @@ import (
 // PINGs.
 const leastHeard = 1 << 10
 
-// keepalive detects a source that stopped answering. It sends a PING every interval while the source owes something,
-// and ends the lane if a PING was not answered within one interval and hardly any data came either. TCP does not notice
-// that: it knows that the other host is there, and not that the source hangs, or waits for bytes that will not come,
-// because a length was damaged on the way.
+// keepalive detects a source that stopped answering. While the source owes an answer, it sends a PING every interval.
+// It ends the lane if within one interval the PING was not answered and hardly any data came. TCP does not detect this:
+// it knows that the other host is up, but not that the source hangs, or waits for bytes that will never come because a
+// length was damaged on the way.
 //
-// The source deals with a PING after the requests before it. On a slow network these take longer than the time between
-// two PINGs, so bytes that come are a sign of life, too.
+// The source answers a PING after the requests before it. On a slow network these take longer than the interval, so
+// data that arrives is a sign of life, too.
 //
-// A source that owes nothing is not asked. Nobody waits for it, and a gRPC server ends a connection that asks it more
-// than twice while the server has nothing to send (grpc-go's keepalive.EnforcementPolicy).
+// A source that owes nothing gets no PING. Nobody waits for it, and a gRPC server closes a connection after more than
+// two PINGs while it has nothing to send (grpc-go's keepalive.EnforcementPolicy).
 type keepalive struct {
 	lane  *Client // whose source is asked
 	every time.Duration
@@ -33,13 +33,13 @@ type keepalive struct {
 
 	owed    atomic.Int64 // bytes of RAM that were asked for and not answered; plus 1 once the end was asked for
 	sending atomic.Bool  // a request is on its way, or waits for the source to take it
-	reading atomic.Bool  // a goroutine reads, and so takes what the source says
+	reading atomic.Bool  // a goroutine is reading, so an answer would be seen
 	silent  atomic.Bool  // the lane has ended because the source was silent
 	stopped atomic.Bool
 
 	// Owned by the timer's goroutine.
 	receivedThen uint64 // Client.received at the last PING
-	awaited      uint64 // how many acks there are when the last PING is answered; 0: no answer is waited for
+	awaited      uint64 // value of acks once the last PING is answered; 0: none is awaited
 }
 
 // newKeepalive returns a keepalive that has not started.

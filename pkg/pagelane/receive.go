@@ -14,8 +14,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/pagelane/tcpkeepalive"
 )
 
-// message reads the next message, of at most so many bytes. It is valid until the next call. After the last one
-// comes io.EOF or the status that ended the call.
+// message reads the next message, of at most most bytes. It is valid until the next call. At the end of the call,
+// message returns io.EOF or the status that ended it.
 func (c *conn) message(most int) ([]byte, error) {
 	if err := c.fill(c.prefix[:], true); err != nil {
 		return nil, err
@@ -206,7 +206,7 @@ func (c *conn) settings(f *http2.SettingsFrame) error {
 	return c.written(c.control.WriteSettingsAck())
 }
 
-// written returns the error of the call for that of a write, if there was one.
+// written turns the error of a write into the error of the call; nil stays nil.
 func (c *conn) written(err error) error {
 	if err != nil {
 		return c.lost(err)

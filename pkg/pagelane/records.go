@@ -19,8 +19,8 @@ const (
 	fullRecord    = recordHeader + recordPlain + 17  // of TLS 1.3: behind the content, its type and the cipher's tag
 	recordBatch   = 128 << 10                        // bytes of records that are written at once, at most
 	recordRead    = 64 << 10                         // bytes that there is room for, at least, when records are read
-	largePiece    = 2 * mostSlept                    // so many bytes at once show that the kernel gathers packets,
-	smallPiece    = mostSlept / 2                    // and so few that it does not
+	largePiece    = 2 * mostSlept                    // a read of this size shows that the kernel gathers packets
+	smallPiece    = mostSlept / 2                    // a smaller read shows that it does not
 )
 
 // encrypted is the connection of a lane with TLS:
@@ -35,9 +35,9 @@ const (
 // Gathered records never wait for a later message. The tls.Conn.Write to which they belong writes them, under the lock
 // that it holds. So a goroutine that writes or closes meanwhile finds the same as if nothing were gathered.
 //
-// What is read goes to where tls.Conn keeps the records that it has not decrypted yet. That is a field that it does not
-// export. Only tls.Conn does anything with records. If a version of Go has other fields, tls.Conn reads by itself, as
-// it would without this, and TestNothingIsAllocated fails.
+// Reads go straight into tls.Conn's buffer of records that it has not decrypted yet, an unexported field. Only tls.Conn
+// interprets the records. If a version of Go has other fields, tls.Conn reads by itself, as usual, and
+// TestNothingIsAllocated fails.
 type encrypted struct {
 	*tls.Conn
 	records *records
@@ -102,9 +102,9 @@ func (e *encrypted) Write(p []byte) (int, error) {
 	return e.Conn.Write(p)
 }
 
-// Write implements net.Conn. tls.Conn writes a record at a time, all records of one Write under one lock. A full record
-// is kept as long as more of them are announced. If another goroutine got the lock first, its record counts as well. So
-// the count is never higher than what is still to come, and the last record is not kept.
+// Write implements net.Conn. tls.Conn writes one record at a time, all records of its Write under one lock. Write holds
+// a full record back while more are announced. If another goroutine got the lock first, its record counts as well. So
+// the count is never too high, and the last record is never held back.
 func (r *records) Write(record []byte) (int, error) {
 	more := false
 	if r.announced.Load() > 0 {
@@ -152,7 +152,7 @@ func (e *encrypted) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// lacking says how many bytes the next record lacks. tls.Conn finds out whether a record is wrong.
+// lacking returns how many bytes of the next record are missing. tls.Conn checks the record, not lacking.
 func (e *encrypted) lacking() int {
 	have := e.raw.Bytes()
 	if len(have) < recordHeader {

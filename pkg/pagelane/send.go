@@ -52,10 +52,10 @@ func writeHeaders(to *http2.Framer, last bool, fields ...hpack.HeaderField) erro
 	})
 }
 
-// errSilent says that the peer has neither opened its windows nor sent anything for as long as the sender has patience.
+// errSilent says that the peer neither opened its windows nor sent data for conn.patience.
 var errSilent = errors.New("the peer stopped reading: it opens no flow-control window")
 
-// reserve takes from the sendWindow what may be sent in one frame, of n bytes. It waits until something may be sent.
+// reserve takes up to n bytes from the sendWindow, as much as fits into one frame. It waits until it can take some.
 func (c *conn) reserve(n int) (int, error) {
 	var since time.Time // since when the window has been closed
 	var received uint64 // up to since

@@ -31,13 +31,13 @@ import (
 // linger is how long a client may take to read how its lane ended.
 const linger = time.Second
 
-// Widen makes TCP keep 16 MiB of what is sent on each connection that listener accepts from now on, which is how much a
-// sweep may have asked for and not got. It takes CAP_NET_ADMIN. It is done on the listener, from which connections
-// inherit it, because a process that serves lanes may have given the capability up by the time that they come. Without
-// Widen TCP keeps what net.ipv4.tcp_wmem allows; SO_SNDBUF would make that less.
+// Widen raises the TCP send buffer of each connection that listener accepts from now on to 16 MiB: as much as a sweep
+// may have in flight. It needs CAP_NET_ADMIN. It works on the listener, from which connections inherit the size,
+// because the process may have dropped the capability before they come. Without Widen, net.ipv4.tcp_wmem limits the
+// buffer; SO_SNDBUF would make it smaller.
 //
-// The receiver's buffer is left to the kernel, which makes it larger as data comes. If it were set (SO_RCVBUFFORCE) on
-// an open connection, the connection would keep the window that it was opened with, 64 KiB.
+// The receive buffer is left to the kernel, which grows it as data comes. If it were set (SO_RCVBUFFORCE) on an open
+// connection, the connection would keep its first window, 64 KiB.
 func Widen(listener syscall.Conn) error {
 	raw, err := listener.SyscallConn()
 	if err != nil {
@@ -109,8 +109,8 @@ func (d *dispatcher) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	return nil, nil, d.server.take(s, c, in, info)
 }
 
-// isLane looks at what a client says first, without taking it. It looks no further than what every client sends without
-// waiting: the preface, and a SETTINGS frame that may be empty.
+// isLane peeks at what a client sends first, and reports whether it opens a lane. It needs only what every client sends
+// without waiting: the preface, and a SETTINGS frame that may be empty.
 func isLane(in *bufio.Reader) (bool, error) {
 	const settings = len(http2.ClientPreface)
 	start, err := in.Peek(settings + frameHeader)
@@ -146,7 +146,7 @@ func (s *seen) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// take serves a lane apart from gRPC. gRPC is told that the connection does not belong to it any more.
+// take serves a lane outside of gRPC. Its error tells gRPC that the connection is no longer its own.
 func (s *Server) take(raw *socket, c net.Conn, in *bufio.Reader, info credentials.AuthInfo) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -156,8 +156,8 @@ func (s *Server) take(raw *socket, c net.Conn, in *bufio.Reader, info credential
 	s.open[c] = struct{}{}
 	s.lanes.Go(func() {
 		s.run(raw, c, in, info)
-		// The client hangs up when it has read how its lane ended. If this side hung up first, TCP could lose what the client
-		// has not read yet.
+		// The client hangs up when it has read how its lane ended. If this side hung up first, TCP could lose what the
+		// client has not read yet.
 		time.AfterFunc(linger, func() { s.forget(c) })
 	})
 	return credentials.ErrConnDispatched
@@ -167,7 +167,7 @@ func (s *Server) forget(c net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.open, c)
-	_ = c.Close() // everything that was to be said is said
+	_ = c.Close() // nothing is left to send
 }
 
 // run serves one connection to its end.
@@ -177,7 +177,7 @@ func (s *Server) run(raw *socket, c net.Conn, in *bufio.Reader, info credentials
 	}))
 	defer end()
 	t := newStream(raw, c, in)
-	// A peer that says no more than that it is a lane is none: its connection is closed.
+	// Close a connection that is marked as a lane but does not begin its call in time.
 	hello := time.AfterFunc(tcpkeepalive.Quiet, func() { _ = c.Close() })
 	md, err := t.greet()
 	if !hello.Stop() || err != nil {
@@ -190,8 +190,8 @@ func (s *Server) run(raw *socket, c net.Conn, in *bufio.Reader, info credentials
 	t.finish(err)
 }
 
-// Stream is the source's side of a lane. One goroutine at a time may use it, but see Attend. A goroutine that is still in Recv or Send
-// when the lane's handler returns gets an error within a second.
+// Stream is the source's side of a lane. One goroutine at a time may use it, but see Attend. A goroutine that is still
+// in Recv or Send when the lane's handler returns gets an error within a second.
 type Stream struct {
 	*conn
 	socket   *socket         // the socket of conn, which may be TLS

@@ -16,14 +16,14 @@ import (
 	"github.com/migrated-vm/migrated/pkg/pagelane/netconn"
 )
 
-// mostSlept is half of the window that TCP begins with: so much comes in any case. A sender that may send less than a
-// packet waits for more of the window, or 200 ms. And a receiver that sleeps for more bytes than there is room for does
-// not open the window.
+// mostSlept limits, in bytes, how much a read waits for: half of TCP's initial window. A sender that has room for less
+// than a packet waits for more window, or 200 ms; and a receiver that waits for more than the window has room for never
+// opens it.
 const mostSlept = 32 << 10
 
-// Sleeps is told how many goroutines more sleep in system calls from now on, or fewer where n is negative. Each keeps a
-// processor of Go's runtime meanwhile, so a program does well to give the runtime one more for each (GOMAXPROCS). A nil
-// Sleeps is not called. Sleeps is called from any goroutine.
+// Sleeps is called when n more goroutines block in system calls from now on, or -n fewer. Each keeps a processor of
+// Go's runtime meanwhile, so a program should raise GOMAXPROCS by n. Sleeps is called from any goroutine. It may be
+// nil.
 type Sleeps func(n int)
 
 func (s Sleeps) add(n int) {
@@ -46,7 +46,7 @@ type socket struct {
 	file   atomic.Pointer[os.File] // the same socket, once it is out of the poller
 	raw    syscall.RawConn         // of file; set before file is
 	closed atomic.Bool
-	hasty  atomic.Bool // a read may not sleep for ever, but expect would
+	hasty  atomic.Bool // a read deadline is set, and expect would ignore it
 
 	// Of the reader.
 	sleeper schedule.Sleeper
@@ -80,8 +80,8 @@ func (s *socket) leavePoller() error {
 	s.sleep = s.sleepUntil
 	s.file.Store(file)
 	s.sleeps.add(1)
-	// This closes only the descriptor. If it stayed open, the poller would still be woken for all that comes. The maker of
-	// the connection learns by Close that the connection has ended.
+	// This closes only the descriptor. If it stayed open, the poller would still be woken for all data. Whoever wrapped
+	// the connection sees its end in Close.
 	err = tcp.Close()
 	if s.closed.Load() { // it was closed before there was a file
 		return errors.Join(net.ErrClosed, s.Close())
@@ -100,15 +100,15 @@ func (s *socket) expect(n int) {
 	_ = s.raw.Control(s.sleep) // closed: Read says so
 }
 
-// sleepUntil sets for how many bytes poll(2) sleeps. It must be set back to one before read(2) is called. Otherwise
-// read(2) would take what is there and sleep for the rest, but the kernel would wake it only when the whole number is
-// there again (tcp_data_ready in net/ipv4/tcp_input.c), which never happens.
+// sleepUntil sleeps until s.least bytes can be read. It sets SO_RCVLOWAT back to one before read(2) is called.
+// Otherwise read(2) would take what is there and sleep for the rest, but the kernel would wake it only when the whole
+// number is there again (tcp_data_ready in net/ipv4/tcp_input.c), which never happens.
 func (s *socket) sleepUntil(fd uintptr) {
 	if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVLOWAT, s.least) != nil {
 		return
 	}
 	s.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
-	_, _ = unix.Poll(s.poll[:], -1) // a signal, at worst: then Read sleeps for less
+	_, _ = unix.Poll(s.poll[:], -1) // a signal may end it: Read then waits for one byte
 	_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVLOWAT, 1)
 }
 

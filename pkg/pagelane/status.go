@@ -24,7 +24,7 @@ const (
 	detailsField = "grpc-status-details-bin"
 )
 
-// ended makes an error of the fields that end a call; io.EOF where it ended well.
+// ended returns the error that the trailers of a call stand for; io.EOF for status OK.
 func ended(f *http2.MetaHeadersFrame) error {
 	code, message, details := codes.Unknown, "", ""
 	for _, field := range f.RegularFields() {
@@ -50,7 +50,7 @@ func ended(f *http2.MetaHeadersFrame) error {
 	return withDetails(status.New(code, message), details).Err()
 }
 
-// withDetails returns the status with the details that the field has. What cannot be read as a detail is left out.
+// withDetails returns the status with the details in field. It ignores details that it cannot decode.
 func withDetails(st *status.Status, field string) *status.Status {
 	coded, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(field, "="))
 	if err != nil || len(coded) == 0 {
@@ -76,7 +76,7 @@ func detailsOf(st *status.Status) []hpack.HeaderField {
 	return []hpack.HeaderField{{Name: detailsField, Value: base64.RawStdEncoding.EncodeToString(coded)}}
 }
 
-// escaped is text as it may stand in a header: what is not printable ASCII, and %, percent-encoded.
+// escaped percent-encodes, for a header, % and all bytes that are not printable ASCII.
 func escaped(text string) string {
 	var out strings.Builder
 	for _, b := range []byte(text) {

@@ -47,7 +47,7 @@ func (w *sendWindow) open(id uint32, n int64) {
 	w.wake()
 }
 
-// resize changes what a new stream begins with, which holds for the stream that there is, too (RFC 9113, 6.9.2).
+// resize changes the initial window of streams, and that of the open stream by as much (RFC 9113, 6.9.2).
 func (w *sendWindow) resize(initial int64) {
 	w.stream.Add(initial - w.initial)
 	w.initial = initial

@@ -15,9 +15,9 @@
 //	  │        │                                           ▼
 //	  └── Send    ◄─ pack? ◄─ reply is full, or request done ◄─ sort pages: zero or data
 //
-// Nothing on this way allocates memory of its own, or takes a lock, but for a bulk reply under a limit of the host
-// (shared.go) and a request beyond the quota (quota.go). The pages of a reply are read right
-// behind the place of the message's header, see pkg/pagewire, and are sent from there.
+// This path allocates no memory of its own and takes no lock, except for a bulk reply under a limit of the host
+// (shared.go) and a request beyond the quota (quota.go). The pages of a reply are read to right behind the message's
+// header, see pkg/pagewire, and are sent from there.
 //
 // # Packing
 //
@@ -44,10 +44,10 @@
 //
 // # Why pread and no mapping
 //
-// RAM is read with pread(2), never mapped. A mapping would spare a copy only if gRPC were given the mapped memory
-// itself, and then nobody could tell when the last read of it is over. Copying out of it costs page faults: measured on
-// tmpfs (BenchmarkReadRAM), pread takes as long as a fresh mapping for data, give or take a fifth, but for holes it is
-// 5 to 8 times faster in pieces of 4 KiB and 25 to 50 times in pieces of 512 KiB, because a read fault on a hole makes
-// tmpfs allocate the page. On hugetlbfs it would even take a huge page from the pool. pread allocates nothing for a
-// hole, and where the file was truncated it returns an error, not SIGBUS.
+// RAM is read with pread(2), never mapped. A mapping would save a copy only if gRPC got the mapped memory itself, and
+// then nobody could tell when the last read of it is over. Copying out of a mapping causes page faults. Measured on
+// tmpfs (BenchmarkReadRAM), pread of data takes as long as a fresh mapping, give or take a fifth. For holes it is 5 to
+// 8 times faster in pieces of 4 KiB and 25 to 50 times in pieces of 512 KiB: a read fault on a hole makes tmpfs
+// allocate the page, and hugetlbfs take a huge page from the pool. pread allocates nothing for a hole, and where the
+// file was truncated it returns an error, not SIGBUS.
 package pagesrv

@@ -23,7 +23,7 @@ var (
 	ErrRefused = errors.New("the source does not offer this migration, or the token is wrong")
 	// ErrTooManyLanes says that an export serves MaxLanes lanes already: codes.ResourceExhausted.
 	ErrTooManyLanes = errors.New("too many lanes for one migration")
-	// ErrBadRange says that a request asks for what is not there: codes.InvalidArgument.
+	// ErrBadRange says that a range is outside of the RAM or not of whole pages: codes.InvalidArgument.
 	ErrBadRange = errors.New("invalid page range")
 	// ErrRAM says that RAM of the VM could not be read: codes.DataLoss.
 	ErrRAM = errors.New("cannot read the RAM of the VM")

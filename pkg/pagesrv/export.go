@@ -104,10 +104,10 @@ func (e *Export) close(l *lane) {
 	e.past.add(l.counters.load())
 }
 
-// Revoke ends all lanes. No read of RAM begins after that, and nothing is sent of what a read that is under way brings:
-// the VM may be continued at once. Revoke waits for nothing, because such a read may take long, where memory was swapped
-// to a device that does not answer. Peers get codes.Aborted, and codes.PermissionDenied when they open a lane again. It
-// may be called more than once.
+// Revoke ends all lanes. No read of RAM begins after that, and nothing is sent of what a read that is under way
+// brings: the VM may be continued at once. Revoke waits for nothing, because such a read may take long, where memory
+// was swapped to a device that does not answer. Peers get codes.Aborted, and codes.PermissionDenied when they open a
+// lane again. It may be called more than once.
 func (e *Export) Revoke() {
 	if e.withdrawn.CompareAndSwap(false, true) {
 		close(e.done)

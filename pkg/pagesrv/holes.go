@@ -4,9 +4,9 @@ package pagesrv
 
 import "github.com/migrated-vm/migrated/pkg/pagewire"
 
-// A VM may have far more memory than it uses. Its sweep would ask for all of it, 512 KiB at a time, to hear that nearly
-// all is zero. So a request may say that it also takes holes that it does not ask for: the hole in which it ends, and
-// the next ones behind it.
+// A VM may have far more memory than it uses. The sweep would request all of it, 512 KiB at a time, to learn that
+// nearly all is zero. So a reply may report holes that the request did not ask for (Request.Holes): the hole in which
+// it ends, and the next ones behind it.
 //
 //	request:     [    ]
 //	memory:      ..data........................data.............datadatadatadatadatadatadatadatadata....
@@ -17,22 +17,22 @@ import "github.com/migrated-vm/migrated/pkg/pagewire"
 // memory (ram.go). The VM is stopped (Export.confirm), so a hole stays a hole. Pages that were written with zeros are
 // not holes: they are read when they are asked for.
 //
-// The kernel is not asked where the next hole begins (SEEK_HOLE): it would go through all data up to there, at once.
-// The hole is looked for 1, 2, 4, … pages behind the place where data begins, if there was a hole before that. A hole
-// that is not found does no harm: its pages are asked for. Memory without holes costs one search for each request.
-// Searches count as pages that were asked for (quota.go).
+// SEEK_HOLE is not used: the kernel would walk through all data up to the next hole, at once. Instead, after a hole was
+// found, the next one is looked for 1, 2, 4, … pages behind the place where data begins. A missed hole does no harm:
+// its pages are asked for. Memory without holes costs one search for each request. Searches count as pages that were
+// asked for (quota.go).
 const (
-	// holeRun is the longest run by which a hole is told of, in bytes: the length of a run has 32 bits.
+	// holeRun is the longest run that reports a hole, in bytes: the length of a run has 32 bits.
 	holeRun = 2 << 30
 	// holeRuns is how many such runs a reply has at most. If all have the full length, they take the destination some ms.
 	holeRuns = 16
 	// farthestProbe is how far behind the beginning of data a hole is looked for, in pages.
 	farthestProbe = 64
-	// scouts is for how many places a lane remembers what it has told of: as many as the sweep goes on from in turns.
+	// scouts is how many places a lane remembers in scouted: as many as the sweep has fronts.
 	scouts = 4
 )
 
-// scouted is a piece of a block of which the peer knows all holes that were found here.
+// scouted is a part of a block. The peer was told of all holes that were found in it.
 type scouted struct {
 	block     uint32
 	from, end uint64
@@ -40,7 +40,7 @@ type scouted struct {
 	stuck     bool // no hole was found behind end
 }
 
-// scoutedAt returns the piece that r, which has been answered, continues, or a new piece.
+// scoutedAt returns the part that the answered range r continues, or begins a new one.
 func (l *lane) scoutedAt(r pagewire.Range) *scouted {
 	end := r.Offset + uint64(r.Length)
 	for i := range l.scouted {

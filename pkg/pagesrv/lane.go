@@ -34,7 +34,7 @@ type lane struct {
 	export *Export
 	peer   string
 	bulk   bool // the peer says that it is the bulk lane
-	loses  bool // the peer says that it can deal with lost pages
+	loses  bool // the peer accepts lost pages (pagewire.LostKey)
 
 	request pagewire.Request
 	reply   pagewire.Reply
@@ -224,8 +224,8 @@ func (l *lane) seekData(block uint32, at uint64) (uint64, error) {
 	if err := l.end(); err != nil {
 		return 0, err
 	}
-	if err != nil && l.loses && l.export.ram.blocks[block].isLost(err) {
-		return at, nil // no hole: each page is read
+	if err != nil && l.export.ram.blocks[block].isLost(err) {
+		return at, nil // no hole: each page is read, which says which of them cannot be
 	}
 	if err != nil {
 		return 0, endLane(codes.DataLoss, ErrRAM, "look for a hole at %#x of block %s: %w",
@@ -237,8 +237,8 @@ func (l *lane) seekData(block uint32, at uint64) (uint64, error) {
 	return data, nil
 }
 
-// readable fills pages from the block, up to the first page that nobody can read any more, and says how many bytes it
-// has filled. 0: the first page is one that nobody can read. On a lane that may not lose pages, that is an error.
+// readable fills pages from the block up to the first lost page, and returns the number of bytes filled. 0: the first
+// page is lost. On a lane that may not lose pages, that is an error.
 func (l *lane) readable(b *openBlock, pages []byte, at uint64) (n uint64, err error) {
 	err = l.read(b, pages, at)
 	if err == nil || !b.isLost(err) {
@@ -255,7 +255,7 @@ func (l *lane) readable(b *openBlock, pages []byte, at uint64) (n uint64, err er
 			return n, err
 		}
 	}
-	return n, nil // a moment ago it could not be read
+	return n, nil // the page that failed can be read again
 }
 
 // read fills pages from the block.
@@ -345,7 +345,7 @@ func (l *lane) end() error {
 	}
 	select {
 	case l.idle <- struct{}{}:
-	default: // said already, and not yet heard
+	default: // already signalled
 	}
 	return endLane(codes.Aborted, ErrWithdrawn, "")
 }

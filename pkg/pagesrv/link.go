@@ -37,8 +37,8 @@ type link struct {
 // cost is what a byte on the wire costs, in ns.
 func (l *link) cost() float64 { return max(copying, float64(l.ps.Load())/1000) }
 
-// learn takes into account how long it took from one reply to the next one. The latter had size bytes of pages in
-// carried bytes. waited is how much of that time was spent waiting for the network.
+// learn updates the cost. took is the time between two replies, and waited the part of it spent waiting for the
+// network. The second reply had size bytes of pages, sent as carried bytes.
 func (l *link) learn(size, carried int, took, waited time.Duration) {
 	l.ps.Store(int64(1000 * averaged(l.cost(), size, carried, took, waited)))
 }

@@ -28,8 +28,8 @@ const (
 	killBit     = 1 << (unix.SIGKILL - 1)
 )
 
-// isEnding says whether a process is being ended, or whether that is not known. Its memory is not taken away before its
-// threads have been told to end.
+// isEnding reports whether a process is being killed; true if that is not known. The kernel takes its memory away only
+// after its threads were told to end.
 func isEnding(pid int) bool {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

@@ -13,9 +13,9 @@ import (
 //
 //	pack + unpack + ratio × link < link        all in ns per byte of the page
 //
-// Nobody knows which data come next, so a judge goes by the replies before. It packs as long as each reply that it
-// packs pays, and rests when one did not. After a rest it tries a sample first, and rests twice as long if that does
-// not pay either.
+// A judge decides by the replies before, because the next data is unknown. It packs as long as that pays, and rests
+// (sends replies raw) when it did not. After a rest it tries a sample first, and rests twice as long if that does not
+// pay.
 
 const (
 	// unpackS2 and unpackZstd are the time of unpacking as a part of the time of packing: measured
@@ -79,7 +79,7 @@ type judge struct {
 	turn      uint // of bulk replies packed
 }
 
-// newJudge makes a judge that doubts until a sample has paid, with typical figures of each method.
+// newJudge makes a judge that requires a sample first, and has typical figures of each method.
 func newJudge(announced pagewire.Compressions, bulk bool) judge {
 	return judge{
 		announced: announced, bulk: bulk,
@@ -89,7 +89,7 @@ func newJudge(announced pagewire.Compressions, bulk bool) judge {
 	}
 }
 
-// sleeps says whether the next reply is sent raw without a look at it.
+// sleeps reports whether to send the next reply raw, and counts the rest down.
 func (j *judge) sleeps() bool {
 	if j.announced == 0 {
 		return true
@@ -101,7 +101,7 @@ func (j *judge) sleeps() bool {
 	return false
 }
 
-// doubts says that the next reply must not be packed before a sample of it has paid.
+// doubts reports whether a sample must pay before the next reply is packed.
 func (j *judge) doubts() bool { return j.rest > 0 }
 
 // choose returns the best method for a reply of size bytes.
@@ -126,7 +126,7 @@ func (j *judge) choose(size int, link float64) pagewire.Compression {
 	return pagewire.S2
 }
 
-// paid takes the packing of a reply, or of a sample with S2, into account and says whether it paid.
+// paid records the packing of a reply, or of a sample with S2, and reports whether it paid.
 func (j *judge) paid(c pagewire.Compression, size, packed int, took time.Duration, link float64) bool {
 	known := &j.s2
 	if c == pagewire.Zstd {

@@ -13,8 +13,8 @@ import (
 
 // A destination needs each page once, or twice where a fault overtakes the sweep. After a lost lane it needs once more
 // what was in flight. A destination that asks for much more takes CPUs from the migrations of others, whose lanes the
-// same CPUs serve. It is not refused, because it may have lost what it got. It is served, but more slowly than any
-// migration that is of use.
+// same CPUs serve. It is not refused, because it may have lost data, but served at quotaRate, too slowly for a useful
+// migration.
 const (
 	// fairShare is how often all of the RAM may be asked for at full speed, and fairAllowance how many bytes in addition.
 	fairShare     = 4
@@ -40,8 +40,8 @@ func newQuota(ram *RAM) *quota {
 	return q
 }
 
-// take counts a request for so many bytes, and waits where it is too much. waited says whether it had to wait. The
-// error is why ctx ended.
+// take counts a request for that many bytes. Beyond the fair share it waits, and waited is true. The error is the cause
+// of ctx.
 func (q *quota) take(ctx context.Context, bytes uint64) (waited bool, err error) {
 	bytes = max(bytes, leastAsked)
 	if q.asked.Add(bytes) <= q.fair {

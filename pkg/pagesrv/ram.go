@@ -59,11 +59,11 @@ type openBlock struct {
 	base int64
 
 	pages *uffd.Pagemap // of a process' private memory, else nil
-	under *os.File      // shows through where there are no pages; nil: there are zeros
+	under *os.File      // has the content where pages has none; nil: zeros
 }
 
 // ErrProcessGone says that the process whose memory was to be read has ended.
-var ErrProcessGone = errors.New("QEMU has ended, and with it the VM's memory that was not a file's")
+var ErrProcessGone = errors.New("QEMU has ended, and with it the VM's memory that only it had")
 
 // OpenRAM opens the files and the memory of all blocks read-only and checks that they hold the blocks.
 func OpenRAM(blocks []Block) (*RAM, error) {
@@ -186,7 +186,7 @@ func (r *RAM) Read(block int, offset uint64, dst []byte) error {
 func (b *openBlock) read(dst []byte, offset uint64) error {
 	_, err := b.file.ReadAt(dst, b.base+int64(offset))
 	switch {
-	case errors.Is(err, io.EOF) && b.PID != 0: // an address space that exists has no end
+	case errors.Is(err, io.EOF) && b.PID != 0: // EOF of /proc/PID/mem: the address space is gone
 		return ErrProcessGone
 	case errors.Is(err, io.EOF):
 		return b.truncated(b.base + int64(offset) + int64(len(dst)))
@@ -231,11 +231,11 @@ func (b *openBlock) hole(offset uint64) (uint64, error) {
 	return min(data, shown), err
 }
 
-// confirm says whether what the map called a hole at offset was one. It was not, if the process was dying. When Linux
-// kills a process for want of memory, it takes the memory while the process still exists (oom_reaper in mm/oom_kill.c).
-// And older versions of PAGEMAP_SCAN look into memory that is being taken down. In both cases pages that are not there
-// cannot be read from then on, so one read afterwards tells. A huge page is not read, because the read might make it;
-// the kernel takes huge pages last.
+// confirm checks that a hole that the map reported at offset is one. It is not if the process was dying: when Linux
+// kills a process for want of memory, it takes the memory while the process still exists (oom_reaper in mm/oom_kill.c),
+// and older versions of PAGEMAP_SCAN look into memory that is being taken down. In both cases pages that are missing
+// cannot be read from then on, so one read tells. A huge page is not read, because the read might make it; the kernel
+// takes huge pages last.
 func (b *openBlock) confirm(offset uint64) error {
 	if b.PageSize > minPageSize {
 		return gone(b.pages.Exists(uint64(b.base) + offset))
@@ -244,7 +244,7 @@ func (b *openBlock) confirm(offset uint64) error {
 	return b.read(one[:], offset)
 }
 
-// gone makes ErrProcessGone of what the kernel says of a process that has ended.
+// gone turns ESRCH into ErrProcessGone.
 func gone(err error) error {
 	if errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("%w: %w", ErrProcessGone, err)

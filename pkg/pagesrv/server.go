@@ -47,8 +47,8 @@ func NewServer(o Options) *Server {
 	return &Server{options: o, exports: map[string]*Export{}}
 }
 
-// SetBandwidth limits the bytes a second, as packed, of the pages that no thread waits for, of all exports together. 0:
-// there is no limit. Exports share it by their weights.
+// SetBandwidth limits the packed bytes a second that all exports together send for pages that no thread waits for.
+// Exports share it by their weights. 0: no limit.
 func (s *Server) SetBandwidth(bytesPerSecond uint64) { s.shared.setRate(bytesPerSecond) }
 
 // Offer makes the RAM of one VM fetchable under id, for peers that show token. Lanes may open at once. The first
@@ -119,8 +119,8 @@ func (s *Server) ServeLane(stream Stream) error {
 		e.close(l)
 		return err
 	}
-	// The lane waits in Recv most of the time, and only the end of this handler ends that wait. So the lane has a
-	// goroutine of its own, and this one waits for whichever end comes first.
+	// The lane mostly waits in Recv, which ends only when this handler returns. So the lane runs in its own goroutine, and
+	// this one waits for the end of the lane or for Withdraw.
 	ended := make(chan error, 1)
 	go func() {
 		defer e.close(l)

@@ -12,16 +12,14 @@ import (
 )
 
 const (
-	// sharedLag is how far the replies of bulk lanes may be behind the rate and still catch up with it: a timer comes
-	// late, and what it missed is not lost.
+	// sharedLag is how long unused rate may be caught up with: timers fire late, and that time must not be lost.
 	sharedLag = 5 * time.Millisecond
 	// leastCarried is what a reply counts at least, in bytes: a reply of zeros alone crosses the network, too.
 	leastCarried = 256
 )
 
-// shared is a rate that the bulk lanes of all exports have together. Each export gets its part of it by its weight, as
-// long as it has something to send; the others get what it leaves. Demand lanes know nothing of it: a page that a
-// thread waits for is neither held up nor counted.
+// shared limits the rate of the bulk lanes of all exports together. Each export that has something to send gets a share
+// by its weight. Demand lanes are exempt: a page that a thread waits for is neither held up nor counted.
 //
 // It is start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996). A reply has a start tag: the finish tag of the one
 // before it from the same export, or the virtual time, if that is later. Its finish tag is bytes/weight after that. The
@@ -82,8 +80,7 @@ func (s *shared) wait(ctx context.Context, e *Export, t *turn, bytes int) error 
 	return context.Cause(ctx)
 }
 
-// dispatch lets the replies go whose time has come, and is called again when the time of the next one has. The caller
-// holds mu.
+// dispatch releases the replies that are due, and sets the timer for the next one. The caller holds mu.
 func (s *shared) dispatch() {
 	for len(s.waiting) > 0 {
 		now := time.Now()

@@ -12,7 +12,7 @@ type Stats struct {
 	Pages     uint64 // all pages, in the block's page size
 	ZeroPages uint64 // how many of them are zero; no bytes are sent for these
 	LostPages uint64 // how many of them cannot be read
-	HolePages uint64 // told of as holes, without being asked for; a page counts each time
+	HolePages uint64 // reported as holes without being asked for; counted each time
 	PageBytes uint64 // of the pages whose bytes were sent
 	Bytes     uint64 // sent for them, fewer where they were packed; without any framing
 	Throttled uint64 // requests that had to wait, because far more was asked for than there is

@@ -82,7 +82,8 @@ func (a *attended) Attend() (stop func()) {
 	return func() { a.ended++ }
 }
 
-// TestLaneIsAttendedWhileTheVMStops: while the lane waits for the VM to be stopped, its stream is read. Later it is not.
+// TestLaneIsAttendedWhileTheVMStops: while the lane waits for the VM to be stopped, its stream is read. Later it is
+// not.
 func TestLaneIsAttendedWhileTheVMStops(t *testing.T) {
 	for _, bulk := range []bool{false, true} {
 		s := NewServer(Options{})
@@ -96,7 +97,9 @@ func TestLaneIsAttendedWhileTheVMStops(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l := &lane{export: e, bulk: bulk, idle: make(chan struct{}, 1), packer: newPacker(pagewire.Announced(nil), bulk, &e.link)}
+		l := &lane{
+			export: e, bulk: bulk, idle: make(chan struct{}, 1), packer: newPacker(pagewire.Announced(nil), bulk, &e.link),
+		}
 		if err := l.serve(t.Context(), stream); err != nil {
 			t.Fatal(err)
 		}

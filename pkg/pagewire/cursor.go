@@ -33,7 +33,7 @@ func newCursor(message mem.BufferSlice) cursor {
 
 func cursorOf(message []byte) cursor { return cursor{piece: message, left: len(message)} }
 
-// turn moves to a piece that is not read to its end. The caller knows that left is positive.
+// turn moves to the next piece with unread bytes, unless the current one has some. left must be positive.
 func (c *cursor) turn() {
 	for len(c.piece) == 0 {
 		c.current = c.rest[0]
@@ -139,7 +139,7 @@ func (c *cursor) advance(n int) {
 	c.piece = c.piece[n:]
 }
 
-// copyTo copies what is left, which dst has the size of.
+// copyTo copies all bytes that are left to dst, which has that size.
 func (c *cursor) copyTo(dst []byte) {
 	n := copy(dst, c.piece)
 	c.rest.CopyTo(dst[n:])

@@ -12,11 +12,11 @@ import (
 // foreign wire type, a number that does not fit its field (such as an unknown compression, which nobody announced),
 // groups, data that is followed by anything, and messages that exceed the limits or contradict themselves.
 
-// Decode reads the request that message is. Errors are ErrMalformed.
+// Decode decodes message into r. Errors are ErrMalformed.
 func (r *Request) Decode(message []byte) error { return decodeRequest(cursorOf(message), r) }
 
-// Decode reads the reply that message is. Data is a part of message, unless it was packed, and valid as long as that
-// is. Errors are ErrMalformed.
+// Decode decodes message into r. Unless Data was packed, it is a part of message, and valid as long as that. Errors are
+// ErrMalformed.
 func (r *Reply) Decode(message []byte) error { return decodeReply(cursorOf(message), r) }
 
 func decodeRequest(c cursor, r *Request) error {
@@ -78,7 +78,7 @@ func decodeReply(c cursor, r *Reply) error {
 				return malformed("a run without pages")
 			}
 			if run.Zero && run.Lost || run.Hole && (run.Zero || run.Lost) {
-				return malformed("a run that is two of zero, lost and a hole")
+				return malformed("a run with more than one of zero, lost and hole")
 			}
 			if run.Carries() {
 				carried += uint64(run.Length)

@@ -24,8 +24,7 @@ const (
 	fieldHole   = 6
 )
 
-// Room is how many bytes an encoded message leaves in front of it for what carries it: the header of an
-// HTTP/2 frame and gRPC's prefix.
+// Room is how many bytes are free in front of an encoded message, for the header of an HTTP/2 frame and gRPC's prefix.
 const Room = 9 + 5
 
 // Encoded is an encoded message in leased memory, for a sender other than gRPC's library. Release it when it is sent.

@@ -9,7 +9,7 @@ const (
 	// fixed, because a window that gRPC estimates costs a ping for each burst of replies.
 	window = 16 << 20
 	// serverWindow is how much a call may send to a server that does not read: a hundred requests for pages, or a device
-	// state. Whatever else a caller sends is in nobody's memory.
+	// state. The server buffers no more.
 	serverWindow = 256 << 10
 	// ioBuffer is gathered before a write to the socket, and read at once from it.
 	ioBuffer = 128 << 10
@@ -27,7 +27,7 @@ func ServerOptions() []grpc.ServerOption {
 }
 
 // DialOptions returns the options of the connection of a lane, and of any other call. Each lane should have a
-// connection of its own: streams of one connection share its order of bytes.
+// connection of its own: on a shared one, a lane waits for the bytes of the others.
 //
 // Retries are off: gRPC would keep every sent message until the first reply, and a lane that breaks is
 // opened again by its owner, who knows what is still missing.

@@ -9,8 +9,8 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// packSlack is what every frame has beyond its nominal size: packed, bytes that do not compress are a
-// little longer than they were, and the packers allocate where they might not fit.
+// packSlack is how much larger every frame is than its nominal size: bytes that do not compress grow a little when
+// packed, and the packers allocate where they might not fit.
 const packSlack = 512
 
 // zstdWindow is how far back, in bytes, the Zstd packer looks for repetitions: a run of the sweep. With it, the
@@ -34,7 +34,7 @@ func (r *Reply) Pack(c Compression, most int) (size int) {
 	default:
 		panic(fmt.Sprintf("pagewire: pack with %v", c))
 	}
-	if len(out) > most || &out[0] != &room[0] { // the latter: somewhere else, as it did not fit
+	if len(out) > most || &out[0] != &room[0] { // the latter: it did not fit, so the packer allocated
 		f.recycle()
 		return len(out)
 	}

@@ -9,12 +9,12 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// The peer may be hostile: a few bytes can claim to be gigabytes. How long the unpacked bytes must be is
-// known from the runs, which is checked against MaxData first. Nothing is unpacked that says to be of
-// another length, or beyond a buffer of just that length.
+// The peer may be hostile: a few bytes can claim to be gigabytes. The runs say how long the unpacked bytes must be;
+// that is checked against MaxData first. Data that claims another length is not unpacked, and nothing is unpacked
+// beyond a buffer of that length.
 
-// unpack reads a data field of n bytes, all that is left, that are packed as r.compression says and hold
-// raw bytes.
+// unpack unpacks the data field, the rest of the message, by r.compression. n is its size and raw the size of the
+// unpacked bytes.
 func (c *cursor) unpack(n int, raw uint64, r *Reply) error {
 	switch {
 	case raw > MaxData:

@@ -51,8 +51,8 @@ func (t *pages) arriveZero(p uint64) arrival {
 	}
 }
 
-// lose says that page p, which the caller was to install, is lost. It returns false if the process has given the page
-// up: the caller then still holds it.
+// lose marks page p, which the caller holds, as lost. It returns false if the process has given it up: the caller still
+// holds it.
 func (t *pages) lose(p uint64) bool {
 	if !t.swap(p, installing, lost) {
 		return false
@@ -62,7 +62,8 @@ func (t *pages) lose(p uint64) bool {
 	return true
 }
 
-// stillWanted says how many of the n pages from p on, which the caller is to install, the process has not given up.
+// stillWanted returns how many pages in a row from p on, at most n, the process has not given up. The caller holds
+// them.
 func (t *pages) stillWanted(p, n uint64) (k uint64) {
 	for k < n && t.get(p+k) == installing {
 		k++
@@ -78,8 +79,8 @@ func (t *pages) drop(p uint64) {
 	}
 }
 
-// finish says that n pages from p on, which the caller was to install, are there. It returns true if the process gave
-// one of them up after that: a thread may have faulted on it since, and waits for the caller to wake it.
+// finish marks n pages from p on, which the caller holds, as present. It returns true if the process gave one up while
+// it was installed: a thread may have faulted on it since, and waits for the caller to wake it.
 func (t *pages) finish(p, n uint64) (revokedOne bool) {
 	done := int64(0)
 	for i := range n {
@@ -95,7 +96,7 @@ func (t *pages) finish(p, n uint64) (revokedOne bool) {
 	return revokedOne
 }
 
-// giveUp says that n pages from p on could not be installed. Those that the process gave up meanwhile are zero.
+// giveUp marks n pages from p on as missing, because they could not be installed; those given up meanwhile as zero.
 func (t *pages) giveUp(p, n uint64) {
 	for i := range n {
 		if !t.swap(p+i, installing, missing) {
@@ -104,7 +105,7 @@ func (t *pages) giveUp(p, n uint64) {
 	}
 }
 
-// holes says that n pages from p on, whose bytes came and were zero, are to be left as holes.
+// holes marks n pages from p on, whose bytes came and were zero, to be left as holes.
 func (t *pages) holes(p, n uint64) {
 	came, dropped := int64(0), int64(0)
 	for i := range n {
@@ -118,7 +119,7 @@ func (t *pages) holes(p, n uint64) {
 	t.known(came + dropped)
 }
 
-// fillHoles says that those of n pages from p on that read as zero have been installed as pages of zeros.
+// fillHoles marks those of n pages from p on that read as zero as present: zeros have been installed.
 func (t *pages) fillHoles(p, n uint64) {
 	for i := range n {
 		t.swap(p+i, zero, present)

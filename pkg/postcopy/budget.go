@@ -7,22 +7,22 @@ import (
 	"sync/atomic"
 )
 
-// budget is what pages that no thread waits for may take of the network: so many bytes a second, as packed as they
-// come. Faults neither ask it nor count. A thread that waits for a page does not wait for the budget, and the cost of
-// that page does not delay the rest of the memory.
+// budget limits the rate of pages that no thread waits for, in bytes a second, as packed. Faults do not use it. A
+// thread that waits for a page does not wait for the budget, and the cost of that page does not delay the rest of the
+// memory.
 //
 //	sweep, guesses ── wait: is all paid? ──► asked for ──► answered ── spend: due += bytes / limit
 //
-// A page is paid for after it came, because only then it is known how well it packs. While nothing is due, as many
-// pages may come as pace.go lets be in flight. So no more comes in a span of time than the limit allows for that span
-// and for budgetCredit, plus what pace.go lets be in flight.
+// A page is charged after it came, because its packed size is known only then. While nothing is due, only pace.go
+// limits what is in flight. So in any span of time no more comes than the limit allows for that span and for
+// budgetCredit, plus what pace.go lets be in flight.
 //
 // spend may be called from any goroutine.
 type budget struct {
 	limit atomic.Uint64 // bytes a second; 0: none
-	due   atomic.Int64  // ns of the engine's clock: from then on what has come is paid for
-	// weight is how many bytes a byte of RAM took on the bulk lane of late, as the bits of a float64. Its receiver sets
-	// it.
+	due   atomic.Int64  // when all that has come will be paid for, in ns of the engine's clock
+	// weight is the recent number of bytes on the bulk lanes per byte of RAM, as the bits of a float64. Their receivers
+	// set it.
 	weight  atomic.Uint64
 	changed chan struct{} // the limit has changed; holds one
 }
@@ -44,11 +44,11 @@ func (b *budget) forgive() {
 	b.due.Store(0)
 	select {
 	case b.changed <- struct{}{}:
-	default: // said already, and not yet heard
+	default: // already signalled
 	}
 }
 
-// wait returns for how many ns, from now on, nothing may be asked for; 0: something may be.
+// wait returns how many ns nothing may be asked for, from now on. 0: something may be asked for.
 func (b *budget) wait(now int64) int64 {
 	if b.limit.Load() == 0 {
 		return 0
@@ -56,7 +56,7 @@ func (b *budget) wait(now int64) int64 {
 	return max(0, b.due.Load()-now)
 }
 
-// spend says that so many bytes came at now.
+// spend charges the budget for bytes that came at now.
 func (b *budget) spend(bytes, now int64) {
 	limit := b.limit.Load()
 	if limit == 0 || bytes == 0 {
@@ -74,7 +74,7 @@ func (b *budget) spend(bytes, now int64) {
 	}
 }
 
-// weigh takes in that so many bytes of RAM took carried bytes.
+// weigh updates weight: ram bytes of RAM took carried bytes.
 func (b *budget) weigh(ram, carried int64) {
 	weight := b.weighs()
 	weight += (float64(carried)/float64(max(1, ram)) - weight) / 8

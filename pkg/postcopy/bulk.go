@@ -157,7 +157,7 @@ func (s *session) answered(l *lane, bytes, data, carried int64) {
 	now := s.e.now()
 	k.pace.answered(bytes, data, carried, now, s.e.fastest.take())
 	switch {
-	case s.e.budget.wait(now) > 0: // it would measure the limit
+	case s.e.budget.wait(now) > 0: // the rate is then that of the limit, not of the lanes
 		k.scale.restart(now)
 	case !k.opening && s.e.started.Load() && k.scale.came(now, k.pace.lowestTrip(), bytes, data, s.e.latency.total):
 		s.rescale(now)
@@ -239,7 +239,7 @@ func (s *session) lose(l *lane, err error) {
 	}
 }
 
-// without goes on without a lane of the sweep. It says false when it was the last one.
+// without drops a lane of the sweep. It returns false if that is the last one.
 func (s *session) without(l *lane) bool {
 	k := &s.bulk
 	k.mu.Lock()

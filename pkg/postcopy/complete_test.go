@@ -10,8 +10,8 @@ import (
 	"github.com/migrated-vm/migrated/pkg/uffd/uffdtest"
 )
 
-// TestLastEventComesLate: at the end, when all memory is in, a thread that is about to give memory up gets the processor
-// late. Its event is read, however late it comes.
+// TestLastEventComesLate: at the end, when all memory is in, a thread that is about to give memory up gets the
+// processor late. Its event is read, however late it comes.
 func TestLastEventComesLate(t *testing.T) {
 	g := newTarget(t, layout{{kind: uffdtest.Shmem, pages: 8}}, Options{})
 	var gives uffdtest.Pending

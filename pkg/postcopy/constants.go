@@ -6,9 +6,9 @@ import "time"
 
 // Every queue, batch and delay of the engine.
 const (
-	// defaultWorkers read faults. One is enough for a few vCPUs; a second takes over while the first hands a request to
-	// gRPC. More workers share the descriptor's one wait-queue lock, as the vCPUs do. docs/fault-budget.md (Shards) says
-	// what that costs, and why there is one descriptor for all of them.
+	// defaultWorkers is how many workers read faults. One is enough for a few vCPUs; a second takes over while the first
+	// hands a request to gRPC. More workers share the descriptor's one wait-queue lock, as the vCPUs do.
+	// docs/fault-budget.md (Shards) says what that costs, and why there is one descriptor for all of them.
 	defaultWorkers = 2
 
 	// eventBatch is how many messages one read(2) takes: as many as vCPUs plausibly fault at once. 32 bytes
@@ -31,8 +31,8 @@ const (
 	// huge page that it may have made of them.
 	remapBytes = 2 << 20
 
-	// predictBytes is what a guess asks for at most: a millisecond of 1 Gbit/s, so that the next fault does not wait
-	// longer behind it than a guess is worth.
+	// predictBytes is what a guess asks for at most: a millisecond of 1 Gbit/s. The next fault waits behind it no longer
+	// than a guess is worth.
 	predictBytes = 128 << 10
 	// A VM has a few dozen threads at most that touch its RAM; two that share an entry only disturb each other's
 	// guesses.
@@ -42,21 +42,20 @@ const (
 	firstDepth = 4
 	// farthest is how far apart, in pages, two touches of a stream may be.
 	farthest = 64
-	// skipped is how many pages of a stream may have come without it: a run of the sweep.
+	// skipped is how many pages of a stream the sweep may have brought in between: two of its shortest runs.
 	skipped = 2 * leastRun / 4096
-	// trial is how many guessed pages may fail before it is said that guesses mostly fail.
+	// trial is how many guessed pages may be wrong before guesses count as mostly wrong.
 	trial = 256
 
 	// sweepRun is what the sweep asks for at a time, in bytes, at most, unless a page is larger: one reply, one
-	// UFFDIO_COPY. runTime is how long the link may be busy with one run: so long a fault waits behind it. Where a round
-	// trip is long, runs are so long that a round trip has runsPerTrip of them, also while a thread waits. The wait is
-	// then short compared to what a fault takes anyway. At 1 Gbit/s and 10 ms both daemons take a sixth less CPU time than
-	// with runs of 64 KiB.
+	// UFFDIO_COPY. runTime is how long one run may keep the link busy: a fault waits that long behind it. On a long path a
+	// run takes 1/runsPerTrip of a round trip, also while a thread waits. That wait is short compared to what a fault
+	// takes anyway. At 1 Gbit/s and 10 ms both daemons take a sixth less CPU time than with runs of 64 KiB.
 	sweepRun    = 512 << 10
 	runTime     = 500 * time.Microsecond
 	runsPerTrip = 8
-	// leastRun is the least that the sweep asks for. While a thread waits for a page, the most is half of the above. The
-	// sweep never stops altogether, or a guest that always faults would never be whole.
+	// leastRun is the shortest run of the sweep, in bytes. While a thread waits for a page, runs are at most half as long.
+	// The sweep never stops altogether, or a guest that always faults would never be whole.
 	leastRun = 64 << 10
 	// pieceTime is the same for one reply while a thread waits; a reply has pagewire.LeastPiece bytes at least. The pages
 	// of a run are installed as they come. So a thread that goes through memory in order, as fast as the network, waits
@@ -72,14 +71,14 @@ const (
 	// longer.
 	idleQueue = 4 * time.Millisecond
 	busyQueue = 1500 * time.Microsecond
-	// budgetCredit is for how long an unspent budget may be spent later, because timers wake late.
+	// budgetCredit is how long an unspent budget can still be spent, because timers fire late.
 	budgetCredit = 10 * time.Millisecond
 	// budgetBurst is how much of a budget may come at once when data follows on nothing but zeros.
 	budgetBurst = 100 * time.Millisecond
-	// sweepFronts is from how many places the sweep goes on, in turns.
+	// sweepFronts is how many places the sweep goes on from, in turns.
 	sweepFronts = 4
-	// nearFaults is for how many of the last faults without order the sweep takes what is near, and nearBytes how far on
-	// either side.
+	// nearFaults is how many of the last faults that belong to no stream the sweep fetches the surroundings of: nearBytes
+	// on either side.
 	nearFaults = 16
 	nearBytes  = 128 << 10
 	// nearTrip is the longest round trip at which the sweep does so, in ns. At 10 ms, in which 1 Gbit/s carries ten times
@@ -87,9 +86,9 @@ const (
 	nearTrip = int64(2 * time.Millisecond)
 	// sweepRanges is how many pieces of missing memory the sweep asks for in one message at most.
 	sweepRanges = 64
-	// sweepWindow is how many bytes the sweep has asked for and not got at most: 10 Gbit/s at a round trip of 13 ms. Below
-	// it pace.go decides. firstWindow holds before anything was measured. zeroWindow is the most while all that came was
-	// zero: data may come at once, and a page that a thread waits for comes behind it.
+	// sweepWindow is the most that the sweep may have in flight, in bytes: 10 Gbit/s at a round trip of 13 ms. Below it
+	// pace.go decides. firstWindow holds before anything was measured, zeroWindow while only zeros came: data may come at
+	// any moment, and a page that a thread waits for comes behind it.
 	sweepWindow = 16 << 20
 	zeroWindow  = 4 << 20
 	firstWindow = 256 << 10

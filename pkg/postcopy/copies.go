@@ -13,8 +13,7 @@ import (
 func (e *Engine) wholeCopy() *uffd.CopyRecord   { return &e.copies[e.workers] }
 func (e *Engine) bulkCopies() []uffd.CopyRecord { return e.copies[e.workers+1:] }
 
-// takeUpCopies goes through what the kernel has answered to the last copies of an earlier engine, and marks what is
-// there.
+// takeUpCopies marks the pages that an earlier engine's last copies put in, by what the kernel has answered to them.
 //
 // A process that is killed in UFFDIO_COPY ends only when the copy has ended. So pages may be there, and in use by the
 // guest, while the table says that they are being installed. To ask for such a page again does no harm as long as it is

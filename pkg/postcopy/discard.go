@@ -34,8 +34,8 @@ package postcopy
 //	a page that was there     present: its hole, by whichever call, reads as zero. The fault on it is answered by a
 //	                          zero page (refill), which is refused as long as an event is not read, and then comes again
 
-// discard says that the process gave up n pages from p on. Pages that are not there yet are zero now, or revoked. It goes
-// by words: a DIMM that is unmapped is large, and an installer does not wait for long until its pages are marked.
+// discard says that the process gave up n pages from p on. Pages that are not there yet are zero now, or revoked. It
+// goes by words: a DIMM that is unmapped is large, and an installer does not wait for long until its pages are marked.
 func (t *pages) discard(p, n uint64) {
 	gone := int64(0)
 	for end := p + n; p < end; p = wordEnd(p) {

@@ -52,9 +52,9 @@ type Options struct {
 	// tmpfs), another Engine, of a later process, goes on where this one ended, no matter how it ended. nil: memory of
 	// the engine's own.
 	State []byte
-	// Copies is where the kernel answers the engine's copies: CopiesSize bytes at least, aligned to 8. It goes with
-	// State, and says of pages that were being installed when a process ended whether they are there. nil: memory of
-	// the engine's own.
+	// Copies is where the kernel writes the result of each UFFDIO_COPY: CopiesSize bytes at least, aligned to 8. It goes
+	// with State, and says whether pages that were being installed when a process ended are there. nil: memory of the
+	// engine's own.
 	Copies []byte
 	// Pagemap is the pagemap of the process. It must stay open as long as UFFD. Without it no Block's File is of use.
 	Pagemap *uffd.Pagemap
@@ -62,17 +62,17 @@ type Options struct {
 	// touches lies together (option ROMs, on a PC), and the VM stands still for each of these faults. 0: a fault asks
 	// for its page alone.
 	LoadAhead uint64
-	// Sleeps is told how many threads more, or fewer (negative), sleep in system calls of this engine. Where there are
-	// too few processors (runtime.GOMAXPROCS), Go's runtime takes the processor away from a goroutine in a system call,
-	// and waking it takes longer then. The program decides whether there are to be more. nil: nobody is told.
+	// Sleeps is called when more threads, or fewer (negative), sleep in system calls of this engine. With too few
+	// processors (runtime.GOMAXPROCS), Go's runtime takes the processor away from a goroutine in a system call, and waking
+	// it takes longer then. The program decides whether to add processors. nil: it is not called.
 	Sleeps func(threads int)
 	// Bandwidth is the limit that SetBandwidth changes, in bytes a second. 0: none.
 	Bandwidth uint64
 }
 
-// CopiesSize is how many bytes Options.Copies has for so many workers and all bulk lanes. More may be given, and more
-// must be given where an earlier engine had more workers. With less there are fewer bulk lanes; the least is two
-// records more than there are workers.
+// CopiesSize is the size of Options.Copies, in bytes, for that many workers and all bulk lanes. A larger size may be
+// given, and must be where an earlier engine had more workers. With a smaller one there are fewer bulk lanes; the least
+// is workers+2 records.
 func CopiesSize(workers int) int { return (workers + 1 + mostBulkLanes) * uffd.CopyRecordSize }
 
 // StateSize is how many bytes Options.State has for these blocks: half a byte a page. Blocks that New refuses have
@@ -269,7 +269,7 @@ func (e *Engine) CanLose() bool {
 	return !slices.ContainsFunc(e.blocks, func(b block) bool { return !b.poison })
 }
 
-// Lost are the pages that the source has lost, at most so many ranges of them.
+// Lost returns the pages that the source has lost, in at most most ranges.
 func (e *Engine) Lost(most int) (all []Range) {
 	if e.pages.lost.Load() == 0 {
 		return nil
@@ -303,9 +303,9 @@ type Range struct {
 	Offset, Bytes uint64
 }
 
-// Foresee says that loading the device state will touch these ranges, so that Run asks for them before a thread waits
-// there. Call it once, before QEMU loads, with the ranges in the order in which the loading will touch them. The source
-// answers as soon as it has stopped the VM. What is beyond a block, or beyond foreseenMost ranges, is left to faults.
+// Foresee makes Run ask for these ranges before a thread waits there, because loading the device state will touch them.
+// Call it once, before QEMU loads, with the ranges in the order in which loading will touch them. The source answers as
+// soon as it has stopped the VM. Memory beyond a block, or beyond foreseenMost ranges, is left to faults.
 func (e *Engine) Foresee(all []Range) {
 	select {
 	case e.foreseen <- all[:min(len(all), foreseenMost)]:
@@ -313,9 +313,9 @@ func (e *Engine) Foresee(all []Range) {
 	}
 }
 
-// SetBandwidth limits, from now on, how much the pages that no thread waits for take of the network, in bytes a second,
-// as packed as they come. These are the pages of the sweep and those that faults foretell. Pages that a thread waits
-// for are neither held up nor counted, and nothing is held up before StartSweep. 0: no limit.
+// SetBandwidth limits, from now on, the packed bytes a second of pages that no thread waits for: those of the sweep,
+// and those that faults foretell. Pages that a thread waits for are neither held up nor counted, and nothing is held up
+// before StartSweep. 0: no limit.
 func (e *Engine) SetBandwidth(bytesPerSecond uint64) { e.budget.set(bytesPerSecond) }
 
 // Done is closed when all memory is in and nothing is registered any more.

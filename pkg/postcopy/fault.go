@@ -125,7 +125,7 @@ func (p *poller) wait() ([]unix.EpollEvent, error) {
 // stop makes this and every later wait return nothing.
 func (p *poller) stop() { _, _ = unix.Write(p.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0}) }
 
-// close is for when nobody waits any more.
+// close closes the descriptors. Nobody may be waiting.
 func (p *poller) close() {
 	for _, fd := range []int{p.epoll, p.wake} {
 		if fd >= 0 {
@@ -134,14 +134,14 @@ func (p *poller) close() {
 	}
 }
 
-// batch is step 1: it takes what one read(2) gives and deals with it.
+// batch is step 1: it does one read(2), and deals with all of its messages.
 func (w *worker) batch(u *uffd.UFFD) error {
 	e := w.s.e
 	n, err := u.Read(w.events)
 	e.at("read", 0)
 	for i := range n { // before any fault, and soon: see discard.go
 		if ev := w.events.At(i); ev.Kind == uffd.EventRemap {
-			w.s.end(moved(ev)) // first: what it leaves behind may look like the end of everything
+			w.s.end(moved(ev)) // first: discarding the old range may complete the page table
 		} else if ev.Kind == uffd.EventRemove {
 			e.discard(u, ev.Remove.Start, ev.Remove.End)
 		} else if ev.Kind == uffd.EventUnmap {
@@ -225,7 +225,7 @@ func (w *worker) fault(u *uffd.UFFD, ev *uffd.Event, now int64) error {
 	case claimZero:
 		e.at("zero", p)
 		err := e.zero(b, p)
-		e.pending.end(p) // of a session that could not install it
+		e.pending.end(p) // it was timed by a session that could not install it
 		e.latency.add(time.Duration(e.now() - now))
 		return err
 	case claimLost: // its message was read late, or it was discarded without an event: then it is lost again
@@ -270,8 +270,8 @@ func (w *worker) fault(u *uffd.UFFD, ev *uffd.Event, now int64) error {
 	return nil
 }
 
-// askAhead adds the missing pages behind page p. It does so only while the device state is loaded: the sweep does not
-// come for them yet.
+// askAhead adds the missing pages behind page p. It is for the load of the device state, when the sweep does not run
+// yet.
 func (w *worker) askAhead(b *block, p uint64) error {
 	for q := p + 1; q < min(p+w.s.e.ahead>>b.shift, b.end()); q++ {
 		if !w.s.e.pages.claimAhead(q) {
@@ -284,8 +284,8 @@ func (w *worker) askAhead(b *block, p uint64) error {
 	return nil
 }
 
-// follow asks for the pages that the threads of this batch will want next. It does so in a message of its own, so that
-// the pages that the threads wait for do not come later because of these.
+// follow asks for the pages that the threads of this batch are predicted to want next. It uses a message of its own, so
+// that they do not delay the pages that threads wait for.
 func (w *worker) follow() error {
 	for i := range w.guesses {
 		h := &w.guesses[i]

@@ -27,12 +27,12 @@ import "math/bits"
 // Each page is asked for where the source does not tell of holes, where pages of zeros have to be installed
 // (Block.Populated), and in blocks of gigantic pages, whose parts are put together.
 
-// acceptHole takes in a run of zeros that nobody has asked for, and says how many of its pages were news. answered is
-// how many bytes the reply has answered for before. A source may tell of holes only beside an answer on the bulk lane,
-// so that it is not heard more often than it is asked.
+// acceptHole marks a run of zeros that nobody has asked for, and returns how many of its pages were not known before.
+// answered is how many bytes the reply has answered for so far. A source may report holes only with an answer on the
+// bulk lane, so that it cannot send them unasked.
 func (s *session) acceptHole(l *lane, b *block, p, n uint64, answered int64) (news uint64, err error) {
 	if l.bulk == nil || answered == 0 {
-		return 0, protocolError("a hole of %d pages at %#x of block %d (%s) that answers nothing",
+		return 0, protocolError("a hole of %d pages at %#x of block %d (%s) without an answer",
 			n, (p-b.first)<<b.shift, b.index, b.ID)
 	}
 	if b.Populated || b.gigantic != nil {

@@ -131,9 +131,9 @@ func (s *session) poison(record *uffd.CopyRecord, b *block, p uint64) error {
 			return e.dropRevoked(b, p)
 		}
 		e.at("poison", p)
-		_, err := b.UFFD.Poison(b.page(p), uffd.PoisonDontWake) // no thread may see it before it is decided
+		_, err := b.UFFD.Poison(b.page(p), uffd.PoisonDontWake) // no thread may see it before lose decides
 		if err == nil || errors.Is(err, uffd.ErrExist) {
-			if err != nil { // it reads as it was put there by somebody else
+			if err != nil { // it keeps what another process put there
 				e.unexplained()
 			}
 			if e.pages.lose(p) {
@@ -210,7 +210,7 @@ func unasked(b *block, p uint64) error {
 	return protocolError("the page at %#x of block %d (%s), which nobody asked for", (p-b.first)<<b.shift, b.index, b.ID)
 }
 
-// install puts n pages in that the caller holds (installing). Pages that cannot be put in are missing again.
+// install installs n pages that the caller holds (installing). Those that it cannot install are missing again.
 func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data []byte) error {
 	e := s.e
 	single := false // the kernel wants one page at a time
@@ -254,7 +254,7 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 			errors.Is(err, uffd.ErrNotRegistered) && tries < goneTries && s.again(tries):
 			tries++
 		default:
-			if errors.Is(err, uffd.ErrAgain) { // only the end of the session ends these
+			if errors.Is(err, uffd.ErrAgain) { // again has returned false: the session is over
 				return s.giveUp(p, n, s.ctx.Err())
 			}
 			return s.giveUp(p, n, explain(b, b.addr(p), err))
@@ -263,9 +263,9 @@ func (s *session) install(record *uffd.CopyRecord, b *block, p, n uint64, data [
 	return nil
 }
 
-// giveUp ends the session with err, because n pages from page p on, which the caller holds, cannot be put in. The session
-// ends first: a second answer for a page that is missing again would be taken for a fault of the source's, and end it
-// with that error.
+// giveUp ends the session with err, because n pages from page p on, which the caller holds, cannot be put in. The
+// session ends first: a second answer for a page that is missing again would be taken for a fault of the source's, and
+// end it with that error.
 func (s *session) giveUp(p, n uint64, err error) error {
 	s.end(err)
 	s.e.pages.giveUp(p, n)
@@ -304,7 +304,7 @@ func (s *session) again(tries int) bool {
 // zeros is what a huge page of zeros is copied from.
 var zeros [pagewire.MaxData]byte
 
-// zero puts a page of zeros in where a thread waits; the caller holds the page (zeroing).
+// zero installs a page of zeros for a thread that waits; the caller holds the page (zeroing).
 func (e *Engine) zero(b *block, p uint64) error {
 	existed, err := e.fillZero(b, p)
 	if err == nil {
@@ -357,7 +357,7 @@ func (e *Engine) fillZero(b *block, p uint64) (existed bool, err error) {
 	return existed, err
 }
 
-// explain makes an error of the engine of what the kernel said about the page at addr.
+// explain turns the kernel's error about the page at addr into one of the engine.
 func explain(b *block, addr uint64, err error) error {
 	var kind error
 	switch {

@@ -16,10 +16,10 @@ const (
 	longestLater = 10 * time.Millisecond
 )
 
-// later wakes threads a little later. Their page could not be filled because the address space is changing (EAGAIN),
-// which ends when an event has been read. But a read(2) gives faults before events (userfaultfd_ctx_read in
-// fs/userfaultfd.c). If the threads looked again at once, and were more than one read gives, the event would never be
-// read. While they sleep, reads come to the event.
+// later wakes threads after a pause. Their page could not be filled because the address space is changing (EAGAIN),
+// which ends when an event has been read. But read(2) returns faults before events (userfaultfd_ctx_read in
+// fs/userfaultfd.c). If the threads faulted again at once, and were more than one read returns, the event would never
+// be read.
 //
 // It is not on the usual way of a fault: the kernel refuses only while memory is given up.
 type later struct {
@@ -37,7 +37,7 @@ type sleeper struct {
 	at   uffd.Range
 }
 
-// wake lets the threads that wait for a page there look again in a while.
+// wake wakes the threads that wait for the page at at, after a pause: they fault again.
 func (l *later) wake(u *uffd.UFFD, at uffd.Range) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

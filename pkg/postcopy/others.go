@@ -36,8 +36,8 @@ import (
 // For private memory, a file that is not known, and Linux before 5.14, that is not possible. There the page keeps what
 // is in it. It is counted in Stats.PagesUnexplained, and the VM may be corrupt.
 
-// occupied deals with EEXIST for pages at addr that have never been there, as far as the engine knows. The caller has
-// their content to install. When occupied returns nil, the content is there, or what was there stays.
+// occupied deals with EEXIST for pages at addr that, as far as the engine knows, have never been there. The caller has
+// their content to install. When occupied returns nil, the page has that content or keeps its own.
 //
 // If the process gives a page up at this moment, the page stays the caller's (revoked). So nobody maps it, and no
 // thread writes to it, before occupied is done.
@@ -73,7 +73,7 @@ func (e *Engine) replace(record *uffd.CopyRecord, b *block, there uffd.Range, co
 	return err
 }
 
-// keep lets threads find what is there. A page that is only in the file has to be mapped, or the threads would fault
+// keep leaves a page as it is and wakes its threads. A page that is only in the file is mapped, or they would fault
 // again. uffd.ErrAgain: try again.
 func (e *Engine) keep(b *block, there uffd.Range) error {
 	if !b.minor {

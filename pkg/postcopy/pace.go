@@ -10,7 +10,7 @@ import (
 	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// pace says how much the sweep may have asked for and not got.
+// pace limits how much the sweep may have in flight.
 //
 // Demand lanes have connections of their own, but all of them share one link. If the sweep has more in flight than the
 // link holds, the rest waits in a queue in front of the link, and a page that a thread waits for comes behind that
@@ -21,25 +21,25 @@ import (
 //
 //	sweep ── asked ──►  in flight: at most rate × round trip + queue  ──► answered
 //
-// Where a limit is set (budget.go) that is lower than the rate, it takes the rate's place: if more were in flight than
-// the limit lets come, it would only come all at once.
+// A bandwidth limit (budget.go) below the rate takes its place: if more were in flight than the limit lets come, it
+// would only come all at once.
 //
-// A path may change: a migration goes on by a detour, a tunnel is taken elsewhere. If the round trip then becomes
-// longer, the one that was measured before would be too short for ever: too little is in flight, and it is answered
-// late, which looks like a slow link. So the round trip is forgotten after a while and measured anew, with nothing else
-// in flight, as BBR does it (ProbeRTT). After that the rate may rise again.
+// The path may change, for example when it is rerouted. If the round trip then becomes longer, the earlier measurement
+// would stay too short: too little is in flight, and answers come late, which looks like a slow link. So the round trip
+// is measured anew after a while, with nothing else in flight, as BBR does it (ProbeRTT). After that the rate may rise
+// again.
 //
 // There is one pace for all bulk lanes together, under their lock (bulk.go).
 type pace struct {
 	budget *budget
 
-	window, run         int64 // as a rule: bytes in flight, and to ask for at a time
+	window, run         int64 // while no thread waits: bytes in flight, and in one request
 	busyWindow, busyRun int64 // while a thread waits
 	piece               int64 // what one reply then carries at most
 
 	sent    int64 // bytes asked for since the session began
 	probing bool  // a probe is under way
-	end     int64 // the probe ends when so much came
+	end     int64 // the value of came at which the probe ends
 	began   int64 // ns
 
 	came, data         int64                // bytes answered, and those of them that were not zero
@@ -65,7 +65,7 @@ func newPace(b *budget) *pace {
 	}
 }
 
-// asked says that so many bytes were asked for at now.
+// asked records a request for bytes at now.
 func (p *pace) asked(bytes, now int64) {
 	alone := p.came == p.sent
 	p.sent += bytes
@@ -90,9 +90,9 @@ func (p *pace) answered(bytes, data, carried, now, fast int64) {
 		return
 	}
 	p.measured(max(1, now-p.began), now)
-	// The time counts since the last probe ended, which is a round trip at least. It counts since this probe began, if
-	// that is longer, because what waited behind a lost packet comes all at once. Zeros take no time on the link, so only
-	// a probe that was mostly data says what the link can carry.
+	// The bytes count over the time between the ends of the last two probes, which is a round trip at least, or between
+	// their beginnings, if that is longer: what waited behind a lost packet comes all at once. Zeros take no time on the
+	// link, so only a probe that was mostly data says what the link can carry.
 	got, of := p.data-p.lastData, p.came-p.lastCame
 	if p.last != 0 && 2*got >= of {
 		p.rated(float64(got) / float64(max(1, now-p.last, p.began-p.lastBegan)))
@@ -132,7 +132,7 @@ func lowest(a, b int64) int64 {
 	return min(a, b)
 }
 
-// rated takes in a rate, in bytes a ns.
+// rated records the rate of a probe, in bytes a ns.
 func (p *pace) rated(rate float64) {
 	p.rates[p.next%pacedProbes] = rate
 	p.next++
@@ -196,7 +196,7 @@ func (p *pace) room(inFlight int64, threadWaits bool) uint64 {
 	return uint64(run)
 }
 
-// most is how many bytes may be in flight, while anything may be.
+// most is how many bytes may be in flight, unless the sweep is draining.
 func (p *pace) most(threadWaits bool) int64 {
 	if threadWaits {
 		return p.busyWindow
@@ -204,7 +204,7 @@ func (p *pace) most(threadWaits bool) int64 {
 	return p.window
 }
 
-// forget says that so many bytes will not be answered: their lane was lost.
+// forget takes back a request for bytes that will not be answered: their lane was lost.
 func (p *pace) forget(bytes int64) {
 	p.sent -= bytes
 	p.probing = false

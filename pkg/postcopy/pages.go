@@ -82,8 +82,8 @@ type pages struct {
 	full chan struct{}
 }
 
-// newPages makes a table for blocks of so many pages. Each block begins at a new word; the numbers of their first pages
-// are returned. The table is kept in memory, see Options.State; nil: in memory of its own.
+// newPages makes a table for blocks of these numbers of pages, and returns the number of the first page of each. A
+// block begins at a new word. The table is kept in memory, see Options.State; nil: in memory of its own.
 func newPages(blocks []uint64, memory []byte) (*pages, []uint64, error) {
 	t := &pages{full: make(chan struct{})}
 	first := make([]uint64, len(blocks))
@@ -197,8 +197,8 @@ func (t *pages) claimFault(p uint64) claim {
 	}
 }
 
-// isWaitedFor says whether page p is to come, or is being installed. Its installer then ends the time of its fault,
-// after it has changed the state.
+// isWaitedFor reports whether a thread waits for page p or it is being installed. Its installer then ends the time of
+// its fault, after it has changed the state.
 func (t *pages) isWaitedFor(p uint64) bool {
 	switch t.get(p) {
 	case demanded, installing, revoked, zeroing:

@@ -6,10 +6,9 @@ import "sync/atomic"
 
 // predictor learns in which order each thread touches pages, and says which ones it will want next.
 //
-// A fault tells two things: where the thread is, and which pages it did not fault on since the last time, because they
-// were asked for ahead of it and came in time. So the engine sees whether guesses are useful without looking at a page:
-// the next fault of a stream that was right is behind the pages that were asked for, or on one that is still on its
-// way.
+// A fault tells two things: where the thread is, and which pages it has passed since its last fault, because they were
+// asked for ahead of it and came in time. So the engine sees whether guesses are useful: after a right one, the next
+// fault of the stream is behind the pages that were asked for, or on one that is still on its way.
 //
 //	faults of one thread:   p   p+s  p+2s                              p+7s
 //	learnt:                 -   s?   s: ask for p+3s … p+6s            right: ask for twice as many

@@ -2,7 +2,7 @@
 
 package postcopy
 
-// scale says how many bulk lanes there are to be.
+// scale decides how many bulk lanes the sweep uses.
 //
 // One lane is one connection and one thread at each host. One lane limits the sweep where the network carries more than
 // a processor can: for each GiB a lane takes about a second of a processor, a second and a half with TLS, which is 6 to
@@ -18,8 +18,8 @@ package postcopy
 //	   ▲                                      │ else                             next trial in the same direction
 //	   └──────────────────────────────────────┴─ stays at fewer; pauses twice as long as the last time
 //
-// The same gain is asked for in both directions: a lane that was worth it and no longer is goes again. A lane that
-// makes faults slower, because it takes the processors that they need, is worth nothing, however much it brings.
+// Both directions require the same gain, so a lane that no longer brings it is dropped. A lane that makes faults
+// slower, because it takes their processors, is dropped whatever it brings.
 type scale struct {
 	lanes, most int
 
@@ -36,7 +36,7 @@ type scale struct {
 	again     int64   // ns: no trial begins before this
 }
 
-// came takes in that so many bytes were answered for at now, data of them not zero, at a round trip of trip. It says
+// came records that bytes were answered for at now, data of them not zero, with a round trip of trip. It reports
 // whether lanes has changed. How fast zeros come says nothing about lanes. faults returns how many faults there were
 // since the engine began, and for how long they waited.
 func (s *scale) came(now, trip, bytes, data int64, faults func() (uint64, int64)) (changed bool) {

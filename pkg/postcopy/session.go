@@ -38,7 +38,7 @@ type lane struct {
 	ended chan struct{}  // closed when the receiver has ended
 }
 
-// lost makes an error of what the lane said.
+// lost returns err as an error of the engine: ErrProtocol if a message was malformed, else ErrLaneLost.
 func (l *lane) lost(err error) error {
 	if errors.Is(err, pagewire.ErrMalformed) {
 		return fmt.Errorf("%s: %w: %w", l.name, ErrProtocol, err)
@@ -58,11 +58,11 @@ type session struct {
 	asking sync.WaitGroup // the workers, and the goroutines that open lanes
 }
 
-// Run fills the memory over these lanes until the last page is in; then nothing is registered any more and it
-// returns nil. There must be one demand lane for each worker. Faults are answered at once, the sweep waits for
-// StartSweep. The errors are those of this package, context.Cause(ctx), or what the kernel said; after each of them Run
-// may be called again, with new lanes, and goes on where it was. In between nobody answers faults or reads events. If no
-// page is missing, Run needs no lanes and uses none.
+// Run fills the memory over these lanes until the last page is in; then nothing is registered any more and it returns
+// nil. There must be one demand lane for each worker. Faults are answered at once, the sweep waits for StartSweep. The
+// errors are those of this package, context.Cause(ctx), or what the kernel said; after each of them Run may be called
+// again, with new lanes, and goes on where it was. In between nobody answers faults or reads events. If no page is
+// missing, Run needs no lanes and uses none.
 //
 // Where more bulk lanes make the sweep faster, Run opens them by more, at most 8 in all and at most one for each
 // processor. Run owns the lane that more returns; more may take until its ctx ends. If more is nil, there is one bulk
@@ -153,13 +153,13 @@ func (s *session) start() {
 	go s.sweep(s.bulk.lanes[0], true)
 	for _, w := range s.workers {
 		s.asking.Go(func() {
-			s.end(w.run()) // first: that the lane ends says less
+			s.end(w.run()) // first: it says more than the end of the lane
 			_ = w.lane.stream.CloseSend()
 		})
 	}
 }
 
-// end ends the session if err says so.
+// end ends the session with err, unless err is nil.
 func (s *session) end(err error) {
 	if err != nil {
 		s.fail(err)
@@ -188,7 +188,7 @@ func (s *session) take(l *lane) bool {
 	return true
 }
 
-// finish ends all goroutines and says how Run went. ctx is Run's.
+// finish ends all goroutines and returns the error of Run. ctx is Run's.
 func (s *session) finish(ctx context.Context) error {
 	err := context.Cause(s.ctx) // before this ends it
 	s.fail(nil)
@@ -202,8 +202,8 @@ func (s *session) finish(ctx context.Context) error {
 	defer grace.Stop()
 	s.asking.Wait()
 	select {
-	case <-s.e.pages.full: // also when something failed meanwhile: nothing was needed of it
-		if !errors.Is(err, ErrMoved) { // else what the table calls present is elsewhere
+	case <-s.e.pages.full: // all pages are in, so that a failure meanwhile does not matter
+		if !errors.Is(err, ErrMoved) { // else pages that the table calls present were moved away
 			err = s.e.complete(ctx)
 		}
 	default:

@@ -27,9 +27,9 @@ type Stats struct {
 
 	Faults uint64 // messages of threads that needed a page, repeated ones included
 	Causes Causes // of Faults
-	// Guessed is how many pages were asked for because a thread's faults foretold them. GuessHits is the share of them
-	// that was foretold rightly, from 0 to 1. Each page crosses the network once, as it would have anyway. A wrong guess
-	// only wastes a place in the order.
+	// Guessed is how many pages were asked for because a thread's faults predicted them. GuessHits is the share that was
+	// right, from 0 to 1. Each page crosses the network once, as it would have anyway. A wrong guess only wastes a place
+	// in the order.
 	Guessed   uint64
 	GuessHits float64
 	// From a fault's message being read to its page being installed, to 1/16 exact.
@@ -81,7 +81,7 @@ func (c *counters) lanes(n int) {
 	c.mostLanes.Store(max(c.mostLanes.Load(), int64(n)))
 }
 
-// Stats may be called at any time. Each figure is right, but not all are of one moment.
+// Stats returns the current figures, at any time. Each is right, but not all are of one moment.
 func (e *Engine) Stats() Stats {
 	c := &e.counters
 	s := Stats{

@@ -9,10 +9,10 @@ import (
 	"github.com/migrated-vm/migrated/pkg/pagewire"
 )
 
-// sweep asks for what no fault has asked for, on a bulk lane, from where faults happen onwards, until nothing is
-// missing, and installs what comes. One goroutine of each lane does both, because a reply makes room for the next run.
-// Faults come first: pace.go says how much the sweep may have in flight; that is less while a fault waits. Where a
-// limit is set, budget.go says when the sweep may go on. bulk.go says what several lanes share.
+// sweep fetches, on a bulk lane, the pages that no fault has asked for, beginning where faults happen, until none is
+// missing. One goroutine of each lane asks and installs, because a reply makes room for the next run. Faults come
+// first: pace.go says how much the sweep may have in flight; that is less while a fault waits. budget.go says when the
+// sweep may go on if there is a limit, and bulk.go what several lanes share.
 func (s *session) sweep(l *lane, first bool) {
 	defer close(l.ended)
 	defer l.reply.Release()
@@ -129,7 +129,7 @@ type hints struct {
 
 func (h *hints) set(thread uint32, page uint64) { h.after[thread%sweepFronts].Store(page + 1) }
 
-// faulted says that a thread has faulted on a page without order.
+// faulted records a fault of a thread that belongs to no stream.
 func (h *hints) faulted(thread uint32, page uint64) {
 	h.set(thread, page+1)
 	h.near[h.count.Add(1)%nearFaults].Store(page + 1)

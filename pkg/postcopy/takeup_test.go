@@ -90,8 +90,8 @@ func TestTakeUpFull(t *testing.T) {
 	}
 }
 
-// TestTakeUpUnmapped: the process has unmapped a whole block, as it does when a DIMM is unplugged. The next engine goes on
-// with the others, whether the event of it was read or not.
+// TestTakeUpUnmapped: the process has unmapped a whole block, as it does when a DIMM is unplugged. The next engine
+// goes on with the others, whether the event of it was read or not.
 func TestTakeUpUnmapped(t *testing.T) {
 	for name, seen := range map[string]bool{"seen": true, "not seen": false} {
 		t.Run(name, func(t *testing.T) {

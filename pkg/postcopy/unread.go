@@ -9,8 +9,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// A source that cannot read a page ends the lane (codes.DataLoss), unless the lane may lose pages. If the sweep asked for
-// the page again at once, all memory behind it would never come. So such a page is asked for when all else is in:
+// A source that cannot read a page ends the lane (codes.DataLoss), unless the lane may lose pages. If the sweep asked
+// for the page again at once, all memory behind it would never come. So such a page is asked for when all else is in:
 //
 //	the lane ends ── noteUnread ──► Engine.unread ── setAside ──► swept, but not asked for ── bringBack ──► missing
 //

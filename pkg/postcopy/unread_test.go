@@ -26,7 +26,8 @@ type unreadable struct {
 
 func newUnreadable(t *testing.T, pages uint64) *unreadable {
 	t.Helper()
-	memory, err := unix.Mmap(-1, 0, int(pages*pageSize), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	const flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
+	memory, err := unix.Mmap(-1, 0, int(pages*pageSize), unix.PROT_READ|unix.PROT_WRITE, flags)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,8 +65,8 @@ func (u *unreadable) mend(page uint64) {
 	fill(u.memory[page*pageSize:(page+1)*pageSize], 0, page)
 }
 
-// TestUnreadablePages: pages that the source cannot read, of memory that cannot be lost, keep no other page from coming.
-// Each ends two sessions at most until all others are in. When they can be read, they come.
+// TestUnreadablePages: pages that the source cannot read, of memory that cannot be lost, keep no other page from
+// coming. Each ends two sessions at most until all others are in. When they can be read, they come.
 func TestUnreadablePages(t *testing.T) {
 	const pages = 2048
 	bad := []uint64{1, 700, 701}
@@ -85,7 +86,8 @@ func TestUnreadablePages(t *testing.T) {
 			t.Fatalf("%d of %d pages came in %d sessions", g.Stats().PagesPresent, pages, sessions)
 		}
 		err := await(t, "end of Run", g.run(context.Background(), dial(t, address, 1)))
-		if !errors.Is(err, ErrLaneLost) || status.Code(err) != codes.DataLoss || !strings.Contains(err.Error(), "block ram0") {
+		if !errors.Is(err, ErrLaneLost) || status.Code(err) != codes.DataLoss ||
+			!strings.Contains(err.Error(), "block ram0") {
 			t.Fatalf("Run: %v, want ErrLaneLost, and the page that cannot be read", err)
 		}
 	}

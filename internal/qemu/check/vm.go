@@ -52,10 +52,10 @@ func State(ctx context.Context, vm *qemu.VM) ([]Result, error) {
 		// QEMU has migrated the VM itself, to a host or into a file. It is not known which.
 		r.Status = Failed
 		r.Remedy = "migrate the VM from the host on which it runs, if it runs on another; " +
-			"if this is all that there is of it, continue it here (QMP cont), then try again"
+			"if this is the only copy, continue it here (QMP cont), then try again"
 	default:
 		// shutdown, guest-panicked, io-error, internal-error, watchdog, save-vm, restore-vm, ...
-		r.Status, r.Remedy = Failed, "bring the VM to run or pause it, then try again"
+		r.Status, r.Remedy = Failed, "get the VM running, or pause it, then try again"
 	}
 	return []Result{r}, nil
 }

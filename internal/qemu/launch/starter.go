@@ -105,7 +105,7 @@ func (s *Starter) Close() error { return s.client.Close() }
 func ServeStarter(hook string, binaries []string) error {
 	conn, err := connOf(starterFD)
 	if err != nil {
-		return fmt.Errorf("no connection to a daemon, which alone starts this: %w", err)
+		return fmt.Errorf("no connection to a daemon, and only a daemon starts this: %w", err)
 	}
 	server := rpc.NewServer()
 	if err := server.RegisterName("Starts", &starts{

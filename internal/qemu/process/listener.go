@@ -12,9 +12,9 @@ import (
 	"github.com/migrated-vm/migrated/internal/printable"
 )
 
-// Listeners returns the PIDs of the processes that have the Unix socket open that is bound to the file path. It is not
-// SO_PEERCRED, which names the one that began to listen: that may have passed the socket on and ended, as libvirt does.
-// Processes that this one may not look into, or in another network namespace, are missing.
+// Listeners returns the PIDs of the processes that have the Unix socket bound to the file path open. SO_PEERCRED would
+// name only the one that began to listen, which may have passed the socket on and ended, as libvirt does. Processes
+// that this one may not look into, or in another network namespace, are missing.
 func Listeners(path string) (listeners []int, err error) {
 	bound, err := boundSockets()
 	if err != nil {

@@ -43,7 +43,7 @@ func Behind(ctx context.Context, client *qmp.Client) (int, error) {
 		return pid, nil
 	}
 	return 0, fmt.Errorf("cannot tell which process is the QEMU behind %s: "+
-		"its listener, process %d, has not QEMU's threads; run the daemon in the PID namespace of QEMU, or one above it",
+		"its listener, process %d, lacks QEMU's threads; run the daemon in the PID namespace of QEMU, or one above it",
 		client.Path(), listener)
 }
 

@@ -18,8 +18,8 @@ const (
 )
 
 // KeepWhenQEMUEnds switches discard-data off for all memory backends that have it on, and returns their IDs. Otherwise
-// a QEMU that ends while its memory is still needed empties its files, and who reads them would take that for zeros.
-// On an error some of the backends may have been switched.
+// a QEMU that ends while its memory is still needed empties its files, and readers take that for zeros. On an error
+// some of the backends may have been switched.
 func (mem *Memory) KeepWhenQEMUEnds(ctx context.Context) (changed []string, err error) {
 	children, err := qom.Children(ctx, mem.qmp, objects)
 	if err != nil {

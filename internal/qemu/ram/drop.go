@@ -205,7 +205,7 @@ func checkContent(b Block) error {
 	}
 	if st.Blocks != 0 {
 		return &Error{b.ID, fmt.Sprintf("the file %s, which the destination QEMU maps privately (share=off), "+
-			"has content, and the VM would find that in pages that have not come", b.File),
+			"has content, which the VM would see in pages that have not arrived", b.File),
 			"remove the file, or give its mem-path as a directory"}
 	}
 	return nil
@@ -228,7 +228,7 @@ func (mem *Memory) CheckEmpty(blocks []Block) error {
 			return fmt.Errorf("RAM %q: %w", b.ID, err)
 		}
 		if at < b.Addr+b.Size {
-			return fmt.Errorf("RAM %q: the destination QEMU, or who has it mapped, uses the page at %#x before the VM has come",
+			return fmt.Errorf("RAM %q: the destination QEMU, or another process, used the page at %#x before its content came",
 				b.ID, at-b.Addr)
 		}
 	}

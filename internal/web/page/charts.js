@@ -170,7 +170,7 @@ const steps = [
   ["save", "saveTime", "the source's QEMU wrote down the state of its devices"],
   ["transfer", "transferTime", "that state crossed, and the destination's QEMU loaded it"],
   ["commit", "commitTime", "the source heard of the stop, checked what was saved and committed"],
-  ["crossing", "crossingTime", "the word to run the VM crossed the network"],
+  ["crossing", "crossingTime", "the command to run the VM crossed the network"],
   ["continue", "continueTime", "the destination's QEMU took the disks and ran the VM"],
 ];
 

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package netconn finds the connection that others are wrapped around.
+// Package netconn unwraps connections.
 package netconn
 
 import "net"
 
-// Find returns the outermost connection of type C that c is, or that c is wrapped around: whoever wraps one says so by
-// NetConn, as tls.Conn does.
+// Find unwraps c with NetConn, as tls.Conn has it, and returns the first connection of type C. It may be c itself.
 func Find[C net.Conn](c net.Conn) (found C, ok bool) {
 	for {
 		if found, ok = c.(C); ok {

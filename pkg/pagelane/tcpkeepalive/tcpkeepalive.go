@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package tcpkeepalive makes TCP notice a host that is gone, and go on soon after a network is back.
+// Package tcpkeepalive makes TCP detect a dead host, and recover soon after the network is back.
 package tcpkeepalive
 
 import (
@@ -15,12 +15,12 @@ import (
 )
 
 const (
-	// Quiet is how long a connection may carry nothing until the other side is asked whether it is there.
+	// Quiet is the idle time after which TCP probes the other side.
 	Quiet = 10 * time.Second
-	// Answer is how long the answer may take. Two daemons notice a half-open connection within the sum of both.
+	// Answer is how long the answer may take. A half-open connection is detected within Quiet + Answer.
 	Answer = 5 * time.Second
-	// repeat is the longest that TCP waits until it sends again what was not acknowledged. It is the least that TCP can be
-	// told. By itself TCP waits twice as long each time: a host that was cut off for ten seconds would stay so for twenty.
+	// repeat is the longest time between two retransmissions; TCP accepts no shorter one. By itself TCP doubles the time
+	// at each attempt: a host that was cut off for ten seconds would stay so for twenty.
 	repeat = time.Second
 )
 
@@ -37,9 +37,9 @@ func Dial(ctx context.Context, address string) (net.Conn, error) {
 	return c, nil
 }
 
-// Keep sets these times for a connection of TCP. Other connections are left as they are. The kernel asks, and goes by
-// the monotonic clock. gRPC's keepalive goes by the wall clock (lastRead in grpc/internal/transport): if that is put
-// back by years, it does not look at a connection again for as long.
+// Keep sets these times for a TCP connection, and does nothing for others. The kernel sends the probes, by the
+// monotonic clock. gRPC's keepalive uses the wall clock (lastRead in grpc/internal/transport): if that is set back by
+// years, it does not check a connection for as long.
 func Keep(c net.Conn) error {
 	tcp, ok := netconn.Find[*net.TCPConn](c)
 	if !ok {

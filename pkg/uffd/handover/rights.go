@@ -53,7 +53,7 @@ func (r *rights) take() (int, error) {
 	fd := r.fds[0]
 	target, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
 	if err != nil {
-		return -1, fmt.Errorf("what is the descriptor: %w", err)
+		return -1, fmt.Errorf("identify the descriptor: %w", err)
 	}
 	if target != "anon_inode:[userfaultfd]" {
 		return -1, fmt.Errorf("%w: the descriptor is %q, not a userfaultfd", ErrInvalid, target)

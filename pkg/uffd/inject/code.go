@@ -58,8 +58,8 @@ func findCode(pid int) (c code, err error) {
 			return c, nil
 		}
 	}
-	return c, fmt.Errorf("the code of process %d makes no system call, or returns from no signal, "+
-		"as that of a C library does: %w", pid, ErrUnsupported)
+	return c, fmt.Errorf("process %d has no code of a C library for system calls and for the return from signals: %w",
+		pid, ErrUnsupported)
 }
 
 // codePart is a mapping of code.
