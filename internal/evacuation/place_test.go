@@ -56,7 +56,8 @@ func TestPlaceKeepsApart(t *testing.T) {
 	if host, err := p.place("standby", needs, anyHost); err != nil || host != "c" {
 		t.Errorf("standby: %q, %v", host, err)
 	}
-	if host, err := p.place("witness", needs, anyHost); err == nil || !strings.Contains(err.Error(), "the host of another VM (db)") {
+	host, err := p.place("witness", needs, anyHost)
+	if err == nil || !strings.Contains(err.Error(), "the host of another VM (db)") {
 		t.Errorf("a third of two hosts: %q, %v", host, err)
 	}
 	p.remove("db", needs)

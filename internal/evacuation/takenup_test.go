@@ -96,15 +96,21 @@ func TestTakenUpAgainAndAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 			time.Sleep(time.Second)
+			p.mu.Lock()
 			if n > 0 && len(p.migrations) != 0 {
 				t.Errorf("it was tried again at once: %v", p.order)
 			}
+			p.mu.Unlock()
 			time.Sleep(2 * mostRetryTime)
 			die()
 			m.Wait()
+			p.mu.Lock()
 			clear(p.migrations)
+			p.mu.Unlock()
 		}
+		p.mu.Lock()
 		p.outcome = nil
+		p.mu.Unlock()
 		m := open(t, t.Context(), dir, p)
 		m.Wait()
 		view, _, err := m.Snapshot("e")
