@@ -164,6 +164,16 @@ func TestDeployGuide(t *testing.T) {
 	}
 }
 
+// withProgram is a script that gives a host private directories for what an operator installs, and copies the program $1
+// to one of them.
+const withProgram = `
+for dir in /usr/local/bin /etc/migrated; do
+	mkdir -p "$dir"
+	mount -t tmpfs -o mode=0755 tmpfs "$dir"
+done
+cp "$1" /usr/local/bin/migrated
+`
+
 // TestManual runs the commands of README.md, and those of docs/migrating.md, which describes the same in more detail.
 // The daemons are started by hand, with certificates, and the VM belongs to an ordinary user.
 func TestManual(t *testing.T) {
@@ -188,7 +198,7 @@ func TestManual(t *testing.T) {
 		pki("issue", name, "--address", address)
 		const prepare = `ip address add "$2/24" dev cable; mkdir -p /etc/migrated/tls; cp "$3"/*.pem /etc/migrated/tls`
 		if _, err := h.Run(
-			testContext(t), "sh", "-ec", becomeFresh+prepare, "sh", binary, address, filepath.Join(made, name),
+			testContext(t), "sh", "-ec", withProgram+prepare, "sh", binary, address, filepath.Join(made, name),
 		); err != nil {
 			t.Fatal(err)
 		}
@@ -275,7 +285,7 @@ func TestEvacuateGuide(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := l.A.Run(testContext(t), "sh", "-ec", becomeFresh, "sh", binary); err != nil {
+	if _, err := l.A.Run(testContext(t), "sh", "-ec", withProgram, "sh", binary); err != nil {
 		t.Fatal(err)
 	}
 	nameHosts(t, l.A, map[string]string{"host-b": l.B.Addr, "host-c": c.Addr})

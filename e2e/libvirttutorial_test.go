@@ -17,10 +17,10 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// becomeFresh is a script that gives a host a private /usr and private directories for what an operator installs. It
+// becomeInstalled is a script that gives a host a private /usr and private directories for what an operator installs. It
 // copies the program $1 to $2 and the unit $3 to the directory $4. Its systemctl starts what the unit says: there is no
 // systemd on the host.
-const becomeFresh = `
+const becomeInstalled = `
 mkdir -p /run/layers
 mount -t tmpfs tmpfs /run/layers
 mkdir -p /run/layers/upper /run/layers/work
@@ -69,7 +69,7 @@ func TestLibvirtTutorial(t *testing.T) {
 	l := newHosts(t)
 	startLibvirt(t, l)
 	for _, h := range l.Hosts() {
-		if _, err := h.Run(testContext(t), "sh", "-ec", becomeFresh, "sh",
+		if _, err := h.Run(testContext(t), "sh", "-ec", becomeInstalled, "sh",
 			binary, to[1], filepath.Join(root, to[2]), to[3]); err != nil {
 			t.Fatal(err)
 		}
