@@ -58,8 +58,8 @@ var (
 	errReboot = errors.New("starts again")
 )
 
-// worksAt waits until a guest has written to its disks on a host. It returns errHangs if it has not within a minute, and
-// errReboot if it has started again by itself.
+// worksAt waits until a guest has written to its disks on a host. It returns errHangs if it has not within a minute,
+// and errReboot if it has started again by itself.
 func worksAt(t *testing.T, h *lab.Host, guest *report.Log) error {
 	t.Helper()
 	before, writes := guest.Last(), writesOf(guest.Disks())+50

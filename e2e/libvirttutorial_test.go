@@ -17,9 +17,9 @@ import (
 	"github.com/migrated-vm/migrated/e2e/lab"
 )
 
-// becomeInstalled is a script that gives a host a private /usr and private directories for what an operator installs. It
-// copies the program $1 to $2 and the unit $3 to the directory $4. Its systemctl starts what the unit says: there is no
-// systemd on the host.
+// becomeInstalled is a script that gives a host a private /usr and private directories for what an operator installs.
+// It copies the program $1 to $2 and the unit $3 to the directory $4. Its systemctl starts what the unit says: there is
+// no systemd on the host.
 const becomeInstalled = `
 mkdir -p /run/layers
 mount -t tmpfs tmpfs /run/layers
