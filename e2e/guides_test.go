@@ -164,8 +164,8 @@ func TestDeployGuide(t *testing.T) {
 	}
 }
 
-// withProgram is a script that gives a host private directories for what an operator installs, and copies the program $1
-// to one of them.
+// withProgram is a script that gives a host private directories for what an operator installs, and copies the program
+// $1 to one of them.
 const withProgram = `
 for dir in /usr/local/bin /etc/migrated; do
 	mkdir -p "$dir"
