@@ -29,8 +29,11 @@ var ErrDisksKept = errors.New("QEMU has not given all disks up")
 // CheckDisksGivenUp returns ErrDisksKept if QEMU says that a block node is active. The answer to Saver.Save does not
 // say it: since QEMU 10.0 that command succeeds also where a disk cannot be given up (qmp_xen_save_devices_state drops
 // what migration_block_inactivate returns). QEMU before 10.0 does not say which nodes are active, but there Saver.Save
-// fails.
+// fails. So it is not asked: the VM stands still.
 func (vm *VM) CheckDisksGivenUp(ctx context.Context) error {
+	if !vm.saysActive() {
+		return nil
+	}
 	nodes, err := vm.blockNodes(ctx)
 	if err != nil {
 		return err
@@ -42,6 +45,9 @@ func (vm *VM) CheckDisksGivenUp(ctx context.Context) error {
 	}
 	return nil
 }
+
+// saysActive reports whether QEMU says which block nodes are active, and lets them be activated (QEMU 10.0).
+func (vm *VM) saysActive() bool { return vm.QMP.Version().Major >= 10 }
 
 // A blockNode has the used fields of BlockDeviceInfo (qapi/block-core.json).
 type blockNode struct {
@@ -111,7 +117,7 @@ func (vm *VM) writableDrives(ctx context.Context) (bool, error) {
 
 // ActivateDisks takes the disks of a stopped VM back. able is false when this QEMU cannot: before 10.0 only Cont does.
 func (vm *VM) ActivateDisks(ctx context.Context) (able bool, err error) {
-	if v := vm.QMP.Version(); v.Major < 10 {
+	if !vm.saysActive() {
 		return false, nil
 	}
 	return true, vm.QMP.Do(ctx, "blockdev-set-active", map[string]bool{"active": true}, nil)
