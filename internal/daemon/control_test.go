@@ -45,20 +45,7 @@ func startConfigured(t *testing.T, cfg config.Config) (*Daemon, *grpc.ClientConn
 	}
 	cfg.LogDir = filepath.Join(t.TempDir(), "log")
 	cfg.Socket = filepath.Join(t.TempDir(), "control.sock")
-	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ready := make(chan struct{})
-	d.OnReady(func() { close(ready) })
-	ctx, stop := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- d.Run(ctx) }()
-	select {
-	case <-ready:
-	case err := <-ended:
-		t.Fatal(err)
-	}
+	d, stop, ended := runDaemon(t, cfg)
 	t.Cleanup(func() {
 		stop()
 		if err := <-ended; err != nil {
@@ -66,6 +53,27 @@ func startConfigured(t *testing.T, cfg config.Config) (*Daemon, *grpc.ClientConn
 		}
 	})
 	return d, connectSocket(t, cfg.Socket)
+}
+
+// runDaemon runs a daemon until stop is called, or the test ends, and returns when it serves. ended receives what Run
+// returns.
+func runDaemon(t *testing.T, cfg config.Config) (d *Daemon, stop func(), ended <-chan error) {
+	t.Helper()
+	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ready, result := make(chan struct{}), make(chan error, 1)
+	d.OnReady(func() { close(ready) })
+	ctx, stop := context.WithCancel(context.Background()) // t.Context ends before the cleanup of the caller
+	t.Cleanup(stop)
+	go func() { result <- d.Run(ctx) }()
+	select {
+	case <-ready:
+	case err := <-result:
+		t.Fatal(err)
+	}
+	return d, stop, result
 }
 
 // connectSocket connects to a daemon's socket.

@@ -5,7 +5,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -213,16 +212,7 @@ func TestWatchListEndsWithTheDaemon(t *testing.T) {
 	cfg.Listen, cfg.StateDir, cfg.LogDir =
 		"127.0.0.1:0", filepath.Join(t.TempDir(), "state"), filepath.Join(t.TempDir(), "log")
 	cfg.Socket = filepath.Join(t.TempDir(), "control.sock")
-	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ready, ended := make(chan struct{}), make(chan error, 1)
-	d.OnReady(func() { close(ready) })
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	go func() { ended <- d.Run(ctx) }()
-	<-ready
+	_, stop, ended := runDaemon(t, cfg)
 	client := migratedv1.NewControlServiceClient(connectSocket(t, cfg.Socket))
 	stream, err := client.WatchList(t.Context(), &migratedv1.WatchListRequest{})
 	if err != nil {

@@ -3,9 +3,7 @@
 package daemon
 
 import (
-	"context"
 	"fmt"
-	"log/slog"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -23,20 +21,7 @@ import (
 // runUntil runs a daemon until do returns. do gets a client of it.
 func runUntil(t *testing.T, cfg config.Config, do func(migratedv1.ControlServiceClient)) {
 	t.Helper()
-	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ready, ended := make(chan struct{}), make(chan error, 1)
-	d.OnReady(func() { close(ready) })
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	go func() { ended <- d.Run(ctx) }()
-	select {
-	case <-ready:
-	case err := <-ended:
-		t.Fatal(err)
-	}
+	_, stop, ended := runDaemon(t, cfg)
 	conn, err := grpc.NewClient("unix://"+cfg.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)

@@ -3,9 +3,7 @@
 package daemon
 
 import (
-	"context"
 	"errors"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -26,20 +24,7 @@ func TestFailedListenerEndsTheDaemon(t *testing.T) {
 	cfg.Listen, cfg.StateDir, cfg.LogDir =
 		freeAddress(t), filepath.Join(t.TempDir(), "state"), filepath.Join(t.TempDir(), "log")
 	cfg.Socket = filepath.Join(t.TempDir(), "control.sock")
-	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ready, ended := make(chan struct{}), make(chan error, 1)
-	d.OnReady(func() { close(ready) })
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	go func() { ended <- d.Run(ctx) }()
-	select {
-	case <-ready:
-	case err := <-ended:
-		t.Fatal(err)
-	}
+	_, stop, ended := runDaemon(t, cfg)
 	failAccept(t, cfg.Listen)
 	select {
 	case err := <-ended:

@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"context"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -177,16 +176,7 @@ func TestOpenPagesDoNotHoldUp(t *testing.T) {
 	cfg := config.Default()
 	cfg.Listen, cfg.HTTPListen = "127.0.0.1:0", filepath.Join(t.TempDir(), "http.sock")
 	cfg.StateDir, cfg.LogDir, cfg.Socket = t.TempDir(), t.TempDir(), filepath.Join(t.TempDir(), "control.sock")
-	d, err := New(cfg, "v-test", slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ready := make(chan struct{})
-	d.OnReady(func() { close(ready) })
-	ctx, stop := context.WithCancel(t.Context())
-	ended := make(chan error, 1)
-	go func() { ended <- d.Run(ctx) }()
-	<-ready
+	_, stop, ended := runDaemon(t, cfg)
 	client := atSocket(t, cfg.HTTPListen)
 	answer, err := client.Get("http://localhost/events")
 	if err != nil {

@@ -12,20 +12,26 @@ import (
 	migratedv1 "github.com/migrated-vm/migrated/proto/migrated/v1"
 )
 
+// beginOnly begins the evacuation e with a daemon that ends a minute later.
+func beginOnly(t *testing.T, dir string, p *fakeHost) {
+	t.Helper()
+	life, die := context.WithCancel(t.Context())
+	m := open(t, life, dir, p)
+	if _, err := m.Begin("e", to); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Minute)
+	die()
+	m.Wait()
+}
+
 // TestTakenUp: a restarted daemon continues an evacuation, whatever happened to the migrations that were under way.
 func TestTakenUp(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		p := newFakeHost("a", "b", "c", "d")
 		p.outcome = func(string, int) *migratedv1.Migration { return &migratedv1.Migration{} } // they do not end
-		life, die := context.WithCancel(t.Context())
-		m := open(t, life, dir, p)
-		if _, err := m.Begin("e", to); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(time.Minute)
-		die()
-		m.Wait()
+		beginOnly(t, dir, p)
 		// One migration was lost with the daemon, and its VM is still here. The other was taken up.
 		p.outcome = nil
 		begun := slices.Clone(p.order)
@@ -40,7 +46,7 @@ func TestTakenUp(t *testing.T) {
 		for id := range p.migrations {
 			p.end(id)
 		}
-		m = open(t, t.Context(), dir, p)
+		m := open(t, t.Context(), dir, p)
 		m.Wait()
 		view, _, err := m.Snapshot("e")
 		if err != nil {
@@ -59,17 +65,10 @@ func TestTakenUpWithoutItsVM(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newFakeHost("a")
 		p.outcome = func(string, int) *migratedv1.Migration { return &migratedv1.Migration{} }
-		life, die := context.WithCancel(t.Context())
-		m := open(t, life, dir, p)
-		if _, err := m.Begin("e", to); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(time.Minute)
-		die()
-		m.Wait()
+		beginOnly(t, dir, p)
 		clear(p.migrations)
 		p.vms = nil
-		m = open(t, t.Context(), dir, p)
+		m := open(t, t.Context(), dir, p)
 		m.Wait()
 		view, _, err := m.Snapshot("e")
 		if err != nil {
@@ -133,18 +132,11 @@ func TestTakenUpWithoutLibvirt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newFakeHost("a")
 		p.outcome = func(string, int) *migratedv1.Migration { return &migratedv1.Migration{} }
-		life, die := context.WithCancel(t.Context())
-		m := open(t, life, dir, p)
-		if _, err := m.Begin("e", to); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(time.Minute)
-		die()
-		m.Wait()
+		beginOnly(t, dir, p)
 		clear(p.migrations)
 		p.outcome = nil
 		p.change(func(vm *migratedv1.HostVM) { vm.Vm = "" }, nil)
-		m = open(t, t.Context(), dir, p)
+		m := open(t, t.Context(), dir, p)
 		time.Sleep(time.Second)
 		view, _, err := m.Snapshot("e")
 		if err != nil {

@@ -58,14 +58,7 @@ func TestSlowSourceLives(t *testing.T) {
 				{Length: second.Ranges[0].Length, Lost: true},
 			}})
 		})
-		conn, err := Dial(t.Context(), address, w.client, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		l, err := openWith(t.Context(), conn, nil, time.Hour) // only this test calls tick
-		if err != nil {
-			t.Fatal(err)
-		}
+		l := openTicked(t, address, w)
 		got := make(chan error, 1)
 		go func() { got <- l.Recv(new(pagewire.Reply)) }()
 		if err := l.Send(pageAt(0)); err != nil {
@@ -116,14 +109,7 @@ func TestWaitingSourceLives(t *testing.T) {
 				}
 			}
 		})
-		conn, err := Dial(t.Context(), address, w.client, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		l, err := openWith(t.Context(), conn, nil, time.Hour) // only this test calls tick
-		if err != nil {
-			t.Fatal(err)
-		}
+		l := openTicked(t, address, w)
 		const pages = 3
 		got := make(chan error, pages)
 		go func() {
@@ -161,6 +147,20 @@ func TestWaitingSourceLives(t *testing.T) {
 // pageAt returns a request for one page.
 func pageAt(offset uint64) *pagewire.Request {
 	return &pagewire.Request{Ranges: []pagewire.Range{{Offset: offset, Length: 4096}}}
+}
+
+// openTicked opens a lane whose keepalive sends a PING only when a test calls tick.
+func openTicked(t *testing.T, address string, w pair) *Client {
+	t.Helper()
+	conn, err := Dial(t.Context(), address, w.client, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := openWith(t.Context(), conn, nil, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
 }
 
 // tick makes the keepalive send a PING and waits for the ACK. If the lane ends instead, tick returns the error that
@@ -204,14 +204,7 @@ func TestImpatientServer(t *testing.T) {
 		}
 		go func() { _ = server.Serve(listener) }()
 		defer server.Stop()
-		conn, err := Dial(t.Context(), listener.Addr().String(), w.client, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		l, err := openWith(t.Context(), conn, nil, time.Hour) // only this test calls tick
-		if err != nil {
-			t.Fatal(err)
-		}
+		l := openTicked(t, listener.Addr().String(), w)
 		for range 10 {
 			for range 10 {
 				l.keepalive.tick()
