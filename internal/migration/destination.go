@@ -266,7 +266,7 @@ func (d *Destination) abort(reason string) error {
 func (d *Destination) errToldToRun() error {
 	switch {
 	case cmp.Or(d.claim, d.left).Alive(): // d.vm may be closed
-		return errors.New("the VM runs on the destination already")
+		return errors.New("the VM's QEMU on the destination lives, and was told to run it")
 	case d.step() == filled: // it could be moved on from here
 		return withRemedy(
 			errors.New("the VM was on the destination with all of its memory, and its QEMU there has ended since"),

@@ -37,7 +37,7 @@ func TestContinuedVMIsNotHandedOverAgain(t *testing.T) {
 			return nil
 		}, 3, ErrNotRun.Error()},
 		"it runs the VM": {func(int) error {
-			return status.Error(codes.FailedPrecondition, "the VM runs on the destination already")
+			return status.Error(codes.FailedPrecondition, "the VM's QEMU on the destination lives, and was told to run it")
 		}, 1, "both write to the same disks"},
 		"it knows nothing": {func(int) error { return status.Error(codes.NotFound, "no such migration") }, 1, "does not say"},
 	} {
@@ -99,7 +99,7 @@ func TestTakenUpSourceAsksForAContinuedVM(t *testing.T) {
 	s.continueAnyway(t)
 	s.peer.run = runAtOnce
 	s.peer.abort = func(int) error {
-		return status.Error(codes.FailedPrecondition, "the VM runs on the destination already")
+		return status.Error(codes.FailedPrecondition, "the VM's QEMU on the destination lives, and was told to run it")
 	}
 	runs := s.peer.runs
 	s.takeUp(t)
